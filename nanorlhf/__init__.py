@@ -1,0 +1,1 @@
+"""nanorlhf: RLHF from scratch, in files that can be read. Start with ../train_ppo.py."""

@@ -1,0 +1,106 @@
+"""Command lines: a Config dataclass read by transformers' HfArgumentParser; wrong input is one line on stderr and exit code 2."""
+
+import os
+import sys
+from dataclasses import dataclass, field, fields
+
+from transformers import HfArgumentParser
+
+from . import distributed
+from .checkpoint import read_json
+from .errors import InputError
+
+
+@dataclass
+class RunConfig:
+    """The flags that all training scripts share."""
+
+    output_dir: str = field(default="runs/run", metadata={"help": "the run folder"})
+    seed: int = field(default=0, metadata={"help": "every random draw is keyed by it"})
+    steps: int = field(default=100, metadata={"help": "optimizer steps (train_ppo.py: rollouts)"})
+    batch_size: int = field(default=64, metadata={"help": "samples a step, over all processes"})
+    micro_batch_size: int = field(default=64, metadata={"help": "samples a forward pass and process; changes memory, not results"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 matmuls over float32 weights"})
+    model: str = field(default="world", metadata={"help": "run folder, model folder or hub name; 'world': the embedded world's"})
+    dataset: str = field(default="world", metadata={"help": "FILE.jsonl, a datasets name[:split], or world[:cue seed]"})
+    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ, e.g. prompt=question"})
+    eval_dataset: str = field(default="", metadata={"help": "held-out data; default: rows of --dataset are held out, by prompt"})
+    eval_size: int = field(default=256, metadata={"help": "held-out rows to evaluate on"})
+    eval_every: int = field(default=0, metadata={"help": "evaluate every N steps; 0: at the start and the end only"})
+    max_rows: int = field(default=0, metadata={"help": "train on a random subset of N rows; 0: all"})
+    freeze_layers: float = field(default=0.0, metadata={"help": "freeze the embeddings and this share of the blocks, from the bottom"})
+    lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    schedule: str = field(default="cosine", metadata={"help": "constant, linear or cosine"})
+    warmup: int = field(default=0, metadata={"help": "steps of linear warm-up"})
+    final_lr: float = field(default=0.1, metadata={"help": "the schedule ends at this share of lr"})
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "AdamW's two betas"})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay, on matrices"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient's global norm"})
+    checkpoint_every: int = field(default=50, metadata={"help": "write a checkpoint every N steps"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many checkpoints are kept"})
+    resume: bool = field(default=False, metadata={"help": "continue the run in output_dir with its own settings"})
+
+    def __post_init__(self):
+        at_least(self, 1, "steps", "batch_size", "micro_batch_size", "eval_size", "checkpoint_every", "keep_checkpoints")
+        at_least(self, 0, "eval_every", "max_rows", "warmup", "lr", "weight_decay", "seed", "final_lr")
+        one_of(self, "dtype", "float32", "bfloat16")
+        one_of(self, "schedule", "constant", "linear", "cosine")
+        require(0 <= self.freeze_layers <= 1, "--freeze_layers must lie between 0 and 1")
+        require(len(self.betas) == 2, "--betas takes two numbers")
+        require(all("=" in c for c in self.columns), "--columns takes FIELD=COLUMN")
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
+def at_least(config, low, *names):
+    for name in names:
+        require(getattr(config, name) >= low, f"--{name} must be at least {low}, not {getattr(config, name)}")
+
+
+def one_of(config, name, *choices):
+    require(getattr(config, name) in choices, f"--{name} must be one of {', '.join(map(str, choices))}, not {getattr(config, name)!r}")
+
+
+class Parser(HfArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def parse(config_class, args):
+    """Command line -> config. With --resume the settings of the run in --output_dir are the defaults."""
+    parser = Parser(config_class, description=sys.modules[config_class.__module__].__doc__)
+    parsed = vars(parser.parse_args(args))
+    stored = os.path.join(parsed["output_dir"], "config.json")
+    if parsed["resume"] and os.path.isfile(stored):
+        known = {f.name for f in fields(config_class)}
+        parser.set_defaults(**{k: v for k, v in read_json(stored).items() if k in known and k != "output_dir"})
+        parsed = vars(parser.parse_args(args))
+    return config_class(**{**parsed, "resume": parsed["resume"]})
+
+
+def run(config_class, main, args=None):
+    """What a script does when it is run: parse, main(config), and errors as a user wants to see them."""
+    try:
+        main(parse(config_class, args))
+    except (InputError, FloatingPointError) as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, InputError) else 1)
+    finally:
+        distributed.shutdown()
+
+
+def divides(config, name, divisor, what):
+    require(getattr(config, name) % divisor == 0, f"--{name} {getattr(config, name)} is not a multiple of {what} ({divisor})")
+
+
+def key(*numbers):
+    """Integers -> one seed for torch: the same key, the same draws."""
+    seed = 0
+    for n in numbers:
+        seed = (seed * 1_000_003 + n + 1) % 2**62
+    return seed

@@ -1,0 +1,181 @@
+"""Data sets and JSONL -> prompts, demonstrations and preference pairs as token lists, and the order in which they are visited.
+
+Kinds of rows: sft {prompt, response}; pairs {prompt, chosen, rejected}; prompts {prompt}. A bad row gives its file, line and
+reason; what is skipped or cut is counted and reported.
+"""
+
+import gzip
+import json
+import os
+
+import numpy as np
+
+from . import world
+from .cli import require
+from .errors import InputError
+from .models import context_length
+
+FIELDS = {"sft": ("prompt", "response"), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
+WORLD_SIZES = {"sft": 16_000, "pairs": 800}  # rows of the embedded world's training data
+
+
+# ------------------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_file(path):
+    """.jsonl or .json (a list), either also as .gz -> [(place, row)], place being 'file:line' or 'file[index]'."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+            text = f.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read ({e})") from None
+    require(text.strip(), f"{path}: the file is empty")
+    rows = []
+    try:
+        if path.removesuffix(".gz").endswith(".json"):
+            whole = json.loads(text)
+            require(isinstance(whole, list), f"{path}: a .json file must hold one list of rows (one row a line is .jsonl)")
+            return [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): strings may hold Unicode line separators
+            if line.strip():
+                rows.append((f"{path}:{number}", json.loads(line)))
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}:{len(rows) + 1 if rows or e.lineno == 1 else e.lineno}: not JSON ({e.msg})") from None
+    return rows
+
+
+def read_hub(spec):
+    """A datasets name[:split] (default train), or a folder written by save_to_disk -> [(place, row)]."""
+    import datasets  # imports for a second; JSONL does not need it
+
+    name, _, split = spec.partition(":")
+    try:
+        data = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name, split=split or "train")
+        data = data[split or "train"] if isinstance(data, dict) else data
+    except Exception as e:  # the hub's errors are many, and all of them mean: this data set is not to be had
+        raise InputError(f"{spec}: neither a file nor a data set that can be loaded ({' '.join(str(e).split())[:150]})") from None
+    return [(f"{spec}[{i}]", row) for i, row in enumerate(data)]
+
+
+def read_rows(spec, kind, columns=(), split="train"):
+    """A --dataset argument -> rows with the fields of their kind, all strings.
+
+    spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a .json/.jsonl[.gz] file, or a data set.
+    columns: FIELD=COLUMN renamings. split ('train', 'test', 'ood') is for the embedded world only.
+    """
+    if is_world(spec):
+        seed = spec.partition(":")[2] or "0"
+        require(seed.isdigit(), f"--dataset {spec}: the world's seed must be a whole number")
+        if kind == "prompts":
+            return world.prompts(split)
+        if kind == "pairs":
+            return world.preferences(WORLD_SIZES[kind] if split == "train" else 512, seed=int(seed), split=split)
+        return world.demonstrations(WORLD_SIZES[kind])
+    names = dict(c.split("=", 1) for c in columns)
+    unknown = set(names) - set(FIELDS[kind])
+    require(not unknown, f"--columns names {', '.join(sorted(unknown))}; the fields here are {', '.join(FIELDS[kind])}")
+    is_file = spec.removesuffix(".gz").endswith((".json", ".jsonl")) or os.path.isfile(spec)
+    rows = []
+    for place, row in read_file(spec) if is_file else read_hub(spec):
+        require(isinstance(row, dict), f"{place}: a row must be an object with {', '.join(FIELDS[kind])}")
+        for field in FIELDS[kind]:
+            column = names.get(field, field)
+            require(column in row, f"{place}: no field {column!r}" + ("" if field in names else f" (name another with --columns {field}=COLUMN)"))
+            require(isinstance(row[column], str), f"{place}: field {column!r} must be a string, not {type(row[column]).__name__}")
+        rows.append({field: row[names.get(field, field)] for field in FIELDS[kind]})
+    require(rows, f"{spec}: no rows")
+    return rows
+
+
+def is_world(spec):
+    return spec == "world" or spec.startswith("world:")
+
+
+def load(config, kind):
+    """-> training rows, held-out rows, a sentence on them. No prompt is on both sides; the split does not depend on --seed."""
+    rows = read_rows(config.dataset, kind, config.columns)
+    note = ""
+    if kind == "pairs":
+        different = [r for r in rows if r["chosen"] != r["rejected"]]
+        note = f", {len(rows) - len(different)} with chosen == rejected skipped" if len(different) < len(rows) else ""
+        rows = different
+    if config.eval_dataset or (is_world(config.dataset) and kind != "sft"):
+        held_out = read_rows(config.eval_dataset or config.dataset, kind, config.columns, split="test")
+        order = np.random.default_rng(0).permutation(len(held_out))
+        held_out = [held_out[i] for i in order[: config.eval_size]]
+    else:
+        prompts = list(dict.fromkeys(r["prompt"] for r in rows))
+        order = np.random.default_rng(0).permutation(len(prompts))
+        aside = {prompts[i] for i in order[: min(config.eval_size, len(prompts) // 5)]}
+        require(aside and len(aside) < len(prompts), f"{config.dataset}: {len(prompts)} different prompts are too few to hold any out")
+        held_out = [r for r in rows if r["prompt"] in aside][: config.eval_size]
+        rows = [r for r in rows if r["prompt"] not in aside]
+    if config.max_rows:
+        rows = [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[: config.max_rows])]
+    return rows, held_out, f"{len(rows)} {kind} rows, {len(held_out)} held out{note}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------- tokenising
+
+
+def encode_prompts(tokenizer, texts):
+    """Texts -> token lists, with what the tokenizer puts in front (BOS). A prompt without any token is an error."""
+    ids = [list(x) for x in tokenizer(list(texts)).input_ids] if texts else []
+    if not all(ids) and tokenizer.bos_token_id is not None:
+        ids = [x or [tokenizer.bos_token_id] for x in ids]
+    require(all(ids), "an empty prompt, and the tokenizer has no BOS token to start from")
+    return ids
+
+
+def encode_responses(tokenizer, texts):
+    """Texts -> token lists ending with EOS."""
+    ids = tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+    return [[*x, tokenizer.eos_token_id] for x in ids]
+
+
+def fit(prompt, response, max_length):
+    """Left-truncate the prompt so that both fit; a response that alone does not fit is cut. -> prompt, response, cut?"""
+    room = max_length - 1  # a prompt keeps at least one token: something must score the response's first
+    cut = len(response) > room
+    response = response[:room]
+    return prompt[-(max_length - len(response)) :], response, cut
+
+
+def encode(tokenizer, rows, field, max_length=None):
+    """Rows -> prompt token lists, response token lists (of `field`), how many responses had to be cut."""
+    prompts = encode_prompts(tokenizer, [r["prompt"] for r in rows])
+    responses = encode_responses(tokenizer, [r[field] for r in rows])
+    if max_length is None:
+        return prompts, responses, 0
+    fitted = [fit(p, r, max_length) for p, r in zip(prompts, responses)]
+    return [p for p, _, _ in fitted], [r for _, r, _ in fitted], sum(c for _, _, c in fitted)
+
+
+def ready_prompts(tokenizer, rows, model_config, max_new_tokens, max_prompt_length=0):
+    """Rows -> prompt token lists, left-truncated to max_prompt_length; what still does not fit the context is an error."""
+    prompts = [p[-max_prompt_length:] for p in encode_prompts(tokenizer, [r["prompt"] for r in rows])]  # [-0:] is all of it
+    context = context_length(model_config)
+    for p, row in zip(prompts, rows):
+        require(
+            context is None or len(p) + max_new_tokens <= context,
+            f"a prompt of {len(p)} tokens and {max_new_tokens} new ones are longer than the model's context of {context} "
+            f"(shorten it with --max_prompt_length): {row['prompt'][:40]!r}",
+        )
+    return prompts
+
+
+# --------------------------------------------------------------------------------------------------------------------------- order
+
+
+def batch_indices(n, batch_size, step, seed):
+    """The indices of step's batch: epochs of n rows, each in an order keyed by (seed, epoch). No state, so resuming is exact."""
+    first = step * batch_size
+    index, orders = [], {}
+    for i in range(first, first + batch_size):
+        epoch = i // n
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
+        index.append(int(orders[epoch][i % n]))
+    return index

@@ -1,0 +1,109 @@
+"""Several processes under torchrun: set-up, DDP, and the few reductions that the scripts need.
+
+Every rank runs the same script and makes the same number of collective calls. What belongs to a sample (its noise, its place in
+a minibatch) is keyed by its index in the GLOBAL batch, so the number of ranks changes results only by float error.
+"""
+
+import contextlib
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as td
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import InputError
+
+
+@dataclass
+class Dist:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def print(self, *lines):
+        if self.main:
+            print(*lines, sep="\n", flush=True)
+
+    def barrier(self):
+        if self.world > 1:
+            td.barrier()
+
+    def share(self, index):
+        """This rank's contiguous, equal share of a global batch (anything that can be sliced)."""
+        size = len(index) // self.world
+        return index[self.rank * size : (self.rank + 1) * size]
+
+    def part(self, n):
+        """This rank's range of n things that need not divide evenly."""
+        return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
+
+    def sum(self, tensor):
+        """The sum over all ranks, as a new tensor on the same device."""
+        if self.world == 1:
+            return tensor
+        total = tensor.detach().clone().to(self.device)
+        td.all_reduce(total)
+        return total.to(tensor.device)
+
+    def gather(self, tensor):
+        """The rows of all ranks in rank order: [n_rank, ...] -> [n, ...]. The ranks' n may differ, the rest may not."""
+        if self.world == 1:
+            return tensor
+        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
+        td.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))
+        longest = int(max(sizes))
+        padded = tensor.new_zeros(longest, *tensor.shape[1:], device=self.device)
+        padded[: len(tensor)] = tensor.to(self.device)
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        td.all_gather(parts, padded)
+        return torch.cat([part[: int(n)] for part, n in zip(parts, sizes)]).to(tensor.device)
+
+    def wrap(self, module):
+        """DDP around a module, or the module itself on one process."""
+        if self.world == 1:
+            return module
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def setup(device="auto"):
+    """Join the process group that torchrun's environment describes: gloo on CPU, NCCL on GPUs. May be called again."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here")
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if world > 1 and not td.is_initialized():
+        td.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Dist(rank, world, torch.device(device))
+
+
+def shutdown():
+    if td.is_available() and td.is_initialized():
+        td.destroy_process_group()
+
+
+def sync_on(module, last):
+    """Gradients are exchanged in the backward pass of an optimizer batch's last micro-batch only."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+def autocast(dist, dtype):
+    """bfloat16 matmuls over float32 master weights, or nothing."""
+    return torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def peak_memory_mb(dist):
+    """Peak memory of this process in MiB: of the GPU where there is one, else resident."""
+    if dist.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(dist.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

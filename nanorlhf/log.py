@@ -1,0 +1,139 @@
+"""Run folders: config.json, metrics.jsonl, samples.jsonl, eval/, summary.json; a progress line and sample tables on rank 0."""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+
+from tqdm import tqdm
+
+from . import checkpoint
+from .checkpoint import checkpoints, read_json, replace_folder, write_json
+from .errors import InputError
+
+PLACES = ("output_dir", "resume")  # fields that do not make it another run
+
+
+class RunFolder:
+    """One run's folder. `state` is 'new', 'unfinished' (it will be continued) or 'done'; another config in it is an error."""
+
+    def __init__(self, config, dist):
+        self.path, self.dist = config.output_dir, dist
+        self.config = json.loads(json.dumps(dataclasses.asdict(config)))
+        self.state = "new"
+        stored = os.path.join(self.path, "config.json")
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise InputError(f"{self.path}: the output folder is a file")
+        if os.path.isfile(stored):
+            other = read_json(stored)
+            changed = [k for k in {**other, **self.config} if k not in PLACES and other.get(k) != self.config.get(k)]
+            if changed:
+                raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
+            self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
+        elif os.path.isdir(self.path) and os.listdir(self.path):
+            raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
+
+    def create(self):
+        """Make the folder; in an unfinished run drop what was logged after its newest checkpoint."""
+        if not self.dist.main:
+            return
+        os.makedirs(self.path, exist_ok=True)
+        write_json(os.path.join(self.path, "config.json"), self.config)
+        step = max((s for s, _ in checkpoints(self.path)), default=-1)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = os.path.join(self.path, name)
+            kept = [line for line in read_lines(path) if json.loads(line)["step"] <= step] if os.path.exists(path) else []
+            with open(path + ".tmp", "w", encoding="utf-8") as f:
+                f.writelines(line + "\n" for line in kept)
+            os.replace(path + ".tmp", path)
+
+    def append(self, name, rows):
+        """Append JSON rows to a .jsonl file of the run."""
+        if self.dist.main:
+            with open(os.path.join(self.path, name), "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def write_eval(self, step, rows):
+        """eval/step_{N}.jsonl: one row {prompt, response, scores: {name: x}, gold} for each held-out prompt."""
+        if self.dist.main:
+            os.makedirs(os.path.join(self.path, "eval"), exist_ok=True)
+            path = os.path.join(self.path, "eval", f"step_{step}.jsonl")
+            with open(path + ".tmp", "w", encoding="utf-8") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+            os.replace(path + ".tmp", path)
+
+    def checkpoint(self, step, module, optimizer, state, keep):
+        """An atomic checkpoint, after the metrics of its step are on disk; see checkpoint.py."""
+        if self.dist.main:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                with open(os.path.join(self.path, name), "a") as f:
+                    os.fsync(f.fileno())
+            checkpoint.save(self.path, step, module, optimizer, state, keep)
+        self.dist.barrier()
+
+    def records(self):
+        """The rows of metrics.jsonl."""
+        self.dist.barrier()
+        return [json.loads(line) for line in read_lines(os.path.join(self.path, "metrics.jsonl"))]
+
+    def already_done(self):
+        self.dist.print(f"{self.path}: this run is done (summary.json); for another one choose another --output_dir")
+        return read_json(os.path.join(self.path, "summary.json"))
+
+    def save_model(self, save, *args):
+        """save(*args, folder) into model/, atomically."""
+        if self.dist.main:
+            replace_folder(os.path.join(self.path, "model"), lambda path: save(*args, path))
+        self.dist.barrier()
+
+    def finish(self, summary):
+        """summary.json makes the run done; its checkpoints are no longer needed. Returns the summary."""
+        if self.dist.main:
+            write_json(os.path.join(self.path, "summary.json"), summary)
+            shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
+        self.dist.barrier()
+        return summary
+
+
+def read_lines(path):
+    """The whole lines of a JSONL file; a last line without its newline was cut off by a kill and is left out."""
+    with open(path, encoding="utf-8") as f:
+        return f.read().split("\n")[:-1]
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line every few seconds, so that log files stay readable."""
+
+    def __init__(self, dist, name, steps, start=0):
+        self.name, self.steps, self.begun, self.last = name, steps, time.time(), 0.0
+        self.quiet, self.tty = not dist.main, sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, desc=name, disable=self.quiet or not self.tty, dynamic_ncols=True)
+
+    def step(self, step, text):
+        if self.tty:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(1)
+        elif not self.quiet and (time.time() - self.last > 5 or step == self.steps):
+            self.last = time.time()
+            print(f"{self.name} {step}/{self.steps} [{self.last - self.begun:.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def close(self):
+        self.bar.close()
+
+
+def sample_table(rows, width=110):
+    """Rows {prompt, response, **numbers} as readable text."""
+    out = []
+    for row in rows:
+        numbers = "  ".join(f"{k} {v:+.2f}" for k, v in row.items() if isinstance(v, float))
+        out.append(f"  > {row['prompt'][-width:]}\n    {row['response'][:width]}{'...' if len(row['response']) > width else ''}\n    {numbers}")
+    return "\n".join(out).replace("\n    \n", "\n")
+
+
+def mean_se(values):
+    """Mean and its standard error (ddof 1) of a tensor: {'mean', 'se', 'n'}."""
+    values = values.double()
+    se = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
+    return {"mean": values.mean().item(), "se": se, "n": len(values)}

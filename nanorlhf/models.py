@@ -1,0 +1,319 @@
+"""Models: a causal LM as policy (with a value head) and as reward model, freezing, loading and saving.
+
+    B sequences, P prompt, R response, T = P + R tokens, D hidden, V vocabulary, n response tokens of the whole micro-batch
+
+Every batch forward takes PACKED rows: prompt and response side by side, padding on the right only. A causal model never looks
+to the right, so real tokens do not see the padding, no attention mask is needed, and positions are 0, 1, 2, ... as in training.
+
+    packed ids   the room : | was bright <eos> | pad pad          response token j of a row stands at column length(prompt) + j,
+    hidden at             *    *    *                             and is scored by the hidden state one column to its left
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from .errors import InputError
+from .ppo import full_kl
+
+hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
+hf_logging.disable_progress_bar()
+
+MAX_LOGITS = 2**24  # elements of one float32 chunk of logits (64 MB): no [B, T, V] tensor is ever held
+
+
+@dataclass
+class Packed:
+    """Prompt + response rows, padded on the right. A padding id may be any token, EOS too: only lengths are ever looked at."""
+
+    ids: torch.Tensor  # [B, T]
+    prompt_lengths: torch.Tensor  # [B]
+    response_lengths: torch.Tensor  # [B]
+
+    @property
+    def lengths(self):
+        return self.prompt_lengths + self.response_lengths  # [B]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def rows(self, index):
+        """The chosen rows, trimmed to their own longest."""
+        part = Packed(self.ids[index], self.prompt_lengths[index], self.response_lengths[index])
+        part.ids = part.ids[:, : int(part.lengths.max())]
+        return part
+
+    def to(self, device):
+        return Packed(self.ids.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
+
+    def micro_batches(self, size, index=None):
+        """Index tensors of at most `size` rows of similar length, so that trimming leaves little padding."""
+        index = torch.arange(len(self), device=self.ids.device) if index is None else index
+        return index[self.lengths[index].argsort(stable=True)].split(size)
+
+
+def pack(prompts, responses, pad_id=0):
+    """Lists of token lists -> Packed."""
+    rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
+    return Packed(ids, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
+
+
+# --------------------------------------------------------------------------------------------------------------- inside an HF model
+
+
+def blocks(lm):
+    """The decoder blocks of any HF model: its first ModuleList with one entry for each layer of the config."""
+    for module in lm.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
+            return module
+    raise InputError(f"{type(lm).__name__}: found no list of {lm.config.num_hidden_layers} blocks to freeze")
+
+
+def freeze(lm, fraction):
+    """Freeze the embeddings and the bottom int(fraction * L) blocks; 0 freezes nothing. Returns a sentence on what was done."""
+    if fraction <= 0:
+        return "everything is trained"
+    layers = blocks(lm)
+    n = int(fraction * len(layers))
+    embeddings = [m for m in lm.base_model.modules() if isinstance(m, nn.Embedding)]
+    for module in [*embeddings, *layers[:n]]:
+        module.requires_grad_(False)
+    head = lm.get_output_embeddings()
+    tied = head is not None and any(head.weight is m.weight for m in embeddings)
+    return f"embeddings and the bottom {n} of {len(layers)} blocks are frozen" + (
+        "; the LM head is tied to the embeddings and frozen with them" if tied else ""
+    )
+
+
+def trainable(module):
+    """(name, parameter) of what is trained, each shared tensor once."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def context_length(config):
+    """The most tokens a model can read, or None where its config names no limit."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the policy
+
+
+class Policy(nn.Module):
+    """A causal LM with, for PPO, a value head: Linear(D, 1) on the trunk's last hidden state, zero at the start.
+
+    The trunk is shared: one forward gives log-probs and values. `value_trunk` is a separate value model instead.
+    """
+
+    def __init__(self, lm, value_head=True, value_trunk=None):
+        super().__init__()
+        self.lm, self.value_trunk = lm, value_trunk
+        self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1) if value_head else None
+        if value_head:
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    def logits(self, hidden):
+        """Hidden states [..., D] -> logits [..., V] in float32, as the LM's own forward gives them."""
+        logits = self.lm.get_output_embeddings()(hidden).float()
+        cap = getattr(self.lm.config, "final_logit_softcapping", None)  # Gemma 2
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def hidden(self, batch, response_mask, trunk=None):
+        """The hidden states that score the response tokens: [n, D], row by row, and the tokens they score: [n]."""
+        hidden = (trunk or self.lm.base_model)(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
+        row, token = response_mask.nonzero(as_tuple=True)  # [n], [n]
+        column = batch.prompt_lengths[row] + token  # of the token itself: its logits stand one to the left
+        at = row * batch.ids.shape[1] + column - 1
+        return hidden.flatten(0, 1).index_select(0, at), batch.ids[row, column]
+
+    def forward(self, batch, response_mask, temperature=1.0, entropy=False, kl_to=None):
+        """Packed rows -> {logprobs, values, entropies, full_kl}, each [B, R] with 0 where masked.
+
+        Log-probs and entropies are those of softmax(logits / temperature): the distribution that was sampled. `values` are there
+        with a value head, `entropies` and `full_kl` (to the Policy `kl_to`, exact over the vocabulary) on request.
+        """
+        hidden, tokens = self.hidden(batch, response_mask)  # [n, D], [n]
+        with torch.no_grad():
+            ref_hidden = kl_to.hidden(batch, response_mask)[0] if kl_to else None
+
+        def chunk(rows):
+            logits = self.logits(hidden[rows]) / temperature  # [c, V]
+            logp = logits.log_softmax(-1)
+            out = {"logprobs": logp.gather(1, tokens[rows, None])[:, 0]}
+            if entropy:
+                out["entropies"] = torch.special.entr(logp.exp()).sum(-1)
+            if kl_to:
+                out["full_kl"] = full_kl(logits, kl_to.logits(ref_hidden[rows]).detach() / temperature)
+            return out
+
+        out = in_chunks(chunk, len(tokens), max(1, MAX_LOGITS // self.lm.config.get_text_config().vocab_size))
+        if self.value_head is not None:
+            if self.value_trunk is not None:
+                hidden, _ = self.hidden(batch, response_mask, self.value_trunk)
+            out["values"] = self.value_head(hidden)[:, 0].float()
+        return {name: unflatten(flat, response_mask) for name, flat in out.items()}
+
+    def final_values(self, batch):
+        """The value after the last token of every row, [B]: what a truncated response is bootstrapped with."""
+        hidden = (self.value_trunk or self.lm.base_model)(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
+        return self.value_head(hidden[torch.arange(len(batch), device=hidden.device), batch.lengths - 1])[:, 0].float()
+
+
+def in_chunks(function, n, size):
+    """{name: [n]} by function(slice) of at most `size` rows; where there are several, each is recomputed in the backward pass."""
+    if n <= size:
+        return function(slice(0, n))
+    parts = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    if torch.is_grad_enabled():
+        parts = [checkpoint(function, part, use_reentrant=False) for part in parts]
+    else:
+        parts = [function(part) for part in parts]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def unflatten(flat, mask):
+    """[n] values of the masked positions, row by row -> [B, R], 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def response_mask_of(batch, width=None):
+    """[B, R] from the lengths of packed rows; R is the longest response or `width`."""
+    width = int(batch.response_lengths.max()) if width is None else width
+    return torch.arange(width, device=batch.ids.device) < batch.response_lengths[:, None]
+
+
+# --------------------------------------------------------------------------------------------------------------- the reward model
+
+
+class RewardModel(nn.Module):
+    """A trunk and Linear(D, 1) on the hidden state of the last real token: [B, T] -> [B].
+
+    It is an HF sequence classifier with one label. The position comes from the lengths, never from `ids != pad`. Scores are
+    standardised: 1/std is folded into the score weight, the mean (in units of the std) is config.reward_mean, applied here.
+    Plain HF loading gives the same scores up to that constant, if pad differs from EOS.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        hidden = self.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
+        last = hidden[torch.arange(len(batch), device=hidden.device), batch.lengths - 1]  # [B, D]
+        return self.model.score(last)[:, 0].float() - getattr(self.model.config, "reward_mean", 0.0)
+
+    @torch.no_grad()
+    def standardise(self, mean, std):
+        """After this, scores that had this mean and standard deviation have 0 and 1."""
+        config = self.model.config
+        self.model.score.weight /= std
+        config.reward_mean = (getattr(config, "reward_mean", 0.0) + mean) / std
+
+
+# -------------------------------------------------------------------------------------------------------------- loading and saving
+
+
+def resolve(path):
+    """A run folder stands for the model/ inside it; anything else is a model folder or a hub name."""
+    inner = os.path.join(path, "model")
+    return inner if os.path.isfile(os.path.join(inner, "config.json")) else path
+
+
+def check_model(path):
+    """The HF config of a model folder or hub name, looked at before anything is loaded; errors in one line."""
+    path = resolve(path)
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise InputError(f"{path}: a folder without config.json is no model")
+        if not any(name.endswith(".safetensors") and name != "value_head.safetensors" for name in os.listdir(path)):
+            raise InputError(f"{path}: no weights (*.safetensors) in this model folder")
+    elif os.path.sep in os.path.normpath(path) and path.count("/") != 1 or path.startswith((".", "~", "/")):
+        raise InputError(f"{path}: no such model folder")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: neither a model folder nor a model that the hub gives ({first_line(e)})") from None
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model. It must know its EOS; padding falls back to EOS, since masks never look at ids."""
+    path = resolve(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: no tokenizer could be loaded ({first_line(e)})") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def pretrained(auto, path, **kwargs):
+    """auto.from_pretrained in float32 from safetensors only, with errors in one line."""
+    try:
+        return auto.from_pretrained(path, use_safetensors=True, dtype=torch.float32, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise InputError(f"{path}: cannot be loaded ({first_line(e)})") from None
+
+
+def load_policy(path, value_head=True, value_model=None, device="cpu"):
+    """A run folder, model folder or hub name -> Policy in float32. A value head saved beside the weights is loaded too.
+
+    value_model: None shares the trunk; a path is a separate value trunk (a policy's or a reward model's).
+    """
+    path = resolve(path)
+    lm = pretrained(AutoModelForCausalLM, path)
+    if not lm.config.is_encoder_decoder and lm.get_output_embeddings() is None:
+        raise InputError(f"{path}: this model has no LM head")
+    saved_trunk = os.path.join(path, "value_model")
+    if value_head and value_model is None and os.path.isdir(saved_trunk):
+        value_model = saved_trunk
+    trunk = pretrained(AutoModel, resolve(value_model)) if value_head and value_model else None
+    policy = Policy(lm, value_head, trunk)
+    saved_head = os.path.join(path, "value_head.safetensors")
+    if value_head and os.path.isfile(saved_head):
+        policy.value_head.load_state_dict(load_file(saved_head))
+    return policy.to(device)
+
+
+def save_policy(policy, tokenizer, path):
+    """A folder that plain AutoModelForCausalLM loads; the value head (and a separate value model) beside the weights."""
+    policy.lm.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    if policy.value_head is not None:
+        save_file({k: v.contiguous() for k, v in policy.value_head.state_dict().items()}, os.path.join(path, "value_head.safetensors"))
+    if policy.value_trunk is not None:
+        policy.value_trunk.save_pretrained(os.path.join(path, "value_model"))
+
+
+def load_reward_model(path, device="cpu", seed=None):
+    """A reward model's folder -> RewardModel. With `seed` the path is a causal LM's, whose LM head gives way to a new score head."""
+    path = resolve(path)
+    model = pretrained(AutoModelForSequenceClassification, path, num_labels=1)
+    if not hasattr(model, "score"):
+        raise InputError(f"{path}: {type(model).__name__} has no score head on a decoder; a reward model needs a causal LM's trunk")
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        std = (model.config.get_text_config().hidden_size + 1) ** -0.5  # Stiennon et al. 2020
+        model.score.weight.data.normal_(0, std, generator=generator)
+    return RewardModel(model).to(device)
+
+
+def save_reward_model(reward_model, tokenizer, path):
+    """A folder that plain AutoModelForSequenceClassification loads, with config.reward_mean."""
+    reward_model.model.config.pad_token_id = tokenizer.pad_token_id
+    reward_model.model.save_pretrained(path)
+    tokenizer.save_pretrained(path)

@@ -1,0 +1,41 @@
+"""AdamW and its learning-rate schedule, the same for all training scripts."""
+
+import math
+
+import torch
+
+from .models import trainable
+
+
+def adamw(module, lr, betas, weight_decay):
+    """AdamW over what is trained; no decay on vectors (biases, norms). Fused: one kernel for all parameters, on CPU too."""
+    matrices = [p for _, p in trainable(module) if p.dim() >= 2]
+    vectors = [p for _, p in trainable(module) if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), fused=True)
+
+
+def learning_rate(step, steps, lr, schedule, warmup=0, final=0.0):
+    """The rate of step 0 .. steps-1: linear warm-up over `warmup` steps, then constant, linear or cosine down to final * lr."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
+    if schedule == "constant":
+        return lr
+    left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return lr * (final + (1 - final) * left)
+
+
+def optimizer_step(optimizer, module, lr, max_grad_norm, step):
+    """Clip, check, step. -> gradient norm before clipping. A gradient that is not finite stops the run before it does harm.
+
+    The norm is of the gradients after their exchange: all ranks see the same one and stop together.
+    """
+    norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable(module)], max_grad_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}: the last checkpoint is kept; lower --lr or look at the rewards")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()

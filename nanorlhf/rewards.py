@@ -1,0 +1,183 @@
+"""The reward stack: anything that gives a text a number.
+
+A reward is named by one string:
+    FOLDER or hub name       a reward model of train_rm.py, or any HF sequence classifier (its positive logit)
+    FILE.py:FUNCTION         a Python function of (prompts, responses), two lists of texts, that returns one float for each
+    FILE.tsv or FILE.txt     a lexicon, WORD<TAB>VALUE...: the sum of the response's words' values / 5, clipped to +-10
+    world:gold               the embedded world's gold reward
+
+load_reward() turns it into a function Answers -> scores [B]. Several rewards side by side are scores [K, B] (score_all).
+"""
+
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from . import world
+from .cli import require
+from .data import encode_prompts, encode_responses
+from .errors import InputError
+from .models import Packed, RewardModel, check_model, first_line, load_tokenizer, pack, pretrained, resolve
+
+
+@dataclass
+class Answers:
+    """Finished answers, as text and as the sampled ids."""
+
+    prompts: list[str]
+    responses: list[str]
+    batch: Packed
+
+    def __len__(self):
+        return len(self.prompts)
+
+
+def score_all(rewards, answers):
+    """{name: reward} -> scores [K, B] in float32 on the CPU, one row a reward."""
+    return torch.stack([reward(answers) for reward in rewards.values()])
+
+
+def reward_name(spec):
+    """What a reward is called in records: the last part of its path."""
+    return os.path.basename(os.path.normpath(spec))
+
+
+def check_reward(spec):
+    """Look at what a reward's name stands for before any model is loaded; errors in one line."""
+    if spec == "world:gold":
+        return
+    if ".py:" in spec:
+        require(os.path.isfile(spec.rpartition(":")[0]), f"{spec}: no such file")
+    elif spec.endswith((".tsv", ".txt")):
+        read_lexicon(spec)
+    else:
+        check_model(spec)
+
+
+def load_reward(spec, tokenizer, dist, micro_batch_size=64):
+    """A reward's name -> function Answers -> scores [B] (float32, CPU). `tokenizer` is the policy's."""
+    if spec == "world:gold":
+        return text_reward(spec, world.gold)
+    if ".py:" in spec:
+        return text_reward(spec, python_function(spec))
+    if spec.endswith((".tsv", ".txt")):
+        return text_reward(spec, lexicon_reward(read_lexicon(spec)))
+    return model_reward(spec, tokenizer, dist, micro_batch_size)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ on texts
+
+
+def text_reward(name, function):
+    """A function of (prompts, responses) -> a reward that checks what it returns."""
+
+    def reward(answers):
+        try:
+            scores = [float(x) for x in function(answers.prompts, answers.responses)]
+        except Exception as e:
+            raise InputError(f"the reward {name} raised {type(e).__name__}: {first_line(e)}") from e
+        require(len(scores) == len(answers), f"the reward {name} returned {len(scores)} scores for {len(answers)} responses")
+        bad = next((i for i, x in enumerate(scores) if not math.isfinite(x)), None)
+        require(bad is None, f"the reward {name} returned {scores[bad or 0]} for the response {answers.responses[bad or 0][:60]!r}")
+        return torch.tensor(scores)
+
+    return reward
+
+
+def python_function(spec):
+    path, _, name = spec.rpartition(":")
+    module_spec = importlib.util.spec_from_file_location("reward_function", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as e:
+        raise InputError(f"{path}: cannot be imported: {type(e).__name__}: {first_line(e)}") from e
+    require(callable(getattr(module, name, None)), f"{path}: it defines no function {name!r}")
+    return getattr(module, name)
+
+
+def read_lexicon(path):
+    """WORD<TAB>VALUE[<TAB>anything] a line -> {word: value}."""
+    require(os.path.isfile(path), f"{path}: no such file")
+    lexicon = {}
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f.read().split("\n"), 1):
+            if line.strip():
+                try:
+                    word, value = line.split("\t")[:2]
+                    lexicon[word.lower()] = float(value)
+                except ValueError:
+                    raise InputError(f"{path}:{number}: not WORD<TAB>VALUE: {line[:40]!r}") from None
+    require(lexicon, f"{path}: the lexicon is empty")
+    return lexicon
+
+
+def lexicon_reward(lexicon):
+    """Controlled sentiment: sum over the words of the response of their values / 5, clipped to +-10."""
+
+    def reward(prompts, responses):
+        totals = (sum(lexicon.get(word, 0.0) for word in re.findall(r"[a-z][a-z'-]*", text.lower())) for text in responses)
+        return [max(-10.0, min(10.0, total / 5)) for total in totals]
+
+    return reward
+
+
+# ----------------------------------------------------------------------------------------------------------------------- by a model
+
+
+def model_reward(path, tokenizer, dist, micro_batch_size):
+    """A reward model, or any other sequence classifier by its positive logit, as a reward."""
+    path = resolve(path)
+    model = pretrained(AutoModelForSequenceClassification, path).to(dist.device).eval()
+    if model.config.num_labels == 1 and hasattr(model, "score"):
+        score = scalar_scorer(RewardModel(model), path, tokenizer, dist, micro_batch_size)
+    else:
+        score = classifier_scorer(model, path, dist, micro_batch_size)
+
+    @torch.no_grad()
+    def reward(answers):
+        scores = score(answers).cpu()
+        require(bool(scores.isfinite().all()), f"the reward model {path} gave a score that is not finite")
+        return scores
+
+    return reward
+
+
+def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
+    """With the policy's own tokenizer the sampled ids are scored as they are: never decoded and tokenised again."""
+    own = load_tokenizer(path)
+    same = own.get_vocab() == tokenizer.get_vocab()
+
+    def score(answers):
+        batch = answers.batch
+        if not same:
+            batch = pack(encode_prompts(own, answers.prompts), encode_responses(own, answers.responses), own.pad_token_id)
+        batch = batch.to(dist.device)
+        scores = torch.zeros(len(batch), device=dist.device)
+        for rows in batch.micro_batches(micro_batch_size):
+            scores[rows] = reward_model(batch.rows(rows))
+        return scores
+
+    return score
+
+
+def classifier_scorer(model, path, dist, micro_batch_size):
+    """The positive logit on "prompt response": the label that is called positive (or pos), else the last one."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    labels = {name.lower(): i for i, name in model.config.id2label.items()}
+    label = labels.get("positive", labels.get("pos", model.config.num_labels - 1))
+
+    def score(answers):
+        texts = [f"{p} {r}" for p, r in zip(answers.prompts, answers.responses)]
+        parts = []
+        for i in range(0, len(texts), micro_batch_size):
+            inputs = tokenizer(texts[i : i + micro_batch_size], padding=True, truncation=True, return_tensors="pt").to(dist.device)
+            parts.append(model(**inputs).logits[:, label].float())
+        return torch.cat(parts)
+
+    return score

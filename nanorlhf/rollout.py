@@ -1,0 +1,134 @@
+"""Sampling responses in batches with one KV cache, keeping the log-probs and values that PPO needs.
+
+    B sequences, P prompt tokens (left-padded), R response tokens (right-padded), V vocabulary
+
+The noise of a sample is keyed by (seed, step, its index in the global batch, position), so that neither the number of ranks nor
+the size of a micro-batch changes what is sampled. One uniform number a token is enough: the token is the first one at which the
+cumulative distribution passes it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .models import Packed
+
+
+@dataclass
+class Rollout:
+    """What generate() returns. Masked positions hold 0 (ids: the padding id)."""
+
+    prompt_ids: torch.Tensor  # [B, P] left-padded
+    attention_mask: torch.Tensor  # [B, P] bool
+    response_ids: torch.Tensor  # [B, R]
+    response_mask: torch.Tensor  # [B, R] bool, up to and including the first EOS
+    logprobs: torch.Tensor  # [B, R] of the full distribution at the sampling temperature
+    entropies: torch.Tensor  # [B, R] of the same distribution, nats
+    values: torch.Tensor | None  # [B, R], before each token; None without a value head on the trunk
+    finished: torch.Tensor  # [B] bool: the response ends with EOS
+
+    def packed(self):
+        """Prompt and response side by side, padding on the right only: what models.py reads."""
+        ids = torch.cat([self.prompt_ids, self.response_ids], 1)  # [B, T]
+        mask = torch.cat([self.attention_mask, self.response_mask], 1)  # [B, T]
+        order = (~mask).int().argsort(dim=1, stable=True)  # real tokens first, in their order
+        return Packed(ids.gather(1, order), self.attention_mask.sum(1), self.response_mask.sum(1))
+
+
+def left_pad(prompts, pad_id):
+    """Lists of token lists -> prompt_ids [B, P], attention_mask [B, P]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    return ids, mask
+
+
+def uniforms(seed, step, index, width):
+    """Uniform numbers in [0, 1) keyed by (seed, step, index of the sample, position): -> [len(index), width], float64."""
+    rows = int(max(index)) + 1
+    noise = np.random.default_rng([seed, step]).random((rows, width))  # row i is the same whatever the number of rows
+    return torch.from_numpy(noise[np.asarray(index)])
+
+
+def truncate(probs, top_k=0, top_p=1.0):
+    """Zero all but the top_k tokens, then all but the smallest set with mass top_p. probs [B, V] -> [B, V], not renormalised."""
+    if 0 < top_k < probs.shape[-1]:
+        probs = torch.where(probs < probs.topk(top_k)[0][:, -1:], 0.0, probs)
+    if top_p < 1:
+        ordered, order = probs.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of the more likely tokens
+        ordered = torch.where(before >= top_p * ordered.sum(-1, keepdim=True), 0.0, ordered)
+        probs = torch.zeros_like(probs).scatter(1, order, ordered)
+    return probs
+
+
+def sample(probs, u):
+    """Inverse-CDF sampling: probs [B, V] (any positive scale), u [B] in [0, 1) -> token ids [B]. Never a token of mass 0."""
+    cdf = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
+    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
+             pad_token_id=0, seed=0, step=0, index=None):  # fmt: skip
+    """Sample one response for every prompt from softmax(logits / temperature), dropout off. -> Rollout
+
+    model: a Policy. prompt_ids, attention_mask [B, P], left-padded. eos_token_id None never stops early. index [B]: each
+    sample's place in the global batch (default 0..B-1). top_k and top_p cut what may be sampled; log-probs are of the full
+    distribution all the same, so keep them off for training.
+    """
+    if temperature <= 0:
+        raise ValueError("temperature must be positive")
+    was_training = model.training
+    model.eval()
+    (B, _), R, device = prompt_ids.shape, max_new_tokens, prompt_ids.device
+    u = uniforms(seed, step, range(B) if index is None else index, R).to(device)  # [B, R]
+    shared_values = model.value_head is not None and model.value_trunk is None
+    response_ids = torch.full((B, R), pad_token_id, device=device)
+    logprobs, entropies, values = torch.zeros(3, B, R, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+
+    live = torch.arange(B, device=device)  # [b] rows in the running batch: finished ones leave it
+    mask = attention_mask.bool()  # [b, P + t]
+    padded = not mask.all()
+    ids, positions, cache = prompt_ids, (mask.long().cumsum(1) - 1).clamp(min=0), None
+    for t in range(R):
+        trunk = model.lm.base_model(
+            input_ids=ids, attention_mask=mask if padded else None, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        hidden, cache = trunk.last_hidden_state[:, -1], trunk.past_key_values  # [b, D]
+        logp = (model.logits(hidden) / temperature).log_softmax(-1)  # [b, V]
+        probs = logp.exp()
+        token = sample(truncate(probs, top_k, top_p), u[live, t])  # [b]
+        response_ids[live, t] = token
+        logprobs[live, t] = logp.gather(1, token[:, None])[:, 0]
+        entropies[live, t] = torch.special.entr(probs).sum(-1)
+        if shared_values:
+            values[live, t] = model.value_head(hidden)[:, 0].float()
+        ids, positions = token[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if eos_token_id is not None:
+            finished[live] |= token == eos_token_id
+            going = (~finished[live]).nonzero()[:, 0]
+            if len(going) == 0:
+                break
+            # Shrinking copies the whole cache, which costs about a step: wait until a quarter of its rows are done.
+            if len(going) <= 0.75 * len(live):
+                cache.batch_select_indices(going)
+                live, ids, positions, mask = live[going], ids[going], positions[going], mask[going]
+    model.train(was_training)
+
+    # A finished row may have run on until it was dropped: the response ends with its first EOS.
+    is_eos = response_ids == eos_token_id if finished.any() else torch.zeros_like(response_ids, dtype=torch.bool)
+    response_mask = (is_eos.cumsum(1) - is_eos.long()) == 0  # no EOS to the left
+    return Rollout(
+        prompt_ids,
+        attention_mask.bool(),
+        torch.where(response_mask, response_ids, pad_token_id),
+        response_mask,
+        logprobs * response_mask,
+        entropies * response_mask,
+        values * response_mask if shared_values else None,
+        finished,
+    )

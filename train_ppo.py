@@ -1,0 +1,420 @@
+"""PPO for language models, the whole algorithm: roll out, score, estimate advantages, update. The maths is in nanorlhf/ppo.py.
+
+    python train_ppo.py                                    the embedded world; trains its SFT policy and reward model first
+    python train_ppo.py --model gpt2 --dataset prompts.jsonl --reward_model my.py:reward --output_dir runs/my
+    torchrun --nproc_per_node=4 train_ppo.py               the same global batch, and the same result, on four processes (or GPUs)
+
+    B sequences of the global batch, b of this process, m of a micro-batch, P prompt and R response tokens, K rewards
+"""
+
+import os
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+import train_rm
+import train_sft
+from nanorlhf import checkpoint, cli, data, ppo
+from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.log import Progress, RunFolder, mean_se, sample_table
+from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, response_mask_of, save_policy
+from nanorlhf.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.plots import plot_run
+from nanorlhf.rewards import Answers, check_reward, load_reward, reward_name, score_all
+from nanorlhf.rollout import generate, left_pad
+
+
+@dataclass
+class Config(cli.RunConfig):
+    output_dir: str = field(default="runs/ppo", metadata={"help": "the run folder"})
+    model: str = field(default="runs/sft", metadata={"help": "the SFT policy: run folder, model folder or hub name"})
+    reward_model: str = field(default="runs/rm/seed_0", metadata={"help": "model folder or hub name, FILE.py:FUNCTION, or lexicon .tsv"})
+    gold_model: str = field(default="", metadata={"help": "a second reward, for evaluation only; embedded world: its gold"})
+    value_model: str = field(default="", metadata={"help": "a separate value model (policy or reward model); default: a head on the policy"})
+    steps: int = field(default=60, metadata={"help": "rollouts"})
+    batch_size: int = field(default=128, metadata={"help": "responses a rollout, over all processes"})
+    minibatch_size: int = field(default=32, metadata={"help": "responses an optimizer step, over all processes"})
+    ppo_epochs: int = field(default=4, metadata={"help": "passes over each rollout"})
+    max_prompt_length: int = field(default=0, metadata={"help": "left-truncate prompts to this many tokens; 0: an over-long one is an error"})
+    max_new_tokens: int = field(default=48, metadata={"help": "longest response"})
+    temperature: float = field(default=1.0, metadata={"help": "of sampling, and of every log-prob"})
+    lr: float = field(default=3e-4, metadata={"help": "peak learning rate of AdamW"})
+    schedule: str = field(default="constant", metadata={"help": "constant, linear or cosine, over the rollouts"})
+    eval_every: int = field(default=20, metadata={"help": "evaluate every N steps; 0: at the start and the end only"})
+    checkpoint_every: int = field(default=10, metadata={"help": "write a checkpoint every N steps"})
+    # The KL penalty. k1 in the reward is the gradient of the sequence KL. In the loss, k2 (on-policy) and full give the token KL's
+    # gradient, without the effect on later states; k3's gradient there is not the KL's. See kl_estimate and full_kl.
+    kl_coef: float = field(default=0.05, metadata={"help": "coefficient of the KL to the SFT policy"})
+    kl_kind: str = field(default="k1", metadata={"help": "k1, k2, k3 or full"})
+    kl_in: str = field(default="reward", metadata={"help": "reward or loss"})
+    kl_target: float = field(default=0.0, metadata={"help": "adapt kl_coef to keep the sequence KL here, in nats; 0: fixed"})
+    kl_horizon: int = field(default=10_000, metadata={"help": "samples over which kl_coef adapts"})
+    gamma: float = field(default=1.0, metadata={"help": "discount"})
+    lam: float = field(default=0.95, metadata={"help": "GAE's lambda"})
+    clip_range: float = field(default=0.2, metadata={"help": "PPO's clip of the ratio"})
+    value_clip_range: float = field(default=0.2, metadata={"help": "clip of the value's change"})
+    vf_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
+    ent_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
+    target_kl: float = field(default=0.0, metadata={"help": "no further epoch once the approximate KL to the old policy passes this; 0: off"})
+    score_clip: float = field(default=0.0, metadata={"help": "clip scores to +- this; 0: off"})
+    score_scaling: str = field(default="none", metadata={"help": "divide scores by a std: none, running or first"})
+    missing_eos_penalty: float = field(default=0.0, metadata={"help": "subtracted from the score of a response without EOS"})
+    eos_required: bool = field(default=False, metadata={"help": "a response without EOS scores -missing_eos_penalty, whatever it says"})
+    length_penalty: float = field(default=0.0, metadata={"help": "subtracted from the score for each response token"})
+    bootstrap_truncated: bool = field(default=False, metadata={"help": "a response cut at max_new_tokens ends with its value, not with 0"})
+    n_samples: int = field(default=3, metadata={"help": "samples to print at an evaluation"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        cli.at_least(self, 1, "minibatch_size", "ppo_epochs", "max_new_tokens", "kl_horizon")
+        cli.at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "score_clip", "max_prompt_length", "n_samples")
+        cli.one_of(self, "kl_kind", "k1", "k2", "k3", "full")
+        cli.one_of(self, "kl_in", "reward", "loss")
+        cli.one_of(self, "score_scaling", "none", "running", "first")
+        cli.require((self.kl_in, self.kl_kind) != ("loss", "k1"), "--kl_in loss: k1's gradient there has mean zero; take k2 or full")
+        cli.require(self.temperature > 0, "--temperature must be positive")
+        if data.is_world(self.dataset) and not self.gold_model:
+            self.gold_model = "world:gold"
+
+
+def main(config):
+    # ------------------------------------------------------------------------------------------------------------------- set-up
+    dist = setup(config.device)
+    cli.divides(config, "batch_size", config.minibatch_size, "--minibatch_size")
+    cli.divides(config, "minibatch_size", dist.world, "the number of processes")
+    folder = RunFolder(config, dist)
+    if folder.state == "done":
+        return folder.already_done()
+    train_what_is_missing(config)
+    torch.manual_seed(config.seed)
+
+    # --------------------------------------------------------------------------------------------------------------------- data
+    rows, held_out, note = data.load(config, "prompts")
+    for spec in filter(None, (config.reward_model, config.gold_model)):
+        check_reward(spec)
+    model_config, tokenizer = check_model(config.model), load_tokenizer(config.model)
+    prompts, held_out_prompts = (
+        data.ready_prompts(tokenizer, part, model_config, config.max_new_tokens, config.max_prompt_length) for part in (rows, held_out)
+    )
+    dist.print(f"PPO of {config.model} against {config.reward_model} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
+
+    # ------------------------------------------------------------------------------------------------------------------- models
+    policy = load_policy(config.model, value_model=config.value_model or None, device=dist.device).eval()  # eval: no dropout in PPO
+    note = freeze(policy.lm, config.freeze_layers)
+    dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
+    reference = load_policy(config.model, value_head=False, device=dist.device).eval().requires_grad_(False)
+    rewards = {reward_name(config.reward_model): load_reward(config.reward_model, tokenizer, dist, config.micro_batch_size)}
+    gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
+    optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
+    kl_controller = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon) if config.kl_target else None
+    scaler = ppo.ScoreScaler(config.score_scaling)
+    state = checkpoint.load(config.output_dir, policy, optimizer)
+    if state:
+        scaler.moments = tuple(state["scaler"])
+        if kl_controller:
+            kl_controller.coef = state["kl_coef"]
+    folder.create()
+    model = dist.wrap(policy)
+
+    def evaluation(step):
+        result, samples = evaluate(policy, reference, rewards, gold, tokenizer, held_out_prompts, config, dist)
+        folder.write_eval(step, samples)
+        samples = [{"step": step, "prompt": r["prompt"], "response": r["response"], **r["scores"], "gold": r["gold"]} for r in samples]
+        folder.append("samples.jsonl", samples[: config.n_samples])
+        text = ", ".join(f"{name} {v['mean']:.2f} +- {v['se']:.2f}" for name, v in result.items())
+        dist.print(f"\nstep {step}, {len(samples)} held-out prompts: {text}", sample_table(samples[: config.n_samples]))
+        return {f"eval/{name}{end}": v[key] for name, v in result.items() for key, end in (("mean", ""), ("se", "_se"), ("n", "_n"))}
+
+    if not state:
+        folder.append("metrics.jsonl", [{"step": 0, **evaluation(0)}])
+
+    # --------------------------------------------------------------------------------------------------------------------- loop
+    first_step = state["step"] + 1 if state else 1
+    progress = Progress(dist, "ppo", config.steps, first_step - 1)
+    for step in range(first_step, config.steps + 1):
+        clock = [time.perf_counter()]
+        kl_coef = kl_controller.coef if kl_controller else config.kl_coef
+        lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
+
+        # 1. Every process samples its share of the global batch.
+        index = data.batch_indices(len(prompts), config.batch_size, step - 1, config.seed)
+        place = dist.share(range(config.batch_size))  # which rows of the global batch are mine
+        rollout, answers = roll_out(policy, [prompts[index[i]] for i in place], place, step, tokenizer, config, dist)
+        clock.append(time.perf_counter())
+
+        # 2. Scores of the answers, log-probs under the reference, advantages.
+        x, record = experience(policy, reference, rewards, scaler, rollout, answers, kl_coef, config, dist)
+        clock.append(time.perf_counter())
+
+        # 3. A few epochs of minibatches on them.
+        record |= update(model, policy, reference, optimizer, answers.batch, x, place[0], step, kl_coef, lr, config, dist)
+        if kl_controller:
+            kl_controller.update(record["kl"], config.batch_size)
+        clock.append(time.perf_counter())
+
+        # 4. What happened.
+        seconds = dict(zip(("seconds_rollout", "seconds_score", "seconds_update"), np.diff(clock).tolist()))
+        speed = {"tokens_per_second": x.lengths.sum().item() / (clock[-1] - clock[0]), "peak_memory_mb": peak_memory_mb(dist)}
+        record = {"step": step, **record, "kl_coef": kl_coef, "lr": lr, **seconds, **speed}
+        if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+            record |= evaluation(step)
+        folder.append("metrics.jsonl", [record])
+        progress.step(step, f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}")
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            numbers = {"kl_coef": kl_controller.coef if kl_controller else kl_coef, "scaler": scaler.moments}
+            folder.checkpoint(step, policy, optimizer, numbers, config.keep_checkpoints)
+    progress.close()
+
+    # --------------------------------------------------------------------------------------------------------------------- save
+    folder.save_model(save_policy, policy, tokenizer)
+    if dist.main:
+        plot_run(config.output_dir)
+    summary = folder.finish(before_and_after(folder))
+    dist.print(closing_words(summary, config))
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------------------------------ rollouts
+
+
+def roll_out(policy, prompts, place, step, tokenizer, config, dist):
+    """One response to each prompt; `place` keys the noise by the prompt's place in the global batch. -> Rollout, Answers"""
+    ids, mask = left_pad(prompts, tokenizer.pad_token_id)
+    with autocast(dist, config.dtype):
+        rollout = generate(
+            policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, temperature=config.temperature,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, seed=config.seed, step=step, index=place,
+        )  # fmt: skip
+    responses = [ids[mask] for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu())]
+    texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, responses))
+    return rollout, Answers(*texts, rollout.packed())
+
+
+@torch.no_grad()
+def forward(policy, batch, width, config, dist, **kwargs):
+    """Policy.forward over micro-batches, without gradients: {name: [b, R]} with R = width."""
+    out = {}
+    for rows in batch.micro_batches(config.micro_batch_size):
+        part = batch.rows(rows)
+        with autocast(dist, config.dtype):
+            result = policy(part, response_mask_of(part), config.temperature, **kwargs)
+        for name, value in result.items():  # [m, R']
+            out.setdefault(name, torch.zeros(len(batch), width, device=dist.device))[rows, : value.shape[1]] = value
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------- experience
+
+
+@dataclass
+class Experience:
+    """What the update needs of a rollout, for the whole global batch: [B, R], and lengths [B]."""
+
+    mask: torch.Tensor
+    old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor  # whitened
+    returns: torch.Tensor
+    lengths: torch.Tensor
+
+
+def experience(policy, reference, rewards, scaler, rollout, answers, kl_coef, config, dist):
+    """A rollout -> Experience, and the step's numbers. Gathered first, so that no mean depends on the number of processes."""
+    width, full = config.max_new_tokens, config.kl_kind == "full"
+    old = {"logprobs": rollout.logprobs, "values": rollout.values}
+    # In bfloat16 a cached decode and a batch forward differ by about 1e-2; a separate value model has said nothing yet.
+    if config.dtype == "bfloat16" or config.value_model or full:
+        old = forward(policy, answers.batch, width, config, dist, kl_to=reference if full else None)
+    ref = forward(reference, answers.batch, width, config, dist)
+    local = {
+        "scores": score_all(rewards, answers)[0].to(dist.device),  # [b]: one reward today
+        "bootstrap": bootstrap_values(policy, rollout, answers.batch, config, dist),  # [b]
+        "finished": rollout.finished,  # [b]
+        "mask": rollout.response_mask,  # [b, R], as all that follow
+        "old_logprobs": old["logprobs"],
+        "ref_logprobs": ref["logprobs"],
+        "values": old["values"],
+        "entropies": rollout.entropies,
+        "full_kl": old["full_kl"] if full else torch.zeros_like(rollout.logprobs),
+    }
+    g = {name: dist.gather(value) for name, value in local.items()}
+    mask, lengths = g["mask"], g["mask"].sum(1)  # [B, R], [B]
+
+    scores = ppo.shape_scores(
+        g["scores"], lengths, g["finished"], config.missing_eos_penalty, config.eos_required, config.length_penalty
+    )
+    scores = scaler(scores)
+    if config.score_clip:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    k1, k3 = (ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], kind) for kind in ("k1", "k3"))  # 0 where masked
+    kl = g["full_kl"] if full else ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], config.kl_kind)
+    rewards_of_tokens = ppo.token_rewards(scores, kl, mask, kl_coef if config.kl_in == "reward" else 0.0)
+    bootstrap = g["bootstrap"] if config.bootstrap_truncated else None
+    advantages, returns = ppo.gae(rewards_of_tokens, g["values"], mask, config.gamma, config.lam, bootstrap)
+    moments = ppo.masked_moments(advantages, mask)
+    whitened = ppo.whiten(advantages, mask, moments)
+
+    record = {
+        "score_mean": g["scores"].mean().item(),
+        "score_std": g["scores"].std().item(),
+        "reward": rewards_of_tokens.sum(1).mean().item(),  # of a sequence: shaped score less the KL penalty
+        "kl": k1.sum(1).mean().item(),  # of a sequence, nats
+        "kl_k3": k3.sum(1).mean().item(),
+        "entropy": (g["entropies"].sum() / mask.sum()).item(),  # of a token, nats
+        "length": lengths.float().mean().item(),
+        "eos_rate": g["finished"].float().mean().item(),
+        "advantage_mean": moments[0].item(),
+        "advantage_std": moments[1].sqrt().item(),
+        "explained_variance": ppo.explained_variance(g["values"], returns, mask),
+    }
+    return Experience(mask, g["old_logprobs"], g["ref_logprobs"], g["values"], whitened, returns, lengths), record
+
+
+@torch.no_grad()
+def bootstrap_values(policy, rollout, batch, config, dist):
+    """[b]: the value after the last token of a response that was cut off, 0 for one that ended."""
+    values = torch.zeros(len(batch), device=dist.device)
+    cut_off = (~rollout.finished).nonzero()[:, 0]
+    if config.bootstrap_truncated and len(cut_off):
+        for rows in batch.micro_batches(config.micro_batch_size, cut_off):
+            with autocast(dist, config.dtype):
+                values[rows] = policy.final_values(batch.rows(rows))
+    return values
+
+
+# -------------------------------------------------------------------------------------------------------------------------- update
+
+
+def minibatches(config, step, epoch):
+    """Rows of the global batch, [batch_size / minibatch_size, minibatch_size], keyed by (seed, step, epoch).
+
+    The global batch is cut into minibatch_size equal strata, and each minibatch takes one row from each: it is the same set of
+    rows on any number of processes, and a process only ever trains on rows that it sampled itself.
+    """
+    strata = np.arange(config.batch_size).reshape(config.minibatch_size, -1)
+    return torch.from_numpy(np.random.default_rng([config.seed, step, epoch]).permuted(strata, axis=1).T.copy())
+
+
+def update(model, policy, reference, optimizer, batch, x, first, step, kl_coef, lr, config, dist):
+    """ppo_epochs passes of minibatches over the rollout. `batch` holds this process's rows, of which `first` is the first's place."""
+    epochs = []
+    for epoch in range(config.ppo_epochs):
+        stats, n_minibatches = defaultdict(lambda: torch.zeros((), device=dist.device)), config.batch_size // config.minibatch_size
+        for minibatch in minibatches(config, step, epoch):
+            n_tokens = x.lengths[minibatch.to(dist.device)].sum()  # of the whole minibatch: every mean's denominator
+            micro_batches = batch.micro_batches(config.micro_batch_size, dist.share(minibatch).to(dist.device) - first)
+            for rows in micro_batches:
+                part = batch.rows(rows)
+                with sync_on(model, last=rows is micro_batches[-1]), autocast(dist, config.dtype):
+                    loss, parts = loss_of(model, reference, part, x, rows + first, n_tokens, kl_coef, config)
+                    (loss * dist.world).backward()  # DDP averages over ranks; the loss is a sum
+                for name, value in parts.items():
+                    stats[name] = torch.maximum(stats[name], value) if name in ("ratio_max", "ratio_error") else stats[name] + value
+            if not epochs and "first_ratio_error" not in stats:
+                stats["first_ratio_error"] = stats["ratio_error"].clone()
+            stats["grad_norm"] += optimizer_step(optimizer, policy, lr, config.max_grad_norm, step) / dist.world
+        epochs.append(reduce_stats(stats, n_minibatches, dist))
+        if config.target_kl and epochs[-1]["approx_kl"] > config.target_kl:
+            break
+    return {name: sum(e[name] for e in epochs) / len(epochs) for name in epochs[-1]} | {"first_ratio_error": epochs[0]["first_ratio_error"]}
+
+
+def loss_of(model, reference, part, x, at, n_tokens, kl_coef, config):
+    """One micro-batch's share of the loss, and of the statistics. `at` [m]: its rows in x."""
+    mask = response_mask_of(part)  # [m, R'], trimmed to its longest response
+    old_logprobs, ref_logprobs, old_values, advantages, returns = (
+        tensor[at, : mask.shape[1]] for tensor in (x.old_logprobs, x.ref_logprobs, x.values, x.advantages, x.returns)
+    )
+    kl_to = reference if (config.kl_in, config.kl_kind) == ("loss", "full") else None
+    new = model(part, mask, config.temperature, entropy=config.ent_coef > 0, kl_to=kl_to)
+    policy_loss, stats = ppo.policy_loss(new["logprobs"], old_logprobs, advantages, mask, config.clip_range, n_tokens)
+    value_loss = ppo.value_loss(new["values"], old_values, returns, mask, config.value_clip_range, n_tokens)
+    # total = policy + vf_coef * value - ent_coef * entropy [+ kl_coef * kl]
+    loss = policy_loss + config.vf_coef * value_loss
+    if config.ent_coef:
+        loss = loss - config.ent_coef * new["entropies"].sum() / n_tokens
+    if config.kl_in == "loss":
+        kl = new["full_kl"] if kl_to else ppo.kl_estimate(new["logprobs"], ref_logprobs, config.kl_kind)
+        loss = loss + kl_coef * kl.sum() / n_tokens
+    ratio_error = (new["logprobs"] - old_logprobs).detach().abs().max()
+    return loss, {**stats, "ratio_error": ratio_error, "policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
+
+
+def reduce_stats(stats, n_minibatches, dist):
+    """Sums over this process's micro-batches -> means over the epoch's minibatches, all processes; maxima stay maxima."""
+    largest = ("ratio_max", "ratio_error", "first_ratio_error")
+    maxima = dist.gather(torch.stack([stats[name] for name in largest])[None]).amax(0).tolist()
+    means = (dist.sum(torch.stack([v for name, v in stats.items() if name not in largest])) / n_minibatches).tolist()
+    return dict(zip([name for name in stats if name not in largest], means)) | dict(zip(largest, maxima))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(policy, reference, rewards, gold, tokenizer, prompts, config, dist):
+    """Held-out prompts, always with the same noise -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold} for each."""
+    mine, parts = dist.part(len(prompts)), defaultdict(list)
+    for i in range(0, len(mine), config.batch_size):
+        place = mine[i : i + config.batch_size]
+        rollout, answers = roll_out(policy, [prompts[j] for j in place], place, 0, tokenizer, config, dist)
+        ref = forward(reference, answers.batch, config.max_new_tokens, config, dist)["logprobs"]
+        parts["kl"].append(ppo.kl_estimate(rollout.logprobs, ref, "k1").sum(1))
+        parts["kl_k3"].append(ppo.kl_estimate(rollout.logprobs, ref, "k3").sum(1))
+        parts["length"].append(rollout.response_mask.sum(1).float())
+        parts["eos_rate"].append(rollout.finished.float())
+        parts["scores"].append(score_all(rewards, answers).T)  # [b, K]
+        parts["gold"].append(gold(answers) if gold else torch.full((len(place),), torch.nan))
+        parts["ids"].append(torch.where(rollout.response_mask, rollout.response_ids, tokenizer.pad_token_id))
+        parts["mask"].append(rollout.response_mask)
+    g = {name: dist.gather(torch.cat(part)).cpu() for name, part in parts.items()}  # [N, ...], in the prompts' order
+    result = {"proxy": mean_se(g["scores"][:, 0])} | ({"gold": mean_se(g["gold"])} if gold else {})
+    result |= {name: mean_se(g[name]) for name in ("kl", "kl_k3", "length", "eos_rate")}
+    texts = zip(*(tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, [i[m] for i, m in zip(g["ids"], g["mask"])])))
+    return result, [
+        {"prompt": prompt, "response": response, "scores": dict(zip(rewards, scores)), "gold": x if gold else None}
+        for (prompt, response), scores, x in zip(texts, g["scores"].tolist(), g["gold"].tolist())
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- before and after
+
+
+def train_what_is_missing(config):
+    """With the default model and reward model on the embedded world: train those that are not there yet, by their own scripts."""
+    for name, script in (("model", train_sft), ("reward_model", train_rm)):
+        default = script.Config(device=config.device, dtype=config.dtype)
+        if getattr(config, name) == Config.__dataclass_fields__[name].default and data.is_world(config.dataset):
+            if not os.path.isfile(os.path.join(default.output_dir, "summary.json")):
+                script.main(default)
+
+
+def before_and_after(folder):
+    """The summary: the evaluations of step 0 and of the last step."""
+    first, *_, last = folder.records()
+    pick = lambda record: {name[5:]: value for name, value in record.items() if name.startswith("eval/")}  # noqa: E731
+    return {"steps": last["step"], "before": pick(first), "after": pick(last)}
+
+
+def closing_words(summary, config):
+    lines = [f"\nBefore and after {summary['steps']} steps of PPO, on {summary['after']['proxy_n']} held-out prompts (mean +- standard error):"]
+    for name in ("proxy", "gold", "kl", "length"):
+        if name in summary["after"]:
+            before, after = (f"{part[name]:6.2f} +- {part[name + '_se']:.2f}" for part in (summary["before"], summary["after"]))
+            lines.append(f"  {name:8s}{before}  ->  {after}")
+    lines.append(f"The policy is in {config.output_dir}/model, every answer in {config.output_dir}/eval, the curves in {config.output_dir}/curves.png.")
+    if data.is_world(config.dataset):
+        lines += [
+            "Try next:",
+            "  python train_ppo.py --kl_coef 0 --output_dir runs/ppo_no_kl      the proxy rises further; watch gold",
+            "  python train_rm.py --label_noise 0.25 --output_dir runs/rm_noisy  then --reward_model runs/rm_noisy",
+            "  python train_ppo.py --reward_model my.py:reward                  def reward(prompts, responses): return [...]",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(Config, main)

@@ -1,0 +1,183 @@
+"""Train a reward model on preference pairs: a causal LM's trunk with a scalar on the last token, loss -log sigmoid(r_c - r_r).
+
+    python train_rm.py                                                           the embedded world, from runs/sft
+    python train_rm.py --model gpt2 --dataset pairs.jsonl --output_dir runs/rm2  JSONL {prompt, chosen, rejected}
+    torchrun --nproc_per_node=4 train_rm.py                                      the same global batch on four processes
+
+Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members: Coste et al. 2024 (2310.02743).
+
+    B pairs, T tokens, D hidden
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanorlhf import checkpoint, cli, data, world
+from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.log import Progress, RunFolder, mean_se
+from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, pack, save_reward_model
+from nanorlhf.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.stats import kendall_tau
+
+
+@dataclass
+class Config(cli.RunConfig):
+    output_dir: str = field(default="runs/rm/seed_0", metadata={"help": "the run folder"})
+    model: str = field(default="runs/sft", metadata={"help": "the trunk: run folder, model folder or hub name of a causal LM"})
+    steps: int = field(default=100, metadata={"help": "optimizer steps"})
+    batch_size: int = field(default=32, metadata={"help": "pairs a step, over all processes"})
+    lr: float = field(default=5e-4, metadata={"help": "peak learning rate of AdamW"})
+    warmup: int = field(default=10, metadata={"help": "steps of linear warm-up"})
+    eval_size: int = field(default=512, metadata={"help": "held-out pairs to evaluate on"})
+    max_length: int = field(default=0, metadata={"help": "longest prompt + response in tokens; 0: the model's context"})
+    label_noise: float = field(default=0.0, metadata={"help": "flip each training label with this probability"})
+    noise_seed: int = field(default=0, metadata={"help": "which labels are flipped: shared by members that share it"})
+    score_l2: float = field(default=0.0, metadata={"help": "beta of the penalty beta * 1/2 (r_c^2 + r_r^2); Coste et al. use 0.001"})
+    gold_model: str = field(default="", metadata={"help": "a reward to compare the scores with (Kendall's tau); embedded world: its gold"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        cli.at_least(self, 0, "max_length", "score_l2", "noise_seed")
+        cli.require(0 <= self.label_noise <= 1, "--label_noise is a probability")
+        if data.is_world(self.dataset) and not self.gold_model:
+            self.gold_model = "world:gold"
+
+
+def main(config):
+    # ------------------------------------------------------------------------------------------------------------------- set-up
+    dist = setup(config.device)
+    cli.divides(config, "batch_size", dist.world, "the number of processes")
+    folder = RunFolder(config, dist)
+    if folder.state == "done":
+        return folder.already_done()
+
+    # --------------------------------------------------------------------------------------------------------------------- data
+    rows, held_out, note = data.load(config, "pairs")
+    flipped = np.random.default_rng([config.noise_seed, 25]).random(len(rows)) < config.label_noise  # training pairs only
+    rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]
+    tokenizer = load_tokenizer(config.model)
+    max_length = config.max_length or context_length(check_model(config.model))
+    prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length)
+    rejected_prompts, rejected, more_cut = data.encode(tokenizer, rows, "rejected", max_length)
+    dist.print(f"reward model on {config.dataset}: {note}, {flipped.sum()} labels flipped, {n_cut + more_cut} responses cut to {max_length} tokens")
+
+    # -------------------------------------------------------------------------------------------------------------------- model
+    reward_model = load_reward_model(config.model, dist.device, seed=config.seed)
+    note = freeze(reward_model.model, config.freeze_layers)
+    dist.print(f"{sum(p.numel() for p in reward_model.parameters()):,} parameters, {note}")
+    optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
+    state = checkpoint.load(config.output_dir, reward_model, optimizer) or {"step": 0}
+    folder.create()
+    model = dist.wrap(reward_model)
+
+    # --------------------------------------------------------------------------------------------------------------------- loop
+    progress = Progress(dist, "reward model", config.steps, state["step"])
+    for step in range(state["step"] + 1, config.steps + 1):
+        begun = time.perf_counter()
+        torch.manual_seed(cli.key(config.seed, step, dist.rank))  # dropout's noise
+        mine = dist.share(data.batch_indices(len(rows), config.batch_size, step - 1, config.seed))
+        reward_model.train()
+        totals = torch.zeros(3, device=dist.device)  # loss, correct, margin
+        for i in range(0, len(mine), config.micro_batch_size):
+            pairs = mine[i : i + config.micro_batch_size]
+            # Row j holds the chosen answer of pair j, row b + j its rejected one: [2 b, T].
+            batch = pack(
+                [prompts[j] for j in pairs] + [rejected_prompts[j] for j in pairs],
+                [chosen[j] for j in pairs] + [rejected[j] for j in pairs],
+                tokenizer.pad_token_id,
+            ).to(dist.device)
+            with sync_on(model, last=i + config.micro_batch_size >= len(mine)), autocast(dist, config.dtype):
+                r_chosen, r_rejected = model(batch).chunk(2)  # [b], [b]
+                # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2)
+                losses = -F.logsigmoid(r_chosen - r_rejected) + 0.5 * config.score_l2 * (r_chosen**2 + r_rejected**2)
+                loss = losses.sum() / config.batch_size
+                (loss * dist.world).backward()  # DDP averages over ranks; the loss is a sum
+            margin = (r_chosen - r_rejected).detach()
+            totals += torch.stack([loss.detach(), (margin > 0).sum() / config.batch_size, margin.sum() / config.batch_size])
+        lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
+        grad_norm = optimizer_step(optimizer, reward_model, lr, config.max_grad_norm, step)
+        loss, accuracy, margin = dist.sum(totals).tolist()
+        record = {"step": step, "loss": loss, "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm, "lr": lr}
+        record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            result, _ = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
+            record |= {f"eval/{k}": v for k, v in result.items()}
+        folder.append("metrics.jsonl", [record])
+        progress.step(step, f"loss {loss:.3f}  accuracy {accuracy:.2f}")
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            folder.checkpoint(step, reward_model, optimizer, {}, config.keep_checkpoints)
+    progress.close()
+
+    # -------------------------------------------------------------------------------------------- standardise, evaluate, save
+    _, scores = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
+    reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
+    result, scores = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
+    result |= compare_with_gold(config.gold_model, held_out, scores, tokenizer, dist)
+    dist.print(report(result))
+    folder.save_model(save_reward_model, reward_model, tokenizer)
+    return folder.finish({f"eval/{k}": v for k, v in result.items()})
+
+
+@torch.no_grad()
+def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
+    """Held-out pairs -> ({accuracy, ..., the length baselines}, scores [2, N] of chosen and rejected)."""
+    reward_model.eval()
+    mine = [rows[i] for i in dist.part(len(rows))]
+    scores, lengths = [], []
+    for field_ in ("chosen", "rejected"):
+        prompts, responses, _ = data.encode(tokenizer, mine, field_, max_length)
+        part = torch.zeros(len(mine), device=dist.device)
+        if mine:
+            batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device)
+            for index in batch.micro_batches(config.micro_batch_size):
+                with autocast(dist, config.dtype):
+                    part[index] = reward_model(batch.rows(index))
+        scores.append(dist.gather(part).cpu())
+        lengths.append(dist.gather(torch.tensor([len(r) for r in responses], device=dist.device)).cpu())
+    scores, lengths = torch.stack(scores), torch.stack(lengths)  # [2, N]
+    margin = scores[0] - scores[1]
+    accuracy = mean_se((margin > 0).double() + 0.5 * (margin == 0))
+    result = {
+        "accuracy": accuracy["mean"],
+        "accuracy_se": accuracy["se"],
+        "n_pairs": accuracy["n"],
+        "longer_wins": ((lengths[0] > lengths[1]).double() + 0.5 * (lengths[0] == lengths[1])).mean().item(),
+        "shorter_wins": ((lengths[0] < lengths[1]).double() + 0.5 * (lengths[0] == lengths[1])).mean().item(),
+        "margin": margin.mean().item(),
+        "score_mean": scores.mean().item(),
+        "score_std": scores.std().item(),
+    }
+    return result, scores
+
+
+def compare_with_gold(gold_model, rows, scores, tokenizer, dist):
+    """Kendall's tau of the scores [2, N] against gold over all the held-out texts."""
+    if not gold_model:
+        return {}
+    from nanorlhf.rewards import Answers, load_reward
+
+    gold = load_reward(gold_model, tokenizer, dist)
+    texts = [(r["prompt"], r[f]) for f in ("chosen", "rejected") for r in rows]
+    encoded = [{"prompt": p, "response": r} for p, r in texts]
+    prompts, responses, _ = data.encode(tokenizer, encoded, "response")
+    tau, p = kendall_tau(scores.flatten(), gold(Answers([p for p, _ in texts], [r for _, r in texts], pack(prompts, responses, tokenizer.pad_token_id))))
+    return {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": len(texts)} if math.isfinite(tau) else {}
+
+
+def report(result):
+    text = (
+        f"held-out pair accuracy {result['accuracy']:.3f} +- {result['accuracy_se']:.3f} (n = {result['n_pairs']}; "
+        f"longer wins {result['longer_wins']:.3f}, shorter wins {result['shorter_wins']:.3f}), margin {result['margin']:.2f} std"
+    )
+    if "gold_kendall_tau" in result:
+        text += f"; Kendall's tau with gold {result['gold_kendall_tau']:.3f} (p {result['gold_kendall_p']:.3f}, n = {result['n_texts']} texts)"
+    return text
+
+
+if __name__ == "__main__":
+    cli.run(Config, main)

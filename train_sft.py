@@ -1,0 +1,149 @@
+"""Supervised fine-tuning: teach a causal LM to answer like the demonstrations. Loss on the response tokens only.
+
+    python train_sft.py                                                       the embedded world, from scratch, on a CPU
+    python train_sft.py --model gpt2 --dataset my.jsonl --output_dir runs/my  any HF causal LM, JSONL {prompt, response}
+    torchrun --nproc_per_node=4 train_sft.py                                  the same global batch on four processes
+
+    B sequences, R response tokens, n response tokens of a micro-batch, D hidden, V vocabulary
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from nanorlhf import checkpoint, cli, data, world
+from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.log import Progress, RunFolder, sample_table
+from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy
+from nanorlhf.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.rollout import generate, left_pad
+
+
+@dataclass
+class Config(cli.RunConfig):
+    output_dir: str = field(default="runs/sft", metadata={"help": "the run folder"})
+    steps: int = field(default=400, metadata={"help": "optimizer steps"})
+    lr: float = field(default=3e-3, metadata={"help": "peak learning rate of AdamW"})
+    warmup: int = field(default=20, metadata={"help": "steps of linear warm-up"})
+    max_length: int = field(default=0, metadata={"help": "longest prompt + response in tokens; 0: the model's context"})
+    max_new_tokens: int = field(default=48, metadata={"help": "length of the samples that are printed"})
+    n_samples: int = field(default=4, metadata={"help": "samples to print at an evaluation"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        cli.at_least(self, 0, "max_length", "n_samples")
+        cli.at_least(self, 1, "max_new_tokens")
+
+
+def main(config):
+    # ------------------------------------------------------------------------------------------------------------------- set-up
+    dist = setup(config.device)
+    cli.divides(config, "batch_size", dist.world, "the number of processes")
+    folder = RunFolder(config, dist)
+    if folder.state == "done":
+        return folder.already_done()
+    torch.manual_seed(config.seed)
+
+    # --------------------------------------------------------------------------------------------------------------------- data
+    rows, held_out, note = data.load(config, "sft")
+    model_config = world.model_config() if config.model == "world" else check_model(config.model)
+    tokenizer = world.tokenizer() if config.model == "world" else load_tokenizer(config.model)
+    max_length = config.max_length or context_length(model_config)
+    prompts, responses, n_cut = data.encode(tokenizer, rows, "response", max_length)
+    held_out_prompts, held_out_responses, _ = data.encode(tokenizer, held_out, "response", max_length)
+    dist.print(f"SFT of {config.model} on {config.dataset}: {note}, {n_cut} responses cut to {max_length} tokens")
+
+    # -------------------------------------------------------------------------------------------------------------------- model
+    if config.model == "world":
+        policy = Policy(AutoModelForCausalLM.from_config(model_config), value_head=False).to(dist.device)
+    else:
+        policy = load_policy(config.model, value_head=False, device=dist.device)
+    note = freeze(policy.lm, config.freeze_layers)
+    dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
+    optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
+    state = checkpoint.load(config.output_dir, policy, optimizer) or {"step": 0}
+    folder.create()
+    model = dist.wrap(policy)
+
+    def report(step):
+        result = evaluate(policy, held_out_prompts, held_out_responses, tokenizer, config, dist)
+        samples = [{"step": step, **row} for row in sample(policy, held_out, tokenizer, config, dist)]
+        folder.append("samples.jsonl", samples)
+        dist.print(f"step {step}: held-out perplexity {result['perplexity']:.3f}, token accuracy {result['accuracy']:.3f} ({result['n_tokens']} tokens)")
+        dist.print(sample_table(samples))
+        return {f"eval/{k}": v for k, v in result.items()}
+
+    # --------------------------------------------------------------------------------------------------------------------- loop
+    progress = Progress(dist, "sft", config.steps, state["step"])
+    for step in range(state["step"] + 1, config.steps + 1):
+        begun = time.perf_counter()
+        torch.manual_seed(cli.key(config.seed, step, dist.rank))  # dropout's noise
+        index = data.batch_indices(len(rows), config.batch_size, step - 1, config.seed)
+        n_tokens = sum(len(responses[i]) for i in index)  # of the whole batch: the loss does not depend on how it is split
+        mine = dist.share(index)
+        batch = pack([prompts[i] for i in mine], [responses[i] for i in mine], tokenizer.pad_token_id).to(dist.device)
+        micro_batches = batch.micro_batches(config.micro_batch_size)
+        policy.train()
+        total = torch.zeros((), device=dist.device)
+        for rows_of in micro_batches:
+            part = batch.rows(rows_of)
+            with sync_on(model, last=rows_of is micro_batches[-1]), autocast(dist, config.dtype):
+                logprobs = model(part, response_mask_of(part))["logprobs"]  # [b, R]
+                # loss = -sum of log pi(response token) / number of response tokens
+                loss = -logprobs.sum() / n_tokens
+                (loss * dist.world).backward()  # DDP averages over ranks; the loss is a sum
+            total += loss.detach()
+        lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
+        grad_norm = optimizer_step(optimizer, policy, lr, config.max_grad_norm, step)
+        record = {"step": step, "loss": dist.sum(total).item(), "grad_norm": grad_norm, "lr": lr, "n_tokens": n_tokens}
+        record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
+        if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+            record |= report(step)
+        folder.append("metrics.jsonl", [record])
+        progress.step(step, f"loss {record['loss']:.3f}")
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            folder.checkpoint(step, policy, optimizer, {}, config.keep_checkpoints)
+    progress.close()
+
+    # --------------------------------------------------------------------------------------------------------------------- save
+    folder.save_model(save_policy, policy, tokenizer)
+    return folder.finish({k: v for k, v in folder.records()[-1].items() if k.startswith(("eval/", "step", "loss"))})
+
+
+@torch.no_grad()
+def evaluate(policy, prompts, responses, tokenizer, config, dist):
+    """Perplexity exp(-mean log pi) and the share of response tokens that are the most likely one, on held-out rows."""
+    policy.eval()
+    mine = list(dist.part(len(prompts)))
+    sums = torch.zeros(3, dtype=torch.float64, device=dist.device)  # sum of -log pi, correct tokens, tokens
+    if mine:
+        batch = pack([prompts[i] for i in mine], [responses[i] for i in mine], tokenizer.pad_token_id).to(dist.device)
+        for rows in batch.micro_batches(config.micro_batch_size):
+            part = batch.rows(rows)
+            with autocast(dist, config.dtype):
+                hidden, tokens = policy.hidden(part, response_mask_of(part))  # [n, D], [n]
+                logits = policy.logits(hidden)  # [n, V]
+            nll = torch.nn.functional.cross_entropy(logits, tokens, reduction="sum")
+            sums += torch.stack([nll, (logits.argmax(-1) == tokens).sum(), torch.tensor(len(tokens), device=dist.device)])
+    nll, correct, n = dist.sum(sums).tolist()
+    return {"perplexity": math.exp(min(nll / n, 700)), "accuracy": correct / n, "n_tokens": int(n)}
+
+
+def sample(policy, rows, tokenizer, config, dist):
+    """A few samples at temperature 1 for held-out prompts, with the embedded world's gold reward where it applies."""
+    rows = rows[: config.n_samples]
+    if not rows:
+        return []
+    prompts = data.encode_prompts(tokenizer, [r["prompt"] for r in rows])
+    ids, mask = left_pad(prompts, tokenizer.pad_token_id)
+    out = generate(policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                   pad_token_id=tokenizer.pad_token_id, seed=config.seed)  # fmt: skip
+    texts = [tokenizer.decode(ids[m], skip_special_tokens=True) for ids, m in zip(out.response_ids, out.response_mask)]
+    return [{"prompt": row["prompt"], "response": text} for row, text in zip(rows, texts)]
+
+
+if __name__ == "__main__":
+    cli.run(Config, main)
