@@ -97,7 +97,8 @@ def main(config):
         check_reward(spec)
     model_config, tokenizer = check_model(config.model), load_tokenizer(config.model)
     prompts, held_out_prompts = (
-        data.ready_prompts(tokenizer, part, model_config, config.max_new_tokens, config.max_prompt_length) for part in (rows, held_out)
+        data.ready_prompts(tokenizer, part, model_config, config.max_new_tokens, config.max_prompt_length, config.chat_template)
+        for part in (rows, held_out)
     )
     dist.print(f"PPO of {config.model} against {config.reward_model} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
 
@@ -314,13 +315,14 @@ def update(model, policy, reference, optimizer, batch, x, first, step, kl_coef, 
                     (loss * dist.world).backward()  # DDP averages over ranks; the loss is a sum
                 for name, value in parts.items():
                     stats[name] = torch.maximum(stats[name], value) if name in ("ratio_max", "ratio_error") else stats[name] + value
-            if not epochs and "first_ratio_error" not in stats:
-                stats["first_ratio_error"] = stats["ratio_error"].clone()
+            if "first_ratio_error" not in stats:  # nothing has been learned from this rollout yet, so every ratio should be 1
+                stats["first_ratio_error"] = stats["ratio_error"]
             stats["grad_norm"] += optimizer_step(optimizer, policy, lr, config.max_grad_norm, step) / dist.world
         epochs.append(reduce_stats(stats, n_minibatches, dist))
         if config.target_kl and epochs[-1]["approx_kl"] > config.target_kl:
             break
-    return {name: sum(e[name] for e in epochs) / len(epochs) for name in epochs[-1]} | {"first_ratio_error": epochs[0]["first_ratio_error"]}
+    means = {name: sum(stats[name] for stats in epochs) / len(epochs) for name in epochs[0] if name != "ratio_error"}
+    return means | {"ratio_max": max(stats["ratio_max"] for stats in epochs), "first_ratio_error": epochs[0]["first_ratio_error"]}
 
 
 def loss_of(model, reference, part, x, at, n_tokens, kl_coef, config):

@@ -22,6 +22,7 @@ from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, mean_se
 from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, pack, save_reward_model
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.rewards import Answers, load_reward
 from nanorlhf.stats import kendall_tau
 
 
@@ -62,8 +63,8 @@ def main(config):
     rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]
     tokenizer = load_tokenizer(config.model)
     max_length = config.max_length or context_length(check_model(config.model))
-    prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length)
-    rejected_prompts, rejected, more_cut = data.encode(tokenizer, rows, "rejected", max_length)
+    prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length, config.chat_template)
+    rejected_prompts, rejected, more_cut = data.encode(tokenizer, rows, "rejected", max_length, config.chat_template)
     dist.print(f"reward model on {config.dataset}: {note}, {flipped.sum()} labels flipped, {n_cut + more_cut} responses cut to {max_length} tokens")
 
     # -------------------------------------------------------------------------------------------------------------------- model
@@ -117,7 +118,7 @@ def main(config):
     _, scores = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
     reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
     result, scores = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
-    result |= compare_with_gold(config.gold_model, held_out, scores, tokenizer, dist)
+    result |= compare_with_gold(config, held_out, scores, tokenizer, dist)
     dist.print(report(result))
     folder.save_model(save_reward_model, reward_model, tokenizer)
     return folder.finish({f"eval/{k}": v for k, v in result.items()})
@@ -130,7 +131,7 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
     mine = [rows[i] for i in dist.part(len(rows))]
     scores, lengths = [], []
     for field_ in ("chosen", "rejected"):
-        prompts, responses, _ = data.encode(tokenizer, mine, field_, max_length)
+        prompts, responses, _ = data.encode(tokenizer, mine, field_, max_length, config.chat_template)
         part = torch.zeros(len(mine), device=dist.device)
         if mine:
             batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device)
@@ -155,16 +156,14 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
     return result, scores
 
 
-def compare_with_gold(gold_model, rows, scores, tokenizer, dist):
+def compare_with_gold(config, rows, scores, tokenizer, dist):
     """Kendall's tau of the scores [2, N] against gold over all the held-out texts."""
-    if not gold_model:
+    if not config.gold_model:
         return {}
-    from nanorlhf.rewards import Answers, load_reward
-
-    gold = load_reward(gold_model, tokenizer, dist)
+    gold = load_reward(config.gold_model, tokenizer, dist)
     texts = [(r["prompt"], r[f]) for f in ("chosen", "rejected") for r in rows]
     encoded = [{"prompt": p, "response": r} for p, r in texts]
-    prompts, responses, _ = data.encode(tokenizer, encoded, "response")
+    prompts, responses, _ = data.encode(tokenizer, encoded, "response", chat=config.chat_template)
     tau, p = kendall_tau(scores.flatten(), gold(Answers([p for p, _ in texts], [r for _, r in texts], pack(prompts, responses, tokenizer.pad_token_id))))
     return {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": len(texts)} if math.isfinite(tau) else {}
 

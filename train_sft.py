@@ -52,8 +52,8 @@ def main(config):
     model_config = world.model_config() if config.model == "world" else check_model(config.model)
     tokenizer = world.tokenizer() if config.model == "world" else load_tokenizer(config.model)
     max_length = config.max_length or context_length(model_config)
-    prompts, responses, n_cut = data.encode(tokenizer, rows, "response", max_length)
-    held_out_prompts, held_out_responses, _ = data.encode(tokenizer, held_out, "response", max_length)
+    prompts, responses, n_cut = data.encode(tokenizer, rows, "response", max_length, config.chat_template)
+    held_out_prompts, held_out_responses, _ = data.encode(tokenizer, held_out, "response", max_length, config.chat_template)
     dist.print(f"SFT of {config.model} on {config.dataset}: {note}, {n_cut} responses cut to {max_length} tokens")
 
     # -------------------------------------------------------------------------------------------------------------------- model
@@ -137,7 +137,7 @@ def sample(policy, rows, tokenizer, config, dist):
     rows = rows[: config.n_samples]
     if not rows:
         return []
-    prompts = data.encode_prompts(tokenizer, [r["prompt"] for r in rows])
+    prompts = data.encode_prompts(tokenizer, [r["prompt"] for r in rows], config.chat_template)
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
     out = generate(policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
                    pad_token_id=tokenizer.pad_token_id, seed=config.seed)  # fmt: skip

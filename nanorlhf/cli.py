@@ -25,6 +25,7 @@ class RunConfig:
     model: str = field(default="world", metadata={"help": "run folder, model folder or hub name; 'world': the embedded world's"})
     dataset: str = field(default="world", metadata={"help": "FILE.jsonl, a datasets name[:split], or world[:cue seed]"})
     columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ, e.g. prompt=question"})
+    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
     eval_dataset: str = field(default="", metadata={"help": "held-out data; default: rows of --dataset are held out, by prompt"})
     eval_size: int = field(default=256, metadata={"help": "held-out rows to evaluate on"})
     eval_every: int = field(default=0, metadata={"help": "evaluate every N steps; 0: at the start and the end only"})
@@ -87,8 +88,9 @@ def run(config_class, main, args=None):
     try:
         main(parse(config_class, args))
     except (InputError, FloatingPointError) as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        who = os.path.basename(sys.argv[0]) + (f" [rank {rank}]" if rank != "0" else "")
+        print(f"{who}: error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(e, InputError) else 1)
     finally:
         distributed.shutdown()

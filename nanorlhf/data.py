@@ -120,9 +120,17 @@ def load(config, kind):
 # ---------------------------------------------------------------------------------------------------------------------- tokenising
 
 
-def encode_prompts(tokenizer, texts):
-    """Texts -> token lists, with what the tokenizer puts in front (BOS). A prompt without any token is an error."""
-    ids = [list(x) for x in tokenizer(list(texts)).input_ids] if texts else []
+def encode_prompts(tokenizer, texts, chat=False):
+    """Texts -> token lists, with what the tokenizer puts in front (BOS), or as a user's turn in its chat template.
+
+    A prompt without any token is an error.
+    """
+    if chat:
+        require(tokenizer.chat_template, "--chat_template: this tokenizer has none")
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
+    # A chat template writes its own special tokens.
+    ids = [list(x) for x in tokenizer(list(texts), add_special_tokens=not chat).input_ids] if texts else []
     if not all(ids) and tokenizer.bos_token_id is not None:
         ids = [x or [tokenizer.bos_token_id] for x in ids]
     require(all(ids), "an empty prompt, and the tokenizer has no BOS token to start from")
@@ -143,9 +151,9 @@ def fit(prompt, response, max_length):
     return prompt[-(max_length - len(response)) :], response, cut
 
 
-def encode(tokenizer, rows, field, max_length=None):
+def encode(tokenizer, rows, field, max_length=None, chat=False):
     """Rows -> prompt token lists, response token lists (of `field`), how many responses had to be cut."""
-    prompts = encode_prompts(tokenizer, [r["prompt"] for r in rows])
+    prompts = encode_prompts(tokenizer, [r["prompt"] for r in rows], chat)
     responses = encode_responses(tokenizer, [r[field] for r in rows])
     if max_length is None:
         return prompts, responses, 0
@@ -153,9 +161,9 @@ def encode(tokenizer, rows, field, max_length=None):
     return [p for p, _, _ in fitted], [r for _, r, _ in fitted], sum(c for _, _, c in fitted)
 
 
-def ready_prompts(tokenizer, rows, model_config, max_new_tokens, max_prompt_length=0):
+def ready_prompts(tokenizer, rows, model_config, max_new_tokens, max_prompt_length=0, chat=False):
     """Rows -> prompt token lists, left-truncated to max_prompt_length; what still does not fit the context is an error."""
-    prompts = [p[-max_prompt_length:] for p in encode_prompts(tokenizer, [r["prompt"] for r in rows])]  # [-0:] is all of it
+    prompts = [p[-max_prompt_length:] for p in encode_prompts(tokenizer, [r["prompt"] for r in rows], chat)]  # [-0:] is all of it
     context = context_length(model_config)
     for p, row in zip(prompts, rows):
         require(

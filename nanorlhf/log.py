@@ -34,6 +34,7 @@ class RunFolder:
             self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
         elif os.path.isdir(self.path) and os.listdir(self.path):
             raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
+        dist.barrier()  # every process has looked before one writes
 
     def create(self):
         """Make the folder; in an unfinished run drop what was logged after its newest checkpoint."""

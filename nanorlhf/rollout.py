@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
 from .models import Packed
 
@@ -69,6 +70,31 @@ def sample(probs, u):
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
+class RoomyLayer(DynamicLayer):
+    """One layer of the KV cache with room for the whole rollout: adding a token copies that token, not the cache so far."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.used = room, 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Keys and values of the new tokens, [b, heads, new, head dim] -> those of all tokens so far."""
+        if not self.is_initialized:
+            self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
+            self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
+        end = self.used + key_states.shape[2]
+        for buffer, new in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, self.used : end] = new
+        self.used = end
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Keep these rows of the batch."""
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, : self.used] for buffer in self.buffers)
+
+
 @torch.no_grad()
 def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
              pad_token_id=0, seed=0, step=0, index=None):  # fmt: skip
@@ -82,7 +108,7 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
         raise ValueError("temperature must be positive")
     was_training = model.training
     model.eval()
-    (B, _), R, device = prompt_ids.shape, max_new_tokens, prompt_ids.device
+    (B, P), R, device = prompt_ids.shape, max_new_tokens, prompt_ids.device
     u = uniforms(seed, step, range(B) if index is None else index, R).to(device)  # [B, R]
     shared_values = model.value_head is not None and model.value_trunk is None
     response_ids = torch.full((B, R), pad_token_id, device=device)
@@ -92,12 +118,13 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
     live = torch.arange(B, device=device)  # [b] rows in the running batch: finished ones leave it
     mask = attention_mask.bool()  # [b, P + t]
     padded = not mask.all()
-    ids, positions, cache = prompt_ids, (mask.long().cumsum(1) - 1).clamp(min=0), None
+    ids, positions = prompt_ids, (mask.long().cumsum(1) - 1).clamp(min=0)
+    cache = Cache(layers=[RoomyLayer(P + R) for _ in range(model.lm.config.get_text_config().num_hidden_layers)])
     for t in range(R):
         trunk = model.lm.base_model(
             input_ids=ids, attention_mask=mask if padded else None, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        hidden, cache = trunk.last_hidden_state[:, -1], trunk.past_key_values  # [b, D]
+        hidden = trunk.last_hidden_state[:, -1]  # [b, D]
         logp = (model.logits(hidden) / temperature).log_softmax(-1)  # [b, V]
         probs = logp.exp()
         token = sample(truncate(probs, top_k, top_p), u[live, t])  # [b]

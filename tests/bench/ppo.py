@@ -1,0 +1,83 @@
+"""Time one PPO iteration of train_ppo.py: python tests/bench/ppo.py --size small. Prints one JSON line.
+
+The workload is the usual one for comparing PPO trainers on a CPU: a random GPT-NeoX policy, a reference and a reward model of the
+same size; 64 prompts of 16 random tokens, 48 new tokens each, no EOS; 4 epochs of 4 minibatches of 16 = 16 optimizer steps;
+float32. Rollout, scoring and update are counted; the first iteration, evaluation and files are not. CPU seconds of one thread are
+steadier than wall clock on a shared machine. --value_model uses a separate critic.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import types
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
+
+import torch  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig, PreTrainedTokenizerFast  # noqa: E402
+
+import train_ppo  # noqa: E402
+from nanorlhf.distributed import peak_memory_mb, setup  # noqa: E402
+
+SIZES = {"small": (128, 4, 4, 512, 512), "medium": (512, 8, 8, 2048, 8192)}  # hidden, layers, heads, intermediate, vocabulary
+
+
+def make_inputs(folder, size):
+    """A policy, a reward model and a prompt file; pad = eos = a token that the model cannot emit."""
+    hidden, layers, heads, intermediate, vocab = SIZES[size]
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=intermediate, vocab_size=vocab,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=None, num_labels=1,
+    )  # fmt: skip
+    words = {f"t{i}": i for i in range(vocab)} | {"<end>": vocab}
+    backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", eos_token="<end>")
+    for name, auto in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+        auto.from_config(config).save_pretrained(f"{folder}/{name}")
+        tokenizer.save_pretrained(f"{folder}/{name}")
+    with open(f"{folder}/prompts.jsonl", "w") as f:
+        for row in torch.randint(0, vocab, (320, 16)).tolist():
+            f.write(json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--iterations", type=int, default=5, help="the first is not counted")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--value_model", action="store_true", help="a separate critic instead of a head on the policy")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.threads == 1:
+        train_ppo.time = types.SimpleNamespace(perf_counter=time.process_time)  # CPU seconds
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(folder, args.size)
+        config = train_ppo.Config(
+            model=f"{folder}/policy", reward_model=f"{folder}/reward", dataset=f"{folder}/prompts.jsonl", output_dir=f"{folder}/run",
+            steps=args.iterations, batch_size=64, minibatch_size=16, micro_batch_size=16, ppo_epochs=4, max_new_tokens=48, lr=3e-6,
+            kl_coef=0.05, eval_size=1, eval_every=0, n_samples=0, checkpoint_every=10**6, dtype=args.dtype,
+            value_model=f"{folder}/policy" if args.value_model else "",
+        )  # fmt: skip
+        with open(os.devnull, "w") as sys.stdout:
+            train_ppo.main(config)
+        sys.stdout = sys.__stdout__
+        with open(f"{folder}/run/metrics.jsonl") as f:
+            records = [json.loads(line) for line in f][2:]  # step 0 is the evaluation, step 1 the warm-up
+    assert all(r["length"] == 48 for r in records)
+    parts = {name: sum(r[f"seconds_{name}"] for r in records) / len(records) for name in ("rollout", "score", "update")}
+    unit = "cpu_s" if args.threads == 1 else "s"
+    result = {"bench": "ppo", **vars(args), f"samples_per_{unit}": round(64 / sum(parts.values()), 3)}
+    result |= {f"{name}_{unit}": round(value, 4) for name, value in parts.items()}
+    print(json.dumps(result | {"peak_memory_mb": round(peak_memory_mb(setup("cpu"))), "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()

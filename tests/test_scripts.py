@@ -1,0 +1,931 @@
+"""The three training scripts as runs: what they write, what does not change the result (ranks, micro-batches, kills), what every option does.
+
+Most runs are calls of main(Config(...)) on the embedded world; processes are real where ranks and kills are the point. Everything
+runs on one thread, here as in the processes, so that 'bit for bit' can be asked for.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import checkpoint, cli, data, distributed, log, world
+from nanorlhf.models import load_policy
+
+REPO = Path(__file__).parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
+TIMES = ("seconds", "tokens_per_second", "peak_memory")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pictures():
+    """A test that takes this fixture has its curves drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes as long as a run: the other tests do without."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(train_ppo, "plot_run", lambda run: None)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with small inputs: sft/ and rm/ (trained on the embedded world), dropout/ (a model), and files of data and rewards."""
+    root = tmp_path_factory.mktemp("base")
+    train_sft.main(train_sft.Config(output_dir=f"{root}/sft", steps=20, batch_size=16, eval_size=16, warmup=2, max_new_tokens=12))
+    train_rm.main(train_rm.Config(output_dir=f"{root}/rm", model=f"{root}/sft", steps=6, batch_size=8, eval_size=32, warmup=0))
+    config = world.model_config()
+    config.hidden_dropout = config.attention_dropout = 0.2
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "dropout")
+    world.tokenizer().save_pretrained(root / "dropout")
+    write_rows(root / "sft.jsonl", world.demonstrations(120))
+    write_rows(root / "pairs.jsonl", world.preferences(120))
+    write_rows(root / "prompts.jsonl", world.prompts("train")[::6])
+    (root / "rewards.py").write_text(REWARDS)
+    return root
+
+
+# words(): a gold reward that kills its own process at the KILL_AT-th call, in the process of rank KILL_RANK.
+REWARDS = """
+import os, signal
+def seven(prompts, responses):
+    return [7.0] * len(responses)
+def the(prompts, responses):
+    return [float(r.split().count("the")) - 0.3 * len(r.split()) for r in responses]
+calls = 0
+def fails_on_rank_1(prompts, responses):
+    if os.environ.get("RANK") == "1":
+        raise ValueError("a text that only rank 1 has")
+    return [1.0] * len(responses)
+def words(prompts, responses):
+    global calls
+    calls += 1
+    if calls == int(os.environ.get("KILL_AT", 0)) and os.environ["RANK"] == os.environ["KILL_RANK"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [len(r.split()) for r in responses]
+"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------- helpers
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def metrics(folder):
+    """metrics.jsonl without what may differ: times and memory."""
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_rows(Path(folder) / "metrics.jsonl")]
+
+
+def weights(folder):
+    """Every tensor that the run saved."""
+    out = {}
+    for path in sorted((Path(folder) / "model").rglob("*.safetensors")):
+        out |= {f"{path.relative_to(folder)}:{name}": tensor for name, tensor in load_file(path).items()}
+    return out
+
+
+def assert_bit_equal(a, b):
+    """Two runs that must not differ at all: metrics, samples, evaluations, weights, summary, and the names of their files."""
+    assert metrics(a) == metrics(b)
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys() and len(x) > 10
+    for name in x:
+        assert x[name].equal(y[name]), name
+    names = [sorted(str(p.relative_to(f)) for p in Path(f).rglob("*") if p.is_file() and p.suffix != ".png") for f in (a, b)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.startswith(("samples", "eval", "summary")):  # config.json names its own folder
+            assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes(), name
+
+
+def assert_close_runs(a, b, rel=1e-4, atol=1e-5, weights_atol=1e-4):
+    """Two runs that may differ by float error."""
+    rows, others = metrics(a), metrics(b)
+    assert len(rows) == len(others) > 1
+    for row, other in zip(rows, others):
+        assert row.keys() == other.keys()
+        for name in row:
+            # The two errors are maxima of float error itself; explained variance is a small difference of large numbers.
+            loose = {"first_ratio_error": 1e-5, "explained_variance": 1e-3}.get(name, atol)
+            assert row[name] == pytest.approx(other[name], rel=rel, abs=loose), (row["step"], name)
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys()
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], rtol=0, atol=weights_atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def hashes(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def small(base, kind, **changes):
+    """The flags of a tiny run of a script."""
+    flags = {
+        "sft": {"model": f"{base}/dropout", "dataset": f"{base}/sft.jsonl", "steps": 3, "batch_size": 8, "lr": 1e-3, "warmup": 1,
+                "max_new_tokens": 8, "n_samples": 2, "eval_size": 8},
+        "rm": {"model": f"{base}/sft", "dataset": f"{base}/pairs.jsonl", "steps": 3, "batch_size": 8, "eval_size": 8, "warmup": 1},
+        "ppo": {"model": f"{base}/sft", "reward_model": f"{base}/rewards.py:the", "steps": 2, "batch_size": 8, "minibatch_size": 4,
+                "ppo_epochs": 2, "max_new_tokens": 12, "eval_size": 4, "eval_every": 0},
+    }[kind]  # fmt: skip
+    return {**flags, **changes}
+
+
+def train(base, kind, folder, **changes):
+    """Run a script's main() here -> the rows of its metrics."""
+    module = SCRIPTS[kind]
+    module.main(module.Config(output_dir=str(folder), **small(base, kind, **changes)))
+    return metrics(folder)
+
+
+def ppo(base, folder, **changes):
+    return train(base, "ppo", folder, **changes)
+
+
+def flags(settings):
+    return [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
+
+
+def launch(kind, *args):
+    """A script as a user starts it, in a process of its own."""
+    return subprocess.Popen([sys.executable, f"train_{kind}.py", *args], cwd=REPO, env=ENV, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+# A process spends seconds on imports. Those of fork() are real processes too, but a server has done the imports for them.
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["test_scripts", "transformers.models.gpt_neox.modeling_gpt_neox"])
+
+
+def fork(target, *args, **env):
+    process = forks.Process(target=in_child, args=(target, args, env), daemon=True)
+    process.start()
+    return process
+
+
+def in_child(target, args, env):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    if "STDERR" in env:
+        with open(f"{env['STDERR']}_{env['RANK']}", "w") as f:
+            os.dup2(f.fileno(), 2)
+    train_ppo.plot_run = lambda run: None
+    target(*args)
+
+
+def command_line(kind, *args):
+    cli.run(SCRIPTS[kind].Config, SCRIPTS[kind].main, list(args))
+
+
+def ranks(n, target, *args, **env):
+    """n processes with torchrun's environment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    env |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [fork(target, *args, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(n)]
+
+
+def join(*processes, code=0):
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == code
+
+
+# ------------------------------------------------------------------------------------------------------------- the run folders
+
+
+def test_sft_folder(base):
+    folder = base / "sft"
+    assert sorted(p.name for p in folder.iterdir() if p.suffix != ".png") == ["config.json", "metrics.jsonl", "model", "samples.jsonl", "summary.json"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["steps"] == 20 and config["lr"] == 3e-3 and config["dataset"] == "world"  # given and default settings
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, 21)) and rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["eval/perplexity"] == rows[-1]["eval/perplexity"]
+    samples = read_rows(folder / "samples.jsonl")
+    assert len(samples) == 4 and set(samples[0]) == {"step", "prompt", "response"} and samples[0]["step"] == 20
+
+    # Perplexity and accuracy again, by plain transformers, one demonstration at a time.
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    _, held_out, _ = data.load(train_sft.Config(output_dir=str(folder), eval_size=16), "sft")
+    nll, correct, n = 0.0, 0, 0
+    for row in held_out:
+        prompt = tokenizer(row["prompt"]).input_ids
+        answer = tokenizer(row["response"]).input_ids + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+        nll -= logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
+        correct += (logits.argmax(-1) == torch.tensor(answer)).sum().item()
+        n += len(answer)
+    assert summary["eval/n_tokens"] == n
+    assert summary["eval/perplexity"] == pytest.approx(math.exp(nll / n), rel=1e-4)
+    assert summary["eval/accuracy"] == pytest.approx(correct / n, abs=1.5 / n)
+
+
+def test_rm_folder(base):
+    folder = base / "rm"
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "model", "summary.json"} <= names and "checkpoint" not in names
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, 7)) and rows[0]["loss"] == pytest.approx(math.log(2), abs=0.3)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["eval/n_pairs"] == 32 and summary["eval/n_texts"] == 64 and -1 <= summary["eval/gold_kendall_tau"] <= 1
+
+    # Plain transformers give the scores up to the constant mean, for padded rows too (pad is not EOS here).
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.padding_side = "right"
+    _, held_out, _ = data.load(train_rm.Config(output_dir=str(folder), eval_size=32), "pairs")
+    texts = [f"{row['prompt']} {row[side]} <eos>" for side in ("chosen", "rejected") for row in held_out]
+    with torch.no_grad():
+        scores = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].double() - model.config.reward_mean
+    assert scores.mean().item() == pytest.approx(0, abs=1e-3) and scores.std().item() == pytest.approx(1, abs=1e-3)
+    margin = scores[:32] - scores[32:]
+    assert summary["eval/accuracy"] == pytest.approx((margin > 0).double().mean().item())
+    assert summary["eval/margin"] == pytest.approx(margin.mean().item(), abs=1e-3)
+    lengths = [[len(row[side].split()) for row in held_out] for side in ("chosen", "rejected")]
+    longer, same = (sum(f(c, r) for c, r in zip(*lengths)) for f in (int.__gt__, int.__eq__))
+    assert summary["eval/longer_wins"] == pytest.approx((longer + same / 2) / 32)
+    assert summary["eval/shorter_wins"] == pytest.approx(1 - summary["eval/longer_wins"])
+
+
+# spec/ppo.md, 'What to log each step'
+LOGGED = """score_mean score_std reward kl kl_k3 kl_coef entropy ratio_mean ratio_max clip_fraction approx_kl policy_loss value_loss
+    explained_variance advantage_mean advantage_std grad_norm lr length eos_rate seconds_rollout seconds_score seconds_update
+    tokens_per_second peak_memory_mb first_ratio_error""".split()
+
+
+def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
+    folder, evaluated, roll_out = tmp_path / "ppo", [], train_ppo.roll_out
+
+    def recorded(policy, prompts, place, step, *rest):
+        rollout, answers = roll_out(policy, prompts, place, step, *rest)
+        if step == 0:  # evaluations
+            evaluated.append(answers.batch)
+        return rollout, answers
+
+    monkeypatch.setattr(train_ppo, "roll_out", recorded)
+    ppo(base, folder, reward_model=f"{base}/rm", steps=3, eval_every=2, eval_size=8)
+    printed = capsys.readouterr().out
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for row in rows[1:]:
+        assert set(LOGGED) <= set(row) and all(math.isfinite(value) for value in row.values())
+        assert row["first_ratio_error"] <= 1e-5 and row["ratio_error"] > 1e-3  # the policy does move
+        assert row["ratio_max"] >= 1 and 0 < row["entropy"] < math.log(len(world.vocabulary())) and 1 <= row["length"] <= 12
+    assert abs(rows[1]["kl"]) < 1e-4 and abs(rows[1]["explained_variance"]) < 1e-6 and rows[3]["kl_k3"] > 1e-3  # starts at the reference
+    assert rows[1]["peak_memory_mb"] > 50 and rows[1]["tokens_per_second"] > 1
+
+    assert [p.name for p in sorted((folder / "eval").iterdir())] == ["step_0.jsonl", "step_2.jsonl", "step_3.jsonl"]
+    for step in (0, 2, 3):
+        answers = read_rows(folder / "eval" / f"step_{step}.jsonl")
+        assert len(answers) == 8 and all(set(row) == {"prompt", "response", "scores", "gold"} for row in answers)
+        assert {row["prompt"] for row in answers} <= {row["prompt"] for row in world.prompts("test")}
+        golds = world.gold([row["prompt"] for row in answers], [row["response"] for row in answers])
+        assert [row["gold"] for row in answers] == pytest.approx(golds, abs=1e-5)
+        proxies = torch.tensor([row["scores"]["rm"] for row in answers], dtype=torch.float64)
+        assert rows[step]["eval/proxy"] == pytest.approx(proxies.mean().item())
+        assert rows[step]["eval/proxy_se"] == pytest.approx(proxies.std().item() / 8**0.5)
+        assert rows[step]["eval/gold"] == pytest.approx(sum(golds) / 8, abs=1e-5) and rows[step]["eval/gold_n"] == 8
+    samples = read_rows(folder / "samples.jsonl")
+    assert [row["step"] for row in samples] == [0] * 3 + [2] * 3 + [3] * 3
+    assert samples[-1]["response"] == answers[2]["response"] and samples[0]["response"] in printed
+
+    # The reward model's scores again by plain transformers, one answer at a time.
+    model = AutoModelForSequenceClassification.from_pretrained(base / "rm/model")
+    for i, row in enumerate(answers):
+        ids = row_ids(evaluated[-1], i)
+        if ids[0, -1] != model.config.pad_token_id:  # plain transformers look for the last token that is not padding
+            with torch.no_grad():
+                score = model(ids).logits[0, 0].item() - model.config.reward_mean
+            assert row["scores"]["rm"] == pytest.approx(score, abs=1e-4)
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["after"]["gold"] == rows[3]["eval/gold"] and summary["before"]["gold"] == rows[0]["eval/gold"]
+    policy = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert policy.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
+    assert load_file(folder / "model/value_head.safetensors")["weight"].abs().sum() > 0
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert not (folder / "curves.png").exists()
+        return
+    picture = (folder / "curves.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[-8:-4] == b"IEND" and len(picture) > 10_000
+
+
+def test_no_arguments_trains_what_is_missing(tmp_path, monkeypatch):
+    """train_ppo.py with defaults: SFT and reward model first, where they are missing, by their own scripts and defaults."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def fake(name):
+        def main(config):
+            calls.append((name, config.output_dir, config.model, config.dataset, config.steps))
+            os.makedirs(config.output_dir)
+            Path(config.output_dir, "summary.json").write_text("{}")
+        return main  # fmt: skip
+
+    monkeypatch.setattr(train_sft, "main", fake("sft"))
+    monkeypatch.setattr(train_rm, "main", fake("rm"))
+    train_ppo.train_what_is_missing(train_ppo.Config())
+    assert calls == [("sft", "runs/sft", "world", "world", 400), ("rm", "runs/rm/seed_0", "runs/sft", "world", 100)]
+    train_ppo.train_what_is_missing(train_ppo.Config())
+    assert len(calls) == 2  # they are there now
+    shutil.rmtree("runs")
+    train_ppo.train_what_is_missing(train_ppo.Config(model="mine", dataset="world:3"))
+    assert [c[0] for c in calls[2:]] == ["rm"]
+    train_ppo.train_what_is_missing(train_ppo.Config(model="mine", reward_model="mine.py:f"))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_help_names_every_flag(kind, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(SCRIPTS[kind].Config, SCRIPTS[kind].main, ["--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0 and all(f"--{name} " in text for name in SCRIPTS[kind].Config.__dataclass_fields__)
+    assert all(field.metadata.get("help") for field in SCRIPTS[kind].Config.__dataclass_fields__.values())
+
+
+# --------------------------------------------------------------------------------------------- the same result, however it is split
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_micro_batches_change_nothing(base, tmp_path, kind):
+    settings = {"steps": 3, "micro_batch_size": 8}
+    if kind == "sft":
+        settings |= {"model": f"{base}/sft"}  # without dropout
+    if kind == "rm":  # without a penalty the last bias has no gradient but float error, which AdamW makes large
+        settings |= {"score_l2": 0.01}
+    if kind == "ppo":
+        settings |= {"reward_model": f"{base}/rm", "ent_coef": 0.01, "bootstrap_truncated": True}
+    train(base, kind, tmp_path / "a", **settings)
+    train(base, kind, tmp_path / "b", **settings | {"micro_batch_size": 3})
+    assert_close_runs(tmp_path / "a", tmp_path / "b")
+    for path in (tmp_path / "a").glob("eval/*"):
+        assert [r["response"] for r in read_rows(path)] == [r["response"] for r in read_rows(tmp_path / "b/eval" / path.name)]
+
+
+def drive(folder, runs):
+    """Several mains in one process, with a record of what PPO sampled: (step, place in the global batch, response ids)."""
+    roll_out, rank = train_ppo.roll_out, os.environ.get("RANK", "0")
+
+    def recorded(policy, prompts, place, step, *rest):
+        rollout, answers = roll_out(policy, prompts, place, step, *rest)
+        with open(Path(folder) / f"rollouts_{rank}.jsonl", "a") as f:
+            for i, ids, mask in zip(place, rollout.response_ids, rollout.response_mask):
+                f.write(json.dumps([step, i, ids[mask].tolist()]) + "\n")
+        return rollout, answers
+
+    train_ppo.roll_out = recorded
+    for kind, settings in runs:
+        SCRIPTS[kind].main(SCRIPTS[kind].Config(output_dir=str(Path(folder) / kind), **settings))
+    distributed.shutdown()
+
+
+def rank_settings(base):
+    """Runs for 1, 2 and 4 processes. eval_size 7 does not divide by them; the controller and the scaler see the whole batch."""
+    return [
+        ("sft", small(base, "sft", model=f"{base}/sft", eval_size=7, micro_batch_size=3, checkpoint_every=1)),
+        ("rm", small(base, "rm", eval_size=7, micro_batch_size=3, score_l2=0.01, eval_every=2)),
+        ("ppo", small(base, "ppo", reward_model=f"{base}/rm", gold_model=f"{base}/rewards.py:words", steps=3, eval_every=1, eval_size=7,
+                      checkpoint_every=1, kl_target=3.0, kl_horizon=40, score_scaling="running", ent_coef=0.01, kl_coef=0.2,
+                      bootstrap_truncated=True, missing_eos_penalty=1.0)),
+    ]  # fmt: skip
+
+
+def rollouts(folder):
+    rows = [row for path in Path(folder).glob("rollouts_*.jsonl") for row in read_rows(path)]
+    return sorted(rows)
+
+
+@pytest.fixture(scope="module")
+def one_process(base):
+    """The runs of rank_settings in one process: base/one/{sft, rm, ppo}."""
+    (base / "one").mkdir()
+    join(fork(drive, base / "one", rank_settings(base)))
+    return base / "one"
+
+
+@pytest.fixture(scope="module")
+def two_processes(base):
+    """The same by torchrun in two: base/two/{sft, rm, ppo}."""
+    (base / "two").mkdir()
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import test_scripts as t; t.in_child(t.drive, (sys.argv[2], json.loads(sys.argv[3])), {})"
+    (base / "driver.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", base / "driver.py", REPO / "tests"]
+    done = subprocess.run([*command, base / "two", json.dumps(rank_settings(base))], env=ENV, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return base / "two"
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_two_processes_change_nothing(one_process, two_processes, kind):
+    assert_close_runs(one_process / kind, two_processes / kind)
+    if kind == "ppo":
+        assert len(rollouts(one_process)) == 3 * 8 + 4 * 7 and rollouts(one_process) == rollouts(two_processes)
+        assert {path.name for path in two_processes.glob("rollouts_*")} == {"rollouts_0.jsonl", "rollouts_1.jsonl"}
+        for step in range(4):
+            rows, others = (read_rows(folder / f"ppo/eval/step_{step}.jsonl") for folder in (one_process, two_processes))
+            assert [(r["prompt"], r["response"]) for r in rows] == [(r["prompt"], r["response"]) for r in others]
+            assert [r["scores"]["rm"] for r in rows] == pytest.approx([r["scores"]["rm"] for r in others], rel=1e-4, abs=1e-4)
+
+
+def test_four_processes_change_nothing(base, one_process):
+    (base / "four").mkdir()
+    join(*ranks(4, drive, base / "four", rank_settings(base)[2:]))
+    assert_close_runs(one_process / "ppo", base / "four/ppo")
+    assert rollouts(one_process) == rollouts(base / "four")
+
+
+@pytest.mark.parametrize("kind", ["sft", *(pytest.param(k, marks=pytest.mark.xfail(
+    strict=True, reason="BUG: a rank without held-out rows makes other collective calls, or none")) for k in ("rm", "ppo"))])  # fmt: skip
+def test_fewer_held_out_rows_than_processes(base, tmp_path, kind):
+    settings = small(base, kind, eval_size=1, steps=1, max_new_tokens=4) if kind != "rm" else small(base, kind, eval_size=1, steps=1)
+    join(*ranks(2, drive, tmp_path, [(kind, settings)], STDERR=str(tmp_path / "stderr")))
+    assert (tmp_path / kind / "summary.json").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: an error of another rank is not printed, and rank 0 ends in gloo's traceback")
+def test_an_error_on_one_rank_only(base, tmp_path):
+    settings = small(base, "ppo", reward_model=f"{base}/rewards.py:fails_on_rank_1")
+    processes = ranks(2, command_line, "ppo", "--output_dir", str(tmp_path / "ppo"), *flags(settings), STDERR=str(tmp_path / "stderr"))
+    for process in processes:
+        process.join(60)
+    errors = "".join((tmp_path / f"stderr_{rank}").read_text() for rank in range(2))
+    assert [process.exitcode for process in processes] == [2, 2]
+    assert "a text that only rank 1 has" in errors and "Traceback" not in errors
+
+
+# --------------------------------------------------------------------------------------------------------------- kill and resume
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAt:
+    """Stop a run in this process at its n-th write, and leave the disk as a kill would: half a line, half a file, half a folder."""
+
+    def __init__(self, monkeypatch, n=0):
+        self.n, self.count, self.at = n, 0, ""
+        real_replace, real_rename, real_rmtree, real_save, real_append = os.replace, os.rename, shutil.rmtree, checkpoint.save_file, log.RunFolder.append
+
+        def due(what):
+            self.count += 1
+            self.at = f"write {self.count}: {what}"
+            return self.count == n
+
+        def moved(real):
+            def move(a, b):
+                if due(f"{real.__name__} {os.path.basename(b)}"):
+                    raise Killed(self.at)
+                real(a, b)
+            return move  # fmt: skip
+
+        def rmtree(path, *args, **kwargs):
+            if os.path.isdir(path) and due(f"rmtree {os.path.basename(path)}"):
+                files = sorted(p for p in Path(path).rglob("*") if p.is_file())
+                files[0].unlink()
+                raise Killed(self.at)
+            real_rmtree(path, *args, **kwargs)
+
+        def save_file(tensors, path):
+            if due("half of a checkpoint's tensors"):
+                Path(path).write_bytes(b"\x80\x01")
+                raise Killed(self.at)
+            real_save(tensors, path)
+
+        def append(folder, name, rows):
+            if due(f"half a line of {name}"):
+                with open(os.path.join(folder.path, name), "a") as f:
+                    f.write(json.dumps(rows[0])[:20])
+                raise Killed(self.at)
+            real_append(folder, name, rows)
+
+        monkeypatch.setattr(os, "replace", moved(real_replace))
+        monkeypatch.setattr(os, "rename", moved(real_rename))
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        monkeypatch.setattr(checkpoint, "save_file", save_file)
+        monkeypatch.setattr(log.RunFolder, "append", append)
+
+
+def killed_everywhere(base, kind, tmp_path, monkeypatch, first, **settings):
+    """Kill a run at each of its writes, resume it, and compare it with one that was left alone. Returns the number of writes."""
+    with monkeypatch.context() as patch:
+        counter = KillAt(patch)
+        train(base, kind, tmp_path / "whole", **settings)
+    assert counter.count > 10
+    for n in range(first, counter.count + 1):
+        folder = tmp_path / f"killed_{n}"
+        with monkeypatch.context() as patch:
+            kill = KillAt(patch, n)
+            with pytest.raises(Killed):
+                train(base, kind, folder, **settings)
+        print("killed at", kill.at)
+        train(base, kind, folder, resume=n % 2 == 0, **settings)  # with --resume or without: the same
+        if (folder / "checkpoint").exists():  # killed in the very last clean-up
+            assert n == counter.count
+            shutil.rmtree(folder / "checkpoint")
+        assert_bit_equal(tmp_path / "whole", folder)
+        shutil.rmtree(folder)
+    return counter.count
+
+
+STATEFUL = {"kl_target": 3.0, "kl_horizon": 40, "kl_coef": 0.2, "score_scaling": "running"}
+
+
+def test_ppo_killed_at_every_write(base, tmp_path, monkeypatch):
+    killed_everywhere(base, "ppo", tmp_path, monkeypatch, 2, ppo_epochs=1, minibatch_size=8, steps=2, checkpoint_every=1, keep_checkpoints=1,
+                      max_new_tokens=6, eval_size=2, n_samples=1, **STATEFUL)  # fmt: skip
+
+
+def test_rm_killed_at_every_write(base, tmp_path, monkeypatch):
+    killed_everywhere(base, "rm", tmp_path, monkeypatch, 4, checkpoint_every=2, keep_checkpoints=1)
+
+
+def test_sft_killed_at_every_write(base, tmp_path, monkeypatch):
+    killed_everywhere(base, "sft", tmp_path, monkeypatch, 4, checkpoint_every=2, keep_checkpoints=1, eval_every=1)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: a kill before config.json is renamed leaves a folder that 'is not empty and holds no run'")
+def test_killed_at_the_first_write(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        KillAt(patch, 1)
+        with pytest.raises(Killed):
+            train(base, "rm", tmp_path / "rm")
+    train(base, "rm", tmp_path / "rm", resume=True)
+
+
+def test_the_last_k_checkpoints_are_kept(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(log.RunFolder, "finish", lambda self, summary: summary)
+    train(base, "rm", tmp_path / "rm", steps=5, checkpoint_every=1, keep_checkpoints=3)
+    assert sorted(os.listdir(tmp_path / "rm/checkpoint")) == ["step_3", "step_4", "step_5"]
+
+
+KILL_SETTINGS = {
+    "sft": {"steps": 30, "checkpoint_every": 4, "eval_every": 9},
+    "rm": {"steps": 30, "checkpoint_every": 4, "label_noise": 0.2},
+    "ppo": {"steps": 15, "checkpoint_every": 2, "eval_every": 4, **STATEFUL},
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_sigkill_and_resume(base, tmp_path, kind):
+    """SIGKILL once a few steps are logged, at two or three moments that nobody chose; the last --resume is the script itself."""
+    folder, chance, seen = tmp_path / "killed", random.Random(time.time_ns()), [0]
+    args = ["--output_dir", str(folder), *flags(small(base, kind, **KILL_SETTINGS[kind]))]
+    for _ in range(3 if kind == "ppo" else 2):
+        process = fork(command_line, kind, *args)
+        wanted, pause = seen[-1] + 2, chance.uniform(0, 0.1)
+        while process.is_alive() and (not (folder / "metrics.jsonl").exists() or len(log.read_lines(folder / "metrics.jsonl")) < wanted):
+            time.sleep(0.002)
+        time.sleep(pause)
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # a slow machine: it ended before the kill
+            break
+        assert process.exitcode == -signal.SIGKILL
+        seen.append(len(log.read_lines(folder / "metrics.jsonl")))
+        args = ["--output_dir", str(folder), "--resume"]  # the rest comes from the folder
+    print("records when it was killed:", seen)
+    assert len(seen) > 1
+    resumed = launch(kind, *args)
+    train(base, kind, tmp_path / "whole", **KILL_SETTINGS[kind])
+    _, error = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, error
+    assert_bit_equal(tmp_path / "whole", folder)
+
+
+def test_sigkill_of_one_of_two_processes(base, two_processes):
+    """Rank 1 dies during an evaluation; both are started again and end as the two that were left alone, bit for bit."""
+    folder = base / "two_killed"
+    settings = ["--output_dir", str(folder), *flags(rank_settings(base)[2][1])]
+    first, second = ranks(2, command_line, "ppo", *settings, KILL_AT="3", KILL_RANK="1")  # the third evaluation is step 2's
+    join(second, code=-signal.SIGKILL)
+    first.kill()
+    first.join()
+    assert os.listdir(folder / "checkpoint") == ["step_1"] and len(metrics(folder)) == 2
+    join(*ranks(2, command_line, "ppo", "--output_dir", str(folder), "--resume"))
+    assert_bit_equal(two_processes / "ppo", folder)
+
+
+# --------------------------------------------------------------------------------------------------------------------- run again
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_run_again(base, tmp_path, kind, capsys):
+    folder, module = tmp_path / kind, SCRIPTS[kind]
+    train(base, kind, folder)
+    before, summary = hashes(folder), json.loads((folder / "summary.json").read_text())
+    capsys.readouterr()
+    assert module.main(module.Config(output_dir=str(folder), **small(base, kind))) == summary  # done
+    assert "this run is done" in capsys.readouterr().out
+    cli.run(module.Config, module.main, ["--output_dir", str(folder), "--resume"])  # the folder's settings
+    assert "this run is done" in capsys.readouterr().out
+    for args in (["--resume", "--lr", "0.5"], ["--steps", "7", "--resume"], flags(small(base, kind, seed=1)), []):
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(module.Config, module.main, ["--output_dir", str(folder), *args])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2 and len(error.splitlines()) == 1 and "already holds another run" in error
+        changed = {"--lr": "lr", "--steps": "steps", "--model": "seed"}.get(args[0 if "--resume" != args[0] else 1]) if args else "steps"
+        assert f" {changed}" in error
+    assert hashes(folder) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ the options of PPO
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    """The rows of a PPO run with no options, reward `the`: what an option is compared with."""
+    return ppo(base, base / "plain")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What goes on inside a PPO run: seen['experience'] = [(experience, answers, scores, finished, independent KLs)] a step."""
+    record, scores = {"experience": [], "optimizer_steps": 0}, []
+    real = train_ppo.experience, train_ppo.score_all, train_ppo.optimizer_step
+
+    def experience(policy, reference, rewards, scaler, rollout, answers, *rest):
+        kls, last_values = plain_kls(policy, reference, answers.batch), plain_last_values(policy, answers.batch)
+        x, numbers = real[0](policy, reference, rewards, scaler, rollout, answers, *rest)
+        record["experience"].append({"x": x, "scores": scores[-1][0], "finished": rollout.finished, "kls": kls, "last_values": last_values})
+        return x, numbers
+
+    def score_all(*args):
+        scores.append(real[1](*args))
+        return scores[-1]
+
+    def optimizer_step(*args):
+        record["optimizer_steps"] += 1
+        return real[2](*args)
+
+    monkeypatch.setattr(train_ppo, "experience", experience)
+    monkeypatch.setattr(train_ppo, "score_all", score_all)
+    monkeypatch.setattr(train_ppo, "optimizer_step", optimizer_step)
+    return record
+
+
+def row_ids(batch, i):
+    return batch.ids[i : i + 1, : int(batch.lengths[i])]  # [1, T] without padding
+
+
+@torch.no_grad()
+def plain_kls(policy, reference, batch):
+    """The mean over sequences of each kind of summed token KL, by plain forwards of the LMs, one row at a time, in float64."""
+    sums = dict.fromkeys(("k1", "k2", "k3", "full"), 0.0)
+    for i in range(len(batch)):
+        ids, first = row_ids(batch, i), int(batch.prompt_lengths[i])
+        logp, ref = (p.lm(ids).logits[0, first - 1 : -1].double().log_softmax(-1) for p in (policy, reference))  # [R, V]
+        at = ids[0, first:, None]
+        d = (logp - ref).gather(1, at)[:, 0]
+        sums["k1"] += d.sum().item()
+        sums["k2"] += (d**2 / 2).sum().item()
+        sums["k3"] += ((-d).exp() - 1 + d).sum().item()
+        sums["full"] += (logp.exp() * (logp - ref)).sum().item()
+    return {name: value / len(batch) for name, value in sums.items()}
+
+
+@torch.no_grad()
+def plain_last_values(policy, batch):
+    """The value head on the last token of every row, one row at a time."""
+    trunk = policy.value_trunk if policy.value_trunk is not None else policy.lm.base_model
+    return torch.stack([policy.value_head(trunk(row_ids(batch, i)).last_hidden_state[0, -1])[0] for i in range(len(batch))])
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "full"])
+def test_kl_in_the_reward(base, tmp_path, seen, kind):
+    rows = ppo(base, tmp_path / "run", kl_kind=kind, kl_coef=0.7, lr=2e-3)
+    kls = seen["experience"][1]["kls"]  # before the second update
+    assert len({round(value, 4) for value in kls.values()}) == 4 and kls["full"] > 0.05
+    assert rows[2]["score_mean"] - rows[2]["reward"] == pytest.approx(0.7 * kls[kind], rel=1e-3)
+    assert rows[2]["kl"] == pytest.approx(kls["k1"], rel=1e-3) and rows[2]["kl_k3"] == pytest.approx(kls["k3"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["k2", "full"])
+def test_kl_in_the_loss(base, tmp_path, monkeypatch, kind):
+    """loss = policy + vf_coef value + kl_coef KL, the last by plain forwards; and no penalty in the reward."""
+    errors, sizes, loss_of = [], [], train_ppo.loss_of
+
+    def checked(model, reference, part, x, at, n_tokens, kl_coef, config):
+        loss, stats = loss_of(model, reference, part, x, at, n_tokens, kl_coef, config)
+        kl = plain_kls(model, reference, part)[kind] * len(part) / n_tokens.item()
+        errors.append((loss - stats["policy_loss"] - 0.5 * stats["value_loss"]).item() - 3.0 * kl)
+        sizes.append(3.0 * kl)
+        return loss, stats
+
+    monkeypatch.setattr(train_ppo, "loss_of", checked)
+    rows = ppo(base, tmp_path / "run", kl_in="loss", kl_kind=kind, kl_coef=3.0, lr=2e-3)
+    assert len(errors) == 8 and max(map(abs, errors)) < 1e-4 and max(sizes) > 0.05
+    assert all(row["reward"] == pytest.approx(row["score_mean"], rel=1e-5) for row in rows[1:])
+    assert rows[1]["first_ratio_error"] <= 1e-5
+
+
+def test_adaptive_kl(base, tmp_path):
+    rows = ppo(base, tmp_path / "run", steps=3, lr=2e-3, kl_coef=0.5, kl_target=0.5, kl_horizon=80)
+    coefs = [0.5]
+    for row in rows[1:]:
+        assert row["kl_coef"] == pytest.approx(coefs[-1])
+        coefs.append(coefs[-1] * (1 + min(max(row["kl"] / 0.5 - 1, -0.2), 0.2) * 8 / 80))
+    assert coefs[1] == pytest.approx(0.5 * 0.98) and len(set(coefs)) == 4
+
+
+def test_target_kl_ends_the_epochs(base, tmp_path, seen):
+    counts = []
+    for target in (0.0, 1e-9, 1e9):
+        seen["optimizer_steps"] = 0
+        ppo(base, tmp_path / f"run_{target}", steps=1, ppo_epochs=3, target_kl=target)
+        counts.append(seen["optimizer_steps"])
+    assert counts == [6, 2, 6]
+
+
+def test_score_clip(base, tmp_path):
+    rows = ppo(base, tmp_path / "run", reward_model=f"{base}/rewards.py:seven", score_clip=1.5, kl_coef=0.0)
+    assert [(row["score_mean"], row["reward"]) for row in rows[1:]] == [(7, 1.5)] * 2
+
+
+@pytest.mark.parametrize("kind", ["running", "first"])
+def test_score_scaling(base, tmp_path, seen, kind):
+    rows = ppo(base, tmp_path / "run", score_scaling=kind, kl_coef=0.0)
+    first, second = (e["scores"].double() for e in seen["experience"])
+    std = {"running": torch.cat([first, second]).std(), "first": first.std()}[kind].item()
+    assert rows[1]["reward"] == pytest.approx(first.mean().item() / first.std().item(), rel=1e-5)
+    assert rows[2]["reward"] == pytest.approx(second.mean().item() / std, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"missing_eos_penalty": 3.0}, {"eos_required": True}, {"eos_required": True, "missing_eos_penalty": 3.0},
+                                     {"length_penalty": 0.25}])  # fmt: skip
+def test_endings_and_lengths(base, tmp_path, seen, options):
+    rows = ppo(base, tmp_path / "run", kl_coef=0.0, steps=1, **options)
+    e = seen["experience"][0]
+    expected = []
+    for score, finished, length in zip(e["scores"].tolist(), e["finished"].tolist(), e["x"].mask.sum(1).tolist()):
+        if not finished and options.get("eos_required"):
+            score = 0.0
+        expected.append(score - options.get("missing_eos_penalty", 0) * (not finished) - options.get("length_penalty", 0) * length)
+    assert 0 < rows[1]["eos_rate"] < 1 and abs(rows[1]["reward"] - rows[1]["score_mean"]) > 0.05
+    assert rows[1]["reward"] == pytest.approx(sum(expected) / 8, rel=1e-5)
+
+
+def test_bootstrap_truncated(base, tmp_path, seen):
+    """With gamma = lambda = 1 and no KL a token's return is the score, plus the value after the end where the response was cut off."""
+    for on in (False, True):
+        seen["experience"].clear()
+        ppo(base, tmp_path / f"run_{on}", bootstrap_truncated=on, lam=1.0, kl_coef=0.0, lr=3e-3, micro_batch_size=3)
+        e = seen["experience"][1]  # at the first rollout every value is 0
+        cut = ~e["finished"]
+        assert 0 < cut.sum() < 8 and e["last_values"].abs().min() > 1e-3
+        expected = (e["scores"] + (e["last_values"] * cut if on else 0))[:, None] * e["x"].mask  # [B, R]
+        torch.testing.assert_close(e["x"].returns, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_entropy_bonus(base, tmp_path):
+    rows, without = (ppo(base, tmp_path / f"run_{c}", ent_coef=c, steps=3, lr=2e-3) for c in (5.0, 0.0))
+    assert rows[1]["entropy"] == without[1]["entropy"] and rows[3]["entropy"] > without[3]["entropy"] + 0.05
+
+
+@pytest.mark.parametrize("source", ["sft", "rm"])
+def test_value_model(base, tmp_path, seen, source):
+    rows = ppo(base, tmp_path / "run", value_model=f"{base}/{source}", lr=1e-3, bootstrap_truncated=True)
+    assert rows[1]["first_ratio_error"] <= 1e-5 and rows[1]["explained_variance"] == 0
+    saved, start = load_file(tmp_path / "run/model/value_model/model.safetensors"), load_file(base / source / "model/model.safetensors")
+    start = {name.removeprefix("gpt_neox."): tensor for name, tensor in start.items()}
+    moved = [name for name in saved if not saved[name].equal(start[name])]  # it started from `source`, and was trained
+    assert len(moved) > len(saved) / 2
+    assert all((saved[name] - start[name]).abs().max() < 8 * 1e-3 + 1e-6 for name in saved)
+    policy = load_policy(str(tmp_path / "run"))
+    assert all(tensor.equal(saved[name]) for name, tensor in policy.value_trunk.state_dict().items())
+    # The values are the separate trunk's: rerun its forward on what was sampled at step 2.
+    assert seen["experience"][1]["x"].values.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_freeze_layers(base, tmp_path, kind):
+    train(base, kind, tmp_path / "run", model=f"{base}/sft", freeze_layers=0.5, steps=2)
+    before, after = load_file(base / "sft/model/model.safetensors"), load_file(tmp_path / "run/model/model.safetensors")
+    frozen = [name for name in before if any(part in name for part in ("embed_in", "layers.0.", "layers.1."))]
+    assert len(frozen) == 25 and all(before[name].equal(after[name]) for name in frozen)  # bit for bit
+    trained = [name for name in after if any(part in name for part in ("layers.2.", "layers.3.", "final_layer_norm"))]
+    assert len(trained) == 26 and not any(before[name].equal(after[name]) for name in trained)
+
+
+def test_bfloat16(base, tmp_path, plain, monkeypatch):
+    rows = ppo(base, tmp_path / "run", dtype="bfloat16", steps=3)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[1]["entropy"] != plain[1]["entropy"] and rows[1]["entropy"] == pytest.approx(plain[1]["entropy"], rel=0.02)
+    recomputed = max(row["first_ratio_error"] for row in rows[1:])
+    assert recomputed <= 1e-5  # old log-probs come from the same batch forward, not from the decode
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
+
+
+def test_dropout_is_off(base, tmp_path):
+    rows = ppo(base, tmp_path / "run", model=f"{base}/dropout")
+    assert all(row["first_ratio_error"] <= 1e-5 for row in rows[1:]) and abs(rows[1]["kl"]) < 1e-4
+
+
+def test_temperature(base, tmp_path, plain):
+    rows = ppo(base, tmp_path / "run", temperature=0.5)
+    assert rows[1]["entropy"] < plain[1]["entropy"] - 0.3
+    assert all(row["first_ratio_error"] <= 1e-5 for row in rows[1:]) and abs(rows[1]["kl"]) < 1e-4  # in all log-probs alike
+
+
+def test_max_prompt_length(base, tmp_path, plain):
+    rows = ppo(base, tmp_path / "run", max_prompt_length=2, gold_model=f"{base}/rewards.py:words")
+    cut, whole = (read_rows(folder / "eval/step_0.jsonl") for folder in (tmp_path / "run", base / "plain"))
+    assert [row["prompt"] for row in cut] == [" ".join(row["prompt"].split()[-2:]) for row in whole]  # the left side is cut, and this is logged
+    assert rows[1]["entropy"] != plain[1]["entropy"] and rows[1]["first_ratio_error"] <= 1e-5
+
+
+def test_learning_rate_schedule(base, tmp_path, plain):
+    assert [row["lr"] for row in plain[1:]] == [3e-4] * 2
+    rows = ppo(base, tmp_path / "run", steps=4, ppo_epochs=1, minibatch_size=8, lr=4e-4, schedule="linear", final_lr=0.0, warmup=2)
+    assert [row["lr"] for row in rows[1:]] == pytest.approx([2e-4, 4e-4, 4e-4, 2e-4])
+
+
+def test_jsonl_prompts_and_a_python_reward(base, tmp_path):
+    """Prompts of one's own, the columns renamed; the function sees the texts that are logged."""
+    rows = [{"question": row["prompt"], "id": i} for i, row in enumerate(world.prompts("train")[:40])]
+    write_rows(tmp_path / "mine.jsonl", rows)
+    result = ppo(base, tmp_path / "run", dataset=f"{tmp_path}/mine.jsonl", columns=["prompt=question"], eval_size=5)
+    answers = read_rows(tmp_path / "run/eval/step_2.jsonl")
+    assert len(answers) == 5 and {row["prompt"] for row in answers} <= {row["question"] for row in rows}
+    for row in answers:
+        words = row["response"].split()
+        assert row["scores"] == {"rewards.py:the": pytest.approx(words.count("the") - 0.3 * len(words), abs=1e-5)} and row["gold"] is None
+    assert "eval/gold" not in result[0]
+
+
+def test_lexicon_reward(base, tmp_path):
+    (tmp_path / "words.tsv").write_text("the\t2.5\t0.1\textra\nwas\t-1\n\n")
+    ppo(base, tmp_path / "run", reward_model=f"{tmp_path}/words.tsv", eval_size=8)
+    answers = read_rows(tmp_path / "run/eval/step_0.jsonl")
+    expected = [(2.5 * row["response"].split().count("the") - row["response"].split().count("was")) / 5 for row in answers]
+    assert [row["scores"]["words.tsv"] for row in answers] == pytest.approx(expected, abs=1e-5) and len(set(expected)) > 2
+
+
+def test_seed(base, tmp_path, plain):
+    assert ppo(base, tmp_path / "same") == plain
+    other = ppo(base, tmp_path / "other", seed=1)
+    assert all(a["score_mean"] != b["score_mean"] for a, b in zip(other[1:], plain[1:]))
+
+
+# ---------------------------------------------------------------------------------------------- the options of the reward model
+
+
+def test_label_noise_and_score_l2(base, tmp_path):
+    clean, flipped, half, penalised = (
+        train(base, "rm", tmp_path / name, **options)[0]
+        for name, options in {"clean": {}, "flipped": {"label_noise": 1.0}, "half": {"label_noise": 0.5}, "l2": {"score_l2": 0.5}}.items()
+    )
+    assert clean["margin"] == pytest.approx(-flipped["margin"], rel=1e-4) and abs(clean["margin"]) > 1e-3  # before the first update
+    assert abs(half["margin"]) != pytest.approx(abs(clean["margin"]), rel=1e-3)
+    assert penalised["loss"] > clean["loss"] + 0.01 and penalised["accuracy"] == clean["accuracy"]
+
+
+def test_equal_pairs_are_skipped_and_counted(base, tmp_path, capsys):
+    rows = read_rows(base / "pairs.jsonl")
+    rows[3]["rejected"] = rows[3]["chosen"]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    train(base, "rm", tmp_path / "rm", dataset=f"{tmp_path}/pairs.jsonl", steps=1)
+    assert "1 with chosen == rejected skipped" in capsys.readouterr().out
+
+
