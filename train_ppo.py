@@ -24,6 +24,7 @@ from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, re
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rewards import Answers, check_reward, load_reward, reward_name, score_all
+from nanorlhf.rng import MINIBATCH
 from nanorlhf.rollout import generate, left_pad
 
 
@@ -297,7 +298,7 @@ def minibatches(config, step, epoch):
     rows on any number of processes, and a process only ever trains on rows that it sampled itself.
     """
     strata = np.arange(config.batch_size).reshape(config.minibatch_size, -1)
-    return torch.from_numpy(np.random.default_rng([config.seed, step, epoch]).permuted(strata, axis=1).T.copy())
+    return torch.from_numpy(np.random.default_rng([MINIBATCH, config.seed, step, epoch]).permuted(strata, axis=1).T.copy())
 
 
 def update(model, policy, reference, optimizer, batch, x, first, step, kl_coef, lr, config, dist):

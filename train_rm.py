@@ -23,6 +23,7 @@ from nanorlhf.log import Progress, RunFolder, mean_se
 from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, pack, save_reward_model
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.rewards import Answers, load_reward
+from nanorlhf.rng import LABELS, key
 from nanorlhf.stats import kendall_tau
 
 
@@ -59,7 +60,7 @@ def main(config):
 
     # --------------------------------------------------------------------------------------------------------------------- data
     rows, held_out, note = data.load(config, "pairs")
-    flipped = np.random.default_rng([config.noise_seed, 25]).random(len(rows)) < config.label_noise  # training pairs only
+    flipped = np.random.default_rng([LABELS, config.noise_seed]).random(len(rows)) < config.label_noise  # training pairs only
     rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]
     tokenizer = load_tokenizer(config.model)
     max_length = config.max_length or context_length(check_model(config.model))
@@ -80,7 +81,7 @@ def main(config):
     progress = Progress(dist, "reward model", config.steps, state["step"])
     for step in range(state["step"] + 1, config.steps + 1):
         begun = time.perf_counter()
-        torch.manual_seed(cli.key(config.seed, step, dist.rank))  # dropout's noise
+        torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         mine = dist.share(data.batch_indices(len(rows), config.batch_size, step - 1, config.seed))
         reward_model.train()
         totals = torch.zeros(3, device=dist.device)  # loss, correct, margin

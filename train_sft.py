@@ -19,6 +19,7 @@ from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, sample_table
 from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.rng import key
 from nanorlhf.rollout import generate, left_pad
 
 
@@ -80,7 +81,7 @@ def main(config):
     progress = Progress(dist, "sft", config.steps, state["step"])
     for step in range(state["step"] + 1, config.steps + 1):
         begun = time.perf_counter()
-        torch.manual_seed(cli.key(config.seed, step, dist.rank))  # dropout's noise
+        torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         index = data.batch_indices(len(rows), config.batch_size, step - 1, config.seed)
         n_tokens = sum(len(responses[i]) for i in index)  # of the whole batch: the loss does not depend on how it is split
         mine = dist.share(index)

@@ -34,7 +34,7 @@ class RunConfig:
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
     schedule: str = field(default="cosine", metadata={"help": "constant, linear or cosine"})
     warmup: int = field(default=0, metadata={"help": "steps of linear warm-up"})
-    final_lr: float = field(default=0.1, metadata={"help": "the schedule ends at this share of lr"})
+    final_lr: float = field(default=0.1, metadata={"help": "the schedule goes down towards this share of lr"})
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "AdamW's two betas"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay, on matrices"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient's global norm"})
@@ -98,11 +98,3 @@ def run(config_class, main, args=None):
 
 def divides(config, name, divisor, what):
     require(getattr(config, name) % divisor == 0, f"--{name} {getattr(config, name)} is not a multiple of {what} ({divisor})")
-
-
-def key(*numbers):
-    """Integers -> one seed for torch: the same key, the same draws."""
-    seed = 0
-    for n in numbers:
-        seed = (seed * 1_000_003 + n + 1) % 2**62
-    return seed

@@ -14,6 +14,7 @@ from . import world
 from .cli import require
 from .errors import InputError
 from .models import context_length
+from .rng import ORDER, SPLIT
 
 FIELDS = {"sft": ("prompt", "response"), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
 WORLD_SIZES = {"sft": 16_000, "pairs": 800}  # rows of the embedded world's training data
@@ -32,18 +33,19 @@ def read_file(path):
     except (OSError, EOFError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read ({e})") from None
     require(text.strip(), f"{path}: the file is empty")
-    rows = []
+    if path.removesuffix(".gz").endswith(".json"):
+        whole = parse_json(text, path)
+        require(isinstance(whole, list), f"{path}: a .json file must hold one list of rows (one row a line is .jsonl)")
+        return [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
+    lines = enumerate(text.split("\n"), 1)  # not splitlines(): strings may hold Unicode line separators
+    return [(f"{path}:{number}", parse_json(line, path, number)) for number, line in lines if line.strip()]
+
+
+def parse_json(text, path, line=None):
     try:
-        if path.removesuffix(".gz").endswith(".json"):
-            whole = json.loads(text)
-            require(isinstance(whole, list), f"{path}: a .json file must hold one list of rows (one row a line is .jsonl)")
-            return [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): strings may hold Unicode line separators
-            if line.strip():
-                rows.append((f"{path}:{number}", json.loads(line)))
+        return json.loads(text)
     except json.JSONDecodeError as e:
-        raise InputError(f"{path}:{len(rows) + 1 if rows or e.lineno == 1 else e.lineno}: not JSON ({e.msg})") from None
-    return rows
+        raise InputError(f"{path}:{line or e.lineno}: not JSON ({e.msg})") from None
 
 
 def read_hub(spec):
@@ -94,26 +96,31 @@ def is_world(spec):
 
 
 def load(config, kind):
-    """-> training rows, held-out rows, a sentence on them. No prompt is on both sides; the split does not depend on --seed."""
+    """-> training rows, held-out rows, a sentence on them. The split does not depend on --seed.
+
+    Without --eval_dataset rows are held out by prompt: none is on both sides.
+    """
     rows = read_rows(config.dataset, kind, config.columns)
-    note = ""
-    if kind == "pairs":
-        different = [r for r in rows if r["chosen"] != r["rejected"]]
-        note = f", {len(rows) - len(different)} with chosen == rejected skipped" if len(different) < len(rows) else ""
-        rows = different
     if config.eval_dataset or (is_world(config.dataset) and kind != "sft"):
         held_out = read_rows(config.eval_dataset or config.dataset, kind, config.columns, split="test")
-        order = np.random.default_rng(0).permutation(len(held_out))
+        order = np.random.default_rng(SPLIT).permutation(len(held_out))
         held_out = [held_out[i] for i in order[: config.eval_size]]
     else:
         prompts = list(dict.fromkeys(r["prompt"] for r in rows))
-        order = np.random.default_rng(0).permutation(len(prompts))
+        order = np.random.default_rng(SPLIT).permutation(len(prompts))
         aside = {prompts[i] for i in order[: min(config.eval_size, len(prompts) // 5)]}
         require(aside and len(aside) < len(prompts), f"{config.dataset}: {len(prompts)} different prompts are too few to hold any out")
         held_out = [r for r in rows if r["prompt"] in aside][: config.eval_size]
         rows = [r for r in rows if r["prompt"] not in aside]
     if config.max_rows:
-        rows = [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[: config.max_rows])]
+        rows = [rows[i] for i in sorted(np.random.default_rng(SPLIT).permutation(len(rows))[: config.max_rows])]
+    note = ""
+    if kind == "pairs":
+        kept, kept_out = ([r for r in part if r["chosen"] != r["rejected"]] for part in (rows, held_out))
+        skipped = len(rows) + len(held_out) - len(kept) - len(kept_out)
+        note = f", {skipped} with chosen == rejected skipped" if skipped else ""
+        rows, held_out = kept, kept_out
+        require(rows and held_out, f"{config.dataset}: no pair is left in which chosen and rejected differ")
     return rows, held_out, f"{len(rows)} {kind} rows, {len(held_out)} held out{note}"
 
 
@@ -145,6 +152,7 @@ def encode_responses(tokenizer, texts):
 
 def fit(prompt, response, max_length):
     """Left-truncate the prompt so that both fit; a response that alone does not fit is cut. -> prompt, response, cut?"""
+    require(max_length > 1, "--max_length must leave room for a prompt and a response")
     room = max_length - 1  # a prompt keeps at least one token: something must score the response's first
     cut = len(response) > room
     response = response[:room]
@@ -184,6 +192,6 @@ def batch_indices(n, batch_size, step, seed):
     for i in range(first, first + batch_size):
         epoch = i // n
         if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
+            orders[epoch] = np.random.default_rng([ORDER, seed, epoch]).permutation(n)
         index.append(int(orders[epoch][i % n]))
     return index

@@ -32,7 +32,7 @@ class RunFolder:
             if changed:
                 raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
             self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
-        elif os.path.isdir(self.path) and os.listdir(self.path):
+        elif os.path.isdir(self.path) and any(name != "config.json.tmp" for name in os.listdir(self.path)):
             raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
         dist.barrier()  # every process has looked before one writes
 

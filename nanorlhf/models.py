@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -115,7 +116,7 @@ class Policy(nn.Module):
     def __init__(self, lm, value_head=True, value_trunk=None):
         super().__init__()
         self.lm, self.value_trunk = lm, value_trunk
-        self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1) if value_head else None
+        self.value_head = nn.Linear((value_trunk or lm).config.get_text_config().hidden_size, 1) if value_head else None
         if value_head:
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
@@ -123,7 +124,7 @@ class Policy(nn.Module):
     def logits(self, hidden):
         """Hidden states [..., D] -> logits [..., V] in float32, as the LM's own forward gives them."""
         logits = self.lm.get_output_embeddings()(hidden).float()
-        cap = getattr(self.lm.config, "final_logit_softcapping", None)  # Gemma 2
+        cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def hidden(self, batch, response_mask, trunk=None):
@@ -216,7 +217,7 @@ class RewardModel(nn.Module):
         """After this, scores that had this mean and standard deviation have 0 and 1."""
         config = self.model.config
         self.model.score.weight /= std
-        config.reward_mean = (getattr(config, "reward_mean", 0.0) + mean) / std
+        config.reward_mean = float((getattr(config, "reward_mean", 0.0) + mean) / std)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading and saving
@@ -248,46 +249,66 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, needs_eos=True):
     """The tokenizer of a model. It must know its EOS; padding falls back to EOS, since masks never look at ids."""
     path = resolve(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: no tokenizer could be loaded ({first_line(e)})") from None
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and needs_eos:
         raise InputError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def pretrained(auto, path, **kwargs):
-    """auto.from_pretrained in float32 from safetensors only, with errors in one line."""
+def pretrained(auto, path, new_head=False, **kwargs):
+    """auto.from_pretrained in float32, in eval mode, from safetensors only; weights that the folder lacks are an error.
+
+    new_head: the score head may be missing (a causal LM becomes a reward model).
+    """
     try:
-        return auto.from_pretrained(path, use_safetensors=True, dtype=torch.float32, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        model, info = auto.from_pretrained(path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise InputError(f"{path}: cannot be loaded ({first_line(e)})") from None
+    missing = [name for name in info["missing_keys"] if not (new_head and name.startswith("score."))]
+    if missing:
+        raise InputError(f"{path}: as {type(model).__name__} it lacks the weights {', '.join(sorted(missing)[:3])}")
+    return model.eval()
 
 
 def load_policy(path, value_head=True, value_model=None, device="cpu"):
-    """A run folder, model folder or hub name -> Policy in float32. A value head saved beside the weights is loaded too.
+    """A run folder, model folder or hub name -> Policy in float32, in eval mode.
 
-    value_model: None shares the trunk; a path is a separate value trunk (a policy's or a reward model's).
+    value_model: a path is a separate value trunk, of any width (a policy's or a reward model's). Without it the trunk is shared,
+    or what save_policy() put beside the weights is loaded: the value head, and the value model if it was a separate one.
     """
     path = resolve(path)
     lm = pretrained(AutoModelForCausalLM, path)
-    if not lm.config.is_encoder_decoder and lm.get_output_embeddings() is None:
-        raise InputError(f"{path}: this model has no LM head")
-    saved_trunk = os.path.join(path, "value_model")
-    if value_head and value_model is None and os.path.isdir(saved_trunk):
+    saved_trunk, saved_head = os.path.join(path, "value_model"), os.path.join(path, "value_head.safetensors")
+    own = not value_model
+    if own and os.path.isdir(saved_trunk):
         value_model = saved_trunk
     trunk = pretrained(AutoModel, resolve(value_model)) if value_head and value_model else None
-    policy = Policy(lm, value_head, trunk)
-    saved_head = os.path.join(path, "value_head.safetensors")
-    if value_head and os.path.isfile(saved_head):
-        policy.value_head.load_state_dict(load_file(saved_head))
+    policy = Policy(lm, value_head, trunk).eval()
+    check_logits(policy, path)
+    if value_head and own and os.path.isfile(saved_head):
+        try:
+            policy.value_head.load_state_dict(load_file(saved_head))
+        except (SafetensorError, RuntimeError) as e:
+            raise InputError(f"{saved_head}: cannot be loaded ({first_line(e)})") from None
     return policy.to(device)
+
+
+@torch.no_grad()
+def check_logits(policy, path):
+    """Some architectures scale their logits; a policy that is not the LM would train quietly on something else."""
+    ids = torch.tensor([[1, 2]])
+    ours = policy.logits(policy.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    theirs = policy.lm(input_ids=ids, use_cache=False).logits.float()
+    if (ours - theirs).norm() > 1e-3 * theirs.norm():
+        raise InputError(f"{path}: {type(policy.lm).__name__} does more to its logits than Policy.logits knows")
 
 
 def save_policy(policy, tokenizer, path):
@@ -303,14 +324,14 @@ def save_policy(policy, tokenizer, path):
 def load_reward_model(path, device="cpu", seed=None):
     """A reward model's folder -> RewardModel. With `seed` the path is a causal LM's, whose LM head gives way to a new score head."""
     path = resolve(path)
-    model = pretrained(AutoModelForSequenceClassification, path, num_labels=1)
+    model = pretrained(AutoModelForSequenceClassification, path, new_head=seed is not None, num_labels=1)
     if not hasattr(model, "score"):
         raise InputError(f"{path}: {type(model).__name__} has no score head on a decoder; a reward model needs a causal LM's trunk")
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         std = (model.config.get_text_config().hidden_size + 1) ** -0.5  # Stiennon et al. 2020
         model.score.weight.data.normal_(0, std, generator=generator)
-    return RewardModel(model).to(device)
+    return RewardModel(model).eval().to(device)
 
 
 def save_reward_model(reward_model, tokenizer, path):

@@ -16,7 +16,7 @@ def adamw(module, lr, betas, weight_decay):
 
 
 def learning_rate(step, steps, lr, schedule, warmup=0, final=0.0):
-    """The rate of step 0 .. steps-1: linear warm-up over `warmup` steps, then constant, linear or cosine down to final * lr."""
+    """The rate of step 0 .. steps-1: linear warm-up over `warmup` steps, then constant, linear or cosine towards final * lr."""
     if step < warmup:
         return lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1

@@ -9,6 +9,7 @@ A reward is named by one string:
 load_reward() turns it into a function Answers -> scores [B]. Several rewards side by side are scores [K, B] (score_all).
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -16,13 +17,13 @@ import re
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from . import world
 from .cli import require
 from .data import encode_prompts, encode_responses
 from .errors import InputError
-from .models import Packed, RewardModel, check_model, first_line, load_tokenizer, pack, pretrained, resolve
+from .models import Packed, RewardModel, check_model, context_length, first_line, load_tokenizer, pack, pretrained, resolve
 
 
 @dataclass
@@ -52,7 +53,7 @@ def check_reward(spec):
     if spec == "world:gold":
         return
     if ".py:" in spec:
-        require(os.path.isfile(spec.rpartition(":")[0]), f"{spec}: no such file")
+        python_function(spec)
     elif spec.endswith((".tsv", ".txt")):
         read_lexicon(spec)
     else:
@@ -82,15 +83,18 @@ def text_reward(name, function):
         except Exception as e:
             raise InputError(f"the reward {name} raised {type(e).__name__}: {first_line(e)}") from e
         require(len(scores) == len(answers), f"the reward {name} returned {len(scores)} scores for {len(answers)} responses")
-        bad = next((i for i, x in enumerate(scores) if not math.isfinite(x)), None)
-        require(bad is None, f"the reward {name} returned {scores[bad or 0]} for the response {answers.responses[bad or 0][:60]!r}")
+        for score, response in zip(scores, answers.responses):
+            require(math.isfinite(score), f"the reward {name} returned {score} for the response {response[:60]!r}")
         return torch.tensor(scores)
 
     return reward
 
 
+@functools.cache
 def python_function(spec):
+    """path.py:function -> the function, imported once."""
     path, _, name = spec.rpartition(":")
+    require(os.path.isfile(path), f"{path}: no such file")
     module_spec = importlib.util.spec_from_file_location("reward_function", path)
     module = importlib.util.module_from_spec(module_spec)
     try:
@@ -111,6 +115,7 @@ def read_lexicon(path):
                 try:
                     word, value = line.split("\t")[:2]
                     lexicon[word.lower()] = float(value)
+                    require(math.isfinite(lexicon[word.lower()]), "not finite")
                 except ValueError:
                     raise InputError(f"{path}:{number}: not WORD<TAB>VALUE: {line[:40]!r}") from None
     require(lexicon, f"{path}: the lexicon is empty")
@@ -156,7 +161,12 @@ def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
     def score(answers):
         batch = answers.batch
         if not same:
-            batch = pack(encode_prompts(own, answers.prompts), encode_responses(own, answers.responses), own.pad_token_id)
+            last = batch.ids[torch.arange(len(batch)), (batch.lengths - 1).cpu()].tolist()
+            responses = encode_responses(own, answers.responses)
+            responses = [r if i == tokenizer.eos_token_id else r[:-1] or r for r, i in zip(responses, last)]  # cut off: no EOS
+            batch = pack(encode_prompts(own, answers.prompts), responses, own.pad_token_id)
+        context = context_length(reward_model.model.config)
+        require(not context or batch.ids.shape[1] <= context, f"{path}: texts of {batch.ids.shape[1]} tokens, a context of {context}")
         batch = batch.to(dist.device)
         scores = torch.zeros(len(batch), device=dist.device)
         for rows in batch.micro_batches(micro_batch_size):
@@ -168,7 +178,9 @@ def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
 
 def classifier_scorer(model, path, dist, micro_batch_size):
     """The positive logit on "prompt response": the label that is called positive (or pos), else the last one."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path, needs_eos=False)
+    tokenizer.truncation_side = "left"  # the response must stay
+    context = min(tokenizer.model_max_length, context_length(model.config) or tokenizer.model_max_length)
     labels = {name.lower(): i for i, name in model.config.id2label.items()}
     label = labels.get("positive", labels.get("pos", model.config.num_labels - 1))
 
@@ -176,7 +188,7 @@ def classifier_scorer(model, path, dist, micro_batch_size):
         texts = [f"{p} {r}" for p, r in zip(answers.prompts, answers.responses)]
         parts = []
         for i in range(0, len(texts), micro_batch_size):
-            inputs = tokenizer(texts[i : i + micro_batch_size], padding=True, truncation=True, return_tensors="pt").to(dist.device)
+            inputs = tokenizer(texts[i : i + micro_batch_size], padding=True, truncation=True, max_length=context, return_tensors="pt").to(dist.device)
             parts.append(model(**inputs).logits[:, label].float())
         return torch.cat(parts)
 

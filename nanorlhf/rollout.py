@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .errors import InputError
 from .models import Packed
+from .rng import ROLLOUT
 
 
 @dataclass
@@ -47,13 +49,11 @@ def left_pad(prompts, pad_id):
 
 def uniforms(seed, step, index, width):
     """Uniform numbers in [0, 1) keyed by (seed, step, index of the sample, position): -> [len(index), width], float64."""
-    rows = int(max(index)) + 1
-    noise = np.random.default_rng([seed, step]).random((rows, width))  # row i is the same whatever the number of rows
-    return torch.from_numpy(noise[np.asarray(index)])
+    return torch.from_numpy(np.stack([np.random.default_rng([ROLLOUT, seed, step, i]).random(width) for i in index]))
 
 
 def truncate(probs, top_k=0, top_p=1.0):
-    """Zero all but the top_k tokens, then all but the smallest set with mass top_p. probs [B, V] -> [B, V], not renormalised."""
+    """Zero all but the top_k tokens (and ties), then all but the smallest set with mass top_p. probs [B, V], not renormalised."""
     if 0 < top_k < probs.shape[-1]:
         probs = torch.where(probs < probs.topk(top_k)[0][:, -1:], 0.0, probs)
     if top_p < 1:
@@ -95,6 +95,13 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, : self.used] for buffer in self.buffers)
 
 
+def roomy_cache(lm, room):
+    """A KV cache of RoomyLayers, or None where a model keeps more than keys and values: its own cache then does."""
+    layers = DynamicCache(config=lm.config).layers
+    plain = all(type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in layers)
+    return Cache(layers=[RoomyLayer(room) for _ in layers]) if plain else None
+
+
 @torch.no_grad()
 def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
              pad_token_id=0, seed=0, step=0, index=None):  # fmt: skip
@@ -104,8 +111,8 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
     sample's place in the global batch (default 0..B-1). top_k and top_p cut what may be sampled; log-probs are of the full
     distribution all the same, so keep them off for training.
     """
-    if temperature <= 0:
-        raise ValueError("temperature must be positive")
+    if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError("temperature must be positive, top_p in (0, 1], top_k 0 (off) or more")
     was_training = model.training
     model.eval()
     (B, P), R, device = prompt_ids.shape, max_new_tokens, prompt_ids.device
@@ -119,12 +126,15 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
     mask = attention_mask.bool()  # [b, P + t]
     padded = not mask.all()
     ids, positions = prompt_ids, (mask.long().cumsum(1) - 1).clamp(min=0)
-    cache = Cache(layers=[RoomyLayer(P + R) for _ in range(model.lm.config.get_text_config().num_hidden_layers)])
+    cache = roomy_cache(model.lm, P + R)
+    can_shrink = cache is not None
     for t in range(R):
         trunk = model.lm.base_model(
             input_ids=ids, attention_mask=mask if padded else None, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        hidden = trunk.last_hidden_state[:, -1]  # [b, D]
+        hidden, cache = trunk.last_hidden_state[:, -1], getattr(trunk, "past_key_values", None)  # [b, D]
+        if cache is None:
+            raise InputError(f"{type(model.lm).__name__} keeps no key-value cache that rollouts could use")
         logp = (model.logits(hidden) / temperature).log_softmax(-1)  # [b, V]
         probs = logp.exp()
         token = sample(truncate(probs, top_k, top_p), u[live, t])  # [b]
@@ -141,10 +151,12 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
             if len(going) == 0:
                 break
             # Shrinking copies the whole cache, which costs about a step: wait until a quarter of its rows are done.
-            if len(going) <= 0.75 * len(live):
+            if can_shrink and len(going) <= 0.75 * len(live):
                 cache.batch_select_indices(going)
                 live, ids, positions, mask = live[going], ids[going], positions[going], mask[going]
     model.train(was_training)
+    if not logprobs.isfinite().all():
+        raise FloatingPointError("the policy's log-probs are not finite")
 
     # A finished row may have run on until it was dropped: the response ends with its first EOS.
     is_eos = response_ids == eos_token_id if finished.any() else torch.zeros_like(response_ids, dtype=torch.bool)

@@ -222,7 +222,6 @@ def test_folders_that_are_no_runs(tmp_path):
         RunFolder(Config(str(tmp_path / "mine")), ALONE)
 
 
-@pytest.mark.xfail(strict=True, reason="a config.json.tmp alone makes the folder a foreign one")
 def test_a_run_killed_while_it_wrote_its_config_starts_again(tmp_path):
     (tmp_path / "config.json.tmp").write_text('{"lr"')
     assert RunFolder(Config(str(tmp_path)), ALONE).state == "new"

@@ -307,7 +307,7 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for row in rows[1:]:
         assert set(LOGGED) <= set(row) and all(math.isfinite(value) for value in row.values())
-        assert row["first_ratio_error"] <= 1e-5 and row["ratio_error"] > 1e-3  # the policy does move
+        assert row["first_ratio_error"] <= 1e-5 and row["approx_kl"] > 1e-5  # the policy does move
         assert row["ratio_max"] >= 1 and 0 < row["entropy"] < math.log(len(world.vocabulary())) and 1 <= row["length"] <= 12
     assert abs(rows[1]["kl"]) < 1e-4 and abs(rows[1]["explained_variance"]) < 1e-6 and rows[3]["kl_k3"] > 1e-3  # starts at the reference
     assert rows[1]["peak_memory_mb"] > 50 and rows[1]["tokens_per_second"] > 1
