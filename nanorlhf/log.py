@@ -129,8 +129,9 @@ def sample_table(rows, width=110):
     out = []
     for row in rows:
         numbers = "  ".join(f"{k} {v:+.2f}" for k, v in row.items() if isinstance(v, float))
-        out.append(f"  > {row['prompt'][-width:]}\n    {row['response'][:width]}{'...' if len(row['response']) > width else ''}\n    {numbers}")
-    return "\n".join(out).replace("\n    \n", "\n")
+        more = "..." if len(row["response"]) > width else ""
+        out += [f"  > {row['prompt'][-width:]}", f"    {row['response'][:width]}{more}"] + ([f"    {numbers}"] if numbers else [])
+    return "\n".join(out)
 
 
 def mean_se(values):
