@@ -19,13 +19,17 @@ import train_rm
 import train_sft
 from nanorlhf import checkpoint, cli, data, ppo
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
-from nanorlhf.log import Progress, RunFolder, mean_se, sample_table
+from nanorlhf.log import Progress, RunFolder, before_and_after_table, mean_se, sample_table
 from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, response_mask_of, save_policy
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rewards import Answers, check_reward, load_reward, reward_name, score_all
-from nanorlhf.rng import MINIBATCH
 from nanorlhf.rollout import generate, left_pad
+
+TRY_NEXT = """Try next:
+  python train_ppo.py --kl_coef 0 --output_dir runs/ppo_no_kl       the proxy rises further; watch gold
+  python train_rm.py --label_noise 0.25 --output_dir runs/rm_noisy   then train_ppo.py --reward_model runs/rm_noisy
+  python train_ppo.py --reward_model my.py:reward                    def reward(prompts, responses): return [...]"""
 
 
 @dataclass
@@ -77,6 +81,7 @@ class Config(cli.RunConfig):
         cli.one_of(self, "score_scaling", "none", "running", "first")
         cli.require((self.kl_in, self.kl_kind) != ("loss", "k1"), "--kl_in loss: k1's gradient there has mean zero; take k2 or full")
         cli.require(self.temperature > 0, "--temperature must be positive")
+        cli.require(not self.kl_target or self.kl_coef > 0, "--kl_target adapts --kl_coef, which must start above 0")
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
 
@@ -101,6 +106,7 @@ def main(config):
         data.ready_prompts(tokenizer, part, model_config, config.max_new_tokens, config.max_prompt_length, config.chat_template)
         for part in (rows, held_out)
     )
+    cli.require(len(held_out) >= dist.world, f"{len(held_out)} held-out prompts are fewer than the {dist.world} processes")
     dist.print(f"PPO of {config.model} against {config.reward_model} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
 
     # ------------------------------------------------------------------------------------------------------------------- models
@@ -118,11 +124,11 @@ def main(config):
         scaler.moments = tuple(state["scaler"])
         if kl_controller:
             kl_controller.coef = state["kl_coef"]
-    folder.create()
-    model = dist.wrap(policy)
 
-    def evaluation(step):
-        result, samples = evaluate(policy, reference, rewards, gold, tokenizer, held_out_prompts, config, dist)
+    def evaluation():
+        return evaluate(policy, reference, rewards, gold, tokenizer, held_out_prompts, config, dist)
+
+    def report(step, result, samples):
         folder.write_eval(step, samples)
         samples = [{"step": step, "prompt": r["prompt"], "response": r["response"], **r["scores"], "gold": r["gold"]} for r in samples]
         folder.append("samples.jsonl", samples[: config.n_samples])
@@ -130,8 +136,11 @@ def main(config):
         dist.print(f"\nstep {step}, {len(samples)} held-out prompts: {text}", sample_table(samples[: config.n_samples]))
         return {f"eval/{name}{end}": v[key] for name, v in result.items() for key, end in (("mean", ""), ("se", "_se"), ("n", "_n"))}
 
-    if not state:
-        folder.append("metrics.jsonl", [{"step": 0, **evaluation(0)}])
+    start = None if state else evaluation()  # before anything is written: a reward that does not work leaves no trace
+    folder.create()
+    if start:
+        folder.append("metrics.jsonl", [{"step": 0, **report(0, *start)}])
+    model = dist.wrap(policy)
 
     # --------------------------------------------------------------------------------------------------------------------- loop
     first_step = state["step"] + 1 if state else 1
@@ -162,7 +171,7 @@ def main(config):
         speed = {"tokens_per_second": x.lengths.sum().item() / (clock[-1] - clock[0]), "peak_memory_mb": peak_memory_mb(dist)}
         record = {"step": step, **record, "kl_coef": kl_coef, "lr": lr, **seconds, **speed}
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            record |= evaluation(step)
+            record |= report(step, *evaluation())
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
@@ -174,8 +183,10 @@ def main(config):
     folder.save_model(save_policy, policy, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
-    summary = folder.finish(before_and_after(folder))
-    dist.print(closing_words(summary, config))
+    summary = folder.finish(folder.before_and_after())
+    dist.print(before_and_after_table(summary, ("proxy", "gold", "kl", "length")))
+    dist.print(f"The policy is in {folder.path}/model, every answer in {folder.path}/eval, the curves in {folder.path}/curves.png.")
+    dist.print(TRY_NEXT if data.is_world(config.dataset) else "")
     return summary
 
 
@@ -233,7 +244,7 @@ def experience(policy, reference, rewards, scaler, rollout, answers, kl_coef, co
         old = forward(policy, answers.batch, width, config, dist, kl_to=reference if full else None)
     ref = forward(reference, answers.batch, width, config, dist)
     local = {
-        "scores": score_all(rewards, answers)[0].to(dist.device),  # [b]: one reward today
+        "scores": dist.together(lambda: score_all(rewards, answers))[0].to(dist.device),  # [b]: one reward today
         "bootstrap": bootstrap_values(policy, rollout, answers.batch, config, dist),  # [b]
         "finished": rollout.finished,  # [b]
         "mask": rollout.response_mask,  # [b, R], as all that follow
@@ -246,10 +257,8 @@ def experience(policy, reference, rewards, scaler, rollout, answers, kl_coef, co
     g = {name: dist.gather(value) for name, value in local.items()}
     mask, lengths = g["mask"], g["mask"].sum(1)  # [B, R], [B]
 
-    scores = ppo.shape_scores(
-        g["scores"], lengths, g["finished"], config.missing_eos_penalty, config.eos_required, config.length_penalty
-    )
-    scores = scaler(scores)
+    penalties = (config.missing_eos_penalty, config.eos_required, config.length_penalty)
+    scores = scaler(ppo.shape_scores(g["scores"], lengths, g["finished"], *penalties))
     if config.score_clip:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     k1, k3 = (ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], kind) for kind in ("k1", "k3"))  # 0 where masked
@@ -262,7 +271,7 @@ def experience(policy, reference, rewards, scaler, rollout, answers, kl_coef, co
 
     record = {
         "score_mean": g["scores"].mean().item(),
-        "score_std": g["scores"].std().item(),
+        "score_std": g["scores"].std(correction=0).item(),
         "reward": rewards_of_tokens.sum(1).mean().item(),  # of a sequence: shaped score less the KL penalty
         "kl": k1.sum(1).mean().item(),  # of a sequence, nats
         "kl_k3": k3.sum(1).mean().item(),
@@ -291,22 +300,12 @@ def bootstrap_values(policy, rollout, batch, config, dist):
 # -------------------------------------------------------------------------------------------------------------------------- update
 
 
-def minibatches(config, step, epoch):
-    """Rows of the global batch, [batch_size / minibatch_size, minibatch_size], keyed by (seed, step, epoch).
-
-    The global batch is cut into minibatch_size equal strata, and each minibatch takes one row from each: it is the same set of
-    rows on any number of processes, and a process only ever trains on rows that it sampled itself.
-    """
-    strata = np.arange(config.batch_size).reshape(config.minibatch_size, -1)
-    return torch.from_numpy(np.random.default_rng([MINIBATCH, config.seed, step, epoch]).permuted(strata, axis=1).T.copy())
-
-
 def update(model, policy, reference, optimizer, batch, x, first, step, kl_coef, lr, config, dist):
     """ppo_epochs passes of minibatches over the rollout. `batch` holds this process's rows, of which `first` is the first's place."""
     epochs = []
     for epoch in range(config.ppo_epochs):
-        stats, n_minibatches = defaultdict(lambda: torch.zeros((), device=dist.device)), config.batch_size // config.minibatch_size
-        for minibatch in minibatches(config, step, epoch):
+        stats = defaultdict(lambda: torch.zeros((), device=dist.device))
+        for minibatch in data.minibatches(config.batch_size, config.minibatch_size, config.seed, step, epoch):
             n_tokens = x.lengths[minibatch.to(dist.device)].sum()  # of the whole minibatch: every mean's denominator
             micro_batches = batch.micro_batches(config.micro_batch_size, dist.share(minibatch).to(dist.device) - first)
             for rows in micro_batches:
@@ -319,7 +318,7 @@ def update(model, policy, reference, optimizer, batch, x, first, step, kl_coef, 
             if "first_ratio_error" not in stats:  # nothing has been learned from this rollout yet, so every ratio should be 1
                 stats["first_ratio_error"] = stats["ratio_error"]
             stats["grad_norm"] += optimizer_step(optimizer, policy, lr, config.max_grad_norm, step) / dist.world
-        epochs.append(reduce_stats(stats, n_minibatches, dist))
+        epochs.append(reduce_stats(stats, config.batch_size // config.minibatch_size, dist))
         if config.target_kl and epochs[-1]["approx_kl"] > config.target_kl:
             break
     means = {name: sum(stats[name] for stats in epochs) / len(epochs) for name in epochs[0] if name != "ratio_error"}
@@ -360,6 +359,20 @@ def reduce_stats(stats, n_minibatches, dist):
 
 def evaluate(policy, reference, rewards, gold, tokenizer, prompts, config, dist):
     """Held-out prompts, always with the same noise -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold} for each."""
+    local = dist.together(lambda: held_out_answers(policy, reference, rewards, gold, tokenizer, prompts, config, dist))
+    g = {name: dist.gather(part).cpu() for name, part in local.items()}  # [N, ...], in the prompts' order
+    result = {"proxy": mean_se(g["scores"][:, 0])} | ({"gold": mean_se(g["gold"])} if gold else {})
+    result |= {name: mean_se(g[name]) for name in ("kl", "kl_k3", "length", "eos_rate")}
+    responses = tokenizer.batch_decode([ids[mask] for ids, mask in zip(g["ids"], g["mask"])], skip_special_tokens=True)
+    rows = zip(tokenizer.batch_decode(prompts, skip_special_tokens=True), responses, g["scores"].tolist(), g["gold"].tolist())
+    return result, [
+        {"prompt": prompt, "response": response, "scores": dict(zip(rewards, scores)), "gold": x if gold else None}
+        for prompt, response, scores, x in rows
+    ]
+
+
+def held_out_answers(policy, reference, rewards, gold, tokenizer, prompts, config, dist):
+    """This process's part of the held-out prompts: {name: [n, ...]}."""
     mine, parts = dist.part(len(prompts)), defaultdict(list)
     for i in range(0, len(mine), config.batch_size):
         place = mine[i : i + config.batch_size]
@@ -373,17 +386,7 @@ def evaluate(policy, reference, rewards, gold, tokenizer, prompts, config, dist)
         parts["gold"].append(gold(answers) if gold else torch.full((len(place),), torch.nan))
         parts["ids"].append(torch.where(rollout.response_mask, rollout.response_ids, tokenizer.pad_token_id))
         parts["mask"].append(rollout.response_mask)
-    g = {name: dist.gather(torch.cat(part)).cpu() for name, part in parts.items()}  # [N, ...], in the prompts' order
-    result = {"proxy": mean_se(g["scores"][:, 0])} | ({"gold": mean_se(g["gold"])} if gold else {})
-    result |= {name: mean_se(g[name]) for name in ("kl", "kl_k3", "length", "eos_rate")}
-    texts = zip(*(tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, [i[m] for i, m in zip(g["ids"], g["mask"])])))
-    return result, [
-        {"prompt": prompt, "response": response, "scores": dict(zip(rewards, scores)), "gold": x if gold else None}
-        for (prompt, response), scores, x in zip(texts, g["scores"].tolist(), g["gold"].tolist())
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------- before and after
+    return {name: torch.cat(part) for name, part in parts.items()}
 
 
 def train_what_is_missing(config):
@@ -393,30 +396,6 @@ def train_what_is_missing(config):
         if getattr(config, name) == Config.__dataclass_fields__[name].default and data.is_world(config.dataset):
             if not os.path.isfile(os.path.join(default.output_dir, "summary.json")):
                 script.main(default)
-
-
-def before_and_after(folder):
-    """The summary: the evaluations of step 0 and of the last step."""
-    first, *_, last = folder.records()
-    pick = lambda record: {name[5:]: value for name, value in record.items() if name.startswith("eval/")}  # noqa: E731
-    return {"steps": last["step"], "before": pick(first), "after": pick(last)}
-
-
-def closing_words(summary, config):
-    lines = [f"\nBefore and after {summary['steps']} steps of PPO, on {summary['after']['proxy_n']} held-out prompts (mean +- standard error):"]
-    for name in ("proxy", "gold", "kl", "length"):
-        if name in summary["after"]:
-            before, after = (f"{part[name]:6.2f} +- {part[name + '_se']:.2f}" for part in (summary["before"], summary["after"]))
-            lines.append(f"  {name:8s}{before}  ->  {after}")
-    lines.append(f"The policy is in {config.output_dir}/model, every answer in {config.output_dir}/eval, the curves in {config.output_dir}/curves.png.")
-    if data.is_world(config.dataset):
-        lines += [
-            "Try next:",
-            "  python train_ppo.py --kl_coef 0 --output_dir runs/ppo_no_kl      the proxy rises further; watch gold",
-            "  python train_rm.py --label_noise 0.25 --output_dir runs/rm_noisy  then --reward_model runs/rm_noisy",
-            "  python train_ppo.py --reward_model my.py:reward                  def reward(prompts, responses): return [...]",
-        ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, mean_se
 from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, pack, save_reward_model
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
-from nanorlhf.rewards import Answers, load_reward
+from nanorlhf.plots import plot_run
+from nanorlhf.rewards import Answers, check_reward, load_reward
 from nanorlhf.rng import LABELS, key
 from nanorlhf.stats import kendall_tau
 
@@ -60,6 +61,8 @@ def main(config):
 
     # --------------------------------------------------------------------------------------------------------------------- data
     rows, held_out, note = data.load(config, "pairs")
+    if config.gold_model:
+        check_reward(config.gold_model)
     flipped = np.random.default_rng([LABELS, config.noise_seed]).random(len(rows)) < config.label_noise  # training pairs only
     rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]
     tokenizer = load_tokenizer(config.model)
@@ -122,6 +125,8 @@ def main(config):
     result |= compare_with_gold(config, held_out, scores, tokenizer, dist)
     dist.print(report(result))
     folder.save_model(save_reward_model, reward_model, tokenizer)
+    if dist.main:
+        plot_run(config.output_dir)
     return folder.finish({f"eval/{k}": v for k, v in result.items()})
 
 
@@ -140,7 +145,7 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
                 with autocast(dist, config.dtype):
                     part[index] = reward_model(batch.rows(index))
         scores.append(dist.gather(part).cpu())
-        lengths.append(dist.gather(torch.tensor([len(r) for r in responses], device=dist.device)).cpu())
+        lengths.append(dist.gather(torch.tensor([len(r) for r in responses], dtype=torch.long, device=dist.device)).cpu())
     scores, lengths = torch.stack(scores), torch.stack(lengths)  # [2, N]
     margin = scores[0] - scores[1]
     accuracy = mean_se((margin > 0).double() + 0.5 * (margin == 0))

@@ -19,6 +19,7 @@ from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, sample_table
 from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.plots import plot_run
 from nanorlhf.rng import key
 from nanorlhf.rollout import generate, left_pad
 
@@ -111,6 +112,8 @@ def main(config):
 
     # --------------------------------------------------------------------------------------------------------------------- save
     folder.save_model(save_policy, policy, tokenizer)
+    if dist.main:
+        plot_run(config.output_dir)
     return folder.finish({k: v for k, v in folder.records()[-1].items() if k.startswith(("eval/", "step", "loss"))})
 
 

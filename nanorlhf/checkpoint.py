@@ -12,12 +12,16 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
+from .errors import InputError
 from .models import trainable
 
 
 def read_json(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except ValueError as e:
+        raise InputError(f"{path}: not JSON ({e})") from None
 
 
 def write_json(path, value):

@@ -48,7 +48,7 @@ class RunConfig:
         one_of(self, "dtype", "float32", "bfloat16")
         one_of(self, "schedule", "constant", "linear", "cosine")
         require(0 <= self.freeze_layers <= 1, "--freeze_layers must lie between 0 and 1")
-        require(len(self.betas) == 2, "--betas takes two numbers")
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "--betas takes two numbers in [0, 1)")
         require(all("=" in c for c in self.columns), "--columns takes FIELD=COLUMN")
 
 

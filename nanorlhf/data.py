@@ -9,12 +9,13 @@ import json
 import os
 
 import numpy as np
+import torch
 
 from . import world
 from .cli import require
 from .errors import InputError
 from .models import context_length
-from .rng import ORDER, SPLIT
+from .rng import MINIBATCH, ORDER, SPLIT
 
 FIELDS = {"sft": ("prompt", "response"), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
 WORLD_SIZES = {"sft": 16_000, "pairs": 800}  # rows of the embedded world's training data
@@ -195,3 +196,13 @@ def batch_indices(n, batch_size, step, seed):
             orders[epoch] = np.random.default_rng([ORDER, seed, epoch]).permutation(n)
         index.append(int(orders[epoch][i % n]))
     return index
+
+
+def minibatches(batch_size, minibatch_size, seed, step, epoch):
+    """The rows of one PPO epoch's minibatches, [batch_size / minibatch_size, minibatch_size], keyed by (seed, step, epoch).
+
+    The global batch is cut into minibatch_size equal strata, and each minibatch takes one row from each: it is the same set of
+    rows on any number of processes, and a process only ever trains on rows that it sampled itself.
+    """
+    strata = np.arange(batch_size).reshape(minibatch_size, -1)
+    return torch.from_numpy(np.random.default_rng([MINIBATCH, seed, step, epoch]).permuted(strata, axis=1).T.copy())

@@ -65,18 +65,34 @@ class Dist:
         td.all_gather(parts, padded)
         return torch.cat([part[: int(n)] for part, n in zip(parts, sizes)]).to(tensor.device)
 
+    def together(self, function):
+        """function() on every process, without collectives inside; an InputError on one of them is raised on all."""
+        result, message = None, b""
+        try:
+            result = function()
+        except InputError as e:
+            if self.world == 1:
+                raise
+            message = str(e).encode()
+        messages = bytes(self.gather(torch.tensor(list(message), dtype=torch.uint8)).tolist())
+        if messages:
+            raise InputError(messages.decode())
+        return result
+
     def wrap(self, module):
         """DDP around a module, or the module itself on one process."""
         if self.world == 1:
             return module
-        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def setup(device="auto"):
     """Join the process group that torchrun's environment describes: gloo on CPU, NCCL on GPUs. May be called again."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu or cuda, not {device!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here")
     world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     if device == "cuda":

@@ -34,6 +34,8 @@ class RunFolder:
             self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
         elif os.path.isdir(self.path) and any(name != "config.json.tmp" for name in os.listdir(self.path)):
             raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
+        elif config.resume:
+            dist.print(f"{self.path}: nothing to resume, the run starts from the beginning")
         dist.barrier()  # every process has looked before one writes
 
     def create(self):
@@ -78,6 +80,12 @@ class RunFolder:
         """The rows of metrics.jsonl."""
         self.dist.barrier()
         return [json.loads(line) for line in read_lines(os.path.join(self.path, "metrics.jsonl"))]
+
+    def before_and_after(self):
+        """The evaluations of the first and of the last step: a run's summary."""
+        records = self.records()
+        first, last = ({k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in (records[0], records[-1]))
+        return {"steps": records[-1]["step"], "before": first, "after": last}
 
     def already_done(self):
         self.dist.print(f"{self.path}: this run is done (summary.json); for another one choose another --output_dir")
@@ -132,6 +140,16 @@ def sample_table(rows, width=110):
         more = "..." if len(row["response"]) > width else ""
         out += [f"  > {row['prompt'][-width:]}", f"    {row['response'][:width]}{more}"] + ([f"    {numbers}"] if numbers else [])
     return "\n".join(out)
+
+
+def before_and_after_table(summary, names):
+    """What RunFolder.before_and_after() found, as readable text."""
+    lines = [f"\nBefore and after {summary['steps']} steps, on {summary['after'][names[0] + '_n']} held-out prompts (mean +- standard error):"]
+    for name in names:
+        if name in summary["after"]:
+            before, after = (f"{part[name]:6.2f} +- {part[name + '_se']:.2f}" for part in (summary["before"], summary["after"]))
+            lines.append(f"  {name:8s}{before}  ->  {after}")
+    return "\n".join(lines)
 
 
 def mean_se(values):

@@ -239,6 +239,8 @@ def check_model(path):
             raise InputError(f"{path}: no weights (*.safetensors) in this model folder")
     elif os.path.sep in os.path.normpath(path) and path.count("/") != 1 or path.startswith((".", "~", "/")):
         raise InputError(f"{path}: no such model folder")
+    elif path.startswith("runs/"):
+        raise InputError(f"{path}: no such run yet (python train_sft.py trains runs/sft, python train_rm.py runs/rm/seed_0)")
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as e:
@@ -252,6 +254,9 @@ def first_line(error):
 def load_tokenizer(path, needs_eos=True):
     """The tokenizer of a model. It must know its EOS; padding falls back to EOS, since masks never look at ids."""
     path = resolve(path)
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in files):
+        raise InputError(f"{path}: no tokenizer in this model folder")  # from_pretrained would make up an empty one
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as e:

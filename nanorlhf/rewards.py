@@ -90,19 +90,25 @@ def text_reward(name, function):
     return reward
 
 
-@functools.cache
 def python_function(spec):
-    """path.py:function -> the function, imported once."""
+    """path.py:function -> the function; a file is imported once, and again when it has changed."""
     path, _, name = spec.rpartition(":")
     require(os.path.isfile(path), f"{path}: no such file")
+    module = import_file(os.path.abspath(path), os.path.getmtime(path))
+    require(callable(getattr(module, name, None)), f"{path}: it defines no function {name!r}")
+    return getattr(module, name)
+
+
+@functools.cache
+def import_file(path, changed):
+    """The module that a .py file holds; `changed` is part of the cache's key."""
     module_spec = importlib.util.spec_from_file_location("reward_function", path)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as e:
         raise InputError(f"{path}: cannot be imported: {type(e).__name__}: {first_line(e)}") from e
-    require(callable(getattr(module, name, None)), f"{path}: it defines no function {name!r}")
-    return getattr(module, name)
+    return module
 
 
 def read_lexicon(path):

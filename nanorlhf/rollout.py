@@ -156,7 +156,7 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
                 live, ids, positions, mask = live[going], ids[going], positions[going], mask[going]
     model.train(was_training)
     if not logprobs.isfinite().all():
-        raise FloatingPointError("the policy's log-probs are not finite")
+        raise FloatingPointError(f"step {step}: the policy's log-probs are not finite; lower --lr")
 
     # A finished row may have run on until it was dropped: the response ends with its first EOS.
     is_eos = response_ids == eos_token_id if finished.any() else torch.zeros_like(response_ids, dtype=torch.bool)
