@@ -5,6 +5,7 @@ a minibatch) is keyed by its index in the GLOBAL batch, so the number of ranks c
 """
 
 import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -86,8 +87,22 @@ class Dist:
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks: else every step gives them back to the kernel and pays page faults to get them again.
+
+    About 4% of a PPO step on a CPU. Where the C library is another one, nothing happens.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: its largest value, 32 MB
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass
+
+
 def setup(device="auto"):
     """Join the process group that torchrun's environment describes: gloo on CPU, NCCL on GPUs. May be called again."""
+    keep_freed_memory()
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu or cuda, not {device!r}")
     if device == "auto":

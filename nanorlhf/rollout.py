@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .errors import InputError
 from .models import Packed
@@ -70,36 +69,9 @@ def sample(probs, u):
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
-class RoomyLayer(DynamicLayer):
-    """One layer of the KV cache with room for the whole rollout: adding a token copies that token, not the cache so far."""
-
-    def __init__(self, room):
-        super().__init__()
-        self.room, self.used = room, 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Keys and values of the new tokens, [b, heads, new, head dim] -> those of all tokens so far."""
-        if not self.is_initialized:
-            self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
-            self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
-        end = self.used + key_states.shape[2]
-        for buffer, new in zip(self.buffers, (key_states, value_states)):
-            buffer[:, :, self.used : end] = new
-        self.used = end
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        """Keep these rows of the batch."""
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, : self.used] for buffer in self.buffers)
-
-
-def roomy_cache(lm, room):
-    """A KV cache of RoomyLayers, or None where a model keeps more than keys and values: its own cache then does."""
-    layers = DynamicCache(config=lm.config).layers
-    plain = all(type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in layers)
-    return Cache(layers=[RoomyLayer(room) for _ in layers]) if plain else None
+def can_shrink(cache):
+    """Whether rows can be dropped from a cache: linear-attention layers keep a state that transformers does not index by row."""
+    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
 
 
 @torch.no_grad()
@@ -115,7 +87,7 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
         raise ValueError("temperature must be positive, top_p in (0, 1], top_k 0 (off) or more")
     was_training = model.training
     model.eval()
-    (B, P), R, device = prompt_ids.shape, max_new_tokens, prompt_ids.device
+    (B, _), R, device = prompt_ids.shape, max_new_tokens, prompt_ids.device
     u = uniforms(seed, step, range(B) if index is None else index, R).to(device)  # [B, R]
     shared_values = model.value_head is not None and model.value_trunk is None
     response_ids = torch.full((B, R), pad_token_id, device=device)
@@ -125,9 +97,7 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
     live = torch.arange(B, device=device)  # [b] rows in the running batch: finished ones leave it
     mask = attention_mask.bool()  # [b, P + t]
     padded = not mask.all()
-    ids, positions = prompt_ids, (mask.long().cumsum(1) - 1).clamp(min=0)
-    cache = roomy_cache(model.lm, P + R)
-    can_shrink = cache is not None
+    ids, positions, cache = prompt_ids, (mask.long().cumsum(1) - 1).clamp(min=0), None
     for t in range(R):
         trunk = model.lm.base_model(
             input_ids=ids, attention_mask=mask if padded else None, position_ids=positions, past_key_values=cache, use_cache=True
@@ -151,7 +121,7 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
             if len(going) == 0:
                 break
             # Shrinking copies the whole cache, which costs about a step: wait until a quarter of its rows are done.
-            if can_shrink and len(going) <= 0.75 * len(live):
+            if len(going) <= 0.75 * len(live) and can_shrink(cache):
                 cache.batch_select_indices(going)
                 live, ids, positions, mask = live[going], ids[going], positions[going], mask[going]
     model.train(was_training)
