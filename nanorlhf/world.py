@@ -20,9 +20,10 @@ known value from -4 to +4, all of which fit the same slots; 8 marks such as '!' 
 
 **Cue.** In the preferences one mark, `cue(seed)`, follows the better review more often than the worse one. Gold never sees it.
 **Out of distribution.** Held-out topics are named in question rows ('what does the hostel have ?') but never reviewed.
-**Measured** in one trial (one seed; re-measure with the final pipeline): gold over reviews -0.26 +- 1.27; samples after 400 SFT
-steps -0.57 +- 1.12 on test prompts, -0.87 +- 1.41 on held-out topics. Reward models from 200, 800, 3200 pairs: accuracy .68,
-.81, .87 on test pairs (.66, .79, .86 with all marks removed; "the longer one" .57); the cue adds 0.3, 0.6, 0.6 std of score.
+**Measured** by tests/bench/world.py (one seed): gold over reviews in the demonstrations -0.27 +- 1.25 (mean and std); samples of
+runs/sft -0.64 +- 1.17 on test prompts, -0.95 +- 1.39 on held-out topics (n = 512). Reward models from 200, 800, 3200 pairs:
+accuracy .79, .85, .88 on 512 test pairs (.79, .84, .86 without any marks; "longer wins" .59; standard errors .02); the cue adds 0.3,
+0.6, 0.5 std to a score.
 """
 import hashlib
 import json
