@@ -85,7 +85,8 @@ def read_rows(spec, kind, columns=(), split="train"):
         require(isinstance(row, dict), f"{place}: a row must be an object with {', '.join(FIELDS[kind])}")
         for field in FIELDS[kind]:
             column = names.get(field, field)
-            require(column in row, f"{place}: no field {column!r}" + ("" if field in names else f" (name another with --columns {field}=COLUMN)"))
+            hint = "" if field in names else f" (name another with --columns {field}=COLUMN)"
+            require(column in row, f"{place}: no field {column!r}{hint}")
             require(isinstance(row[column], str), f"{place}: field {column!r} must be a string, not {type(row[column]).__name__}")
         rows.append({field: row[names.get(field, field)] for field in FIELDS[kind]})
     require(rows, f"{spec}: no rows")

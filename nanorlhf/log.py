@@ -144,7 +144,8 @@ def sample_table(rows, width=110):
 
 def before_and_after_table(summary, names):
     """What RunFolder.before_and_after() found, as readable text."""
-    lines = [f"\nBefore and after {summary['steps']} steps, on {summary['after'][names[0] + '_n']} held-out prompts (mean +- standard error):"]
+    n = summary["after"][names[0] + "_n"]
+    lines = [f"\nBefore and after {summary['steps']} steps, on {n} held-out prompts (mean +- standard error):"]
     for name in names:
         if name in summary["after"]:
             before, after = (f"{part[name]:6.2f} +- {part[name + '_se']:.2f}" for part in (summary["before"], summary["after"]))

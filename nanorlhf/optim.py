@@ -33,7 +33,7 @@ def optimizer_step(optimizer, module, lr, max_grad_norm, step):
     """
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable(module)], max_grad_norm)
     if not torch.isfinite(norm):
-        raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}: the last checkpoint is kept; lower --lr or look at the rewards")
+        raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}; the last checkpoint is kept; lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -15,9 +15,9 @@ The off-by-one, once and for all. A prompt of two tokens and a response of two, 
     values[:, j]                V(the room)                V(the room was)         the value BEFORE token j is chosen
 
 so logprobs and values of response token j both come from the hidden state one position to its left.
-Masks are bool. Masked positions hold 0 and are never averaged. A mean over tokens is a sum over the masked tokens divided by `n_tokens`, the
-number of response tokens in the whole optimizer batch, over all micro-batches and ranks: the parts then add up to the same
-number however the batch was split.
+Masks are bool; masked positions hold 0 and are never averaged. A mean over tokens is a sum over response tokens divided by
+`n_tokens`, their number in the whole optimizer batch, over all micro-batches and ranks: the parts then add up to the same number
+however the batch was split.
 """
 
 import torch

@@ -194,8 +194,9 @@ def classifier_scorer(model, path, dist, micro_batch_size):
         texts = [f"{p} {r}" for p, r in zip(answers.prompts, answers.responses)]
         parts = []
         for i in range(0, len(texts), micro_batch_size):
-            inputs = tokenizer(texts[i : i + micro_batch_size], padding=True, truncation=True, max_length=context, return_tensors="pt").to(dist.device)
-            parts.append(model(**inputs).logits[:, label].float())
+            part = texts[i : i + micro_batch_size]
+            inputs = tokenizer(part, padding=True, truncation=True, max_length=context, return_tensors="pt")
+            parts.append(model(**inputs.to(dist.device)).logits[:, label].float())
         return torch.cat(parts)
 
     return score

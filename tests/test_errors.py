@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, cli, rewards, world
+from nanorlhf import checkpoint, cli, world
 from nanorlhf.models import Policy, load_policy
 from nanorlhf.optim import adamw
 

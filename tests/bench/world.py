@@ -53,7 +53,8 @@ def main():
     demos = [d for d in world.demonstrations(4000) if d["prompt"] in reviewed]
     golds = {"demonstrations": torch.tensor(world.gold([d["prompt"] for d in demos], [d["response"] for d in demos]))}
     golds |= {f"sft_{split}": gold_of_samples(args.sft, split) for split in ("test", "ood")}
-    print(json.dumps({name: {"gold_mean": round(g.mean().item(), 2), "gold_std": round(g.std().item(), 2), "n": len(g)} for name, g in golds.items()}))
+    for name, gold in golds.items():
+        print(json.dumps({"gold_of": name, "mean": round(gold.mean().item(), 2), "std": round(gold.std().item(), 2), "n": len(gold)}))
 
     test, tokenizer = world.preferences(512, split="test"), load_tokenizer(args.sft)
     clean = [{**r, "chosen": without_marks(r["chosen"]), "rejected": without_marks(r["rejected"])} for r in test]
