@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import checkpoint, cli, data, world
+from nanorlhf import checkpoint, cli, data
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, mean_se
 from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, pack, save_reward_model
@@ -69,7 +69,8 @@ def main(config):
     max_length = config.max_length or context_length(check_model(config.model))
     prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length, config.chat_template)
     rejected_prompts, rejected, more_cut = data.encode(tokenizer, rows, "rejected", max_length, config.chat_template)
-    dist.print(f"reward model on {config.dataset}: {note}, {flipped.sum()} labels flipped, {n_cut + more_cut} responses cut to {max_length} tokens")
+    note += f", {flipped.sum()} labels flipped, {n_cut + more_cut} responses cut to {max_length} tokens"
+    dist.print(f"reward model on {config.dataset}: {note}")
 
     # -------------------------------------------------------------------------------------------------------------------- model
     reward_model = load_reward_model(config.model, dist.device, seed=config.seed)
@@ -167,20 +168,20 @@ def compare_with_gold(config, rows, scores, tokenizer, dist):
     if not config.gold_model:
         return {}
     gold = load_reward(config.gold_model, tokenizer, dist)
-    texts = [(r["prompt"], r[f]) for f in ("chosen", "rejected") for r in rows]
-    encoded = [{"prompt": p, "response": r} for p, r in texts]
-    prompts, responses, _ = data.encode(tokenizer, encoded, "response", chat=config.chat_template)
-    tau, p = kendall_tau(scores.flatten(), gold(Answers([p for p, _ in texts], [r for _, r in texts], pack(prompts, responses, tokenizer.pad_token_id))))
+    texts = [{"prompt": r["prompt"], "response": r[field_]} for field_ in ("chosen", "rejected") for r in rows]  # [2 N]
+    prompts, responses, _ = data.encode(tokenizer, texts, "response", chat=config.chat_template)
+    batch = pack(prompts, responses, tokenizer.pad_token_id)
+    golds = gold(Answers([t["prompt"] for t in texts], [t["response"] for t in texts], batch))
+    tau, p = kendall_tau(scores.flatten(), golds)
     return {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": len(texts)} if math.isfinite(tau) else {}
 
 
 def report(result):
-    text = (
-        f"held-out pair accuracy {result['accuracy']:.3f} +- {result['accuracy_se']:.3f} (n = {result['n_pairs']}; "
-        f"longer wins {result['longer_wins']:.3f}, shorter wins {result['shorter_wins']:.3f}), margin {result['margin']:.2f} std"
-    )
+    text = f"held-out pair accuracy {result['accuracy']:.3f} +- {result['accuracy_se']:.3f} (n = {result['n_pairs']}; "
+    text += f"longer wins {result['longer_wins']:.3f}, shorter wins {result['shorter_wins']:.3f}), margin {result['margin']:.2f} std"
     if "gold_kendall_tau" in result:
-        text += f"; Kendall's tau with gold {result['gold_kendall_tau']:.3f} (p {result['gold_kendall_p']:.3f}, n = {result['n_texts']} texts)"
+        tau, p, n = (result[f] for f in ("gold_kendall_tau", "gold_kendall_p", "n_texts"))
+        text += f"; Kendall's tau with gold {tau:.3f} (p {p:.3f}, n = {n} texts)"
     return text
 
 

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 from nanorlhf import checkpoint, cli, data, world
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, sample_table
-from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy
+from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy, unflatten
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rng import key
 from nanorlhf.rollout import generate, left_pad
+from nanorlhf.stats import ratio
 
 
 @dataclass
@@ -74,8 +75,8 @@ def main(config):
         result = evaluate(policy, held_out_prompts, held_out_responses, tokenizer, config, dist)
         samples = [{"step": step, **row} for row in sample(policy, held_out, tokenizer, config, dist)]
         folder.append("samples.jsonl", samples)
-        dist.print(f"step {step}: held-out perplexity {result['perplexity']:.3f}, token accuracy {result['accuracy']:.3f} ({result['n_tokens']} tokens)")
-        dist.print(sample_table(samples))
+        quality = f"perplexity {result['perplexity']:.3f} +- {result['perplexity_se']:.3f}, token accuracy {result['accuracy']:.3f}"
+        dist.print(f"step {step}: held-out {quality} +- {result['accuracy_se']:.3f} ({result['n_tokens']} tokens)", sample_table(samples))
         return {f"eval/{k}": v for k, v in result.items()}
 
     # --------------------------------------------------------------------------------------------------------------------- loop
@@ -122,18 +123,29 @@ def evaluate(policy, prompts, responses, tokenizer, config, dist):
     """Perplexity exp(-mean log pi) and the share of response tokens that are the most likely one, on held-out rows."""
     policy.eval()
     mine = list(dist.part(len(prompts)))
-    sums = torch.zeros(3, dtype=torch.float64, device=dist.device)  # sum of -log pi, correct tokens, tokens
+    sums = torch.zeros(len(mine), 3, dtype=torch.float64, device=dist.device)  # of each row: -log pi, correct tokens, tokens
     if mine:
         batch = pack([prompts[i] for i in mine], [responses[i] for i in mine], tokenizer.pad_token_id).to(dist.device)
         for rows in batch.micro_batches(config.micro_batch_size):
             part = batch.rows(rows)
+            mask = response_mask_of(part)  # [m, R]
             with autocast(dist, config.dtype):
-                hidden, tokens = policy.hidden(part, response_mask_of(part))  # [n, D], [n]
+                hidden, tokens = policy.hidden(part, mask)  # [n, D], [n]
                 logits = policy.logits(hidden)  # [n, V]
-            nll = torch.nn.functional.cross_entropy(logits, tokens, reduction="sum")
-            sums += torch.stack([nll, (logits.argmax(-1) == tokens).sum(), torch.tensor(len(tokens), device=dist.device)])
-    nll, correct, n = dist.sum(sums).tolist()
-    return {"perplexity": math.exp(min(nll / n, 700)), "accuracy": correct / n, "n_tokens": int(n)}
+            nll = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+            correct = (logits.argmax(-1) == tokens).float()
+            sums[rows] = torch.stack([unflatten(nll, mask).sum(1), unflatten(correct, mask).sum(1), mask.sum(1)], 1).double()
+    nll, correct, n = dist.gather(sums).T.cpu()  # [N] each
+    (loss, loss_se), (accuracy, accuracy_se) = ratio(nll, n), ratio(correct, n)
+    perplexity = math.exp(min(loss, 700))
+    return {
+        "perplexity": perplexity,
+        "perplexity_se": perplexity * loss_se,
+        "accuracy": accuracy,
+        "accuracy_se": accuracy_se,
+        "n_tokens": int(n.sum()),
+        "n_rows": len(n),
+    }
 
 
 def sample(policy, rows, tokenizer, config, dist):

@@ -1,6 +1,19 @@
-"""Small statistics, written out: Kendall's tau."""
+"""Small statistics, written out: a ratio with its standard error, Kendall's tau."""
 
 import torch
+
+
+def ratio(totals, counts):
+    """A mean over tokens with the standard error that rows, not tokens, are worth: tokens of one text are not independent.
+
+        mean = sum_i t_i / sum_i n_i        se = sqrt(N / (N - 1) sum_i (t_i - mean n_i)^2) / sum_i n_i
+
+    totals, counts [N], one entry a row -> mean, se (0 for a single row). Cochran 1977, section 6.4.
+    """
+    mean = totals.sum() / counts.sum()
+    rows = len(totals)
+    squares = (totals - mean * counts).square().sum() * rows / max(rows - 1, 1)
+    return mean.item(), (squares.sqrt() / counts.sum()).item() if rows > 1 else 0.0
 
 
 def kendall_tau(x, y, permutations=1000, seed=0):
