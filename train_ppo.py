@@ -20,7 +20,7 @@ import train_sft
 from nanorlhf import checkpoint, cli, data, ppo
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, before_and_after_table, mean_se, sample_table
-from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, response_mask_of, save_policy
+from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rewards import Answers, check_reward, load_reward, reward_name, score_all
@@ -140,7 +140,8 @@ def main(config):
     folder.create()
     if start:
         folder.append("metrics.jsonl", [{"step": 0, **report(0, *start)}])
-    model = dist.wrap(policy)
+    example = pack(prompts[:1], [[tokenizer.eos_token_id]]).to(dist.device)
+    model = dist.wrap(policy, lambda model: sum(x.sum() for x in model(example, response_mask_of(example)).values()))
 
     # --------------------------------------------------------------------------------------------------------------------- loop
     first_step = state["step"] + 1 if state else 1

@@ -79,7 +79,8 @@ def main(config):
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
     state = checkpoint.load(config.output_dir, reward_model, optimizer) or {"step": 0}
     folder.create()
-    model = dist.wrap(reward_model)
+    example = pack(prompts[:1], chosen[:1]).to(dist.device)
+    model = dist.wrap(reward_model, lambda model: model(example).sum())
 
     # --------------------------------------------------------------------------------------------------------------------- loop
     progress = Progress(dist, "reward model", config.steps, state["step"])

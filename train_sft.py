@@ -69,7 +69,8 @@ def main(config):
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
     state = checkpoint.load(config.output_dir, policy, optimizer) or {"step": 0}
     folder.create()
-    model = dist.wrap(policy)
+    example = pack(prompts[:1], responses[:1]).to(dist.device)
+    model = dist.wrap(policy, lambda model: model(example, response_mask_of(example))["logprobs"].sum())
 
     def report(step):
         result = evaluate(policy, held_out_prompts, held_out_responses, tokenizer, config, dist)

@@ -80,11 +80,18 @@ class Dist:
             raise InputError(messages.decode())
         return result
 
-    def wrap(self, module):
-        """DDP around a module, or the module itself on one process."""
+    def wrap(self, module, total):
+        """DDP around a module, or the module itself on one process. total(model) is any scalar that uses all trained weights.
+
+        After its first backward pass DDP re-orders its buckets, and from three ranks on that changes the order in which gradients
+        are added up. So that first pass is made here: else the first step after a resume would differ in its last bits.
+        """
         if self.world == 1:
             return module
-        return DistributedDataParallel(module, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        total(model).backward()
+        model.zero_grad(set_to_none=True)
+        return model
 
 
 def keep_freed_memory():

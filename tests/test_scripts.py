@@ -469,11 +469,16 @@ def test_two_processes_change_nothing(one_process, two_processes, kind):
             assert [r["scores"]["rm"] for r in rows] == pytest.approx([r["scores"]["rm"] for r in others], rel=1e-4, abs=1e-4)
 
 
-def test_four_processes_change_nothing(base, one_process):
+@pytest.fixture(scope="module")
+def four_processes(base):
     (base / "four").mkdir()
     join(*ranks(4, drive, base / "four", rank_settings(base)[2:]))
-    assert_close_runs(one_process / "ppo", base / "four/ppo")
-    assert rollouts(one_process) == rollouts(base / "four")
+    return base / "four"
+
+
+def test_four_processes_change_nothing(one_process, four_processes):
+    assert_close_runs(one_process / "ppo", four_processes / "ppo")
+    assert rollouts(one_process) == rollouts(four_processes)
 
 
 @pytest.mark.parametrize("kind", ["sft", "rm"])
@@ -632,17 +637,19 @@ def test_sigkill_and_resume(base, tmp_path, kind):
     assert_bit_equal(tmp_path / "whole", folder)
 
 
-def test_sigkill_of_one_of_two_processes(base, two_processes):
-    """Rank 1 dies during an evaluation; both are started again and end as the two that were left alone, bit for bit."""
-    folder = base / "two_killed"
+@pytest.mark.parametrize("n", [2, 4])  # with four, the order in which gradients are added up matters too
+def test_sigkill_of_one_of_several_processes(request, base, n):
+    """Rank 1 dies during an evaluation; all are started again and end as those that were left alone, bit for bit."""
+    whole, folder = request.getfixturevalue("two_processes" if n == 2 else "four_processes"), base / f"killed_{n}"
     settings = ["--output_dir", str(folder), *flags(rank_settings(base)[2][1])]
-    first, second = ranks(2, command_line, "ppo", *settings, KILL_AT="3", KILL_RANK="1")  # the third evaluation is step 2's
+    first, second, *others = ranks(n, command_line, "ppo", *settings, KILL_AT="3", KILL_RANK="1")  # the third evaluation is step 2's
     join(second, code=-signal.SIGKILL)
-    first.kill()
-    first.join()
+    for process in (first, *others):
+        process.kill()
+        process.join()
     assert os.listdir(folder / "checkpoint") == ["step_1"] and len(metrics(folder)) == 2
-    join(*ranks(2, command_line, "ppo", "--output_dir", str(folder), "--resume"))
-    assert_bit_equal(two_processes / "ppo", folder)
+    join(*ranks(n, command_line, "ppo", "--output_dir", str(folder), "--resume"))
+    assert_bit_equal(whole / "ppo", folder)
 
 
 # --------------------------------------------------------------------------------------------------------------------- run again
