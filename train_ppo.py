@@ -7,7 +7,6 @@
     B sequences of the global batch, b of this process, m of a micro-batch, P prompt and R response tokens, K rewards
 """
 
-import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -19,17 +18,18 @@ import train_rm
 import train_sft
 from nanorlhf import checkpoint, cli, data, ppo
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
-from nanorlhf.log import Progress, RunFolder, before_and_after_table, mean_se, sample_table
+from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs
+from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
 from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
-from nanorlhf.rewards import Answers, check_reward, load_reward, reward_name, score_all
-from nanorlhf.rollout import generate, left_pad
+from nanorlhf.rewards import check_reward, load_reward, reward_name, score_all
 
 TRY_NEXT = """Try next:
-  python train_ppo.py --kl_coef 0 --output_dir runs/ppo_no_kl       the proxy rises further; watch gold
-  python train_rm.py --label_noise 0.25 --output_dir runs/rm_noisy   then train_ppo.py --reward_model runs/rm_noisy
-  python train_ppo.py --reward_model my.py:reward                    def reward(prompts, responses): return [...]"""
+  python train_ppo.py --kl_coef 0 --output_dir runs/no_kl                          the proxy rises further; watch gold
+  python train_rm.py --label_noise 0.25 --output_dir runs/rm_noisy                 a quarter of the labels wrong, then
+  python train_ppo.py --reward_model runs/rm_noisy --output_dir runs/noisy
+  python train_ppo.py --reward_model my.py:reward --output_dir runs/mine           def reward(prompts, responses): return [...]"""
 
 
 @dataclass
@@ -75,7 +75,9 @@ class Config(cli.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         cli.at_least(self, 1, "minibatch_size", "ppo_epochs", "max_new_tokens", "kl_horizon")
-        cli.at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "score_clip", "max_prompt_length", "n_samples")
+        cli.at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip", "max_prompt_length", "n_samples")
+        cli.require(self.clip_range > 0 and self.value_clip_range > 0, "--clip_range and --value_clip_range must be positive")
+        cli.require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "--gamma and --lam must lie between 0 and 1")
         cli.one_of(self, "kl_kind", "k1", "k2", "k3", "full")
         cli.one_of(self, "kl_in", "reward", "loss")
         cli.one_of(self, "score_scaling", "none", "running", "first")
@@ -94,13 +96,12 @@ def main(config):
     folder = RunFolder(config, dist)
     if folder.state == "done":
         return folder.already_done()
+    check_inputs(config)
     train_what_is_missing(config)
     torch.manual_seed(config.seed)
 
     # --------------------------------------------------------------------------------------------------------------------- data
     rows, held_out, note = data.load(config, "prompts")
-    for spec in filter(None, (config.reward_model, config.gold_model)):
-        check_reward(spec)
     model_config, tokenizer = check_model(config.model), load_tokenizer(config.model)
     prompts, held_out_prompts = (
         data.ready_prompts(tokenizer, part, model_config, config.max_new_tokens, config.max_prompt_length, config.chat_template)
@@ -124,9 +125,9 @@ def main(config):
         scaler.moments = tuple(state["scaler"])
         if kl_controller:
             kl_controller.coef = state["kl_coef"]
-
-    def evaluation():
-        return evaluate(policy, reference, rewards, gold, tokenizer, held_out_prompts, config, dist)
+    parts = Parts(config, dist, tokenizer, policy, policy, reference, rewards, gold)
+    start = None if state else evaluate(parts, held_out_prompts)  # before anything is written: a reward that fails leaves no trace
+    folder.create()
 
     def report(step, result, samples):
         folder.write_eval(step, samples)
@@ -136,12 +137,10 @@ def main(config):
         dist.print(f"\nstep {step}, {len(samples)} held-out prompts: {text}", sample_table(samples[: config.n_samples]))
         return {f"eval/{name}{end}": v[key] for name, v in result.items() for key, end in (("mean", ""), ("se", "_se"), ("n", "_n"))}
 
-    start = None if state else evaluation()  # before anything is written: a reward that does not work leaves no trace
-    folder.create()
     if start:
         folder.append("metrics.jsonl", [{"step": 0, **report(0, *start)}])
     example = pack(prompts[:1], [[tokenizer.eos_token_id]]).to(dist.device)
-    model = dist.wrap(policy, lambda model: sum(x.sum() for x in model(example, response_mask_of(example)).values()))
+    parts.model = dist.wrap(policy, lambda model: sum(x.sum() for x in model(example, response_mask_of(example)).values()))
 
     # --------------------------------------------------------------------------------------------------------------------- loop
     first_step = state["step"] + 1 if state else 1
@@ -154,15 +153,15 @@ def main(config):
         # 1. Every process samples its share of the global batch.
         index = data.batch_indices(len(prompts), config.batch_size, step - 1, config.seed)
         place = dist.share(range(config.batch_size))  # which rows of the global batch are mine
-        rollout, answers = roll_out(policy, [prompts[index[i]] for i in place], place, step, tokenizer, config, dist)
+        rollout, answers = roll_out(parts, [prompts[index[i]] for i in place], place, step)
         clock.append(time.perf_counter())
 
         # 2. Scores of the answers, log-probs under the reference, advantages.
-        x, record = experience(policy, reference, rewards, scaler, rollout, answers, kl_coef, config, dist)
+        x, record = experience(parts, scaler, rollout, answers, kl_coef)
         clock.append(time.perf_counter())
 
         # 3. A few epochs of minibatches on them.
-        record |= update(model, policy, reference, optimizer, answers.batch, x, place[0], step, kl_coef, lr, config, dist)
+        record |= update(parts, optimizer, answers.batch, x, place[0], step, kl_coef, lr)
         if kl_controller:
             kl_controller.update(record["kl"], config.batch_size)
         clock.append(time.perf_counter())
@@ -172,7 +171,7 @@ def main(config):
         speed = {"tokens_per_second": x.lengths.sum().item() / (clock[-1] - clock[0]), "peak_memory_mb": peak_memory_mb(dist)}
         record = {"step": step, **record, "kl_coef": kl_coef, "lr": lr, **seconds, **speed}
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            record |= report(step, *evaluation())
+            record |= report(step, *evaluate(parts, held_out_prompts))
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
@@ -182,42 +181,13 @@ def main(config):
 
     # --------------------------------------------------------------------------------------------------------------------- save
     folder.save_model(save_policy, policy, tokenizer)
-    if dist.main:
-        plot_run(config.output_dir)
+    picture = plot_run(config.output_dir) if dist.main else None
     summary = folder.finish(folder.before_and_after())
-    dist.print(before_and_after_table(summary, ("proxy", "gold", "kl", "length")))
-    dist.print(f"The policy is in {folder.path}/model, every answer in {folder.path}/eval, the curves in {folder.path}/curves.png.")
+    dist.print(before_and_after_table(summary, ("proxy", "gold", "kl", "length", "distinct_2")))
+    curves = f", the curves in {picture}" if picture else ""
+    dist.print(f"The policy is in {folder.path}/model, every answer in {folder.path}/eval{curves}.")
     dist.print(TRY_NEXT if data.is_world(config.dataset) else "")
     return summary
-
-
-# ------------------------------------------------------------------------------------------------------------------------ rollouts
-
-
-def roll_out(policy, prompts, place, step, tokenizer, config, dist):
-    """One response to each prompt; `place` keys the noise by the prompt's place in the global batch. -> Rollout, Answers"""
-    ids, mask = left_pad(prompts, tokenizer.pad_token_id)
-    with autocast(dist, config.dtype):
-        rollout = generate(
-            policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, temperature=config.temperature,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, seed=config.seed, step=step, index=place,
-        )  # fmt: skip
-    responses = [ids[mask] for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu())]
-    texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, responses))
-    return rollout, Answers(*texts, rollout.packed())
-
-
-@torch.no_grad()
-def forward(policy, batch, width, config, dist, **kwargs):
-    """Policy.forward over micro-batches, without gradients: {name: [b, R]} with R = width."""
-    out = {}
-    for rows in batch.micro_batches(config.micro_batch_size):
-        part = batch.rows(rows)
-        with autocast(dist, config.dtype):
-            result = policy(part, response_mask_of(part), config.temperature, **kwargs)
-        for name, value in result.items():  # [m, R']
-            out.setdefault(name, torch.zeros(len(batch), width, device=dist.device))[rows, : value.shape[1]] = value
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------- experience
@@ -236,17 +206,15 @@ class Experience:
     lengths: torch.Tensor
 
 
-def experience(policy, reference, rewards, scaler, rollout, answers, kl_coef, config, dist):
+def experience(parts, scaler, rollout, answers, kl_coef):
     """A rollout -> Experience, and the step's numbers. Gathered first, so that no mean depends on the number of processes."""
-    width, full = config.max_new_tokens, config.kl_kind == "full"
-    old = {"logprobs": rollout.logprobs, "values": rollout.values}
-    # In bfloat16 a cached decode and a batch forward differ by about 1e-2; a separate value model has said nothing yet.
-    if config.dtype == "bfloat16" or config.value_model or full:
-        old = forward(policy, answers.batch, width, config, dist, kl_to=reference if full else None)
-    ref = forward(reference, answers.batch, width, config, dist)
+    config, dist = parts.config, parts.dist
+    full = (config.kl_kind, config.kl_in) == ("full", "reward")
+    old = sampled_outputs(parts, rollout, answers.batch, kl_to=parts.reference if full else None)
+    ref = forward(parts, parts.reference, answers.batch)
     local = {
-        "scores": dist.together(lambda: score_all(rewards, answers))[0].to(dist.device),  # [b]: one reward today
-        "bootstrap": bootstrap_values(policy, rollout, answers.batch, config, dist),  # [b]
+        "scores": dist.together(lambda: score_all(parts.rewards, answers))[0].to(dist.device),  # [b]: one reward today
+        "bootstrap": bootstrap_values(parts, rollout, answers.batch),  # [b]
         "finished": rollout.finished,  # [b]
         "mask": rollout.response_mask,  # [b, R], as all that follow
         "old_logprobs": old["logprobs"],
@@ -263,8 +231,11 @@ def experience(policy, reference, rewards, scaler, rollout, answers, kl_coef, co
     if config.score_clip:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     k1, k3 = (ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], kind) for kind in ("k1", "k3"))  # 0 where masked
-    kl = g["full_kl"] if full else ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], config.kl_kind)
-    rewards_of_tokens = ppo.token_rewards(scores, kl, mask, kl_coef if config.kl_in == "reward" else 0.0)
+    if config.kl_in == "loss":
+        kl = torch.zeros_like(k1)
+    else:
+        kl = g["full_kl"] if full else ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], config.kl_kind)
+    rewards_of_tokens = ppo.token_rewards(scores, kl, mask, kl_coef)
     bootstrap = g["bootstrap"] if config.bootstrap_truncated else None
     advantages, returns = ppo.gae(rewards_of_tokens, g["values"], mask, config.gamma, config.lam, bootstrap)
     moments = ppo.masked_moments(advantages, mask)
@@ -287,38 +258,42 @@ def experience(policy, reference, rewards, scaler, rollout, answers, kl_coef, co
 
 
 @torch.no_grad()
-def bootstrap_values(policy, rollout, batch, config, dist):
+def bootstrap_values(parts, rollout, batch):
     """[b]: the value after the last token of a response that was cut off, 0 for one that ended."""
+    config, dist = parts.config, parts.dist
     values = torch.zeros(len(batch), device=dist.device)
     cut_off = (~rollout.finished).nonzero()[:, 0]
     if config.bootstrap_truncated and len(cut_off):
         for rows in batch.micro_batches(config.micro_batch_size, cut_off):
             with autocast(dist, config.dtype):
-                values[rows] = policy.final_values(batch.rows(rows))
+                values[rows] = parts.policy.final_values(batch.rows(rows))
     return values
 
 
 # -------------------------------------------------------------------------------------------------------------------------- update
 
 
-def update(model, policy, reference, optimizer, batch, x, first, step, kl_coef, lr, config, dist):
-    """ppo_epochs passes of minibatches over the rollout. `batch` holds this process's rows, of which `first` is the first's place."""
-    epochs = []
+def update(parts, optimizer, batch, x, first, step, kl_coef, lr):
+    """ppo_epochs passes of minibatches over the rollout -> the update's numbers.
+
+    batch: this process's rows; `first` is the place of the first of them in the global batch, and so in the Experience x.
+    """
+    config, dist, epochs = parts.config, parts.dist, []
     for epoch in range(config.ppo_epochs):
         stats = defaultdict(lambda: torch.zeros((), device=dist.device))
         for minibatch in data.minibatches(config.batch_size, config.minibatch_size, config.seed, step, epoch):
             n_tokens = x.lengths[minibatch.to(dist.device)].sum()  # of the whole minibatch: every mean's denominator
             micro_batches = batch.micro_batches(config.micro_batch_size, dist.share(minibatch).to(dist.device) - first)
             for rows in micro_batches:
-                part = batch.rows(rows)
-                with sync_on(model, last=rows is micro_batches[-1]), autocast(dist, config.dtype):
-                    loss, parts = loss_of(model, reference, part, x, rows + first, n_tokens, kl_coef, config)
+                with sync_on(parts.model, last=rows is micro_batches[-1]):
+                    with autocast(dist, config.dtype):
+                        loss, numbers = loss_of(parts, batch.rows(rows), x, rows + first, n_tokens, kl_coef)
                     (loss * dist.world).backward()  # DDP averages over ranks; the loss is a sum
-                for name, value in parts.items():
+                for name, value in numbers.items():
                     stats[name] = torch.maximum(stats[name], value) if name in ("ratio_max", "ratio_error") else stats[name] + value
             if "first_ratio_error" not in stats:  # nothing has been learned from this rollout yet, so every ratio should be 1
                 stats["first_ratio_error"] = stats["ratio_error"]
-            stats["grad_norm"] += optimizer_step(optimizer, policy, lr, config.max_grad_norm, step) / dist.world
+            stats["grad_norm"] += optimizer_step(optimizer, parts.policy, lr, config.max_grad_norm, step) / dist.world
         epochs.append(reduce_stats(stats, config.batch_size // config.minibatch_size, dist))
         if config.target_kl and epochs[-1]["approx_kl"] > config.target_kl:
             break
@@ -326,14 +301,14 @@ def update(model, policy, reference, optimizer, batch, x, first, step, kl_coef, 
     return means | {"ratio_max": max(stats["ratio_max"] for stats in epochs), "first_ratio_error": epochs[0]["first_ratio_error"]}
 
 
-def loss_of(model, reference, part, x, at, n_tokens, kl_coef, config):
+def loss_of(parts, batch, x, at, n_tokens, kl_coef):
     """One micro-batch's share of the loss, and of the statistics. `at` [m]: its rows in x."""
-    mask = response_mask_of(part)  # [m, R'], trimmed to its longest response
+    config, mask = parts.config, response_mask_of(batch)  # [m, R'], trimmed to its longest response
     old_logprobs, ref_logprobs, old_values, advantages, returns = (
         tensor[at, : mask.shape[1]] for tensor in (x.old_logprobs, x.ref_logprobs, x.values, x.advantages, x.returns)
     )
-    kl_to = reference if (config.kl_in, config.kl_kind) == ("loss", "full") else None
-    new = model(part, mask, config.temperature, entropy=config.ent_coef > 0, kl_to=kl_to)
+    kl_to = parts.reference if (config.kl_in, config.kl_kind) == ("loss", "full") else None
+    new = parts.model(batch, mask, config.temperature, entropy=config.ent_coef > 0, kl_to=kl_to)
     policy_loss, stats = ppo.policy_loss(new["logprobs"], old_logprobs, advantages, mask, config.clip_range, n_tokens)
     value_loss = ppo.value_loss(new["values"], old_values, returns, mask, config.value_clip_range, n_tokens)
     # total = policy + vf_coef * value - ent_coef * entropy [+ kl_coef * kl]
@@ -355,48 +330,27 @@ def reduce_stats(stats, n_minibatches, dist):
     return dict(zip([name for name in stats if name not in largest], means)) | dict(zip(largest, maxima))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------------------------------------------------------- before the run
 
 
-def evaluate(policy, reference, rewards, gold, tokenizer, prompts, config, dist):
-    """Held-out prompts, always with the same noise -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold} for each."""
-    local = dist.together(lambda: held_out_answers(policy, reference, rewards, gold, tokenizer, prompts, config, dist))
-    g = {name: dist.gather(part).cpu() for name, part in local.items()}  # [N, ...], in the prompts' order
-    result = {"proxy": mean_se(g["scores"][:, 0])} | ({"gold": mean_se(g["gold"])} if gold else {})
-    result |= {name: mean_se(g[name]) for name in ("kl", "kl_k3", "length", "eos_rate")}
-    responses = tokenizer.batch_decode([ids[mask] for ids, mask in zip(g["ids"], g["mask"])], skip_special_tokens=True)
-    rows = zip(tokenizer.batch_decode(prompts, skip_special_tokens=True), responses, g["scores"].tolist(), g["gold"].tolist())
-    return result, [
-        {"prompt": prompt, "response": response, "scores": dict(zip(rewards, scores)), "gold": x if gold else None}
-        for prompt, response, scores, x in rows
-    ]
+def is_default(config, name):
+    """Whether a model is one that this script trains itself on the embedded world."""
+    return getattr(config, name) == Config.__dataclass_fields__[name].default and data.is_world(config.dataset)
 
 
-def held_out_answers(policy, reference, rewards, gold, tokenizer, prompts, config, dist):
-    """This process's part of the held-out prompts: {name: [n, ...]}."""
-    mine, parts = dist.part(len(prompts)), defaultdict(list)
-    for i in range(0, len(mine), config.batch_size):
-        place = mine[i : i + config.batch_size]
-        rollout, answers = roll_out(policy, [prompts[j] for j in place], place, 0, tokenizer, config, dist)
-        ref = forward(reference, answers.batch, config.max_new_tokens, config, dist)["logprobs"]
-        parts["kl"].append(ppo.kl_estimate(rollout.logprobs, ref, "k1").sum(1))
-        parts["kl_k3"].append(ppo.kl_estimate(rollout.logprobs, ref, "k3").sum(1))
-        parts["length"].append(rollout.response_mask.sum(1).float())
-        parts["eos_rate"].append(rollout.finished.float())
-        parts["scores"].append(score_all(rewards, answers).T)  # [b, K]
-        parts["gold"].append(gold(answers) if gold else torch.full((len(place),), torch.nan))
-        parts["ids"].append(torch.where(rollout.response_mask, rollout.response_ids, tokenizer.pad_token_id))
-        parts["mask"].append(rollout.response_mask)
-    return {name: torch.cat(part) for name, part in parts.items()}
+def check_inputs(config):
+    """What can be wrong before any model is loaded or trained."""
+    for name, check in (("model", check_model), ("value_model", check_model), ("reward_model", check_reward), ("gold_model", check_reward)):
+        if getattr(config, name) and not is_default(config, name):
+            check(getattr(config, name))
 
 
 def train_what_is_missing(config):
-    """With the default model and reward model on the embedded world: train those that are not there yet, by their own scripts."""
-    for name, script in (("model", train_sft), ("reward_model", train_rm)):
-        default = script.Config(device=config.device, dtype=config.dtype)
-        if getattr(config, name) == Config.__dataclass_fields__[name].default and data.is_world(config.dataset):
-            if not os.path.isfile(os.path.join(default.output_dir, "summary.json")):
-                script.main(default)
+    """With the default model and reward model on the embedded world: train them by their own scripts, which know what is done."""
+    if is_default(config, "model") or is_default(config, "reward_model"):  # the reward model starts from the SFT policy too
+        train_sft.main(train_sft.Config(device=config.device, dtype=config.dtype))
+    if is_default(config, "reward_model"):
+        train_rm.main(train_rm.Config(device=config.device, dtype=config.dtype, dataset=config.dataset))
 
 
 if __name__ == "__main__":

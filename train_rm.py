@@ -71,6 +71,7 @@ def main(config):
     rejected_prompts, rejected, more_cut = data.encode(tokenizer, rows, "rejected", max_length, config.chat_template)
     note += f", {flipped.sum()} labels flipped, {n_cut + more_cut} responses cut to {max_length} tokens"
     dist.print(f"reward model on {config.dataset}: {note}")
+    golds = gold_scores(held_out, tokenizer, max_length, config, dist) if config.gold_model else None  # [2, N], before any training
 
     # -------------------------------------------------------------------------------------------------------------------- model
     reward_model = load_reward_model(config.model, dist.device, seed=config.seed)
@@ -98,8 +99,9 @@ def main(config):
                 [chosen[j] for j in pairs] + [rejected[j] for j in pairs],
                 tokenizer.pad_token_id,
             ).to(dist.device)
-            with sync_on(model, last=i + config.micro_batch_size >= len(mine)), autocast(dist, config.dtype):
-                r_chosen, r_rejected = model(batch).chunk(2)  # [b], [b]
+            with sync_on(model, last=i + config.micro_batch_size >= len(mine)):
+                with autocast(dist, config.dtype):
+                    r_chosen, r_rejected = model(batch).chunk(2)  # [b], [b]
                 # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2)
                 losses = -F.logsigmoid(r_chosen - r_rejected) + 0.5 * config.score_l2 * (r_chosen**2 + r_rejected**2)
                 loss = losses.sum() / config.batch_size
@@ -113,9 +115,10 @@ def main(config):
         record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             result, _ = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
+            dist.print(f"step {step}: {report(result)}")
             record |= {f"eval/{k}": v for k, v in result.items()}
         folder.append("metrics.jsonl", [record])
-        progress.step(step, f"loss {loss:.3f}  accuracy {accuracy:.2f}")
+        progress.step(step, f"loss {loss:.3f}  margin {margin:.2f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
             folder.checkpoint(step, reward_model, optimizer, {}, config.keep_checkpoints)
     progress.close()
@@ -124,7 +127,9 @@ def main(config):
     _, scores = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
     reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
     result, scores = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
-    result |= compare_with_gold(config, held_out, scores, tokenizer, dist)
+    if golds is not None:
+        result["gold_kendall_tau"], result["gold_kendall_p"] = kendall_tau(scores.flatten(), golds.flatten(), permutations=200)
+        result["n_texts"] = scores.numel()
     dist.print(report(result))
     folder.save_model(save_reward_model, reward_model, tokenizer)
     if dist.main:
@@ -158,29 +163,29 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
         "longer_wins": ((lengths[0] > lengths[1]).double() + 0.5 * (lengths[0] == lengths[1])).mean().item(),
         "shorter_wins": ((lengths[0] < lengths[1]).double() + 0.5 * (lengths[0] == lengths[1])).mean().item(),
         "margin": margin.mean().item(),
+        "margin_se": mean_se(margin)["se"],
         "score_mean": scores.mean().item(),
         "score_std": scores.std().item(),
     }
     return result, scores
 
 
-def compare_with_gold(config, rows, scores, tokenizer, dist):
-    """Kendall's tau of the scores [2, N] against gold over all the held-out texts."""
-    if not config.gold_model:
-        return {}
+def gold_scores(rows, tokenizer, max_length, config, dist):
+    """Gold of the held-out texts: [2, N], chosen and rejected."""
     gold = load_reward(config.gold_model, tokenizer, dist)
     texts = [{"prompt": r["prompt"], "response": r[field_]} for field_ in ("chosen", "rejected") for r in rows]  # [2 N]
-    prompts, responses, _ = data.encode(tokenizer, texts, "response", chat=config.chat_template)
+    mine = [texts[i] for i in dist.part(len(texts))]
+    prompts, responses, _ = data.encode(tokenizer, mine, "response", max_length, config.chat_template)
     batch = pack(prompts, responses, tokenizer.pad_token_id)
-    golds = gold(Answers([t["prompt"] for t in texts], [t["response"] for t in texts], batch))
-    tau, p = kendall_tau(scores.flatten(), golds)
-    return {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": len(texts)} if math.isfinite(tau) else {}
+    answers = Answers([t["prompt"] for t in mine], [t["response"] for t in mine], batch)
+    return dist.gather(dist.together(lambda: gold(answers))).view(2, -1)
 
 
 def report(result):
     text = f"held-out pair accuracy {result['accuracy']:.3f} +- {result['accuracy_se']:.3f} (n = {result['n_pairs']}; "
-    text += f"longer wins {result['longer_wins']:.3f}, shorter wins {result['shorter_wins']:.3f}), margin {result['margin']:.2f} std"
-    if "gold_kendall_tau" in result:
+    text += f"longer wins {result['longer_wins']:.3f}, shorter wins {result['shorter_wins']:.3f}), "
+    text += f"margin {result['margin']:.2f} +- {result['margin_se']:.2f}"
+    if not math.isnan(result.get("gold_kendall_tau", math.nan)):
         tau, p, n = (result[f] for f in ("gold_kendall_tau", "gold_kendall_p", "n_texts"))
         text += f"; Kendall's tau with gold {tau:.3f} (p {p:.3f}, n = {n} texts)"
     return text

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from nanorlhf import checkpoint, cli, data, world
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, sample_table
-from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy, unflatten
+from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rng import key
@@ -74,7 +74,7 @@ def main(config):
 
     def report(step):
         result = evaluate(policy, held_out_prompts, held_out_responses, tokenizer, config, dist)
-        samples = [{"step": step, **row} for row in sample(policy, held_out, tokenizer, config, dist)]
+        samples = [{"step": step, **row} for row in sample(policy, held_out, tokenizer, max_length, config, dist)]
         folder.append("samples.jsonl", samples)
         quality = f"perplexity {result['perplexity']:.3f} +- {result['perplexity_se']:.3f}, token accuracy {result['accuracy']:.3f}"
         dist.print(f"step {step}: held-out {quality} +- {result['accuracy_se']:.3f} ({result['n_tokens']} tokens)", sample_table(samples))
@@ -94,10 +94,11 @@ def main(config):
         total = torch.zeros((), device=dist.device)
         for rows_of in micro_batches:
             part = batch.rows(rows_of)
-            with sync_on(model, last=rows_of is micro_batches[-1]), autocast(dist, config.dtype):
-                logprobs = model(part, response_mask_of(part))["logprobs"]  # [b, R]
-                # loss = -sum of log pi(response token) / number of response tokens
-                loss = -logprobs.sum() / n_tokens
+            with sync_on(model, last=rows_of is micro_batches[-1]):
+                with autocast(dist, config.dtype):
+                    logprobs = model(part, response_mask_of(part))["logprobs"]  # [b, R]
+                    # loss = -sum of log pi(response token) / number of response tokens
+                    loss = -logprobs.sum() / n_tokens
                 (loss * dist.world).backward()  # DDP averages over ranks; the loss is a sum
             total += loss.detach()
         lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
@@ -131,11 +132,8 @@ def evaluate(policy, prompts, responses, tokenizer, config, dist):
             part = batch.rows(rows)
             mask = response_mask_of(part)  # [m, R]
             with autocast(dist, config.dtype):
-                hidden, tokens = policy.hidden(part, mask)  # [n, D], [n]
-                logits = policy.logits(hidden)  # [n, V]
-            nll = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
-            correct = (logits.argmax(-1) == tokens).float()
-            sums[rows] = torch.stack([unflatten(nll, mask).sum(1), unflatten(correct, mask).sum(1), mask.sum(1)], 1).double()
+                out = policy(part, mask, correct=True)
+            sums[rows] = torch.stack([-out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)], 1).double()
     nll, correct, n = dist.gather(sums).T.cpu()  # [N] each
     (loss, loss_se), (accuracy, accuracy_se) = ratio(nll, n), ratio(correct, n)
     perplexity = math.exp(min(loss, 700))
@@ -149,14 +147,16 @@ def evaluate(policy, prompts, responses, tokenizer, config, dist):
     }
 
 
-def sample(policy, rows, tokenizer, config, dist):
-    """A few samples at temperature 1 for held-out prompts, with the embedded world's gold reward where it applies."""
+def sample(policy, rows, tokenizer, max_length, config, dist):
+    """A few samples at temperature 1 for held-out prompts; prompts are cut on the left where context is short."""
     rows = rows[: config.n_samples]
     if not rows:
         return []
-    prompts = data.encode_prompts(tokenizer, [r["prompt"] for r in rows], config.chat_template)
+    width = min(config.max_new_tokens, max_length - 1) if max_length else config.max_new_tokens
+    room = max_length - width if max_length else 0  # [-0:] is all of a prompt
+    prompts = [p[-room:] for p in data.encode_prompts(tokenizer, [r["prompt"] for r in rows], config.chat_template)]
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
-    out = generate(policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+    out = generate(policy, ids.to(dist.device), mask.to(dist.device), width, eos_token_id=tokenizer.eos_token_id,
                    pad_token_id=tokenizer.pad_token_id, seed=config.seed)  # fmt: skip
     texts = [tokenizer.decode(ids[m], skip_special_tokens=True) for ids, m in zip(out.response_ids, out.response_mask)]
     return [{"prompt": row["prompt"], "response": text} for row, text in zip(rows, texts)]

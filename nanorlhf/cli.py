@@ -28,7 +28,7 @@ class RunConfig:
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
     eval_dataset: str = field(default="", metadata={"help": "held-out data; default: rows of --dataset are held out, by prompt"})
     eval_size: int = field(default=256, metadata={"help": "held-out rows to evaluate on"})
-    eval_every: int = field(default=0, metadata={"help": "evaluate every N steps; 0: at the start and the end only"})
+    eval_every: int = field(default=0, metadata={"help": "evaluate every N steps; 0: not before the end"})
     max_rows: int = field(default=0, metadata={"help": "train on a random subset of N rows; 0: all"})
     freeze_layers: float = field(default=0.0, metadata={"help": "freeze the embeddings and this share of the blocks, from the bottom"})
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
@@ -44,6 +44,7 @@ class RunConfig:
 
     def __post_init__(self):
         at_least(self, 1, "steps", "batch_size", "micro_batch_size", "eval_size", "checkpoint_every", "keep_checkpoints")
+        require(self.max_grad_norm > 0, "--max_grad_norm must be positive")
         at_least(self, 0, "eval_every", "max_rows", "warmup", "lr", "weight_decay", "seed", "final_lr")
         one_of(self, "dtype", "float32", "bfloat16")
         one_of(self, "schedule", "constant", "linear", "cosine")

@@ -17,6 +17,7 @@ from .errors import InputError
 from .models import context_length
 from .rng import MINIBATCH, ORDER, SPLIT
 
+TURN = "\n\nAssistant:"
 FIELDS = {"sft": ("prompt", "response"), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
 WORLD_SIZES = {"sft": 16_000, "pairs": 800}  # rows of the embedded world's training data
 
@@ -66,7 +67,7 @@ def read_rows(spec, kind, columns=(), split="train"):
     """A --dataset argument -> rows with the fields of their kind, all strings.
 
     spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a .json/.jsonl[.gz] file, or a data set.
-    columns: FIELD=COLUMN renamings. split ('train', 'test', 'ood') is for the embedded world only.
+    columns: FIELD=COLUMN renamings; pairs of whole dialogues need no prompt (split_dialogues). split ('train', 'test', 'ood') is for the embedded world only.
     """
     if is_world(spec):
         seed = spec.partition(":")[2] or "0"
@@ -83,6 +84,8 @@ def read_rows(spec, kind, columns=(), split="train"):
     rows = []
     for place, row in read_file(spec) if is_file else read_hub(spec):
         require(isinstance(row, dict), f"{place}: a row must be an object with {', '.join(FIELDS[kind])}")
+        if kind == "pairs" and names.get("prompt", "prompt") not in row:
+            row = split_dialogues(row, names.get("chosen", "chosen"), names.get("rejected", "rejected"))
         for field in FIELDS[kind]:
             column = names.get(field, field)
             hint = "" if field in names else f" (name another with --columns {field}=COLUMN)"
@@ -91,6 +94,18 @@ def read_rows(spec, kind, columns=(), split="train"):
         rows.append({field: row[names.get(field, field)] for field in FIELDS[kind]})
     require(rows, f"{spec}: no rows")
     return rows
+
+
+def split_dialogues(row, chosen, rejected):
+    """A row of two whole dialogues (HH-RLHF) -> a row with the prompt they share, up to their last common assistant turn.
+
+    A row that holds no such dialogues is given back as it is.
+    """
+    a, b = row.get(chosen), row.get(rejected)
+    if not (isinstance(a, str) and isinstance(b, str)):
+        return row
+    end = os.path.commonprefix([a, b]).rfind(TURN) + len(TURN)
+    return {**row, "prompt": a[:end], chosen: a[end:], rejected: b[end:]} if end >= len(TURN) else row
 
 
 def is_world(spec):

@@ -46,7 +46,7 @@ class Dist:
         return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
     def sum(self, tensor):
-        """The sum over all ranks, as a new tensor on the same device."""
+        """The sum over all ranks, on the tensor's device."""
         if self.world == 1:
             return tensor
         total = tensor.detach().clone().to(self.device)
@@ -60,6 +60,8 @@ class Dist:
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
         td.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))
         longest = int(max(sizes))
+        if longest == 0:
+            return tensor
         padded = tensor.new_zeros(longest, *tensor.shape[1:], device=self.device)
         padded[: len(tensor)] = tensor.to(self.device)
         parts = [torch.empty_like(padded) for _ in range(self.world)]
@@ -74,10 +76,10 @@ class Dist:
         except InputError as e:
             if self.world == 1:
                 raise
-            message = str(e).encode()
+            message = " ".join(str(e).split()).encode() + b"\n"
         messages = bytes(self.gather(torch.tensor(list(message), dtype=torch.uint8)).tolist())
         if messages:
-            raise InputError(messages.decode())
+            raise InputError(messages.decode().split("\n")[0])
         return result
 
     def wrap(self, module, total):
@@ -118,10 +120,15 @@ def setup(device="auto"):
         raise InputError("--device cuda: torch sees no CUDA device here")
     world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"{local + 1} processes or more on this machine, but torch sees {torch.cuda.device_count()} GPU(s)")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not td.is_initialized():
-        td.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if device.startswith("cuda"):
+            td.init_process_group("nccl", device_id=torch.device(device))
+        else:
+            td.init_process_group("gloo")
     return Dist(rank, world, torch.device(device))
 
 

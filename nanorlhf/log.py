@@ -88,7 +88,7 @@ class RunFolder:
         return {"steps": records[-1]["step"], "before": first, "after": last}
 
     def already_done(self):
-        self.dist.print(f"{self.path}: this run is done (summary.json); for another one choose another --output_dir")
+        self.dist.print(f"{self.path}: this run is done already (for another one choose another --output_dir)")
         return read_json(os.path.join(self.path, "summary.json"))
 
     def save_model(self, save, *args):

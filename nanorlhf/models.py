@@ -136,11 +136,12 @@ class Policy(nn.Module):
         at = row * ids.shape[1] + column - 1
         return hidden.flatten(0, 1).index_select(0, at), batch.ids[row, column]
 
-    def forward(self, batch, response_mask, temperature=1.0, entropy=False, kl_to=None):
-        """Packed rows -> {logprobs, values, entropies, full_kl}, each [B, R] with 0 where masked.
+    def forward(self, batch, response_mask, temperature=1.0, entropy=False, correct=False, kl_to=None):
+        """Packed rows -> {logprobs, values, entropies, correct, full_kl}, each [B, R] with 0 where masked.
 
         Log-probs and entropies are those of softmax(logits / temperature): the distribution that was sampled. `values` are there
-        with a value head, `entropies` and `full_kl` (to the Policy `kl_to`, exact over the vocabulary) on request.
+        with a value head; on request `entropies`, `correct` (1 where the token is the most likely one) and `full_kl` (to the Policy
+        `kl_to`, exact over the vocabulary).
         """
         hidden, tokens = self.hidden(batch, response_mask)  # [n, D], [n]
         with torch.no_grad():
@@ -152,6 +153,8 @@ class Policy(nn.Module):
             out = {"logprobs": logp.gather(1, tokens[rows, None])[:, 0]}
             if entropy:
                 out["entropies"] = torch.special.entr(logp.exp()).sum(-1)
+            if correct:
+                out["correct"] = (logits.argmax(-1) == tokens[rows]).float()
             if kl_to:
                 out["full_kl"] = full_kl(logits, kl_to.logits(ref_hidden[rows]).detach() / temperature)
             return out
@@ -160,13 +163,13 @@ class Policy(nn.Module):
         if self.value_head is not None:
             if self.value_trunk is not None:
                 hidden, _ = self.hidden(batch, response_mask, self.value_trunk)
-            out["values"] = self.value_head(hidden)[:, 0].float()
+            out["values"] = scalar(self.value_head, hidden)
         return {name: unflatten(flat, response_mask) for name, flat in out.items()}
 
     def final_values(self, batch):
         """The value after the last token of every row, [B]: what a truncated response is bootstrapped with."""
         hidden = (self.value_trunk or self.lm.base_model)(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
-        return self.value_head(hidden[torch.arange(len(batch), device=hidden.device), batch.lengths - 1])[:, 0].float()
+        return scalar(self.value_head, hidden[torch.arange(len(batch), device=hidden.device), batch.lengths - 1])
 
 
 def in_chunks(function, n, size):
@@ -179,6 +182,12 @@ def in_chunks(function, n, size):
     else:
         parts = [function(part) for part in parts]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def scalar(head, hidden):
+    """Linear(D, 1) in float32, also under bfloat16 autocast: [n, D] -> [n]. Rounded scores would tie, and rounded values are noise."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.float())[:, 0]
 
 
 def unflatten(flat, mask):
@@ -210,7 +219,7 @@ class RewardModel(nn.Module):
     def forward(self, batch):
         hidden = self.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
         last = hidden[torch.arange(len(batch), device=hidden.device), batch.lengths - 1]  # [B, D]
-        return self.model.score(last)[:, 0].float() - getattr(self.model.config, "reward_mean", 0.0)
+        return scalar(self.model.score, last) - getattr(self.model.config, "reward_mean", 0.0)
 
     @torch.no_grad()
     def standardise(self, mean, std):

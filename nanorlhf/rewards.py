@@ -172,7 +172,8 @@ def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
             responses = [r if i == tokenizer.eos_token_id else r[:-1] or r for r, i in zip(responses, last)]  # cut off: no EOS
             batch = pack(encode_prompts(own, answers.prompts), responses, own.pad_token_id)
         context = context_length(reward_model.model.config)
-        require(not context or batch.ids.shape[1] <= context, f"{path}: texts of {batch.ids.shape[1]} tokens, a context of {context}")
+        longest = int(batch.lengths.max())
+        require(not context or longest <= context, f"{path}: a text of {longest} tokens, a context of {context}")
         batch = batch.to(dist.device)
         scores = torch.zeros(len(batch), device=dist.device)
         for rows in batch.micro_batches(micro_batch_size):
@@ -185,8 +186,10 @@ def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
 def classifier_scorer(model, path, dist, micro_batch_size):
     """The positive logit on "prompt response": the label that is called positive (or pos), else the last one."""
     tokenizer = load_tokenizer(path, needs_eos=False)
+    require(tokenizer.pad_token_id is not None, f"{path}: the tokenizer has neither a padding nor an EOS token")
+    model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.truncation_side = "left"  # the response must stay
-    context = min(tokenizer.model_max_length, context_length(model.config) or tokenizer.model_max_length)
+    context = min(tokenizer.model_max_length, context_length(model.config) or tokenizer.model_max_length, 2**20)
     labels = {name.lower(): i for i, name in model.config.id2label.items()}
     label = labels.get("positive", labels.get("pos", model.config.num_labels - 1))
 

@@ -1,6 +1,7 @@
 """Sampling responses in batches with one KV cache, keeping the log-probs and values that PPO needs.
 
-    B sequences, P prompt tokens (left-padded), R response tokens (right-padded), V vocabulary
+    B sequences (b still being written), P prompt tokens (left-padded), R response tokens (right-padded), t of them so far,
+    D hidden, V vocabulary
 
 The noise of a sample is keyed by (seed, step, its index in the global batch, position), so that neither the number of ranks nor
 the size of a micro-batch changes what is sampled. One uniform number a token is enough: the token is the first one at which the
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .models import Packed
+from .models import Packed, scalar
 from .rng import ROLLOUT
 
 
@@ -112,7 +113,7 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
         logprobs[live, t] = logp.gather(1, token[:, None])[:, 0]
         entropies[live, t] = torch.special.entr(probs).sum(-1)
         if shared_values:
-            values[live, t] = model.value_head(hidden)[:, 0].float()
+            values[live, t] = scalar(model.value_head, hidden)
         ids, positions = token[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         if eos_token_id is not None:

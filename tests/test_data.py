@@ -251,3 +251,16 @@ def test_batches_hold_no_state():
     assert there == back[::-1] and all(len(b) == 4 for b in there)
     assert sum(there, [])[:10] == sum((batch_indices(10, 5, step, 0) for step in range(2)), [])  # whatever the batch size
     assert all(type(i) is int for i in there[2])
+
+
+def test_whole_dialogues_share_their_prompt(tmp_path):
+    path = tmp_path / "hh.jsonl"
+    path.write_text(json.dumps({
+        "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: a cake?\n\nAssistant: Take eggs.",
+        "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: a cake?\n\nAssistant: Take a walk.",
+    }) + "\n")  # fmt: skip
+    prompt = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: a cake?\n\nAssistant:"
+    assert read_rows(str(path), "pairs") == [{"prompt": prompt, "chosen": " Take eggs.", "rejected": " Take a walk."}]
+    path.write_text(json.dumps({"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: a"}) + "\n")
+    with pytest.raises(InputError, match="no field 'prompt'"):  # nothing shared: not a pair of answers
+        read_rows(str(path), "pairs")

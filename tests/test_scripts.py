@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, cli, data, distributed, log, world
+from nanorlhf import checkpoint, cli, data, distributed, evaluation, log, world
 from nanorlhf.models import load_policy
 
 REPO = Path(__file__).parents[1]
@@ -293,7 +293,7 @@ LOGGED = """score_mean score_std reward kl kl_k3 kl_coef entropy ratio_mean rati
 
 
 def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
-    folder, evaluated, roll_out = tmp_path / "ppo", [], train_ppo.roll_out
+    folder, evaluated, roll_out = tmp_path / "ppo", [], evaluation.roll_out
 
     def recorded(policy, prompts, place, step, *rest):
         rollout, answers = roll_out(policy, prompts, place, step, *rest)
@@ -301,7 +301,7 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
             evaluated.append(answers.batch)
         return rollout, answers
 
-    monkeypatch.setattr(train_ppo, "roll_out", recorded)
+    monkeypatch.setattr(evaluation, "roll_out", recorded)
     ppo(base, folder, reward_model=f"{base}/rm", steps=3, eval_every=2, eval_size=8)
     printed = capsys.readouterr().out
     rows = read_rows(folder / "metrics.jsonl")
@@ -359,21 +359,17 @@ def test_no_arguments_trains_what_is_missing(tmp_path, monkeypatch):
     def fake(name):
         def main(config):
             calls.append((name, config.output_dir, config.model, config.dataset, config.steps))
-            os.makedirs(config.output_dir)
-            Path(config.output_dir, "summary.json").write_text("{}")
         return main  # fmt: skip
 
     monkeypatch.setattr(train_sft, "main", fake("sft"))
     monkeypatch.setattr(train_rm, "main", fake("rm"))
     train_ppo.train_what_is_missing(train_ppo.Config())
     assert calls == [("sft", "runs/sft", "world", "world", 400), ("rm", "runs/rm/seed_0", "runs/sft", "world", 100)]
-    train_ppo.train_what_is_missing(train_ppo.Config())
-    assert len(calls) == 2  # they are there now
-    shutil.rmtree("runs")
     train_ppo.train_what_is_missing(train_ppo.Config(model="mine", dataset="world:3"))
-    assert [c[0] for c in calls[2:]] == ["rm"]
+    assert calls[2:] == [("sft", "runs/sft", "world", "world", 400), ("rm", "runs/rm/seed_0", "runs/sft", "world:3", 100)]
     train_ppo.train_what_is_missing(train_ppo.Config(model="mine", reward_model="mine.py:f"))
-    assert len(calls) == 3
+    train_ppo.train_what_is_missing(train_ppo.Config(dataset="mine.jsonl"))
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
@@ -406,16 +402,16 @@ def test_micro_batches_change_nothing(base, tmp_path, kind):
 
 def drive(folder, runs):
     """Several mains in one process, with a record of what PPO sampled: (step, place in the global batch, response ids)."""
-    roll_out, rank = train_ppo.roll_out, os.environ.get("RANK", "0")
+    roll_out, rank = evaluation.roll_out, os.environ.get("RANK", "0")
 
-    def recorded(policy, prompts, place, step, *rest):
-        rollout, answers = roll_out(policy, prompts, place, step, *rest)
+    def recorded(parts, prompts, place, step):
+        rollout, answers = roll_out(parts, prompts, place, step)
         with open(Path(folder) / f"rollouts_{rank}.jsonl", "a") as f:
             for i, ids, mask in zip(place, rollout.response_ids, rollout.response_mask):
                 f.write(json.dumps([step, i, ids[mask].tolist()]) + "\n")
         return rollout, answers
 
-    train_ppo.roll_out = recorded
+    train_ppo.roll_out = evaluation.roll_out = recorded
     for kind, settings in runs:
         SCRIPTS[kind].main(SCRIPTS[kind].Config(output_dir=str(Path(folder) / kind), **settings))
     distributed.shutdown()
@@ -690,9 +686,9 @@ def seen(monkeypatch):
     record, scores = {"experience": [], "optimizer_steps": 0}, []
     real = train_ppo.experience, train_ppo.score_all, train_ppo.optimizer_step
 
-    def experience(policy, reference, rewards, scaler, rollout, answers, *rest):
-        kls, last_values = plain_kls(policy, reference, answers.batch), plain_last_values(policy, answers.batch)
-        x, numbers = real[0](policy, reference, rewards, scaler, rollout, answers, *rest)
+    def experience(parts, scaler, rollout, answers, kl_coef):
+        kls, last_values = plain_kls(parts.policy, parts.reference, answers.batch), plain_last_values(parts.policy, answers.batch)
+        x, numbers = real[0](parts, scaler, rollout, answers, kl_coef)
         record["experience"].append({"x": x, "scores": scores[-1][0], "finished": rollout.finished, "kls": kls, "last_values": last_values})
         return x, numbers
 
@@ -751,9 +747,9 @@ def test_kl_in_the_loss(base, tmp_path, monkeypatch, kind):
     """loss = policy + vf_coef value + kl_coef KL, the last by plain forwards; and no penalty in the reward."""
     errors, sizes, loss_of = [], [], train_ppo.loss_of
 
-    def checked(model, reference, part, x, at, n_tokens, kl_coef, config):
-        loss, stats = loss_of(model, reference, part, x, at, n_tokens, kl_coef, config)
-        kl = plain_kls(model, reference, part)[kind] * len(part) / n_tokens.item()
+    def checked(parts, batch, x, at, n_tokens, kl_coef):
+        loss, stats = loss_of(parts, batch, x, at, n_tokens, kl_coef)
+        kl = plain_kls(parts.policy, parts.reference, batch)[kind] * len(batch) / n_tokens.item()
         errors.append((loss - stats["policy_loss"] - 0.5 * stats["value_loss"]).item() - 3.0 * kl)
         sizes.append(3.0 * kl)
         return loss, stats
