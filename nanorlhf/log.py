@@ -149,7 +149,7 @@ def before_and_after_table(summary, names):
     for name in names:
         if name in summary["after"]:
             before, after = (f"{part[name]:6.2f} +- {part[name + '_se']:.2f}" for part in (summary["before"], summary["after"]))
-            lines.append(f"  {name:8s}{before}  ->  {after}")
+            lines.append(f"  {name:11s}{before}  ->  {after}")
     return "\n".join(lines)
 
 
