@@ -129,11 +129,10 @@ class Policy(nn.Module):
 
     def hidden(self, batch, response_mask, trunk=None):
         """The hidden states that score the response tokens: [n, D], row by row, and the tokens they score: [n]."""
-        ids = batch.ids[:, :-1]  # the last token scores nothing
-        hidden = (trunk or self.lm.base_model)(input_ids=ids, use_cache=False).last_hidden_state  # [B, T - 1, D]
+        hidden = (trunk or self.lm.base_model)(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
         row, token = response_mask.nonzero(as_tuple=True)  # [n], [n]
         column = batch.prompt_lengths[row] + token  # of the token itself: its logits stand one to the left
-        at = row * ids.shape[1] + column - 1
+        at = row * batch.ids.shape[1] + column - 1
         return hidden.flatten(0, 1).index_select(0, at), batch.ids[row, column]
 
     def forward(self, batch, response_mask, temperature=1.0, entropy=False, correct=False, kl_to=None):
