@@ -84,6 +84,7 @@ class Config(cli.RunConfig):
         cli.require((self.kl_in, self.kl_kind) != ("loss", "k1"), "--kl_in loss: k1's gradient there has mean zero; take k2 or full")
         cli.require(self.temperature > 0, "--temperature must be positive")
         cli.require(not self.kl_target or self.kl_coef > 0, "--kl_target adapts --kl_coef, which must start above 0")
+        cli.require(self.batch_size < 5 * self.kl_horizon, "--kl_horizon must be above a fifth of --batch_size")
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
 
@@ -111,10 +112,10 @@ def main(config):
     dist.print(f"PPO of {config.model} against {config.reward_model} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
 
     # ------------------------------------------------------------------------------------------------------------------- models
-    policy = load_policy(config.model, value_model=config.value_model or None, device=dist.device).eval()  # eval: no dropout in PPO
+    policy = load_policy(config.model, value_model=config.value_model or None, device=dist.device)  # stays in eval mode: no dropout
     note = freeze(policy.lm, config.freeze_layers)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
-    reference = load_policy(config.model, value_head=False, device=dist.device).eval().requires_grad_(False)
+    reference = load_policy(config.model, value_head=False, device=dist.device).requires_grad_(False)
     rewards = {reward_name(config.reward_model): load_reward(config.reward_model, tokenizer, dist, config.micro_batch_size)}
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
