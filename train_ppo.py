@@ -20,7 +20,8 @@ from nanorlhf import checkpoint, cli, data, ppo
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs
 from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
-from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy
+from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, save_policy
+from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rewards import check_reward, load_reward, reward_name, score_all

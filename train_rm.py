@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from nanorlhf import checkpoint, cli, data
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, mean_se
-from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, pack, save_reward_model
+from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, save_reward_model
+from nanorlhf.packing import pack
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rewards import Answers, check_reward, load_reward

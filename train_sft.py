@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from nanorlhf import checkpoint, cli, data, world
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, sample_table
-from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, pack, response_mask_of, save_policy
+from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, save_policy
+from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rng import key

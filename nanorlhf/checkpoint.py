@@ -17,6 +17,7 @@ from .models import trainable
 
 
 def read_json(path):
+    """The value in a JSON file; a file that is not JSON is an InputError."""
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)

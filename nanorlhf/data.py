@@ -44,6 +44,7 @@ def read_file(path):
 
 
 def parse_json(text, path, line=None):
+    """json.loads, with the file and the line in its error."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:

@@ -14,7 +14,8 @@ from . import ppo
 from .distributed import Dist, autocast
 from .diversity import distinct_n, distinct_n_se
 from .log import mean_se
-from .models import Policy, response_mask_of
+from .models import Policy
+from .packing import response_mask_of
 from .rewards import Answers, score_all
 from .rollout import generate, left_pad
 

@@ -121,6 +121,7 @@ class Progress:
         self.bar = tqdm(total=steps, initial=start, desc=name, disable=self.quiet or not self.tty, dynamic_ncols=True)
 
     def step(self, step, text):
+        """Show that `step` is done."""
         if self.tty:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(1)

@@ -2,15 +2,11 @@
 
     B sequences, P prompt, R response, T = P + R tokens, D hidden, V vocabulary, n response tokens of the whole micro-batch
 
-Every batch forward takes PACKED rows: prompt and response side by side, padding on the right only. A causal model never looks
-to the right, so real tokens do not see the padding, no attention mask is needed, and positions are 0, 1, 2, ... as in training.
-
-    packed ids   the room : | was bright <eos> | pad pad          response token j of a row stands at column length(prompt) + j,
-    hidden at             *    *    *                             and is scored by the hidden state one column to its left
+Every batch forward takes packed rows (packing.py): response token j of a row stands at column length(prompt) + j, and is scored by
+the hidden state one column to its left.
 """
 
 import os
-from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
@@ -21,50 +17,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.utils import logging as hf_logging
 
 from .errors import InputError
+from .packing import unflatten
 from .ppo import full_kl
 
 hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
 hf_logging.disable_progress_bar()
 
 MAX_LOGITS = 2**24  # elements of one float32 chunk of logits (64 MB): no [B, T, V] tensor is ever held
-
-
-@dataclass
-class Packed:
-    """Prompt + response rows, padded on the right. A padding id may be any token, EOS too: only lengths are ever looked at."""
-
-    ids: torch.Tensor  # [B, T]
-    prompt_lengths: torch.Tensor  # [B]
-    response_lengths: torch.Tensor  # [B]
-
-    @property
-    def lengths(self):
-        return self.prompt_lengths + self.response_lengths  # [B]
-
-    def __len__(self):
-        return len(self.ids)
-
-    def rows(self, index):
-        """The chosen rows, trimmed to their own longest."""
-        part = Packed(self.ids[index], self.prompt_lengths[index], self.response_lengths[index])
-        part.ids = part.ids[:, : int(part.lengths.max())]
-        return part
-
-    def to(self, device):
-        return Packed(self.ids.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
-
-    def micro_batches(self, size, index=None):
-        """Index tensors of at most `size` rows of similar length, so that trimming leaves little padding."""
-        index = torch.arange(len(self), device=self.ids.device) if index is None else index
-        return index[self.lengths[index].argsort(stable=True)].split(size)
-
-
-def pack(prompts, responses, pad_id=0):
-    """Lists of token lists -> Packed."""
-    rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-    return Packed(ids, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
 
 
 # --------------------------------------------------------------------------------------------------------------- inside an HF model
@@ -187,17 +146,6 @@ def scalar(head, hidden):
     """Linear(D, 1) in float32, also under bfloat16 autocast: [n, D] -> [n]. Rounded scores would tie, and rounded values are noise."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.float())[:, 0]
-
-
-def unflatten(flat, mask):
-    """[n] values of the masked positions, row by row -> [B, R], 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
-
-
-def response_mask_of(batch, width=None):
-    """[B, R] from the lengths of packed rows; R is the longest response or `width`."""
-    width = int(batch.response_lengths.max()) if width is None else width
-    return torch.arange(width, device=batch.ids.device) < batch.response_lengths[:, None]
 
 
 # --------------------------------------------------------------------------------------------------------------- the reward model

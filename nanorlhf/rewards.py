@@ -23,7 +23,8 @@ from . import world
 from .cli import require
 from .data import encode_prompts, encode_responses
 from .errors import InputError
-from .models import Packed, RewardModel, check_model, context_length, first_line, load_tokenizer, pack, pretrained, resolve
+from .models import RewardModel, check_model, context_length, first_line, load_tokenizer, pretrained, resolve
+from .packing import Packed, pack
 
 
 @dataclass

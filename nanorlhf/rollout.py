@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .models import Packed, scalar
+from .models import scalar
+from .packing import Packed
 from .rng import ROLLOUT
 
 

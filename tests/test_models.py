@@ -14,8 +14,11 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 
 import nanorlhf.models
 from nanorlhf.errors import InputError
-from nanorlhf.models import (Packed, Policy, blocks, check_model, context_length, freeze, load_policy, load_reward_model,
-                             load_tokenizer, pack, response_mask_of, save_policy, save_reward_model, trainable)
+from nanorlhf.models import (
+    Policy, blocks, check_model, context_length, freeze, load_policy, load_reward_model,
+    load_tokenizer, save_policy, save_reward_model, trainable,
+)  # fmt: skip
+from nanorlhf.packing import Packed, pack, response_mask_of
 
 V, EOS, D = 60, 1, 32
 ARCHITECTURES = ("neox", "llama", "gpt2")

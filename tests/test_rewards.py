@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 from nanorlhf import world
 from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
-from nanorlhf.models import load_reward_model, pack, save_policy, save_reward_model
+from nanorlhf.models import load_reward_model, save_policy, save_reward_model
+from nanorlhf.packing import pack
 from nanorlhf.rewards import Answers, check_reward, load_reward, reward_name, score_all
 from nanorlhf.stats import kendall_tau
 from test_models import EOS, V, tiny_policy, word_tokenizer

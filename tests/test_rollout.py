@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, MambaConfig, MistralConfig, OPTConfig, Qwen3NextConfig
 
-from nanorlhf.models import Policy, pack, response_mask_of
+from nanorlhf.models import Policy
+from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rollout import generate, left_pad, sample, truncate, uniforms
 from test_models import ARCHITECTURES, SIZE, SPECIAL, random_rows, tiny_lm, tiny_policy
 

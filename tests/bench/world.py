@@ -17,7 +17,8 @@ import torch  # noqa: E402
 import train_rm  # noqa: E402
 from nanorlhf import data, world  # noqa: E402
 from nanorlhf.distributed import setup  # noqa: E402
-from nanorlhf.models import load_policy, load_reward_model, load_tokenizer, pack  # noqa: E402
+from nanorlhf.models import load_policy, load_reward_model, load_tokenizer  # noqa: E402
+from nanorlhf.packing import pack  # noqa: E402
 from nanorlhf.rollout import generate, left_pad  # noqa: E402
 
 
