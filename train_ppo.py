@@ -30,7 +30,7 @@ TRY_NEXT = """Try next:
   python train_ppo.py --kl_coef 0 --output_dir runs/no_kl                          the proxy rises further; watch gold
   python train_rm.py --label_noise 0.25 --output_dir runs/rm_noisy                 a quarter of the labels wrong, then
   python train_ppo.py --reward_model runs/rm_noisy --output_dir runs/noisy
-  python train_ppo.py --reward_model my.py:reward --output_dir runs/mine           def reward(prompts, responses): return [...]"""
+  python train_ppo.py --reward_model my.py:reward --output_dir runs/my_reward      def reward(prompts, responses): return [...]"""
 
 
 @dataclass
@@ -99,11 +99,11 @@ def main(config):
     if folder.state == "done":
         return folder.already_done()
     check_inputs(config)
+    rows, held_out, note = data.load(config, "prompts")
     train_what_is_missing(config)
     torch.manual_seed(config.seed)
 
     # --------------------------------------------------------------------------------------------------------------------- data
-    rows, held_out, note = data.load(config, "prompts")
     model_config, tokenizer = check_model(config.model), load_tokenizer(config.model)
     prompts, held_out_prompts = (
         data.ready_prompts(tokenizer, part, model_config, config.max_new_tokens, config.max_prompt_length, config.chat_template)

@@ -1,7 +1,9 @@
 """Command lines: a Config dataclass read by transformers' HfArgumentParser; wrong input is one line on stderr and exit code 2."""
 
+import argparse
 import os
 import sys
+import time
 from dataclasses import dataclass, field, fields
 
 from transformers import HfArgumentParser
@@ -67,6 +69,10 @@ def one_of(config, name, *choices):
     require(getattr(config, name) in choices, f"--{name} must be one of {', '.join(map(str, choices))}, not {getattr(config, name)!r}")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and a script's docstring as it was written."""
+
+
 class Parser(HfArgumentParser):
     def error(self, message):
         raise InputError(message)
@@ -74,9 +80,12 @@ class Parser(HfArgumentParser):
 
 def parse(config_class, args):
     """Command line -> config. With --resume the settings of the run in --output_dir are the defaults."""
-    parser = Parser(config_class, description=sys.modules[config_class.__module__].__doc__)
+    parser = Parser(config_class, description=sys.modules[config_class.__module__].__doc__, formatter_class=HelpFormatter)
     parsed = vars(parser.parse_args(args))
     stored = os.path.join(parsed["output_dir"], "config.json")
+    given = {name for name, value in parsed.items() if value != parser.get_default(name)}
+    if given == {"resume", "output_dir"} and not os.path.isdir(parsed["output_dir"]):
+        raise InputError(f"{parsed['output_dir']}: no run to resume here")  # a slip of the pen should not start another run
     if parsed["resume"] and os.path.isfile(stored):
         known = {f.name for f in fields(config_class)}
         parser.set_defaults(**{k: v for k, v in read_json(stored).items() if k in known and k != "output_dir"})
@@ -92,6 +101,7 @@ def run(config_class, main, args=None):
         rank = os.environ.get("RANK", "0")
         who = os.path.basename(sys.argv[0]) + (f" [rank {rank}]" if rank != "0" else "")
         print(f"{who}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        time.sleep(1 if "RANK" in os.environ else 0)  # the other processes may still be reading what this one sent
         sys.exit(2 if isinstance(e, InputError) else 1)
     finally:
         distributed.shutdown()

@@ -129,6 +129,7 @@ def setup(device="auto"):
             td.init_process_group("nccl", device_id=torch.device(device))
         else:
             td.init_process_group("gloo")
+        td.barrier()  # all are connected before one can leave with an error: the others would report only that it is gone
     return Dist(rank, world, torch.device(device))
 
 

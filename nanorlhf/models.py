@@ -192,7 +192,8 @@ def check_model(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise InputError(f"{path}: a folder without config.json is no model")
         if not any(name.endswith(".safetensors") and name != "value_head.safetensors" for name in os.listdir(path)):
-            raise InputError(f"{path}: no weights (*.safetensors) in this model folder")
+            hint = "; the run has not finished" if os.path.isdir(os.path.join(path, "checkpoint")) else ""
+            raise InputError(f"{path}: no weights (*.safetensors) in this model folder{hint}")
     elif os.path.sep in os.path.normpath(path) and path.count("/") != 1 or path.startswith((".", "~", "/")):
         raise InputError(f"{path}: no such model folder")
     elif path.startswith("runs/"):

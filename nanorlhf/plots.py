@@ -102,5 +102,8 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--compare", metavar="FILE.png", help="one picture of proxy and gold of all these PPO runs instead")
     args = parser.parse_args()
+    for run in args.runs:
+        if not os.path.isfile(os.path.join(run, "metrics.jsonl")):
+            parser.exit(2, f"plots.py: error: {run}: no run here (no metrics.jsonl)\n")
     for picture in [plot_comparison(args.runs, args.compare)] if args.compare else map(plot_run, args.runs):
         print(picture or "matplotlib is not installed: pip install matplotlib")

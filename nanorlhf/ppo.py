@@ -10,7 +10,7 @@ The off-by-one, once and for all. A prompt of two tokens and a response of two, 
     tokens       the    room  | was     <eos>
     position      0      1    |  2        3
     logits at            1 ------> 2               the logits at position t score the token at t + 1
-    response index j          |  j=0     j=1
+    response index j          |  j=0     j=1            j = position - 2 prompt tokens
     logprobs[:, j]              log pi(was | the room)     log pi(<eos> | the room was)
     values[:, j]                V(the room)                V(the room was)         the value BEFORE token j is chosen
 
