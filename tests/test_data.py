@@ -264,3 +264,14 @@ def test_whole_dialogues_share_their_prompt(tmp_path):
     path.write_text(json.dumps({"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: a"}) + "\n")
     with pytest.raises(InputError, match="no field 'prompt'"):  # nothing shared: not a pair of answers
         read_rows(str(path), "pairs")
+
+
+def test_chat_template():
+    tokenizer = word_tokenizer()
+    with pytest.raises(InputError, match="--chat_template"):
+        encode_prompts(tokenizer, ["w5 w6"], chat=True)
+    tokenizer.chat_template = "{% for m in messages %}w3 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w4{% endif %}"
+    assert encode_prompts(tokenizer, ["w5 w6", "w7"], chat=True) == [[3, 5, 6, 4], [3, 7, 4]]
+    rows = [{"prompt": "w5", "response": "w9"}]
+    assert encode(tokenizer, rows, "response", chat=True) == ([[3, 5, 4]], [[9, EOS]], 0)
+    assert ready_prompts(tokenizer, rows, SimpleNamespace(), 4, chat=True) == [[3, 5, 4]]

@@ -913,12 +913,15 @@ def test_seed(base, tmp_path, plain):
 
 
 def test_label_noise_and_score_l2(base, tmp_path):
-    clean, flipped, half, penalised = (
-        train(base, "rm", tmp_path / name, **options)[0]
-        for name, options in {"clean": {}, "flipped": {"label_noise": 1.0}, "half": {"label_noise": 0.5}, "l2": {"score_l2": 0.5}}.items()
-    )
+    clean, flipped, half, other_half, penalised = (
+        train(base, "rm", tmp_path / str(i), **options)[0]
+        for i, options in enumerate([
+            {}, {"label_noise": 1.0}, {"label_noise": 0.5}, {"label_noise": 0.5, "noise_seed": 1}, {"score_l2": 0.5},
+        ])
+    )  # fmt: skip
     assert clean["margin"] == pytest.approx(-flipped["margin"], rel=1e-4) and abs(clean["margin"]) > 1e-3  # before the first update
     assert abs(half["margin"]) != pytest.approx(abs(clean["margin"]), rel=1e-3)
+    assert half["margin"] != pytest.approx(other_half["margin"], rel=1e-3)  # other labels are flipped
     assert penalised["loss"] > clean["loss"] + 0.01 and penalised["accuracy"] == clean["accuracy"]
 
 
