@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 import train_rm
-import train_sft
 from nanorlhf import checkpoint, cli, data, ppo
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
-from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs
+from nanorlhf.ensemble import OBJECTIVES, combine, variance
+from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs, score_gold
 from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
 from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
-from nanorlhf.rewards import check_reward, load_reward, reward_name, score_all
+from nanorlhf.rewards import expand, load_reward, load_rewards, score_all
 
 TRY_NEXT = """Try next:
   python train_ppo.py --kl_coef 0 --output_dir runs/no_kl                          the proxy rises further; watch gold
@@ -37,8 +37,12 @@ TRY_NEXT = """Try next:
 class Config(cli.RunConfig):
     output_dir: str = field(default="runs/ppo", metadata={"help": "the run folder"})
     model: str = field(default="runs/sft", metadata={"help": "the SFT policy: run folder, model folder or hub name"})
-    reward_model: str = field(default="runs/rm/seed_0", metadata={"help": "model folder or hub name, FILE.py:FUNCTION, or lexicon .tsv"})
+    reward_model: list[str] = field(default_factory=lambda: ["runs/rm/seed_0"], metadata={"help": "one reward, or the members of an "
+        "ensemble: model folder ({seed} stands for all that exist) or hub name, FILE.py:FUNCTION, or lexicon .tsv"})  # fmt: skip
+    objective: str = field(default="mean", metadata={"help": "of an ensemble: mean, wco (worst case) or uwo (uncertainty-weighted)"})
+    uwo_lambda: float = field(default=0.1, metadata={"help": "uwo: weight of the members' variance"})
     gold_model: str = field(default="", metadata={"help": "a second reward, for evaluation only; embedded world: its gold"})
+    score_gold: str = field(default="", metadata={"help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"})
     value_model: str = field(default="", metadata={"help": "a separate value model (a policy or reward model)"})
     steps: int = field(default=60, metadata={"help": "rollouts"})
     batch_size: int = field(default=128, metadata={"help": "responses a rollout, over all processes"})
@@ -77,8 +81,10 @@ class Config(cli.RunConfig):
         super().__post_init__()
         cli.at_least(self, 1, "minibatch_size", "ppo_epochs", "max_new_tokens", "kl_horizon")
         cli.at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip", "max_prompt_length", "n_samples")
+        cli.at_least(self, 0, "uwo_lambda")
         cli.require(self.clip_range > 0 and self.value_clip_range > 0, "--clip_range and --value_clip_range must be positive")
         cli.require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "--gamma and --lam must lie between 0 and 1")
+        cli.one_of(self, "objective", *OBJECTIVES)
         cli.one_of(self, "kl_kind", "k1", "k2", "k3", "full")
         cli.one_of(self, "kl_in", "reward", "loss")
         cli.one_of(self, "score_scaling", "none", "running", "first")
@@ -88,19 +94,22 @@ class Config(cli.RunConfig):
         cli.require(self.batch_size < 5 * self.kl_horizon, "--kl_horizon must be above a fifth of --batch_size")
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
+        self.reward_model = expand(self.reward_model)
 
 
 def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device)
+    if config.score_gold:
+        return score_gold(config, dist)
     cli.divides(config, "batch_size", config.minibatch_size, "--minibatch_size")
     cli.divides(config, "minibatch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
     if folder.state == "done":
         return folder.already_done()
-    check_inputs(config)
+    train_rm.check_inputs(config, "model", "value_model", "reward_model", "gold_model")
     rows, held_out, note = data.load(config, "prompts")
-    train_what_is_missing(config)
+    train_rm.train_what_is_missing(config)
     torch.manual_seed(config.seed)
 
     # --------------------------------------------------------------------------------------------------------------------- data
@@ -110,14 +119,15 @@ def main(config):
         for part in (rows, held_out)
     )
     cli.require(len(held_out) >= dist.world, f"{len(held_out)} held-out prompts are fewer than the {dist.world} processes")
-    dist.print(f"PPO of {config.model} against {config.reward_model} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
+    against = " ".join(config.reward_model)
+    dist.print(f"PPO of {config.model} against {against} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
 
     # ------------------------------------------------------------------------------------------------------------------- models
     policy = load_policy(config.model, value_model=config.value_model or None, device=dist.device)  # stays in eval mode: no dropout
     note = freeze(policy.lm, config.freeze_layers)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
     reference = load_policy(config.model, value_head=False, device=dist.device).requires_grad_(False)
-    rewards = {reward_name(config.reward_model): load_reward(config.reward_model, tokenizer, dist, config.micro_batch_size)}
+    rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size)
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
     kl_controller = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon) if config.kl_target else None
@@ -215,7 +225,7 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     old = sampled_outputs(parts, rollout, answers.batch, kl_to=parts.reference if full else None)
     ref = forward(parts, parts.reference, answers.batch)
     local = {
-        "scores": dist.together(lambda: score_all(parts.rewards, answers))[0].to(dist.device),  # [b]: one reward today
+        "member_scores": dist.together(lambda: score_all(parts.rewards, answers)).T.to(dist.device),  # [b, K]
         "bootstrap": bootstrap_values(parts, rollout, answers.batch),  # [b]
         "finished": rollout.finished,  # [b]
         "mask": rollout.response_mask,  # [b, R], as all that follow
@@ -228,24 +238,26 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     g = {name: dist.gather(value) for name, value in local.items()}
     mask, lengths = g["mask"], g["mask"].sum(1)  # [B, R], [B]
 
+    member_scores = g["member_scores"].T  # [K, B]
+    scores = combine(member_scores, config.objective, config.uwo_lambda)  # [B]
     penalties = (config.missing_eos_penalty, config.eos_required, config.length_penalty)
-    scores = scaler(ppo.shape_scores(g["scores"], lengths, g["finished"], *penalties))
+    shaped = scaler(ppo.shape_scores(scores, lengths, g["finished"], *penalties))
     if config.score_clip:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
+        shaped = shaped.clamp(-config.score_clip, config.score_clip)
     k1, k3 = (ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], kind) for kind in ("k1", "k3"))  # 0 where masked
     if config.kl_in == "loss":
         kl = torch.zeros_like(k1)
     else:
         kl = g["full_kl"] if full else ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], config.kl_kind)
-    rewards_of_tokens = ppo.token_rewards(scores, kl, mask, kl_coef)
+    rewards_of_tokens = ppo.token_rewards(shaped, kl, mask, kl_coef)
     bootstrap = g["bootstrap"] if config.bootstrap_truncated else None
     advantages, returns = ppo.gae(rewards_of_tokens, g["values"], mask, config.gamma, config.lam, bootstrap)
     moments = ppo.masked_moments(advantages, mask)
     whitened = ppo.whiten(advantages, mask, moments)
 
     record = {
-        "score_mean": g["scores"].mean().item(),
-        "score_std": g["scores"].std(correction=0).item(),
+        "score_mean": scores.mean().item(),
+        "score_std": scores.std(correction=0).item(),
         "reward": rewards_of_tokens.sum(1).mean().item(),  # of a sequence: shaped score less the KL penalty
         "kl": k1.sum(1).mean().item(),  # of a sequence, nats
         "kl_k3": k3.sum(1).mean().item(),
@@ -256,6 +268,9 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         "advantage_std": moments[1].sqrt().item(),
         "explained_variance": ppo.explained_variance(g["values"], returns, mask),
     }
+    if len(parts.rewards) > 1:
+        record |= {f"score/{name}": row.mean().item() for name, row in zip(parts.rewards, member_scores)}
+        record["score_variance"] = variance(member_scores).mean().item()  # between the members, mean over the answers
     return Experience(mask, g["old_logprobs"], g["ref_logprobs"], g["values"], whitened, returns, lengths), record
 
 
@@ -330,29 +345,6 @@ def reduce_stats(stats, n_minibatches, dist):
     maxima = dist.gather(torch.stack([stats[name] for name in largest])[None]).amax(0).tolist()
     means = (dist.sum(torch.stack([v for name, v in stats.items() if name not in largest])) / n_minibatches).tolist()
     return dict(zip([name for name in stats if name not in largest], means)) | dict(zip(largest, maxima))
-
-
-# ---------------------------------------------------------------------------------------------------------------- before the run
-
-
-def is_default(config, name):
-    """Whether a model is one that this script trains itself on the embedded world."""
-    return getattr(config, name) == Config.__dataclass_fields__[name].default and data.is_world(config.dataset)
-
-
-def check_inputs(config):
-    """What can be wrong before any model is loaded or trained."""
-    for name, check in (("model", check_model), ("value_model", check_model), ("reward_model", check_reward), ("gold_model", check_reward)):
-        if getattr(config, name) and not is_default(config, name):
-            check(getattr(config, name))
-
-
-def train_what_is_missing(config):
-    """With the default model and reward model on the embedded world: train them by their own scripts, which know what is done."""
-    if is_default(config, "model") or is_default(config, "reward_model"):  # the reward model starts from the SFT policy too
-        train_sft.main(train_sft.Config(device=config.device, dtype=config.dtype))
-    if is_default(config, "reward_model"):
-        train_rm.main(train_rm.Config(device=config.device, dtype=config.dtype, dataset=config.dataset))
 
 
 if __name__ == "__main__":

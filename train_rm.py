@@ -1,8 +1,10 @@
 """Train a reward model on preference pairs: a causal LM's trunk with a scalar on the last token, loss -log sigmoid(r_c - r_r).
 
     python train_rm.py                                                           the embedded world, from runs/sft
+    python train_rm.py --members 5 --label_noise 0.25                            an ensemble, runs/rm/seed_0 to runs/rm/seed_4
     python train_rm.py --model gpt2 --dataset pairs.jsonl --output_dir runs/rm2  JSONL {prompt, chosen, rejected}
     torchrun --nproc_per_node=4 train_rm.py                                      the same global batch on four processes
+    torchrun --nproc_per_node=4 train_rm.py --members 5                          whole members spread over the processes
 
 Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members: Coste et al. 2024 (2310.02743).
 
@@ -11,14 +13,16 @@ Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members: Cos
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import train_sft
 from nanorlhf import checkpoint, cli, data
-from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.checkpoint import read_json
+from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, mean_se
 from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, save_reward_model
 from nanorlhf.packing import pack
@@ -31,7 +35,8 @@ from nanorlhf.stats import kendall_tau
 
 @dataclass
 class Config(cli.RunConfig):
-    output_dir: str = field(default="runs/rm/seed_0", metadata={"help": "the run folder"})
+    output_dir: str = field(default="runs/rm/seed_{seed}", metadata={"help": "the run folder; {seed} stands for --seed"})
+    members: int = field(default=1, metadata={"help": "train an ensemble: K reward models with the seeds --seed, --seed + 1, ..."})
     model: str = field(default="runs/sft", metadata={"help": "the trunk: run folder, model folder or hub name of a causal LM"})
     steps: int = field(default=100, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=32, metadata={"help": "pairs a step, over all processes"})
@@ -40,21 +45,46 @@ class Config(cli.RunConfig):
     eval_size: int = field(default=512, metadata={"help": "held-out pairs to evaluate on"})
     max_length: int = field(default=0, metadata={"help": "longest prompt + response in tokens; 0: the model's context"})
     label_noise: float = field(default=0.0, metadata={"help": "flip each training label with this probability"})
-    noise_seed: int = field(default=0, metadata={"help": "which labels are flipped: shared by members that share it"})
+    noise_seed: int = field(default=0, metadata={"help": "which labels are flipped: members share it"})
+    independent_noise: bool = field(default=False, metadata={"help": "member i flips labels by --noise_seed + i instead"})
     score_l2: float = field(default=0.0, metadata={"help": "beta of the penalty beta * 1/2 (r_c^2 + r_r^2); Coste et al. use 0.001"})
     gold_model: str = field(default="", metadata={"help": "a reward to compare the scores with (Kendall's tau); embedded world: its gold"})
 
     def __post_init__(self):
         super().__post_init__()
         cli.at_least(self, 0, "max_length", "score_l2", "noise_seed")
+        cli.at_least(self, 1, "members")
+        cli.require(self.members == 1 or "{seed}" in self.output_dir, "--members needs {seed} in --output_dir: each has its own folder")
+        cli.require(self.members > 1 or not self.independent_noise, "--independent_noise is for --members; one has its --noise_seed")
         cli.require(0 <= self.label_noise <= 1, "--label_noise is a probability")
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
+        if self.members == 1:
+            self.output_dir = self.output_dir.replace("{seed}", str(self.seed))
 
 
 def main(config):
-    # ------------------------------------------------------------------------------------------------------------------- set-up
+    """Train one reward model, or --members of them. -> its summary, or {folder: summary}"""
     dist = setup(config.device)
+    if config.members == 1:
+        return train(config, dist)
+    # Members are spread over the processes and each is trained by one alone: no gradients to exchange, the same bits on any number
+    # of processes. On one process they come one after another (tests/bench/ensemble.py: no slower than stacked by torch.func).
+    members = []
+    for i in range(config.members):
+        noise_seed = config.noise_seed + i * config.independent_noise
+        members.append(replace(config, members=1, seed=config.seed + i, noise_seed=noise_seed, independent_noise=False))
+    for member in members[dist.rank :: dist.world]:
+        print(f"\nmember {member.output_dir}", flush=True)
+        train(member, Dist(0, 1, dist.device))
+    dist.barrier()
+    summaries = {member.output_dir: read_json(f"{member.output_dir}/summary.json") for member in members}
+    dist.print(f"\n{config.members} members:", *(f"  {folder}: {report(result)}" for folder, result in summaries.items()))
+    return summaries
+
+
+def train(config, dist):
+    # ------------------------------------------------------------------------------------------------------------------- set-up
     cli.divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
     if folder.state == "done":
@@ -116,8 +146,8 @@ def main(config):
         record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             result, _ = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
-            dist.print(f"step {step}: {report(result)}")
             record |= {f"eval/{k}": v for k, v in result.items()}
+            dist.print(f"step {step}: {report(record)}")
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"loss {loss:.3f}  margin {margin:.2f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
@@ -131,11 +161,13 @@ def main(config):
     if golds is not None:
         result["gold_kendall_tau"], result["gold_kendall_p"] = kendall_tau(scores.flatten(), golds.flatten(), permutations=200)
         result["n_texts"] = scores.numel()
-    dist.print(report(result))
+    summary = {f"eval/{k}": v for k, v in result.items()}
+    dist.print(report(summary))
+    reward_model.model.should_save_on_this_rank = lambda is_main: is_main  # transformers asks torch's rank: not 0 for some members
     folder.save_model(save_reward_model, reward_model, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
-    return folder.finish({f"eval/{k}": v for k, v in result.items()})
+    return folder.finish(summary)
 
 
 @torch.no_grad()
@@ -182,13 +214,35 @@ def gold_scores(rows, tokenizer, max_length, config, dist):
     return dist.gather(dist.together(lambda: gold(answers))).view(2, -1)
 
 
-def report(result):
-    text = f"held-out pair accuracy {result['accuracy']:.3f} +- {result['accuracy_se']:.3f} (n = {result['n_pairs']}; "
-    text += f"longer wins {result['longer_wins']:.3f}, shorter wins {result['shorter_wins']:.3f}), "
-    text += f"margin {result['margin']:.2f} +- {result['margin_se']:.2f}"
-    if not math.isnan(result.get("gold_kendall_tau", math.nan)):
-        tau, p, n = (result[f] for f in ("gold_kendall_tau", "gold_kendall_p", "n_texts"))
-        text += f"; Kendall's tau with gold {tau:.3f} (p {p:.3f}, n = {n} texts)"
+def is_default(config, name):
+    """Whether a model is one that the scripts train themselves on the embedded world."""
+    return data.is_world(config.dataset) and not getattr(config, "pool", "") and getattr(config, name) == getattr(type(config)(), name)
+
+
+def check_inputs(config, *names):
+    """What can be wrong with the models and rewards that a config names, before any of them is loaded or trained."""
+    for name in names:
+        value = getattr(config, name)
+        for path in [value] if isinstance(value, str) else value:
+            if path and not is_default(config, name):
+                (check_model if name in ("model", "value_model") else check_reward)(path)
+
+
+def train_what_is_missing(config):
+    """The default SFT policy and reward model of train_ppo.py and sample_bon.py, by their own scripts, which know what is done."""
+    if is_default(config, "model") or is_default(config, "reward_model"):  # the reward model starts from the SFT policy too
+        train_sft.main(train_sft.Config(device=config.device, dtype=config.dtype))
+    if is_default(config, "reward_model"):
+        main(Config(device=config.device, dtype=config.dtype, dataset=config.dataset))
+
+
+def report(record):
+    """A summary, or a record with an evaluation, in words."""
+    r = {name[5:]: value for name, value in record.items() if name.startswith("eval/")}
+    text = f"held-out pair accuracy {r['accuracy']:.3f} +- {r['accuracy_se']:.3f} (n = {r['n_pairs']}; "
+    text += f"longer wins {r['longer_wins']:.3f}, shorter wins {r['shorter_wins']:.3f}), margin {r['margin']:.2f} +- {r['margin_se']:.2f}"
+    if not math.isnan(r.get("gold_kendall_tau", math.nan)):
+        text += f"; Kendall's tau with gold {r['gold_kendall_tau']:.3f} (p {r['gold_kendall_p']:.3f}, n = {r['n_texts']} texts)"
     return text
 
 

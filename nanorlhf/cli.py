@@ -82,10 +82,13 @@ def parse(config_class, args):
     """Command line -> config. With --resume the settings of the run in --output_dir are the defaults."""
     parser = Parser(config_class, description=sys.modules[config_class.__module__].__doc__, formatter_class=HelpFormatter)
     parsed = vars(parser.parse_args(args))
-    stored = os.path.join(parsed["output_dir"], "config.json")
+    if "resume" not in parsed:
+        return config_class(**parsed)
+    folder = parsed["output_dir"].replace("{seed}", str(parsed["seed"]))
+    stored = os.path.join(folder, "config.json")
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
-    if given == {"resume", "output_dir"} and not os.path.isdir(parsed["output_dir"]):
-        raise InputError(f"{parsed['output_dir']}: no run to resume here")  # a slip of the pen should not start another run
+    if given == {"resume", "output_dir"} and not os.path.isdir(folder):
+        raise InputError(f"{folder}: no run to resume here")  # a slip of the pen should not start another run
     if parsed["resume"] and os.path.isfile(stored):
         known = {f.name for f in fields(config_class)}
         parser.set_defaults(**{k: v for k, v in read_json(stored).items() if k in known and k != "output_dir"})

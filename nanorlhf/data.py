@@ -68,7 +68,8 @@ def read_rows(spec, kind, columns=(), split="train"):
     """A --dataset argument -> rows with the fields of their kind, all strings.
 
     spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a .json/.jsonl[.gz] file, or a data set.
-    columns: FIELD=COLUMN renamings; pairs of whole dialogues need no prompt (split_dialogues). split ('train', 'test', 'ood') is for the embedded world only.
+    columns: FIELD=COLUMN renamings; pairs of whole dialogues need no prompt (split_dialogues). split ('train', 'test', 'ood') is for
+    the embedded world only.
     """
     if is_world(spec):
         seed = spec.partition(":")[2] or "0"
@@ -130,8 +131,7 @@ def load(config, kind):
         require(aside and len(aside) < len(prompts), f"{config.dataset}: {len(prompts)} different prompts are too few to hold any out")
         held_out = [r for r in rows if r["prompt"] in aside][: config.eval_size]
         rows = [r for r in rows if r["prompt"] not in aside]
-    if config.max_rows:
-        rows = [rows[i] for i in sorted(np.random.default_rng(SPLIT).permutation(len(rows))[: config.max_rows])]
+    rows = subset(rows, config.max_rows)
     note = ""
     if kind == "pairs":
         kept, kept_out = ([r for r in part if r["chosen"] != r["rejected"]] for part in (rows, held_out))
@@ -140,6 +140,11 @@ def load(config, kind):
         rows, held_out = kept, kept_out
         require(rows and held_out, f"{config.dataset}: no pair is left in which chosen and rejected differ")
     return rows, held_out, f"{len(rows)} {kind} rows, {len(held_out)} held out{note}"
+
+
+def subset(rows, n):
+    """n random rows, always the same ones, in their order; all for n = 0."""
+    return [rows[i] for i in sorted(np.random.default_rng(SPLIT).permutation(len(rows))[:n])] if n else rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------- tokenising

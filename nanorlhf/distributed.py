@@ -6,6 +6,7 @@ a minibatch) is keyed by its index in the GLOBAL batch, so the number of ranks c
 
 import contextlib
 import ctypes
+import datetime
 import os
 import resource
 import sys
@@ -125,10 +126,11 @@ def setup(device="auto"):
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not td.is_initialized():
+        a_day = datetime.timedelta(days=1)  # a process without a member of an ensemble waits for those that have one
         if device.startswith("cuda"):
-            td.init_process_group("nccl", device_id=torch.device(device))
+            td.init_process_group("nccl", device_id=torch.device(device), timeout=a_day)
         else:
-            td.init_process_group("gloo")
+            td.init_process_group("gloo", timeout=a_day)
         td.barrier()  # all are connected before one can leave with an error: the others would report only that it is gone
     return Dist(rank, world, torch.device(device))
 

@@ -3,6 +3,8 @@
     b sequences of this process, m of a micro-batch, R response tokens (R' of a micro-batch's longest), K rewards, N held-out prompts
 """
 
+import json
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +13,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import ppo
+from .checkpoint import read_json, write_json
+from .cli import require
+from .data import is_world
 from .distributed import Dist, autocast
 from .diversity import distinct_n, distinct_n_se
-from .log import mean_se
-from .models import Policy
-from .packing import response_mask_of
-from .rewards import Answers, score_all
+from .ensemble import combine, variance
+from .log import mean_se, read_lines, write_lines
+from .models import Policy, load_tokenizer
+from .packing import pack, response_mask_of
+from .rewards import Answers, check_reward, load_reward, score_all
 from .rollout import generate, left_pad
 
 
@@ -72,19 +78,26 @@ def sampled_outputs(parts, rollout, batch, kl_to=None):
 
 
 def evaluate(parts, prompts):
-    """Held-out prompts, always with the same noise -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold} for each."""
-    tokenizer, dist = parts.tokenizer, parts.dist
+    """Held-out prompts, always with the same noise -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold, ids} for each."""
+    config, tokenizer, dist = parts.config, parts.tokenizer, parts.dist
     local = dist.together(lambda: held_out_answers(parts, prompts))
     g = {name: dist.gather(part).cpu() for name, part in local.items()}  # [N, ...], in the prompts' order
-    result = {"proxy": mean_se(g["scores"][:, 0])} | ({"gold": mean_se(g["gold"])} if parts.gold else {})
+    scores = g["scores"].T  # [K, N]
+    result = {"proxy": mean_se(combine(scores, config.objective, config.uwo_lambda))}
+    result |= {"gold": mean_se(g["gold"])} if parts.gold else {}
+    if len(scores) > 1:
+        result |= {"variance": mean_se(variance(scores))} | {f"score/{name}": mean_se(row) for name, row in zip(parts.rewards, scores)}
     result |= {name: mean_se(g[name]) for name in ("kl", "kl_k3", "length", "eos_rate")}
-    responses = tokenizer.batch_decode([ids[mask] for ids, mask in zip(g["ids"], g["mask"])], skip_special_tokens=True)
+    response_ids = [ids[mask].tolist() for ids, mask in zip(g["ids"], g["mask"])]
+    responses = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
     result["distinct_2"] = {"mean": distinct_n(responses, 2), "se": distinct_n_se(responses, 2), "n": len(responses)}
-    rows = zip(tokenizer.batch_decode(prompts, skip_special_tokens=True), responses, g["scores"].tolist(), g["gold"].tolist())
+    texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    rows = zip(texts, responses, g["scores"].tolist(), g["gold"].tolist(), prompts, response_ids)
     return result, [
-        {"prompt": prompt, "response": response, "scores": dict(zip(parts.rewards, scores)), "gold": gold if parts.gold else None}
-        for prompt, response, scores, gold in rows
-    ]
+        {"prompt": prompt, "response": response, "scores": dict(zip(parts.rewards, row)), "gold": gold if parts.gold else None,
+         "prompt_ids": p, "response_ids": r}
+        for prompt, response, row, gold, p, r in rows
+    ]  # fmt: skip
 
 
 def held_out_answers(parts, prompts):
@@ -104,3 +117,37 @@ def held_out_answers(parts, prompts):
         out["ids"].append(torch.where(rollout.response_mask, rollout.response_ids, parts.tokenizer.pad_token_id))
         out["mask"].append(rollout.response_mask)
     return {name: torch.cat(values) for name, values in out.items()}
+
+
+def score_gold(config, dist):
+    """Gold for a finished run that was not scored with it: into the rows of eval/, its metrics and its summary, once.
+
+    A kill leaves a run to which the same command adds what is missing. -> the summary
+    """
+    run, spec = config.score_gold, config.gold_model
+    paths = {name: os.path.join(run, name) for name in ("config.json", "metrics.jsonl", "summary.json")}
+    for path in paths.values():
+        require(os.path.isfile(path), f"{run}: no finished PPO run here (it has no {os.path.basename(path)})")
+    stored, summary = read_json(paths["config.json"]), read_json(paths["summary.json"])
+    require("after" in summary, f"{run}: no finished PPO run here (another script's)")
+    require(spec and (spec != "world:gold" or is_world(stored["dataset"])), f"--score_gold {run}: name its gold reward with --gold_model")
+    require("gold" not in summary["after"], f"{run} has its gold scores already")
+    if dist.main:
+        check_reward(spec)
+        tokenizer, records = load_tokenizer(run), [json.loads(line) for line in read_lines(paths["metrics.jsonl"])]
+        gold = load_reward(spec, tokenizer, Dist(0, 1, dist.device), config.micro_batch_size)
+        for record in (r for r in records if "eval/proxy" in r):
+            path = os.path.join(run, "eval", f"step_{record['step']}.jsonl")
+            rows = [json.loads(line) for line in read_lines(path)]
+            batch = pack([r["prompt_ids"] for r in rows], [r["response_ids"] for r in rows], tokenizer.pad_token_id)
+            scores = gold(Answers([r["prompt"] for r in rows], [r["response"] for r in rows], batch))
+            write_lines(path, [{**row, "gold": score} for row, score in zip(rows, scores.tolist())])
+            record |= {f"eval/gold{end}": value for end, value in zip(("", "_se", "_n"), mean_se(scores).values())}
+            dist.print(f"step {record['step']}: gold {record['eval/gold']:.3f} +- {record['eval/gold_se']:.3f}")
+        write_lines(paths["metrics.jsonl"], records)
+        first, last = (next(r for r in order if "eval/proxy" in r) for order in (records, records[::-1]))
+        for part, record in (("before", first), ("after", last)):
+            summary[part] |= {f"gold{end}": record[f"eval/gold{end}"] for end in ("", "_se", "_n")}
+        write_json(paths["summary.json"], {**summary, "gold_model": spec})
+    dist.barrier()
+    return read_json(paths["summary.json"])

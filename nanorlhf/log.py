@@ -17,9 +17,12 @@ PLACES = ("output_dir", "resume")  # fields that do not make it another run
 
 
 class RunFolder:
-    """One run's folder. `state` is 'new', 'unfinished' (it will be continued) or 'done'; another config in it is an error."""
+    """One run's folder. `state` is 'new', 'unfinished' (it will be continued) or 'done'; another config in it is an error.
 
-    def __init__(self, config, dist):
+    Fields in `free` may differ.
+    """
+
+    def __init__(self, config, dist, free=PLACES):
         self.path, self.dist = config.output_dir, dist
         self.config = json.loads(json.dumps(dataclasses.asdict(config)))
         self.state = "new"
@@ -28,13 +31,13 @@ class RunFolder:
             raise InputError(f"{self.path}: the output folder is a file")
         if os.path.isfile(stored):
             other = read_json(stored)
-            changed = [k for k in {**other, **self.config} if k not in PLACES and other.get(k) != self.config.get(k)]
+            changed = [k for k in {**other, **self.config} if k not in free and other.get(k) != self.config.get(k)]
             if changed:
                 raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
             self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
         elif os.path.isdir(self.path) and any(name != "config.json.tmp" for name in os.listdir(self.path)):
             raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
-        elif config.resume:
+        elif getattr(config, "resume", False):
             dist.print(f"{self.path}: nothing to resume, the run starts from the beginning")
         dist.barrier()  # every process has looked before one writes
 
@@ -47,10 +50,8 @@ class RunFolder:
         step = max((s for s, _ in checkpoints(self.path)), default=-1)
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = os.path.join(self.path, name)
-            kept = [line for line in read_lines(path) if json.loads(line)["step"] <= step] if os.path.exists(path) else []
-            with open(path + ".tmp", "w", encoding="utf-8") as f:
-                f.writelines(line + "\n" for line in kept)
-            os.replace(path + ".tmp", path)
+            rows = [json.loads(line) for line in read_lines(path)] if os.path.exists(path) else []
+            write_lines(path, [row for row in rows if row["step"] <= step])
 
     def append(self, name, rows):
         """Append JSON rows to a .jsonl file of the run."""
@@ -59,13 +60,10 @@ class RunFolder:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
 
     def write_eval(self, step, rows):
-        """eval/step_{N}.jsonl: one row {prompt, response, scores: {name: x}, gold} for each held-out prompt."""
+        """eval/step_{N}.jsonl: one row {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids} for each held-out prompt."""
         if self.dist.main:
             os.makedirs(os.path.join(self.path, "eval"), exist_ok=True)
-            path = os.path.join(self.path, "eval", f"step_{step}.jsonl")
-            with open(path + ".tmp", "w", encoding="utf-8") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
-            os.replace(path + ".tmp", path)
+            write_lines(os.path.join(self.path, "eval", f"step_{step}.jsonl"), rows)
 
     def checkpoint(self, step, module, optimizer, state, keep):
         """An atomic checkpoint, after the metrics of its step are on disk; see checkpoint.py."""
@@ -112,6 +110,13 @@ def read_lines(path):
         return f.read().split("\n")[:-1]
 
 
+def write_lines(path, rows):
+    """Write JSON rows to a .jsonl file: under a temporary name, then renamed."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
 class Progress:
     """A tqdm bar on a terminal; elsewhere a plain line every few seconds, so that log files stay readable."""
 
@@ -124,7 +129,7 @@ class Progress:
         """Show that `step` is done."""
         if self.tty:
             self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(1)
+            self.bar.update(step - self.bar.n)
         elif not self.quiet and (time.time() - self.last > 5 or step == self.steps):
             self.last = time.time()
             print(f"{self.name} {step}/{self.steps} [{self.last - self.begun:.0f} s] {text}", file=sys.stderr, flush=True)

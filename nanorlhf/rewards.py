@@ -6,7 +6,8 @@ A reward is named by one string:
     FILE.tsv or FILE.txt     a lexicon, WORD<TAB>VALUE...: the sum of the response's words' values / 5, clipped to +-10
     world:gold               the embedded world's gold reward
 
-load_reward() turns it into a function Answers -> scores [B]. Several rewards side by side are scores [K, B] (score_all).
+load_reward() turns it into a function Answers -> scores [B]. Several rewards side by side, the members of an ensemble, are scores
+[K, B] (load_rewards, score_all); ensemble.py makes one of them.
 """
 
 import functools
@@ -14,7 +15,7 @@ import importlib.util
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -29,11 +30,12 @@ from .packing import Packed, pack
 
 @dataclass
 class Answers:
-    """Finished answers, as text and as the sampled ids."""
+    """Finished answers, as text and as the sampled ids; `batch` is None where there is only text."""
 
     prompts: list[str]
     responses: list[str]
-    batch: Packed
+    batch: Packed | None
+    micro_batches: dict = field(default_factory=dict, repr=False)  # tokenized once for all members of an ensemble
 
     def __len__(self):
         return len(self.prompts)
@@ -44,9 +46,28 @@ def score_all(rewards, answers):
     return torch.stack([reward(answers) for reward in rewards.values()])
 
 
-def reward_name(spec):
-    """What a reward is called in records: the last part of its path."""
-    return os.path.basename(os.path.normpath(spec))
+def reward_names(specs):
+    """What rewards are called in records: the last parts of their paths, or the whole paths where two would be the same."""
+    names = [os.path.basename(os.path.normpath(spec)) for spec in specs]
+    return names if len(set(names)) == len(names) else list(specs)
+
+
+def expand(specs):
+    """Specs (or one) in which {seed} stands for the folders that exist -> all specs, in the order of their seeds."""
+    out = []
+    for spec in [specs] if isinstance(specs, str) else specs:
+        head, placeholder, _ = spec.partition("{seed}")
+        folder, start = os.path.split(head)
+        entries = os.listdir(folder or ".") if placeholder and os.path.isdir(folder or ".") else []
+        found = [re.match(re.escape(start) + r"(\d+)", name) for name in entries]
+        paths = [spec.replace("{seed}", seed) for seed in sorted({m[1] for m in found if m}, key=int)]
+        paths = [path for path in paths if os.path.exists(path)] if placeholder else [spec]
+        require(paths, f"{spec}: no such folder for any seed (python train_rm.py --members 5 trains runs/rm/seed_0 to runs/rm/seed_4)")
+        out += paths
+    require(out, "--reward_model names no reward")
+    twice = [spec for spec in out if out.count(spec) > 1]
+    require(not twice, f"--reward_model names {twice[0] if twice else ''} twice")
+    return out
 
 
 def check_reward(spec):
@@ -61,8 +82,13 @@ def check_reward(spec):
         check_model(spec)
 
 
+def load_rewards(specs, tokenizer, dist, micro_batch_size=64):
+    """Rewards by their names in records: {name: function Answers -> scores [B]}."""
+    return {name: load_reward(spec, tokenizer, dist, micro_batch_size) for name, spec in zip(reward_names(specs), specs)}
+
+
 def load_reward(spec, tokenizer, dist, micro_batch_size=64):
-    """A reward's name -> function Answers -> scores [B] (float32, CPU). `tokenizer` is the policy's."""
+    """A reward's name -> function Answers -> scores [B] (float32, CPU). `tokenizer` is the policy's; None: there is only text."""
     if spec == "world:gold":
         return text_reward(spec, world.gold)
     if ".py:" in spec:
@@ -160,25 +186,39 @@ def model_reward(path, tokenizer, dist, micro_batch_size):
     return reward
 
 
+def identity(tokenizer):
+    """Equal for tokenizers that do the same to any text."""
+    return hash(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else id(tokenizer)
+
+
 def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
     """With the policy's own tokenizer the sampled ids are scored as they are: never decoded and tokenised again."""
     own = load_tokenizer(path)
-    same = own.get_vocab() == tokenizer.get_vocab()
+    same = tokenizer is not None and own.get_vocab() == tokenizer.get_vocab()
+    context = context_length(reward_model.model.config)
+    words = own.backend_tokenizer.to_str() if own.is_fast else id(own)
+    key = (same or (words, own.bos_token_id, own.eos_token_id), micro_batch_size)  # a base and a chat model may differ in EOS alone
 
-    def score(answers):
+    def prepare(answers):
+        """What all members with this tokenizer read: (rows, Packed) of similar length each."""
         batch = answers.batch
         if not same:
-            last = batch.ids[torch.arange(len(batch)), (batch.lengths - 1).cpu()].tolist()
             responses = encode_responses(own, answers.responses)
-            responses = [r if i == tokenizer.eos_token_id else r[:-1] or r for r, i in zip(responses, last)]  # cut off: no EOS
+            if batch is not None:  # one that was cut off has no EOS
+                last = batch.ids[torch.arange(len(batch)), (batch.lengths - 1).cpu()].tolist()
+                responses = [r if i == tokenizer.eos_token_id else r[:-1] or r for r, i in zip(responses, last)]
             batch = pack(encode_prompts(own, answers.prompts), responses, own.pad_token_id)
-        context = context_length(reward_model.model.config)
-        longest = int(batch.lengths.max())
-        require(not context or longest <= context, f"{path}: a text of {longest} tokens, a context of {context}")
         batch = batch.to(dist.device)
-        scores = torch.zeros(len(batch), device=dist.device)
-        for rows in batch.micro_batches(micro_batch_size):
-            scores[rows] = reward_model(batch.rows(rows))
+        return [(rows, batch.rows(rows)) for rows in batch.micro_batches(micro_batch_size)]
+
+    def score(answers):
+        if key not in answers.micro_batches:
+            answers.micro_batches[key] = prepare(answers)
+        scores = torch.zeros(len(answers), device=dist.device)
+        for rows, part in answers.micro_batches[key]:
+            longest = part.ids.shape[1]
+            require(not context or longest <= context, f"{path}: a text of {longest} tokens, a context of {context}")
+            scores[rows] = reward_model(part)
         return scores
 
     return score
@@ -194,13 +234,22 @@ def classifier_scorer(model, path, dist, micro_batch_size):
     labels = {name.lower(): i for i, name in model.config.id2label.items()}
     label = labels.get("positive", labels.get("pos", model.config.num_labels - 1))
 
-    def score(answers):
+    key = ("text", identity(tokenizer), context, micro_batch_size)
+
+    def prepare(answers):
+        """What all members with this tokenizer read: (rows, padded inputs) of similar length each."""
         texts = [f"{p} {r}" for p, r in zip(answers.prompts, answers.responses)]
-        parts = []
-        for i in range(0, len(texts), micro_batch_size):
-            part = texts[i : i + micro_batch_size]
-            inputs = tokenizer(part, padding=True, truncation=True, max_length=context, return_tensors="pt")
-            parts.append(model(**inputs.to(dist.device)).logits[:, label].float())
-        return torch.cat(parts)
+        encoded = tokenizer(texts, truncation=True, max_length=context)
+        order = torch.tensor([len(ids) for ids in encoded.input_ids]).argsort(stable=True)
+        parts = [{name: [values[i] for i in rows] for name, values in encoded.items()} for rows in order.split(micro_batch_size)]
+        return [(rows, tokenizer.pad(part, return_tensors="pt")) for rows, part in zip(order.split(micro_batch_size), parts)]
+
+    def score(answers):
+        if key not in answers.micro_batches:
+            answers.micro_batches[key] = prepare(answers)
+        scores = torch.zeros(len(answers))
+        for rows, inputs in answers.micro_batches[key]:
+            scores[rows] = model(**inputs.to(dist.device)).logits[:, label].float().cpu()
+        return scores
 
     return score

@@ -156,6 +156,46 @@ def test_command_lines_of_ppo(here, capfd, args, words):
     refused(capfd, "ppo", arguments("ppo") + args, *words)
 
 
+@pytest.mark.parametrize("args, words", [
+    (["--objective", "median"], ["--objective must be one of mean, wco, uwo", "'median'"]),
+    (["--uwo_lambda", "-0.1"], ["--uwo_lambda must be at least 0, not -0.1"]),
+    (["--uwo_lambda", "nan"], ["--uwo_lambda"]),
+    (["--reward_model"], ["--reward_model"]),
+    (["--reward_model", "rewards.py:good", "words.tsv", "rewards.py:good"], ["--reward_model names rewards.py:good twice"]),
+    (["--reward_model", "rm/seed_{seed}"], ["rm/seed_{seed}: no such folder for any seed", "train_rm.py --members"]),
+    (["--reward_model", "rewards.py:good", "./nothing/here"], ["./nothing/here: no such model folder"]),
+    (["--reward_model", "rewards.py:good", "nowhere.tsv"], ["nowhere.tsv: no such file"]),
+    (["--reward_model", "rewards.py:good", "model"], ["model", "score.weight"]),  # a policy
+])  # fmt: skip
+def test_command_lines_of_ensembles(here, capfd, args, words):
+    refused(capfd, "ppo", arguments("ppo") + args, *words)
+
+
+def test_one_bad_member_of_an_ensemble(here, capfd):
+    """The second of two fails on the first samples; nothing is written."""
+    for function, words in (("nan", "rewards.py:nan returned nan"), ("raises", "rewards.py:raises raised KeyError")):
+        refused(capfd, "ppo", arguments("ppo") + ["--reward_model", "rewards.py:good", f"rewards.py:{function}"], words)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--members", "2"], ["--members needs {seed} in --output_dir"]),
+    (["--members", "0"], ["--members must be at least 1, not 0"]),
+    (["--members", "two"], ["--members", "two"]),
+    (["--independent_noise"], ["--independent_noise is for --members"]),
+    (["--members", "1", "--independent_noise"], ["--independent_noise is for --members"]),
+])  # fmt: skip
+def test_command_lines_of_members(here, capfd, args, words):
+    refused(capfd, "rm", arguments("rm") + args, *words)
+
+
+def test_a_member_whose_folder_holds_another_run(here, capfd):
+    cli.run(train_rm.Config, train_rm.main, arguments("rm", output_dir="rm/seed_{seed}", seed=1))
+    before = content("rm/seed_1")
+    args = arguments("rm", output_dir="rm/seed_{seed}", members=2, lr=0.5)
+    fails(capfd, "rm", args, "rm/seed_1 already holds another run", "differs in lr", lines=None)
+    assert content("rm/seed_1") == before
+
+
 def test_command_lines_of_the_others(here, capfd):
     for kind in ("sft", "rm"):
         refused(capfd, kind, arguments(kind, max_length=1), "--max_length must leave room")

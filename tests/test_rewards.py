@@ -3,7 +3,9 @@
     B answers, K rewards
 """
 
+import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -11,12 +13,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
 
+import nanorlhf.rewards
 from nanorlhf import world
 from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_reward_model, save_policy, save_reward_model
-from nanorlhf.packing import pack
-from nanorlhf.rewards import Answers, check_reward, load_reward, reward_name, score_all
+from nanorlhf.packing import Packed, pack
+from nanorlhf.rewards import Answers, check_reward, expand, load_reward, load_rewards, reward_names, score_all
 from nanorlhf.stats import kendall_tau
 from test_models import EOS, V, tiny_policy, word_tokenizer
 
@@ -79,7 +82,6 @@ def test_python_functions(code):
     assert scores.dtype == torch.float32 and scores.tolist() == [len(p) - 0.5 * len(r) for p, r in zip(PROMPTS, RESPONSES)]
     assert score(f"{code}:tensor").tolist() == [0, 1, 2, 3] and score(f"{code}:tensor").dtype == torch.float32
     assert score(f"{code}:array").tolist() == [1, 1, 1, 1]
-    assert reward_name(f"{code}:good") == "my.py:good" and reward_name("runs/rm/seed_0/") == "seed_0"
 
 
 @pytest.mark.parametrize("name, words", [
@@ -96,6 +98,59 @@ def test_files_that_are_no_python(tmp_path):
     for text, word in (("def f(:\n", "SyntaxError"), ("import nothing_of_this_name", "ModuleNotFoundError"), ("1 / 0", "ZeroDivision")):
         (tmp_path / "bad.py").write_text(text)
         refuses(score, f"{tmp_path}/bad.py:f", match=["bad.py", "cannot be imported", word])
+
+
+# ------------------------------------------------------------------------------------------------------------ names of ensembles
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Run folders as they lie about, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    names = """rm/seed_10 rm/seed_2 rm/seed_0 rm/seed_x rm/seed_ rm/other_1 rm/seed_3.bak rm/my_seed_4 old/m+1 old/m+0 old/mm1 sweep/seed_7/model
+        sweep/seed_11 sweep/seed_0/model seed_5 twice_1/a1 twice_1/a2 twice_2/a2 numbers/12 numbers/3 numbers/a4"""
+    for name in names.split():
+        os.makedirs(name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("specs, expected", [
+    (["rm/seed_{seed}"], ["rm/seed_0", "rm/seed_2", "rm/seed_10"]),  # 2 before 10
+    (["./rm/seed_{seed}/"], ["./rm/seed_0/", "./rm/seed_2/", "./rm/seed_10/"]),
+    (["sweep/seed_{seed}/model"], ["sweep/seed_0/model", "sweep/seed_7/model"]),  # 11 has no model
+    (["old/m+{seed}"], ["old/m+0", "old/m+1"]),  # a name, not a pattern
+    (["seed_{seed}"], ["seed_5"]),
+    (["twice_{seed}/a{seed}"], ["twice_1/a1", "twice_2/a2"]),
+    (["numbers/{seed}"], ["numbers/3", "numbers/12"]),
+    (["my.py:f", "rm/seed_{seed}", "world:gold", "seed_{seed}"], ["my.py:f", "rm/seed_0", "rm/seed_2", "rm/seed_10", "world:gold", "seed_5"]),
+    (["nothing/here", "a b"], ["nothing/here", "a b"]),  # what there is to load is looked at later
+])  # fmt: skip
+def test_seed_stands_for_the_folders_that_exist(folders, specs, expected):
+    given = list(specs)
+    assert expand(specs) == expected and specs == given
+    absolute = [f"{folders}/{spec}" for spec in specs]
+    assert expand(absolute) == [f"{folders}/{spec}" for spec in expected]
+    assert len(specs) > 1 or expand(specs[0]) == expected  # one spec needs no list
+
+
+@pytest.mark.parametrize("specs, words", [
+    (["rm/seeds_{seed}"], ["rm/seeds_{seed}: no such folder for any seed", "train_rm.py --members"]),
+    (["nowhere/seed_{seed}"], ["nowhere/seed_{seed}: no such folder"]),
+    (["rm/seed_0", "sweep/seed_{seed}/models"], ["sweep/seed_{seed}/models: no such folder"]),
+    (["a", "b", "a"], ["names a twice"]),
+    (["rm/seed_2", "rm/seed_{seed}"], ["names rm/seed_2 twice"]),
+    ([], ["names no reward"]),
+])  # fmt: skip
+def test_specs_that_name_no_ensemble(folders, specs, words):
+    refuses(expand, specs, match=words)
+
+
+def test_reward_names():
+    assert reward_names(["runs/my.py:good", "runs/rm/seed_0/", "./seed_1", "world:gold"]) == ["my.py:good", "seed_0", "seed_1", "world:gold"]
+    same_ends = ["runs/a/seed_0", "runs/b/seed_0/", "runs/b/seed_1"]
+    assert reward_names(same_ends) == same_ends  # where two would be the same, all are written out
+    assert reward_names(["x/seed_0/model", "x/seed_1/model"]) == ["x/seed_0/model", "x/seed_1/model"]
+    assert reward_names(["gpt2"]) == ["gpt2"] and reward_names([]) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- lexicon and the world
@@ -238,6 +293,101 @@ def test_several_rewards_side_by_side(folder, code):
         assert torch.equal(row, score(spec))
     part = Answers(PROMPTS[1:3], RESPONSES[1:3], answers().batch.rows(torch.tensor([1, 2])))
     same(score_all(rewards, part)[:2], scores[:2, 1:3].tolist())
+
+
+# -------------------------------------------------------------------------------------------------------- the members of an ensemble
+
+
+@pytest.fixture(scope="module")
+def members(folder):
+    """Reward models beside `folder`'s: own_0..2 with the policy's words, other_0..2 with other ids for them, eos_0..2 with another EOS."""
+    rm, ends = load_reward_model(str(folder / "rm")), word_tokenizer(eos_token="<pad>", pad_token="<eos>")  # in tokenizer_config.json alone
+    other = word_tokenizer(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in reversed(range(3, V)))])
+    for i in range(3):
+        rm.model.score.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
+        for name, tokenizer in (("own", word_tokenizer()), ("other", other), ("eos", ends)):
+            save_reward_model(rm, tokenizer, str(folder / f"{name}_{i}"))
+    return folder
+
+
+ORDERS = (["own_0", "own_1", "own_2"], ["other_0", "other_1", "other_2"], ["own_0", "other_0", "eos_0"], ["eos_0", "other_0", "own_0"],
+          ["other_1", "eos_0", "other_0", "own_2", "eos_1"])  # fmt: skip
+
+
+@pytest.mark.parametrize("names", ORDERS, ids=" ".join)
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_members_score_as_they_do_alone(members, monkeypatch, names, with_ids):
+    """Each as by its own forward of one row at a time; texts are tokenized, and sorted by length, once for all that share a tokenizer."""
+    calls = {"encode_prompts": 0, "encode_responses": 0, "micro_batches": 0}
+
+    def counted(name, function):
+        def call(*args):
+            calls[name] += 1
+            return function(*args)
+        return call  # fmt: skip
+
+    prompt_ids, response_ids = [[5, 6], [7], [8, 9, 10], [5]], [[11, 12, EOS], [13, 14, 15, EOS], [EOS], [16]]  # the last was cut off
+    flip = lambda ids: [V + 2 - i if i > 2 else i for i in ids]  # noqa: E731
+    expected = []
+    for name in names:
+        model, kind, row = load_reward_model(str(members / name)).eval(), name.split("_")[0], []
+        for p, r in zip(prompt_ids, response_ids):
+            r = r if with_ids or r[-1] == EOS else [*r, EOS]  # texts alone do not say that they were cut off
+            # Sampled ids are not touched where the vocabulary is the same, even if its EOS is another one.
+            p, r = (flip(p), flip(r)) if kind == "other" else (p, [0 if i == EOS and kind == "eos" and not with_ids else i for i in r])
+            with torch.no_grad():
+                row.append(model(pack([p], [r])).item())
+        expected.append(row)
+    assert np.ptp(expected, axis=1).min() > 0.1 and np.ptp(expected, axis=0).min() > 1e-3
+    given = answers(prompt_ids=prompt_ids, response_ids=response_ids) if with_ids else Answers(list(PROMPTS), list(RESPONSES), None)
+    rewards = load_rewards([str(members / name) for name in names], word_tokenizer() if with_ids else None, ALONE, 3)
+    assert list(rewards) == names
+    for name in ("encode_prompts", "encode_responses"):
+        monkeypatch.setattr(nanorlhf.rewards, name, counted(name, getattr(nanorlhf.rewards, name)))
+    monkeypatch.setattr(Packed, "micro_batches", counted("micro_batches", Packed.micro_batches))
+    scores = score_all(rewards, given)
+    same(scores, expected)
+    kinds = {name.split("_")[0] for name in names}
+    if with_ids:
+        kinds = {kind.replace("eos", "own") for kind in kinds}
+    n = len(kinds - {"own"} if with_ids else kinds)
+    assert calls == {"encode_prompts": n, "encode_responses": n, "micro_batches": len(kinds)}
+    assert torch.equal(score_all(rewards, given), scores)
+    alone = [reward(Answers(given.prompts, given.responses, given.batch)) for reward in rewards.values()]
+    assert torch.equal(scores, torch.stack(alone))
+
+
+@pytest.mark.parametrize("kind", ["own", "other"])
+def test_members_of_every_micro_batch_size_side_by_side(members, kind):
+    given = answers(PROMPTS * 3, RESPONSES * 3)
+    rewards = {size: load_reward(str(members / f"{kind}_0"), word_tokenizer(), ALONE, size) for size in (1, 5, 12, 64)}
+    scores = score_all(rewards, given)
+    for row in scores:
+        same(row, scores[0].tolist())
+    assert scores[0].std() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["own", "other"])
+def test_texts_alone(members, code, kind):
+    """Without sampled ids (and a policy's tokenizer) a text ends with EOS."""
+    texts = Answers(list(PROMPTS), list(RESPONSES), None)
+    assert len(texts) == 4
+    same(load_reward(str(members / f"{kind}_0"), None, ALONE)(texts), score(members / f"{kind}_0").tolist())
+    assert torch.equal(load_reward(f"{code}:good", None, ALONE)(texts), score(f"{code}:good"))
+
+
+@pytest.mark.parametrize("order", [["own_0", "short"], ["short", "own_0"], ["own_0", "own_1", "short"]], ids=" ".join)
+def test_a_member_with_a_smaller_context(members, order):
+    """It says so itself, whoever tokenized the texts."""
+    save_reward_model(load_reward_model(str(members / "own_0")), word_tokenizer(), str(members / "short"))
+    path = members / "short" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 8}))
+    rewards = load_rewards([str(members / name) for name in order], word_tokenizer(), ALONE, 2)
+    fits = answers(["w5 w6 w7"] * 3, ["w8", "w8 w9 w10 w11", "w9"])  # 3 + 5 tokens
+    scores = score_all(rewards, fits)
+    same(scores[order.index("short")], scores[order.index("own_0")].tolist())
+    too_long = answers(["w5 w6 w7"] * 3, ["w8", "w8 w9 w10 w11 w12", "w9"])
+    refuses(score_all, rewards, too_long, match=["short: a text of 9 tokens, a context of 8"])
 
 
 # ------------------------------------------------------------------------------------------------------------------ Kendall's tau

@@ -159,7 +159,7 @@ def small(base, kind, **changes):
         "sft": {"model": f"{base}/dropout", "dataset": f"{base}/sft.jsonl", "steps": 3, "batch_size": 8, "lr": 1e-3, "warmup": 1,
                 "max_new_tokens": 8, "n_samples": 2, "eval_size": 8},
         "rm": {"model": f"{base}/sft", "dataset": f"{base}/pairs.jsonl", "steps": 3, "batch_size": 8, "eval_size": 8, "warmup": 1},
-        "ppo": {"model": f"{base}/sft", "reward_model": f"{base}/rewards.py:the", "steps": 2, "batch_size": 8, "minibatch_size": 4,
+        "ppo": {"model": f"{base}/sft", "reward_model": [f"{base}/rewards.py:the"], "steps": 2, "batch_size": 8, "minibatch_size": 4,
                 "ppo_epochs": 2, "max_new_tokens": 12, "eval_size": 4, "eval_every": 0},
     }[kind]  # fmt: skip
     return {**flags, **changes}
@@ -177,7 +177,7 @@ def ppo(base, folder, **changes):
 
 
 def flags(settings):
-    return [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
+    return [str(x) for name, value in settings.items() for x in (f"--{name}", *(value if isinstance(value, list) else [value]))]
 
 
 def launch(kind, *args):
@@ -302,7 +302,7 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
         return rollout, answers
 
     monkeypatch.setattr(evaluation, "roll_out", recorded)
-    ppo(base, folder, reward_model=f"{base}/rm", steps=3, eval_every=2, eval_size=8)
+    ppo(base, folder, reward_model=[f"{base}/rm"], steps=3, eval_every=2, eval_size=8)
     printed = capsys.readouterr().out
     rows = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
@@ -316,7 +316,7 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
     assert [p.name for p in sorted((folder / "eval").iterdir())] == ["step_0.jsonl", "step_2.jsonl", "step_3.jsonl"]
     for step in (0, 2, 3):
         answers = read_rows(folder / "eval" / f"step_{step}.jsonl")
-        assert len(answers) == 8 and all(set(row) == {"prompt", "response", "scores", "gold"} for row in answers)
+        assert len(answers) == 8 and all(set(row) == {"prompt", "response", "scores", "gold", "prompt_ids", "response_ids"} for row in answers)
         assert {row["prompt"] for row in answers} <= {row["prompt"] for row in world.prompts("test")}
         golds = world.gold([row["prompt"] for row in answers], [row["response"] for row in answers])
         assert [row["gold"] for row in answers] == pytest.approx(golds, abs=1e-5)
@@ -363,12 +363,12 @@ def test_no_arguments_trains_what_is_missing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_sft, "main", fake("sft"))
     monkeypatch.setattr(train_rm, "main", fake("rm"))
-    train_ppo.train_what_is_missing(train_ppo.Config())
+    train_rm.train_what_is_missing(train_ppo.Config())
     assert calls == [("sft", "runs/sft", "world", "world", 400), ("rm", "runs/rm/seed_0", "runs/sft", "world", 100)]
-    train_ppo.train_what_is_missing(train_ppo.Config(model="mine", dataset="world:3"))
+    train_rm.train_what_is_missing(train_ppo.Config(model="mine", dataset="world:3"))
     assert calls[2:] == [("sft", "runs/sft", "world", "world", 400), ("rm", "runs/rm/seed_0", "runs/sft", "world:3", 100)]
-    train_ppo.train_what_is_missing(train_ppo.Config(model="mine", reward_model="mine.py:f"))
-    train_ppo.train_what_is_missing(train_ppo.Config(dataset="mine.jsonl"))
+    train_rm.train_what_is_missing(train_ppo.Config(model="mine", reward_model=["mine.py:f"]))
+    train_rm.train_what_is_missing(train_ppo.Config(dataset="mine.jsonl"))
     assert len(calls) == 4
 
 
@@ -392,7 +392,7 @@ def test_micro_batches_change_nothing(base, tmp_path, kind):
     if kind == "rm":  # without a penalty the last bias has no gradient but float error, which AdamW makes large
         settings |= {"score_l2": 0.01}
     if kind == "ppo":
-        settings |= {"reward_model": f"{base}/rm", "ent_coef": 0.01, "bootstrap_truncated": True}
+        settings |= {"reward_model": [f"{base}/rm"], "ent_coef": 0.01, "bootstrap_truncated": True}
     train(base, kind, tmp_path / "a", **settings)
     train(base, kind, tmp_path / "b", **settings | {"micro_batch_size": 3})
     assert_close_runs(tmp_path / "a", tmp_path / "b")
@@ -422,7 +422,7 @@ def rank_settings(base):
     return [
         ("sft", small(base, "sft", model=f"{base}/sft", eval_size=7, micro_batch_size=3, checkpoint_every=1)),
         ("rm", small(base, "rm", eval_size=7, micro_batch_size=3, score_l2=0.01, eval_every=2)),
-        ("ppo", small(base, "ppo", reward_model=f"{base}/rm", gold_model=f"{base}/rewards.py:words", steps=3, eval_every=1, eval_size=7,
+        ("ppo", small(base, "ppo", reward_model=[f"{base}/rm"], gold_model=f"{base}/rewards.py:words", steps=3, eval_every=1, eval_size=7,
                       checkpoint_every=1, kl_target=3.0, kl_horizon=40, score_scaling="running", ent_coef=0.01, kl_coef=0.2,
                       bootstrap_truncated=True, missing_eos_penalty=1.0)),
     ]  # fmt: skip
@@ -485,7 +485,7 @@ def test_fewer_held_out_rows_than_processes(base, tmp_path, kind):
 
 
 def test_an_error_on_one_rank_only(base, tmp_path):
-    settings = small(base, "ppo", reward_model=f"{base}/rewards.py:fails_on_rank_1")
+    settings = small(base, "ppo", reward_model=[f"{base}/rewards.py:fails_on_rank_1"])
     processes = ranks(2, command_line, "ppo", "--output_dir", str(tmp_path / "ppo"), *flags(settings), STDERR=str(tmp_path / "stderr"))
     for process in processes:
         process.join(60)
@@ -780,7 +780,7 @@ def test_target_kl_ends_the_epochs(base, tmp_path, seen):
 
 
 def test_score_clip(base, tmp_path):
-    rows = ppo(base, tmp_path / "run", reward_model=f"{base}/rewards.py:seven", score_clip=1.5, kl_coef=0.0)
+    rows = ppo(base, tmp_path / "run", reward_model=[f"{base}/rewards.py:seven"], score_clip=1.5, kl_coef=0.0)
     assert [(row["score_mean"], row["reward"]) for row in rows[1:]] == [(7, 1.5)] * 2
 
 
@@ -897,7 +897,7 @@ def test_jsonl_prompts_and_a_python_reward(base, tmp_path):
 
 def test_lexicon_reward(base, tmp_path):
     (tmp_path / "words.tsv").write_text("the\t2.5\t0.1\textra\nwas\t-1\n\n")
-    ppo(base, tmp_path / "run", reward_model=f"{tmp_path}/words.tsv", eval_size=8)
+    ppo(base, tmp_path / "run", reward_model=[f"{tmp_path}/words.tsv"], eval_size=8)
     answers = read_rows(tmp_path / "run/eval/step_0.jsonl")
     expected = [(2.5 * row["response"].split().count("the") - row["response"].split().count("was")) / 5 for row in answers]
     assert [row["scores"]["words.tsv"] for row in answers] == pytest.approx(expected, abs=1e-5) and len(set(expected)) > 2

@@ -1,0 +1,218 @@
+"""Pools: many answers to each prompt, sampled or read from a file, and the scores of any number of rewards. Nothing is done twice.
+
+    P prompts, N answers to a prompt, R response tokens
+
+Answers and scores are kept in cache/, in JSONL files with one line a prompt whose names are digests of what they depend on: the
+model's files and the data. So a run that was killed goes on at the prompt it had reached, another list of n scores nothing again,
+and scores of a model that has changed since are never read.
+"""
+
+import hashlib
+import json
+import os
+
+import torch
+
+from . import world
+from .cli import require
+from .data import read_file, read_hub
+from .evaluation import Parts, roll_out
+from .log import Progress, read_lines
+from .models import check_model, load_policy, resolve
+from .packing import pack
+from .rewards import Answers, load_reward, reward_names
+
+CHUNK = 4096  # answers that are scored before their scores are written
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the cache
+
+
+def digest(*values):
+    """A short SHA-256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:20]
+
+
+def digest_file(path):
+    """The SHA-256 of a file's bytes."""
+    total = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**22):
+            total.update(block)
+    return total.hexdigest()
+
+
+def fingerprint(spec):
+    """What a model's or a reward's name stands for at this moment: a digest of its files, of a hub model its commit.
+
+    Pitfall: of FILE.py:FUNCTION it is that file alone, not what it imports.
+    """
+    if spec == "world:gold":
+        return digest(spec, digest_file(world.__file__))
+    if ".py:" in spec:
+        return digest(spec.rpartition(":")[2], digest_file(spec.rpartition(":")[0]))
+    path = resolve(spec)
+    if os.path.isfile(path):
+        return digest(digest_file(path))
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
+        return digest([(name, digest_file(os.path.join(path, name))) for name in names])
+    return digest(path, getattr(check_model(path), "_commit_hash", None))
+
+
+class Lines:
+    """A JSONL file of the cache that only ever grows, one line a prompt. All processes read it, the first one writes."""
+
+    def __init__(self, folder, key, dist):
+        self.path, self.dist = os.path.join(folder, "cache", key + ".jsonl"), dist
+        dist.barrier()  # the first process has written what it was given before: a gold reward may be a member too
+        self.rows = [json.loads(line) for line in read_lines(self.path)] if os.path.exists(self.path) else []
+        dist.barrier()  # all have read before one writes
+        if dist.main:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            if os.path.exists(self.path):  # without a last line that a kill cut off
+                with open(self.path, "rb+") as f:
+                    f.truncate(f.read().rfind(b"\n") + 1)
+
+    def append(self, rows):
+        """Add the lines of the next prompts."""
+        self.rows += rows
+        if self.dist.main:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the answers
+
+
+def sample(config, tokenizer, prompts, dist):
+    """N answers to each prompt (token lists) -> rows {prompt, responses, prompt_ids, response_ids}, one a prompt.
+
+    The noise of an answer is keyed by (seed, prompt, answer): neither the batch size nor the number of processes changes it.
+    """
+    N = config.n_answers
+    settings = (N, config.max_new_tokens, config.temperature, config.seed, config.dtype)
+    lines = Lines(config.output_dir, "answers_" + digest(fingerprint(config.model), prompts, settings), dist)
+    if len(lines.rows) == len(prompts):
+        return lines.rows
+    policy = load_policy(config.model, value_head=False, device=dist.device)
+    parts = Parts(config, dist, tokenizer, policy, policy, None, {}, None)
+    at_once = max(1, config.batch_size // N)  # prompts
+    progress = Progress(dist, "sampling, prompt", len(prompts), len(lines.rows))
+    for first in range(len(lines.rows), len(prompts), at_once):
+        chunk = range(first, min(first + at_once, len(prompts)))
+        pairs = [(i, j) for i in chunk for j in range(N)]
+        responses = []
+        for k in range(0, len(pairs), config.batch_size):
+            responses += sample_batch(parts, prompts, pairs[k : k + config.batch_size])
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        rows = []
+        for p, i in enumerate(chunk):
+            own = slice(p * N, (p + 1) * N)
+            prompt = tokenizer.decode(prompts[i], skip_special_tokens=True)
+            rows.append({"prompt": prompt, "responses": texts[own], "prompt_ids": prompts[i], "response_ids": responses[own]})
+        lines.append(rows)
+        progress.step(chunk.stop, "")
+    progress.close()
+    return lines.rows
+
+
+def sample_batch(parts, prompts, pairs):
+    """Answers (prompt i, answer j) -> their token lists, sampled by all processes together."""
+    dist, R = parts.dist, parts.config.max_new_tokens
+
+    def mine():
+        own = [pairs[k] for k in dist.part(len(pairs))]
+        if not own:  # fewer answers than processes
+            return torch.zeros(0, R, dtype=torch.long, device=dist.device), torch.zeros(0, dtype=torch.long, device=dist.device)
+        rollout, _ = roll_out(parts, [prompts[i] for i, _ in own], [i * 2**32 + j for i, j in own], 0)
+        return rollout.response_ids, rollout.response_mask.sum(1)
+
+    ids, lengths = (dist.gather(x).tolist() for x in dist.together(mine))
+    return [row[:length] for row, length in zip(ids, lengths)]
+
+
+def read(spec):
+    """A pool that is there already -> rows {prompt, responses[, gold_scores]}; a bad row is an InputError with its place.
+
+    spec: a .json or .jsonl[.gz] file with {prompt, responses: [str], gold_scores: [float]}, or a data set; also with the columns
+    {instruction, input, answers, gold_scores}. gold_scores may be missing, then from all rows.
+    """
+    is_file = spec.removesuffix(".gz").endswith((".json", ".jsonl")) or os.path.isfile(spec)
+    rows = []
+    for place, row in read_file(spec) if is_file else read_hub(spec):
+        require(isinstance(row, dict), f"{place}: a row must be an object with prompt and responses")
+        if "prompt" not in row and "instruction" in row:
+            parts = [row["instruction"], row.get("input") or ""]
+            require(all(isinstance(x, str) for x in parts), f"{place}: instruction and input must be strings")
+            row = {**row, "prompt": "\n".join(x for x in parts if x), "responses": row.get("answers", row.get("responses"))}
+        responses, gold = row.get("responses"), row.get("gold_scores")
+        require(isinstance(row.get("prompt"), str), f"{place}: field 'prompt' must be a string")
+        good = isinstance(responses, list) and responses and all(isinstance(x, str) for x in responses)
+        require(good, f"{place}: field 'responses' must be a list of at least one string")
+        new = {"prompt": row["prompt"], "responses": responses}
+        if gold is not None:
+            numbers = isinstance(gold, list) and all(type(x) in (int, float) and abs(x) < 1e300 for x in gold)
+            require(numbers, f"{place}: field 'gold_scores' must be a list of finite numbers")
+            require(len(gold) == len(responses), f"{place}: {len(gold)} gold_scores for {len(responses)} responses")
+            new["gold_scores"] = gold
+        require(not rows or ("gold_scores" in new) == ("gold_scores" in rows[0]), f"{place}: some rows have gold_scores, and some have not")
+        rows.append(new)
+    require(rows, f"{spec}: no rows")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the scores
+
+
+def score(rows, specs, tokenizer, config, dist):
+    """Scores of all answers by each reward of `specs`: {name: [[N floats] for each prompt]}.
+
+    The answers of a chunk are tokenized and sorted by length once, for all members of an ensemble. A reward whose scores are all
+    there is not even loaded.
+    """
+    names = dict(zip(reward_names(specs), specs))
+    data = digest([[row["prompt"], row["responses"], row.get("response_ids")] for row in rows])
+    keys = {name: "scores_" + digest(fingerprint(spec), data) for name, spec in names.items()}
+    files = {key: Lines(config.output_dir, key, dist) for key in dict.fromkeys(keys.values())}  # copies of a model share one
+    lines = {name: files[key] for name, key in keys.items()}
+    unfinished = [spec for name, spec in names.items() if len(lines[name].rows) < len(rows)]
+    rewards = {spec: load_reward(spec, tokenizer, dist, config.micro_batch_size) for spec in unfinished}
+    progress, first = Progress(dist, "scoring, prompt", len(rows)), 0
+    while first < len(rows):
+        last, count = first, 0
+        while last < len(rows) and count < CHUNK:
+            count += len(rows[last]["responses"])
+            last += 1
+        missing = [name for name in names if len(lines[name].rows) < last]
+        if missing:
+            chunk = [(row, j) for row in rows[first:last] for j in range(len(row["responses"]))]
+            answers = answers_of([chunk[k] for k in dist.part(len(chunk))])
+            for name in missing:
+                scores = iter(score_chunk(rewards[names[name]], answers, dist))
+                by_prompt = [[next(scores) for _ in row["responses"]] for row in rows[first:last]]
+                lines[name].append(by_prompt[len(lines[name].rows) - first :])
+            progress.step(last, f"{len(missing)} reward(s)")
+        first = last
+    progress.close()
+    return {name: lines[name].rows for name in names}
+
+
+def score_chunk(reward, answers, dist):
+    """This process's answers -> the scores of all processes' answers, in order."""
+    return dist.gather(dist.together(lambda: reward(answers) if len(answers) else torch.zeros(0))).tolist()
+
+
+def answers_of(chunk):
+    """[(row, j)] -> Answers, by the sampled ids where the rows have them."""
+    batch = None
+    if chunk and "response_ids" in chunk[0][0]:
+        batch = pack([row["prompt_ids"] for row, _ in chunk], [row["response_ids"][j] for row, j in chunk])
+    return Answers([row["prompt"] for row, _ in chunk], [row["responses"][j] for row, j in chunk], batch)
+
+
+def matrix(rows):
+    """Lists of N numbers for each prompt, N may differ -> float64 [P, max N] with 0 in the padding, mask [P, max N] bool."""
+    width = max(map(len, rows))
+    values = torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
+    return values, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])

@@ -1,0 +1,219 @@
+"""Best-of-n: sample N answers to each prompt, score them, and estimate without bias what the best of n <= N is worth.
+
+    python sample_bon.py                                                       the embedded world; trains what is missing
+    python sample_bon.py --reward_model runs/rm/seed_{seed} --n_answers 512    every member and every ensemble objective
+    python sample_bon.py --n 16 --save_best --split ood --output_dir runs/best the best of 16, as a data set
+    python sample_bon.py --pool pool.jsonl --reward_model runs/rm/seed_0       answers that are there already
+    torchrun --nproc_per_node=4 sample_bon.py                                  the same answers and scores on four processes
+
+Method: nanorlhf/bon.py and nanorlhf/ensemble.py. A second call with other --n or --uwo_lambda scores nothing again.
+
+    K members, P prompts, N answers to a prompt, L values of n
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+import train_rm
+from nanorlhf import cli, data, pool
+from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
+from nanorlhf.checkpoint import write_json
+from nanorlhf.distributed import setup
+from nanorlhf.ensemble import OBJECTIVES, combine
+from nanorlhf.log import PLACES, RunFolder, write_lines
+from nanorlhf.models import check_model, load_tokenizer
+from nanorlhf.plots import plot_run
+from nanorlhf.rewards import expand
+from nanorlhf.stats import bootstrap
+
+# These may change between calls on one folder: they only read the answers, and scores are cached by their reward.
+FREE = (*PLACES, "reward_model", "gold_model", "n", "uwo_lambda", "objective", "save_best", "save_pairs", "batch_size", "micro_batch_size")
+
+
+@dataclass
+class Config:
+    output_dir: str = field(default="runs/bon", metadata={"help": "the run folder"})
+    model: str = field(default="runs/sft", metadata={"help": "the policy: run folder, model folder or hub name"})
+    pool: str = field(default="", metadata={"help": "answers to read instead: JSONL {prompt, responses, gold_scores}, or a data set"})
+    reward_model: list[str] = field(default_factory=lambda: ["runs/rm/seed_0"], metadata={"help": "the proxies: see train_ppo.py --help"})
+    gold_model: str = field(default="", metadata={"help": "the gold reward; embedded world: its own; else the pool's gold_scores, if any"})
+    dataset: str = field(default="world", metadata={"help": "prompts: FILE.jsonl, a datasets name[:split], or world"})
+    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
+    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
+    split: str = field(default="test", metadata={"help": "which prompts: test (held out), train, ood (embedded world) or all"})
+    eval_dataset: str = field(default="", metadata={"help": "held-out data; default: rows of --dataset are held out, by prompt"})
+    eval_size: int = field(default=256, metadata={"help": "at most so many held-out prompts"})
+    max_rows: int = field(default=0, metadata={"help": "at most so many prompts of another split; 0: all"})
+    n_answers: int = field(default=256, metadata={"help": "N: answers to each prompt"})
+    n: list[int] = field(default_factory=list, metadata={"help": "the n of best-of-n; default: 1, 2, 4, ... up to N"})
+    objective: str = field(default="mean", metadata={"help": "what --save_best takes the best by: mean, wco or uwo"})
+    uwo_lambda: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "uwo: weights of the members' variance"})
+    save_best: bool = field(default=False, metadata={"help": "write best_of_{n}.jsonl: the best of each n answers in turn"})
+    save_pairs: bool = field(default=False, metadata={"help": "write pairs.jsonl: of each two answers the one with more gold"})
+    max_prompt_length: int = field(default=0, metadata={"help": "left-truncate prompts to this; 0: too long is an error"})
+    max_new_tokens: int = field(default=48, metadata={"help": "longest response"})
+    temperature: float = field(default=1.0, metadata={"help": "of sampling"})
+    batch_size: int = field(default=256, metadata={"help": "answers sampled at a time, over all processes; changes memory, not results"})
+    micro_batch_size: int = field(default=64, metadata={"help": "answers scored in one forward pass; changes memory, not results"})
+    seed: int = field(default=0, metadata={"help": "every random draw is keyed by it"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    dtype: str = field(default="float32", metadata={"help": "of sampling: float32, or bfloat16 matmuls"})
+
+    def __post_init__(self):
+        cli.at_least(self, 1, "n_answers", "max_new_tokens", "batch_size", "micro_batch_size", "eval_size")
+        cli.at_least(self, 0, "seed", "max_rows", "max_prompt_length")
+        cli.require(self.temperature > 0, "--temperature must be positive")
+        cli.require(all(n >= 1 for n in self.n), "--n must be at least 1")
+        cli.require(self.pool or all(n <= self.n_answers for n in self.n), f"--n must not be above --n_answers ({self.n_answers})")
+        cli.require(self.uwo_lambda and all(0 <= x < float("inf") for x in self.uwo_lambda), "--uwo_lambda takes numbers of at least 0")
+        cli.require(not self.save_best or len(self.n) == 1, "--save_best takes one --n")
+        cli.one_of(self, "objective", *OBJECTIVES)
+        cli.one_of(self, "split", "test", "train", "ood", "all")
+        cli.one_of(self, "dtype", "float32", "bfloat16")
+        cli.require(self.split != "ood" or data.is_world(self.dataset), "--split ood is the embedded world's")
+        if data.is_world(self.dataset) and not self.pool and not self.gold_model:
+            self.gold_model = "world:gold"
+        self.reward_model = expand(self.reward_model)
+
+
+def main(config):
+    # ------------------------------------------------------------------------------------------------------------------- set-up
+    dist = setup(config.device)
+    folder = RunFolder(config, dist, FREE)
+    train_rm.check_inputs(config, "reward_model", "gold_model", *([] if config.pool else ["model"]))
+
+    # ------------------------------------------------------------------------------------------------------------------ answers
+    if config.pool:
+        rows, tokenizer = pool.read(config.pool), None  # only the texts are known
+    else:
+        rows = prompts_of(config)
+        train_rm.train_what_is_missing(config)
+        tokenizer = load_tokenizer(config.model)
+        limits = (check_model(config.model), config.max_new_tokens, config.max_prompt_length, config.chat_template)
+        prompts = data.ready_prompts(tokenizer, rows, *limits)
+    if dist.main:
+        os.makedirs(config.output_dir, exist_ok=True)
+        write_json(os.path.join(config.output_dir, "config.json"), folder.config)
+    if not config.pool:
+        rows = pool.sample(config, tokenizer, prompts, dist)
+    counts = [len(row["responses"]) for row in rows]
+    N = min(counts)
+    ns = sorted(set(config.n)) or [n for n in DEFAULT_NS if n <= N]
+    cli.require(ns[-1] <= N, f"--n {ns[-1]}: the prompt {rows[counts.index(N)]['prompt'][:40]!r} has only {N} answers")
+    has_gold = bool(config.gold_model) or "gold_scores" in rows[0]
+    cli.require(has_gold or not config.save_pairs, "--save_pairs needs gold scores: name --gold_model")
+    dist.print(f"{len(rows)} prompts, {N if N == max(counts) else f'{N} to {max(counts)}'} answers each")
+
+    # ------------------------------------------------------------------------------------------------------------------- scores
+    scores = pool.score(rows, config.reward_model, tokenizer, config, dist)  # {name: P lists of N}
+    if config.gold_model:
+        (gold,) = pool.score(rows, [config.gold_model], tokenizer, config, dist).values()
+    else:
+        gold = [row["gold_scores"] for row in rows] if has_gold else None
+    if not dist.main:
+        return dist.barrier()  # what is left is arithmetic
+
+    # Answer, proxies and gold stay in one place: [p, j] of every matrix is answer j to prompt p.
+    members = torch.stack([pool.matrix(member)[0] for member in scores.values()])  # [K, P, N]
+    values, mask = pool.matrix(gold or next(iter(scores.values())))  # [P, N]
+    mask = None if mask.all() else mask  # answers may differ in number
+    proxies = dict(zip(scores, members))
+    if len(members) > 1:
+        proxies |= {"mean": combine(members, "mean"), "wco": combine(members, "wco")}
+        proxies |= {f"uwo_{x:g}": combine(members, "uwo", x) for x in config.uwo_lambda}
+
+    # ---------------------------------------------------------------------------------------------------------------- best of n
+    results, fits = {}, {}
+    for name, proxy in proxies.items():
+        proxy_curve = bon_estimate(proxy, proxy, ns, mask, per_prompt=True)  # [P, L]
+        gold_curve = bon_estimate(proxy, values, ns, mask, per_prompt=True) if gold else None
+        results[name] = curve(ns, proxy_curve, gold_curve)
+        if gold and ns[0] == 1 and len(ns) > 2 and len(rows) > 1:
+            fits[name] = fit_bon(torch.tensor([bon_kl(n) for n in ns]), gold_curve)._asdict()
+
+    # --------------------------------------------------------------------------------------------------------------------- save
+    def out(name):
+        return os.path.join(config.output_dir, name)
+
+    write_json(out("bon_results.json"), results)
+    write_lines(out("pool.jsonl"), joined(rows, scores, gold))
+    if config.save_best:
+        best = combine(members, config.objective, config.uwo_lambda[0])  # [P, N]
+        chosen = [best_of(row, proxy, config.n[0]) for row, proxy in zip(joined(rows, scores, gold), best)]
+        write_lines(out(f"best_of_{config.n[0]}.jsonl"), [row for part in chosen for row in part])
+    if config.save_pairs:
+        pairs = [pair for row in joined(rows, scores, gold) for pair in pairs_of(row)]
+        write_lines(out("pairs.jsonl"), pairs)
+        dist.print(f"{len(pairs)} pairs, {sum(n // 2 for n in counts) - len(pairs)} ties in gold left out")
+    picture = plot_run(config.output_dir)
+    dist.print(table(results, gold), f"Written to {config.output_dir}: bon_results.json, pool.jsonl{', ' + picture if picture else ''}")
+    summary = {"prompts": len(rows), "answers": N, "fits": fits}
+    write_json(out("summary.json"), summary)
+    dist.barrier()
+    return results
+
+
+def prompts_of(config):
+    """The rows of the chosen split."""
+    if config.split in ("train", "test"):
+        train, test, _ = data.load(config, "prompts")
+        return train if config.split == "train" else test
+    splits = ("train", "test", "ood") if config.split == "all" and data.is_world(config.dataset) else (config.split,)
+    rows = [row for split in splits for row in data.read_rows(config.dataset, "prompts", config.columns, split=split)]
+    return data.subset(rows, config.max_rows)
+
+
+def curve(ns, proxy, gold):
+    """Estimates for each prompt [P, L] -> [{n, kl, proxy_score, proxy_se, proxy_interval, gold_score, ...}], one for each n."""
+    columns = {"n": ns, "kl": [bon_kl(n) for n in ns]}
+    for name, values in (("proxy", proxy), ("gold", gold)):
+        if values is None:
+            columns |= {f"{name}_{what}": [None] * len(ns) for what in ("score", "se", "interval")}
+            continue
+        se = values.std(0) / len(values) ** 0.5 if len(values) > 1 else torch.zeros(len(ns))
+        columns |= {f"{name}_score": values.mean(0).tolist(), f"{name}_se": se.tolist()}  # over prompts
+        columns[f"{name}_interval"] = torch.stack(bootstrap(values), 1).tolist()  # 95%, over prompts
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def joined(rows, scores, gold):
+    """The scored pool: {prompt, responses: [N], scores: {name: [N]}, gold_scores: [N]}."""
+    for p, row in enumerate(rows):
+        own = {name: part[p] for name, part in scores.items()}
+        yield {"prompt": row["prompt"], "responses": row["responses"], "scores": own, **({"gold_scores": gold[p]} if gold else {})}
+
+
+def best_of(row, proxy, n):
+    """The best of each n answers in turn by proxy [N]: rows {prompt, response, scores, gold}. A last group of fewer is left out."""
+    groups = proxy[: len(row["responses"]) // n * n].view(-1, n)
+    out = []
+    for j in (groups.argmax(1) + torch.arange(len(groups)) * n).tolist():
+        scores, gold = {name: part[j] for name, part in row["scores"].items()}, row.get("gold_scores")
+        out.append({"prompt": row["prompt"], "response": row["responses"][j], "scores": scores, "gold": gold[j] if gold else None})
+    return out
+
+
+def pairs_of(row):
+    """Answers 0 and 1, 2 and 3, ... as preferences of gold: {prompt, chosen, rejected}; ties are left out."""
+    gold, responses = row["gold_scores"], row["responses"]
+    for j in range(0, len(responses) - 1, 2):
+        if gold[j] != gold[j + 1]:
+            better = j if gold[j] > gold[j + 1] else j + 1
+            yield {"prompt": row["prompt"], "chosen": responses[better], "rejected": responses[2 * j + 1 - better]}
+
+
+def table(results, gold):
+    """Proxy and gold against n, as readable text."""
+    lines = ["\nExpected score of the best of n, mean over prompts +- standard error:"]
+    for what in ("proxy", "gold") if gold else ("proxy",):
+        for name, points in results.items():
+            shown = [p for p in points if p["n"] in (1, 4, 16, 64, 256, 1024, 4096, points[-1]["n"])]
+            text = "  ".join(f"n {p['n']}: {p[what + '_score']:.2f} +- {p[what + '_se']:.2f}" for p in shown)
+            lines.append(f"  {what:5s} {name:8s} {text}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(Config, main)

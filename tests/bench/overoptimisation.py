@@ -1,0 +1,162 @@
+"""The overoptimisation study on the embedded world: best-of-n and PPO, {one reward model, mean, WCO, UWO} x label noise x KL penalty.
+
+    python tests/bench/overoptimisation.py --output_dir runs/study        two runs side by side, one thread each; prints every command
+
+One SFT policy. A seed of the study is five reward models of its own (their own 800 pairs and spurious cue, their own flipped labels,
+their own heads and data orders), of which "single" is the first, and a PPO run of its own for each cell. Runs that are done are not
+done again, so it goes on where it was stopped. At the end a table over seeds, as text and in summary.json, and the pictures.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+from nanorlhf.bon import t_quantile  # noqa: E402
+from nanorlhf.plots import comparison_figure, save  # noqa: E402
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+OBJECTIVES = ("single", "mean", "wco", "uwo")
+BON_LAMBDAS = (0.1, 0.5, 1)
+
+
+def commands(a):
+    """The study as lists of command lines: what stands in one list can run side by side."""
+    out, lambdas = a.output_dir, " ".join(map(str, BON_LAMBDAS))
+    sft = f"train_sft.py --output_dir {out}/sft {a.sft_flags}"
+    answers = f"--n_answers {a.n_answers} --eval_size {a.prompts}"
+    pool = f"sample_bon.py --model {out}/sft --reward_model world:gold {answers} --output_dir {out}/pool {a.bon_flags}"
+    members, bon, ppo = [], [], []
+    for s, noise in itertools.product(range(a.seeds), a.label_noise):
+        first, folder = s * a.members, f"{out}/rm_noise{noise:g}/seed_{s}"
+        all_of_them = f"{folder}/seed_{{seed}}"
+        members.append(
+            f"train_rm.py --members {a.members} --model {out}/sft --dataset world:{s} --seed {first} --label_noise {noise:g} "
+            f"--noise_seed {s} --output_dir {all_of_them} {a.rm_flags}"
+        )
+        bon.append(
+            f"sample_bon.py --pool {out}/pool/pool.jsonl --reward_model {all_of_them} --uwo_lambda {lambdas} --seed {s} "
+            f"--output_dir {out}/bon_noise{noise:g}/seed_{s} {a.bon_flags}"
+        )
+        for kl_coef, objective in itertools.product(a.kl_coef, OBJECTIVES):
+            one = objective == "single"
+            ppo.append(
+                f"train_ppo.py --model {out}/sft --reward_model {f'{folder}/seed_{first}' if one else all_of_them} "
+                f"--objective {'mean' if one else objective} --kl_coef {kl_coef:g} --seed {s} --steps {a.steps} "
+                f"--eval_every {a.eval_every} --output_dir {out}/ppo_noise{noise:g}_kl{kl_coef:g}/{objective}/seed_{s} {a.ppo_flags}"
+            )
+    return [[sft], [pool, *members], ppo, bon]
+
+
+def run(command):
+    """One command in a process of its own, on one thread; its output goes into a log beside its folder."""
+    words = shlex.split(command)
+    log = Path(words[words.index("--output_dir") + 1].replace("{seed}", "members") + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as f:
+        code = subprocess.run([sys.executable, str(REPO / words[0]), *words[1:]], stdout=f, stderr=subprocess.STDOUT, env=ENV).returncode
+    if code:
+        raise SystemExit(f"python {command}\nended with exit code {code}: see {log}")
+
+
+def interval(values):
+    """Mean and half-width of the 95% t interval over seeds (nan for one seed)."""
+    n = len(values)
+    return statistics.mean(values), t_quantile(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
+
+
+def cell_of(curves):
+    """Curves [(x, gold)] of the seeds -> what the table shows of them; `fall` is peak - end: what going on cost."""
+    best = [max(curve, key=lambda point: point[1]) for curve in curves]
+    return {
+        "start": [curve[0][1] for curve in curves],
+        "peak": [gold for _, gold in best],
+        "at": [x for x, _ in best],
+        "end": [curve[-1][1] for curve in curves],
+        "fall": [gold - curve[-1][1] for (_, gold), curve in zip(best, curves)],
+    }
+
+
+def ppo_curve(run):
+    """[(step, gold on held-out prompts)] of a PPO run."""
+    rows = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
+    return [(row["step"], row["eval/gold"]) for row in rows if "eval/gold" in row]
+
+
+def bon_curve(run, name):
+    """[(n, gold)] of a best-of-n run; "single" is the mean over its members' curves."""
+    results = json.load(open(f"{run}/bon_results.json"))
+    curves = [points for key, points in results.items() if key.startswith("seed_")] if name == "single" else [results[name]]
+    return [(points[0]["n"], statistics.mean(p["gold_score"] for p in points)) for points in zip(*curves)]
+
+
+def show(title, cells):
+    """A table of cells that belong together; their ends are compared with that of "single" seed by seed."""
+    print(f"\n{title}\n{'':10s}{'start':>7s}" + "".join(f"{name:>16s}" for name in ("peak", "at", "end", "fall", "end - single")))
+    for name, cell in cells.items():
+        columns = (cell["peak"], cell["end"], cell["fall"], [e - s for e, s in zip(cell["end"], cells["single"]["end"])])
+        peak, end, fall, more = ("{:8.2f} +- {:4.2f}".format(*interval(values)) for values in columns)
+        start, at = statistics.mean(cell["start"]), statistics.mean(cell["at"])
+        print(f"{name:10s}{start:7.2f}{peak}{at:16.1f}{end}{fall}{'' if name == 'single' else more}")
+
+
+def main(args=None):
+    """Run what is not done yet, then print the table and draw the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/study")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--members", type=int, default=5)
+    parser.add_argument("--label_noise", type=float, nargs="+", default=[0, 0.25])
+    parser.add_argument("--kl_coef", type=float, nargs="+", default=[0, 0.05])
+    parser.add_argument("--steps", type=int, default=40, help="PPO steps")
+    parser.add_argument("--eval_every", type=int, default=5)
+    parser.add_argument("--n_answers", type=int, default=512, help="answers to each prompt in the best-of-n pool")
+    parser.add_argument("--prompts", type=int, default=30, help="prompts of the pool")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    for script in ("sft", "rm", "ppo", "bon"):
+        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
+    a = parser.parse_args(args)
+
+    for stage in commands(a):
+        todo = [c for c in stage if not is_done(c)]
+        with ThreadPoolExecutor(a.jobs) as workers:
+            for command, _ in zip(todo, workers.map(run, todo)):
+                print(f"done: python {command}", flush=True)
+
+    tables = {}
+    for noise in a.label_noise:
+        runs = [f"{a.output_dir}/bon_noise{noise:g}/seed_{s}" for s in range(a.seeds)]
+        names = ("single", "mean", "wco", *(f"uwo_{x:g}" for x in BON_LAMBDAS))
+        tables[f"best-of-n, label noise {noise:g}"] = {name: cell_of([bon_curve(run, name) for run in runs]) for name in names}
+    for noise, kl_coef in itertools.product(a.label_noise, a.kl_coef):
+        folder = f"{a.output_dir}/ppo_noise{noise:g}_kl{kl_coef:g}"
+        tables[f"PPO, label noise {noise:g}, kl_coef {kl_coef:g}"] = {
+            name: cell_of([ppo_curve(f"{folder}/{name}/seed_{s}") for s in range(a.seeds)]) for name in OBJECTIVES
+        }
+    print(f"\nGold on held-out prompts: mean over {a.seeds} seeds and half-width of its 95% t interval; 'at': the peak's n or step, mean.")
+    for title, cells in tables.items():
+        show(title, cells)
+    Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "gold": tables}, indent=2) + "\n")
+    for kind, log in (("bon", "bon_results.json"), ("ppo", "metrics.jsonl")):
+        runs = sorted(str(path.parent) for path in Path(a.output_dir).glob(f"{kind}_*/**/{log}"))
+        print(save(comparison_figure, runs, f"{a.output_dir}/{kind}.png") or "no picture: matplotlib is not installed")
+
+
+def is_done(command):
+    """Whether the folder (the last one, of several members) of a command holds a finished run."""
+    words = shlex.split(command)
+    flag = {name: words[words.index(name) + 1] for name in ("--output_dir", "--seed", "--members") if name in words}
+    last = int(flag.get("--seed", 0)) + int(flag.get("--members", 1)) - 1
+    return Path(flag["--output_dir"].replace("{seed}", str(last)), "summary.json").is_file()
+
+
+if __name__ == "__main__":
+    main()
