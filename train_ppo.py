@@ -82,6 +82,7 @@ class Config(cli.RunConfig):
         cli.at_least(self, 1, "minibatch_size", "ppo_epochs", "max_new_tokens", "kl_horizon")
         cli.at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip", "max_prompt_length", "n_samples")
         cli.at_least(self, 0, "uwo_lambda")
+        cli.require(self.uwo_lambda < float("inf"), "--uwo_lambda must be finite")
         cli.require(self.clip_range > 0 and self.value_clip_range > 0, "--clip_range and --value_clip_range must be positive")
         cli.require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "--gamma and --lam must lie between 0 and 1")
         cli.one_of(self, "objective", *OBJECTIVES)
@@ -101,7 +102,10 @@ def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device)
     if config.score_gold:
-        return score_gold(config, dist)
+        summary = score_gold(config, dist)
+        if dist.main:
+            plot_run(config.score_gold)
+        return summary
     cli.divides(config, "batch_size", config.minibatch_size, "--minibatch_size")
     cli.divides(config, "minibatch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)

@@ -1,7 +1,7 @@
 """Train a reward model on preference pairs: a causal LM's trunk with a scalar on the last token, loss -log sigmoid(r_c - r_r).
 
     python train_rm.py                                                           the embedded world, from runs/sft
-    python train_rm.py --members 5 --label_noise 0.25                            an ensemble, runs/rm/seed_0 to runs/rm/seed_4
+    python train_rm.py --members 5                                               an ensemble, runs/rm/seed_0 to runs/rm/seed_4
     python train_rm.py --model gpt2 --dataset pairs.jsonl --output_dir runs/rm2  JSONL {prompt, chosen, rejected}
     torchrun --nproc_per_node=4 train_rm.py                                      the same global batch on four processes
     torchrun --nproc_per_node=4 train_rm.py --members 5                          whole members spread over the processes
@@ -74,6 +74,9 @@ def main(config):
     for i in range(config.members):
         noise_seed = config.noise_seed + i * config.independent_noise
         members.append(replace(config, members=1, seed=config.seed + i, noise_seed=noise_seed, independent_noise=False))
+    for member in members:
+        RunFolder(member, Dist(0, 1, dist.device))  # a folder that holds another run is an error before anything is trained
+    dist.barrier()
     for member in members[dist.rank :: dist.world]:
         print(f"\nmember {member.output_dir}", flush=True)
         train(member, Dist(0, 1, dist.device))

@@ -132,6 +132,7 @@ def score_gold(config, dist):
     require("after" in summary, f"{run}: no finished PPO run here (another script's)")
     require(spec and (spec != "world:gold" or is_world(stored["dataset"])), f"--score_gold {run}: name its gold reward with --gold_model")
     require("gold" not in summary["after"], f"{run} has its gold scores already")
+    dist.barrier()  # all have looked before one writes
     if dist.main:
         check_reward(spec)
         tokenizer, records = load_tokenizer(run), [json.loads(line) for line in read_lines(paths["metrics.jsonl"])]

@@ -188,7 +188,8 @@ def model_reward(path, tokenizer, dist, micro_batch_size):
 
 def identity(tokenizer):
     """Equal for tokenizers that do the same to any text."""
-    return hash(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else id(tokenizer)
+    words = hash(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else id(tokenizer)
+    return words, tokenizer.bos_token_id, tokenizer.eos_token_id  # a base and a chat model may differ in EOS alone
 
 
 def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
@@ -196,8 +197,7 @@ def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
     own = load_tokenizer(path)
     same = tokenizer is not None and own.get_vocab() == tokenizer.get_vocab()
     context = context_length(reward_model.model.config)
-    words = own.backend_tokenizer.to_str() if own.is_fast else id(own)
-    key = (same or (words, own.bos_token_id, own.eos_token_id), micro_batch_size)  # a base and a chat model may differ in EOS alone
+    key = ("sampled ids" if same else identity(own), micro_batch_size)
 
     def prepare(answers):
         """What all members with this tokenizer read: (rows, Packed) of similar length each."""
