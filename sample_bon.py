@@ -4,9 +4,10 @@
     python sample_bon.py --reward_model runs/rm/seed_{seed} --n_answers 512    every member and every ensemble objective
     python sample_bon.py --n 16 --save_best --split ood --output_dir runs/best the best of 16, as a data set
     python sample_bon.py --pool pool.jsonl --reward_model runs/rm/seed_0       answers that are there already
-    torchrun --nproc_per_node=4 sample_bon.py                                  the same answers and scores on four processes
+    torchrun --nproc_per_node=4 -- sample_bon.py --n 16                        the same answers and scores on four processes
 
-Method: nanorlhf/bon.py and nanorlhf/ensemble.py. A second call with other --n or --uwo_lambda scores nothing again.
+Method: nanorlhf/bon.py and nanorlhf/ensemble.py. A second call with other --n or --uwo_lambda scores nothing again. The -- keeps
+torchrun from taking --n for a flag of its own.
 
     K members, P prompts, N answers to a prompt, L values of n
 """
@@ -25,7 +26,7 @@ from nanorlhf.ensemble import OBJECTIVES, combine
 from nanorlhf.log import PLACES, RunFolder, write_lines
 from nanorlhf.models import check_model, load_tokenizer
 from nanorlhf.plots import plot_run
-from nanorlhf.rewards import expand
+from nanorlhf.rewards import expand, reward_names
 from nanorlhf.stats import bootstrap
 
 # These may change between calls on one folder: they only read the answers, and scores are cached by their reward.
@@ -76,6 +77,8 @@ class Config:
         if data.is_world(self.dataset) and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)
+        taken = set(reward_names(self.reward_model)) & set(OBJECTIVES)
+        cli.require(not taken, f"a reward cannot be called {' or '.join(taken)}: that is an objective's name in the results")
 
 
 def main(config):

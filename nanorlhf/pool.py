@@ -172,7 +172,7 @@ def score(rows, specs, tokenizer, config, dist):
     there is not even loaded.
     """
     names = dict(zip(reward_names(specs), specs))
-    data = digest([[row["prompt"], row["responses"], row.get("response_ids")] for row in rows])
+    data = digest([digest(row["prompt"], row["responses"], row.get("response_ids")) for row in rows])
     keys = {name: "scores_" + digest(fingerprint(spec), data) for name, spec in names.items()}
     files = {key: Lines(config.output_dir, key, dist) for key in dict.fromkeys(keys.values())}  # copies of a model share one
     lines = {name: files[key] for name, key in keys.items()}

@@ -824,6 +824,7 @@ def test_prompts(tmp_path):
     (["--uwo_lambda", "inf"], ["--uwo_lambda"]),
     (["--split", "validation"], ["--split must be one of test, train, ood, all", "'validation'"]),
     (["--split", "ood", "--dataset", "mine.jsonl"], ["--split ood is the embedded world's"]),
+    (["--reward_model", "runs/rm/wco", "runs/rm/seed_0"], ["a reward cannot be called wco"]),
     (["--objective", "median"], ["--objective must be one of mean, wco, uwo"]),
     (["--temperature", "0"], ["--temperature must be positive"]),
     (["--dtype", "float16"], ["--dtype"]),
