@@ -28,8 +28,8 @@ from nanorlhf.rewards import expand, load_reward, load_rewards, score_all
 
 TRY_NEXT = """Try next:
   python train_ppo.py --kl_coef 0 --output_dir runs/no_kl                          the proxy rises further; watch gold
-  python train_rm.py --label_noise 0.25 --output_dir runs/rm_noisy                 a quarter of the labels wrong, then
-  python train_ppo.py --reward_model runs/rm_noisy --output_dir runs/noisy
+  python train_rm.py --members 5 --label_noise 0.25 --output_dir 'runs/noisy/seed_{seed}'      an ensemble, a quarter of the labels wrong
+  python train_ppo.py --reward_model 'runs/noisy/seed_{seed}' --objective wco --output_dir runs/wco
   python train_ppo.py --reward_model my.py:reward --output_dir runs/my_reward      def reward(prompts, responses): return [...]"""
 
 

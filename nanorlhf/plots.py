@@ -63,6 +63,7 @@ def save(draw, what, path):
 
 
 def kind_of(run):
+    """The file that tells what kind of run a folder holds; an InputError where there is none."""
     for kind in (BEST_OF_N, PPO):
         if os.path.isfile(os.path.join(run, kind)):
             return kind
