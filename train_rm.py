@@ -87,6 +87,7 @@ def main(config):
 
 
 def train(config, dist):
+    """One reward model, from its data to its folder. -> its summary"""
     # ------------------------------------------------------------------------------------------------------------------- set-up
     cli.divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)

@@ -1,4 +1,4 @@
-"""What an ensemble of K reward models costs: python tests/bench/ensemble.py --size world. Prints one JSON line; ten minutes.
+"""What an ensemble of K reward models costs: python tests/bench/ensemble.py --size world. Prints one JSON line; about ten minutes.
 
 Training, seconds a step of all members, each with 32 pairs in its own order, packed, clipped and updated as in train_rm.py:
     one_by_one   all steps of a member, then the next member's
