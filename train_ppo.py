@@ -16,11 +16,12 @@ import torch
 
 import train_rm
 from nanorlhf import checkpoint, cli, data, ppo
+from nanorlhf.blocks import freeze
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.ensemble import OBJECTIVES, combine, variance
 from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs, score_gold
 from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
-from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, save_policy
+from nanorlhf.models import check_model, load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
@@ -130,7 +131,7 @@ def main(config):
     policy = load_policy(config.model, value_model=config.value_model or None, device=dist.device)  # stays in eval mode: no dropout
     note = freeze(policy.lm, config.freeze_layers)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
-    reference = load_policy(config.model, value_head=False, device=dist.device).requires_grad_(False)
+    reference = reference_of(policy)
     rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size)
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 
 import train_sft
 from nanorlhf import checkpoint, cli, data
+from nanorlhf.blocks import freeze
 from nanorlhf.checkpoint import read_json
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, mean_se
-from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, save_reward_model
+from nanorlhf.models import check_model, context_length, load_reward_model, load_tokenizer, save_reward_model
 from nanorlhf.packing import pack
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanorlhf import checkpoint, cli, data, world
+from nanorlhf.blocks import freeze
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, sample_table
-from nanorlhf.models import Policy, check_model, context_length, freeze, load_policy, load_tokenizer, save_policy
+from nanorlhf.models import Policy, check_model, context_length, load_policy, load_tokenizer, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run

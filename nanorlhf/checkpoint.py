@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError
-from .models import trainable
+from .blocks import trainable
 
 
 def read_json(path):

@@ -51,7 +51,20 @@ def roll_out(parts, prompts, place, step):
         )  # fmt: skip
     responses = [ids[mask] for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu())]
     texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, responses))
-    return rollout, Answers(*texts, rollout.packed())
+    return rollout, Answers(*texts, through_frozen_blocks(parts, rollout.packed()))
+
+
+def through_frozen_blocks(parts, batch):
+    """The batch with what the policy's frozen blocks make of it, run once for the reference and all epochs: batch.trunk [b, T, D]."""
+    policy, config = parts.policy, parts.config
+    for rows in batch.micro_batches(config.micro_batch_size) if policy.frozen and policy.frozen.n else ():
+        part = batch.rows(rows)
+        with autocast(parts.dist, config.dtype):
+            hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
+        if batch.trunk is None:
+            batch.trunk = hidden.new_zeros(*batch.ids.shape, hidden.shape[-1])
+        batch.trunk[rows, : hidden.shape[1]] = hidden
+    return batch
 
 
 @torch.no_grad()

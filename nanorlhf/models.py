@@ -6,6 +6,8 @@ Every batch forward takes packed rows (packing.py): response token j of a row st
 the hidden state one column to its left.
 """
 
+import contextlib
+import copy
 import os
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from .blocks import FrozenTrunk
 from .errors import InputError
 from .packing import unflatten
 from .ppo import full_kl
@@ -24,38 +27,6 @@ hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we
 hf_logging.disable_progress_bar()
 
 MAX_LOGITS = 2**24  # elements of one float32 chunk of logits (64 MB): no [B, T, V] tensor is ever held
-
-
-# --------------------------------------------------------------------------------------------------------------- inside an HF model
-
-
-def blocks(lm):
-    """The decoder blocks of any HF model: its first ModuleList with one entry for each layer of the config."""
-    for module in lm.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
-            return module
-    raise InputError(f"{type(lm).__name__}: found no list of {lm.config.num_hidden_layers} blocks to freeze")
-
-
-def freeze(lm, fraction):
-    """Freeze the embeddings and the bottom int(fraction * L) blocks; 0 freezes nothing. Returns a sentence on what was done."""
-    if fraction <= 0:
-        return "everything is trained"
-    layers = blocks(lm)
-    n = int(fraction * len(layers))
-    embeddings = [m for m in lm.base_model.modules() if isinstance(m, nn.Embedding)]
-    for module in [*embeddings, *layers[:n]]:
-        module.requires_grad_(False)
-    head = lm.get_output_embeddings()
-    tied = head is not None and any(head.weight is m.weight for m in embeddings)
-    return f"embeddings and the bottom {n} of {len(layers)} blocks are frozen" + (
-        "; the LM head is tied to the embeddings and frozen with them" if tied else ""
-    )
-
-
-def trainable(module):
-    """(name, parameter) of what is trained, each shared tensor once."""
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def context_length(config):
@@ -69,8 +40,11 @@ def context_length(config):
 class Policy(nn.Module):
     """A causal LM with, for PPO, a value head: Linear(D, 1) on the trunk's last hidden state, zero at the start.
 
-    The trunk is shared: one forward gives log-probs and values. `value_trunk` is a separate value model instead.
+    The trunk is shared: one forward gives log-probs and values. `value_trunk` is a separate value model instead. `frozen` are the
+    blocks that need to run only once over a rollout (share_frozen_trunk): a batch whose `trunk` is there goes on from their output.
     """
+
+    frozen = None
 
     def __init__(self, lm, value_head=True, value_trunk=None):
         super().__init__()
@@ -86,9 +60,14 @@ class Policy(nn.Module):
         cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def last_hidden(self, batch, trunk=None):
+        """The last hidden states [B, T, D] of the LM, or of another trunk."""
+        with self.frozen.stored(self.lm, batch.trunk) if batch.trunk is not None and trunk is None else contextlib.nullcontext():
+            return (trunk or self.lm.base_model)(input_ids=batch.ids, use_cache=False).last_hidden_state
+
     def hidden(self, batch, response_mask, trunk=None):
         """The hidden states that score the response tokens: [n, D], row by row, and the tokens they score: [n]."""
-        hidden = (trunk or self.lm.base_model)(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
+        hidden = self.last_hidden(batch, trunk)  # [B, T, D]
         row, token = response_mask.nonzero(as_tuple=True)  # [n], [n]
         column = batch.prompt_lengths[row] + token  # of the token itself: its logits stand one to the left
         at = row * batch.ids.shape[1] + column - 1
@@ -126,8 +105,20 @@ class Policy(nn.Module):
 
     def final_values(self, batch):
         """The value after the last token of every row, [B]: what a truncated response is bootstrapped with."""
-        hidden = (self.value_trunk or self.lm.base_model)(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
+        hidden = self.last_hidden(batch, self.value_trunk)  # [B, T, D]
         return scalar(self.value_head, hidden[torch.arange(len(batch), device=hidden.device), batch.lengths - 1])
+
+
+def reference_of(policy):
+    """The reference policy pi_ref: `policy` as it is now, before training. What is frozen in the policy is shared, the rest copied.
+
+    Where the embeddings and bottom blocks are frozen both then know that these need to run only once over a rollout.
+    """
+    policy.frozen = FrozenTrunk(policy.lm)
+    shared = {id(p): p for p in policy.lm.parameters() if not p.requires_grad}
+    reference = Policy(copy.deepcopy(policy.lm, shared), value_head=False).requires_grad_(False)
+    reference.frozen = policy.frozen
+    return reference
 
 
 def in_chunks(function, n, size):

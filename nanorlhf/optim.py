@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .models import trainable
+from .blocks import trainable
 
 
 def adamw(module, lr, betas, weight_decay):

@@ -21,6 +21,7 @@ class Packed:
     ids: torch.Tensor  # [B, T]
     prompt_lengths: torch.Tensor  # [B]
     response_lengths: torch.Tensor  # [B]
+    trunk: torch.Tensor | None = None  # [B, T, D]: what a policy's frozen blocks made of the ids (blocks.FrozenTrunk)
 
     @property
     def lengths(self):
@@ -32,7 +33,9 @@ class Packed:
     def rows(self, index):
         """The chosen rows, trimmed to their own longest."""
         part = Packed(self.ids[index], self.prompt_lengths[index], self.response_lengths[index])
-        part.ids = part.ids[:, : int(part.lengths.max())]
+        width = int(part.lengths.max())
+        part.ids = part.ids[:, :width]
+        part.trunk = None if self.trunk is None else self.trunk[index, :width]
         return part
 
     def to(self, device):

@@ -13,10 +13,11 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           GraniteConfig, LlamaConfig, PreTrainedTokenizerFast)
 
 import nanorlhf.models
+from nanorlhf.blocks import trainable
 from nanorlhf.errors import InputError
 from nanorlhf.models import (
-    Policy, blocks, check_model, context_length, freeze, load_policy, load_reward_model,
-    load_tokenizer, save_policy, save_reward_model, trainable,
+    Policy, check_model, load_policy, load_reward_model,
+    load_tokenizer, save_policy, save_reward_model,
 )  # fmt: skip
 from nanorlhf.packing import Packed, pack, response_mask_of
 
@@ -266,38 +267,6 @@ def test_a_value_trunk_of_another_width():
     assert Policy(tiny_lm("neox"), value_trunk=trunk)(BATCH, MASK)["values"].shape == MASK.shape
 
 
-# ------------------------------------------------------------------------------------------------------------------------ freezing
-
-EMBEDDINGS = {"neox": ("gpt_neox.embed_in.",), "llama": ("model.embed_tokens.",), "gpt2": ("transformer.wte.", "transformer.wpe.")}
-BLOCK = {"neox": "gpt_neox.layers.{}.", "llama": "model.layers.{}.", "gpt2": "transformer.h.{}."}
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("fraction, n", [(0.0, None), (0.4, 0), (0.5, 1), (0.99, 1), (1.0, 2)])
-def test_freeze(architecture, fraction, n):
-    lm = tiny_lm(architecture)
-    note = freeze(lm, fraction)
-    frozen = () if n is None else (*EMBEDDINGS[architecture], *(BLOCK[architecture].format(i) for i in range(n)))
-    for name, p in lm.named_parameters():
-        assert p.requires_grad == (not name.startswith(frozen)), name
-    assert [name for name, _ in trainable(lm)] == [name for name, _ in lm.named_parameters() if not name.startswith(frozen)]
-    assert ("tied" in note) == (architecture == "gpt2" and n is not None)
-    assert lm.get_output_embeddings().weight.requires_grad == (architecture != "gpt2" or n is None)
-    if n is not None:
-        assert f"bottom {n} of 2 blocks" in note
-    assert sum(p.numel() for _, p in trainable(lm)) < sum(p.numel() for p in lm.parameters()) or n is None
-
-
-@pytest.mark.parametrize("architecture, inner", [("neox", "gpt_neox.layers"), ("llama", "model.layers"), ("gpt2", "transformer.h")])
-def test_blocks(architecture, inner):
-    lm = tiny_lm(architecture)
-    assert blocks(lm) is lm.get_submodule(inner)
-    assert context_length(lm.config) == 64
-    lm.config.num_hidden_layers = 7
-    with pytest.raises(InputError, match="7 blocks"):
-        blocks(lm)
-
-
 # -------------------------------------------------------------------------------------------------------------- policies in folders
 
 
@@ -381,14 +350,6 @@ def test_the_seed_draws_the_score_head(folders):
     trunk = load_reward_model(folders[1]["neox"], seed=1).model.gpt_neox.state_dict()
     assert all(torch.equal(v, trunk[k]) for k, v in folders[0]["neox"].lm.gpt_neox.state_dict().items())
 
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_freezing_a_reward_model(folders, architecture):
-    model = load_reward_model(folders[1][architecture], seed=0).model
-    assert "tied" not in freeze(model, 0.5)
-    frozen = (*EMBEDDINGS[architecture], BLOCK[architecture].format(0))
-    assert all(p.requires_grad == (not name.startswith(frozen)) for name, p in model.named_parameters())
-    assert model.score.weight.requires_grad
 
 
 # -------------------------------------------------------------------------------------------------------------- errors, one line each

@@ -849,6 +849,18 @@ def test_freeze_layers(base, tmp_path, kind):
     assert len(trained) == 26 and not any(before[name].equal(after[name]) for name in trained)
 
 
+def test_a_frozen_trunk_that_runs_once_changes_nothing(base, tmp_path, monkeypatch):
+    """Against a run in which every forward goes through all blocks, with every way in which a reference or a value is asked for."""
+    for i, settings in enumerate([{}, {"kl_kind": "full"}, {"kl_kind": "full", "kl_in": "loss"}, {"bootstrap_truncated": True}]):
+        settings |= {"freeze_layers": 0.5, "steps": 2, "eval_every": 1}
+        shared = ppo(base, tmp_path / f"shared_{i}", **settings)
+        with monkeypatch.context() as m:
+            m.setattr("nanorlhf.blocks.FrozenTrunk.same", lambda *args: False)
+            ppo(base, tmp_path / f"whole_{i}", **settings)
+        assert_close_runs(tmp_path / f"shared_{i}", tmp_path / f"whole_{i}")
+        assert max(row["first_ratio_error"] for row in shared[1:]) <= 1e-5
+
+
 def test_bfloat16(base, tmp_path, plain, monkeypatch):
     rows = ppo(base, tmp_path / "run", dtype="bfloat16", steps=3)
     assert all(math.isfinite(value) for row in rows for value in row.values())
