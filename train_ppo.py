@@ -16,7 +16,7 @@ import torch
 
 import train_rm
 from nanorlhf import checkpoint, cli, data, ppo
-from nanorlhf.blocks import freeze
+from nanorlhf.blocks import freeze, speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.ensemble import OBJECTIVES, combine, variance
 from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs, score_gold
@@ -132,6 +132,8 @@ def main(config):
     note = freeze(policy.lm, config.freeze_layers)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
     reference = reference_of(policy)
+    for model in (policy, reference):
+        speed_up(model.lm, dist.device, config.dtype, config.compile)
     rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size)
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
@@ -286,7 +288,7 @@ def bootstrap_values(parts, rollout, batch):
     values = torch.zeros(len(batch), device=dist.device)
     cut_off = (~rollout.finished).nonzero()[:, 0]
     if config.bootstrap_truncated and len(cut_off):
-        for rows in batch.micro_batches(config.micro_batch_size, cut_off):
+        for rows in batch.micro_batches(config.micro_batch_size, cut_off, config.tokens_per_micro_batch):
             with autocast(dist, config.dtype):
                 values[rows] = parts.policy.final_values(batch.rows(rows))
     return values
@@ -305,7 +307,8 @@ def update(parts, optimizer, batch, x, first, step, kl_coef, lr):
         stats = defaultdict(lambda: torch.zeros((), device=dist.device))
         for minibatch in data.minibatches(config.batch_size, config.minibatch_size, config.seed, step, epoch):
             n_tokens = x.lengths[minibatch.to(dist.device)].sum()  # of the whole minibatch: every mean's denominator
-            micro_batches = batch.micro_batches(config.micro_batch_size, dist.share(minibatch).to(dist.device) - first)
+            mine = dist.share(minibatch).to(dist.device) - first
+            micro_batches = batch.micro_batches(config.micro_batch_size, mine, config.tokens_per_micro_batch)
             for rows in micro_batches:
                 with sync_on(parts.model, last=rows is micro_batches[-1]):
                     with autocast(dist, config.dtype):

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 
 import train_sft
 from nanorlhf import checkpoint, cli, data
-from nanorlhf.blocks import freeze
+from nanorlhf.blocks import freeze, speed_up
 from nanorlhf.checkpoint import read_json
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, mean_se
 from nanorlhf.models import check_model, context_length, load_reward_model, load_tokenizer, save_reward_model
-from nanorlhf.packing import pack
+from nanorlhf.packing import micro_batches, pack
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rewards import Answers, check_reward, load_reward
@@ -112,6 +112,7 @@ def train(config, dist):
     # -------------------------------------------------------------------------------------------------------------------- model
     reward_model = load_reward_model(config.model, dist.device, seed=config.seed)
     note = freeze(reward_model.model, config.freeze_layers)
+    speed_up(reward_model.model, dist.device, config.dtype, config.compile)
     dist.print(f"{sum(p.numel() for p in reward_model.parameters()):,} parameters, {note}")
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
     state = checkpoint.load(config.output_dir, reward_model, optimizer) or {"step": 0}
@@ -127,15 +128,17 @@ def train(config, dist):
         mine = dist.share(data.batch_indices(len(rows), config.batch_size, step - 1, config.seed))
         reward_model.train()
         totals = torch.zeros(3, device=dist.device)  # loss, correct, margin
-        for i in range(0, len(mine), config.micro_batch_size):
-            pairs = mine[i : i + config.micro_batch_size]
+        lengths = torch.tensor([max(len(chosen[j]), len(rejected[j])) + len(prompts[j]) for j in mine])  # of a pair's longer row
+        parts = micro_batches(lengths, config.micro_batch_size, config.tokens_per_micro_batch // 2)  # two rows a pair
+        for part in parts:
+            pairs = [mine[k] for k in sorted(part.tolist())]
             # Row j holds the chosen answer of pair j, row b + j its rejected one: [2 b, T].
             batch = pack(
                 [prompts[j] for j in pairs] + [rejected_prompts[j] for j in pairs],
                 [chosen[j] for j in pairs] + [rejected[j] for j in pairs],
                 tokenizer.pad_token_id,
             ).to(dist.device)
-            with sync_on(model, last=i + config.micro_batch_size >= len(mine)):
+            with sync_on(model, last=part is parts[-1]):
                 with autocast(dist, config.dtype):
                     r_chosen, r_rejected = model(batch).chunk(2)  # [b], [b]
                 # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2)
@@ -186,7 +189,7 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
         part = torch.zeros(len(mine), device=dist.device)
         if mine:
             batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device)
-            for index in batch.micro_batches(config.micro_batch_size):
+            for index in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
                 with autocast(dist, config.dtype):
                     part[index] = reward_model(batch.rows(index))
         scores.append(dist.gather(part).cpu())

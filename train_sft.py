@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanorlhf import checkpoint, cli, data, world
-from nanorlhf.blocks import freeze
+from nanorlhf.blocks import eager, freeze, speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, sample_table
 from nanorlhf.models import Policy, check_model, context_length, load_policy, load_tokenizer, save_policy
@@ -67,6 +67,7 @@ def main(config):
     else:
         policy = load_policy(config.model, value_head=False, device=dist.device)
     note = freeze(policy.lm, config.freeze_layers)
+    speed_up(policy.lm, dist.device, config.dtype, config.compile)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
     state = checkpoint.load(config.output_dir, policy, optimizer) or {"step": 0}
@@ -91,7 +92,7 @@ def main(config):
         n_tokens = sum(len(responses[i]) for i in index)  # of the whole batch: the loss does not depend on how it is split
         mine = dist.share(index)
         batch = pack([prompts[i] for i in mine], [responses[i] for i in mine], tokenizer.pad_token_id).to(dist.device)
-        micro_batches = batch.micro_batches(config.micro_batch_size)
+        micro_batches = batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch)
         policy.train()
         total = torch.zeros((), device=dist.device)
         for rows_of in micro_batches:
@@ -130,7 +131,7 @@ def evaluate(policy, prompts, responses, tokenizer, config, dist):
     sums = torch.zeros(len(mine), 3, dtype=torch.float64, device=dist.device)  # of each row: -log pi, correct tokens, tokens
     if mine:
         batch = pack([prompts[i] for i in mine], [responses[i] for i in mine], tokenizer.pad_token_id).to(dist.device)
-        for rows in batch.micro_batches(config.micro_batch_size):
+        for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
             part = batch.rows(rows)
             mask = response_mask_of(part)  # [m, R]
             with autocast(dist, config.dtype):
@@ -158,8 +159,9 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
     room = max_length - width if max_length else 0  # [-0:] is all of a prompt
     prompts = [p[-room:] for p in data.encode_prompts(tokenizer, [r["prompt"] for r in rows], config.chat_template)]
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
-    out = generate(policy, ids.to(dist.device), mask.to(dist.device), width, eos_token_id=tokenizer.eos_token_id,
-                   pad_token_id=tokenizer.pad_token_id, seed=config.seed)  # fmt: skip
+    with eager(policy.lm):
+        out = generate(policy, ids.to(dist.device), mask.to(dist.device), width, eos_token_id=tokenizer.eos_token_id,
+                       pad_token_id=tokenizer.pad_token_id, seed=config.seed)  # fmt: skip
     texts = [tokenizer.decode(ids[m], skip_special_tokens=True) for ids, m in zip(out.response_ids, out.response_mask)]
     return [{"prompt": row["prompt"], "response": text} for row, text in zip(rows, texts)]
 

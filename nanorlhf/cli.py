@@ -22,8 +22,11 @@ class RunConfig:
     steps: int = field(default=100, metadata={"help": "optimizer steps (train_ppo.py: rollouts)"})
     batch_size: int = field(default=64, metadata={"help": "samples a step, over all processes"})
     micro_batch_size: int = field(default=64, metadata={"help": "samples a forward pass and process; changes memory, not results"})
+    tokens_per_micro_batch: int = field(default=0, metadata={"help": "instead: as many samples as fit into so many tokens; 0: off"})
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 matmuls over float32 weights"})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 (matmuls, over float32 weights), or auto: "
+        "bfloat16 where the GPU or CPU is fast at it"})  # fmt: skip
+    compile: bool = field(default=False, metadata={"help": "torch.compile the blocks: a minute of warm-up, then faster steps"})
     model: str = field(default="world", metadata={"help": "run folder, model folder or hub name; 'world': the embedded world's"})
     dataset: str = field(default="world", metadata={"help": "FILE.jsonl, a datasets name[:split], or world[:cue seed]"})
     columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ, e.g. prompt=question"})
@@ -47,8 +50,10 @@ class RunConfig:
     def __post_init__(self):
         at_least(self, 1, "steps", "batch_size", "micro_batch_size", "eval_size", "checkpoint_every", "keep_checkpoints")
         require(self.max_grad_norm > 0, "--max_grad_norm must be positive")
-        at_least(self, 0, "eval_every", "max_rows", "warmup", "lr", "weight_decay", "seed", "final_lr")
-        one_of(self, "dtype", "float32", "bfloat16")
+        at_least(self, 0, "eval_every", "max_rows", "warmup", "lr", "tokens_per_micro_batch", "weight_decay", "seed", "final_lr")
+        one_of(self, "dtype", "float32", "bfloat16", "auto")
+        if self.dtype == "auto":
+            self.dtype = distributed.fast_dtype(self.device)
         one_of(self, "schedule", "constant", "linear", "cosine")
         require(0 <= self.freeze_layers <= 1, "--freeze_layers must lie between 0 and 1")
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "--betas takes two numbers in [0, 1)")

@@ -150,6 +150,13 @@ def autocast(dist, dtype):
     return torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def fast_dtype(device):
+    """The dtype for matrix products: bfloat16 where the processor is fast at it (a GPU; AVX-512 BF16 or AMX), else float32."""
+    if device != "cpu" and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
 def peak_memory_mb(dist):
     """Peak memory of this process in MiB: of the GPU where there is one, else resident."""
     if dist.device.type == "cuda":

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import ppo
+from .blocks import eager
 from .checkpoint import read_json, write_json
 from .cli import require
 from .data import is_world
@@ -44,7 +45,7 @@ def roll_out(parts, prompts, place, step):
     """One response to each prompt; `place` keys the noise by the prompt's place in the global batch. -> Rollout, Answers"""
     config, dist, tokenizer = parts.config, parts.dist, parts.tokenizer
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
-    with autocast(dist, config.dtype):
+    with autocast(dist, config.dtype), eager(parts.policy.lm):
         rollout = generate(
             parts.policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, temperature=config.temperature,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, seed=config.seed, step=step, index=place,
@@ -57,7 +58,9 @@ def roll_out(parts, prompts, place, step):
 def through_frozen_blocks(parts, batch):
     """The batch with what the policy's frozen blocks make of it, run once for the reference and all epochs: batch.trunk [b, T, D]."""
     policy, config = parts.policy, parts.config
-    for rows in batch.micro_batches(config.micro_batch_size) if policy.frozen and policy.frozen.n else ():
+    if not policy.frozen or not policy.frozen.n:
+        return batch
+    for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
         part = batch.rows(rows)
         with autocast(parts.dist, config.dtype):
             hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
@@ -71,7 +74,7 @@ def through_frozen_blocks(parts, batch):
 def forward(parts, policy, batch, **kwargs):
     """The policy's or the reference's forward over micro-batches, without gradients: {name: [b, R]}."""
     config, dist, out = parts.config, parts.dist, {}
-    for rows in batch.micro_batches(config.micro_batch_size):
+    for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
         part = batch.rows(rows)
         with autocast(dist, config.dtype):
             result = policy(part, response_mask_of(part), config.temperature, **kwargs)

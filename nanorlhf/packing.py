@@ -41,10 +41,24 @@ class Packed:
     def to(self, device):
         return Packed(self.ids.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
 
-    def micro_batches(self, size, index=None):
-        """Index tensors of at most `size` rows of similar length, so that trimming leaves little padding."""
+    def micro_batches(self, size, index=None, tokens=0):
+        """Index tensors of rows of similar length, so that trimming leaves little padding: see micro_batches()."""
         index = torch.arange(len(self), device=self.ids.device) if index is None else index
-        return index[self.lengths[index].argsort(stable=True)].split(size)
+        return [index[part] for part in micro_batches(self.lengths[index], size, tokens)]
+
+
+def micro_batches(lengths, size, tokens=0):
+    """Places of `lengths` [N], shortest first, in parts of at most `size` rows; or, with `tokens`, in as few parts as hold at most that
+    many tokens each, padding counted (a row that is longer stands alone)."""
+    order = lengths.argsort(stable=True)
+    if not tokens:
+        return order.split(size)
+    counts = [0]
+    for length in lengths[order].tolist():
+        if counts[-1] and (counts[-1] + 1) * length > tokens:
+            counts.append(0)
+        counts[-1] += 1
+    return order.split(counts)
 
 
 def pack(prompts, responses, pad_id=0):

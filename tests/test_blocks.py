@@ -4,15 +4,19 @@
 """
 
 import copy
+import shutil
 
 import pytest
 import torch
 from test_models import ARCHITECTURES, BATCH, MASK, B, R, tiny_lm, tiny_policy, word_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig
 
-from nanorlhf.blocks import FrozenTrunk, blocks, freeze, trainable
+from nanorlhf.blocks import FrozenTrunk, blocks, eager, freeze, speed_up, trainable
+from nanorlhf.cli import RunConfig
+from nanorlhf.distributed import fast_dtype
 from nanorlhf.errors import InputError
 from nanorlhf.models import Policy, context_length, load_reward_model, reference_of, save_policy
+from nanorlhf.rollout import generate, left_pad
 
 
 EMBEDDINGS = {"neox": ("gpt_neox.embed_in.",), "llama": ("model.embed_tokens.",), "gpt2": ("transformer.wte.", "transformer.wpe.")}
@@ -197,3 +201,56 @@ def test_the_value_model_reads_the_tokens():
     reference_of(policy)
     stored, plain = (policy(batch, MASK)["values"] for batch in (with_trunk(policy), BATCH))
     assert torch.equal(stored, plain) and plain.shape == (B, R)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- faster
+
+
+def outputs_and_gradients(policy, dtype):
+    policy.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        out = policy(BATCH, MASK, 0.7)
+    (out["logprobs"].sum() + out["values"].sum()).backward()
+    return out["logprobs"].detach(), torch.cat([p.grad.flatten() for _, p in trainable(policy)])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_attention_in_bfloat16(architecture):
+    policy = tiny_policy(architecture)
+    exact = outputs_and_gradients(policy, "float32")
+    fused = outputs_and_gradients(policy, "bfloat16")
+    speed_up(policy.lm, torch.device("cpu"), "float32")
+    assert policy.lm.config._attn_implementation == "sdpa"
+    speed_up(policy.lm, torch.device("cpu"), "bfloat16")
+    assert policy.lm.config._attn_implementation == "eager"
+    plain = outputs_and_gradients(policy, "bfloat16")
+    for x, y, z in zip(exact, fused, plain):
+        assert 0 < (z - x).norm() < 1.5 * (y - x).norm() + 1e-6  # no further from float32 than the fused one
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_compute_the_same():
+    policy = tiny_policy("neox")
+    whole = outputs_and_gradients(policy, "float32")
+    ids, mask = left_pad([[5, 6, 7], [8]], 0)
+    answers = generate(policy, ids, mask, 4)
+    speed_up(policy.lm, torch.device("cpu"), "float32", compile=True)
+    torch._dynamo.utils.counters.clear()
+    with eager(policy.lm):
+        assert torch.equal(generate(policy, ids, mask, 4).logprobs, answers.logprobs)  # as they are written: bit-equal
+    assert not torch._dynamo.utils.counters["stats"]
+    compiled = outputs_and_gradients(policy, "float32")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one graph for all blocks
+    for x, y in zip(whole, compiled):
+        torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
+    assert policy.state_dict().keys() == tiny_policy("neox").state_dict().keys()
+
+
+def test_the_fast_dtype_is_looked_up(monkeypatch):
+    for avx, amx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        expected = "bfloat16" if avx or amx else "float32"
+        assert fast_dtype("cpu") == expected
+        assert RunConfig(dtype="auto", device="cpu").dtype == expected  # config.json holds what the run used
+    assert RunConfig().dtype == "float32"

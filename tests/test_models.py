@@ -19,7 +19,7 @@ from nanorlhf.models import (
     Policy, check_model, load_policy, load_reward_model,
     load_tokenizer, save_policy, save_reward_model,
 )  # fmt: skip
-from nanorlhf.packing import Packed, pack, response_mask_of
+from nanorlhf.packing import Packed, micro_batches, pack, response_mask_of
 
 V, EOS, D = 60, 1, 32
 ARCHITECTURES = ("neox", "llama", "gpt2")
@@ -143,6 +143,25 @@ def test_pack_and_its_mask():
     parts = BATCH.micro_batches(2)
     assert [p.tolist() for p in parts] == [[3, 0], [1, 4], [2]]  # by length, ties in their order
     assert [p.tolist() for p in BATCH.micro_batches(2, torch.tensor([2, 4, 3]))] == [[3, 4], [2]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_micro_batches_within_a_token_budget(seed):
+    """Every row once; no part above the budget but a row that is alone; and as few parts as any cut of the sorted rows allows."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
+    n, tokens = len(lengths), 40
+    parts = micro_batches(lengths, 64, tokens)
+    order = lengths.argsort(stable=True)
+    assert torch.cat(parts).tolist() == order.tolist()
+
+    def fits(rows):
+        return len(rows) == 1 or len(rows) * int(lengths[rows].max()) <= tokens
+
+    assert all(fits(part) for part in parts)
+    cuts = [[i for i in range(1, n) if bits >> i & 1] for bits in range(0, 2**n, 2)]  # every way to cut the sorted rows
+    fewest = min(len(cut) + 1 for cut in cuts if all(fits(part) for part in order.tensor_split(cut)))
+    assert len(parts) == fewest
 
 
 def test_forward_is_that_of_the_hf_model(policy):

@@ -395,9 +395,11 @@ def test_micro_batches_change_nothing(base, tmp_path, kind):
         settings |= {"reward_model": [f"{base}/rm"], "ent_coef": 0.01, "bootstrap_truncated": True}
     train(base, kind, tmp_path / "a", **settings)
     train(base, kind, tmp_path / "b", **settings | {"micro_batch_size": 3})
-    assert_close_runs(tmp_path / "a", tmp_path / "b")
-    for path in (tmp_path / "a").glob("eval/*"):
-        assert [r["response"] for r in read_rows(path)] == [r["response"] for r in read_rows(tmp_path / "b/eval" / path.name)]
+    train(base, kind, tmp_path / "c", **settings | {"micro_batch_size": 1, "tokens_per_micro_batch": 60})
+    for other in "bc":
+        assert_close_runs(tmp_path / "a", tmp_path / other)
+        for path in (tmp_path / "a").glob("eval/*"):
+            assert [r["response"] for r in read_rows(path)] == [r["response"] for r in read_rows(tmp_path / other / "eval" / path.name)]
 
 
 def drive(folder, runs):

@@ -4,6 +4,10 @@ The workload is the usual one for comparing PPO trainers on a CPU: a random GPT-
 same size; 64 prompts of 16 random tokens, 48 new tokens each, no EOS; 4 epochs of 4 minibatches of 16 = 16 optimizer steps;
 float32. Rollout, scoring and update are counted; the first iteration, evaluation and files are not. CPU seconds of one thread are
 steadier than wall clock on a shared machine. --value_model uses a separate critic.
+
+matmul_share: the rate at which the iteration did the operations that the algorithm needs (needed_tflop: two for each weight and
+token in a forward, twice that in a backward; the LM head on response tokens only; no recomputation), of the rate that a plain
+matrix product of the same dtype reaches, measured before and after the run in the same process.
 """
 
 import argparse
@@ -47,6 +51,29 @@ def make_inputs(folder, size):
             f.write(json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) + "\n")
 
 
+def needed_flop(size, freeze_layers=0.0, lora=False):
+    """Operations of one iteration: rollout, reward model, reference, 4 epochs of forward and backward. Attention scores are left out."""
+    hidden, layers, _, intermediate, vocab = SIZES[size]
+    block, head, frozen = 4 * hidden**2 + 2 * hidden * intermediate, hidden * vocab, int(freeze_layers * layers)
+    tokens, responses = 64 * 64, 64 * 48
+    trunk = 2 * tokens * block  # of one block
+    rollout, reward = layers * trunk + 2 * responses * head, layers * trunk
+    above = (layers - frozen) * trunk + 2 * responses * head
+    once = frozen * trunk if frozen else 0  # the frozen trunk over the finished rows
+    return rollout + reward + once + above + 4 * above * (2 if lora else 3)  # frozen weights need no gradient of their own
+
+
+def matmul_rate(dtype, size=1024, seconds=1.0):
+    """Operations a second (of CPU time where one thread runs) of a square matrix product, the best of several."""
+    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
+    best, end = 0.0, train_ppo.time.perf_counter() + seconds
+    while train_ppo.time.perf_counter() < end:
+        begun = train_ppo.time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (train_ppo.time.perf_counter() - begun))
+    return best
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -54,17 +81,22 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--value_model", action="store_true", help="a separate critic instead of a head on the policy")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true", help="compiled before the first iteration, which is not counted")
+    parser.add_argument("--freeze_layers", type=float, default=0.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.threads == 1:
         train_ppo.time = types.SimpleNamespace(perf_counter=time.process_time)  # CPU seconds
+    dtype = getattr(torch, args.dtype)
+    rate = matmul_rate(dtype)
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(folder, args.size)
         config = train_ppo.Config(
             model=f"{folder}/policy", reward_model=f"{folder}/reward", dataset=f"{folder}/prompts.jsonl", output_dir=f"{folder}/run",
             steps=args.iterations, batch_size=64, minibatch_size=16, micro_batch_size=16, ppo_epochs=4, max_new_tokens=48, lr=3e-6,
             kl_coef=0.05, eval_size=1, eval_every=0, n_samples=0, checkpoint_every=10**6, dtype=args.dtype,
-            value_model=f"{folder}/policy" if args.value_model else "",
+            value_model=f"{folder}/policy" if args.value_model else "", freeze_layers=args.freeze_layers,
+            compile=args.compile,
         )  # fmt: skip
         with open(os.devnull, "w") as sys.stdout:
             train_ppo.main(config)
@@ -73,9 +105,13 @@ def main():
             records = [json.loads(line) for line in f][2:]  # step 0 is the evaluation, step 1 the warm-up
     assert all(r["length"] == 48 for r in records)
     parts = {name: sum(r[f"seconds_{name}"] for r in records) / len(records) for name in ("rollout", "score", "update")}
+    rate = max(rate, matmul_rate(dtype))
     unit = "cpu_s" if args.threads == 1 else "s"
     result = {"bench": "ppo", **vars(args), f"samples_per_{unit}": round(64 / sum(parts.values()), 3)}
     result |= {f"{name}_{unit}": round(value, 4) for name, value in parts.items()}
+    flop = needed_flop(args.size, args.freeze_layers)
+    result |= {"needed_tflop": round(flop / 1e12, 3), "matmul_gflop_per_s": round(rate / 1e9, 1)}
+    result["matmul_share"] = round(flop / sum(parts.values()) / rate, 3)
     print(json.dumps(result | {"peak_memory_mb": round(peak_memory_mb(setup("cpu"))), "torch": torch.__version__}))
 
 
