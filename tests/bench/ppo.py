@@ -12,6 +12,7 @@ matrix product of the same dtype reaches, measured before and after the run in t
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -82,6 +83,7 @@ def main():
     parser.add_argument("--value_model", action="store_true", help="a separate critic instead of a head on the policy")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true", help="compiled before the first iteration, which is not counted")
+    parser.add_argument("--micro_batch_size", type=int, default=16)
     parser.add_argument("--freeze_layers", type=float, default=0.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -90,10 +92,12 @@ def main():
     dtype = getattr(torch, args.dtype)
     rate = matmul_rate(dtype)
     with tempfile.TemporaryDirectory() as folder:
-        make_inputs(folder, args.size)
+        make = multiprocessing.get_context("spawn").Process(target=make_inputs, args=(folder, args.size))
+        make.start()  # in a process of its own, whose memory is not counted
+        make.join()
         config = train_ppo.Config(
             model=f"{folder}/policy", reward_model=f"{folder}/reward", dataset=f"{folder}/prompts.jsonl", output_dir=f"{folder}/run",
-            steps=args.iterations, batch_size=64, minibatch_size=16, micro_batch_size=16, ppo_epochs=4, max_new_tokens=48, lr=3e-6,
+            steps=args.iterations, batch_size=64, minibatch_size=16, micro_batch_size=args.micro_batch_size, ppo_epochs=4, max_new_tokens=48, lr=3e-6,
             kl_coef=0.05, eval_size=1, eval_every=0, n_samples=0, checkpoint_every=10**6, dtype=args.dtype,
             value_model=f"{folder}/policy" if args.value_model else "", freeze_layers=args.freeze_layers,
             compile=args.compile,
