@@ -20,7 +20,8 @@ from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.ensemble import OBJECTIVES, combine, variance
 from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs, score_gold
 from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
-from nanorlhf.models import check_model, freeze, load_policy, load_tokenizer, save_policy
+from nanorlhf.lora import add_lora, merge
+from nanorlhf.models import WithoutAdapters, check_model, freeze, load_policy, load_tokenizer, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
@@ -128,9 +129,15 @@ def main(config):
 
     # ------------------------------------------------------------------------------------------------------------------- models
     policy = load_policy(config.model, value_model=config.value_model or None, device=dist.device)  # stays in eval mode: no dropout
-    note = freeze(policy.lm, config.freeze_layers)
+    if config.lora_rank:
+        note = add_lora(policy.lm, config.lora_layers, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
+    else:
+        note = freeze(policy.lm, config.freeze_layers)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
-    reference = load_policy(config.model, value_head=False, device=dist.device).requires_grad_(False)
+    if config.lora_rank:
+        reference = WithoutAdapters(policy.lm, value_head=False)
+    else:
+        reference = load_policy(config.model, value_head=False, device=dist.device).requires_grad_(False)
     rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size)
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
@@ -196,6 +203,8 @@ def main(config):
     progress.close()
 
     # --------------------------------------------------------------------------------------------------------------------- save
+    if config.merge:
+        merge(policy.lm)
     folder.save_model(save_policy, policy, tokenizer)
     picture = plot_run(config.output_dir) if dist.main else None
     summary = folder.finish(folder.before_and_after())

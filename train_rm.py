@@ -24,6 +24,7 @@ from nanorlhf import checkpoint, cli, data
 from nanorlhf.checkpoint import read_json
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, mean_se
+from nanorlhf.lora import add_lora, merge
 from nanorlhf.models import check_model, context_length, freeze, load_reward_model, load_tokenizer, save_reward_model
 from nanorlhf.packing import pack
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
@@ -110,7 +111,10 @@ def train(config, dist):
 
     # -------------------------------------------------------------------------------------------------------------------- model
     reward_model = load_reward_model(config.model, dist.device, seed=config.seed)
-    note = freeze(reward_model.model, config.freeze_layers)
+    if config.lora_rank:
+        note = add_lora(reward_model.model, config.lora_layers, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
+    else:
+        note = freeze(reward_model.model, config.freeze_layers)
     dist.print(f"{sum(p.numel() for p in reward_model.parameters()):,} parameters, {note}")
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
     state = checkpoint.load(config.output_dir, reward_model, optimizer) or {"step": 0}
@@ -168,6 +172,8 @@ def train(config, dist):
     summary = {f"eval/{k}": v for k, v in result.items()}
     dist.print(report(summary))
     reward_model.model.should_save_on_this_rank = lambda is_main: is_main  # transformers asks torch's rank: not 0 for some members
+    if config.merge:
+        merge(reward_model.model)
     folder.save_model(save_reward_model, reward_model, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
