@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_models import ARCHITECTURES, BATCH, D, MASK, gradients, same, tiny_lm, tiny_policy, word_tokenizer
-from test_scripts import SCRIPTS, assert_bit_equal, assert_close_runs, drive, join, metrics, no_pictures, one_thread, ranks  # noqa: F401
+from test_scripts import SCRIPTS, assert_bit_equal, assert_close_runs, drive, join, metrics, no_pictures, one_thread, ranks, write_rows  # noqa: F401
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import nanorlhf.models
 import train_rm
-from nanorlhf import log
+from nanorlhf import log, world
 from nanorlhf.adapters import load_adapter, save_adapter
 from nanorlhf.errors import InputError
 from nanorlhf.lora import LoRA, adapters, adapters_off, add_lora, matching, merge
@@ -486,7 +486,7 @@ def test_flags(kind, flags, message):
         SCRIPTS[kind].Config(**flags)
 
 
-SMALL = dict(batch_size=8, eval_size=8, max_rows=200, lora_rank=2, warmup=0)
+SMALL = dict(batch_size=8, eval_size=8, lora_rank=2, warmup=0)
 PPO = dict(SMALL, steps=2, minibatch_size=4, ppo_epochs=2, max_new_tokens=8, lr=3e-3)
 
 
@@ -497,11 +497,13 @@ def run(kind, folder, **flags):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """sft/ (whole), lora/ (an adapter on it), rm/ (an adapter on lora/): what PPO starts from."""
+    """sft/ (whole), lora/ (an adapter on it), rm/ (an adapter on lora/): what PPO starts from. And small files of data."""
     root = tmp_path_factory.mktemp("chain")
+    write_rows(root / "sft.jsonl", world.demonstrations(120))
+    write_rows(root / "pairs.jsonl", world.preferences(120))
     for script in SCRIPTS.values():
         script.plot_run = lambda run: None
-    small = dict(SMALL, max_new_tokens=8, n_samples=1)
+    small = dict(SMALL, dataset=f"{root}/sft.jsonl", max_new_tokens=8, n_samples=1)
     before = run("sft", root / "sft", **dict(small, steps=4, lora_rank=0))[-1]["eval/perplexity"]
     after = run("sft", root / "lora", model=f"{root}/sft", steps=8, lr=1e-2, lora_dropout=0.1, **small)[-1]["eval/perplexity"]
     assert after < before - 5
@@ -515,7 +517,7 @@ def test_sft_run_and_merge(chain, tmp_path):
     for (name, a), b in zip(base.named_parameters(), tuned.parameters()):
         moved = name.removesuffix(".weight") in adapted
         assert torch.equal(a, b) != moved, name
-    small = dict(SMALL, max_new_tokens=8, n_samples=1, steps=8, lr=1e-2, lora_dropout=0.1)
+    small = dict(SMALL, dataset=f"{chain}/sft.jsonl", max_new_tokens=8, n_samples=1, steps=8, lr=1e-2, lora_dropout=0.1)
     run("sft", tmp_path / "merged", model=f"{chain}/sft", merge=True, **small)
     assert not (tmp_path / "merged/model/adapter_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/model")
@@ -532,7 +534,7 @@ def rm(chain):
         save(reward_model, *rest)
 
     train_rm.save_reward_model = recorded
-    run("rm", chain / "rm", model=f"{chain}/lora", steps=4, lr=1e-2, **SMALL)
+    run("rm", chain / "rm", model=f"{chain}/lora", dataset=f"{chain}/pairs.jsonl", steps=4, lr=1e-2, **SMALL)
     train_rm.save_reward_model = save
     return scores[0]
 
@@ -588,8 +590,8 @@ def test_a_separate_value_model_is_trained_in_full(chain, tmp_path):
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_resume_is_exact(chain, rm, tmp_path, monkeypatch, kind):
     flags = {
-        "sft": dict(SMALL, model=f"{chain}/sft", max_new_tokens=8, steps=3, lora_dropout=0.3),
-        "rm": dict(SMALL, model=f"{chain}/lora", steps=3, lora_dropout=0.3),
+        "sft": dict(SMALL, model=f"{chain}/sft", dataset=f"{chain}/sft.jsonl", max_new_tokens=8, steps=3, lora_dropout=0.3),
+        "rm": dict(SMALL, model=f"{chain}/lora", dataset=f"{chain}/pairs.jsonl", steps=3, lora_dropout=0.3),
         "ppo": dict(PPO, model=f"{chain}/lora", reward_model=[f"{chain}/rm"], steps=3),
     }[kind] | {"checkpoint_every": 1}
     run(kind, tmp_path / "whole", **flags)
@@ -613,7 +615,7 @@ def test_resume_is_exact(chain, rm, tmp_path, monkeypatch, kind):
 
 def test_two_processes_change_nothing(chain, rm, tmp_path):
     runs = [
-        ("rm", dict(SMALL, model=f"{chain}/lora", steps=2, micro_batch_size=3, score_l2=0.01)),
+        ("rm", dict(SMALL, model=f"{chain}/lora", dataset=f"{chain}/pairs.jsonl", steps=2, micro_batch_size=3, score_l2=0.01)),
         ("ppo", dict(PPO, model=f"{chain}/lora", reward_model=[f"{chain}/rm"], kl_kind="full", kl_in="loss", micro_batch_size=3)),
     ]
     (tmp_path / "two").mkdir()
