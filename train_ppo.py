@@ -44,7 +44,7 @@ class Config(cli.RunConfig):
     uwo_lambda: float = field(default=0.1, metadata={"help": "uwo: weight of the members' variance"})
     gold_model: str = field(default="", metadata={"help": "a second reward, for evaluation only; embedded world: its gold"})
     score_gold: str = field(default="", metadata={"help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"})
-    value_model: str = field(default="", metadata={"help": "a separate value model (a policy or reward model)"})
+    value_model: str = field(default="", metadata={"help": "a separate value model (a policy or reward model), trained in full"})
     steps: int = field(default=60, metadata={"help": "rollouts"})
     batch_size: int = field(default=128, metadata={"help": "responses a rollout, over all processes"})
     minibatch_size: int = field(default=32, metadata={"help": "responses an optimizer step, over all processes"})

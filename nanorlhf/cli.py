@@ -33,7 +33,7 @@ class RunConfig:
     eval_every: int = field(default=0, metadata={"help": "evaluate every N steps; 0: not before the end"})
     max_rows: int = field(default=0, metadata={"help": "train on a random subset of N rows; 0: all"})
     freeze_layers: float = field(default=0.0, metadata={"help": "freeze the embeddings and this share of the blocks, from the bottom"})
-    lora_rank: int = field(default=0, metadata={"help": "train low-rank adapters of this rank and the heads alone (lora.py); 0: off"})
+    lora_rank: int = field(default=0, metadata={"help": "LoRA: train adapters of this rank, and heads, alone (lora.py); 0: off"})
     lora_alpha: float = field(default=16.0, metadata={"help": "an adapter adds lora_alpha / lora_rank * B A to its weight"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before A; train_ppo.py switches all dropout off"})
     lora_layers: list[str] = field(default_factory=lambda: ["all-linear"], metadata={"help": "ends of the names of linear layers, or "

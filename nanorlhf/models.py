@@ -257,7 +257,7 @@ def pretrained(auto, path, new_head=False, **kwargs):
 
 
 def load_policy(path, value_head=True, value_model=None, device="cpu"):
-    """A run folder, model folder or hub name -> Policy in float32, in eval mode.
+    """A run folder, model folder, adapter folder (merged into its base model) or hub name -> Policy in float32, in eval mode.
 
     value_model: a path is a separate value trunk, of any width (a policy's or a reward model's). Without it the trunk is shared,
     or what save_policy() put beside the weights is loaded: the value head, and the value model if it was a separate one.
