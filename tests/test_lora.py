@@ -549,6 +549,24 @@ def test_rm_run(chain, rm):
     assert torch.equal(tensors["base_model.model.score.weight"], loaded.model.score.weight)
 
 
+@pytest.mark.parametrize("kind", ["rm", "ppo"])
+def test_merged_runs(chain, rm, tmp_path, kind):
+    """--merge saves what loading the adapter folder of the same run gives."""
+    flags = {
+        "rm": dict(SMALL, model=f"{chain}/lora", dataset=f"{chain}/pairs.jsonl", steps=2),
+        "ppo": dict(PPO, model=f"{chain}/lora", reward_model=["world:gold"], steps=1),
+    }[kind]
+    for name in ("adapter", "merged"):
+        run(kind, tmp_path / name, **flags, merge=name == "merged")
+    files = {p.name for p in (tmp_path / "merged/model").iterdir()}
+    assert {"config.json", "model.safetensors"} <= files and "adapter_config.json" not in files
+    load = load_reward_model if kind == "rm" else load_policy
+    adapter, merged = (load(str(tmp_path / name)) for name in ("adapter", "merged"))
+    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), merged.parameters(), strict=True))
+    if kind == "rm":
+        assert adapter.model.config.reward_mean == merged.model.config.reward_mean
+
+
 @pytest.mark.parametrize("kl", [("k1", "reward"), ("full", "reward"), ("full", "loss")])
 def test_ppo_runs(chain, rm, tmp_path, monkeypatch, kl):
     """On top of the SFT adapter, against the reward model's; the reference is that of a second copy of the SFT policy, bit for bit."""
