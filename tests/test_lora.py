@@ -363,10 +363,15 @@ def test_a_reward_model_needs_no_adapter_on_the_lm_head(bases, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(rm.gpt_neox.parameters(), merged.gpt_neox.parameters()))
 
 
-def test_folders_that_move(bases, tmp_path):
+def test_folders_that_move(bases, tmp_path, monkeypatch):
     shutil.copytree(bases["neox"], tmp_path / "runs/sft/model")
-    policy = lora_policy(str(tmp_path / "runs/sft"))
-    save_policy(policy, word_tokenizer(), str(tmp_path / "runs/ppo/model"))
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        policy = lora_policy("runs/sft")
+        save_policy(policy, word_tokenizer(), "runs/ppo/model")
+    same(logits(load_policy(str(tmp_path / "runs/ppo")).lm), logits(policy.lm))  # called from somewhere else
+    config = json.loads((tmp_path / "runs/ppo/model/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "runs/sft/model")
     prints = fingerprint(str(tmp_path / "runs/ppo"))
     os.rename(tmp_path / "runs", tmp_path / "elsewhere")
     same(logits(load_policy(str(tmp_path / "elsewhere/ppo")).lm), logits(policy.lm))
