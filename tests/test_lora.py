@@ -313,7 +313,8 @@ def test_what_is_written_is_pefts_layout(bases, tmp_path):
     assert needed | {"bias", "modules_to_save", "inference_mode"} <= set(config)
 
     rm = load_reward_model(bases["neox"], seed=0)
-    add_lora(rm.model, rank=2)
+    assert "and the score head" in add_lora(rm.model, rank=2)
+    assert [name for name, _ in trainable(rm.model) if "lora_" not in name] == ["score.weight"]
     save_reward_model(rm, word_tokenizer(), str(tmp_path / "rm"))
     config = json.loads((tmp_path / "rm/adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"] and config["fan_in_fan_out"] is False
