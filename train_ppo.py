@@ -16,11 +16,12 @@ import torch
 
 import train_rm
 from nanorlhf import checkpoint, cli, data, ppo
-from nanorlhf.blocks import freeze, speed_up
+from nanorlhf.blocks import speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.ensemble import OBJECTIVES, combine, variance
 from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs, score_gold
 from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
+from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import check_model, load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
@@ -44,7 +45,7 @@ class Config(cli.RunConfig):
     uwo_lambda: float = field(default=0.1, metadata={"help": "uwo: weight of the members' variance"})
     gold_model: str = field(default="", metadata={"help": "a second reward, for evaluation only; embedded world: its gold"})
     score_gold: str = field(default="", metadata={"help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"})
-    value_model: str = field(default="", metadata={"help": "a separate value model (a policy or reward model)"})
+    value_model: str = field(default="", metadata={"help": "a separate value model (a policy or reward model), trained in full"})
     steps: int = field(default=60, metadata={"help": "rollouts"})
     batch_size: int = field(default=128, metadata={"help": "responses a rollout, over all processes"})
     minibatch_size: int = field(default=32, metadata={"help": "responses an optimizer step, over all processes"})
@@ -129,11 +130,11 @@ def main(config):
 
     # ------------------------------------------------------------------------------------------------------------------- models
     policy = load_policy(config.model, value_model=config.value_model or None, device=dist.device)  # stays in eval mode: no dropout
-    note = freeze(policy.lm, config.freeze_layers)
+    note = choose_trained(policy.lm, config)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
     reference = reference_of(policy)
-    for model in (policy, reference):
-        speed_up(model.lm, dist.device, config.dtype, config.compile)
+    for lm in {policy.lm, reference.lm}:  # one and the same with LoRA
+        speed_up(lm, dist.device, config.dtype, config.compile)
     rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size)
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
@@ -199,6 +200,8 @@ def main(config):
     progress.close()
 
     # --------------------------------------------------------------------------------------------------------------------- save
+    if config.merge:
+        merge(policy.lm)
     folder.save_model(save_policy, policy, tokenizer)
     picture = plot_run(config.output_dir) if dist.main else None
     summary = folder.finish(folder.before_and_after())

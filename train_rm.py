@@ -21,10 +21,11 @@ import torch.nn.functional as F
 
 import train_sft
 from nanorlhf import checkpoint, cli, data
-from nanorlhf.blocks import freeze, speed_up
+from nanorlhf.blocks import speed_up
 from nanorlhf.checkpoint import read_json
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, mean_se
+from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import check_model, context_length, load_reward_model, load_tokenizer, save_reward_model
 from nanorlhf.packing import micro_batches, pack
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
@@ -111,7 +112,7 @@ def train(config, dist):
 
     # -------------------------------------------------------------------------------------------------------------------- model
     reward_model = load_reward_model(config.model, dist.device, seed=config.seed)
-    note = freeze(reward_model.model, config.freeze_layers)
+    note = choose_trained(reward_model.model, config)
     speed_up(reward_model.model, dist.device, config.dtype, config.compile)
     dist.print(f"{sum(p.numel() for p in reward_model.parameters()):,} parameters, {note}")
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
@@ -172,6 +173,8 @@ def train(config, dist):
     summary = {f"eval/{k}": v for k, v in result.items()}
     dist.print(report(summary))
     reward_model.model.should_save_on_this_rank = lambda is_main: is_main  # transformers asks torch's rank: not 0 for some members
+    if config.merge:
+        merge(reward_model.model)
     folder.save_model(save_reward_model, reward_model, tokenizer)
     if dist.main:
         plot_run(config.output_dir)

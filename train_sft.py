@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanorlhf import checkpoint, cli, data, world
-from nanorlhf.blocks import eager, freeze, speed_up
+from nanorlhf.blocks import eager, speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.log import Progress, RunFolder, sample_table
+from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import Policy, check_model, context_length, load_policy, load_tokenizer, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
@@ -41,6 +42,7 @@ class Config(cli.RunConfig):
         super().__post_init__()
         cli.at_least(self, 0, "max_length", "n_samples")
         cli.at_least(self, 1, "max_new_tokens")
+        cli.require(self.model != "world" or not self.lora_rank, "--lora_rank needs a trained --model, not one that starts at random")
 
 
 def main(config):
@@ -66,7 +68,7 @@ def main(config):
         policy = Policy(AutoModelForCausalLM.from_config(model_config), value_head=False).to(dist.device)
     else:
         policy = load_policy(config.model, value_head=False, device=dist.device)
-    note = freeze(policy.lm, config.freeze_layers)
+    note = choose_trained(policy.lm, config)
     speed_up(policy.lm, dist.device, config.dtype, config.compile)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
@@ -117,6 +119,8 @@ def main(config):
     progress.close()
 
     # --------------------------------------------------------------------------------------------------------------------- save
+    if config.merge:
+        merge(policy.lm)
     folder.save_model(save_policy, policy, tokenizer)
     if dist.main:
         plot_run(config.output_dir)

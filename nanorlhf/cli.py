@@ -36,6 +36,12 @@ class RunConfig:
     eval_every: int = field(default=0, metadata={"help": "evaluate every N steps; 0: not before the end"})
     max_rows: int = field(default=0, metadata={"help": "train on a random subset of N rows; 0: all"})
     freeze_layers: float = field(default=0.0, metadata={"help": "freeze the embeddings and this share of the blocks, from the bottom"})
+    lora_rank: int = field(default=0, metadata={"help": "LoRA: train adapters of this rank, and heads, alone (lora.py); 0: off"})
+    lora_alpha: float = field(default=16.0, metadata={"help": "an adapter adds lora_alpha / lora_rank * B A to its weight"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before A; train_ppo.py switches all dropout off"})
+    lora_layers: list[str] = field(default_factory=lambda: ["all-linear"], metadata={"help": "ends of the names of linear layers, or "
+        "regular expressions for them; all-linear: every one but the output head"})  # fmt: skip
+    merge: bool = field(default=False, metadata={"help": "save the whole model with its adapters merged into it, not a PEFT folder"})
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
     schedule: str = field(default="cosine", metadata={"help": "constant, linear or cosine"})
     warmup: int = field(default=0, metadata={"help": "steps of linear warm-up"})
@@ -56,6 +62,11 @@ class RunConfig:
             self.dtype = distributed.fast_dtype(self.device)
         one_of(self, "schedule", "constant", "linear", "cosine")
         require(0 <= self.freeze_layers <= 1, "--freeze_layers must lie between 0 and 1")
+        at_least(self, 0, "lora_rank")
+        require(0 < self.lora_alpha < float("inf"), "--lora_alpha must be positive")
+        require(0 <= self.lora_dropout < 1, "--lora_dropout must lie in [0, 1)")
+        require(not (self.lora_rank and self.freeze_layers), "--lora_rank freezes all but the adapters: it takes no --freeze_layers")
+        require(self.lora_rank or not self.merge, "--merge is for adapters: it needs --lora_rank")
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "--betas takes two numbers in [0, 1)")
         require(all("=" in c for c in self.columns), "--columns takes FIELD=COLUMN")
 

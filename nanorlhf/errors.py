@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     pass
+
+
+def first_line(error):
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from .adapters import is_adapter, load_merged, read_config, save_model
 from .blocks import FrozenTrunk
-from .errors import InputError
+from .errors import InputError, first_line
+from .lora import LoRA, adapters_off
 from .packing import unflatten
 from .ppo import full_kl
 
@@ -109,12 +111,28 @@ class Policy(nn.Module):
         return scalar(self.value_head, hidden[torch.arange(len(batch), device=hidden.device), batch.lengths - 1])
 
 
+class WithoutAdapters(Policy):
+    """The reference of a policy with LoRA: the same LM with its adapters off, and no second copy in memory."""
+
+    def hidden(self, *args, **kwargs):
+        with adapters_off(self.lm):
+            return super().hidden(*args, **kwargs)
+
+    def logits(self, hidden):
+        with adapters_off(self.lm.get_output_embeddings()):
+            return super().logits(hidden)
+
+
 def reference_of(policy):
     """The reference policy pi_ref: `policy` as it is now, before training. What is frozen in the policy is shared, the rest copied.
 
     Where the embeddings and bottom blocks are frozen both then know that these need to run only once over a rollout.
     """
     policy.frozen = FrozenTrunk(policy.lm)
+    if any(isinstance(module, LoRA) for module in policy.lm.modules()):
+        reference = WithoutAdapters(policy.lm, value_head=False)
+        reference.frozen = policy.frozen
+        return reference
     shared = {id(p): p for p in policy.lm.parameters() if not p.requires_grad}
     reference = Policy(copy.deepcopy(policy.lm, shared), value_head=False).requires_grad_(False)
     reference.frozen = policy.frozen
@@ -171,14 +189,16 @@ class RewardModel(nn.Module):
 
 
 def resolve(path):
-    """A run folder stands for the model/ inside it; anything else is a model folder or a hub name."""
+    """A run folder stands for the model/ inside it; anything else is a model folder, an adapter folder or a hub name."""
     inner = os.path.join(path, "model")
-    return inner if os.path.isfile(os.path.join(inner, "config.json")) else path
+    return inner if os.path.isfile(os.path.join(inner, "config.json")) or is_adapter(inner) else path
 
 
 def check_model(path):
     """The HF config of a model folder or hub name, looked at before anything is loaded; errors in one line."""
     path = resolve(path)
+    if is_adapter(path):
+        return check_model(read_config(path)["base_model_name_or_path"])
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise InputError(f"{path}: a folder without config.json is no model")
@@ -195,15 +215,13 @@ def check_model(path):
         raise InputError(f"{path}: neither a model folder nor a model that the hub gives ({first_line(e)})") from None
 
 
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def load_tokenizer(path, needs_eos=True):
     """The tokenizer of a model. It must know its EOS; padding falls back to EOS, since masks never look at ids."""
     path = resolve(path)
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in files):
+        if is_adapter(path):
+            return load_tokenizer(read_config(path)["base_model_name_or_path"], needs_eos)
         raise InputError(f"{path}: no tokenizer in this model folder")  # from_pretrained would make up an empty one
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -219,8 +237,10 @@ def load_tokenizer(path, needs_eos=True):
 def pretrained(auto, path, new_head=False, **kwargs):
     """auto.from_pretrained in float32, in eval mode, from safetensors only; weights that the folder lacks are an error.
 
-    new_head: the score head may be missing (a causal LM becomes a reward model).
+    new_head: the score head may be missing (a causal LM becomes a reward model). An adapter comes merged into its base model.
     """
+    if is_adapter(path := resolve(path)):
+        return load_merged(pretrained, auto, path, new_head, **kwargs)
     try:
         model, info = auto.from_pretrained(path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
@@ -232,7 +252,7 @@ def pretrained(auto, path, new_head=False, **kwargs):
 
 
 def load_policy(path, value_head=True, value_model=None, device="cpu"):
-    """A run folder, model folder or hub name -> Policy in float32, in eval mode.
+    """A run folder, model folder, adapter folder (merged into its base model) or hub name -> Policy in float32, in eval mode.
 
     value_model: a path is a separate value trunk, of any width (a policy's or a reward model's). Without it the trunk is shared,
     or what save_policy() put beside the weights is loaded: the value head, and the value model if it was a separate one.
@@ -265,8 +285,8 @@ def check_logits(policy, path):
 
 
 def save_policy(policy, tokenizer, path):
-    """A folder that plain AutoModelForCausalLM loads; the value head (and a separate value model) beside the weights."""
-    policy.lm.save_pretrained(path)
+    """A folder that plain AutoModelForCausalLM loads (with LoRA: PEFT); the value head and a separate value model beside it."""
+    save_model(policy.lm, path)
     tokenizer.save_pretrained(path)
     if policy.value_head is not None:
         save_file({k: v.contiguous() for k, v in policy.value_head.state_dict().items()}, os.path.join(path, "value_head.safetensors"))
@@ -288,7 +308,7 @@ def load_reward_model(path, device="cpu", seed=None):
 
 
 def save_reward_model(reward_model, tokenizer, path):
-    """A folder that plain AutoModelForSequenceClassification loads, with config.reward_mean."""
+    """A folder that plain AutoModelForSequenceClassification loads (with LoRA: PEFT), with config.reward_mean."""
     reward_model.model.config.pad_token_id = tokenizer.pad_token_id
-    reward_model.model.save_pretrained(path)
+    save_model(reward_model.model, path)
     tokenizer.save_pretrained(path)

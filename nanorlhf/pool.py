@@ -14,6 +14,7 @@ import os
 import torch
 
 from . import world
+from .adapters import is_adapter, read_config
 from .cli import require
 from .data import read_file, read_hub
 from .evaluation import Parts, roll_out
@@ -56,7 +57,8 @@ def fingerprint(spec):
         return digest(digest_file(path))
     if os.path.isdir(path):
         names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
-        return digest([(name, digest_file(os.path.join(path, name))) for name in names])
+        base = [fingerprint(read_config(path)["base_model_name_or_path"])] if is_adapter(path) else []
+        return digest([(name, digest_file(os.path.join(path, name))) for name in names] + base)
     return digest(path, getattr(check_model(path), "_commit_hash", None))
 
 

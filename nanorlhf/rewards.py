@@ -23,8 +23,8 @@ from transformers import AutoModelForSequenceClassification
 from . import world
 from .cli import require
 from .data import encode_prompts, encode_responses
-from .errors import InputError
-from .models import RewardModel, check_model, context_length, first_line, load_tokenizer, pretrained, resolve
+from .errors import InputError, first_line
+from .models import RewardModel, check_model, context_length, load_tokenizer, pretrained, resolve
 from .packing import Packed, pack
 
 
