@@ -17,7 +17,7 @@ import torch
 import train_rm
 from nanorlhf import checkpoint, cli, data, ppo
 from nanorlhf.blocks import speed_up
-from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.distributed import autocast, peak_memory_mb, return_freed_memory, setup, sync_on
 from nanorlhf.ensemble import OBJECTIVES, combine, variance
 from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs, score_gold
 from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
@@ -174,6 +174,7 @@ def main(config):
         index = data.batch_indices(len(prompts), config.batch_size, step - 1, config.seed)
         place = dist.share(range(config.batch_size))  # which rows of the global batch are mine
         rollout, answers = roll_out(parts, [prompts[index[i]] for i in place], place, step)
+        return_freed_memory()
         clock.append(time.perf_counter())
 
         # 2. Scores of the answers, log-probs under the reference, advantages.

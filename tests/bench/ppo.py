@@ -84,6 +84,7 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true", help="compiled before the first iteration, which is not counted")
     parser.add_argument("--micro_batch_size", type=int, default=16)
+    parser.add_argument("--lora_rank", type=int, default=0)
     parser.add_argument("--freeze_layers", type=float, default=0.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -100,7 +101,7 @@ def main():
             steps=args.iterations, batch_size=64, minibatch_size=16, micro_batch_size=args.micro_batch_size, ppo_epochs=4, max_new_tokens=48, lr=3e-6,
             kl_coef=0.05, eval_size=1, eval_every=0, n_samples=0, checkpoint_every=10**6, dtype=args.dtype,
             value_model=f"{folder}/policy" if args.value_model else "", freeze_layers=args.freeze_layers,
-            compile=args.compile,
+            compile=args.compile, lora_rank=args.lora_rank,
         )  # fmt: skip
         with open(os.devnull, "w") as sys.stdout:
             train_ppo.main(config)
@@ -113,7 +114,7 @@ def main():
     unit = "cpu_s" if args.threads == 1 else "s"
     result = {"bench": "ppo", **vars(args), f"samples_per_{unit}": round(64 / sum(parts.values()), 3)}
     result |= {f"{name}_{unit}": round(value, 4) for name, value in parts.items()}
-    flop = needed_flop(args.size, args.freeze_layers)
+    flop = needed_flop(args.size, args.freeze_layers, args.lora_rank > 0)
     result |= {"needed_tflop": round(flop / 1e12, 3), "matmul_gflop_per_s": round(rate / 1e9, 1)}
     result["matmul_share"] = round(flop / sum(parts.values()) / rate, 3)
     print(json.dumps(result | {"peak_memory_mb": round(peak_memory_mb(setup("cpu"))), "torch": torch.__version__}))
