@@ -51,7 +51,7 @@ def copy_bandwidth(device, gigabytes=4):
     """Bytes per second that a large copy reads and writes."""
     a = torch.empty(gigabytes * 2**28, device=device)
     b = torch.empty_like(a)
-    for counted in (False, True):
+    for _warm_up in (True, False):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(10):
@@ -84,7 +84,8 @@ def main():
         seconds.append(clock() - start)
     assert out.response_mask.all() and out.values is not None
     mean = sum(seconds[1:]) / args.calls
-    result = {"bench": "rollout", **vars(args), "batch": B, "prompt": P, "new_tokens": R, "params": sum(p.numel() for p in policy.parameters())}
+    result = {"bench": "rollout", **vars(args), "batch": B, "prompt": P, "new_tokens": R}
+    result["params"] = sum(p.numel() for p in policy.parameters())
     result["tokens_per_s" if clock is time.perf_counter else "tokens_per_cpu_s"] = round(B * R / mean, 1)
     if cuda:
         hidden, layers = SIZES[args.size][:2]
