@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .errors import InputError
 from .models import scalar
@@ -96,8 +96,9 @@ class Sampler:
         """Hidden states [b, D], uniforms [b] -> {response_ids, logprobs, entropies, values}, each [b]; no values without a head."""
         logp = (self.model.logits(hidden) / self.temperature).log_softmax(-1)  # [b, V]
         probs = logp.exp()
+        entropies = -(probs * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)  # 0 log 0 = 0; entr(probs) takes the log again
         token = sample(truncate(probs, self.top_k, self.top_p), u)
-        new = {"response_ids": token, "logprobs": logp.gather(1, token[:, None])[:, 0], "entropies": torch.special.entr(probs).sum(-1)}
+        new = {"response_ids": token, "logprobs": logp.gather(1, token[:, None])[:, 0], "entropies": entropies}
         if self.model.value_head is not None and self.model.value_trunk is None:
             new["values"] = scalar(self.model.value_head, hidden)
         return new
@@ -121,18 +122,24 @@ def autocast_dtype(device_type):
 
 @contextmanager
 def decoding(model, device_type):
-    """Dropout off; and every weight cast once a rollout, not once a token.
+    """Dropout off; every weight cast once a rollout, not once a token; little overhead for an operator.
 
     Autocast keeps the bfloat16 copy of a weight for the length of its context, but only if the weight requires grad: so all do here.
+    Inference mode makes decoding on a CPU about 7 % faster. What it makes can never be trained on: neither autocast's copies nor
+    what FSDP gathers may be made in it.
     """
-    was_training, frozen = model.training, []
+    was_training, parameters, frozen = model.training, list(model.lm.parameters()), []
+    mode = torch.no_grad()
     if autocast_dtype(device_type):
-        frozen = [p for p in model.lm.parameters() if p.is_floating_point() and not p.requires_grad]
+        frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
+    elif device_type == "cpu" and all(type(p) is torch.nn.Parameter for p in parameters):
+        mode = torch.inference_mode()
     try:
         model.eval()
         for p in frozen:
             p.requires_grad_(True)
-        yield
+        with mode:
+            yield
     finally:
         for p in frozen:
             p.requires_grad_(False)
@@ -144,6 +151,13 @@ def can_shrink(cache):
     return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
 
 
+def reads_plain_mask(lm, cache):
+    """Whether attention asks only which columns are real. Sliding windows, linear layers and ALiBi ask for more, and eager attention
+    for another kind of mask: transformers makes theirs at every token."""
+    plain = lm.config._attn_implementation == "sdpa" and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return plain and hasattr(lm.base_model, "rotary_emb") and not getattr(lm.config, "alibi", False)
+
+
 def decode(sampler, ids, mask, u, out, finished):
     """Write responses to the prompts ids [B, P] into out {name: [B, R]}, dropping the rows that are finished [B]."""
     live = torch.arange(len(ids), device=ids.device)  # [b] rows in the running batch
@@ -152,18 +166,23 @@ def decode(sampler, ids, mask, u, out, finished):
     if autocast_dtype(ids.device.type):
         cache = KeyValueCache(layers=DynamicCache(config=lm.config).layers)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [b, P]; then [b, 1]
-    for t in range(u.shape[1]):
+    P, R = mask.shape[1], u.shape[1]
+    mask = torch.cat([mask, mask.new_ones(len(ids), R)], 1)  # [b, P + R]
+    visible = mask  # [b, P + R]; additive [b, 1, 1, P + R] where that will do
+    for t in range(R):
         trunk = lm.base_model(
-            input_ids=ids, attention_mask=mask if padded else None, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+            input_ids=ids, attention_mask=visible[..., : P + t] if padded else None, position_ids=positions, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
         hidden, cache = trunk.last_hidden_state[:, -1], getattr(trunk, "past_key_values", None)  # [b, D]
         if cache is None:
             raise InputError(f"{type(lm).__name__} keeps no key-value cache that rollouts could use")
+        if t == 0 and padded and reads_plain_mask(lm, cache):
+            visible = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, -torch.inf)[:, None, None]
         new = sampler(hidden, u[live, t])
         for name, value in new.items():
             out[name][live, t] = value
         ids, positions = new["response_ids"][:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)  # [b, P + t + 1]
         if eos is not None:
             finished[live] |= ids[:, 0] == eos
             going = (~finished[live]).nonzero()[:, 0]
@@ -172,7 +191,7 @@ def decode(sampler, ids, mask, u, out, finished):
             # Shrinking copies the whole cache, which costs about a step: wait until a quarter of its rows are done.
             if len(going) <= 0.75 * len(live) and can_shrink(cache):
                 cache.batch_select_indices(going)
-                live, ids, positions, mask = live[going], ids[going], positions[going], mask[going]
+                live, ids, positions, visible = live[going], ids[going], positions[going], visible[going]
 
 
 def static_cache(lm, length):
