@@ -152,6 +152,17 @@ def test_a_model_without_a_kv_cache_is_refused():
         roll(policy, new=2)
 
 
+def test_what_was_sampled_can_be_trained_on(policy):
+    """Nothing that was made in inference mode gets out, nor does autocast keep such a copy of a weight."""
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            rollout = roll(policy, eos_token_id=frequent_token(policy))
+            batch = rollout.packed()
+            assert not any(x.is_inference() for x in (*vars(rollout).values(), *vars(batch).values()))
+        (policy(batch, response_mask_of(batch, R))["logprobs"] * rollout.logprobs).sum().backward()
+    policy.zero_grad()
+
+
 def test_values_only_with_a_head_on_the_trunk():
     assert roll(Policy(tiny_lm("neox"), value_head=False), new=2).values is None
     assert roll(Policy(tiny_lm("neox"), value_trunk=tiny_lm("neox", 1).base_model), new=2).values is None
