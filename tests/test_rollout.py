@@ -4,16 +4,19 @@
 """
 
 import math
+import warnings
 from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, MambaConfig, MistralConfig, OPTConfig, Qwen3NextConfig
 
+import nanorlhf.rollout
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rollout import generate, left_pad, sample, truncate, uniforms
-from test_models import ARCHITECTURES, SIZE, SPECIAL, random_rows, tiny_lm, tiny_policy
+from test_models import ARCHITECTURES, SIZE, SPECIAL, V, random_rows, tiny_lm, tiny_policy
 
 B, R, SEED, STEP = 10, 14, 14, 3
 PROMPTS = random_rows((5, 2, 7, 1, 3, 4, 7, 2, 6, 3), seed=4)
@@ -114,19 +117,27 @@ LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_
               num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16)  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [
+OTHERS = [
     MistralConfig(**SMALL, sliding_window=4),
     Gemma2Config(**SMALL, head_dim=8, sliding_window=4),  # every other layer slides; soft-capped logits
     OPTConfig(**SIZE, ffn_dim=48, word_embed_proj_dim=16),  # learned positions, counted from the mask
     BloomConfig(**SPECIAL, hidden_size=32, n_layer=2, n_head=4),  # ALiBi
     Qwen3NextConfig(**SMALL, **LINEAR, head_dim=8, layer_types=["linear_attention", "full_attention"]),  # not only keys and values
-], ids=lambda c: c.model_type)  # fmt: skip
-def test_other_attentions(config):
+]
+
+
+def other_policy(config):
     torch.manual_seed(0)
     policy = Policy(AutoModelForCausalLM.from_config(config), value_head=False).eval()
     for p in policy.parameters():
         if p.dim() > 1:
             p.data.mul_(8)
+    return policy
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda c: c.model_type)
+def test_other_attentions(config):
+    policy = other_policy(config)
     rollout = roll(policy, eos_token_id=frequent_token(policy))
     batch = rollout.packed()
     same(rollout.logprobs, policy(batch, response_mask_of(batch, R))["logprobs"].detach())
@@ -139,6 +150,17 @@ def test_a_model_without_a_kv_cache_is_refused():
     policy = Policy(AutoModelForCausalLM.from_config(MambaConfig(**SPECIAL, hidden_size=32, num_hidden_layers=2, state_size=4)))
     with pytest.raises(ValueError, match="cache"):
         roll(policy, new=2)
+
+
+def test_what_was_sampled_can_be_trained_on(policy):
+    """Nothing that was made in inference mode gets out, nor does autocast keep such a copy of a weight."""
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            rollout = roll(policy, eos_token_id=frequent_token(policy))
+            batch = rollout.packed()
+            assert not any(x.is_inference() for x in (*vars(rollout).values(), *vars(batch).values()))
+        (policy(batch, response_mask_of(batch, R))["logprobs"] * rollout.logprobs).sum().backward()
+    policy.zero_grad()
 
 
 def test_values_only_with_a_head_on_the_trunk():
@@ -258,6 +280,176 @@ def test_dropout_is_off_and_the_mode_comes_back(architecture):
     batch = base.packed()
     dropped = policy(batch, response_mask_of(batch))["logprobs"]  # dropout does matter here
     assert (dropped - base.logprobs).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------------- shapes that never change, as on a GPU
+
+
+def same_rollouts(a, b, tol=1e-4):
+    assert torch.equal(a.response_ids, b.response_ids) and torch.equal(a.response_mask, b.response_mask)
+    assert torch.equal(a.finished, b.finished) and torch.equal(a.attention_mask, b.attention_mask)
+    for name in ("logprobs", "entropies", "values"):
+        same(getattr(a, name), getattr(b, name), tol)
+
+
+@pytest.fixture
+def strict():
+    """Falling back to the growing cache is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("new", [1, R, 40])  # one token; one cache block; a look at whether all have finished
+def test_a_static_cache_samples_the_same(policy, strict, new, kwargs):
+    for eos in (None, frequent_token(policy, new=new, **kwargs)):
+        same_rollouts(roll(policy, new=new, eos_token_id=eos, static=True, **kwargs), roll(policy, new=new, eos_token_id=eos, **kwargs))
+
+
+def test_a_static_cache_without_padding(policy, strict):
+    ids, mask = left_pad(random_rows((6,) * 5, seed=3), 0)
+    same_rollouts(roll(policy, ids, mask, eos_token_id=5, static=True), roll(policy, ids, mask, eos_token_id=5))
+
+
+def count_forwards(policy, **kwargs):
+    sizes = []
+    hook = policy.lm.base_model.register_forward_pre_hook(lambda m, a, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
+    roll(policy, **kwargs)
+    hook.remove()
+    return sizes
+
+
+def test_a_static_loop_keeps_its_shape_and_ends_early(monkeypatch, strict):
+    policy = tiny_policy("neox")
+    monkeypatch.setattr("nanorlhf.rollout.truncate", lambda probs, *_: torch.eye(V)[7].expand_as(probs))  # every row ends at once
+    assert count_forwards(policy, new=60, static=True, eos_token_id=7) == [B] * nanorlhf.rollout.CHECK_EVERY
+    assert count_forwards(policy, new=60, static=True) == [B] * 60 and count_forwards(policy, new=60, eos_token_id=7) == [B]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Operators that must wait for a GPU, because their result is a Python number or has a shape that depends on the data."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2", "item")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in self.WAITING, function
+        indices = args[1] if function.overloadpacket.__name__ in ("index", "index_put_") else []
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_static_step_never_waits_and_can_be_replayed(policy, monkeypatch, strict, dtype):
+    """The step that a GPU would capture, taken R - 1 times as it is there: no Python state, no number that Python reads."""
+    steps, kwargs = [], dict(top_k=20, top_p=0.9, eos_token_id=5)
+
+    def replay(step):
+        def wrapped():
+            steps.append(1)
+            with NoWaiting():
+                step()
+
+        return wrapped
+
+    monkeypatch.setattr("nanorlhf.rollout.capture", lambda step, *_: (replay(step), 1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        rollout = roll(policy, static=True, **kwargs)
+    assert len(steps) == R - 1
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        bool(rollout.finished.all())
+    if dtype == torch.float32:
+        same_rollouts(rollout, roll(policy, **kwargs))
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda c: c.model_type)
+def test_other_attentions_with_a_static_cache(config):
+    """Sliding windows work; ALiBi and linear attention do not, and fall back with a warning."""
+    policy, falls_back = other_policy(config), config.model_type in ("bloom", "qwen3_next")
+    eos = frequent_token(policy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        static = roll(policy, eos_token_id=eos, static=True)
+    assert [w.category for w in caught] == [RuntimeWarning] * falls_back
+    dynamic = roll(policy, eos_token_id=eos)
+    assert torch.equal(static.response_ids, dynamic.response_ids) and torch.equal(static.finished, dynamic.finished)
+    same(static.logprobs, dynamic.logprobs)
+
+
+def test_a_step_that_cannot_be_captured_falls_back(monkeypatch):
+    """After the warm-up has written tokens, and finished rows."""
+    policy = tiny_policy("neox")
+    eos = int(roll(policy).response_ids[3, 1])
+
+    def fail(step, *_):
+        step(), step()
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA ...")
+
+    monkeypatch.setattr("nanorlhf.rollout.capture", fail)
+    with pytest.warns(RuntimeWarning, match="GPTNeoXForCausalLM: operation not permitted when stream is capturing"):
+        static = roll(policy, eos_token_id=eos, static=True)
+    dynamic = roll(policy, eos_token_id=eos)
+    same_rollouts(static, dynamic, tol=0)
+    assert 0 < static.finished.sum() < B
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_bfloat16_leaves_the_weights_alone(policy, strict, static):
+    """Half of the weights are frozen; rollouts have them require grad for a while. Tokens agree until rounding decides otherwise."""
+    names = [name for name, _ in policy.named_parameters()]
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    for name in names[::2]:
+        policy.get_parameter(name).requires_grad_(False)
+    full = roll(policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = roll(policy, static=static)
+    assert [p.requires_grad for p in policy.parameters()] == [i % 2 == 1 for i in range(len(names))]
+    policy.requires_grad_(True)
+    assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in policy.named_parameters())
+    prefix = (full.response_ids != half.response_ids).cumsum(1) == 0
+    assert prefix.float().mean() > 0.3
+    assert (full.logprobs - half.logprobs)[prefix].abs().mean() < 0.1
+
+
+def test_bfloat16_casts_each_weight_and_key_once():
+    """Weights: not once a token, frozen or not. Keys: NeoX's rotary embeddings leave them in float32."""
+    policy, casts = tiny_policy("neox"), Counter()
+    policy.lm.requires_grad_(False)
+    weights = {p.data_ptr() for p in policy.lm.parameters() if p.dim() == 2}
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_to_copy" in str(function) and kwargs.get("dtype") == torch.bfloat16:
+                casts.update({args[0].data_ptr()} & weights)
+                casts["width"] = max(casts["width"], args[0].shape[2] if args[0].dim() == 4 else 0)
+            return function(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        roll(policy)
+    width = casts.pop("width")
+    assert len(casts) == 9 and set(casts.values()) == {1}  # 4 of each of two blocks, and the head
+    assert width == IDS.shape[1]  # the prompt's keys; never the whole cache
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("new", [2, R, 40])
+def test_a_captured_step_samples_the_same(policy, strict, monkeypatch, new):
+    captured = []
+    monkeypatch.setattr("nanorlhf.rollout.capture", lambda *a, f=nanorlhf.rollout.capture: captured.append(f(*a)) or captured[-1])
+    try:
+        policy.cuda()
+        ids, mask = IDS.cuda(), MASK.cuda()
+        for eos in (None, 5):
+            a, b = (roll(policy, ids, mask, new=new, eos_token_id=eos, top_k=30, static=s) for s in (None, False))
+            assert (a.response_ids == b.response_ids).float().mean() > 0.98  # ties of floats apart
+            agree = (a.response_ids != b.response_ids).cumsum(1) == 0
+            for name in ("logprobs", "entropies", "values"):
+                same(getattr(a, name)[agree], getattr(b, name)[agree], 1e-3)
+        with torch.autocast("cuda", torch.bfloat16):
+            half = roll(policy, ids, mask, new=new)
+        assert half.logprobs.isfinite().all() and [t for _, t in captured] == [4 if new > 4 else 1] * 3
+    finally:
+        policy.cpu()
 
 
 # ----------------------------------------------------------------------------------------------------------- sample() and truncate()
