@@ -18,7 +18,6 @@ import shutil
 import warnings
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from .errors import InputError
@@ -79,6 +78,8 @@ def save(folder, step, module, optimizer, state, keep, dist=None):
 
     def write(path):
         if is_sharded(module):
+            import torch.distributed.checkpoint as dcp
+
             dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))
         else:
             save_file(tensors, os.path.join(path, "state.safetensors"))
@@ -97,6 +98,8 @@ def load(folder, module, optimizer):
     found = checkpoints(folder)
     if not found:
         return None
+    import torch.distributed.checkpoint as dcp  # here, because it takes a second
+
     path = found[-1][1]
     reader = dcp.HuggingFaceStorageReader(path)
     parameters = dict(trainable(module))

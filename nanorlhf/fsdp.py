@@ -13,18 +13,14 @@ import functools
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from .models import blocks, trainable
 
 
 def all_blocks(module):
     """The decoder blocks of every HF model inside a module: of the policy's LM, of a separate value trunk, of a reward model."""
-    found = [block for m in module.modules() if isinstance(m, PreTrainedModel) for block in blocks(m)]
+    found = [block for m in module.modules() if hasattr(m, "base_model") for block in blocks(m)]
     return list({id(block): block for block in found}.values())  # an LM and its trunk have the same ones
 
 
@@ -34,6 +30,9 @@ def shard(module, dist, dtype="float32"):
     Each decoder block is a unit. So are the value and score heads, which stay in float32 (see models.scalar). The rest is the root.
     bfloat16: weights and moments are float32 shards, what is gathered is bfloat16, and gradients are added up in float32.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # here, because to import them takes more than a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(dist.device.type, (dist.world,))
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
     for name, head in module.named_modules():
@@ -45,7 +44,13 @@ def shard(module, dist, dtype="float32"):
 
 
 def is_sharded(module):
-    return isinstance(module, FSDPModule)
+    """Whether shard() was here: it makes any module an FSDPModule, which has this method."""
+    return hasattr(module, "set_reshard_after_forward")
+
+
+def is_dtensor(tensor):
+    """Whether this process holds only a shard of a tensor."""
+    return hasattr(tensor, "full_tensor")
 
 
 @contextlib.contextmanager
@@ -79,7 +84,7 @@ def whole(module=None, main=True):
     full = {}  # a tied weight is gathered once, and stays tied
     for _, _, p in places:
         if id(p) not in full:
-            tensor = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+            tensor = p.detach().full_tensor() if is_dtensor(p) else p.detach()
             full[id(p)] = nn.Parameter(tensor.cpu() if main else tensor.new_empty(0), p.requires_grad)
     try:
         for m, name, p in places:
@@ -110,7 +115,7 @@ def local_bytes(module, optimizer=None):
     """Bytes on this process: {parameters, gradients, optimizer}. In shards they are about 1 / world of the whole."""
 
     def size(tensor):
-        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        tensor = tensor.to_local() if is_dtensor(tensor) else tensor
         return tensor.numel() * tensor.element_size()
 
     states = [optimizer.state.get(p, {}) for _, p in trainable(module)] if optimizer else []
