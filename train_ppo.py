@@ -134,7 +134,7 @@ def main(config):
     reference = load_policy(config.model, value_head=False, device=dist.load_device).requires_grad_(False)
     if config.checkpoint_activations:
         checkpoint_activations(policy)
-    example = pack(prompts[:1], [[tokenizer.eos_token_id]]).to(dist.device)
+    example = pack(prompts[:1], [prompts[0][-1:]]).to(dist.device)
     model, reference = (
         dist.wrap(m, lambda m: sum(x.sum() for x in m(example, response_mask_of(example)).values()), config.dtype)
         for m in (policy, reference)
