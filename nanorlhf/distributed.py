@@ -124,7 +124,8 @@ def keep_freed_memory():
 
 def setup(device="auto", distributed="ddp"):
     """Join the process group that torchrun's environment describes: gloo on CPU, NCCL on GPUs. May be called again."""
-    keep_freed_memory()
+    if distributed == "ddp":  # who shards has no memory to keep
+        keep_freed_memory()
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu or cuda, not {device!r}")
     if device == "auto":

@@ -1,6 +1,6 @@
 """What a PPO step needs on each GPU: python tests/bench/memory.py prints one JSON line, a table by formula (GB = 1e9 bytes).
 
-    python tests/bench/memory.py              Pythia-1.4B trained whole, Llama-3-8B with LoRA; 1, 4 and 8 GPUs; DDP and FSDP
+    python tests/bench/memory.py              Pythia-1.4B trained whole, Llama-3-8B with LoRA and whole; 1, 4 and 8 GPUs
     python tests/bench/memory.py --measure    the `medium` size of bench/ppo.py on this CPU: one process, and FSDP on two, beside the formula
 
 What is counted, for N weights of which N' are trained, W processes, s = W in shards (FSDP) and 1 otherwise:
@@ -101,7 +101,7 @@ def needs(shape, world=1, sharded=False, dtype="bfloat16", lora=0, rollout=64, m
 
 def table():
     rows = []
-    for name, shape, lora in (("1.4B, all weights", PYTHIA, 0), ("8B, LoRA of rank 16", LLAMA, 16)):
+    for name, shape, lora in (("1.4B, all weights", PYTHIA, 0), ("8B, LoRA of rank 16", LLAMA, 16), ("8B, all weights", LLAMA, 0)):
         for world, sharded in ((1, False), (4, False), (4, True), (8, True)):
             parts = needs(shape, world, sharded, lora=lora)
             row = {"model": name, "gpus": world, "distributed": "fsdp" if sharded else "ddp" if world > 1 else "-"}
@@ -114,31 +114,36 @@ def table():
 
 
 def worker(folder, distributed):
-    """One process of a PPO run at the medium size: writes what it held before each optimizer step, and its peak."""
+    """One process of a PPO run at the medium size: writes what it held at its last optimizer step, and its peak up to there."""
     import torch
+    import torch._dynamo  # these two and the next are imported sooner or later: before the first look at the memory
+    import torch.distributed.fsdp
+    import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
 
     import train_ppo
-    from nanorlhf.distributed import peak_memory_mb, setup, shutdown
+    from nanorlhf import distributed as d
     from nanorlhf.fsdp import local_bytes
 
     torch.set_num_threads(1)
-    dist, held, real = setup("cpu", distributed), {}, train_ppo.optimizer_step
+    d.keep_freed_memory = lambda: None
+    dist, held, real = d.setup("cpu", distributed), {}, train_ppo.optimizer_step
 
     def optimizer_step(optimizer, module, *args):
+        gradients = local_bytes(module)["gradients"]
         norm = real(optimizer, module, *args)
-        held.update(local_bytes(module, optimizer))
+        held.update(local_bytes(module, optimizer), gradients=gradients, peak=(d.peak_memory_mb(dist) - before) * 2**20)
         return norm
 
     train_ppo.optimizer_step = optimizer_step
-    before = peak_memory_mb(dist)
+    before = d.peak_memory_mb(dist)
     train_ppo.main(train_ppo.Config(
         model=f"{folder}/policy", reward_model=f"{folder}/reward", dataset=f"{folder}/prompts.jsonl", output_dir=f"{folder}/{distributed}",
         steps=2, batch_size=16, minibatch_size=16, micro_batch_size=4, ppo_epochs=2, max_new_tokens=48, lr=3e-6, eval_size=2, eval_every=0,
         n_samples=0, checkpoint_every=10**6, distributed=distributed,
     ))  # fmt: skip
     with open(f"{folder}/{distributed}_{dist.rank}.json", "w") as f:
-        json.dump({"held": held, "peak": (peak_memory_mb(dist) - before) * 2**20}, f)
-    shutdown()
+        json.dump(held, f)
+    d.shutdown()
 
 
 def measure():
@@ -149,15 +154,14 @@ def measure():
         make_inputs(folder, "medium")
         for world, distributed in ((1, "ddp"), (2, "fsdp")):
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", os.path.abspath(__file__)]
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed memory is given back
             subprocess.run([*command, "--worker", folder, distributed], env=env, check=True, stdout=subprocess.DEVNULL)
             with open(f"{folder}/{distributed}_0.json") as f:
                 result = json.load(f)
             expected = needs(MEDIUM, world, distributed == "fsdp", "float32", 0, 16 // world, 4, 64, False)
-            states = {"parameters": "parameters", "optimizer": "adam"}
-            mb = {f"{name}_mb": [round(result["held"][name] / 1e6, 1), round(expected[part] / 1e6, 1)] for name, part in states.items()}
-            peak = [round(result["peak"] / 1e6), round(expected["peak"] / 1e6)]
-            rows.append({"processes": world, "distributed": distributed, **mb, "peak_mb": peak})
+            parts = {"parameters": "parameters", "gradients": "gradients", "optimizer": "adam", "peak": "peak"}
+            pairs = {f"{name}_mb": [round(result[name] / 1e6, 1), round(expected[part] / 1e6, 1)] for name, part in parts.items()}
+            rows.append({"processes": world, "distributed": distributed, **pairs})
     return {"bench": "memory", "size": "medium", "each": "[measured, by formula]", "rows": rows}
 
 
