@@ -1,7 +1,7 @@
 """What a PPO step needs on each GPU: python tests/bench/memory.py prints one JSON line, a table by formula (GB = 1e9 bytes).
 
     python tests/bench/memory.py              Pythia-1.4B trained whole, Llama-3-8B with LoRA and whole; 1, 4 and 8 GPUs
-    python tests/bench/memory.py --measure    the `medium` size of bench/ppo.py on this CPU: one process, and FSDP on two, beside the formula
+    python tests/bench/memory.py --measure    the `medium` size of bench/ppo.py on a CPU: one process, and FSDP on two, beside the formula
 
 What is counted, for N weights of which N' are trained, W processes, s = W in shards (FSDP) and 1 otherwise:
 
@@ -160,7 +160,7 @@ def measure():
                 result = json.load(f)
             expected = needs(MEDIUM, world, distributed == "fsdp", "float32", 0, 16 // world, 4, 64, False)
             parts = {"parameters": "parameters", "gradients": "gradients", "optimizer": "adam", "peak": "peak"}
-            pairs = {f"{name}_mb": [round(result[name] / 1e6, 1), round(expected[part] / 1e6, 1)] for name, part in parts.items()}
+            pairs = {f"{name}_mb": [round(x / 1e6, 1) for x in (result[name], expected[part])] for name, part in parts.items()}
             rows.append({"processes": world, "distributed": distributed, **pairs})
     return {"bench": "memory", "size": "medium", "each": "[measured, by formula]", "rows": rows}
 
