@@ -58,6 +58,7 @@ def gathered(*modules):
     """All weights of the modules on every process, once for many forward passes without gradients; in shards again afterwards.
 
     Nothing happens to a module that is not sharded. Entering is a collective call, the forward passes inside and the exit are not.
+    Pitfall: the gathered weights lie elsewhere each time, so a CUDA graph captured inside is worth nothing outside.
     """
     sharded = [module for module in modules if is_sharded(module)]
     units = [unit for module in sharded for unit in module.modules() if is_sharded(unit)]

@@ -153,9 +153,9 @@ def measure():
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(folder, "medium")
         for world, distributed in ((1, "ddp"), (2, "fsdp")):
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", os.path.abspath(__file__)]
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
             env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed memory is given back
-            subprocess.run([*command, "--worker", folder, distributed], env=env, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([*torchrun, os.path.abspath(__file__), "--worker", folder, distributed], env=env, check=True, stdout=subprocess.DEVNULL)
             with open(f"{folder}/{distributed}_0.json") as f:
                 result = json.load(f)
             expected = needs(MEDIUM, world, distributed == "fsdp", "float32", 0, 16 // world, 4, 64, False)
