@@ -155,7 +155,8 @@ def measure():
         for world, distributed in ((1, "ddp"), (2, "fsdp")):
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
             env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed memory is given back
-            subprocess.run([*torchrun, os.path.abspath(__file__), "--worker", folder, distributed], env=env, check=True, stdout=subprocess.DEVNULL)
+            command = [*torchrun, os.path.abspath(__file__), "--worker", folder, distributed]
+            subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
             with open(f"{folder}/{distributed}_0.json") as f:
                 result = json.load(f)
             expected = needs(MEDIUM, world, distributed == "fsdp", "float32", 0, 16 // world, 4, 64, False)
