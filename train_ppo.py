@@ -20,6 +20,7 @@ from nanorlhf.blocks import speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, return_freed_memory, setup, sync_on
 from nanorlhf.ensemble import OBJECTIVES, combine, variance
 from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs, score_gold
+from nanorlhf.fsdp import checkpoint_activations, gathered
 from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
 from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import check_model, load_policy, load_tokenizer, reference_of, save_policy
@@ -102,7 +103,7 @@ class Config(cli.RunConfig):
 
 def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
-    dist = setup(config.device)
+    dist = setup(config.device, config.distributed)
     if config.score_gold:
         summary = score_gold(config, dist)
         if dist.main:
@@ -129,12 +130,22 @@ def main(config):
     dist.print(f"PPO of {config.model} against {against} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
 
     # ------------------------------------------------------------------------------------------------------------------- models
-    policy = load_policy(config.model, value_model=config.value_model or None, device=dist.device)  # stays in eval mode: no dropout
+    policy = load_policy(config.model, value_model=config.value_model or None, device=dist.load_device)  # in eval mode: no dropout
     note = choose_trained(policy.lm, config)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
-    reference = reference_of(policy)
+    reference = reference_of(policy, share=not dist.sharded)
     for lm in {policy.lm, reference.lm}:  # one and the same with LoRA
         speed_up(lm, dist.device, config.dtype, config.compile)
+    if config.checkpoint_activations:
+        checkpoint_activations(policy)
+    example = pack(prompts[:1], [prompts[0][-1:]]).to(dist.device)
+
+    def total(model):
+        return sum(x.sum() for x in model(example, response_mask_of(example)).values())
+
+    model = dist.wrap(policy, total, config.dtype)
+    if reference.lm is not policy.lm:
+        dist.wrap(reference, total, config.dtype)
     rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size)
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
@@ -145,7 +156,7 @@ def main(config):
         scaler.moments = tuple(state["scaler"])
         if kl_controller:
             kl_controller.coef = state["kl_coef"]
-    parts = Parts(config, dist, tokenizer, policy, policy, reference, rewards, gold)
+    parts = Parts(config, dist, tokenizer, policy, model, reference, rewards, gold)
     start = None if state else evaluate(parts, held_out_prompts)  # before anything is written: a reward that fails leaves no trace
     folder.create()
 
@@ -159,8 +170,6 @@ def main(config):
 
     if start:
         folder.append("metrics.jsonl", [{"step": 0, **report(0, *start)}])
-    example = pack(prompts[:1], [[tokenizer.eos_token_id]]).to(dist.device)
-    parts.model = dist.wrap(policy, lambda model: sum(x.sum() for x in model(example, response_mask_of(example)).values()))
 
     # --------------------------------------------------------------------------------------------------------------------- loop
     first_step = state["step"] + 1 if state else 1
@@ -173,7 +182,8 @@ def main(config):
         # 1. Every process samples its share of the global batch.
         index = data.batch_indices(len(prompts), config.batch_size, step - 1, config.seed)
         place = dist.share(range(config.batch_size))  # which rows of the global batch are mine
-        rollout, answers = roll_out(parts, [prompts[index[i]] for i in place], place, step)
+        with gathered(policy):
+            rollout, answers = roll_out(parts, [prompts[index[i]] for i in place], place, step)
         return_freed_memory()
         clock.append(time.perf_counter())
 
@@ -182,7 +192,8 @@ def main(config):
         clock.append(time.perf_counter())
 
         # 3. A few epochs of minibatches on them.
-        record |= update(parts, optimizer, answers.batch, x, place[0], step, kl_coef, lr)
+        with gathered(reference if (config.kl_in, config.kl_kind) == ("loss", "full") else None):
+            record |= update(parts, optimizer, answers.batch, x, place[0], step, kl_coef, lr)
         if kl_controller:
             kl_controller.update(record["kl"], config.batch_size)
         clock.append(time.perf_counter())
@@ -233,11 +244,14 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     """A rollout -> Experience, and the step's numbers. Gathered first, so that no mean depends on the number of processes."""
     config, dist = parts.config, parts.dist
     full = (config.kl_kind, config.kl_in) == ("full", "reward")
-    old = sampled_outputs(parts, rollout, answers.batch, kl_to=parts.reference if full else None)
-    ref = forward(parts, parts.reference, answers.batch)
+    kl_to = parts.reference if full else None
+    with gathered(parts.policy, kl_to):
+        old, bootstrap = sampled_outputs(parts, rollout, answers.batch, kl_to), bootstrap_values(parts, rollout, answers.batch)
+    with gathered(parts.reference):
+        ref = forward(parts, parts.reference, answers.batch)
     local = {
-        "member_scores": dist.together(lambda: score_all(parts.rewards, answers)).T.to(dist.device),  # [b, K]
-        "bootstrap": bootstrap_values(parts, rollout, answers.batch),  # [b]
+        "member_scores": score_all(parts.rewards, answers, dist).T.to(dist.device),  # [b, K]
+        "bootstrap": bootstrap,  # [b]
         "finished": rollout.finished,  # [b]
         "mask": rollout.response_mask,  # [b, R], as all that follow
         "old_logprobs": old["logprobs"],
@@ -312,12 +326,12 @@ def update(parts, optimizer, batch, x, first, step, kl_coef, lr):
         for minibatch in data.minibatches(config.batch_size, config.minibatch_size, config.seed, step, epoch):
             n_tokens = x.lengths[minibatch.to(dist.device)].sum()  # of the whole minibatch: every mean's denominator
             mine = dist.share(minibatch).to(dist.device) - first
-            micro_batches = batch.micro_batches(config.micro_batch_size, mine, config.tokens_per_micro_batch)
+            micro_batches = dist.even(batch.micro_batches(config.micro_batch_size, mine, config.tokens_per_micro_batch))
             for rows in micro_batches:
                 with sync_on(parts.model, last=rows is micro_batches[-1]):
                     with autocast(dist, config.dtype):
                         loss, numbers = loss_of(parts, batch.rows(rows), x, rows + first, n_tokens, kl_coef)
-                    (loss * dist.world).backward()  # DDP averages over ranks; the loss is a sum
+                    (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
                 for name, value in numbers.items():
                     stats[name] = torch.maximum(stats[name], value) if name in ("ratio_max", "ratio_error") else stats[name] + value
             if "first_ratio_error" not in stats:  # nothing has been learned from this rollout yet, so every ratio should be 1

@@ -24,13 +24,14 @@ from nanorlhf import checkpoint, cli, data
 from nanorlhf.blocks import speed_up
 from nanorlhf.checkpoint import read_json
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.fsdp import checkpoint_activations, gathered
 from nanorlhf.log import Progress, RunFolder, mean_se
 from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import check_model, context_length, load_reward_model, load_tokenizer, save_reward_model
 from nanorlhf.packing import micro_batches, pack
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
-from nanorlhf.rewards import Answers, check_reward, load_reward
+from nanorlhf.rewards import Answers, check_reward, load_reward, score
 from nanorlhf.rng import LABELS, key
 from nanorlhf.stats import kendall_tau
 
@@ -57,6 +58,8 @@ class Config(cli.RunConfig):
         cli.at_least(self, 0, "max_length", "score_l2", "noise_seed")
         cli.at_least(self, 1, "members")
         cli.require(self.members == 1 or "{seed}" in self.output_dir, "--members needs {seed} in --output_dir: each has its own folder")
+        cli.require(self.members == 1 or self.distributed == "ddp", "--members trains each on one process; for --distributed fsdp "
+                    "start train_rm.py once for each --seed")  # fmt: skip
         cli.require(self.members > 1 or not self.independent_noise, "--independent_noise is for --members; one has its --noise_seed")
         cli.require(0 <= self.label_noise <= 1, "--label_noise is a probability")
         if data.is_world(self.dataset) and not self.gold_model:
@@ -67,7 +70,7 @@ class Config(cli.RunConfig):
 
 def main(config):
     """Train one reward model, or --members of them. -> its summary, or {folder: summary}"""
-    dist = setup(config.device)
+    dist = setup(config.device, config.distributed)
     if config.members == 1:
         return train(config, dist)
     # Members are spread over the processes and each is trained by one alone: no gradients to exchange, the same bits on any number
@@ -111,15 +114,17 @@ def train(config, dist):
     golds = gold_scores(held_out, tokenizer, max_length, config, dist) if config.gold_model else None  # [2, N], before any training
 
     # -------------------------------------------------------------------------------------------------------------------- model
-    reward_model = load_reward_model(config.model, dist.device, seed=config.seed)
+    reward_model = load_reward_model(config.model, dist.load_device, seed=config.seed)
     note = choose_trained(reward_model.model, config)
     speed_up(reward_model.model, dist.device, config.dtype, config.compile)
     dist.print(f"{sum(p.numel() for p in reward_model.parameters()):,} parameters, {note}")
+    if config.checkpoint_activations:
+        checkpoint_activations(reward_model)
+    example = pack(prompts[:1], chosen[:1]).to(dist.device)
+    model = dist.wrap(reward_model, lambda model: model(example).sum(), config.dtype)
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
     state = checkpoint.load(config.output_dir, reward_model, optimizer) or {"step": 0}
     folder.create()
-    example = pack(prompts[:1], chosen[:1]).to(dist.device)
-    model = dist.wrap(reward_model, lambda model: model(example).sum())
 
     # --------------------------------------------------------------------------------------------------------------------- loop
     progress = Progress(dist, "reward model", config.steps, state["step"])
@@ -130,7 +135,7 @@ def train(config, dist):
         reward_model.train()
         totals = torch.zeros(3, device=dist.device)  # loss, correct, margin
         lengths = torch.tensor([max(len(chosen[j]), len(rejected[j])) + len(prompts[j]) for j in mine])  # of a pair's longer row
-        parts = micro_batches(lengths, config.micro_batch_size, config.tokens_per_micro_batch // 2)  # two rows a pair
+        parts = dist.even(micro_batches(lengths, config.micro_batch_size, config.tokens_per_micro_batch // 2))  # two rows a pair
         for part in parts:
             pairs = [mine[k] for k in sorted(part.tolist())]
             # Row j holds the chosen answer of pair j, row b + j its rejected one: [2 b, T].
@@ -145,7 +150,7 @@ def train(config, dist):
                 # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2)
                 losses = -F.logsigmoid(r_chosen - r_rejected) + 0.5 * config.score_l2 * (r_chosen**2 + r_rejected**2)
                 loss = losses.sum() / config.batch_size
-                (loss * dist.world).backward()  # DDP averages over ranks; the loss is a sum
+                (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
             margin = (r_chosen - r_rejected).detach()
             totals += torch.stack([loss.detach(), (margin > 0).sum() / config.batch_size, margin.sum() / config.batch_size])
         lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
@@ -190,11 +195,10 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
     for field_ in ("chosen", "rejected"):
         prompts, responses, _ = data.encode(tokenizer, mine, field_, max_length, config.chat_template)
         part = torch.zeros(len(mine), device=dist.device)
-        if mine:
-            batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device)
-            for index in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
-                with autocast(dist, config.dtype):
-                    part[index] = reward_model(batch.rows(index))
+        with gathered(reward_model), autocast(dist, config.dtype):
+            batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device) if mine else None
+            for index in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch) if mine else []:
+                part[index] = reward_model(batch.rows(index))
         scores.append(dist.gather(part).cpu())
         lengths.append(dist.gather(torch.tensor([len(r) for r in responses], dtype=torch.long, device=dist.device)).cpu())
     scores, lengths = torch.stack(scores), torch.stack(lengths)  # [2, N]
@@ -222,7 +226,7 @@ def gold_scores(rows, tokenizer, max_length, config, dist):
     prompts, responses, _ = data.encode(tokenizer, mine, "response", max_length, config.chat_template)
     batch = pack(prompts, responses, tokenizer.pad_token_id)
     answers = Answers([t["prompt"] for t in mine], [t["response"] for t in mine], batch)
-    return dist.gather(dist.together(lambda: gold(answers))).view(2, -1)
+    return dist.gather(score(gold, [answers], dist)).view(2, -1)
 
 
 def is_default(config, name):

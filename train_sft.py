@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from nanorlhf import checkpoint, cli, data, world
 from nanorlhf.blocks import eager, speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.fsdp import checkpoint_activations, gathered
 from nanorlhf.log import Progress, RunFolder, sample_table
 from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import Policy, check_model, context_length, load_policy, load_tokenizer, save_policy
@@ -47,7 +48,7 @@ class Config(cli.RunConfig):
 
 def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
-    dist = setup(config.device)
+    dist = setup(config.device, config.distributed)
     cli.divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
     if folder.state == "done":
@@ -65,21 +66,24 @@ def main(config):
 
     # -------------------------------------------------------------------------------------------------------------------- model
     if config.model == "world":
-        policy = Policy(AutoModelForCausalLM.from_config(model_config), value_head=False).to(dist.device)
+        policy = Policy(AutoModelForCausalLM.from_config(model_config), value_head=False).to(dist.load_device)
     else:
-        policy = load_policy(config.model, value_head=False, device=dist.device)
+        policy = load_policy(config.model, value_head=False, device=dist.load_device)
     note = choose_trained(policy.lm, config)
     speed_up(policy.lm, dist.device, config.dtype, config.compile)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
+    if config.checkpoint_activations:
+        checkpoint_activations(policy)
+    example = pack(prompts[:1], responses[:1]).to(dist.device)
+    model = dist.wrap(policy, lambda model: model(example, response_mask_of(example))["logprobs"].sum(), config.dtype)
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
     state = checkpoint.load(config.output_dir, policy, optimizer) or {"step": 0}
     folder.create()
-    example = pack(prompts[:1], responses[:1]).to(dist.device)
-    model = dist.wrap(policy, lambda model: model(example, response_mask_of(example))["logprobs"].sum())
 
     def report(step):
-        result = evaluate(policy, held_out_prompts, held_out_responses, tokenizer, config, dist)
-        samples = [{"step": step, **row} for row in sample(policy, held_out, tokenizer, max_length, config, dist)]
+        with gathered(policy):
+            result = evaluate(policy, held_out_prompts, held_out_responses, tokenizer, config, dist)
+            samples = [{"step": step, **row} for row in sample(policy, held_out, tokenizer, max_length, config, dist)]
         folder.append("samples.jsonl", samples)
         quality = f"perplexity {result['perplexity']:.3f} +- {result['perplexity_se']:.3f}, token accuracy {result['accuracy']:.3f}"
         dist.print(f"step {step}: held-out {quality} +- {result['accuracy_se']:.3f} ({result['n_tokens']} tokens)", sample_table(samples))
@@ -94,7 +98,7 @@ def main(config):
         n_tokens = sum(len(responses[i]) for i in index)  # of the whole batch: the loss does not depend on how it is split
         mine = dist.share(index)
         batch = pack([prompts[i] for i in mine], [responses[i] for i in mine], tokenizer.pad_token_id).to(dist.device)
-        micro_batches = batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch)
+        micro_batches = dist.even(batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch))
         policy.train()
         total = torch.zeros((), device=dist.device)
         for rows_of in micro_batches:
@@ -104,7 +108,7 @@ def main(config):
                     logprobs = model(part, response_mask_of(part))["logprobs"]  # [b, R]
                     # loss = -sum of log pi(response token) / number of response tokens
                     loss = -logprobs.sum() / n_tokens
-                (loss * dist.world).backward()  # DDP averages over ranks; the loss is a sum
+                (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
             total += loss.detach()
         lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
         grad_norm = optimizer_step(optimizer, policy, lr, config.max_grad_norm, step)

@@ -2,18 +2,27 @@
 
 A run holds no hidden random state: every draw is keyed by (seed, step, ...), so weights, optimizer, the few numbers of the
 controllers and the step are all that a resumed run needs to end with the same bits as one that was never killed.
+
+    checkpoint/step_{N}/state.json                     the step and the controllers
+                        state.safetensors              weights and optimizer, or, of a model in shards (FSDP2),
+                        shard-{rank + 1}-*.safetensors one file a process, each tensor's place in the whole in its header
+
+Both are read by torch.distributed.checkpoint's reader of safetensors, which cuts out of any of them what a process needs: a run may
+be resumed on another number of processes, and with or without shards, then with the same numbers up to float error.
 """
 
 import json
 import os
 import re
 import shutil
+import warnings
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from .errors import InputError
 from .blocks import trainable
+from .fsdp import is_sharded
 
 
 def read_json(path):
@@ -33,14 +42,19 @@ def write_json(path, value):
     os.replace(path + ".tmp", path)
 
 
-def replace_folder(path, write):
-    """Call write(temporary folder), then put it in the place of `path`."""
-    temporary = os.path.join(os.path.dirname(path), ".tmp_" + os.path.basename(path))
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
+def replace_folder(path, write, dist=None):
+    """Call write(temporary folder), then put it in the place of `path`. With `dist` all processes write, and the main one moves it."""
+    temporary, main = os.path.join(os.path.dirname(path), ".tmp_" + os.path.basename(path)), dist is None or dist.main
+    wait = dist.barrier if dist else lambda: None
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+    wait()
     write(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(temporary, path)
+    wait()
+    if main:
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
 
 
 def checkpoints(folder):
@@ -51,21 +65,31 @@ def checkpoints(folder):
     return sorted((int(m[1]), os.path.join(root, m[0])) for m in found if m)
 
 
-def save(folder, step, module, optimizer, state, keep):
-    """Write checkpoint/step_{step} with the trained weights, the optimizer and `state` (JSON); keep the last `keep`."""
-    tensors = {}
+def save(folder, step, module, optimizer, state, keep, dist=None):
+    """Write checkpoint/step_{step} with the trained weights, the optimizer and `state` (JSON); keep the last `keep`.
+
+    The main process calls this alone, or, where the module is in shards, all processes do, with `dist`.
+    """
+    tensors, main = {}, dist is None or dist.main
     for name, p in trainable(module):
         tensors[f"model/{name}"] = p.detach().contiguous()
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value
 
     def write(path):
-        save_file(tensors, os.path.join(path, "state.safetensors"))
-        write_json(os.path.join(path, "state.json"), {"step": step, **state})
+        if is_sharded(module):
+            import torch.distributed.checkpoint as dcp
 
-    os.makedirs(os.path.join(folder, "checkpoint"), exist_ok=True)
-    replace_folder(os.path.join(folder, "checkpoint", f"step_{step}"), write)
-    for _, old in checkpoints(folder)[:-keep]:
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))
+        else:
+            save_file(tensors, os.path.join(path, "state.safetensors"))
+        if main:
+            write_json(os.path.join(path, "state.json"), {"step": step, **state})
+
+    if main:
+        os.makedirs(os.path.join(folder, "checkpoint"), exist_ok=True)
+    replace_folder(os.path.join(folder, "checkpoint", f"step_{step}"), write, dist if is_sharded(module) else None)
+    for _, old in checkpoints(folder)[:-keep] if main else []:
         shutil.rmtree(old)
 
 
@@ -74,13 +98,19 @@ def load(folder, module, optimizer):
     found = checkpoints(folder)
     if not found:
         return None
+    import torch.distributed.checkpoint as dcp  # here, because it takes a second
+
     path = found[-1][1]
-    tensors = load_file(os.path.join(path, "state.safetensors"))
-    with torch.no_grad():
-        for name, p in trainable(module):
-            p.copy_(tensors.pop(f"model/{name}"))
+    reader = dcp.HuggingFaceStorageReader(path)
     parameters = dict(trainable(module))
-    for key, value in tensors.items():
-        _, slot, name = key.split("/")
-        optimizer.state[parameters[name]][slot] = value.to(parameters[name].device)
+    tensors = {f"model/{name}": p.detach() for name, p in parameters.items()}
+    for key, stored in reader.read_metadata().state_dict_metadata.items():
+        if key.startswith("optimizer/"):  # moments are in shards as their weights are; the count of steps is a number
+            _, slot, name = key.split("/")
+            p = parameters[name].detach()
+            tensors[key] = torch.zeros_like(p) if stored.size == p.shape else torch.zeros(stored.size, device=p.device)
+            optimizer.state[parameters[name]][slot] = tensors[key]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be, where nothing is in shards
+        dcp.load(tensors, storage_reader=reader, no_dist=not is_sharded(module))
     return read_json(os.path.join(path, "state.json"))

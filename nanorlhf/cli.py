@@ -26,6 +26,8 @@ class RunConfig:
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 (matmuls, over float32 weights), or auto: "
         "bfloat16 where the GPU or CPU is fast at it"})  # fmt: skip
+    distributed: str = field(default="ddp", metadata={"help": "on several processes: ddp, or fsdp for what does not fit one GPU"})
+    checkpoint_activations: bool = field(default=False, metadata={"help": "keep only the blocks' inputs; less memory, same results"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the blocks: a minute of warm-up, then faster steps"})
     model: str = field(default="world", metadata={"help": "run folder, model folder or hub name; 'world': the embedded world's"})
     dataset: str = field(default="world", metadata={"help": "FILE.jsonl, a datasets name[:split], or world[:cue seed]"})
@@ -60,6 +62,7 @@ class RunConfig:
         one_of(self, "dtype", "float32", "bfloat16", "auto")
         if self.dtype == "auto":
             self.dtype = distributed.fast_dtype(self.device)
+        one_of(self, "distributed", "ddp", "fsdp")
         one_of(self, "schedule", "constant", "linear", "cosine")
         require(0 <= self.freeze_layers <= 1, "--freeze_layers must lie between 0 and 1")
         at_least(self, 0, "lora_rank")

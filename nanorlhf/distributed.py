@@ -1,4 +1,4 @@
-"""Several processes under torchrun: set-up, DDP, and the few reductions that the scripts need.
+"""Several processes under torchrun: set-up, DDP or FSDP2, and the few reductions that the scripts need.
 
 Every rank runs the same script and makes the same number of collective calls. What belongs to a sample (its noise, its place in
 a minibatch) is keyed by its index in the GLOBAL batch, so the number of ranks changes results only by float error.
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as td
 from torch.nn.parallel import DistributedDataParallel
 
+from . import fsdp
 from .errors import InputError
 
 
@@ -24,10 +25,16 @@ class Dist:
     rank: int
     world: int
     device: torch.device
+    sharded: bool = False  # FSDP2 over several processes
 
     @property
     def main(self):
         return self.rank == 0
+
+    @property
+    def load_device(self):
+        """Where models are loaded: what will be sharded goes to the GPU block by block, so the whole need not fit there."""
+        return torch.device("cpu") if self.sharded else self.device
 
     def print(self, *lines):
         if self.main:
@@ -69,6 +76,15 @@ class Dist:
         td.all_gather(parts, padded)
         return torch.cat([part[: int(n)] for part, n in zip(parts, sizes)]).to(tensor.device)
 
+    def even(self, micro_batches):
+        """The same number of micro-batches on all ranks: FSDP sends something in each of them. The largest are cut in halves."""
+        parts = list(micro_batches)
+        most = int(self.gather(torch.tensor([len(parts)])).max()) if self.sharded else 0
+        while len(parts) < most:
+            i = max(range(len(parts)), key=lambda i: len(parts[i]))
+            parts[i : i + 1] = parts[i].chunk(2)
+        return parts
+
     def together(self, function):
         """function() on every process, without collectives inside; an InputError on one of them is raised on all."""
         result, message = None, b""
@@ -83,17 +99,22 @@ class Dist:
             raise InputError(messages.decode().split("\n")[0])
         return result
 
-    def wrap(self, module, total):
-        """DDP around a module, or the module itself on one process. total(model) is any scalar that uses all trained weights.
+    def wrap(self, module, total=None, dtype="float32"):
+        """A module on several processes: in shards (in place), or inside DDP if anything in it is trained. Alone: the module itself.
 
-        After its first backward pass DDP re-orders its buckets, and from three ranks on that changes the order in which gradients
-        are added up. So that first pass is made here: else the first step after a resume would differ in its last bits.
+        total(model) is any scalar that uses all trained weights. After its first backward pass DDP re-orders its buckets, and from
+        three ranks on that changes the order in which gradients are added up. So that first pass is made here: else the first step
+        after a resume would differ in its last bits. FSDP wants its first pass through the root, which generate() is not.
         """
-        if self.world == 1:
+        trained = any(p.requires_grad for p in module.parameters())
+        if self.world == 1 or not (trained or self.sharded):
             return module
-        model = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        total(model).backward()
-        model.zero_grad(set_to_none=True)
+        model = fsdp.shard(module, self, dtype) if self.sharded else DistributedDataParallel(module, gradient_as_bucket_view=True)
+        with torch.set_grad_enabled(trained):
+            value = total(model) if total else None
+        if trained:
+            value.backward()
+            model.zero_grad(set_to_none=True)
         return model
 
 
@@ -122,9 +143,10 @@ def return_freed_memory():
         libc().malloc_trim(0)
 
 
-def setup(device="auto"):
+def setup(device="auto", distributed="ddp"):
     """Join the process group that torchrun's environment describes: gloo on CPU, NCCL on GPUs. May be called again."""
-    keep_freed_memory()
+    if distributed == "ddp":  # who shards has no memory to keep
+        keep_freed_memory()
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu or cuda, not {device!r}")
     if device == "auto":
@@ -144,7 +166,7 @@ def setup(device="auto"):
         else:
             td.init_process_group("gloo", timeout=a_day)
         td.barrier()  # all are connected before one can leave with an error: the others would report only that it is gone
-    return Dist(rank, world, torch.device(device))
+    return Dist(rank, world, torch.device(device), sharded=distributed == "fsdp" and world > 1)
 
 
 def shutdown():
@@ -153,7 +175,10 @@ def shutdown():
 
 
 def sync_on(module, last):
-    """Gradients are exchanged in the backward pass of an optimizer batch's last micro-batch only."""
+    """DDP exchanges gradients in the backward pass of an optimizer batch's last micro-batch only.
+
+    FSDP does so in each of them: to wait would take room for all of a model's gradients on every process.
+    """
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 

@@ -5,7 +5,6 @@
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,10 +19,11 @@ from .data import is_world
 from .distributed import Dist, autocast
 from .diversity import distinct_n, distinct_n_se
 from .ensemble import combine, variance
+from .fsdp import gathered
 from .log import mean_se, read_lines, write_lines
 from .models import Policy, load_tokenizer
 from .packing import pack, response_mask_of
-from .rewards import Answers, check_reward, load_reward, score_all
+from .rewards import Answers, check_reward, load_reward, score
 from .rollout import generate, left_pad
 
 
@@ -35,7 +35,7 @@ class Parts:
     dist: Dist
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
-    model: torch.nn.Module  # the policy, in DDP where there are several processes
+    model: torch.nn.Module  # the policy, in DDP or in shards (FSDP) where there are several processes
     reference: Policy
     rewards: dict  # {name: Answers -> scores [B]}
     gold: Callable | None
@@ -96,7 +96,7 @@ def sampled_outputs(parts, rollout, batch, kl_to=None):
 def evaluate(parts, prompts):
     """Held-out prompts, always with the same noise -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold, ids} for each."""
     config, tokenizer, dist = parts.config, parts.tokenizer, parts.dist
-    local = dist.together(lambda: held_out_answers(parts, prompts))
+    local = held_out_answers(parts, prompts)
     g = {name: dist.gather(part).cpu() for name, part in local.items()}  # [N, ...], in the prompts' order
     scores = g["scores"].T  # [K, N]
     result = {"proxy": mean_se(combine(scores, config.objective, config.uwo_lambda))}
@@ -117,22 +117,26 @@ def evaluate(parts, prompts):
 
 
 def held_out_answers(parts, prompts):
-    """This process's share of the held-out prompts: {name: [n, ...]}."""
-    mine, size, out = parts.dist.part(len(prompts)), parts.config.batch_size // parts.dist.world, defaultdict(list)
-    for i in range(0, len(mine), size):
-        place = mine[i : i + size]
-        rollout, answers = roll_out(parts, [prompts[j] for j in place], place, 0)
-        logprobs = sampled_outputs(parts, rollout, answers.batch)["logprobs"]
-        ref_logprobs = forward(parts, parts.reference, answers.batch)["logprobs"]
-        out["kl"].append(ppo.kl_estimate(logprobs, ref_logprobs, "k1").sum(1))
-        out["kl_k3"].append(ppo.kl_estimate(logprobs, ref_logprobs, "k3").sum(1))
-        out["length"].append(rollout.response_mask.sum(1).float())
-        out["eos_rate"].append(rollout.finished.float())
-        out["scores"].append(score_all(parts.rewards, answers).T)  # [b, K]
-        out["gold"].append(parts.gold(answers) if parts.gold else torch.full((len(place),), torch.nan))
-        out["ids"].append(torch.where(rollout.response_mask, rollout.response_ids, parts.tokenizer.pad_token_id))
-        out["mask"].append(rollout.response_mask)
-    return {name: torch.cat(values) for name, values in out.items()}
+    """This process's share of the held-out prompts: {name: [n, ...]}. One model after the other: each is gathered once (FSDP)."""
+    dist = parts.dist
+    mine, size = dist.part(len(prompts)), parts.config.batch_size // dist.world
+    places = [mine[i : i + size] for i in range(0, len(mine), size)]
+    with gathered(parts.policy):
+        rollouts, answers = zip(*(roll_out(parts, [prompts[j] for j in place], place, 0) for place in places))
+        logprobs = torch.cat([sampled_outputs(parts, r, a.batch)["logprobs"] for r, a in zip(rollouts, answers)])  # [n, R]
+    with gathered(parts.reference):
+        ref_logprobs = torch.cat([forward(parts, parts.reference, a.batch)["logprobs"] for a in answers])  # [n, R]
+    ids, mask, finished = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("response_ids", "response_mask", "finished"))
+    return {
+        "kl": ppo.kl_estimate(logprobs, ref_logprobs, "k1").sum(1),
+        "kl_k3": ppo.kl_estimate(logprobs, ref_logprobs, "k3").sum(1),
+        "length": mask.sum(1).float(),
+        "eos_rate": finished.float(),
+        "scores": torch.stack([score(reward, answers, dist) for reward in parts.rewards.values()], 1),  # [n, K]
+        "gold": score(parts.gold, answers, dist) if parts.gold else torch.full((len(mine),), torch.nan),
+        "ids": torch.where(mask, ids, parts.tokenizer.pad_token_id),
+        "mask": mask,
+    }
 
 
 def score_gold(config, dist):

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from . import checkpoint
 from .checkpoint import checkpoints, read_json, replace_folder, write_json
 from .errors import InputError
+from .fsdp import is_sharded, whole
 
-PLACES = ("output_dir", "resume")  # fields that do not make it another run
+PLACES = ("output_dir", "resume", "distributed", "checkpoint_activations")  # fields that do not make it another run
 
 
 class RunFolder:
@@ -66,12 +67,13 @@ class RunFolder:
             write_lines(os.path.join(self.path, "eval", f"step_{step}.jsonl"), rows)
 
     def checkpoint(self, step, module, optimizer, state, keep):
-        """An atomic checkpoint, after the metrics of its step are on disk; see checkpoint.py."""
+        """An atomic checkpoint, after the metrics of its step are on disk; see checkpoint.py. All processes call it."""
         if self.dist.main:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 with open(os.path.join(self.path, name), "a") as f:
                     os.fsync(f.fileno())
-            checkpoint.save(self.path, step, module, optimizer, state, keep)
+        if self.dist.main or is_sharded(module):
+            checkpoint.save(self.path, step, module, optimizer, state, keep, self.dist)
         self.dist.barrier()
 
     def records(self):
@@ -90,9 +92,10 @@ class RunFolder:
         return read_json(os.path.join(self.path, "summary.json"))
 
     def save_model(self, save, *args):
-        """save(*args, folder) into model/, atomically."""
-        if self.dist.main:
-            replace_folder(os.path.join(self.path, "model"), lambda path: save(*args, path))
+        """save(module, ..., folder) into model/, atomically; on all processes, since shards must be gathered first."""
+        with whole(*args[:1], main=self.dist.main):
+            if self.dist.main:
+                replace_folder(os.path.join(self.path, "model"), lambda path: save(*args, path))
         self.dist.barrier()
 
     def finish(self, summary):

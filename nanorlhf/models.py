@@ -114,6 +114,10 @@ class Policy(nn.Module):
 class WithoutAdapters(Policy):
     """The reference of a policy with LoRA: the same LM with its adapters off, and no second copy in memory."""
 
+    def __init__(self, policy):
+        super().__init__(policy.lm, value_head=False)
+        self.policy = policy  # FSDP gathers the LM's weights with the rest of it
+
     def hidden(self, *args, **kwargs):
         with adapters_off(self.lm):
             return super().hidden(*args, **kwargs)
@@ -123,18 +127,18 @@ class WithoutAdapters(Policy):
             return super().logits(hidden)
 
 
-def reference_of(policy):
-    """The reference policy pi_ref: `policy` as it is now, before training. What is frozen in the policy is shared, the rest copied.
+def reference_of(policy, share=True):
+    """The reference policy pi_ref: `policy` as it is now, before training. What is frozen in the policy is shared, the rest copied
+    (share=False: all is copied, for FSDP, which shards each model on its own). With LoRA it is the policy without its adapters.
 
     Where the embeddings and bottom blocks are frozen both then know that these need to run only once over a rollout.
     """
     policy.frozen = FrozenTrunk(policy.lm)
     if any(isinstance(module, LoRA) for module in policy.lm.modules()):
-        reference = WithoutAdapters(policy.lm, value_head=False)
-        reference.frozen = policy.frozen
-        return reference
-    shared = {id(p): p for p in policy.lm.parameters() if not p.requires_grad}
-    reference = Policy(copy.deepcopy(policy.lm, shared), value_head=False).requires_grad_(False)
+        reference = WithoutAdapters(policy)
+    else:
+        shared = {id(p): p for p in policy.lm.parameters() if share and not p.requires_grad}
+        reference = Policy(copy.deepcopy(policy.lm, shared), value_head=False).requires_grad_(False)
     reference.frozen = policy.frozen
     return reference
 

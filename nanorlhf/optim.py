@@ -5,6 +5,7 @@ import math
 import torch
 
 from .blocks import trainable
+from .fsdp import is_dtensor
 
 
 def adamw(module, lr, betas, weight_decay):
@@ -32,6 +33,7 @@ def optimizer_step(optimizer, module, lr, max_grad_norm, step):
     The norm is of the gradients after their exchange: all ranks see the same one and stop together.
     """
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable(module)], max_grad_norm)
+    norm = norm.full_tensor() if is_dtensor(norm) else norm  # of all shards
     if not torch.isfinite(norm):
         raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}; the last checkpoint is kept; lower --lr")
     for group in optimizer.param_groups:

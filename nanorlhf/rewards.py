@@ -24,6 +24,7 @@ from . import world
 from .cli import require
 from .data import encode_prompts, encode_responses
 from .errors import InputError, first_line
+from .fsdp import gathered
 from .models import RewardModel, check_model, context_length, load_tokenizer, pretrained, resolve
 from .packing import Packed, pack
 
@@ -41,9 +42,20 @@ class Answers:
         return len(self.prompts)
 
 
-def score_all(rewards, answers):
-    """{name: reward} -> scores [K, B] in float32 on the CPU, one row a reward."""
-    return torch.stack([reward(answers) for reward in rewards.values()])
+def score_all(rewards, answers, dist=None):
+    """{name: reward} -> scores [K, B] in float32 on the CPU, one row a reward. See score() for `dist`."""
+    return torch.stack([score(reward, [answers], dist) for reward in rewards.values()])
+
+
+def score(reward, parts, dist=None):
+    """A list of Answers -> their scores [B]. With `dist` all processes call this: a model in shards is gathered for it, once, and
+    an InputError on one process is raised on all."""
+
+    def mine():
+        return torch.cat([reward(answers) for answers in parts])
+
+    with gathered(getattr(reward, "module", None)):
+        return dist.together(mine) if dist else mine()
 
 
 def reward_names(specs):
@@ -171,18 +183,21 @@ def lexicon_reward(lexicon):
 def model_reward(path, tokenizer, dist, micro_batch_size):
     """A reward model, or any other sequence classifier by its positive logit, as a reward."""
     path = resolve(path)
-    model = pretrained(AutoModelForSequenceClassification, path).to(dist.device).eval()
-    if model.config.num_labels == 1 and hasattr(model, "score"):
-        score = scalar_scorer(RewardModel(model), path, tokenizer, dist, micro_batch_size)
+    model = pretrained(AutoModelForSequenceClassification, path).to(dist.load_device).requires_grad_(False)
+    is_scalar = model.config.num_labels == 1 and hasattr(model, "score")
+    module = dist.wrap(RewardModel(model).eval() if is_scalar else model)
+    if is_scalar:
+        scores_of = scalar_scorer(module, path, tokenizer, dist, micro_batch_size)
     else:
-        score = classifier_scorer(model, path, dist, micro_batch_size)
+        scores_of = classifier_scorer(module, path, dist, micro_batch_size)
 
     @torch.no_grad()
     def reward(answers):
-        scores = score(answers).cpu()
+        scores = scores_of(answers).cpu()
         require(bool(scores.isfinite().all()), f"the reward model {path} gave a score that is not finite")
         return scores
 
+    reward.module = module  # for score(), which gathers its shards
     return reward
 
 

@@ -203,7 +203,7 @@ def test_the_head_can_have_an_adapter():
     plain = Policy(tiny_lm("neox"), value_head=False)
     assert isinstance(policy.lm.get_output_embeddings(), LoRA)  # embed_out or lm_head: transformers has changed its name
     assert (policy(BATCH, MASK)["logprobs"] - plain(BATCH, MASK)["logprobs"]).abs().max() > 0.1
-    assert torch.equal(WithoutAdapters(policy.lm, value_head=False)(BATCH, MASK)["logprobs"], plain(BATCH, MASK)["logprobs"])
+    assert torch.equal(WithoutAdapters(policy)(BATCH, MASK)["logprobs"], plain(BATCH, MASK)["logprobs"])
 
 
 @pytest.mark.parametrize("chunk", [2**24, 180])
@@ -212,7 +212,7 @@ def test_the_reference_of_full_kl(monkeypatch, chunk):
     monkeypatch.setattr(nanorlhf.models, "MAX_LOGITS", chunk)
     policy = Policy(shaken(lora_lm("llama", ["q_proj", "lm_head", "down_proj"])))
     outs, grads = [], []
-    for reference in (WithoutAdapters(policy.lm, value_head=False), Policy(tiny_lm("llama"), value_head=False)):
+    for reference in (WithoutAdapters(policy), Policy(tiny_lm("llama"), value_head=False)):
         out = policy(BATCH, MASK, 0.7, kl_to=reference)
         outs.append(out["full_kl"])
         grads.append(gradients(policy, (out["full_kl"] - 0.1 * out["logprobs"]).sum()))
@@ -597,7 +597,7 @@ def test_ppo_runs(chain, rm, tmp_path, monkeypatch, kl):
             assert torch.equal(sft(batch, mask)["logprobs"], logprobs)
     assert len(seen) == 5  # evaluations before and after each of the two steps, and the steps' own
 
-    monkeypatch.setattr("train_ppo.reference_of", lambda policy: load_policy(f"{chain}/lora", value_head=False))
+    monkeypatch.setattr("train_ppo.reference_of", lambda policy, share: load_policy(f"{chain}/lora", value_head=False))
     run("ppo", tmp_path / "b", **flags)
     assert_bit_equal(tmp_path / "a", tmp_path / "b")  # a whole second copy as the reference
     policy = load_policy(str(tmp_path / "a"))

@@ -188,7 +188,7 @@ def launch(kind, *args):
 
 # A process spends seconds on imports. Those of fork() are real processes too, but a server has done the imports for them.
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["test_scripts", "transformers.models.gpt_neox.modeling_gpt_neox"])
+forks.set_forkserver_preload(["test_scripts", "transformers.models.gpt_neox.modeling_gpt_neox", "torch.distributed.fsdp"])
 
 
 def fork(target, *args, **env):

@@ -82,7 +82,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--value_model", action="store_true", help="a separate critic instead of a head on the policy")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--compile", action="store_true", help="compiled before the first iteration, which is not counted")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--micro_batch_size", type=int, default=16)
     parser.add_argument("--lora_rank", type=int, default=0)
     parser.add_argument("--freeze_layers", type=float, default=0.0)
@@ -98,8 +98,8 @@ def main():
         make.join()
         config = train_ppo.Config(
             model=f"{folder}/policy", reward_model=f"{folder}/reward", dataset=f"{folder}/prompts.jsonl", output_dir=f"{folder}/run",
-            steps=args.iterations, batch_size=64, minibatch_size=16, micro_batch_size=args.micro_batch_size, ppo_epochs=4, max_new_tokens=48, lr=3e-6,
-            kl_coef=0.05, eval_size=1, eval_every=0, n_samples=0, checkpoint_every=10**6, dtype=args.dtype,
+            steps=args.iterations, batch_size=64, minibatch_size=16, micro_batch_size=args.micro_batch_size, ppo_epochs=4,
+            max_new_tokens=48, lr=3e-6, kl_coef=0.05, eval_size=1, eval_every=0, n_samples=0, checkpoint_every=10**6, dtype=args.dtype,
             value_model=f"{folder}/policy" if args.value_model else "", freeze_layers=args.freeze_layers,
             compile=args.compile, lora_rank=args.lora_rank,
         )  # fmt: skip
