@@ -502,14 +502,21 @@ def run(kind, folder, **flags):
     return metrics(folder)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Drawing takes as long as a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for script in SCRIPTS.values():
+            patch.setattr(script, "plot_run", lambda run: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """sft/ (whole), lora/ (an adapter on it), rm/ (an adapter on lora/): what PPO starts from. And small files of data."""
     root = tmp_path_factory.mktemp("chain")
     write_rows(root / "sft.jsonl", world.demonstrations(120))
     write_rows(root / "pairs.jsonl", world.preferences(120))
-    for script in SCRIPTS.values():
-        script.plot_run = lambda run: None
     small = dict(SMALL, dataset=f"{root}/sft.jsonl", max_new_tokens=8, n_samples=1)
     before = run("sft", root / "sft", **dict(small, steps=4, lora_rank=0))[-1]["eval/perplexity"]
     after = run("sft", root / "lora", model=f"{root}/sft", steps=8, lr=1e-2, lora_dropout=0.1, **small)[-1]["eval/perplexity"]

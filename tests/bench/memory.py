@@ -12,7 +12,7 @@ What is counted, for N weights of which N' are trained, W processes, s = W in sh
     reward       4 N_r / s          a model of the policy's size without its LM head; scores are computed in float32
   and the largest of what is there one after the other:
     rollout      [c N] + KV cache 2 c' L b (P + R) D_kv + 24 b V    of b responses; [..]: gathered once (FSDP), or autocast's
-                                    bfloat16 copies of trained weights (DDP, bfloat16); in brackets c = 2 bytes in bfloat16, else 4
+                                    bfloat16 copies (DDP, bfloat16 only); in brackets c = 2 bytes in bfloat16, else 4
     scoring      [4 N_r]            the gathered reward model, one at a time
     update       [c (N_root + 2 N_block) + (c + 4) max(N_root', N_block')] + m T L (activations of a token in a block) + logits
                                     FSDP: the root, two blocks, and one unit's gradients; DDP: autocast's copies
@@ -75,7 +75,7 @@ def needs(shape, world=1, sharded=False, dtype="bfloat16", lora=0, rollout=64, m
     n_trained = shape.layers * block_adapters if lora else n
     n_reward = n - shape.root // 2 - shape.layers * block_adapters
     trained_root, trained_block = (0, block_adapters) if lora else (shape.root, shape.block)
-    copies = c * n_trained if dtype == "bfloat16" else 0  # autocast keeps them of what is trained
+    copies = c * n_trained if dtype == "bfloat16" else 0  # autocast keeps them of what is trained; in a rollout, of all weights
     cache = 2 * c * shape.layers * rollout * tokens * shape.kv
     kept = micro_batch * tokens * c
     if checkpointed:
@@ -92,7 +92,7 @@ def needs(shape, world=1, sharded=False, dtype="bfloat16", lora=0, rollout=64, m
         "reward": 4 * n_reward / s,
     }
     phases = {
-        "rollout": (c * n if sharded else copies) + cache + 24 * rollout * shape.vocabulary,
+        "rollout": (c * n if sharded or dtype == "bfloat16" else 0) + cache + 24 * rollout * shape.vocabulary,
         "scoring": 4 * n_reward if sharded else 0,
         "update": (units if sharded else copies) + activations + logits,
     }
