@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_models import ARCHITECTURES, BATCH, D, MASK, gradients, same, tiny_lm, tiny_policy, word_tokenizer
-from test_scripts import SCRIPTS, assert_bit_equal, assert_close_runs, drive, join, metrics, no_pictures, one_thread, ranks, write_rows  # noqa: F401
+from test_scripts import SCRIPTS, assert_bit_equal, assert_close_runs, drive, join, metrics, one_thread, ranks, write_rows  # noqa: F401
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D

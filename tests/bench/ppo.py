@@ -7,13 +7,14 @@ steadier than wall clock on a shared machine. --value_model uses a separate crit
 
 matmul_share: the rate at which the iteration did the operations that the algorithm needs (needed_tflop: two for each weight and
 token in a forward, twice that in a backward; the LM head on response tokens only; no recomputation), of the rate that a plain
-matrix product of the same dtype reaches, measured before and after the run in the same process.
+matrix product of the same dtype reaches (matmul_gflop_per_s: medians before and after the run, in the same process).
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -64,15 +65,15 @@ def needed_flop(size, freeze_layers=0.0, lora=False):
     return rollout + reward + once + above + 4 * above * (2 if lora else 3)  # frozen weights need no gradient of their own
 
 
-def matmul_rate(dtype, size=1024, seconds=1.0):
-    """Operations a second (of CPU time where one thread runs) of a square matrix product, the best of several."""
+def matmul_rate(dtype, size=1024, seconds=1.5):
+    """Operations a second (of CPU time where one thread runs) of a square matrix product, the median over some time."""
     a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    best, end = 0.0, train_ppo.time.perf_counter() + seconds
+    times, end = [], train_ppo.time.perf_counter() + seconds
     while train_ppo.time.perf_counter() < end:
         begun = train_ppo.time.perf_counter()
         a @ b
-        best = max(best, 2 * size**3 / (train_ppo.time.perf_counter() - begun))
-    return best
+        times.append(train_ppo.time.perf_counter() - begun)
+    return 2 * size**3 / statistics.median(times)
 
 
 def main():
@@ -110,7 +111,7 @@ def main():
             records = [json.loads(line) for line in f][2:]  # step 0 is the evaluation, step 1 the warm-up
     assert all(r["length"] == 48 for r in records)
     parts = {name: sum(r[f"seconds_{name}"] for r in records) / len(records) for name in ("rollout", "score", "update")}
-    rate = max(rate, matmul_rate(dtype))
+    rate = (rate + matmul_rate(dtype)) / 2
     unit = "cpu_s" if args.threads == 1 else "s"
     result = {"bench": "ppo", **vars(args), f"samples_per_{unit}": round(64 / sum(parts.values()), 3)}
     result |= {f"{name}_{unit}": round(value, 4) for name, value in parts.items()}
