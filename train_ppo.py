@@ -134,7 +134,7 @@ def main(config):
     note = choose_trained(policy.lm, config)
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
     reference = reference_of(policy, share=not dist.sharded)
-    for lm in {policy.lm, reference.lm}:  # one and the same with LoRA
+    for lm in {policy.lm, reference.lm, policy.value_trunk or policy.lm}:  # the first two are one with LoRA
         speed_up(lm, dist.device, config.dtype, config.compile)
     if config.checkpoint_activations:
         checkpoint_activations(policy)

@@ -135,7 +135,7 @@ def train(config, dist):
         reward_model.train()
         totals = torch.zeros(3, device=dist.device)  # loss, correct, margin
         lengths = torch.tensor([max(len(chosen[j]), len(rejected[j])) + len(prompts[j]) for j in mine])  # of a pair's longer row
-        parts = dist.even(micro_batches(lengths, config.micro_batch_size, config.tokens_per_micro_batch // 2))  # two rows a pair
+        parts = dist.even(micro_batches(lengths, config.micro_batch_size, (config.tokens_per_micro_batch + 1) // 2))  # two rows a pair
         for part in parts:
             pairs = [mine[k] for k in sorted(part.tolist())]
             # Row j holds the chosen answer of pair j, row b + j its rejected one: [2 b, T].
@@ -244,11 +244,14 @@ def check_inputs(config, *names):
 
 
 def train_what_is_missing(config):
-    """The default SFT policy and reward model of train_ppo.py and sample_bon.py, by their own scripts, which know what is done."""
+    """The default SFT policy and reward model of train_ppo.py and sample_bon.py, by their own scripts, which know what is done.
+
+    They are trained in float32, whatever the run that needs them computes in: there is one of each.
+    """
     if is_default(config, "model") or is_default(config, "reward_model"):  # the reward model starts from the SFT policy too
-        train_sft.main(train_sft.Config(device=config.device, dtype=config.dtype))
+        train_sft.main(train_sft.Config(device=config.device))
     if is_default(config, "reward_model"):
-        main(Config(device=config.device, dtype=config.dtype, dataset=config.dataset))
+        main(Config(device=config.device, dataset=config.dataset))
 
 
 def report(record):

@@ -94,7 +94,9 @@ def read_config(path):
     number = (int, float)
     kinds = dict(r=int, lora_alpha=number, lora_dropout=number, target_modules=(str, list), base_model_name_or_path=str)
     for name, kind in kinds.items():
-        if not isinstance(config.get(name), kind) or name != "lora_dropout" and not config[name] or name == "r" and config[name] < 1:
+        value = config.get(name)
+        empty = not value and name != "lora_dropout"
+        if not isinstance(value, kind) or empty or (name == "r" and value < 1):
             raise InputError(f"{file}: {name} is missing or wrong")
     odd = [name for name, value in config.items() if value and name not in UNDERSTOOD]
     odd += ["bias"] * (config.get("bias", "none") != "none")

@@ -26,7 +26,7 @@ def block_list(lm):
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == lm.config.num_hidden_layers:
                 return module, name, child
-    raise InputError(f"{type(lm).__name__}: found no list of {lm.config.num_hidden_layers} blocks to freeze")
+    raise InputError(f"{type(lm).__name__}: found no list of its {lm.config.num_hidden_layers} blocks")
 
 
 def blocks(lm):
@@ -87,13 +87,14 @@ class FrozenTrunk:
     """The embeddings and bottom n blocks of a model, where none of them is trained; n = 0 where anything of them is."""
 
     def __init__(self, lm):
-        layers = blocks(lm)
-        frozen = [not trainable(block) for block in layers] + [False]
-        embeddings = [m for m in lm.base_model.modules() if isinstance(m, nn.Embedding)]
-        self.n = 0 if any(trainable(m) for m in embeddings) else frozen.index(False)
+        frozen = [not trainable(block) for block in blocks(lm)] + [False]
+        self.n = frozen.index(False)
         self.tuples = False  # whether this architecture's blocks return (hidden, ...) rather than hidden
-        if self.n and not self.same(lm, torch.tensor([[1, 2]], device=embeddings[0].weight.device)):
-            self.n = 0  # an architecture whose upper blocks read more than the hidden states: run it whole
+        # Run the model whole if anything below the last frozen block is trained (embeddings, a norm on them), and if the architecture's
+        # upper blocks read more than the hidden states.
+        ids = torch.tensor([[1, 2]], device=next(lm.parameters()).device)
+        if self.n and (self.bottom(lm, ids).requires_grad or not self.same(lm, ids)):
+            self.n = 0
 
     @torch.no_grad()
     def same(self, lm, ids):
@@ -105,6 +106,10 @@ class FrozenTrunk:
     @torch.no_grad()
     def run(self, lm, ids):
         """Token ids [B, T] -> what leaves the frozen blocks, [B, T, D]."""
+        with eager(lm):  # code that was compiled for another block would not call the hook
+            return self.bottom(lm, ids)
+
+    def bottom(self, lm, ids):
         (parent, name, layers), outputs = block_list(lm), []
         hook = layers[self.n - 1].register_forward_hook(lambda module, args, output: outputs.append(output))
         try:

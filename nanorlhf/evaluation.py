@@ -126,6 +126,8 @@ def held_out_answers(parts, prompts):
         logprobs = torch.cat([sampled_outputs(parts, r, a.batch)["logprobs"] for r, a in zip(rollouts, answers)])  # [n, R]
     with gathered(parts.reference):
         ref_logprobs = torch.cat([forward(parts, parts.reference, a.batch)["logprobs"] for a in answers])  # [n, R]
+    for a in answers:
+        a.batch.trunk = None  # what the frozen blocks gave has served
     ids, mask, finished = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("response_ids", "response_mask", "finished"))
     return {
         "kl": ppo.kl_estimate(logprobs, ref_logprobs, "k1").sum(1),

@@ -14,7 +14,7 @@ from .checkpoint import checkpoints, read_json, replace_folder, write_json
 from .errors import InputError
 from .fsdp import is_sharded, whole
 
-PLACES = ("output_dir", "resume", "distributed", "checkpoint_activations")  # fields that do not make it another run
+PLACES = ("output_dir", "resume", "device", "distributed", "checkpoint_activations")  # fields that do not make it another run
 
 
 class RunFolder:
@@ -31,7 +31,8 @@ class RunFolder:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
         if os.path.isfile(stored):
-            other = read_json(stored)
+            defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+            other = defaults | read_json(stored)  # a run may be older than a flag
             changed = [k for k in {**other, **self.config} if k not in free and other.get(k) != self.config.get(k)]
             if changed:
                 raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")

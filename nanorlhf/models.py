@@ -43,7 +43,7 @@ class Policy(nn.Module):
     """A causal LM with, for PPO, a value head: Linear(D, 1) on the trunk's last hidden state, zero at the start.
 
     The trunk is shared: one forward gives log-probs and values. `value_trunk` is a separate value model instead. `frozen` are the
-    blocks that need to run only once over a rollout (share_frozen_trunk): a batch whose `trunk` is there goes on from their output.
+    blocks that need to run only once over a rollout (reference_of): a batch whose `trunk` is there goes on from their output.
     """
 
     frozen = None
@@ -64,7 +64,9 @@ class Policy(nn.Module):
 
     def last_hidden(self, batch, trunk=None):
         """The last hidden states [B, T, D] of the LM, or of another trunk."""
-        with self.frozen.stored(self.lm, batch.trunk) if batch.trunk is not None and trunk is None else contextlib.nullcontext():
+        use_stored = batch.trunk is not None and trunk is None
+        context = self.frozen.stored(self.lm, batch.trunk) if use_stored else contextlib.nullcontext()
+        with context:
             return (trunk or self.lm.base_model)(input_ids=batch.ids, use_cache=False).last_hidden_state
 
     def hidden(self, batch, response_mask, trunk=None):

@@ -32,10 +32,13 @@ def optimizer_step(optimizer, module, lr, max_grad_norm, step):
 
     The norm is of the gradients after their exchange: all ranks see the same one and stop together.
     """
-    norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable(module)], max_grad_norm)
-    norm = norm.full_tensor() if is_dtensor(norm) else norm  # of all shards
+    parameters = [p for _, p in trainable(module)]
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total.full_tensor() if is_dtensor(total) else total  # of all shards
     if not torch.isfinite(norm):
         raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}; the last checkpoint is kept; lower --lr")
+    if norm > max_grad_norm:  # else clipping would read and write every gradient to multiply it by 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from test_models import ARCHITECTURES, BATCH, MASK, B, R, tiny_lm, tiny_policy, word_tokenizer
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig
 
 from nanorlhf.blocks import FrozenTrunk, blocks, eager, freeze, speed_up, trainable
 from nanorlhf.cli import RunConfig
@@ -185,6 +185,15 @@ def test_a_trained_embedding_below_frozen_blocks_is_not_a_frozen_trunk():
     assert FrozenTrunk(policy.lm).n == 0
 
 
+def test_a_trained_layer_between_the_embeddings_and_frozen_blocks_keeps_its_gradient():
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=60, hidden_size=D, n_layer=3, n_head=4)).eval()
+    freeze(lm, 0.7)
+    assert lm.transformer.word_embeddings_layernorm.weight.requires_grad and FrozenTrunk(lm).n == 0
+    lm.transformer.word_embeddings_layernorm.requires_grad_(False)
+    assert FrozenTrunk(lm).n == 2
+
+
 def test_an_architecture_that_cannot_be_split_runs_whole():
     """Upper blocks that read more than the hidden states below them: here each adds what the first one saw."""
     policy = deep_policy("neox", 0.8)
@@ -243,6 +252,9 @@ def test_compiled_blocks_compute_the_same():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one graph for all blocks
     for x, y in zip(whole, compiled):
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
+    freeze(policy.lm, 1.0)  # both blocks: the hook on the second one is called, though they are compiled already
+    reference_of(policy)
+    torch.testing.assert_close(policy(with_trunk(policy), MASK, 0.7)["logprobs"], whole[0], rtol=1e-4, atol=1e-4)
     assert policy.state_dict().keys() == tiny_policy("neox").state_dict().keys()
 
 

@@ -321,6 +321,10 @@ def lora_settings(base):
                  tokens_per_micro_batch=40)  # fmt: skip
 
 
+def merge_settings(base):
+    return small(base, "sft", model=f"{base}/sft", lora_rank=2, lr=1e-2, merge=True)
+
+
 @pytest.fixture(scope="module")
 def checked(base):
     """The checks above, on two processes, and three small runs."""
@@ -329,7 +333,7 @@ def checked(base):
     ppo = small(base, "ppo", reward_model=[f"{base}/rm"], dtype="bfloat16", **FSDP)
     runs = [("ppo", {**odd_settings(base), **FSDP, "checkpoint_activations": True})]
     jobs += [(drive, base / "checked/odd", runs), (drive, base / "checked/bfloat16", [("ppo", ppo)])]
-    jobs += [(drive, base / "checked/lora", [("ppo", {**lora_settings(base), **FSDP})])]
+    jobs += [(drive, base / "checked/lora", [("ppo", {**lora_settings(base), **FSDP}), ("sft", {**merge_settings(base), **FSDP})])]
     for name in ("odd", "bfloat16", "lora"):
         (base / "checked" / name).mkdir()
     join(*ranks(2, in_turn, jobs))
@@ -352,6 +356,13 @@ def test_lora(base, checked, tmp_path, monkeypatch):
     assert max(counts) > 2  # of both ranks' rows here; the ranks have their own
     assert_close_runs(tmp_path / "plain", checked / "lora/ppo")
     assert sorted(p.name for p in (tmp_path / "plain/model").iterdir()) == sorted(p.name for p in (checked / "lora/ppo/model").iterdir())
+
+
+def test_merged_from_shards(base, checked, tmp_path):
+    train(base, "sft", tmp_path / "plain", **merge_settings(base))
+    assert_close_runs(tmp_path / "plain", checked / "lora/sft")
+    before, after = load_file(f"{base}/sft/model/model.safetensors"), load_file(checked / "lora/sft/model/model.safetensors")
+    assert before.keys() == after.keys() and any(not before[name].equal(after[name]) for name in before)
 
 
 def test_even_micro_batches():

@@ -139,7 +139,7 @@ def worker(folder, distributed):
     train_ppo.main(train_ppo.Config(
         model=f"{folder}/policy", reward_model=f"{folder}/reward", dataset=f"{folder}/prompts.jsonl", output_dir=f"{folder}/{distributed}",
         steps=2, batch_size=16, minibatch_size=16, micro_batch_size=4, ppo_epochs=2, max_new_tokens=48, lr=3e-6, eval_size=2, eval_every=0,
-        n_samples=0, checkpoint_every=10**6, distributed=distributed,
+        n_samples=0, checkpoint_every=10**6, device="cpu", distributed=distributed,
     ))  # fmt: skip
     with open(f"{folder}/{distributed}_{dist.rank}.json", "w") as f:
         json.dump(held, f)

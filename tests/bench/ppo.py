@@ -102,7 +102,7 @@ def main():
             steps=args.iterations, batch_size=64, minibatch_size=16, micro_batch_size=args.micro_batch_size, ppo_epochs=4,
             max_new_tokens=48, lr=3e-6, kl_coef=0.05, eval_size=1, eval_every=0, n_samples=0, checkpoint_every=10**6, dtype=args.dtype,
             value_model=f"{folder}/policy" if args.value_model else "", freeze_layers=args.freeze_layers,
-            compile=args.compile, lora_rank=args.lora_rank,
+            device="cpu", compile=args.compile, lora_rank=args.lora_rank,
         )  # fmt: skip
         with open(os.devnull, "w") as sys.stdout:
             train_ppo.main(config)
@@ -115,9 +115,10 @@ def main():
     unit = "cpu_s" if args.threads == 1 else "s"
     result = {"bench": "ppo", **vars(args), f"samples_per_{unit}": round(64 / sum(parts.values()), 3)}
     result |= {f"{name}_{unit}": round(value, 4) for name, value in parts.items()}
-    flop = needed_flop(args.size, args.freeze_layers, args.lora_rank > 0)
-    result |= {"needed_tflop": round(flop / 1e12, 3), "matmul_gflop_per_s": round(rate / 1e9, 1)}
-    result["matmul_share"] = round(flop / sum(parts.values()) / rate, 3)
+    if not args.value_model:
+        flop = needed_flop(args.size, args.freeze_layers, args.lora_rank > 0)
+        result |= {"needed_tflop": round(flop / 1e12, 3), "matmul_gflop_per_s": round(rate / 1e9, 1)}
+        result["matmul_share"] = round(flop / sum(parts.values()) / rate, 3)
     print(json.dumps(result | {"peak_memory_mb": round(peak_memory_mb(setup("cpu"))), "torch": torch.__version__}))
 
 
