@@ -110,6 +110,7 @@ class FrozenTrunk:
             return self.bottom(lm, ids)
 
     def bottom(self, lm, ids):
+        """run(), with gradients where anything below is trained; notes whether this architecture's blocks return tuples."""
         (parent, name, layers), outputs = block_list(lm), []
         hook = layers[self.n - 1].register_forward_hook(lambda module, args, output: outputs.append(output))
         try:

@@ -47,7 +47,7 @@ def decoding(model, device_type):
     mode = torch.no_grad()
     if autocast_dtype(device_type):
         frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
-    elif device_type == "cpu" and all(type(p) is torch.nn.Parameter for p in parameters):
+    elif device_type == "cpu" and all(type(p) is torch.nn.Parameter for p in parameters):  # not in shards
         mode = torch.inference_mode()
     try:
         model.eval()

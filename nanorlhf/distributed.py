@@ -177,7 +177,7 @@ def shutdown():
 def sync_on(module, last):
     """DDP exchanges gradients in the backward pass of an optimizer batch's last micro-batch only.
 
-    FSDP does so in each of them: to wait would take room for all of a model's gradients on every process.
+    FSDP does so in each of them: waiting would need the whole model's gradients on every process.
     """
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext()
 

@@ -14,7 +14,8 @@ from .checkpoint import checkpoints, read_json, replace_folder, write_json
 from .errors import InputError
 from .fsdp import is_sharded, whole
 
-PLACES = ("output_dir", "resume", "device", "distributed", "checkpoint_activations")  # fields that do not make it another run
+# Fields that do not make it another run: results are the same, some up to float error.
+PLACES = ("output_dir", "resume", "device", "distributed", "checkpoint_activations", "micro_batch_size", "tokens_per_micro_batch")
 
 
 class RunFolder:

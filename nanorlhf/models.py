@@ -1,4 +1,4 @@
-"""Models: a causal LM as policy (with a value head) and as reward model, freezing, loading and saving.
+"""Models: a causal LM as policy (with a value head), as reference and as reward model; loading and saving.
 
     B sequences, P prompt, R response, T = P + R tokens, D hidden, V vocabulary, n response tokens of the whole micro-batch
 
