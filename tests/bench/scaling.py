@@ -77,10 +77,12 @@ def main():
                 apart.append(sum(64 / seconds for seconds, _ in each))
         shares = [a / b for a, b in zip(together, apart)]
         median = statistics.median
-        result = {"bench": "scaling", "size": args.size, "processes": n, "distributed": args.distributed, "weak": args.weak,
-                  "dtype": args.dtype, "rounds": args.rounds, "samples_per_s": round(median(together), 3), "independent_samples_per_s": round(median(apart), 3),
-                  "share_of_independent": round(median(shares), 3), "shares": [round(share, 3) for share in shares],
-                  "peak_memory_mb_of_rank_0": round(median(memory))}  # fmt: skip
+        result = {
+            "bench": "scaling", "size": args.size, "processes": n, "distributed": args.distributed, "weak": args.weak, "dtype": args.dtype,
+            "rounds": args.rounds, "samples_per_s": round(median(together), 3), "independent_samples_per_s": round(median(apart), 3),
+            "share_of_independent": round(median(shares), 3), "shares": [round(share, 3) for share in shares],
+            "peak_memory_mb_of_rank_0": round(median(memory)),
+        }  # fmt: skip
         print(json.dumps(result), flush=True)
 
 
