@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from .errors import InputError, first_line
 
@@ -113,9 +113,11 @@ def static_cache(lm, length):
     """A cache of fixed size whose position is a tensor, or None where transformers has none for this architecture.
 
     Sliding windows are left to the mask: transformers' own sliding layers count in Python, which a graph would not replay.
+    Other kinds of layers keep more than keys and values (an indexer's keys, a linear attention's state).
     """
     layers = StaticCache(config=lm.config, max_cache_len=length).layers
-    if not getattr(lm, "_can_compile_fullgraph", False) or not all(isinstance(layer, StaticLayer) for layer in layers):
+    known = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
+    if not known or not getattr(lm, "_can_compile_fullgraph", False):
         return None
     return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
 
