@@ -6,6 +6,8 @@
 import math
 import warnings
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -397,6 +399,22 @@ def test_a_step_that_cannot_be_captured_falls_back(monkeypatch):
     assert 0 < static.finished.sum() < B
 
 
+def test_a_step_that_waits_is_found_before_it_is_captured(monkeypatch):
+    """The mode in which waiting is an error ends with the warm-up, and what it has begun is waited for."""
+    log, stream = [], SimpleNamespace(wait_stream=lambda other: log.append("joined"))
+    for name, value in dict(current_stream=lambda d: stream, Stream=lambda d: stream, stream=lambda s: nullcontext(),
+                            get_sync_debug_mode=lambda: 0, set_sync_debug_mode=log.append).items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def step():
+        log.append("step")
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        nanorlhf.decode.capture(step, R, torch.device("cuda"))
+    assert log == ["joined", "error", "step", 0, "joined"]
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_bfloat16_leaves_the_weights_alone(policy, strict, static):
     """Half of the weights are frozen; rollouts have them require grad for a while. Tokens agree until rounding decides otherwise."""
@@ -454,6 +472,18 @@ def test_a_captured_step_samples_the_same(policy, strict, monkeypatch, new):
         assert half.logprobs.isfinite().all() and [t for _, t in captured] == [4 if new > 4 else 1] * 3
     finally:
         policy.cpu()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_that_waits_falls_back(monkeypatch):
+    policy, ids, mask = tiny_policy("neox").cuda(), IDS.cuda(), MASK.cuda()
+    expected = roll(policy, ids, mask)
+    with monkeypatch.context() as m, pytest.warns(RuntimeWarning, match="synchroniz"):
+        m.setattr("nanorlhf.rollout.truncate", lambda probs, *_: probs * (probs.sum().item() > 0))
+        same(roll(policy, ids, mask).logprobs, expected.logprobs, 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and the next rollout is captured again
+        same(roll(policy, ids, mask).logprobs, expected.logprobs, 1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- sample() and truncate()
