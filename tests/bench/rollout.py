@@ -31,8 +31,6 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig  # noqa: E402
 from nanorlhf.models import Policy  # noqa: E402
 from nanorlhf.rollout import generate  # noqa: E402
 
-SIZES = SIZES | {"pythia-1.4b": (2048, 24, 16, 8192, 50304)}  # hidden, layers, heads, intermediate, vocabulary
-
 
 def inputs(size, batch, width, shortest):
     """A random policy; prompts [B, P] and their mask, padded on the left."""
@@ -62,7 +60,7 @@ def copy_bandwidth(device, gigabytes=4):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=("small", "medium", "pythia-1.4b"), default="small")
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
