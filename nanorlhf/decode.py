@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from .errors import InputError, first_line
 
@@ -134,9 +134,11 @@ def static_cache(lm, length):
     """A cache of fixed size whose position is a tensor, or None where transformers has none for this architecture.
 
     Sliding windows are left to the mask: transformers' own sliding layers count in Python, which a graph would not replay.
+    Other kinds of layers keep more than keys and values (an indexer's keys, a linear attention's state).
     """
     layers = StaticCache(config=lm.config, max_cache_len=length).layers
-    if not getattr(lm, "_can_compile_fullgraph", False) or not all(isinstance(layer, StaticLayer) for layer in layers):
+    known = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
+    if not known or not getattr(lm, "_can_compile_fullgraph", False):
         return None
     return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
 
@@ -180,6 +182,7 @@ def decode_static(sampler, ids, mask, u, out, finished):
 
 def capture(step, R, device):
     """A decode step -> a function that replays it as a CUDA graph (elsewhere the step itself), and the next token to write.
+    RuntimeError where the step waits for the GPU.
 
     Nothing of the warm-up is lost: its steps write tokens 1 to WARM_UP. A graph is not kept from one rollout to the next: it would
     hold the cache's memory while PPO updates, and must not outlive the weights' addresses, which FSDP's gathering and autocast's
@@ -190,15 +193,21 @@ def capture(step, R, device):
     current = torch.cuda.current_stream(device)
     side = torch.cuda.Stream(device)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            step()
-    current.wait_stream(side)
+    # A model that looks at its numbers while it decodes is found here: a capture that fails leaves torch's allocator out of order.
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as that of NCCL, may go on
             step()  # launches nothing: it is written down
-    except RuntimeError as e:  # a model that looks at its numbers while it decodes
+    except RuntimeError as e:
         torch.cuda.set_stream(current)  # a capture that failed leaves its own in place
         warnings.warn(f"rollouts decode without a CUDA graph, which is slower ({first_line(e)})", RuntimeWarning, stacklevel=2)
         return step, 1 + WARM_UP
