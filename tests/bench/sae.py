@@ -19,7 +19,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import torch  # noqa: E402
 
-from nanorlhf.distributed import keep_freed_memory  # noqa: E402
 from nanorlhf.optim import learning_rate  # noqa: E402
 from nanorlhf.sae import SparseAutoencoder, TopKSAE, adam, measures, tally, train_step  # noqa: E402
 from train_sae import Config  # noqa: E402
@@ -60,7 +59,6 @@ def main():
     args.batch = args.batch or (4096 if args.mode == "speed" else 1024)
     args.steps = args.steps or (16 if args.mode == "speed" else 480)
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as in the scripts
 
     x, held_out, dictionary = (part.to(args.device) for part in make_data(args.rows, args.held_out, args.seed))
     sae = TopKSAE(D, args.latents, args.k, seed=args.seed) if args.kind == "topk" else SparseAutoencoder(D, args.latents, seed=args.seed)
