@@ -152,7 +152,8 @@ def run_command(commands, args=None):
     with errors_in_one_line():
         if name in ("-h", "--help"):
             lines = [f"  {name:12s}{inspect.getdoc(function).splitlines()[0]}" for name, (_, function) in commands.items()]
-            return print(f"{sys.modules['__main__'].__doc__ or ''}\ncommands:", *lines, f"\n{script()} COMMAND --help lists its flags", sep="\n")
+            print(sys.modules["__main__"].__doc__ or "", "commands:", *lines, f"\n{script()} COMMAND --help lists its flags", sep="\n")
+            return
         require(name in commands, f"no command {name!r}; there are {', '.join(commands)}")
         config_class, function = commands[name]
         function(parse(config_class, rest, name, inspect.getdoc(function)))

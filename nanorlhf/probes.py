@@ -225,8 +225,8 @@ def mmcs_table(summary):
     lines = [f"\nMean max cosine similarity{', one to one' if summary['one_to_one'] else ''}:"]
     lines += [f"  {'A':{width}s}  {'B':{width}s}   features A, B    MMCS  chance  above 0.9"]
     for row in summary["pairs"]:
-        sizes = f"{row['features_a']:7d}{row['features_b']:8d}"
-        lines.append(f"  {row['a']:{width}s}  {row['b']:{width}s}  {sizes}   {row['mmcs']:.3f}   {row['chance']:.3f}      {row['above_0.9']:.3f}")
+        names, sizes = (f"{row[side]:{width}s}" for side in "ab"), f"{row['features_a']:7d}{row['features_b']:8d}"
+        lines.append("  ".join(["", *names, sizes, f" {row['mmcs']:.3f}   {row['chance']:.3f}      {row['above_0.9']:.3f}"]))
     return "\n".join(lines)
 
 
