@@ -24,6 +24,7 @@ from .divergence import add_up, divergence_sums, from_sums, matches, parameter_d
 from .errors import InputError
 from .log import PLACES, RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
+from .sae_files import load_sae
 
 
 def in_one_line(function, *args):
@@ -196,8 +197,6 @@ def mmcs(config):
     Small against large of one model: stability, and its best matched features. Base against policy: what training changed. One seed
     against another: the noise floor. `chance` is the same number for random directions. Method: nanorlhf/divergence.py.
     """
-    from .sae_files import load_sae
-
     dist = setup("cpu")
     folder = RunFolder(config, dist, free=(*PLACES, "top"))
     features = {path: load_sae(path).decoder_directions().detach() for path in dict.fromkeys(config.a + config.b)}  # [M, D]
