@@ -5,13 +5,14 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_errors import ENV, REPO
 from transformers import AutoModelForCausalLM
 
@@ -68,7 +69,8 @@ def material(tmp_path_factory):
 
 def arguments(material, out, **changes):
     flags = {"model": material / "base", "policy": material / "policy", "dataset": material / "texts.jsonl", "output_dir": out} | changes
-    return ["divergence", *(str(x) for name, value in flags.items() for x in (f"--{name}", *(value if isinstance(value, list) else [value])))]
+    lists = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    return ["divergence", *(str(x) for name, values in lists.items() for x in (f"--{name}", *values))]
 
 
 def distances(base, policy, layer):
@@ -146,7 +148,8 @@ def test_adapters_are_merged_first(material, tmp_path):
 
 
 def test_tokens_of_other_kinds_of_rows(material, tmp_path):
-    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"the {topic} was good ."}) + "\n" for topic in list(world.TOPICS)[:5]))
+    rows = [{"text": f"the {topic} was good ."} for topic in list(world.TOPICS)[:5]]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(*arguments(material, tmp_path / "out", dataset=tmp_path / "plain.jsonl", kind="prompts", columns="prompt=text", max_length=3))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["texts"], summary["tokens"]) == (5, 15)
@@ -198,7 +201,7 @@ def test_commands_are_listed(capfd):
         run("divergence", "--help")
     shown = capfd.readouterr().out
     assert exit_.value.code == 0 and "--policy" in shown and "How far a policy has moved" in shown and "divergence [-h]" in shown
-    assert "no command 'nothing'; there are divergence, mmcs" in refused(capfd, "nothing")
+    assert f"no command 'nothing'; there are {', '.join(probe.COMMANDS)}" in refused(capfd, "nothing")
     assert "unrecognized arguments: --nothing" in refused(capfd, "divergence", "--nothing", "1")
 
 
@@ -263,6 +266,24 @@ def test_mmcs_of_seeds_with_one_another(autoencoders, tmp_path):
         assert both[a, b] == pytest.approx(both[b, a], abs=1e-6)
         if len(directions[a]) <= len(directions[b]):  # each of A's has a partner, at best the one that is closest
             assert both[a, b] <= sum(map(max, cosines(directions[a], directions[b]))) / len(directions[a]) + 1e-6
+
+
+def test_latents_that_never_fire_are_left_out(autoencoders, tmp_path, capfd):
+    root, directions = autoencoders
+    alive = [i for i in range(12) if i not in (3, 7)]
+    for name in ("seed_0", "seed_2"):
+        shutil.copytree(root / name, tmp_path / name)
+    rates = torch.full((12,), 0.01)
+    rates[[3, 7]] = 0
+    save_file({"sparsity": (rates + 1e-10).log10()}, str(tmp_path / "seed_0" / "sparsity.safetensors"))
+    run("mmcs", "--a", tmp_path / "seed_0", "--b", tmp_path / "seed_2", "--output_dir", tmp_path / "out", "--top", 12)
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())["pairs"]
+    table = cosines(directions["seed_0"], directions["seed_2"])
+    assert row["mmcs"] == pytest.approx(sum(max(table[i]) for i in alive) / 10, abs=1e-5) and row["features_a"] == 10
+    assert sorted(i for i, _, _ in row["best"]) == alive and all(table[i][j] == pytest.approx(x, abs=1e-5) for i, j, x in row["best"])
+    for tensors, words in (({"sparsity": torch.zeros(3)}, "[3] rates of 12 latents"), ({"x": torch.zeros(3)}, "cannot be read")):
+        save_file(tensors, str(tmp_path / "seed_0" / "sparsity.safetensors"))
+        assert words in refused(capfd, "mmcs", "--a", tmp_path / "seed_0", "--b", tmp_path / "seed_2", "--output_dir", tmp_path / "new")
 
 
 def test_mmcs_of_what_cannot_be_compared(autoencoders, tmp_path, capfd):
