@@ -182,7 +182,11 @@ class MmcsConfig:
     def __post_init__(self):
         cli.at_least(self, 0, "top")
         self.a, self.b = existing(self.a), existing(self.b)
-        require(self.b or len(self.a) > 1, "--a names one folder: name others to compare it with, as --b")
+        require(self.pairs(), "--a names one folder: name others to compare it with, as --b")
+
+    def pairs(self):
+        """(A, B) to compare: --a with --b, or with one another."""
+        return [(a, b) for a in self.a for b in self.b or self.a if a != b]
 
 
 def existing(paths):
@@ -209,9 +213,8 @@ def mmcs(config):
     for path, directions in features.items():
         ids[path] = firing(path, len(directions))  # of the latents that are left
         features[path] = directions[ids[path]]
-    pairs = [(a, b) for a in config.a for b in config.b or config.a if a != b]
     rows = []
-    for a, b in pairs:
+    for a, b in config.pairs():
         found, of_b, cosines = in_one_line(matches, features[a], features[b], config.one_to_one)
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(features[path].shape, generator=generator) for path in (a, b)]

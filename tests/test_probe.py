@@ -290,7 +290,8 @@ def test_mmcs_of_what_cannot_be_compared(autoencoders, tmp_path, capfd):
     root, _ = autoencoders
     out = ("--output_dir", tmp_path / "out")
     assert "nowhere: no such sparse autoencoder" in refused(capfd, "mmcs", "--a", "nowhere", "--b", root / "thin", *out)
-    assert "name others to compare it with, as --b" in refused(capfd, "mmcs", "--a", root / "thin", *out)
+    for b in ((), ("--b", root / "thin")):
+        assert "name others to compare it with, as --b" in refused(capfd, "mmcs", "--a", root / "thin", *b, *out)
     assert "features must be" in refused(capfd, "mmcs", "--a", root / "thin", "--b", root / "seed_0", *out)
     assert "required: --a" in refused(capfd, "mmcs", *out)
     assert not (tmp_path / "out").exists()
