@@ -97,7 +97,7 @@ def auc(scores, labels):
     """
     scores, labels = finite("auc", scores).flatten(), torch.as_tensor(labels).flatten().cpu() > 0
     if len(scores) != len(labels) or not 0 < labels.sum() < len(labels):
-        raise ValueError(f"auc needs a label for each of {len(scores)} scores and both labels, not {int(labels.sum())} of {len(labels)} positive")
+        raise ValueError(f"auc needs labels of both kinds for {len(scores)} scores, not {len(labels)}, {int(labels.sum())} of them positive")
     positive, negative = scores[labels], scores[~labels].sort().values
     wins, no_losses = (torch.searchsorted(negative, positive, side=side).double().mean() for side in ("left", "right"))
     return ((wins + no_losses) / 2 / len(negative)).item()
@@ -188,7 +188,7 @@ def logistic(x, labels, l2=1.0, intercept=True, steps=100):
     """
     x, positive = finite("logistic", x), torch.as_tensor(labels).flatten().cpu() > 0
     if x.ndim != 2 or len(x) != len(positive) or l2 <= 0 or (intercept and not 0 < positive.sum() < len(positive)):
-        raise ValueError(f"logistic needs x [N, D], labels [N] of both classes and l2 above 0, not {list(x.shape)}, {len(positive)} and {l2}")
+        raise ValueError(f"logistic needs x [N, D], labels [N] of both kinds, l2 above 0, not {list(x.shape)}, {len(positive)} and {l2}")
     sign = positive.double() * 2 - 1
     mean = x.mean(0) if intercept else torch.zeros(x.shape[1]).double()
     p, v, _ = span(x - mean)

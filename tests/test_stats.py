@@ -162,7 +162,8 @@ def test_ridge_of_constant_columns_and_its_errors():
     weight, bias, _ = ridge(torch.ones(6, 3), y, [1.0])
     assert weight.tolist() == [0, 0, 0] and bias == pytest.approx(y.mean().item())
     x = randn(6, 2)
-    for bad in ((x, y, []), (x, y, [0.0]), (x, y, [1.0], [0] * 6), (x, y[:5], [1.0]), (y, y, [1.0]), (x / 0, y, [1.0]), (x, y, [1.0], [0, 1])):
+    settings = ([],), ([0.0],), ([1.0], [0] * 6), ([1.0], [0, 1])
+    for bad in (*((x, y, *setting) for setting in settings), (x, y[:5], [1.0]), (y, y, [1.0]), (x / 0, y, [1.0])):
         with pytest.raises(ValueError, match="ridge"):
             ridge(*bad)
 
