@@ -1,0 +1,267 @@
+"""Activations of texts for training sparse autoencoders: of one or several models, at several places, always of the same tokens.
+
+    N texts, E tokens of them that count (an epoch), T of a row, b rows of a forward pass, D hidden
+    B tokens of a global batch, S batches of a buffer, W processes
+
+Texts become Tokens; a *source* turns texts into activations, {"base/3_mlp": [n, D]}, either with the models (from_models) or from a
+disk that was filled once (from_disk); a Stream asks a source for buffers and deals shuffled batches from them:
+
+    rows of a dataset, rollouts -> Tokens -> from_models | from_disk -> Stream(...).batch(step) -> {"base/3_mlp": [B / W, D], ...}
+                                                                    `-> passes(...): everything once, in order, for held-out texts
+
+Nothing has a state that could be lost. Which tokens are in a batch is a function of (seed, step), the same for both sources and for any
+number of processes, so a run that is resumed at step n computes the buffer of step n and goes on.
+"""
+
+import os
+from functools import partial
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .activations import activations, place_name
+from .checkpoint import read_json, write_json
+from .cli import require
+from .data import encode, encode_prompts
+from .distributed import autocast
+from .errors import InputError, first_line
+from .packing import micro_batches
+from .pool import digest, sample
+from .rng import MINIBATCH, ORDER, SPLIT
+
+TOKENS_AT_ONCE = 2**13  # of a forward pass, padding counted
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+# --------------------------------------------------------------------------------------------------------------------------- texts
+
+
+def token_rows(tokenizer, rows, max_length=None, chat=False):
+    """Rows of a dataset (data.read_rows), of any kind -> token rows, at most max_length tokens each, and how many were cut.
+
+    A demonstration is prompt + response + EOS, a pair is two such rows, a prompt is the text as it is.
+    """
+    fields = [field for field in ("response", "chosen", "rejected") if field in rows[0]]
+    if not fields:
+        whole = encode_prompts(tokenizer, [row["prompt"] for row in rows], chat)
+        return [row[:max_length] for row in whole], sum(len(row) > (max_length or len(row)) for row in whole)
+    parts = [encode(tokenizer, rows, field, max_length, chat) for field in fields]
+    return [p + r for prompts, responses, _ in parts for p, r in zip(prompts, responses)], sum(cut for *_, cut in parts)
+
+
+def rollout_rows(config, tokenizer, prompts, dist):
+    """Prompts (token lists) -> token rows of config.n_answers answers to each, by the policy config.model; cached by pool.sample()."""
+    answers = sample(config, tokenizer, prompts, dist)
+    return [row["prompt_ids"] + response for row in answers for response in row["response_ids"]]
+
+
+def hold_out(rows, n):
+    """Token rows -> rows to train on, and those of n texts (at most a fifth) that are kept apart. No text is on both sides."""
+    texts = list(dict.fromkeys(map(tuple, rows)))
+    n = min(n, len(texts) // 5)
+    aside = {texts[i] for i in np.random.default_rng(SPLIT).permutation(len(texts))[:n]}
+    return [row for row in rows if tuple(row) not in aside], [row for row in rows if tuple(row) in aside]
+
+
+class Tokens:
+    """Token rows and which of their tokens count: all, or, given the id of a BOS to skip, all but that one in front.
+
+    What counts is known from lengths and places alone, so ids that also serve as padding (EOS) count wherever they are text.
+    """
+
+    def __init__(self, rows, skip_bos=None):
+        self.rows, self.skip_bos = rows, skip_bos
+        self.lengths = np.array([len(row) for row in rows])  # [N]
+        self.skipped = np.array([int(list(row[:1]) == [skip_bos]) for row in rows])  # [N] in front
+        self.counts = self.lengths - self.skipped  # [N]
+        self.total = int(self.counts.sum())  # E
+        require(self.total, "no text has a token whose activations could be kept")
+
+    def places(self, texts):
+        """The places of the texts' tokens among all N texts' tokens: [n]."""
+        first = (self.counts.cumsum() - self.counts)[texts]
+        return spans(first, self.counts[texts])
+
+    def digest(self):
+        return digest([digest(row) for row in self.rows], self.skip_bos)
+
+
+def spans(first, counts):
+    """[f, f + 1, .., f + c - 1] for each f of `first` and c of `counts`, one after another."""
+    return np.arange(counts.sum()) + np.repeat(first - (counts.cumsum() - counts), counts)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- sources
+
+
+def from_models(tokens, lms, places, dist, dtype="float32"):
+    """A source that runs the models {name: lm}, whole on each process and in eval mode. InputError: a place that one of them lacks."""
+    return partial(run_models, tokens, lms, places, dist, dtype)
+
+
+def run_models(tokens, lms, places, dist, dtype, texts):
+    """Indices of texts -> {"name/layer_site": [n, D]} float32, the texts' tokens one after another."""
+    counts = tokens.counts[texts]
+    first, out = counts.cumsum() - counts, {}
+    for part in micro_batches(torch.from_numpy(tokens.lengths[texts]), None, TOKENS_AT_ONCE):
+        part = part.numpy()
+        lengths, skipped = tokens.lengths[texts[part]], tokens.skipped[texts[part]]
+        ids = np.zeros((len(part), lengths.max()), dtype=np.int64)  # [b, T]; padding may be any token: none looks to its right
+        for row, text in zip(ids, texts[part]):
+            row[: tokens.lengths[text]] = tokens.rows[text]
+        column = np.arange(ids.shape[1])
+        mask = (column >= skipped[:, None]) & (column < lengths[:, None])  # [b, T]
+        ids, mask = (torch.from_numpy(x).to(dist.device) for x in (ids, mask))
+        to = torch.from_numpy(spans(first[part], counts[part])).to(dist.device)  # [n of this part]
+        for name, lm in lms.items():
+            with autocast(dist, dtype):
+                found = activations(lm, ids, places)
+            for place, x in found.items():  # [b, T, D]
+                key = f"{name}/{place_name(place)}"
+                if key not in out:
+                    out[key] = torch.empty(counts.sum(), x.shape[-1], device=dist.device)
+                out[key][to] = x[mask].float()
+    return out
+
+
+def from_disk(folder, tokens, fingerprints, places, load, dist, dtype="float32", store="float32", shard_tokens=2**17):
+    """A source that reads shards of activations, mapped into memory; those not there yet are computed first, each process its own.
+
+        folder/cache.json             what the activations are of: models, data, places
+               00000.safetensors ...  whole texts, about shard_tokens tokens: {"name/layer_site": [n, D]}
+
+    fingerprints: {name: pool.fingerprint(path)}; load() -> {name: lm} is only called if a shard is missing; dtype: of the forward;
+    store: float32, float16 or bfloat16, of what is kept. A shard is there whole or not at all, so a killed run goes on where it was.
+    InputError: the folder holds something else, a number that `store` cannot hold. Pitfall: all processes must see the folder.
+    """
+    require(store in DTYPES, f"activations can be stored as {', '.join(DTYPES)}, not {store!r}")
+    shard_of = (tokens.counts.cumsum() - 1) // shard_tokens  # [N]
+    edges = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(tokens.rows)]  # shard i holds the texts edges[i] .. edges[i + 1] - 1
+    content = {
+        "models": fingerprints, "places": [list(place) for place in places], "data": tokens.digest(), "dtype": dtype, "store": store,
+        "tokens": tokens.total, "shard_texts": edges,
+    }  # fmt: skip
+    dist.together(lambda: check_folder(folder, content))
+    if dist.main:
+        os.makedirs(folder, exist_ok=True)
+        write_json(os.path.join(folder, "cache.json"), content)
+    paths = [os.path.join(folder, f"{i:05d}.safetensors") for i in range(len(edges) - 1)]
+    missing = [i for i, path in enumerate(paths) if not os.path.exists(path)]
+    dist.barrier()  # all have looked before one writes
+
+    def fill():
+        source = from_models(tokens, load(), places, dist, dtype)
+        for i in missing[dist.rank :: dist.world]:
+            write_shard(paths[i], source(np.arange(edges[i], edges[i + 1])), store)
+
+    if missing:
+        dist.together(fill)
+    return partial(read_shards, tokens, dist, [mapped(path) for path in paths])
+
+
+def check_folder(folder, content):
+    """An InputError where the folder holds other activations, or something else."""
+    stored = os.path.join(folder, "cache.json")
+    if os.path.isfile(stored):
+        old = read_json(stored)
+        changed = [key for key in content if old.get(key) != content[key]]
+        require(not changed, f"{folder} already holds other activations (they differ in {', '.join(changed)}); choose another folder")
+    else:
+        is_file = os.path.exists(folder) and not os.path.isdir(folder)
+        empty = not os.path.isdir(folder) or all(name == "cache.json.tmp" for name in os.listdir(folder))
+        require(not is_file and empty, f"{folder} is not empty and holds no activations; choose another folder")
+
+
+def write_shard(path, found, store):
+    """Under a temporary name, then renamed."""
+    found = {key: x.to(DTYPES[store]).cpu() for key, x in found.items()}
+    for key, x in found.items():
+        require(x.isfinite().all(), f"{path}: {key} has a number that {store} cannot hold; store bfloat16 or float32")
+    save_file(found, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def mapped(path):
+    """A shard's tensors, mapped: what is not indexed is not read."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
+
+
+def read_shards(tokens, dist, shards, texts):
+    """Indices of texts -> {"name/layer_site": [n, D]} float32, as run_models()."""
+    ends = np.cumsum([len(next(iter(shard.values()))) for shard in shards])
+    at = tokens.places(texts)  # [n]
+    shard_of, out = np.searchsorted(ends, at, side="right"), {}
+    for i in np.unique(shard_of):
+        to = np.flatnonzero(shard_of == i)
+        own = torch.from_numpy(at[to] - (ends[i - 1] if i else 0))
+        for key, x in shards[i].items():
+            out.setdefault(key, torch.empty(len(at), x.shape[1]))[torch.from_numpy(to)] = x[own].float()
+    return {key: x.to(dist.device) for key, x in out.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------------- batches
+
+
+class Stream:
+    """Shuffled batches of activations. batch(step) is a function of (seed, step), whatever was asked before.
+
+    The texts, every epoch in an order keyed by (seed, epoch), make one endless row of tokens. A buffer is the next S B of them, cut into
+    B strata of S neighbours, and each of its S batches takes one token of every stratum, in orders keyed by (seed, buffer):
+
+        S = 2, B = 3        tokens  0 1 | 2 3 | 4 5        batch 0: 1 2 4, batch 1: 0 3 5
+
+    So every token comes once an epoch; a batch has hardly two of one text; and a process, which has the same share B / W of every
+    batch, computes its own strata alone and needs nothing from the others. At most two texts a process and buffer are computed twice.
+
+    buffer_tokens: about S B, what all processes hold together, in float32 for each model and place. InputError: B is not a multiple of W.
+    """
+
+    def __init__(self, tokens, source, batch_size, dist, seed=0, buffer_tokens=2**16):
+        require(batch_size % dist.world == 0, f"{batch_size} tokens a batch are not a multiple of {dist.world} processes")
+        self.tokens, self.source, self.dist, self.seed, self.B = tokens, source, dist, seed, batch_size
+        self.S = max(1, min(buffer_tokens, tokens.total) // batch_size)
+        self.loaded, self.buffer, self.order = None, {}, None
+
+    def batch(self, step):
+        """This process's share of a step's batch: {"name/layer_site": [B / W, D]}."""
+        buffer, j = divmod(step, self.S)
+        if self.loaded != buffer:
+            self.load(buffer)
+        rows = self.order[:, j].to(self.dist.device)  # [B / W]
+        return {key: x[rows] for key, x in self.buffer.items()}
+
+    def load(self, buffer):
+        """Compute this process's strata of a buffer."""
+        self.buffer = {}  # before the next one takes memory
+        orders = np.random.default_rng([MINIBATCH, self.seed, buffer]).permuted(np.tile(np.arange(self.S), (self.B, 1)), axis=1)  # [B, S]
+        strata = self.dist.share(np.arange(self.B))
+        self.order = torch.from_numpy(orders[strata] + self.S * np.arange(len(strata))[:, None])  # [B / W, S]
+        first = (buffer * self.B + strata[0]) * self.S
+        parts = list(self.stretch(first, first + len(strata) * self.S))
+        self.buffer = {key: torch.cat([part[key] for part in parts]) if len(parts) > 1 else parts[0][key] for key in parts[0]}
+        self.loaded = buffer
+
+    def stretch(self, first, last):
+        """The activations of tokens first .. last - 1 of the endless row, one part for each epoch it touches: {key: [n, D]}."""
+        E = self.tokens.total
+        for epoch in range(first // E, (last - 1) // E + 1):
+            order = np.random.default_rng([ORDER, self.seed, epoch]).permutation(len(self.tokens.rows))
+            ends = self.tokens.counts[order].cumsum()  # [N]
+            low, high = max(first - epoch * E, 0), min(last - epoch * E, E)
+            texts = order[np.searchsorted(ends, low, side="right") : np.searchsorted(ends, high, side="left") + 1]
+            start = int(ends[np.searchsorted(ends, low, side="right")] - self.tokens.counts[texts[0]])
+            yield {key: x[low - start : high - start] for key, x in self.source(texts).items()}
+
+
+def passes(tokens, source, dist, at_once=2**16):
+    """All tokens once, in order, about at_once at a time: {key: [n, D]}. Each process goes through its own part of the texts."""
+    mine = np.array(dist.part(len(tokens.rows)), dtype=np.int64)
+    group = (tokens.counts[mine].cumsum() - 1) // at_once
+    for i in np.unique(group):
+        yield source(mine[group == i])
