@@ -1,6 +1,8 @@
 """Command lines: a Config dataclass read by transformers' HfArgumentParser; wrong input is one line on stderr and exit code 2."""
 
 import argparse
+import contextlib
+import inspect
 import os
 import sys
 import time
@@ -97,9 +99,17 @@ class Parser(HfArgumentParser):
         raise InputError(message)
 
 
-def parse(config_class, args):
-    """Command line -> config. With --resume the settings of the run in --output_dir are the defaults."""
-    parser = Parser(config_class, description=sys.modules[config_class.__module__].__doc__, formatter_class=HelpFormatter)
+def script():
+    return os.path.basename(sys.argv[0])
+
+
+def parse(config_class, args, command="", description=None):
+    """Command line -> config. With --resume the settings of the run in --output_dir are the defaults.
+
+    command: the sub-command's name, if it is one; description: what --help says first, by default the docstring of the config's file.
+    """
+    description = description or sys.modules[config_class.__module__].__doc__
+    parser = Parser(config_class, prog=f"{script()} {command}".strip(), description=description, formatter_class=HelpFormatter)
     parsed = vars(parser.parse_args(args))
     if "resume" not in parsed:
         return config_class(**parsed)
@@ -115,18 +125,38 @@ def parse(config_class, args):
     return config_class(**{**parsed, "resume": parsed["resume"]})
 
 
-def run(config_class, main, args=None):
-    """What a script does when it is run: parse, main(config), and errors as a user wants to see them."""
+@contextlib.contextmanager
+def errors_in_one_line():
+    """A context that ends as a user wants to see it: wrong input is one line on stderr and exit code 2."""
     try:
-        main(parse(config_class, args))
+        yield
     except (InputError, FloatingPointError) as e:
         rank = os.environ.get("RANK", "0")
-        who = os.path.basename(sys.argv[0]) + (f" [rank {rank}]" if rank != "0" else "")
+        who = script() + (f" [rank {rank}]" if rank != "0" else "")
         print(f"{who}: error: {' '.join(str(e).split())}", file=sys.stderr)
         time.sleep(1 if "RANK" in os.environ else 0)  # the other processes may still be reading what this one sent
         sys.exit(2 if isinstance(e, InputError) else 1)
     finally:
         distributed.shutdown()
+
+
+def run(config_class, main, args=None):
+    """What a script does when it is run: parse, then main(config)."""
+    with errors_in_one_line():
+        main(parse(config_class, args))
+
+
+def run_command(commands, args=None):
+    """run() for a script with sub-commands, {name: (config class, function)}; without one, or with --help, it lists them."""
+    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    with errors_in_one_line():
+        if name in ("-h", "--help"):
+            lines = [f"  {name:12s}{inspect.getdoc(function).splitlines()[0]}" for name, (_, function) in commands.items()]
+            print(sys.modules["__main__"].__doc__ or "", "commands:", *lines, f"\n{script()} COMMAND --help lists its flags", sep="\n")
+            return
+        require(name in commands, f"no command {name!r}; there are {', '.join(commands)}")
+        config_class, function = commands[name]
+        function(parse(config_class, rest, name, inspect.getdoc(function)))
 
 
 def divides(config, name, divisor, what):

@@ -113,19 +113,34 @@ def activation_divergence(x, y):
         cosine   mean_t (1 - x_t . y_t / (||x_t|| ||y_t||))
         squared  mean_t ||x_t - y_t||^2 / V        V = mean_t ||x_t - mean(x)||^2, the variance of the base
 
-    -> {"cosine", "squared"}, floats; squared is 1 where the policy is as far away as another token of the base on average is from
-    the mean. Two zero vectors count as equal, one as orthogonal. ValueError: shapes that differ, no tokens, a base that does not vary.
-    Pitfall: a few dimensions or tokens of huge norm (the first token of a text) can be nearly all of the variance.
+    -> {"cosine", "squared"}, floats; squared is 1 where the policy is as far off as the base's mean is, on average. Two zero vectors
+    count as equal, one as orthogonal. ValueError: shapes that differ, no tokens, a base that does not vary. Pitfall: a few dimensions
+    or tokens of huge norm (the first token of a text) can be nearly all of the variance.
     """
-    if x.ndim != 2 or x.shape != y.shape or not len(x):
+    return from_sums(divergence_sums(x, y))
+
+
+def divergence_sums(x, y):
+    """What activation_divergence() needs to know of these tokens, float64 [4 + D]: sums over parts of the tokens simply add up.
+
+    N, sum_t (1 - cos_t), sum_t ||x_t - y_t||^2, sum_t ||x_t||^2, sum_t x_t
+    """
+    if x.ndim != 2 or x.shape != y.shape:
         raise ValueError(f"activations must both be [tokens, D] of the same tokens, not {list(x.shape)} and {list(y.shape)}")
     x, y = x.detach().double(), y.detach().double()
     norms = x.norm(dim=1) * y.norm(dim=1)  # [N]
-    cosine = torch.where(norms > 0, (x * y).sum(1) / norms, (x == y).all(1).double())
-    variance = (x - x.mean(0)).square().sum(1).mean()
-    if variance == 0:
-        raise ValueError("the base's activations do not vary: there is no scale to measure a distance by")
-    return {"cosine": (1 - cosine).mean().item(), "squared": ((x - y).square().sum(1).mean() / variance).item()}
+    cosines = torch.where(norms > 0, (x * y).sum(1) / norms, (x == y).all(1).double())
+    numbers = [norms.new_tensor(len(x)), (1 - cosines).sum(), (x - y).square().sum(), x.square().sum()]
+    return torch.cat([torch.stack(numbers), x.sum(0)])
+
+
+def from_sums(sums):
+    """divergence_sums() of all tokens -> activation_divergence() of them."""
+    n, turned, moved, squares = sums[:4].tolist()
+    variance = squares - (sums[4:].square().sum() / max(n, 1)).item()  # times N
+    if variance <= 1e-12 * squares:
+        raise ValueError(f"the base's activations of {n:.0f} tokens do not vary: there is no scale to measure a distance by")
+    return {"cosine": turned / n, "squared": moved / variance}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ features
@@ -141,6 +156,14 @@ def mmcs(a, b, one_to_one=False):
     are not finite, one_to_one above 2048 features. Pitfalls: not symmetric; it rises with Mb, by chance alone (the noise floor is
     two seeds of one size); a feature of length 0 has cosine 0 with all.
     """
+    return matches(a, b, one_to_one)[2].double().mean().item()
+
+
+def matches(a, b, one_to_one=False):
+    """What mmcs() is the mean of: features of A, the feature of B that each is matched with, and their cosines; index tensors and floats.
+
+    All Ma of A, or with `one_to_one` min(Ma, Mb) of them. Arguments and errors: mmcs.
+    """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise ValueError(f"features must be [Ma, D] and [Mb, D], not {list(a.shape)} and {list(b.shape)}")
     if one_to_one and max(len(a), len(b)) > MAX_ONE_TO_ONE:
@@ -151,10 +174,10 @@ def mmcs(a, b, one_to_one=False):
     a, b = (nn.functional.normalize(x.detach().float(), dim=1) for x in (a, b))
     if one_to_one:
         cosines = a @ b.T  # [Ma, Mb]
-        rows, columns = assignment(-cosines)
-        return cosines[rows, columns].double().mean().item()
-    best = torch.cat([(part @ b.T).amax(1) for part in a.split(max(1, 2**24 // len(b)))])  # [Ma], 64 MB of cosines at a time
-    return best.double().mean().item()
+        rows, columns = (x.to(a.device) for x in assignment(-cosines))
+        return rows, columns, cosines[rows, columns]
+    best = [(part @ b.T).max(1) for part in a.split(max(1, 2**24 // len(b)))]  # 64 MB of cosines at a time
+    return torch.arange(len(a), device=a.device), torch.cat([x.indices for x in best]), torch.cat([x.values for x in best])
 
 
 def assignment(cost):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_models import word_tokenizer
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BloomConfig, Gemma2Config, Gemma3TextConfig,
-                          GemmaConfig, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config)  # fmt: skip
+                          GemmaConfig, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen2Config,
+                          Qwen3Config)  # fmt: skip
 
 from nanorlhf.activations import SITES, activations, captured, module_at, place_name, replaced
 from nanorlhf.blocks import blocks, freeze, speed_up

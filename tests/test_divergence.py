@@ -14,8 +14,8 @@ from test_activations import FAMILIES, tiny
 from torch import nn
 
 from nanorlhf.blocks import blocks
-from nanorlhf.divergence import (activation_divergence, assignment, layer_divergence, mmcs, parameter_divergence,
-                                 select_layers)  # fmt: skip
+from nanorlhf.divergence import (activation_divergence, assignment, divergence_sums, from_sums, layer_divergence, mmcs,
+                                 parameter_divergence, select_layers)  # fmt: skip
 from nanorlhf.lora import add_lora
 
 
@@ -127,11 +127,14 @@ def test_activation_divergence():
     assert activation_divergence(x, 2 * x)["cosine"] == pytest.approx(0, abs=1e-12)
     away = activation_divergence(torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]))
     assert away["cosine"] == pytest.approx((2 + 0 + 1) / 3)
-    for a, b in ((x, y[1:]), (x[0], y[0]), (x[:0], y[:0])):
+    parts = divergence_sums(x[:7], y[:7]) + divergence_sums(x[7:7], y[7:7]) + divergence_sums(x[7:], y[7:])
+    assert from_sums(parts) == pytest.approx(got, rel=1e-12)
+    for a, b in ((x, y[1:]), (x[0], y[0])):
         with pytest.raises(ValueError, match="of the same tokens"):
             activation_divergence(a, b)
-    with pytest.raises(ValueError, match="do not vary"):
-        activation_divergence(torch.ones(3, 2), torch.zeros(3, 2))
+    for a, b in ((torch.full((3, 2), 0.1), torch.zeros(3, 2)), (x[:1], y[:1]), (x[:0], y[:0])):
+        with pytest.raises(ValueError, match=f"of {len(a)} tokens do not vary"):
+            activation_divergence(a, b)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ features

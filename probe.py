@@ -1,0 +1,20 @@
+"""Look inside trained models: what changed between a base and its policy, and what their features have in common.
+
+    python probe.py                                                      lists the commands
+    python probe.py divergence                                           runs/sft against runs/ppo, block by block
+    python probe.py divergence --model gpt2 --policy MY_RUN --dataset texts.jsonl --kind prompts --columns prompt=text
+    python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae/policy/3_mlp
+    torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
+
+Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py.
+"""
+
+from nanorlhf import cli, probes
+
+COMMANDS = {  # name: (its flags, its function)
+    "divergence": (probes.DivergenceConfig, probes.divergence),
+    "mmcs": (probes.MmcsConfig, probes.mmcs),
+}
+
+if __name__ == "__main__":
+    cli.run_command(COMMANDS)

@@ -1,0 +1,198 @@
+"""probe.py: its commands on tiny models, against what their files hold.
+
+    L blocks, N tokens, D hidden
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_errors import ENV, REPO
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+import probe
+from nanorlhf import cli, plots, probes, world
+from nanorlhf.data import encode
+from nanorlhf.errors import InputError
+from nanorlhf.lora import add_lora, adapters
+from nanorlhf.models import Policy, load_policy, load_tokenizer, save_policy
+
+L = 3
+
+
+def run(*args):
+    cli.run_command(probe.COMMANDS, [str(x) for x in args])
+
+
+def refused(capfd, *args):
+    """The one line that a user sees."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(*args)
+    error = capfd.readouterr().err
+    assert exit_.value.code == 2 and len(error.splitlines()) == 1 and ": error: " in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """base/, policy/ (block 1 is as it was), adapter/ (LoRA on base), other/ (another shape), texts.jsonl."""
+    root = tmp_path_factory.mktemp("probe")
+    torch.manual_seed(0)
+    config = world.model_config()
+    config.num_hidden_layers = L
+    lm = AutoModelForCausalLM.from_config(config)
+    tokenizer = world.tokenizer()
+    save_policy(Policy(lm, value_head=False), tokenizer, str(root / "base"))
+    for i in (0, 2):
+        for p in lm.gpt_neox.layers[i].parameters():
+            p.data += 0.02 * (i + 1) * torch.randn_like(p)
+    save_policy(Policy(lm, value_head=False), tokenizer, str(root / "policy"))
+    config.num_hidden_layers = 2
+    save_policy(Policy(AutoModelForCausalLM.from_config(config), value_head=False), tokenizer, str(root / "other"))
+    adapted = load_policy(str(root / "base"), value_head=False)
+    add_lora(adapted.lm, ["dense_h_to_4h"])
+    for layer in adapters(adapted.lm).values():
+        layer.lora_B.data.normal_(0, 0.1)
+    save_policy(adapted, tokenizer, str(root / "adapter"))
+    rows = [{"prompt": f"review the {topic} :", "response": "it was a nice day ."} for topic in world.TOPICS]
+    (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def arguments(material, out, **changes):
+    flags = {"model": material / "base", "policy": material / "policy", "dataset": material / "texts.jsonl", "output_dir": out} | changes
+    return ["divergence", *(str(x) for name, value in flags.items() for x in (f"--{name}", *(value if isinstance(value, list) else [value])))]
+
+
+def distances(base, policy, layer):
+    """{parameter: (||p - q||, ||p||)} of a block, from the files."""
+    a, b = (load_file(str(path / "model.safetensors")) for path in (base, policy))
+    names = [name for name in a if f".layers.{layer}." in name]
+    return {name.split(f".layers.{layer}.")[1]: ((a[name] - b[name]).double().norm().item(), a[name].double().norm().item())
+            for name in names}  # fmt: skip
+
+
+@torch.no_grad()
+def moved(material, layer):
+    """1 - cosine and squared distance / variance of the block's output, one text after another, from Hugging Face's hidden states."""
+    tokenizer, lms = load_tokenizer(str(material / "base")), []
+    rows = [json.loads(line) for line in (material / "texts.jsonl").read_text().splitlines()]
+    texts = [p + r for p, r in zip(*encode(tokenizer, rows, "response")[:2])]
+    for name in ("base", "policy"):
+        lm = AutoModelForCausalLM.from_pretrained(material / name).eval()
+        lms.append(torch.cat([lm(torch.tensor([t]), output_hidden_states=True).hidden_states[layer + 1][0] for t in texts]).double())
+    x, y = lms
+    cosine = sum(1 - (a @ b / a.norm() / b.norm()).item() for a, b in zip(x, y)) / len(x)
+    return cosine, ((x - y) ** 2).sum().item() / ((x - x.mean(0)) ** 2).sum().item(), len(x)
+
+
+def test_divergence(material, tmp_path, capfd):
+    run(*arguments(material, tmp_path / "out", layers="highest:1"))
+    shown = capfd.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [row["layer"] for row in summary["layers"]] == [0, 1, 2] and summary["selected"] == [2]
+    for row in summary["layers"]:
+        files = distances(material / "base", material / "policy", row["layer"])
+        assert row["parameters"].keys() == files.keys()
+        for name, (distance, norm) in files.items():
+            p = row["parameters"][name]
+            assert (p["frobenius"], p["base"]) == pytest.approx((distance, norm), rel=1e-6)
+            ratio = distance / norm if norm else math.inf if distance else 0
+            assert p["relative"] is None if math.isinf(ratio) else p["relative"] == pytest.approx(ratio, rel=1e-6)
+        assert row["frobenius"] == pytest.approx(sum(distance for distance, _ in files.values()), rel=1e-6)
+    assert summary["layers"][1]["frobenius"] == 0 == summary["layers"][1]["relative"] and summary["layers"][0]["relative"] is None
+    for layer in (0, 1):
+        cosine, squared, n = moved(material, layer)
+        got = summary["layers"][layer]["activations"]["residual"]
+        assert (got["cosine"], got["squared"]) == pytest.approx((cosine, squared), rel=1e-4) and summary["tokens"] == n
+    assert summary["layers"][1]["activations"]["mlp"]["cosine"] > 0  # its weights are the same, its input is not
+    assert "*    2" in shown and "selected (*): 2" in shown and str(tmp_path / "out") in shown
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["layers"] == "highest:1"
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return
+    assert (tmp_path / "out" / "picture.png").stat().st_size > 1000
+
+
+def test_without_matplotlib_and_again(material, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(plots, "save", lambda draw, what, path: None)
+    run(*arguments(material, tmp_path / "out", sites=["residual"]))
+    first = (tmp_path / "out" / "summary.json").read_text()
+    run(*arguments(material, tmp_path / "out", sites=["residual"], layers="lowest:2"))  # other layers are no other run
+    second = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert second["selected"] == [0, 1] and second["layers"][2]["activations"] == json.loads(first)["layers"][2]["activations"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "summary.json"]
+    assert "picture" not in capfd.readouterr().out
+    assert "differs in policy" in refused(capfd, *arguments(material, tmp_path / "out", sites=["residual"], policy=material / "adapter"))
+
+
+def test_adapters_are_merged_first(material, tmp_path):
+    run(*arguments(material, tmp_path / "out", policy=material / "adapter"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    lora = load_file(str(material / "adapter" / "adapter_model.safetensors"))
+    for row in summary["layers"]:
+        A, B = (next(x for name, x in lora.items() if f".layers.{row['layer']}." in name and f"lora_{ab}" in name) for ab in "AB")
+        expected = (16 / 8 * B.double() @ A.double()).norm().item()
+        assert row["frobenius"] == pytest.approx(expected, rel=1e-4)
+        assert row["parameters"]["mlp.dense_h_to_4h.weight"]["frobenius"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_tokens_of_other_kinds_of_rows(material, tmp_path):
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"the {topic} was good ."}) + "\n" for topic in list(world.TOPICS)[:5]))
+    run(*arguments(material, tmp_path / "out", dataset=tmp_path / "plain.jsonl", kind="prompts", columns="prompt=text", max_length=3))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["texts"], summary["tokens"]) == (5, 15)
+
+
+def test_bad_input(material, tmp_path, capfd):
+    def error(**changes):
+        return refused(capfd, *arguments(material, tmp_path / "out", **changes))
+
+    assert "have 3 and 2 blocks" in error(policy=material / "other")
+    assert "layers '9': the model has the layers 0 to 2" in error(layers="9")
+    assert "highest:K" in error(layers="top")
+    assert "no such model folder" in error(policy=material / "nothing")
+    assert "no such file" in error(dataset=tmp_path / "none.jsonl")
+    assert "--sites must be some of mlp, attention, residual" in error(sites=["head"])
+    assert "--kind must be one of" in error(kind="texts")
+    words = world.tokenizer()
+    words.add_tokens(["zebra"])
+    folder = tmp_path / "zebra"
+    save_policy(load_policy(str(material / "policy"), value_head=False), words, str(folder))
+    assert "have different tokenizers" in error(policy=folder)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------ the command line
+
+
+def test_commands_are_listed(capfd):
+    for args in ([], ["--help"], ["-h"]):
+        run(*args)
+        shown = capfd.readouterr().out
+        for name, (_, function) in probe.COMMANDS.items():
+            assert f"  {name:12s}{function.__doc__.splitlines()[0]}" in shown
+    with pytest.raises(SystemExit) as exit_:
+        run("divergence", "--help")
+    shown = capfd.readouterr().out
+    assert exit_.value.code == 0 and "--policy" in shown and "How far a policy has moved" in shown and "divergence [-h]" in shown
+    assert "no command 'nothing'; there are divergence, mmcs" in refused(capfd, "nothing")
+    assert "unrecognized arguments: --nothing" in refused(capfd, "divergence", "--nothing", "1")
+
+
+def test_as_a_script(tmp_path):
+    def script(*args):
+        return subprocess.run([sys.executable, str(REPO / "probe.py"), *args], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+
+    listed = script()
+    assert listed.returncode == 0 and "\n  divergence  How far" in listed.stdout and not listed.stderr
+    wrong = script("divergence", "--model", "nowhere/to/be/found")
+    assert wrong.returncode == 2 and wrong.stderr == "probe.py: error: nowhere/to/be/found: no such model folder\n"
+    assert list(Path(tmp_path).iterdir()) == []
