@@ -9,11 +9,13 @@
 Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py.
 """
 
-from nanorlhf import cli, probes
+from nanorlhf import cli, implicit_reward, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
     "mmcs": (probes.MmcsConfig, probes.mmcs),
+    "reward": (implicit_reward.RewardConfig, implicit_reward.reward),
+    "pairs": (implicit_reward.PairsConfig, implicit_reward.pairs),
 }
 
 if __name__ == "__main__":
