@@ -4,6 +4,8 @@
     python probe.py divergence                                           runs/sft against runs/ppo, block by block
     python probe.py divergence --model gpt2 --policy MY_RUN --dataset texts.jsonl --kind prompts --columns prompt=text
     python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae/policy/3_mlp
+    python probe.py reward                                               the value of words, read from runs/ppo and from its controls
+    python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
 Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py.

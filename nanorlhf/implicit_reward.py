@@ -238,7 +238,8 @@ def table(summary):
         lines.append(f"  {name:27s}{cells}" + ("" if name == first else f"      {pm(row['policy_less'])}"))
     if p:
         share = sum(seed["positive"] for seed in rows[first]["seeds"]) / n
-        lines.append(f"  Always the commoner sign is right for {max(share, 1 - share):.3f}. p by permutation, of the worst split.")
+        lines.append(f"  Always the commoner sign is right for {max(share, 1 - share):.3f}. p: the worst split's, by permutation of the "
+                     "test; a random direction can have a small one too, as shuffled labels show.")  # fmt: skip
     return "\n".join(lines + [f"  {summary['note']}"] * bool(summary["note"]))
 
 

@@ -11,7 +11,6 @@ it reads the word, so a text ends there:
 """
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +23,8 @@ from .rng import SPLIT
 
 WORD = re.compile(r"(?<![\w'-])[a-z][a-z'-]*(?![\w'-])")  # in lower case: a capital would tell where it stood
 SIGNS = ("positive", "neutral", "negative")
-FEWEST = 6  # words of each sign
+FEWEST = 6  # word families of each sign, or prompts
+STEM = 4  # letters: words that begin alike (smile, smiled, smiling) are a family
 
 
 @dataclass
@@ -35,27 +35,29 @@ class Texts:
     first: list  # [N]: inputs are means over the tokens from here on
     lengths: torch.Tensor  # [N], response tokens
     values: torch.Tensor  # [N], the true reward
-    groups: torch.Tensor  # [N]: words, or prompts
+    groups: torch.Tensor  # [N]: families of words, or prompts
     units: torch.Tensor  # [N]: what counts as one observation: a word, whatever the number of its contexts, or a response
     names: list  # of the units
     splits: list  # one a seed: (training rows, test rows)
 
 
 def word_texts(config, tokenizer, rows, lexicon, max_length):
-    """Demonstrations and {word: value} -> Texts: config.triples triples a seed, each three rows. No word and no prompt is on two sides.
+    """Demonstrations and {word: value} -> Texts: config.triples triples a seed, each three rows. No word and no prompt is on two sides,
+    and no family of words, for who knows what smiled is worth knows it of smiling.
 
     Words are those of the lexicon that the responses hold somewhere and that the tokenizer can write; of several tokens the last one
-    counts. InputError: too few words of one sign, or contexts from fewer than two prompts.
+    counts. InputError: too few families of one sign, or contexts from fewer than two prompts.
     """
-    found = Counter(word for row in rows for word in WORD.findall(row["response"]) if word in lexicon)
-    words = placeable(tokenizer, sorted(found))
-    signs = {sign: [] for sign in SIGNS}
-    for word in words:
-        value = lexicon[word]
-        signs["neutral" if abs(value) < config.neutral else "positive" if value > 0 else "negative"].append(word)
-    counts = ", ".join(f"{len(signs[sign])} {sign}" for sign in SIGNS)
-    require(min(map(len, signs.values())) >= FEWEST, f"{config.dataset}: triples need at least {FEWEST} words of each sign that the lexicon "
-            f"knows, the responses hold and the tokenizer can write; there are {counts}")  # fmt: skip
+    words = placeable(tokenizer, sorted({word for row in rows for word in WORD.findall(row["response"]) if word in lexicon}))
+    sign = {word: SIGNS[1] if abs(lexicon[word]) < config.neutral else SIGNS[0] if lexicon[word] > 0 else SIGNS[2] for word in words}
+    families = {word[:STEM]: [other for other in words if other[:STEM] == word[:STEM]] for word in words}
+    by_sign = [[family for family in families.values() if sign[family[0]] == s] for s in SIGNS]  # so that all signs are on both sides
+    counts = ", ".join(f"{len(found)} {s}" for s, found in zip(SIGNS, by_sign))
+    require(
+        min(map(len, by_sign)) >= FEWEST,
+        f"{config.dataset}: triples need {FEWEST} families of words of each sign that the lexicon knows, the responses hold and the "
+        f"tokenizer can write; there are {counts}",
+    )
     contexts = {}  # prompt -> the responses up to a word
     for row in rows:
         before = [row["response"][: match.start()] for match in WORD.finditer(row["response"]) if match[0] in lexicon]
@@ -66,10 +68,11 @@ def word_texts(config, tokenizer, rows, lexicon, max_length):
     chosen, splits = [], []  # (prompt, context, word)
     for seed in range(config.seeds):
         rng, sides = np.random.default_rng([SPLIT, seed]), []
-        parts = {sign: halves(rng, signs[sign], config.test_share) for sign in SIGNS}
+        parts = list(zip(*(halves(rng, found, config.test_share) for found in by_sign)))  # families: [side][sign]
         for side, prompts in enumerate(halves(rng, list(contexts), config.test_share)):
             n = round(config.triples * (config.test_share if side else 1 - config.test_share))
-            columns = [dealt(rng, parts[sign][side], n) for sign in SIGNS]
+            mine = [word for found in parts[side] for family in found for word in family]
+            columns = [dealt(rng, [word for word in mine if sign[word] == s], n) for s in SIGNS]
             sides.append(len(chosen) + torch.arange(3 * n))
             for prompt, *triple in zip(dealt(rng, prompts, n), *columns):
                 before = contexts[prompt][rng.integers(len(contexts[prompt]))]
@@ -79,9 +82,10 @@ def word_texts(config, tokenizer, rows, lexicon, max_length):
     prompts = dict(zip(contexts, data.encode_prompts(tokenizer, list(contexts), config.chat_template)))
     responses = tokenizer([before + word for _, before, word in chosen], add_special_tokens=False).input_ids
     ids = [(prompts[prompt] + response)[-max_length:] for (prompt, _, _), response in zip(chosen, responses)]
-    at = torch.tensor([words.index(word) for *_, word in chosen])
-    values = torch.tensor([lexicon[word] for *_, word in chosen])
-    return Texts(ids, [len(row) - 1 for row in ids], torch.tensor([len(r) for r in responses]), values, at, at, words, splits)
+    unit, group = ({name: i for i, name in enumerate(names)} for names in (words, families))
+    units, groups = torch.tensor([(unit[word], group[word[:STEM]]) for *_, word in chosen]).T
+    values, lengths = torch.tensor([lexicon[word] for *_, word in chosen]), torch.tensor([len(r) for r in responses])
+    return Texts(ids, [len(row) - 1 for row in ids], lengths, values, groups, units, words, splits)
 
 
 def placeable(tokenizer, words):
@@ -126,9 +130,7 @@ def sequence_texts(config, tokenizer, rows, spec, max_length, dist):
     mine = [rows[i] for i in dist.part(len(rows))]
     answers = Answers([row["prompt"] for row in mine], [row["response"] for row in mine], None)
     values = dist.gather(score(load_reward(spec, None, dist), [answers], dist))
-    groups, splits = by_prompt(config, rows)
-    texts = [prompt + response for prompt, response in zip(prompts, responses)]
-    return Texts(texts, list(map(len, prompts)), torch.tensor([len(r) for r in responses]), values, groups, torch.arange(len(rows)), [], splits)
+    return responses_of(prompts, responses, values, *by_prompt(config, rows))
 
 
 def pair_texts(config, tokenizer, rows, max_length, dist):
@@ -136,10 +138,14 @@ def pair_texts(config, tokenizer, rows, max_length, dist):
     sides = [data.encode(tokenizer, rows, side, max_length or None, config.chat_template) for side in ("chosen", "rejected")]
     dist.print(f"{sum(n_cut for *_, n_cut in sides)} of {2 * len(rows)} responses cut to {max_length} tokens")
     prompts, responses = (sum((side[i] for side in sides), []) for i in (0, 1))
-    groups, splits = by_prompt(config, rows)
-    texts = [prompt + response for prompt, response in zip(prompts, responses)]
-    values = torch.tensor([1.0, 0.0]).repeat_interleave(len(rows))
-    return Texts(texts, list(map(len, prompts)), torch.tensor([len(r) for r in responses]), values, groups, torch.arange(len(rows)), [], splits)
+    return responses_of(prompts, responses, torch.tensor([1.0, 0.0]).repeat_interleave(len(rows)), *by_prompt(config, rows))
+
+
+def responses_of(prompts, responses, values, groups, splits):
+    """Texts whose tokens of interest are the responses'."""
+    ids = [prompt + response for prompt, response in zip(prompts, responses)]
+    lengths = torch.tensor([len(response) for response in responses])
+    return Texts(ids, [len(prompt) for prompt in prompts], lengths, values, groups, torch.arange(len(ids)), [], splits)
 
 
 def by_prompt(config, rows):

@@ -64,7 +64,12 @@ def kendall_tau(x, y, permutations=1000, seed=0):
         raise ValueError(f"kendall_tau needs two equally long vectors of at least 2 numbers, not {len(x)} and {len(y)}")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("kendall_tau: a number that is not finite")
-    sx, sy = (torch.sign(v[:, None] - v[None, :]).float() for v in (x, y))  # [N, N]
+    x, y = (v.unique(return_inverse=True)[1].float() for v in (x, y))  # ranks: small, and as tied as before
+
+    def signs(v):
+        return torch.sign(v[:, None] - v)  # [N, N]
+
+    sx, sy = signs(x), signs(y)
     norm = (sx.abs().sum().double() * sy.abs().sum().double()).sqrt()
     if norm == 0:
         return float("nan"), float("nan")
@@ -73,7 +78,7 @@ def kendall_tau(x, y, permutations=1000, seed=0):
     extreme = 0
     for _ in range(permutations):
         order = torch.randperm(len(x), generator=generator)
-        extreme += abs(((sx * sy[order][:, order]).sum().double() / norm).item()) >= abs(tau) - 1e-12
+        extreme += abs(((sx * signs(y[order])).sum().double() / norm).item()) >= abs(tau) - 1e-12
     return tau, (extreme + 1) / (permutations + 1)
 
 
@@ -97,7 +102,7 @@ def auc(scores, labels):
     """
     scores, labels = finite("auc", scores).flatten(), torch.as_tensor(labels).flatten().cpu() > 0
     if len(scores) != len(labels) or not 0 < labels.sum() < len(labels):
-        raise ValueError(f"auc needs labels of both kinds for {len(scores)} scores, not {len(labels)}, {int(labels.sum())} of them positive")
+        raise ValueError(f"auc needs both labels, one a score, not {len(labels)}, {int(labels.sum())} of them 1, for {len(scores)} scores")
     positive, negative = scores[labels], scores[~labels].sort().values
     wins, no_losses = (torch.searchsorted(negative, positive, side=side).double().mean() for side in ("left", "right"))
     return ((wins + no_losses) / 2 / len(negative)).item()
@@ -203,7 +208,7 @@ def logistic(x, labels, l2=1.0, intercept=True, steps=100):
     for _ in range(steps):
         probability = torch.sigmoid(p @ w)
         gradient = p.T @ (probability - positive.double()) + penalty * w
-        if gradient.abs().max() <= 1e-10 * p.abs().sum(0).max():
+        if gradient.norm() <= 1e-10 * p.norm():
             break
         hessian = (p.T * (probability * (1 - probability))) @ p + penalty.diag()
         move, size = torch.linalg.solve(hessian, gradient), 1.0

@@ -1,4 +1,4 @@
-"""DPO: its loss and gradient against the closed form, and train_sft.py --loss dpo against plain transformers, itself killed, and two processes."""
+"""DPO: its loss and gradient against the closed form; train_sft.py --loss dpo against plain transformers, killed, and on two processes."""
 
 import json
 import math
@@ -8,7 +8,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_scripts import assert_bit_equal, assert_close_runs, drive, join, metrics, no_pictures, one_thread, ranks, weights, write_rows  # noqa: F401
+from test_scripts import (  # noqa: F401
+    assert_bit_equal, assert_close_runs, drive, join, metrics, no_pictures, one_thread, ranks, weights, write_rows,
+)  # fmt: skip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sft
@@ -33,8 +35,8 @@ def base(tmp_path_factory):
 
 
 def settings(base, **changes):
-    flags = {"loss": "dpo", "model": f"{base}/model", "dataset": f"{base}/pairs.jsonl", "steps": 3, "batch_size": 8, "lr": 1e-3, "warmup": 0,
-             "max_new_tokens": 6, "n_samples": 1, "eval_size": 7, "checkpoint_every": 1}  # fmt: skip
+    flags = {"loss": "dpo", "model": f"{base}/model", "dataset": f"{base}/pairs.jsonl", "steps": 3, "batch_size": 8, "lr": 1e-3,
+             "warmup": 0, "max_new_tokens": 6, "n_samples": 1, "eval_size": 7, "checkpoint_every": 1}  # fmt: skip
     return {**flags, **changes}
 
 
@@ -192,11 +194,13 @@ def test_what_the_steps_do_not_read_needs_no_reference(base, tmp_path, monkeypat
     assert seen == [8, 8, 7, 7, 7, 7]  # both sides: of 2 x 4 training rows and of the held-out ones; again at the end
 
 
-@pytest.mark.parametrize("bad, words", [({"model": "world"}, "trained --model"), ({"loss": "ppo"}, "--loss"), ({"dpo_beta": 0.0}, "--dpo_beta"),
-                                        ({"lr": -1.0}, "--lr"), ({"steps": 0}, "--steps")])  # fmt: skip
-def test_bad_settings(base, bad, words):
-    with pytest.raises(InputError, match=words):
-        train_sft.Config(**settings(base, **bad))
+BAD = {"model": "world", "loss": "ppo", "dpo_beta": 0.0, "lr": -1.0, "steps": 0}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings(base, name):
+    with pytest.raises(InputError, match=f"--{name}"):
+        train_sft.Config(**settings(base, **{name: BAD[name]}))
 
 
 def test_defaults_are_those_of_the_loss():
