@@ -97,10 +97,10 @@ def main(config):
     example = pack(answers[0][0][:1], answers[0][1][:1]).to(dist.device)
     model = dist.wrap(policy, lambda model: model(example, response_mask_of(example))["logprobs"].sum(), config.dtype)
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
-    reference = torch.zeros(len(answers), len(rows), device=dist.device)  # [S, rows]: log-probs of whole answers, for DPO
     if config.loss == "dpo":
         # The reference is the policy as it stands here. The data are fixed, so its log-probs are needed once, and never a second model.
         visited = data.batch_indices(len(rows), min(len(rows), config.steps * config.batch_size), 0, config.seed)  # what steps will read
+        reference = torch.zeros(2, len(rows), device=dist.device)  # log-probs of the chosen and the rejected answer of every pair
         with gathered(policy):
             reference[:, visited] = sequence_logprobs(policy, answers, visited, tokenizer, config, dist)
             held_out_reference = sequence_logprobs(policy, held_out_answers, range(len(held_out)), tokenizer, config, dist)
