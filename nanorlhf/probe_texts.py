@@ -50,7 +50,9 @@ def word_texts(config, tokenizer, rows, lexicon, max_length):
     """
     words = placeable(tokenizer, sorted({word for row in rows for word in WORD.findall(row["response"]) if word in lexicon}))
     sign = {word: SIGNS[1] if abs(lexicon[word]) < config.neutral else SIGNS[0] if lexicon[word] > 0 else SIGNS[2] for word in words}
-    families = {word[:STEM]: [other for other in words if other[:STEM] == word[:STEM]] for word in words}
+    families = {}
+    for word in words:
+        families.setdefault(word[:STEM], []).append(word)
     by_sign = [[family for family in families.values() if sign[family[0]] == s] for s in SIGNS]  # so that all signs are on both sides
     counts = ", ".join(f"{len(found)} {s}" for s, found in zip(SIGNS, by_sign))
     require(
@@ -70,7 +72,7 @@ def word_texts(config, tokenizer, rows, lexicon, max_length):
         rng, sides = np.random.default_rng([SPLIT, seed]), []
         parts = list(zip(*(halves(rng, found, config.test_share) for found in by_sign)))  # families: [side][sign]
         for side, prompts in enumerate(halves(rng, list(contexts), config.test_share)):
-            n = round(config.triples * (config.test_share if side else 1 - config.test_share))
+            n = max(1, round(config.triples * (config.test_share if side else 1 - config.test_share)))
             mine = [word for found in parts[side] for family in found for word in family]
             columns = [dealt(rng, [word for word in mine if sign[word] == s], n) for s in SIGNS]
             sides.append(len(chosen) + torch.arange(3 * n))
