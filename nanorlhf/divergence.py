@@ -65,8 +65,9 @@ def layer_divergence(base, policy, kind="frobenius"):
         relative    D_l = sum_p ||p_base - p_policy||_F / ||p_base||_F   0 where nothing moved; infinite where a zero did
 
     base, policy: models, or lists of L blocks (modules, or dicts of tensors), LoRA merged -> L floats. ValueError: as
-    parameter_divergence(), or an unknown kind. Pitfall: a sum over parameters is compared between blocks of one model only; by
-    `frobenius` large matrices weigh more, by `relative` small vectors, such as biases, may weigh most.
+    parameter_divergence(), or an unknown kind. Pitfalls: a sum over parameters is compared between blocks of one model only; by
+    `frobenius` large matrices weigh more, by `relative` small vectors, such as biases, may weigh most. Adam moves every weight about lr
+    a step: after few steps D_l is near lr * steps * sum_p sqrt(size of p) in every block, and says little about what was learned.
     """
     return add_up(parameter_divergence(base, policy), kind)
 

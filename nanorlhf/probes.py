@@ -62,7 +62,7 @@ class DivergenceConfig:
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
     max_rows: int = field(default=256, metadata={"help": "a random subset of N rows; 0: all"})
     max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
-    skip_bos: bool = field(default=False, metadata={"help": "leave out the activations of a BOS in front of a text"})
+    keep_bos: bool = field(default=False, metadata={"help": "count a BOS in front of a text too: its norm is often most of the variance"})
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
     dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
 
@@ -113,7 +113,7 @@ def texts_of(config, model_config, dist):
     rows, cut = token_rows(tokenizer, rows, config.max_length or context_length(model_config), config.chat_template)
     if cut:
         dist.print(f"{cut} of {len(rows)} texts cut")
-    return Tokens(rows, tokenizer.bos_token_id if config.skip_bos else None)
+    return Tokens(rows, None if config.keep_bos else tokenizer.bos_token_id)
 
 
 def compare_activations(config, lms, tokens, dist):

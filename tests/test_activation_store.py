@@ -133,14 +133,20 @@ def test_a_batch_is_a_function_of_seed_and_step(lms):
 
 
 def test_a_batch_mixes_texts():
-    """64 texts of 20 tokens in one buffer: hardly two tokens of one text in a batch of 64, and neighbours in time are not neighbours."""
+    """64 texts of 20 tokens in one buffer, which is an epoch: a batch of 64 has one token of each, from all parts of the texts."""
     tokens = Tokens([[2 + i] * 20 for i in range(64)])
-    source = lambda texts: {"x": torch.from_numpy(np.repeat(texts, 20)).float()[:, None]}  # noqa: E731
+
+    def source(texts):
+        return {"x": torch.stack([torch.from_numpy(np.repeat(texts, 20)), torch.arange(20).repeat(len(texts))], 1).float()}
+
     stream = Stream(tokens, source, 64, ONE, buffer_tokens=1280)
     assert stream.S == 20
-    batches = [stream.batch(step)["x"][:, 0].long() for step in range(20)]
-    assert all(batch.unique().numel() == 64 for batch in batches)
-    assert torch.equal(torch.cat(batches).bincount(), torch.full((64,), 20))
+    batches = torch.stack([stream.batch(step)["x"].long() for step in range(40)])  # [40, 64, (text, column)]
+    for text, column in batches.transpose(1, 2):
+        assert text.unique().numel() == 64 and column.unique().numel() > 12
+    for epoch in batches.split(20):
+        assert torch.equal((20 * epoch[..., 0] + epoch[..., 1]).flatten().sort().values, torch.arange(1280))
+    assert not torch.equal(batches[0, :, 0], batches[20, :, 0])  # the next epoch has an order of its own
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
