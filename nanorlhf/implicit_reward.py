@@ -32,6 +32,7 @@ from .probe_texts import differences, pair_texts, sequence_texts, word_texts
 from .probes import finite, in_one_line, save
 from .rewards import check_reward, read_lexicon
 from .rng import SPLIT, key
+from .sae_files import load_sae
 from .stats import t_interval
 
 
@@ -140,12 +141,10 @@ def all_inputs(config, texts, dist):
     module_at(policy, places[0])  # a site that this architecture lacks
     inputs = {}
     if config.sae:
-        from .sae_files import load_sae
-
-        saes = {name: {place: load_sae(os.path.join(config.sae, name, place_name(place))).to(dist.device) for place in places}
-                for name in ("policy", "base")}  # fmt: skip
-        inputs["policy, SAE features"] = mean_inputs(policy, texts, places, dist, config.dtype, saes["policy"])
-        inputs["base, SAE features"] = mean_inputs(base, texts, places, dist, config.dtype, saes["base"])
+        width = policy.config.get_text_config().hidden_size
+        for name, lm in (("policy", policy), ("base", base)):
+            saes = {place: load_sae(os.path.join(config.sae, name, place_name(place)), width, dist.device) for place in places}
+            inputs[f"{name}, SAE features"] = mean_inputs(lm, texts, places, dist, config.dtype, saes)
     torch.manual_seed(key(SPLIT))
     untrained = AutoModelForCausalLM.from_config(policy.config).to(dist.device).eval()
     for name, lm in (("policy, activations", policy), ("base, activations", base), ("random model, activations", untrained)):

@@ -1,8 +1,6 @@
 """probe.py reward and pairs: triples and splits, inputs, probes on planted rewards, controls at chance, one process against two."""
 
 import json
-import os
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -16,9 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import probe
 from nanorlhf import cli, implicit_reward, world
 from nanorlhf.distributed import Dist
+from nanorlhf.errors import InputError
 from nanorlhf.implicit_reward import PairsConfig, RewardConfig, bag_of_words, mean_inputs
 from nanorlhf.linear_probes import fit_pairs, fit_reward
 from nanorlhf.probe_texts import Texts, dealt, differences, halves, pair_texts, word_texts
+from nanorlhf.sae import SparseAutoencoder
+from nanorlhf.sae_files import save_sae
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 U = torch.nn.functional.normalize(torch.arange(32.0).sin(), dim=0)  # a direction that random weights know nothing of
@@ -266,17 +267,13 @@ def test_a_planted_reward_is_read_from_the_policy_alone(base, tmp_path, capsys):
     assert "at chance by construction" in out and "Kendall's tau" in out and len([line for line in out.splitlines() if "+-" in line]) == 12
 
 
-def test_features_of_sparse_autoencoders_stand_beside_activations(base, tmp_path, monkeypatch):
-    loaded = []
-
-    def load_sae(path):
-        loaded.append(os.path.relpath(path, tmp_path))
-        return SimpleNamespace(to=lambda device: SimpleNamespace(encode=lambda x: torch.cat([x, -x], -1).relu()))
-
-    monkeypatch.setitem(sys.modules, "nanorlhf.sae_files", SimpleNamespace(load_sae=load_sae))
-    (tmp_path / "policy").mkdir(), (tmp_path / "base").mkdir()
+def test_features_of_sparse_autoencoders_stand_beside_activations(base, tmp_path):
+    for name in ("policy/0_residual", "policy/1_residual", "base/0_residual"):
+        save_sae(SparseAutoencoder(32, 64, normalize="none", seed=1), tmp_path / name)
+    with pytest.raises(InputError, match="base/1_residual"):
+        implicit_reward.reward(RewardConfig(**settings(base, tmp_path / "a", sae=str(tmp_path))))
+    save_sae(SparseAutoencoder(32, 64, normalize="none", seed=1), tmp_path / "base/1_residual")
     summary = implicit_reward.reward(RewardConfig(**settings(base, tmp_path / "a", sae=str(tmp_path))))
-    assert loaded == ["policy/0_residual", "policy/1_residual", "base/0_residual", "base/1_residual"]
     names = [f"{name}, {kind}" for kind in ("SAE features", "activations") for name in ("policy", "base")]
     assert list(summary["rows"])[:4] == names and summary["rows"]["policy, SAE features"]["tau"][0] > 0.6
     assert abs(summary["rows"]["base, SAE features"]["tau"][0]) < 0.35
