@@ -111,8 +111,9 @@ def pairs(config):
     """Read which of two responses was chosen from the difference of their activations (or SAE features), by logistic regression."""
     dist, folder, tokenizer, max_length = start(config)
     rows = data.subset(data.read_rows(config.dataset, "pairs", config.columns), config.max_rows)
-    rows = [row for row in rows if row["chosen"] != row["rejected"]]
-    texts = pair_texts(config, tokenizer, rows, max_length, dist)
+    different = [row for row in rows if row["chosen"] != row["rejected"]]
+    dist.print(f"{len(rows)} pairs, {len(rows) - len(different)} with chosen == rejected skipped")
+    texts = pair_texts(config, tokenizer, different, max_length, dist)
     inputs, layers = all_inputs(config, texts, dist)
     return compare(config, folder, fit_pairs, texts, inputs, layers, "")
 
