@@ -86,7 +86,8 @@ def word_texts(config, tokenizer, rows, lexicon, max_length):
     ids = [(prompts[prompt] + response)[-max_length:] for (prompt, _, _), response in zip(chosen, responses)]
     unit, group = ({name: i for i, name in enumerate(names)} for names in (words, families))
     units, groups = torch.tensor([(unit[word], group[word[:STEM]]) for *_, word in chosen]).T
-    values, lengths = torch.tensor([lexicon[word] for *_, word in chosen]), torch.tensor([len(r) for r in responses])
+    values = torch.tensor([lexicon[word] for *_, word in chosen], dtype=torch.float64)
+    lengths = torch.tensor([len(r) for r in responses])
     return Texts(ids, [len(row) - 1 for row in ids], lengths, values, groups, units, words, splits)
 
 
