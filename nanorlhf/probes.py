@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass, field
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from . import cli, data, plots
 from .activation_store import Tokens, from_models, passes, token_rows
@@ -21,9 +23,10 @@ from .checkpoint import write_json
 from .cli import require
 from .distributed import setup
 from .divergence import add_up, divergence_sums, from_sums, matches, parameter_divergence, relative, select_layers
-from .errors import InputError
+from .errors import InputError, first_line
 from .log import PLACES, RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
+from .sae_files import load_sae
 
 
 def in_one_line(function, *args):
@@ -179,7 +182,11 @@ class MmcsConfig:
     def __post_init__(self):
         cli.at_least(self, 0, "top")
         self.a, self.b = existing(self.a), existing(self.b)
-        require(self.b or len(self.a) > 1, "--a names one folder: name others to compare it with, as --b")
+        require(self.pairs(), "--a names one folder: name others to compare it with, as --b")
+
+    def pairs(self):
+        """(A, B) to compare: --a with --b, or with one another."""
+        return [(a, b) for a in self.a for b in self.b or self.a if a != b]
 
 
 def existing(paths):
@@ -195,15 +202,19 @@ def mmcs(config):
 
     Small against large of one model: stability, and its best matched features. Base against policy: what training changed. One seed
     against another: the noise floor. `chance` is the same number for random directions. Method: nanorlhf/divergence.py.
-    """
-    from .sae_files import load_sae
 
+    Latents that never fire are left out where the folder tells (SAELens' sparsity.safetensors). Two autoencoders of one seed start from
+    the same directions and keep some of it: set base against policy with different seeds, then it can be compared with the noise floor.
+    """
     dist = setup("cpu")
     folder = RunFolder(config, dist, free=(*PLACES, "top"))
-    features = {path: load_sae(path).decoder_directions().detach() for path in dict.fromkeys(config.a + config.b)}  # [M, D]
-    pairs = [(a, b) for a in config.a for b in config.b or config.a if a != b]
+    ids = {path: None for path in config.a + config.b}
+    features = {path: load_sae(path).decoder_directions().detach() for path in ids}  # [M, D]
+    for path, directions in features.items():
+        ids[path] = firing(path, len(directions))  # of the latents that are left
+        features[path] = directions[ids[path]]
     rows = []
-    for a, b in pairs:
+    for a, b in config.pairs():
         found, of_b, cosines = in_one_line(matches, features[a], features[b], config.one_to_one)
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(features[path].shape, generator=generator) for path in (a, b)]
@@ -211,12 +222,25 @@ def mmcs(config):
         rows.append({
             "a": a, "b": b, "features_a": len(features[a]), "features_b": len(features[b]), "mmcs": cosines.double().mean().item(),
             "chance": matches(*noise, config.one_to_one)[2].mean().item(), "above_0.9": (cosines > 0.9).double().mean().item(),
-            "best": [[found[i].item(), of_b[i].item(), cosines[i].item()] for i in best.tolist()],
-            "histogram": torch.histc(cosines, 20, 0, 1).long().tolist(),
+            "best": [[ids[a][found[i]].item(), ids[b][of_b[i]].item(), cosines[i].item()] for i in best.tolist()],
+            "histogram": torch.histc(cosines.clamp(0, 1), 20, 0, 1).long().tolist(),
         })  # fmt: skip
     summary = {"one_to_one": config.one_to_one, "pairs": rows}
     save(config, folder, summary, mmcs_table(summary), draw_mmcs)
     return summary
+
+
+def firing(path, m):
+    """The ids of an autoencoder's latents, without those that its folder knows never to have fired."""
+    file = os.path.join(path, "sparsity.safetensors")  # log10(rate + 1e-10)
+    if not os.path.exists(file):
+        return torch.arange(m)
+    try:
+        rates = load_file(file)["sparsity"]
+    except (OSError, KeyError, SafetensorError) as e:
+        raise InputError(f"{file}: cannot be read ({first_line(e)})") from None
+    require(rates.shape == (m,), f"{file}: {list(rates.shape)} rates of {m} latents")
+    return (rates > -9.99).nonzero()[:, 0]
 
 
 def mmcs_table(summary):

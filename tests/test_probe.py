@@ -5,6 +5,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_errors import ENV, REPO
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoModelForCausalLM
 
 import probe
 from nanorlhf import cli, plots, probes, world
 from nanorlhf.data import encode
-from nanorlhf.errors import InputError
 from nanorlhf.lora import add_lora, adapters
 from nanorlhf.models import Policy, load_policy, load_tokenizer, save_policy
+from nanorlhf.sae import SparseAutoencoder
+from nanorlhf.sae_files import save_sae
 
 L = 3
 
@@ -67,7 +69,8 @@ def material(tmp_path_factory):
 
 def arguments(material, out, **changes):
     flags = {"model": material / "base", "policy": material / "policy", "dataset": material / "texts.jsonl", "output_dir": out} | changes
-    return ["divergence", *(str(x) for name, value in flags.items() for x in (f"--{name}", *(value if isinstance(value, list) else [value])))]
+    lists = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    return ["divergence", *(str(x) for name, values in lists.items() for x in (f"--{name}", *values))]
 
 
 def distances(base, policy, layer):
@@ -145,10 +148,25 @@ def test_adapters_are_merged_first(material, tmp_path):
 
 
 def test_tokens_of_other_kinds_of_rows(material, tmp_path):
-    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"the {topic} was good ."}) + "\n" for topic in list(world.TOPICS)[:5]))
+    rows = [{"text": f"the {topic} was good ."} for topic in list(world.TOPICS)[:5]]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(*arguments(material, tmp_path / "out", dataset=tmp_path / "plain.jsonl", kind="prompts", columns="prompt=text", max_length=3))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["texts"], summary["tokens"]) == (5, 15)
+
+
+def test_a_bos_in_front_counts_by_option(material, tmp_path):
+    """A token that is BOS in the tokenizers of copies of both models: only where it opens a text it is left out."""
+    for name in ("base", "policy"):
+        tokenizer = load_tokenizer(str(material / name))
+        tokenizer.bos_token = "the"
+        save_policy(load_policy(str(material / name), value_head=False), tokenizer, str(tmp_path / name))
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "the room was the best ."}\n{"prompt": "it was the worst ."}\n')
+    counts = []
+    for keep in ("false", "true"):
+        run(*arguments(tmp_path, tmp_path / keep, dataset=tmp_path / "plain.jsonl", kind="prompts", keep_bos=keep, sites="mlp"))
+        counts.append(json.loads((tmp_path / keep / "summary.json").read_text())["tokens"])
+    assert counts == [10, 11]
 
 
 def test_bad_input(material, tmp_path, capfd):
@@ -183,7 +201,7 @@ def test_commands_are_listed(capfd):
         run("divergence", "--help")
     shown = capfd.readouterr().out
     assert exit_.value.code == 0 and "--policy" in shown and "How far a policy has moved" in shown and "divergence [-h]" in shown
-    assert "no command 'nothing'; there are divergence, mmcs" in refused(capfd, "nothing")
+    assert f"no command 'nothing'; there are {', '.join(probe.COMMANDS)}" in refused(capfd, "nothing")
     assert "unrecognized arguments: --nothing" in refused(capfd, "divergence", "--nothing", "1")
 
 
@@ -196,3 +214,84 @@ def test_as_a_script(tmp_path):
     wrong = script("divergence", "--model", "nowhere/to/be/found")
     assert wrong.returncode == 2 and wrong.stderr == "probe.py: error: nowhere/to/be/found: no such model folder\n"
     assert list(Path(tmp_path).iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- mmcs
+
+
+@pytest.fixture(scope="module")
+def autoencoders(tmp_path_factory):
+    """seed_0/, seed_1/ and seed_2/, of 12, 20 and 12 features of 8 dimensions, and thin/ of another model's 6. -> folder, {name: [M, D]}"""
+    root, directions = tmp_path_factory.mktemp("sae"), {}
+    for name, d, m in (("seed_0", 8, 12), ("seed_1", 8, 20), ("seed_2", 8, 12), ("thin", 6, 12)):
+        torch.manual_seed(m + d + len(directions))
+        sae = SparseAutoencoder(d, m)
+        for p in sae.parameters():
+            p.data.normal_()
+        save_sae(sae, str(root / name))
+        directions[name] = sae.decoder_directions().detach().tolist()
+    return root, directions
+
+
+def cosines(a, b):
+    def cosine(p, q):
+        return sum(x * y for x, y in zip(p, q)) / math.sqrt(sum(x * x for x in p) * sum(y * y for y in q))
+
+    return [[cosine(p, q) for q in b] for p in a]
+
+
+def test_mmcs(autoencoders, tmp_path, capfd):
+    root, directions = autoencoders
+    run("mmcs", "--a", root / "seed_0", root / "seed_1", "--b", root / "seed_2", "--output_dir", tmp_path / "out", "--top", 3)
+    shown = capfd.readouterr().out
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["pairs"]
+    assert [(Path(row["a"]).name, Path(row["b"]).name) for row in rows] == [("seed_0", "seed_2"), ("seed_1", "seed_2")]
+    for row in rows:
+        table = cosines(directions[Path(row["a"]).name], directions["seed_2"])
+        best = [max(line) for line in table]
+        assert row["mmcs"] == pytest.approx(sum(best) / len(best), abs=1e-5) and f"{row['mmcs']:.3f}" in shown
+        assert (row["features_a"], row["features_b"]) == (len(best), 12) and 0 < row["chance"] < 1
+        assert row["above_0.9"] == sum(x > 0.9 for x in best) / len(best)
+        top = sorted(range(len(best)), key=lambda i: -best[i])[:3]
+        assert [x[:2] for x in row["best"]] == [[i, table[i].index(best[i])] for i in top]
+
+
+def test_mmcs_of_seeds_with_one_another(autoencoders, tmp_path):
+    root, directions = autoencoders
+    run("mmcs", "--a", root / "seed_{seed}", "--one_to_one", "--output_dir", tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["pairs"]
+    assert len(rows) == 6
+    both = {(Path(row["a"]).name, Path(row["b"]).name): row["mmcs"] for row in rows}
+    for a, b in both:  # a pairing, unlike the largest cosine, is the same from both sides
+        assert both[a, b] == pytest.approx(both[b, a], abs=1e-6)
+        if len(directions[a]) <= len(directions[b]):  # each of A's has a partner, at best the one that is closest
+            assert both[a, b] <= sum(map(max, cosines(directions[a], directions[b]))) / len(directions[a]) + 1e-6
+
+
+def test_latents_that_never_fire_are_left_out(autoencoders, tmp_path, capfd):
+    root, directions = autoencoders
+    alive = [i for i in range(12) if i not in (3, 7)]
+    for name in ("seed_0", "seed_2"):
+        shutil.copytree(root / name, tmp_path / name)
+    rates = torch.full((12,), 0.01)
+    rates[[3, 7]] = 0
+    save_file({"sparsity": (rates + 1e-10).log10()}, str(tmp_path / "seed_0" / "sparsity.safetensors"))
+    run("mmcs", "--a", tmp_path / "seed_0", "--b", tmp_path / "seed_2", "--output_dir", tmp_path / "out", "--top", 12)
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())["pairs"]
+    table = cosines(directions["seed_0"], directions["seed_2"])
+    assert row["mmcs"] == pytest.approx(sum(max(table[i]) for i in alive) / 10, abs=1e-5) and row["features_a"] == 10
+    assert sorted(i for i, _, _ in row["best"]) == alive and all(table[i][j] == pytest.approx(x, abs=1e-5) for i, j, x in row["best"])
+    for tensors, words in (({"sparsity": torch.zeros(3)}, "[3] rates of 12 latents"), ({"x": torch.zeros(3)}, "cannot be read")):
+        save_file(tensors, str(tmp_path / "seed_0" / "sparsity.safetensors"))
+        assert words in refused(capfd, "mmcs", "--a", tmp_path / "seed_0", "--b", tmp_path / "seed_2", "--output_dir", tmp_path / "new")
+
+
+def test_mmcs_of_what_cannot_be_compared(autoencoders, tmp_path, capfd):
+    root, _ = autoencoders
+    out = ("--output_dir", tmp_path / "out")
+    assert "nowhere: no such sparse autoencoder" in refused(capfd, "mmcs", "--a", "nowhere", "--b", root / "thin", *out)
+    for b in ((), ("--b", root / "thin")):
+        assert "name others to compare it with, as --b" in refused(capfd, "mmcs", "--a", root / "thin", *b, *out)
+    assert "features must be" in refused(capfd, "mmcs", "--a", root / "thin", "--b", root / "seed_0", *out)
+    assert "required: --a" in refused(capfd, "mmcs", *out)
+    assert not (tmp_path / "out").exists()
