@@ -1,4 +1,4 @@
-"""Look inside trained models: what changed between a base and its policy, and what their features have in common.
+"""Look inside trained models: what changed between a base and its policy, and what can be read from their activations and features.
 
     python probe.py                                                      lists the commands
     python probe.py divergence                                           runs/sft against runs/ppo, block by block
@@ -8,7 +8,8 @@
     python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
-Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py.
+Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py and
+implicit_reward.py.
 """
 
 from nanorlhf import cli, implicit_reward, probes
