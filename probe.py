@@ -1,19 +1,24 @@
-"""Look inside trained models: what changed between a base and its policy, and what their features have in common.
+"""Look inside trained models: what changed between a base and its policy, and what can be read from their activations and features.
 
     python probe.py                                                      lists the commands
     python probe.py divergence                                           runs/sft against runs/ppo, block by block
     python probe.py divergence --model gpt2 --policy MY_RUN --dataset texts.jsonl --kind prompts --columns prompt=text
     python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae/policy/3_mlp
+    python probe.py reward                                               the value of words, read from runs/ppo and from its controls
+    python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
-Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py.
+Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py and
+implicit_reward.py.
 """
 
-from nanorlhf import cli, probes
+from nanorlhf import cli, implicit_reward, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
     "mmcs": (probes.MmcsConfig, probes.mmcs),
+    "reward": (implicit_reward.RewardConfig, implicit_reward.reward),
+    "pairs": (implicit_reward.PairsConfig, implicit_reward.pairs),
 }
 
 if __name__ == "__main__":

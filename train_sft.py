@@ -1,14 +1,18 @@
-"""Supervised fine-tuning: teach a causal LM to answer like the demonstrations. Loss on the response tokens only.
+"""Fine-tuning on a fixed data set: teach a causal LM to answer like the demonstrations (SFT), or to prefer as pairs do (DPO).
 
     python train_sft.py                                                       the embedded world, from scratch, on a CPU
     python train_sft.py --model gpt2 --dataset my.jsonl --output_dir runs/my  any HF causal LM, JSONL {prompt, response}
+    python train_sft.py --loss dpo --model runs/sft --output_dir runs/dpo     {prompt, chosen, rejected}; the reference is --model
     torchrun --nproc_per_node=4 train_sft.py                                  the same global batch on four processes
 
-    B sequences, R response tokens, n response tokens of a micro-batch, D hidden, V vocabulary
+Both losses read log-probs of response tokens (and EOS) only. DPO: Rafailov et al. 2023 (2305.18290), nanorlhf/dpo.py.
+
+    S answers in a row of data (SFT 1, DPO 2), b rows of a micro-batch, B = S b sequences, R response tokens, N held-out rows
 """
 
 import math
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -17,32 +21,45 @@ from transformers import AutoModelForCausalLM
 from nanorlhf import checkpoint, cli, data, world
 from nanorlhf.blocks import sampling, speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.dpo import dpo_loss
 from nanorlhf.fsdp import checkpoint_activations, gathered
-from nanorlhf.log import Progress, RunFolder, sample_table
+from nanorlhf.log import Progress, RunFolder, mean_se, sample_table
 from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import Policy, check_model, context_length, load_policy, load_tokenizer, save_policy
-from nanorlhf.packing import pack, response_mask_of
+from nanorlhf.packing import micro_batches, pack, response_mask_of
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rng import key
 from nanorlhf.rollout import generate, left_pad
 from nanorlhf.stats import ratio
 
+# Of each loss: the kind of its data, the answers in a row of it, and defaults for the embedded world.
+KIND = {"sft": "sft", "dpo": "pairs"}
+ANSWERS = {"sft": ("response",), "dpo": ("chosen", "rejected")}
+STEPS, LR = {"sft": 400, "dpo": 100}, {"sft": 3e-3, "dpo": 1e-4}
+
 
 @dataclass
 class Config(cli.RunConfig):
     output_dir: str = field(default="runs/sft", metadata={"help": "the run folder"})
-    steps: int = field(default=400, metadata={"help": "optimizer steps"})
-    lr: float = field(default=3e-3, metadata={"help": "peak learning rate of AdamW"})
+    loss: str = field(default="sft", metadata={"help": "sft, or dpo: on pairs, from a trained --model, which is also its reference"})
+    dpo_beta: float = field(default=0.1, metadata={"help": "DPO's beta: what a nat of log-prob is worth as a reward"})
+    steps: int | None = field(default=None, metadata={"help": "optimizer steps; by default 400, with dpo 100"})
+    lr: float | None = field(default=None, metadata={"help": "peak learning rate of AdamW; by default 3e-3, with dpo 1e-4"})
     warmup: int = field(default=20, metadata={"help": "steps of linear warm-up"})
     max_length: int = field(default=0, metadata={"help": "longest prompt + response in tokens; 0: the model's context"})
     max_new_tokens: int = field(default=48, metadata={"help": "length of the samples that are printed"})
     n_samples: int = field(default=4, metadata={"help": "samples to print at an evaluation"})
 
     def __post_init__(self):
+        cli.one_of(self, "loss", *KIND)
+        self.steps = STEPS[self.loss] if self.steps is None else self.steps
+        self.lr = LR[self.loss] if self.lr is None else self.lr
         super().__post_init__()
         cli.at_least(self, 0, "max_length", "n_samples")
         cli.at_least(self, 1, "max_new_tokens")
+        cli.require(0 < self.dpo_beta < float("inf"), "--dpo_beta must be positive")
+        cli.require(self.loss == "sft" or self.model != "world", "--loss dpo needs a trained --model, such as runs/sft")
         cli.require(self.model != "world" or not self.lora_rank, "--lora_rank needs a trained --model, not one that starts at random")
 
 
@@ -56,13 +73,16 @@ def main(config):
     torch.manual_seed(config.seed)
 
     # --------------------------------------------------------------------------------------------------------------------- data
-    rows, held_out, note = data.load(config, "sft")
+    rows, held_out, note = data.load(config, KIND[config.loss])
     model_config = world.model_config() if config.model == "world" else check_model(config.model)
     tokenizer = world.tokenizer() if config.model == "world" else load_tokenizer(config.model)
     max_length = config.max_length or context_length(model_config)
-    prompts, responses, n_cut = data.encode(tokenizer, rows, "response", max_length, config.chat_template)
-    held_out_prompts, held_out_responses, _ = data.encode(tokenizer, held_out, "response", max_length, config.chat_template)
-    dist.print(f"SFT of {config.model} on {config.dataset}: {note}, {n_cut} responses cut to {max_length} tokens")
+    # One (prompts, responses) for each answer of a row: a prompt may be cut differently before two answers.
+    answers, held_out_answers = [], []
+    for part, out in ((rows, answers), (held_out, held_out_answers)):
+        out += [data.encode(tokenizer, part, name, max_length, config.chat_template) for name in ANSWERS[config.loss]]
+    n_cut = sum(cut for _, _, cut in answers)
+    dist.print(f"{config.loss.upper()} of {config.model} on {config.dataset}: {note}, {n_cut} responses cut to {max_length} tokens")
 
     # -------------------------------------------------------------------------------------------------------------------- model
     if config.model == "world":
@@ -74,45 +94,64 @@ def main(config):
     dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
     if config.checkpoint_activations:
         checkpoint_activations(policy)
-    example = pack(prompts[:1], responses[:1]).to(dist.device)
+    example = pack(answers[0][0][:1], answers[0][1][:1]).to(dist.device)
     model = dist.wrap(policy, lambda model: model(example, response_mask_of(example))["logprobs"].sum(), config.dtype)
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
+    if config.loss == "dpo":
+        # The reference is the policy as it stands here. The data are fixed, so its log-probs are needed once, and never a second model.
+        visited = data.batch_indices(len(rows), min(len(rows), config.steps * config.batch_size), 0, config.seed)  # what steps will read
+        reference = torch.zeros(2, len(rows), device=dist.device)  # log-probs of the chosen and the rejected answer of every pair
+        with gathered(policy):
+            reference[:, visited] = sequence_logprobs(policy, answers, visited, tokenizer, config, dist)
+            held_out_reference = sequence_logprobs(policy, held_out_answers, range(len(held_out)), tokenizer, config, dist)
     state = checkpoint.load(config.output_dir, policy, optimizer) or {"step": 0}
     folder.create()
 
     def report(step):
         with gathered(policy):
-            result = evaluate(policy, held_out_prompts, held_out_responses, tokenizer, config, dist)
+            if config.loss == "sft":
+                result = evaluate(policy, held_out_answers[0], tokenizer, config, dist)
+            else:
+                result = evaluate_pairs(policy, held_out_answers, held_out_reference, tokenizer, config, dist)
             samples = [{"step": step, **row} for row in sample(policy, held_out, tokenizer, max_length, config, dist)]
         folder.append("samples.jsonl", samples)
-        quality = f"perplexity {result['perplexity']:.3f} +- {result['perplexity_se']:.3f}, token accuracy {result['accuracy']:.3f}"
-        dist.print(f"step {step}: held-out {quality} +- {result['accuracy_se']:.3f} ({result['n_tokens']} tokens)", sample_table(samples))
+        dist.print(f"step {step}: {in_words(result)}", sample_table(samples))
         return {f"eval/{k}": v for k, v in result.items()}
 
     # --------------------------------------------------------------------------------------------------------------------- loop
-    progress = Progress(dist, "sft", config.steps, state["step"])
+    progress = Progress(dist, config.loss, config.steps, state["step"])
     for step in range(state["step"] + 1, config.steps + 1):
         begun = time.perf_counter()
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         index = data.batch_indices(len(rows), config.batch_size, step - 1, config.seed)
-        n_tokens = sum(len(responses[i]) for i in index)  # of the whole batch: the loss does not depend on how it is split
+        n_tokens = sum(len(r[i]) for _, r, _ in answers for i in index)  # of the whole batch: a loss does not depend on how it is split
         mine = dist.share(index)
-        batch = pack([prompts[i] for i in mine], [responses[i] for i in mine], tokenizer.pad_token_id).to(dist.device)
-        micro_batches = dist.even(batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch))
-        policy.train()
-        total = torch.zeros((), device=dist.device)
-        for rows_of in micro_batches:
-            part = batch.rows(rows_of)
-            with sync_on(model, last=rows_of is micro_batches[-1]):
+        lengths = torch.tensor([max(len(p[i]) + len(r[i]) for p, r, _ in answers) for i in mine])  # of a row's longest sequence
+        parts = dist.even(micro_batches(lengths, config.micro_batch_size, -(-config.tokens_per_micro_batch // len(answers))))
+        policy.train(config.loss == "sft")  # the reference's log-probs know no dropout, so DPO's have none either
+        totals = defaultdict(lambda: torch.zeros((), device=dist.device))
+        for part in parts:
+            at = [mine[k] for k in part.tolist()]
+            # Of pairs row j holds the chosen answer of pair j, row b + j the rejected one: [S b, T].
+            batch = pack([p[i] for p, _, _ in answers for i in at], [r[i] for _, r, _ in answers for i in at], tokenizer.pad_token_id)
+            batch, stats = batch.to(dist.device), {}
+            with sync_on(model, last=part is parts[-1]):
                 with autocast(dist, config.dtype):
-                    logprobs = model(part, response_mask_of(part))["logprobs"]  # [b, R]
+                    logprobs = model(batch, response_mask_of(batch))["logprobs"]  # [S b, R]
+                if config.loss == "sft":
                     # loss = -sum of log pi(response token) / number of response tokens
                     loss = -logprobs.sum() / n_tokens
+                else:
+                    pi_c, pi_r = logprobs.sum(1).chunk(2)  # [b], [b]
+                    ref_c, ref_r = reference[:, at]
+                    loss, stats = dpo_loss(pi_c, pi_r, ref_c, ref_r, config.dpo_beta, config.batch_size)
                 (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
-            total += loss.detach()
+            for name, value in {"loss": loss.detach(), **stats}.items():
+                totals[name] += value
         lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
         grad_norm = optimizer_step(optimizer, policy, lr, config.max_grad_norm, step)
-        record = {"step": step, "loss": dist.sum(total).item(), "grad_norm": grad_norm, "lr": lr, "n_tokens": n_tokens}
+        record = {"step": step, **{name: dist.sum(total).item() for name, total in totals.items()}}
+        record |= {"grad_norm": grad_norm, "lr": lr, "n_tokens": n_tokens}
         record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
             record |= report(step)
@@ -131,12 +170,15 @@ def main(config):
     return folder.finish({k: v for k, v in folder.records()[-1].items() if k.startswith(("eval/", "step", "loss"))})
 
 
+# ---------------------------------------------------------------------------------------------------------------------- evaluation
+
+
 @torch.no_grad()
-def evaluate(policy, prompts, responses, tokenizer, config, dist):
-    """Perplexity exp(-mean log pi) and the share of response tokens that are the most likely one, on held-out rows."""
+def token_sums(policy, prompts, responses, tokenizer, config, dist):
+    """Of each row, over its response tokens: the sums of log pi and of correct guesses, and how many there are. [N, 3], float64, on CPU."""
     policy.eval()
     mine = list(dist.part(len(prompts)))
-    sums = torch.zeros(len(mine), 3, dtype=torch.float64, device=dist.device)  # of each row: -log pi, correct tokens, tokens
+    sums = torch.zeros(len(mine), 3, dtype=torch.float64, device=dist.device)
     if mine:
         batch = pack([prompts[i] for i in mine], [responses[i] for i in mine], tokenizer.pad_token_id).to(dist.device)
         for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
@@ -144,9 +186,14 @@ def evaluate(policy, prompts, responses, tokenizer, config, dist):
             mask = response_mask_of(part)  # [m, R]
             with autocast(dist, config.dtype):
                 out = policy(part, mask, correct=True)
-            sums[rows] = torch.stack([-out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)], 1).double()
-    nll, correct, n = dist.gather(sums).T.cpu()  # [N] each
-    (loss, loss_se), (accuracy, accuracy_se) = ratio(nll, n), ratio(correct, n)
+            sums[rows] = torch.stack([out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)], 1).double()
+    return dist.gather(sums).cpu()
+
+
+def evaluate(policy, answers, tokenizer, config, dist):
+    """Perplexity exp(-mean log pi) and the share of response tokens that are the most likely one, on held-out rows."""
+    logprobs, correct, n = token_sums(policy, *answers[:2], tokenizer, config, dist).T  # [N] each
+    (loss, loss_se), (accuracy, accuracy_se) = ratio(-logprobs, n), ratio(correct, n)
     perplexity = math.exp(min(loss, 700))
     return {
         "perplexity": perplexity,
@@ -156,6 +203,38 @@ def evaluate(policy, prompts, responses, tokenizer, config, dist):
         "n_tokens": int(n.sum()),
         "n_rows": len(n),
     }
+
+
+def sequence_logprobs(policy, answers, index, tokenizer, config, dist):
+    """Log-probs of both answers of the pairs at `index`, summed over tokens and EOS: [2, n]."""
+    sums = [token_sums(policy, [p[i] for i in index], [r[i] for i in index], tokenizer, config, dist) for p, r, _ in answers]
+    return torch.stack(sums)[:, :, 0].float().to(dist.device)
+
+
+def evaluate_pairs(policy, answers, reference, tokenizer, config, dist):
+    """Held-out pairs by the implicit reward: how often, and by how much, the chosen answer has the higher one; beside it, length."""
+    pi = sequence_logprobs(policy, answers, range(reference.shape[1]), tokenizer, config, dist)
+    loss, stats = dpo_loss(*pi, *reference, config.dpo_beta)
+    margin = (config.dpo_beta * ((pi[0] - reference[0]) - (pi[1] - reference[1]))).cpu()  # [N]
+    longer = torch.tensor([len(c) - len(r) for c, r in zip(answers[0][1], answers[1][1])]).sign()
+    return {
+        "loss": loss.item(),
+        **{name: value.item() for name, value in stats.items()},
+        "accuracy_se": mean_se(margin.sign() / 2)["se"],
+        "margin_se": mean_se(margin)["se"],
+        "longer_wins": (longer / 2 + 0.5).mean().item(),
+        "n_pairs": len(margin),
+    }
+
+
+def in_words(r):
+    """An evaluation as a sentence."""
+    accuracy = f"accuracy {r['accuracy']:.3f} +- {r['accuracy_se']:.3f}"
+    if "perplexity" in r:
+        return f"held-out perplexity {r['perplexity']:.3f} +- {r['perplexity_se']:.3f}, token {accuracy} ({r['n_tokens']} tokens)"
+    rewards = f"implicit reward of chosen {r['reward_chosen']:+.2f}, of rejected {r['reward_rejected']:+.2f}"
+    wins = f"(n = {r['n_pairs']}; longer wins {r['longer_wins']:.3f})"
+    return f"held-out pair {accuracy} {wins}, margin {r['margin']:.2f} +- {r['margin_se']:.2f}, {rewards}"
 
 
 def sample(policy, rows, tokenizer, max_length, config, dist):

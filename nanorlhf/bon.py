@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanorlhf.stats import bootstrap
+from nanorlhf.stats import bootstrap, t_quantile
 
 DEFAULT_NS = tuple(2**i for i in range(13)) + (6144, 8192, 12500)  # 1, 2, 4, ..., 4096, then up to Coste et al.'s largest
 
@@ -183,10 +183,3 @@ def fit_curve(curve, kl, gold):
         low, high = bootstrap(products, lambda rows: torch.linalg.pinv(rows.mean(0)[:, :2]) @ rows.mean(0)[:, 2])
     (a, b), (a_low, b_low), (a_high, b_high) = ab.tolist(), low.tolist(), high.tolist()
     return Fit(a, b, (a_low, a_high), (b_low, b_high))
-
-
-def t_quantile(dof):
-    """The 97.5% point of Student's t. With t = sqrt(dof) tan(theta) its density is cos(theta)^(dof - 1), easily summed."""
-    theta = np.linspace(0, math.pi / 2, 20_001)
-    mass = np.cumsum(np.cos((theta[1:] + theta[:-1]) / 2) ** (dof - 1))
-    return math.sqrt(dof) * math.tan(np.interp(0.95 * mass[-1], mass, theta[1:]))

@@ -26,7 +26,7 @@ from .log import PLACES, read_lines
 PANELS = {
     "proxy": "proxy reward, held out", "gold": "gold reward, held out", "kl": "KL to the SFT policy, held out (nats)",
     "variance": "variance over reward models", "perplexity": "perplexity, held out", "score_mean": "score of rollouts", "loss": "loss",
-    "accuracy": "pair accuracy, training batch", "entropy": "entropy (nats a token)", "length": "response length (tokens)",
+    "accuracy": "accuracy (of pairs; SFT: of tokens)", "entropy": "entropy (nats a token)", "length": "response length (tokens)",
     "clip_fraction": "clip fraction", "explained_variance": "explained variance", "value_loss": "value loss", "grad_norm": "gradient norm",
 }  # fmt: skip
 BEST_OF_N, PPO = "bon_results.json", "metrics.jsonl"  # the file that tells the kind of a run

@@ -1,5 +1,13 @@
-"""Small statistics, written out: a ratio with its standard error, the bootstrap, Kendall's tau."""
+"""Small statistics, written out: means with their errors, Kendall's tau and AUC, ridge and logistic regression.
 
+    N rows, D columns of inputs, Q = min(N, D) at most, the dimensions that the rows span, A penalties to choose from
+"""
+
+import math
+import statistics
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
 
@@ -56,7 +64,12 @@ def kendall_tau(x, y, permutations=1000, seed=0):
         raise ValueError(f"kendall_tau needs two equally long vectors of at least 2 numbers, not {len(x)} and {len(y)}")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("kendall_tau: a number that is not finite")
-    sx, sy = (torch.sign(v[:, None] - v[None, :]).float() for v in (x, y))  # [N, N]
+    x, y = (v.unique(return_inverse=True)[1].float() for v in (x, y))  # ranks: small, and as tied as before
+
+    def signs(v):
+        return torch.sign(v[:, None] - v)  # [N, N]
+
+    sx, sy = signs(x), signs(y)
     norm = (sx.abs().sum().double() * sy.abs().sum().double()).sqrt()
     if norm == 0:
         return float("nan"), float("nan")
@@ -65,5 +78,144 @@ def kendall_tau(x, y, permutations=1000, seed=0):
     extreme = 0
     for _ in range(permutations):
         order = torch.randperm(len(x), generator=generator)
-        extreme += abs(((sx * sy[order][:, order]).sum().double() / norm).item()) >= abs(tau) - 1e-12
+        extreme += abs(((sx * signs(y[order])).sum().double() / norm).item()) >= abs(tau) - 1e-12
     return tau, (extreme + 1) / (permutations + 1)
+
+
+def t_quantile(dof):
+    """The 97.5% point of Student's t. With t = sqrt(dof) tan(theta) its density is cos(theta)^(dof - 1), easily summed."""
+    theta = np.linspace(0, math.pi / 2, 20_001)
+    mass = np.cumsum(np.cos((theta[1:] + theta[:-1]) / 2) ** (dof - 1))
+    return math.sqrt(dof) * math.tan(np.interp(0.95 * mass[-1], mass, theta[1:]))
+
+
+def t_interval(values):
+    """Mean and half-width of the 95% t interval of a few independent numbers, such as one a seed (nan for a single one)."""
+    n = len(values)
+    return statistics.mean(values), t_quantile(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
+
+
+def auc(scores, labels):
+    """The area under the ROC curve: how often a positive outscores a negative, a tie counting half.
+
+    scores [N], labels [N] of 0 and 1 -> a float; 0.5 is chance. ValueError where one of the two classes is empty.
+    """
+    scores, labels = finite("auc", scores).flatten(), torch.as_tensor(labels).flatten().cpu() > 0
+    if len(scores) != len(labels) or not 0 < labels.sum() < len(labels):
+        raise ValueError(f"auc needs both labels, one a score, not {len(labels)}, {int(labels.sum())} of them 1, for {len(scores)} scores")
+    positive, negative = scores[labels], scores[~labels].sort().values
+    wins, no_losses = (torch.searchsorted(negative, positive, side=side).double().mean() for side in ("left", "right"))
+    return ((wins + no_losses) / 2 / len(negative)).item()
+
+
+def r_squared(y, predicted):
+    """1 - sum (y - predicted)^2 / sum (y - mean y)^2: 1 is perfect, 0 no better than y's own mean, below 0 worse. A float."""
+    y, predicted = finite("r_squared", y), finite("r_squared", predicted)
+    return (1 - (y - predicted).square().sum() / (y - y.mean()).square().sum()).item()
+
+
+def finite(name, x):
+    """Anything -> a float64 vector on the CPU; ValueError for numbers that are not finite."""
+    x = torch.as_tensor(x, dtype=torch.float64).detach().cpu()
+    if not x.isfinite().all():
+        raise ValueError(f"{name}: a number that is not finite")
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------- regression
+
+
+class Linear(NamedTuple):
+    """What a regression found: x -> x @ weight + bias, and the penalty that it was found with."""
+
+    weight: torch.Tensor  # [D], float64
+    bias: float
+    penalty: float
+
+
+def span(x):
+    """Coordinates of centred rows in the space that they span: centred = P V', V'V = 1. x [N, D] -> P [N, Q], V [D, Q], eigenvalues [Q].
+
+    A fit with a quadratic penalty lies in that space, so a thousand rows of a million columns cost what a thousand columns do. By one
+    eigendecomposition of the smaller of X'X and XX' (a singular value decomposition takes several times as long).
+    """
+    wide = x.shape[1] > len(x)
+    eigenvalues, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
+    kept = eigenvalues > 1e-12 * eigenvalues[-1].clamp(min=1e-300)  # the rest is rounding
+    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
+    v = x.T @ vectors / eigenvalues.sqrt() if wide else vectors
+    return x @ v, v, eigenvalues
+
+
+def ridge(x, y, alphas, groups=None):
+    """Ridge regression, its penalty chosen among `alphas` by the exact error on rows that are left out, without fitting again.
+
+        w, b = argmin sum_i (y_i - x_i w - b)^2 + alpha |w|^2                                                Hoerl & Kennard 1970
+        y = H y at the rows, H = 11'/N + P (P'P + alpha)^-1 P';  left out, the group G has the errors (1 - H_GG)^-1 (y - H y)_G
+
+    x [N, D], y [N]; groups [N] of labels: rows with the same label are left out together (default: every row alone) -> Linear.
+    ValueError: fewer than two groups, an alpha that is not positive. Source of the second line: Golub, Heath & Wahba 1979, by groups.
+    Pitfall: x is centred here but not scaled: columns in other units need other alphas.
+    """
+    x, y = finite("ridge", x), finite("ridge", y)
+    groups = torch.arange(len(y)) if groups is None else torch.as_tensor(groups)
+    if x.shape != (len(y), *x.shape[1:2]) or x.ndim != 2 or len(groups) != len(y):
+        raise ValueError(f"ridge needs x [N, D], y [N] and groups [N], not {list(x.shape)}, {list(y.shape)} and {len(groups)} groups")
+    members = [(groups == g).nonzero()[:, 0] for g in groups.unique()]
+    alphas = [float(alpha) for alpha in alphas]
+    if len(members) < 2 or not alphas or min(alphas) <= 0:
+        raise ValueError(f"ridge needs at least two groups of rows, and alphas above 0: {len(members)} groups, alphas {alphas}")
+    x_mean, y_mean = x.mean(0), y.mean()
+    p, v, eigenvalues = span(x - x_mean)
+    projected = p.T @ (y - y_mean)  # [Q]
+
+    def left_out_error(alpha):
+        shrunk = p / (eigenvalues + alpha)  # [N, Q]
+        residual = y - y_mean - shrunk @ projected  # [N]
+        total = 0.0
+        for rows in members:
+            rest = torch.eye(len(rows)).double() - 1 / len(y) - shrunk[rows] @ p[rows].T  # 1 - H_GG
+            total += torch.linalg.solve(rest, residual[rows]).square().sum().item()
+        return total
+
+    alpha = min(alphas, key=left_out_error)
+    weight = v @ (projected / (eigenvalues + alpha))
+    return Linear(weight, (y_mean - x_mean @ weight).item(), alpha)
+
+
+def logistic(x, labels, l2=1.0, intercept=True, steps=100):
+    """Logistic regression by Newton's method.
+
+        w, b = argmin sum_i log(1 + exp(-s_i (x_i w + b))) + l2/2 |w|^2,   s_i = +1 or -1
+
+    x [N, D], labels [N] of 0 and 1 -> Linear. ValueError: one class alone (with an intercept), l2 not positive (separable classes have
+    no finite fit without), no convergence. Without an intercept x is the difference of two things, and the label which of them won.
+    """
+    x, positive = finite("logistic", x), torch.as_tensor(labels).flatten().cpu() > 0
+    if x.ndim != 2 or len(x) != len(positive) or l2 <= 0 or (intercept and not 0 < positive.sum() < len(positive)):
+        raise ValueError(f"logistic needs x [N, D], labels [N] of both kinds, l2 above 0, not {list(x.shape)}, {len(positive)} and {l2}")
+    sign = positive.double() * 2 - 1
+    mean = x.mean(0) if intercept else torch.zeros(x.shape[1]).double()
+    p, v, _ = span(x - mean)
+    p = torch.cat([p, torch.ones(len(x), 1).double()], 1) if intercept else p  # the bias is one more column, without a penalty
+    penalty = torch.full((p.shape[1],), float(l2), dtype=torch.float64)
+    penalty[p.shape[1] - intercept :] = 0
+
+    def loss(w):
+        return -torch.nn.functional.logsigmoid(sign * (p @ w)).sum() + 0.5 * (penalty * w * w).sum()
+
+    w = torch.zeros(p.shape[1]).double()
+    for _ in range(steps):
+        probability = torch.sigmoid(p @ w)
+        gradient = p.T @ (probability - positive.double()) + penalty * w
+        if gradient.norm() <= 1e-10 * p.norm():
+            break
+        hessian = (p.T * (probability * (1 - probability))) @ p + penalty.diag()
+        move, size = torch.linalg.solve(hessian, gradient), 1.0
+        while loss(w - size * move) > loss(w) and size > 1e-6:  # a full Newton step may overshoot
+            size /= 2
+        w = w - size * move
+    else:
+        raise ValueError(f"logistic: no convergence in {steps} steps")
+    weight = v @ w[: v.shape[1]]
+    return Linear(weight, (w[-1] - mean @ weight).item() if intercept else 0.0, float(l2))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf.bon import DEFAULT_NS, bon_curve, bon_estimate, bon_kl, bon_weights, fit_bon, fit_curve, fit_rl, rl_curve, t_quantile
+from nanorlhf.bon import DEFAULT_NS, bon_curve, bon_estimate, bon_kl, bon_weights, fit_bon, fit_curve, fit_rl, rl_curve
 
 
 def enumerate_subsets(proxy, values, n):
@@ -229,11 +229,6 @@ def test_classical_interval_by_hand():
     assert result.b_interval == pytest.approx((b - half_b, b + half_b), rel=1e-4)
     dropped = fit_bon(torch.cat([kl, -kl[:1]]), torch.cat([gold, gold[:1]]))  # a point not used is not a degree of freedom
     assert dropped.a_interval == pytest.approx(result.a_interval, rel=1e-12)
-
-
-def test_t_quantile():
-    for dof, expected in ((1, 12.7062), (2, 4.30265), (5, 2.57058), (14, 2.14479), (100, 1.98397), (3000, 1.96076)):
-        assert t_quantile(dof) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("fit, curve", [(fit_bon, bon_curve), (fit_rl, rl_curve)])

@@ -1,9 +1,11 @@
-"""Statistics against simulation; Kendall's tau is tested with the rewards."""
+"""Statistics against simulation, loops, refits and autograd; Kendall's tau is tested with the rewards."""
+
+import math
 
 import pytest
 import torch
 
-from nanorlhf.stats import bootstrap, ratio
+from nanorlhf.stats import auc, bootstrap, logistic, r_squared, ratio, ridge, t_interval, t_quantile
 
 
 def test_ratio_by_hand():
@@ -87,3 +89,103 @@ def test_bootstrap_errors(bad):
     for setting in ({"level": 1.0}, {"level": 0}, {"resamples": 0}):
         with pytest.raises(ValueError, match="level between 0 and 1"):
             bootstrap([1.0, 2.0], **setting)
+
+
+def test_t_quantile():
+    for dof, expected in ((1, 12.7062), (2, 4.30265), (5, 2.57058), (14, 2.14479), (100, 1.98397), (3000, 1.96076)):
+        assert t_quantile(dof) == pytest.approx(expected, rel=1e-4)
+
+
+def test_t_interval_coverage():
+    rows = randn(600, 5, seed=3).tolist()
+    assert sum(abs(mean) <= half for mean, half in map(t_interval, rows)) / 600 == pytest.approx(0.95, abs=0.02)
+    assert t_interval([1.0, 3.0]) == (2.0, pytest.approx(12.7062, rel=1e-4)) and math.isnan(t_interval([1.0])[1])
+
+
+def test_auc_by_all_pairs():
+    for seed, levels in ((0, 3), (1, 10), (2, 10_000)):  # many ties, some, none
+        scores = torch.randint(levels, (60,), generator=torch.Generator().manual_seed(seed))
+        labels = randn(60, seed=seed) > 0.3
+        pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels].tolist() for n in scores[~labels].tolist()]
+        assert auc(scores, labels) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+        assert auc(-scores, labels.int()) == pytest.approx(1 - auc(scores, labels), abs=1e-12)
+    assert auc([1, 1, 1], [0, 1, 1]) == 0.5
+    for scores, labels in (([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]), ([1.0], [0, 1]), ([1.0, math.nan], [0, 1])):
+        with pytest.raises(ValueError, match="auc"):
+            auc(scores, labels)
+
+
+def test_r_squared_by_hand():
+    assert r_squared([1, 2, 3], [1, 2, 3]) == 1 and r_squared([1, 2, 3], [2, 2, 2]) == 0
+    assert r_squared([1, 2, 3], [3, 2, 1]) == -3  # (4 + 0 + 4) / 2
+
+
+def least_squares(x, y, alpha):
+    """Ridge with a free intercept -> (w, b), as least squares on D rows more, sqrt(alpha) in each, that want 0."""
+    d = x.shape[1]
+    more = torch.cat([math.sqrt(alpha) * torch.eye(d).double(), torch.zeros(d, 1).double()], 1)
+    rows = torch.cat([torch.cat([x, torch.ones(len(x), 1).double()], 1), more])
+    return torch.linalg.lstsq(rows, torch.cat([y, torch.zeros(d).double()])).solution
+
+
+@pytest.mark.parametrize("n, d", [(40, 6), (12, 30), (20, 20)])  # more rows than columns, fewer, as many
+@pytest.mark.parametrize("size", [1, 3])
+def test_ridge_against_refits(n, d, size):
+    """The solution is that of least squares, and alpha the one that refits without each group find best."""
+    x, alphas = randn(n, d, seed=1) + 3, (0.01, 0.3, 3.0, 30.0, 1000.0)
+    for noise in (0.01, 1.0, 30.0):
+        y = x @ randn(d, seed=2) + noise * randn(n, seed=3) - 7
+        groups = torch.arange(n) // size
+        errors = []
+        for alpha in alphas:
+            squares = 0.0
+            for g in groups.unique():
+                w = least_squares(x[groups != g], y[groups != g], alpha)
+                squares += (y[groups == g] - x[groups == g] @ w[:-1] - w[-1]).square().sum().item()
+            errors.append(squares)
+        weight, bias, alpha = ridge(x, y, alphas, None if size == 1 else groups)
+        assert alpha == alphas[errors.index(min(errors))]
+        expected = least_squares(x, y, alpha)
+        torch.testing.assert_close(weight, expected[:-1], rtol=1e-9, atol=1e-9)
+        assert bias == pytest.approx(expected[-1].item(), rel=1e-9)
+
+
+def test_groups_matter():
+    """Rows in pairs of twins: left out alone, a row is predicted by its twin, and the smallest penalty looks best. In pairs it does not."""
+    x, y = randn(40, 60, seed=4).repeat_interleave(2, 0), randn(40, seed=5).repeat_interleave(2)
+    assert ridge(x, y, (1e-3, 1e4)).penalty == 1e-3
+    assert ridge(x, y, (1e-3, 1e4), torch.arange(80) // 2).penalty == 1e4
+
+
+def test_ridge_of_constant_columns_and_its_errors():
+    y = randn(6)
+    weight, bias, _ = ridge(torch.ones(6, 3), y, [1.0])
+    assert weight.tolist() == [0, 0, 0] and bias == pytest.approx(y.mean().item())
+    x = randn(6, 2)
+    settings = ([],), ([0.0],), ([1.0], [0] * 6), ([1.0], [0, 1])
+    for bad in (*((x, y, *setting) for setting in settings), (x, y[:5], [1.0]), (y, y, [1.0]), (x / 0, y, [1.0])):
+        with pytest.raises(ValueError, match="ridge"):
+            ridge(*bad)
+
+
+@pytest.mark.parametrize("n, d", [(50, 4), (15, 40)])
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_logistic_is_where_the_gradient_vanishes(n, d, intercept, scale):
+    x = scale * (randn(n, d, seed=6) + 0.5)
+    labels = x[:, 0] / scale + randn(n, seed=7) > 0.2
+    weight, bias, _ = logistic(x, labels, 0.3, intercept)
+    w, b = weight.clone().requires_grad_(), torch.tensor(bias, dtype=torch.float64, requires_grad=True)
+    losses = [torch.log1p(torch.exp(-(1 if label else -1) * (row @ w + b))) for row, label in zip(x, labels)]
+    (sum(losses) + 0.15 * w.square().sum()).backward()
+    assert w.grad.abs().max() < 1e-6 * scale and (b.grad.abs() < 1e-6 if intercept else bias == 0)
+
+
+def test_logistic_closed_form():
+    """One column of zeros: the bias alone, log(p / (1 - p)). One row of 1 for one winner: 1 / (1 + e^w) = l2 w."""
+    assert logistic(torch.zeros(10, 1), [1] * 7 + [0] * 3).bias == pytest.approx(math.log(7 / 3), abs=1e-8)
+    w = logistic([[1.0]], [1], 0.25, intercept=False).weight.item()
+    assert 1 / (1 + math.exp(w)) == pytest.approx(0.25 * w, abs=1e-9)
+    for bad in ((randn(4, 2), [1, 1, 1, 1]), (randn(4, 2), [1, 0]), (randn(4), [1, 0, 1, 0]), (randn(4, 2), [1, 0, 1, 0], 0.0)):
+        with pytest.raises(ValueError, match="logistic"):
+            logistic(*bad)

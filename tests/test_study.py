@@ -90,7 +90,7 @@ def test_single_is_one_model_and_the_others_are_all(study):
 
 
 def test_intervals_and_falls(study):
-    mean, half = study[0].interval([1.0, 2.0, 3.0, 4.0, 6.0])
+    mean, half = study[0].t_interval([1.0, 2.0, 3.0, 4.0, 6.0])
     assert mean == 3.2 and half == pytest.approx(2.776445 * 1.923538 / 5**0.5, rel=1e-4)
     cell = study[0].cell_of([[(0, 1.0), (5, 3.0), (10, -1.0)], [(0, 1.0), (5, 1.5), (10, 2.0)]])
     assert cell == {"start": [1.0, 1.0], "peak": [3.0, 2.0], "at": [5, 10], "end": [-1.0, 2.0], "fall": [4.0, 0.0]}

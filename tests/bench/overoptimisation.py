@@ -20,8 +20,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
-from nanorlhf.bon import t_quantile  # noqa: E402
 from nanorlhf.plots import comparison_figure, save  # noqa: E402
+from nanorlhf.stats import t_interval  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 OBJECTIVES = ("single", "mean", "wco", "uwo")
@@ -67,12 +67,6 @@ def run(command):
         raise SystemExit(f"python {command}\nended with exit code {code}: see {log}")
 
 
-def interval(values):
-    """Mean and half-width of the 95% t interval over seeds (nan for one seed)."""
-    n = len(values)
-    return statistics.mean(values), t_quantile(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
-
-
 def cell_of(curves):
     """Curves [(x, gold)] of the seeds -> what the table shows of them; `fall` is peak - end: what going on cost."""
     best = [max(curve, key=lambda point: point[1]) for curve in curves]
@@ -103,7 +97,7 @@ def show(title, cells):
     print(f"\n{title}\n{'':10s}{'start':>7s}" + "".join(f"{name:>16s}" for name in ("peak", "at", "end", "fall", "end - single")))
     for name, cell in cells.items():
         columns = (cell["peak"], cell["end"], cell["fall"], [e - s for e, s in zip(cell["end"], cells["single"]["end"])])
-        peak, end, fall, more = ("{:8.2f} +- {:4.2f}".format(*interval(values)) for values in columns)
+        peak, end, fall, more = ("{:8.2f} +- {:4.2f}".format(*t_interval(values)) for values in columns)
         start, at = statistics.mean(cell["start"]), statistics.mean(cell["at"])
         print(f"{name:10s}{start:7.2f}{peak}{at:16.1f}{end}{fall}{'' if name == 'single' else more}")
 

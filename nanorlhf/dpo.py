@@ -1,0 +1,35 @@
+"""Direct preference optimisation: a policy is trained on pairs as if it were its own reward model (Rafailov et al. 2023, 2305.18290).
+
+    B pairs
+
+The policy that maximises E[r] - beta KL(pi || ref) has  r(x, y) = beta log(pi(y | x) / ref(y | x)) + something of the prompt alone.
+Read backwards, every policy has an *implicit reward*, and the Bradley-Terry loss of a reward model can train it directly.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def dpo_loss(pi_c, pi_r, ref_c, ref_r, beta, n_pairs=None):
+    """The loss of DPO (Rafailov et al. 2023, eq. 7), to be minimised.
+
+        r_c = beta (pi_c - ref_c),  r_r = beta (pi_r - ref_r)                 implicit rewards of the chosen and the rejected response
+        loss = sum over pairs of -log sigmoid(r_c - r_r) / n_pairs
+
+    pi_c, pi_r, ref_c, ref_r [B]: log-probs of whole responses, summed over their tokens and EOS, nats -> loss (scalar), stats.
+    n_pairs is the number of pairs of the whole optimizer batch (default: of this call). The stats are sums / n_pairs, so that over
+    micro-batches and ranks they add up to the batch's means; a tie counts half in `accuracy`. Pitfall: the loss sees only the
+    difference: both responses may become less likely, the chosen one too. Watch `reward_chosen`.
+    """
+    n_pairs = len(pi_c) if n_pairs is None else n_pairs
+    reward_chosen, reward_rejected = beta * (pi_c - ref_c), beta * (pi_r - ref_r)  # [B]
+    margin = reward_chosen - reward_rejected
+    loss = -F.logsigmoid(margin).sum() / n_pairs
+    with torch.no_grad():
+        stats = {
+            "accuracy": (0.5 + margin.sign() / 2).sum() / n_pairs,
+            "margin": margin.sum() / n_pairs,
+            "reward_chosen": reward_chosen.sum() / n_pairs,
+            "reward_rejected": reward_rejected.sum() / n_pairs,
+        }
+    return loss, stats
