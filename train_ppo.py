@@ -194,6 +194,7 @@ def main(config):
         # 3. A few epochs of minibatches on them.
         with gathered(reference if (config.kl_in, config.kl_kind) == ("loss", "full") else None):
             record |= update(parts, optimizer, answers.batch, x, place[0], step, kl_coef, lr)
+        return_freed_memory()
         if kl_controller:
             kl_controller.update(record["kl"], config.batch_size)
         clock.append(time.perf_counter())
