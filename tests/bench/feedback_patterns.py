@@ -1,0 +1,113 @@
+"""What PPO changed inside, over seeds, on the embedded world: divergence, autoencoders, probes of the reward, ablations.
+
+    python tests/bench/feedback_patterns.py --output_dir runs/patterns     two runs side by side, one thread each; prints every command
+
+One SFT policy. A seed is a reward model on its own 800 pairs with their own spurious cue, a PPO run against it, and sparse
+autoencoders of the policy and of the base in the two layers that moved most. Every command is a plain call of a script; runs that are
+done are not done again. At the end tables over seeds, as text and in summary.json: an interval is that of the seeds (95%, t), so it
+holds for policies, where those of probe.py hold for the splits or prompts of one policy.
+"""
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from overoptimisation import is_done, run
+
+from nanorlhf.stats import t_interval  # found beside nanorlhf by overoptimisation
+
+PROBES = {  # name: what it adds to the command
+    "words, activations": "reward --site mlp",
+    "words, less the neutral word": "reward --site mlp --difference true",
+    "words, residual stream": "reward --site residual",
+    "words, features": "reward --site mlp --layers highest:2 --sae {sae}",
+    "responses, activations": "reward --site mlp --task sequence",
+    "pairs, activations": "pairs --site mlp",
+}
+ABLATIONS = {"fire on positive words": "--by on", "fire before them": "--by before", "raise their logits": "--by logits"}
+
+
+def commands(a):
+    """The study as lists of command lines: what stands in one list can run side by side."""
+    out, stages = a.output_dir, [[f"train_sft.py --output_dir {a.output_dir}/sft {a.sft_flags}"], [], [], [], [], [], []]
+    for s in range(a.seeds):
+        model, policy, sae = f"{out}/sft", f"{out}/ppo/seed_{s}", f"{out}/sae/seed_{s}"
+        rm, world = f"{out}/rm/seed_{s}", f"--dataset world:{s}"
+        both = f"--model {model} --policy {policy}"
+        stages[1].append(f"train_rm.py --model {model} {world} --seed {s} --output_dir {rm} {a.rm_flags}")
+        stages[2].append(f"train_ppo.py --model {model} --reward_model {rm} {world} --seed {s} --output_dir {policy} {a.ppo_flags}")
+        stages[3].append(f"probe.py divergence {both} --output_dir {out}/divergence/seed_{s}")
+        stages[3].append(f"train_sae.py --model {policy} --base {model} --seed {s} --output_dir {sae} {a.sae_flags}")
+        for i, flags in enumerate(PROBES.values()):
+            stages[4].append(f"probe.py {flags.format(sae=sae)} {both} {a.probe_flags} --output_dir {out}/probe_{i}/seed_{s}")
+        stages[5].append(f"probe.py features --sae {sae}/*/* --top 5 --output_dir {out}/features/seed_{s}")
+        for i, flags in enumerate(ABLATIONS.values()):
+            stages[6].append(
+                f"probe.py ablate --sae {sae}/policy/{a.ablate} {flags} {world} --reward world:gold {rm} {a.ablate_flags} "
+                f"--output_dir {out}/ablate_{i}/seed_{s}"
+            )
+    return stages
+
+
+def over_seeds(a, name, read):
+    """read(summary) -> {key: number} of each seed's summary.json in a folder -> {key: (mean, half-width)}"""
+    rows = [read(json.loads(Path(a.output_dir, name, f"seed_{s}", "summary.json").read_text())) for s in range(a.seeds)]
+    return {key: t_interval([row[key] for row in rows]) for key in rows[0] if all(key in row for row in rows)}
+
+
+def divergences(summary):
+    return {f"layer {row['layer']}": row["frobenius"] for row in summary["layers"]}
+
+
+def probe_rows(summary):
+    """The first metric (tau, or accuracy) of every row, and how far the policy is above it."""
+    metric = summary["metrics"][0]
+    rows = {name: row[metric][0] for name, row in summary["rows"].items()}
+    return {metric + ": " + name: x for name, x in rows.items()} | {"policy less " + k: row["policy_less"][0] for k, row in summary["rows"].items() if "policy" not in k}
+
+
+def concepts(summary):
+    """How many known concepts have a feature: {"policy 3_mlp, concept: features": number}"""
+    out = {}
+    for path, result in summary["saes"].items():
+        for kind, row in result["found"].items():
+            out |= {f"{' '.join(path.split('/')[-2:])}, {kind}: {name}": x for name, x in row.items()}
+    return out
+
+
+def effects(summary):
+    """Differences between arms of every number, the reward model under one name."""
+    names = {key: "proxy" if key.startswith("seed_") else "gold" if "gold" in key else key for key in summary["differences"]}
+    return {f"{names[key]}: {pair}": row["mean"] for key, rows in summary["differences"].items() for pair, row in rows.items()}
+
+
+def main(args=None):
+    """Run what is not done yet, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/patterns")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--ablate", default="3_mlp", help="the place whose features are switched off")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    for script in ("sft", "rm", "ppo", "sae", "probe", "ablate"):
+        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
+    a = parser.parse_args(args)
+    for stage in commands(a):
+        todo = [command for command in stage if not is_done(command)]
+        with ThreadPoolExecutor(a.jobs) as workers:
+            for command, _ in zip(todo, workers.map(run, todo)):
+                print(f"done: python {command}", flush=True)
+
+    tables = {"divergence, sum of Frobenius norms": over_seeds(a, "divergence", divergences)}
+    tables |= {f"probe, {name}": over_seeds(a, f"probe_{i}", probe_rows) for i, name in enumerate(PROBES)}
+    tables["concepts with an AUC above .95"] = over_seeds(a, "features", concepts)
+    tables |= {f"ablation of features that {name}": over_seeds(a, f"ablate_{i}", effects) for i, name in enumerate(ABLATIONS)}
+    for title, table in tables.items():
+        print(f"\n{title}: mean over {a.seeds} seeds +- half-width of its 95% t interval")
+        for name, (mean, half) in table.items():
+            print(f"  {name:60s}{mean:8.3f} +- {half:.3f}")
+    Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "tables": tables}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
