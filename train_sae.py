@@ -123,7 +123,8 @@ def main(config):
     rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
     if train_rm.is_default(config, "model"):
         train_ppo.main(train_ppo.Config(device=config.device))  # and what it needs itself
-    model_config, _ = [check_model(path) for path in paths.values()][0], folder.create()
+    model_config = [check_model(path) for path in paths.values()][0]
+    folder.create()
 
     # ------------------------------------------------------------------------------------------------------------------- models
     lms = {name: load_policy(path, value_head=False, device=dist.device).lm.eval() for name, path in paths.items()}
@@ -245,7 +246,7 @@ def evaluate(config, saes, lms, held_out, places, dist):
     summary = {}
     for key in [f"{name}/{place_name(place)}" for name in lms for place in places]:
         sae = saes[key.replace("/", ":")]
-        zero = {k: torch.zeros_like(v) for k, v in tally(sae, torch.zeros(0, sae.d, device=dist.device)).items()}
+        zero = {k: torch.zeros_like(v) for k, v in tally(sae, torch.zeros(1, sae.d, device=dist.device)).items()}
         result = measures({k: dist.sum(v) for k, v in totals.get(key, zero).items()})  # a process may have no texts
         density = result.pop("density")
         logs = density[density > 0].log10().clamp(min=EDGES[0])

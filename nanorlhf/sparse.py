@@ -38,6 +38,17 @@ def weighted_rows(values, ids, W):
 
 def dots(y, W, ids):
     """(y W^T)_S: y[n] . W[ids[n, j]], [N, k]. y [N, D], W [M, D], ids [N, k]."""
+    return dots_of_copies(y, W, ids) if y.is_cuda else dots_in_place(y, W, ids)
+
+
+def dots_of_copies(y, W, ids):
+    """On a GPU: copy the rows of W, [part of N, k, D] at a time."""
+    parts = zip(y.split(1024), ids.split(1024))
+    return torch.cat([torch.bmm(W[own], rows[:, :, None])[..., 0] for rows, own in parts])
+
+
+def dots_in_place(y, W, ids):
+    """On a CPU, where such copies would take ten times as long."""
     n, k = ids.shape
     starts = torch.arange(0, n * k + 1, k, device=ids.device)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -60,8 +71,9 @@ class EncodeTopK(torch.autograd.Function):
         device = z.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
         A, b = W.to(dtype).T, bias.to(dtype)
-        # A part of the rows at a time: its [rows, M] stays in the cache for top_k.
-        parts = [top_k(torch.addmm(b, rows, A), k) for rows in z.to(dtype).split(len(z) if z.is_cuda else 512)]
+        # A part of the rows at a time: on a CPU its [rows, M] stays in the cache for top_k.
+        at_once = max(512, 2**28 // len(W)) if z.is_cuda else 512
+        parts = [top_k(torch.addmm(b, rows, A), k) for rows in z.to(dtype).split(at_once)]
         values, ids = (torch.cat(x) for x in zip(*parts))
         ctx.save_for_backward(z, W, ids)
         ctx.mark_non_differentiable(ids)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nanorlhf import sae as sae_module
 from nanorlhf.sae import SparseAutoencoder, TopKSAE, adam, auxiliary_loss, fvu, geometric_median, measures, sae_loss, tally, train_step
-from nanorlhf.sparse import dots, scattered, top_k, weighted_rows
+from nanorlhf.sparse import dots, dots_in_place, dots_of_copies, scattered, top_k, weighted_rows
 
 D, M, K, N = 12, 40, 5, 30
 
@@ -131,7 +131,8 @@ def test_sparse_products():
             S[n, ids[n, j]] += values[n, j]
     torch.testing.assert_close(weighted_rows(values, ids, W), S @ W)
     torch.testing.assert_close(scattered(values, ids, y, M), S.T @ y)
-    torch.testing.assert_close(dots(y, W, ids), (y @ W.T).gather(1, ids))
+    for function in (dots, dots_in_place, dots_of_copies):
+        torch.testing.assert_close(function(y, W, ids), (y @ W.T).gather(1, ids))
 
 
 @pytest.mark.parametrize("normalize, relu", [("dataset", True), ("token", False)])
