@@ -1,6 +1,6 @@
 """Products with a sparse matrix of k entries a row, at O(k D) a row. TopK autoencoders (sae.py) train with them.
 
-    N rows (tokens), k entries in each, M columns (latents), D width
+    N rows (tokens), k entries in each, M columns (latents), D width, s latents of a group in top_k
 
 The matrix S [N, M] is given by values [N, k] and ids [N, k], the entries of each row and their columns, in no order. Of a TopK
 autoencoder's training only the encoder's product is dense; what remains, forward and backward, is
@@ -16,17 +16,22 @@ import torch
 import torch.nn.functional as F
 
 
-def top_k(pre, k, groups=512):
+def top_k(pre, k):
     """The k largest of each row, in no order: pre [N, M] -> values [N, k], ids [N, k]. Exact, in half the time of torch.topk on a CPU.
 
-    The k largest lie in the k groups with the largest maxima: each of those k maxima is at least as large as all of any other group.
+    In groups of s latents, the k largest lie in the k groups with the largest maxima: each of those k maxima is at least as large as
+    all of any other group. That leaves M / s maxima and k s candidates to look through, fewest for s = sqrt(M / k).
     """
     n, m = pre.shape
-    if pre.is_cuda or m % groups or k > groups or m < 4 * groups:
+    s = 1
+    while m % (2 * s) == 0 and k * (2 * s) ** 2 <= m:
+        s *= 2
+    if pre.is_cuda or s < 4:
         return pre.topk(k, sorted=False)
-    maxima = pre.view(n, -1, groups).amax(1)  # [N, G]: group g holds the latents g, g + G, g + 2 G, ..., a maximum of whole rows
+    groups = m // s
+    maxima = pre.view(n, s, groups).amax(1)  # [N, M / s]: group g holds the latents g, g + M / s, ...: a maximum of long rows
     best = maxima.topk(k, sorted=False).indices  # [N, k]
-    candidates = (best[:, None] + torch.arange(0, m, groups)[:, None]).view(n, -1)  # [N, k M / G]
+    candidates = (best[:, None] + torch.arange(0, m, groups)[:, None]).view(n, -1)  # [N, k s]
     values, places = pre.gather(1, candidates).topk(k, sorted=False)
     return values, candidates.gather(1, places)
 

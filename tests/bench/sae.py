@@ -30,7 +30,7 @@ def make_data(rows, held_out, seed):
     generator = torch.Generator().manual_seed(seed)
     dictionary = torch.nn.functional.normalize(torch.randn(DIRECTIONS, D, generator=generator))
     x = torch.empty(rows + held_out, D)
-    for part in x.split(8192):
+    for part in x.split(2048):
         codes = (torch.rand(len(part), DIRECTIONS, generator=generator) < ACTIVE / DIRECTIONS).float()
         codes *= 0.5 + torch.rand(codes.shape, generator=generator)
         part.copy_(codes @ dictionary).add_(NOISE * torch.randn(part.shape, generator=generator))
@@ -79,7 +79,7 @@ def main():
     marks.append((time.process_time(), time.perf_counter()))
     n, (cpu, wall) = args.batch * (args.steps - args.skip), (b - a for a, b in zip(marks[args.skip], marks[-1]))
     result = {"activations_per_cpu_s": n / cpu, "activations_per_s": n / wall}
-    parts = [tally(sae, rows) for rows in held_out.split(4096)]
+    parts = [tally(sae, rows) for rows in held_out.split(1024)]
     result |= {k: v for k, v in measures({k: sum(part[k] for part in parts) for k in parts[0]}).items() if k != "density"}
     best = (dictionary @ sae.decoder_directions().T).amax(1)  # [2048]
     result |= {"recovered": (best > 0.9).float().mean().item(), "mean_max_cosine": best.mean().item()}
