@@ -49,7 +49,7 @@ class Config:
     layers: str = field(default="highest:2", metadata={"help": "numbers such as 1,3, or highest:K, the K whose weights moved most"})
     site: str = field(default="mlp", metadata={"help": "mlp, attention or residual: whose output is taken"})
     sae: str = field(default="topk", metadata={"help": "topk, vanilla, or tied (vanilla, the decoder being the encoder's transpose)"})
-    expansion: float = field(default=8.0, metadata={"help": "latents, in multiples of the activations' width"})
+    expansion: float = field(default=4.0, metadata={"help": "latents, in multiples of the activations' width"})
     k: int = field(default=16, metadata={"help": "topk: latents kept for each token"})
     l1: float = field(default=2e-3, metadata={"help": "vanilla: weight of ||f||_1; it shrinks a latent by l1 D / 2"})
     normalize: str = field(default="dataset", metadata={"help": "of the inputs: dataset, token or none"})
@@ -264,7 +264,8 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
 
         loss_recovered = (loss_zero - loss_sae) / (loss_zero - loss)          losses in nats a token
 
-    1: the reconstruction is as good as the layer; 0: as bad as none. A BOS that the autoencoder never saw keeps its activation.
+    1: the reconstruction is as good as the layer; 0: as bad as none; None where the model does no worse without the layer, on these
+    texts. A BOS that the autoencoder never saw keeps its activation.
     """
     mine = np.array(dist.part(len(held_out.rows)), dtype=np.int64)
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # plain, reconstructed, zero; tokens
@@ -288,15 +289,17 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
         sums[3] += (ids[:, 1:] >= 0).sum()
     sums = dist.sum(sums)
     plain, sae_loss, zero = (sums[:3] / sums[3]).tolist()
-    return {"loss": plain, "loss_sae": sae_loss, "loss_zero": zero, "loss_recovered": (zero - sae_loss) / (zero - plain)}
+    recovered = (zero - sae_loss) / (zero - plain) if zero > plain else None
+    return {"loss": plain, "loss_sae": sae_loss, "loss_zero": zero, "loss_recovered": recovered}
 
 
 def report(summary):
     """The summary as a table."""
     lines = [f"{'held out':22s}{'FVU':>8s}{'L0':>8s}{'dead':>8s}{'LM loss':>9s}{'with SAE':>10s}{'zero':>8s}{'recovered':>11s}"]
     for key, r in summary.items():
+        recovered = "-" if r["loss_recovered"] is None else f"{r['loss_recovered']:.1%}"
         lines.append(f"{key:22s}{r['fvu']:8.3f}{r['l0']:8.1f}{r['dead']:8.1%}{r['loss']:9.3f}{r['loss_sae']:10.3f}{r['loss_zero']:8.3f}"
-                     f"{r['loss_recovered']:11.1%}")  # fmt: skip
+                     f"{recovered:>11s}")  # fmt: skip
     return "\n".join(lines)
 
 

@@ -125,7 +125,8 @@ def test_summary(base):
         assert summary[key]["l0"] == pytest.approx((f != 0).sum().item() / len(x), rel=1e-3)
         assert summary[key]["dead"] == pytest.approx((density == 0).double().mean().item(), abs=0.02)
         assert sum(summary[key]["density"]["latents"]) == pytest.approx((density > 0).sum().item(), abs=1)
-        recovered = (losses["loss_zero"] - losses["loss_sae"]) / (losses["loss_zero"] - losses["loss"])
+        needed = losses["loss_zero"] - losses["loss"]
+        recovered = (losses["loss_zero"] - losses["loss_sae"]) / needed if needed > 0 else None
         assert summary[key]["loss_recovered"] == pytest.approx(recovered, rel=1e-2, abs=1e-2)
 
 
