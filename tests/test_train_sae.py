@@ -126,8 +126,11 @@ def test_summary(base):
         assert summary[key]["dead"] == pytest.approx((density == 0).double().mean().item(), abs=0.02)
         assert sum(summary[key]["density"]["latents"]) == pytest.approx((density > 0).sum().item(), abs=1)
         needed = losses["loss_zero"] - losses["loss"]
-        recovered = (losses["loss_zero"] - losses["loss_sae"]) / needed if needed > 0 else None
-        assert summary[key]["loss_recovered"] == pytest.approx(recovered, rel=1e-2, abs=1e-2)
+        if needed > 0:
+            recovered = (losses["loss_zero"] - losses["loss_sae"]) / needed
+            assert summary[key]["loss_recovered"] == pytest.approx(recovered, rel=1e-2, abs=1e-2)
+        else:
+            assert summary[key]["loss_recovered"] is None
 
 
 @pytest.mark.parametrize(
