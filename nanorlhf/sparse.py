@@ -1,6 +1,6 @@
 """Products with a sparse matrix of k entries a row, at O(k D) a row. TopK autoencoders (sae.py) train with them.
 
-    N rows (tokens), k entries in each, M columns (latents), D width
+    N rows (tokens), k entries in each, M columns (latents), D width, s latents of a group in top_k
 
 The matrix S [N, M] is given by values [N, k] and ids [N, k], the entries of each row and their columns, in no order. Of a TopK
 autoencoder's training only the encoder's product is dense; what remains, forward and backward, is
@@ -16,17 +16,22 @@ import torch
 import torch.nn.functional as F
 
 
-def top_k(pre, k, groups=512):
+def top_k(pre, k):
     """The k largest of each row, in no order: pre [N, M] -> values [N, k], ids [N, k]. Exact, in half the time of torch.topk on a CPU.
 
-    The k largest lie in the k groups with the largest maxima: each of those k maxima is at least as large as all of any other group.
+    In groups of s latents, the k largest lie in the k groups with the largest maxima: each of those k maxima is at least as large as
+    all of any other group. That leaves M / s maxima and k s candidates to look through, fewest for s = sqrt(M / k).
     """
     n, m = pre.shape
-    if pre.is_cuda or m % groups or k > groups or m < 4 * groups:
+    s = 1
+    while m % (2 * s) == 0 and k * (2 * s) ** 2 <= m:
+        s *= 2
+    if pre.is_cuda or s < 4:
         return pre.topk(k, sorted=False)
-    maxima = pre.view(n, -1, groups).amax(1)  # [N, G]: group g holds the latents g, g + G, g + 2 G, ..., a maximum of whole rows
+    groups = m // s
+    maxima = pre.view(n, s, groups).amax(1)  # [N, M / s]: group g holds the latents g, g + M / s, ...: a maximum of long rows
     best = maxima.topk(k, sorted=False).indices  # [N, k]
-    candidates = (best[:, None] + torch.arange(0, m, groups)[:, None]).view(n, -1)  # [N, k M / G]
+    candidates = (best[:, None] + torch.arange(0, m, groups)[:, None]).view(n, -1)  # [N, k s]
     values, places = pre.gather(1, candidates).topk(k, sorted=False)
     return values, candidates.gather(1, places)
 
@@ -38,6 +43,17 @@ def weighted_rows(values, ids, W):
 
 def dots(y, W, ids):
     """(y W^T)_S: y[n] . W[ids[n, j]], [N, k]. y [N, D], W [M, D], ids [N, k]."""
+    return dots_of_copies(y, W, ids) if y.is_cuda else dots_in_place(y, W, ids)
+
+
+def dots_of_copies(y, W, ids):
+    """On a GPU: copy the rows of W, [part of N, k, D] at a time."""
+    parts = zip(y.split(1024), ids.split(1024))
+    return torch.cat([torch.bmm(W[own], rows[:, :, None])[..., 0] for rows, own in parts])
+
+
+def dots_in_place(y, W, ids):
+    """On a CPU, where such copies would take ten times as long."""
     n, k = ids.shape
     starts = torch.arange(0, n * k + 1, k, device=ids.device)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -60,8 +76,9 @@ class EncodeTopK(torch.autograd.Function):
         device = z.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
         A, b = W.to(dtype).T, bias.to(dtype)
-        # A part of the rows at a time: its [rows, M] stays in the cache for top_k.
-        parts = [top_k(torch.addmm(b, rows, A), k) for rows in z.to(dtype).split(len(z) if z.is_cuda else 512)]
+        # A part of the rows at a time: on a CPU its [rows, M] stays in the cache for top_k.
+        at_once = max(512, 2**28 // len(W)) if z.is_cuda else 512
+        parts = [top_k(torch.addmm(b, rows, A), k) for rows in z.to(dtype).split(at_once)]
         values, ids = (torch.cat(x) for x in zip(*parts))
         ctx.save_for_backward(z, W, ids)
         ctx.mark_non_differentiable(ids)

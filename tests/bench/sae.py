@@ -19,7 +19,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import torch  # noqa: E402
 
-from nanorlhf.optim import learning_rate  # noqa: E402
 from nanorlhf.sae import SparseAutoencoder, TopKSAE, adam, measures, tally, train_step  # noqa: E402
 from train_sae import Config  # noqa: E402
 
@@ -31,7 +30,7 @@ def make_data(rows, held_out, seed):
     generator = torch.Generator().manual_seed(seed)
     dictionary = torch.nn.functional.normalize(torch.randn(DIRECTIONS, D, generator=generator))
     x = torch.empty(rows + held_out, D)
-    for part in x.split(8192):
+    for part in x.split(2048):
         codes = (torch.rand(len(part), DIRECTIONS, generator=generator) < ACTIVE / DIRECTIONS).float()
         codes *= 0.5 + torch.rand(codes.shape, generator=generator)
         part.copy_(codes @ dictionary).add_(NOISE * torch.randn(part.shape, generator=generator))
@@ -64,7 +63,7 @@ def main():
     sae = TopKSAE(D, args.latents, args.k, seed=args.seed) if args.kind == "topk" else SparseAutoencoder(D, args.latents, seed=args.seed)
     sae = sae.to(args.device).fit(x[:16_384])
     optimizer, silent = adam(sae), torch.zeros(args.latents, dtype=torch.long, device=args.device)
-    dead_after = args.steps * args.batch * Config.dead_after
+    config = Config(steps=args.steps, batch_size=args.batch, lr=args.lr)
     generator, marks, order = torch.Generator().manual_seed(args.seed), [], torch.empty(0, dtype=torch.long)
     for step in range(args.steps):
         if args.device == "cuda":
@@ -73,14 +72,14 @@ def main():
         if len(order) < args.batch:
             order = torch.randperm(len(x), generator=generator)
         index, order = order[: args.batch].to(args.device), order[args.batch :]
-        lr = learning_rate(step, args.steps, args.lr, Config.schedule, int(args.steps * Config.warmup_share), Config.final_lr)
-        train_step(sae, optimizer, x[index], lr, args.l1, silent, dead_after, getattr(torch, args.dtype))
+        options = {"l1": args.l1, "silent": silent, "dead_after": config.dead_tokens(), "dtype": getattr(torch, args.dtype)}
+        train_step(sae, optimizer, x[index], config.rate(step), **options)
     if args.device == "cuda":
         torch.cuda.synchronize()
     marks.append((time.process_time(), time.perf_counter()))
     n, (cpu, wall) = args.batch * (args.steps - args.skip), (b - a for a, b in zip(marks[args.skip], marks[-1]))
     result = {"activations_per_cpu_s": n / cpu, "activations_per_s": n / wall}
-    parts = [tally(sae, rows) for rows in held_out.split(4096)]
+    parts = [tally(sae, rows) for rows in held_out.split(1024)]
     result |= {k: v for k, v in measures({k: sum(part[k] for part in parts) for k in parts[0]}).items() if k != "density"}
     best = (dictionary @ sae.decoder_directions().T).amax(1)  # [2048]
     result |= {"recovered": (best > 0.9).float().mean().item(), "mean_max_cosine": best.mean().item()}

@@ -1,0 +1,228 @@
+"""train_sae.py on a tiny model and its base: what it writes, against plain forward passes; the same on two processes and after a kill.
+
+    B sequences, T tokens, D hidden
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_scripts import ENV, REPO, join, metrics, ranks, read_rows, write_rows
+from transformers import AutoModelForCausalLM
+
+import train_sae
+from nanorlhf import cli, world
+from nanorlhf.activation_store import hold_out
+from nanorlhf.data import encode
+from nanorlhf.errors import InputError
+from nanorlhf.models import Policy, save_policy
+from nanorlhf.sae import fvu
+from nanorlhf.sae_files import load_sae
+
+KEYS = ["policy/1_mlp", "base/1_mlp"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """base/, policy/ (its block 1 has moved), texts.jsonl, run/ (a plain run on both)"""
+    root = tmp_path_factory.mktemp("sae")
+    torch.manual_seed(0)
+    config = world.model_config()
+    config.update({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64})
+    lm = AutoModelForCausalLM.from_config(config)
+    save_policy(Policy(lm, value_head=False), world.tokenizer(), str(root / "base"))
+    for p in lm.gpt_neox.layers[1].parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    save_policy(Policy(lm, value_head=False), world.tokenizer(), str(root / "policy"))
+    write_rows(root / "texts.jsonl", world.demonstrations(200))
+    train(root, root / "run")
+    return root
+
+
+def settings(root, folder, **kwargs):
+    small = {"layers": "highest:1", "expansion": 2, "k": 4, "steps": 12, "batch_size": 64, "eval_size": 16, "checkpoint_every": 4}
+    paths = {"output_dir": str(folder), "model": f"{root}/policy", "base": f"{root}/base", "dataset": f"{root}/texts.jsonl"}
+    return train_sae.Config(**{**paths, **small, "device": "cpu", "buffer_tokens": 512, "dead_after": 300, **kwargs})
+
+
+def train(root, folder, **kwargs):
+    return train_sae.main(settings(root, folder, **kwargs))
+
+
+def tensors(folder):
+    return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("sae_weights.safetensors"))}
+
+
+def assert_bit_equal(a, b):
+    assert metrics(a) == metrics(b) and len(metrics(a)) == 12
+    assert (a / "summary.json").read_bytes() == (b / "summary.json").read_bytes()
+    for x, y in zip(tensors(a).values(), tensors(b).values(), strict=True):
+        assert all(x[name].equal(y[name]) for name in x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- one run
+
+
+def test_folder(base):
+    """highest:1 is the block that moved; loss goes down; a second call says that it is done."""
+    run = base / "run"
+    assert sorted(tensors(run)) == sorted(f"{key}/sae_weights.safetensors" for key in KEYS)
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert rows[0]["lr"] < 1 and rows[-1]["policy/1_mlp/l0"] == pytest.approx(4, abs=0.5)
+    notes = json.loads((run / "policy/1_mlp/cfg.json").read_text())["metadata"]
+    assert (notes["layer"], notes["site"], notes["model"]) == (1, "mlp", f"{base}/policy")
+    assert train(base, run) == json.loads((run / "summary.json").read_text())
+
+
+@torch.no_grad()
+def test_summary(base):
+    """Every number of the summary, from plain forward passes of one held-out text at a time with a hook written here."""
+    summary = json.loads((base / "run/summary.json").read_text())
+    prompts, responses, _ = encode(world.tokenizer(), world.demonstrations(200), "response")
+    _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16)
+    for key in KEYS:
+        lm = AutoModelForCausalLM.from_pretrained(base / key.split("/")[0])
+        sae, seen = load_sae(str(base / "run" / key)), []
+        bos = world.tokenizer().bos_token_id
+        losses = {}
+        for name, change in (("loss", lambda x: x), ("loss_sae", lambda x: sae(x)[0]), ("loss_zero", torch.zeros_like)):
+
+            def hook(module, args, output):
+                new = change(output)
+                if name == "loss":
+                    seen.append(output[0, int(row[0] == bos) :])
+                elif name == "loss_sae" and row[0] == bos:
+                    new[:, 0] = output[:, 0]
+                return new
+
+            handle, total, n = lm.gpt_neox.layers[1].mlp.register_forward_hook(hook), 0.0, 0
+            for row in rows:
+                logits = lm(torch.tensor([row])).logits[0, :-1]
+                total += F.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum").item()
+                n += len(row) - 1
+            handle.remove()
+            losses[name] = total / n
+            assert summary[key][name] == pytest.approx(total / n, rel=1e-4)
+        x = torch.cat(seen)
+        x_hat, f = sae(x)
+        density = (f != 0).double().mean(0)
+        assert summary[key]["fvu"] == pytest.approx(fvu(x, x_hat), rel=1e-4) and summary[key]["n_tokens"] == len(x)
+        assert summary[key]["l0"] == pytest.approx((f != 0).sum().item() / len(x), rel=1e-3)
+        assert summary[key]["dead"] == pytest.approx((density == 0).double().mean().item(), abs=0.02)
+        assert sum(summary[key]["density"]["latents"]) == pytest.approx((density > 0).sum().item(), abs=1)
+        needed = losses["loss_zero"] - losses["loss"]
+        if needed > 0:
+            recovered = (losses["loss_zero"] - losses["loss_sae"]) / needed
+            assert summary[key]["loss_recovered"] == pytest.approx(recovered, rel=1e-2, abs=1e-2)
+        else:
+            assert summary[key]["loss_recovered"] is None
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"sae": "vanilla", "base": "none", "layers": "0", "site": "residual"}, {"sae": "tied", "bias": "median", "layers": "0"},
+        {"normalize": "token", "relu": False, "base": "none", "layers": "0,1", "site": "attention"},
+        {"texts": "both", "max_new_tokens": 4, "max_rows": 60, "base": "none", "layers": "1"}, {"dtype": "bfloat16", "layers": "1"},
+    ],
+)  # fmt: skip
+def test_options(base, tmp_path, kwargs):
+    summary = train(base, tmp_path / "run", steps=4, **kwargs)
+    assert all(0 < r["fvu"] < 1.5 and r["l0"] > 0 for r in summary.values())
+    assert len(summary) == {"0": 1, "1": 1, "0,1": 2}[kwargs["layers"]] * (1 if kwargs.get("base") else 2)
+    if kwargs.get("texts"):
+        assert list((tmp_path / "run/cache").glob("answers_*.jsonl"))
+
+
+def test_base_and_policy_see_the_same_tokens(base, tmp_path):
+    """The same model twice: the same autoencoder twice, bit for bit."""
+    train(base, tmp_path / "run", base=f"{base}/policy", layers="1", steps=4)
+    a, b = tensors(tmp_path / "run").values()
+    assert all(a[name].equal(b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------------- the same result otherwise
+
+
+def test_cached_activations(base, tmp_path):
+    """From disk they are the same up to float error (other texts share a forward pass), and a second run computes none."""
+    train(base, tmp_path / "run", cache=str(tmp_path / "cache"))
+    assert_close(base / "run", tmp_path / "run")
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
+    train(base, tmp_path / "again", cache=str(tmp_path / "cache"))
+    assert_bit_equal(tmp_path / "run", tmp_path / "again")
+    assert shards and shards == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
+
+
+def test_two_processes(base, tmp_path):
+    join(*ranks(2, train, base, tmp_path / "run"))
+    assert_close(base / "run", tmp_path / "run")
+
+
+def assert_close(a, b):
+    for row, other in zip(metrics(a), metrics(b), strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
+    for x, y in zip(tensors(a).values(), tensors(b).values(), strict=True):
+        for name in x:
+            torch.testing.assert_close(x[name], y[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kill_at", [6, 12])
+def test_killed_and_resumed(base, tmp_path, kill_at):
+    """Killed for real after step 6, between two checkpoints, and after step 12, before its checkpoint: the same bits in the end."""
+    code = f"""
+import os, signal, torch, train_sae
+from nanorlhf import cli, log
+torch.set_num_threads(1)
+append = log.RunFolder.append
+def kill(folder, name, rows):
+    append(folder, name, rows)
+    if rows[0]["step"] == {kill_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+log.RunFolder.append = kill
+config = cli.parse(train_sae.Config, {command_line(settings(base, tmp_path / "run"))})
+train_sae.main(config)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=REPO, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    assert len(read_rows(tmp_path / "run/metrics.jsonl")) == kill_at
+    assert os.listdir(tmp_path / "run/checkpoint") == [f"step_{(kill_at - 1) // 4 * 4}"]
+    train_sae.main(cli.parse(train_sae.Config, ["--output_dir", str(tmp_path / "run"), "--resume"]))
+    assert_bit_equal(base / "run", tmp_path / "run")
+
+
+def command_line(config):
+    names = ("output_dir", "model", "base", "dataset", "device", "layers", "expansion", "k", "steps", "batch_size", "eval_size",
+             "checkpoint_every", "buffer_tokens", "dead_after")  # fmt: skip
+    return [x for name in names for x in (f"--{name}", str(getattr(config, name)))]
+
+
+# --------------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "kwargs, match",
+    [
+        ({"base": "none"}, "a --base"), ({"layers": "7"}, "7"), ({"layers": "some"}, "some"), ({"site": "norm"}, "--site must be"),
+        ({"k": 65}, "--k 65 is more"), ({"model": "/no/where"}, "/no/where"), ({"warmup": 3.0}, "--warmup"), ({"sae": "x"}, "--sae must be"),
+        ({"dataset": "no.jsonl"}, "no.jsonl"), ({"expansion": 0.0}, "--expansion"),
+    ],
+)  # fmt: skip
+def test_bad_input(base, tmp_path, kwargs, match):
+    with pytest.raises(InputError, match=match):
+        train(base, tmp_path / "run", **kwargs)
