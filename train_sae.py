@@ -71,7 +71,8 @@ class Config:
     eval_size: int = field(default=256, metadata={"help": "texts that are held out, to measure on"})
     cache: str = field(default="", metadata={"help": "keep activations in this folder, instead of computing them in every epoch"})
     buffer_tokens: int = field(default=2**16, metadata={"help": "tokens that are shuffled together, over all processes"})
-    seed: int = field(default=0, metadata={"help": "every random draw is keyed by it; base and policy start from the same weights"})
+    seed: int = field(default=0, metadata={"help": "every random draw is keyed by it; base and policy start from the same "
+        "weights, so compare their features with those of other seeds"})  # fmt: skip
     steps: int = field(default=500, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=1024, metadata={"help": "tokens a step, over all processes"})
     lr: float = field(default=2e-3, metadata={"help": "peak learning rate of Adam"})
@@ -183,13 +184,13 @@ def main(config):
     progress.close()
 
     # -------------------------------------------------------------------------------------------------------- measure and save
-    summary = evaluate(config, saes, lms, held_out, places, dist)
+    summary, densities = evaluate(config, saes, lms, held_out, places, dist)
     dist.print(report(summary))
     if dist.main:
         for key, numbers in summary.items():
             name, place = key.split("/")
             notes = {"model": paths[name], "layer": int(place.split("_")[0]), "site": config.site, "held_out": numbers}
-            save_sae(saes[key.replace("/", ":")], f"{config.output_dir}/{key}", **notes)
+            save_sae(saes[key.replace("/", ":")], f"{config.output_dir}/{key}", densities[key], **notes)
     return folder.finish(summary)
 
 
@@ -237,18 +238,19 @@ def new_sae(config, width):
 
 @torch.no_grad()
 def evaluate(config, saes, lms, held_out, places, dist):
-    """{"policy/3_mlp": {fvu, l0, dead, density: a histogram, loss, loss_sae, loss_zero, loss_recovered, n_tokens}} on held-out texts."""
+    """On held-out texts {"policy/3_mlp": {fvu, l0, dead, density: a histogram, loss, loss_sae, loss_zero, loss_recovered, n_tokens}},
+    and {"policy/3_mlp": density [M]}."""
     totals = {}
     for part in passes(held_out, from_models(held_out, lms, places, dist, config.dtype), dist, at_once=2**12):
         for key, x in part.items():
             found = tally(saes[key.replace("/", ":")], x)
             totals[key] = {k: totals[key][k] + v for k, v in found.items()} if key in totals else found
-    summary = {}
+    summary, densities = {}, {}
     for key in [f"{name}/{place_name(place)}" for name in lms for place in places]:
         sae = saes[key.replace("/", ":")]
         zero = {k: torch.zeros_like(v) for k, v in tally(sae, torch.zeros(1, sae.d, device=dist.device)).items()}
         result = measures({k: dist.sum(v) for k, v in totals.get(key, zero).items()})  # a process may have no texts
-        density = result.pop("density")
+        density = densities[key] = result.pop("density")
         logs = density[density > 0].log10().clamp(min=EDGES[0])
         counts = torch.histogram(logs.float().cpu(), torch.tensor(EDGES))[0].int().tolist()
         summary[key] = result | {"n_tokens": held_out.total, "density": {"log10_edges": EDGES, "latents": counts}}
@@ -256,7 +258,7 @@ def evaluate(config, saes, lms, held_out, places, dist):
         for place in places:
             key = f"{name}/{place_name(place)}"
             summary[key] |= loss_recovered(config, lm, place, saes[key.replace("/", ":")], held_out, dist)
-    return summary
+    return summary, densities
 
 
 def loss_recovered(config, lm, place, sae, held_out, dist):

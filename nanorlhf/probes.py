@@ -26,7 +26,7 @@ from .divergence import add_up, divergence_sums, from_sums, matches, parameter_d
 from .errors import InputError, first_line
 from .log import PLACES, RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
-from .sae_files import load_sae
+from .sae_files import SPARSITY, load_sae
 
 
 def in_one_line(function, *args):
@@ -232,7 +232,7 @@ def mmcs(config):
 
 def firing(path, m):
     """The ids of an autoencoder's latents, without those that its folder knows never to have fired."""
-    file = os.path.join(path, "sparsity.safetensors")  # log10(rate + 1e-10)
+    file = os.path.join(path, SPARSITY)  # log10(rate + 1e-10)
     if not os.path.exists(file):
         return torch.arange(m)
     try:

@@ -1,4 +1,4 @@
-"""Sparse autoencoders on disk, in the layout of SAELens: a folder with cfg.json and sae_weights.safetensors.
+"""Sparse autoencoders on disk, in the layout of SAELens: a folder with cfg.json, sae_weights.safetensors and sparsity.safetensors.
 
     W_enc [D, M], b_enc [M], W_dec [M, D], b_dec [D]        f = activation((x - b_dec) W_enc + b_enc),   x^ = f W_dec + b_dec
 
@@ -22,13 +22,16 @@ from .cli import require
 from .errors import InputError, first_line
 from .sae import SparseAutoencoder, TopKSAE
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 ARCHITECTURES = ("standard", "topk", "nanorlhf_topk_without_relu")
 NORMALIZE = {"dataset": "none", "token": "layer_norm", "none": "none"}  # ours -> SAELens'
 
 
-def save_sae(sae, path, **notes):
-    """Write an autoencoder into the folder `path`, atomically. `notes` (JSON: model, layer, site, ...) go into cfg.json's metadata."""
+def save_sae(sae, path, density=None, **notes):
+    """Write an autoencoder into the folder `path`, atomically. `notes` (JSON: model, layer, site, ...) go into cfg.json's metadata.
+
+    density [M], the share of tokens that each latent fires on, becomes sparsity.safetensors: log10(density + 1e-10), as SAELens has it.
+    """
     topk = isinstance(sae, TopKSAE)
     scale = sae.scale.item() if sae.normalize == "dataset" else 1.0
     mean = sae.mean if sae.normalize == "dataset" else 0.0
@@ -45,6 +48,8 @@ def save_sae(sae, path, **notes):
     def write(folder):
         save_file({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}, os.path.join(folder, WEIGHTS))
         write_json(os.path.join(folder, CONFIG), config)
+        if density is not None:
+            save_file({"sparsity": (density + 1e-10).log10().float().cpu()}, os.path.join(folder, SPARSITY))
 
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -69,6 +69,13 @@ def test_round_trip_and_layout(tmp_path, kind, normalize):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_firing_rates(tmp_path):
+    rates = torch.tensor([0.0, 1e-3, 1.0] + [0.25] * (M - 3), dtype=torch.float64)
+    save_sae(make("topk"), str(tmp_path / "sae"), rates, layer=3)
+    logs = load_file(tmp_path / "sae" / "sparsity.safetensors")["sparsity"]  # SAELens' name for log10(rate + 1e-10)
+    torch.testing.assert_close(logs[:3], torch.tensor([-10.0, -3.0, 0.0]), rtol=0, atol=1e-5)
+
+
 def test_saving_again_replaces(tmp_path):
     save_sae(make("vanilla"), str(tmp_path / "sae"))
     save_sae(make("topk"), str(tmp_path / "sae"))
