@@ -169,7 +169,10 @@ class TopKSAE(SparseAutoencoder):
 
 @torch.no_grad()
 def geometric_median(x, steps=100, tolerance=1e-6):
-    """The point with the least sum of distances to x [N, D] -> [D], by Weiszfeld's iteration: y <- sum_i x_i / |x_i - y| / sum_i 1 / |x_i - y|."""
+    """The point with the least sum of distances to x [N, D] -> [D], by Weiszfeld's iteration.
+
+        y <- sum_i w_i x_i / sum_i w_i,   w_i = 1 / ||x_i - y||
+    """
     y = x.mean(0)
     for _ in range(steps):
         w = 1 / (x - y).norm(dim=1).clamp(min=1e-8)  # [N]
@@ -228,12 +231,12 @@ def sae_loss(sae, x, l1=0.0, dead=None, n_tokens=None):
 
 
 def adam(sae):
-    """The optimizer of the training step: plain Adam, fused. Its rate is train_step's."""
+    """The optimizer of update(), which sets its rate: plain Adam, fused."""
     return torch.optim.Adam(sae.parameters(), fused=True)
 
 
-def train_step(sae, optimizer, x, lr, l1=0.0, silent=None, dead_after=float("inf"), dtype=torch.float32, n_tokens=None, reduce=None):
-    """One optimizer step on activations x [N, D] -> {loss, mse, l0, dead}.
+def gradients(sae, x, l1=0.0, silent=None, dead_after=float("inf"), dtype=torch.float32, n_tokens=None, reduce=None):
+    """Loss and gradients of activations x [N, D] -> {loss, mse, l0, dead}, floats.
 
     silent [M] counts the tokens since each latent last fired, and is updated; from `dead_after` on it is dead, and AuxK calls it back.
     dtype bfloat16: the dense products alone. On several processes x is a share of n_tokens, and reduce(tensor) sums over them, in place.
@@ -249,13 +252,26 @@ def train_step(sae, optimizer, x, lr, l1=0.0, silent=None, dead_after=float("inf
         reduce(tensor)
     silent += n_tokens
     silent[stats["fired"] > 0] = 0
-    sae.remove_parallel()
+    return dict(zip(("loss", "mse", "l0"), numbers.tolist())) | {"dead": dead.float().mean().item()}
+
+
+def update(saes, optimizer, lr):
+    """One step of the optimizer over several autoencoders that have their gradients; their decoder directions stay of unit length."""
+    for sae in saes:
+        sae.remove_parallel()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    sae.normalise()
-    return dict(zip(("loss", "mse", "l0"), numbers.tolist())) | {"dead": dead.float().mean().item()}
+    for sae in saes:
+        sae.normalise()
+
+
+def train_step(sae, optimizer, x, lr, **kwargs):
+    """gradients(), then update(), of one autoencoder -> {loss, mse, l0, dead}"""
+    stats = gradients(sae, x, **kwargs)
+    update([sae], optimizer, lr)
+    return stats
 
 
 def fvu(x, x_hat):

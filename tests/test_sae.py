@@ -98,9 +98,11 @@ def test_fit():
 @pytest.mark.parametrize(
     "make_it, match",
     [
-        (lambda: SparseAutoencoder(0, 4), "needs a width"), (lambda: TopKSAE(4, 8, 9), "k must lie"), (lambda: TopKSAE(4, 8, 0), "k must lie"),
+        (lambda: SparseAutoencoder(0, 4), "needs a width"), (lambda: TopKSAE(4, 8, 9), "k must lie"),
+        (lambda: TopKSAE(4, 8, 0), "k must lie"),
         (lambda: TopKSAE(4, 8, 2, normalize="batch"), "normalize"), (lambda: SparseAutoencoder(4, 8)(torch.ones(2, 5)), "width 5"),
-        (lambda: SparseAutoencoder(4, 8).fit(torch.full((2, 4), torch.nan)), "finite"), (lambda: TopKSAE(4, 8, 2).fit(torch.ones(0, 4)), "fit"),
+        (lambda: SparseAutoencoder(4, 8).fit(torch.full((2, 4), torch.nan)), "finite"),
+        (lambda: TopKSAE(4, 8, 2).fit(torch.ones(0, 4)), "fit"),
         (lambda: SparseAutoencoder(4, 8).fit(torch.ones(2, 4), bias="mode"), "mean or the median"),
     ],
 )  # fmt: skip
@@ -121,7 +123,8 @@ def test_top_k(m, k, groups):
 
 
 def test_sparse_products():
-    values, ids, W, y = randn(N, K), torch.randint(M, (N, K), generator=torch.Generator().manual_seed(0)), randn(M, D, seed=1), randn(N, D, seed=2)
+    values, W, y = randn(N, K), randn(M, D, seed=1), randn(N, D, seed=2)
+    ids = torch.randint(M, (N, K), generator=torch.Generator().manual_seed(0))
     S = torch.zeros(N, M).double()
     for n in range(N):
         for j in range(K):  # ids of a row may repeat here
@@ -285,7 +288,7 @@ def test_known_dictionary(kind):
     optimizer, silent = adam(sae), torch.zeros(128, dtype=torch.long)
     for step in range(400):
         index = torch.randint(20_000, (512,), generator=generator)
-        train_step(sae, optimizer, x[index], 5e-3 * (1 - step / 400), 0.03, silent, 20_000)
+        train_step(sae, optimizer, x[index], 5e-3 * (1 - step / 400), l1=0.03, silent=silent, dead_after=20_000)
     found = (dictionary @ sae.decoder_directions().T).amax(1) > 0.9
     result = measures(tally(sae, x[:4000]))
     assert found.float().mean() >= 0.9 and result["fvu"] < 0.15 and result["l0"] < 8

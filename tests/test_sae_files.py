@@ -51,7 +51,8 @@ def saelens_formula(path, x):
 def test_round_trip_and_layout(tmp_path, kind, normalize):
     sae, x = make(kind, normalize), 3 * randn(40, D, seed=9) + 2
     save_sae(sae, str(tmp_path / "a" / "sae"), layer=3, site="mlp")
-    assert sorted(os.listdir(tmp_path / "a")) == ["sae"] and sorted(os.listdir(tmp_path / "a" / "sae")) == ["cfg.json", "sae_weights.safetensors"]
+    assert os.listdir(tmp_path / "a") == ["sae"]
+    assert sorted(os.listdir(tmp_path / "a" / "sae")) == ["cfg.json", "sae_weights.safetensors"]
     loaded = load_sae(str(tmp_path / "a" / "sae"), width=D)
     assert type(loaded) is type(sae) and (loaded.normalize, loaded.tied) == (sae.normalize, sae.tied)
     x_hat, f = sae(x)
@@ -97,10 +98,14 @@ def weights(path, **tensors):
     "harm, match",
     [
         (lambda p: (p / "cfg.json").unlink(), "cfg.json is missing"), (lambda p: (p / "cfg.json").write_text("{"), "not JSON"),
-        (lambda p: (p / "cfg.json").write_text("[]"), "not the configuration"), (lambda p: change(p, architecture="gated"), "'gated' is not"),
-        (lambda p: change(p, k=0), "k must be"), (lambda p: change(p, k=M + 1), "k must lie"), (lambda p: change(p, d_in="6"), "d_in must be"),
-        (lambda p: change(p, d_in=7), r"W_enc is \[6, 20\].*\[7, 20\]"), (lambda p: change(p, normalize_activations="x"), "'x' is not computed"),
-        (lambda p: change(p, rescale_acts_by_decoder_norm=True), "rescale"), (lambda p: change(p, apply_b_dec_to_input=False), "apply_b_dec"),
+        (lambda p: (p / "cfg.json").write_text("[]"), "not the configuration"),
+        (lambda p: change(p, architecture="gated"), "'gated' is not"),
+        (lambda p: change(p, k=0), "k must be"),
+        (lambda p: change(p, k=M + 1), "k must lie"), (lambda p: change(p, d_in="6"), "d_in must be"),
+        (lambda p: change(p, d_in=7), r"W_enc is \[6, 20\].*\[7, 20\]"),
+        (lambda p: change(p, normalize_activations="x"), "'x' is not computed"),
+        (lambda p: change(p, rescale_acts_by_decoder_norm=True), "rescale"),
+        (lambda p: change(p, apply_b_dec_to_input=False), "apply_b_dec"),
         (lambda p: (p / "sae_weights.safetensors").unlink(), "safetensors is missing"),
         (lambda p: (p / "sae_weights.safetensors").write_bytes(b"12345678901"), "cannot be read"),
         (lambda p: weights(p, b_enc=torch.full((M,), torch.nan)), "b_enc holds"), (lambda p: weights(p, W_dec=randn(3, D)), "W_dec is"),

@@ -19,7 +19,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import torch  # noqa: E402
 
-from nanorlhf.optim import learning_rate  # noqa: E402
 from nanorlhf.sae import SparseAutoencoder, TopKSAE, adam, measures, tally, train_step  # noqa: E402
 from train_sae import Config  # noqa: E402
 
@@ -64,7 +63,7 @@ def main():
     sae = TopKSAE(D, args.latents, args.k, seed=args.seed) if args.kind == "topk" else SparseAutoencoder(D, args.latents, seed=args.seed)
     sae = sae.to(args.device).fit(x[:16_384])
     optimizer, silent = adam(sae), torch.zeros(args.latents, dtype=torch.long, device=args.device)
-    dead_after = args.steps * args.batch * Config.dead_after
+    config = Config(steps=args.steps, batch_size=args.batch, lr=args.lr)
     generator, marks, order = torch.Generator().manual_seed(args.seed), [], torch.empty(0, dtype=torch.long)
     for step in range(args.steps):
         if args.device == "cuda":
@@ -73,8 +72,8 @@ def main():
         if len(order) < args.batch:
             order = torch.randperm(len(x), generator=generator)
         index, order = order[: args.batch].to(args.device), order[args.batch :]
-        lr = learning_rate(step, args.steps, args.lr, Config.schedule, int(args.steps * Config.warmup_share), Config.final_lr)
-        train_step(sae, optimizer, x[index], lr, args.l1, silent, dead_after, getattr(torch, args.dtype))
+        options = {"l1": args.l1, "silent": silent, "dead_after": config.dead_tokens(), "dtype": getattr(torch, args.dtype)}
+        train_step(sae, optimizer, x[index], config.rate(step), **options)
     if args.device == "cuda":
         torch.cuda.synchronize()
     marks.append((time.process_time(), time.perf_counter()))

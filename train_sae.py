@@ -1,0 +1,303 @@
+"""Train sparse autoencoders on what layers of a language model put out; on those of its base too, from the same tokens.
+
+    python train_sae.py                                                      the embedded world: runs/ppo beside runs/sft
+    python train_sae.py --model gpt2 --dataset texts.jsonl --kind prompts --layers 3,6 --site residual --output_dir runs/sae_gpt2
+    python train_sae.py --sae vanilla --texts both --output_dir runs/vanilla               on demonstrations and on the policy's answers
+    torchrun --nproc_per_node=4 train_sae.py                                 the same global batch, and the same result, on four processes
+
+Writes <output_dir>/<policy or base>/<layer>_<site>/, in the layout of SAELens, and what each of them is worth on held-out texts.
+Maths: nanorlhf/sae.py; activations: nanorlhf/activation_store.py. Method: Marks et al. 2023 (2310.08164), Gao et al. 2024 (2406.04093).
+
+    B tokens of a step over all processes, D width, M latents
+"""
+
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train_ppo
+import train_rm
+from nanorlhf import checkpoint, cli, data, distributed
+from nanorlhf.activation_store import Stream, Tokens, from_disk, from_models, hold_out, passes, rollout_rows, token_rows
+from nanorlhf.activations import SITES, module_at, place_name, replaced
+from nanorlhf.blocks import blocks, speed_up
+from nanorlhf.divergence import layer_divergence, select_layers
+from nanorlhf.distributed import autocast, peak_memory_mb, setup
+from nanorlhf.errors import InputError
+from nanorlhf.log import PLACES, Progress, RunFolder
+from nanorlhf.models import check_model, context_length, load_policy, load_tokenizer
+from nanorlhf.optim import learning_rate
+from nanorlhf.packing import micro_batches
+from nanorlhf.pool import fingerprint
+from nanorlhf.sae import NORMALIZE, SparseAutoencoder, TopKSAE, adam, gradients, measures, tally, update
+from nanorlhf.sae_files import save_sae
+
+FIT_TOKENS = 2**14  # for the mean and the scale
+EDGES = [-6 + 0.5 * i for i in range(13)]  # of the histogram of log10 density: half decades up to 1
+
+
+@dataclass
+class Config:
+    output_dir: str = field(default="runs/sae", metadata={"help": "the run folder"})
+    model: str = field(default="runs/ppo", metadata={"help": "the policy: run folder, model folder or hub name"})
+    base: str = field(default="", metadata={"help": "the model it was trained from, to train on as well; none; default: runs/sft beside "
+        "runs/ppo, else none"})  # fmt: skip
+    layers: str = field(default="highest:2", metadata={"help": "numbers such as 1,3, or highest:K, the K whose weights moved most"})
+    site: str = field(default="mlp", metadata={"help": "mlp, attention or residual: whose output is taken"})
+    sae: str = field(default="topk", metadata={"help": "topk, vanilla, or tied (vanilla, the decoder being the encoder's transpose)"})
+    expansion: float = field(default=8.0, metadata={"help": "latents, in multiples of the activations' width"})
+    k: int = field(default=16, metadata={"help": "topk: latents kept for each token"})
+    l1: float = field(default=2e-3, metadata={"help": "vanilla: weight of ||f||_1; it shrinks a latent by l1 D / 2"})
+    normalize: str = field(default="dataset", metadata={"help": "of the inputs: dataset, token or none"})
+    relu: bool = field(default=True, metadata={"help": "topk: no negative latents (SARM has them: False)"})
+    bias: str = field(default="mean", metadata={"help": "where the decoder's bias starts: mean or median (the geometric one)"})
+    dead_after: int = field(default=0, metadata={"help": "a latent is dead after N tokens without firing; 0: a tenth of the run, or 10M"})
+    texts: str = field(default="dataset", metadata={"help": "dataset, rollouts (the policy's answers to its prompts) or both"})
+    dataset: str = field(default="world", metadata={"help": "FILE.jsonl, a datasets name[:split], or world"})
+    kind: str = field(default="sft", metadata={"help": "what its rows are: sft {prompt, response}, pairs {prompt, chosen, rejected}, or "
+        "prompts {prompt}, texts as they are"})  # fmt: skip
+    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
+    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
+    max_rows: int = field(default=0, metadata={"help": "a random subset of N rows; 0: all"})
+    max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
+    keep_bos: bool = field(default=False, metadata={"help": "count a BOS in front of a text too: its norm is often most of the variance"})
+    n_answers: int = field(default=1, metadata={"help": "rollouts: answers to each prompt"})
+    max_new_tokens: int = field(default=48, metadata={"help": "rollouts: longest answer"})
+    temperature: float = field(default=1.0, metadata={"help": "rollouts: of sampling"})
+    eval_size: int = field(default=256, metadata={"help": "texts that are held out, to measure on"})
+    cache: str = field(default="", metadata={"help": "keep activations in this folder, instead of computing them in every epoch"})
+    buffer_tokens: int = field(default=2**16, metadata={"help": "tokens that are shuffled together, over all processes"})
+    seed: int = field(default=0, metadata={"help": "every random draw is keyed by it; base and policy start from the same weights"})
+    steps: int = field(default=500, metadata={"help": "optimizer steps"})
+    batch_size: int = field(default=1024, metadata={"help": "tokens a step, over all processes"})
+    lr: float = field(default=2e-3, metadata={"help": "peak learning rate of Adam"})
+    schedule: str = field(default="cosine", metadata={"help": "constant, linear or cosine, down to 0"})
+    warmup: float = field(default=0.05, metadata={"help": "share of the steps with linear warm-up"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 (dense products, over float32 weights), or auto"})
+    checkpoint_every: int = field(default=100, metadata={"help": "write a checkpoint every N steps"})
+    keep_checkpoints: int = field(default=1, metadata={"help": "how many checkpoints are kept"})
+    resume: bool = field(default=False, metadata={"help": "continue the run in output_dir with its own settings"})
+
+    def __post_init__(self):
+        cli.at_least(self, 1, "steps", "batch_size", "k", "eval_size", "n_answers", "max_new_tokens")
+        cli.at_least(self, 1, "checkpoint_every", "keep_checkpoints")
+        cli.at_least(self, 0, "l1", "lr", "dead_after", "max_rows", "max_length", "seed", "buffer_tokens")
+        cli.one_of(self, "site", *SITES)
+        cli.one_of(self, "sae", "topk", "vanilla", "tied")
+        cli.one_of(self, "normalize", *NORMALIZE)
+        cli.one_of(self, "bias", "mean", "median")
+        cli.one_of(self, "texts", "dataset", "rollouts", "both")
+        cli.one_of(self, "kind", *data.FIELDS)
+        cli.one_of(self, "schedule", "constant", "linear", "cosine")
+        cli.one_of(self, "dtype", "float32", "bfloat16", "auto")
+        if self.dtype == "auto":
+            self.dtype = distributed.fast_dtype(self.device)
+        cli.require(self.expansion > 0 and self.temperature > 0, "--expansion and --temperature must be positive")
+        cli.require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
+        if not self.base:
+            self.base = "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"
+        cli.require(self.base != "none" or ":" not in self.layers, f"--layers {self.layers} compares --model with a --base; name layers")
+
+    def dead_tokens(self):
+        """How many tokens without firing make a latent dead: Gao et al.'s 10M, or less in a small run."""
+        return self.dead_after or min(10_000_000, self.steps * self.batch_size // 10)
+
+    def rate(self, step):
+        """The learning rate of step 0 .. steps-1."""
+        return learning_rate(step, self.steps, self.lr, self.schedule, int(self.warmup * self.steps))
+
+
+def main(config):
+    # ------------------------------------------------------------------------------------------------------------------- set-up
+    dist = setup(config.device)
+    cli.divides(config, "batch_size", dist.world, "the number of processes")
+    folder = RunFolder(config, dist, free=(*PLACES, "cache"))
+    if folder.state == "done":
+        return folder.already_done()
+    paths = {"policy": config.model} | ({"base": config.base} if config.base != "none" else {})
+    rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
+    if train_rm.is_default(config, "model"):
+        train_ppo.main(train_ppo.Config(device=config.device))  # and what it needs itself
+    model_config, _ = [check_model(path) for path in paths.values()][0], folder.create()
+
+    # ------------------------------------------------------------------------------------------------------------------- models
+    lms = {name: load_policy(path, value_head=False, device=dist.device).lm.eval() for name, path in paths.items()}
+    for lm in lms.values():
+        lm.requires_grad_(False)
+        speed_up(lm, dist.device, config.dtype)
+    layers = choose_layers(config, lms)
+    places = [(layer, config.site) for layer in layers]
+    for lm in lms.values():
+        for place in places:
+            module_at(lm, place)  # an error before anything is computed
+
+    # ------------------------------------------------------------------------------------------------------------------- tokens
+    rows, held_out = texts(config, rows, model_config, paths, dist)
+    dist.print(f"{rows.total:,} tokens of {len(rows.rows):,} texts, {held_out.total:,} of {len(held_out.rows):,} held out")
+    source = from_models(rows, lms, places, dist, config.dtype)
+    if config.cache:
+        prints = {name: fingerprint(path) for name, path in paths.items()}
+        source = from_disk(config.cache, rows, prints, places, lambda: lms, dist, config.dtype)
+    stream = Stream(rows, source, config.batch_size, dist, config.seed, config.buffer_tokens)
+
+    # ------------------------------------------------------------------------------------------------------------- autoencoders
+    # Mean and scale come from the first batches: a resumed run computes the same ones again, and its weights come from the checkpoint.
+    first = [stream.batch(step) for step in range(-(-FIT_TOKENS // config.batch_size))]
+    saes = nn.ModuleDict()
+    for key in first[0]:  # "policy/3_mlp"
+        x = dist.gather(torch.cat([part[key] for part in first]))
+        saes[key.replace("/", ":")] = new_sae(config, x.shape[1]).to(dist.device).fit(x, config.bias)
+    del first
+    optimizer = adam(saes)
+    state = checkpoint.load(config.output_dir, saes, optimizer) or {"step": 0, "silent": {name: [0] * sae.m for name, sae in saes.items()}}
+    silent = {name: torch.tensor(counts, device=dist.device) for name, counts in state["silent"].items()}
+    dist.print(f"{config.sae} autoencoders: {', '.join(f'{key} ({sae.m:,} latents)' for key, sae in saes.items())}")
+    options = {"l1": config.l1, "dead_after": config.dead_tokens(), "dtype": getattr(torch, config.dtype), "n_tokens": config.batch_size}
+    options["reduce"] = (lambda tensor: tensor.copy_(dist.sum(tensor))) if dist.world > 1 else None
+
+    # --------------------------------------------------------------------------------------------------------------------- loop
+    progress = Progress(dist, "autoencoders", config.steps, state["step"])
+    for step in range(state["step"] + 1, config.steps + 1):
+        begun, lr, record = time.perf_counter(), config.rate(step - 1), {"step": step}
+        for key, x in stream.batch(step - 1).items():
+            name = key.replace("/", ":")
+            stats = gradients(saes[name], x, silent=silent[name], **options)
+            record |= {f"{key}/{k}": v for k, v in stats.items()}
+        loss = np.mean([v for k, v in record.items() if k.endswith("/loss")]).item()
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the loss is {loss}; the last checkpoint is kept; lower --lr")
+        update(saes.values(), optimizer, lr)
+        seconds = time.perf_counter() - begun
+        record |= {"loss": loss, "lr": lr, "seconds": seconds, "tokens_per_second": config.batch_size / seconds}
+        folder.append("metrics.jsonl", [record | {"peak_memory_mb": peak_memory_mb(dist)}])
+        progress.step(step, f"loss {loss:.3f}")
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            counts = {name: x.tolist() for name, x in silent.items()}
+            folder.checkpoint(step, saes, optimizer, {"silent": counts}, config.keep_checkpoints)
+    progress.close()
+
+    # -------------------------------------------------------------------------------------------------------- measure and save
+    summary = evaluate(config, saes, lms, held_out, places, dist)
+    dist.print(report(summary))
+    if dist.main:
+        for key, numbers in summary.items():
+            name, place = key.split("/")
+            notes = {"model": paths[name], "layer": int(place.split("_")[0]), "site": config.site, "held_out": numbers}
+            save_sae(saes[key.replace("/", ":")], f"{config.output_dir}/{key}", **notes)
+    return folder.finish(summary)
+
+
+def choose_layers(config, lms):
+    """The layers that --layers names. -> list of int"""
+    try:
+        n = len(blocks(lms["policy"]))
+        divergences = layer_divergence(blocks(lms["base"]), blocks(lms["policy"])) if "base" in lms else [0.0] * n
+        return select_layers(divergences, config.layers)
+    except ValueError as e:
+        raise InputError(str(e)) from None
+
+
+def texts(config, rows, model_config, paths, dist):
+    """Rows of the data set -> Tokens to train on, Tokens held out."""
+    tokenizer = load_tokenizer(config.model, needs_eos=config.kind != "prompts" or config.texts != "dataset")
+    for path in paths.values():
+        same = load_tokenizer(path, needs_eos=False).get_vocab() == tokenizer.get_vocab()
+        cli.require(same, f"{config.model} and {path} have different tokenizers")
+    out = []
+    if config.texts != "rollouts":
+        out, cut = token_rows(tokenizer, rows, config.max_length or context_length(model_config), config.chat_template)
+        if cut:
+            dist.print(f"{cut} of {len(out)} texts cut")
+    if config.texts != "dataset":
+        prompts = list({row["prompt"]: row for row in rows}.values())
+        prompts = data.ready_prompts(tokenizer, prompts, model_config, config.max_new_tokens, 0, config.chat_template)
+        out = out + rollout_rows(replace(config, batch_size=256), tokenizer, prompts, dist)  # 256 answers at a time
+    parts = hold_out(out, config.eval_size)
+    cli.require(all(parts), f"{config.dataset}: {len(out)} texts are too few to hold any out")
+    return [Tokens(part, None if config.keep_bos else tokenizer.bos_token_id) for part in parts]
+
+
+def new_sae(config, width):
+    """An autoencoder as the flags want it, before it has seen anything."""
+    m = max(1, round(config.expansion * width))
+    if config.sae == "topk":
+        cli.require(config.k <= m, f"--k {config.k} is more than the {m} latents")
+        return TopKSAE(width, m, config.k, config.normalize, config.relu, config.seed)
+    return SparseAutoencoder(width, m, config.sae == "tied", config.normalize, config.seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(config, saes, lms, held_out, places, dist):
+    """{"policy/3_mlp": {fvu, l0, dead, density: a histogram, loss, loss_sae, loss_zero, loss_recovered, n_tokens}} on held-out texts."""
+    totals = {}
+    for part in passes(held_out, from_models(held_out, lms, places, dist, config.dtype), dist, at_once=2**12):
+        for key, x in part.items():
+            found = tally(saes[key.replace("/", ":")], x)
+            totals[key] = {k: totals[key][k] + v for k, v in found.items()} if key in totals else found
+    summary = {}
+    for key in [f"{name}/{place_name(place)}" for name in lms for place in places]:
+        sae = saes[key.replace("/", ":")]
+        zero = {k: torch.zeros_like(v) for k, v in tally(sae, torch.zeros(0, sae.d, device=dist.device)).items()}
+        result = measures({k: dist.sum(v) for k, v in totals.get(key, zero).items()})  # a process may have no texts
+        density = result.pop("density")
+        logs = density[density > 0].log10().clamp(min=EDGES[0])
+        counts = torch.histogram(logs.float().cpu(), torch.tensor(EDGES))[0].int().tolist()
+        summary[key] = result | {"n_tokens": held_out.total, "density": {"log10_edges": EDGES, "latents": counts}}
+    for name, lm in lms.items():
+        for place in places:
+            key = f"{name}/{place_name(place)}"
+            summary[key] |= loss_recovered(config, lm, place, saes[key.replace("/", ":")], held_out, dist)
+    return summary
+
+
+def loss_recovered(config, lm, place, sae, held_out, dist):
+    """What the language model loses when a layer's output is replaced by its reconstruction, and when it is switched off.
+
+        loss_recovered = (loss_zero - loss_sae) / (loss_zero - loss)          losses in nats a token
+
+    1: the reconstruction is as good as the layer; 0: as bad as none. A BOS that the autoencoder never saw keeps its activation.
+    """
+    mine = np.array(dist.part(len(held_out.rows)), dtype=np.int64)
+    sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # plain, reconstructed, zero; tokens
+    for part in micro_batches(torch.from_numpy(held_out.lengths[mine]), None, 2**12):
+        rows = mine[part.numpy()]
+        ids = torch.full((len(rows), int(held_out.lengths[rows].max())), -100)  # [b, T]
+        for row, text in zip(ids, rows):
+            row[: held_out.lengths[text]] = torch.tensor(held_out.rows[text])
+        skipped = torch.from_numpy(np.arange(ids.shape[1]) < held_out.skipped[rows][:, None]).to(dist.device)  # [b, T]
+        ids = ids.to(dist.device)
+
+        def loss():
+            with autocast(dist, config.dtype):
+                logits = lm(input_ids=ids.clamp(min=0), use_cache=False).logits  # padding, on the right, may be any token
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").double()
+
+        sums[0] += loss()
+        for i, function in enumerate((lambda x: torch.where(skipped[..., None], x, sae(x)[0].to(x.dtype)), torch.zeros_like)):
+            with replaced(lm, place, function):
+                sums[1 + i] += loss()
+        sums[3] += (ids[:, 1:] >= 0).sum()
+    sums = dist.sum(sums)
+    plain, sae_loss, zero = (sums[:3] / sums[3]).tolist()
+    return {"loss": plain, "loss_sae": sae_loss, "loss_zero": zero, "loss_recovered": (zero - sae_loss) / (zero - plain)}
+
+
+def report(summary):
+    """The summary as a table."""
+    lines = [f"{'held out':22s}{'FVU':>8s}{'L0':>8s}{'dead':>8s}{'LM loss':>9s}{'with SAE':>10s}{'zero':>8s}{'recovered':>11s}"]
+    for key, r in summary.items():
+        lines.append(f"{key:22s}{r['fvu']:8.3f}{r['l0']:8.1f}{r['dead']:8.1%}{r['loss']:9.3f}{r['loss_sae']:10.3f}{r['loss_zero']:8.3f}"
+                     f"{r['loss_recovered']:11.1%}")  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(Config, main)
