@@ -146,7 +146,7 @@ def main(config):
     model = dist.wrap(policy, total, config.dtype)
     if reference.lm is not policy.lm:
         dist.wrap(reference, total, config.dtype)
-    rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size)
+    rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size, config.dtype)
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
     kl_controller = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon) if config.kl_target else None

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanorlhf import checkpoint, cli, data, world
-from nanorlhf.blocks import eager, speed_up
+from nanorlhf.blocks import sampling, speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.fsdp import checkpoint_activations, gathered
 from nanorlhf.log import Progress, RunFolder, sample_table
@@ -167,7 +167,7 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
     room = max_length - width if max_length else 0  # [-0:] is all of a prompt
     prompts = [p[-room:] for p in data.encode_prompts(tokenizer, [r["prompt"] for r in rows], config.chat_template)]
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
-    with eager(policy.lm):
+    with sampling(policy.lm):
         out = generate(policy, ids.to(dist.device), mask.to(dist.device), width, eos_token_id=tokenizer.eos_token_id,
                        pad_token_id=tokenizer.pad_token_id, seed=config.seed)  # fmt: skip
     texts = [tokenizer.decode(ids[m], skip_special_tokens=True) for ids, m in zip(out.response_ids, out.response_mask)]

@@ -60,16 +60,32 @@ def speed_up(lm, device, dtype, compile=False):
 
     In bfloat16 on a CPU the backward pass of torch's fused attention takes 2 to 4 times as long as that of plain matrix products.
     """
+    lm.compiled, lm.attention = compile, lm.config._attn_implementation
     if device.type == "cpu" and dtype == "bfloat16":
         lm.set_attn_implementation("eager")
-    lm.compiled = compile
     for block in blocks(lm) if compile else ():
         block.compile()
 
 
 def eager(lm):
-    """A context in which compiled blocks run as they are written: in decoding the shapes change with every token."""
+    """A context in which compiled blocks run as they are written."""
     return torch.compiler.set_stance("force_eager") if getattr(lm, "compiled", False) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def sampling(lm):
+    """A context for decoding, undoing what speed_up() does for the update: shapes change with every token, so nothing compiled is
+    used, and without a backward pass fused attention is the faster one."""
+    own = lm.config._attn_implementation
+    fused = getattr(lm, "attention", own)
+    try:
+        if fused != own:
+            lm.set_attn_implementation(fused)
+        with eager(lm):
+            yield
+    finally:
+        if fused != own:
+            lm.set_attn_implementation(own)
 
 
 class Stored(nn.Module):

@@ -2,8 +2,8 @@
 
     B sequences (b still being written), P prompt tokens (left-padded), R response tokens, t of them so far, C columns of a cache
 
-On a CPU arithmetic is dear: the cache grows, and finished rows are dropped. On a GPU launching kernels is dear: the shapes stay,
-finished rows run on, and one decode step is captured as a CUDA graph that is replayed for every token.
+On a CPU arithmetic is dear: attention reads only the columns written so far, and finished rows are dropped. On a GPU launching
+kernels is dear: the shapes stay, finished rows run on, and one decode step is captured as a CUDA graph, replayed for every token.
 """
 
 import warnings
@@ -11,15 +11,37 @@ from contextlib import contextmanager
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from .errors import InputError, first_line
 
 WARM_UP = 3  # decode steps before one is captured: what torch's documentation asks for
 CHECK_EVERY = 16  # decode steps between two looks, each a wait for the GPU, at whether all rows have finished
 
-# A growing cache is copied at every token, and still no slower on a CPU than one with room for 16 or 64 tokens more: attention then
-# finds the copy in the processor's cache.
+
+class RoomyLayer(DynamicLayer):
+    """A growing layer of a cache that has room for all `length` tokens from the start, where transformers' own copies itself whole
+    at every token. Same keys, same values: views of what is written."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        begun = self.get_seq_length()  # columns written so far
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states)]  # [b, heads, C, D / heads]
+        end = begun + key_states.shape[2]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, begun:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        end = self.get_seq_length()
+        self.room = [room[indices] for room in self.room]
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
 
 
 class KeyValueCache(Cache):
@@ -69,7 +91,7 @@ def can_shrink(cache):
 def reads_plain_mask(lm, cache):
     """Whether attention asks only which columns are real. Sliding windows, linear layers and ALiBi ask for more, and eager attention
     for another kind of mask: transformers makes theirs at every token."""
-    plain = lm.config._attn_implementation == "sdpa" and all(type(layer) is DynamicLayer for layer in cache.layers)
+    plain = lm.config._attn_implementation == "sdpa" and all(type(layer) is RoomyLayer for layer in cache.layers)
     return plain and hasattr(lm.base_model, "rotary_emb") and not getattr(lm.config, "alibi", False)
 
 
@@ -77,11 +99,10 @@ def decode(sampler, ids, mask, u, out, finished):
     """Write responses to the prompts ids [B, P] into out {name: [B, R]}, dropping the rows that are finished [B]."""
     live = torch.arange(len(ids), device=ids.device)  # [b] rows in the running batch
     lm, eos = sampler.model.lm, sampler.eos_token_id
-    padded, cache = not mask.all(), None
-    if autocast_dtype(ids.device.type):
-        cache = KeyValueCache(layers=DynamicCache(config=lm.config).layers)
+    padded, P, R = not mask.all(), mask.shape[1], u.shape[1]
+    layers = DynamicCache(config=lm.config).layers  # other kinds of layers (sliding windows, linear attention) stay as they are
+    cache = KeyValueCache(layers=[RoomyLayer(P + R) if type(layer) is DynamicLayer else layer for layer in layers])
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [b, P]; then [b, 1]
-    P, R = mask.shape[1], u.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(ids), R)], 1)  # [b, P + R]
     visible = mask  # [b, P + R]; additive [b, 1, 1, P + R] where that will do
     for t in range(R):
@@ -113,9 +134,11 @@ def static_cache(lm, length):
     """A cache of fixed size whose position is a tensor, or None where transformers has none for this architecture.
 
     Sliding windows are left to the mask: transformers' own sliding layers count in Python, which a graph would not replay.
+    Other kinds of layers keep more than keys and values (an indexer's keys, a linear attention's state).
     """
     layers = StaticCache(config=lm.config, max_cache_len=length).layers
-    if not getattr(lm, "_can_compile_fullgraph", False) or not all(isinstance(layer, StaticLayer) for layer in layers):
+    known = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
+    if not known or not getattr(lm, "_can_compile_fullgraph", False):
         return None
     return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
 
@@ -159,6 +182,7 @@ def decode_static(sampler, ids, mask, u, out, finished):
 
 def capture(step, R, device):
     """A decode step -> a function that replays it as a CUDA graph (elsewhere the step itself), and the next token to write.
+    RuntimeError where the step waits for the GPU.
 
     Nothing of the warm-up is lost: its steps write tokens 1 to WARM_UP. A graph is not kept from one rollout to the next: it would
     hold the cache's memory while PPO updates, and must not outlive the weights' addresses, which FSDP's gathering and autocast's
@@ -169,15 +193,21 @@ def capture(step, R, device):
     current = torch.cuda.current_stream(device)
     side = torch.cuda.Stream(device)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            step()
-    current.wait_stream(side)
+    # A model that looks at its numbers while it decodes is found here: a capture that fails leaves torch's allocator out of order.
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as that of NCCL, may go on
             step()  # launches nothing: it is written down
-    except RuntimeError as e:  # a model that looks at its numbers while it decodes
+    except RuntimeError as e:
         torch.cuda.set_stream(current)  # a capture that failed leaves its own in place
         warnings.warn(f"rollouts decode without a CUDA graph, which is slower ({first_line(e)})", RuntimeWarning, stacklevel=2)
         return step, 1 + WARM_UP

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import ppo
-from .blocks import eager
+from .blocks import sampling
 from .checkpoint import read_json, write_json
 from .cli import require
 from .data import is_world
@@ -45,7 +45,7 @@ def roll_out(parts, prompts, place, step):
     """One response to each prompt; `place` keys the noise by the prompt's place in the global batch. -> Rollout, Answers"""
     config, dist, tokenizer = parts.config, parts.dist, parts.tokenizer
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
-    with autocast(dist, config.dtype), eager(parts.policy.lm):
+    with autocast(dist, config.dtype), sampling(parts.policy.lm):
         rollout = generate(
             parts.policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, temperature=config.temperature,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, seed=config.seed, step=step, index=place,

@@ -28,7 +28,7 @@ from .ppo import full_kl
 hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
 hf_logging.disable_progress_bar()
 
-MAX_LOGITS = 2**24  # elements of one float32 chunk of logits (64 MB): no [B, T, V] tensor is ever held
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of one float32 chunk of logits (64, 512 MB): no [B, T, V] tensor is ever held
 
 
 def context_length(config):
@@ -100,7 +100,7 @@ class Policy(nn.Module):
                 out["full_kl"] = full_kl(logits, kl_to.logits(ref_hidden[rows]).detach() / temperature)
             return out
 
-        out = in_chunks(chunk, len(tokens), max(1, MAX_LOGITS // self.lm.config.get_text_config().vocab_size))
+        out = in_chunks(chunk, len(tokens), max(1, MAX_LOGITS[tokens.device.type] // self.lm.config.get_text_config().vocab_size))
         if self.value_head is not None:
             if self.value_trunk is not None:
                 hidden, _ = self.hidden(batch, response_mask, self.value_trunk)

@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 from . import world
 from .cli import require
 from .data import encode_prompts, encode_responses
+from .distributed import autocast
 from .errors import InputError, first_line
 from .fsdp import gathered
 from .models import RewardModel, check_model, context_length, load_tokenizer, pretrained, resolve
@@ -94,20 +95,23 @@ def check_reward(spec):
         check_model(spec)
 
 
-def load_rewards(specs, tokenizer, dist, micro_batch_size=64):
+def load_rewards(specs, tokenizer, dist, micro_batch_size=64, dtype="float32"):
     """Rewards by their names in records: {name: function Answers -> scores [B]}."""
-    return {name: load_reward(spec, tokenizer, dist, micro_batch_size) for name, spec in zip(reward_names(specs), specs)}
+    return {name: load_reward(spec, tokenizer, dist, micro_batch_size, dtype) for name, spec in zip(reward_names(specs), specs)}
 
 
-def load_reward(spec, tokenizer, dist, micro_batch_size=64):
-    """A reward's name -> function Answers -> scores [B] (float32, CPU). `tokenizer` is the policy's; None: there is only text."""
+def load_reward(spec, tokenizer, dist, micro_batch_size=64, dtype="float32"):
+    """A reward's name -> function Answers -> scores [B] (float32, CPU). `tokenizer` is the policy's; None: there is only text.
+
+    dtype: of a model's matrix products. In bfloat16 a score moves by about 1e-2 of its unit; the score head stays in float32.
+    """
     if spec == "world:gold":
         return text_reward(spec, world.gold)
     if ".py:" in spec:
         return text_reward(spec, python_function(spec))
     if spec.endswith((".tsv", ".txt")):
         return text_reward(spec, lexicon_reward(read_lexicon(spec)))
-    return model_reward(spec, tokenizer, dist, micro_batch_size)
+    return model_reward(spec, tokenizer, dist, micro_batch_size, dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ on texts
@@ -180,12 +184,12 @@ def lexicon_reward(lexicon):
 # ----------------------------------------------------------------------------------------------------------------------- by a model
 
 
-def model_reward(path, tokenizer, dist, micro_batch_size):
+def model_reward(path, tokenizer, dist, micro_batch_size, dtype):
     """A reward model, or any other sequence classifier by its positive logit, as a reward."""
     path = resolve(path)
     model = pretrained(AutoModelForSequenceClassification, path).to(dist.load_device).requires_grad_(False)
     is_scalar = model.config.num_labels == 1 and hasattr(model, "score")
-    module = dist.wrap(RewardModel(model).eval() if is_scalar else model)
+    module = dist.wrap(RewardModel(model).eval() if is_scalar else model, dtype=dtype)
     if is_scalar:
         scores_of = scalar_scorer(module, path, tokenizer, dist, micro_batch_size)
     else:
@@ -193,7 +197,8 @@ def model_reward(path, tokenizer, dist, micro_batch_size):
 
     @torch.no_grad()
     def reward(answers):
-        scores = scores_of(answers).cpu()
+        with autocast(dist, dtype):
+            scores = scores_of(answers).cpu()
         require(bool(scores.isfinite().all()), f"the reward model {path} gave a score that is not finite")
         return scores
 

@@ -11,7 +11,7 @@ import torch
 from test_models import ARCHITECTURES, BATCH, MASK, B, R, tiny_lm, tiny_policy, word_tokenizer
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig
 
-from nanorlhf.blocks import FrozenTrunk, blocks, eager, freeze, speed_up, trainable
+from nanorlhf.blocks import FrozenTrunk, blocks, freeze, sampling, speed_up, trainable
 from nanorlhf.cli import RunConfig
 from nanorlhf.distributed import fast_dtype
 from nanorlhf.errors import InputError
@@ -233,6 +233,10 @@ def test_plain_attention_in_bfloat16(architecture):
     speed_up(policy.lm, torch.device("cpu"), "bfloat16")
     assert policy.lm.config._attn_implementation == "eager"
     plain = outputs_and_gradients(policy, "bfloat16")
+    with pytest.raises(KeyError), sampling(policy.lm):  # no backward pass here
+        assert policy.lm.config._attn_implementation == "sdpa"
+        raise KeyError
+    assert policy.lm.config._attn_implementation == "eager"
     for x, y, z in zip(exact, fused, plain):
         assert 0 < (z - x).norm() < 1.5 * (y - x).norm() + 1e-6  # no further from float32 than the fused one
 
@@ -245,7 +249,7 @@ def test_compiled_blocks_compute_the_same():
     answers = generate(policy, ids, mask, 4)
     speed_up(policy.lm, torch.device("cpu"), "float32", compile=True)
     torch._dynamo.utils.counters.clear()
-    with eager(policy.lm):
+    with sampling(policy.lm):
         assert torch.equal(generate(policy, ids, mask, 4).logprobs, answers.logprobs)  # as they are written: bit-equal
     assert not torch._dynamo.utils.counters["stats"]
     compiled = outputs_and_gradients(policy, "float32")

@@ -209,7 +209,7 @@ def test_the_head_can_have_an_adapter():
 @pytest.mark.parametrize("chunk", [2**24, 180])
 def test_the_reference_of_full_kl(monkeypatch, chunk):
     """The policy with adapters off inside the policy's own forward, in recomputed chunks too: as with a second copy of the model."""
-    monkeypatch.setattr(nanorlhf.models, "MAX_LOGITS", chunk)
+    monkeypatch.setattr(nanorlhf.models, "MAX_LOGITS", {"cpu": chunk})
     policy = Policy(shaken(lora_lm("llama", ["q_proj", "lm_head", "down_proj"])))
     outs, grads = [], []
     for reference in (WithoutAdapters(policy), Policy(tiny_lm("llama"), value_head=False)):
@@ -593,7 +593,7 @@ def test_ppo_runs(chain, rm, tmp_path, monkeypatch, kl):
 
     monkeypatch.setattr(WithoutAdapters, "forward", recorded)
     if kl[1] == "loss":
-        monkeypatch.setattr(nanorlhf.models, "MAX_LOGITS", 2000)  # several chunks, recomputed in the backward pass
+        monkeypatch.setattr(nanorlhf.models, "MAX_LOGITS", {"cpu": 2000})  # several chunks, recomputed in the backward pass
     flags = dict(PPO, model=f"{chain}/lora", reward_model=[f"{chain}/rm"], kl_kind=kl[0], kl_in=kl[1], eval_every=1)
     rows = run("ppo", tmp_path / "a", **flags)
     assert abs(rows[0]["eval/kl"]) < 1e-4 and abs(rows[1]["kl"]) < 1e-4  # starts at the reference

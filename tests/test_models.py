@@ -224,7 +224,7 @@ def test_chunks_of_logits_change_nothing(policy, reference, monkeypatch, size):
     whole, whole_gradients = run()
     assert max(widths) == MASK.sum()
     widths.clear()
-    monkeypatch.setattr(nanorlhf.models, "MAX_LOGITS", V * size)
+    monkeypatch.setattr(nanorlhf.models, "MAX_LOGITS", {"cpu": V * size})
     chunked, chunked_gradients = run()
     assert max(widths) == size and len(widths) == 4 * -(-int(MASK.sum()) // size)  # policy and reference, forward and again in backward
     with torch.no_grad():

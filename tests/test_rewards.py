@@ -295,6 +295,15 @@ def test_several_rewards_side_by_side(folder, code):
     same(score_all(rewards, part)[:2], scores[:2, 1:3].tolist())
 
 
+def test_matrix_products_in_bfloat16(folder):
+    exact, rounded = (score(folder / "rm", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = load_reward_model(str(folder / "rm")).eval()(answers().batch)
+    same(rounded, expected, 1e-3)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.std() + 0.02
+
+
 # -------------------------------------------------------------------------------------------------------- the members of an ensemble
 
 

@@ -6,11 +6,14 @@
 import math
 import warnings
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, MambaConfig, MistralConfig, OPTConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, BloomConfig, DeepseekV32Config, Gemma2Config, MambaConfig, MistralConfig, OPTConfig
+from transformers import Qwen3NextConfig
 
 import nanorlhf.decode
 from nanorlhf.models import Policy
@@ -115,6 +118,8 @@ def test_logprobs_values_and_entropies_are_those_of_a_fresh_forward(policy, temp
 SMALL = dict(SIZE, num_key_value_heads=4)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
               num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16)  # fmt: skip
+SPARSE = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_topk=64, index_n_heads=2,
+              index_head_dim=16, first_k_dense_replace=2)  # fmt: skip
 
 
 OTHERS = [
@@ -123,6 +128,7 @@ OTHERS = [
     OPTConfig(**SIZE, ffn_dim=48, word_embed_proj_dim=16),  # learned positions, counted from the mask
     BloomConfig(**SPECIAL, hidden_size=32, n_layer=2, n_head=4),  # ALiBi
     Qwen3NextConfig(**SMALL, **LINEAR, head_dim=8, layer_types=["linear_attention", "full_attention"]),  # not only keys and values
+    DeepseekV32Config(**SMALL, **SPARSE),  # the keys of an indexer as well
 ]
 
 
@@ -364,8 +370,8 @@ def test_a_static_step_never_waits_and_can_be_replayed(policy, monkeypatch, stri
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda c: c.model_type)
 def test_other_attentions_with_a_static_cache(config):
-    """Sliding windows work; ALiBi and linear attention do not, and fall back with a warning."""
-    policy, falls_back = other_policy(config), config.model_type in ("bloom", "qwen3_next")
+    """Sliding windows work; ALiBi, linear attention and indexers do not, and fall back with a warning."""
+    policy, falls_back = other_policy(config), config.model_type in ("bloom", "qwen3_next", "deepseek_v32")
     eos = frequent_token(policy)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -391,6 +397,22 @@ def test_a_step_that_cannot_be_captured_falls_back(monkeypatch):
     dynamic = roll(policy, eos_token_id=eos)
     same_rollouts(static, dynamic, tol=0)
     assert 0 < static.finished.sum() < B
+
+
+def test_a_step_that_waits_is_found_before_it_is_captured(monkeypatch):
+    """The mode in which waiting is an error ends with the warm-up, and what it has begun is waited for."""
+    log, stream = [], SimpleNamespace(wait_stream=lambda other: log.append("joined"))
+    for name, value in dict(current_stream=lambda d: stream, Stream=lambda d: stream, stream=lambda s: nullcontext(),
+                            get_sync_debug_mode=lambda: 0, set_sync_debug_mode=log.append).items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def step():
+        log.append("step")
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        nanorlhf.decode.capture(step, R, torch.device("cuda"))
+    assert log == ["joined", "error", "step", 0, "joined"]
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -450,6 +472,18 @@ def test_a_captured_step_samples_the_same(policy, strict, monkeypatch, new):
         assert half.logprobs.isfinite().all() and [t for _, t in captured] == [4 if new > 4 else 1] * 3
     finally:
         policy.cpu()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_that_waits_falls_back(monkeypatch):
+    policy, ids, mask = tiny_policy("neox").cuda(), IDS.cuda(), MASK.cuda()
+    expected = roll(policy, ids, mask)
+    with monkeypatch.context() as m, pytest.warns(RuntimeWarning, match="synchroniz"):
+        m.setattr("nanorlhf.rollout.truncate", lambda probs, *_: probs * (probs.sum().item() > 0))
+        same(roll(policy, ids, mask).logprobs, expected.logprobs, 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and the next rollout is captured again
+        same(roll(policy, ids, mask).logprobs, expected.logprobs, 1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- sample() and truncate()

@@ -9,16 +9,16 @@ What is counted, for N weights of which N' are trained, W processes, s = W in sh
     gradients    4 N' / s
     Adam         8 N' / s           two moments
     reference    4 N / s            0 with LoRA: it is the policy with its adapters off
-    reward       4 N_r / s          a model of the policy's size without its LM head; scores are computed in float32
+    reward       4 N_r / s          a model of the policy's size without its LM head
   and the largest of what is there one after the other:
     rollout      [c N] + KV cache 2 c' L b (P + R) D_kv + 24 b V    of b responses; [..]: gathered once (FSDP), or autocast's
                                     bfloat16 copies (DDP, bfloat16 only); in brackets c = 2 bytes in bfloat16, else 4
-    scoring      [4 N_r]            the gathered reward model, one at a time
+    scoring      [c N_r]            the gathered reward model, one at a time
     update       [c (N_root + 2 N_block) + (c + 4) max(N_root', N_block')] + m T L (activations of a token in a block) + logits
                                     FSDP: the root, two blocks, and one unit's gradients; DDP: autocast's copies
   with activations of 34 D bytes in bfloat16 (Korthikanti et al. 2022, without the attention matrix, which SDPA does not keep; the
   17 D numbers of a block with an MLP of 4 D are scaled to other widths), or of 2 D with --checkpoint_activations and one block whole,
-  and logits of four float32 chunks of 64 MB (models.MAX_LOGITS) at most. Buffers of NCCL, CUDA's context (0.5 GB) and fragmentation
+  and logits of four float32 chunks of 512 MB (models.MAX_LOGITS; CPU: 64) at most. Buffers of NCCL, CUDA's context (0.5 GB) and fragmentation
   (up to a tenth) come on top.
 """
 
@@ -75,7 +75,9 @@ def needs(shape, world=1, sharded=False, dtype="bfloat16", lora=0, rollout=64, m
     n_trained = shape.layers * block_adapters if lora else n
     n_reward = n - shape.root // 2 - shape.layers * block_adapters
     trained_root, trained_block = (0, block_adapters) if lora else (shape.root, shape.block)
-    copies = c * n_trained if dtype == "bfloat16" else 0  # autocast keeps them of what is trained; in a rollout, of all weights
+    # Autocast keeps copies of what is trained (in a rollout, of all weights); a backward pass past LoRA keeps those of frozen blocks too.
+    backward = (1 if checkpointed else shape.layers) * shape.block if lora else 0
+    copies = c * (n_trained + backward) if dtype == "bfloat16" else 0
     cache = 2 * c * shape.layers * rollout * tokens * shape.kv
     kept = micro_batch * tokens * c
     if checkpointed:
@@ -83,7 +85,7 @@ def needs(shape, world=1, sharded=False, dtype="bfloat16", lora=0, rollout=64, m
     else:
         activations = kept * shape.layers * shape.activations
     units = c * (shape.root + 2 * shape.block) + (c + 4) * max(trained_root, trained_block)
-    logits = 4 * 4 * min(2**24, micro_batch * tokens * shape.vocabulary)
+    logits = 4 * 4 * min(2**27, micro_batch * tokens * shape.vocabulary)
     fixed = {
         "parameters": 4 * n / s,
         "gradients": 4 * n_trained / s,
@@ -93,7 +95,7 @@ def needs(shape, world=1, sharded=False, dtype="bfloat16", lora=0, rollout=64, m
     }
     phases = {
         "rollout": (c * n if sharded or dtype == "bfloat16" else 0) + cache + 24 * rollout * shape.vocabulary,
-        "scoring": 4 * n_reward if sharded else 0,
+        "scoring": c * n_reward if sharded else 0,
         "update": (units if sharded else copies) + activations + logits,
     }
     return {**fixed, **phases, "peak": sum(fixed.values()) + max(phases.values())}

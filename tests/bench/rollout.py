@@ -7,10 +7,11 @@ steadier than wall clock on a shared machine.
     python tests/bench/rollout.py --device cuda --size pythia-1.4b --dtype bfloat16      # 128 prompts of 64, 128 new tokens
 
 On a GPU decoding is limited by memory, and the line also gives the share of that limit: bytes a step must read / seconds of a
-step / bytes per second of a large copy on the same device in the same run (a copy reads and writes: twice its size). The bytes:
+step / bytes per second of a large copy on the same device in the same run (a copy reads and writes: twice its size). Steps are
+timed from when one has been captured; what comes before, once a rollout (prompts, casts, warm-up, capture), is begin_ms. The bytes:
 
     weights  4 a weight, or 2 in bfloat16, of all but the input embeddings (a step reads B rows of them)
-    cache    B columns * layers * 2 (key, value) * hidden * 4 or 2, where the mean number of real columns is P + R / 2
+    cache    B columns * layers * 2 (key, value) * hidden * 4 or 2, where the mean number of real columns is about P + R / 2
 
 The step reads the whole padded cache and the logits are written and read a few times, so that 1 is out of reach.
 """
@@ -28,10 +29,9 @@ import torch  # noqa: E402
 from ppo import SIZES  # noqa: E402
 from transformers import AutoModelForCausalLM, GPTNeoXConfig  # noqa: E402
 
+from nanorlhf import decode  # noqa: E402
 from nanorlhf.models import Policy  # noqa: E402
 from nanorlhf.rollout import generate  # noqa: E402
-
-SIZES = SIZES | {"pythia-1.4b": (2048, 24, 16, 8192, 50304)}  # hidden, layers, heads, intermediate, vocabulary
 
 
 def inputs(size, batch, width, shortest):
@@ -60,9 +60,23 @@ def copy_bandwidth(device, gigabytes=4):
     return 10 * 2 * a.nbytes / (time.perf_counter() - start)
 
 
+def note_captures(clock):
+    """-> a list that gets (time, steps that are left) whenever a decode step has been captured."""
+    captured, capture = [], decode.capture
+
+    def noted(step, R, device):
+        step, t = capture(step, R, device)
+        torch.cuda.synchronize()
+        captured.append((clock(), R - t))
+        return step, t
+
+    decode.capture = noted
+    return captured
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=("small", "medium", "pythia-1.4b"), default="small")
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -74,7 +88,8 @@ def main():
     policy, ids, mask = inputs(args.size, B, P, shortest)
     policy, ids, mask = policy.to(args.device), ids.to(args.device), mask.to(args.device)
     clock = time.process_time if args.threads == 1 and not cuda else time.perf_counter
-    seconds = []
+    seconds, steps, begin = [], [], []
+    captured = note_captures(clock) if cuda else None
     for call in range(args.calls + 1):
         start = clock()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -82,6 +97,10 @@ def main():
         if cuda:
             torch.cuda.synchronize()
         seconds.append(clock() - start)
+        if cuda:
+            at, left = captured[-1]
+            steps.append((start + seconds[-1] - at) / left)
+            begin.append(at - start)
     assert out.response_mask.all() and out.values is not None
     mean = sum(seconds[1:]) / args.calls
     result = {"bench": "rollout", **vars(args), "batch": B, "prompt": P, "new_tokens": R}
@@ -92,9 +111,10 @@ def main():
         width = 2 if args.dtype == "bfloat16" else 4
         weights = width * (result["params"] - policy.lm.get_input_embeddings().weight.numel())
         cache = width * B * (P + R / 2) * layers * 2 * hidden
-        bandwidth = copy_bandwidth(args.device)
-        result |= {"step_ms": round(1e3 * mean / R, 3), "step_gb": round((weights + cache) / 1e9, 3)}
-        result |= {"copy_gb_per_s": round(bandwidth / 1e9, 1), "share_of_bandwidth": round((weights + cache) / (mean / R) / bandwidth, 3)}
+        bandwidth, step = copy_bandwidth(args.device), sum(steps[1:]) / args.calls
+        result |= {"begin_ms": round(1e3 * sum(begin[1:]) / args.calls, 1), "step_ms": round(1e3 * step, 3)}
+        result |= {"step_gb": round((weights + cache) / 1e9, 3), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+        result["share_of_bandwidth"] = round((weights + cache) / step / bandwidth, 3)
     print(json.dumps(result | {"torch": torch.__version__}))
 
 
