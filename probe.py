@@ -9,11 +9,12 @@
 Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py.
 """
 
-from nanorlhf import cli, probes
+from nanorlhf import cli, features, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
     "mmcs": (probes.MmcsConfig, probes.mmcs),
+    "features": (features.FeaturesConfig, features.features),
 }
 
 if __name__ == "__main__":
