@@ -9,12 +9,13 @@
 Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py.
 """
 
-from nanorlhf import cli, features, probes
+from nanorlhf import ablation, cli, features, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
     "mmcs": (probes.MmcsConfig, probes.mmcs),
     "features": (features.FeaturesConfig, features.features),
+    "ablate": (ablation.AblateConfig, ablation.ablate),
 }
 
 if __name__ == "__main__":
