@@ -7,9 +7,13 @@ autoencoder did not explain, so that nothing else changes:
 
     x' = x^(f without the chosen) + (x - x^(f)) = x - sum over the chosen of f_i d_i        d_i: decoder directions, in the model's units
 
-All arms answer the same held-out prompts with the same noise, so differences are taken prompt by prompt. Controls: nothing switched off
-(x' = x, every token the same), and as many random features that fire equally often. Features are chosen, and their firing rates
-counted, on the policy's answers to training prompts.
+All arms answer the same held-out prompts with the same noise, so differences are taken prompt by prompt. Controls:
+
+    nothing     no feature: x' = x, and every token the same
+    random      as many random features that fire equally often
+    strong      as many random features with the same mean square: those that fire equally often may be much weaker
+
+Features are chosen, and rates and mean squares counted, on the policy's answers to training prompts.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +38,8 @@ from .rewards import check_reward, load_rewards, score
 from .rng import SPLIT
 from .stats import bootstrap
 
-NEAREST = 10  # a random feature is one of so many that fire about as often
+NEAREST = 10  # a random feature is one of so many that are most like the chosen one
+CONTROLS = ("random", "strong")
 BY = ("on", "before", "logits")
 
 
@@ -97,8 +102,9 @@ def without(sae, ids):
 def ablate(config):
     """Rewards of a policy's answers with features of one layer switched off, beside random features that fire equally often.
 
-    Same prompts and same noise in all arms; intervals over prompts by the bootstrap, of paired differences. Pitfalls: features fire on a
-    BOS in front of the prompt too, where the autoencoder was not trained. Equally often is not equally strongly: see "removed".
+    Same prompts and same noise in all arms; intervals over prompts by the bootstrap, of paired differences. "removed" is the share of
+    the layer's variance that an arm takes away. Pitfall: a BOS in front of the prompt is not spared, though the autoencoder may never
+    have seen one.
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py ablate runs on one process")
@@ -126,11 +132,12 @@ def ablate(config):
     seen = Tokens([p + r for p, r in zip(train, sampled(parts, train, step=1)[0])])
     x = from_models(seen, {"m": policy.lm}, [place], dist, config.dtype)(np.arange(len(seen.rows)))[f"m/{place_name(place)}"]
     f = encoded(sae, x)  # [M, N]
-    rates = f.indices()[0].bincount(minlength=sae.m).cpu() / f.shape[1]  # [M]
+    rates, squares = ((v @ torch.ones(f.shape[1], 1, device=f.device))[:, 0].cpu() / f.shape[1] for v in (f.bool().float(), f * f))  # [M]
     concept = labels[:, names.index(config.concept)] if in_world and config.concept in names else None  # [V]
     ids = parse_ids(config.features) or features_of(config, f, concept, seen, sae, policy.lm)
     arms = {"plain": None, "nothing": [], "features": ids}
-    arms |= {f"random {draw}": alike(rates, ids, np.random.default_rng([SPLIT, config.seed, draw])) for draw in range(config.draws)}
+    for control, size in (("random", rates), ("strong", squares)):
+        arms |= {f"{control} {i}": alike(size, ids, np.random.default_rng([SPLIT, config.seed, i])) for i in range(config.draws)}
 
     # ------------------------------------------------------------------------------------------------------------ the arms
     found, tokens = {}, {}
@@ -188,14 +195,14 @@ def features_of(config, f, concept, seen, sae, lm):
     return scores.topk(config.top).indices.tolist()
 
 
-def alike(rates, ids, rng):
-    """For each of the features `ids` another one that fires about as often: one of the NEAREST, by the ratio of rates [M]. -> ids"""
-    logs, taken = rates.clamp(min=1e-9).log(), list(ids)
+def alike(sizes, ids, rng):
+    """For each of the features `ids` another one that is about as large: one of the NEAREST, by the ratio of sizes [M]. -> ids"""
+    logs, taken = sizes.clamp(min=1e-9).log(), list(ids)
+    require(len(sizes) >= 2 * len(ids), f"{len(ids)} of {len(sizes)} features leave too few others to compare them with")
     for i in ids:
         distance = (logs - logs[i]).abs()
         distance[taken] = torch.inf
-        near = distance.topk(min(NEAREST, len(rates) - len(taken)), largest=False).indices.tolist()
-        require(near, f"{len(ids)} of {len(rates)} features leave too few others to compare them with")
+        near = distance.topk(min(NEAREST, len(sizes) - len(taken)), largest=False).indices.tolist()
         taken.append(near[rng.integers(len(near))])
     return taken[len(ids) :]
 
@@ -220,13 +227,13 @@ def interval(values, n_answers):
 
 
 def differences(found, n_answers):
-    """Paired by prompt, {number: {"features - nothing", "random - nothing" (mean of the draws), "features - random": {mean, low, high}}}"""
+    """{number: {"features - nothing": {mean, low, high}, ...}}, paired by prompt; of a control the mean over its draws."""
     out = {}
     for key in found["nothing"]:
-        nothing, chosen = found["nothing"][key], found["features"][key]
-        random = torch.stack([values[key] for name, values in found.items() if name.startswith("random")]).mean(0)
-        pairs = {"features - nothing": chosen - nothing, "random - nothing": random - nothing, "features - random": chosen - random}
-        out[key] = {name: interval(values, n_answers) for name, values in pairs.items()}
+        arms = {name: [x[key] for arm, x in found.items() if arm.split()[0] == name] for name in ("nothing", "features", *CONTROLS)}
+        mean = {name: torch.stack(values).mean(0) for name, values in arms.items()}
+        pairs = [("features", "nothing"), *((c, "nothing") for c in CONTROLS), *(("features", c) for c in CONTROLS)]
+        out[key] = {f"{a} - {b}": interval(mean[a] - mean[b], n_answers) for a, b in pairs}
     return out
 
 
@@ -245,9 +252,10 @@ def table(summary):
         numbers = "".join(f"{arm[key]['mean']:12.3f}" for key in keys)
         lines.append(f"  {name:10s}{rate}{arm['distinct_2']:12.3f}{numbers}   {' '.join(map(str, arm['features']))}")
     lines.append(f"  'nothing' wrote {'the same tokens as' if summary['nothing_is_plain'] else 'OTHER TOKENS THAN'} the plain policy")
+    lines.append(f"\n  {'':10s}" + "".join(f"{name:>26s}" for name in summary["differences"][keys[0]]))
     for key, rows in summary["differences"].items():
-        cells = [f"{name} {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for name, d in rows.items()]
-        lines.append(f"  {key:10s} " + "   ".join(cells))
+        cells = [f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in rows.values()]
+        lines.append(f"  {key:10s}" + "".join(f"{cell:>26s}" for cell in cells))
     return "\n".join(lines)
 
 
