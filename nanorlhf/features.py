@@ -20,7 +20,7 @@ from .checkpoint import write_json
 from .cli import require
 from .distributed import setup
 from .explainer import check_explainer, explain
-from .known_concepts import CONTROLS, GOOD, encoded, is_world_model, known_concepts, where
+from .known_concepts import CONTROLS, SCORES, encoded, is_world_model, known_concepts, where
 from .log import PLACES, RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
 from .probes import save
@@ -217,11 +217,14 @@ def table(results):
         lines += [f"  {'concept':12s}{'words':>6s}" + "".join(f"{short[path] or path:>18s}" for path in matched)]
         for name in names:
             rows = [r["concepts"].get(name) for r in matched.values()]
-            cells = [f"{row['auc']:9.3f} ({row['feature']:5d}) " if row else f"{'-':>18s}" for row in rows]
+            cells = [f"{row['auc']['features']:9.3f} ({row['auc']['feature']:5d}) " if row else "-" for row in rows]
             lines.append(f"  {name:12s}{next(row['words'] for row in rows if row):6d}" + "".join(f"{cell:>18s}" for cell in cells))
-        for kind in ("features", *CONTROLS):
-            counts = [f"{r['found'][kind]:.3g} of {r['found']['of']}" for r in matched.values()]
-            lines.append(f"  {kind:12s}>{GOOD:5.2f}"[:20] + "".join(f"{count:>18s}" for count in counts))
+        for kind, title in (("concept", "concepts"), ("next", "concepts of the next token"), ("word", "single words")):
+            found = [r["found"][kind] for r in matched.values()]
+            for score, (_, good) in SCORES.items():
+                lines.append(f"  {title} with {score} > {good}".ljust(20) + "  of " + ", ".join(str(row["of"]) for row in found))
+                for name in (name for name in ("features", *CONTROLS) if name in found[0][score]):
+                    lines.append(f"    {name:16s}" + "".join(f"{row[score][name]:18.3g}" for row in found))
     for path, r in results.items():
         lines.append(f"\n{path}: {r['model']}, layer {r['layer']}, {r['site']}, {r['tokens']} tokens; its largest features:")
         lines.append(f"  {'id':>6s}{'rate':>8s}{'mean':>8s}  {'fires on':44s}{'raises':30s}lowers")
@@ -249,12 +252,12 @@ def draw(figure, summary):
     for i, (path, r) in enumerate(matched.items()):
         names = list(r["concepts"])
         figure.set_size_inches(8, 4)
-        axis.plot(names, [row["auc"] for row in r["concepts"].values()], "o", color=f"C{i % 10}", label=short[path] or path)
+        axis.plot(names, [row["auc"]["features"] for row in r["concepts"].values()], "o", color=f"C{i % 10}", label=short[path] or path)
     if matched:
         for control, marker in zip(CONTROLS, "x+."):
-            means = [np.mean([r["concepts"][name][control] for r in matched.values() if name in r["concepts"]]) for name in names]
+            means = [np.mean([r["concepts"][name]["auc"][control] for r in matched.values() if name in r["concepts"]]) for name in names]
             axis.plot(names, means, marker, color="grey", label=control)
-        axis.axhline(GOOD, color="grey", linewidth=0.8)
+        axis.axhline(SCORES["auc"][1], color="grey", linewidth=0.8)
         axis.tick_params(axis="x", rotation=70)
         axis.set_ylabel("AUC of the best, on the other half")
     axis.legend()

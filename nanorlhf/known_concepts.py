@@ -19,7 +19,7 @@ from .concepts import best_features, feature_aucs, feature_correlations, on_toke
 from .rng import SPLIT
 from .sae import SparseAutoencoder, TopKSAE
 
-GOOD = 0.95  # the AUC from which on a concept counts as found
+SCORES = {"auc": (feature_aucs, 0.95), "correlation": (feature_correlations, 0.7)}  # and from where on a concept counts as found
 FEWEST = 5  # tokens of a concept on each half
 SHUFFLES = 5
 CONTROLS = ("coordinates", "untrained", "shuffled")
@@ -43,41 +43,55 @@ def concept_table(tokenizer):
 
 
 def known_concepts(sae, x, f, tokens, tokenizer):
-    """-> {concepts: {name: {tokens, words, feature, auc, correlation, ...}}, found: how many above GOOD, with the controls}
+    """Activations x [N, D] and features f, a sparse [M, N], of the same tokens, against what is known of these.
 
-    Columns: half A to choose on, half B to measure on; whole texts.
+    -> {concepts: {name: {tokens, words, and by score: {feature, and the score of the feature and of each control}}}: of the token itself,
+        found: {kind: {of: how many concepts, and by score: {features, coordinates, untrained, shuffled: how many have a good one}}}
+
+    Kinds: "concept" of the token; "next", the concept of the token that follows, which is what a late layer is about; "word", that it
+    is this very word. Scores: AUC and correlation. Pitfall of the AUC: a feature of all adjectives has 0.95 for any ten of the words,
+    if adjectives are a tenth of all tokens; its correlation with them is small.
     """
     names, labels = concept_table(tokenizer)
-    text_of, token_ids = where(tokens)
+    text_of, ids = where(tokens)
+    goes_on = torch.cat([text_of[1:] == text_of[:-1], torch.tensor([False])])
+    present = ids.unique()
     in_a = torch.from_numpy(np.random.default_rng([SPLIT, 1]).permutation(len(tokens.rows)) % 2 == 0)[text_of]  # [N]
-    truth = labels[token_ids]  # [N, C]
-    kept = (truth[in_a].sum(0) >= FEWEST) & (truth[~in_a].sum(0) >= FEWEST)
-    labels, truth, names = labels[:, kept], truth[:, kept], [name for name, k in zip(names, kept) if k]
-    present, device = token_ids.unique(), x.device
+    inputs = {"features": f, "coordinates": sparse(torch.cat([x, -x], 1)), "untrained": encoded(untrained(sae, x), x)}
+    halves = {name: [on_tokens(g.cpu(), half) for half in (in_a, ~in_a)] for name, g in inputs.items()}
 
-    def best(f, truth, score=feature_aucs):
-        a, b = (score(on_tokens(f, part.to(device)), truth[part].to(device)) for part in (in_a, ~in_a))
-        return best_features(a, b)
+    def best(name, truth, score):  # truth [N, C] -> ids [C], scores [C]
+        return best_features(*(score(g, truth[half]) for g, half in zip(halves[name], (in_a, ~in_a))))
 
-    ids, aucs = best(f, truth)
-    by_correlation, correlations = best(f, truth, feature_correlations)
-    controls = {"coordinates": best(sparse(torch.cat([x, -x], 1)), truth)[1], "untrained": best(encoded(untrained(sae, x), x), truth)[1]}
-    shuffled = []
+    def of_kind(table, kind):  # table [V, C] -> truth [N, C]
+        return table[ids] if kind != "next" else table[ids.roll(-1)] & goes_on[:, None]
+
+    rows, found = {}, {}
+    for kind in ("concept", "next", "word"):
+        table = labels if kind != "word" else torch.eye(len(labels), dtype=torch.bool)
+        truth = of_kind(table, kind)
+        kept = ((truth[in_a].sum(0) >= FEWEST) & (truth[~in_a].sum(0) >= FEWEST)).nonzero()[:, 0]
+        found[kind] = {"of": len(kept)}
+        for title, (score, good) in SCORES.items():
+            scores = {name: best(name, truth[:, kept], score) for name in inputs}
+            counts = {name: (values > good).sum().item() for name, (_, values) in scores.items()}
+            if kind != "word":  # a word that is exchanged with another is still a word
+                shuffled = torch.stack([best("features", of_kind(table, kind)[:, kept], score)[1] for table in exchanged(labels, present)])
+                scores["shuffled"] = None, shuffled.nanmean(0)  # nan where all the words of a concept fell on one half
+                counts["shuffled"] = (shuffled > good).double().sum(1).mean().item()
+            found[kind][title] = counts
+            for c, i in enumerate(kept.tolist()) if kind == "concept" else ():
+                row = rows.setdefault(names[i], {"tokens": truth[:, i].sum().item(), "words": labels[present, i].sum().item()})
+                row[title] = {"feature": scores["features"][0][c].item()} | {name: v[c].item() for name, (_, v) in scores.items()}
+    return {"concepts": rows, "found": found}
+
+
+def exchanged(labels, present):
+    """SHUFFLES tables [V, C] in which the words that are present have exchanged their concepts."""
     for seed in range(SHUFFLES):
-        other = labels.clone()
-        other[present] = labels[present[torch.from_numpy(np.random.default_rng([SPLIT, 2, seed]).permutation(len(present)))]]
-        shuffled.append(best(f, other[token_ids])[1])  # nan where the words exchanged are on one half alone
-    controls["shuffled"] = torch.stack(shuffled).nanmean(0)
-    rows = {
-        name: {"tokens": int(truth[:, c].sum()), "words": int(labels[present, c].sum()), "feature": int(ids[c]), "auc": float(aucs[c]),
-               "feature_by_correlation": int(by_correlation[c]), "correlation": float(correlations[c]),
-               **{control: float(values[c]) for control, values in controls.items()}}
-        for c, name in enumerate(names)
-    }  # fmt: skip
-    counts = {"features": aucs, **controls}
-    counts = {name: int((values > GOOD).sum()) for name, values in counts.items()}
-    counts["shuffled"] = float((torch.stack(shuffled) > GOOD).double().sum(1).mean())
-    return {"concepts": rows, "found": counts | {"of": len(names), "features_by_correlation_above_0.7": int((correlations > 0.7).sum())}}
+        table, order = labels.clone(), np.random.default_rng([SPLIT, 2, seed]).permutation(len(present))
+        table[present] = labels[present[torch.from_numpy(order)]]
+        yield table
 
 
 def untrained(sae, x):
