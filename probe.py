@@ -6,19 +6,23 @@
     python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae/policy/3_mlp
     python probe.py reward                                               the value of words, read from runs/ppo and from its controls
     python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
+    python probe.py features                                             what the features of runs/sae fire on, and known concepts among them
+    python probe.py ablate                                               what runs/ppo writes with some of its features switched off
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
-Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py and
-implicit_reward.py.
+Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py,
+implicit_reward.py, features.py and ablation.py.
 """
 
-from nanorlhf import cli, implicit_reward, probes
+from nanorlhf import ablation, cli, features, implicit_reward, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
     "mmcs": (probes.MmcsConfig, probes.mmcs),
     "reward": (implicit_reward.RewardConfig, implicit_reward.reward),
     "pairs": (implicit_reward.PairsConfig, implicit_reward.pairs),
+    "features": (features.FeaturesConfig, features.features),
+    "ablate": (ablation.AblateConfig, ablation.ablate),
 }
 
 if __name__ == "__main__":
