@@ -52,7 +52,7 @@ class AblateConfig:
     site: str = field(default="", metadata={"help": "mlp, attention or residual; default: the site that the folder names"})
     features: str = field(default="", metadata={"help": "which to switch off, such as 3,17; default: those of --concept"})
     concept: str = field(default="positive", metadata={"help": "embedded world: switch off the --top features of this concept"})
-    by: str = field(default="on", metadata={"help": "which are a concept's: those that fire on its words (AUC), before them (AUC of the "
+    by: str = field(default="before", metadata={"help": "which are a concept's: those that fire on its words (AUC), before them (AUC of the "
         "next token), or whose direction raises their logits most"})  # fmt: skip
     top: int = field(default=5, metadata={"help": "how many features of the concept"})
     draws: int = field(default=5, metadata={"help": "how often random features are drawn"})
