@@ -207,12 +207,11 @@ def top_contexts(config, tokens, text_of, at, value, largest, text):
 # ------------------------------------------------------------------------------------------------------------------ table, picture
 
 
-def marked(context, width=130):
+def marked(context, before=8, after=12):
     """A context in a line, around its peak: after each token on which the feature fires its value, 10 being its largest anywhere."""
     parts = [t.strip() + (f"[{round(10 * v)}]" if v else "") for t, v in zip(context["tokens"], context["values"])]
     peak = max(range(len(parts)), key=lambda i: abs(context["values"][i]))
-    before, after = " ".join(parts[:peak]), " ".join(parts[peak:])[: width * 2 // 3]
-    return f"{before[-width // 3 :]} {after}".strip()
+    return " ".join(parts[max(0, peak - before) : peak + after])
 
 
 def table(results, in_full):

@@ -6,6 +6,7 @@
 import http.server
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -175,6 +176,21 @@ def test_descriptions_hold_what_the_model_does(material, tmp_path, capsys):
         assert peaks[best["text"]] == max(peaks) and max(best["values"]) == 1
         assert best["values"] == pytest.approx((codes[best["text"]][:, j] / max(peaks)).tolist(), abs=1e-3)
         assert best["tokens"] == [tokenizer.decode([i]) for i in texts[best["text"]]]
+
+
+def test_a_model_of_unknown_words(material, tmp_path, capsys):
+    """No truth is known: descriptions alone, and a picture of them; an ablation needs its features named."""
+    other = tmp_path / "other"
+    shutil.copytree(material / "model", other)
+    tokenizer = world.tokenizer()
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(other)
+    run(*flags("features", material, tmp_path / "out", model=other))
+    found = summary(tmp_path / "out")["saes"][str(material / "sae")]
+    assert len(found["features"]) == 3 and "concepts" not in found and "concepts" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "picture.png").exists()
+    error = refused(capsys, *flags("ablate", material, tmp_path / "abl", model=other, features=""))
+    assert "does not speak the embedded world's words: name --features" in error
 
 
 def test_top_features_are_those_of_largest_mean():
