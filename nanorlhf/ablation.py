@@ -52,8 +52,8 @@ class AblateConfig:
     site: str = field(default="", metadata={"help": "mlp, attention or residual; default: the site that the folder names"})
     features: str = field(default="", metadata={"help": "which to switch off, such as 3,17; default: those of --concept"})
     concept: str = field(default="positive", metadata={"help": "embedded world: switch off the --top features of this concept"})
-    by: str = field(default="on", metadata={"help": "which are a concept's: those that fire on its words (AUC), before them (AUC of the "
-        "next token), or whose direction raises their logits most"})  # fmt: skip
+    by: str = field(default="before", metadata={"help": "which are a concept's: those that fire on its words (AUC), before them (AUC of "
+        "the next token), or whose direction raises their logits most"})  # fmt: skip
     top: int = field(default=5, metadata={"help": "how many features of the concept"})
     draws: int = field(default=5, metadata={"help": "how often random features are drawn"})
     reward: list[str] = field(default_factory=list, metadata={"help": "rewards, as in train_ppo.py; default in the embedded world: its "
@@ -208,7 +208,10 @@ def alike(sizes, ids, rng):
 
 
 def measured(config, parts, responses, answers, concept):
-    """{reward name: [P N], length, cue: 1 where the answer has the spurious mark, concept: its share of the answer's tokens}"""
+    """{reward name: [P N], length, cue: 1 where the answer has the spurious mark, concept: its share of the answer's tokens}
+
+    Of the embedded world's gold also its parts, "gold: sentiment", ...: what breaks the grammar lowers the gold as well.
+    """
     numbers = {name: score(reward, answers) for name, reward in parts.rewards.items()}
     numbers["length"] = torch.tensor([len(ids) for ids in responses])
     if data.is_world(config.dataset):
@@ -216,6 +219,9 @@ def measured(config, parts, responses, answers, concept):
         numbers["cue"] = torch.tensor([mark in ids for ids in responses])
     if concept is not None:
         numbers[config.concept] = torch.tensor([concept[ids].float().mean().item() for ids in responses])
+    if "world:gold" in parts.rewards:
+        terms = [world.gold_parts(prompt, response) for part in answers for prompt, response in zip(part.prompts, part.responses)]
+        numbers |= {f"gold: {name}": torch.tensor([term[name] for term in terms]) for name in terms[0]}
     return {name: x.double() for name, x in numbers.items()}
 
 
@@ -240,28 +246,33 @@ def differences(found, n_answers):
 # ------------------------------------------------------------------------------------------------------------------ table, picture
 
 
+def columns(summary):
+    """The numbers that are shown arm by arm; the parts of the gold are among the differences."""
+    return [key for key in summary["differences"] if not key.startswith("gold: ")]
+
+
 def table(summary):
     """One line an arm, then the differences."""
-    arms, keys = summary["arms"], list(summary["differences"])
+    arms, keys = summary["arms"], columns(summary)
     what = f"features of {summary['concept']!r} (by {summary['by']})" if summary["by"] else "the named features"
     lines = [f"\n{summary['model']}, layer {summary['layer']}, {summary['site']}, {what} switched off; {summary['prompts']} prompts, "
              f"{summary['n_answers']} answers to each:"]  # fmt: skip
-    lines.append(f"  {'':10s}{'rate':>8s}{'removed':>9s}{'distinct-2':>12s}" + "".join(f"{key:>12s}" for key in keys) + "   features")
+    lines.append(f"  {'':10s}{'rate':>8s}{'removed':>9s}{'distinct-2':>12s}" + "".join(f"{key[-11:]:>12s}" for key in keys) + "   features")
     for name, arm in arms.items():
         rate = f"{np.mean(arm['rates']):8.2%}{arm['removed']:9.2%}" if arm["features"] else " " * 17
         numbers = "".join(f"{arm[key]['mean']:12.3f}" for key in keys)
         lines.append(f"  {name:10s}{rate}{arm['distinct_2']:12.3f}{numbers}   {' '.join(map(str, arm['features']))}")
     lines.append(f"  'nothing' wrote {'the same tokens as' if summary['nothing_is_plain'] else 'OTHER TOKENS THAN'} the plain policy")
-    lines.append(f"\n  {'':10s}" + "".join(f"{name:>26s}" for name in summary["differences"][keys[0]]))
+    lines.append(f"\n  {'':16s}" + "".join(f"{name:>26s}" for name in summary["differences"][keys[0]]))
     for key, rows in summary["differences"].items():
         cells = [f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in rows.values()]
-        lines.append(f"  {key:10s}" + "".join(f"{cell:>26s}" for cell in cells))
+        lines.append(f"  {key[-16:]:16s}" + "".join(f"{cell:>26s}" for cell in cells))
     return "\n".join(lines)
 
 
 def draw(figure, summary):
     """Each reward and number by arm, with 95% intervals over prompts."""
-    arms, keys = {name: arm for name, arm in summary["arms"].items() if name != "plain"}, list(summary["differences"])
+    arms, keys = {name: arm for name, arm in summary["arms"].items() if name != "plain"}, columns(summary)
     figure.set_size_inches(2.6 * len(keys), 3)
     for i, key in enumerate(keys):
         axis = figure.add_subplot(1, len(keys), i + 1)

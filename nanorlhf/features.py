@@ -102,7 +102,7 @@ def features(config):
             result["features"] = describe(config, ids, sae, f, tokens, tokenizer, lm)
         results[path] = result
     summary = {"saes": results}
-    save(config, folder, summary, table(results), draw)
+    save(config, folder, summary, table(results, bool(config.features)), draw)
     missing = explain(config, results) if config.explainer else None
     write_json(os.path.join(config.output_dir, "summary.json"), summary)
     if config.explainer:
@@ -207,8 +207,15 @@ def top_contexts(config, tokens, text_of, at, value, largest, text):
 # ------------------------------------------------------------------------------------------------------------------ table, picture
 
 
-def table(results):
-    """Each concept's best feature in every autoencoder, the counts, and the described features in a line each."""
+def marked(context, before=8, after=12):
+    """A context in a line, around its peak: after each token on which the feature fires its value, 10 being its largest anywhere."""
+    parts = [t.strip() + (f"[{round(10 * v)}]" if v else "") for t, v in zip(context["tokens"], context["values"])]
+    peak = max(range(len(parts)), key=lambda i: abs(context["values"][i]))
+    return " ".join(parts[max(0, peak - before) : peak + after])
+
+
+def table(results, in_full):
+    """Each concept's best feature in every autoencoder, the counts, and the described features: in a line each, or with their contexts."""
     lines, short = [], plots.without_common_ends(set(results))
     matched = {path: r for path, r in results.items() if "concepts" in r}
     if matched:
@@ -231,6 +238,7 @@ def table(results):
         for feature in r["features"]:
             on, up, down = (" ".join(t.strip() for t, *_ in feature[key]) for key in ("tokens", "up", "down"))
             lines.append(f"  {feature['id']:6d}{feature['rate']:8.2%}{feature['mean']:8.2f}  {on[:42]:44s}{up[:28]:30s}{down[:28]}")
+            lines += [f"          > {marked(context)}" for context in feature["contexts"] if in_full]
     return "\n".join(lines)
 
 

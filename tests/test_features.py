@@ -6,6 +6,7 @@
 import http.server
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -16,11 +17,13 @@ from test_probe import refused, run
 from transformers import AutoModelForCausalLM
 
 from nanorlhf import ablation, concepts, explainer, known_concepts, world
-from nanorlhf.activation_store import Tokens
+from nanorlhf.activation_store import Tokens, hold_out, token_rows
 from nanorlhf.activations import replaced
+from nanorlhf.features import top_features
 from nanorlhf.models import Policy, load_policy, save_policy
+from nanorlhf.rollout import generate
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
-from nanorlhf.sae_files import save_sae
+from nanorlhf.sae_files import load_sae, save_sae
 
 M, K = 64, 8
 
@@ -39,7 +42,7 @@ def material(tmp_path_factory):
     save_sae(SparseAutoencoder(32, M, seed=2).fit(0.02 * x), str(root / "vanilla"), **notes)
     save_sae(TopKSAE(32, M, K), str(root / "unnamed"))
     save_sae(TopKSAE(16, M, K), str(root / "narrow"), **notes)
-    rows = world.demonstrations(300)
+    rows = world.demonstrations(200)
     (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = [{"prompt": row["prompt"]} for row in world.prompts("train")[:40]]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -143,10 +146,7 @@ def test_descriptions_hold_what_the_model_does(material, tmp_path, capsys):
     assert [f["id"] for f in result["features"]] == [7, 2, 40] and result["m"] == M
 
     # By hand: one text at a time through the model, its MLP's output caught by a hook of our own.
-    policy, sae, tokenizer = load_policy(str(material / "model"), value_head=False), TopKSAE(32, M, K), world.tokenizer()
-    from nanorlhf.activation_store import hold_out, token_rows
-    from nanorlhf.sae_files import load_sae
-
+    policy, tokenizer = load_policy(str(material / "model"), value_head=False), world.tokenizer()
     sae, rows = load_sae(str(material / "sae")), [json.loads(line) for line in (material / "texts.jsonl").read_text().splitlines()]
     texts = hold_out(token_rows(tokenizer, rows, 128)[0], 40)[1]
     codes, caught = [], []
@@ -178,9 +178,22 @@ def test_descriptions_hold_what_the_model_does(material, tmp_path, capsys):
         assert best["tokens"] == [tokenizer.decode([i]) for i in texts[best["text"]]]
 
 
-def test_top_features_are_those_of_largest_mean(material, tmp_path):
-    from nanorlhf.features import top_features
+def test_a_model_of_unknown_words(material, tmp_path, capsys):
+    """No truth is known: descriptions alone, and a picture of them; an ablation needs its features named."""
+    other = tmp_path / "other"
+    shutil.copytree(material / "model", other)
+    tokenizer = world.tokenizer()
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(other)
+    run(*flags("features", material, tmp_path / "out", model=other))
+    found = summary(tmp_path / "out")["saes"][str(material / "sae")]
+    assert len(found["features"]) == 3 and "concepts" not in found and "concepts" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "picture.png").exists()
+    error = refused(capsys, *flags("ablate", material, tmp_path / "abl", model=other, features=""))
+    assert "does not speak the embedded world's words: name --features" in error
 
+
+def test_top_features_are_those_of_largest_mean():
     x, _ = random_features()
     assert top_features(concepts.sparse(x.relu()), 3) == x.relu().mean(0).argsort(descending=True)[:3].tolist()
 
@@ -248,7 +261,7 @@ def chat(content, **more):
 
 
 def explained(material, out, endpoint, **changes):
-    options = {"explainer": endpoint.url, "explainer_model": "tiny", "features": "1,2,3", "pause": 0.01, "timeout": 0.3}
+    options = {"explainer": endpoint.url, "explainer_model": "tiny", "features": "1,2,3", "pause": 0.01, "timeout": 0.3, "eval_size": 8}
     return flags("features", material, out, **options | changes)
 
 
@@ -304,8 +317,13 @@ def test_an_endpoint_that_is_down(material, tmp_path, capfd):
     assert "refused, 4 times; 0 of 3 descriptions are kept" in error.lower()
 
 
-def test_a_local_model_is_asked_too(material, tmp_path, capfd):
-    """One with random weights answers rubbish, and its context is short: neither is a traceback."""
+def test_a_local_model_is_asked_too(material, tmp_path, capfd, monkeypatch):
+    """Its likeliest answer, as Hugging Face's generate() gives it; one whose context is too short is no traceback."""
+    policy, tokenizer = load_policy(str(material / "model"), value_head=False), world.tokenizer()
+    monkeypatch.setattr(explainer, "ANSWER_TOKENS", 10)
+    ids = torch.tensor([tokenizer("review the hotel :").input_ids])
+    best = policy.lm.generate(ids, do_sample=False, max_new_tokens=10)[0, ids.shape[1] :]
+    assert explainer.local_asker(str(material / "model"), "cpu")("review the hotel :") == tokenizer.decode(best, skip_special_tokens=True)
     error = refused(capfd, *flags("features", material, tmp_path / "out", explainer=material / "model", features="1"))
     assert "longer than the model's context of 128" in error and "0 of 1 descriptions" in error
 
@@ -341,14 +359,15 @@ def test_random_features_are_as_frequent_and_others():
 
 
 def test_ablate(material, tmp_path, capsys):
-    run(*flags("ablate", material, tmp_path / "out"))
+    chosen = list(range(20))
+    run(*flags("ablate", material, tmp_path / "out", site="residual", features=",".join(map(str, chosen))))
     printed, found = capsys.readouterr().out, summary(tmp_path / "out")
     assert "nothing' wrote the same tokens" in printed and found["nothing_is_plain"] and found["prompts"] == 8
     arms = found["arms"]
     assert list(arms) == ["plain", "nothing", "features", "random 0", "random 1", "strong 0", "strong 1"]
-    assert arms["plain"] | {"features": []} == arms["nothing"] | {"features": []} and arms["features"]["features"] == [1, 2]
+    assert arms["plain"] | {"features": []} == arms["nothing"] | {"features": []} and arms["features"]["features"] == chosen
     name = "reward.py:words"
-    assert arms["features"][name] != arms["nothing"][name] and 0 < arms["features"]["removed"] < 5
+    assert arms["features"][name] != arms["nothing"][name] and 0 < arms["features"]["removed"]
     row = found["differences"][name]["features - nothing"]
     assert row["mean"] == pytest.approx(arms["features"][name]["mean"] - arms["nothing"][name]["mean"])
     assert row["low"] <= row["mean"] <= row["high"]
@@ -358,8 +377,6 @@ def test_ablate(material, tmp_path, capsys):
 
 def test_rollouts_feel_the_hook_and_forget_it(material):
     """Switching off a feature that pushes one word changes what is written, and afterwards nothing is left of it."""
-    from nanorlhf.rollout import generate
-
     policy, sae = load_policy(str(material / "model"), value_head=False), TopKSAE(32, M, K, normalize="none", seed=1)
     prompts, mask = torch.randint(5, 100, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
     plain = generate(policy, prompts, mask, 10)
