@@ -25,7 +25,7 @@ PROBES = {  # name: what it adds to the command
     "responses, activations": "reward --site mlp --task sequence",
     "pairs, activations": "pairs --site mlp",
 }
-ABLATIONS = {"fire on positive words": "--by on", "fire before them": "--by before", "raise their logits": "--by logits"}
+ABLATIONS = {"fire before positive words": "--by before", "fire on positive words": "--by on"}
 
 
 def commands(a):
@@ -64,7 +64,8 @@ def probe_rows(summary):
     """The first metric (tau, or accuracy) of every row, and how far the policy is above it."""
     metric = summary["metrics"][0]
     rows = {name: row[metric][0] for name, row in summary["rows"].items()}
-    return {metric + ": " + name: x for name, x in rows.items()} | {"policy less " + k: row["policy_less"][0] for k, row in summary["rows"].items() if "policy" not in k}
+    less = {name: row["policy_less"][0] for name, row in summary["rows"].items() if "policy" not in name}
+    return {f"{metric}: {name}": x for name, x in rows.items()} | {f"policy less {name}": x for name, x in less.items()}
 
 
 def concepts(summary):

@@ -1,0 +1,73 @@
+"""The study of what PPO changed inside (tests/bench/feedback_patterns.py): its commands parse, and its tables are its runs' summaries."""
+
+import json
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+
+import probe
+import train_ppo
+import train_rm
+import train_sae
+import train_sft
+from nanorlhf import cli
+from nanorlhf.checkpoint import write_json
+
+SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
+SEEDS = 3
+
+
+def summary_of(words, seed):
+    """What the tables read of a command's summary.json, with numbers that differ from seed to seed."""
+    command, x = words[0], [0.1, 0.4, 0.2][seed]
+    if command == "divergence":
+        return {"layers": [{"layer": i, "frobenius": x + i} for i in range(2)]}
+    if command in ("reward", "pairs"):
+        rows = {"policy, activations": (x, 0.0), "base, activations": (0.5, x - 0.5)}
+        metric = "tau" if command == "reward" else "accuracy"
+        return {"metrics": [metric, "other"], "rows": {name: {metric: [a, 0], "policy_less": [b, 0]} for name, (a, b) in rows.items()}}
+    if command == "features":
+        return {"saes": {f"runs/sae/seed_{seed}/policy/3_mlp": {"found": {"concept": {"of": 9, "features": 10 * x}}}}}
+    if command == "ablate":
+        keys = {"world:gold": x, f"seed_{seed}": 2 * x, "cue": 3 * x}
+        return {"differences": {key: {"features - random": {"mean": value}} for key, value in keys.items()}}
+    return {}
+
+
+def test_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
+    import feedback_patterns as study
+
+    ran = []
+
+    def run(command):
+        script, *words = shlex.split(command)
+        if script == "probe.py":
+            config = cli.parse(probe.COMMANDS[words[0]][0], words[1:], words[0], "")
+        else:
+            config = cli.parse(SCRIPTS[script].Config, words)
+        seed = config.output_dir.rpartition("seed_")[2] if "seed_" in config.output_dir else "0"
+        Path(config.output_dir).mkdir(parents=True)
+        write_json(f"{config.output_dir}/summary.json", summary_of(words, int(seed)))
+        ran.append(command)
+
+    monkeypatch.setattr(study, "run", run)
+    study.main(["--output_dir", str(tmp_path), "--seeds", str(SEEDS), "--jobs", "1"])
+    assert len(ran) == 1 + SEEDS * (5 + len(study.PROBES) + len(study.ABLATIONS))
+    with open(tmp_path / "summary.json") as f:
+        tables = json.load(f)["tables"]
+    mean, half = 0.7 / 3, 4.30265 * statistics.stdev([0.1, 0.4, 0.2]) / 3**0.5  # t_.975 of two degrees of freedom
+    for table, name, scale, shift in (
+        ("divergence, sum of Frobenius norms", "layer 1", 1, 1), ("probe, words, activations", "tau: policy, activations", 1, 0),
+        ("probe, pairs, activations", "policy less base, activations", 1, -0.5),
+        ("concepts with an AUC above .95", "policy 3_mlp, concept: features", 10, 0),
+        ("ablation of features that fire on positive words", "gold: features - random", 1, 0),
+        ("ablation of features that fire on positive words", "proxy: features - random", 2, 0),
+        ("ablation of features that fire before positive words", "cue: features - random", 3, 0),
+    ):  # fmt: skip
+        assert tables[table][name] == pytest.approx([scale * mean + shift, scale * half], rel=1e-4)
+    study.main(["--output_dir", str(tmp_path), "--seeds", str(SEEDS), "--jobs", "1"])
+    assert len(ran) == 1 + SEEDS * (5 + len(study.PROBES) + len(study.ABLATIONS))  # what is done is not done again
+    assert "concepts with an AUC above .95" in capsys.readouterr().out
