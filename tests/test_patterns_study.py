@@ -31,7 +31,7 @@ def summary_of(words, seed):
     if command == "features":
         return {"saes": {f"runs/sae/seed_{seed}/policy/3_mlp": {"found": {"concept": {"of": 9, "features": 10 * x}}}}}
     if command == "ablate":
-        keys = {"world:gold": x, f"seed_{seed}": 2 * x, "cue": 3 * x}
+        keys = {"world:gold": x, f"seed_{seed}": 2 * x, "cue": 3 * x, "gold: sentiment": 4 * x}
         return {"differences": {key: {"features - random": {"mean": value}} for key, value in keys.items()}}
     return {}
 
@@ -66,6 +66,7 @@ def test_study(tmp_path, monkeypatch, capsys):
         ("ablation of features that fire on positive words", "gold: features - random", 1, 0),
         ("ablation of features that fire on positive words", "proxy: features - random", 2, 0),
         ("ablation of features that fire before positive words", "cue: features - random", 3, 0),
+        ("ablation of features that fire before positive words", "gold: sentiment: features - random", 4, 0),
     ):  # fmt: skip
         assert tables[table][name] == pytest.approx([scale * mean + shift, scale * half], rel=1e-4)
     study.main(["--output_dir", str(tmp_path), "--seeds", str(SEEDS), "--jobs", "1"])

@@ -79,7 +79,7 @@ def concepts(summary):
 
 def effects(summary):
     """Differences between arms of every number, the reward model under one name."""
-    names = {key: "proxy" if key.startswith("seed_") else "gold" if "gold" in key else key for key in summary["differences"]}
+    names = {key: "proxy" if key.startswith("seed_") else key.removeprefix("world:") for key in summary["differences"]}
     return {f"{names[key]}: {pair}": row["mean"] for key, rows in summary["differences"].items() for pair, row in rows.items()}
 
 
