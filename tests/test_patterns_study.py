@@ -29,7 +29,7 @@ def summary_of(words, seed):
         metric = "tau" if command == "reward" else "accuracy"
         return {"metrics": [metric, "other"], "rows": {name: {metric: [a, 0], "policy_less": [b, 0]} for name, (a, b) in rows.items()}}
     if command == "features":
-        return {"saes": {f"runs/sae/seed_{seed}/policy/3_mlp": {"found": {"concept": {"of": 9, "features": 10 * x}}}}}
+        return {"saes": {f"runs/sae/seed_{seed}/policy/3_mlp": {"found": {"concept": {"of": 9, "auc": {"features": 10 * x}}}}}}
     if command == "ablate":
         keys = {"world:gold": x, f"seed_{seed}": 2 * x, "cue": 3 * x, "gold: sentiment": 4 * x}
         return {"differences": {key: {"features - random": {"mean": value}} for key, value in keys.items()}}
@@ -62,7 +62,7 @@ def test_study(tmp_path, monkeypatch, capsys):
     for table, name, scale, shift in (
         ("divergence, sum of Frobenius norms", "layer 1", 1, 1), ("probe, words, activations", "tau: policy, activations", 1, 0),
         ("probe, pairs, activations", "policy less base, activations", 1, -0.5),
-        ("concepts with an AUC above .95", "policy 3_mlp, concept: features", 10, 0),
+        ("concepts with an AUC above .95", "policy 3_mlp, concept (of 9): features", 10, 0),
         ("ablation of features that fire on positive words", "gold: features - random", 1, 0),
         ("ablation of features that fire on positive words", "proxy: features - random", 2, 0),
         ("ablation of features that fire before positive words", "cue: features - random", 3, 0),

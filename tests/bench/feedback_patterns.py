@@ -73,7 +73,7 @@ def concepts(summary):
     out = {}
     for path, result in summary["saes"].items():
         for kind, row in result["found"].items():
-            out |= {f"{' '.join(path.split('/')[-2:])}, {kind}: {name}": x for name, x in row.items()}
+            out |= {f"{' '.join(path.split('/')[-2:])}, {kind} (of {row['of']}): {name}": x for name, x in row["auc"].items()}
     return out
 
 
