@@ -4,9 +4,12 @@
     python probe.py divergence                                           runs/sft against runs/ppo, block by block
     python probe.py divergence --model gpt2 --policy MY_RUN --dataset texts.jsonl --kind prompts --columns prompt=text
     python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae/policy/3_mlp
+    python probe.py features                                             what the features in runs/sae stand for
+    python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
-Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py.
+Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/: probes.py,
+features.py, ablation.py.
 """
 
 from nanorlhf import ablation, cli, features, probes

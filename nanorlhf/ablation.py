@@ -181,7 +181,7 @@ def features_of(config, f, concept, seen, sae, lm):
     """The config.top features of a concept [V] by AUC on its words or on what comes before them, or by the logits they raise."""
     if config.by == "logits":
         unembedding = lm.get_output_embeddings().weight.float()  # [V, D]
-        effects = sae.decoder_directions() @ unembedding.T  # [M, V]
+        effects = sae.decoder_directions().float() @ unembedding.T  # [M, V]
         fires = (f @ torch.ones(f.shape[1], 1, device=f.device))[:, 0] != 0
         share = concept.to(effects) / concept.sum() - (~concept).to(effects) / (~concept).sum()
         scores = torch.where(fires, effects @ share, -torch.inf)  # mean over the concept's words - mean over the others
