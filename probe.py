@@ -6,8 +6,8 @@
     python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae/policy/3_mlp
     python probe.py reward                                               the value of words, read from runs/ppo and from its controls
     python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
-    python probe.py features                                             what the features of runs/sae fire on, and known concepts among them
-    python probe.py ablate                                               what runs/ppo writes with some of its features switched off
+    python probe.py features                                             what the features in runs/sae stand for
+    python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
 Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py,

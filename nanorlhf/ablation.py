@@ -118,8 +118,8 @@ def ablate(config):
     require(in_world or config.features, f"{model} does not speak the embedded world's words: name --features")
     require(config.features or config.concept in names, f"--concept {config.concept}: it must be one of {', '.join(names)}")
     rows, held_out, _ = data.load(config, "prompts")
-    options = (tokenizer, model_config, config.max_new_tokens, config.max_prompt_length, config.chat_template)
-    train, test = (data.ready_prompts(options[0], part, *options[1:]) for part in (rows, held_out))
+    lengths = config.max_new_tokens, config.max_prompt_length
+    train, test = (data.ready_prompts(tokenizer, part, model_config, *lengths, config.chat_template) for part in (rows, held_out))
     test = [prompt for prompt in test for _ in range(config.n_answers)]
 
     policy = load_policy(model, value_head=False, device=dist.device)
@@ -181,7 +181,7 @@ def features_of(config, f, concept, seen, sae, lm):
     """The config.top features of a concept [V] by AUC on its words or on what comes before them, or by the logits they raise."""
     if config.by == "logits":
         unembedding = lm.get_output_embeddings().weight.float()  # [V, D]
-        effects = sae.decoder_directions() @ unembedding.T  # [M, V]
+        effects = sae.decoder_directions().float() @ unembedding.T  # [M, V]
         fires = (f @ torch.ones(f.shape[1], 1, device=f.device))[:, 0] != 0
         share = concept.to(effects) / concept.sum() - (~concept).to(effects) / (~concept).sum()
         scores = torch.where(fires, effects @ share, -torch.inf)  # mean over the concept's words - mean over the others

@@ -162,10 +162,8 @@ def describe(config, ids, sae, f, tokens, tokenizer, lm):
     """
     text_of, token_ids = where(tokens)
     unembedding = lm.get_output_embeddings().weight.float()  # [V, D]
-    directions = sae.decoder_directions()[ids]  # [F, D]
-    # Residual streams of another width than the unembedding's do not exist; softmax does not see the mean over the vocabulary.
-    effects = directions @ unembedding.T  # [F, V]
-    effects = (effects - effects.mean(1, keepdim=True)).cpu()
+    effects = sae.decoder_directions()[ids].float() @ unembedding.T  # [F, V]
+    effects = (effects - effects.mean(1, keepdim=True)).cpu()  # softmax does not see the mean over the vocabulary
     seen = token_ids.bincount(minlength=effects.shape[1])
     written = {}
 
@@ -263,7 +261,8 @@ def draw(figure, summary):
         axis.plot(names, [row["auc"]["features"] for row in r["concepts"].values()], "o", color=f"C{i % 10}", label=short[path] or path)
     if matched:
         for control, marker in zip(CONTROLS, "x+."):
-            means = [np.mean([r["concepts"][name]["auc"][control] for r in matched.values() if name in r["concepts"]]) for name in names]
+            rows = [[r["concepts"][name]["auc"][control] for r in matched.values() if name in r["concepts"]] for name in names]
+            means = [np.mean([x for x in row if x is not None] or [np.nan]) for row in rows]
             axis.plot(names, means, marker, color="grey", label=control)
         axis.axhline(SCORES["auc"][1], color="grey", linewidth=0.8)
         axis.tick_params(axis="x", rotation=70)

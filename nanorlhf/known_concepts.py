@@ -16,6 +16,7 @@ import torch
 from . import world
 from .activation_store import spans
 from .concepts import best_features, feature_aucs, feature_correlations, on_tokens, sparse
+from .probes import finite
 from .rng import SPLIT
 from .sae import SparseAutoencoder, TopKSAE
 
@@ -49,8 +50,8 @@ def known_concepts(sae, x, f, tokens, tokenizer):
         found: {kind: {of: how many concepts, and by score: {features, coordinates, untrained, shuffled: how many have a good one}}}
 
     Kinds: "concept" of the token; "next", the concept of the token that follows, which is what a late layer is about; "word", that it
-    is this very word. Scores: AUC and correlation. Pitfall of the AUC: a feature of all adjectives has 0.95 for any ten of the words,
-    if adjectives are a tenth of all tokens; its correlation with them is small.
+    is this very word. Scores: AUC and correlation. Pitfall of the AUC: where a tenth of all tokens are adjectives, a feature of all of
+    them has 0.95 for those of one value too; its correlation with these is small.
     """
     names, labels = concept_table(tokenizer)
     text_of, ids = where(tokens)
@@ -82,7 +83,7 @@ def known_concepts(sae, x, f, tokens, tokenizer):
             found[kind][title] = counts
             for c, i in enumerate(kept.tolist()) if kind == "concept" else ():
                 row = rows.setdefault(names[i], {"tokens": truth[:, i].sum().item(), "words": labels[present, i].sum().item()})
-                row[title] = {"feature": scores["features"][0][c].item()} | {name: v[c].item() for name, (_, v) in scores.items()}
+                row[title] = {"feature": scores["features"][0][c].item()} | {name: finite(v[c].item()) for name, (_, v) in scores.items()}
     return {"concepts": rows, "found": found}
 
 
@@ -113,4 +114,4 @@ def where(tokens):
 
 def encoded(sae, x, at_once=4096):
     """Activations [N, D] -> features, a sparse [M, N]."""
-    return torch.cat([sparse(sae.encode(part)) for part in x.split(at_once)], 1).coalesce()
+    return torch.cat([sparse(sae.encode(part).float()) for part in x.split(at_once)], 1).coalesce()
