@@ -55,7 +55,7 @@ def test_study(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(study, "run", run)
     study.main(["--output_dir", str(tmp_path), "--seeds", str(SEEDS), "--jobs", "1"])
-    assert len(ran) == 1 + SEEDS * (5 + len(study.PROBES) + len(study.ABLATIONS))
+    assert len(ran) == 1 + SEEDS * (6 + len(study.PROBES) + len(study.ABLATIONS))
     with open(tmp_path / "summary.json") as f:
         tables = json.load(f)["tables"]
     mean, half = 0.7 / 3, 4.30265 * statistics.stdev([0.1, 0.4, 0.2]) / 3**0.5  # t_.975 of two degrees of freedom
@@ -70,5 +70,5 @@ def test_study(tmp_path, monkeypatch, capsys):
     ):  # fmt: skip
         assert tables[table][name] == pytest.approx([scale * mean + shift, scale * half], rel=1e-4)
     study.main(["--output_dir", str(tmp_path), "--seeds", str(SEEDS), "--jobs", "1"])
-    assert len(ran) == 1 + SEEDS * (5 + len(study.PROBES) + len(study.ABLATIONS))  # what is done is not done again
+    assert len(ran) == 1 + SEEDS * (6 + len(study.PROBES) + len(study.ABLATIONS))  # what is done is not done again
     assert "concepts with an AUC above .95" in capsys.readouterr().out

@@ -3,7 +3,7 @@
     python tests/bench/feedback_patterns.py --output_dir runs/patterns     two runs side by side, one thread each; prints every command
 
 One SFT policy. A seed is a reward model on its own 800 pairs with their own spurious cue, a PPO run against it, and sparse
-autoencoders of the policy and of the base in the two layers that moved most. Every command is a plain call of a script; runs that are
+autoencoders of the policy and of the base: of the MLPs of the two layers that moved most, and of the last residual stream. Every command is a plain call of a script; runs that are
 done are not done again. At the end tables over seeds, as text and in summary.json: an interval is that of the seeds (95%, t), so it
 holds for policies, where those of probe.py hold for the splits or prompts of one policy.
 """
@@ -25,7 +25,11 @@ PROBES = {  # name: what it adds to the command
     "responses, activations": "reward --site mlp --task sequence",
     "pairs, activations": "pairs --site mlp",
 }
-ABLATIONS = {"fire before positive words": "--by before", "fire on positive words": "--by on"}
+ABLATIONS = {  # of the last layer's residual stream: in its MLP the features of a concept carry half of the variance
+    "fire before positive words": "--concept positive --by before",
+    "fire on positive words": "--concept positive --by on",
+    "fire before the spurious cue": "--concept mark --by before",
+}
 
 
 def commands(a):
@@ -38,13 +42,14 @@ def commands(a):
         stages[1].append(f"train_rm.py --model {model} {world} --seed {s} --output_dir {rm} {a.rm_flags}")
         stages[2].append(f"train_ppo.py --model {model} --reward_model {rm} {world} --seed {s} --output_dir {policy} {a.ppo_flags}")
         stages[3].append(f"probe.py divergence {both} --output_dir {out}/divergence/seed_{s}")
-        stages[3].append(f"train_sae.py --model {policy} --base {model} --seed {s} --output_dir {sae} {a.sae_flags}")
+        for flags, folder in (("", sae), ("--site residual --layers 3", f"{sae}_residual")):
+            stages[3].append(f"train_sae.py --model {policy} --base {model} --seed {s} {flags} --output_dir {folder} {a.sae_flags}")
         for i, flags in enumerate(PROBES.values()):
             stages[4].append(f"probe.py {flags.format(sae=sae)} {both} {a.probe_flags} --output_dir {out}/probe_{i}/seed_{s}")
-        stages[5].append(f"probe.py features --sae {sae}/*/* --top 5 --output_dir {out}/features/seed_{s}")
+        stages[5].append(f"probe.py features --sae {sae}/*/* {sae}_residual/*/* --top 5 --output_dir {out}/features/seed_{s}")
         for i, flags in enumerate(ABLATIONS.values()):
             stages[6].append(
-                f"probe.py ablate --sae {sae}/policy/{a.ablate} {flags} {world} --reward world:gold {rm} {a.ablate_flags} "
+                f"probe.py ablate --sae {sae}_residual/policy/3_residual {flags} --top 10 {world} --reward world:gold {rm} {a.ablate_flags} "
                 f"--output_dir {out}/ablate_{i}/seed_{s}"
             )
     return stages
@@ -88,7 +93,6 @@ def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/patterns")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--ablate", default="3_mlp", help="the place whose features are switched off")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     for script in ("sft", "rm", "ppo", "sae", "probe", "ablate"):
         parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
