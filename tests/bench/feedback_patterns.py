@@ -3,9 +3,10 @@
     python tests/bench/feedback_patterns.py --output_dir runs/patterns     two runs side by side, one thread each; prints every command
 
 One SFT policy. A seed is a reward model on its own 800 pairs with their own spurious cue, a PPO run against it, and sparse
-autoencoders of the policy and of the base: of the MLPs of the two layers that moved most, and of the last residual stream. Every command is a plain call of a script; runs that are
-done are not done again. At the end tables over seeds, as text and in summary.json: an interval is that of the seeds (95%, t), so it
-holds for policies, where those of probe.py hold for the splits or prompts of one policy.
+autoencoders of the policy and of the base: of the MLPs of the two layers that moved most, and of the last residual stream. Every
+command is a plain call of a script; runs that are done are not done again. At the end tables over seeds, as text and in
+summary.json: an interval is that of the seeds (95%, t), so it holds for policies, where those of probe.py hold for the splits or
+prompts of one policy.
 """
 
 import argparse
@@ -36,21 +37,22 @@ def commands(a):
     """The study as lists of command lines: what stands in one list can run side by side."""
     out, stages = a.output_dir, [[f"train_sft.py --output_dir {a.output_dir}/sft {a.sft_flags}"], [], [], [], [], [], []]
     for s in range(a.seeds):
-        model, policy, sae = f"{out}/sft", f"{out}/ppo/seed_{s}", f"{out}/sae/seed_{s}"
+        model, policy = f"{out}/sft", f"{out}/ppo/seed_{s}"
+        sae, residual = f"{out}/sae/seed_{s}", f"{out}/sae_residual/seed_{s}"
         rm, world = f"{out}/rm/seed_{s}", f"--dataset world:{s}"
         both = f"--model {model} --policy {policy}"
         stages[1].append(f"train_rm.py --model {model} {world} --seed {s} --output_dir {rm} {a.rm_flags}")
         stages[2].append(f"train_ppo.py --model {model} --reward_model {rm} {world} --seed {s} --output_dir {policy} {a.ppo_flags}")
         stages[3].append(f"probe.py divergence {both} --output_dir {out}/divergence/seed_{s}")
-        for flags, folder in (("", sae), ("--site residual --layers 3", f"{sae}_residual")):
+        for flags, folder in (("", sae), ("--site residual --layers 3", residual)):
             stages[3].append(f"train_sae.py --model {policy} --base {model} --seed {s} {flags} --output_dir {folder} {a.sae_flags}")
         for i, flags in enumerate(PROBES.values()):
             stages[4].append(f"probe.py {flags.format(sae=sae)} {both} {a.probe_flags} --output_dir {out}/probe_{i}/seed_{s}")
-        stages[5].append(f"probe.py features --sae {sae}/*/* {sae}_residual/*/* --top 5 --output_dir {out}/features/seed_{s}")
+        stages[5].append(f"probe.py features --sae {sae}/*/* {residual}/*/* --top 5 --output_dir {out}/features/seed_{s}")
         for i, flags in enumerate(ABLATIONS.values()):
             stages[6].append(
-                f"probe.py ablate --sae {sae}_residual/policy/3_residual {flags} --top 10 {world} --reward world:gold {rm} {a.ablate_flags} "
-                f"--output_dir {out}/ablate_{i}/seed_{s}"
+                f"probe.py ablate --sae {residual}/policy/3_residual {flags} --top 10 {world} --reward world:gold {rm} "
+                f"{a.ablate_flags} --output_dir {out}/ablate_{i}/seed_{s}"
             )
     return stages
 
