@@ -149,6 +149,7 @@ def main(config):
 
     # ------------------------------------------------------------------------------------------------------------- autoencoders
     # Mean and scale come from the first batches: a resumed run computes the same ones again, and its weights come from the checkpoint.
+    dist.print("the first activations, for mean and scale ...")
     first = [stream.batch(step) for step in range(-(-FIT_TOKENS // config.batch_size))]
     saes = nn.ModuleDict()
     for key in first[0]:  # "policy/3_mlp"
@@ -184,6 +185,7 @@ def main(config):
     progress.close()
 
     # -------------------------------------------------------------------------------------------------------- measure and save
+    dist.print(f"measuring on {held_out.total:,} held-out tokens ...")
     summary, densities = evaluate(config, saes, lms, held_out, places, dist)
     dist.print(report(summary))
     if dist.main:

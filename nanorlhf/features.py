@@ -46,7 +46,8 @@ class FeaturesConfig:
         "prompts {prompt}, texts as they are"})  # fmt: skip
     columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    eval_size: int = field(default=256, metadata={"help": "texts, the ones that train_sae.py with the same number held out"})
+    eval_size: int = field(default=256, metadata={"help": "texts: those that train_sae.py held out, if it had the same number, "
+        "all rows and --texts dataset"})  # fmt: skip
     max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
     keep_bos: bool = field(default=False, metadata={"help": "count a BOS in front of a text too"})
     explainer: str = field(default="", metadata={"help": "ask for descriptions: a model folder, a hub name, or http://HOST/v1, an "
