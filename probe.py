@@ -3,7 +3,7 @@
     python probe.py                                                      lists the commands
     python probe.py divergence                                           runs/sft against runs/ppo, block by block
     python probe.py divergence --model gpt2 --policy MY_RUN --dataset texts.jsonl --kind prompts --columns prompt=text
-    python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae/policy/3_mlp
+    python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae_1/policy/3_mlp      of one seed they start alike: take two
     python probe.py reward                                               the value of words, read from runs/ppo and from its controls
     python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
     python probe.py features                                             what the features in runs/sae stand for

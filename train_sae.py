@@ -102,7 +102,8 @@ class Config:
         cli.require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
         if not self.base:
             self.base = "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"
-        cli.require(self.base != "none" or ":" not in self.layers, f"--layers {self.layers} compares --model with a --base; name layers")
+        hint = f"--layers {self.layers} compares --model with a --base: name one (such as runs/sft), or layers such as 1,3"
+        cli.require(self.base != "none" or ":" not in self.layers, hint)
 
     def dead_tokens(self):
         """How many tokens without firing make a latent dead: Gao et al.'s 10M, or less in a small run."""
@@ -125,7 +126,6 @@ def main(config):
     if train_rm.is_default(config, "model"):
         train_ppo.main(train_ppo.Config(device=config.device))  # and what it needs itself
     model_config = [check_model(path) for path in paths.values()][0]
-    folder.create()
 
     # ------------------------------------------------------------------------------------------------------------------- models
     lms = {name: load_policy(path, value_head=False, device=dist.device).lm.eval() for name, path in paths.items()}
@@ -156,6 +156,7 @@ def main(config):
         x = dist.gather(torch.cat([part[key] for part in first]))
         saes[key.replace("/", ":")] = new_sae(config, x.shape[1]).to(dist.device).fit(x, config.bias)
     del first
+    folder.create()
     optimizer = adam(saes)
     state = checkpoint.load(config.output_dir, saes, optimizer) or {"step": 0, "silent": {name: [0] * sae.m for name, sae in saes.items()}}
     silent = {name: torch.tensor(counts, device=dist.device) for name, counts in state["silent"].items()}
@@ -269,7 +270,8 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
         loss_recovered = (loss_zero - loss_sae) / (loss_zero - loss)          losses in nats a token
 
     1: the reconstruction is as good as the layer; 0: as bad as none; None where the model does no worse without the layer, on these
-    texts. A BOS that the autoencoder never saw keeps its activation.
+    texts. A BOS that the autoencoder never saw keeps its activation. Pitfall: every token of a text counts, so in {prompt, response}
+    data the prompt's too, which SFT and PPO never trained on.
     """
     mine = np.array(dist.part(len(held_out.rows)), dtype=np.int64)
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # plain, reconstructed, zero; tokens

@@ -11,7 +11,9 @@ All arms answer the same held-out prompts with the same noise, so differences ar
 
     nothing     no feature: x' = x, and every token the same
     random      as many random features that fire equally often
-    strong      as many random features with the same mean square: those that fire equally often may be much weaker
+    strong      as many random features as near in mean square as there are: those that fire equally often may be much weaker
+
+Where the chosen features are the strongest of all, no others are as strong: compare the variance that each arm removes.
 
 Features are chosen, and rates and mean squares counted, on the policy's answers to training prompts.
 """
@@ -31,9 +33,8 @@ from .distributed import setup
 from .evaluation import Parts, roll_out
 from .features import opened, parse_ids
 from .known_concepts import FEWEST, concept_table, encoded, is_world_model, where
-from .log import PLACES, RunFolder
 from .models import check_model, load_policy, load_tokenizer
-from .probes import save
+from .probes import results_folder, save
 from .rewards import check_reward, load_rewards, score
 from .rng import SPLIT
 from .stats import bootstrap
@@ -108,7 +109,7 @@ def ablate(config):
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py ablate runs on one process")
-    folder = RunFolder(config, dist)
+    folder = results_folder(config, dist)
     sae, model, place = opened(config, config.sae)
     model_config, tokenizer = check_model(model), load_tokenizer(model)
     for spec in config.reward:
@@ -125,6 +126,7 @@ def ablate(config):
     policy = load_policy(model, value_head=False, device=dist.device)
     rewards = load_rewards(config.reward, tokenizer, dist, config.micro_batch_size, config.dtype)
     module_at(policy.lm, place)
+    require(config.features or config.top <= sae.m, f"--top {config.top} is more than the {sae.m} features")
     sae = sae.to(dist.device).requires_grad_(False)
     parts = Parts(config, dist, tokenizer, policy, policy, None, rewards, None)
 

@@ -21,13 +21,11 @@ from .cli import require
 from .distributed import setup
 from .explainer import check_explainer, explain
 from .known_concepts import CONTROLS, SCORES, encoded, is_world_model, known_concepts, where
-from .log import PLACES, RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
-from .probes import save
+from .probes import results_folder, save
 from .sae_files import CONFIG, load_sae, read_config
 
 SHOWN = 8  # tokens in a description's lists
-FREE = ("features", "top", "contexts", "explainer", "explainer_model", "task", "pause", "timeout")  # may differ in the same folder
 
 
 @dataclass
@@ -71,7 +69,7 @@ class FeaturesConfig:
 
 def parse_ids(text):
     """ "3,17" -> [3, 17] """
-    require(all(part.strip().isdigit() for part in text.split(",")) or not text, f"--features {text}: it must be numbers, such as 3,17")
+    require(all(part.strip().isdecimal() for part in text.split(",")) or not text, f"--features {text}: it must be numbers, such as 3,17")
     return list(dict.fromkeys(int(part) for part in text.split(",") if part))
 
 
@@ -83,7 +81,7 @@ def features(config):
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py features runs on one process")
-    folder = RunFolder(config, dist, free=(*PLACES, *FREE))
+    folder = results_folder(config, dist)
     check_explainer(config)
     paths = folders(config.sae)
     found = {path: opened(config, path) for path in paths}  # all errors of folders before any model is loaded
@@ -125,7 +123,7 @@ def folders(patterns):
 
 def opened(config, path):
     """An autoencoder's folder and the flags -> (sae, model, place); an InputError where they do not fit."""
-    notes = read_config(path).get("metadata", {})
+    notes = read_config(path).get("metadata") or {}
     model = config.model or notes.get("model", "")
     layer = config.layer if config.layer >= 0 else notes.get("layer", -1)
     site = config.site or notes.get("site", "")

@@ -25,11 +25,10 @@ from .cli import require
 from .distributed import autocast, setup
 from .divergence import layer_divergence, select_layers
 from .linear_probes import fit_pairs, fit_reward
-from .log import RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
 from .packing import micro_batches
 from .probe_texts import differences, pair_texts, sequence_texts, word_texts
-from .probes import finite, in_one_line, save
+from .probes import finite, in_one_line, results_folder, save
 from .rewards import check_reward, read_lexicon
 from .rng import SPLIT, key
 from .sae_files import load_sae
@@ -41,7 +40,8 @@ class ProbeConfig:
     output_dir: str = field(default="runs/probe/reward", metadata={"help": "where the results are written"})
     policy: str = field(default="runs/ppo", metadata={"help": "the trained model: run folder, model folder or hub name"})
     model: str = field(default="runs/sft", metadata={"help": "the base that it was trained from: a control, and what layers are chosen by"})
-    layers: str = field(default="highest:5", metadata={"help": "which layers: highest:K by how far they moved, lowest:K, or such as 1,3"})
+    layers: str = field(default="", metadata={"help": "which layers: highest:K by how far they moved, lowest:K, or such as 1,3; "
+        "default: those in --sae, or highest:5"})  # fmt: skip
     site: str = field(default="mlp", metadata={"help": "mlp, attention or residual"})
     sae: str = field(default="", metadata={"help": "features, not activations: a folder with policy/LAYER_SITE and base/LAYER_SITE"})
     dataset: str = field(default="world", metadata={"help": "the texts: FILE.jsonl, a datasets name[:split], or world"})
@@ -121,7 +121,7 @@ def pairs(config):
 def start(config):
     """What can be wrong is found before any model is loaded. -> dist, run folder, tokenizer, longest text"""
     dist = setup(config.device)
-    folder = RunFolder(config, dist)
+    folder = results_folder(config, dist)
     model_config = check_model(config.policy)
     check_model(config.model)
     tokenizer, other = load_tokenizer(config.policy), load_tokenizer(config.model)
@@ -131,13 +131,22 @@ def start(config):
     return dist, folder, tokenizer, config.max_length or context_length(model_config) or 0
 
 
+def layers_of(config):
+    """The layers that --sae holds autoencoders of, such as "2,3"."""
+    names = os.listdir(os.path.join(config.sae, "policy"))
+    found = sorted(int(name.split("_")[0]) for name in names if name.endswith(f"_{config.site}") and name.split("_")[0].isdecimal())
+    require(found, f"{config.sae}/policy: no autoencoder of a layer's {config.site}")
+    return ",".join(map(str, found))
+
+
 # -------------------------------------------------------------------------------------------------------------------------- the inputs
 
 
 def all_inputs(config, texts, dist):
     """{name: inputs [N, F]} of the policy (first) and of the controls, and the selected layers."""
     policy, base = (load_policy(path, value_head=False, device=dist.device).lm for path in (config.policy, config.model))
-    layers = in_one_line(select_layers, in_one_line(layer_divergence, blocks(base), blocks(policy)), config.layers)
+    selection = config.layers or (layers_of(config) if config.sae else "highest:5")
+    layers = in_one_line(select_layers, in_one_line(layer_divergence, blocks(base), blocks(policy)), selection)
     places = [(layer, config.site) for layer in layers]
     module_at(policy, places[0])  # a site that this architecture lacks
     inputs = {}

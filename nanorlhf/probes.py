@@ -24,7 +24,7 @@ from .cli import require
 from .distributed import setup
 from .divergence import add_up, divergence_sums, from_sums, matches, parameter_divergence, relative, select_layers
 from .errors import InputError, first_line
-from .log import PLACES, RunFolder
+from .log import RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
 from .sae_files import SPARSITY, load_sae
 
@@ -35,6 +35,11 @@ def in_one_line(function, *args):
         return function(*args)
     except ValueError as e:
         raise InputError(str(e)) from None
+
+
+def results_folder(config, dist):
+    """The folder of a command's results, which the same command writes again; a folder of anything else is an error."""
+    return RunFolder(config, dist, free=tuple(vars(config)))
 
 
 def save(config, folder, summary, text, draw):
@@ -83,7 +88,7 @@ def divergence(config):
     over tokens of 1 - cosine, and of the squared distance / the base's variance. Method: nanorlhf/divergence.py.
     """
     dist = setup(config.device)
-    folder = RunFolder(config, dist, free=(*PLACES, "layers"))
+    folder = results_folder(config, dist)
     model_config = check_model(config.model)
     check_model(config.policy)
     in_one_line(select_layers, [0.0] * model_config.get_text_config().num_hidden_layers, config.layers)
@@ -207,7 +212,7 @@ def mmcs(config):
     the same directions and keep some of it: set base against policy with different seeds, then it can be compared with the noise floor.
     """
     dist = setup("cpu")
-    folder = RunFolder(config, dist, free=(*PLACES, "top"))
+    folder = results_folder(config, dist)
     ids = {path: None for path in config.a + config.b}
     features = {path: load_sae(path).decoder_directions().detach() for path in ids}  # [M, D]
     for path, directions in features.items():

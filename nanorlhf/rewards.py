@@ -159,7 +159,11 @@ def read_lexicon(path):
     require(os.path.isfile(path), f"{path}: no such file")
     lexicon = {}
     with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f.read().split("\n"), 1):
+        try:
+            lines = f.read().split("\n")
+        except UnicodeDecodeError as e:
+            raise InputError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     word, value = line.split("\t")[:2]

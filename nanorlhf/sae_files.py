@@ -64,7 +64,7 @@ def load_sae(path, width=None, device="cpu"):
     length; they are kept as they are, and training on would change that.
     """
     config, tensors = read_config(path), read_weights(path)
-    d, m, ours = config["d_in"], config["d_sae"], config.get("metadata", {}).get("nanorlhf")
+    d, m, ours = config["d_in"], config["d_sae"], (config.get("metadata") or {}).get("nanorlhf")
     require(width in (None, d), f"{path}: an autoencoder for activations of width {d}, not {width}")
     shapes = {"W_enc": [d, m], "b_enc": [m], "W_dec": [m, d], "b_dec": [d]}
     for name, shape in shapes.items():
@@ -103,6 +103,8 @@ def read_config(path):
         require(isinstance(config.get(name), int) and config[name] > 0, f"{file}: {name} must be a whole number above 0")
     computed = {"apply_b_dec_to_input": [True], "normalize_activations": ["none", "layer_norm"], "reshape_activations": ["none"],
                 "rescale_acts_by_decoder_norm": [False]}  # fmt: skip
+    if architecture == "standard":
+        computed["activation_fn_str"] = ["relu"]
     for name, values in computed.items():
         found = config.get(name, values[0])
         require(found in values, f"{file}: {name} {found!r} is not computed here, only {' or '.join(map(repr, values))}")

@@ -133,7 +133,10 @@ def test_without_matplotlib_and_again(material, tmp_path, monkeypatch, capfd):
     assert second["selected"] == [0, 1] and second["layers"][2]["activations"] == json.loads(first)["layers"][2]["activations"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "summary.json"]
     assert "picture" not in capfd.readouterr().out
-    assert "differs in policy" in refused(capfd, *arguments(material, tmp_path / "out", sites=["residual"], policy=material / "adapter"))
+    run(*arguments(material, tmp_path / "out", sites=["residual"], policy=material / "adapter"))  # nor is another policy: it is all new
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["layers"] != second["layers"]
+    (tmp_path / "out" / "config.json").write_text('{"steps": 60, "kl_coef": 0.05}')  # but this is something else's folder
+    assert "another run" in refused(capfd, *arguments(material, tmp_path / "out", sites=["residual"]))
 
 
 def test_adapters_are_merged_first(material, tmp_path):

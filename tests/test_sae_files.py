@@ -107,6 +107,7 @@ def weights(path, **tensors):
         (lambda p: (p / "cfg.json").unlink(), "cfg.json is missing"), (lambda p: (p / "cfg.json").write_text("{"), "not JSON"),
         (lambda p: (p / "cfg.json").write_text("[]"), "not the configuration"),
         (lambda p: change(p, architecture="gated"), "'gated' is not"),
+        (lambda p: change(p, architecture="standard", activation_fn_str="topk"), "'topk' is not computed"),
         (lambda p: change(p, k=0), "k must be"),
         (lambda p: change(p, k=M + 1), "k must lie"), (lambda p: change(p, d_in="6"), "d_in must be"),
         (lambda p: change(p, d_in=7), r"W_enc is \[6, 20\].*\[7, 20\]"),
