@@ -206,4 +206,5 @@ def test_bad_settings(base, name):
 def test_defaults_are_those_of_the_loss():
     sft, dpo = train_sft.Config(), train_sft.Config(loss="dpo", model="runs/sft")
     assert (sft.steps, sft.lr, dpo.steps, dpo.lr) == (400, 3e-3, 100, 1e-4)
+    assert (sft.output_dir, dpo.output_dir) == ("runs/sft", "runs/dpo")  # never over the model that others start from
     assert (train_sft.Config(steps=7).steps, train_sft.Config(lr=0.0).lr) == (7, 0.0)

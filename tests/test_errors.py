@@ -352,11 +352,13 @@ def test_bad_models_beside_the_policy(here, capfd):
     ("empty.tsv", ["empty.tsv: the lexicon is empty"]),
     ("spaces.tsv", ["spaces.tsv:3: not WORD<TAB>VALUE", "bad -3"]),
     ("words.txt", ["words.txt:2: not WORD<TAB>VALUE", "lots"]),
+    ("latin.tsv", ["latin.tsv: not UTF-8", "byte 3"]),
 ])  # fmt: skip
 def test_bad_rewards(here, capfd, reward, words):
     (here / "broken.py").write_text("def good(:\n")
     (here / "fails.py").write_text("1 / 0\n")
     (here / "empty.tsv").write_text("\n")
+    (here / "latin.tsv").write_bytes("caf\u00e9\t2\n".encode("latin-1"))
     (here / "spaces.tsv").write_text("good\t3\n\nbad -3\n")
     (here / "words.txt").write_text("good\t3\nnice\tlots\n")
     for flag in ("reward_model", "gold_model"):

@@ -279,6 +279,15 @@ def test_features_of_sparse_autoencoders_stand_beside_activations(base, tmp_path
     assert abs(summary["rows"]["base, SAE features"]["tau"][0]) < 0.35
 
 
+def test_the_layers_are_those_that_have_autoencoders(tmp_path):
+    for name in ("10_mlp", "3_mlp", "2_residual", "notes_mlp"):
+        (tmp_path / "policy" / name).mkdir(parents=True)
+    assert implicit_reward.layers_of(RewardConfig(sae=str(tmp_path))) == "3,10"
+    assert implicit_reward.layers_of(RewardConfig(sae=str(tmp_path), site="residual")) == "2"
+    with pytest.raises(InputError, match="no autoencoder of a layer's attention"):
+        implicit_reward.layers_of(RewardConfig(sae=str(tmp_path), site="attention"))
+
+
 def test_one_seed_has_no_interval(base, tmp_path):
     summary = implicit_reward.reward(RewardConfig(**settings(base, tmp_path / "a", seeds=1, layers="highest:1")))
     assert summary["rows"]["length"]["tau"][1] is None and "NaN" not in (tmp_path / "a/summary.json").read_text()
