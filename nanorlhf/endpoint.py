@@ -131,23 +131,31 @@ def pacer(per_minute):
 
 
 def ask_all(ask, questions, parallel=1):
-    """Questions, so many at a time -> (i, answer) as they come, a ValueError or Rejected in the place of an answer.
+    """Questions, so many at a time -> (i, answer) as they come, with a ValueError or Rejected in the place of an answer.
 
-    Raises Unreachable as soon as all that was under way has come in.
+    Raises Unreachable once all that was under way has come in; nothing is asked after it, or after the caller has stopped listening.
     """
-    down, pool = None, ThreadPoolExecutor(parallel)
-    try:
-        asked = {pool.submit(ask, question): i for i, question in enumerate(questions)}
-        for future in as_completed(asked):
-            error = None if future.cancelled() else future.exception()
-            if isinstance(error, Unreachable) and not isinstance(error, Rejected):
-                down = error
-                for other in asked:
-                    other.cancel()
-            elif not future.cancelled():
-                yield asked[future], future.result() if error is None else error
-    finally:
-        pool.shutdown(cancel_futures=True)  # also where the caller was interrupted: nothing else is asked
+    stop, down = threading.Event(), None
+
+    def one(question):
+        try:
+            return None if stop.is_set() else ask(question)
+        except (ValueError, Rejected) as e:
+            return e
+        except Unreachable:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(parallel) as pool:
+        asked = {pool.submit(one, question): i for i, question in enumerate(questions)}
+        try:
+            for future in as_completed(asked):
+                if isinstance(future.exception(), Unreachable):
+                    down = future.exception()
+                elif future.result() is not None:
+                    yield asked[future], future.result()
+        finally:
+            stop.set()
     if down:
         raise down
 
