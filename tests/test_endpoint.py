@@ -100,13 +100,13 @@ def test_what_is_sent(monkeypatch):
 CUT_OFF = (200, '{"choices": [', {"Content-Length": "5000"})
 
 
-@pytest.mark.parametrize("bad", [(429, ""), (500, "oops"), (503, ""), (408, ""), 0, 0.4, CUT_OFF])
+@pytest.mark.parametrize("bad", [(429, ""), (500, "oops"), (503, ""), (408, ""), 0, 0.5, CUT_OFF])
 def test_it_is_asked_again(clock, bad):
     with Endpoint(bad, bad, bad, chat("yes")) as server:
-        assert asker(server.url, "tiny", 7, pause=2, timeout=0.2)("?") == "yes"
+        assert asker(server.url, "tiny", 7, pause=2, timeout=0.3)("?") == "yes"
         assert clock.slept == [2, 4, 8] and len(server.asked) == 4
     with Endpoint(bad) as server, pytest.raises(Unreachable, match=", 4 times"):
-        asker(server.url, "tiny", 7, pause=2, timeout=0.2)("?")
+        asker(server.url, "tiny", 7, pause=2, timeout=0.3)("?")
     assert clock.slept == [2, 4, 8] * 2 and len(server.asked) == 4
 
 
