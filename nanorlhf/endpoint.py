@@ -80,7 +80,7 @@ def post(url, body, headers, timeout):
     except urllib.error.HTTPError as e:
         problem, seconds = f"HTTP {e.code} {e.reason}", retry_after(e.headers.get("Retry-After", ""))
         if e.code in (400, 413, 422):
-            raise Rejected(problem) from None
+            raise Rejected(f"{problem} {said(e)}".strip()) from None
         if e.code < 500 and e.code not in (408, 429):
             raise Unreachable(problem) from None
         if seconds > LONGEST_PAUSE:
@@ -90,6 +90,14 @@ def post(url, body, headers, timeout):
         raise Unreachable(first_line(e)) from None  # not a URL
     except (OSError, HTTPException) as e:  # refused, unknown host, timed out, cut off
         return "", first_line(getattr(e, "reason", e)), 0
+
+
+def said(error):
+    """The beginning of what came with an HTTPError: it alone tells what is wrong with a question, or with the model's name."""
+    try:
+        return " ".join(error.read(1000).decode("utf-8", "replace").split())[:150]
+    except (OSError, HTTPException):
+        return ""
 
 
 def retry_after(value):

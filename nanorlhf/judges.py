@@ -83,7 +83,7 @@ def by_language_model(spec, pairs, config, dist):
     if questions and not choices and not problem:
         problem = f"no reply was a choice, the first one: {failures[0]}"
     notes = {"questions": len(questions), "unanswered": left, "identical": asked.count([]),
-             "reasons": list(dict.fromkeys(text[:120] for text in (*failures, problem) if text))[:3],
+             "reasons": list(dict.fromkeys(text[:200] for text in (*failures, problem) if text))[:3],
              "first_chosen": choices.count(1) / len(choices) if choices else None}  # fmt: skip
     if problem:
         problem = f"--judge {spec}: {problem}; {len(choices)} of {len(questions)} choices are kept in {kept.path}, the same command asks " \

@@ -2,7 +2,7 @@
 
     rows of A, rows of B -> pairs of answers to one prompt -> judge (judges.py) -> A's points: 1 a win, 1/2 a tie, 0 a loss
 
-    N pairs, P prompts
+    N pairs of answers
 """
 
 import os
@@ -113,8 +113,8 @@ def match(a, b):
     for prompt in (prompt for prompt in a if prompt in b):
         answers = [side[prompt]["responses"] for side in (a, b)]
         splits = {side[prompt]["split"] for side in (a, b)} - {""}
-        same = len(answers[0]) == len(answers[1])
-        require(same, f"the prompt {prompt[:40]!r} has {len(answers[0])} answers in --a and {len(answers[1])} in --b (limit them: --answers)")
+        n_a, n_b = map(len, answers)
+        require(n_a == n_b, f"the prompt {prompt[:40]!r} has {n_a} answers in --a and {n_b} in --b (limit them: --answers)")
         require(len(splits) < 2, f"the prompt {prompt[:40]!r} is in the splits {' and '.join(sorted(splits))}")
         rows.append({"prompt": prompt, "split": "".join(splits) or "all", "a": answers[0], "b": answers[1]})
     require(rows, f"no prompt of --a is in --b: they begin with {next(iter(a))[:40]!r} and {next(iter(b))[:40]!r}")
@@ -157,7 +157,7 @@ def interval(draws):
 
 def table(summary):
     """One line for each judge and split, and the gaps."""
-    lines = [f"\nA {' '.join(summary['a'])}, B {' '.join(summary['b'])}: {summary['pairs']} pairs of answers to {summary['prompts']} prompts"]
+    lines = [f"\nA {' '.join(summary['a'])}, B {' '.join(summary['b'])}: {summary['pairs']} pairs, {summary['prompts']} prompts"]
     lines[0] += "".join(f", {summary[key]} prompts only in {side}" for key, side in (("only_a", "A"), ("only_b", "B")) if summary[key])
     width = max(len(spec) for spec in summary["judges"])
     lines.append(f"  {'judge':{width}s}  {'split':12s}{'A over B':>8s}  {'95%':14s}   A won    tie  B won   A - B  longer won")
@@ -176,7 +176,7 @@ def table(summary):
             first, (low, high) = next(iter(found["splits"])), row["interval"]
             lines.append(f"  {spec:{width}s}  gap: {first} less {other} {row['gap']:+.1%} ({low:+.1%} to {high:+.1%})")
         if found.get("first_chosen") is not None:
-            lines.append(f"  {spec:{width}s}  chose the first answer {found['first_chosen']:.1%} of the time, {found['questions']} questions")
+            lines.append(f"  {spec:{width}s}  chose the first answer to {found['first_chosen']:.1%} of {found['questions']} questions")
         if found.get("unanswered"):
             lines.append(f"  {spec:{width}s}  NOT JUDGED: {found['unanswered']} questions without a choice ({found['reasons'][0]})")
     by_length = summary["judges"][LONGER]["splits"].values()
@@ -191,8 +191,9 @@ def draw(figure, summary):
         rows = {spec: found["splits"][split] for spec, found in summary["judges"].items()}
         rows = {spec: row for spec, row in rows.items() if row["pairs"]}
         height = [list(summary["judges"]).index(spec) + 0.2 * (k - (len(splits) - 1) / 2) for spec in rows]
-        rates, bounds = [row["win_rate"] for row in rows.values()], [row["interval"] for row in rows.values()]
-        errors = [[max(0, rate - low) for rate, (low, _) in zip(rates, bounds)], [max(0, high - rate) for rate, (_, high) in zip(rates, bounds)]]
+        rates = torch.tensor([row["win_rate"] for row in rows.values()])
+        low, high = torch.tensor([row["interval"] for row in rows.values()]).view(-1, 2).T
+        errors = torch.stack([rates - low, high - rates]).clamp(min=0)
         axis.errorbar(rates, height, xerr=errors, fmt="o", color=f"C{k % 10}", label=split)
     axis.axvline(0.5, color="grey", linewidth=0.8)
     axis.set(xlim=(0, 1), xlabel="win rate of A over B", yticks=range(len(summary["judges"])), yticklabels=list(summary["judges"]))
