@@ -19,7 +19,8 @@ from .models import check_model, load_reward_model, resolve
 from .packing import pack
 from .pool import fingerprint
 from .rewards import packed_reader, reward_names
-from .sarm import SARM, Reading, WithSAE, check_sarm, checked, is_sarm
+from .sarm import SARM, Reading, WithSAE, checked, is_sarm
+from .sarm_files import check_sarm
 
 
 def check_feature_reward(spec, sae="", features=()):

@@ -22,7 +22,8 @@ from nanorlhf.models import RewardModel, load_reward_model, save_reward_model
 from nanorlhf.rewards import Answers, check_reward, load_reward
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
 from nanorlhf.sae_files import save_sae
-from nanorlhf.sarm import SARM, WithSAE, is_sarm, new_sae, reweighted, save_sarm
+from nanorlhf.sarm import SARM, WithSAE, is_sarm, reweighted, save_sarm
+from nanorlhf.sarm_files import new_sae
 from test_models import BATCH, D, PROMPTS, RESPONSES, SIZE, SPECIAL, B, word_tokenizer
 
 M, K, N, L = 48, 6, 4, 3

@@ -133,6 +133,31 @@ def test_summary(base):
             assert summary[key]["loss_recovered"] is None
 
 
+def test_sentence_ends(base, tmp_path):
+    """What is trained on and measured are full stops and the texts' last tokens; no other activation is replaced."""
+    summary = train(base, tmp_path / "run", tokens="sentence_ends", base="none", layers="1", site="residual", steps=3)["policy/1_residual"]
+    sae = load_sae(str(tmp_path / "run/policy/1_residual"))
+    assert json.loads((tmp_path / "run/policy/1_residual/cfg.json").read_text())["metadata"]["tokens"] == "sentence_ends"
+    tokenizer, lm = world.tokenizer(), AutoModelForCausalLM.from_pretrained(base / "policy")
+    prompts, responses, _ = encode(tokenizer, world.demonstrations(200), "response")
+    _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16)
+    ends = [[i for i, word in enumerate(tokenizer.convert_ids_to_tokens(row)) if word in ".!?" or i == len(row) - 1] for row in rows]
+    assert summary["n_tokens"] == sum(map(len, ends)) < sum(map(len, rows)) / 3
+    for name, change in (("loss_sae", lambda x: sae(x)[0]), ("loss_zero", torch.zeros_like)):
+
+        def hook(module, args, output):
+            new = output.clone()
+            new[:, end] = change(output[:, end])
+            return new
+
+        handle, total = lm.gpt_neox.layers[1].register_forward_hook(hook), 0.0
+        with torch.no_grad():
+            for row, end in zip(rows, ends):
+                total += F.cross_entropy(lm(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum").item()
+        handle.remove()
+        assert summary[name] == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -221,6 +246,7 @@ def command_line(config):
         ({"base": "none"}, "a --base"), ({"layers": "7"}, "7"), ({"layers": "some"}, "some"), ({"site": "norm"}, "--site must be"),
         ({"k": 65}, "--k 65 is more"), ({"model": "/no/where"}, "/no/where"), ({"warmup": 3.0}, "--warmup"), ({"sae": "x"}, "--sae must be"),
         ({"dataset": "no.jsonl"}, "no.jsonl"), ({"expansion": 0.0}, "--expansion"),
+        ({"tokens": "last"}, "--tokens must be"),
     ],
 )  # fmt: skip
 def test_bad_input(base, tmp_path, kwargs, match):
