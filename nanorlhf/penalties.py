@@ -74,8 +74,8 @@ class DensityRatio(nn.Module):
             raise ValueError("a density ratio needs at least one latent")
         self.d, generator = d, torch.Generator().manual_seed(seed)
         self.hidden, self.logit = nn.Linear(d, self.HIDDEN), nn.Linear(self.HIDDEN, 1)
-        for p in self.hidden.parameters():
-            nn.init.uniform_(p, -(d**-0.5), d**-0.5, generator=generator)
+        nn.init.normal_(self.hidden.weight, 0, d**-0.5, generator=generator)  # W x has variance 1 for people's x,
+        nn.init.normal_(self.hidden.bias, 0, 1, generator=generator)  # and the units bend where people's latents are
         for p in self.logit.parameters():
             nn.init.zeros_(p)
         self.register_buffer("mean", torch.zeros(d))
