@@ -7,6 +7,7 @@
     python probe.py reward                                               the value of words, read from runs/ppo and from its controls
     python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
     python probe.py features                                             what the features in runs/sae stand for
+    python probe.py human_latents                                        of a SARM on demonstrations: reference data of train_ppo.py
     python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
     python probe.py evaluate                                             accuracy of the reward models in runs/rm, beside what length is worth
     python probe.py evaluate --reward_model MY_RM runs/sarm --benchmark rm_bench --dataset total_dataset.json      or rewardbench2
@@ -16,7 +17,7 @@ Each command writes summary.json and a picture into its --output_dir, and prints
 implicit_reward.py, features.py, ablation.py and benchmarks.py.
 """
 
-from nanorlhf import ablation, benchmarks, cli, features, implicit_reward, probes
+from nanorlhf import ablation, benchmarks, cli, features, human_latents, implicit_reward, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
@@ -26,6 +27,7 @@ COMMANDS = {  # name: (its flags, its function)
     "features": (features.FeaturesConfig, features.features),
     "ablate": (ablation.AblateConfig, ablation.ablate),
     "evaluate": (benchmarks.EvaluateConfig, benchmarks.evaluate),
+    "human_latents": (human_latents.HumanLatentsConfig, human_latents.human_latents),
 }
 
 if __name__ == "__main__":
