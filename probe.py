@@ -8,13 +8,17 @@
     python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
     python probe.py features                                             what the features in runs/sae stand for
     python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
+    python probe.py latents                                              what the latents of runs/sarm reward, on pairs
+    python probe.py latents --answers runs/ppo/eval/step_40.jsonl --against runs/ppo/eval/step_0.jsonl       and what a policy exploits
+    python probe.py causal --edits 17:set:0                              pairs and best-of-n scored again without one of them
+    python probe.py steer --weights "17:*:0" --save runs/sarm_steered    the same for good: the head's weight on it is 0
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
 Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py,
-implicit_reward.py, features.py and ablation.py.
+implicit_reward.py, features.py, ablation.py, latents.py and causal.py.
 """
 
-from nanorlhf import ablation, cli, features, implicit_reward, probes
+from nanorlhf import ablation, causal, cli, features, implicit_reward, latents, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
@@ -23,6 +27,9 @@ COMMANDS = {  # name: (its flags, its function)
     "pairs": (implicit_reward.PairsConfig, implicit_reward.pairs),
     "features": (features.FeaturesConfig, features.features),
     "ablate": (ablation.AblateConfig, ablation.ablate),
+    "latents": (latents.LatentsConfig, latents.latents),
+    "causal": (causal.CausalConfig, causal.causal),
+    "steer": (causal.SteerConfig, causal.steer),
 }
 
 if __name__ == "__main__":

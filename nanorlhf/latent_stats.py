@@ -30,15 +30,16 @@ class Contrast(NamedTuple):
     contribution_interval: torch.Tensor | None  # [2, M]
 
 
-def contrast(chosen, rejected, weights=None, groups=None, resamples=1000, level=0.95, seed=0):
+def contrast(chosen, rejected, weights=None, groups=None, m=None, resamples=1000, level=0.95, seed=0):
     """How chosen answers differ from rejected ones in each latent, with bootstrap intervals over groups of pairs.
 
         c_i, j_i = mean over the chosen, over the rejected of max(z_i, 0)
         s_i = (c_i - j_i) / (c_i + j_i + mean_i(c + j))          differential, in (-1, 1); the last term damps latents that hardly fire
         w_i (c_i - j_i)                                          contribution to the margin, in units of the score
 
-    chosen, rejected [N, M]; weights [M], the head's; groups [N], labels of pairs that are not independent (default: each on its own)
-    -> Contrast. ValueError: shapes that do not fit, no pairs. Pitfall: what a latent below 0 adds to a score is in neither measure.
+    chosen, rejected [N, M]; weights [M], the head's; groups [N], labels of pairs that are not independent (default: each on its own);
+    m: how many latents there are, where those that never fire were left out -> Contrast. ValueError: shapes that do not fit, no pairs.
+    Pitfall: what a latent below 0 adds to a score is in neither measure.
     """
     if chosen.shape != rejected.shape or chosen.ndim != 2 or not len(chosen):
         raise ValueError(f"chosen and rejected must both be [pairs, latents], not {list(chosen.shape)} and {list(rejected.shape)}")
@@ -48,8 +49,8 @@ def contrast(chosen, rejected, weights=None, groups=None, resamples=1000, level=
     if times.shape[1] != len(chosen):
         raise ValueError(f"{times.shape[1]} groups for {len(chosen)} pairs")
     rates = [(z != 0).double().mean(0) for z in (chosen, rejected)]
-    # Over all latents, in the sample and in each resample; a column at a time would not know it.
-    per_pair = (chosen.clamp(min=0).double().mean(1) + rejected.clamp(min=0).double().mean(1))[:, None]  # [N, 1]
+    # Over all latents, in the sample and in each resample: a block of latents alone would not know it.
+    per_pair = (chosen.clamp(min=0) + rejected.clamp(min=0)).sum(1, keepdim=True).double() / (m or chosen.shape[1])  # [N, 1]
     damping, damping_drawn = per_pair.mean(0), drawn_means(times, per_pair)  # [1], [R, 1]
 
     parts = []

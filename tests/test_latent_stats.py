@@ -36,6 +36,8 @@ def test_contrast_is_the_loops():
     for name, z in (("rate_chosen", chosen), ("rate_rejected", rejected)):
         assert getattr(found, name).tolist() == pytest.approx([sum(x != 0 for x in column) / 40 for column in z.T.tolist()])
     assert found.differential[-1] == 0 == found.contribution[-1]
+    without = contrast(chosen[:, :-1], rejected[:, :-1], w[:-1], m=7)  # one that never fires may be left out
+    assert all(torch.allclose(a, b[..., :-1]) for a, b in zip(without, found))
 
 
 def test_intervals_are_those_of_resampled_prompts(monkeypatch):
