@@ -9,15 +9,19 @@
     python probe.py features                                             what the features in runs/sae stand for
     python probe.py human_latents                                        of a SARM on demonstrations: reference data of train_ppo.py
     python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
+    python probe.py latents                                              what the latents of runs/sarm reward, on pairs
+    python probe.py latents --answers runs/ppo/eval/step_40.jsonl --against runs/ppo/eval/step_0.jsonl       and what a policy exploits
+    python probe.py causal --edits 17:set:0                              pairs and best-of-n scored again without one of them
+    python probe.py steer --weights "17:*:0" --save runs/sarm_steered    the same for good: the head's weight on it is 0
     python probe.py evaluate                                             accuracy of the reward models in runs/rm, beside what length is worth
     python probe.py evaluate --reward_model MY_RM runs/sarm --benchmark rm_bench --dataset total_dataset.json      or rewardbench2
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
 Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py,
-implicit_reward.py, features.py, ablation.py and benchmarks.py.
+implicit_reward.py, features.py, ablation.py, latents.py, causal.py, human_latents.py and benchmarks.py.
 """
 
-from nanorlhf import ablation, benchmarks, cli, features, human_latents, implicit_reward, probes
+from nanorlhf import ablation, benchmarks, causal, cli, features, human_latents, implicit_reward, latents, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
@@ -28,6 +32,9 @@ COMMANDS = {  # name: (its flags, its function)
     "ablate": (ablation.AblateConfig, ablation.ablate),
     "evaluate": (benchmarks.EvaluateConfig, benchmarks.evaluate),
     "human_latents": (human_latents.HumanLatentsConfig, human_latents.human_latents),
+    "latents": (latents.LatentsConfig, latents.latents),
+    "causal": (causal.CausalConfig, causal.causal),
+    "steer": (causal.SteerConfig, causal.steer),
 }
 
 if __name__ == "__main__":
