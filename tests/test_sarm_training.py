@@ -205,7 +205,8 @@ def test_members(base, tmp_path):
     train(base, tmp_path / "sarm_{seed}", members=2, independent_noise=True, label_noise=0.5)
     train(base, tmp_path / "alone", seed=1, noise_seed=1, label_noise=0.5)
     a, b, c = (weights(tmp_path / name) for name in ("sarm_0", "sarm_1", "alone"))
-    assert all(b[name].equal(c[name]) for name in b) and not a["model/model.safetensors:score.weight"].equal(b["model/model.safetensors:score.weight"])
+    assert all(b[name].equal(c[name]) for name in b)
+    assert not a["model/model.safetensors:score.weight"].equal(b["model/model.safetensors:score.weight"])
 
 
 def test_frozen_layers_and_merged_adapters(base, tmp_path):
