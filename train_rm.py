@@ -68,7 +68,7 @@ class Config(cli.RunConfig):
         cli.at_least(self, 0, "max_length", "score_l2", "noise_seed", "sarm_lambda")
         cli.one_of(self, "sarm_mode", *sarm_training.MODES)
         cli.require(not self.sarm or self.distributed == "ddp", "--sarm is trained with --distributed ddp only")
-        cli.require(not self.sarm or self.merge or not self.lora_rank, "--sarm with --lora_rank needs --merge: its folder holds no adapters")
+        cli.require(not (self.sarm and self.lora_rank) or self.merge, "--sarm with --lora_rank needs --merge: no adapters in its folder")
         frozen = self.sarm and self.sarm_mode == "frozen" and (self.lora_rank or self.freeze_layers)
         cli.require(not frozen, "--sarm_mode frozen trains the head alone: it takes no --lora_rank and no --freeze_layers")
         cli.at_least(self, 1, "members")

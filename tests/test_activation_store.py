@@ -180,7 +180,7 @@ def ends_only(found):
 
 
 def test_sentence_ends_alone(lms, tmp_path, monkeypatch):
-    """Once an epoch each, in any order of texts, from the models or from a disk, which the activations of all tokens are not mistaken for."""
+    """Once an epoch each, in any order of texts, from the models or from a disk, which is not mistaken for that of all tokens."""
     monkeypatch.setattr(activation_store, "TOKENS_AT_ONCE", 20)
     tokens, expected = Tokens(ROWS, BOS, ENDS), ends_only(one_by_one(lms, ROWS, BOS))
     inner = [x for x in expected if x[1] < len(ROWS[x[0]]) - 1]

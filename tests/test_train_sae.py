@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_scripts import ENV, REPO, join, metrics, ranks, read_rows, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import train_sae
 from nanorlhf import cli, world
 from nanorlhf.activation_store import hold_out
 from nanorlhf.data import encode
 from nanorlhf.errors import InputError
-from nanorlhf.models import Policy, save_policy
+from nanorlhf.feature_rewards import check_feature_reward
+from nanorlhf.models import Policy, RewardModel, save_policy, save_reward_model
 from nanorlhf.sae import fvu
 from nanorlhf.sae_files import load_sae
 
@@ -156,6 +157,16 @@ def test_sentence_ends(base, tmp_path):
                 total += F.cross_entropy(lm(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum").item()
         handle.remove()
         assert summary[name] == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-4)
+
+
+def test_on_a_reward_model(base, tmp_path):
+    """One with a score head instead of an LM head has no LM losses to recover; what is trained is what feature rewards read."""
+    model = AutoModelForSequenceClassification.from_pretrained(base / "policy", num_labels=1)
+    save_reward_model(RewardModel(model), world.tokenizer(), str(tmp_path / "rm"))
+    options = {"model": str(tmp_path / "rm"), "base": "none", "layers": "1", "site": "residual", "steps": 2}
+    summary = train(base, tmp_path / "run", **options)["policy/1_residual"]
+    assert summary["loss"] is None and summary["loss_recovered"] is None and 0 < summary["fvu"] < 2
+    assert check_feature_reward(str(tmp_path / "rm"), str(tmp_path / "run/policy/1_residual")) == 64
 
 
 @pytest.mark.parametrize(
