@@ -84,7 +84,7 @@ def parse_edits(flag, texts):
 
 
 def causal(config):
-    """Edit latents and score held-out pairs and a pool again: changes, pairs and best-of-n choices that turn over, beside random latents.
+    """Edit latents and score held-out pairs and a pool again: what changes, pairs and best-of-n choices that turn over.
 
     Intervals: 95%, by the bootstrap over prompts, of paired changes. A tie counts as half right. Method: Zhang et al. 2025 (2508.08746).
     Pitfall: a control fires as often, but its values may be of another size, so that the same cap or floor does more or less to it.
@@ -251,7 +251,8 @@ def steer_table(summary, rows, shown=8):
     what = "latents " + " ".join(summary["edits"]) if summary["edits"] else "head weights " + " ".join(summary["weights"])
     lines = [f"\n{summary['reward_model']}, {what}:",
              f"  {summary['changed']} of {summary['texts']} texts change, by {summary['mean_change']:+.3f} on average; "
-             f"{summary['with_feature']} have the feature, {summary['unchanged_with']} of them do not change; {summary['changed_without']} change without it",
+             f"{summary['with_feature']} have the feature, {summary['unchanged_with']} of them do not change; "
+             f"{summary['changed_without']} change without it",
              f"  {'':8s}{'before':>8s}{'after':>8s}   {'z':10s} text"]  # fmt: skip
     for row in sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))[:shown]:
         z = " ".join(f"{x:.2f}" for x in row["latents"].values())

@@ -70,10 +70,11 @@ class LatentsConfig(TextsConfig):
 
 
 def latents(config):
-    """Head weight, differential and contribution of a reward model's latents, on pairs and on a policy's answers, and what they follow.
+    """Weight, differential and contribution of a reward model's latents, on pairs and a policy's answers, and what they follow.
 
     Intervals: 95%, by the bootstrap over prompts. A latent with a weight below 0 is punished already (penalising it is useless); of
-    those that raise the reward, one that the policy has exploited and that does not stand for quality is spurious.
+    those that raise the reward, one that the policy has exploited and that does not stand for quality is spurious. Pitfall: reward
+    training may leave a latent that detects a thing without weight, and reward it by way of the latents of quality: see `causal`.
     """
     asked = parse_ids(config.features)
     dist, folder, tokenizer, max_length = opened(config, asked)
@@ -230,6 +231,8 @@ def table(summary, rows, in_full):
         for context in row["contexts"] if in_full else ():
             text = " ".join(t.strip() for t in context["tokens"])
             lines.append(f"          > {context['side']:8s} z {context['z']:6.2f}  {text[-105:]}")
+    if rows and rows[0]["weight"] is not None:
+        lines.append("  A weight below 0: punished already. AUC below .50: the latent is larger where the token is absent.")
     return "\n".join(lines)
 
 
