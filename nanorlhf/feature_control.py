@@ -1,4 +1,8 @@
-"""Control of PPO's reward by features of its reward model: the flags --penalize_features, --clamp and --density_beta of train_ppo.py.
+r"""Control of PPO's reward by features of its reward model: the flags --penalize_features, --clamp and --density_beta of train_ppo.py.
+
+    python probe.py human_latents                                           the reference data, of runs/sarm
+    python train_ppo.py --reward_model runs/sarm --penalize_features 17 --tau q0.95 --alpha 0.5std \
+        --human_latents runs/human_latents.safetensors
 
     R = score(clamp(z)) - sum_i penalty_i(z_i) - beta clip(log p_policy(z) / p_human(z))
 
@@ -50,7 +54,7 @@ def check_flags(config):
     relative = [f"--tau {x}" for x, (_, r) in zip(config.tau, tau) if r] + [f"--alpha {x}" for x, (_, r) in zip(config.alpha, alpha) if r]
     relative += ["--density_beta"] if config.density_beta else []
     if relative:
-        require(config.human_latents, f"{relative[0]} compares with reference data: name them, --human_latents FILE (probe.py human_latents)")
+        require(config.human_latents, f"{relative[0]} compares with reference data: name --human_latents (probe.py human_latents)")
     else:
         require(not config.human_latents, "--human_latents is there for --tau qSHARE, --alpha Xstd and --density_beta: name one of them")
     if wanted(config):
@@ -143,7 +147,7 @@ class Control:
         return dict(zip(reward_names([spec]), [self.reward]))
 
     def read(self, parts):
-        """A list of Answers, one pass over each -> scores [b, 1], and {"latents": [b, F], "clamped": [b], the scores of clamped latents}."""
+        """A list of Answers, one pass over each -> scores [b, 1], {"latents": [b, F], "clamped": the scores with clamped latents [b]}."""
         with gathered(self.reward.module):
             found = self.dist.together(lambda: [self.reward.read_gathered(part, self.features, self.clamps) for part in parts])
         scores, latents, clamped = (torch.cat(values) for values in zip(*found))
@@ -166,7 +170,7 @@ class Control:
         return {"controlled": total, **terms}
 
     def log_ratio(self, latents):
-        """Clipped log p_policy / p_human, [B], of latents [B, F]: the first process's numbers, so that all have the same to the last bit."""
+        """Clipped log p_policy / p_human, [B], of latents [B, F]: the first process's numbers, so that all have the same bits."""
         x = self.density.log_ratio(latents[:, self.of_density].cpu())
         return self.dist.gather((x if self.dist.main else x[:0]).to(latents.device))
 

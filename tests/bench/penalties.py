@@ -135,7 +135,8 @@ def main():
                 base = scored(None)
                 turns.append({arm: (scored(control) - base) / step for arm, control in controls.items()})
             added = {arm: sorted(turn[arm] for turn in turns[1:]) for arm in ARMS}
-            result = {arm: {"added": round(statistics.median(x), 4), "from": round(x[0], 4), "to": round(x[-1], 4)} for arm, x in added.items()}
+            spread = {arm: (statistics.median(x), x[0], x[-1]) for arm, x in added.items()}
+            result = {arm: dict(zip(("added", "from", "to"), (round(v, 4) for v in x))) for arm, x in spread.items()}
             print(json.dumps({"bench": "penalties", "reward_model": name, "step_cpu_s": round(step, 3), **result}), flush=True)
 
 
