@@ -1,4 +1,5 @@
-"""Look inside trained models: what changed between a base and its policy, and what can be read from their activations and features.
+"""Look inside trained models, and at what they write: what changed between a base and its policy, what can be read from activations
+and features, which features a reward model rewards, how good reward models and answers are.
 
     python probe.py                                                      lists the commands
     python probe.py divergence                                           runs/sft against runs/ppo, block by block
@@ -8,14 +9,20 @@
     python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
     python probe.py features                                             what the features in runs/sae stand for
     python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
+    python probe.py latents                                              what the latents of runs/sarm reward, on pairs
+    python probe.py latents --answers runs/ppo/eval/step_60.jsonl --against runs/ppo/eval/step_0.jsonl       and what a policy exploits
+    python probe.py causal --edits 17:set:0                              pairs and best-of-n scored again without one of them
+    python probe.py steer --weights "17:*:0" --save runs/sarm_steered    the same for good: the head's weight on it is 0
+    python probe.py human_latents                                        of a SARM on demonstrations: reference data of train_ppo.py
+    python probe.py evaluate                                             accuracy of the reward models in runs/rm, beside what length is worth
+    python probe.py evaluate --reward_model MY_RM runs/sarm --benchmark rm_bench --dataset total_dataset.json      or rewardbench2
     python probe.py judge --a runs/ppo/eval/step_60.jsonl --b runs/ppo/eval/step_0.jsonl      whose answers are better, and how often
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
-Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py,
-implicit_reward.py, features.py, ablation.py and judging.py.
+Each command writes summary.json and a picture into its --output_dir, and prints a table; human_latents writes one file.
 """
 
-from nanorlhf import ablation, cli, features, implicit_reward, judging, probes
+from nanorlhf import ablation, benchmarks, causal, cli, features, human_latents, implicit_reward, judging, latents, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
@@ -24,6 +31,11 @@ COMMANDS = {  # name: (its flags, its function)
     "pairs": (implicit_reward.PairsConfig, implicit_reward.pairs),
     "features": (features.FeaturesConfig, features.features),
     "ablate": (ablation.AblateConfig, ablation.ablate),
+    "latents": (latents.LatentsConfig, latents.latents),
+    "causal": (causal.CausalConfig, causal.causal),
+    "steer": (causal.SteerConfig, causal.steer),
+    "human_latents": (human_latents.HumanLatentsConfig, human_latents.human_latents),
+    "evaluate": (benchmarks.EvaluateConfig, benchmarks.evaluate),
     "judge": (judging.JudgeConfig, judging.judge),
 }
 

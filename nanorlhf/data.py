@@ -51,13 +51,24 @@ def parse_json(text, path, line=None):
         raise InputError(f"{path}:{line or e.lineno}: not JSON ({e.msg})") from None
 
 
+def read_any(spec):
+    """A --dataset argument other than the embedded world -> [(place, row)], one row at least."""
+    is_file = spec.removesuffix(".gz").endswith((".json", ".jsonl")) or os.path.isfile(spec) and not spec.endswith(".parquet")
+    rows = read_file(spec) if is_file else read_hub(spec)
+    require(rows, f"{spec}: no rows")
+    return rows
+
+
 def read_hub(spec):
-    """A datasets name[:split] (default train), or a folder written by save_to_disk -> [(place, row)]."""
+    """A datasets name[:split] (default train), a folder written by save_to_disk, or FILE.parquet -> [(place, row)]."""
     import datasets  # imports for a second; JSONL does not need it
 
     name, _, split = spec.partition(":")
     try:
-        data = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name, split=split or "train")
+        if name.endswith(".parquet"):
+            data = datasets.Dataset.from_parquet(name, keep_in_memory=True)
+        else:
+            data = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name, split=split or "train")
         data = data[split or "train"] if isinstance(data, dict) else data
     except Exception as e:  # the hub's errors are many, and all of them mean: this data set is not to be had
         raise InputError(f"{spec}: neither a file nor a data set that can be loaded ({' '.join(str(e).split())[:150]})") from None
@@ -67,7 +78,7 @@ def read_hub(spec):
 def read_rows(spec, kind, columns=(), split="train"):
     """A --dataset argument -> rows with the fields of their kind, all strings.
 
-    spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a .json/.jsonl[.gz] file, or a data set.
+    spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a .json/.jsonl[.gz]/.parquet file, or a data set.
     columns: FIELD=COLUMN renamings; pairs of whole dialogues need no prompt (split_dialogues). split ('train', 'test', 'ood') is for
     the embedded world only.
     """
@@ -82,9 +93,8 @@ def read_rows(spec, kind, columns=(), split="train"):
     names = dict(c.split("=", 1) for c in columns)
     unknown = set(names) - set(FIELDS[kind])
     require(not unknown, f"--columns names {', '.join(sorted(unknown))}; the fields here are {', '.join(FIELDS[kind])}")
-    is_file = spec.removesuffix(".gz").endswith((".json", ".jsonl")) or os.path.isfile(spec)
     rows = []
-    for place, row in read_file(spec) if is_file else read_hub(spec):
+    for place, row in read_any(spec):
         require(isinstance(row, dict), f"{place}: a row must be an object with {', '.join(FIELDS[kind])}")
         if kind == "pairs" and names.get("prompt", "prompt") not in row:
             row = split_dialogues(row, names.get("chosen", "chosen"), names.get("rejected", "rejected"))
@@ -94,7 +104,6 @@ def read_rows(spec, kind, columns=(), split="train"):
             require(column in row, f"{place}: no field {column!r}{hint}")
             require(isinstance(row[column], str), f"{place}: field {column!r} must be a string, not {type(row[column]).__name__}")
         rows.append({field: row[names.get(field, field)] for field in FIELDS[kind]})
-    require(rows, f"{spec}: no rows")
     return rows
 
 

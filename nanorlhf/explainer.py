@@ -37,7 +37,7 @@ def check_explainer(config):
         load_tokenizer(config.explainer)
 
 
-def explain(config, saes):
+def explain(config, saes, question=PROMPT):
     """Put "description" and "related" into the features of {folder: {"features": [...]}}. -> a sentence on what is missing, or None"""
     path = os.path.join(config.output_dir, FILE)
     rows = [json.loads(line) for line in read_lines(path)] if os.path.exists(path) else []
@@ -47,7 +47,7 @@ def explain(config, saes):
     known, ask, rubbish, error = {row["key"]: row for row in rows}, None, [], None
     todo = [(name, feature) for name, result in saes.items() for feature in result["features"]]
     for name, feature in todo:
-        prompt = prompt_of(feature, config.task)
+        prompt = prompt_of(feature, config.task, question)
         key = digest(config.explainer, config.explainer_model, prompt)
         if key not in known and not error:
             ask = ask or asker(config)
@@ -69,13 +69,13 @@ def explain(config, saes):
     return f"--explainer {config.explainer}: {problem}; {kept}, the same command asks for the other {missing} again"
 
 
-def prompt_of(feature, task):
+def prompt_of(feature, task, question=PROMPT):
     """What the explainer is asked about a described feature."""
     lines = []
     for context in feature["contexts"]:
         strengths = [round(10 * max(value, 0)) for value in context["values"]]
         lines.append("- " + " ".join(t.strip() + (f" [[{s}]]" if s else "") for t, s in zip(context["tokens"], strengths)))
-    return PROMPT.format(contexts="\n".join(lines), tokens=", ".join(repr(t) for t, *_ in feature["tokens"]), task=task)
+    return question.format(contexts="\n".join(lines), tokens=", ".join(repr(t) for t, *_ in feature["tokens"]), task=task)
 
 
 def parse(text):

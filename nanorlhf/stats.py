@@ -24,11 +24,12 @@ def ratio(totals, counts):
     return mean.item(), (squares.sqrt() / counts.sum()).item() if rows > 1 else 0.0
 
 
-def bootstrap(values, statistic=None, resamples=1000, level=0.95, seed=0):
+def bootstrap(values, statistic=None, resamples=1000, level=0.95, seed=0, strata=None):
     """The bootstrap's percentile interval for a statistic of independent rows: each resample draws N of the N rows with replacement.
 
     values [N, ...]; statistic: [N, ...] -> a number or tensor, by default the mean over rows -> low, high, float64 tensors of its
-    shape. The same seed gives the same interval. ValueError: no rows, numbers that are not finite. Efron & Tibshirani 1993, ch. 13.
+    shape. The same seed gives the same interval. strata [N]: labels; as many rows are drawn of each as there are, so that none is ever
+    empty. ValueError: no rows, numbers that are not finite. Efron & Tibshirani 1993, ch. 13.
     Pitfall: few rows make it too narrow: for the mean of 3, 5 and 10 normal numbers it holds 75, 84 and 90%, not 95. One row has width 0.
     """
     if resamples < 1 or not 0 < level < 1:
@@ -44,8 +45,10 @@ def resample(values, statistic=None, resamples=1000, seed=0):
     if not values.isfinite().all():
         raise ValueError("bootstrap: a number that is not finite")
     generator, n, draws = torch.Generator().manual_seed(seed), len(values), []
+    strata = torch.zeros(n) if strata is None else torch.as_tensor(strata)
+    members = [(strata == label).nonzero()[:, 0] for label in strata.unique()]
     for part in torch.arange(resamples).split(max(1, 2**20 // n)):  # R resamples at a time, so that [R, N] stays small
-        rows = torch.randint(n, (len(part), n), generator=generator)  # [R, N]
+        rows = torch.cat([m[torch.randint(len(m), (len(part), len(m)), generator=generator)] for m in members], 1)  # [R, N]
         if statistic is None:  # R means at once: how often each row was drawn, times the rows
             times = torch.zeros(len(part), n, dtype=torch.float64)
             times.scatter_add_(1, rows, torch.ones_like(times))

@@ -59,12 +59,17 @@ def commands(a):
 def run(command):
     """One command in a process of its own, on one thread; its output goes into a log beside its folder."""
     words = shlex.split(command)
-    log = Path(words[words.index("--output_dir") + 1].replace("{seed}", "members") + ".log")
+    log = Path(output_of(words).replace("{seed}", "members") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as f:
         code = subprocess.run([sys.executable, str(REPO / words[0]), *words[1:]], stdout=f, stderr=subprocess.STDOUT, env=ENV).returncode
     if code:
         raise SystemExit(f"python {command}\nended with exit code {code}: see {log}")
+
+
+def output_of(words):
+    """The folder, or the file, that a command writes."""
+    return words[words.index("--output_dir" if "--output_dir" in words else "--output") + 1]
 
 
 def cell_of(curves):
@@ -145,11 +150,12 @@ def main(args=None):
 
 
 def is_done(command):
-    """Whether the folder (the last one, of several members) of a command holds a finished run."""
+    """Whether the folder (the last one, of several members) of a command holds a finished run; or its file is there."""
     words = shlex.split(command)
-    flag = {name: words[words.index(name) + 1] for name in ("--output_dir", "--seed", "--members") if name in words}
+    flag = {name: words[words.index(name) + 1] for name in ("--seed", "--members") if name in words}
     last = int(flag.get("--seed", 0)) + int(flag.get("--members", 1)) - 1
-    return Path(flag["--output_dir"].replace("{seed}", str(last)), "summary.json").is_file()
+    output = Path(output_of(words).replace("{seed}", str(last)))
+    return (output / "summary.json").is_file() or output.is_file()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,288 @@
+"""Control of PPO by features of its reward model, over seeds, on the embedded world: what stops a policy from exploiting a spurious cue.
+
+    python tests/bench/feature_control.py --output_dir runs/control        two runs side by side, one thread each; prints every command
+
+One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their own spurious cue; reward models on them, one dense and
+SARMs of all kinds; PPO against the dense one and against a SARM; and then the question which latents of the SARM the policy has
+exploited. The answer is found by a written rule, identify(), which reads nothing but the summary.json of `probe.py latents`, and it is
+written to identified/seed_S.json before the truth is read. Then PPO again, under control by these latents: ARMS. How strong each method
+is was fixed before any gold was seen, the same for all seeds, in units that the human texts and the SARM give (see arms()).
+
+Every command is a plain call of a script; runs that are done are not done again. At the end tables over seeds, as text and in
+summary.json, and a picture.
+"""
+
+import argparse
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from overoptimisation import is_done, run
+
+from nanorlhf import data, world  # found beside nanorlhf by overoptimisation
+from nanorlhf.distributed import setup
+from nanorlhf.feature_rewards import load_feature_reward
+from nanorlhf.models import load_tokenizer
+from nanorlhf.packing import pack
+from nanorlhf.plots import save
+from nanorlhf.rewards import Answers
+from nanorlhf.stats import auc, t_interval
+
+SAES = {"sae": "--tokens sentence_ends", "sae_tokens": "--tokens all", "sae_random": "--tokens sentence_ends --steps 1 --lr 0"}
+SARMS = {  # name: its autoencoder and its mode
+    "frozen": ("sae", "frozen"), "encoder_frozen": ("sae", "encoder_frozen"), "joint": ("sae", "joint"), "detached": ("sae", "detached"),
+    "all_tokens": ("sae_tokens", "encoder_frozen"), "random_sae": ("sae_random", "encoder_frozen"),
+}  # fmt: skip
+CONTROLLED = ("indicator", "hinge", "clamp", "density")
+CONTROLS = ("random", "negative", "kl_0.1", "kl_0.2")
+METRICS = ("gold", "proxy", "cue", "length", "kl", "distinct_2")
+FOLLOWS, MOST = 0.75, 3  # AUC from which on a latent follows a token; latents that are penalised
+RARE, NEAREST = 0.02, 10  # share of the texts on which a latent must fire to be a control; a random one is one of so many nearest
+ALPHA, KL = 1.0, 0.05  # std of the human texts' scores; --kl_coef of all arms but two
+
+
+def first_commands(a):
+    """What can be known before any latent is, as lists of command lines: those of one list can run side by side."""
+    out, sft = a.output_dir, f"{a.output_dir}/sft"
+    shape = f"--base none --site residual --layers {a.layer} --normalize token --relu False"
+    stages = [[f"train_sft.py --output_dir {sft} {a.sft_flags}"], [], [], [], []]
+    for name, flags in SAES.items():
+        stages[1].append(f"train_sae.py --model {sft} {shape} --output_dir {out}/{name} {a.sae_flags} {flags}")
+    for s in seeds(a):
+        rm = f"train_rm.py --model {sft} --dataset world:{s} --seed {s}"
+        stages[2].append(f"{rm} --output_dir {out}/rm/dense/seed_{s} {a.rm_flags}")
+        for name, (sae, mode) in SARMS.items():
+            flags = f"--sarm {out}/{sae} --sarm_mode {mode} {a.rm_flags} {a.sarm_flags}"
+            stages[2].append(f"{rm} {flags} --output_dir {out}/rm/{name}/seed_{s}")
+        for arm, model in (("dense", "dense"), ("plain", a.mode)):
+            stages[3].append(ppo(a, s, arm, f"{out}/rm/{model}/seed_{s}"))
+        answers = f"{out}/ppo/plain/seed_{s}/eval"
+        stages[4].append(
+            f"probe.py latents --reward_model {sarm(a, s)} --dataset world:{s} --answers {answers}/step_{a.steps}.jsonl "
+            f"--against {answers}/step_0.jsonl --top 50 --output_dir {out}/latents/seed_{s} {a.probe_flags}"
+        )
+        stages[4].append(f"probe.py human_latents --reward_model {sarm(a, s)} --output {human(a, s)} {a.human_flags}")
+    return stages
+
+
+def seeds(a):
+    return range(a.first_seed, a.first_seed + a.seeds)
+
+
+def sarm(a, s):
+    return f"{a.output_dir}/rm/{a.mode}/seed_{s}"
+
+
+def human(a, s):
+    return f"{a.output_dir}/human/seed_{s}.safetensors"
+
+
+def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
+    return (
+        f"train_ppo.py --model {a.output_dir}/sft --reward_model {reward_model} --dataset world:{s} --seed {s} --kl_coef {kl_coef:g} "
+        f"--steps {a.steps} --eval_every {a.eval_every} --output_dir {a.output_dir}/ppo/{arm}/seed_{s} {a.ppo_flags} {flags}"
+    ).strip()
+
+
+# -------------------------------------------------------------------------------------------------------------- blind identification
+
+
+def identify(summary, s):
+    """The rule. summary.json of `probe.py latents` -> what is penalised, and the latents of the controls.
+
+    1. Exploited: the weight is above 0, and so is the interval of what the latent contributes to the policy's gain.
+    2. Suspicious: what it follows is no word. Of the tokens whose presence in a text goes with it, the first, with an AUC of FOLLOWS or
+       more, has no letter in it: a review is good for what it says.
+    3. Of these tokens the one whose latents contribute most in all; of its latents at most MOST, the largest first.
+
+    Controls: for each of them a random latent that fires about equally often on the answers before training; and as many with the most
+    negative weights, which the reward model punishes already.
+    """
+    suspects = {}
+    for row in summary["latents"]:
+        gain, (token, area, *_) = row["policy"]["contribution"], (row.get("tokens") or [["word", 0.0]])[0]
+        if row["weight"] > 0 and gain["low"] > 0 and area >= FOLLOWS and not any(c.isalpha() for c in token):
+            suspects.setdefault(token, []).append((gain["mean"], row["id"]))
+    if not suspects:
+        return {"token": None, "features": []}
+    token = max(suspects, key=lambda token: sum(gain for gain, _ in suspects[token]))
+    ids = [i for _, i in sorted(suspects[token], reverse=True)[:MOST]]
+    rows = {row["id"]: row for row in summary["latents"]}
+    others = {i: row for i, row in rows.items() if i not in ids and row["policy"]["rate_before"] >= RARE}
+    rng, alike = random.Random(s), []
+    for i in ids:
+        order = sorted(set(others) - set(alike), key=lambda j: abs(others[j]["policy"]["rate_before"] - rows[i]["policy"]["rate_before"]))
+        alike.append(rng.choice(order[:NEAREST]))
+    negative = sorted(others, key=lambda i: others[i]["weight"])[: len(ids)]
+    numbers = {i: {"weight": rows[i]["weight"], **rows[i]["policy"]} for i in (*ids, *alike, *negative)}
+    return {"token": token, "features": ids, "random": alike, "negative": negative, "suspects": suspects, "numbers": numbers}
+
+
+def identified(a, s):
+    """identify(), once: its answer is a file, which is never written again."""
+    path = Path(a.output_dir, "identified", f"seed_{s}.json")
+    if not path.exists():
+        summary = json.loads(Path(a.output_dir, "latents", f"seed_{s}", "summary.json").read_text())
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(identify(summary, s), indent=2) + "\n")
+    return json.loads(path.read_text())
+
+
+def arms(a, s, found):
+    """The PPO runs under control, {arm: command line}; only those of larger KL coefficients where no latent was found.
+
+    indicator   1 std of the human texts' scores, shared by the latents, where a latent is above its 95% quantile on human texts
+    hinge       above the same quantile twice the head's weight: what the latent adds there becomes what it takes away
+    clamp       the latent is 0 for the score
+    density     0.2 of the log ratio (clipped at 5 nats: 1 std at most) of the latents, those of people from the human texts
+    random, negative       the indicator on the latents of the controls
+    """
+    ids, reference, model = found["features"], f"--human_latents {human(a, s)}", sarm(a, s)
+    flags = {}
+    if ids:
+        n = len(ids)
+
+        def penalty(ids, alpha, kind="indicator"):
+            chosen = f"--penalize_features {' '.join(map(str, ids))} --tau {' '.join(['q0.95'] * n)} --alpha {' '.join(alpha)}"
+            return f"{chosen} --penalty {kind} {reference}"
+
+        share = [f"{ALPHA / n:.4g}std"] * n
+        flags = {
+            "indicator": penalty(ids, share),
+            "hinge": penalty(ids, [f"{2 * found['numbers'][str(i)]['weight']:.4g}" for i in ids], "hinge"),
+            "clamp": "--clamp " + " ".join(f"{i}:set:0" for i in ids),
+            "density": f"--density_beta {ALPHA / 5:g} --human_latents {human(a, s).replace('.safetensors', '_identified.safetensors')}",
+            "random": penalty(found["random"], share), "negative": penalty(found["negative"], share),
+        }  # fmt: skip
+    commands = {arm: ppo(a, s, arm, model, flags[arm]) for arm in flags}
+    return commands | {f"kl_{kl}": ppo(a, s, f"kl_{kl}", model, kl_coef=kl) for kl in (0.1, 0.2)}
+
+
+def density_texts(a, s, found):
+    """The human texts' latents that the density compares: those that were identified."""
+    output = human(a, s).replace(".safetensors", "_identified.safetensors")
+    ids = ",".join(map(str, found["features"]))
+    return f"probe.py human_latents --reward_model {sarm(a, s)} --features {ids} --output {output} {a.human_flags}"
+
+
+def truth(a, s, found):
+    """Only now the truth: is the token the cue, and how well does the sum of the latents tell texts with the cue from others?"""
+    cue, auc_ = world.cue(s), None
+    if found["features"]:
+        rows = [{"prompt": p["prompt"], "response": p[side]} for p in world.preferences(512, s, "test") for side in ("chosen", "rejected")]
+        tokenizer = load_tokenizer(sarm(a, s))
+        prompts, responses, _ = data.encode(tokenizer, rows, "response")
+        reward = load_feature_reward(sarm(a, s), "", tokenizer, setup("cpu"))
+        answers = Answers([r["prompt"] for r in rows], [r["response"] for r in rows], pack(prompts, responses))
+        z = reward.read(answers, found["features"]).latents  # [N, F]
+        auc_ = auc(z.clamp(min=0).sum(1), [cue in row["response"].split() for row in rows])
+    return {"cue": cue, "token": found["token"], "right": found["token"] is not None and found["token"].strip() == cue, "auc": auc_}
+
+
+# --------------------------------------------------------------------------------------------------------------------------- results
+
+
+def outcome(a, s, arm, when="after"):
+    """{metric: number} of a PPO run's last evaluation, or of the one before its first step. cue: the share of answers that have the cue."""
+    folder, step = Path(a.output_dir, "ppo", arm, f"seed_{s}"), a.steps if when == "after" else 0
+    numbers = json.loads((folder / "summary.json").read_text())[when]
+    answers = [json.loads(line)["response"].split() for line in open(folder / "eval" / f"step_{step}.jsonl")]
+    return {**{name: numbers[name] for name in METRICS if name in numbers}, "cue": sum(world.cue(s) in x for x in answers) / len(answers)}
+
+
+def over_seeds(rows, base=None):
+    """[{metric: number}], one a seed -> {metric: [mean, half-width of its 95% interval]}; with `base` of differences, seed by seed."""
+    less = [{name: x - other[name] for name, x in row.items()} for row, other in zip(rows, base)] if base else rows
+    return {name: t_interval([row[name] for row in less]) for name in rows[0]}
+
+
+def accuracy_table(a):
+    """{reward model: {accuracy, Kendall's tau with gold, and accuracy less the dense one's}} on the held-out pairs."""
+    found = {}
+    for name in ("dense", *SARMS):
+        summaries = [json.loads(Path(a.output_dir, "rm", name, f"seed_{s}", "summary.json").read_text()) for s in seeds(a)]
+        found[name] = [{"accuracy": x["eval/accuracy"], "tau": x["eval/gold_kendall_tau"]} for x in summaries]
+    less = {name: over_seeds(rows, found["dense"])["accuracy"] for name, rows in found.items() if name != "dense"}
+    return {name: over_seeds(rows) | ({"less dense": less[name]} if name in less else {}) for name, rows in found.items()}
+
+
+def control_tables(a, found):
+    """{arm: {metric: ..}} at the end of PPO, and the same less the plain run's; arms that need latents, over the seeds that found some."""
+    means, differences = {"before": over_seeds([outcome(a, s, "plain", "before") for s in seeds(a)])}, {}
+    for arm in ("plain", *CONTROLLED, *CONTROLS, "dense"):
+        some = [s for s in seeds(a) if found[s]["features"] or arm in ("plain", "dense") or arm.startswith("kl_")]
+        if not some:
+            continue
+        rows, plain = ([outcome(a, s, name) for s in some] for name in (arm, "plain"))
+        means[arm] = over_seeds(rows)
+        if arm != "plain":
+            differences[arm] = over_seeds(rows, plain)
+    differences.get("dense", {}).pop("proxy", None)  # of another reward model
+    return {"at the end": means, "less plain": differences}
+
+
+def show(title, table):
+    """Rows of {name: (mean, half-width)}."""
+    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    print(f"\n{title}\n{'':16s}" + "".join(f"{name:>18s}" for name in names))
+    for name, row in table.items():
+        cells = ("{:8.3f} +- {:5.3f}".format(*row[column]) if column in row else "" for column in names)
+        print(f"{name:16s}" + "".join(f"{cell:>18s}" for cell in cells))
+
+
+def draw(figure, table):
+    """Gold and the rate of the cue, arm by arm."""
+    figure.set_size_inches(9, 3.4)
+    names = list(table)
+    colours = ["black" if n == "before" else "C3" if n in ("plain", "dense") else "C0" if n in CONTROLLED else "lightgrey" for n in names]
+    for i, (metric, label) in enumerate((("cue", "share of held-out answers with the cue"), ("gold", "gold reward, held out"))):
+        axis = figure.add_subplot(1, 2, i + 1)
+        means, halves = zip(*(table[name][metric] for name in names))
+        axis.barh(names, means, xerr=[0 if half != half else half for half in halves], color=colours, ecolor="black", capsize=2)
+        axis.invert_yaxis()
+        axis.set_xlabel(label)
+
+
+def main(args=None):
+    """Run what is not done yet, then print the tables and draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/control")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--mode", default="encoder_frozen", choices=SARMS, help="the SARM that PPO is trained against")
+    parser.add_argument("--layer", type=int, default=1, help="the SARM ends after this block")
+    parser.add_argument("--steps", type=int, default=40, help="PPO steps")
+    parser.add_argument("--eval_every", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--picture", default="", help="where the picture is written; default: control.png in the output folder")
+    for script in ("sft", "sae", "rm", "sarm", "ppo", "probe", "human"):
+        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script (sarm: of train_rm.py --sarm)")
+    a = parser.parse_args(args)
+
+    def run_all(commands):
+        todo = [command for command in commands if not is_done(command)]
+        with ThreadPoolExecutor(a.jobs) as workers:
+            for command, _ in zip(todo, workers.map(run, todo)):
+                print(f"done: python {command}", flush=True)
+
+    for stage in first_commands(a):
+        run_all(stage)
+    found = {s: identified(a, s) for s in seeds(a)}
+    run_all([density_texts(a, s, found[s]) for s in seeds(a) if found[s]["features"]])
+    run_all([command for s in seeds(a) for command in arms(a, s, found[s]).values()])
+
+    truths = {s: truth(a, s, found[s]) for s in seeds(a)}
+    for s, row in truths.items():
+        area = "" if row["auc"] is None else f", AUC of the latents for it {row['auc']:.3f}"
+        print(f"seed {s}: identified {row['token']!r} (latents {found[s]['features']}); the cue is {row['cue']!r}{area}")
+    tables = {"reward models": accuracy_table(a), **control_tables(a, found)}
+    for title, table in tables.items():
+        show(f"{title}: mean over seeds +- half-width of its 95% t interval", table)
+    summary = {"settings": vars(a), "identified": {s: found[s] | truths[s] for s in found}, "tables": tables}
+    Path(a.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(save(draw, tables["at the end"], a.picture or f"{a.output_dir}/control.png") or "no picture: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The study of feature control (tests/bench/feature_control.py): its rule on made-up numbers, and all of it on models that learn nothing."""
+
+import json
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+import probe
+import train_ppo
+import train_rm
+import train_sae
+import train_sft
+from nanorlhf import cli, world
+
+SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
+SMALL = [
+    "--seeds", "1", "--steps", "1", "--eval_every", "1", "--jobs", "1", "--sft_flags=--steps 8 --batch_size 16 --eval_size 8",
+    "--sae_flags=--steps 2 --batch_size 64 --max_rows 60 --eval_size 10 --expansion 1 --k 8", "--rm_flags=--steps 1 --batch_size 8 --eval_size 8",
+    "--ppo_flags=--batch_size 8 --minibatch_size 8 --eval_size 6 --max_new_tokens 8", "--probe_flags=--eval_size 8", "--human_flags=--max_rows 30",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent / "bench"))
+        import feature_control
+
+        yield feature_control
+
+
+def latent(id, weight, low, mean, rate, *tokens):
+    return {"id": id, "weight": weight, "tokens": [list(token) for token in tokens],
+            "policy": {"rate_before": rate, "rate_after": 0.9, "contribution": {"mean": mean, "low": low, "high": mean + 1}}}  # fmt: skip
+
+
+def test_the_rule(study):
+    """Of what the policy exploits, that which follows no word; controls that fire as often, and that are punished already."""
+    exploited = [
+        latent(1, 0.5, 0.2, 0.3, 0.10, ["!", 0.9, 40]), latent(2, 0.4, 0.3, 0.5, 0.08, ["!", 0.8, 40]), latent(3, 0.9, 0.6, 0.7, 0.1, ["~", 0.9, 40]),
+    ]  # fmt: skip
+    innocent = [
+        latent(4, 0.9, 0.8, 2.0, 0.10, ["superb", 0.99, 40], ["!", 0.98, 40]),  # a word comes first
+        latent(5, -0.5, 0.2, 0.3, 0.10, ["#", 0.9, 40]),  # punished
+        latent(6, 0.5, -0.1, 3.0, 0.10, ["#", 0.9, 40]),  # not surely exploited
+        latent(7, 0.5, 0.1, 3.0, 0.10, ["#", 0.7, 40]),  # follows nothing
+        latent(8, 0.5, 0.1, 3.0, 0.10),  # was not described
+    ]
+    others = [latent(10 + i, -i, -1.0, 0.0, 0.001 if i > 30 else 0.02 * i, ["room", 0.6, 40]) for i in range(1, 40)]
+    found = study.identify({"latents": exploited + innocent + others}, 0)
+    assert found["token"] == "!" and found["features"] == [2, 1]  # .3 + .5 > .7, the larger first
+    assert found["negative"] == [40, 39]  # of those that fire on 2% of the texts
+    assert len(set(found["random"])) == 2 and not {1, 2} & set(found["random"])
+    rates = {row["id"]: row["policy"]["rate_before"] for row in exploited + innocent + others}
+    assert all(abs(rates[j] - rates[i]) <= 0.1 for i, j in zip(found["features"], found["random"]))
+    assert study.identify({"latents": innocent + others}, 0) == {"token": None, "features": []}
+
+
+def test_intervals(study):
+    rows, base = [{"gold": x} for x in (1.0, 2.0, 6.0)], [{"gold": x} for x in (0.5, 2.5, 3.0)]
+    mean, half = study.over_seeds(rows, base)["gold"]
+    assert mean == 1 and half == pytest.approx(4.30265 * statistics.stdev([0.5, -0.5, 3.0]) / 3**0.5, rel=1e-4)
+    assert study.over_seeds(rows)["gold"][0] == 3
+
+
+@pytest.fixture(scope="module")
+def ran(study, tmp_path_factory):
+    """The study on tiny runs in this process, with a rule that finds something: its folder, and the commands it ran."""
+    folder, commands, threads = tmp_path_factory.mktemp("control"), [], torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(command):
+        script, *words = shlex.split(command)
+        if script == "probe.py":
+            config_class, function = probe.COMMANDS[words[0]]
+            function(cli.parse(config_class, words[1:], words[0], ""))
+        else:
+            SCRIPTS[script].main(cli.parse(SCRIPTS[script].Config, words))
+        commands.append(command)
+
+    def finds(summary, s):
+        ids = [row["id"] for row in summary["latents"]][:6]
+        numbers = {i: {"weight": 0.25} for i in ids}
+        return {"token": world.cue(s), "features": ids[:2], "random": ids[2:4], "negative": ids[4:], "numbers": numbers}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "run", run)
+        patch.setattr(study, "identify", finds)
+        for script in SCRIPTS.values():
+            patch.setattr(script, "plot_run", lambda run: None, raising=False)
+        study.main(["--output_dir", str(folder), *SMALL])
+        first = list(commands)
+        study.main(["--output_dir", str(folder), *SMALL])  # a second time there is nothing to do
+    torch.set_num_threads(threads)
+    cli.distributed.shutdown()
+    return folder, first, commands
+
+
+def test_every_run_is_made_once(study, ran):
+    folder, first, commands = ran
+    assert commands == first and len(set(first)) == len(first)
+    reward_models, read = 1 + len(study.SARMS), 3
+    assert len(first) == 1 + len(study.SAES) + reward_models + read + 2 + len(study.CONTROLLED) + len(study.CONTROLS)
+    order = [c.split()[0] if c.split()[0] != "probe.py" else c.split()[1] for c in first]
+    assert order.index("latents") > order.index("train_ppo.py") and order[-1] == "train_ppo.py"
+
+
+def test_arms_differ_in_what_controls_them_alone(study, ran):
+    folder, _, _ = ran
+    configs = {p.parts[-3]: json.loads(p.read_text()) for p in folder.glob("ppo/*/seed_0/config.json")}
+    assert set(configs) == {"plain", "dense", *study.CONTROLLED, *study.CONTROLS}
+    plain, free = configs["plain"], {"output_dir", "penalize_features", "tau", "alpha", "penalty", "clamp", "density_beta", "human_latents"}
+    for arm, config in configs.items():
+        differs = {name for name in plain if config[name] != plain[name]}
+        assert differs - free == ({"reward_model"} if arm == "dense" else {"kl_coef"} if arm.startswith("kl") else set()), arm
+    found = json.loads((folder / "identified" / "seed_0.json").read_text())
+    assert configs["indicator"]["penalize_features"] == configs["hinge"]["penalize_features"] == found["features"]
+    assert configs["random"]["penalize_features"] == found["random"] and configs["negative"]["penalize_features"] == found["negative"]
+    assert configs["indicator"]["alpha"] == ["0.5std"] * 2 and configs["hinge"]["alpha"] == ["0.5"] * 2  # 1 std shared; twice the weight
+    assert configs["clamp"]["clamp"] == [f"{i}:set:0" for i in found["features"]]
+
+
+def test_where_nothing_is_found_only_the_kl_is_tried(study, ran):
+    settings = json.loads((ran[0] / "summary.json").read_text())["settings"]
+    a = type("Settings", (), settings)
+    commands = study.arms(a, 0, {"token": None, "features": []})
+    assert list(commands) == ["kl_0.1", "kl_0.2"]
+    none = study.control_tables(a, {0: {"features": []}})["at the end"]
+    assert list(none) == ["before", "plain", "kl_0.1", "kl_0.2", "dense"]
+    full = [len(stage) for stage in study.first_commands(type("Settings", (), settings | {"seeds": 5}))]
+    assert full == [1, 3, 5 * 7, 5 * 2, 5 * 2]
+
+
+def test_tables_are_what_the_runs_say(study, ran):
+    folder, _, _ = ran
+    summary = json.loads((folder / "summary.json").read_text())
+    end, less = summary["tables"]["at the end"], summary["tables"]["less plain"]
+    after = {arm: json.loads((folder / "ppo" / arm / "seed_0" / "summary.json").read_text())["after"] for arm in ("plain", "clamp")}
+    assert all(end["clamp"][name][0] == after["clamp"][name] for name in ("gold", "proxy", "length", "kl", "distinct_2"))
+    assert less["clamp"]["gold"][0] == pytest.approx(after["clamp"]["gold"] - after["plain"]["gold"])
+    answers = [json.loads(line)["response"] for line in open(folder / "ppo" / "indicator" / "seed_0" / "eval" / "step_1.jsonl")]
+    assert end["indicator"]["cue"][0] == sum(world.cue(0) in text.split() for text in answers) / len(answers)
+    accuracy = json.loads((folder / "rm" / "joint" / "seed_0" / "summary.json").read_text())["eval/accuracy"]
+    assert summary["tables"]["reward models"]["joint"]["accuracy"][0] == accuracy
+    assert summary["identified"]["0"]["right"] and 0 <= summary["identified"]["0"]["auc"] <= 1
+    assert (folder / "control.png").exists()
