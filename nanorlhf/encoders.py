@@ -29,6 +29,7 @@ def sentence_encoder(path, device="cpu"):
     token becomes the padding token. Reimers & Gurevych 2019, 1908.10084.
     Pitfall: a model that was not trained on sentences puts all of them close together.
     """
+    check_model(path)
     model, tokenizer = pretrained(AutoModel, path, new_head=True).to(device), padding_tokenizer(path)
 
     def mean_pooled(inputs):
