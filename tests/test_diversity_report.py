@@ -158,6 +158,8 @@ def test_equal_sets():
     ragged = rows_of(a)
     ragged[2]["responses"] = ragged[2]["responses"][:2]
     assert equal_sets({"a": grouped(ragged)}) == {"a": [row[:2] for row in a]}
+    ragged[4]["responses"] = ragged[4]["responses"][:1]
+    assert equal_sets({"a": grouped(ragged), "b": grouped(rows_of(b))}) == {"a": [row[:1] for row in a], "b": b}
 
 
 def test_compare():
