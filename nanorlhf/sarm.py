@@ -98,11 +98,11 @@ class SARM(nn.Module):
         features, edits = checked(features, edits, self.sae.m)
         values, ids = self.code(self.pooled(batch))
         scores = self.weighted(values, ids)  # [B]
-        z = columns(values, ids, list(edits)).double()  # [B, E]
+        latents = dense(values, ids, self.sae.m)  # [B, M]
+        z = latents[:, list(edits)].double()  # [B, E]
         w = self.score.weight[0, list(edits)].double()
         edited = scores + (edit_latents(z, list(edits.values())) - z) @ w
-        latents = columns(values, ids, features) if features is not None else dense(values, ids, self.sae.m)
-        return Reading(scores.float(), latents, edited.float())
+        return Reading(scores.float(), latents if features is None else latents[:, features], edited.float())
 
     @torch.no_grad()
     def standardise(self, mean, std):
@@ -221,9 +221,12 @@ class WithSAE(nn.Module):
                 new[at] += steps.to(output.dtype)
                 return new
 
-            with replaced(lm, self.place, moved):
-                again = self.reward_model(batch)
-            edited = torch.where((change != 0).any(1), again, scores)
+            rows = (change != 0).any(1).nonzero()[:, 0]  # the others need no second forward
+            if len(rows):
+                part, steps, edited = batch.rows(rows), steps[rows], scores.clone()
+                at = torch.arange(len(rows), device=rows.device), part.lengths - 1
+                with replaced(lm, self.place, moved):
+                    edited[rows] = self.reward_model(part)
         return Reading(scores, z if features is None else z[:, features], edited)
 
 
@@ -248,12 +251,6 @@ def checked(features, edits, m):
         if not 0 <= i < m:
             raise InputError(f"feature {i}: there are the features 0 to {m - 1}")
     return features, edits
-
-
-def columns(values, ids, features):
-    """The latents of `features` from their sparse form: values, ids [B, k] -> [B, F], 0 where one is not among the k."""
-    wanted = torch.tensor(features, dtype=torch.long, device=ids.device)
-    return (values[:, :, None] * (ids[:, :, None] == wanted)).sum(1)
 
 
 def dense(values, ids, m):
