@@ -28,7 +28,8 @@ from .errors import InputError, first_line
 from .fsdp import gathered
 from .models import RewardModel, check_model, context_length, load_tokenizer, pretrained, resolve
 from .packing import Packed, pack
-from .sarm import SARM, check_sarm, is_sarm
+from .sarm import SARM, is_sarm
+from .sarm_files import check_sarm
 
 
 @dataclass

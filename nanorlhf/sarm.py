@@ -6,37 +6,27 @@
 
 z is the latents of a *text*: those at its pooled token (the last real one, EOS included), and of no other. Reward, readings, edits and
 penalties all speak of these. No [B, T, M] is ever built, and of [B, M] only the encoder's pre-activations, of a few hundred rows at a
-time. Folders have the layout of the public checkpoints (the names below, config.json with sarm_param), so those load here, without any
-code of theirs.
-
-    model.* (Llama's; another LM: its own prefix)   the embeddings, the first L blocks, and the final norm, which is never applied
-    sae.pre_bias [D]   sae.latent_bias [M]   sae.encoder.weight [M, D]   sae.decoder.weight [D, M]   score.weight [1, M]
+time. Folders have the layout of the public checkpoints (sarm_files.py), so those load here, without any code of theirs.
 """
 
 import contextlib
-import copy
-import json
 import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
-from transformers.utils import cached_file
 
 from .activations import captured, replaced
 from .adapters import is_adapter
 from .blocks import block_list
-from .errors import InputError, first_line
+from .errors import InputError
 from .models import check_model, pretrained, resolve
 from .penalties import edit_latents
-from .sae import TopKSAE
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-OLD_KEYS = {"sae_source_layer": "sae_hidden_state_source_layer", "sarm_use_activation": "sarm_use_topk"}
+from .sarm_files import WEIGHTS, check_sarm, check_tensors, new_sae, shortened
 
 
 class Reading(NamedTuple):
@@ -85,9 +75,17 @@ class SARM(nn.Module):
         w = self.score.weight[0][ids]  # [B, k]
         return (values.double() * w.double()).sum(1) - getattr(self.config, "reward_mean", 0.0)
 
-    def forward(self, batch):
-        """Packed rows -> scores [B], float32."""
-        return self.weighted(*self.code(self.pooled(batch))).float()
+    def forward(self, batch, reconstruct=False):
+        """Packed rows -> scores [B], float32; with `reconstruct` also ||x - x^||^2 / D of each h, [B], without a gradient to the LM."""
+        h = self.pooled(batch)
+        scores = self.weighted(*self.code(h)).float()
+        return (scores, self.error(h.detach())) if reconstruct else scores
+
+    def error(self, h):
+        """||x - x^||^2 / D of h [B, D], in standardised units: [B]."""
+        with torch.autocast(h.device.type, enabled=False):
+            x = self.sae.standardise(h.float(), *self.sae.moments(h.float()))
+            return (x - self.sae.sparse_decode(*self.sae.sparse_code(x))).square().mean(1)
 
     @torch.no_grad()
     def read(self, batch, features=None, edits=None):
@@ -141,11 +139,38 @@ class SARM(nn.Module):
         save_file(tensors, os.path.join(path, WEIGHTS), {"format": "pt"})
 
 
+def is_sarm(path):
+    """Whether a run folder, model folder or hub name holds a SARM. InputError: there is no model at all."""
+    path = resolve(path)
+    return not is_adapter(path) and hasattr(check_model(path), "sarm_param")
+
+
 def save_sarm(sarm, tokenizer, path):
     """SARM.save_pretrained, and the tokenizer beside it."""
     sarm.config.pad_token_id = tokenizer.pad_token_id
     sarm.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def cut(trunk, L):
+    """Leave an HF base model its first L blocks and nothing after them, in place. -> the name of its final norm, and the norm
+
+    The norm is the last module beside the blocks that holds vectors only. InputError: an architecture where more follows its blocks.
+    """
+    parent, name, layers = block_list(trunk)
+    setattr(parent, name, layers[:L])
+    trunk.config.num_hidden_layers = L
+    norms = [n for n, child in parent.named_children() if {p.dim() for p in child.parameters()} == {1}]
+    path = next(n for n, module in trunk.named_modules() if module is parent)
+    norm_name = f"{path}.{norms[-1]}".lstrip(".") if norms else ""
+    norm = getattr(parent, norms[-1]) if norms else nn.Identity()
+    if norms:
+        setattr(parent, norms[-1], nn.Identity())
+    ids = torch.tensor([[1, 2]], device=next(trunk.parameters()).device)
+    with torch.no_grad(), captured(trunk, [(L - 1, "residual")]) as kept:
+        if not trunk(input_ids=ids, use_cache=False).last_hidden_state.equal(kept[L - 1, "residual"]):
+            raise InputError(f"{type(trunk).__name__}: more than a norm follows its blocks, so they cannot be cut")
+    return norm_name, norm
 
 
 # ------------------------------------------------------------------------------------------------------- another reward model's latents
@@ -234,113 +259,3 @@ def columns(values, ids, features):
 def dense(values, ids, m):
     """values, ids [B, k] -> [B, M]"""
     return values.new_zeros(len(values), m).scatter(1, ids, values)
-
-
-# ------------------------------------------------------------------------------------------------------------------------- folders
-
-
-def is_sarm(path):
-    """Whether a run folder, model folder or hub name holds a SARM. InputError: there is no model at all."""
-    path = resolve(path)
-    return not is_adapter(path) and hasattr(check_model(path), "sarm_param")
-
-
-def check_sarm(path):
-    """The config of a SARM, its sarm_param complete and in the newer names, before anything is loaded; else an InputError."""
-    config = check_model(path)
-    given = getattr(config, "sarm_param", None)
-    if not isinstance(given, dict):
-        raise InputError(f"{path}: no SARM (config.json has no dictionary sarm_param)")
-    given = {new: given[old] for new, old in OLD_KEYS.items() if old in given} | given
-    param = {"sae_source_layer": config.num_hidden_layers // 2, "sae_use_sequence_level": True, "sarm_use_activation": True} | given
-    config.sarm_param = {name: value for name, value in param.items() if name not in OLD_KEYS.values()}
-    m = param.get("sae_latent_size")
-    highest = {"sae_source_layer": config.num_hidden_layers, "sae_latent_size": float("inf"), "sae_k": m}
-    for name, high in highest.items():
-        value = param.get(name)
-        if type(value) is not int or not 1 <= value <= high:
-            upper = f" to {high}" if high < float("inf") else ""
-            raise InputError(f"{path}: sarm_param's {name} must be a whole number from 1{upper}, not {value}")
-    if hasattr(config, "auto_map"):
-        del config.auto_map  # code is neither run nor saved
-    return config
-
-
-def shortened(config):
-    """The config of an LM that ends after block L."""
-    L, n, config = config.sarm_param["sae_source_layer"], config.num_hidden_layers, copy.deepcopy(config)
-    config.num_hidden_layers = L
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == n and "layer" in name:  # Gemma's layer_types and the like
-            setattr(config, name, value[:L])
-    return config
-
-
-def new_sae(config):
-    """The autoencoder that a SARM's config names."""
-    param = config.sarm_param
-    return TopKSAE(config.get_text_config().hidden_size, param["sae_latent_size"], param["sae_k"], normalize="token", relu=False)
-
-
-def cut(trunk, L):
-    """Leave an HF base model its first L blocks and nothing after them, in place. -> the name of its final norm, and the norm
-
-    The norm is the last module beside the blocks that holds vectors only. InputError: an architecture where more follows its blocks.
-    """
-    parent, name, layers = block_list(trunk)
-    setattr(parent, name, layers[:L])
-    trunk.config.num_hidden_layers = L
-    norms = [n for n, child in parent.named_children() if {p.dim() for p in child.parameters()} == {1}]
-    path = next(n for n, module in trunk.named_modules() if module is parent)
-    norm_name = f"{path}.{norms[-1]}".lstrip(".") if norms else ""
-    norm = getattr(parent, norms[-1]) if norms else nn.Identity()
-    if norms:
-        setattr(parent, norms[-1], nn.Identity())
-    ids = torch.tensor([[1, 2]], device=next(trunk.parameters()).device)
-    with torch.no_grad(), captured(trunk, [(L - 1, "residual")]) as kept:
-        if not trunk(input_ids=ids, use_cache=False).last_hidden_state.equal(kept[L - 1, "residual"]):
-            raise InputError(f"{type(trunk).__name__}: more than a norm follows its blocks, so they cannot be cut")
-    return norm_name, norm
-
-
-def check_tensors(path, config):
-    """{tensor: its file} of a SARM's folder or hub name; names and shapes are looked at before anything is loaded."""
-    L, m = config.sarm_param["sae_source_layer"], config.sarm_param["sae_latent_size"]
-    d = config.get_text_config().hidden_size
-    with torch.device("meta"):
-        trunk = AutoModel.from_config(shortened(config))
-    expected = {f"{trunk.base_model_prefix}.{name}": list(p.shape) for name, p in trunk.state_dict().items()}
-    expected |= {"sae.pre_bias": [d], "sae.latent_bias": [m], "sae.encoder.weight": [m, d], "sae.decoder.weight": [d, m]}
-    expected["score.weight"] = [1, m]
-    found = {}
-    for file in weight_files(path):
-        try:
-            with safe_open(file, "pt") as f:
-                shapes = {name: list(f.get_slice(name).get_shape()) for name in f.keys()}
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{file}: cannot be read ({first_line(e)})") from None
-        for name, shape in shapes.items():
-            if name not in expected:
-                raise InputError(f"{file}: {name} is not a tensor of a SARM on {type(trunk).__name__} with L = {L}")
-            if shape != expected[name]:
-                raise InputError(f"{file}: {name} is {shape}, and by config.json it should be {expected[name]}")
-            found[name] = file
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise InputError(f"{path}: the tensor {missing[0]} is missing")
-    return found
-
-
-def weight_files(path):
-    """The safetensors files of a model folder or hub name."""
-
-    def file(name, must=True):
-        try:
-            return cached_file(path, name, _raise_exceptions_for_missing_entries=must)
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path}: {name} is not there ({first_line(e)})") from None
-
-    if index := file(INDEX, must=False):
-        with open(index, encoding="utf-8") as f:
-            return [file(name) for name in sorted(set(json.load(f)["weight_map"].values()))]
-    return [file(WEIGHTS)]
