@@ -95,6 +95,7 @@ def latents(config):
     for side, answers in texts.items():
         scores[side], sparse[side], _ = read_all(reward, answers)  # [N], sparse [N, M]
     ids = torch.cat([*(z.indices()[1] for z in sparse.values()), torch.tensor(asked, dtype=torch.long)]).unique()  # all that fire
+    require(len(ids), f"{config.reward_model}: no latent fires on any of these texts")
     z = {side: x.index_select(1, ids).to_dense() for side, x in sparse.items()}  # [N, M'], the M' that fire
     weights = None if reward.weights is None else reward.weights[ids]
     found = {kind: contrast(*(z[side] for side in SIDES[kind]), weights, groups_of(p), reward.m) for kind, p in prompts.items()}
@@ -244,9 +245,10 @@ def draw(figure, summary):
     name = "contribution" if summary["latents"] and summary["latents"][0]["weight"] is not None else "differential"
     x, y = (kinds + kinds)[:2]
     axis = figure.add_subplot()
-    for row in summary["latents"]:
-        across = row["weight"] or 0.0 if x == y else row[x][name]["mean"]
-        axis.plot(across, row[y][name]["mean"], "o", color="C3" if row["id"] in summary["described"] else "lightgrey")
-        if row["id"] in summary["described"][:10]:
-            axis.annotate(str(row["id"]), (across, row[y][name]["mean"]), fontsize=8)
+    rows, first = summary["latents"], summary["described"]
+    points = [((row["weight"] or 0.0) if x == y else row[x][name]["mean"], row[y][name]["mean"]) for row in rows]
+    axis.scatter(*zip(*points), c=["C3" if row["id"] in first else "lightgrey" for row in rows], s=12)
+    for row, point in zip(rows, points):
+        if row["id"] in first[:10]:
+            axis.annotate(str(row["id"]), point, fontsize=8)
     axis.set(xlabel="head weight" if x == y else f"{name}: {', '.join(SIDES[x])}", ylabel=f"{name}: {', '.join(SIDES[y])}")
