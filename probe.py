@@ -14,7 +14,7 @@ and features, which features a reward model rewards, how good reward models and 
     python probe.py causal --edits 17:set:0                              pairs and best-of-n scored again without one of them
     python probe.py steer --weights "17:*:0" --save runs/sarm_steered    the same for good: the head's weight on it is 0
     python probe.py human_latents                                        of a SARM on demonstrations: reference data of train_ppo.py
-    python probe.py evaluate                                             accuracy of the reward models in runs/rm, beside what length is worth
+    python probe.py evaluate                                             how good the reward models in runs/rm are, beside length
     python probe.py evaluate --reward_model MY_RM runs/sarm --benchmark rm_bench --dataset total_dataset.json      or rewardbench2
     python probe.py judge --a runs/ppo/eval/step_60.jsonl --b runs/ppo/eval/step_0.jsonl      whose answers are better, and how often
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes

@@ -2,7 +2,7 @@
 
     N pairs, P prompts of a pool, n answers of which the best is taken, M latents
 
-Edits are ID:OP:VALUE with the ops of penalties.edit_latents: 17:set:0 switches latent 17 off, 17:max:0.5 caps it, 17:min:0 is a floor,
+Edits are FEATURE:OP:VALUE with the ops of penalties.edit_latents: 17:set:0 switches latent 17 off, 17:max:0.5 caps it, 17:min:0 is a floor,
 17:*:2 and 17:+:1 steer it. All that are named make one arm. Its controls are arms of as many random latents that fire about equally
 often, under the same ops and values: what these do too, is no matter of the latents that were chosen.
 """
@@ -16,8 +16,7 @@ import torch
 from . import cli, data, pool
 from .ablation import alike
 from .cli import require
-from .feature_rewards import load_feature_reward
-from .latent_stats import mean_interval
+from .feature_rewards import load_feature_reward, parse_edits
 from .latent_texts import TextsConfig, encoded, groups_of, opened, read_all, read_answers
 from .latents import cell
 from .log import write_lines
@@ -26,6 +25,7 @@ from .probes import save
 from .rewards import Answers
 from .rng import SPLIT
 from .sarm import reweighted, save_sarm
+from .stats import mean_over_groups, percentiles
 
 SIDES = ("chosen", "rejected")
 
@@ -33,7 +33,7 @@ SIDES = ("chosen", "rejected")
 @dataclass
 class CausalConfig(TextsConfig):
     output_dir: str = field(default="runs/probe/causal", metadata={"help": "where the results are written"})
-    edits: list[str] = field(default_factory=list, metadata={"help": f"ID:OP:VALUE, OP one of {', '.join(OPS)}; all of them at once"})
+    edits: list[str] = field(default_factory=list, metadata={"help": f"FEATURE:OP:VALUE, OP one of {', '.join(OPS)}; all of them at once"})
     draws: int = field(default=5, metadata={"help": "how often random latents are drawn"})
     pool: str = field(default="", metadata={"help": "many answers to each prompt, best with gold_scores: pool.jsonl of sample_bon.py"})
     n: int = field(default=16, metadata={"help": "take the best of each n answers of the pool in turn"})
@@ -50,7 +50,7 @@ class CausalConfig(TextsConfig):
 @dataclass
 class SteerConfig(TextsConfig):
     output_dir: str = field(default="runs/probe/steer", metadata={"help": "where the results are written"})
-    edits: list[str] = field(default_factory=list, metadata={"help": f"of latents: ID:OP:VALUE, OP one of {', '.join(OPS)}"})
+    edits: list[str] = field(default_factory=list, metadata={"help": f"of latents: FEATURE:OP:VALUE, OP one of {', '.join(OPS)}"})
     weights: list[str] = field(default_factory=list, metadata={"help": "instead: of the weights of a SARM's head, such as 17:*:0"})
     texts: str = field(default="", metadata={"help": "score these, {prompt, response}; default: both sides of the held-out pairs"})
     save: str = field(default="", metadata={"help": "--weights: write the SARM with its edited head into this folder"})
@@ -62,22 +62,6 @@ class SteerConfig(TextsConfig):
         require(self.weights or not self.save, "--save writes a SARM with edited --weights: edits of latents are no part of a model")
         require(not self.save or not os.path.exists(self.save), f"--save {self.save}: it is there already")
         parse_edits("edits", self.edits), parse_edits("weights", self.weights)
-
-
-def parse_edits(flag, texts):
-    """["17:set:0"] -> {17: ("set", 0.0)}"""
-    edits = {}
-    for text in texts:
-        i, op, value = (text.split(":") + ["", ""])[:3]
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        good = text.count(":") == 2 and i.isdecimal() and op in OPS and abs(number) < float("inf")
-        require(good, f"--{flag} {text}: it must be ID:OP:VALUE, such as 17:set:0, with OP one of {', '.join(OPS)}")
-        require(int(i) not in edits, f"--{flag} names feature {i} twice")
-        edits[int(i)] = (op, number)
-    return edits
 
 
 # ------------------------------------------------------------------------------------------------------------------------- causal
@@ -157,7 +141,8 @@ def on_pool(before, after, rows, n):
 
 def intervals(columns, groups):
     """{name: [N]} -> {name: {mean, low, high}}"""
-    mean, low, high = mean_interval(torch.stack(list(columns.values()), 1), groups)
+    mean, draws = mean_over_groups(torch.stack(list(columns.values()), 1), groups)
+    low, high = percentiles(draws)
     return {name: dict(zip(("mean", "low", "high"), row)) for name, *row in zip(columns, mean.tolist(), low.tolist(), high.tolist())}
 
 

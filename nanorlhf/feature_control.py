@@ -18,7 +18,7 @@ import torch
 
 from . import human_latents
 from .cli import at_least, one_of, require
-from .feature_rewards import check_feature_reward, load_feature_reward
+from .feature_rewards import check_feature_reward, load_feature_reward, parse_edits
 from .fsdp import gathered
 from .optim import adamw
 from .penalties import PENALTIES, DensityRatio, density_loss, feature_penalty
@@ -49,7 +49,7 @@ def check_flags(config):
     one_of(config, "penalty", *PENALTIES)
     at_least(config, 0, "density_beta")
     require(config.density_beta < math.inf, "--density_beta must be finite")
-    parse_clamps(config.clamp)
+    parse_edits("clamp", config.clamp, CLAMPS)
     tau, alpha = parse_tau(config.tau), parse_alpha(config.alpha)
     relative = [f"--tau {x}" for x, (_, r) in zip(config.tau, tau) if r] + [f"--alpha {x}" for x, (_, r) in zip(config.alpha, alpha) if r]
     relative += ["--density_beta"] if config.density_beta else []
@@ -94,17 +94,6 @@ def number(flag, text, bare, expected):
     return value, bare != text
 
 
-def parse_clamps(texts):
-    """["17:max:0.5", "23:set:0"] -> {17: ("max", 0.5), 23: ("set", 0.0)}"""
-    clamps, expected = {}, f"FEATURE:OP:VALUE with OP one of {', '.join(CLAMPS)}, such as 17:max:0.5"
-    for text in texts:
-        feature, op, value = text.split(":") if text.count(":") == 2 else ("", "", "")
-        require(feature.isdecimal() and op in CLAMPS, f"--clamp {text}: it must be {expected}")
-        require(int(feature) not in clamps, f"--clamp names feature {feature} twice")
-        clamps[int(feature)] = (op, number("clamp", text, value, expected)[0])
-    return clamps
-
-
 # -------------------------------------------------------------------------------------------------------------------- the control
 
 
@@ -112,7 +101,7 @@ def prepare(config):
     """The flags, and the files that they name -> Control, or None without such flags. Loads no model; InputErrors."""
     if not wanted(config):
         return None
-    (spec,), clamps = config.reward_model, parse_clamps(config.clamp)
+    (spec,), clamps = config.reward_model, parse_edits("clamp", config.clamp, CLAMPS)
     check_feature_reward(spec, config.feature_sae, [*config.penalize_features, *clamps])
     human = human_latents.load(config.human_latents, spec, config.feature_sae) if config.human_latents else None
     tau = [human.column(i).quantile(x).item() if r else x for i, (x, r) in zip(config.penalize_features, parse_tau(config.tau))]

@@ -5,6 +5,7 @@
 Everything that works on latents in a reward (penalties in PPO, probes, steering) goes through one function, FeatureReward.read.
 """
 
+import math
 import os
 
 import torch
@@ -17,6 +18,7 @@ from .distributed import autocast
 from .fsdp import gathered
 from .models import check_model, load_reward_model, resolve
 from .packing import pack
+from .penalties import OPS
 from .pool import fingerprint
 from .rewards import packed_reader, reward_names
 from .sarm import SARM, Reading, WithSAE, checked, is_sarm
@@ -52,6 +54,22 @@ def is_reward_model(spec):
     """Whether a folder or hub name holds a classifier with one label, or an adapter of one. InputError: there is no model at all."""
     config, path = check_model(spec), resolve(spec)
     return read_config(path).get("task_type") == "SEQ_CLS" if is_adapter(path) else config.num_labels == 1
+
+
+def parse_edits(flag, texts, ops=OPS):
+    """["17:set:0", "23:max:0.5"] -> {17: ("set", 0.0), 23: ("max", 0.5)}"""
+    edits = {}
+    for text in texts:
+        i, op, value = text.split(":") if text.count(":") == 2 else ("", "", "")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        good = i.isdecimal() and op in ops and math.isfinite(number)
+        require(good, f"--{flag} {text}: it must be FEATURE:OP:VALUE with OP one of {', '.join(ops)}, such as 17:set:0")
+        require(int(i) not in edits, f"--{flag} names feature {i} twice")
+        edits[int(i)] = (op, number)
+    return edits
 
 
 def place_of(sae):

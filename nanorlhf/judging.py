@@ -134,15 +134,15 @@ def results(a, b, lengths, prompts, splits, scored=False):
         if not len(own):
             continue
         points, groups = win_points(a[own], b[own]), prompts[own]
-        row["win_rate"], draws[split] = mean_over_groups(points, groups, seed=seed)
-        row |= {"interval": interval(draws[split]), "prompts": len(groups.unique())}
+        rate, draws[split] = mean_over_groups(points, groups, seed=seed)
+        row |= {"win_rate": rate.item(), "interval": interval(draws[split]), "prompts": len(groups.unique())}
         row |= {name: (points == x).double().mean().item() for name, x in (("wins", 1), ("ties", 0.5), ("losses", 0))}
         row["length"] = [x[own].double().mean().item() for x in lengths]
         of_longer = torch.where(longer[own] == 1, points, 1 - points)[longer[own] != 0.5]  # its points, where one is
         row["longer_won"] = of_longer.mean().item() if len(of_longer) else None
         if scored:
-            row["difference"], moved = mean_over_groups(a[own] - b[own], groups, seed=seed)
-            row["difference_interval"] = interval(moved)
+            difference, moved = mean_over_groups(a[own] - b[own], groups, seed=seed)
+            row |= {"difference": difference.item(), "difference_interval": interval(moved)}
     first = next(iter(out["splits"]))
     for other in draws if first in draws else ():
         if other != first:

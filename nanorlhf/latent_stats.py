@@ -78,20 +78,6 @@ def differential(c, j, damping):
 # ----------------------------------------------------------------------------------------------------------- intervals over groups
 
 
-def mean_interval(values, groups, resamples=1000, level=0.95, seed=0):
-    """Mean over rows and its bootstrap interval, where rows of one group (the pairs of a prompt) are drawn together.
-
-    values [N, ...], groups [N] of labels -> mean, low, high, float64 tensors of the shape of a row. With each row in a group of its
-    own this is stats.bootstrap. ValueError: another number of groups than rows.
-    """
-    values = values.double()
-    if len(groups) != len(values) or not len(values):
-        raise ValueError(f"{len(groups)} groups for {len(values)} rows")
-    draws = drawn_means(times_drawn(groups, resamples, seed), values.reshape(len(values), -1))  # [R, ..]
-    low, high = ends(draws, level)
-    return values.mean(0), low.view(values.shape[1:]), high.view(values.shape[1:])
-
-
 def times_drawn(groups, resamples, seed):
     """How often each row counts in each resample: [R, N]. A resample draws G of the G groups with replacement, with all their rows."""
     members = groups.unique(return_inverse=True)[1]  # [N]

@@ -34,10 +34,10 @@ def bootstrap(values, statistic=None, resamples=1000, level=0.95, seed=0, strata
     """
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(f"bootstrap needs at least 1 resample and a level between 0 and 1, not {resamples} and {level}")
-    return percentiles(resample(values, statistic, resamples, seed), level)
+    return percentiles(resample(values, statistic, resamples, seed, strata), level)
 
 
-def resample(values, statistic=None, resamples=1000, seed=0):
+def resample(values, statistic=None, resamples=1000, seed=0, strata=None):
     """The statistic of each of R resamples: [R, ...]. See bootstrap()."""
     values = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     if not values.ndim or not len(values):
@@ -70,17 +70,19 @@ def mean_over_groups(values, groups=None, resamples=1000, seed=0):
 
         mean = sum_g s_g / sum_g n_g,   s_g the sum and n_g the number of the group's rows
 
-    values [N], groups [N] of labels (default: every row alone) -> mean, draws [R] for percentiles(); of two independent sets the
-    interval of a difference is percentiles(draws_1 - draws_2), with other seeds. ValueError: no rows, numbers that are not finite.
+    values [N, ...], groups [N] of labels (default: every row alone) -> mean [...], draws [R, ...] for percentiles(); of two independent
+    sets the interval of a difference is percentiles(draws_1 - draws_2), with other seeds. ValueError: no rows, another number of groups
+    than rows, numbers that are not finite.
     """
     values = finite("mean_over_groups", values)
     groups = torch.arange(len(values)) if groups is None else torch.as_tensor(groups)
-    if values.ndim != 1 or groups.shape != values.shape:
-        raise ValueError(f"mean_over_groups needs values [N] and groups [N], not {list(values.shape)} and {list(groups.shape)}")
+    if groups.shape != values.shape[:1]:
+        raise ValueError(f"mean_over_groups: {len(groups)} groups for {len(values)} rows")
     _, index, counts = groups.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(counts), dtype=torch.float64).index_add(0, index, values)
-    draws = resample(torch.stack([sums, counts.double()], 1), resamples=resamples, seed=seed)  # [R, 2]
-    return values.mean().item(), draws[:, 0] / draws[:, 1]
+    sums = torch.zeros(len(counts), *values.shape[1:], dtype=torch.float64).index_add(0, index, values)
+    table = torch.cat([sums.view(len(counts), math.prod(values.shape[1:])), counts[:, None].double()], 1)  # [G, .. + 1]
+    draws = resample(table, resamples=resamples, seed=seed)  # [R, .. + 1]
+    return values.mean(0), (draws[:, :-1] / draws[:, -1:]).view(-1, *values.shape[1:])
 
 
 def win_points(a, b):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nanorlhf import latent_stats
-from nanorlhf.latent_stats import contrast, mean_interval, score_gaps, separation
-from nanorlhf.stats import bootstrap
+from nanorlhf.latent_stats import contrast, score_gaps, separation
 
 
 def latents(n, m, seed):
@@ -56,25 +55,6 @@ def test_intervals_are_those_of_resampled_prompts(monkeypatch):
             assert end.tolist() == pytest.approx([table[:, i].quantile(q).item() for i in range(5)], abs=1e-6), name
 
 
-def test_mean_interval_is_the_bootstrap_where_rows_stand_alone():
-    x = torch.randn(30, 2, 3, generator=torch.Generator().manual_seed(0))
-    mean, low, high = mean_interval(x, torch.arange(30))
-    expected = bootstrap(x)
-    assert torch.allclose(mean, x.double().mean(0)) and all(torch.allclose(a, b) for a, b in zip((low, high), expected))
-
-
-def test_rows_of_one_prompt_are_not_independent():
-    """Each row four times: the interval must not be half as wide."""
-    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    alone, together, taken_apart = (
-        mean_interval(y, groups) for y, groups in (
-            (x, torch.arange(50)), (x.repeat(4), torch.arange(50).repeat(4)), (x.repeat(4), torch.arange(200))
-        )
-    )  # fmt: skip
-    width = [float(high - low) for _, low, high in (alone, together, taken_apart)]
-    assert width[1] == pytest.approx(width[0]) and width[2] < 0.6 * width[0]
-
-
 def test_without_weights_there_is_no_contribution():
     found = contrast(latents(9, 3, 0), latents(9, 3, 1))
     assert found.contribution is None is found.contribution_interval and found.differential.shape == (3,)
@@ -94,8 +74,6 @@ def test_without_weights_there_is_no_contribution():
 def test_what_does_not_fit_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         contrast(**{"chosen": torch.zeros(5, 2), "rejected": torch.zeros(5, 2)} | changes)
-    with pytest.raises(ValueError, match="2 groups for 3 rows"):
-        mean_interval(torch.zeros(3), torch.zeros(2))
 
 
 def test_separation_counts_pairs_of_texts_within_a_part():

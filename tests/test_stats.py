@@ -111,10 +111,13 @@ def test_mean_over_groups_by_hand():
     mean, draws = mean_over_groups(values)
     assert mean == pytest.approx(values.mean().item())
     assert torch.stack(percentiles(draws)).tolist() == pytest.approx(torch.stack(bootstrap(values)).tolist())
-    for bad in ([], [[1.0]], [float("inf")]):
+    tables = torch.stack([values, 2 * values + 1], 1).view(30, 2, 1)
+    means, both = mean_over_groups(tables)
+    assert means.shape == (2, 1) and torch.allclose(both[:, 0, 0], draws) and torch.allclose(both[:, 1, 0], 2 * draws + 1)
+    for bad in ([], [float("inf")]):
         with pytest.raises(ValueError):
             mean_over_groups(bad)
-    with pytest.raises(ValueError, match="groups"):
+    with pytest.raises(ValueError, match="1 groups for 2 rows"):
         mean_over_groups([1.0, 2.0], [1])
 
 
