@@ -795,7 +795,7 @@ def test_prompts(tmp_path):
     """Which rows a split is."""
 
     def prompts(**changes):
-        return [row["prompt"] for row in sample_bon.prompts_of(sample_bon.Config(**changes))]
+        return [row["prompt"] for row in sample_bon.prompts_of(sample_bon.Config(**changes))[0]]
 
     every = {split: [row["prompt"] for row in world.prompts(split)] for split in ("train", "test", "ood")}
     assert sorted(prompts()) == sorted(every["test"]) and prompts(split="train") == every["train"] and prompts(split="ood") == every["ood"]
