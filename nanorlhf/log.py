@@ -33,9 +33,9 @@ class RunFolder:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
         if os.path.isfile(stored):
-            fields, missing = dataclasses.fields(config), dataclasses.MISSING
-            defaults = {f.name: f.default for f in fields if f.default is not missing}
-            defaults |= {f.name: f.default_factory() for f in fields if f.default_factory is not missing}
+            missing = dataclasses.MISSING
+            defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not missing}
+            defaults |= {f.name: f.default_factory() for f in dataclasses.fields(config) if f.default_factory is not missing}
             other = defaults | read_json(stored)  # a run may be older than a flag
             changed = [k for k in {**other, **self.config} if k not in free and other.get(k) != self.config.get(k)]
             if changed:
@@ -75,14 +75,14 @@ class RunFolder:
             os.makedirs(folder, exist_ok=True)
             write_lines(os.path.join(folder, f"step_{step}.jsonl"), rows)
 
-    def checkpoint(self, step, module, optimizer, state, keep):
+    def checkpoint(self, step, module, optimizer, state, keep, more=None):
         """An atomic checkpoint, after the metrics of its step are on disk; see checkpoint.py. All processes call it."""
         if self.dist.main:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 with open(os.path.join(self.path, name), "a") as f:
                     os.fsync(f.fileno())
         if self.dist.main or is_sharded(module):
-            checkpoint.save(self.path, step, module, optimizer, state, keep, self.dist)
+            checkpoint.save(self.path, step, module, optimizer, state, keep, self.dist, more)
         self.dist.barrier()
 
     def records(self):
