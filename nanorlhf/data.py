@@ -174,14 +174,15 @@ def load_splits(config, kind):
         else:
             parts[label] = draw(read_named(spec, kind, config), config.eval_size)
     if kind == "pairs":
-        kept = {label: [r for r in part if r["chosen"] != r["rejected"]] for label, part in parts.items()}
-        skipped = sum(len(part) - len(kept[label]) for label, part in parts.items())
+        n = sum(map(len, parts.values()))
+        parts = {label: [r for r in part if r["chosen"] != r["rejected"]] for label, part in parts.items()}
+        skipped = n - sum(map(len, parts.values()))
         note += f", {skipped} with chosen == rejected skipped" if skipped else ""
-        require(all(kept.values()), f"{config.dataset}: no pair is left in which chosen and rejected differ")
-        parts = kept
+        require(all(parts.values()), f"{config.dataset}: no pair is left in which chosen and rejected differ")
     rows = parts.pop("")
-    names = {label: "held out" if spec == "test" else f"in {spec if label == 'eval' else label}" for label, spec in wanted.items()}
-    return rows, parts, f"{len(rows)} {kind} rows, " + ", ".join(f"{len(part)} {names[label]}" for label, part in parts.items()) + note
+    where_from = {label: "held out" if spec == "test" else f"in {spec if label == 'eval' else label}" for label, spec in wanted.items()}
+    sizes = ", ".join(f"{len(part)} {where_from[label]}" for label, part in parts.items())
+    return rows, parts, f"{len(rows)} {kind} rows, {sizes}{note}"
 
 
 def read_named(spec, kind, config):

@@ -71,9 +71,10 @@ def predicate(where):
         require(not length or isinstance(row[column], str), f"{place}: field {column!r} must be a string to have words")
         try:
             answer = holds(row)
+            is_bool = answer in (True, False)  # of numpy too
         except Exception as e:
             raise InputError(f"{place}: --in_distribution {where} raised {type(e).__name__}: {first_line(e)}") from e
-        require(isinstance(answer, (bool, int)) or type(answer).__name__ == "bool_", f"{place}: {where} must return a bool, not {answer!r}")
+        require(is_bool, f"{place}: {where} must return True or False, not {answer!r}")
         return bool(answer)
 
     return inside

@@ -67,7 +67,7 @@ def test_predicates(tmp_path):
         "u=1": ["a.jsonl:1", "no field 'u'", "--in_distribution u=1"],
         "words:u<=3": ["a.jsonl:1", "no field 'u'"],
         "words:n<=3": ["a.jsonl:1", "'n' must be a string"],
-        f"{tmp_path}/my.py:word": ["a.jsonl:1", "must return a bool, not 'yes'"],
+        f"{tmp_path}/my.py:word": ["a.jsonl:1", "must return True or False, not 'yes'"],
         f"{tmp_path}/my.py:fails": ["a.jsonl:1", "raised KeyError: 'u'"],
         f"{tmp_path}/my.py:none": ["it defines no function 'none'"],
         f"{tmp_path}/other.py:long": ["other.py: no such file"],
