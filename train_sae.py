@@ -28,8 +28,9 @@ from nanorlhf.blocks import blocks, speed_up
 from nanorlhf.divergence import layer_divergence, select_layers
 from nanorlhf.distributed import autocast, peak_memory_mb, setup
 from nanorlhf.errors import InputError
+from nanorlhf.feature_rewards import is_reward_model
 from nanorlhf.log import PLACES, Progress, RunFolder
-from nanorlhf.models import check_model, context_length, load_policy, load_tokenizer
+from nanorlhf.models import check_model, context_length, load_policy, load_reward_model, load_tokenizer
 from nanorlhf.optim import learning_rate
 from nanorlhf.packing import micro_batches
 from nanorlhf.pool import fingerprint
@@ -43,7 +44,7 @@ EDGES = [-6 + 0.5 * i for i in range(13)]  # of the histogram of log10 density: 
 @dataclass
 class Config:
     output_dir: str = field(default="runs/sae", metadata={"help": "the run folder"})
-    model: str = field(default="runs/ppo", metadata={"help": "the policy: run folder, model folder or hub name"})
+    model: str = field(default="runs/ppo", metadata={"help": "the policy, or a reward model: run folder, model folder or hub name"})
     base: str = field(default="", metadata={"help": "the model it was trained from, to train on as well; none; default: runs/sft beside "
         "runs/ppo, else none"})  # fmt: skip
     layers: str = field(default="highest:2", metadata={"help": "numbers such as 1,3, or highest:K, the K whose weights moved most"})
@@ -131,7 +132,7 @@ def main(config):
     model_config = [check_model(path) for path in paths.values()][0]
 
     # ------------------------------------------------------------------------------------------------------------------- models
-    lms = {name: load_policy(path, value_head=False, device=dist.device).lm.eval() for name, path in paths.items()}
+    lms = {name: load_lm(path, dist.device) for name, path in paths.items()}
     for lm in lms.values():
         lm.requires_grad_(False)
         speed_up(lm, dist.device, config.dtype)
@@ -195,9 +196,15 @@ def main(config):
     if dist.main:
         for key, numbers in summary.items():
             name, place = key.split("/")
-            notes = {"model": paths[name], "layer": int(place.split("_")[0]), "site": config.site, "tokens": config.tokens, "held_out": numbers}
+            notes = {"model": paths[name], "layer": int(place.split("_")[0]), "site": config.site, "tokens": config.tokens}
+            notes["held_out"] = numbers
             save_sae(saes[key.replace("/", ":")], f"{config.output_dir}/{key}", densities[key], **notes)
     return folder.finish(summary)
+
+
+def load_lm(path, device):
+    """The HF model whose layers are read: a causal LM, or a reward model's classifier."""
+    return load_reward_model(path, device).model if is_reward_model(path) else load_policy(path, value_head=False, device=device).lm.eval()
 
 
 def choose_layers(config, lms):
@@ -274,10 +281,12 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
         loss_recovered = (loss_zero - loss_sae) / (loss_zero - loss)          losses in nats a token
 
     1: the reconstruction is as good as the layer; 0: as bad as none; None where the model does no worse without the layer, on these
-    texts. Tokens that the autoencoder never saw keep their activations: a BOS, and with --tokens sentence_ends all others (which then are
-    not switched off either). Pitfall: the loss of every token of a text counts, so in {prompt, response} data the prompt's too, which SFT
-    and PPO never trained on.
+    texts; all None for a reward model, which has no such losses. Tokens that the autoencoder never saw keep their activations: a BOS, and
+    with --tokens sentence_ends all others (which then are not switched off either). Pitfall: the loss of every token of a text counts, so
+    in {prompt, response} data the prompt's too, which SFT and PPO never trained on.
     """
+    if lm.get_output_embeddings() is None:
+        return dict.fromkeys(("loss", "loss_sae", "loss_zero", "loss_recovered"))
     mine = np.array(dist.part(len(held_out.rows)), dtype=np.int64)
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # plain, reconstructed, zero; tokens
     for part in micro_batches(torch.from_numpy(held_out.lengths[mine]), None, 2**12):
@@ -307,9 +316,9 @@ def report(summary):
     """The summary as a table."""
     lines = [f"{'held out':22s}{'FVU':>8s}{'L0':>8s}{'dead':>8s}{'LM loss':>9s}{'with SAE':>10s}{'zero':>8s}{'recovered':>11s}"]
     for key, r in summary.items():
-        recovered = "-" if r["loss_recovered"] is None else f"{r['loss_recovered']:.1%}"
-        lines.append(f"{key:22s}{r['fvu']:8.3f}{r['l0']:8.1f}{r['dead']:8.1%}{r['loss']:9.3f}{r['loss_sae']:10.3f}{r['loss_zero']:8.3f}"
-                     f"{recovered:>11s}")  # fmt: skip
+        cells = [(r["loss"], "9.3f"), (r["loss_sae"], "10.3f"), (r["loss_zero"], "8.3f"), (r["loss_recovered"], "11.1%")]
+        losses = "".join("-".rjust(int(form.split(".")[0])) if x is None else f"{x:{form}}" for x, form in cells)
+        lines.append(f"{key:22s}{r['fvu']:8.3f}{r['l0']:8.1f}{r['dead']:8.1%}{losses}")
     return "\n".join(lines)
 
 

@@ -35,11 +35,9 @@ def check_feature_reward(spec, sae="", features=()):
         require(not sae, f"{spec} is a SARM, which scores with an autoencoder of its own: name no other ({sae})")
         m = check_sarm(resolve(spec)).sarm_param["sae_latent_size"]
     else:
-        config, path = check_model(spec), resolve(spec)
-        scalar = read_config(path).get("task_type") == "SEQ_CLS" if is_adapter(path) else config.num_labels == 1
-        require(scalar, f"{spec} is no reward model of train_rm.py")
+        require(is_reward_model(spec), f"{spec} is no reward model of train_rm.py")
         require(sae, f"{spec} is no SARM: name an autoencoder on one of its layers (train_sae.py --model {spec})")
-        found = sae_files.read_config(sae)
+        found, config = sae_files.read_config(sae), check_model(spec)
         width = config.get_text_config().hidden_size
         require(found["d_in"] == width, f"{sae}: an autoencoder for activations of width {found['d_in']}; {spec} has {width}")
         layer, site = place_of(sae)
@@ -48,6 +46,12 @@ def check_feature_reward(spec, sae="", features=()):
         m = found["d_sae"]
     checked(features, None, m)
     return m
+
+
+def is_reward_model(spec):
+    """Whether a folder or hub name holds a classifier with one label, or an adapter of one. InputError: there is no model at all."""
+    config, path = check_model(spec), resolve(spec)
+    return read_config(path).get("task_type") == "SEQ_CLS" if is_adapter(path) else config.num_labels == 1
 
 
 def place_of(sae):

@@ -168,11 +168,52 @@ def test_processes_make_the_same_global_batches(lms, world_size):
         Stream(tokens, whole.source, 5, Dist(0, 2, CPU))
 
 
+# ------------------------------------------------------------------------------------------------------------------ sentence ends
+
+
+ENDS = [19, 20, 27, 33, 42, 48]
+
+
+def ends_only(found):
+    """What one_by_one found, without the tokens that end neither a sentence nor a text."""
+    return [x for x in found if ROWS[x[0]][x[1]] in ENDS or x[1] == len(ROWS[x[0]]) - 1]
+
+
+def test_sentence_ends_alone(lms, tmp_path, monkeypatch):
+    """Once an epoch each, in any order of texts, from the models or from a disk, which is not mistaken for that of all tokens."""
+    monkeypatch.setattr(activation_store, "TOKENS_AT_ONCE", 20)
+    tokens, expected = Tokens(ROWS, BOS, ENDS), ends_only(one_by_one(lms, ROWS, BOS))
+    inner = [x for x in expected if x[1] < len(ROWS[x[0]]) - 1]
+    assert tokens.total == len(expected) and len(inner) > 5 and len(expected) < 58 / 2
+    source = from_models(tokens, lms, PLACES, ONE)
+    parts = list(passes(tokens, source, ONE, at_once=5))
+    same({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, stacked(expected))
+    some = np.array([7, 2, 9, 4])
+    same(source(some), stacked([x for text in some for x in expected if x[0] == text]))
+    disk(tmp_path)
+    with pytest.raises(InputError, match="differ in data"):
+        disk(tmp_path, ends=ENDS)
+    kept = disk(tmp_path / "ends", ends=ENDS)[1]
+    whole = Stream(tokens, source, 2, ONE, seed=3, buffer_tokens=6)
+    shares = [Stream(tokens, kept, 2, Dist(rank, 2, CPU), seed=3, buffer_tokens=6) for rank in range(2)]
+    for step in (0, 2, 5, 11):
+        parts = [share.batch(step) for share in shares]
+        same({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, whole.batch(step))
+    epochs = Stream(tokens, source, 2, ONE, seed=3, buffer_tokens=2)
+    batches = [epochs.batch(step) for step in range(tokens.total)]
+    torch.testing.assert_close(tally(batches), tally([stacked(expected + expected)]), rtol=1e-4, atol=2e-3)  # two epochs
+
+
+def test_which_tokens_end_a_sentence():
+    tokenizer = word_tokenizer(["<pad>", "<eos>", "<unk>", "end.", "!", "a.b", "?", "...", "end", ".,", "yes!"])
+    assert activation_store.sentence_ends(tokenizer) == [3, 4, 6, 7, 10]
+
+
 # ----------------------------------------------------------------------------------------------------------------------- on disk
 
 
-def disk(folder, rows=ROWS, load=models, fingerprints=None, places=PLACES, **kwargs):
-    tokens = Tokens(rows, BOS)
+def disk(folder, rows=ROWS, load=models, fingerprints=None, places=PLACES, ends=None, **kwargs):
+    tokens = Tokens(rows, BOS, ends)
     fingerprints = fingerprints or {"base": "b0", "policy": "p0"}
     return tokens, from_disk(str(folder), tokens, fingerprints, places, load, ONE, shard_tokens=16, **kwargs)
 

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_scripts import ENV, REPO, join, metrics, ranks, read_rows, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import train_sae
 from nanorlhf import cli, world
 from nanorlhf.activation_store import hold_out
 from nanorlhf.data import encode
 from nanorlhf.errors import InputError
-from nanorlhf.models import Policy, save_policy
+from nanorlhf.feature_rewards import check_feature_reward
+from nanorlhf.models import Policy, RewardModel, save_policy, save_reward_model
 from nanorlhf.sae import fvu
 from nanorlhf.sae_files import load_sae
 
@@ -133,6 +134,41 @@ def test_summary(base):
             assert summary[key]["loss_recovered"] is None
 
 
+def test_sentence_ends(base, tmp_path):
+    """What is trained on and measured are full stops and the texts' last tokens; no other activation is replaced."""
+    summary = train(base, tmp_path / "run", tokens="sentence_ends", base="none", layers="1", site="residual", steps=3)["policy/1_residual"]
+    sae = load_sae(str(tmp_path / "run/policy/1_residual"))
+    assert json.loads((tmp_path / "run/policy/1_residual/cfg.json").read_text())["metadata"]["tokens"] == "sentence_ends"
+    tokenizer, lm = world.tokenizer(), AutoModelForCausalLM.from_pretrained(base / "policy")
+    prompts, responses, _ = encode(tokenizer, world.demonstrations(200), "response")
+    _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16)
+    ends = [[i for i, word in enumerate(tokenizer.convert_ids_to_tokens(row)) if word in ".!?" or i == len(row) - 1] for row in rows]
+    assert summary["n_tokens"] == sum(map(len, ends)) < sum(map(len, rows)) / 3
+    for name, change in (("loss_sae", lambda x: sae(x)[0]), ("loss_zero", torch.zeros_like)):
+
+        def hook(module, args, output):
+            new = output.clone()
+            new[:, end] = change(output[:, end])
+            return new
+
+        handle, total = lm.gpt_neox.layers[1].register_forward_hook(hook), 0.0
+        with torch.no_grad():
+            for row, end in zip(rows, ends):
+                total += F.cross_entropy(lm(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum").item()
+        handle.remove()
+        assert summary[name] == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-4)
+
+
+def test_on_a_reward_model(base, tmp_path):
+    """One with a score head instead of an LM head has no LM losses to recover; what is trained is what feature rewards read."""
+    model = AutoModelForSequenceClassification.from_pretrained(base / "policy", num_labels=1)
+    save_reward_model(RewardModel(model), world.tokenizer(), str(tmp_path / "rm"))
+    options = {"model": str(tmp_path / "rm"), "base": "none", "layers": "1", "site": "residual", "steps": 2}
+    summary = train(base, tmp_path / "run", **options)["policy/1_residual"]
+    assert summary["loss"] is None and summary["loss_recovered"] is None and 0 < summary["fvu"] < 2
+    assert check_feature_reward(str(tmp_path / "rm"), str(tmp_path / "run/policy/1_residual")) == 64
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -221,6 +257,7 @@ def command_line(config):
         ({"base": "none"}, "a --base"), ({"layers": "7"}, "7"), ({"layers": "some"}, "some"), ({"site": "norm"}, "--site must be"),
         ({"k": 65}, "--k 65 is more"), ({"model": "/no/where"}, "/no/where"), ({"warmup": 3.0}, "--warmup"), ({"sae": "x"}, "--sae must be"),
         ({"dataset": "no.jsonl"}, "no.jsonl"), ({"expansion": 0.0}, "--expansion"),
+        ({"tokens": "last"}, "--tokens must be"),
     ],
 )  # fmt: skip
 def test_bad_input(base, tmp_path, kwargs, match):
