@@ -11,8 +11,8 @@
     python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
 
-Each command writes summary.json and a picture into its --output_dir, and prints a table. Their bodies are in nanorlhf/probes.py,
-implicit_reward.py, features.py and ablation.py.
+Each command writes summary.json and a picture into its --output_dir, and prints a table; human_latents writes one file. Their bodies
+are in nanorlhf/probes.py, implicit_reward.py, features.py, ablation.py and human_latents.py.
 """
 
 from nanorlhf import ablation, cli, features, human_latents, implicit_reward, probes

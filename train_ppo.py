@@ -49,7 +49,7 @@ class Config(cli.RunConfig):
     # Control by features of the reward model (feature_control.py): R = score(clamp(z)) - penalties(z) - beta log p_policy(z) / p_human(z).
     penalize_features: list[int] = field(default_factory=list, metadata={"help": "latents of --reward_model, a SARM, that cost reward"})
     tau: list[str] = field(default_factory=list, metadata={"help": "above what, one each: 0.5, or q0.95, a quantile in --human_latents"})
-    alpha: list[str] = field(default_factory=list, metadata={"help": "how much, one each: 1.0, or 0.5std, stds of scores in --human_latents"})
+    alpha: list[str] = field(default_factory=list, metadata={"help": "how much, one each: 1.0, or 0.5std, of scores in --human_latents"})
     penalty: str = field(default="indicator", metadata={"help": "indicator, alpha [z > tau], or hinge, alpha max(0, z - tau)"})
     clamp: list[str] = field(default_factory=list, metadata={"help": "score with latents changed: 17:max:0.5 23:set:0 (set, min, max)"})
     density_beta: float = field(default=0.0, metadata={"help": "price of the log density ratio of policy and human latents; 0: off"})

@@ -102,7 +102,7 @@ def evaluate(parts, prompts):
     g = {name: dist.gather(part).cpu() for name, part in local.items()}  # [N, ...], in the prompts' order
     scores = g["scores"].T  # [K, N]
     result = {"proxy": mean_se(combine(scores, config.objective, config.uwo_lambda))}
-    terms = parts.control.terms(g["latents"], g["clamped"]) if parts.control else {}
+    terms = parts.control.terms(g["latents"], g["clamped"]) if parts.control else {}  # {name: [N]}
     result |= {name: mean_se(x) for name, x in terms.items()}
     result |= {"gold": mean_se(g["gold"])} if parts.gold else {}
     if len(scores) > 1:

@@ -1,4 +1,8 @@
-"""Control of PPO's reward by features of its reward model: the flags --penalize_features, --clamp and --density_beta of train_ppo.py.
+r"""Control of PPO's reward by features of its reward model: the flags --penalize_features, --clamp and --density_beta of train_ppo.py.
+
+    python probe.py human_latents                                           the reference data, of runs/sarm
+    python train_ppo.py --reward_model runs/sarm --penalize_features 17 --tau q0.95 --alpha 0.5std \
+        --human_latents runs/human_latents.safetensors
 
     R = score(clamp(z)) - sum_i penalty_i(z_i) - beta clip(log p_policy(z) / p_human(z))
 
@@ -50,7 +54,7 @@ def check_flags(config):
     relative = [f"--tau {x}" for x, (_, r) in zip(config.tau, tau) if r] + [f"--alpha {x}" for x, (_, r) in zip(config.alpha, alpha) if r]
     relative += ["--density_beta"] if config.density_beta else []
     if relative:
-        require(config.human_latents, f"{relative[0]} compares with reference data: name them, --human_latents FILE (probe.py human_latents)")
+        require(config.human_latents, f"{relative[0]} compares with reference data: name --human_latents (probe.py human_latents)")
     else:
         require(not config.human_latents, "--human_latents is there for --tau qSHARE, --alpha Xstd and --density_beta: name one of them")
     if wanted(config):
@@ -66,7 +70,7 @@ def wanted(config):
 
 def parse_tau(texts):
     """["0.5", "q0.95"] -> [(0.5, False), (0.95, True)]: a latent's value, or a quantile of the human texts' values."""
-    out = [number("tau", text, text.removeprefix("q")) for text in texts]
+    out = [number("tau", text, text.removeprefix("q"), "a number such as 0.5 or a quantile such as q0.95") for text in texts]
     for text, (value, relative) in zip(texts, out):
         require(not relative or 0 <= value <= 1, f"--tau {text}: a quantile lies between q0 and q1")
     return out
@@ -74,32 +78,30 @@ def parse_tau(texts):
 
 def parse_alpha(texts):
     """["1.0", "0.5std"] -> [(1.0, False), (0.5, True)]: units of the score, or standard deviations of the human texts' scores."""
-    out = [number("alpha", text, text.removesuffix("std")) for text in texts]
+    out = [number("alpha", text, text.removesuffix("std"), "a number such as 1.0 or in units such as 0.5std") for text in texts]
     for text, (value, _) in zip(texts, out):
         require(value >= 0, f"--alpha {text}: a price must be at least 0")
     return out
 
 
-def number(flag, text, bare):
-    """A flag's text, and it without its unit -> its value, and whether there was a unit."""
+def number(flag, text, bare, expected):
+    """A flag's text, and it without its unit -> its value, and whether there was a unit. InputError, which says what was expected."""
     try:
         value = float(bare)
     except ValueError:
         value = math.nan
-    unit = {"tau": "a number such as 0.5 or a quantile such as q0.95", "alpha": "a number such as 1.0 or in units such as 0.5std"}
-    require(math.isfinite(value), f"--{flag} {text}: it must be {unit.get(flag, 'FEATURE:OP:VALUE, such as 17:max:0.5')}")
+    require(math.isfinite(value), f"--{flag} {text}: it must be {expected}")
     return value, bare != text
 
 
 def parse_clamps(texts):
     """["17:max:0.5", "23:set:0"] -> {17: ("max", 0.5), 23: ("set", 0.0)}"""
-    clamps = {}
+    clamps, expected = {}, f"FEATURE:OP:VALUE with OP one of {', '.join(CLAMPS)}, such as 17:max:0.5"
     for text in texts:
-        feature, op, value = (text.split(":") + ["", ""])[:3]
-        right = feature.isdecimal() and op in CLAMPS and text.count(":") == 2
-        require(right, f"--clamp {text}: it must be FEATURE:OP:VALUE with OP one of {', '.join(CLAMPS)}, such as 17:max:0.5")
+        feature, op, value = text.split(":") if text.count(":") == 2 else ("", "", "")
+        require(feature.isdecimal() and op in CLAMPS, f"--clamp {text}: it must be {expected}")
         require(int(feature) not in clamps, f"--clamp names feature {feature} twice")
-        clamps[int(feature)] = (op, number("clamp", text, value)[0])
+        clamps[int(feature)] = (op, number("clamp", text, value, expected)[0])
     return clamps
 
 
@@ -129,9 +131,10 @@ class Control:
         self.prices = {i: (t, a) for i, t, a in zip(config.penalize_features, tau, alpha)}  # feature: its tau and alpha
         of_density = human.features if config.density_beta else []
         self.features = list(dict.fromkeys([*self.prices, *clamps, *of_density]))  # [F]: the columns of `latents` everywhere below
+        self.column = {i: f for f, i in enumerate(self.features)}
+        self.of_density = [self.column[i] for i in of_density]  # [d] columns
         named = self.features if len(of_density) <= LOGGED else [*self.prices, *clamps]
         self.named = list(dict.fromkeys(named))  # are logged one by one
-        self.of_density = [self.features.index(i) for i in of_density]  # [d] columns
         self.density = Density(human.latents, config.seed) if config.density_beta else None
 
     def load(self, tokenizer, dist):
@@ -144,7 +147,7 @@ class Control:
         return dict(zip(reward_names([spec]), [self.reward]))
 
     def read(self, parts):
-        """A list of Answers, one pass over each -> scores [b, 1], and {"latents": [b, F], "clamped": [b], the scores of clamped latents}."""
+        """A list of Answers, one pass over each -> scores [b, 1], {"latents": [b, F], "clamped": the scores with clamped latents [b]}."""
         with gathered(self.reward.module):
             found = self.dist.together(lambda: [self.reward.read_gathered(part, self.features, self.clamps) for part in parts])
         scores, latents, clamped = (torch.cat(values) for values in zip(*found))
@@ -154,11 +157,11 @@ class Control:
         """A reading of B answers -> {name: [B]}: what each rule makes of them, and first of all `controlled`, R itself."""
         terms, total = {"clamped": clamped} if self.clamps else {}, clamped
         for i in self.named:
-            z = latents[:, self.features.index(i)]  # [B]
+            z = latents[:, self.column[i]]  # [B]
             terms[f"feature/{i}"] = z
             terms[f"rate/{i}"] = (z > self.prices[i][0] if i in self.prices else z != 0).float()
         for i, (tau, alpha) in self.prices.items():
-            terms[f"penalty/{i}"] = feature_penalty(latents, [self.features.index(i)], [tau], [alpha], self.config.penalty)
+            terms[f"penalty/{i}"] = feature_penalty(latents, [self.column[i]], [tau], [alpha], self.config.penalty)
             total = total - terms[f"penalty/{i}"]
         if self.density:
             terms["log_ratio"] = self.log_ratio(latents)
@@ -167,7 +170,7 @@ class Control:
         return {"controlled": total, **terms}
 
     def log_ratio(self, latents):
-        """Clipped log p_policy / p_human, [B], of latents [B, F]: the first process's numbers, so that all have the same to the last bit."""
+        """Clipped log p_policy / p_human, [B], of latents [B, F]: the first process's numbers, so that all have the same bits."""
         x = self.density.log_ratio(latents[:, self.of_density].cpu())
         return self.dist.gather((x if self.dist.main else x[:0]).to(latents.device))
 

@@ -29,7 +29,7 @@ from .models import load_tokenizer
 from .packing import pack
 from .rewards import Answers
 
-NAMES = ("latents", "features", "scores")
+NAMES, NOTES = ("latents", "features", "scores"), "human_latents"
 WHOSE = {"reward_model": "reward model", "sae": "autoencoder"}
 CHUNK = 1024  # texts that are read before what fires in them is put aside
 
@@ -53,7 +53,7 @@ def save(path, human, fingerprint):
     """Write a file of human latents, under a temporary name first. fingerprint: a dict, feature_rewards.latents_fingerprint."""
     tensors = {"latents": human.latents.contiguous(), "features": torch.tensor(human.features), "scores": human.scores.contiguous()}
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    save_file(tensors, path + ".tmp", {"fingerprint": json.dumps(fingerprint), "complete": json.dumps(human.complete)})
+    save_file(tensors, path + ".tmp", {NOTES: json.dumps({"complete": human.complete, "fingerprint": fingerprint})})
     os.replace(path + ".tmp", path)
 
 
@@ -65,21 +65,18 @@ def load(path, spec, sae):
     require(os.path.isfile(path), f"{path}: no human latents here (python probe.py human_latents --output {path} writes them)")
     try:
         with safe_open(path, "pt") as f:
-            notes, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in NAMES if name in f.keys()}
+            notes, tensors = (f.metadata() or {}).get(NOTES), {name: f.get_tensor(name) for name in NAMES if name in f.keys()}
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
-    require("fingerprint" in notes and len(tensors) == len(NAMES), f"{path}: not a file of human latents (probe.py human_latents)")
+    require(notes and len(tensors) == len(NAMES), f"{path}: not a file of human latents (probe.py human_latents)")
     latents, features, scores = (tensors[name] for name in NAMES)
     fits = latents.ndim == 2 and len(latents) == len(scores) > 0 and features.shape == latents.shape[1:]
     require(fits and latents.isfinite().all() and scores.isfinite().all(), f"{path}: its tensors do not fit each other, or are not finite")
-    stored = json.loads(notes["fingerprint"])
+    notes, what = json.loads(notes), f"{spec} with {sae}" if sae else spec
     for name, value in latents_fingerprint(spec, sae).items():
-        what = f"{spec}{' with ' + sae if sae else ''}"
-        require(
-            stored.get(name) == value,
-            f"{path}: latents by another {WHOSE.get(name, name)} than {what} (write them again: probe.py human_latents)",
-        )
-    return HumanLatents(path, latents, features.tolist(), scores, json.loads(notes.get("complete", "false")))
+        same = notes["fingerprint"].get(name) == value
+        require(same, f"{path}: latents by another {WHOSE[name]} than {what} (write them again: probe.py human_latents)")
+    return HumanLatents(path, latents, features.tolist(), scores, notes["complete"])
 
 
 # ------------------------------------------------------------------------------------------------------ body of the probe.py command

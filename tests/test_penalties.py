@@ -142,7 +142,8 @@ def test_the_network_by_hand():
         x = [(v - m) / s for v, m, s in zip(row, p["mean"], p["std"])]
         hidden = [math.tanh(sum(w * v for w, v in zip(ws, x)) + b) for ws, b in zip(p["hidden.weight"], p["hidden.bias"])]
         assert len(hidden) == 256 and logit == pytest.approx(sum(w * h for w, h in zip(p["logit.weight"][0], hidden)), abs=1e-4)
-    assert torch.equal(DensityRatio(3, 5).hidden.weight, net.hidden.weight) and not torch.equal(DensityRatio(3, 6).hidden.weight, net.hidden.weight)
+    again, other = DensityRatio(3, 5), DensityRatio(3, 6)
+    assert torch.equal(again.hidden.weight, net.hidden.weight) and not torch.equal(other.hidden.weight, net.hidden.weight)
     with pytest.raises(ValueError, match="at least one latent"):
         DensityRatio(0)
 
