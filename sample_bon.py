@@ -45,7 +45,7 @@ class Config:
     dataset: str = field(default="world", metadata={"help": "prompts: FILE.jsonl, a datasets name[:split], or world"})
     columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
     prompt_format: str = field(default="", metadata={"help": "tldr: rows {subreddit, title, post, summary}; cnn_dm: {article, highlights}"})
-    in_distribution: str = field(default="", metadata={"help": "what --split test and train hold and ood does not: see train_sft.py --help"})
+    in_distribution: str = field(default="", metadata={"help": "what --split test and train hold, and ood does not: see splits.py"})
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
     split: str = field(default="test", metadata={"help": "which prompts: test (held out), train, ood (embedded world, or "
         "what is not --in_distribution) or all"})  # fmt: skip
@@ -99,9 +99,8 @@ def main(config):
     if len(config.eval_splits) > 1:
         note = data.load_splits(config, "prompts")[2]  # a split that is not there is an error before anything is sampled
         setup(config.device).print(note)
-        names = [item.partition("=")[0] for item in config.eval_splits]
-        parts = {name: {"eval_splits": [item], "output_dir": f"{config.output_dir}/{name}"} for name, item in zip(names, config.eval_splits)}
-        return {name: main(replace(config, **part)) for name, part in parts.items()}
+        named = {item.partition("=")[0]: item for item in config.eval_splits}
+        return {name: main(replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")) for name, item in named.items()}
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device)
     folder = RunFolder(config, dist, FREE)

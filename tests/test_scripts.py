@@ -329,7 +329,8 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
         assert [p.name for p in sorted(answers_in.iterdir())] == ["step_0.jsonl", "step_2.jsonl", "step_3.jsonl"]
         for step in (0, 2, 3):
             answers = read_rows(answers_in / f"step_{step}.jsonl")
-            assert len(answers) == 8 and all(set(row) == {"prompt", "response", "scores", "gold", "prompt_ids", "response_ids"} for row in answers)
+            keys = {"prompt", "response", "scores", "gold", "prompt_ids", "response_ids"}
+            assert len(answers) == 8 and all(set(row) == keys for row in answers)
             assert {row["prompt"] for row in answers} <= {row["prompt"] for row in world.prompts(split)}
             golds = world.gold([row["prompt"] for row in answers], [row["response"] for row in answers])
             assert [row["gold"] for row in answers] == pytest.approx(golds, abs=1e-5)
@@ -656,7 +657,7 @@ def test_sigkill_of_one_of_several_processes(request, base, n):
     """Rank 1 dies during an evaluation; all are started again and end as those that were left alone, bit for bit."""
     whole, folder = request.getfixturevalue("two_processes" if n == 2 else "four_processes"), base / f"killed_{n}"
     settings = ["--output_dir", str(folder), *flags(rank_settings(base)[2][1])]
-    first, second, *others = ranks(n, command_line, "ppo", *settings, KILL_AT="6", KILL_RANK="1")  # step 2's evaluation, of its second split
+    first, second, *others = ranks(n, command_line, "ppo", *settings, KILL_AT="6", KILL_RANK="1")  # step 2's second split
     join(second, code=-signal.SIGKILL)
     for process in (first, *others):
         process.kill()
@@ -975,14 +976,16 @@ def test_further_splits_change_nothing(base, tmp_path, kind):
     rows = read_rows(base / f"{files[kind]}.jsonl")
     write_rows(tmp_path / "a.jsonl", rows[:5])
     write_rows(tmp_path / "b.jsonl", rows[5:8])
-    settings = {"dataset": f"{base}/{files[kind]}.jsonl", "eval_dataset": f"{tmp_path}/a.jsonl", "eval_every": 1, "steps": 2, "model": f"{base}/sft"}
+    settings = {"dataset": f"{base}/{files[kind]}.jsonl", "eval_dataset": f"{tmp_path}/a.jsonl", "model": f"{base}/sft"}
+    settings |= {"eval_every": 1, "steps": 2}
     settings |= {"loss": "dpo"} if kind == "dpo" else {}
     alone = train(base, script, tmp_path / "alone", **settings)
     named = ["test", f"same={tmp_path}/a.jsonl", f"other={tmp_path}/b.jsonl"]
     records = train(base, script, tmp_path / "named", eval_splits=named, **settings)
     assert len(records) == len(alone)
     for record, was in zip(records, alone):
-        mine, same, other = ({k.partition("/")[2]: v for k, v in record.items() if k.startswith(label)} for label in ("eval/", "same/", "other/"))
+        parts = ({k.removeprefix(label): v for k, v in record.items() if k.startswith(label)} for label in ("eval/", "same/", "other/"))
+        mine, same, other = parts
         assert {k: v for k, v in record.items() if not k.startswith(("same/", "other/"))} == was
         assert mine == same and mine.keys() == other.keys() and (mine != other or not mine)
     assert any("same/" in name for record in records for name in record)

@@ -18,7 +18,7 @@ TLDR = "SUBREDDIT: r/tifu\nTITLE: By {trusting} a cat\nPOST: It purred.\nThen it
 NEWS = {"article": "(CNN) It rained.", "highlights": "Rain .", "id": 5}
 SUBREDDITS = ["tifu", "AskReddit", "cats", "dogs"]
 # Three rows a prompt; every fourth prompt has a row in another subreddit than its other two.
-ROWS = [{"prompt": f"p{i // 3}", "response": "w " * (i % 5 + 1) + str(i), "subreddit": SUBREDDITS[(i // 3 + (i % 12 == 2)) % 4], "score": i % 3}
+ROWS = [{"prompt": f"p{i // 3}", "response": "w " * (i % 5 + 1) + str(i), "subreddit": SUBREDDITS[(i // 3 + (i % 12 == 2)) % 4]}
         for i in range(180)]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def held(where, rows):
 
 
 def test_predicates(tmp_path):
-    (tmp_path / "my.py").write_text("def long(row):\n    return len(row['t']) > 3\ndef word(row): return 'yes'\ndef fails(row): return row['u']\n")
+    (tmp_path / "my.py").write_text("long = lambda row: len(row['t']) > 3\nword = lambda row: 'yes'\nfails = lambda row: row['u']\n")
     rows = [{"t": "a", "n": 1}, {"t": " a b\n\nc ", "n": 2}, {"t": "a b c d", "n": True}, {"t": "", "n": "x=y"}]
     assert held("", rows) == [0, 1, 2, 3]
     assert held("t=a", rows) == [0] and held("n=1, x=y", rows) == [0, 3] and held("n=True,2", rows) == [1, 2]
@@ -97,7 +97,8 @@ def test_by_a_column(tmp_path):
     # Neither the splits that are asked for nor the seed change another split.
     assert load(config(path, seed=5, **flags), "sft")[:2] == (rows, held_out["eval"])
     rows_, both, note = load_splits(config(path, eval_splits=["ood", "test"], max_rows=4, **flags), "sft")
-    assert both == {"eval": held_out["ood"], "test": held_out["eval"]} and len(rows_) == 4 and note.startswith("4 sft rows, 9 in ood, 9 held out")
+    assert both == {"eval": held_out["ood"], "test": held_out["eval"]} and len(rows_) == 4
+    assert note.startswith("4 sft rows, 9 in ood, 9 held out")
 
 
 def test_an_evaluation_set_has_its_own_ood(tmp_path):
@@ -114,7 +115,8 @@ def test_an_evaluation_set_has_its_own_ood(tmp_path):
 
 def test_fields_and_columns_in_a_predicate(tmp_path):
     """By the data's own names and, where it has no such column, by the fields' names: here the prompt that two dialogues share."""
-    pairs = [{"chosen": f"\n\nHuman: {'why ' * i}\n\nAssistant: a", "rejected": f"\n\nHuman: {'why ' * i}\n\nAssistant: b"} for i in range(1, 20)]
+    asked = [f"\n\nHuman: {'why ' * i}\n\nAssistant:" for i in range(1, 20)]
+    pairs = [{"chosen": f"{text} a", "rejected": f"{text} b"} for text in asked]
     rows, held_out, _ = load_splits(config(jsonl(tmp_path / "a.jsonl", pairs), in_distribution="words:prompt<=8"), "pairs")
     assert {row["prompt"].count("why") for row in rows + held_out["eval"]} == set(range(1, 7))  # Human:, Assistant: and up to six
     path = jsonl(tmp_path / "b.jsonl", [{"prompt": "a" if i % 2 else "b", "question": f"q{i}"} for i in range(40)])
@@ -137,7 +139,8 @@ def test_files_as_splits(tmp_path):
 
 def test_pairs_that_say_nothing_are_counted_in_all_splits(tmp_path):
     pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "ab"[i % 4 > 0], "kind": "xy"[i % 2]} for i in range(40)]
-    rows, held_out, note = load_splits(config(jsonl(tmp_path / "a.jsonl", pairs), in_distribution="kind=x", eval_splits=["test", "ood"]), "pairs")
+    flags = {"in_distribution": "kind=x", "eval_splits": ["test", "ood"]}
+    rows, held_out, note = load_splits(config(jsonl(tmp_path / "a.jsonl", pairs), **flags), "pairs")
     assert all(row["rejected"] == "b" for part in (rows, *held_out.values()) for row in part) and len(rows) + len(held_out["eval"]) == 10
     assert "10 with chosen == rejected skipped" in note
 
@@ -217,8 +220,8 @@ def test_prompts_of_best_of_n(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     flags = {"dataset": path, "in_distribution": "subreddit=tifu,cats", "eval_size": 9, "gold_model": "my.py:f"}
     rows, held_out, _ = load_splits(config(path, in_distribution=flags["in_distribution"], eval_splits=["test", "ood"]), "prompts")
-    for changes, expected in (({"split": "ood"}, held_out["ood"]), ({"split": "train"}, rows), ({}, held_out["eval"]),
-                              ({"eval_splits": ["ood"]}, held_out["ood"]), ({"eval_splits": ["test", "ood"]}, held_out["eval"])):  # fmt: skip
+    test, ood = held_out["eval"], held_out["ood"]
+    for changes, expected in (({"split": "ood"}, ood), ({"split": "train"}, rows), ({}, test), ({"eval_splits": ["ood"]}, ood)):
         assert sample_bon.prompts_of(sample_bon.Config(**flags, **changes))[0] == expected
     few = sample_bon.prompts_of(sample_bon.Config(eval_splits=["ood"], eval_size=7))[0]
     assert len(few) == 7 and {row["prompt"] for row in few} < asked("ood")
