@@ -46,7 +46,7 @@ class Config(cli.RunConfig):
     model: str = field(default="runs/sft", metadata={"help": "the trunk: run folder, model folder or hub name of a causal LM"})
     steps: int = field(default=100, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=32, metadata={"help": "pairs a step, over all processes"})
-    lr: float = field(default=5e-4, metadata={"help": "peak learning rate of AdamW"})
+    lr: float | None = field(default=None, metadata={"help": "peak learning rate of AdamW; by default 5e-4, with --sarm 2e-3"})
     warmup: int = field(default=10, metadata={"help": "steps of linear warm-up"})
     eval_size: int = field(default=512, metadata={"help": "held-out pairs to evaluate on"})
     max_length: int = field(default=0, metadata={"help": "longest prompt + response in tokens; 0: the model's context"})
@@ -55,7 +55,7 @@ class Config(cli.RunConfig):
     independent_noise: bool = field(default=False, metadata={"help": "member i flips labels by --noise_seed + i instead"})
     score_l2: float = field(default=0.0, metadata={"help": "beta of the penalty beta * 1/2 (r_c^2 + r_r^2); Coste et al. use 0.001"})
     sarm: str = field(default="", metadata={"help": "train a SARM with this autoencoder: train_sae.py --base none --site residual --layers "
-        "1 --normalize token --relu False --tokens sentence_ends; default folder: runs/sarm"})  # fmt: skip
+        "2 --normalize token --relu False --output_dir runs/sae_sarm; default folder: runs/sarm"})  # fmt: skip
     sarm_mode: str = field(default="encoder_frozen", metadata={"help": "what is trained: frozen (the head), encoder_frozen (also the LM), "
         "joint (also the encoder), or detached (also the autoencoder's reconstruction, apart from the LM)"})  # fmt: skip
     sarm_lambda: float = field(default=1.0, metadata={"help": "detached: weight of the reconstruction, ||x - x^||^2 / D"})
@@ -64,6 +64,7 @@ class Config(cli.RunConfig):
     def __post_init__(self):
         if self.sarm and self.output_dir == type(self).output_dir:
             self.output_dir = "runs/sarm" if self.members == 1 else "runs/sarm/seed_{seed}"
+        self.lr = (2e-3 if self.sarm else 5e-4) if self.lr is None else self.lr  # a head that starts at zero has further to go
         super().__post_init__()
         cli.at_least(self, 0, "max_length", "score_l2", "noise_seed", "sarm_lambda")
         cli.one_of(self, "sarm_mode", *sarm_training.MODES)

@@ -38,11 +38,10 @@ def the_one_sae(path):
 
 def check_start(config, dist):
     """Look at --model and --sarm before anything is loaded. -> the config of the SARM to be"""
-    path, model = the_one_sae(config.sarm), check_model(config.model)
+    path, model = the_one_sae(config.sarm), check_model(config.model)  # of the model the config alone
     found = sae_files.read_config(path)
     notes, m = found.get("metadata") or {}, found["d_sae"]
-    kind = found["architecture"], (notes.get("nanorlhf") or {}).get("normalize") or found.get("normalize_activations")
-    right = kind in (("nanorlhf_topk_without_relu", "token"), ("nanorlhf_topk_without_relu", "layer_norm"))
+    right = found["architecture"] == "nanorlhf_topk_without_relu" and found.get("normalize_activations") == "layer_norm"
     flags = "train_sae.py --sae topk --normalize token --relu False --site residual"
     require(right, f"{path}: a SARM needs a TopK autoencoder without ReLU on standardised tokens ({flags})")
     layer, n = notes.get("layer"), model.num_hidden_layers
