@@ -17,8 +17,8 @@ from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForSequenceC
 
 from nanorlhf.distributed import Dist, setup, shutdown
 from nanorlhf.errors import InputError
-from nanorlhf.fsdp import is_sharded
 from nanorlhf.feature_rewards import check_feature_reward, latents_fingerprint, load_feature_reward
+from nanorlhf.fsdp import is_sharded
 from nanorlhf.models import RewardModel, load_reward_model, save_reward_model
 from nanorlhf.rewards import Answers, check_reward, load_reward, score
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
@@ -430,28 +430,27 @@ def test_a_trunk_that_cannot_be_cut():
 # ---------------------------------------------------------------------------------------------------------------- on two processes
 
 
-def read_in_shards(path, sae, out):
-    """What one of two processes under FSDP2 says of its half of the answers."""
-    dist = setup("cpu", "fsdp")
-    texts = answers()
+def read_in_shards(specs, out):
+    """What one of two processes under FSDP2 says of its half of the answers, by several reward models."""
+    dist, texts = setup("cpu", "fsdp"), answers()
     mine = torch.tensor([0, 1, 2] if dist.main else [3, 4])
     own = Answers([texts.prompts[i] for i in mine], [texts.responses[i] for i in mine], BATCH.rows(mine))
-    reward = load_feature_reward(path, sae, word_tokenizer(), dist)
-    reading = reward.read(own, [2, 9], {2: ("+", 1.0)})
-    assert is_sharded(reward.module) and score(reward, [own], dist).equal(reading.scores)
-    save_file({name: x.contiguous() for name, x in reading._asdict().items()}, f"{out}/{dist.rank}.safetensors")
+    for i, (path, sae) in enumerate(specs):
+        reward = load_feature_reward(path, sae, word_tokenizer(), dist)
+        reading = reward.read(own, [2, 9], {2: ("+", 1.0)})
+        assert is_sharded(reward.module) and score(reward, [own], dist).equal(reading.scores)
+        save_file({name: x.contiguous() for name, x in reading._asdict().items()}, f"{out}/{i}_{dist.rank}.safetensors")
     shutdown()
 
 
-@pytest.mark.parametrize("kind", ["sarm", "with sae"])
-def test_in_shards(tmp_path, public, kind):
-    path, sae = public[0], ""
-    if kind == "with sae":
-        path, sae = str(tmp_path / "rm"), str(tmp_path / "sae")
-        save_reward_model(reward_model("llama"), word_tokenizer(), path)
-        save_sae(TopKSAE(D, M, K, "dataset"), sae, layer=2, site="residual")
-    join(*ranks(2, read_in_shards, path, sae, str(tmp_path)))
-    parts = [load_file(str(tmp_path / f"{rank}.safetensors")) for rank in range(2)]
-    expected = load_feature_reward(path, sae, word_tokenizer(), ALONE).read(answers(), [2, 9], {2: ("+", 1.0)})
-    for name, x in expected._asdict().items():
-        same(torch.cat([part[name] for part in parts]), x, 1e-5)
+def test_in_shards(tmp_path, public):
+    rm, sae = str(tmp_path / "rm"), str(tmp_path / "sae")
+    save_reward_model(reward_model("llama"), word_tokenizer(), rm)
+    save_sae(TopKSAE(D, M, K, "dataset"), sae, layer=2, site="residual")
+    specs = [(public[0], ""), (rm, sae)]
+    join(*ranks(2, read_in_shards, specs, str(tmp_path)))
+    for i, spec in enumerate(specs):
+        parts = [load_file(str(tmp_path / f"{i}_{rank}.safetensors")) for rank in range(2)]
+        expected = load_feature_reward(*spec, word_tokenizer(), ALONE).read(answers(), [2, 9], {2: ("+", 1.0)})
+        for name, x in expected._asdict().items():
+            same(torch.cat([part[name] for part in parts]), x, 1e-5)

@@ -210,8 +210,8 @@ def test_members(base, tmp_path):
 
 
 def test_frozen_layers_and_merged_adapters(base, tmp_path):
-    train(base, tmp_path / "half", freeze_layers=0.5)  # of the L blocks
-    train(base, tmp_path / "lora", lora_rank=2, merge=True)
+    train(base, tmp_path / "half", sarm_mode="encoder_frozen", freeze_layers=0.5)  # of the L blocks
+    train(base, tmp_path / "lora", sarm_mode="encoder_frozen", lora_rank=2, merge=True)
     before = sarm_of(base, "encoder_frozen").layout()
     half, lora = (load_file(str(tmp_path / name / "model/model.safetensors")) for name in ("half", "lora"))
     moved = [{name for name in before if not before[name].equal(x[name])} for x in (half, lora)]
