@@ -102,9 +102,10 @@ def causal(config):
         texts["pool"] = encoded(config, tokenizer, flat, "response", max_length)
     reward = load_feature_reward(config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype)
 
-    before, latents, _ = zip(*(read_all(reward, answers) for answers in texts.values()))
-    before, latents = dict(zip(texts, before)), dict(zip(texts, latents))
-    fired = torch.cat([latents[side].indices()[1] for side in SIDES]).bincount(minlength=reward.m)
+    before, fired = {}, torch.zeros(reward.m)
+    for side, answers in texts.items():
+        before[side], z, _ = read_all(reward, answers, None if side in SIDES else [])  # [N], sparse [N, M] or [N, 0]
+        fired += z.indices()[1].bincount(minlength=reward.m)
     rates = fired.double() / (2 * len(pairs))  # [M], over both sides
     arms = {"edits": edits}
     for i in range(config.draws):

@@ -131,3 +131,22 @@ def separation(parts):
         wins = wins + torch.where(compared > 0, feature_aucs(sparse(z), present) * compared, 0.0)
         pairs = pairs + compared
     return wins / pairs
+
+
+def score_gaps(parts):
+    """How much higher texts score on which a latent fires than the others of the same part: [M], float64; nan where there are no others.
+
+        gap_i = sum_p v_p (mean score where z_i != 0 - mean where z_i = 0) / sum_p v_p,   v_p = n1 n0 / (n1 + n0)
+
+    parts: [(z [N, M], scores [N]), ...] as in `separation`: least squares of the score on firing, with an intercept for each part.
+    Pitfall: it is no effect. Beside the head weight it shows what w_i alone does not: latents that fire together share their reward.
+    """
+    total, weight = 0.0, 0.0
+    for z, scores in parts:
+        fires, scores = (z != 0).double(), scores.double()
+        n1 = fires.sum(0)  # [M]
+        n0 = len(fires) - n1
+        gap = scores @ fires / n1 - scores @ (1 - fires) / n0
+        v = n1 * n0 / len(fires)
+        total, weight = total + torch.where(v > 0, v * gap, 0.0), weight + v
+    return total / weight

@@ -57,7 +57,9 @@ def opened(config, features):
 
 def encoded(config, tokenizer, rows, side, max_length):
     """Rows {prompt, `side`} -> Answers, packed. What was sampled in these words is taken as it was: a cut answer has no EOS."""
-    prompts, responses, _ = data.encode(tokenizer, rows, side, max_length, config.chat_template)
+    prompts, responses, cut = data.encode(tokenizer, rows, side, max_length, config.chat_template)
+    if cut:
+        print(f"{cut} of {len(rows)} texts ({side}) cut to {max_length} tokens", flush=True)
     for i, row in enumerate(rows):
         own = [row.get("prompt_ids"), row.get("response_ids")]
         if all(own) and tokenizer.batch_decode(own, skip_special_tokens=True) == [row["prompt"], row[side]]:

@@ -22,9 +22,9 @@ from .cli import require
 from .explainer import check_explainer, explain
 from .feature_rewards import load_feature_reward
 from .features import parse_ids
-from .latent_stats import contrast, separation
+from .latent_stats import contrast, score_gaps, separation
 from .latent_texts import TextsConfig, encoded, groups_of, matched, opened, read_all, read_answers
-from .probes import save
+from .probes import finite, save
 
 BY = ("contribution", "differential", "weight")
 SIDES = {"pairs": ("chosen", "rejected"), "policy": ("after", "before")}
@@ -74,7 +74,7 @@ def latents(config):
 
     Intervals: 95%, by the bootstrap over prompts. A latent with a weight below 0 is punished already (penalising it is useless); of
     those that raise the reward, one that the policy has exploited and that does not stand for quality is spurious. Pitfall: reward
-    training may leave a latent that detects a thing without weight, and reward it by way of the latents of quality: see `causal`.
+    training may leave the latent that detects a thing hardly a weight, and reward the thing through others: compare score_gap.
     """
     asked = parse_ids(config.features)
     dist, folder, tokenizer, max_length = opened(config, asked)
@@ -95,13 +95,15 @@ def latents(config):
     for side, answers in texts.items():
         scores[side], sparse[side], _ = read_all(reward, answers)  # [N], sparse [N, M]
     ids = torch.cat([*(z.indices()[1] for z in sparse.values()), torch.tensor(asked, dtype=torch.long)]).unique()  # all that fire
+    require(len(ids), f"{config.reward_model}: no latent fires on any of these texts")
     z = {side: x.index_select(1, ids).to_dense() for side, x in sparse.items()}  # [N, M'], the M' that fire
     weights = None if reward.weights is None else reward.weights[ids]
     found = {kind: contrast(*(z[side] for side in SIDES[kind]), weights, groups_of(p), reward.m) for kind, p in prompts.items()}
     kind, by = list(found)[-1], config.by or ("differential" if weights is None else "contribution")
     size = weights if by == "weight" else getattr(found[kind], by)
     order = size.abs().argsort(descending=True, stable=True).tolist()
-    rows = [numbers(k, int(ids[k]), weights, found) for k in order]
+    gaps = score_gaps([(z[side], scores[side]) for side in z])  # [M']
+    rows = [numbers(k, int(ids[k]), weights, gaps, found) for k in order]
     shown = [next(row for row in rows if row["id"] == i) for i in asked] or rows[: config.top]
     describe(config, shown, ids, z, texts, tokenizer)
     summary = {
@@ -122,13 +124,14 @@ def latents(config):
 # ----------------------------------------------------------------------------------------------------------------------- the results
 
 
-def numbers(k, id, weights, found):
-    """What is said of the k-th latent that fires: {id, weight, raises, pairs: {...}, policy: {...}}
+def numbers(k, id, weights, gaps, found):
+    """What is said of the k-th latent that fires: {id, weight, raises, score_gap, pairs: {...}, policy: {...}}
 
     raises: whether its weight is above 0, so that firing raises the reward; None without head weights, as the contribution.
+    score_gap: how much higher the texts score on which it fires, None where it fires on all or none.
     """
     weight = None if weights is None else weights[k].item()
-    row = {"id": id, "weight": weight, "raises": None if weights is None else weight > 0}
+    row = {"id": id, "weight": weight, "raises": None if weights is None else weight > 0, "score_gap": finite(gaps[k].item())}
     for kind, c in found.items():
         first, second = SIDES[kind]
         row[kind] = {f"rate_{first}": c.rate_chosen[k].item(), f"rate_{second}": c.rate_rejected[k].item()}
@@ -210,19 +213,19 @@ def table(summary, rows, in_full):
         made = "" if what["contributions"] is None else f", of which {what['contributions']:+.3f} by latents above 0"
         lines.append(f"  {' against '.join(SIDES[kind])}: {what['pairs']} pairs of {what['prompts']} prompts, "
                      f"first higher in {what['accuracy']:.1%}, margin {what['margin']:+.3f}{made}")  # fmt: skip
-    head, over = f"  {'id':>6s}{'weight':>8s}", " " * 16
+    shown = "contribution" if rows and rows[0]["weight"] is not None and summary["by"] != "differential" else "differential"
+    head, over = f"  {'id':>6s}{'weight':>8s}{'score':>7s}", " " * 23
     for kind in kinds:
         first, second = SIDES[kind]
-        over += f"  {f'fires on':>15s}{'':25s}"
-        head += f"{first:>9s}{second:>9s}{'contribution' if rows and rows[0]['weight'] is not None else 'differential':>25s}"
+        over += f"{'fires on':>18s}{'':25s}"
+        head += f"{first:>9s}{second:>9s}{shown:>25s}"
     lines += [over, head + "   goes with (AUC)"]
     for row in rows:
         weight = f"{row['weight']:8.3f}" if row["weight"] is not None else f"{'-':>8s}"
-        line = f"  {row['id']:6d}{weight}"
+        line = f"  {row['id']:6d}{weight}" + (f"{'-':>7s}" if row["score_gap"] is None else f"{row['score_gap']:+7.2f}")
         for kind in kinds:
             part = row[kind]
-            line += "".join(f"{part['rate_' + side]:9.1%}" for side in SIDES[kind])
-            line += f"{cell(part['contribution'] or part['differential']):>25s}"
+            line += "".join(f"{part['rate_' + side]:9.1%}" for side in SIDES[kind]) + f"{cell(part[shown]):>25s}"
         room, goes = 140 - len(line) - 3, ""
         for token, auc, *_ in row["tokens"]:
             more = f"{' ' if goes else ''}{token.strip()} {auc:.2f}".replace("0.", ".")
@@ -231,8 +234,8 @@ def table(summary, rows, in_full):
         for context in row["contexts"] if in_full else ():
             text = " ".join(t.strip() for t in context["tokens"])
             lines.append(f"          > {context['side']:8s} z {context['z']:6.2f}  {text[-105:]}")
-    if rows and rows[0]["weight"] is not None:
-        lines.append("  A weight below 0: punished already. AUC below .50: the latent is larger where the token is absent.")
+    lines.append("  weight below 0: punished already; score: of texts on which it fires, less others of their side; "
+                 "AUC below .50: the token is absent")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -242,9 +245,10 @@ def draw(figure, summary):
     name = "contribution" if summary["latents"] and summary["latents"][0]["weight"] is not None else "differential"
     x, y = (kinds + kinds)[:2]
     axis = figure.add_subplot()
-    for row in summary["latents"]:
-        across = row["weight"] or 0.0 if x == y else row[x][name]["mean"]
-        axis.plot(across, row[y][name]["mean"], "o", color="C3" if row["id"] in summary["described"] else "lightgrey")
-        if row["id"] in summary["described"][:10]:
-            axis.annotate(str(row["id"]), (across, row[y][name]["mean"]), fontsize=8)
+    rows, first = summary["latents"], summary["described"]
+    points = [((row["weight"] or 0.0) if x == y else row[x][name]["mean"], row[y][name]["mean"]) for row in rows]
+    axis.scatter(*zip(*points), c=["C3" if row["id"] in first else "lightgrey" for row in rows], s=12)
+    for row, point in zip(rows, points):
+        if row["id"] in first[:10]:
+            axis.annotate(str(row["id"]), point, fontsize=8)
     axis.set(xlabel="head weight" if x == y else f"{name}: {', '.join(SIDES[x])}", ylabel=f"{name}: {', '.join(SIDES[y])}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanorlhf import latent_stats
-from nanorlhf.latent_stats import contrast, mean_interval, separation
+from nanorlhf.latent_stats import contrast, mean_interval, score_gaps, separation
 from nanorlhf.stats import bootstrap
 
 
@@ -120,3 +120,16 @@ def test_what_changed_together_is_not_taken_for_one_another():
     parts = [(z, mark), (1 - z, ~mark)]  # before and after
     assert separation([tuple(map(torch.cat, zip(*parts)))]).item() == pytest.approx(0.625)
     assert separation(parts).item() == 0.5
+
+
+def test_score_gaps_are_least_squares_with_an_intercept_for_each_part():
+    g = torch.Generator().manual_seed(0)
+    parts = [(latents(n, 4, n), torch.randn(n, generator=g) + n) for n in (20, 31)]
+    parts[0][0][:, 0] = 1  # fires on all of a part: nothing to compare there
+    found = score_gaps(parts)
+    side = torch.cat([torch.eye(2)[i].expand(len(z), 2) for i, (z, _) in enumerate(parts)])
+    for i in range(3):
+        x = torch.cat([torch.cat([z[:, i] != 0 for z, _ in parts])[:, None], side], 1).double()
+        y = torch.cat([scores for _, scores in parts]).double()
+        assert found[i].item() == pytest.approx(torch.linalg.lstsq(x, y).solution[0].item())
+    assert found[3].isnan()  # it never fires

@@ -5,8 +5,8 @@
 
 import copy
 import json
-import math
 
+import numpy as np
 import pytest
 import torch
 from test_features import GOOD, Endpoint, chat
@@ -123,6 +123,10 @@ def test_numbers_on_pairs_are_those_of_one_text_at_a_time(material, tmp_path, ca
     for row in found["latents"]:
         i, part, w = row["id"], row["pairs"], sarm.score.weight[0, row["id"]].item()
         assert row["weight"] == pytest.approx(w) and row["raises"] == (w > 0)
+        if row["score_gap"] is not None:
+            x = [[float(r[i] != 0), float(side == "chosen"), 1.0] for side in z for r in z[side]]
+            y = [score for side in z for score in scores[side]]
+            assert row["score_gap"] == pytest.approx(np.linalg.lstsq(np.array(x), np.array(y), rcond=None)[0][0], abs=1e-4)
         assert part["rate_chosen"] == pytest.approx(mean(r[i] != 0 for r in z["chosen"]))
         assert part["rate_rejected"] == pytest.approx(mean(r[i] != 0 for r in z["rejected"]))
         assert part["differential"]["mean"] == pytest.approx((c[i] - j[i]) / (c[i] + j[i] + damping), abs=1e-5)
