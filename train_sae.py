@@ -65,8 +65,8 @@ class Config:
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
     max_rows: int = field(default=0, metadata={"help": "a random subset of N rows; 0: all"})
     max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
-    tokens: str = field(default="all", metadata={"help": "which of a text's: all, or sentence_ends (. ! ? and the text's last), as a "
-        "SARM's autoencoder"})  # fmt: skip
+    tokens: str = field(default="all", metadata={"help": "which of a text's: all, sentence_ends (. ! ? and the text's last) or last, "
+        "the one that a SARM reads"})  # fmt: skip
     keep_bos: bool = field(default=False, metadata={"help": "count a BOS in front of a text too: its norm is often most of the variance"})
     n_answers: int = field(default=1, metadata={"help": "rollouts: answers to each prompt"})
     max_new_tokens: int = field(default=48, metadata={"help": "rollouts: longest answer"})
@@ -97,7 +97,7 @@ class Config:
         cli.one_of(self, "bias", "mean", "median")
         cli.one_of(self, "texts", "dataset", "rollouts", "both")
         cli.one_of(self, "kind", *data.FIELDS)
-        cli.one_of(self, "tokens", "all", "sentence_ends")
+        cli.one_of(self, "tokens", "all", "sentence_ends", "last")
         cli.one_of(self, "schedule", "constant", "linear", "cosine")
         cli.one_of(self, "dtype", "float32", "bfloat16", "auto")
         if self.dtype == "auto":
@@ -234,7 +234,7 @@ def texts(config, rows, model_config, paths, dist):
         out = out + rollout_rows(replace(config, batch_size=256), tokenizer, prompts, dist)  # 256 answers at a time
     parts = hold_out(out, config.eval_size)
     cli.require(all(parts), f"{config.dataset}: {len(out)} texts are too few to hold any out")
-    ends = sentence_ends(tokenizer) if config.tokens == "sentence_ends" else None
+    ends = {"all": None, "sentence_ends": sentence_ends(tokenizer), "last": []}[config.tokens]
     return [Tokens(part, None if config.keep_bos else tokenizer.bos_token_id, ends) for part in parts]
 
 
@@ -282,7 +282,7 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
 
     1: the reconstruction is as good as the layer; 0: as bad as none; None where the model does no worse without the layer, on these
     texts; all None for a reward model, which has no such losses. Tokens that the autoencoder never saw keep their activations: a BOS, and
-    with --tokens sentence_ends all others (which then are not switched off either). Pitfall: the loss of every token of a text counts, so
+    with other --tokens than all the others (which then are not switched off either). Pitfall: the loss of every token of a text counts, so
     in {prompt, response} data the prompt's too, which SFT and PPO never trained on.
     """
     if lm.get_output_embeddings() is None:

@@ -55,7 +55,7 @@ def check_start(config, dist):
     model.architectures = ["SARM"]
     model.sarm_param = {
         "sae_source_layer": layer + 1, "sae_latent_size": m, "sae_k": found["k"],
-        "sae_use_sequence_level": notes.get("tokens") == "sentence_ends", "sarm_use_activation": True,
+        "sae_use_sequence_level": notes.get("tokens") in ("sentence_ends", "last"), "sarm_use_activation": True,
     }  # fmt: skip
     return model
 
