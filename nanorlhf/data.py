@@ -143,7 +143,8 @@ def load_splits(config, kind):
     Without --eval_dataset rows are held out by prompt: none is on both sides. 'ood' holds what is not --in_distribution, of
     --eval_dataset or else of --dataset, there without prompts that are trained on; or it is the embedded world's own.
     """
-    config = SimpleNamespace(**{"in_distribution": "", "prompt_format": "", "eval_splits": [], **vars(config)})  # probes lack these
+    lacking = {"in_distribution": "", "prompt_format": "", "eval_splits": [], "max_rows": 0}  # in probes
+    config = SimpleNamespace(**lacking | vars(config))
     wanted, source, where = splits.labels(config.eval_splits or ["test"]), config.eval_dataset or config.dataset, config.in_distribution
     for flag in ("in_distribution", "prompt_format"):
         clash = getattr(config, flag) and (is_world(config.dataset) or is_world(source))

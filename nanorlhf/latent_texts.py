@@ -37,8 +37,6 @@ class TextsConfig:
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
     dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
 
-    max_rows = 0  # for data.load: all rows may be held out
-
     def __post_init__(self):
         cli.at_least(self, 1, "eval_size", "micro_batch_size")
         cli.at_least(self, 0, "max_length")
