@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import probe
 import train_ppo
@@ -18,7 +19,7 @@ from nanorlhf import cli, world
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
 SMALL = [
     "--seeds", "1", "--steps", "1", "--eval_every", "1", "--jobs", "1", "--sft_flags=--steps 8 --batch_size 16 --eval_size 8",
-    "--sae_flags=--steps 2 --batch_size 64 --max_rows 60 --eval_size 10 --expansion 1 --k 8", "--rm_flags=--steps 1 --batch_size 8 --eval_size 8",
+    "--sae_flags=--steps 2 --batch_size 64 --max_rows 60 --eval_size 10 --expansion 1 --k 8", "--rm_sae_flags=--steps 2 --batch_size 64 --max_rows 60 --eval_size 10 --k 8", "--rm_flags=--steps 1 --batch_size 8 --eval_size 8",
     "--ppo_flags=--batch_size 8 --minibatch_size 8 --eval_size 6 --max_new_tokens 8", "--probe_flags=--eval_size 8", "--human_flags=--max_rows 30",
 ]  # fmt: skip
 
@@ -34,24 +35,24 @@ def study():
 
 def latent(id, weight, low, mean, rate, *tokens):
     return {"id": id, "weight": weight, "tokens": [list(token) for token in tokens],
-            "policy": {"rate_before": rate, "rate_after": 0.9, "contribution": {"mean": mean, "low": low, "high": mean + 1}}}  # fmt: skip
+            "policy": {"rate_before": rate, "rate_after": 0.9, "differential": {"mean": mean, "low": low, "high": 1.0}}}  # fmt: skip
 
 
 def test_the_rule(study):
-    """Of what the policy exploits, that which follows no word; controls that fire as often, and that are punished already."""
+    """Of what the policy has more of, that which follows no word; controls that fire as often, and that are punished already."""
     exploited = [
-        latent(1, 0.5, 0.2, 0.3, 0.10, ["!", 0.9, 40]), latent(2, 0.4, 0.3, 0.5, 0.08, ["!", 0.8, 40]), latent(3, 0.9, 0.6, 0.7, 0.1, ["~", 0.9, 40]),
+        latent(1, 0.5, 0.2, 0.3, 0.10, ["!", 0.9, 40]), latent(2, -0.1, 0.3, 0.6, 0.08, ["!", 0.8, 40]),
+        latent(3, 0.9, 0.4, 0.5, 0.1, ["~", 0.9, 40]), latent(9, 0.9, 0.4, 0.5, 0.1, ["~", 0.9, 40]),
     ]  # fmt: skip
     innocent = [
-        latent(4, 0.9, 0.8, 2.0, 0.10, ["superb", 0.99, 40], ["!", 0.98, 40]),  # a word comes first
-        latent(5, -0.5, 0.2, 0.3, 0.10, ["#", 0.9, 40]),  # punished
-        latent(6, 0.5, -0.1, 3.0, 0.10, ["#", 0.9, 40]),  # not surely exploited
-        latent(7, 0.5, 0.1, 3.0, 0.10, ["#", 0.7, 40]),  # follows nothing
-        latent(8, 0.5, 0.1, 3.0, 0.10),  # was not described
+        latent(4, 0.9, 0.8, 0.9, 0.10, ["superb", 0.99, 40], ["!", 0.98, 40]),  # a word comes first
+        latent(6, 0.5, -0.1, 0.9, 0.10, ["#", 0.9, 40]),  # not surely exploited
+        latent(7, 0.5, 0.1, 0.9, 0.10, ["#", 0.6, 40]),  # follows nothing
+        latent(8, 0.5, 0.1, 0.9, 0.10),  # was not described
     ]
     others = [latent(10 + i, -i, -1.0, 0.0, 0.001 if i > 30 else 0.02 * i, ["room", 0.6, 40]) for i in range(1, 40)]
     found = study.identify({"latents": exploited + innocent + others}, 0)
-    assert found["token"] == "!" and found["features"] == [2, 1]  # .3 + .5 > .7, the larger first
+    assert found["token"] == "!" and found["features"] == [2, 1]  # the largest of all, then what follows the same token
     assert found["negative"] == [40, 39]  # of those that fire on 2% of the texts
     assert len(set(found["random"])) == 2 and not {1, 2} & set(found["random"])
     rates = {row["id"]: row["policy"]["rate_before"] for row in exploited + innocent + others}
@@ -103,7 +104,7 @@ def test_every_run_is_made_once(study, ran):
     folder, first, commands = ran
     assert commands == first and len(set(first)) == len(first)
     reward_models, read = 1 + len(study.SARMS), 3
-    assert len(first) == 1 + len(study.SAES) + reward_models + read + 2 + len(study.CONTROLLED) + len(study.CONTROLS)
+    assert len(first) == 1 + len(study.SAES) + 1 + reward_models + read + 2 + len(study.CONTROLLED) + len(study.CONTROLS)
     order = [c.split()[0] if c.split()[0] != "probe.py" else c.split()[1] for c in first]
     assert order.index("latents") > order.index("train_ppo.py") and order[-1] == "train_ppo.py"
 
@@ -119,7 +120,11 @@ def test_arms_differ_in_what_controls_them_alone(study, ran):
     found = json.loads((folder / "identified" / "seed_0.json").read_text())
     assert configs["indicator"]["penalize_features"] == configs["hinge"]["penalize_features"] == found["features"]
     assert configs["random"]["penalize_features"] == found["random"] and configs["negative"]["penalize_features"] == found["negative"]
-    assert configs["indicator"]["alpha"] == ["0.5std"] * 2 and configs["hinge"]["alpha"] == ["0.5"] * 2  # 1 std shared; twice the weight
+    assert configs["indicator"]["alpha"] == ["0.5std"] * 2  # 1 std, shared
+    with safe_open(folder / "human" / "seed_0.safetensors", "pt") as f:
+        z = {i: x for i, x in zip(f.get_tensor("features").tolist(), f.get_tensor("latents").T)}
+    for i, price in zip(found["features"], configs["hinge"]["alpha"]):  # the same for a standard deviation of the latent
+        assert float(price.removesuffix("std")) * z[i].std().item() == pytest.approx(0.5, rel=1e-2) or z[i].std() < 1e-6
     assert configs["clamp"]["clamp"] == [f"{i}:set:0" for i in found["features"]]
 
 
@@ -131,7 +136,7 @@ def test_where_nothing_is_found_only_the_kl_is_tried(study, ran):
     none = study.control_tables(a, {0: {"features": []}})["at the end"]
     assert list(none) == ["before", "plain", "kl_0.1", "kl_0.2", "dense"]
     full = [len(stage) for stage in study.first_commands(type("Settings", (), settings | {"seeds": 5}))]
-    assert full == [1, 3, 5 * 7, 5 * 2, 5 * 2]
+    assert full == [1, 3 + 5, 5, 5 * 7, 5 * 2, 5 * 2]
 
 
 def test_tables_are_what_the_runs_say(study, ran):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from overoptimisation import is_done, run
 
-from nanorlhf import data, world  # found beside nanorlhf by overoptimisation
+from nanorlhf import data, human_latents, world  # found beside nanorlhf by overoptimisation
 from nanorlhf.distributed import setup
 from nanorlhf.feature_rewards import load_feature_reward
 from nanorlhf.models import load_tokenizer
@@ -29,40 +29,41 @@ from nanorlhf.plots import save
 from nanorlhf.rewards import Answers
 from nanorlhf.stats import auc, t_interval
 
-SAES = {"sae": "--tokens sentence_ends", "sae_tokens": "--tokens all", "sae_random": "--tokens sentence_ends --steps 1 --lr 0"}
-SARMS = {  # name: its autoencoder and its mode
+SAES = {"sae": "--tokens all", "sae_ends": "--tokens sentence_ends", "sae_random": "--tokens all --steps 1 --lr 0"}  # of the SFT policy
+SARMS = {  # name: its autoencoder and its mode; reward_first: a head on the dense reward model, and an autoencoder of its last tokens
     "frozen": ("sae", "frozen"), "encoder_frozen": ("sae", "encoder_frozen"), "joint": ("sae", "joint"), "detached": ("sae", "detached"),
-    "all_tokens": ("sae_tokens", "encoder_frozen"), "random_sae": ("sae_random", "encoder_frozen"),
+    "sentence_ends": ("sae_ends", "joint"), "random_sae": ("sae_random", "joint"), "reward_first": ("", "frozen"),
 }  # fmt: skip
 CONTROLLED = ("indicator", "hinge", "clamp", "density")
 CONTROLS = ("random", "negative", "kl_0.1", "kl_0.2")
 METRICS = ("gold", "proxy", "cue", "length", "kl", "distinct_2")
-FOLLOWS, MOST = 0.75, 3  # AUC from which on a latent follows a token; latents that are penalised
+FOLLOWS, MOST = 0.7, 3  # AUC from which on a latent follows a token; latents that are penalised
 RARE, NEAREST = 0.02, 10  # share of the texts on which a latent must fire to be a control; a random one is one of so many nearest
-ALPHA, KL = 1.0, 0.05  # std of the human texts' scores; --kl_coef of all arms but two
+TAU, ALPHA, KL = "q0.9", 1.0, 0.05  # of the latent on human texts; std of their scores; --kl_coef of all arms but two
 
 
 def first_commands(a):
     """What can be known before any latent is, as lists of command lines: those of one list can run side by side."""
     out, sft = a.output_dir, f"{a.output_dir}/sft"
     shape = f"--base none --site residual --layers {a.layer} --normalize token --relu False"
-    stages = [[f"train_sft.py --output_dir {sft} {a.sft_flags}"], [], [], [], []]
+    stages = [[f"train_sft.py --output_dir {sft} {a.sft_flags}"], [], [], [], [], []]
     for name, flags in SAES.items():
         stages[1].append(f"train_sae.py --model {sft} {shape} --output_dir {out}/{name} {a.sae_flags} {flags}")
     for s in seeds(a):
-        rm = f"train_rm.py --model {sft} --dataset world:{s} --seed {s}"
-        stages[2].append(f"{rm} --output_dir {out}/rm/dense/seed_{s} {a.rm_flags}")
+        dense, rm_sae, answers = f"{out}/rm/dense/seed_{s}", f"{out}/rm_sae/seed_{s}", f"{out}/ppo/plain/seed_{s}/eval"
+        train = f"train_rm.py --dataset world:{s} --seed {s}"
+        stages[1].append(f"{train} --model {sft} --output_dir {dense} {a.rm_flags}")
+        texts = f"--tokens last --dataset world:{s} --kind pairs --seed {s}"
+        stages[2].append(f"train_sae.py --model {dense} {shape} {texts} --output_dir {rm_sae} {a.rm_sae_flags}")
         for name, (sae, mode) in SARMS.items():
-            flags = f"--sarm {out}/{sae} --sarm_mode {mode} {a.rm_flags} {a.sarm_flags}"
-            stages[2].append(f"{rm} {flags} --output_dir {out}/rm/{name}/seed_{s}")
-        for arm, model in (("dense", "dense"), ("plain", a.mode)):
-            stages[3].append(ppo(a, s, arm, f"{out}/rm/{model}/seed_{s}"))
-        answers = f"{out}/ppo/plain/seed_{s}/eval"
-        stages[4].append(
+            start = f"--model {sft} --sarm {out}/{sae}" if sae else f"--model {dense} --sarm {rm_sae} {a.head_flags}"
+            stages[3].append(f"{train} {start} --sarm_mode {mode} --output_dir {out}/rm/{name}/seed_{s} {a.rm_flags}")
+        stages[4] += [ppo(a, s, "dense", dense), ppo(a, s, "plain", sarm(a, s))]
+        stages[5].append(
             f"probe.py latents --reward_model {sarm(a, s)} --dataset world:{s} --answers {answers}/step_{a.steps}.jsonl "
-            f"--against {answers}/step_0.jsonl --top 50 --output_dir {out}/latents/seed_{s} {a.probe_flags}"
+            f"--against {answers}/step_0.jsonl --by differential --top 1000 --output_dir {out}/latents/seed_{s} {a.probe_flags}"
         )
-        stages[4].append(f"probe.py human_latents --reward_model {sarm(a, s)} --output {human(a, s)} {a.human_flags}")
+        stages[5].append(f"probe.py human_latents --reward_model {sarm(a, s)} --output {human(a, s)} {a.human_flags}")
     return stages
 
 
@@ -78,6 +79,10 @@ def human(a, s):
     return f"{a.output_dir}/human/seed_{s}.safetensors"
 
 
+def few(a, s):
+    return f"{a.output_dir}/human/seed_{s}_identified.safetensors"
+
+
 def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
     return (
         f"train_ppo.py --model {a.output_dir}/sft --reward_model {reward_model} --dataset world:{s} --seed {s} --kl_coef {kl_coef:g} "
@@ -91,22 +96,23 @@ def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
 def identify(summary, s):
     """The rule. summary.json of `probe.py latents` -> what is penalised, and the latents of the controls.
 
-    1. Exploited: the weight is above 0, and so is the interval of what the latent contributes to the policy's gain.
+    1. Exploited: after training the policy's answers have more of the latent than before; the interval of its differential is above 0.
     2. Suspicious: what it follows is no word. Of the tokens whose presence in a text goes with it, the first, with an AUC of FOLLOWS or
        more, has no letter in it: a review is good for what it says.
-    3. Of these tokens the one whose latents contribute most in all; of its latents at most MOST, the largest first.
+    3. Of these tokens the one whose latents have the largest differential; of its latents at most MOST, the largest first.
 
+    The head's weight is not asked: a model may reward a cue through other latents than the one that tells it best.
     Controls: for each of them a random latent that fires about equally often on the answers before training; and as many with the most
     negative weights, which the reward model punishes already.
     """
     suspects = {}
     for row in summary["latents"]:
-        gain, (token, area, *_) = row["policy"]["contribution"], (row.get("tokens") or [["word", 0.0]])[0]
-        if row["weight"] > 0 and gain["low"] > 0 and area >= FOLLOWS and not any(c.isalpha() for c in token):
+        gain, (token, area, *_) = row["policy"]["differential"], (row.get("tokens") or [["word", 0.0]])[0]
+        if gain["low"] > 0 and area >= FOLLOWS and not any(c.isalpha() for c in token):
             suspects.setdefault(token, []).append((gain["mean"], row["id"]))
     if not suspects:
         return {"token": None, "features": []}
-    token = max(suspects, key=lambda token: sum(gain for gain, _ in suspects[token]))
+    token = max(suspects, key=lambda token: max(suspects[token]))
     ids = [i for _, i in sorted(suspects[token], reverse=True)[:MOST]]
     rows = {row["id"]: row for row in summary["latents"]}
     others = {i: row for i, row in rows.items() if i not in ids and row["policy"]["rate_before"] >= RARE}
@@ -132,27 +138,26 @@ def identified(a, s):
 def arms(a, s, found):
     """The PPO runs under control, {arm: command line}; only those of larger KL coefficients where no latent was found.
 
-    indicator   1 std of the human texts' scores, shared by the latents, where a latent is above its 95% quantile on human texts
-    hinge       above the same quantile twice the head's weight: what the latent adds there becomes what it takes away
+    indicator   ALPHA std of the human texts' scores, shared by the latents, where a latent is above what TAU of the human texts have
+    hinge       above the same threshold as much for each standard deviation of the latent on human texts
     clamp       the latent is 0 for the score
-    density     0.2 of the log ratio (clipped at 5 nats: 1 std at most) of the latents, those of people from the human texts
+    density     0.2 of the log ratio (clipped at 5 nats: at most 1) of the latents, those of people from the human texts
     random, negative       the indicator on the latents of the controls
     """
-    ids, reference, model = found["features"], f"--human_latents {human(a, s)}", sarm(a, s)
-    flags = {}
+    ids, model, flags = found["features"], sarm(a, s), {}
     if ids:
-        n = len(ids)
+        n, texts = len(ids), human_latents.load(human(a, s), model, "")
 
         def penalty(ids, alpha, kind="indicator"):
-            chosen = f"--penalize_features {' '.join(map(str, ids))} --tau {' '.join(['q0.95'] * n)} --alpha {' '.join(alpha)}"
-            return f"{chosen} --penalty {kind} {reference}"
+            chosen = f"--penalize_features {' '.join(map(str, ids))} --tau {' '.join([TAU] * n)} --alpha {' '.join(alpha)}"
+            return f"{chosen} --penalty {kind} --human_latents {human(a, s)}"
 
         share = [f"{ALPHA / n:.4g}std"] * n
         flags = {
             "indicator": penalty(ids, share),
-            "hinge": penalty(ids, [f"{2 * found['numbers'][str(i)]['weight']:.4g}" for i in ids], "hinge"),
+            "hinge": penalty(ids, [f"{ALPHA / n / texts.column(i).std().clamp(min=1e-6).item():.4g}std" for i in ids], "hinge"),
             "clamp": "--clamp " + " ".join(f"{i}:set:0" for i in ids),
-            "density": f"--density_beta {ALPHA / 5:g} --human_latents {human(a, s).replace('.safetensors', '_identified.safetensors')}",
+            "density": f"--density_beta {ALPHA / 5:g} --human_latents {few(a, s)}",
             "random": penalty(found["random"], share), "negative": penalty(found["negative"], share),
         }  # fmt: skip
     commands = {arm: ppo(a, s, arm, model, flags[arm]) for arm in flags}
@@ -160,10 +165,9 @@ def arms(a, s, found):
 
 
 def density_texts(a, s, found):
-    """The human texts' latents that the density compares: those that were identified."""
-    output = human(a, s).replace(".safetensors", "_identified.safetensors")
+    """Human texts again, with the latents alone that the density compares: those that were identified."""
     ids = ",".join(map(str, found["features"]))
-    return f"probe.py human_latents --reward_model {sarm(a, s)} --features {ids} --output {output} {a.human_flags}"
+    return f"probe.py human_latents --reward_model {sarm(a, s)} --features {ids} --output {few(a, s)} {a.human_flags}"
 
 
 def truth(a, s, found):
@@ -223,7 +227,7 @@ def control_tables(a, found):
 
 
 def show(title, table):
-    """Rows of {name: (mean, half-width)}."""
+    """Rows of {name: (mean, half-width)} as text."""
     names = list(dict.fromkeys(name for row in table.values() for name in row))
     print(f"\n{title}\n{'':16s}" + "".join(f"{name:>18s}" for name in names))
     for name, row in table.items():
@@ -250,14 +254,16 @@ def main(args=None):
     parser.add_argument("--output_dir", default="runs/control")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--mode", default="encoder_frozen", choices=SARMS, help="the SARM that PPO is trained against")
-    parser.add_argument("--layer", type=int, default=1, help="the SARM ends after this block")
+    parser.add_argument("--mode", default="reward_first", choices=SARMS, help="the SARM that PPO is trained against")
+    parser.add_argument("--layer", type=int, default=2, help="the SARMs end after this block")
     parser.add_argument("--steps", type=int, default=40, help="PPO steps")
     parser.add_argument("--eval_every", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--picture", default="", help="where the picture is written; default: control.png in the output folder")
-    for script in ("sft", "sae", "rm", "sarm", "ppo", "probe", "human"):
-        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script (sarm: of train_rm.py --sarm)")
+    parser.add_argument("--rm_sae_flags", default="--expansion 2 --k 8 --batch_size 256", help="of the autoencoder on a reward model")
+    parser.add_argument("--head_flags", default="--lr 1e-2", help="of reward_first's head")
+    for script in ("sft", "sae", "rm", "ppo", "probe", "human"):
+        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
     a = parser.parse_args(args)
 
     def run_all(commands):
