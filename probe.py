@@ -11,7 +11,7 @@ and features, which features a reward model rewards, how good reward models and 
     python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
     python probe.py latents                                              what the latents of runs/sarm reward, on pairs
     python probe.py latents --answers runs/ppo/eval/step_60.jsonl --against runs/ppo/eval/step_0.jsonl       and what a policy exploits
-    python probe.py causal --edits 17:set:0                              pairs and best-of-n scored again without one of them
+    python probe.py causal --edits 17:set:0 --pool runs/bon/pool.jsonl   pairs, and best-of-n, scored again without one of them
     python probe.py steer --weights "17:*:0" --save runs/sarm_steered    the same for good: the head's weight on it is 0
     python probe.py human_latents                                        of a SARM on demonstrations: reference data of train_ppo.py
     python probe.py evaluate                                             how good the reward models in runs/rm are, beside length

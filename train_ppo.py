@@ -47,10 +47,12 @@ class Config(cli.RunConfig):
     gold_model: str = field(default="", metadata={"help": "a second reward, for evaluation only; embedded world: its gold"})
     score_gold: str = field(default="", metadata={"help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"})
     # Control by features of the reward model (feature_control.py): R = score(clamp(z)) - penalties(z) - beta log p_policy(z) / p_human(z).
-    penalize_features: list[int] = field(default_factory=list, metadata={"help": "latents of --reward_model, a SARM, that cost reward"})
+    penalize_features: list[int] = field(default_factory=list, metadata={"help": "latents of --reward_model, a SARM, that "
+        "cost reward; of another reward model: see --feature_sae"})  # fmt: skip
     tau: list[str] = field(default_factory=list, metadata={"help": "above what, one each: 0.5, or q0.95, a quantile in --human_latents"})
     alpha: list[str] = field(default_factory=list, metadata={"help": "how much, one each: 1.0, or 0.5std, of scores in --human_latents"})
-    penalty: str = field(default="indicator", metadata={"help": "indicator, alpha [z > tau], or hinge, alpha max(0, z - tau)"})
+    penalty: str = field(default="indicator", metadata={"help": "indicator, alpha [z > tau], or hinge, alpha max(0, z - tau), "
+        "where alpha is the price of a unit of z"})  # fmt: skip
     clamp: list[str] = field(default_factory=list, metadata={"help": "score with latents changed: 17:max:0.5 23:set:0 (set, min, max)"})
     density_beta: float = field(default=0.0, metadata={"help": "price of the log density ratio of policy and human latents; 0: off"})
     human_latents: str = field(default="", metadata={"help": "reference data, a file of probe.py human_latents"})

@@ -54,8 +54,8 @@ class Config(cli.RunConfig):
     noise_seed: int = field(default=0, metadata={"help": "which labels are flipped: members share it"})
     independent_noise: bool = field(default=False, metadata={"help": "member i flips labels by --noise_seed + i instead"})
     score_l2: float = field(default=0.0, metadata={"help": "beta of the penalty beta * 1/2 (r_c^2 + r_r^2); Coste et al. use 0.001"})
-    sarm: str = field(default="", metadata={"help": "train a SARM with this autoencoder: train_sae.py --base none --site residual --layers "
-        "2 --normalize token --relu False --output_dir runs/sae_sarm; default folder: runs/sarm"})  # fmt: skip
+    sarm: str = field(default="", metadata={"help": "train a SARM with this autoencoder: train_sae.py --model runs/sft --base none --site "
+        "residual --layers 2 --normalize token --relu False --output_dir runs/sae_sarm; default folder: runs/sarm"})  # fmt: skip
     sarm_mode: str = field(default="joint", metadata={"help": "what is trained: frozen (the head), encoder_frozen (also the LM; paper), "
         "joint (also the encoder), or detached (also the autoencoder's reconstruction, apart from the LM)"})  # fmt: skip
     sarm_lambda: float = field(default=1.0, metadata={"help": "detached: weight of the reconstruction, ||x - x^||^2 / D"})

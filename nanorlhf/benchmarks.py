@@ -35,8 +35,8 @@ class EvaluateConfig:
     dataset: str = field(default="world", metadata={"help": "FILE.jsonl, .json or .parquet, a datasets name[:split], or world[:cue seed]"})
     columns: list[str] = field(default_factory=list, metadata={"help": "pairs: FIELD=COLUMN where the data's names differ"})
     eval_dataset: str = field(default="", metadata={"help": "pairs: held-out data; default: rows of --dataset, by prompt"})
-    eval_size: int = field(default=512, metadata={"help": "pairs: those that train_rm.py held out, if it had the same number; "
-        "0: all rows of --dataset. The benchmarks are taken whole"})  # fmt: skip
+    eval_size: int = field(default=512, metadata={"help": "pairs: those that train_rm.py held out, if it had the same number "
+        "and no --in_distribution (else name --eval_dataset); 0: all rows of --dataset. The benchmarks are taken whole"})  # fmt: skip
     max_rows: int = field(default=0, metadata={"help": "a random subset of N prompts (pairs: rows); 0: all"})
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
     max_length: int = field(default=0, metadata={"help": "longest prompt + response in tokens; 0: the reward model's context"})

@@ -118,7 +118,10 @@ def parse(config_class, args, command="", description=None):
     parsed = vars(parser.parse_args(args))
     if "resume" not in parsed:
         return config_class(**parsed)
-    folder = parsed["output_dir"].replace("{seed}", str(parsed["seed"]))
+    folder = parsed["output_dir"]
+    with contextlib.suppress(InputError):
+        folder = config_class(**parsed).output_dir  # what is its default may depend on other flags
+    folder = folder.replace("{seed}", str(parsed["seed"]))
     stored = os.path.join(folder, "config.json")
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
     if given == {"resume", "output_dir"} and not os.path.isdir(folder):

@@ -162,6 +162,7 @@ def load_splits(config, kind):
     rows, outside = read(config.dataset)
     note = f", {len(outside)} out of distribution left out" if where else ""
     if config.eval_dataset or (is_world(config.dataset) and kind != "sft"):
+        require(not is_world(source) or kind != "sft", "--eval_dataset world: its demonstrations are all for training; leave it out")
         test, outside = read(source, "test")
         test = draw(test, config.eval_size)
     else:

@@ -119,8 +119,10 @@ def content_of(text):
         content, refusal = message["content"], message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"not a chat completion: {' '.join(text.split())[:60]!r}") from None
-    if not isinstance(content, str) or refusal:
+    if refusal:
         raise ValueError(f"a refusal: {str(refusal)[:60]!r}")
+    if not isinstance(content, str):
+        raise ValueError("an answer without text: longer than what it may use?")
     return content
 
 

@@ -21,6 +21,7 @@ from .packing import pack
 from .penalties import OPS
 from .pool import fingerprint
 from .rewards import packed_reader, reward_names
+from .sae_files import the_one_sae
 from .sarm import SARM, Reading, WithSAE, checked, is_sarm
 from .sarm_files import check_sarm
 
@@ -39,6 +40,7 @@ def check_feature_reward(spec, sae="", features=()):
     else:
         require(is_reward_model(spec), f"{spec} is no reward model of train_rm.py")
         require(sae, f"{spec} is no SARM: name an autoencoder on one of its layers (train_sae.py --model {spec})")
+        sae = the_one_sae(sae)
         found, config = sae_files.read_config(sae), check_model(spec)
         width = config.get_text_config().hidden_size
         require(found["d_in"] == width, f"{sae}: an autoencoder for activations of width {found['d_in']}; {spec} has {width}")
@@ -82,7 +84,7 @@ def place_of(sae):
 
 def latents_fingerprint(spec, sae=""):
     """What the latents are those of, at this moment: {"reward_model": digest, "sae": digest, or "" for a SARM}."""
-    return {"reward_model": fingerprint(spec), "sae": fingerprint(sae) if sae else ""}
+    return {"reward_model": fingerprint(spec), "sae": fingerprint(the_one_sae(sae)) if sae else ""}
 
 
 def load_feature_reward(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="float32"):
@@ -90,6 +92,7 @@ def load_feature_reward(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="
     check_feature_reward(spec, sae)
     path = resolve(spec)
     if sae:
+        sae = the_one_sae(sae)
         width = check_model(path).get_text_config().hidden_size
         module = WithSAE(load_reward_model(path), sae_files.load_sae(sae, width), place_of(sae)).eval()
     else:

@@ -34,7 +34,8 @@ PROMPT = """Here are a prompt and two answers to it.
 
 Which of the two answers is better? Go by {criterion}; neither their order nor their length counts. \
 Reply with the number of the better answer, 1 or 2, and nothing else."""
-CHOICE = re.compile(r"""[\s*"'(\[]*(answer[\s:]*)?([12])[\s*"')\].]*""", re.IGNORECASE)  # the whole of a reply: 2, "2.", **Answer 2**
+# The whole of a reply: 2, "2.", **Answer:** 2; what a model thinks aloud before it is left out.
+CHOICE = re.compile(r"""[\s*"'(\[]*(answer[\s:*]*)?([12])[\s*"')\].]*""", re.IGNORECASE)
 LOCAL = "llm:"
 
 
@@ -97,7 +98,7 @@ def collect(spec, questions, config, dist, kept):
     progress = Progress(dist, "asking, question", len(keys))
     try:
         for count, (i, reply) in enumerate(ask(config, spec, [question_of(config, *q) for q in questions.values()], dist), 1):
-            found = CHOICE.fullmatch(reply) if isinstance(reply, str) else None
+            found = CHOICE.fullmatch(reply.rpartition("</think>")[2]) if isinstance(reply, str) else None
             if found:
                 what = dict(zip(("prompt", "first", "second"), questions[keys[i]]))
                 kept.append([{"key": keys[i], "judge": spec, "choice": int(found[2]), **what}])

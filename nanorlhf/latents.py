@@ -43,7 +43,7 @@ Say in one sentence what the feature stands for, and whether that has to do with
 @dataclass
 class LatentsConfig(TextsConfig):
     answers: str = field(default="", metadata={"help": "a policy's answers after training, {prompt, response}, such as "
-        "runs/ppo/eval/step_40.jsonl"})  # fmt: skip
+        "runs/ppo/eval/step_40.jsonl; with --dataset '' they alone are looked at"})  # fmt: skip
     against: str = field(default="", metadata={"help": "and before training, to the same prompts: runs/ppo/eval/step_0.jsonl"})
     by: str = field(default="", metadata={"help": "what comes first, by size: contribution, differential (both of the policy where there "
         "are --answers) or weight; default: contribution, or differential where there are no head weights"})  # fmt: skip

@@ -40,9 +40,9 @@ def feature_penalty(latents, features, tau, alpha, kind="indicator"):
         hinge       sum_i alpha_i max(0, z_i - tau_i)
 
     latents [B, M]; features, tau, alpha: lists of one length, the columns, their thresholds in units of z and their prices in units of
-    the reward -> [B]. ValueError: lists of unequal length, a column that is not there, an unknown kind. Pitfall: the price of the
-    indicator is the same far above tau as just above it, so it does not pull a strong feature down bit by bit, as the hinge does; and
-    up to tau both are free, so a policy settles right below it.
+    the reward (hinge: for a unit of z) -> [B]. ValueError: lists of unequal length, a column that is not there, an unknown kind.
+    Pitfall: the price of the indicator is the same far above tau as just above it, so it does not pull a strong feature down bit by bit,
+    as the hinge does; and up to tau both are free, so a policy settles right below it.
     """
     if not len(features) == len(tau) == len(alpha):
         raise ValueError(f"{len(features)} features, {len(tau)} tau and {len(alpha)} alpha: there must be one of each for a feature")

@@ -11,6 +11,7 @@ standardisation is SAELens' "layer_norm" (which adds 1e-5 to the std, not 1e-6).
 architecture has a name of our own, so that SAELens refuses it rather than computing something else.
 """
 
+import glob
 import os
 
 import torch
@@ -89,6 +90,15 @@ def load_sae(path, width=None, device="cpu"):
         (sae.mean if normalize == "dataset" else sae.b_dec).copy_(tensors["b_dec"])
         sae.scale.fill_(scale)
     return sae.to(device)
+
+
+def the_one_sae(path):
+    """An autoencoder's folder, or train_sae.py's run folder if it holds just one -> that autoencoder's folder."""
+    if not os.path.isfile(os.path.join(path, CONFIG)):
+        found = sorted(os.path.dirname(file) for file in glob.glob(os.path.join(glob.escape(path), "*", "*", CONFIG)))
+        require(len(found) < 2, f"{path} holds several autoencoders; name one of {', '.join(found)}")
+        return found[0] if found else path
+    return path
 
 
 def read_config(path):

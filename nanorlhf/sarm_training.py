@@ -12,7 +12,6 @@ What the preference loss trains in each mode; the decoder W_d, which the score d
 w starts at zero. Source: Zhang et al. 2025 (2508.08746), section 4.
 """
 
-import glob
 import os
 
 import torch
@@ -27,18 +26,9 @@ from .sarm import SARM
 MODES = ("frozen", "encoder_frozen", "joint", "detached")
 
 
-def the_one_sae(path):
-    """An autoencoder's folder, or train_sae.py's run folder if it holds just one -> that autoencoder's folder."""
-    if not os.path.isfile(os.path.join(path, sae_files.CONFIG)):
-        found = sorted(os.path.dirname(file) for file in glob.glob(os.path.join(glob.escape(path), "*", "*", sae_files.CONFIG)))
-        require(len(found) < 2, f"{path} holds several autoencoders; name one of {', '.join(found)}")
-        return found[0] if found else path
-    return path
-
-
 def check_start(config, dist):
     """Look at --model and --sarm before anything is loaded. -> the config of the SARM to be"""
-    path, model = the_one_sae(config.sarm), check_model(config.model)  # of the model the config alone
+    path, model = sae_files.the_one_sae(config.sarm), check_model(config.model)  # of the model the config alone
     found = sae_files.read_config(path)
     notes, m = found.get("metadata") or {}, found["d_sae"]
     right = found["architecture"] == "nanorlhf_topk_without_relu" and found.get("normalize_activations") == "layer_norm"
@@ -62,7 +52,7 @@ def check_start(config, dist):
 
 def start(config, sarm_config, device):
     """The LM of --model and the autoencoder of --sarm -> a SARM whose head is zero, ready to be trained, and a sentence on that."""
-    sarm = SARM(pretrained(AutoModel, config.model), sae_files.load_sae(the_one_sae(config.sarm)), sarm_config)
+    sarm = SARM(pretrained(AutoModel, config.model), sae_files.load_sae(sae_files.the_one_sae(config.sarm)), sarm_config)
     note = choose_trained(sarm.trunk, config)
     sarm.sae.requires_grad_(config.sarm_mode in ("joint", "detached"))
     sarm.sae.W_dec.requires_grad_(config.sarm_mode == "detached")

@@ -159,7 +159,7 @@ def test_what_is_no_answer():
 
 def test_refusals():
     for message in ({"content": None}, {"content": None, "refusal": "No."}, {"content": "1", "refusal": "No."}):
-        with pytest.raises(ValueError, match="a refusal"):
+        with pytest.raises(ValueError, match="a refusal" if "refusal" in message else "without text"):
             endpoint.content_of(json.dumps({"choices": [{"message": message}]}))
 
 

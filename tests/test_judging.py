@@ -234,7 +234,8 @@ def choices(files):
 
 
 def test_what_is_a_choice():
-    for reply, number in (("1", 1), (" 2.\n", 2), ("Answer 1", 1), ("**Answer 2**", 2), ('"1"', 1), ("[2]", 2), ("answer: 2", 2)):
+    for reply, number in (("1", 1), (" 2.\n", 2), ("Answer 1", 1), ("**Answer 2**", 2), ('"1"', 1), ("[2]", 2), ("answer: 2", 2),
+                          ("**Answer:** 1", 1), ("Answer: **2**", 2)):  # fmt: skip
         assert int(judges.CHOICE.fullmatch(reply)[2]) == number
     for reply in ("", "3", "12", "1 or 2", "1, 2", "1?", "-1", "neither", "Answer 1 is better", "I choose 2", "A", "1.2", "tie", "\u00b9"):
         assert not judges.CHOICE.fullmatch(reply)

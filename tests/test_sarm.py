@@ -339,7 +339,10 @@ def test_feature_rewards(tmp_path, public, sarm):
     save_reward_model(model, word_tokenizer(), str(tmp_path / "rm"))
     sae = TopKSAE(D, M, K, "dataset")
     save_sae(sae, str(tmp_path / "sae"), model="x", layer=2, site="residual")
-    assert check_feature_reward(str(tmp_path / "rm"), str(tmp_path / "sae")) == M and not is_sarm(str(tmp_path / "rm"))
+    save_sae(sae, str(tmp_path / "run/policy/2_residual"), model="x", layer=2, site="residual")
+    for folder in ("sae", "run"):  # the folder itself, or that of train_sae.py's run
+        assert check_feature_reward(str(tmp_path / "rm"), str(tmp_path / folder)) == M and not is_sarm(str(tmp_path / "rm"))
+    assert load_feature_reward(str(tmp_path / "rm"), str(tmp_path / "run"), word_tokenizer(), ALONE).m == M
     reward = load_feature_reward(str(tmp_path / "rm"), str(tmp_path / "sae"), word_tokenizer(), ALONE)
     expected = WithSAE(load_reward_model(str(tmp_path / "rm")), sae, (2, "residual")).read(BATCH, [1], {1: ("set", 3.0)})
     for a, b in zip(reward.read(answers(), [1], {1: ("set", 3.0)}), expected):

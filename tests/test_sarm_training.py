@@ -5,6 +5,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train_rm
-from nanorlhf import checkpoint, data, log, world
+from nanorlhf import checkpoint, cli, data, log, world
+from nanorlhf.checkpoint import write_json
 from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
 from nanorlhf.feature_rewards import check_feature_reward
 from nanorlhf.packing import pack
 from nanorlhf.rewards import Answers, load_reward
 from nanorlhf.sae import TopKSAE
-from nanorlhf.sae_files import save_sae
-from nanorlhf.sarm_training import MODES, check_start, start, the_one_sae
+from nanorlhf.sae_files import save_sae, the_one_sae
+from nanorlhf.sarm_training import MODES, check_start, start
 from test_scripts import assert_bit_equal, assert_close_runs, join, metrics, one_thread, ranks, weights, write_rows  # noqa: F401
 
 D, M, K, L = 96, 128, 8, 2
@@ -223,6 +225,17 @@ def test_where_it_goes(base):
     names = [train_rm.Config(**changes).output_dir for changes in (
         {}, {"sarm": "x"}, {"sarm": "x", "members": 2}, {"sarm": "x", "output_dir": "here_{seed}", "seed": 3})]  # fmt: skip
     assert names == ["runs/rm/seed_0", "runs/sarm", "runs/sarm/seed_{seed}", "here_3"]
+
+
+def test_resume_reads_the_settings_of_its_own_folder(tmp_path, monkeypatch):
+    """--sarm's default folder is runs/sarm, and the dense reward model's settings are none of its business."""
+    monkeypatch.chdir(tmp_path)
+    for folder, lr in (("runs/rm/seed_0", 5e-4), ("runs/sarm", 7e-4)):
+        os.makedirs(folder)
+        write_json(f"{folder}/config.json", {"lr": lr, "steps": 9})
+    parsed = cli.parse(train_rm.Config, ["--sarm", "sae", "--resume"])
+    assert (parsed.output_dir, parsed.lr, parsed.steps) == ("runs/sarm", 7e-4, 9)
+    assert cli.parse(train_rm.Config, ["--resume"]).lr == 5e-4
 
 
 # ------------------------------------------------------------------------------------------------------------------------- bad input

@@ -32,10 +32,10 @@ from nanorlhf.stats import auc, t_interval
 SAES = {"sae": "--tokens all", "sae_ends": "--tokens sentence_ends", "sae_random": "--tokens all --steps 1 --lr 0"}  # of the SFT policy
 SARMS = {  # name: its autoencoder and its mode; reward_first: a head on the dense reward model, and an autoencoder of its last tokens
     "frozen": ("sae", "frozen"), "encoder_frozen": ("sae", "encoder_frozen"), "joint": ("sae", "joint"), "detached": ("sae", "detached"),
-    "sentence_ends": ("sae_ends", "joint"), "random_sae": ("sae_random", "joint"), "reward_first": ("", "frozen"),
+    "reward_first": ("", "frozen"),
 }  # fmt: skip
 CONTROLLED = ("indicator", "hinge", "clamp", "density")
-CONTROLS = ("random", "negative", "kl_0.1", "kl_0.2")
+CONTROLS = ("random", "kl_0.1", "negative", "kl_0.2")
 METRICS = ("gold", "proxy", "cue", "length", "kl", "distinct_2")
 FOLLOWS, MOST = 0.7, 3  # AUC from which on a latent follows a token; latents that are penalised
 RARE, NEAREST = 0.02, 10  # share of the texts on which a latent must fire to be a control; a random one is one of so many nearest
@@ -276,7 +276,8 @@ def main(args=None):
         run_all(stage)
     found = {s: identified(a, s) for s in seeds(a)}
     run_all([density_texts(a, s, found[s]) for s in seeds(a) if found[s]["features"]])
-    run_all([command for s in seeds(a) for command in arms(a, s, found[s]).values()])
+    for arm in (*CONTROLLED, *CONTROLS):
+        run_all([arms(a, s, found[s])[arm] for s in seeds(a) if arm in arms(a, s, found[s])])
 
     truths = {s: truth(a, s, found[s]) for s in seeds(a)}
     for s, row in truths.items():
