@@ -124,7 +124,8 @@ def test_arms_differ_in_what_controls_them_alone(study, ran):
     with safe_open(folder / "human" / "seed_0.safetensors", "pt") as f:
         z = {i: x for i, x in zip(f.get_tensor("features").tolist(), f.get_tensor("latents").T)}
     for i, price in zip(found["features"], configs["hinge"]["alpha"]):  # the same for a standard deviation of the latent
-        assert float(price.removesuffix("std")) * z[i].std().item() == pytest.approx(0.5, rel=1e-2) or z[i].std() < 1e-6
+        spread = z[i].std().item() if i in z else 0.0  # the file leaves out what fires on no text
+        assert float(price.removesuffix("std")) * spread == pytest.approx(0.5, rel=1e-2) or spread < 1e-6
     assert configs["clamp"]["clamp"] == [f"{i}:set:0" for i in found["features"]]
 
 

@@ -199,7 +199,7 @@ def test_commands_are_listed(capfd):
         run(*args)
         shown = capfd.readouterr().out
         for name, (_, function) in probe.COMMANDS.items():
-            assert f"  {name:12s}{function.__doc__.splitlines()[0]}" in shown
+            assert f"  {name:15s}{function.__doc__.splitlines()[0]}" in shown
     with pytest.raises(SystemExit) as exit_:
         run("divergence", "--help")
     shown = capfd.readouterr().out
@@ -213,7 +213,7 @@ def test_as_a_script(tmp_path):
         return subprocess.run([sys.executable, str(REPO / "probe.py"), *args], cwd=tmp_path, env=ENV, capture_output=True, text=True)
 
     listed = script()
-    assert listed.returncode == 0 and "\n  divergence  How far" in listed.stdout and not listed.stderr
+    assert listed.returncode == 0 and "\n  divergence     How far" in listed.stdout and not listed.stderr
     wrong = script("divergence", "--model", "nowhere/to/be/found")
     assert wrong.returncode == 2 and wrong.stderr == "probe.py: error: nowhere/to/be/found: no such model folder\n"
     assert list(Path(tmp_path).iterdir()) == []

@@ -32,7 +32,7 @@ from nanorlhf.stats import auc, t_interval
 SAES = {"sae": "--tokens all", "sae_ends": "--tokens sentence_ends", "sae_random": "--tokens all --steps 1 --lr 0"}  # of the SFT policy
 SARMS = {  # name: its autoencoder and its mode; reward_first: a head on the dense reward model, and an autoencoder of its last tokens
     "frozen": ("sae", "frozen"), "encoder_frozen": ("sae", "encoder_frozen"), "joint": ("sae", "joint"), "detached": ("sae", "detached"),
-    "reward_first": ("", "frozen"),
+    "sentence_ends": ("sae_ends", "joint"), "random_sae": ("sae_random", "joint"), "reward_first": ("", "frozen"),
 }  # fmt: skip
 CONTROLLED = ("indicator", "hinge", "clamp", "density")
 CONTROLS = ("random", "kl_0.1", "negative", "kl_0.2")
