@@ -4,21 +4,23 @@
     python sample_bon.py --reward_model runs/rm/seed_{seed} --n_answers 512    every member and every ensemble objective
     python sample_bon.py --n 16 --save_best --split ood --output_dir runs/best the best of 16, as a data set
     python sample_bon.py --pool pool.jsonl --reward_model runs/rm/seed_0       answers that are there already
+    python sample_bon.py --diversity --n_answers 32 --best_of 16               how diverse the answers are, and the best of 16 of them
+    python sample_bon.py --from a.jsonl b.jsonl --encoder FOLDER               the diversity of answers in files, nothing else
     torchrun --nproc_per_node=4 -- sample_bon.py --n 16                        the same answers and scores on four processes
 
-Method: nanorlhf/bon.py and nanorlhf/ensemble.py. A second call with other --n or --uwo_lambda scores nothing again. The -- keeps
+Method: nanorlhf/bon.py, ensemble.py and diversity.py. A second call with other --n or --uwo_lambda scores nothing again. The -- keeps
 torchrun from taking --n for a flag of its own.
 
     K members, P prompts, N answers to a prompt, L values of n
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
 import train_rm
-from nanorlhf import cli, data, pool
+from nanorlhf import cli, data, diversity_report, pool
 from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
 from nanorlhf.checkpoint import write_json
 from nanorlhf.distributed import setup
@@ -30,11 +32,12 @@ from nanorlhf.rewards import expand, reward_names
 from nanorlhf.stats import bootstrap
 
 # These may change between calls on one folder: they only read the answers, and scores are cached by their reward.
-FREE = (*PLACES, "reward_model", "gold_model", "n", "uwo_lambda", "objective", "save_best", "save_pairs", "batch_size", "micro_batch_size")
+FREE = (*PLACES, "reward_model", "gold_model", "n", "uwo_lambda", "objective", "save_best", "save_pairs", "batch_size", "micro_batch_size",
+        *(f.name for f in fields(diversity_report.Flags)))  # fmt: skip
 
 
 @dataclass
-class Config:
+class Config(diversity_report.Flags):
     output_dir: str = field(default="runs/bon", metadata={"help": "the run folder"})
     model: str = field(default="runs/sft", metadata={"help": "the policy: run folder, model folder or hub name"})
     pool: str = field(default="", metadata={"help": "answers to read instead: JSONL {prompt, responses, gold_scores}, or a data set"})
@@ -63,6 +66,7 @@ class Config:
     dtype: str = field(default="float32", metadata={"help": "of sampling: float32, or bfloat16 matmuls"})
 
     def __post_init__(self):
+        super().__post_init__()
         cli.at_least(self, 1, "n_answers", "max_new_tokens", "batch_size", "micro_batch_size", "eval_size")
         cli.at_least(self, 0, "seed", "max_rows", "max_prompt_length")
         cli.require(self.temperature > 0, "--temperature must be positive")
@@ -76,6 +80,9 @@ class Config:
         cli.require(self.split != "ood" or data.is_world(self.dataset), "--split ood is the embedded world's")
         if data.is_world(self.dataset) and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
+        if self.from_files:
+            cli.require(not (self.pool or self.diversity), "--from measures files alone: it takes no --pool and no --diversity")
+            self.output_dir = "runs/diversity" if self.output_dir == "runs/bon" else self.output_dir
         self.reward_model = expand(self.reward_model)
         taken = set(reward_names(self.reward_model)) & set(OBJECTIVES)
         cli.require(not taken, f"a reward cannot be called {' or '.join(taken)}: that is an objective's name in the results")
@@ -84,6 +91,9 @@ class Config:
 def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device)
+    if config.from_files:
+        return diversity_report.from_files(config, dist)
+    diversity_report.check_models(config)
     folder = RunFolder(config, dist, FREE)
     train_rm.check_inputs(config, "reward_model", "gold_model", *([] if config.pool else ["model"]))
 
@@ -152,6 +162,8 @@ def main(config):
         dist.print(f"{len(pairs)} pairs, {sum(n // 2 for n in counts) - len(pairs)} ties in gold left out")
     picture = plot_run(config.output_dir)
     dist.print(table(results, gold), f"Written to {config.output_dir}: bon_results.json, pool.jsonl{', ' + picture if picture else ''}")
+    if config.diversity:
+        diversity_report.report(config, dist, {"answers": list(joined(rows, scores, gold))})
     summary = {"prompts": len(rows), "answers": N, "fits": fits}
     write_json(out("summary.json"), summary)
     dist.barrier()

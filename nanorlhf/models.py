@@ -243,7 +243,7 @@ def load_tokenizer(path, needs_eos=True):
 def pretrained(auto, path, new_head=False, **kwargs):
     """auto.from_pretrained in float32, in eval mode, from safetensors only; weights that the folder lacks are an error.
 
-    new_head: the score head may be missing (a causal LM becomes a reward model). An adapter comes merged into its base model.
+    new_head: the score head (a causal LM becomes a reward model) or an unused pooler may be missing. Adapters come merged into their base.
     """
     if is_adapter(path := resolve(path)):
         return load_merged(pretrained, auto, path, new_head, **kwargs)
@@ -251,7 +251,7 @@ def pretrained(auto, path, new_head=False, **kwargs):
         model, info = auto.from_pretrained(path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise InputError(f"{path}: cannot be loaded ({first_line(e)})") from None
-    missing = [name for name in info["missing_keys"] if not (new_head and name.startswith("score."))]
+    missing = [name for name in info["missing_keys"] if not (new_head and name.startswith(("score.", "pooler.")))]
     if missing:
         raise InputError(f"{path}: as {type(model).__name__} it lacks the weights {', '.join(sorted(missing)[:3])}")
     return model.eval()

@@ -1,0 +1,152 @@
+"""nanorlhf.encoders against Hugging Face's own forward of one text at a time, with tiny random models.
+
+    N texts or pairs, T tokens, D hidden
+"""
+
+import inspect
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification,
+                          BertModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, RobertaConfig,
+                          RobertaForSequenceClassification)  # fmt: skip
+
+from nanorlhf import encoders
+from nanorlhf.encoders import check_nli, nli_scorer, sentence_encoder
+from nanorlhf.errors import InputError
+
+WORDS = ["<s>", "<pad>", "</s>", "<unk>", *"a b c d e f g h .".split()]  # RoBERTa's ids: 0, 1, 2, 3
+TEXTS = ["a b c .", "d", "a b c .", "", "e f g h a b c d e f .", "zebra a", "d"]
+SIZE = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+ENCODER = dict(SIZE, max_position_embeddings=20, pad_token_id=1)
+NLI = {0: "ENTAILMENT", 1: "CONTRADICTION", 2: "NEUTRAL"}  # in no one's order
+
+
+def word_tokenizer(special=True, **more):
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if special:
+        pair = "<s> $A </s> $B:1 </s>:1"
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)])
+    names = {"pad_token": "<pad>", "unk_token": "<unk>"} | ({"eos_token": "</s>"} if special else {}) | more
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v})
+
+
+def saved(model, folder, tokenizer):
+    torch.manual_seed(0)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.8)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoders")
+    types = ["input_ids", "token_type_ids", "attention_mask"]
+    roberta = RobertaConfig(**ENCODER, type_vocab_size=1, id2label=NLI, label2id={v: k for k, v in NLI.items()})
+    bert = BertConfig(**ENCODER, id2label=NLI, label2id={v: k for k, v in NLI.items()})
+    return {
+        "bert": saved(BertModel(BertConfig(**ENCODER)), root / "bert", word_tokenizer(model_input_names=types)),
+        "neox": saved(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)), root / "neox", word_tokenizer(special=False)),
+        "roberta": saved(RobertaForSequenceClassification(roberta), root / "roberta", word_tokenizer(model_input_names=types[::2])),
+        "bert-nli": saved(BertForSequenceClassification(bert), root / "bert-nli", word_tokenizer(model_input_names=types)),
+    }
+
+
+@torch.no_grad()
+def alone(folder, text, longest):
+    """One text through plain transformers, by its ids: [D]."""
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, truncation=True, max_length=longest).input_ids or [1]
+    return model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+
+
+@pytest.mark.parametrize("name, tokens", [("bert", 2**13), ("bert", 8), ("neox", 2**13), ("neox", 5), ("roberta", 16)])
+def test_embeddings_are_those_of_each_text_alone(folders, name, tokens, monkeypatch):
+    monkeypatch.setitem(encoders.TOKENS, "cpu", tokens)  # few: several batches
+    x = sentence_encoder(folders[name])(TEXTS)
+    assert x.shape == (7, 16) and x.dtype == torch.float32 and not x.requires_grad
+    expected = torch.stack([alone(folders[name], text, 50) for text in TEXTS])
+    assert torch.allclose(x, expected, atol=1e-5) and torch.equal(x[0], x[2]) and torch.equal(x[1], x[6])
+    assert torch.pdist(x[:-1][[0, 1, 3, 4, 5]]).min() > 0.1
+
+
+def test_each_text_goes_through_the_model_once(folders, monkeypatch):
+    seen, forward = [], BertModel.forward
+
+    def counted(self, input_ids, **rest):
+        seen.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **rest)
+
+    counted.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(BertModel, "forward", counted)
+    encode = sentence_encoder(folders["bert"])
+    first = encode(TEXTS)
+    assert sum(seen) == 5  # different ones
+    again = encode(["a", *TEXTS[::-1]])
+    assert sum(seen) == 6 and torch.equal(again[1:], first.flip(0))
+
+
+@pytest.mark.parametrize("name, room", [("bert", 20), ("roberta", 18)])  # RoBERTa's positions start behind its padding id
+def test_long_texts_are_cut_to_the_context(folders, name, room):
+    long = " ".join("abcdefgh"[i % 8] for i in range(100))
+    assert torch.allclose(sentence_encoder(folders[name])([long])[0], alone(folders[name], long, room), atol=1e-5)
+    if name == "roberta":
+        assert nli_scorer(folders[name])([(long, long), ("a", long)]).abs().max() <= 1
+
+
+def test_an_encoder_without_its_pooler(folders, tmp_path):
+    saved(BertModel(BertConfig(**ENCODER), add_pooling_layer=False), tmp_path, word_tokenizer())
+    weights = load_file(tmp_path / "model.safetensors")
+    assert not any("pooler" in name for name in weights)
+    assert torch.allclose(sentence_encoder(str(tmp_path))(["a b"])[0], alone(str(tmp_path), "a b", 20), atol=1e-5)
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="lacks the weights encoder.layer.1.output.dense.weight"):
+        sentence_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("name, room", [("roberta", 18), ("bert-nli", 20)])
+def test_nli_scores_by_the_names_of_the_labels(folders, name, room):
+    pairs = [(a, b) for a in TEXTS[:6] for b in TEXTS[:6]]
+    scores = nli_scorer(folders[name])(pairs)
+    model = AutoModelForSequenceClassification.from_pretrained(folders[name]).eval()
+    tokenizer, found = AutoTokenizer.from_pretrained(folders[name]), set()
+    for pair, score in zip(pairs, scores.tolist(), strict=True):
+        with torch.no_grad():
+            inputs = tokenizer(*([text] for text in pair), truncation=True, max_length=room, return_tensors="pt")  # alone "" is no pair
+            logits = model(**inputs).logits[0].double()
+        confidence, label = logits.softmax(0).max(0)
+        found.add(NLI[label.item()])
+        sign = {"ENTAILMENT": -1, "CONTRADICTION": 1, "NEUTRAL": 0}[NLI[label.item()]]
+        assert score == pytest.approx(sign * confidence.item(), abs=1e-5)
+    assert len(found) > 1 and scores[1] != scores[6]  # ordered pairs
+    assert check_nli(folders[name]) == [1, 2, 0]
+
+
+def test_models_that_are_no_nli_models(folders, tmp_path):
+    with pytest.raises(InputError, match="must name the labels contradiction, neutral, entailment, not label_0, label_1"):
+        nli_scorer(folders["bert"])
+    labels = {0: "entailment", 1: "not_entailment"}
+    config = RobertaConfig(**ENCODER, id2label=labels, label2id={v: k for k, v in labels.items()})
+    folder = saved(RobertaForSequenceClassification(config), tmp_path / "two", word_tokenizer())
+    with pytest.raises(InputError, match="not entailment, not_entailment"):
+        check_nli(folder)
+    settings = json.loads((tmp_path / "two/config.json").read_text())
+    (tmp_path / "two/config.json").write_text(json.dumps(settings | {"id2label": NLI, "label2id": {v: k for k, v in NLI.items()}}))
+    with pytest.raises(InputError, match="two: cannot be loaded"):  # names for three, weights for two
+        nli_scorer(folder)
+
+
+def test_a_tokenizer_that_cannot_pad(folders, tmp_path):
+    saved(BertModel(BertConfig(**ENCODER)), tmp_path, word_tokenizer(special=False, pad_token=None))
+    with pytest.raises(InputError, match="neither a padding token nor an EOS token"):
+        sentence_encoder(str(tmp_path))
+    with pytest.raises(InputError, match="no such model folder"):
+        sentence_encoder("./lost")
