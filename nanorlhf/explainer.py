@@ -6,20 +6,15 @@ killed, or whose endpoint was down, is continued by the same command.
 
 import json
 import os
-import time
-import urllib.error
-import urllib.request
-from http.client import HTTPException
 
 import torch
 
+from . import endpoint
 from .cli import require
-from .data import ready_prompts
-from .errors import first_line
+from .endpoint import Unreachable, ask_locally, is_endpoint
 from .log import read_lines
 from .models import check_model, load_policy, load_tokenizer
 from .pool import digest
-from .rollout import generate, left_pad
 
 PROMPT = """A feature of a language model is a number that it computes at every token of a text. Below are the texts on which one feature \
 is largest. A token on which it fires is followed by its strength from 1 to 10, in double brackets.
@@ -30,15 +25,7 @@ It fires most on: {tokens}
 
 Say in one sentence what the feature stands for, and whether that has to do with {task}. Answer with one line of JSON and nothing else:
 {{"description": "...", "related": true or false}}"""
-FILE, TRIES, ANSWER_TOKENS = "explanations.jsonl", 4, 200
-
-
-class Unreachable(Exception):
-    """An endpoint that does not answer, or refuses to: there is no use in asking it about other features."""
-
-
-def is_endpoint(explainer):
-    return explainer.startswith(("http://", "https://"))
+FILE, ANSWER_TOKENS = "explanations.jsonl", 200
 
 
 def check_explainer(config):
@@ -106,59 +93,19 @@ def parse(text):
 def asker(config):
     """-> the function prompt -> answer"""
     if is_endpoint(config.explainer):
-        return lambda prompt: ask_endpoint(config, prompt)
+        return endpoint.asker(config.explainer, config.explainer_model, ANSWER_TOKENS, config.pause, config.timeout)
     return local_asker(config.explainer, config.device)
 
 
 def local_asker(path, device):
-    """A causal LM of a folder or of the hub, through its chat template if it has one; it takes the likeliest token each time."""
+    """A causal LM of a folder or of the hub."""
     device = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
     policy, tokenizer = load_policy(path, value_head=False, device=device), load_tokenizer(path)
 
     def ask(prompt):
-        prompts = ready_prompts(tokenizer, [{"prompt": prompt}], policy.lm.config, ANSWER_TOKENS, chat=bool(tokenizer.chat_template))
-        ids, mask = left_pad(prompts, tokenizer.pad_token_id)
-        rollout = generate(policy, ids.to(device), mask.to(device), ANSWER_TOKENS, temperature=1e-4, eos_token_id=tokenizer.eos_token_id,
-                           pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-        return tokenizer.decode(rollout.response_ids[0][rollout.response_mask[0]], skip_special_tokens=True)
+        ((_, answer),) = ask_locally(policy, tokenizer, [prompt], ANSWER_TOKENS)
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
 
     return ask
-
-
-def ask_endpoint(config, prompt):
-    """One question to POST <explainer>/chat/completions, again after a pause where the endpoint is busy or silent.
-
-    ValueError: an answer without text (a refusal); Unreachable: no answer at all.
-    """
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    messages = [{"role": "user", "content": prompt}]
-    body = {"model": config.explainer_model, "messages": messages, "temperature": 0, "max_tokens": ANSWER_TOKENS}
-    url = config.explainer.rstrip("/") + "/chat/completions"
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(config.pause * 2 ** (attempt - 1))
-        try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=config.timeout) as response:
-                text = response.read().decode("utf-8", "replace")
-            break
-        except urllib.error.HTTPError as e:
-            problem = f"HTTP {e.code} {e.reason}"
-            if e.code < 500 and e.code not in (408, 429):
-                raise Unreachable(problem) from None
-        except (OSError, HTTPException) as e:  # refused, unknown host, timed out, cut off
-            problem = first_line(getattr(e, "reason", e))
-        except ValueError as e:
-            raise Unreachable(first_line(e)) from None  # not a URL
-    else:
-        raise Unreachable(f"{problem}, {TRIES} times")
-    try:
-        message = json.loads(text)["choices"][0]["message"]
-        content = message["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise ValueError(f"not a chat completion: {' '.join(text.split())[:60]!r}") from None
-    if not isinstance(content, str) or message.get("refusal"):
-        raise ValueError(f"a refusal: {str(message.get('refusal'))[:60]!r}")
-    return content

@@ -3,16 +3,14 @@
     N tokens, M features, C concepts, D hidden
 """
 
-import http.server
 import json
 import os
 import shutil
-import threading
-import time
 
 import numpy as np
 import pytest
 import torch
+from test_endpoint import Endpoint, chat
 from test_probe import refused, run
 from transformers import AutoModelForCausalLM
 
@@ -220,44 +218,6 @@ def test_wrong_input_is_one_line(material, tmp_path, capfd, changes, words):
 # ----------------------------------------------------------------------------------------------------------------------- explainer
 
 GOOD = json.dumps({"description": "Fires on adjectives.", "related": True})
-
-
-class Endpoint:
-    """A chat endpoint on loopback; `replies` are (status, body) or seconds to wait, the last one is repeated. `asked` keeps requests."""
-
-    def __init__(self, *replies):
-        self.replies, self.asked = list(replies), []
-        endpoint = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.asked.append((self.path, dict(self.headers), body))
-                reply = endpoint.replies.pop(0) if len(endpoint.replies) > 1 else endpoint.replies[0]
-                if not isinstance(reply, tuple):
-                    time.sleep(reply)
-                    return
-                self.send_response(reply[0])
-                self.end_headers()
-                self.wfile.write(reply[1].encode())
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def chat(content, **more):
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": content, **more}}]})
 
 
 def explained(material, out, endpoint, **changes):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from nanorlhf.stats import auc, bootstrap, logistic, r_squared, ratio, ridge, t_interval, t_quantile
+from nanorlhf.stats import (auc, bootstrap, logistic, mean_over_groups, percentiles, r_squared, ratio, ridge, t_interval, t_quantile,
+                            win_points)
 
 
 def test_ratio_by_hand():
@@ -89,6 +90,49 @@ def test_bootstrap_errors(bad):
     for setting in ({"level": 1.0}, {"level": 0}, {"resamples": 0}):
         with pytest.raises(ValueError, match="level between 0 and 1"):
             bootstrap([1.0, 2.0], **setting)
+
+
+def test_win_points_are_the_loop():
+    a, b = (torch.randint(4, (50,), generator=torch.Generator().manual_seed(seed)) / 3 for seed in (0, 1))
+    points = [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a.tolist(), b.tolist())]
+    assert win_points(a, b).tolist() == points and {0, 0.5, 1} == set(points)
+    assert (win_points(a, b) + win_points(b, a) == 1).all()
+    for bad in ((torch.zeros(2), torch.zeros(3)), (torch.zeros(2), torch.tensor([1.0, float("nan")]))):
+        with pytest.raises(ValueError, match="win_points"):
+            win_points(*bad)
+
+
+def test_mean_over_groups_by_hand():
+    """Of a group of one row, 1, and one of three, 0: two draws give 1, 1/4 and 0 with chances 1/4, 1/2, 1/4."""
+    mean, draws = mean_over_groups(torch.tensor([0, 1, 0, 0]), torch.tensor([7, 3, 7, 7]), resamples=8000)
+    assert mean == 0.25 and draws.unique().tolist() == [0, 0.25, 1]
+    assert [(draws == x).double().mean().item() for x in (0, 0.25, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    values = randn(30)
+    mean, draws = mean_over_groups(values)
+    assert mean == pytest.approx(values.mean().item())
+    assert torch.stack(percentiles(draws)).tolist() == pytest.approx(torch.stack(bootstrap(values)).tolist())
+    for bad in ([], [[1.0]], [float("inf")]):
+        with pytest.raises(ValueError):
+            mean_over_groups(bad)
+    with pytest.raises(ValueError, match="groups"):
+        mean_over_groups([1.0, 2.0], [1])
+
+
+def test_intervals_over_groups_hold_the_truth():
+    """Rows of a group share a level; a difference of two sets. Rows drawn singly would hold the true difference, 1, far too seldom."""
+    hits, naive = 0, 0
+    for seed in range(100):
+        sets = []
+        for part, (groups, shift) in enumerate(((40, 1.0), (30, 0.0))):
+            labels = torch.arange(groups).repeat_interleave(torch.arange(groups) % 5 + 1)
+            values = randn(groups, seed=4 * seed + part)[labels] + 0.3 * randn(len(labels), seed=4 * seed + 2 + part) + shift
+            sets.append((values, labels))
+        for grouped in (True, False):
+            draws = [mean_over_groups(values, labels if grouped else None, 300, seed=i)[1] for i, (values, labels) in enumerate(sets)]
+            low, high = percentiles(draws[0] - draws[1])
+            inside = low <= 1 <= high
+            hits, naive = hits + (inside if grouped else 0), naive + (0 if grouped else inside)
+    assert hits >= 88 and naive <= 85
 
 
 def test_t_quantile():

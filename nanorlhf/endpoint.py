@@ -1,0 +1,190 @@
+"""A chat model that is asked questions: behind an OpenAI-compatible endpoint, or a local one.
+
+POST <url>/chat/completions by the standard library alone; the key is the environment's OPENAI_API_KEY. What is asked, and what becomes
+of the answers, is the callers' business (explainer.py, judging.py).
+"""
+
+import email.utils
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from http.client import HTTPException, InvalidURL
+
+from .data import ready_prompts
+from .errors import InputError, first_line
+from .rollout import generate, left_pad
+
+TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
+
+
+class Unreachable(Exception):
+    """An endpoint that does not answer, or refuses to: there is no use in asking it anything else."""
+
+
+class Rejected(Unreachable):
+    """It will not take this question (too long, filtered); others it may."""
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect becomes an HTTPError: followed, it would show the key to another host, and turn the question into a GET."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirects)
+
+
+def is_endpoint(spec):
+    return spec.startswith(("http://", "https://"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- an endpoint
+
+
+def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0):
+    """-> the function question -> answer, for any number of threads, which together keep to the rate (0: as fast as it goes).
+
+    A busy or silent endpoint is asked again after `pause` seconds, twice as many each time, or as many as its Retry-After names.
+    The function raises ValueError: what came is no answer, or a refusal; Rejected: the question was; Unreachable: nothing came.
+    """
+    wait_for_turn = pacer(requests_per_minute)
+
+    def ask(question):
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        messages = [{"role": "user", "content": question}]
+        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        for attempt in range(TRIES):
+            wait_for_turn()
+            text, problem, seconds = post(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, timeout)
+            if not problem:
+                return content_of(text)
+            if attempt + 1 < TRIES:
+                time.sleep(max(seconds, pause * 2**attempt))
+        raise Unreachable(f"{problem}, {TRIES} times")
+
+    return ask
+
+
+def post(url, body, headers, timeout):
+    """One request -> its text, what went wrong for now, how many seconds the endpoint asks to be left alone."""
+    try:
+        with OPENER.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
+            return response.read().decode("utf-8", "replace"), "", 0
+    except urllib.error.HTTPError as e:
+        problem, seconds = f"HTTP {e.code} {e.reason}", retry_after(e.headers.get("Retry-After", ""))
+        if e.code in (400, 413, 422):
+            raise Rejected(f"{problem} {said(e)}".strip()) from None
+        if e.code < 500 and e.code not in (408, 429):
+            raise Unreachable(problem) from None
+        if seconds > LONGEST_PAUSE:
+            raise Unreachable(f"{problem}, and so for the next {seconds:.0f} seconds") from None
+        return "", problem, seconds
+    except (ValueError, InvalidURL) as e:
+        raise Unreachable(first_line(e)) from None  # not a URL
+    except (OSError, HTTPException) as e:  # refused, unknown host, timed out, cut off
+        return "", first_line(getattr(e, "reason", e)), 0
+
+
+def said(error):
+    """The beginning of what came with an HTTPError: it alone tells what is wrong with a question, or with the model's name."""
+    try:
+        return " ".join(error.read(1000).decode("utf-8", "replace").split())[:150]
+    except (OSError, HTTPException):
+        return ""
+
+
+def retry_after(value):
+    """The header Retry-After, a number or a date (RFC 9110, 10.2.3), in seconds from now; 0 for anything else."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def content_of(text):
+    """The body of a chat completion -> what the model said; ValueError where it is none, or a refusal."""
+    try:
+        message = json.loads(text)["choices"][0]["message"]
+        content, refusal = message["content"], message.get("refusal")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"not a chat completion: {' '.join(text.split())[:60]!r}") from None
+    if not isinstance(content, str) or refusal:
+        raise ValueError(f"a refusal: {str(refusal)[:60]!r}")
+    return content
+
+
+def pacer(per_minute):
+    """-> a function that returns at once, or as soon as the last `per_minute` calls a minute allow: one call every 60 / per_minute s."""
+    lock, free_at = threading.Lock(), time.monotonic()
+
+    def wait_for_turn():
+        nonlocal free_at
+        with lock:
+            mine = max(free_at, time.monotonic())
+            free_at = mine + (60 / per_minute if per_minute else 0)
+        time.sleep(max(0.0, mine - time.monotonic()))
+
+    return wait_for_turn
+
+
+def ask_all(ask, questions, parallel=1):
+    """Questions, so many at a time -> (i, answer) as they come, with a ValueError or Rejected in the place of an answer.
+
+    Raises Unreachable once all that was under way has come in; nothing is asked after it, or after the caller has stopped listening.
+    """
+    stop, down = threading.Event(), None
+
+    def one(question):
+        try:
+            return None if stop.is_set() else ask(question)
+        except (ValueError, Rejected) as e:
+            return e
+        except Unreachable:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(parallel) as pool:
+        asked = {pool.submit(one, question): i for i, question in enumerate(questions)}
+        try:
+            for future in as_completed(asked):
+                if isinstance(future.exception(), Unreachable):
+                    down = future.exception()
+                elif future.result() is not None:
+                    yield asked[future], future.result()
+        finally:
+            stop.set()
+    if down:
+        raise down
+
+
+# -------------------------------------------------------------------------------------------------------------------- a local model
+
+
+def ask_locally(policy, tokenizer, questions, max_tokens, batch_size=1):
+    """Questions to a Policy, through its chat template if it has one; it takes the likeliest token each time. -> (i, answer) as above."""
+    ready, device = [], next(policy.parameters()).device
+    for i, question in enumerate(questions):
+        chat = bool(tokenizer.chat_template)
+        try:
+            ready += [(i, *ready_prompts(tokenizer, [{"prompt": question}], policy.lm.config, max_tokens, chat=chat))]
+        except InputError as e:  # longer than the model's context
+            yield i, e
+    ready.sort(key=lambda item: len(item[1]))  # little padding
+    for first in range(0, len(ready), batch_size):
+        part = ready[first : first + batch_size]
+        ids, mask = left_pad([prompt for _, prompt in part], tokenizer.pad_token_id)
+        rollout = generate(policy, ids.to(device), mask.to(device), max_tokens, temperature=1e-4, eos_token_id=tokenizer.eos_token_id,
+                           pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        for (i, _), response, kept in zip(part, rollout.response_ids, rollout.response_mask):
+            yield i, tokenizer.decode(response[kept], skip_special_tokens=True)

@@ -1,0 +1,250 @@
+"""nanorlhf.endpoint against a real HTTP server on loopback, on its good and its bad days; local models against Hugging Face's."""
+
+import http.server
+import json
+import threading
+import time
+from email.utils import formatdate
+
+import pytest
+import torch
+from test_models import word_tokenizer
+from transformers import AutoModelForCausalLM
+
+from nanorlhf import endpoint, world
+from nanorlhf.endpoint import Rejected, Unreachable, ask_all, ask_locally, asker
+from nanorlhf.models import Policy
+
+
+class Endpoint:
+    """A chat endpoint on loopback. `replies`: (status, body[, headers]), seconds to wait before the connection is cut, or a function of
+    the question that returns one of these; the last one is repeated. `asked` keeps (path, headers, body) of the requests."""
+
+    def __init__(self, *replies):
+        self.replies, self.asked, lock = list(replies), [], threading.Lock()
+        endpoint = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    endpoint.asked.append((self.path, dict(self.headers), body))
+                    reply = endpoint.replies.pop(0) if len(endpoint.replies) > 1 else endpoint.replies[0]
+                if callable(reply):
+                    reply = reply(body["messages"][0]["content"])
+                if not isinstance(reply, tuple):
+                    time.sleep(reply)
+                    return
+                self.send_response(reply[0])
+                for header in reply[2].items() if len(reply) > 2 else ():
+                    self.send_header(*header)
+                self.end_headers()
+                self.wfile.write(reply[1].encode())
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def questions(self):
+        return [body["messages"][0]["content"] for _, _, body in self.asked]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def chat(content, **more):
+    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": content, **more}}]})
+
+
+class Clock:
+    """In the place of the module's `time`: nobody waits, but the time is told as if."""
+
+    def __init__(self):
+        self.now, self.slept = 1e9, []
+
+    def time(self):
+        return self.now
+
+    monotonic = time
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.slept += [seconds] if seconds else []
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(endpoint, "time", Clock())
+    return endpoint.time
+
+
+def test_what_is_sent(monkeypatch):
+    with Endpoint(chat("yes")) as server:
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        assert asker(server.url + "/", "tiny", 7)("Is it \u00fcber?\n") == "yes"
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        asker(server.url, "tiny", 7)("again")
+    (path, headers, body), (_, with_key, _) = server.asked
+    assert path == "/v1/chat/completions" and headers["Content-Type"] == "application/json"
+    assert body == {"model": "tiny", "messages": [{"role": "user", "content": "Is it \u00fcber?\n"}], "temperature": 0, "max_tokens": 7}
+    assert "Authorization" not in headers and with_key["Authorization"] == "Bearer secret"
+
+
+CUT_OFF = (200, '{"choices": [', {"Content-Length": "5000"})
+
+
+@pytest.mark.parametrize("bad", [(429, ""), (500, "oops"), (503, ""), (408, ""), 0, 0.5, CUT_OFF])
+def test_it_is_asked_again(clock, bad):
+    with Endpoint(bad, bad, bad, chat("yes")) as server:
+        assert asker(server.url, "tiny", 7, pause=2, timeout=0.3)("?") == "yes"
+        assert clock.slept == [2, 4, 8] and len(server.asked) == 4
+    with Endpoint(bad) as server, pytest.raises(Unreachable, match=", 4 times"):
+        asker(server.url, "tiny", 7, pause=2, timeout=0.3)("?")
+    assert clock.slept == [2, 4, 8] * 2 and len(server.asked) == 4
+
+
+IN_A_MINUTE = formatdate(1e9 + 60)
+
+
+@pytest.mark.parametrize("value, seconds", [("30", 30), ("0.5", 2), ("-3", 2), ("soon", 2), ("nan", 2), ("", 2), (IN_A_MINUTE, 60)])
+def test_it_waits_as_long_as_it_is_told(clock, value, seconds):
+    with Endpoint((429, "", {"Retry-After": value}), (503, "", {"Retry-After": value}), chat("yes")) as server:
+        assert asker(server.url, "tiny", 7, pause=2)("?") == "yes"
+    assert clock.slept == [seconds, 4 if seconds == 2 or value == IN_A_MINUTE else seconds]  # by then its date has come
+
+
+def test_it_does_not_wait_for_hours(clock):
+    with Endpoint((429, "", {"Retry-After": "3600"})) as server, pytest.raises(Unreachable, match="HTTP 429 .* for the next 3600 seconds"):
+        asker(server.url, "tiny", 7)("?")
+    assert not clock.slept and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("status, error", [(401, Unreachable), (403, Unreachable), (404, Unreachable), (400, Rejected), (413, Rejected)])
+def test_it_is_not_asked_again(clock, status, error):
+    with Endpoint((status, '{"error":\n"no"}')) as server, pytest.raises(Unreachable, match=f"HTTP {status}") as raised:
+        asker(server.url, "tiny", 7)("?")
+    assert ('{"error": "no"}' in str(raised.value)) == (error is Rejected)
+    assert raised.type is error and len(server.asked) == 1 and not clock.slept
+
+
+def test_the_key_is_shown_to_nobody_else(clock, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with Endpoint(chat("yes")) as other, Endpoint((302, "", {"Location": other.url})) as server:
+        with pytest.raises(Unreachable, match="HTTP 302"):
+            asker(server.url, "tiny", 7)("?")
+    assert not other.asked
+
+
+@pytest.mark.parametrize("url", ["http://a b/v1", "http://[::1/v1", "http://x:abc/v1", "http://" + "a" * 70 + ".x/v1"])
+def test_what_is_no_url(clock, url):
+    with pytest.raises(Unreachable):
+        asker(url, "tiny", 7)("?")
+    assert not clock.slept
+
+
+def test_what_is_no_answer():
+    bodies = ["", "<html>", "[]", "3", '{"error": {"message": "busy"}}', '{"choices": []}', '{"choices": {"0": 1}}']
+    choices = ("1", '{"text": "x"}', '{"message": "x"}', '{"message": ["content"]}')
+    for body in (*bodies, *(f'{{"choices": [{choice}]}}' for choice in choices)):
+        with pytest.raises(ValueError, match="not a chat completion"):
+            endpoint.content_of(body)
+
+
+def test_refusals():
+    for message in ({"content": None}, {"content": None, "refusal": "No."}, {"content": "1", "refusal": "No."}):
+        with pytest.raises(ValueError, match="a refusal"):
+            endpoint.content_of(json.dumps({"choices": [{"message": message}]}))
+
+
+def test_the_rate(clock):
+    times = []
+    with Endpoint(chat("yes")) as server:
+        ask = asker(server.url, "tiny", 7, requests_per_minute=20)
+        for _ in range(4):
+            times.append(clock.now)
+            ask("?")
+        clock.now += 100  # nothing is saved up
+        ask("?")
+        start = clock.now
+        ask("?")
+    assert times == [1e9, 1e9, 1e9 + 3, 1e9 + 6] and clock.slept == [3, 3, 3, 3] and clock.now - start == 3
+
+
+def test_threads_share_the_rate():
+    begun, turn = [], endpoint.pacer(3000)  # one call every 20 ms
+    start = time.monotonic()
+    threads = [threading.Thread(target=lambda: [(turn(), begun.append(time.monotonic() - start)) for _ in range(4)]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(t >= 0.02 * i - 1e-3 for i, t in enumerate(sorted(begun))) and len(begun) == 12
+
+
+def test_answers_come_in_any_order():
+    """Four at a time; what is wrong with one question stands in its place."""
+
+    def reply(question):
+        time.sleep(0.1)
+        return {"3": (400, ""), "5": chat(None, refusal="No."), "6": (200, "{")}.get(question, chat(f"<{question}>"))
+
+    with Endpoint(reply) as server:
+        start = time.monotonic()
+        found = dict(ask_all(asker(server.url, "tiny", 7), list("01234567"), parallel=4))
+        assert time.monotonic() - start < 0.6  # one after the other: 0.8 s
+    assert sorted(found) == list(range(8)) and all(found[i] == f"<{i}>" for i in (0, 1, 2, 4, 7))
+    assert isinstance(found[3], Rejected) and "refusal" in str(found[5]) and "not a chat completion" in str(found[6])
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_one_that_is_down_is_left_alone(parallel):
+    def reply(question):
+        time.sleep(0 if question == "2" else 0.1)
+        return (401, "") if question == "2" else chat(question)
+
+    with Endpoint(reply) as server:
+        found = []
+        with pytest.raises(Unreachable, match="HTTP 401"):
+            for item in ask_all(asker(server.url, "tiny", 7), [str(i) for i in range(50)], parallel):
+                found.append(item)
+        assert sorted(found)[:2] == [(0, "0"), (1, "1")]  # what was under way has come in
+        assert len(found) == len(server.asked) - 1 <= 2 + 2 * (parallel - 1)
+
+
+def test_who_stops_listening_stops_the_questions():
+    with Endpoint(lambda question: time.sleep(0.05) or chat(question)) as server:
+        answers = ask_all(asker(server.url, "tiny", 7), [str(i) for i in range(50)])
+        next(answers)
+        answers.close()
+        assert len(server.asked) <= 3  # the second was under way, the third may have begun meanwhile
+
+
+# -------------------------------------------------------------------------------------------------------------------- a local model
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}w1 {{ m['content'] }} w2{% endfor %}"])
+def test_a_local_model_takes_the_likeliest_token(template):
+    torch.manual_seed(0)
+    config = world.model_config()
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.initializer_range = 2, 32, 64, 0.3
+    lm, tokenizer = AutoModelForCausalLM.from_config(config).eval(), word_tokenizer()
+    tokenizer.chat_template = template
+    questions = ["w5 w6 w7", "w8", "w9 " * 150, "w10 w11 w12 w13 w14 w15 w16", "w5"]
+    expected = {}
+    for i, question in enumerate(questions):
+        text = f"w1 {question} w2" if template else question
+        ids = torch.tensor([tokenizer(text).input_ids])
+        if i != 2:
+            best = lm.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+            expected[i] = tokenizer.decode(best[0, ids.shape[1] :], skip_special_tokens=True)
+    for batch_size in (1, 3):
+        found = dict(ask_locally(Policy(lm, value_head=False), tokenizer, questions, 6, batch_size))
+        assert "longer than the model's context" in str(found.pop(2)) and found == expected
+    assert len(set(expected.values())) == 4
