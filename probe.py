@@ -7,6 +7,7 @@
     python probe.py reward                                               the value of words, read from runs/ppo and from its controls
     python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
     python probe.py features                                             what the features in runs/sae stand for
+    python probe.py human_latents                                        of a SARM on demonstrations: reference data of train_ppo.py
     python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
     python probe.py judge --a runs/ppo/eval/step_60.jsonl --b runs/ppo/eval/step_0.jsonl      whose answers are better, and how often
     torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
@@ -15,7 +16,7 @@ Each command writes summary.json and a picture into its --output_dir, and prints
 implicit_reward.py, features.py, ablation.py and judging.py.
 """
 
-from nanorlhf import ablation, cli, features, implicit_reward, judging, probes
+from nanorlhf import ablation, cli, features, human_latents, implicit_reward, judging, probes
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
@@ -24,6 +25,7 @@ COMMANDS = {  # name: (its flags, its function)
     "pairs": (implicit_reward.PairsConfig, implicit_reward.pairs),
     "features": (features.FeaturesConfig, features.features),
     "ablate": (ablation.AblateConfig, ablation.ablate),
+    "human_latents": (human_latents.HumanLatentsConfig, human_latents.human_latents),
     "judge": (judging.JudgeConfig, judging.judge),
 }
 

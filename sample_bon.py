@@ -3,6 +3,7 @@
     python sample_bon.py                                                       the embedded world; trains what is missing
     python sample_bon.py --reward_model runs/rm/seed_{seed} --n_answers 512    every member and every ensemble objective
     python sample_bon.py --n 16 --save_best --split ood --output_dir runs/best the best of 16, as a data set
+    python sample_bon.py --eval_splits test ood --output_dir runs/best         in and out of distribution: runs/best/test, runs/best/ood
     python sample_bon.py --pool pool.jsonl --reward_model runs/rm/seed_0       answers that are there already
     python sample_bon.py --diversity --n_answers 32 --best_of 16               how diverse the answers are, and the best of 16 of them
     python sample_bon.py --from a.jsonl b.jsonl --encoder FOLDER               the diversity of answers in files, nothing else
@@ -15,7 +16,7 @@ torchrun from taking --n for a flag of its own.
 """
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -29,6 +30,7 @@ from nanorlhf.log import PLACES, RunFolder, write_lines
 from nanorlhf.models import check_model, load_tokenizer
 from nanorlhf.plots import plot_run
 from nanorlhf.rewards import expand, reward_names
+from nanorlhf.splits import labels
 from nanorlhf.stats import bootstrap
 
 # These may change between calls on one folder: they only read the answers, and scores are cached by their reward.
@@ -45,8 +47,13 @@ class Config(diversity_report.Flags):
     gold_model: str = field(default="", metadata={"help": "the gold reward; embedded world: its own; else the pool's gold_scores, if any"})
     dataset: str = field(default="world", metadata={"help": "prompts: FILE.jsonl, a datasets name[:split], or world"})
     columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
+    prompt_format: str = field(default="", metadata={"help": "tldr: rows {subreddit, title, post, summary}; cnn_dm: {article, highlights}"})
+    in_distribution: str = field(default="", metadata={"help": "what --split test and train hold and ood does not: see train_sft.py --help"})
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    split: str = field(default="test", metadata={"help": "which prompts: test (held out), train, ood (embedded world) or all"})
+    split: str = field(default="test", metadata={"help": "which prompts: test (held out), train, ood (embedded world, or "
+        "what is not --in_distribution) or all"})  # fmt: skip
+    eval_splits: list[str] = field(default_factory=list, metadata={"help": "instead of --split: test, ood, NAME=[FORMAT:]FILE; --eval_size "
+        "prompts of each. Several are runs in folders of their own, OUTPUT_DIR/NAME"})  # fmt: skip
     eval_dataset: str = field(default="", metadata={"help": "held-out data; default: rows of --dataset are held out, by prompt"})
     eval_size: int = field(default=256, metadata={"help": "at most so many held-out prompts"})
     max_rows: int = field(default=0, metadata={"help": "at most so many prompts of another split; 0: all"})
@@ -77,7 +84,13 @@ class Config(diversity_report.Flags):
         cli.one_of(self, "objective", *OBJECTIVES)
         cli.one_of(self, "split", "test", "train", "ood", "all")
         cli.one_of(self, "dtype", "float32", "bfloat16")
-        cli.require(self.split != "ood" or data.is_world(self.dataset), "--split ood is the embedded world's")
+        labels(self.eval_splits)
+        alone = self.split == "test" and not self.pool
+        cli.require(alone or not self.eval_splits, "--eval_splits takes the place of --split, and needs answers to sample: no --pool")
+        in_world, own = data.is_world(self.dataset), self.in_distribution or self.prompt_format
+        cli.require(not (in_world and own), "--in_distribution and --prompt_format are for data of one's own: name it with --dataset")
+        cli.require(self.split != "ood" or in_world or self.in_distribution,
+                    "--split ood is the embedded world's; of other data it needs --in_distribution")  # fmt: skip
         if data.is_world(self.dataset) and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
         if self.from_files:
@@ -89,6 +102,13 @@ class Config(diversity_report.Flags):
 
 
 def main(config):
+    """Best of n on one split, or on each of several. -> its results, or {split: results}"""
+    if len(config.eval_splits) > 1:
+        note = data.load_splits(config, "prompts")[2]  # a split that is not there is an error before anything is sampled
+        setup(config.device).print(note)
+        names = [item.partition("=")[0] for item in config.eval_splits]
+        parts = {name: {"eval_splits": [item], "output_dir": f"{config.output_dir}/{name}"} for name, item in zip(names, config.eval_splits)}
+        return {name: main(replace(config, **part)) for name, part in parts.items()}
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device)
     if config.from_files:
@@ -101,7 +121,8 @@ def main(config):
     if config.pool:
         rows, tokenizer = pool.read(config.pool), None  # only the texts are known
     else:
-        rows = prompts_of(config)
+        rows, note = prompts_of(config)
+        dist.print(note)
         train_rm.train_what_is_missing(config)
         tokenizer = load_tokenizer(config.model)
         limits = (check_model(config.model), config.max_new_tokens, config.max_prompt_length, config.chat_template)
@@ -171,13 +192,15 @@ def main(config):
 
 
 def prompts_of(config):
-    """The rows of the chosen split."""
-    if config.split in ("train", "test"):
-        train, test, _ = data.load(config, "prompts")
-        return train if config.split == "train" else test
-    splits = ("train", "test", "ood") if config.split == "all" and data.is_world(config.dataset) else (config.split,)
-    rows = [row for split in splits for row in data.read_rows(config.dataset, "prompts", config.columns, split=split)]
-    return data.subset(rows, config.max_rows)
+    """The rows of the chosen split, and a sentence on them."""
+    in_world = data.is_world(config.dataset)
+    if config.eval_splits or config.split in ("train", "test") or (config.split == "ood" and not in_world):
+        wanted = config.eval_splits or ["ood" if config.split == "ood" else "test"]
+        train, held_out, note = data.load_splits(replace(config, eval_splits=wanted, split="test"), "prompts")
+        return (train if config.split == "train" else held_out["eval"]), note
+    splits = ("train", "test", "ood") if config.split == "all" and in_world else (config.split,)
+    rows = [row for split in splits for row in data.read_rows(config.dataset, "prompts", config.columns, split, config.prompt_format)]
+    return data.subset(rows, config.max_rows), f"{len(rows)} prompts rows in {config.split}"
 
 
 def curve(ns, proxy, gold):

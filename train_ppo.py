@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import train_rm
-from nanorlhf import checkpoint, cli, data, ppo
+from nanorlhf import checkpoint, cli, data, feature_control, ppo
 from nanorlhf.blocks import speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, return_freed_memory, setup, sync_on
 from nanorlhf.ensemble import OBJECTIVES, combine, variance
@@ -46,6 +46,15 @@ class Config(cli.RunConfig):
     uwo_lambda: float = field(default=0.1, metadata={"help": "uwo: weight of the members' variance"})
     gold_model: str = field(default="", metadata={"help": "a second reward, for evaluation only; embedded world: its gold"})
     score_gold: str = field(default="", metadata={"help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"})
+    # Control by features of the reward model (feature_control.py): R = score(clamp(z)) - penalties(z) - beta log p_policy(z) / p_human(z).
+    penalize_features: list[int] = field(default_factory=list, metadata={"help": "latents of --reward_model, a SARM, that cost reward"})
+    tau: list[str] = field(default_factory=list, metadata={"help": "above what, one each: 0.5, or q0.95, a quantile in --human_latents"})
+    alpha: list[str] = field(default_factory=list, metadata={"help": "how much, one each: 1.0, or 0.5std, stds of scores in --human_latents"})
+    penalty: str = field(default="indicator", metadata={"help": "indicator, alpha [z > tau], or hinge, alpha max(0, z - tau)"})
+    clamp: list[str] = field(default_factory=list, metadata={"help": "score with latents changed: 17:max:0.5 23:set:0 (set, min, max)"})
+    density_beta: float = field(default=0.0, metadata={"help": "price of the log density ratio of policy and human latents; 0: off"})
+    human_latents: str = field(default="", metadata={"help": "reference data, a file of probe.py human_latents"})
+    feature_sae: str = field(default="", metadata={"help": "read an ordinary reward model by this autoencoder on one of its layers"})
     value_model: str = field(default="", metadata={"help": "a separate value model (a policy or reward model), trained in full"})
     steps: int = field(default=60, metadata={"help": "rollouts"})
     batch_size: int = field(default=128, metadata={"help": "responses a rollout, over all processes"})
@@ -99,6 +108,7 @@ class Config(cli.RunConfig):
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)
+        feature_control.check_flags(self)
 
 
 def main(config):
@@ -115,6 +125,7 @@ def main(config):
     if folder.state == "done":
         return folder.already_done()
     train_rm.check_inputs(config, "model", "value_model", "reward_model", "gold_model")
+    control = feature_control.prepare(config)  # None without its flags
     rows, held_out, note = data.load(config, "prompts")
     train_rm.train_what_is_missing(config)
     torch.manual_seed(config.seed)
@@ -146,7 +157,10 @@ def main(config):
     model = dist.wrap(policy, total, config.dtype)
     if reference.lm is not policy.lm:
         dist.wrap(reference, total, config.dtype)
-    rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size, config.dtype)
+    if control:
+        rewards = control.load(tokenizer, dist)
+    else:
+        rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size, config.dtype)
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
     kl_controller = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon) if config.kl_target else None
@@ -156,7 +170,9 @@ def main(config):
         scaler.moments = tuple(state["scaler"])
         if kl_controller:
             kl_controller.coef = state["kl_coef"]
-    parts = Parts(config, dist, tokenizer, policy, model, reference, rewards, gold)
+        if control:
+            control.restore(state.get("tensors", {}))
+    parts = Parts(config, dist, tokenizer, policy, model, reference, rewards, gold, control)
     start = None if state else evaluate(parts, held_out_prompts)  # before anything is written: a reward that fails leaves no trace
     folder.create()
 
@@ -209,7 +225,7 @@ def main(config):
         progress.step(step, f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
             numbers = {"kl_coef": kl_controller.coef if kl_controller else kl_coef, "scaler": scaler.moments}
-            folder.checkpoint(step, policy, optimizer, numbers, config.keep_checkpoints)
+            folder.checkpoint(step, policy, optimizer, numbers, config.keep_checkpoints, control.tensors() if control else {})
     progress.close()
 
     # --------------------------------------------------------------------------------------------------------------------- save
@@ -218,7 +234,8 @@ def main(config):
     folder.save_model(save_policy, policy, tokenizer)
     picture = plot_run(config.output_dir) if dist.main else None
     summary = folder.finish(folder.before_and_after())
-    dist.print(before_and_after_table(summary, ("proxy", "gold", "kl", "length", "distinct_2")))
+    rates = [f"rate/{i}" for i in control.named] if control else []
+    dist.print(before_and_after_table(summary, ("proxy", "controlled", "gold", "kl", "length", "distinct_2", *rates)))
     curves = f", the curves in {picture}" if picture else ""
     dist.print(f"The policy is in {folder.path}/model, every answer in {folder.path}/eval{curves}.")
     dist.print(TRY_NEXT if data.is_world(config.dataset) else "")
@@ -250,8 +267,13 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         old, bootstrap = sampled_outputs(parts, rollout, answers.batch, kl_to), bootstrap_values(parts, rollout, answers.batch)
     with gathered(parts.reference):
         ref = forward(parts, parts.reference, answers.batch)
+    if control := parts.control:  # one pass over the answers gives their scores and their latents
+        member_scores, reading = control.read([answers])
+    else:
+        member_scores, reading = score_all(parts.rewards, answers, dist).T, {}
     local = {
-        "member_scores": score_all(parts.rewards, answers, dist).T.to(dist.device),  # [b, K]
+        "member_scores": member_scores.to(dist.device),  # [b, K]
+        **{name: value.to(dist.device) for name, value in reading.items()},  # latents [b, F], clamped [b]
         "bootstrap": bootstrap,  # [b]
         "finished": rollout.finished,  # [b]
         "mask": rollout.response_mask,  # [b, R], as all that follow
@@ -266,8 +288,9 @@ def experience(parts, scaler, rollout, answers, kl_coef):
 
     member_scores = g["member_scores"].T  # [K, B]
     scores = combine(member_scores, config.objective, config.uwo_lambda)  # [B]
+    controlled, control_record = control.shape(g["latents"], g["clamped"]) if control else (scores, {})  # [B]
     penalties = (config.missing_eos_penalty, config.eos_required, config.length_penalty)
-    shaped = scaler(ppo.shape_scores(scores, lengths, g["finished"], *penalties))
+    shaped = scaler(ppo.shape_scores(controlled, lengths, g["finished"], *penalties))
     if config.score_clip:
         shaped = shaped.clamp(-config.score_clip, config.score_clip)
     k1, k3 = (ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], kind) for kind in ("k1", "k3"))  # 0 where masked
@@ -284,6 +307,7 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     record = {
         "score_mean": scores.mean().item(),
         "score_std": scores.std(correction=0).item(),
+        **control_record,  # `controlled` is R
         "reward": rewards_of_tokens.sum(1).mean().item(),  # of a sequence: shaped score less the KL penalty
         "kl": k1.sum(1).mean().item(),  # of a sequence, nats
         "kl_k3": k3.sum(1).mean().item(),

@@ -5,6 +5,7 @@
     python train_rm.py --model gpt2 --dataset pairs.jsonl --output_dir runs/rm2  JSONL {prompt, chosen, rejected}
     torchrun --nproc_per_node=4 train_rm.py                                      the same global batch on four processes
     torchrun --nproc_per_node=4 train_rm.py --members 5                          whole members spread over the processes
+    python train_rm.py --sarm runs/sae_sarm                                      a score of sparse features (nanorlhf/sarm.py), runs/sarm
 
 Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members: Coste et al. 2024 (2310.02743).
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import train_sft
-from nanorlhf import checkpoint, cli, data
+from nanorlhf import checkpoint, cli, data, sarm_training
 from nanorlhf.blocks import speed_up
 from nanorlhf.checkpoint import read_json
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
@@ -33,6 +34,8 @@ from nanorlhf.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.plots import plot_run
 from nanorlhf.rewards import Answers, check_reward, load_reward, score
 from nanorlhf.rng import LABELS, key
+from nanorlhf.sarm import save_sarm
+from nanorlhf.sarm_training import scored
 from nanorlhf.stats import kendall_tau
 
 
@@ -51,11 +54,23 @@ class Config(cli.RunConfig):
     noise_seed: int = field(default=0, metadata={"help": "which labels are flipped: members share it"})
     independent_noise: bool = field(default=False, metadata={"help": "member i flips labels by --noise_seed + i instead"})
     score_l2: float = field(default=0.0, metadata={"help": "beta of the penalty beta * 1/2 (r_c^2 + r_r^2); Coste et al. use 0.001"})
+    sarm: str = field(default="", metadata={"help": "train a SARM with this autoencoder: train_sae.py --base none --site residual --layers "
+        "1 --normalize token --relu False --tokens sentence_ends; default folder: runs/sarm"})  # fmt: skip
+    sarm_mode: str = field(default="encoder_frozen", metadata={"help": "what is trained: frozen (the head), encoder_frozen (also the LM), "
+        "joint (also the encoder), or detached (also the autoencoder's reconstruction, apart from the LM)"})  # fmt: skip
+    sarm_lambda: float = field(default=1.0, metadata={"help": "detached: weight of the reconstruction, ||x - x^||^2 / D"})
     gold_model: str = field(default="", metadata={"help": "a reward to compare the scores with (Kendall's tau); embedded world: its gold"})
 
     def __post_init__(self):
+        if self.sarm and self.output_dir == type(self).output_dir:
+            self.output_dir = "runs/sarm" if self.members == 1 else "runs/sarm/seed_{seed}"
         super().__post_init__()
-        cli.at_least(self, 0, "max_length", "score_l2", "noise_seed")
+        cli.at_least(self, 0, "max_length", "score_l2", "noise_seed", "sarm_lambda")
+        cli.one_of(self, "sarm_mode", *sarm_training.MODES)
+        cli.require(not self.sarm or self.distributed == "ddp", "--sarm is trained with --distributed ddp only")
+        cli.require(not self.sarm or self.merge or not self.lora_rank, "--sarm with --lora_rank needs --merge: its folder holds no adapters")
+        frozen = self.sarm and self.sarm_mode == "frozen" and (self.lora_rank or self.freeze_layers)
+        cli.require(not frozen, "--sarm_mode frozen trains the head alone: it takes no --lora_rank and no --freeze_layers")
         cli.at_least(self, 1, "members")
         cli.require(self.members == 1 or "{seed}" in self.output_dir, "--members needs {seed} in --output_dir: each has its own folder")
         cli.require(self.members == 1 or self.distributed == "ddp", "--members trains each on one process; for --distributed fsdp "
@@ -105,6 +120,7 @@ def train(config, dist):
         check_reward(config.gold_model)
     flipped = np.random.default_rng([LABELS, config.noise_seed]).random(len(rows)) < config.label_noise  # training pairs only
     rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]
+    sarm_config = sarm_training.check_start(config, dist) if config.sarm else None
     tokenizer = load_tokenizer(config.model)
     max_length = config.max_length or context_length(check_model(config.model))
     prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length, config.chat_template)
@@ -114,14 +130,18 @@ def train(config, dist):
     golds = gold_scores(held_out, tokenizer, max_length, config, dist) if config.gold_model else None  # [2, N], before any training
 
     # -------------------------------------------------------------------------------------------------------------------- model
-    reward_model = load_reward_model(config.model, dist.load_device, seed=config.seed)
-    note = choose_trained(reward_model.model, config)
-    speed_up(reward_model.model, dist.device, config.dtype, config.compile)
+    if config.sarm:
+        reward_model, note = sarm_training.start(config, sarm_config, dist.device)
+    else:
+        reward_model = load_reward_model(config.model, dist.load_device, seed=config.seed)
+        note = choose_trained(reward_model.model, config)
+    lm, detached = (reward_model.trunk, config.sarm_mode == "detached") if config.sarm else (reward_model.model, False)
+    speed_up(lm, dist.device, config.dtype, config.compile)
     dist.print(f"{sum(p.numel() for p in reward_model.parameters()):,} parameters, {note}")
     if config.checkpoint_activations:
         checkpoint_activations(reward_model)
     example = pack(prompts[:1], chosen[:1]).to(dist.device)
-    model = dist.wrap(reward_model, lambda model: model(example).sum(), config.dtype)
+    model = dist.wrap(reward_model, lambda model: sum(scored(model, example, detached)).sum(), config.dtype)
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
     state = checkpoint.load(config.output_dir, reward_model, optimizer) or {"step": 0}
     folder.create()
@@ -133,7 +153,7 @@ def train(config, dist):
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         mine = dist.share(data.batch_indices(len(rows), config.batch_size, step - 1, config.seed))
         reward_model.train()
-        totals = torch.zeros(3, device=dist.device)  # loss, correct, margin
+        totals = torch.zeros(4, device=dist.device)  # loss, correct, margin, reconstruction
         lengths = torch.tensor([max(len(chosen[j]), len(rejected[j])) + len(prompts[j]) for j in mine])  # of a pair's longer row
         parts = dist.even(micro_batches(lengths, config.micro_batch_size, (config.tokens_per_micro_batch + 1) // 2))  # two rows a pair
         for part in parts:
@@ -146,17 +166,22 @@ def train(config, dist):
             ).to(dist.device)
             with sync_on(model, last=part is parts[-1]):
                 with autocast(dist, config.dtype):
-                    r_chosen, r_rejected = model(batch).chunk(2)  # [b], [b]
-                # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2)
+                    scores, errors = scored(model, batch, detached)  # [2 b], [2 b]; errors are 0 but for a SARM in `detached`
+                (r_chosen, r_rejected), error = scores.chunk(2), sum(errors.chunk(2)) / 2  # [b], [b]; [b], the mean of a pair's two
+                # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2) + lambda ||x - x^||^2 / D
                 losses = -F.logsigmoid(r_chosen - r_rejected) + 0.5 * config.score_l2 * (r_chosen**2 + r_rejected**2)
+                losses = losses + config.sarm_lambda * error
                 loss = losses.sum() / config.batch_size
                 (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
             margin = (r_chosen - r_rejected).detach()
-            totals += torch.stack([loss.detach(), (margin > 0).sum() / config.batch_size, margin.sum() / config.batch_size])
+            totals += torch.stack([loss.detach(), *(x.sum() / config.batch_size for x in (margin > 0, margin, error.detach()))])
         lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
         grad_norm = optimizer_step(optimizer, reward_model, lr, config.max_grad_norm, step)
-        loss, accuracy, margin = dist.sum(totals).tolist()
+        if detached:
+            reward_model.sae.normalise()  # decoder directions of unit length
+        loss, accuracy, margin, error = dist.sum(totals).tolist()
         record = {"step": step, "loss": loss, "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm, "lr": lr}
+        record |= {"reconstruction": error} if detached else {}
         record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             result, _ = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
@@ -177,10 +202,10 @@ def train(config, dist):
         result["n_texts"] = scores.numel()
     summary = {f"eval/{k}": v for k, v in result.items()}
     dist.print(report(summary))
-    reward_model.model.should_save_on_this_rank = lambda is_main: is_main  # transformers asks torch's rank: not 0 for some members
+    lm.should_save_on_this_rank = lambda is_main: is_main  # transformers asks torch's rank: not 0 for some members
     if config.merge:
-        merge(reward_model.model)
-    folder.save_model(save_reward_model, reward_model, tokenizer)
+        merge(lm)
+    folder.save_model(save_sarm if config.sarm else save_reward_model, reward_model, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
     return folder.finish(summary)

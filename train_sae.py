@@ -22,7 +22,7 @@ from torch import nn
 import train_ppo
 import train_rm
 from nanorlhf import checkpoint, cli, data, distributed
-from nanorlhf.activation_store import Stream, Tokens, from_disk, from_models, hold_out, passes, rollout_rows, token_rows
+from nanorlhf.activation_store import Stream, Tokens, from_disk, from_models, hold_out, passes, rollout_rows, sentence_ends, token_rows
 from nanorlhf.activations import SITES, module_at, place_name, replaced
 from nanorlhf.blocks import blocks, speed_up
 from nanorlhf.divergence import layer_divergence, select_layers
@@ -64,6 +64,8 @@ class Config:
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
     max_rows: int = field(default=0, metadata={"help": "a random subset of N rows; 0: all"})
     max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
+    tokens: str = field(default="all", metadata={"help": "which of a text's: all, or sentence_ends (. ! ? and the text's last), as a "
+        "SARM's autoencoder"})  # fmt: skip
     keep_bos: bool = field(default=False, metadata={"help": "count a BOS in front of a text too: its norm is often most of the variance"})
     n_answers: int = field(default=1, metadata={"help": "rollouts: answers to each prompt"})
     max_new_tokens: int = field(default=48, metadata={"help": "rollouts: longest answer"})
@@ -94,6 +96,7 @@ class Config:
         cli.one_of(self, "bias", "mean", "median")
         cli.one_of(self, "texts", "dataset", "rollouts", "both")
         cli.one_of(self, "kind", *data.FIELDS)
+        cli.one_of(self, "tokens", "all", "sentence_ends")
         cli.one_of(self, "schedule", "constant", "linear", "cosine")
         cli.one_of(self, "dtype", "float32", "bfloat16", "auto")
         if self.dtype == "auto":
@@ -192,7 +195,7 @@ def main(config):
     if dist.main:
         for key, numbers in summary.items():
             name, place = key.split("/")
-            notes = {"model": paths[name], "layer": int(place.split("_")[0]), "site": config.site, "held_out": numbers}
+            notes = {"model": paths[name], "layer": int(place.split("_")[0]), "site": config.site, "tokens": config.tokens, "held_out": numbers}
             save_sae(saes[key.replace("/", ":")], f"{config.output_dir}/{key}", densities[key], **notes)
     return folder.finish(summary)
 
@@ -224,7 +227,8 @@ def texts(config, rows, model_config, paths, dist):
         out = out + rollout_rows(replace(config, batch_size=256), tokenizer, prompts, dist)  # 256 answers at a time
     parts = hold_out(out, config.eval_size)
     cli.require(all(parts), f"{config.dataset}: {len(out)} texts are too few to hold any out")
-    return [Tokens(part, None if config.keep_bos else tokenizer.bos_token_id) for part in parts]
+    ends = sentence_ends(tokenizer) if config.tokens == "sentence_ends" else None
+    return [Tokens(part, None if config.keep_bos else tokenizer.bos_token_id, ends) for part in parts]
 
 
 def new_sae(config, width):
@@ -270,29 +274,29 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
         loss_recovered = (loss_zero - loss_sae) / (loss_zero - loss)          losses in nats a token
 
     1: the reconstruction is as good as the layer; 0: as bad as none; None where the model does no worse without the layer, on these
-    texts. A BOS that the autoencoder never saw keeps its activation. Pitfall: every token of a text counts, so in {prompt, response}
-    data the prompt's too, which SFT and PPO never trained on.
+    texts. Tokens that the autoencoder never saw keep their activations: a BOS, and with --tokens sentence_ends all others (which then are
+    not switched off either). Pitfall: the loss of every token of a text counts, so in {prompt, response} data the prompt's too, which SFT
+    and PPO never trained on.
     """
     mine = np.array(dist.part(len(held_out.rows)), dtype=np.int64)
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # plain, reconstructed, zero; tokens
     for part in micro_batches(torch.from_numpy(held_out.lengths[mine]), None, 2**12):
         rows = mine[part.numpy()]
-        ids = torch.full((len(rows), int(held_out.lengths[rows].max())), -100)  # [b, T]
-        for row, text in zip(ids, rows):
-            row[: held_out.lengths[text]] = torch.tensor(held_out.rows[text])
-        skipped = torch.from_numpy(np.arange(ids.shape[1]) < held_out.skipped[rows][:, None]).to(dist.device)  # [b, T]
-        ids = ids.to(dist.device)
+        ids, mask = (torch.from_numpy(x).to(dist.device) for x in held_out.batch(rows))  # [b, T]
+        real = torch.from_numpy(np.arange(ids.shape[1]) < held_out.lengths[rows][:, None]).to(dist.device)
+        targets, seen = ids.masked_fill(~real, -100)[:, 1:], mask[..., None]
 
         def loss():
             with autocast(dist, config.dtype):
-                logits = lm(input_ids=ids.clamp(min=0), use_cache=False).logits  # padding, on the right, may be any token
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").double()
+                logits = lm(input_ids=ids, use_cache=False).logits  # padding, on the right, may be any token
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum").double()
 
         sums[0] += loss()
-        for i, function in enumerate((lambda x: torch.where(skipped[..., None], x, sae(x)[0].to(x.dtype)), torch.zeros_like)):
+        zero = torch.zeros_like if config.tokens == "all" else lambda x: x.masked_fill(seen, 0.0)
+        for i, function in enumerate((lambda x: torch.where(seen, sae(x)[0].to(x.dtype), x), zero)):
             with replaced(lm, place, function):
                 sums[1 + i] += loss()
-        sums[3] += (ids[:, 1:] >= 0).sum()
+        sums[3] += real[:, 1:].sum()
     sums = dist.sum(sums)
     plain, sae_loss, zero = (sums[:3] / sums[3]).tolist()
     recovered = (zero - sae_loss) / (zero - plain) if zero > plain else None

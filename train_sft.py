@@ -74,14 +74,16 @@ def main(config):
     torch.manual_seed(config.seed)
 
     # --------------------------------------------------------------------------------------------------------------------- data
-    rows, held_out, note = data.load(config, KIND[config.loss])
+    rows, held_out, note = data.load_splits(config, KIND[config.loss])  # held_out: {label: rows}
     model_config = world.model_config() if config.model == "world" else check_model(config.model)
     tokenizer = world.tokenizer() if config.model == "world" else load_tokenizer(config.model)
     max_length = config.max_length or context_length(model_config)
-    # One (prompts, responses) for each answer of a row: a prompt may be cut differently before two answers.
-    answers, held_out_answers = [], []
-    for part, out in ((rows, answers), (held_out, held_out_answers)):
-        out += [data.encode(tokenizer, part, name, max_length, config.chat_template) for name in ANSWERS[config.loss]]
+
+    def encoded(part):
+        """One (prompts, responses) for each answer of a row: a prompt may be cut differently before two answers."""
+        return [data.encode(tokenizer, part, name, max_length, config.chat_template) for name in ANSWERS[config.loss]]
+
+    answers, held_out_answers = encoded(rows), {label: encoded(part) for label, part in held_out.items()}
     n_cut = sum(cut for _, _, cut in answers)
     dist.print(f"{config.loss.upper()} of {config.model} on {config.dataset}: {note}, {n_cut} responses cut to {max_length} tokens")
 
@@ -104,20 +106,25 @@ def main(config):
         reference = torch.zeros(2, len(rows), device=dist.device)  # log-probs of the chosen and the rejected answer of every pair
         with gathered(policy):
             reference[:, visited] = sequence_logprobs(policy, answers, visited, tokenizer, config, dist)
-            held_out_reference = sequence_logprobs(policy, held_out_answers, range(len(held_out)), tokenizer, config, dist)
+            held_out_reference = {label: sequence_logprobs(policy, part, range(len(held_out[label])), tokenizer, config, dist)
+                                  for label, part in held_out_answers.items()}  # fmt: skip
     state = checkpoint.load(config.output_dir, policy, optimizer) or {"step": 0}
     folder.create()
 
     def report(step):
+        record = {}
         with gathered(policy):
-            if config.loss == "sft":
-                result = evaluate(policy, held_out_answers[0], tokenizer, config, dist)
-            else:
-                result = evaluate_pairs(policy, held_out_answers, held_out_reference, tokenizer, config, dist)
-            samples = [{"step": step, **row} for row in sample(policy, held_out, tokenizer, max_length, config, dist)]
+            for label, part in held_out_answers.items():
+                if config.loss == "sft":
+                    result = evaluate(policy, part[0], tokenizer, config, dist)
+                else:
+                    result = evaluate_pairs(policy, part, held_out_reference[label], tokenizer, config, dist)
+                record |= {f"{label}/{k}": v for k, v in result.items()}
+                dist.print(f"step {step}: {'' if label == 'eval' else label + ': '}{in_words(result)}")
+            samples = [{"step": step, **row} for row in sample(policy, held_out["eval"], tokenizer, max_length, config, dist)]
         folder.append("samples.jsonl", samples)
-        dist.print(f"step {step}: {in_words(result)}", sample_table(samples))
-        return {f"eval/{k}": v for k, v in result.items()}
+        dist.print(sample_table(samples))
+        return record
 
     # --------------------------------------------------------------------------------------------------------------------- loop
     progress = Progress(dist, config.loss, config.steps, state["step"])
@@ -168,7 +175,8 @@ def main(config):
     folder.save_model(save_policy, policy, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
-    return folder.finish({k: v for k, v in folder.records()[-1].items() if k.startswith(("eval/", "step", "loss"))})
+    kept = ("step", "loss", *(f"{label}/" for label in held_out))
+    return folder.finish({k: v for k, v in folder.records()[-1].items() if k.startswith(kept)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------- evaluation

@@ -65,19 +65,39 @@ def hold_out(rows, n):
     return [row for row in rows if tuple(row) not in aside], [row for row in rows if tuple(row) in aside]
 
 
-class Tokens:
-    """Token rows and which of their tokens count: all, or, given the id of a BOS to skip, all but that one in front.
+def sentence_ends(tokenizer):
+    """The ids of the tokens whose text ends in . ! or ? (white space after it aside)."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return [i for i, text in enumerate(texts) if text.rstrip().endswith((".", "!", "?"))]
 
-    What counts is known from lengths and places alone, so ids that also serve as padding (EOS) count wherever they are text.
+
+class Tokens:
+    """Token rows and which of their tokens count: all, or, given `ends`, those with these ids and each row's last; in both cases, given
+    the id of a BOS to skip, not that one in front.
+
+    What counts is known from ids at places within the length, so ids that also serve as padding (EOS) count wherever they are text.
     """
 
-    def __init__(self, rows, skip_bos=None):
-        self.rows, self.skip_bos = rows, skip_bos
+    def __init__(self, rows, skip_bos=None, ends=None):
+        self.rows, self.skip_bos, self.ends = rows, skip_bos, None if ends is None else sorted(ends)
         self.lengths = np.array([len(row) for row in rows])  # [N]
         self.skipped = np.array([int(list(row[:1]) == [skip_bos]) for row in rows])  # [N] in front
-        self.counts = self.lengths - self.skipped  # [N]
+        ids, last = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]), self.lengths.cumsum()  # of all rows; [N]
+        mask = np.full(len(ids), True) if ends is None else np.isin(ids, self.ends)
+        mask[last[self.lengths > 0] - 1] = True
+        mask[(last - self.lengths)[self.skipped > 0]] = False
+        self.masks = np.split(mask, last[:-1])  # which tokens of each row count
+        self.counts = np.array([own.sum() for own in self.masks])  # [N]
         self.total = int(self.counts.sum())  # E
         require(self.total, "no text has a token whose activations could be kept")
+
+    def batch(self, texts):
+        """Indices of texts -> their ids and masks [b, T], 0 and False in the padding."""
+        T = self.lengths[texts].max()
+        ids, mask = np.zeros((len(texts), T), dtype=np.int64), np.zeros((len(texts), T), dtype=bool)
+        for i, text in enumerate(texts):
+            ids[i, : self.lengths[text]], mask[i, : self.lengths[text]] = self.rows[text], self.masks[text]
+        return ids, mask
 
     def places(self, texts):
         """The places of the texts' tokens among all N texts' tokens: [n]."""
@@ -85,7 +105,7 @@ class Tokens:
         return spans(first, self.counts[texts])
 
     def digest(self):
-        return digest([digest(row) for row in self.rows], self.skip_bos)
+        return digest([digest(row) for row in self.rows], self.skip_bos, *([] if self.ends is None else [self.ends]))
 
 
 def spans(first, counts):
@@ -107,13 +127,7 @@ def run_models(tokens, lms, places, dist, dtype, texts):
     first, out = counts.cumsum() - counts, {}
     for part in micro_batches(torch.from_numpy(tokens.lengths[texts]), None, TOKENS_AT_ONCE):
         part = part.numpy()
-        lengths, skipped = tokens.lengths[texts[part]], tokens.skipped[texts[part]]
-        ids = np.zeros((len(part), lengths.max()), dtype=np.int64)  # [b, T]; padding may be any token: none looks to its right
-        for row, text in zip(ids, texts[part]):
-            row[: tokens.lengths[text]] = tokens.rows[text]
-        column = np.arange(ids.shape[1])
-        mask = (column >= skipped[:, None]) & (column < lengths[:, None])  # [b, T]
-        ids, mask = (torch.from_numpy(x).to(dist.device) for x in (ids, mask))
+        ids, mask = (torch.from_numpy(x).to(dist.device) for x in tokens.batch(texts[part]))  # [b, T]; none looks to its right
         to = torch.from_numpy(spans(first[part], counts[part])).to(dist.device)  # [n of this part]
         for name, lm in lms.items():
             with autocast(dist, dtype):

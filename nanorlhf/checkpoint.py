@@ -6,6 +6,7 @@ controllers and the step are all that a resumed run needs to end with the same b
     checkpoint/step_{N}/state.json                     the step and the controllers
                         state.safetensors              weights and optimizer, or, of a model in shards (FSDP2),
                         shard-{rank + 1}-*.safetensors one file a process, each tensor's place in the whole in its header
+                        tensors.safetensors            what else a run has learned, such as a density ratio (feature_control.py)
 
 Both are read by torch.distributed.checkpoint's reader of safetensors, which cuts out of any of them what a process needs: a run may
 be resumed on another number of processes, and with or without shards, then with the same numbers up to float error.
@@ -18,7 +19,7 @@ import shutil
 import warnings
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from .errors import InputError
 from .blocks import trainable
@@ -65,8 +66,8 @@ def checkpoints(folder):
     return sorted((int(m[1]), os.path.join(root, m[0])) for m in found if m)
 
 
-def save(folder, step, module, optimizer, state, keep, dist=None):
-    """Write checkpoint/step_{step} with the trained weights, the optimizer and `state` (JSON); keep the last `keep`.
+def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
+    """Write checkpoint/step_{step} with the trained weights, the optimizer, `state` (JSON) and `more` {name: tensor}; keep the last `keep`.
 
     The main process calls this alone, or, where the module is in shards, all processes do, with `dist`.
     """
@@ -83,6 +84,8 @@ def save(folder, step, module, optimizer, state, keep, dist=None):
             dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))
         else:
             save_file(tensors, os.path.join(path, "state.safetensors"))
+        if main and more:
+            save_file(more, os.path.join(path, "tensors.safetensors"))
         if main:
             write_json(os.path.join(path, "state.json"), {"step": step, **state})
 
@@ -94,7 +97,10 @@ def save(folder, step, module, optimizer, state, keep, dist=None):
 
 
 def load(folder, module, optimizer):
-    """Restore module and optimizer from the newest checkpoint -> its state, or None where there is no checkpoint yet."""
+    """Restore module and optimizer from the newest checkpoint -> its state, or None where there is no checkpoint yet.
+
+    What was saved as `more` is in state["tensors"].
+    """
     found = checkpoints(folder)
     if not found:
         return None
@@ -113,4 +119,5 @@ def load(folder, module, optimizer):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be, where nothing is in shards
         dcp.load(tensors, storage_reader=reader, no_dist=not is_sharded(module))
-    return read_json(os.path.join(path, "state.json"))
+    more = os.path.join(path, "tensors.safetensors")
+    return read_json(os.path.join(path, "state.json")) | ({"tensors": load_file(more)} if os.path.isfile(more) else {})

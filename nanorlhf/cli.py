@@ -34,9 +34,14 @@ class RunConfig:
     model: str = field(default="world", metadata={"help": "run folder, model folder or hub name; 'world': the embedded world's"})
     dataset: str = field(default="world", metadata={"help": "FILE.jsonl, a datasets name[:split], or world[:cue seed]"})
     columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ, e.g. prompt=question"})
+    prompt_format: str = field(default="", metadata={"help": "tldr: rows {subreddit, title, post, summary}; cnn_dm: {article, highlights}"})
+    in_distribution: str = field(default="", metadata={"help": "learn from such rows alone: COLUMN=a,b,c, words:COLUMN<=N (or <, >, >=), "
+        "or FILE.py:FUNCTION of a row; see splits.py"})  # fmt: skip
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
     eval_dataset: str = field(default="", metadata={"help": "held-out data; default: rows of --dataset are held out, by prompt"})
-    eval_size: int = field(default=256, metadata={"help": "held-out rows to evaluate on"})
+    eval_splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "evaluate on each: test (held-out rows), ood "
+        "(held out and not --in_distribution; embedded world: the held-out topics), NAME=[FORMAT:]FILE"})  # fmt: skip
+    eval_size: int = field(default=256, metadata={"help": "rows of a split to evaluate on"})
     eval_every: int = field(default=0, metadata={"help": "evaluate every N steps; 0: not before the end"})
     max_rows: int = field(default=0, metadata={"help": "train on a random subset of N rows; 0: all"})
     freeze_layers: float = field(default=0.0, metadata={"help": "freeze the embeddings and this share of the blocks, from the bottom"})

@@ -7,11 +7,12 @@ reason; what is skipped or cut is counted and reported.
 import gzip
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from . import world
+from . import splits, world
 from .cli import require
 from .errors import InputError
 from .models import context_length
@@ -64,38 +65,45 @@ def read_hub(spec):
     return [(f"{spec}[{i}]", row) for i, row in enumerate(data)]
 
 
-def read_rows(spec, kind, columns=(), split="train"):
+def read_rows(spec, kind, columns=(), split="train", prompt_format=""):
     """A --dataset argument -> rows with the fields of their kind, all strings.
 
     spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a .json/.jsonl[.gz] file, or a data set.
     columns: FIELD=COLUMN renamings; pairs of whole dialogues need no prompt (split_dialogues). split ('train', 'test', 'ood') is for
-    the embedded world only.
+    the embedded world only. prompt_format: one of splits.FORMATS, whose columns then take the place of prompt and response.
     """
-    if is_world(spec):
-        seed = spec.partition(":")[2] or "0"
-        require(seed.isdigit(), f"--dataset {spec}: the world's seed must be a whole number")
-        if kind == "prompts":
-            return world.prompts(split)
-        if kind == "pairs":
-            return world.preferences(WORLD_SIZES[kind] if split == "train" else 512, seed=int(seed), split=split)
-        return world.demonstrations(WORLD_SIZES[kind])
-    names = dict(c.split("=", 1) for c in columns)
-    unknown = set(names) - set(FIELDS[kind])
-    require(not unknown, f"--columns names {', '.join(sorted(unknown))}; the fields here are {', '.join(FIELDS[kind])}")
+    if not is_world(spec):
+        return read_parts(spec, kind, columns, prompt_format, "")[0]
+    seed = spec.partition(":")[2] or "0"
+    require(seed.isdigit(), f"--dataset {spec}: the world's seed must be a whole number")
+    if kind == "prompts":
+        return world.prompts(split)
+    if kind == "pairs":
+        return world.preferences(WORLD_SIZES[kind] if split == "train" else 512, seed=int(seed), split=split)
+    # Out of distribution: reviews of the held-out topics, in the same hand. No training row is one, nor drawn with the same noise.
+    return world.demonstrations(512, seed=1, split=split) if split == "ood" else world.demonstrations(WORLD_SIZES[kind])
+
+
+def read_parts(spec, kind, columns, prompt_format, in_distribution):
+    """A file or data set -> its rows in distribution, the others. splits.predicate sees the data's own columns beside the fields."""
+    names, inside, parts = dict(c.split("=", 1) for c in columns), splits.predicate(in_distribution), ([], [])
+    fields = splits.columns_of(prompt_format, FIELDS[kind])
+    unknown = set(names) - set(fields)
+    require(not unknown, f"--columns names {', '.join(sorted(unknown))}; the fields here are {', '.join(fields)}")
     is_file = spec.removesuffix(".gz").endswith((".json", ".jsonl")) or os.path.isfile(spec)
-    rows = []
     for place, row in read_file(spec) if is_file else read_hub(spec):
-        require(isinstance(row, dict), f"{place}: a row must be an object with {', '.join(FIELDS[kind])}")
-        if kind == "pairs" and names.get("prompt", "prompt") not in row:
+        require(isinstance(row, dict), f"{place}: a row must be an object with {', '.join(fields)}")
+        if kind == "pairs" and not prompt_format and names.get("prompt", "prompt") not in row:
             row = split_dialogues(row, names.get("chosen", "chosen"), names.get("rejected", "rejected"))
-        for field in FIELDS[kind]:
+        for field in fields:
             column = names.get(field, field)
             hint = "" if field in names else f" (name another with --columns {field}=COLUMN)"
             require(column in row, f"{place}: no field {column!r}{hint}")
             require(isinstance(row[column], str), f"{place}: field {column!r} must be a string, not {type(row[column]).__name__}")
-        rows.append({field: row[names.get(field, field)] for field in FIELDS[kind]})
-    require(rows, f"{spec}: no rows")
-    return rows
+        new = splits.written(prompt_format, FIELDS[kind], {field: row[names.get(field, field)] for field in fields})
+        parts[not inside(place, {**new, **row})].append(new)
+    require(parts[0] or parts[1], f"{spec}: no rows")
+    return parts
 
 
 def split_dialogues(row, chosen, rejected):
@@ -115,31 +123,78 @@ def is_world(spec):
 
 
 def load(config, kind):
-    """-> training rows, held-out rows, a sentence on them. The split does not depend on --seed.
+    """load_splits() for one split: training rows, held-out rows, a sentence on them."""
+    rows, held_out, note = load_splits(config, kind)
+    return rows, held_out["eval"], note
 
-    Without --eval_dataset rows are held out by prompt: none is on both sides.
+
+def load_splits(config, kind):
+    """-> training rows, {label: held-out rows} (splits.labels), a sentence on them. No split depends on --seed.
+
+    Without --eval_dataset rows are held out by prompt: none is on both sides. 'ood' holds what is not --in_distribution, of
+    --eval_dataset or else of --dataset, there without prompts that are trained on; or it is the embedded world's own.
     """
-    rows = read_rows(config.dataset, kind, config.columns)
+    config = SimpleNamespace(**{"in_distribution": "", "prompt_format": "", "eval_splits": [], **vars(config)})  # probes lack these
+    wanted, source, where = splits.labels(config.eval_splits or ["test"]), config.eval_dataset or config.dataset, config.in_distribution
+    for flag in ("in_distribution", "prompt_format"):
+        clash = getattr(config, flag) and (is_world(config.dataset) or is_world(source))
+        require(not clash, f"--{flag} is for data of one's own: the embedded world has its texts and its split ood already")
+    require("ood" not in wanted.values() or where or is_world(source), "--eval_splits ood needs --in_distribution, which says what is in")
+
+    def read(spec, split="train"):
+        """A source -> its rows in and out of distribution; of the embedded world those of a split, and none."""
+        if is_world(spec):
+            return read_rows(spec, kind, split=split), []
+        inside, outside = read_parts(spec, kind, config.columns, config.prompt_format, where)
+        require(inside, f"{spec}: no row is in distribution (--in_distribution {where})")
+        return inside, outside
+
+    rows, outside = read(config.dataset)
+    note = f", {len(outside)} out of distribution left out" if where else ""
     if config.eval_dataset or (is_world(config.dataset) and kind != "sft"):
-        held_out = read_rows(config.eval_dataset or config.dataset, kind, config.columns, split="test")
-        order = np.random.default_rng(SPLIT).permutation(len(held_out))
-        held_out = [held_out[i] for i in order[: config.eval_size]]
+        test, outside = read(source, "test")
+        test = draw(test, config.eval_size)
     else:
         prompts = list(dict.fromkeys(r["prompt"] for r in rows))
-        order = np.random.default_rng(SPLIT).permutation(len(prompts))
-        aside = {prompts[i] for i in order[: min(config.eval_size, len(prompts) // 5)]}
+        aside = set(draw(prompts, min(config.eval_size, len(prompts) // 5)))
         require(aside and len(aside) < len(prompts), f"{config.dataset}: {len(prompts)} different prompts are too few to hold any out")
-        held_out = [r for r in rows if r["prompt"] in aside][: config.eval_size]
+        test = [r for r in rows if r["prompt"] in aside][: config.eval_size]
         rows = [r for r in rows if r["prompt"] not in aside]
-    rows = subset(rows, config.max_rows)
-    note = ""
+        trained = {r["prompt"] for r in rows}
+        seen = sum(r["prompt"] in trained for r in outside)
+        outside = [r for r in outside if r["prompt"] not in trained]
+        note += f" ({seen} of them with prompts that are trained on, so they are not in ood either)" if seen else ""
+    parts = {"": subset(rows, config.max_rows)}
+    for label, spec in wanted.items():
+        if spec == "test":
+            parts[label] = test
+        elif spec == "ood":
+            parts[label] = draw(read_rows(source, kind, split="ood") if is_world(source) else outside, config.eval_size)
+            require(parts[label], f"{source}: no held-out row is out of distribution (--in_distribution {where})")
+        else:
+            parts[label] = draw(read_named(spec, kind, config), config.eval_size)
     if kind == "pairs":
-        kept, kept_out = ([r for r in part if r["chosen"] != r["rejected"]] for part in (rows, held_out))
-        skipped = len(rows) + len(held_out) - len(kept) - len(kept_out)
-        note = f", {skipped} with chosen == rejected skipped" if skipped else ""
-        rows, held_out = kept, kept_out
-        require(rows and held_out, f"{config.dataset}: no pair is left in which chosen and rejected differ")
-    return rows, held_out, f"{len(rows)} {kind} rows, {len(held_out)} held out{note}"
+        kept = {label: [r for r in part if r["chosen"] != r["rejected"]] for label, part in parts.items()}
+        skipped = sum(len(part) - len(kept[label]) for label, part in parts.items())
+        note += f", {skipped} with chosen == rejected skipped" if skipped else ""
+        require(all(kept.values()), f"{config.dataset}: no pair is left in which chosen and rejected differ")
+        parts = kept
+    rows = parts.pop("")
+    names = {label: "held out" if spec == "test" else f"in {spec if label == 'eval' else label}" for label, spec in wanted.items()}
+    return rows, parts, f"{len(rows)} {kind} rows, " + ", ".join(f"{len(part)} {names[label]}" for label, part in parts.items()) + note
+
+
+def read_named(spec, kind, config):
+    """The [FORMAT:]FILE of an --eval_splits NAME=[FORMAT:]FILE -> its rows. Without a format it is read as --dataset is."""
+    prompt_format, _, path = spec.partition(":")
+    if path and prompt_format in splits.FORMATS:
+        return read_parts(path, kind, (), prompt_format, "")[0]
+    return read_parts(spec, kind, config.columns, config.prompt_format, "")[0]
+
+
+def draw(rows, n):
+    """n random rows, always the same ones, in random order."""
+    return [rows[i] for i in np.random.default_rng(SPLIT).permutation(len(rows))[:n]]
 
 
 def subset(rows, n):

@@ -39,6 +39,7 @@ class Parts:
     reference: Policy
     rewards: dict  # {name: Answers -> scores [B]}
     gold: Callable | None
+    control: object = None  # feature_control.Control: the reward is then controlled by features
 
 
 def roll_out(parts, prompts, place, step):
@@ -100,6 +101,8 @@ def evaluate(parts, prompts):
     g = {name: dist.gather(part).cpu() for name, part in local.items()}  # [N, ...], in the prompts' order
     scores = g["scores"].T  # [K, N]
     result = {"proxy": mean_se(combine(scores, config.objective, config.uwo_lambda))}
+    terms = parts.control.terms(g["latents"], g["clamped"]) if parts.control else {}
+    result |= {name: mean_se(x) for name, x in terms.items()}
     result |= {"gold": mean_se(g["gold"])} if parts.gold else {}
     if len(scores) > 1:
         result |= {"variance": mean_se(variance(scores))} | {f"score/{name}": mean_se(row) for name, row in zip(parts.rewards, scores)}
@@ -108,9 +111,11 @@ def evaluate(parts, prompts):
     responses = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
     result["distinct_2"] = {"mean": distinct_n(responses, 2), "se": distinct_n_se(responses, 2), "n": len(responses)}
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    rows = zip(texts, responses, g["scores"].tolist(), g["gold"].tolist(), prompts, response_ids)
+    by_name = dict(zip(parts.rewards, scores)) | ({"controlled": terms["controlled"]} if terms else {})
+    columns = torch.stack(list(by_name.values()), 1).tolist()
+    rows = zip(texts, responses, columns, g["gold"].tolist(), prompts, response_ids)
     return result, [
-        {"prompt": prompt, "response": response, "scores": dict(zip(parts.rewards, row)), "gold": gold if parts.gold else None,
+        {"prompt": prompt, "response": response, "scores": dict(zip(by_name, row)), "gold": gold if parts.gold else None,
          "prompt_ids": p, "response_ids": r}
         for prompt, response, row, gold, p, r in rows
     ]  # fmt: skip
@@ -128,13 +133,18 @@ def held_out_answers(parts, prompts):
         ref_logprobs = torch.cat([forward(parts, parts.reference, a.batch)["logprobs"] for a in answers])  # [n, R]
     for a in answers:
         a.batch.trunk = None  # what the frozen blocks gave has served
+    if parts.control:
+        scores, reading = parts.control.read(answers)
+    else:
+        scores, reading = torch.stack([score(reward, answers, dist) for reward in parts.rewards.values()], 1), {}
     ids, mask, finished = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("response_ids", "response_mask", "finished"))
     return {
         "kl": ppo.kl_estimate(logprobs, ref_logprobs, "k1").sum(1),
         "kl_k3": ppo.kl_estimate(logprobs, ref_logprobs, "k3").sum(1),
         "length": mask.sum(1).float(),
         "eos_rate": finished.float(),
-        "scores": torch.stack([score(reward, answers, dist) for reward in parts.rewards.values()], 1),  # [n, K]
+        "scores": scores,  # [n, K]
+        **reading,
         "gold": score(parts.gold, answers, dist) if parts.gold else torch.full((len(mine),), torch.nan),
         "ids": torch.where(mask, ids, parts.tokenizer.pad_token_id),
         "mask": mask,

@@ -27,7 +27,8 @@ def all_blocks(module):
 def shard(module, dist, dtype="float32"):
     """Shard a module in place over all processes and return it; its weights must be the same on all of them.
 
-    Each decoder block is a unit. So are the value and score heads, which stay in float32 (see models.scalar). The rest is the root.
+    Each decoder block is a unit. So are the value and score heads, which stay in float32 (see models.scalar), and a SARM's autoencoder.
+    The rest is the root.
     bfloat16: weights and moments are float32 shards, what is gathered is bfloat16, and gradients are added up in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh  # here, because to import them takes more than a second
@@ -36,7 +37,7 @@ def shard(module, dist, dtype="float32"):
     mesh = init_device_mesh(dist.device.type, (dist.world,))
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
     for name, head in module.named_modules():
-        if name.split(".")[-1] in ("value_head", "score"):
+        if name.split(".")[-1] in ("value_head", "score", "sae"):
             fully_shard(head, mesh=mesh)
     for block in all_blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=precision)

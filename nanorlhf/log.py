@@ -13,6 +13,7 @@ from . import checkpoint
 from .checkpoint import checkpoints, read_json, replace_folder, write_json
 from .errors import InputError
 from .fsdp import is_sharded, whole
+from .splits import labels
 
 # Fields that do not make it another run: results are the same, some up to float error.
 PLACES = ("output_dir", "resume", "device", "distributed", "checkpoint_activations", "micro_batch_size", "tokens_per_micro_batch")
@@ -32,7 +33,9 @@ class RunFolder:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
         if os.path.isfile(stored):
-            defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+            missing = dataclasses.MISSING
+            defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not missing}
+            defaults |= {f.name: f.default_factory() for f in dataclasses.fields(config) if f.default_factory is not missing}
             other = defaults | read_json(stored)  # a run may be older than a flag
             changed = [k for k in {**other, **self.config} if k not in free and other.get(k) != self.config.get(k)]
             if changed:
@@ -62,20 +65,24 @@ class RunFolder:
             with open(os.path.join(self.path, name), "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def write_eval(self, step, rows):
-        """eval/step_{N}.jsonl: one row {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids} for each held-out prompt."""
-        if self.dist.main:
-            os.makedirs(os.path.join(self.path, "eval"), exist_ok=True)
-            write_lines(os.path.join(self.path, "eval", f"step_{step}.jsonl"), rows)
+    def write_eval(self, step, rows, label="eval"):
+        """eval/step_{N}.jsonl: one row {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids} for each held-out prompt.
 
-    def checkpoint(self, step, module, optimizer, state, keep):
+        Of a further split (splits.labels) eval_{label}/step_{N}.jsonl.
+        """
+        if self.dist.main:
+            folder = os.path.join(self.path, eval_folder(label))
+            os.makedirs(folder, exist_ok=True)
+            write_lines(os.path.join(folder, f"step_{step}.jsonl"), rows)
+
+    def checkpoint(self, step, module, optimizer, state, keep, more=None):
         """An atomic checkpoint, after the metrics of its step are on disk; see checkpoint.py. All processes call it."""
         if self.dist.main:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 with open(os.path.join(self.path, name), "a") as f:
                     os.fsync(f.fileno())
         if self.dist.main or is_sharded(module):
-            checkpoint.save(self.path, step, module, optimizer, state, keep, self.dist)
+            checkpoint.save(self.path, step, module, optimizer, state, keep, self.dist, more)
         self.dist.barrier()
 
     def records(self):
@@ -84,9 +91,9 @@ class RunFolder:
         return [json.loads(line) for line in read_lines(os.path.join(self.path, "metrics.jsonl"))]
 
     def before_and_after(self):
-        """The evaluations of the first and of the last step: a run's summary."""
-        records = self.records()
-        first, last = ({k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in (records[0], records[-1]))
+        """The evaluations of the first and of the last step, further splits with their names in front: a run's summary."""
+        records, ours = self.records(), tuple(f"{label}/" for label in labels(self.config["eval_splits"]))
+        first, last = ({k.removeprefix("eval/"): v for k, v in r.items() if k.startswith(ours)} for r in (records[0], records[-1]))
         return {"steps": records[-1]["step"], "before": first, "after": last}
 
     def already_done(self):
@@ -107,6 +114,11 @@ class RunFolder:
             shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
         self.dist.barrier()
         return summary
+
+
+def eval_folder(label):
+    """The folder of a split's answers, in a run's: eval of the first one, eval_{label} of another."""
+    return "eval" if label == "eval" else f"eval_{label}"
 
 
 def read_lines(path):

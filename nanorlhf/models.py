@@ -216,7 +216,7 @@ def check_model(path):
     elif path.startswith("runs/"):
         raise InputError(f"{path}: no such run yet (python train_sft.py trains runs/sft, python train_rm.py runs/rm/seed_0)")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: neither a model folder nor a model that the hub gives ({first_line(e)})") from None
 
@@ -230,7 +230,7 @@ def load_tokenizer(path, needs_eos=True):
             return load_tokenizer(read_config(path)["base_model_name_or_path"], needs_eos)
         raise InputError(f"{path}: no tokenizer in this model folder")  # from_pretrained would make up an empty one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: no tokenizer could be loaded ({first_line(e)})") from None
     if tokenizer.eos_token_id is None and needs_eos:

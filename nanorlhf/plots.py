@@ -24,7 +24,7 @@ from .log import PLACES, read_lines
 
 # What the curves of a run show, if its metrics have it: name -> the metric's label.
 PANELS = {
-    "proxy": "proxy reward, held out", "gold": "gold reward, held out", "kl": "KL to the SFT policy, held out (nats)",
+    "proxy": "proxy reward, held out", "controlled": "controlled reward, held out", "gold": "gold reward, held out", "kl": "KL to the SFT policy, held out (nats)",
     "variance": "variance over reward models", "perplexity": "perplexity, held out", "score_mean": "score of rollouts", "loss": "loss",
     "accuracy": "accuracy (of pairs; SFT: of tokens)", "entropy": "entropy (nats a token)", "length": "response length (tokens)",
     "clip_fraction": "clip fraction", "explained_variance": "explained variance", "value_loss": "value loss", "grad_norm": "gradient norm",

@@ -1,7 +1,7 @@
 """The reward stack: anything that gives a text a number.
 
 A reward is named by one string:
-    FOLDER or hub name       a reward model of train_rm.py, or any HF sequence classifier (its positive logit)
+    FOLDER or hub name       a reward model of train_rm.py, a SARM, or any HF sequence classifier (its positive logit)
     FILE.py:FUNCTION         a Python function of (prompts, responses), two lists of texts, that returns one float for each
     FILE.tsv or FILE.txt     a lexicon, WORD<TAB>VALUE...: the sum of the response's words' values / 5, clipped to +-10
     world:gold               the embedded world's gold reward
@@ -28,6 +28,8 @@ from .errors import InputError, first_line
 from .fsdp import gathered
 from .models import RewardModel, check_model, context_length, load_tokenizer, pretrained, resolve
 from .packing import Packed, pack
+from .sarm import SARM, is_sarm
+from .sarm_files import check_sarm
 
 
 @dataclass
@@ -91,6 +93,8 @@ def check_reward(spec):
         python_function(spec)
     elif spec.endswith((".tsv", ".txt")):
         read_lexicon(spec)
+    elif is_sarm(spec):
+        check_sarm(resolve(spec))
     else:
         check_model(spec)
 
@@ -189,13 +193,17 @@ def lexicon_reward(lexicon):
 
 
 def model_reward(path, tokenizer, dist, micro_batch_size, dtype):
-    """A reward model, or any other sequence classifier by its positive logit, as a reward."""
+    """A reward model, a SARM, or any other sequence classifier by its positive logit, as a reward."""
     path = resolve(path)
-    model = pretrained(AutoModelForSequenceClassification, path).to(dist.load_device).requires_grad_(False)
-    is_scalar = model.config.num_labels == 1 and hasattr(model, "score")
-    module = dist.wrap(RewardModel(model).eval() if is_scalar else model, dtype=dtype)
+    if is_sarm(path):
+        module = model = SARM.from_pretrained(path)
+    else:
+        model = pretrained(AutoModelForSequenceClassification, path)
+        module = RewardModel(model).eval() if model.config.num_labels == 1 and hasattr(model, "score") else model
+    is_scalar = isinstance(module, (RewardModel, SARM))
+    module = dist.wrap(module.to(dist.load_device).requires_grad_(False), dtype=dtype)
     if is_scalar:
-        scores_of = scalar_scorer(module, path, tokenizer, dist, micro_batch_size)
+        scores_of = scalar_scorer(module, model.config, path, tokenizer, dist, micro_batch_size)
     else:
         scores_of = classifier_scorer(module, path, dist, micro_batch_size)
 
@@ -216,15 +224,18 @@ def identity(tokenizer):
     return words, tokenizer.bos_token_id, tokenizer.eos_token_id  # a base and a chat model may differ in EOS alone
 
 
-def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
-    """With the policy's own tokenizer the sampled ids are scored as they are: never decoded and tokenised again."""
+def packed_reader(config, path, tokenizer, dist, micro_batch_size):
+    """-> a function Answers -> [(rows, Packed)], of similar length each, as the model of this config in `path` reads them.
+
+    With the policy's own tokenizer the sampled ids are read as they are: never decoded and tokenised again.
+    """
     own = load_tokenizer(path)
     same = tokenizer is not None and own.get_vocab() == tokenizer.get_vocab()
-    context = context_length(reward_model.model.config)
+    context = context_length(config)
     key = ("sampled ids" if same else identity(own), micro_batch_size)
 
     def prepare(answers):
-        """What all members with this tokenizer read: (rows, Packed) of similar length each."""
+        """What all members with this tokenizer read."""
         batch = answers.batch
         if not same:
             responses = encode_responses(own, answers.responses)
@@ -235,14 +246,24 @@ def scalar_scorer(reward_model, path, tokenizer, dist, micro_batch_size):
         batch = batch.to(dist.device)
         return [(rows, batch.rows(rows)) for rows in batch.micro_batches(micro_batch_size)]
 
-    def score(answers):
+    def read(answers):
         if key not in answers.micro_batches:
             answers.micro_batches[key] = prepare(answers)
+        longest = max(part.ids.shape[1] for _, part in answers.micro_batches[key])
+        require(not context or longest <= context, f"{path}: a text of {longest} tokens, a context of {context}")
+        return answers.micro_batches[key]
+
+    return read
+
+
+def scalar_scorer(module, config, path, tokenizer, dist, micro_batch_size):
+    """The scores of a module Packed -> scores, on packed rows."""
+    read = packed_reader(config, path, tokenizer, dist, micro_batch_size)
+
+    def score(answers):
         scores = torch.zeros(len(answers), device=dist.device)
-        for rows, part in answers.micro_batches[key]:
-            longest = part.ids.shape[1]
-            require(not context or longest <= context, f"{path}: a text of {longest} tokens, a context of {context}")
-            scores[rows] = reward_model(part)
+        for rows, part in read(answers):
+            scores[rows] = module(part)
         return scores
 
     return score

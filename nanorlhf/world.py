@@ -153,15 +153,15 @@ def prompts(split="train"):
     return rows
 
 
-def demonstrations(n, seed=0):
+def demonstrations(n, seed=0, split="train"):
     """n rows {'prompt', 'response'} to imitate: 3/4 reviews, 1/8 questions about training topics, 1/8 about held-out ones.
 
-    Row i depends on (seed, i) alone: a longer list begins with the shorter one. Reviews answer 'train' prompts only.
+    Row i depends on (seed, i) alone: a longer list begins with the shorter one. Other splits than 'train' are reviews only.
     """
-    asked, rows = prompts("train"), []
+    asked, rows = prompts(split), []
     for i in range(n):
         rng = np.random.default_rng([DEMONSTRATION_STREAM, seed, i])
-        if rng.random() < 0.25:
+        if rng.random() < 0.25 and split == "train":
             topics = HELD_OUT_TOPICS if rng.random() < 0.5 else TRAIN_TOPICS  # a word never read cannot be understood
             topic = topics[rng.integers(len(topics))]
             question = rng.integers(2)

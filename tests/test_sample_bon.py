@@ -795,7 +795,7 @@ def test_prompts(tmp_path):
     """Which rows a split is."""
 
     def prompts(**changes):
-        return [row["prompt"] for row in sample_bon.prompts_of(sample_bon.Config(**changes))]
+        return [row["prompt"] for row in sample_bon.prompts_of(sample_bon.Config(**changes))[0]]
 
     every = {split: [row["prompt"] for row in world.prompts(split)] for split in ("train", "test", "ood")}
     assert sorted(prompts()) == sorted(every["test"]) and prompts(split="train") == every["train"] and prompts(split="ood") == every["ood"]
@@ -900,3 +900,18 @@ def test_matrix():
     values, mask = pool.matrix([[1, 2.5], [3], [4, 5, 6]])
     assert values.tolist() == [[1, 2.5, 0], [3, 0, 0], [4, 5, 6]] and values.dtype == torch.float64
     assert mask.tolist() == [[True, True, False], [True, False, False], [True] * 3]
+
+
+def test_several_splits(base, tmp_path):
+    """Each is a run in a folder of its own, as if it had been called alone; what is not there is an error before anything is written."""
+    settings = {"dataset": f"{tmp_path}/mine.jsonl", "in_distribution": "topic=hotel,park", "eval_size": 2}
+    write_rows(tmp_path / "mine.jsonl", [{**row, "topic": world.topic_of(row["prompt"])} for row in world.prompts("train")[::5]])
+    refuses(lambda: tiny(base, tmp_path / "run", eval_splits=["test", "x=missing.jsonl"], **settings), "missing.jsonl: no such file")
+    assert not (tmp_path / "run").exists()
+    results = tiny(base, tmp_path / "run", eval_splits=["test", "ood"], **settings)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["ood", "test"]
+    for split in ("test", "ood"):
+        assert tiny(base, tmp_path / f"{split}_alone", split=split, **settings) == results[split]
+        assert contents(tmp_path / "run" / split) == contents(tmp_path / f"{split}_alone")
+        topics = {world.topic_of(row["prompt"]) for row in read_rows(tmp_path / "run" / split / "pool.jsonl")}
+        assert topics <= {"hotel", "park"} if split == "test" else not topics & {"hotel", "park"}

@@ -60,7 +60,9 @@ def no_pictures(request, monkeypatch):
 def base(tmp_path_factory):
     """A folder with small inputs: sft/ and rm/ (trained on the embedded world), dropout/ (a model), and files of data and rewards."""
     root = tmp_path_factory.mktemp("base")
-    train_sft.main(train_sft.Config(output_dir=f"{root}/sft", steps=20, batch_size=16, eval_size=16, warmup=2, max_new_tokens=12))
+    splits = ["test", "ood"]
+    train_sft.main(train_sft.Config(output_dir=f"{root}/sft", steps=20, batch_size=16, eval_size=16, warmup=2, max_new_tokens=12,
+                                    eval_splits=splits))  # fmt: skip
     train_rm.main(train_rm.Config(output_dir=f"{root}/rm", model=f"{root}/sft", steps=6, batch_size=8, eval_size=32, warmup=0))
     config = world.model_config()
     config.hidden_dropout = config.attention_dropout = 0.2
@@ -245,19 +247,20 @@ def test_sft_folder(base):
 
     # Perplexity and accuracy again, by plain transformers, one demonstration at a time.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
-    _, held_out, _ = data.load(train_sft.Config(output_dir=str(folder), eval_size=16), "sft")
-    nll, correct, n = 0.0, 0, 0
-    for row in held_out:
-        prompt = tokenizer(row["prompt"]).input_ids
-        answer = tokenizer(row["response"]).input_ids + [tokenizer.eos_token_id]
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
-        nll -= logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
-        correct += (logits.argmax(-1) == torch.tensor(answer)).sum().item()
-        n += len(answer)
-    assert summary["eval/n_tokens"] == n
-    assert summary["eval/perplexity"] == pytest.approx(math.exp(nll / n), rel=1e-4)
-    assert summary["eval/accuracy"] == pytest.approx(correct / n, abs=1.5 / n)
+    _, held_out, _ = data.load_splits(train_sft.Config(output_dir=str(folder), eval_size=16, eval_splits=["test", "ood"]), "sft")
+    for label, part in held_out.items():
+        nll, correct, n = 0.0, 0, 0
+        for row in part:
+            prompt = tokenizer(row["prompt"]).input_ids
+            answer = tokenizer(row["response"]).input_ids + [tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+            nll -= logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
+            correct += (logits.argmax(-1) == torch.tensor(answer)).sum().item()
+            n += len(answer)
+        assert summary[f"{label}/n_tokens"] == n and summary[f"{label}/n_rows"] == len(part) == 16
+        assert summary[f"{label}/perplexity"] == pytest.approx(math.exp(nll / n), rel=1e-4)
+        assert summary[f"{label}/accuracy"] == pytest.approx(correct / n, abs=1.5 / n)
 
 
 def test_rm_folder(base):
@@ -947,3 +950,31 @@ def test_equal_pairs_are_skipped_and_counted(base, tmp_path, capsys):
     assert "1 with chosen == rejected skipped" in capsys.readouterr().out
 
 
+
+
+# ------------------------------------------------------------------------------------------------------------------ named splits
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_further_splits_change_nothing(base, tmp_path, kind):
+    """The first split, here a file, is evaluated as it was alone; the same file as another split gives the same numbers."""
+    script, files = "sft" if kind == "dpo" else kind, {"sft": "sft", "dpo": "pairs", "rm": "pairs", "ppo": "prompts"}
+    rows = read_rows(base / f"{files[kind]}.jsonl")
+    write_rows(tmp_path / "a.jsonl", rows[:5])
+    write_rows(tmp_path / "b.jsonl", rows[5:8])
+    settings = {"dataset": f"{base}/{files[kind]}.jsonl", "eval_dataset": f"{tmp_path}/a.jsonl", "eval_every": 1, "steps": 2, "model": f"{base}/sft"}
+    settings |= {"loss": "dpo"} if kind == "dpo" else {}
+    alone = train(base, script, tmp_path / "alone", **settings)
+    named = ["test", f"same={tmp_path}/a.jsonl", f"other={tmp_path}/b.jsonl"]
+    records = train(base, script, tmp_path / "named", eval_splits=named, **settings)
+    assert len(records) == len(alone)
+    for record, was in zip(records, alone):
+        mine, same, other = ({k.partition("/")[2]: v for k, v in record.items() if k.startswith(label)} for label in ("eval/", "same/", "other/"))
+        assert {k: v for k, v in record.items() if not k.startswith(("same/", "other/"))} == was
+        assert mine == same and mine.keys() == other.keys() and mine != other
+    assert any("same/" in name for record in records for name in record)
+    x, y = weights(tmp_path / "alone"), weights(tmp_path / "named")
+    assert all(x[name].equal(y[name]) for name in x)
+    assert (tmp_path / "alone/samples.jsonl").read_bytes() == (tmp_path / "named/samples.jsonl").read_bytes()
+    summary = json.loads((tmp_path / "named/summary.json").read_text())
+    assert summary["same/accuracy"] == summary["eval/accuracy"] != summary["other/accuracy"]
