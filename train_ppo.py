@@ -126,17 +126,18 @@ def main(config):
         return folder.already_done()
     train_rm.check_inputs(config, "model", "value_model", "reward_model", "gold_model")
     control = feature_control.prepare(config)  # None without its flags
-    rows, held_out, note = data.load(config, "prompts")
+    rows, held_out, note = data.load_splits(config, "prompts")  # held_out: {label: rows}
     train_rm.train_what_is_missing(config)
     torch.manual_seed(config.seed)
 
     # --------------------------------------------------------------------------------------------------------------------- data
     model_config, tokenizer = check_model(config.model), load_tokenizer(config.model)
-    prompts, held_out_prompts = (
+    prompts, *held_out_prompts = (
         data.ready_prompts(tokenizer, part, model_config, config.max_new_tokens, config.max_prompt_length, config.chat_template)
-        for part in (rows, held_out)
+        for part in (rows, *held_out.values())
     )
-    cli.require(len(held_out) >= dist.world, f"{len(held_out)} held-out prompts are fewer than the {dist.world} processes")
+    fewest = min(map(len, held_out_prompts))
+    cli.require(fewest >= dist.world, f"{fewest} held-out prompts are fewer than the {dist.world} processes")
     against = " ".join(config.reward_model)
     dist.print(f"PPO of {config.model} against {against} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
 
@@ -173,19 +174,30 @@ def main(config):
         if control:
             control.restore(state.get("tensors", {}))
     parts = Parts(config, dist, tokenizer, policy, model, reference, rewards, gold, control)
-    start = None if state else evaluate(parts, held_out_prompts)  # before anything is written: a reward that fails leaves no trace
+
+    def evaluations():
+        """{label of a split: its results and answers}"""
+        return {label: evaluate(parts, part) for label, part in zip(held_out, held_out_prompts, strict=True)}
+
+    start = None if state else evaluations()  # before anything is written: a reward that fails leaves no trace
     folder.create()
 
-    def report(step, result, samples):
-        folder.write_eval(step, samples)
+    def report(step, results):
+        record = {}
+        for label, (result, rows) in results.items():
+            folder.write_eval(step, rows, label)
+            text = ", ".join(f"{name} {v['mean']:.2f} +- {v['se']:.2f}" for name, v in result.items())
+            dist.print(f"\nstep {step}, {len(rows)} held-out prompts{'' if label == 'eval' else f' ({label})'}: {text}")
+            for name, v in result.items():
+                record |= {f"{label}/{name}": v["mean"], f"{label}/{name}_se": v["se"], f"{label}/{name}_n": v["n"]}
+        samples = results["eval"][1][: config.n_samples]
         samples = [{"step": step, "prompt": r["prompt"], "response": r["response"], **r["scores"], "gold": r["gold"]} for r in samples]
-        folder.append("samples.jsonl", samples[: config.n_samples])
-        text = ", ".join(f"{name} {v['mean']:.2f} +- {v['se']:.2f}" for name, v in result.items())
-        dist.print(f"\nstep {step}, {len(samples)} held-out prompts: {text}", sample_table(samples[: config.n_samples]))
-        return {f"eval/{name}{end}": v[key] for name, v in result.items() for key, end in (("mean", ""), ("se", "_se"), ("n", "_n"))}
+        folder.append("samples.jsonl", samples)
+        dist.print(sample_table(samples))
+        return record
 
     if start:
-        folder.append("metrics.jsonl", [{"step": 0, **report(0, *start)}])
+        folder.append("metrics.jsonl", [{"step": 0, **report(0, start)}])
 
     # --------------------------------------------------------------------------------------------------------------------- loop
     first_step = state["step"] + 1 if state else 1
@@ -220,7 +232,7 @@ def main(config):
         speed = {"tokens_per_second": x.lengths.sum().item() / (clock[-1] - clock[0]), "peak_memory_mb": peak_memory_mb(dist)}
         record = {"step": step, **record, "kl_coef": kl_coef, "lr": lr, **seconds, **speed}
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            record |= report(step, *evaluate(parts, held_out_prompts))
+            record |= report(step, evaluations())
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
@@ -235,7 +247,8 @@ def main(config):
     picture = plot_run(config.output_dir) if dist.main else None
     summary = folder.finish(folder.before_and_after())
     rates = [f"rate/{i}" for i in control.named] if control else []
-    dist.print(before_and_after_table(summary, ("proxy", "controlled", "gold", "kl", "length", "distinct_2", *rates)))
+    further = [f"{label}/{name}" for label in held_out if label != "eval" for name in ("proxy", "gold", "length")]
+    dist.print(before_and_after_table(summary, ("proxy", "controlled", "gold", "kl", "length", "distinct_2", *rates, *further)))
     curves = f", the curves in {picture}" if picture else ""
     dist.print(f"The policy is in {folder.path}/model, every answer in {folder.path}/eval{curves}.")
     dist.print(TRY_NEXT if data.is_world(config.dataset) else "")

@@ -115,7 +115,7 @@ def train(config, dist):
         return folder.already_done()
 
     # --------------------------------------------------------------------------------------------------------------------- data
-    rows, held_out, note = data.load(config, "pairs")
+    rows, held_out, note = data.load_splits(config, "pairs")  # held_out: {label: rows}
     if config.gold_model:
         check_reward(config.gold_model)
     flipped = np.random.default_rng([LABELS, config.noise_seed]).random(len(rows)) < config.label_noise  # training pairs only
@@ -127,7 +127,7 @@ def train(config, dist):
     rejected_prompts, rejected, more_cut = data.encode(tokenizer, rows, "rejected", max_length, config.chat_template)
     note += f", {flipped.sum()} labels flipped, {n_cut + more_cut} responses cut to {max_length} tokens"
     dist.print(f"reward model on {config.dataset}: {note}")
-    golds = gold_scores(held_out, tokenizer, max_length, config, dist) if config.gold_model else None  # [2, N], before any training
+    golds = gold_scores(held_out, tokenizer, max_length, config, dist) if config.gold_model else {}  # {label: [2, N]}, before any training
 
     # -------------------------------------------------------------------------------------------------------------------- model
     if config.sarm:
@@ -184,9 +184,10 @@ def train(config, dist):
         record |= {"reconstruction": error} if detached else {}
         record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            result, _ = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
-            record |= {f"eval/{k}": v for k, v in result.items()}
-            dist.print(f"step {step}: {report(record)}")
+            for label, part in held_out.items():
+                result, _ = evaluate(reward_model, part, tokenizer, max_length, config, dist)
+                record |= {f"{label}/{k}": v for k, v in result.items()}
+                dist.print(f"step {step}: {report(record, label)}")
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"loss {loss:.3f}  margin {margin:.2f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
@@ -194,14 +195,16 @@ def train(config, dist):
     progress.close()
 
     # -------------------------------------------------------------------------------------------- standardise, evaluate, save
-    _, scores = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
+    _, scores = evaluate(reward_model, held_out["eval"], tokenizer, max_length, config, dist)
     reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
-    result, scores = evaluate(reward_model, held_out, tokenizer, max_length, config, dist)
-    if golds is not None:
-        result["gold_kendall_tau"], result["gold_kendall_p"] = kendall_tau(scores.flatten(), golds.flatten(), permutations=200)
-        result["n_texts"] = scores.numel()
-    summary = {f"eval/{k}": v for k, v in result.items()}
-    dist.print(report(summary))
+    summary = {}
+    for label, part in held_out.items():
+        result, scores = evaluate(reward_model, part, tokenizer, max_length, config, dist)
+        if golds:
+            tau = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
+            result |= {"gold_kendall_tau": tau[0], "gold_kendall_p": tau[1], "n_texts": scores.numel()}
+        summary |= {f"{label}/{k}": v for k, v in result.items()}
+        dist.print(report(summary, label))
     lm.should_save_on_this_rank = lambda is_main: is_main  # transformers asks torch's rank: not 0 for some members
     if config.merge:
         merge(lm)
@@ -243,15 +246,17 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
     return result, scores
 
 
-def gold_scores(rows, tokenizer, max_length, config, dist):
-    """Gold of the held-out texts: [2, N], chosen and rejected."""
-    gold = load_reward(config.gold_model, tokenizer, dist)
-    texts = [{"prompt": r["prompt"], "response": r[field_]} for field_ in ("chosen", "rejected") for r in rows]  # [2 N]
-    mine = [texts[i] for i in dist.part(len(texts))]
-    prompts, responses, _ = data.encode(tokenizer, mine, "response", max_length, config.chat_template)
-    batch = pack(prompts, responses, tokenizer.pad_token_id)
-    answers = Answers([t["prompt"] for t in mine], [t["response"] for t in mine], batch)
-    return dist.gather(score(gold, [answers], dist)).view(2, -1)
+def gold_scores(held_out, tokenizer, max_length, config, dist):
+    """Gold of the held-out texts of each split: {label: [2, N]}, chosen and rejected."""
+    gold, out = load_reward(config.gold_model, tokenizer, dist), {}
+    for label, rows in held_out.items():
+        texts = [{"prompt": r["prompt"], "response": r[field_]} for field_ in ("chosen", "rejected") for r in rows]  # [2 N]
+        mine = [texts[i] for i in dist.part(len(texts))]
+        prompts, responses, _ = data.encode(tokenizer, mine, "response", max_length, config.chat_template)
+        batch = pack(prompts, responses, tokenizer.pad_token_id)
+        answers = Answers([t["prompt"] for t in mine], [t["response"] for t in mine], batch)
+        out[label] = dist.gather(score(gold, [answers], dist)).view(2, -1)
+    return out
 
 
 def is_default(config, name):
@@ -279,10 +284,11 @@ def train_what_is_missing(config):
         main(Config(device=config.device, dataset=config.dataset))
 
 
-def report(record):
-    """A summary, or a record with an evaluation, in words."""
-    r = {name[5:]: value for name, value in record.items() if name.startswith("eval/")}
-    text = f"held-out pair accuracy {r['accuracy']:.3f} +- {r['accuracy_se']:.3f} (n = {r['n_pairs']}; "
+def report(record, label="eval"):
+    """What a summary, or a record with an evaluation, says on a split, in words."""
+    r = {name.removeprefix(f"{label}/"): value for name, value in record.items() if name.startswith(f"{label}/")}
+    text = "" if label == "eval" else f"{label}: "
+    text += f"held-out pair accuracy {r['accuracy']:.3f} +- {r['accuracy_se']:.3f} (n = {r['n_pairs']}; "
     text += f"longer wins {r['longer_wins']:.3f}, shorter wins {r['shorter_wins']:.3f}), margin {r['margin']:.2f} +- {r['margin_se']:.2f}"
     if not math.isnan(r.get("gold_kendall_tau", math.nan)):
         text += f"; Kendall's tau with gold {r['gold_kendall_tau']:.3f} (p {r['gold_kendall_p']:.3f}, n = {r['n_texts']} texts)"

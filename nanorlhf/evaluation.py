@@ -20,11 +20,12 @@ from .distributed import Dist, autocast
 from .diversity import distinct_n, distinct_n_se
 from .ensemble import combine, variance
 from .fsdp import gathered
-from .log import mean_se, read_lines, write_lines
+from .log import eval_folder, mean_se, read_lines, write_lines
 from .models import Policy, load_tokenizer
 from .packing import pack, response_mask_of
 from .rewards import Answers, check_reward, load_reward, score
 from .rollout import generate, left_pad
+from .splits import labels
 
 
 @dataclass
@@ -152,7 +153,7 @@ def held_out_answers(parts, prompts):
 
 
 def score_gold(config, dist):
-    """Gold for a finished run that was not scored with it: into the rows of eval/, its metrics and its summary, once.
+    """Gold for a finished run that was not scored with it: into the rows of eval/ (of all splits), its metrics and its summary, once.
 
     A kill leaves a run to which the same command adds what is missing. -> the summary
     """
@@ -169,18 +170,21 @@ def score_gold(config, dist):
         check_reward(spec)
         tokenizer, records = load_tokenizer(run), [json.loads(line) for line in read_lines(paths["metrics.jsonl"])]
         gold = load_reward(spec, tokenizer, Dist(0, 1, dist.device), config.micro_batch_size)
-        for record in (r for r in records if "eval/proxy" in r):
-            path = os.path.join(run, "eval", f"step_{record['step']}.jsonl")
+        named = labels(stored.get("eval_splits", ["test"]))
+        for record, label in ((r, label) for r in records if "eval/proxy" in r for label in named):
+            path = os.path.join(run, eval_folder(label), f"step_{record['step']}.jsonl")
             rows = [json.loads(line) for line in read_lines(path)]
             batch = pack([r["prompt_ids"] for r in rows], [r["response_ids"] for r in rows], tokenizer.pad_token_id)
             scores = gold(Answers([r["prompt"] for r in rows], [r["response"] for r in rows], batch))
             write_lines(path, [{**row, "gold": score} for row, score in zip(rows, scores.tolist())])
-            record |= {f"eval/gold{end}": value for end, value in zip(("", "_se", "_n"), mean_se(scores).values())}
-            dist.print(f"step {record['step']}: gold {record['eval/gold']:.3f} +- {record['eval/gold_se']:.3f}")
+            record |= {f"{label}/gold{end}": value for end, value in zip(("", "_se", "_n"), mean_se(scores).values())}
+            split = "" if label == "eval" else f" ({label})"
+            dist.print(f"step {record['step']}{split}: gold {record[f'{label}/gold']:.3f} +- {record[f'{label}/gold_se']:.3f}")
         write_lines(paths["metrics.jsonl"], records)
         first, last = (next(r for r in order if "eval/proxy" in r) for order in (records, records[::-1]))
         for part, record in (("before", first), ("after", last)):
-            summary[part] |= {f"gold{end}": record[f"eval/gold{end}"] for end in ("", "_se", "_n")}
+            names = [f"{label}/gold{end}" for label in named for end in ("", "_se", "_n")]
+            summary[part] |= {name.removeprefix("eval/"): record[name] for name in names}
         write_json(paths["summary.json"], {**summary, "gold_model": spec})
     dist.barrier()
     return read_json(paths["summary.json"])

@@ -71,9 +71,10 @@ def kind_of(run):
 
 
 def curves_figure(figure, run):
-    """One panel a metric, against the step; bands are +- 1 standard error."""
+    """One panel a metric, against the step, of held-out metrics a line for each split; bands are +- 1 standard error."""
     records = [json.loads(line) for line in read_lines(os.path.join(run, PPO))]
     logged = {key for record in records for key in record}
+    splits = sorted({key.partition("/")[0] for key in logged if "/" in key} - {"eval", "score"})
     keys = {name: key for name in PANELS for key in (f"score_{name}", name, f"eval/{name}") if key in logged}  # the last one stays
     if not keys:
         raise InputError(f"{run}: nothing to draw in its {PPO}")
@@ -82,9 +83,13 @@ def curves_figure(figure, run):
     figure.set_size_inches(4 * columns, 2.6 * rows)
     for i, (name, key) in enumerate(keys.items()):
         axis = figure.add_subplot(rows, columns, i + 1)
-        steps, values, errors = np.array([(r["step"], r[key], r.get(f"{key}_se", 0.0)) for r in records if key in r], dtype=float).T
-        axis.plot(steps, values, marker="o" if len(steps) < 15 else None)
-        axis.fill_between(steps, values - errors, values + errors, alpha=0.25)
+        further = {label: f"{label}/{name}" for label in splits if key.startswith("eval/") and f"{label}/{name}" in logged}
+        for label, k in {"first split": key, **further}.items():
+            steps, values, errors = np.array([(r["step"], r[k], r.get(f"{k}_se", 0.0)) for r in records if k in r], dtype=float).T
+            axis.plot(steps, values, marker="o" if len(steps) < 15 else None, label=label)
+            axis.fill_between(steps, values - errors, values + errors, alpha=0.25)
+        if further:
+            axis.legend()
         axis.set_title(PANELS[name])
         axis.set_xlabel("step")
 

@@ -19,7 +19,7 @@ TLDR = "SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
 CNN_DM = "ARTICLE: {article}\nTL;DR:"
 FORMATS = {"": ("{prompt}", "response"), "tldr": (TLDR, "summary"), "cnn_dm": (CNN_DM, "highlights")}  # prompt, column of the response
 COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-TAKEN = ("eval", "score", "test", "ood")  # what a split of one's own cannot be called
+TAKEN = ("test", "ood", "eval", "score", "feature", "rate", "penalty")  # names that stand in metrics already
 
 
 # ------------------------------------------------------------------------------------------------------------------------- formats

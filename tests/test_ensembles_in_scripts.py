@@ -462,6 +462,19 @@ def test_gold_killed_between_files(base, finished, with_gold, monkeypatch, write
     assert not list(finished.rglob("*.tmp"))
 
 
+def test_gold_of_all_splits(base, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    settings, spec = {"eval_splits": ["test", f"more={base}/prompts.jsonl"], "steps": 1, "ppo_epochs": 1}, f"{base}/rewards.py:words"
+    for name, gold in (("without", ""), ("with", spec)):
+        train_policy(base, tmp_path / name, gold_model=gold, **settings)
+    summary = score_gold(tmp_path / "without", spec)
+    assert metrics(tmp_path / "without") == metrics(tmp_path / "with") and "more/gold_se" in metrics(tmp_path / "with")[1]
+    for path in ("eval/step_1.jsonl", "eval_more/step_0.jsonl", "eval_more/step_1.jsonl"):
+        assert (tmp_path / "without" / path).read_bytes() == (tmp_path / "with" / path).read_bytes()
+    assert {**json.loads((tmp_path / "with/summary.json").read_text()), "gold_model": spec} == summary
+
+
 def test_gold_is_added_once(base, finished, with_gold, capfd):
     spec = f"{base}/rewards.py:words"
     score_gold(finished, spec)

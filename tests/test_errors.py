@@ -139,6 +139,15 @@ def test_the_good_material_is_good(here):
     (["--columns", "prompt"], ["--columns takes FIELD=COLUMN"]),
     (["--columns", "question=prompt"], ["--columns names question", "the fields here are prompt"]),
     (["--dataset", "world:x"], ["world:x", "whole number"]),
+    (["--eval_splits", "test", "validation"], ["--eval_splits takes test, ood and NAME=FILE", "'validation'"]),
+    (["--eval_splits", "test", "other=missing.jsonl"], ["missing.jsonl: no such file"]),
+    (["--eval_splits", "test", "ood"], ["--eval_splits ood needs --in_distribution"]),
+    (["--in_distribution", "nowhere=a"], [".jsonl:1: no field 'nowhere'"]),
+    (["--in_distribution", "words:prompt>9"], [".jsonl: no row is in distribution", "words:prompt>9"]),
+    (["--in_distribution", "words:prompt<9", "--eval_splits", "test", "ood"], [".jsonl: no held-out row is out of distribution"]),
+    (["--in_distribution", "rewards.py:number"], ["rewards.py: it defines no function 'number'"]),
+    (["--prompt_format", "tldr"], [".jsonl:1: no field 'subreddit'"]),
+    (["--prompt_format", "xsum"], ["--prompt_format must be one of tldr, cnn_dm"]),
 ])  # fmt: skip
 def test_command_lines(here, capfd, kind, args, words):
     refused(capfd, kind, arguments(kind) + args, *words)

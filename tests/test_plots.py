@@ -247,6 +247,15 @@ def test_curves_have_a_panel_for_the_members_variance(tmp_path):
     assert draw(plots.curves_figure, run).axes[0].lines[0].get_ydata().tolist() == [0, 0.1, 0.2, pytest.approx(0.3)]
 
 
+def test_curves_of_further_splits_stand_beside_the_first(tmp_path):
+    rows = [{"step": s, "score_mean": s, "eval/proxy": s, "eval/proxy_se": 0.1, "eval/score/rm": 1.0, "ood/proxy": -s, "ood/proxy_se": 0.3}
+            for s in range(4)]  # fmt: skip
+    figure = draw(plots.curves_figure, write(tmp_path / "run", {}, "metrics.jsonl", as_lines(rows)))
+    proxy, score = figure.axes
+    assert [line.get_label() for line in proxy.lines] == ["first split", "ood"] and len(score.lines) == 1 and score.get_legend() is None
+    assert proxy.lines[1].get_ydata().tolist() == [0, -1, -2, -3] and len(proxy.get_legend().get_texts()) == 2
+
+
 def command(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["plots.py", *map(str, args)])
     runpy.run_module("nanorlhf.plots", run_name="__main__")

@@ -63,7 +63,8 @@ def base(tmp_path_factory):
     splits = ["test", "ood"]
     train_sft.main(train_sft.Config(output_dir=f"{root}/sft", steps=20, batch_size=16, eval_size=16, warmup=2, max_new_tokens=12,
                                     eval_splits=splits))  # fmt: skip
-    train_rm.main(train_rm.Config(output_dir=f"{root}/rm", model=f"{root}/sft", steps=6, batch_size=8, eval_size=32, warmup=0))
+    train_rm.main(train_rm.Config(output_dir=f"{root}/rm", model=f"{root}/sft", steps=6, batch_size=8, eval_size=32, warmup=0,
+                                  eval_splits=splits))  # fmt: skip
     config = world.model_config()
     config.hidden_dropout = config.attention_dropout = 0.2
     torch.manual_seed(0)
@@ -79,6 +80,8 @@ def base(tmp_path_factory):
 # words(): a gold reward that kills its own process at the KILL_AT-th call, in the process of rank KILL_RANK.
 REWARDS = """
 import os, signal
+def short(row):
+    return len(row.get("response", row.get("chosen")).split()) <= 20
 def seven(prompts, responses):
     return [7.0] * len(responses)
 def the(prompts, responses):
@@ -275,18 +278,24 @@ def test_rm_folder(base):
     # Plain transformers give the scores up to the constant mean, for padded rows too (pad is not EOS here).
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.padding_side = "right"
-    _, held_out, _ = data.load(train_rm.Config(output_dir=str(folder), eval_size=32), "pairs")
-    texts = [f"{row['prompt']} {row[side]} <eos>" for side in ("chosen", "rejected") for row in held_out]
-    with torch.no_grad():
-        scores = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].double() - model.config.reward_mean
-    assert scores.mean().item() == pytest.approx(0, abs=1e-3) and scores.std().item() == pytest.approx(1, abs=1e-3)
-    margin = scores[:32] - scores[32:]
-    assert summary["eval/accuracy"] == pytest.approx((margin > 0).double().mean().item())
-    assert summary["eval/margin"] == pytest.approx(margin.mean().item(), abs=1e-3)
-    lengths = [[len(row[side].split()) for row in held_out] for side in ("chosen", "rejected")]
-    longer, same = (sum(f(c, r) for c, r in zip(*lengths)) for f in (int.__gt__, int.__eq__))
-    assert summary["eval/longer_wins"] == pytest.approx((longer + same / 2) / 32)
-    assert summary["eval/shorter_wins"] == pytest.approx(1 - summary["eval/longer_wins"])
+    _, splits, _ = data.load_splits(train_rm.Config(output_dir=str(folder), eval_size=32, eval_splits=["test", "ood"]), "pairs")
+    for label, held_out in splits.items():
+        texts = [f"{row['prompt']} {row[side]} <eos>" for side in ("chosen", "rejected") for row in held_out]
+        with torch.no_grad():
+            scores = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].double() - model.config.reward_mean
+        if label == "eval":
+            assert scores.mean().item() == pytest.approx(0, abs=1e-3) and scores.std().item() == pytest.approx(1, abs=1e-3)
+        margin = scores[:32] - scores[32:]
+        assert summary[f"{label}/accuracy"] == pytest.approx((margin > 0).double().mean().item())
+        assert summary[f"{label}/margin"] == pytest.approx(margin.mean().item(), abs=1e-3)
+        lengths = [[len(row[side].split()) for row in held_out] for side in ("chosen", "rejected")]
+        longer, same = (sum(f(c, r) for c, r in zip(*lengths)) for f in (int.__gt__, int.__eq__))
+        assert summary[f"{label}/longer_wins"] == pytest.approx((longer + same / 2) / 32)
+        assert summary[f"{label}/shorter_wins"] == pytest.approx(1 - summary[f"{label}/longer_wins"])
+        tau = [summary[f"{label}/gold_kendall_{x}"] for x in ("tau", "p")]
+        golds = world.gold([row["prompt"] for row in held_out * 2], [row[side] for side in ("chosen", "rejected") for row in held_out])
+        pairs = [(scores[i] - scores[j]).item() * (golds[i] - golds[j]) for i in range(64) for j in range(i)]
+        assert tau[0] == pytest.approx(sum(x > 0 for x in pairs) / len(pairs) * 2 - 1, abs=0.02) and 0 < tau[1] <= 1  # few ties
 
 
 # spec/ppo.md, 'What to log each step'
@@ -305,7 +314,7 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
         return rollout, answers
 
     monkeypatch.setattr(evaluation, "roll_out", recorded)
-    ppo(base, folder, reward_model=[f"{base}/rm"], steps=3, eval_every=2, eval_size=8)
+    ppo(base, folder, reward_model=[f"{base}/rm"], steps=3, eval_every=2, eval_size=8, eval_splits=["ood", "test"])
     printed = capsys.readouterr().out
     rows = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
@@ -316,17 +325,18 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
     assert abs(rows[1]["kl"]) < 1e-4 and abs(rows[1]["explained_variance"]) < 1e-6 and rows[3]["kl_k3"] > 1e-3  # starts at the reference
     assert rows[1]["peak_memory_mb"] > 50 and rows[1]["tokens_per_second"] > 1
 
-    assert [p.name for p in sorted((folder / "eval").iterdir())] == ["step_0.jsonl", "step_2.jsonl", "step_3.jsonl"]
-    for step in (0, 2, 3):
-        answers = read_rows(folder / "eval" / f"step_{step}.jsonl")
-        assert len(answers) == 8 and all(set(row) == {"prompt", "response", "scores", "gold", "prompt_ids", "response_ids"} for row in answers)
-        assert {row["prompt"] for row in answers} <= {row["prompt"] for row in world.prompts("test")}
-        golds = world.gold([row["prompt"] for row in answers], [row["response"] for row in answers])
-        assert [row["gold"] for row in answers] == pytest.approx(golds, abs=1e-5)
-        proxies = torch.tensor([row["scores"]["rm"] for row in answers], dtype=torch.float64)
-        assert rows[step]["eval/proxy"] == pytest.approx(proxies.mean().item())
-        assert rows[step]["eval/proxy_se"] == pytest.approx(proxies.std().item() / 8**0.5)
-        assert rows[step]["eval/gold"] == pytest.approx(sum(golds) / 8, abs=1e-5) and rows[step]["eval/gold_n"] == 8
+    for label, split, answers_in in (("test", "test", folder / "eval_test"), ("eval", "ood", folder / "eval")):
+        assert [p.name for p in sorted(answers_in.iterdir())] == ["step_0.jsonl", "step_2.jsonl", "step_3.jsonl"]
+        for step in (0, 2, 3):
+            answers = read_rows(answers_in / f"step_{step}.jsonl")
+            assert len(answers) == 8 and all(set(row) == {"prompt", "response", "scores", "gold", "prompt_ids", "response_ids"} for row in answers)
+            assert {row["prompt"] for row in answers} <= {row["prompt"] for row in world.prompts(split)}
+            golds = world.gold([row["prompt"] for row in answers], [row["response"] for row in answers])
+            assert [row["gold"] for row in answers] == pytest.approx(golds, abs=1e-5)
+            proxies = torch.tensor([row["scores"]["rm"] for row in answers], dtype=torch.float64)
+            assert rows[step][f"{label}/proxy"] == pytest.approx(proxies.mean().item())
+            assert rows[step][f"{label}/proxy_se"] == pytest.approx(proxies.std().item() / 8**0.5)
+            assert rows[step][f"{label}/gold"] == pytest.approx(sum(golds) / 8, abs=1e-5) and rows[step][f"{label}/gold_n"] == 8
     samples = read_rows(folder / "samples.jsonl")
     assert [row["step"] for row in samples] == [0] * 3 + [2] * 3 + [3] * 3
     assert samples[-1]["response"] == answers[2]["response"] and samples[0]["response"] in printed
@@ -334,7 +344,7 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
     # The reward model's scores again by plain transformers, one answer at a time.
     model = AutoModelForSequenceClassification.from_pretrained(base / "rm/model")
     for i, row in enumerate(answers):
-        ids = row_ids(evaluated[-1], i)
+        ids = row_ids(evaluated[-2], i)  # the last evaluation's first split
         if ids[0, -1] != model.config.pad_token_id:  # plain transformers look for the last token that is not padding
             with torch.no_grad():
                 score = model(ids).logits[0, 0].item() - model.config.reward_mean
@@ -342,6 +352,7 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["after"]["gold"] == rows[3]["eval/gold"] and summary["before"]["gold"] == rows[0]["eval/gold"]
+    assert summary["before"]["test/gold"] == rows[0]["test/gold"] and f"test/gold  {rows[0]['test/gold']:6.2f}" in printed
     policy = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert policy.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
     assert load_file(folder / "model/value_head.safetensors")["weight"].abs().sum() > 0
@@ -424,12 +435,13 @@ def drive(folder, runs):
 
 def rank_settings(base):
     """Runs for 1, 2 and 4 processes. eval_size 7 does not divide by them; the controller and the scaler see the whole batch."""
+    more = {"eval_splits": ["test", "ood"], "in_distribution": f"{base}/rewards.py:short"}
     return [
-        ("sft", small(base, "sft", model=f"{base}/sft", eval_size=7, micro_batch_size=3, checkpoint_every=1)),
-        ("rm", small(base, "rm", eval_size=7, micro_batch_size=3, score_l2=0.01, eval_every=2)),
+        ("sft", small(base, "sft", model=f"{base}/sft", eval_size=7, micro_batch_size=3, checkpoint_every=1, **more)),
+        ("rm", small(base, "rm", eval_size=7, micro_batch_size=3, score_l2=0.01, eval_every=2, **more)),
         ("ppo", small(base, "ppo", reward_model=[f"{base}/rm"], gold_model=f"{base}/rewards.py:words", steps=3, eval_every=1, eval_size=7,
                       checkpoint_every=1, kl_target=3.0, kl_horizon=40, score_scaling="running", ent_coef=0.01, kl_coef=0.2,
-                      bootstrap_truncated=True, missing_eos_penalty=1.0)),
+                      bootstrap_truncated=True, missing_eos_penalty=1.0, eval_splits=["test", "ood"])),
     ]  # fmt: skip
 
 
@@ -462,12 +474,13 @@ def two_processes(base):
 def test_two_processes_change_nothing(one_process, two_processes, kind):
     assert_close_runs(one_process / kind, two_processes / kind)
     if kind == "ppo":
-        assert len(rollouts(one_process)) == 3 * 8 + 4 * 7 and rollouts(one_process) == rollouts(two_processes)
+        assert len(rollouts(one_process)) == 3 * 8 + 2 * 4 * 7 and rollouts(one_process) == rollouts(two_processes)
         assert {path.name for path in two_processes.glob("rollouts_*")} == {"rollouts_0.jsonl", "rollouts_1.jsonl"}
         for step in range(4):
-            rows, others = (read_rows(folder / f"ppo/eval/step_{step}.jsonl") for folder in (one_process, two_processes))
-            assert [(r["prompt"], r["response"]) for r in rows] == [(r["prompt"], r["response"]) for r in others]
-            assert [r["scores"]["rm"] for r in rows] == pytest.approx([r["scores"]["rm"] for r in others], rel=1e-4, abs=1e-4)
+            for split in ("eval", "eval_ood"):
+                rows, others = (read_rows(folder / f"ppo/{split}/step_{step}.jsonl") for folder in (one_process, two_processes))
+                assert [(r["prompt"], r["response"]) for r in rows] == [(r["prompt"], r["response"]) for r in others]
+                assert [r["scores"]["rm"] for r in rows] == pytest.approx([r["scores"]["rm"] for r in others], rel=1e-4, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -643,7 +656,7 @@ def test_sigkill_of_one_of_several_processes(request, base, n):
     """Rank 1 dies during an evaluation; all are started again and end as those that were left alone, bit for bit."""
     whole, folder = request.getfixturevalue("two_processes" if n == 2 else "four_processes"), base / f"killed_{n}"
     settings = ["--output_dir", str(folder), *flags(rank_settings(base)[2][1])]
-    first, second, *others = ranks(n, command_line, "ppo", *settings, KILL_AT="3", KILL_RANK="1")  # the third evaluation is step 2's
+    first, second, *others = ranks(n, command_line, "ppo", *settings, KILL_AT="6", KILL_RANK="1")  # step 2's evaluation, of its second split
     join(second, code=-signal.SIGKILL)
     for process in (first, *others):
         process.kill()
@@ -955,7 +968,7 @@ def test_equal_pairs_are_skipped_and_counted(base, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------------ named splits
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "rm", "ppo"])
 def test_further_splits_change_nothing(base, tmp_path, kind):
     """The first split, here a file, is evaluated as it was alone; the same file as another split gives the same numbers."""
     script, files = "sft" if kind == "dpo" else kind, {"sft": "sft", "dpo": "pairs", "rm": "pairs", "ppo": "prompts"}
@@ -971,10 +984,17 @@ def test_further_splits_change_nothing(base, tmp_path, kind):
     for record, was in zip(records, alone):
         mine, same, other = ({k.partition("/")[2]: v for k, v in record.items() if k.startswith(label)} for label in ("eval/", "same/", "other/"))
         assert {k: v for k, v in record.items() if not k.startswith(("same/", "other/"))} == was
-        assert mine == same and mine.keys() == other.keys() and mine != other
+        assert mine == same and mine.keys() == other.keys() and (mine != other or not mine)
     assert any("same/" in name for record in records for name in record)
     x, y = weights(tmp_path / "alone"), weights(tmp_path / "named")
     assert all(x[name].equal(y[name]) for name in x)
-    assert (tmp_path / "alone/samples.jsonl").read_bytes() == (tmp_path / "named/samples.jsonl").read_bytes()
+    if kind != "rm":
+        assert (tmp_path / "alone/samples.jsonl").read_bytes() == (tmp_path / "named/samples.jsonl").read_bytes()
     summary = json.loads((tmp_path / "named/summary.json").read_text())
-    assert summary["same/accuracy"] == summary["eval/accuracy"] != summary["other/accuracy"]
+    if kind != "ppo":
+        assert summary["same/accuracy"] == summary["eval/accuracy"] and summary["same/accuracy_se"] != summary["other/accuracy_se"]
+        return
+    for step in (0, 1, 2):
+        text = (tmp_path / f"alone/eval/step_{step}.jsonl").read_bytes()
+        assert all((tmp_path / f"named/{folder}/step_{step}.jsonl").read_bytes() == text for folder in ("eval", "eval_same"))
+    assert summary["after"]["same/proxy"] == summary["after"]["proxy"] != summary["after"]["other/proxy"]
