@@ -5,7 +5,7 @@
     python sample_bon.py --n 16 --save_best --split ood --output_dir runs/best the best of 16, as a data set
     python sample_bon.py --eval_splits test ood --output_dir runs/best         in and out of distribution: runs/best/test, runs/best/ood
     python sample_bon.py --pool pool.jsonl --reward_model runs/rm/seed_0       answers that are there already
-    python sample_bon.py --diversity --n_answers 32 --best_of 16               how diverse the answers are, and the best of 16 of them
+    python sample_bon.py --diversity --best_of 16                              how diverse the answers are, and the best of 16 of them
     python sample_bon.py --from a.jsonl b.jsonl --encoder FOLDER               the diversity of answers in files, nothing else
     torchrun --nproc_per_node=4 -- sample_bon.py --n 16                        the same answers and scores on four processes
 
@@ -80,6 +80,7 @@ class Config(diversity_report.Flags):
         cli.require(all(n >= 1 for n in self.n), "--n must be at least 1")
         cli.require(self.pool or all(n <= self.n_answers for n in self.n), f"--n must not be above --n_answers ({self.n_answers})")
         cli.require(self.uwo_lambda and all(0 <= x < float("inf") for x in self.uwo_lambda), "--uwo_lambda takes numbers of at least 0")
+        cli.require(self.pool or self.from_files or self.best_of < self.n_answers, f"--best_of must be below --n_answers ({self.n_answers})")
         cli.require(not self.save_best or len(self.n) == 1, "--save_best takes one --n")
         cli.one_of(self, "objective", *OBJECTIVES)
         cli.one_of(self, "split", "test", "train", "ood", "all")

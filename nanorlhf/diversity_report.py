@@ -41,7 +41,8 @@ class Flags:
     nli_partners: int = field(default=15, metadata={"help": "NLI: each output is the premise to so many others of its set"})
     truncate: str = field(default="", metadata={"help": "diversity: a second table, of the first N words (tokens) of each output; "
         "median: N is the smallest of the systems' median lengths"})  # fmt: skip
-    best_of: int = field(default=0, metadata={"help": "diversity: a line more for best-of-n from the pool, simulated, by --objective"})
+    best_of: int = field(default=0, metadata={"help": "diversity: also the best of N answers, drawn from the pool again and again, "
+        "by --objective; per input too low unless the pool is many times N"})  # fmt: skip
 
     def __post_init__(self):
         at_least(self, 0, "vocab_size", "nli_sentences", "best_of")
