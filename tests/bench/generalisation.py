@@ -48,12 +48,11 @@ def answers_of(a, name, s, part):
 
 def commands(a):
     """The study as lists of command lines: what stands in one list can run side by side."""
-    out, sft, data = a.output_dir, a.model or f"{a.output_dir}/sft", a.data_flags
-    where = f"{data} --eval_splits {' '.join(map(quote, a.splits))}"
+    out, sft = a.output_dir, a.model or f"{a.output_dir}/sft"
+    where = f"{a.data_flags} --eval_splits {' '.join(map(quote, a.splits))}"
     sampling = f"{where} --eval_size {a.prompts} {a.bon_flags}"
-    first = [] if a.model else [f"train_sft.py --output_dir {out}/sft {a.sft_flags}"]
-    pool = f"sample_bon.py --model {sft} --reward_model {a.reward_model or 'world:gold'} --n_answers {a.n * a.answers} {sampling} " \
-        f"--seed 2000 --output_dir {out}/pool"  # fmt: skip
+    first = [] if a.model else [f"train_sft.py --output_dir {sft} {a.sft_flags}"]
+    pool = f"--reward_model {a.reward_model or 'world:gold'} --n_answers {a.n * a.answers} {sampling} --seed 2000 --output_dir {out}/pool"
     members, ppo, answers, diversity = [], [], [], []
     for s in range(a.seeds):
         reward = a.reward_model or f"{out}/rm/seed_{s}"
@@ -68,20 +67,20 @@ def commands(a):
                 )
             if name == BON:
                 answers += [
-                    f"sample_bon.py --pool {out}/pool/{part}/pool.jsonl --reward_model {reward} --n {a.n} --save_best --output_dir {folder}/{part}"
+                    f"sample_bon.py --pool {out}/pool/{part}/pool.jsonl --reward_model {reward} --n {a.n} --save_best "
+                    f"--output_dir {folder}/{part}"
                     for part in names_of_splits(a)
                 ]
                 continue
             answers.append(
-                f"sample_bon.py --model {policy if cell else sft} --reward_model {reward} --n_answers {a.answers} --n 1 --save_best {sampling} "
-                f"--seed {s if cell else 1000 + s} --output_dir {folder}"
+                f"sample_bon.py --model {policy if cell else sft} --reward_model {reward} --n_answers {a.answers} --n 1 --save_best "
+                f"{sampling} --seed {s if cell else 1000 + s} --output_dir {folder}"
             )
         for part in names_of_splits(a):
             files = " ".join(answers_of(a, name, s, part) for name in systems(a))
-            diversity.append(
-                f"sample_bon.py --from {files} --encoder {a.encoder or sft} {a.diversity_flags} --output_dir {out}/diversity/seed_{s}/{part}"
-            )
-    return [first, members, [pool, *ppo], answers, diversity]
+            measures = f"--encoder {a.encoder or sft} {a.diversity_flags}"
+            diversity.append(f"sample_bon.py --from {files} {measures} --output_dir {out}/diversity/seed_{s}/{part}")
+    return [first, members, [f"sample_bon.py --model {sft} {pool}", *ppo], answers, diversity]
 
 
 def finished(a, command):
@@ -144,7 +143,8 @@ def at_kl(rows, kind, kl, column):
     """What a kind of KL has at some KL: between its cells (and SFT, at 0) along a straight line in sqrt(KL); None beyond them."""
     points = sorted((row["KL"], row[column]) for name, row in rows.items() if name == SFT or name.startswith(f"{kind}_"))
     x, y = np.array(points).T
-    return np.interp(kl**0.5, x.clip(0) ** 0.5, y) if x[0] <= kl <= x[-1] else None
+    d, kl = np.sqrt(x.clip(0)), max(kl, 0.0)  # a KL that is estimated may come out a little below 0
+    return np.interp(kl**0.5, d, y).item() if kl <= d[-1] ** 2 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------- all seeds
@@ -189,7 +189,7 @@ def less(a, b):
 
 def less_at_its_kl(rows, name):
     """A cell of k2 less what k1 has at that cell's KL, so that how far the policy has moved is the same."""
-    there = {column: at_kl(rows, "k1", rows[name]["KL"], column) for column in rows[name]}
+    there = {column: at_kl(rows, "k1", rows[name]["KL"], column) for column in rows[name] if column != "KL"}
     return {column: None if y is None else rows[name][column] - y for column, y in there.items()}
 
 
