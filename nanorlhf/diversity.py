@@ -199,12 +199,11 @@ def nli_scores(probs):
 def partners(n, most, seed=0):
     """For each of n texts min(most, n - 1) others to be compared with, each text in as many pairs as any other: places [n, R].
 
-    One draw for all sets of n: in a random order of the texts text i meets those that stand s_1, ..., s_R behind it, around the end.
+    One draw for all sets of n: each text meets the R that follow it in a random order, around the end.
     """
-    rng = np.random.default_rng([n, seed])
-    order, shifts = rng.permutation(n), rng.permutation(np.arange(1, n))[:most]
-    out = np.empty((n, len(shifts)), dtype=np.int64)
-    out[order] = order[(np.arange(n)[:, None] + shifts) % n]
+    order, following = np.random.default_rng([n, seed]).permutation(n), np.arange(1, min(most, n - 1) + 1)
+    out = np.empty((n, len(following)), dtype=np.int64)
+    out[order] = order[(np.arange(n)[:, None] + following) % n]
     return out
 
 

@@ -55,10 +55,12 @@ class Flags:
 
 def check_models(config):
     """InputErrors of the models that are named, before anything is loaded."""
-    for path in filter(None, (config.encoder, config.nli_model, config.tokenizer)):
-        check_model(path) if path != config.tokenizer else load_tokenizer(path, needs_eos=False)
+    if config.encoder:
+        check_model(config.encoder)
     if config.nli_model:
         check_nli(config.nli_model)
+    if config.tokenizer:
+        load_tokenizer(config.tokenizer, needs_eos=False)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- reading
@@ -147,9 +149,10 @@ def measure(outputs, vocab_size=None, tokenizer=None, truncate=0, encode=None, n
     per_input is None for K = 1, across_input for P = 1. An empty output has no n-grams, and counts as a text to the other metrics.
     ValueError: rows of unequal size. Pitfall: a figure means nothing but beside another with the same P, K, V and similar length.
     """
-    P, K = len(outputs), len(outputs[0])
-    if any(len(row) != K for row in outputs):
-        raise ValueError(f"rows of {sorted({len(row) for row in outputs})} outputs: they must be equally many")
+    counts = sorted({len(row) for row in outputs})
+    if len(counts) != 1 or not counts[0]:
+        raise ValueError(f"rows of {counts} outputs: they must be equally many, and not none")
+    P, K = len(outputs), counts[0]
     cut, join = tokenising(tokenizer)
     tokens = [[cut(text) for text in row] for row in outputs]
     vocab_size = vocab_size or (len(tokenizer) if tokenizer else max(vocabulary([text for row in tokens for text in row]), 1))
@@ -200,6 +203,7 @@ def compare(systems, vocab_size=0, tokenizer=None, truncate="", **how):
     truncate: "", a number or "median", for a second list in which every text is cut to that many tokens: lengths are matched as far as
     cutting can, since texts that are shorter stay so. Their lengths are measured after the cut.
     """
+    given = {name: sum(len(row["responses"]) for row in rows) for name, rows in systems.items()}
     outputs = equal_sets({name: grouped(rows) for name, rows in systems.items()})
     P, K = len(next(iter(outputs.values()))), max(len(rows[0]) for rows in outputs.values())
     require(P * K > 1, "one output to one prompt differs from nothing")
@@ -213,7 +217,8 @@ def compare(systems, vocab_size=0, tokenizer=None, truncate="", **how):
         how_each = dict(how, vocab_size=V, tokenizer=tokenizer, truncate=length)
         return {name: {"outputs": len(rows[0]), **as_json(measure(rows, **how_each))} for name, rows in outputs.items()}
 
-    result = {"prompts": P, "outputs": K, "vocab_size": V, "systems": each()}
+    used = {name: f"{P * len(rows[0])} of {given[name]}" for name, rows in outputs.items()}
+    result = {"prompts": P, "outputs": K, "vocab_size": V, "used": used, "systems": each()}
     if truncate:
         shortest = min(np.median([len(text) for text in texts]) for texts in tokens.values())
         length = max(int(shortest), 1) if truncate == "median" else int(truncate)
@@ -261,6 +266,7 @@ def table(result, tokenizer=""):
     unit = f"ids of {tokenizer}" if tokenizer else "words"
     P, K, V = (result[name] for name in ("prompts", "outputs", "vocab_size"))
     lines = [f"\nDiversity of {P} prompts x {K} outputs: n-grams and lengths in {unit}, V = {V}; means and 95% intervals over prompts"]
+    lines.append("outputs used: " + "; ".join(f"{name}: {used}" for name, used in result["used"].items()))
     truncated = result.get("truncated", {"systems": {}})
     parts = {"": result["systems"], f", of the first {truncated.get('length')} {unit} of each output": truncated["systems"]}
     titles = {"per_input": f"per input, the {K} outputs to one prompt", "across_input": f"across inputs, one output to each of {P} prompts"}

@@ -26,11 +26,11 @@ def sentence_encoder(path, device="cpu"):
         x = mean over a text's tokens of the last hidden states
 
     Special tokens count, as in sentence-transformers, whose folders load here. A text is cut to the model's context; one without any
-    token becomes the padding token. Reimers & Gurevych 2019, 1908.10084.
+    token becomes its padding token. Reimers & Gurevych 2019, 1908.10084.
     Pitfall: a model that was not trained on sentences puts all of them close together.
     """
     check_model(path)
-    model, tokenizer = pretrained(AutoModel, path, new_head=True).to(device), padding_tokenizer(path)
+    model, tokenizer = pretrained(AutoModel, path, new_head=True).to(device), load_tokenizer(path, needs_eos=False)
 
     def mean_pooled(inputs):
         hidden = model(**inputs).last_hidden_state  # [b, T, D]
@@ -46,7 +46,7 @@ def nli_scorer(path, device="cpu"):
     The score is diversity.nli_scores of its three probabilities. A pair that is too long is cut, the longer text first.
     """
     order = check_nli(path)
-    model, tokenizer = pretrained(AutoModelForSequenceClassification, path).to(device), padding_tokenizer(path)
+    model, tokenizer = pretrained(AutoModelForSequenceClassification, path).to(device), load_tokenizer(path, needs_eos=False)
     return reader(model, tokenizer, lambda inputs: nli_scores(model(**inputs).logits.float().softmax(-1)[:, order]))
 
 
@@ -56,13 +56,6 @@ def check_nli(path):
     if set(places) != set(LABELS):
         raise InputError(f"{path}: no NLI model: its config must name the labels {', '.join(LABELS)}, not {', '.join(places)}")
     return [places[label] for label in LABELS]
-
-
-def padding_tokenizer(path):
-    tokenizer = load_tokenizer(path, needs_eos=False)
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"{path}: the tokenizer has neither a padding token nor an EOS token to pad with")
-    return tokenizer
 
 
 def reader(model, tokenizer, output):
@@ -76,21 +69,21 @@ def reader(model, tokenizer, output):
             columns = zip(*new) if isinstance(new[0], tuple) else [new]
             encoded = tokenizer(*map(list, columns), truncation=True, max_length=limit, return_attention_mask=True)
             fields = {name: lists for name, lists in encoded.items() if name in accepted}
-            empty = {"input_ids": [tokenizer.pad_token_id], "attention_mask": [1]}
+            empty = {"input_ids": [tokenizer.pad_token_id or 0], "attention_mask": [1]}
             fields = {name: [x or empty.get(name, [0]) for x in lists] for name, lists in fields.items()}
             lengths = torch.tensor([len(ids) for ids in fields["input_ids"]])
             for rows in micro_batches(lengths, 0, TOKENS[model.device.type]):
-                inputs = {name: padded(lists, rows, tokenizer.pad_token_id * (name == "input_ids")) for name, lists in fields.items()}
-                known.update(zip((new[i] for i in rows), output({k: v.to(model.device) for k, v in inputs.items()}).cpu()))
+                inputs = {name: padded(lists, rows).to(model.device) for name, lists in fields.items()}
+                known.update(zip((new[i] for i in rows), output(inputs).cpu()))
         return torch.stack([known[thing] for thing in things])
 
     return read
 
 
-def padded(lists, rows, value):
-    """The chosen lists as a tensor [b, T], filled on the right; the last of `rows` is the longest."""
+def padded(lists, rows):
+    """The chosen lists as a tensor [b, T], zeros on the right, where the mask lets no one look; the last of `rows` is the longest."""
     width = len(lists[rows[-1]])
-    return torch.tensor([lists[i] + [value] * (width - len(lists[i])) for i in rows.tolist()])
+    return torch.tensor([lists[i] + [0] * (width - len(lists[i])) for i in rows.tolist()])
 
 
 def longest(model, tokenizer):

@@ -94,8 +94,9 @@ def test_sets_of_one_and_empty_outputs():
                 assert np.isfinite([spread.mean, spread.std, *spread.interval]).all()
     assert all(nothing["per_input"][name].mean == pytest.approx(0) for name in ("length", "ead", "distinct", "ead_1", "embedding"))
     assert empty["per_input"]["ead_1"].mean == pytest.approx(2 / 3)  # 1, 0, 1: a set without words has 0
-    with pytest.raises(ValueError, match=r"rows of \[2, 3\] outputs"):
-        measure([texts[0], texts[1][:2]])
+    for wrong, counts in (([texts[0], texts[1][:2]], "2, 3"), ([], ""), ([[], []], "0")):
+        with pytest.raises(ValueError, match=rf"rows of \[{counts}\] outputs"):
+            measure(wrong)
     with pytest.raises(ValueError, match="a vocabulary of 3"):
         measure(texts, 3)
 
@@ -158,6 +159,8 @@ def test_equal_sets():
     ragged = rows_of(a)
     ragged[2]["responses"] = ragged[2]["responses"][:2]
     assert equal_sets({"a": grouped(ragged)}) == {"a": [row[:2] for row in a]}
+    ragged[4]["responses"] = ragged[4]["responses"][:1]
+    assert equal_sets({"a": grouped(ragged), "b": grouped(rows_of(b))}) == {"a": [row[:1] for row in a], "b": b}
 
 
 def test_compare():
@@ -166,6 +169,7 @@ def test_compare():
     result = compare(systems, truncate="median", encode=lambda texts: encode(texts))
     V = len({w for texts in (a, b, c) for row in texts for text in row for w in text.split()})
     assert (result["prompts"], result["outputs"], result["vocab_size"]) == (6, 3, V) and V == 11
+    assert result["used"] == {"a": "18 of 30", "b": "18 of 18", "c": "6 of 6"}
     lengths = [np.median([len(text.split()) for row in texts for text in row]) for texts in ([row[:3] for row in a], b, c)]
     assert result["truncated"]["length"] == int(min(lengths)) > 1
     for part, length in ((result, 0), (result["truncated"], int(min(lengths)))):
@@ -264,6 +268,7 @@ def test_from_files(tmp_path, monkeypatch, capsys, folders):  # noqa: F811
             shown = f"{spread['mean']:.3f} [{spread['interval'][0]:.3f}, {spread['interval'][1]:.3f}]"
             assert (shown in out) == (name in diversity_report.SHOWN) or "_" in name
     assert "Diversity of 4 prompts x 4 outputs: n-grams and lengths in words, V = 10" in out and "first 3 words of each output" in out
+    assert "outputs used: a.jsonl: 16 of 16; b.jsonl: 16 of 16; a.jsonl, best of 2: 16 of 128" in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "runs"]
     assert [p.name for p in (tmp_path / "runs/diversity").iterdir()] == ["diversity.json"]
     run("--from", "a.jsonl", "--vocab_size", 30, "--tokenizer", folders["bert"], "--output_dir", "mine")

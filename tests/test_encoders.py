@@ -148,9 +148,10 @@ def test_models_that_are_no_nli_models(folders, tmp_path):
         nli_scorer(folder)
 
 
-def test_a_tokenizer_that_cannot_pad(folders, tmp_path):
-    saved(BertModel(BertConfig(**ENCODER)), tmp_path, word_tokenizer(special=False, pad_token=None))
-    with pytest.raises(InputError, match="neither a padding token nor an EOS token"):
-        sentence_encoder(str(tmp_path))
+def test_a_tokenizer_without_a_padding_token(folders, tmp_path):
+    """Nothing is looked at where the mask is 0; an empty text is a text of token 0."""
+    folder = saved(BertModel(BertConfig(**ENCODER)), tmp_path, word_tokenizer(special=False, pad_token=None))
+    x = sentence_encoder(folder)(["a b c", "", "d"])
+    assert torch.allclose(x[0], alone(folder, "a b c", 20), atol=1e-5) and torch.allclose(x[1], alone(folder, "<s>", 20), atol=1e-5)
     with pytest.raises(InputError, match="no such model folder"):
         sentence_encoder("./lost")
