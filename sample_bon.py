@@ -80,7 +80,8 @@ class Config(diversity_report.Flags):
         cli.require(all(n >= 1 for n in self.n), "--n must be at least 1")
         cli.require(self.pool or all(n <= self.n_answers for n in self.n), f"--n must not be above --n_answers ({self.n_answers})")
         cli.require(self.uwo_lambda and all(0 <= x < float("inf") for x in self.uwo_lambda), "--uwo_lambda takes numbers of at least 0")
-        cli.require(self.pool or self.from_files or self.best_of < self.n_answers, f"--best_of must be below --n_answers ({self.n_answers})")
+        there = self.pool or self.from_files
+        cli.require(there or self.best_of < self.n_answers, f"--best_of must be below --n_answers ({self.n_answers})")
         cli.require(not self.save_best or len(self.n) == 1, "--save_best takes one --n")
         cli.one_of(self, "objective", *OBJECTIVES)
         cli.one_of(self, "split", "test", "train", "ood", "all")

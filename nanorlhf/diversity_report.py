@@ -42,7 +42,7 @@ class Flags:
     truncate: str = field(default="", metadata={"help": "diversity: a second table, of the first N words (tokens) of each output; "
         "median: N is the smallest of the systems' median lengths"})  # fmt: skip
     best_of: int = field(default=0, metadata={"help": "diversity: also the best of N answers, drawn from the pool again and again, "
-        "by --objective; per input too low unless the pool is many times N"})  # fmt: skip
+        "by --objective: figures across inputs (for those per input sample real ones: --n N --save_best)"})  # fmt: skip
 
     def __post_init__(self):
         at_least(self, 0, "vocab_size", "nli_sentences", "best_of")
@@ -140,13 +140,15 @@ def equal_sets(systems):
 # ----------------------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(outputs, vocab_size=None, tokenizer=None, truncate=0, encode=None, nli=None, n_sentences=1, n_partners=15, seed=0):
+def measure(outputs, vocab_size=None, tokenizer=None, truncate=0, encode=None, nli=None, n_sentences=1, n_partners=15, seed=0,
+            per_input=True):
     """All metrics of P x K outputs: {"per_input": {metric: Spread(mean, std, interval)}, "across_input": {...}}.
 
     outputs: P rows of K strings. vocab_size: V of EAD, by default the tokenizer's or the number of different words. truncate: count
     only the first so many tokens of each text. encode, nli: encoders.sentence_encoder(...), encoders.nli_scorer(...).
     Metrics: length (tokens), distinct and ead (means over n = 1 .. 5), distinct_1 ..., ead_1 ..., embedding, nli.
-    per_input is None for K = 1, across_input for P = 1. An empty output has no n-grams, and counts as a text to the other metrics.
+    per_input is None for K = 1 (and on request), across_input for P = 1. An empty output has no n-grams; to the other metrics it is a
+    text like any other.
     ValueError: rows of unequal size. Pitfall: a figure means nothing but beside another with the same P, K, V and similar length.
     """
     counts = sorted({len(row) for row in outputs})
@@ -173,7 +175,7 @@ def measure(outputs, vocab_size=None, tokenizer=None, truncate=0, encode=None, n
         return found
 
     return {
-        "per_input": {name: spread_over_inputs(values) for name, (values, _) in metrics(False).items()} if K > 1 else None,
+        "per_input": {name: spread_over_inputs(values) for name, (values, _) in metrics(False).items()} if K > 1 and per_input else None,
         "across_input": {name: spread_across_inputs(*both) for name, both in metrics(True).items()} if P > 1 else None,
     }
 
@@ -197,11 +199,12 @@ def nli_of_pairs(sets, partner, nli):
     return (np.add.reduceat(scores, counts.cumsum() - counts) / counts).reshape(len(sets), *partner.shape)
 
 
-def compare(systems, vocab_size=0, tokenizer=None, truncate="", **how):
+def compare(systems, vocab_size=0, tokenizer=None, truncate="", simulated=(), **how):
     """measure() for {name: rows} at equal set sizes, with one V -> what diversity.json holds. how: measure's other arguments.
 
     truncate: "", a number or "median", for a second list in which every text is cut to that many tokens: lengths are matched as far as
-    cutting can, since texts that are shorter stay so. Their lengths are measured after the cut.
+    cutting can, since texts that are shorter stay so. Their lengths are measured after the cut. simulated: systems whose outputs to a
+    prompt come from one pool again and again, so that they are alike for no fault of their own: these have no per-input figures.
     """
     given = {name: sum(len(row["responses"]) for row in rows) for name, rows in systems.items()}
     outputs = equal_sets({name: grouped(rows) for name, rows in systems.items()})
@@ -215,7 +218,8 @@ def compare(systems, vocab_size=0, tokenizer=None, truncate="", **how):
 
     def each(length=0):
         how_each = dict(how, vocab_size=V, tokenizer=tokenizer, truncate=length)
-        return {name: {"outputs": len(rows[0]), **as_json(measure(rows, **how_each))} for name, rows in outputs.items()}
+        measured = {name: measure(rows, per_input=name not in simulated, **how_each) for name, rows in outputs.items()}
+        return {name: {"outputs": len(outputs[name][0]), **as_json(found)} for name, found in measured.items()}
 
     used = {name: f"{P * len(rows[0])} of {given[name]}" for name, rows in outputs.items()}
     result = {"prompts": P, "outputs": K, "vocab_size": V, "used": used, "systems": each()}
@@ -244,11 +248,13 @@ def from_files(config, dist):
 
 def report(config, dist, systems):
     """Measure {name: rows}, write OUTPUT_DIR/diversity.json and print the tables."""
+    simulated = {}
     if config.best_of:
         how = (config.best_of, config.objective, config.uwo_lambda[0], config.seed)
-        systems |= {f"{name}, best of {config.best_of}": best_of(rows, *how) for name, rows in systems.items()}
+        simulated = {f"{name}, best of {config.best_of}": best_of(rows, *how) for name, rows in systems.items()}
     result = compare(
-        systems, config.vocab_size, load_tokenizer(config.tokenizer, needs_eos=False) if config.tokenizer else None, config.truncate,
+        systems | simulated, config.vocab_size, load_tokenizer(config.tokenizer, needs_eos=False) if config.tokenizer else None,
+        config.truncate, simulated=set(simulated),
         encode=sentence_encoder(config.encoder, dist.device) if config.encoder else None,
         nli=nli_scorer(config.nli_model, dist.device) if config.nli_model else None,
         n_sentences=config.nli_sentences, n_partners=config.nli_partners, seed=config.seed,

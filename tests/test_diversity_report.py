@@ -260,6 +260,7 @@ def test_from_files(tmp_path, monkeypatch, capsys, folders):  # noqa: F811
     assert list(result["systems"]) == list(result["truncated"]["systems"]) == names
     expected = {"prompts": 4, "outputs": 4, "vocab_size": 10, "from_files": names[:2], "best_of": 2, "encoder": folders["bert"], "seed": 0}
     assert expected.items() <= result.items()
+    assert [result["systems"][name]["per_input"] is None for name in names] == [False, False, True, True]  # the best of one pool are alike
     how = {"encode": sentence_encoder(folders["bert"]), "nli": nli_scorer(folders["roberta"])}
     expected = measure(b, 10, **how)
     for protocol in ("per_input", "across_input"):
