@@ -194,20 +194,20 @@ def less_at_its_kl(rows, name):
 
 
 def show(title, rows):
-    """A table of mean +- half-width; a number in brackets is how many seeds have one, where not all do."""
+    """A table of mean +- half-width, a line for each column of the rows; in brackets how many seeds have one, where not all do."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     most = max(len(values) for row in rows.values() for values in row.values())
-    print(f"\n{title}\n{'':11s}" + "".join(f"{column:>17s}" for column in columns))
-    for name, row in rows.items():
-        cells = [as_text(row[column], most) for column in columns]
-        print(f"{name:11s}" + "".join(f"{cell:>17s}" for cell in cells))
+    print(f"\n{title}\n{'':18s}" + "".join(f"{name:>17s}" for name in rows))
+    for column in columns:
+        print(f"{column:18s}" + "".join(f"{as_text(row[column], most):>17s}" for row in rows.values()))
 
 
 def as_text(values, most):
     if not values:
         return "-"
     mean, half = t_interval(values)
-    return f"{mean:.3f} +- {half:.3f}" + (f" ({len(values)})" if len(values) < most else "")
+    interval = f" +- {half:.3f}" if len(values) > 1 else ""
+    return f"{mean:.3f}{interval}" + (f" ({len(values)})" if len(values) < most else "")
 
 
 def draw(figure, tables):
