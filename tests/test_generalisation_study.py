@@ -92,6 +92,12 @@ def test_the_full_study_is_what_the_issue_asks_for(study):
     assert sorted(set(noise)) == sorted(["2000", *map(str, range(5)), *map(str, range(1000, 1005))])  # SFT's answers are not the pool's
 
 
+def test_diversity_is_measured_again_where_a_system_is_new(study):
+    for changes, done in (({}, True), ({"kl_coef": [0.05]}, False), ({"encoder": "another"}, False)):
+        a = settings(study, **changes)
+        assert [study[0].finished(a, command) for command in study[0].commands(a)[-1]] == [done] * 4
+
+
 def test_systems_answer_the_same_prompts(study):
     for split in ("test", "ood"):
         prompts = [list(answers(study, name, seed, split)) for name in ("sft", "best_of_n", *CELLS) for seed in (0, 1)]

@@ -24,6 +24,7 @@ import torch
 from overoptimisation import is_done, run
 
 from nanorlhf.bon import bon_kl  # found beside nanorlhf by overoptimisation
+from nanorlhf.diversity_report import FILE
 from nanorlhf.plots import save
 from nanorlhf.stats import t_interval, win_points
 from nanorlhf.world import vocabulary
@@ -84,10 +85,14 @@ def commands(a):
 
 
 def finished(a, command):
-    """is_done() of sample_bon.py too, which ends with a summary for each split, or with the diversity of files."""
-    folder = Path(split(command)[split(command).index("--output_dir") + 1])
-    last = folder / names_of_splits(a)[-1] / "summary.json" if "--eval_splits" in command else folder / "diversity.json"
-    return is_done(command) or last.is_file()
+    """is_done() of sample_bon.py too, which ends with a summary for each split, or with the diversity of the files that it names."""
+    words = split(command)
+    folder = Path(words[words.index("--output_dir") + 1])
+    if "--from" in words:
+        found = json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else {}
+        i, j = words.index("--from"), words.index("--encoder")
+        return (found.get("from_files"), found.get("encoder")) == (words[i + 1 : j], words[j + 1])
+    return is_done(command) or ("--eval_splits" in words and (folder / names_of_splits(a)[-1] / "summary.json").is_file())
 
 
 # ----------------------------------------------------------------------------------------------------------------------- one seed
@@ -103,9 +108,9 @@ def measured(a, s):
             row = {"KL": kl_of(a, name, s, part), **{key: x.mean().item() for key, x in own.items()}}
             row |= {f"win {key}": win_rate(x, sft[key]) for key, x in own.items()}
             rows[name] = row
-        found = json.loads(Path(a.output_dir, f"diversity/seed_{s}/{part}/diversity.json").read_text())
+        found = json.loads(Path(a.output_dir, f"diversity/seed_{s}/{part}", FILE).read_text())
         for end, table in (("", found), (", cut", found.get("truncated", {"systems": {}}))):
-            for name, system in zip(rows, table["systems"].values()):  # in the order of the files
+            for name, system in zip(rows, table["systems"].values(), strict=not end):  # in the order of the files
                 rows[name]["length" + end] = system["per_input"]["length"]["mean"]
                 for protocol, short in (("per_input", "in"), ("across_input", "across")):
                     rows[name] |= {f"{short} {label}{end}": system[protocol][key]["mean"] for key, label in DIVERSITY.items()}
