@@ -139,7 +139,7 @@ def test_two_processes_as_with_ddp(ddp, two, kind):
 
 
 def test_the_same_answers_as_with_ddp(ddp, two, four):
-    assert rollouts(ddp) == rollouts(two) == rollouts(four / "new") and len(rollouts(two)) == 3 * 8 + 2 * 7
+    assert rollouts(ddp) == rollouts(two) == rollouts(four / "new") and len(rollouts(two)) == 3 * 8 + 2 * (7 + 7)  # two splits
 
 
 def test_four_processes_as_with_ddp(ddp, four):
