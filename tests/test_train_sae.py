@@ -257,7 +257,7 @@ def command_line(config):
         ({"base": "none"}, "a --base"), ({"layers": "7"}, "7"), ({"layers": "some"}, "some"), ({"site": "norm"}, "--site must be"),
         ({"k": 65}, "--k 65 is more"), ({"model": "/no/where"}, "/no/where"), ({"warmup": 3.0}, "--warmup"), ({"sae": "x"}, "--sae must be"),
         ({"dataset": "no.jsonl"}, "no.jsonl"), ({"expansion": 0.0}, "--expansion"),
-        ({"tokens": "last"}, "--tokens must be"),
+        ({"tokens": "first"}, "--tokens must be"),
     ],
 )  # fmt: skip
 def test_bad_input(base, tmp_path, kwargs, match):
