@@ -139,7 +139,7 @@ def arms(a, s, found):
     """The PPO runs under control, {arm: command line}; only those of larger KL coefficients where no latent was found.
 
     indicator   ALPHA std of the human texts' scores, shared by the latents, where a latent is above what TAU of the human texts have
-    hinge       above the same threshold as much for each standard deviation of the latent on human texts
+    hinge       above the same threshold as much for each standard deviation of the latent on human texts (for each 1 where it has none)
     clamp       the latent is 0 for the score
     density     0.2 of the log ratio (clipped at 5 nats: at most 1) of the latents, those of people from the human texts
     random, negative       the indicator on the latents of the controls
@@ -155,7 +155,7 @@ def arms(a, s, found):
         share = [f"{ALPHA / n:.4g}std"] * n
         flags = {
             "indicator": penalty(ids, share),
-            "hinge": penalty(ids, [f"{ALPHA / n / texts.column(i).std().clamp(min=1e-6).item():.4g}std" for i in ids], "hinge"),
+            "hinge": penalty(ids, [f"{ALPHA / n / (texts.column(i).std().item() or 1):.4g}std" for i in ids], "hinge"),
             "clamp": "--clamp " + " ".join(f"{i}:set:0" for i in ids),
             "density": f"--density_beta {ALPHA / 5:g} --human_latents {few(a, s)}",
             "random": penalty(found["random"], share), "negative": penalty(found["negative"], share),
