@@ -369,3 +369,10 @@ def tiny_world():
     config = world.model_config()
     config.num_hidden_layers = L
     return AutoModelForCausalLM.from_config(config)
+
+
+def test_only_the_last_token_of_each_text():
+    """--tokens last: no id ends a sentence, so that a row's last token alone counts; EOS is no exception in the middle."""
+    tokens = Tokens([[5, 1, 7, 1], [4], [1, 9]], ends=[])
+    assert [mask.tolist() for mask in tokens.masks] == [[False, False, False, True], [True], [False, True]]
+    assert tokens.total == 3 and tokens.digest() != Tokens([[5, 1, 7, 1], [4], [1, 9]]).digest()

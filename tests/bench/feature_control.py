@@ -35,7 +35,7 @@ SARMS = {  # name: its autoencoder and its mode; reward_first: a head on the den
     "sentence_ends": ("sae_ends", "joint"), "random_sae": ("sae_random", "joint"), "reward_first": ("", "frozen"),
 }  # fmt: skip
 CONTROLLED = ("indicator", "hinge", "clamp", "density")
-CONTROLS = ("random", "kl_0.1", "negative", "kl_0.2")
+CONTROLS = ("random", "negative", "kl_0.1", "kl_0.2")
 METRICS = ("gold", "proxy", "cue", "length", "kl", "distinct_2")
 FOLLOWS, MOST = 0.7, 3  # AUC from which on a latent follows a token; latents that are penalised
 RARE, NEAREST = 0.02, 10  # share of the texts on which a latent must fire to be a control; a random one is one of so many nearest
@@ -139,7 +139,7 @@ def arms(a, s, found):
     """The PPO runs under control, {arm: command line}; only those of larger KL coefficients where no latent was found.
 
     indicator   ALPHA std of the human texts' scores, shared by the latents, where a latent is above what TAU of the human texts have
-    hinge       above the same threshold as much for each standard deviation of the latent on human texts
+    hinge       above the same threshold as much for each standard deviation of the latent on human texts (for each 1 where it has none)
     clamp       the latent is 0 for the score
     density     0.2 of the log ratio (clipped at 5 nats: at most 1) of the latents, those of people from the human texts
     random, negative       the indicator on the latents of the controls
@@ -155,7 +155,7 @@ def arms(a, s, found):
         share = [f"{ALPHA / n:.4g}std"] * n
         flags = {
             "indicator": penalty(ids, share),
-            "hinge": penalty(ids, [f"{ALPHA / n / texts.column(i).std().clamp(min=1e-6).item():.4g}std" for i in ids], "hinge"),
+            "hinge": penalty(ids, [f"{ALPHA / n / (texts.column(i).std().item() or 1):.4g}std" for i in ids], "hinge"),
             "clamp": "--clamp " + " ".join(f"{i}:set:0" for i in ids),
             "density": f"--density_beta {ALPHA / 5:g} --human_latents {few(a, s)}",
             "random": penalty(found["random"], share), "negative": penalty(found["negative"], share),
@@ -276,8 +276,7 @@ def main(args=None):
         run_all(stage)
     found = {s: identified(a, s) for s in seeds(a)}
     run_all([density_texts(a, s, found[s]) for s in seeds(a) if found[s]["features"]])
-    for arm in (*CONTROLLED, *CONTROLS):
-        run_all([arms(a, s, found[s])[arm] for s in seeds(a) if arm in arms(a, s, found[s])])
+    run_all([command for s in seeds(a) for command in arms(a, s, found[s]).values()])
 
     truths = {s: truth(a, s, found[s]) for s in seeds(a)}
     for s, row in truths.items():
