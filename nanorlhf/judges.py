@@ -98,10 +98,10 @@ def collect(spec, questions, config, dist, kept):
     progress = Progress(dist, "asking, question", len(keys))
     try:
         for count, (i, reply) in enumerate(ask(config, spec, [question_of(config, *q) for q in questions.values()], dist), 1):
-            found = CHOICE.fullmatch(reply.rpartition("</think>")[2]) if isinstance(reply, str) else None
+            found = choice_of(reply) if isinstance(reply, str) else None
             if found:
                 what = dict(zip(("prompt", "first", "second"), questions[keys[i]]))
-                kept.append([{"key": keys[i], "judge": spec, "choice": int(found[2]), **what}])
+                kept.append([{"key": keys[i], "judge": spec, "choice": found, **what}])
             else:
                 failures.append(f"not a choice: {' '.join(reply.split())[:60]!r}" if isinstance(reply, str) else str(reply))
             progress.step(count, f"{len(failures)} without a choice")
@@ -110,6 +110,12 @@ def collect(spec, questions, config, dist, kept):
     finally:
         progress.close()
     return failures, ""
+
+
+def choice_of(reply):
+    """A reply -> 1 or 2, or None where it is neither."""
+    found = CHOICE.fullmatch(reply.rpartition("</think>")[2])
+    return int(found[2]) if found else None
 
 
 def question_of(config, prompt, first, second):

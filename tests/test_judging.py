@@ -235,10 +235,10 @@ def choices(files):
 
 def test_what_is_a_choice():
     for reply, number in (("1", 1), (" 2.\n", 2), ("Answer 1", 1), ("**Answer 2**", 2), ('"1"', 1), ("[2]", 2), ("answer: 2", 2),
-                          ("**Answer:** 1", 1), ("Answer: **2**", 2)):  # fmt: skip
-        assert int(judges.CHOICE.fullmatch(reply)[2]) == number
+                          ("**Answer:** 1", 1), ("Answer: **2**", 2), ("<think>2? No.</think>\n\n1", 1)):  # fmt: skip
+        assert judges.choice_of(reply) == number
     for reply in ("", "3", "12", "1 or 2", "1, 2", "1?", "-1", "neither", "Answer 1 is better", "I choose 2", "A", "1.2", "tie", "\u00b9"):
-        assert not judges.CHOICE.fullmatch(reply)
+        assert judges.choice_of(reply) is None
 
 
 def test_both_orders_are_asked(files):

@@ -349,6 +349,7 @@ def test_feature_rewards(tmp_path, public, sarm):
         same(a, b, 1e-5)
     assert reward.weights is None
     prints = [latents_fingerprint(path), latents_fingerprint(str(tmp_path / "rm"), str(tmp_path / "sae"))]
+    assert latents_fingerprint(str(tmp_path / "rm"), str(tmp_path / "run")) == prints[1]
     save_sae(TopKSAE(D, M, K, "dataset", seed=1), str(tmp_path / "sae"), model="x", layer=2, site="residual")
     prints.append(latents_fingerprint(str(tmp_path / "rm"), str(tmp_path / "sae")))
     assert prints[1]["reward_model"] == prints[2]["reward_model"] and len({p["sae"] for p in prints}) == 3

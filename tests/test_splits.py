@@ -200,6 +200,7 @@ def test_labels():
     ({"dataset": "world", "in_distribution": "prompt=x"}, ["--in_distribution is for data of one's own"]),
     ({"dataset": "world", "prompt_format": "tldr"}, ["--prompt_format is for data of one's own"]),
     ({"eval_dataset": "world", "in_distribution": "subreddit=cats"}, ["--in_distribution is for data of one's own"]),
+    ({"eval_dataset": "world"}, ["--eval_dataset world: its demonstrations are all for training"]),
 ])  # fmt: skip
 def test_what_is_refused(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
