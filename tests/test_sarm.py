@@ -20,6 +20,7 @@ from nanorlhf.errors import InputError
 from nanorlhf.feature_rewards import check_feature_reward, latents_fingerprint, load_feature_reward
 from nanorlhf.fsdp import is_sharded
 from nanorlhf.models import RewardModel, load_reward_model, save_reward_model
+from nanorlhf.packing import pack
 from nanorlhf.rewards import Answers, check_reward, load_reward, score
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
 from nanorlhf.sae_files import save_sae
@@ -314,6 +315,20 @@ def test_an_autoencoder_on_a_layer(kind, site):
             same(reading.edited[row], model.model.score(last)[0])
         handle.remove()
     assert (reading.edited - reading.scores).abs().max() > 1e-3
+
+
+def test_an_edit_that_changes_some_of_the_texts():
+    """Only these run again, each with its own change: as if each were alone. The first text is not among them."""
+    both = WithSAE(reward_model(), SparseAutoencoder(D, M, normalize="none"), (1, "residual"))
+    both.sae.b_enc.data.normal_(0, 0.1)
+    z = both.read(BATCH).latents  # [B, M]
+    feature = int((z[1:].amin(0) - z[0]).argmax())  # larger in all other texts than in the first
+    assert (z[1:, feature] > z[0, feature]).all()
+    edits = {feature: ("max", z[0, feature].item() + 1e-6)}
+    scores, _, edited = both.read(BATCH, [], edits)
+    assert (edited != scores).tolist() == [False, *[True] * (B - 1)]
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        same(edited[row], both.read(pack([prompt], [response]), [], edits).edited[0], 1e-5)
 
 
 def answers(batch=True):
