@@ -286,7 +286,7 @@ STYLED = {"id": 0, "prompt": "p", "chosen": ["1", "1", "1"], "rejected": ["0", "
 FLAT = {"question_id": 0, "prompt": "p", "chosen": "1", "rejected": "0"}
 
 
-@pytest.mark.parametrize("benchmark, row, message", [
+@pytest.mark.parametrize("of, row, message", [
     ("rewardbench2", {**GOOD, "chosen": []}, "field 'chosen' must be a list of strings"),
     ("rewardbench2", {**GOOD, "rejected": ["0", None]}, "field 'rejected' must be a list of strings"),
     ("rewardbench2", {**GOOD, "rejected": "0"}, "field 'rejected' must be a list of strings"),
@@ -304,12 +304,12 @@ FLAT = {"question_id": 0, "prompt": "p", "chosen": "1", "rejected": "0"}
     ("flat", {k: v for k, v in FLAT.items() if k != "question_id"}, "no field 'question_id'"),
     ("flat", {**FLAT, "rejected": ["0"]}, "field 'rejected' must be a string, not list"),
 ])  # fmt: skip
-def test_broken_rows(folder, capfd, benchmark, row, message):
-    good = {"rewardbench2": GOOD, "rm_bench": STYLED, "flat": FLAT}[benchmark]
+def test_broken_rows(folder, capfd, of, row, message):
+    good = {"rewardbench2": GOOD, "rm_bench": STYLED, "flat": FLAT}[of]
     (folder / "bad.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (good, row)))
     error = refused(
         capfd, "evaluate", "--reward_model", f"{folder / 'reward.py'}:last", "--dataset", folder / "bad.jsonl", "--output_dir", folder / "never",
-        "--benchmark", benchmark if benchmark == "rm_bench" else "rewardbench2",
+        "--benchmark", of if of == "rm_bench" else "rewardbench2",
     )  # fmt: skip
     assert message in error and "bad.jsonl:2" in error and not (folder / "never").exists()
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_latents import M, flags, held_out, material, mean, summary, write, z_by_hand  # noqa: F401 (a fixture)
+from test_latents import M, flags, held_out, material, mean, summary, widest, write, z_by_hand  # noqa: F401 (a fixture)
 from test_probe import refused, run
 
 from nanorlhf import world
@@ -42,7 +42,7 @@ def test_causal_is_every_pair_scored_again(material, by_hand, tmp_path, capsys):
     edits = {a: ("set", 0.0), b: ("max", 0.2)}
     run(*flags("causal", root, tmp_path / "out", edits=[f"{a}:set:0", f"{b}:max:0.2"], draws=2))
     found, printed = summary(tmp_path / "out"), capsys.readouterr().out
-    assert list(found["arms"]) == ["edits", "random 0", "random 1"] and max(map(len, printed.splitlines())) <= 140
+    assert list(found["arms"]) == ["edits", "random 0", "random 1"] and widest(printed) <= 140
     rates = [mean(z[i] != 0 for z in latents) for i in range(M)]
     for name, arm in found["arms"].items():
         ids = arm["features"]
@@ -150,7 +150,7 @@ def test_a_head_weight_changes_the_texts_with_its_feature_by_w_z(material, by_ha
     with_it = sum(z[a] != 0 for side in by_hand.values() for z, _ in side)
     assert (found["texts"], found["with_feature"], found["changed"]) == (len(rows), with_it, with_it)
     assert found["changed_without"] == found["unchanged_with"] == 0 and f"{with_it} of {len(rows)} texts change" in printed
-    assert max(map(len, printed.splitlines())) <= 140 and 0 < with_it < len(rows)
+    assert widest(printed) <= 140 and 0 < with_it < len(rows)
     # What was saved has these scores, and differs from the first in one number.
     run(*flags("steer", root, tmp_path / "again", reward_model=tmp_path / "steered", edits=f"{a}:*:1"))
     again = [json.loads(line) for line in (tmp_path / "again" / "texts.jsonl").read_text().splitlines()]

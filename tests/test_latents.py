@@ -5,6 +5,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,11 @@ def summary(path):
     return json.loads((path / "summary.json").read_text())
 
 
+def widest(printed):
+    """The longest line in characters, paths of this machine aside."""
+    return max(len(re.sub(r"(?<!\S)/\S+", "", line)) for line in printed.splitlines())
+
+
 @torch.no_grad()
 def z_by_hand(lm, sarm, prompt, response):
     """Latents [M] as a list and the score, by the spec's formulas, from Hugging Face's hidden states."""
@@ -109,7 +115,7 @@ def test_numbers_on_pairs_are_those_of_one_text_at_a_time(material, tmp_path, ca
     root, lm, sarm = material
     run(*flags("latents", root, tmp_path / "out", top=4))
     found, printed, pairs = summary(tmp_path / "out"), capsys.readouterr().out, held_out(root)
-    assert max(map(len, printed.splitlines())) <= 140
+    assert widest(printed) <= 140
     z = {side: [z_by_hand(lm, sarm, row["prompt"], row[side])[0] for row in pairs] for side in ("chosen", "rejected")}
     scores = {side: [z_by_hand(lm, sarm, row["prompt"], row[side])[1] for row in pairs] for side in z}
     assert found["pairs"]["pairs"] == len(pairs) and found["pairs"]["prompts"] == len({row["prompt"] for row in pairs})
@@ -145,7 +151,7 @@ def test_described_by_tokens_and_contexts(material, tmp_path, capsys):
     silent = next(i for i in range(M) if sarm.sae.b_enc[i] == sarm.sae.b_enc.min())
     run(*flags("latents", root, tmp_path / "out", features=f"{b},{a},{silent}", contexts=2))
     printed, found, tokenizer = capsys.readouterr().out, summary(tmp_path / "out"), world.tokenizer()
-    assert found["described"] == [b, a, silent] and max(map(len, printed.splitlines())) <= 140
+    assert found["described"] == [b, a, silent] and widest(printed) <= 140
     sides = [[(row["prompt"], row[side]) for row in held_out(root)] for side in ("chosen", "rejected")]
     z = [[z_by_hand(lm, sarm, *text)[0] for text in side] for side in sides]
     words = [[set((p + " " + r + " <eos>").split()) for p, r in side] for side in sides]
@@ -178,7 +184,7 @@ def test_answers_after_against_before_are_matched_by_prompt(material, tmp_path, 
     both = {"answers": root / "after.jsonl", "against": root / "before.jsonl", "top": 2}
     run(*flags("latents", root, tmp_path / "out", **both))
     found, printed = summary(tmp_path / "out"), capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 140 and "after against before: 30 pairs of 15 prompts" in printed
+    assert widest(printed) <= 140 and "after against before: 30 pairs of 15 prompts" in printed
     z = {}
     for name in ("after", "before"):
         rows = [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
@@ -230,7 +236,7 @@ def test_a_reward_model_with_an_autoencoder(material, tmp_path, capsys):
     run(*flags("latents", root, tmp_path / "out", reward_model=root / "rm", sae=root / "sae", top=3))
     found = summary(tmp_path / "out")
     assert found["by"] == "differential" and found["latents"][0]["weight"] is None is found["latents"][0]["pairs"]["contribution"]
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 140
+    assert widest(capsys.readouterr().out) <= 140
 
 
 def test_an_explainer_is_asked_about_texts(material, tmp_path, capsys):
