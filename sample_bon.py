@@ -61,7 +61,7 @@ class Config(diversity_report.Flags):
     n: list[int] = field(default_factory=list, metadata={"help": "the n of best-of-n; default: 1, 2, 4, ... up to N"})
     objective: str = field(default="mean", metadata={"help": "what --save_best takes the best by: mean, wco or uwo"})
     uwo_lambda: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "uwo: weights of the members' variance"})
-    save_best: bool = field(default=False, metadata={"help": "write best_of_{n}.jsonl: the best of each n answers in turn"})
+    save_best: bool = field(default=False, metadata={"help": "write best_of_{n}.jsonl: the best of each n answers in turn (n = 1: all)"})
     save_pairs: bool = field(default=False, metadata={"help": "write pairs.jsonl: of each two answers the one with more gold"})
     max_prompt_length: int = field(default=0, metadata={"help": "left-truncate prompts to this; 0: too long is an error"})
     max_new_tokens: int = field(default=48, metadata={"help": "longest response"})
@@ -177,7 +177,8 @@ def main(config):
     write_lines(out("pool.jsonl"), joined(rows, scores, gold))
     if config.save_best:
         best = combine(members, config.objective, config.uwo_lambda[0])  # [P, N]
-        chosen = [best_of(row, proxy, config.n[0]) for row, proxy in zip(joined(rows, scores, gold), best)]
+        split = None if config.pool else config.eval_splits[0].partition("=")[0] if config.eval_splits else config.split
+        chosen = [best_of(row, proxy, config.n[0], split) for row, proxy in zip(joined(rows, scores, gold), best)]
         write_lines(out(f"best_of_{config.n[0]}.jsonl"), [row for part in chosen for row in part])
     if config.save_pairs:
         pairs = [pair for row in joined(rows, scores, gold) for pair in pairs_of(row)]
@@ -225,13 +226,15 @@ def joined(rows, scores, gold):
         yield {"prompt": row["prompt"], "responses": row["responses"], "scores": own, **({"gold_scores": gold[p]} if gold else {})}
 
 
-def best_of(row, proxy, n):
-    """The best of each n answers in turn by proxy [N]: rows {prompt, response, scores, gold}. A last group of fewer is left out."""
+def best_of(row, proxy, n, split=None):
+    """The best of each n answers in turn by proxy [N]: rows {prompt, response, scores, gold, split, sample}, sample the answer's place
+    in the pool. A last group of fewer is left out. n = 1: every answer."""
     groups = proxy[: len(row["responses"]) // n * n].view(-1, n)
     out = []
     for j in (groups.argmax(1) + torch.arange(len(groups)) * n).tolist():
         scores, gold = {name: part[j] for name, part in row["scores"].items()}, row.get("gold_scores")
-        out.append({"prompt": row["prompt"], "response": row["responses"][j], "scores": scores, "gold": gold[j] if gold else None})
+        out.append({"prompt": row["prompt"], "response": row["responses"][j], "scores": scores, "gold": gold[j] if gold else None,
+                    "split": split, "sample": j})  # fmt: skip
     return out
 
 

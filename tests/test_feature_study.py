@@ -60,6 +60,8 @@ def test_the_rule(study):
     rates = {row["id"]: row["policy"]["rate_before"] for row in exploited + innocent + others}
     assert all(abs(rates[j] - rates[i]) <= 0.1 for i, j in zip(found["features"], found["random"]))
     assert study.identify({"latents": innocent + others}, 0) == {"token": None, "features": []}
+    without = [row | {"weight": None} for row in exploited + others]  # an autoencoder on a dense reward model has no head
+    assert study.identify({"latents": without}, 0)["features"] == [2, 1] and study.identify({"latents": without}, 0)["negative"] == []
 
 
 def test_intervals(study):
@@ -113,6 +115,17 @@ def test_every_run_is_made_once(study, ran):
     assert order.index("latents") > order.index("train_ppo.py") and order[-1] == "train_ppo.py"
 
 
+def test_texts_of_the_autoencoder_on_a_reward_model(study, ran):
+    """Both sides of the pairs that the reward model is trained on, and demonstrations."""
+    folder, first, _ = ran
+    rows = [json.loads(line) for line in open(folder / "texts" / "seed_0.jsonl")]
+    pairs = world.preferences(800, 0)
+    assert [row["response"] for row in rows[:4]] == [pair[side] for pair in pairs[:2] for side in ("chosen", "rejected")]
+    assert rows[1600:] == world.demonstrations(study.DEMONSTRATIONS) and {"chosen", "rejected"} <= pairs[0].keys()
+    (command,) = (c for c in first if "--output_dir " + str(folder / "rm_sae" / "seed_0") in c)
+    assert f"--dataset {folder}/texts/seed_0.jsonl" in command and "--tokens last" in command
+
+
 def test_arms_differ_in_what_controls_them_alone(study, ran):
     folder, _, _ = ran
     configs = {p.parts[-3]: json.loads(p.read_text()) for p in folder.glob("ppo/*/seed_0/config.json")}
@@ -141,6 +154,27 @@ def test_where_nothing_is_found_only_the_kl_is_tried(study, ran):
     assert list(none) == ["before", "plain", "kl_0.1", "kl_0.2", "dense"]
     full = [len(stage) for stage in study.first_commands(type("Settings", (), settings | {"seeds": 5}))]
     assert full == [1, len(study.SAES) + 5, 5, 5 * len(study.SARMS), 5 * 2, 5 * 2]
+
+
+def test_against_a_dense_model_with_an_autoencoder(study, ran):
+    """The same latents, read from the dense reward model; nothing has a weight, so that no arm is about negative ones."""
+    settings = json.loads((ran[0] / "summary.json").read_text())["settings"]
+    a = type("Settings", (), settings | {"against": "dense"})
+    stages = study.first_commands(a)
+    dense, sae = f"{a.output_dir}/rm/dense/seed_0", f"{a.output_dir}/rm_sae/seed_0"
+    assert len(stages[4]) == 1 and f"--reward_model {dense} " in stages[4][0] and "/ppo/plain/" in stages[4][0]
+    assert all(f"--reward_model {dense} --sae {sae} " in command for command in stages[5])
+    found = {"features": [0, 1], "random": [2, 3], "negative": []}  # as the rule finds it
+    few = study.density_texts(a, 0, found)
+    for command in (few, few.replace(study.few(a, 0), study.human(a, 0)).replace(" --features 0,1", "")):
+        config_class, function = probe.COMMANDS["human_latents"]
+        Path(study.human(a, 0)).unlink(missing_ok=True)
+        function(cli.parse(config_class, shlex.split(command)[2:], "human_latents", ""))
+    commands = study.arms(a, 0, found)
+    assert list(commands) == ["indicator", "hinge", "clamp", "density", "random", "kl_0.1", "kl_0.2"]
+    assert all((f"--feature_sae {sae}" in command) == (not arm.startswith("kl")) for arm, command in commands.items())
+    for command in commands.values():
+        cli.parse(train_ppo.Config, shlex.split(command)[1:])
 
 
 def test_tables_are_what_the_runs_say(study, ran):

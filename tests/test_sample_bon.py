@@ -653,7 +653,7 @@ def test_a_pool_without_gold(base, tmp_path, pictures):
     written = read_rows(tmp_path / "run/pool.jsonl")
     assert all(list(row) == ["prompt", "responses", "scores"] for row in written)
     assert_results(results, written, None, [2])
-    assert all(row["gold"] is None for row in read_rows(tmp_path / "run/best_of_2.jsonl"))
+    assert all(row["gold"] is row["split"] is None for row in read_rows(tmp_path / "run/best_of_2.jsonl"))
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -750,7 +750,8 @@ def test_save_best(base, tmp_path, split, objective):
     for i, j in enumerate(mine):
         row = rows[i // 2]
         own = {name: values[j] for name, values in row["scores"].items()}
-        expected.append({"prompt": row["prompt"], "response": row["responses"][j], "scores": own, "gold": row["gold_scores"][j]})
+        expected.append({"prompt": row["prompt"], "response": row["responses"][j], "scores": own, "gold": row["gold_scores"][j],
+                         "split": split, "sample": j})  # fmt: skip
     assert read_rows(tmp_path / "run/best_of_3.jsonl") == expected
     assert len(data.read_rows(f"{tmp_path}/run/best_of_3.jsonl", "sft")) == 16  # what train_sft.py reads
 

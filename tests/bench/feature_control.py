@@ -3,10 +3,10 @@
     python tests/bench/feature_control.py --output_dir runs/control        two runs side by side, one thread each; prints every command
 
 One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their own spurious cue; reward models on them, one dense and
-SARMs of all kinds; PPO against the dense one and against a SARM; and then the question which latents of the SARM the policy has
+SARMs of all kinds; PPO against the dense one and against a SARM (--against); and then the question which latents the policy has
 exploited. The answer is found by a written rule, identify(), which reads nothing but the summary.json of `probe.py latents`, and it is
 written to identified/seed_S.json before the truth is read. Then PPO again, under control by these latents: ARMS. How strong each method
-is was fixed before any gold was seen, the same for all seeds, in units that the human texts and the SARM give (see arms()).
+is was fixed before any gold was seen, the same for all seeds, in units that the human texts and the reward model give (see arms()).
 
 Every command is a plain call of a script; runs that are done are not done again. At the end tables over seeds, as text and in
 summary.json, and a picture.
@@ -34,10 +34,12 @@ SARMS = {  # name: its autoencoder and its mode; reward_first: a head on the den
     "frozen": ("sae", "frozen"), "encoder_frozen": ("sae", "encoder_frozen"), "joint": ("sae", "joint"), "detached": ("sae", "detached"),
     "sentence_ends": ("sae_ends", "joint"), "random_sae": ("sae_random", "joint"), "reward_first": ("", "frozen"),
 }  # fmt: skip
+DENSE = "dense"
 CONTROLLED = ("indicator", "hinge", "clamp", "density")
 CONTROLS = ("random", "negative", "kl_0.1", "kl_0.2")
 METRICS = ("gold", "proxy", "cue", "length", "kl", "distinct_2")
 FOLLOWS, MOST = 0.7, 3  # AUC from which on a latent follows a token; latents that are penalised
+DEMONSTRATIONS = 4000  # beside the pairs, to fit a reward model's autoencoder
 RARE, NEAREST = 0.02, 10  # share of the texts on which a latent must fire to be a control; a random one is one of so many nearest
 TAU, ALPHA, KL = "q0.9", 1.0, 0.05  # of the latent on human texts; std of their scores; --kl_coef of all arms but two
 
@@ -53,26 +55,50 @@ def first_commands(a):
         dense, rm_sae, answers = f"{out}/rm/dense/seed_{s}", f"{out}/rm_sae/seed_{s}", f"{out}/ppo/plain/seed_{s}/eval"
         train = f"train_rm.py --dataset world:{s} --seed {s}"
         stages[1].append(f"{train} --model {sft} --output_dir {dense} {a.rm_flags}")
-        texts = f"--tokens last --dataset world:{s} --kind pairs --seed {s}"
-        stages[2].append(f"train_sae.py --model {dense} {shape} {texts} --output_dir {rm_sae} {a.rm_sae_flags}")
+        texts = f"--tokens last --dataset {texts_of(a, s)} --seed {s}"
+        stages[2].append(f"train_sae.py --model {dense} {shape} {texts} --cache {rm_sae}_cache --output_dir {rm_sae} {a.rm_sae_flags}")
         for name, (sae, mode) in SARMS.items():
             start = f"--model {sft} --sarm {out}/{sae}" if sae else f"--model {dense} --sarm {rm_sae} {a.head_flags}"
             stages[3].append(f"{train} {start} --sarm_mode {mode} --output_dir {out}/rm/{name}/seed_{s} {a.rm_flags}")
-        stages[4] += [ppo(a, s, "dense", dense), ppo(a, s, "plain", sarm(a, s))]
+        stages[4] += [ppo(a, s, "plain", target(a, s))] + [ppo(a, s, DENSE, dense)] * (a.against != DENSE)
         stages[5].append(
-            f"probe.py latents --reward_model {sarm(a, s)} --dataset world:{s} --answers {answers}/step_{a.steps}.jsonl "
+            f"probe.py latents {latents_of(a, s)} --dataset world:{s} --answers {answers}/step_{a.steps}.jsonl "
             f"--against {answers}/step_0.jsonl --by differential --top 1000 --output_dir {out}/latents/seed_{s} {a.probe_flags}"
         )
-        stages[5].append(f"probe.py human_latents --reward_model {sarm(a, s)} --output {human(a, s)} {a.human_flags}")
+        stages[5].append(f"probe.py human_latents {latents_of(a, s)} --output {human(a, s)} {a.human_flags}")
     return stages
+
+
+def texts_of(a, s):
+    """The file of the texts whose last tokens a reward model's autoencoder is fitted to."""
+    return f"{a.output_dir}/texts/seed_{s}.jsonl"
+
+
+def write_texts(a, s):
+    """Both sides of the pairs that the reward model is trained on, and DEMONSTRATIONS, as rows {prompt, response}."""
+    pairs = world.preferences(data.WORLD_SIZES["pairs"], s)
+    rows = [{"prompt": row["prompt"], "response": row[side]} for row in pairs for side in ("chosen", "rejected")]
+    path = Path(texts_of(a, s))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows + world.demonstrations(DEMONSTRATIONS)))
 
 
 def seeds(a):
     return range(a.first_seed, a.first_seed + a.seeds)
 
 
-def sarm(a, s):
-    return f"{a.output_dir}/rm/{a.mode}/seed_{s}"
+def target(a, s):
+    """The reward model that PPO is trained against."""
+    return f"{a.output_dir}/rm/{a.against}/seed_{s}"
+
+
+def feature_sae(a, s):
+    """The autoencoder whose latents are controlled; "" for a SARM, which has its own."""
+    return f"{a.output_dir}/rm_sae/seed_{s}" if a.against == DENSE else ""
+
+
+def latents_of(a, s):
+    return f"--reward_model {target(a, s)}" + (f" --sae {feature_sae(a, s)}" if feature_sae(a, s) else "")
 
 
 def human(a, s):
@@ -102,8 +128,8 @@ def identify(summary, s):
     3. Of these tokens the one whose latents have the largest differential; of its latents at most MOST, the largest first.
 
     The head's weight is not asked: a model may reward a cue through other latents than the one that tells it best.
-    Controls: for each of them a random latent that fires about equally often on the answers before training; and as many with the most
-    negative weights, which the reward model punishes already.
+    Controls: for each of them a random latent that fires about equally often on the answers before training; and, of a SARM, as many with
+    the most negative weights, which it punishes already.
     """
     suspects = {}
     for row in summary["latents"]:
@@ -120,7 +146,8 @@ def identify(summary, s):
     for i in ids:
         order = sorted(set(others) - set(alike), key=lambda j: abs(others[j]["policy"]["rate_before"] - rows[i]["policy"]["rate_before"]))
         alike.append(rng.choice(order[:NEAREST]))
-    negative = sorted(others, key=lambda i: others[i]["weight"])[: len(ids)]
+    weighted = [i for i in others if others[i]["weight"] is not None]
+    negative = sorted(weighted, key=lambda i: others[i]["weight"])[: len(ids)]
     numbers = {i: {"weight": rows[i]["weight"], **rows[i]["policy"]} for i in (*ids, *alike, *negative)}
     return {"token": token, "features": ids, "random": alike, "negative": negative, "suspects": suspects, "numbers": numbers}
 
@@ -144,9 +171,9 @@ def arms(a, s, found):
     density     0.2 of the log ratio (clipped at 5 nats: at most 1) of the latents, those of people from the human texts
     random, negative       the indicator on the latents of the controls
     """
-    ids, model, flags = found["features"], sarm(a, s), {}
+    ids, model, flags = found["features"], target(a, s), {}
     if ids:
-        n, texts = len(ids), human_latents.load(human(a, s), model, "")
+        n, texts = len(ids), human_latents.load(human(a, s), model, feature_sae(a, s))
 
         def penalty(ids, alpha, kind="indicator"):
             chosen = f"--penalize_features {' '.join(map(str, ids))} --tau {' '.join([TAU] * n)} --alpha {' '.join(alpha)}"
@@ -158,16 +185,19 @@ def arms(a, s, found):
             "hinge": penalty(ids, [f"{ALPHA / n / (texts.column(i).std().item() or 1):.4g}std" for i in ids], "hinge"),
             "clamp": "--clamp " + " ".join(f"{i}:set:0" for i in ids),
             "density": f"--density_beta {ALPHA / 5:g} --human_latents {few(a, s)}",
-            "random": penalty(found["random"], share), "negative": penalty(found["negative"], share),
+            "random": penalty(found["random"], share),
         }  # fmt: skip
-    commands = {arm: ppo(a, s, arm, model, flags[arm]) for arm in flags}
+        if found["negative"]:
+            flags["negative"] = penalty(found["negative"], share)
+    own = f" --feature_sae {feature_sae(a, s)}" if feature_sae(a, s) else ""
+    commands = {arm: ppo(a, s, arm, model, flags[arm] + own) for arm in flags}
     return commands | {f"kl_{kl}": ppo(a, s, f"kl_{kl}", model, kl_coef=kl) for kl in (0.1, 0.2)}
 
 
 def density_texts(a, s, found):
     """Human texts again, with the latents alone that the density compares: those that were identified."""
     ids = ",".join(map(str, found["features"]))
-    return f"probe.py human_latents --reward_model {sarm(a, s)} --features {ids} --output {few(a, s)} {a.human_flags}"
+    return f"probe.py human_latents {latents_of(a, s)} --features {ids} --output {few(a, s)} {a.human_flags}"
 
 
 def truth(a, s, found):
@@ -175,9 +205,9 @@ def truth(a, s, found):
     cue, auc_ = world.cue(s), None
     if found["features"]:
         rows = [{"prompt": p["prompt"], "response": p[side]} for p in world.preferences(512, s, "test") for side in ("chosen", "rejected")]
-        tokenizer = load_tokenizer(sarm(a, s))
+        tokenizer = load_tokenizer(target(a, s))
         prompts, responses, _ = data.encode(tokenizer, rows, "response")
-        reward = load_feature_reward(sarm(a, s), "", tokenizer, setup("cpu"))
+        reward = load_feature_reward(target(a, s), feature_sae(a, s), tokenizer, setup("cpu"))
         answers = Answers([r["prompt"] for r in rows], [r["response"] for r in rows], pack(prompts, responses))
         z = reward.read(answers, found["features"]).latents  # [N, F]
         auc_ = auc(z.clamp(min=0).sum(1), [cue in row["response"].split() for row in rows])
@@ -204,25 +234,25 @@ def over_seeds(rows, base=None):
 def accuracy_table(a):
     """{reward model: {accuracy, Kendall's tau with gold, and accuracy less the dense one's}} on the held-out pairs."""
     found = {}
-    for name in ("dense", *SARMS):
+    for name in (DENSE, *SARMS):
         summaries = [json.loads(Path(a.output_dir, "rm", name, f"seed_{s}", "summary.json").read_text()) for s in seeds(a)]
         found[name] = [{"accuracy": x["eval/accuracy"], "tau": x["eval/gold_kendall_tau"]} for x in summaries]
-    less = {name: over_seeds(rows, found["dense"])["accuracy"] for name, rows in found.items() if name != "dense"}
+    less = {name: over_seeds(rows, found[DENSE])["accuracy"] for name, rows in found.items() if name != DENSE}
     return {name: over_seeds(rows) | ({"less dense": less[name]} if name in less else {}) for name, rows in found.items()}
 
 
 def control_tables(a, found):
     """{arm: {metric: ..}} at the end of PPO, and the same less the plain run's; arms that need latents, over the seeds that found some."""
     means, differences = {"before": over_seeds([outcome(a, s, "plain", "before") for s in seeds(a)])}, {}
-    for arm in ("plain", *CONTROLLED, *CONTROLS, "dense"):
-        some = [s for s in seeds(a) if found[s]["features"] or arm in ("plain", "dense") or arm.startswith("kl_")]
-        if not some:
+    for arm in ("plain", *CONTROLLED, *CONTROLS, DENSE):
+        some = [s for s in seeds(a) if found[s]["features"] or arm in ("plain", DENSE) or arm.startswith("kl_")]
+        if not some or not Path(a.output_dir, "ppo", arm).exists():
             continue
         rows, plain = ([outcome(a, s, name) for s in some] for name in (arm, "plain"))
         means[arm] = over_seeds(rows)
         if arm != "plain":
             differences[arm] = over_seeds(rows, plain)
-    differences.get("dense", {}).pop("proxy", None)  # of another reward model
+    differences.get(DENSE, {}).pop("proxy", None)  # of another reward model
     return {"at the end": means, "less plain": differences}
 
 
@@ -239,7 +269,7 @@ def draw(figure, table):
     """Gold and the rate of the cue, arm by arm."""
     figure.set_size_inches(9, 3.4)
     names = list(table)
-    colours = ["black" if n == "before" else "C3" if n in ("plain", "dense") else "C0" if n in CONTROLLED else "lightgrey" for n in names]
+    colours = ["black" if n == "before" else "C3" if n in ("plain", DENSE) else "C0" if n in CONTROLLED else "lightgrey" for n in names]
     for i, (metric, label) in enumerate((("cue", "share of held-out answers with the cue"), ("gold", "gold reward, held out"))):
         axis = figure.add_subplot(1, 2, i + 1)
         means, halves = zip(*(table[name][metric] for name in names))
@@ -254,13 +284,14 @@ def main(args=None):
     parser.add_argument("--output_dir", default="runs/control")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--mode", default="reward_first", choices=SARMS, help="the SARM that PPO is trained against")
+    parser.add_argument("--against", default="reward_first", choices=(DENSE, *SARMS), help="the reward model that PPO is trained against; "
+                        "dense: its latents are those of an autoencoder on it")  # fmt: skip
     parser.add_argument("--layer", type=int, default=2, help="the SARMs end after this block")
     parser.add_argument("--steps", type=int, default=40, help="PPO steps")
     parser.add_argument("--eval_every", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--picture", default="", help="where the picture is written; default: control.png in the output folder")
-    parser.add_argument("--rm_sae_flags", default="--expansion 2 --k 8 --batch_size 256", help="of the autoencoder on a reward model")
+    parser.add_argument("--rm_sae_flags", default="--expansion 4 --k 32 --batch_size 256", help="of the autoencoder on a reward model")
     parser.add_argument("--head_flags", default="--lr 1e-2", help="of reward_first's head")
     for script in ("sft", "sae", "rm", "ppo", "probe", "human"):
         parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
@@ -272,6 +303,8 @@ def main(args=None):
             for command, _ in zip(todo, workers.map(run, todo)):
                 print(f"done: python {command}", flush=True)
 
+    for s in seeds(a):
+        write_texts(a, s)
     for stage in first_commands(a):
         run_all(stage)
     found = {s: identified(a, s) for s in seeds(a)}
