@@ -195,6 +195,7 @@ def capture(step, R, device):
     side.wait_stream(current)
     # A model that looks at its numbers while it decodes is found here: a capture that fails leaves torch's allocator out of order.
     mode = torch.cuda.get_sync_debug_mode()
+    warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(side):
