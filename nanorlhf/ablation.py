@@ -197,16 +197,20 @@ def features_of(config, f, concept, seen, sae, lm):
     return scores.topk(config.top).indices.tolist()
 
 
-def alike(sizes, ids, rng):
-    """For each of the features `ids` another one that is about as large: one of the NEAREST, by the ratio of sizes [M]. -> ids"""
-    logs, taken = sizes.clamp(min=1e-9).log(), list(ids)
+def alike(sizes, ids, rng, but=()):
+    """For each of the features `ids` another one that is about as large: one of the NEAREST, by the ratio of sizes [M]. -> ids
+
+    but: features that are not taken either, such as those of earlier draws, while there are others.
+    """
     require(len(sizes) >= 2 * len(ids), f"{len(ids)} of {len(sizes)} features leave too few others to compare them with")
+    logs, taken = sizes.clamp(min=1e-9).log(), [*ids, *(but if len(sizes) >= 2 * len(ids) + len(but) else ())]
+    first = len(taken)
     for i in ids:
         distance = (logs - logs[i]).abs()
         distance[taken] = torch.inf
         near = distance.topk(min(NEAREST, len(sizes) - len(taken)), largest=False).indices.tolist()
         taken.append(near[rng.integers(len(near))])
-    return taken[len(ids) :]
+    return taken[first:]
 
 
 def measured(config, parts, responses, answers, concept):

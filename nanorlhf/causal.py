@@ -91,10 +91,10 @@ def causal(config):
         before[side], z, _ = read_all(reward, answers, None if side in SIDES else [])  # [N], sparse [N, M] or [N, 0]
         fired += z.indices()[1].bincount(minlength=reward.m)
     rates = fired.double() / (2 * len(pairs))  # [M], over both sides
-    arms = {"edits": edits}
+    arms, drawn = {"edits": edits}, []
     for i in range(config.draws):
-        others = alike(rates, list(edits), np.random.default_rng([SPLIT, config.seed, i]))
-        arms[f"random {i}"] = dict(zip(others, edits.values()))
+        others = alike(rates, list(edits), np.random.default_rng([SPLIT, config.seed, i]), but=drawn)
+        arms[f"random {i}"], drawn = dict(zip(others, edits.values())), drawn + others
     found = {}
     for name, arm in arms.items():
         after = {side: read_all(reward, answers, list(arm), arm)[2] for side, answers in texts.items()}
