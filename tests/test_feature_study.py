@@ -159,8 +159,9 @@ def test_where_nothing_is_found_only_the_kl_is_tried(study, ran):
 def test_against_a_dense_model_with_an_autoencoder(study, ran):
     """The same latents, read from the dense reward model; nothing has a weight, so that no arm is about negative ones."""
     settings = json.loads((ran[0] / "summary.json").read_text())["settings"]
-    a = type("Settings", (), settings | {"against": "dense"})
+    a = type("Settings", (), settings | {"against": "dense", "sarms": ["reward_first"]})
     stages = study.first_commands(a)
+    assert len(stages[1]) == 1 and len(stages[3]) == 1  # a dense reward model and a SARM on it: no autoencoder of the SFT policy
     dense, sae = f"{a.output_dir}/rm/dense/seed_0", f"{a.output_dir}/rm_sae/seed_0"
     assert len(stages[4]) == 1 and f"--reward_model {dense} " in stages[4][0] and "/ppo/plain/" in stages[4][0]
     assert all(f"--reward_model {dense} --sae {sae} " in command for command in stages[5])

@@ -50,14 +50,16 @@ def first_commands(a):
     shape = f"--base none --site residual --layers {a.layer} --normalize token --relu False"
     stages = [[f"train_sft.py --output_dir {sft} {a.sft_flags}"], [], [], [], [], []]
     for name, flags in SAES.items():
-        stages[1].append(f"train_sae.py --model {sft} {shape} --output_dir {out}/{name} {a.sae_flags} {flags}")
+        if name in (SARMS[sarm][0] for sarm in a.sarms):
+            stages[1].append(f"train_sae.py --model {sft} {shape} --output_dir {out}/{name} {a.sae_flags} {flags}")
     for s in seeds(a):
         dense, rm_sae, answers = f"{out}/rm/dense/seed_{s}", f"{out}/rm_sae/seed_{s}", f"{out}/ppo/plain/seed_{s}/eval"
         train = f"train_rm.py --dataset world:{s} --seed {s}"
         stages[1].append(f"{train} --model {sft} --output_dir {dense} {a.rm_flags}")
         texts = f"--tokens last --dataset {texts_of(a, s)} --seed {s}"
         stages[2].append(f"train_sae.py --model {dense} {shape} {texts} --cache {rm_sae}_cache --output_dir {rm_sae} {a.rm_sae_flags}")
-        for name, (sae, mode) in SARMS.items():
+        for name in a.sarms:
+            sae, mode = SARMS[name]
             start = f"--model {sft} --sarm {out}/{sae}" if sae else f"--model {dense} --sarm {rm_sae} {a.head_flags}"
             stages[3].append(f"{train} {start} --sarm_mode {mode} --output_dir {out}/rm/{name}/seed_{s} {a.rm_flags}")
         stages[4] += [ppo(a, s, "plain", target(a, s))] + [ppo(a, s, DENSE, dense)] * (a.against != DENSE)
@@ -234,7 +236,7 @@ def over_seeds(rows, base=None):
 def accuracy_table(a):
     """{reward model: {accuracy, Kendall's tau with gold, and accuracy less the dense one's}} on the held-out pairs."""
     found = {}
-    for name in (DENSE, *SARMS):
+    for name in (DENSE, *a.sarms):
         summaries = [json.loads(Path(a.output_dir, "rm", name, f"seed_{s}", "summary.json").read_text()) for s in seeds(a)]
         found[name] = [{"accuracy": x["eval/accuracy"], "tau": x["eval/gold_kendall_tau"]} for x in summaries]
     less = {name: over_seeds(rows, found[DENSE])["accuracy"] for name, rows in found.items() if name != DENSE}
@@ -284,6 +286,7 @@ def main(args=None):
     parser.add_argument("--output_dir", default="runs/control")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--sarms", nargs="+", default=list(SARMS), choices=SARMS, help="the kinds of SARM that are trained")
     parser.add_argument("--against", default="reward_first", choices=(DENSE, *SARMS), help="the reward model that PPO is trained against; "
                         "dense: its latents are those of an autoencoder on it")  # fmt: skip
     parser.add_argument("--layer", type=int, default=2, help="the SARMs end after this block")
