@@ -176,7 +176,8 @@ def draw_causal(figure, summary):
         axis = figure.add_subplot(1, len(panels), i + 1)
         for j, (name, arm) in enumerate(summary["arms"].items()):
             x = arm[key]
-            axis.errorbar(j, x["mean"], [[x["mean"] - x["low"]], [x["high"] - x["mean"]]], fmt="o", color="grey" if j else "C3")
+            error = [[max(0, x["mean"] - x["low"])], [max(0, x["high"] - x["mean"])]]  # 0 by rounding where nothing changes
+            axis.errorbar(j, x["mean"], error, fmt="o", color="grey" if j else "C3")
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(title=title, xticks=range(len(summary["arms"])))
         axis.set_xticklabels(list(summary["arms"]), rotation=70)

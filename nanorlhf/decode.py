@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSli
 from .errors import InputError, first_line
 
 WARM_UP = 3  # decode steps before one is captured: what torch's documentation asks for
+warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # of capture(); a filter set there would repeat warnings
 CHECK_EVERY = 16  # decode steps between two looks, each a wait for the GPU, at whether all rows have finished
 
 
@@ -195,7 +196,6 @@ def capture(step, R, device):
     side.wait_stream(current)
     # A model that looks at its numbers while it decodes is found here: a capture that fails leaves torch's allocator out of order.
     mode = torch.cuda.get_sync_debug_mode()
-    warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(side):

@@ -15,6 +15,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 
+warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly disabled)")
+
 
 def top_k(pre, k):
     """The k largest of each row, in no order: pre [N, M] -> values [N, k], ids [N, k]. Exact, in half the time of torch.topk on a CPU.
@@ -56,7 +58,6 @@ def dots_in_place(y, W, ids):
     """On a CPU, where such copies would take ten times as long."""
     n, k = ids.shape
     starts = torch.arange(0, n * k + 1, k, device=ids.device)
-    warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly disabled)")
     S = torch.sparse_csr_tensor(starts, ids.flatten(), y.new_zeros(n * k), (n, len(W)), check_invariants=False)
     return torch.sparse.sampled_addmm(S, y, W.T, beta=0.0).values().view(n, k)
 

@@ -18,7 +18,12 @@ import train_sft
 from nanorlhf import human_latents, world
 from test_scripts import flags, launch, metrics, no_pictures, read_rows, write_rows  # noqa: F401
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and --gpu")
+
+@pytest.fixture(scope="module", autouse=True)
+def a_gpu(request):
+    if not request.config.getoption("--gpu"):
+        pytest.skip("needs a GPU, and --gpu")
+    assert torch.cuda.is_available(), "--gpu: torch sees no CUDA device here"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,8 @@ def ppo(base, folder, **changes):
     return metrics(folder)
 
 
-FEATURES = {"penalize_features": [1, 2], "tau": ["q0.6"] * 2, "alpha": ["0.5std"] * 2, "penalty": "hinge", "clamp": ["3:max:0.5"], "density_beta": 0.3}
+FEATURES = {"penalize_features": [1, 2], "tau": ["q0.6"] * 2, "alpha": ["0.5std"] * 2, "penalty": "hinge", "clamp": ["3:max:0.5"],
+            "density_beta": 0.3}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", [{}, {"value_model": "sft"}, {"features": True}, {"freeze_layers": 0.5}, {"lora_rank": 4, "lr": 1e-3},
@@ -115,8 +121,11 @@ def test_a_killed_run_goes_on(base, tmp_path):
     assert not (folder / "summary.json").exists()
     process = launch("ppo", "--resume", "--output_dir", str(folder))
     assert process.wait(120) == 0, process.stderr.read()
-    close(whole[:3], metrics(folder)[:3])
-    assert [row["step"] for row in metrics(folder)] == [row["step"] for row in whole]
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [row["step"] for row in whole]
+    close(whole[:3], rows[:3])
+    for row, other in zip(rows[3:], whole[3:]):  # after the kill; a float error may have flipped tokens by then
+        assert abs(row["score_mean"] - other["score_mean"]) < 0.1 and abs(row["kl"] - other["kl"]) < 0.05
 
 
 def command(name, folder, **given):
@@ -145,7 +154,7 @@ def numbers(x):
 
 
 @pytest.mark.parametrize("name, given", [
-    ("evaluate", {"reward_model": ["rm"]}), ("latents", {"reward_model": "sarm"}), ("causal", {"reward_model": "sarm", "edits": ["3:set:0"]}),
+    ("evaluate", {"reward_model": ["rm"]}), ("latents", {"reward_model": "sarm"}), ("causal", {"reward_model": "sarm", "edits": ["3:+:1"]}),
     ("divergence", {"model": "sft", "policy": "gpu/sft", "kind": "pairs"}),
 ], ids=str)  # fmt: skip
 def test_probes(base, tmp_path, monkeypatch, name, given):

@@ -131,7 +131,7 @@ def identify(summary, s):
 
     The head's weight is not asked: a model may reward a cue through other latents than the one that tells it best.
     Controls: for each of them a random latent that fires about equally often on the answers before training; and, of a SARM, as many with
-    the most negative weights, which it punishes already.
+    the most negative weights, which it punishes already. (A latent may be both, and a random one may follow the token less closely.)
     """
     suspects = {}
     for row in summary["latents"]:
@@ -299,6 +299,8 @@ def main(args=None):
     for script in ("sft", "sae", "rm", "ppo", "probe", "human"):
         parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
     a = parser.parse_args(args)
+    if a.against not in (DENSE, *a.sarms):
+        parser.error(f"--against {a.against}: it is not among --sarms")
 
     def run_all(commands):
         todo = [command for command in commands if not is_done(command)]

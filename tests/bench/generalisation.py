@@ -10,7 +10,7 @@ of 16 of its own. Runs that are done are not done again. At the end tables over 
 
 A win rate is over SFT's answers to the same prompt, all K x K pairs, ties half. 'in' is diversity per input (the K answers to one
 prompt), 'across' that of one answer to each prompt; 'cut' is of the first words of each answer alone. PPO's KL is that of its own last
-evaluation. All systems are sampled with noise of their own.
+evaluation. All systems are sampled with noise of their own; the pool that best-of-n draws from is one for all seeds, as the prompts are.
 """
 
 import argparse
@@ -202,9 +202,9 @@ def show(title, rows):
     """A table of mean +- half-width, a line for each column of the rows; in brackets how many seeds have one, where not all do."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     most = max(len(values) for row in rows.values() for values in row.values())
-    print(f"\n{title}\n{'':18s}" + "".join(f"{name:>17s}" for name in rows))
+    print(f"\n{title}\n{'':18s}" + "".join(f"{name:>20s}" for name in rows))
     for column in columns:
-        print(f"{column:18s}" + "".join(f"{as_text(row[column], most):>17s}" for row in rows.values()))
+        print(f"{column:18s}" + "".join(f"{as_text(row[column], most):>20s}" for row in rows.values()))
 
 
 def as_text(values, most):
