@@ -150,8 +150,14 @@ def test_where_nothing_is_found_only_the_kl_is_tried(study, ran):
     a = type("Settings", (), settings)
     commands = study.arms(a, 0, {"token": None, "features": []})
     assert list(commands) == ["kl_0.1", "kl_0.2"]
-    none = study.control_tables(a, {0: {"features": []}})["at the end"]
-    assert list(none) == ["before", "plain", "kl_0.1", "kl_0.2", "dense"]
+    none = study.control_tables(study.outcomes_of(a, {0: {"features": []}}))
+    assert list(none["at the end"]) == ["before", "plain", "kl_0.1", "kl_0.2", "dense"] and len(none) == 2
+    two = {"before": {0: {"gold": 0.0}, 1: {"gold": 2.0}}, "plain": {0: {"gold": 1.0}, 1: {"gold": 3.0}}, "clamp": {1: {"gold": 7.0}}}
+    tables = study.control_tables(two)
+    assert {arm: row["gold"][0] for arm, row in tables["at the end"].items()} == {"before": 1.0, "plain": 2.0}
+    some = tables["at the end, seeds with latents"]
+    assert {arm: row["gold"][0] for arm, row in some.items()} == {"before": 2.0, "plain": 3.0, "clamp": 7.0}
+    assert tables["less plain, the same seeds"]["clamp"]["gold"][0] == 4.0
     full = [len(stage) for stage in study.first_commands(type("Settings", (), settings | {"seeds": 5}))]
     assert full == [1, len(study.SAES) + 5, 5, 5 * len(study.SARMS), 5 * 2, 5 * 2]
 
@@ -181,7 +187,7 @@ def test_against_a_dense_model_with_an_autoencoder(study, ran):
 def test_tables_are_what_the_runs_say(study, ran):
     folder, _, _ = ran
     summary = json.loads((folder / "summary.json").read_text())
-    end, less = summary["tables"]["at the end"], summary["tables"]["less plain"]
+    end, less = summary["tables"]["at the end"], summary["tables"]["less plain, the same seeds"]
     after = {arm: json.loads((folder / "ppo" / arm / "seed_0" / "summary.json").read_text())["after"] for arm in ("plain", "clamp")}
     assert all(end["clamp"][name][0] == after["clamp"][name] for name in ("gold", "proxy", "length", "kl", "distinct_2"))
     assert less["clamp"]["gold"][0] == pytest.approx(after["clamp"]["gold"] - after["plain"]["gold"])

@@ -243,19 +243,27 @@ def accuracy_table(a):
     return {name: over_seeds(rows) | ({"less dense": less[name]} if name in less else {}) for name, rows in found.items()}
 
 
-def control_tables(a, found):
-    """{arm: {metric: ..}} at the end of PPO, and the same less the plain run's; arms that need latents, over the seeds that found some."""
-    means, differences = {"before": over_seeds([outcome(a, s, "plain", "before") for s in seeds(a)])}, {}
+def outcomes_of(a, found):
+    """{arm: {seed: outcome()}}, "before" among them; arms that need latents have the seeds that found some."""
+    found_some, out = [s for s in seeds(a) if found[s]["features"]], {"before": {s: outcome(a, s, "plain", "before") for s in seeds(a)}}
     for arm in ("plain", *CONTROLLED, *CONTROLS, DENSE):
-        some = [s for s in seeds(a) if found[s]["features"] or arm in ("plain", DENSE) or arm.startswith("kl_")]
-        if not some or not Path(a.output_dir, "ppo", arm).exists():
-            continue
-        rows, plain = ([outcome(a, s, name) for s in some] for name in (arm, "plain"))
-        means[arm] = over_seeds(rows)
-        if arm != "plain":
-            differences[arm] = over_seeds(rows, plain)
-    differences.get(DENSE, {}).pop("proxy", None)  # of another reward model
-    return {"at the end": means, "less plain": differences}
+        some = list(seeds(a)) if arm in ("plain", DENSE) or arm.startswith("kl_") else found_some
+        if some and Path(a.output_dir, "ppo", arm).exists():  # a dense model has no negative weights
+            out[arm] = {s: outcome(a, s, arm) for s in some}
+    return out
+
+
+def control_tables(outcomes):
+    """{arm: {metric: ..}} at the end of PPO, over all seeds and over those that found latents; and there less the plain run's."""
+    every = len(outcomes["plain"])
+    titles = {"at the end": {arm: over_seeds(list(rows.values())) for arm, rows in outcomes.items() if len(rows) == every}}
+    some = set.intersection(*(set(rows) for rows in outcomes.values()))
+    if some and len(outcomes) > len(titles["at the end"]):
+        titles["at the end, seeds with latents"] = {arm: over_seeds([rows[s] for s in some]) for arm, rows in outcomes.items()}
+    plain = [outcomes["plain"][s] for s in some]
+    less = {arm: over_seeds([rows[s] for s in some], plain) for arm, rows in outcomes.items() if arm not in ("before", "plain")}
+    less.get(DENSE, {}).pop("proxy", None)  # of another reward model
+    return titles | {"less plain, the same seeds": less}
 
 
 def show(title, table):
@@ -267,15 +275,21 @@ def show(title, table):
         print(f"{name:16s}" + "".join(f"{cell:>18s}" for cell in cells))
 
 
-def draw(figure, table):
-    """Gold and the rate of the cue, arm by arm."""
-    figure.set_size_inches(9, 3.4)
-    names = list(table)
-    colours = ["black" if n == "before" else "C3" if n in ("plain", DENSE) else "C0" if n in CONTROLLED else "lightgrey" for n in names]
+def draw(figure, outcomes):
+    """Gold and the rate of the cue, arm by arm: a dot a seed (hollow where no latents were found), and a bar at their mean."""
+    figure.set_size_inches(9, 3.6)
+    found = set.intersection(*(set(rows) for rows in outcomes.values()))
     for i, (metric, label) in enumerate((("cue", "share of held-out answers with the cue"), ("gold", "gold reward, held out"))):
         axis = figure.add_subplot(1, 2, i + 1)
-        means, halves = zip(*(table[name][metric] for name in names))
-        axis.barh(names, means, xerr=[0 if half != half else half for half in halves], color=colours, ecolor="black", capsize=2)
+        for y, (arm, rows) in enumerate(outcomes.items()):
+            color = "black" if arm == "before" else "C3" if arm in ("plain", DENSE) else "C0" if arm in CONTROLLED else "grey"
+            for j, (s, row) in enumerate(rows.items()):
+                height, fill = y + 0.5 * (j / max(1, len(rows) - 1) - 0.5), color if s in found else "white"
+                axis.plot(row[metric], height, "o", ms=4, color=color, mfc=fill)
+            of_found = [row[metric] for s, row in rows.items() if s in found]
+            if of_found:
+                axis.plot([sum(of_found) / len(of_found)] * 2, [y - 0.4, y + 0.4], color=color)
+        axis.set_yticks(range(len(outcomes)), list(outcomes))
         axis.invert_yaxis()
         axis.set_xlabel(label)
 
@@ -320,12 +334,13 @@ def main(args=None):
     for s, row in truths.items():
         area = "" if row["auc"] is None else f", AUC of the latents for it {row['auc']:.3f}"
         print(f"seed {s}: identified {row['token']!r} (latents {found[s]['features']}); the cue is {row['cue']!r}{area}")
-    tables = {"reward models": accuracy_table(a), **control_tables(a, found)}
+    outcomes = outcomes_of(a, found)
+    tables = {"reward models": accuracy_table(a), **control_tables(outcomes)}
     for title, table in tables.items():
         show(f"{title}: mean over seeds +- half-width of its 95% t interval", table)
-    summary = {"settings": vars(a), "identified": {s: found[s] | truths[s] for s in found}, "tables": tables}
+    summary = {"settings": vars(a), "identified": {s: found[s] | truths[s] for s in found}, "outcomes": outcomes, "tables": tables}
     Path(a.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(save(draw, tables["at the end"], a.picture or f"{a.output_dir}/control.png") or "no picture: matplotlib is not installed")
+    print(save(draw, outcomes, a.picture or f"{a.output_dir}/control.png") or "no picture: matplotlib is not installed")
 
 
 if __name__ == "__main__":
