@@ -162,6 +162,23 @@ def test_where_nothing_is_found_only_the_kl_is_tried(study, ran):
     assert full == [1, len(study.SAES) + 5, 5, 5 * len(study.SARMS), 5 * 2, 5 * 2]
 
 
+def test_latents_by_the_truth(study, ran):
+    settings = json.loads((ran[0] / "summary.json").read_text())["settings"]
+    a = type("Settings", (), settings | {"truth": True})
+    cue = world.cue(0)
+    rows = [latent(i, 0.1, 0.1, 0.1, 0.1, ["room", 0.9, 4], [cue, 0.6 + 0.01 * i, 4]) for i in range(8)] + [latent(9, 0.1, 0.1, 0.1, 0.1)]
+    found = study.by_truth({"latents": rows}, 0)
+    assert found == {"token": cue, "features": [7, 6, 5, 4, 3]}
+    Path(study.human(a, 0)).unlink(missing_ok=True)
+    config_class, function = probe.COMMANDS["human_latents"]
+    function(cli.parse(config_class, shlex.split(study.density_texts(a, 0, found))[2:], "human_latents", ""))
+    Path(study.few(a, 0)).rename(study.human(a, 0))
+    commands = study.arms(a, 0, found)
+    assert list(commands) == ["truth_indicator", "truth_hinge", "truth_clamp", "truth_density"]
+    assert all(f"/ppo/{arm}/seed_0" in command for arm, command in commands.items())
+    assert study.outcomes_of(a, {0: found}).keys() == {"before", "plain", "dense"}  # none of the four has been run here
+
+
 def test_against_a_dense_model_with_an_autoencoder(study, ran):
     """The same latents, read from the dense reward model; nothing has a weight, so that no arm is about negative ones."""
     settings = json.loads((ran[0] / "summary.json").read_text())["settings"]

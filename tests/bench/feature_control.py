@@ -108,7 +108,7 @@ def human(a, s):
 
 
 def few(a, s):
-    return f"{a.output_dir}/human/seed_{s}_identified.safetensors"
+    return f"{a.output_dir}/human/seed_{s}_{'truth' if a.truth else 'identified'}.safetensors"
 
 
 def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
@@ -154,13 +154,21 @@ def identify(summary, s):
     return {"token": token, "features": ids, "random": alike, "negative": negative, "suspects": suspects, "numbers": numbers}
 
 
+def by_truth(summary, s):
+    """In the rule's place, where the truth is not to be found but used: the MOST latents that follow the cue best."""
+    cue, areas = world.cue(s), {}
+    for row in summary["latents"]:
+        areas |= {row["id"]: area for token, area, *_ in row.get("tokens") or [] if token.strip() == cue}
+    return {"token": cue, "features": sorted(areas, key=areas.get, reverse=True)[:MOST]}
+
+
 def identified(a, s):
-    """identify(), once: its answer is a file, which is never written again."""
-    path = Path(a.output_dir, "identified", f"seed_{s}.json")
+    """identify(), or by_truth(), once: its answer is a file, which is never written again."""
+    path = Path(a.output_dir, "identified", f"{'truth_' if a.truth else ''}seed_{s}.json")
     if not path.exists():
         summary = json.loads(Path(a.output_dir, "latents", f"seed_{s}", "summary.json").read_text())
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(identify(summary, s), indent=2) + "\n")
+        path.write_text(json.dumps((by_truth if a.truth else identify)(summary, s), indent=2) + "\n")
     return json.loads(path.read_text())
 
 
@@ -172,6 +180,8 @@ def arms(a, s, found):
     clamp       the latent is 0 for the score
     density     0.2 of the log ratio (clipped at 5 nats: at most 1) of the latents, those of people from the human texts
     random, negative       the indicator on the latents of the controls
+
+    With --truth only the first four, as truth_indicator, ...
     """
     ids, model, flags = found["features"], target(a, s), {}
     if ids:
@@ -187,13 +197,16 @@ def arms(a, s, found):
             "hinge": penalty(ids, [f"{ALPHA / n / (texts.column(i).std().item() or 1):.4g}std" for i in ids], "hinge"),
             "clamp": "--clamp " + " ".join(f"{i}:set:0" for i in ids),
             "density": f"--density_beta {ALPHA / 5:g} --human_latents {few(a, s)}",
-            "random": penalty(found["random"], share),
         }  # fmt: skip
-        if found["negative"]:
-            flags["negative"] = penalty(found["negative"], share)
+        flags |= {control: penalty(found[control], share) for control in ("random", "negative") if found.get(control)}
     own = f" --feature_sae {feature_sae(a, s)}" if feature_sae(a, s) else ""
-    commands = {arm: ppo(a, s, arm, model, flags[arm] + own) for arm in flags}
-    return commands | {f"kl_{kl}": ppo(a, s, f"kl_{kl}", model, kl_coef=kl) for kl in (0.1, 0.2)}
+    commands = {named(a, arm): ppo(a, s, named(a, arm), model, flags[arm] + own) for arm in flags}
+    return commands if a.truth else commands | {f"kl_{kl}": ppo(a, s, f"kl_{kl}", model, kl_coef=kl) for kl in (0.1, 0.2)}
+
+
+def named(a, arm):
+    """Arms (and results) of a run with --truth stand beside the others under names of their own."""
+    return f"truth_{arm}" if a.truth else arm
 
 
 def density_texts(a, s, found):
@@ -246,7 +259,7 @@ def accuracy_table(a):
 def outcomes_of(a, found):
     """{arm: {seed: outcome()}}, "before" among them; arms that need latents have the seeds that found some."""
     found_some, out = [s for s in seeds(a) if found[s]["features"]], {"before": {s: outcome(a, s, "plain", "before") for s in seeds(a)}}
-    for arm in ("plain", *CONTROLLED, *CONTROLS, DENSE):
+    for arm in ("plain", *(named(a, arm) for arm in CONTROLLED), *(CONTROLS if not a.truth else ()), DENSE):
         some = list(seeds(a)) if arm in ("plain", DENSE) or arm.startswith("kl_") else found_some
         if some and Path(a.output_dir, "ppo", arm).exists():  # a dense model has no negative weights
             out[arm] = {s: outcome(a, s, arm) for s in some}
@@ -282,7 +295,8 @@ def draw(figure, outcomes):
     for i, (metric, label) in enumerate((("cue", "share of held-out answers with the cue"), ("gold", "gold reward, held out"))):
         axis = figure.add_subplot(1, 2, i + 1)
         for y, (arm, rows) in enumerate(outcomes.items()):
-            color = "black" if arm == "before" else "C3" if arm in ("plain", DENSE) else "C0" if arm in CONTROLLED else "grey"
+            kind = arm.removeprefix("truth_")
+            color = "black" if kind == "before" else "C3" if kind in ("plain", DENSE) else "C0" if kind in CONTROLLED else "grey"
             for j, (s, row) in enumerate(rows.items()):
                 height, fill = y + 0.5 * (j / max(1, len(rows) - 1) - 0.5), color if s in found else "white"
                 axis.plot(row[metric], height, "o", ms=4, color=color, mfc=fill)
@@ -303,6 +317,7 @@ def main(args=None):
     parser.add_argument("--sarms", nargs="+", default=list(SARMS), choices=SARMS, help="the kinds of SARM that are trained")
     parser.add_argument("--against", default="reward_first", choices=(DENSE, *SARMS), help="the reward model that PPO is trained against; "
                         "dense: its latents are those of an autoencoder on it")  # fmt: skip
+    parser.add_argument("--truth", action="store_true", help="control by the latents that follow the cue best, by the truth: no blind test")
     parser.add_argument("--layer", type=int, default=2, help="the SARMs end after this block")
     parser.add_argument("--steps", type=int, default=40, help="PPO steps")
     parser.add_argument("--eval_every", type=int, default=10)
@@ -333,14 +348,15 @@ def main(args=None):
     truths = {s: truth(a, s, found[s]) for s in seeds(a)}
     for s, row in truths.items():
         area = "" if row["auc"] is None else f", AUC of the latents for it {row['auc']:.3f}"
-        print(f"seed {s}: identified {row['token']!r} (latents {found[s]['features']}); the cue is {row['cue']!r}{area}")
+        how = "by the truth" if a.truth else "identified"
+        print(f"seed {s}: {how} {row['token']!r} (latents {found[s]['features']}); the cue is {row['cue']!r}{area}")
     outcomes = outcomes_of(a, found)
     tables = {"reward models": accuracy_table(a), **control_tables(outcomes)}
     for title, table in tables.items():
         show(f"{title}: mean over seeds +- half-width of its 95% t interval", table)
     summary = {"settings": vars(a), "identified": {s: found[s] | truths[s] for s in found}, "outcomes": outcomes, "tables": tables}
-    Path(a.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(save(draw, outcomes, a.picture or f"{a.output_dir}/control.png") or "no picture: matplotlib is not installed")
+    Path(a.output_dir, named(a, "summary.json")).write_text(json.dumps(summary, indent=2) + "\n")
+    print(save(draw, outcomes, a.picture or f"{a.output_dir}/{named(a, 'control.png')}") or "no picture: matplotlib is not installed")
 
 
 if __name__ == "__main__":
