@@ -23,10 +23,10 @@ import torch
 import train_rm
 from nanorlhf import cli, data, diversity_report, pool
 from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
-from nanorlhf.checkpoint import write_json
 from nanorlhf.distributed import setup
 from nanorlhf.ensemble import OBJECTIVES, combine
-from nanorlhf.log import PLACES, RunFolder, write_lines
+from nanorlhf.files import write_json, write_lines
+from nanorlhf.log import PLACES, RunFolder
 from nanorlhf.models import check_model, load_tokenizer
 from nanorlhf.plots import plot_run
 from nanorlhf.rewards import expand, reward_names

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 import train_sft
 from nanorlhf import checkpoint, cli, data, sarm_training
 from nanorlhf.blocks import speed_up
-from nanorlhf.checkpoint import read_json
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.files import read_json
 from nanorlhf.fsdp import checkpoint_activations, gathered
 from nanorlhf.log import Progress, RunFolder, mean_se
 from nanorlhf.lora import choose_trained, merge

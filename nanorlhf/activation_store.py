@@ -22,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .activations import activations, place_name
-from .checkpoint import read_json, write_json
 from .cli import require
 from .data import encode, encode_prompts
 from .distributed import autocast
 from .errors import InputError, first_line
+from .files import digest, read_json, write_json
 from .packing import micro_batches
-from .pool import digest, sample
+from .pool import sample
 from .rng import MINIBATCH, ORDER, SPLIT
 
 TOKENS_AT_ONCE = 2**13  # of a forward pass, padding counted

@@ -17,12 +17,11 @@ from . import cli, data, pool
 from .ablation import alike
 from .cli import require
 from .feature_rewards import load_feature_reward, parse_edits
+from .files import write_lines
 from .latent_texts import TextsConfig, encoded, groups_of, opened, read_all, read_answers
 from .latents import cell
-from .log import write_lines
 from .penalties import OPS
 from .probes import save
-from .rewards import Answers
 from .rng import SPLIT
 from .sarm import reweighted, save_sarm
 from .stats import mean_over_groups, percentiles

@@ -12,7 +12,6 @@ Both are read by torch.distributed.checkpoint's reader of safetensors, which cut
 be resumed on another number of processes, and with or without shards, then with the same numbers up to float error.
 """
 
-import json
 import os
 import re
 import shutil
@@ -21,41 +20,9 @@ import warnings
 import torch
 from safetensors.torch import load_file, save_file
 
-from .errors import InputError
 from .blocks import trainable
+from .files import read_json, replace_folder, write_json
 from .fsdp import is_sharded
-
-
-def read_json(path):
-    """The value in a JSON file; a file that is not JSON is an InputError."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as e:
-        raise InputError(f"{path}: not JSON ({e})") from None
-
-
-def write_json(path, value):
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2)
-        f.write("\n")
-    os.replace(path + ".tmp", path)
-
-
-def replace_folder(path, write, dist=None):
-    """Call write(temporary folder), then put it in the place of `path`. With `dist` all processes write, and the main one moves it."""
-    temporary, main = os.path.join(os.path.dirname(path), ".tmp_" + os.path.basename(path)), dist is None or dist.main
-    wait = dist.barrier if dist else lambda: None
-    if main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-    wait()
-    write(temporary)
-    wait()
-    if main:
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(temporary, path)
 
 
 def checkpoints(folder):

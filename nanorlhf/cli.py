@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from transformers import HfArgumentParser
 
 from . import distributed
-from .checkpoint import read_json
 from .errors import InputError
+from .files import read_json
 
 
 @dataclass

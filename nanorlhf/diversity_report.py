@@ -10,14 +10,13 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
-
-from .checkpoint import write_json
 from .cli import at_least, require
 from .data import read_file
 from .diversity import (embedding_diversity, ngram_diversity, nli_diversity, partners, sentences, simulated_best_of_n,
                         spread_across_inputs, spread_over_inputs, vocabulary)  # fmt: skip
 from .encoders import check_nli, nli_scorer, sentence_encoder
 from .ensemble import combine
+from .files import write_json
 from .models import check_model, load_tokenizer
 from .plots import without_common_ends
 

@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from . import ppo
 from .blocks import sampling
-from .checkpoint import read_json, write_json
 from .cli import require
 from .data import is_world
 from .distributed import Dist, autocast
 from .diversity import distinct_n, distinct_n_se
 from .ensemble import combine, variance
+from .files import read_json, read_lines, write_json, write_lines
 from .fsdp import gathered
-from .log import eval_folder, mean_se, read_lines, write_lines
+from .log import eval_folder, mean_se
 from .models import Policy, load_tokenizer
 from .packing import pack, response_mask_of
 from .rewards import Answers, check_reward, load_reward, score

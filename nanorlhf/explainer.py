@@ -12,9 +12,8 @@ import torch
 from . import endpoint
 from .cli import require
 from .endpoint import Unreachable, ask_locally, is_endpoint
-from .log import read_lines
+from .files import digest, read_lines
 from .models import check_model, load_policy, load_tokenizer
-from .pool import digest
 
 PROMPT = """A feature of a language model is a number that it computes at every token of a text. Below are the texts on which one feature \
 is largest. A token on which it fires is followed by its strength from 1 to 10, in double brackets.

@@ -16,10 +16,10 @@ import torch
 from . import cli, data, plots
 from .activation_store import Tokens, from_models, hold_out, token_rows
 from .activations import SITES, module_at, place_name
-from .checkpoint import write_json
 from .cli import require
 from .distributed import setup
 from .explainer import check_explainer, explain
+from .files import write_json
 from .known_concepts import CONTROLS, SCORES, encoded, is_world_model, known_concepts, where
 from .models import check_model, context_length, load_policy, load_tokenizer
 from .probes import results_folder, save

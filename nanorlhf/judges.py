@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from . import pool
+from . import files, pool
 from .cli import require
 from .endpoint import Unreachable, ask_all, ask_locally, asker, is_endpoint
 from .log import Progress
@@ -72,7 +72,7 @@ def by_language_model(spec, pairs, config, dist):
     questions, asked = {}, []  # {key: (prompt, first, second)}; of each pair (key with A first, key with B first)
     for prompt, a, b in pairs:
         orders = [(prompt, a, b), (prompt, b, a)] if a != b else []  # the same text twice is a tie
-        asked.append([pool.digest(who, question_of(config, *order)) for order in orders])
+        asked.append([files.digest(who, question_of(config, *order)) for order in orders])
         questions |= zip(asked[-1], orders)
     kept = pool.Lines(config.output_dir, "choices", dist)
     known = {row["key"]: row["choice"] for row in kept.rows}

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from . import cli, data
-from .checkpoint import write_json
 from .cli import require
 from .distributed import setup
+from .files import write_json
 from .judges import by_language_model, by_rewards, check_judge, is_language_model
 from .probes import results_folder, save
 from .rewards import expand

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import torch
 
 from . import cli, data
-from .checkpoint import write_json
 from .cli import require
 from .explainer import check_explainer, explain
 from .feature_rewards import load_feature_reward
 from .features import parse_ids
+from .files import write_json
 from .latent_stats import contrast, score_gaps, separation
 from .latent_texts import TextsConfig, encoded, groups_of, matched, opened, read_all, read_answers
 from .probes import finite, save

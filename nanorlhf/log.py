@@ -10,8 +10,9 @@ import time
 from tqdm import tqdm
 
 from . import checkpoint
-from .checkpoint import checkpoints, read_json, replace_folder, write_json
+from .checkpoint import checkpoints
 from .errors import InputError
+from .files import read_json, read_lines, replace_folder, write_json, write_lines
 from .fsdp import is_sharded, whole
 from .splits import labels
 
@@ -119,19 +120,6 @@ class RunFolder:
 def eval_folder(label):
     """The folder of a split's answers, in a run's: eval of the first one, eval_{label} of another."""
     return "eval" if label == "eval" else f"eval_{label}"
-
-
-def read_lines(path):
-    """The whole lines of a JSONL file; a last line without its newline was cut off by a kill and is left out."""
-    with open(path, encoding="utf-8") as f:
-        return f.read().split("\n")[:-1]
-
-
-def write_lines(path, rows):
-    """Write JSON rows to a .jsonl file: under a temporary name, then renamed."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
 
 
 class Progress:

@@ -18,9 +18,9 @@ import re
 import numpy as np
 
 from .bon import bon_curve, fit_bon, fit_rl, rl_curve
-from .checkpoint import read_json
 from .errors import InputError
-from .log import PLACES, read_lines
+from .files import read_json, read_lines
+from .log import PLACES
 
 # What the curves of a run show, if its metrics have it: name -> the metric's label.
 PANELS = {

@@ -7,7 +7,6 @@ model's files and the data. So a run that was killed goes on at the prompt it ha
 and scores of a model that has changed since are never read.
 """
 
-import hashlib
 import json
 import os
 
@@ -18,7 +17,8 @@ from .adapters import is_adapter, read_config
 from .cli import require
 from .data import read_file, read_hub
 from .evaluation import Parts, roll_out
-from .log import Progress, read_lines
+from .files import digest, digest_file, read_lines
+from .log import Progress
 from .models import check_model, load_policy, resolve
 from .packing import pack
 from .rewards import Answers, load_reward, reward_names
@@ -27,20 +27,6 @@ CHUNK = 4096  # answers that are scored before their scores are written
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the cache
-
-
-def digest(*values):
-    """A short SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:20]
-
-
-def digest_file(path):
-    """The SHA-256 of a file's bytes."""
-    total = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**22):
-            total.update(block)
-    return total.hexdigest()
 
 
 def fingerprint(spec):

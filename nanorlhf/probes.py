@@ -19,11 +19,11 @@ from . import cli, data, plots
 from .activation_store import Tokens, from_models, passes, token_rows
 from .activations import SITES, module_at, place_name
 from .blocks import blocks
-from .checkpoint import write_json
 from .cli import require
 from .distributed import setup
 from .divergence import add_up, divergence_sums, from_sums, matches, parameter_divergence, relative, select_layers
 from .errors import InputError, first_line
+from .files import write_json
 from .log import RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
 from .sae_files import SPARSITY, load_sae

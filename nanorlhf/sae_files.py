@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .checkpoint import read_json, replace_folder, write_json
 from .cli import require
 from .errors import InputError, first_line
+from .files import read_json, replace_folder, write_json
 from .sae import SparseAutoencoder, TopKSAE
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"

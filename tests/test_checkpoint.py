@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import nanorlhf.checkpoint
-from nanorlhf.checkpoint import checkpoints, load, read_json, replace_folder, save, write_json
+from nanorlhf.checkpoint import checkpoints, load, save
 from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
+from nanorlhf.files import read_json, replace_folder, write_json
 from nanorlhf.log import RunFolder
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 

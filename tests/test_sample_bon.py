@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import sample_bon
 import train_rm
 import train_sft
-from nanorlhf import cli, data, distributed, pool, rewards, world
+from nanorlhf import cli, data, distributed, files, pool, rewards, world
 from nanorlhf.bon import DEFAULT_NS, fit_bon
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_reward_model, load_tokenizer, save_reward_model
@@ -894,7 +894,7 @@ def test_fingerprint(base, tmp_path):
         (tmp_path / path).write_text((tmp_path / path).read_text() + "#")
     after = [pool.fingerprint(spec) for spec in functions]
     assert [a == b for a, b in zip(before, after)] == [False, False, False, True]
-    assert before[3] == pool.digest("world:gold", hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest())
+    assert before[3] == files.digest("world:gold", hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest())
 
 
 def test_matrix():

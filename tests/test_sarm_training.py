@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import train_rm
 from nanorlhf import checkpoint, cli, data, log, world
-from nanorlhf.checkpoint import write_json
 from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
 from nanorlhf.feature_rewards import check_feature_reward
+from nanorlhf.files import write_json
 from nanorlhf.packing import pack
 from nanorlhf.rewards import Answers, load_reward
 from nanorlhf.sae import TopKSAE
