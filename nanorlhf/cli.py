@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from . import distributed
 from .errors import InputError
 from .files import read_json
+from .fingerprints import code_file
 
 
 @dataclass
@@ -128,9 +129,39 @@ def parse(config_class, args, command="", description=None):
         raise InputError(f"{folder}: no run to resume here")  # a slip of the pen should not start another run
     if parsed["resume"] and os.path.isfile(stored):
         known = {f.name for f in fields(config_class)}
-        parser.set_defaults(**{k: v for k, v in read_json(stored).items() if k in known and k != "output_dir"})
+        settings = {k: v for k, v in read_json(stored).items() if k in known and k != "output_dir"}
+        check_stored_code(folder, {k: v for k, v in settings.items() if k not in given})
+        parser.set_defaults(**settings)
         parsed = vars(parser.parse_args(args))
     return config_class(**{**parsed, "resume": parsed["resume"]})
+
+
+def check_stored_code(folder, settings):
+    """Python code that --resume would run only because a run's config.json names it.
+
+    A file inside the run folder may have come with it from elsewhere: it is refused unless the
+    command itself names it. Of any other file the path is printed.
+    """
+    for name, value in settings.items():
+        for text in value if isinstance(value, list) else [value]:
+            file = code_file(text) if isinstance(text, str) else ""
+            if not file:
+                continue
+            require(
+                not is_inside(file, folder),
+                f"--resume does not run {file}, which lies in the run folder itself; "
+                f"if you trust it, name it in the command: --{name} {text}",
+            )
+            if os.environ.get("RANK", "0") == "0":
+                print(f"--resume runs the code in {file}, as {folder}/config.json says")
+
+
+def is_inside(file, folder):
+    """Whether a file lies in a folder or below it, by its name or by where its links lead."""
+    for real in (os.path.abspath, os.path.realpath):
+        if os.path.commonpath([real(file), real(folder)]) == real(folder):
+            return True
+    return False
 
 
 @contextlib.contextmanager

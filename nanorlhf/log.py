@@ -13,6 +13,7 @@ from . import checkpoint
 from .checkpoint import checkpoints
 from .errors import InputError
 from .files import read_json, read_lines, replace_folder, write_json, write_lines
+from .fingerprints import changed_inputs, fingerprint_inputs
 from .fsdp import is_sharded, whole
 from .splits import labels
 
@@ -30,6 +31,8 @@ class RunFolder:
         self.path, self.dist = config.output_dir, dist
         self.config = json.loads(json.dumps(dataclasses.asdict(config)))
         self.state = "new"
+        self.named = {k: v for k, v in self.config.items() if k not in free}
+        self.inputs = {}  # fingerprints of what these name
         stored = os.path.join(self.path, "config.json")
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
@@ -38,6 +41,7 @@ class RunFolder:
             defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not missing}
             defaults |= {f.name: f.default_factory() for f in dataclasses.fields(config) if f.default_factory is not missing}
             other = defaults | read_json(stored)  # a run may be older than a flag
+            self.inputs = other.pop("inputs", {})  # a run may be older than fingerprints, too
             changed = [k for k in {**other, **self.config} if k not in free and other.get(k) != self.config.get(k)]
             if changed:
                 raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
@@ -46,14 +50,34 @@ class RunFolder:
             raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
         elif getattr(config, "resume", False):
             dist.print(f"{self.path}: nothing to resume, the run starts from the beginning")
+        self.check_inputs()
         dist.barrier()  # every process has looked before one writes
+
+    def check_inputs(self):
+        """An error where a file that the settings name has another content than at an earlier look.
+
+        All processes call this; the main one looks.
+        """
+
+        def look():
+            now = fingerprint_inputs(self.named, self.inputs)
+            for name in changed_inputs(self.inputs, now):
+                raise InputError(
+                    f"{name} has changed since the run in {self.path} began; put its old content "
+                    "back, choose another --output_dir or, to go on with the new content, delete "
+                    f"its entry in {self.path}/config.json"
+                )
+            self.inputs |= now
+
+        self.dist.together(look if self.dist.main else lambda: None)
 
     def create(self):
         """Make the folder; in an unfinished run drop what was logged after its newest checkpoint."""
+        self.check_inputs()  # again: a default model may have been trained since, a hub model loaded
         if not self.dist.main:
             return
         os.makedirs(self.path, exist_ok=True)
-        write_json(os.path.join(self.path, "config.json"), self.config)
+        write_json(os.path.join(self.path, "config.json"), {**self.config, "inputs": self.inputs})
         step = max((s for s, _ in checkpoints(self.path)), default=-1)
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = os.path.join(self.path, name)

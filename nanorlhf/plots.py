@@ -98,6 +98,7 @@ def curves_figure(figure, run):
 def read_config(run):
     """config.json, with a list of reward models (older runs name one), and of a best-of-n run their number."""
     config = read_json(os.path.join(run, "config.json"))
+    config.pop("inputs", None)  # fingerprints, no settings
     paths = [path] if isinstance(path := config.get("reward_model", ""), str) else path
     return {**config, "reward_model": paths} | ({"members": len(paths)} if kind_of(run) == BEST_OF_N else {})
 

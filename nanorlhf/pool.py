@@ -18,6 +18,7 @@ from .cli import require
 from .data import read_file, read_hub
 from .evaluation import Parts, roll_out
 from .files import digest, digest_file, read_lines
+from .fingerprints import digest_path
 from .log import Progress
 from .models import check_model, load_policy, resolve
 from .packing import pack
@@ -39,12 +40,10 @@ def fingerprint(spec):
     if ".py:" in spec:
         return digest(spec.rpartition(":")[2], digest_file(spec.rpartition(":")[0]))
     path = resolve(spec)
-    if os.path.isfile(path):
-        return digest(digest_file(path))
-    if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
-        base = [fingerprint(read_config(path)["base_model_name_or_path"])] if is_adapter(path) else []
-        return digest([(name, digest_file(os.path.join(path, name))) for name in names] + base)
+    if is_adapter(path):
+        return digest(digest_path(path), fingerprint(read_config(path)["base_model_name_or_path"]))
+    if os.path.exists(path):
+        return digest_path(path)
     return digest(path, getattr(check_model(path), "_commit_hash", None))
 
 

@@ -268,7 +268,7 @@ def test_models_and_evaluations_in_a_run_folder(tmp_path):
 
 
 def test_only_the_first_process_writes(tmp_path):
-    other = SimpleNamespace(main=False, barrier=lambda: None)
+    other = SimpleNamespace(main=False, barrier=lambda: None, together=lambda function: function())
     folder = RunFolder(Config(str(tmp_path / "a")), other)
     folder.create()
     folder.append("metrics.jsonl", [{"step": 0}])

@@ -490,8 +490,14 @@ def test_an_infinite_loss_keeps_the_last_good_checkpoint(here, capfd):
     assert checkpoint.load("out", policy, optimizer)["step"] == 2
     assert all(p.isfinite().all() for p in policy.parameters()) and not policy.value_head.weight.equal(start_["value_head.weight"])
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == 3  # steps 0, 1, 2
+
+    # The reward is mended. Whoever wants to go on with other content has to say so.
     (here / "rewards.py").write_text(REWARDS + "\nhuge_later = good\n")
-    cli.run(train_ppo.Config, train_ppo.main, ["--output_dir", "out", "--resume"])  # and the run can go on
+    fails(capfd, "ppo", ["--output_dir", "out", "--resume"], "rewards.py has changed", "delete its entry in out/config.json", lines=None)
+    stored = json.loads(Path("out/config.json").read_text())
+    del stored["inputs"]["rewards.py"]
+    Path("out/config.json").write_text(json.dumps(stored))
+    cli.run(train_ppo.Config, train_ppo.main, ["--output_dir", "out", "--resume"])
     assert json.loads(Path("out/summary.json").read_text())["steps"] == 5
 
 
