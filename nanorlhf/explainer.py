@@ -12,7 +12,7 @@ import torch
 from . import endpoint
 from .cli import require
 from .endpoint import Unreachable, ask_locally, is_endpoint
-from .files import digest, read_lines
+from .files import digest, drop_cut_line, read_checked_lines
 from .models import check_model, load_policy, load_tokenizer
 
 PROMPT = """A feature of a language model is a number that it computes at every token of a text. Below are the texts on which one feature \
@@ -39,10 +39,10 @@ def check_explainer(config):
 def explain(config, saes, question=PROMPT):
     """Put "description" and "related" into the features of {folder: {"features": [...]}}. -> a sentence on what is missing, or None"""
     path = os.path.join(config.output_dir, FILE)
-    rows = [json.loads(line) for line in read_lines(path)] if os.path.exists(path) else []
-    with open(path + ".tmp", "w", encoding="utf-8") as f:  # without a last line that a kill cut off
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
+    # A line says itself what it explains: its place does not matter, and it can be deleted alone.
+    remedy = "delete this line, its feature is asked about again"
+    rows = read_checked_lines(path, is_kept_answer, remedy)
+    drop_cut_line(path)
     known, ask, rubbish, error = {row["key"]: row for row in rows}, None, [], None
     todo = [(name, feature) for name, result in saes.items() for feature in result["features"]]
     for name, feature in todo:
@@ -66,6 +66,14 @@ def explain(config, saes, question=PROMPT):
     problem = error or f"its answer on {rubbish[0]}"
     kept = f"{len(todo) - missing} of {len(todo)} descriptions are kept in {path}"
     return f"--explainer {config.explainer}: {problem}; {kept}, the same command asks for the other {missing} again"
+
+
+def is_kept_answer(line, row):
+    """Whether a line of explanations.jsonl, first or not, is {key, description, related}."""
+    if not isinstance(row, dict):
+        return False
+    texts = [row.get("key"), row.get("description")]
+    return all(isinstance(text, str) for text in texts) and isinstance(row.get("related"), bool)
 
 
 def prompt_of(feature, task, question=PROMPT):

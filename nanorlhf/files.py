@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 from .errors import InputError
 
@@ -29,6 +31,36 @@ def read_lines(path):
     """The whole lines of a JSONL file; a last line without its newline was cut off by a kill and is left out."""
     with open(path, encoding="utf-8") as f:
         return f.read().split("\n")[:-1]
+
+
+def read_checked_lines(path: str, fits: Callable[[int, Any], bool], remedy: str) -> list:
+    """The values of a JSONL file that a program adds to line by line; none if there is no file yet.
+
+    fits(i, value): whether the value of line i, the first being 0, can be what was written there.
+    A last line without its newline was cut off by a kill and is left out. InputError: a line that
+    is no JSON or does not fit, with its number and the `remedy`.
+    """
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as f:
+        lines = f.read().split(b"\n")[:-1]
+    values = []
+    for i, line in enumerate(lines):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):  # also of bytes that are no text
+            raise InputError(f"{path}:{i + 1}: not JSON; {remedy}") from None
+        if not fits(i, value):
+            raise InputError(f"{path}:{i + 1}: not the line that belongs here; {remedy}")
+        values.append(value)
+    return values
+
+
+def drop_cut_line(path: str) -> None:
+    """Remove the last line of a file, if there is one, that a kill left without its newline."""
+    if os.path.exists(path):
+        with open(path, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
 
 
 def write_lines(path, rows):

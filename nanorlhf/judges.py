@@ -74,7 +74,9 @@ def by_language_model(spec, pairs, config, dist):
         orders = [(prompt, a, b), (prompt, b, a)] if a != b else []  # the same text twice is a tie
         asked.append([files.digest(who, question_of(config, *order)) for order in orders])
         questions |= zip(asked[-1], orders)
-    kept = pool.Lines(config.output_dir, "choices", dist)
+    # A line says itself what it answers: its place does not matter, and it can be deleted alone.
+    remedy = "delete this line, its question is asked again"
+    kept = pool.Lines(config.output_dir, "choices", dist, is_kept_choice, remedy)
     known = {row["key"]: row["choice"] for row in kept.rows}
     missing = [key for key in questions if key not in known]
     failures, problem = collect(spec, {key: questions[key] for key in missing}, config, dist, kept) if missing else ([], "")
@@ -110,6 +112,14 @@ def collect(spec, questions, config, dist, kept):
     finally:
         progress.close()
     return failures, ""
+
+
+def is_kept_choice(line, row):
+    """Whether a line of cache/choices.jsonl, the first or any other, is {key, choice: 1 or 2}."""
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        return False
+    choice = row.get("choice")
+    return type(choice) is int and choice in (1, 2)
 
 
 def choice_of(reply):

@@ -4,7 +4,8 @@
 
 Answers and scores are kept in cache/, in JSONL files with one line a prompt whose names are digests of what they depend on: the
 model's files and the data. So a run that was killed goes on at the prompt it had reached, another list of n scores nothing again,
-and scores of a model that has changed since are never read.
+and scores of a model that has changed since are never read. Each line holds its prompt's index: a
+line out of its place is an error.
 """
 
 import json
@@ -17,7 +18,7 @@ from .adapters import is_adapter, read_config
 from .cli import require
 from .data import read_file, read_hub
 from .evaluation import Parts, roll_out
-from .files import digest, digest_file, read_lines
+from .files import digest, digest_file, drop_cut_line, read_checked_lines
 from .fingerprints import digest_path
 from .log import Progress
 from .models import check_model, load_policy, resolve
@@ -25,6 +26,7 @@ from .packing import pack
 from .rewards import Answers, load_reward, reward_names
 
 CHUNK = 4096  # answers that are scored before their scores are written
+LAYOUT = "lines with their index"  # goes into the files' names: older files, without, are not read
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the cache
@@ -48,38 +50,72 @@ def fingerprint(spec):
 
 
 class Lines:
-    """A JSONL file of the cache that only ever grows, one line a prompt. All processes read it, the first one writes."""
+    """A JSONL file of the cache that only ever grows. All processes read it, the first one writes.
 
-    def __init__(self, folder, key, dist):
+    fits(i, row): whether row i, the first being 0, can be what was appended there. InputError: one
+    that cannot. The folder is locked by its RunFolder: a second writer's lines would come between.
+    """
+
+    def __init__(self, folder, key, dist, fits, remedy=""):
         self.path, self.dist = os.path.join(folder, "cache", key + ".jsonl"), dist
+        remedy = remedy or f"delete {self.path}, it is made again"
         dist.barrier()  # the first process has written what it was given before: a gold reward may be a member too
-        self.rows = [json.loads(line) for line in read_lines(self.path)] if os.path.exists(self.path) else []
+        self.rows = dist.together(lambda: read_checked_lines(self.path, fits, remedy))
         dist.barrier()  # all have read before one writes
         if dist.main:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            if os.path.exists(self.path):  # without a last line that a kill cut off
-                with open(self.path, "rb+") as f:
-                    f.truncate(f.read().rfind(b"\n") + 1)
+            drop_cut_line(self.path)
 
     def append(self, rows):
-        """Add the lines of the next prompts."""
+        """Add the next lines."""
         self.rows += rows
         if self.dist.main:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def holds_answers(row, index, prompt_ids, N):
+    """Whether a row of the cache holds N answers to the prompt of this index, a token list."""
+    if not isinstance(row, dict) or row.get("index") != index:
+        return False
+    if row.get("prompt_ids") != prompt_ids or not isinstance(row.get("prompt"), str):
+        return False
+    ids = row.get("response_ids")
+    if not is_list(row.get("responses"), N, str) or not is_list(ids, N, list):
+        return False
+    return all(is_list(response, len(response), int) for response in ids)
+
+
+def holds_scores(row, index, N):
+    """Whether a row of the cache holds the scores of N answers to the prompt of this index."""
+    if not isinstance(row, dict) or row.get("index") != index:
+        return False
+    return is_list(row.get("scores"), N, float)
+
+
+def is_list(value, length, kind):
+    """Whether a value from JSON is a list of this length, all of one type."""
+    return isinstance(value, list) and len(value) == length and all(type(x) is kind for x in value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- the answers
 
 
 def sample(config, tokenizer, prompts, dist):
-    """N answers to each prompt (token lists) -> rows {prompt, responses, prompt_ids, response_ids}, one a prompt.
+    """N answers to each prompt (token lists) -> one row a prompt:
+
+        {index, prompt, responses, prompt_ids, response_ids}
 
     The noise of an answer is keyed by (seed, prompt, answer): neither the batch size nor the number of processes changes it.
     """
     N = config.n_answers
     settings = (N, config.max_new_tokens, config.temperature, config.seed, config.dtype)
-    lines = Lines(config.output_dir, "answers_" + digest(fingerprint(config.model), prompts, settings), dist)
+    key = "answers_" + digest(LAYOUT, fingerprint(config.model), prompts, settings)
+
+    def fits(i, row):
+        return i < len(prompts) and holds_answers(row, i, prompts[i], N)
+
+    lines = Lines(config.output_dir, key, dist, fits)
     if len(lines.rows) == len(prompts):
         return lines.rows
     policy = load_policy(config.model, value_head=False, device=dist.device)
@@ -97,7 +133,8 @@ def sample(config, tokenizer, prompts, dist):
         for p, i in enumerate(chunk):
             own = slice(p * N, (p + 1) * N)
             prompt = tokenizer.decode(prompts[i], skip_special_tokens=True)
-            rows.append({"prompt": prompt, "responses": texts[own], "prompt_ids": prompts[i], "response_ids": responses[own]})
+            row = {"index": i, "prompt": prompt, "responses": texts[own]}
+            rows.append({**row, "prompt_ids": prompts[i], "response_ids": responses[own]})
         lines.append(rows)
         progress.step(chunk.stop, "")
     progress.close()
@@ -160,9 +197,17 @@ def score(rows, specs, tokenizer, config, dist):
     """
     names = dict(zip(reward_names(specs), specs))
     data = digest([digest(row["prompt"], row["responses"], row.get("response_ids")) for row in rows])
-    keys = {name: "scores_" + digest(fingerprint(spec), data) for name, spec in names.items()}
-    files = {key: Lines(config.output_dir, key, dist) for key in dict.fromkeys(keys.values())}  # copies of a model share one
-    lines = {name: files[key] for name, key in keys.items()}
+
+    def fits(i, row):
+        return i < len(rows) and holds_scores(row, i, len(rows[i]["responses"]))
+
+    # The scores of each reward; copies of a model share one file.
+    files, lines = {}, {}
+    for name, spec in names.items():
+        key = "scores_" + digest(LAYOUT, fingerprint(spec), data)
+        if key not in files:
+            files[key] = Lines(config.output_dir, key, dist, fits)
+        lines[name] = files[key]
     unfinished = [spec for name, spec in names.items() if len(lines[name].rows) < len(rows)]
     rewards = {spec: load_reward(spec, tokenizer, dist, config.micro_batch_size) for spec in unfinished}
     progress, first = Progress(dist, "scoring, prompt", len(rows)), 0
@@ -177,12 +222,15 @@ def score(rows, specs, tokenizer, config, dist):
             answers = answers_of([chunk[k] for k in dist.part(len(chunk))])
             for name in missing:
                 scores = iter(score_chunk(rewards[names[name]], answers, dist))
-                by_prompt = [[next(scores) for _ in row["responses"]] for row in rows[first:last]]
+                by_prompt = []
+                for i in range(first, last):
+                    own = [next(scores) for _ in rows[i]["responses"]]
+                    by_prompt.append({"index": i, "scores": own})
                 lines[name].append(by_prompt[len(lines[name].rows) - first :])
             progress.step(last, f"{len(missing)} reward(s)")
         first = last
     progress.close()
-    return {name: lines[name].rows for name in names}
+    return {name: [row["scores"] for row in lines[name].rows] for name in names}
 
 
 def score_chunk(reward, answers, dist):

@@ -270,6 +270,28 @@ def test_what_an_endpoint_has_said_is_kept(material, tmp_path, capfd, bad, words
         assert len(endpoint.asked) == 2 and len((out / explainer.FILE).read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("line", [
+    "[", "5", "{}", '{"key": "a", "description": "b"}',
+    '{"key": "a", "description": 5, "related": true}',
+    '{"key": [], "description": "b", "related": true}',
+])  # fmt: skip
+def test_a_damaged_file_of_explanations(material, tmp_path, capfd, line):
+    """The line is named, and without it nothing else is asked again."""
+    path = tmp_path / "out" / explainer.FILE
+    with Endpoint(chat(GOOD)) as endpoint:
+        run(*explained(material, tmp_path / "out", endpoint))
+        first, second, third = path.read_text().splitlines(keepends=True)
+        path.write_text(first + line + "\n" + third)
+        error = refused(capfd, *explained(material, tmp_path / "out", endpoint))
+        assert f"{path}:2: " in error
+        assert "; delete this line, its feature is asked about again" in error
+        path.write_text(first + third)
+        endpoint.asked.clear()
+        run(*explained(material, tmp_path / "out", endpoint))
+        assert len(endpoint.asked) == 1
+        assert path.read_text() == first + third + second
+
+
 def test_an_endpoint_that_is_down(material, tmp_path, capfd):
     with Endpoint(chat(GOOD)) as endpoint:
         pass

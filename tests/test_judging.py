@@ -307,6 +307,29 @@ def test_what_has_been_judged_is_kept(files, capfd, name, parallel):
         assert judged(files, **options)[server.url] == later
 
 
+@pytest.mark.parametrize("line", [
+    "[", "5", "{}", '{"key": "a"}', '{"key": "a", "choice": 3}', '{"key": "a", "choice": "1"}',
+    '{"key": 5, "choice": 1}',
+])  # fmt: skip
+def test_a_damaged_file_of_choices(files, capfd, line):
+    """The line is named, and without it nothing else is asked again."""
+    with Endpoint(longest) as server:
+        options = by_endpoint(server)
+        found = judged(files, **options)[server.url]
+        path = files / "out" / "cache" / "choices.jsonl"
+        first, second, *rest = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([first, line + "\n", *rest]))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run(*flags(files, **options))
+        error = capfd.readouterr().err
+        assert exit_.value.code == 2 and f"{path}:2: " in error
+        assert "; delete this line, its question is asked again\n" in error
+        path.write_text("".join([first, *rest]))
+        server.asked.clear()
+        assert judged(files, **options)[server.url] == found and len(server.asked) == 1
+
+
 def test_no_choice_at_all(files, capfd):
     with Endpoint(chat("Hm.")) as server:
         error = stopped(files, capfd, **by_endpoint(server))

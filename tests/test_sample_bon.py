@@ -590,6 +590,83 @@ def test_killed_at_every_write_to_the_cache(base, tmp_path, monkeypatch):
         assert contents(folder) == contents(tmp_path / "whole"), n
 
 
+# ---------------------------------------------------------------------------------- damaged caches
+
+
+def changed_row(number, **fields):
+    """A function: lines -> the same lines, with other fields in one of them."""
+
+    def change(lines):
+        row = json.dumps({**json.loads(lines[number]), **fields}).encode()
+        return [*lines[:number], row, *lines[number + 1 :]]
+
+    return change
+
+
+# What can be wrong with a file of 3 prompts' lines: (its new lines, the line that is named).
+DAMAGES = {
+    "out of order": (lambda lines: [lines[1], lines[0], lines[2]], 1),
+    "doubled": (lambda lines: [lines[0], lines[0], lines[1], lines[2]], 2),
+    "written twice": (lambda lines: lines + lines, 4),
+    "one too many": (lambda lines: [*lines, lines[2]], 4),
+    "a prompt too many": (lambda lines: [*lines, lines[2].replace(b": 2,", b": 3,", 1)], 4),
+    "a line is missing": (lambda lines: [lines[0], lines[2]], 2),
+    "no JSON": (lambda lines: [lines[0], lines[1][:-3], lines[2]], 2),
+    "binary": (lambda lines: [lines[0], b"\xff\xfe\x00", lines[2]], 2),
+    "nested": (lambda lines: [b"[" * 200_000, *lines[1:]], 1),
+    "a number": (lambda lines: [*lines[:2], b"5"], 3),
+    "an empty object": (lambda lines: [*lines[:2], b"{}"], 3),
+    "an empty line": (lambda lines: [*lines[:2], b"", lines[2]], 3),
+    "an old row": (lambda lines: [b"[1.0, 2.0, 3.0, 4.0]", *lines[1:]], 1),
+}
+OF_SCORES = {
+    "too few scores": (changed_row(1, scores=[1.0, 2.0, 3.0]), 2),
+    "too many scores": (changed_row(1, scores=[1.0] * 5), 2),
+    "texts for scores": (changed_row(1, scores=["1.0"] * 4), 2),
+    "no scores": (changed_row(1, scores=None), 2),
+}
+OF_ANSWERS = {
+    "too few answers": (changed_row(0, responses=["a"] * 3), 1),
+    "numbers for answers": (changed_row(0, responses=[1, 2, 3, 4]), 1),
+    "too few ids": (changed_row(0, response_ids=[[1]] * 3), 1),
+    "texts for ids": (changed_row(0, response_ids=[["a"]] * 4), 1),
+    "no ids": (changed_row(0, response_ids=None), 1),
+    "another prompt's ids": (changed_row(0, prompt_ids=[1, 2]), 1),
+    "no prompt": (changed_row(0, prompt=5), 1),
+}
+
+
+@pytest.mark.parametrize("kind", ["scores", "answers"])
+def test_damaged_caches(base, tmp_path, kind):
+    """Found on reading: one line that names the file, the line and what to do, and that helps."""
+    damages = DAMAGES | (OF_SCORES if kind == "scores" else OF_ANSWERS)
+    results = tiny(base, tmp_path)
+    whole = contents(tmp_path)
+    path = sorted(tmp_path.glob(f"cache/{kind}_*.jsonl"))[0]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for name, (damage, number) in damages.items():
+        path.write_bytes(b"".join(line + b"\n" for line in damage(lines)))
+        words = f"{path}:{number}: ", f"; delete {path}, it is made again"
+        refuses(lambda: tiny(base, tmp_path), *words)
+        path.unlink()
+        assert tiny(base, tmp_path) == results and contents(tmp_path) == whole, name
+
+
+def test_caches_without_indices_are_not_read(base, tmp_path):
+    """Files of an older version, named by digests of the same things; these scores are wrong."""
+    rows = [{"prompt": "p", "responses": ["the", "a"]}, {"prompt": "q", "responses": ["b", "the"]}]
+    write_rows(tmp_path / "pool.jsonl", rows)
+    reward = f"{base}/rewards.py:the"
+    read_pool(base, tmp_path / "run", tmp_path / "pool.jsonl", reward_model=[reward])
+    what = files.digest([files.digest(row["prompt"], row["responses"], None) for row in rows])
+    old = files.digest(pool.fingerprint(reward), what)
+    for path in (tmp_path / "run/cache").iterdir():
+        path.unlink()
+    write_rows(tmp_path / f"run/cache/scores_{old}.jsonl", [[7.0, 7.0], [7.0, 7.0]])
+    read_pool(base, tmp_path / "run", tmp_path / "pool.jsonl", reward_model=[reward])
+    assert scores(tmp_path / "run") == [{"rewards.py:the": [1, 0]}, {"rewards.py:the": [0, 1]}]
+
+
 # ------------------------------------------------------------------------------------------------------ answers that are there already
 
 
