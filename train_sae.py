@@ -143,6 +143,8 @@ def main(config):
             module_at(lm, place)  # an error before anything is computed
 
     # ------------------------------------------------------------------------------------------------------------------- tokens
+    if config.texts != "dataset":
+        folder.create()  # the answers are kept in it: after a kill it must be known whose they are
     rows, held_out = texts(config, rows, model_config, paths, dist)
     dist.print(f"{rows.total:,} tokens of {len(rows.rows):,} texts, {held_out.total:,} of {len(held_out.rows):,} held out")
     source = from_models(rows, lms, places, dist, config.dtype)

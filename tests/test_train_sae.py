@@ -242,6 +242,29 @@ train_sae.main(config)
     assert_bit_equal(base / "run", tmp_path / "run")
 
 
+def test_killed_while_it_samples(base, tmp_path):
+    """What has been sampled is kept: the same command goes on with it."""
+    rollouts = {"texts": "rollouts", "max_new_tokens": 4, "max_rows": 60}
+    rollouts |= {"base": "none", "layers": "1"}
+    code = f"""
+import os, signal, torch, train_sae
+from nanorlhf import pool
+torch.set_num_threads(1)
+append = pool.Lines.append
+def kill(lines, rows):
+    append(lines, rows)
+    os.kill(os.getpid(), signal.SIGKILL)
+pool.Lines.append = kill
+train_sae.main(train_sae.Config(**{vars(settings(base, tmp_path / "run", **rollouts))}))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=ENV, cwd=REPO, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    train(base, tmp_path / "run", **rollouts)
+    train(base, tmp_path / "whole", **rollouts)
+    assert_bit_equal(tmp_path / "whole", tmp_path / "run")
+
+
 def command_line(config):
     names = ("output_dir", "model", "base", "dataset", "device", "layers", "expansion", "k", "steps", "batch_size", "eval_size",
              "checkpoint_every", "buffer_tokens", "dead_after")  # fmt: skip
