@@ -26,6 +26,7 @@ from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
 from nanorlhf.distributed import setup
 from nanorlhf.ensemble import OBJECTIVES, combine
 from nanorlhf.files import write_json, write_lines
+from nanorlhf.locks import unlock_afterwards
 from nanorlhf.log import PLACES, RunFolder
 from nanorlhf.models import check_model, load_tokenizer
 from nanorlhf.plots import plot_run
@@ -104,6 +105,7 @@ class Config(diversity_report.Flags):
         cli.require(not taken, f"a reward cannot be called {' or '.join(taken)}: that is an objective's name in the results")
 
 
+@unlock_afterwards()
 def main(config):
     """Best of n on one split, or on each of several. -> its results, or {split: results}"""
     # ------------------------------------------------------------------------------------------------------------------- set-up
@@ -116,7 +118,7 @@ def main(config):
         dist.print(note)
         named = {item.partition("=")[0]: item for item in config.eval_splits}
         return {name: main(replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")) for name, item in named.items()}
-    folder = RunFolder(config, dist, FREE)
+    folder = RunFolder(config, dist, FREE, written_again=True)
     train_rm.check_inputs(config, "reward_model", "gold_model", *([] if config.pool else ["model"]))
 
     # ------------------------------------------------------------------------------------------------------------------ answers

@@ -21,6 +21,7 @@ from nanorlhf.distributed import autocast, peak_memory_mb, return_freed_memory, 
 from nanorlhf.ensemble import OBJECTIVES, combine, variance
 from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs, score_gold
 from nanorlhf.fsdp import checkpoint_activations, gathered
+from nanorlhf.locks import unlock_afterwards
 from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
 from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import check_model, load_policy, load_tokenizer, reference_of, save_policy
@@ -113,6 +114,7 @@ class Config(cli.RunConfig):
         feature_control.check_flags(self)
 
 
+@unlock_afterwards()
 def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device, config.distributed)

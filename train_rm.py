@@ -26,6 +26,7 @@ from nanorlhf.blocks import speed_up
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.files import read_json
 from nanorlhf.fsdp import checkpoint_activations, gathered
+from nanorlhf.locks import unlock_afterwards
 from nanorlhf.log import Progress, RunFolder, mean_se
 from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import check_model, context_length, load_reward_model, load_tokenizer, save_reward_model
@@ -84,6 +85,7 @@ class Config(cli.RunConfig):
             self.output_dir = self.output_dir.replace("{seed}", str(self.seed))
 
 
+@unlock_afterwards()
 def main(config):
     """Train one reward model, or --members of them. -> its summary, or {folder: summary}"""
     dist = setup(config.device, config.distributed)
@@ -95,12 +97,14 @@ def main(config):
     for i in range(config.members):
         noise_seed = config.noise_seed + i * config.independent_noise
         members.append(replace(config, members=1, seed=config.seed + i, noise_seed=noise_seed, independent_noise=False))
-    for member in members:
-        RunFolder(member, Dist(0, 1, dist.device))  # a folder that holds another run is an error before anything is trained
-    dist.barrier()
-    for member in members[dist.rank :: dist.world]:
+    alone = Dist(0, 1, dist.device)
+    mine = members[dist.rank :: dist.world]
+    # Each process locks its members' folders: one that holds another run, or is in use, is an error
+    # before anything is trained.
+    dist.together(lambda: [RunFolder(member, alone) for member in mine])
+    for member in mine:
         print(f"\nmember {member.output_dir}", flush=True)
-        train(member, Dist(0, 1, dist.device))
+        train(member, alone)
     dist.barrier()
     summaries = {member.output_dir: read_json(f"{member.output_dir}/summary.json") for member in members}
     dist.print(f"\n{config.members} members:", *(f"  {folder}: {report(result)}" for folder, result in summaries.items()))

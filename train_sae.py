@@ -29,6 +29,7 @@ from nanorlhf.divergence import layer_divergence, select_layers
 from nanorlhf.distributed import autocast, peak_memory_mb, setup
 from nanorlhf.errors import InputError
 from nanorlhf.feature_rewards import is_reward_model
+from nanorlhf.locks import unlock_afterwards
 from nanorlhf.log import PLACES, Progress, RunFolder
 from nanorlhf.models import check_model, context_length, load_policy, load_reward_model, load_tokenizer
 from nanorlhf.optim import learning_rate
@@ -118,6 +119,7 @@ class Config:
         return learning_rate(step, self.steps, self.lr, self.schedule, int(self.warmup * self.steps))
 
 
+@unlock_afterwards()
 def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device)

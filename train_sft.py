@@ -23,6 +23,7 @@ from nanorlhf.blocks import sampling, speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.dpo import dpo_loss
 from nanorlhf.fsdp import checkpoint_activations, gathered
+from nanorlhf.locks import unlock_afterwards
 from nanorlhf.log import Progress, RunFolder, mean_se, sample_table
 from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import Policy, check_model, context_length, load_policy, load_tokenizer, save_policy
@@ -64,6 +65,7 @@ class Config(cli.RunConfig):
         cli.require(self.model != "world" or not self.lora_rank, "--lora_rank needs a trained --model, not one that starts at random")
 
 
+@unlock_afterwards()
 def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device, config.distributed)

@@ -33,6 +33,7 @@ from .distributed import setup
 from .evaluation import Parts, roll_out
 from .features import opened, parse_ids
 from .known_concepts import FEWEST, concept_table, encoded, is_world_model, where
+from .locks import unlock_afterwards
 from .models import check_model, load_policy, load_tokenizer
 from .probes import results_folder, save
 from .rewards import check_reward, load_rewards, score
@@ -100,6 +101,7 @@ def without(sae, ids):
     return lambda x: x - removed(sae, ids, x)
 
 
+@unlock_afterwards()
 def ablate(config):
     """Rewards of a policy's answers with features of one layer switched off, beside random features that fire equally often.
 

@@ -27,6 +27,7 @@ from .data import encode, encode_prompts
 from .distributed import autocast
 from .errors import InputError, first_line
 from .files import digest, read_json, write_json
+from .locks import LOCK_FILE, lock, unlock_afterwards
 from .packing import micro_batches
 from .pool import sample
 from .rng import MINIBATCH, ORDER, SPLIT
@@ -148,7 +149,8 @@ def from_disk(folder, tokens, fingerprints, places, load, dist, dtype="float32",
 
     fingerprints: {name: pool.fingerprint(path)}; load() -> {name: lm} is only called if a shard is missing; dtype: of the forward;
     store: float32, float16 or bfloat16, of what is kept. A shard is there whole or not at all, so a killed run goes on where it was.
-    InputError: the folder holds something else, a number that `store` cannot hold. Pitfall: all processes must see the folder.
+    InputError: the folder holds something else, another program fills it, a number that `store`
+    cannot hold. Pitfall: all processes must see the folder.
     """
     require(store in DTYPES, f"activations can be stored as {', '.join(DTYPES)}, not {store!r}")
     shard_of = (tokens.counts.cumsum() - 1) // shard_tokens  # [N]
@@ -158,20 +160,27 @@ def from_disk(folder, tokens, fingerprints, places, load, dist, dtype="float32",
         "tokens": tokens.total, "shard_texts": edges,
     }  # fmt: skip
     dist.together(lambda: check_folder(folder, content))
-    if dist.main:
-        os.makedirs(folder, exist_ok=True)
-        write_json(os.path.join(folder, "cache.json"), content)
     paths = [os.path.join(folder, f"{i:05d}.safetensors") for i in range(len(edges) - 1)]
-    missing = [i for i, path in enumerate(paths) if not os.path.exists(path)]
-    dist.barrier()  # all have looked before one writes
 
-    def fill():
+    def missing():
+        return [i for i, path in enumerate(paths) if not os.path.exists(path)]
+
+    def fill(shards):
         source = from_models(tokens, load(), places, dist, dtype)
-        for i in missing[dist.rank :: dist.world]:
+        for i in shards[dist.rank :: dist.world]:
             write_shard(paths[i], source(np.arange(edges[i], edges[i + 1])), store)
 
-    if missing:
-        dist.together(fill)
+    with unlock_afterwards():
+        # A folder in which nothing is missing is only read, by any number of runs at once.
+        dist.together(lambda: lock(folder) if dist.main and missing() else None)
+        # The folder is looked at again: another program may have filled it before it was locked.
+        dist.together(lambda: check_folder(folder, content))
+        shards = missing()
+        dist.barrier()  # all have looked before one writes
+        if shards:
+            if dist.main:
+                write_json(os.path.join(folder, "cache.json"), content)
+            dist.together(lambda: fill(shards))
     return partial(read_shards, tokens, dist, [mapped(path) for path in paths])
 
 
@@ -184,7 +193,8 @@ def check_folder(folder, content):
         require(not changed, f"{folder} already holds other activations (they differ in {', '.join(changed)}); choose another folder")
     else:
         is_file = os.path.exists(folder) and not os.path.isdir(folder)
-        empty = not os.path.isdir(folder) or all(name == "cache.json.tmp" for name in os.listdir(folder))
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        empty = set(names) <= {"cache.json.tmp", LOCK_FILE}
         require(not is_file and empty, f"{folder} is not empty and holds no activations; choose another folder")
 
 

@@ -16,6 +16,7 @@ from .benchmark_files import READ, TIES
 from .benchmark_scores import hard_normal_easy, mean_of_groups, pair_wins, shared_credit, style_wins, ties_score, ties_terms
 from .cli import require
 from .distributed import setup
+from .locks import unlock_afterwards
 from .models import check_model, context_length, load_tokenizer
 from .packing import pack
 from .probes import results_folder, save
@@ -53,6 +54,7 @@ class EvaluateConfig:
         require(self.benchmark == "pairs" or not data.is_world(self.dataset), f"--benchmark {self.benchmark}: name its file as --dataset")
 
 
+@unlock_afterwards()
 def evaluate(config):
     """How often rewards prefer the better answer: accuracy and margin on pairs, RewardBench 2, RM-Bench; with intervals over prompts.
 

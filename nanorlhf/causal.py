@@ -20,6 +20,7 @@ from .feature_rewards import load_feature_reward, parse_edits
 from .files import write_lines
 from .latent_texts import TextsConfig, encoded, groups_of, opened, read_all, read_answers
 from .latents import cell
+from .locks import unlock_afterwards
 from .penalties import OPS
 from .probes import save
 from .rng import SPLIT
@@ -66,6 +67,7 @@ class SteerConfig(TextsConfig):
 # ------------------------------------------------------------------------------------------------------------------------- causal
 
 
+@unlock_afterwards()
 def causal(config):
     """Edit latents and score held-out pairs and a pool again: what changes, pairs and best-of-n choices that turn over.
 
@@ -185,6 +187,7 @@ def draw_causal(figure, summary):
 # -------------------------------------------------------------------------------------------------------------------------- steer
 
 
+@unlock_afterwards()
 def steer(config):
     """Edit latents, or the head's weights, and score texts before and after; write the SARM with its edited head with --save.
 

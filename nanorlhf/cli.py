@@ -125,7 +125,7 @@ def parse(config_class, args, command="", description=None):
     folder = folder.replace("{seed}", str(parsed["seed"]))
     stored = os.path.join(folder, "config.json")
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
-    if given == {"resume", "output_dir"} and not os.path.isdir(folder):
+    if given == {"resume", "output_dir"} and not os.path.isfile(stored):
         raise InputError(f"{folder}: no run to resume here")  # a slip of the pen should not start another run
     if parsed["resume"] and os.path.isfile(stored):
         known = {f.name for f in fields(config_class)}

@@ -17,6 +17,7 @@ from .diversity import (embedding_diversity, ngram_diversity, nli_diversity, par
 from .encoders import check_nli, nli_scorer, sentence_encoder
 from .ensemble import combine
 from .files import write_json
+from .locks import lock_folder
 from .models import check_model, load_tokenizer
 from .plots import without_common_ends
 
@@ -241,6 +242,7 @@ def from_files(config, dist):
     check_models(config)
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
+    lock_folder(config.output_dir, dist)
     systems = {names[path]: read_outputs(path, config.columns, scores=config.best_of > 0) for path in config.from_files}
     return dist.together(lambda: report(config, dist, systems) if dist.main else None)
 

@@ -20,6 +20,7 @@ from .diversity import distinct_n, distinct_n_se
 from .ensemble import combine, variance
 from .files import read_json, read_lines, write_json, write_lines
 from .fsdp import gathered
+from .locks import lock_folder
 from .log import eval_folder, mean_se
 from .models import Policy, load_tokenizer
 from .packing import pack, response_mask_of
@@ -161,6 +162,7 @@ def score_gold(config, dist):
     paths = {name: os.path.join(run, name) for name in ("config.json", "metrics.jsonl", "summary.json")}
     for path in paths.values():
         require(os.path.isfile(path), f"{run}: no finished PPO run here (it has no {os.path.basename(path)})")
+    lock_folder(run, dist)
     stored, summary = read_json(paths["config.json"]), read_json(paths["summary.json"])
     require("after" in summary, f"{run}: no finished PPO run here (another script's)")
     require(spec and (spec != "world:gold" or is_world(stored["dataset"])), f"--score_gold {run}: name its gold reward with --gold_model")

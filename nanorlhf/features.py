@@ -21,6 +21,7 @@ from .distributed import setup
 from .explainer import check_explainer, explain
 from .files import write_json
 from .known_concepts import CONTROLS, SCORES, encoded, is_world_model, known_concepts, where
+from .locks import unlock_afterwards
 from .models import check_model, context_length, load_policy, load_tokenizer
 from .probes import results_folder, save
 from .sae_files import CONFIG, load_sae, read_config
@@ -73,6 +74,7 @@ def parse_ids(text):
     return list(dict.fromkeys(int(part) for part in text.split(",") if part))
 
 
+@unlock_afterwards()
 def features(config):
     """What features fire on and do, and how many known concepts have a feature with an AUC above .95, beside controls.
 

@@ -25,6 +25,7 @@ from .cli import require
 from .distributed import autocast, setup
 from .divergence import layer_divergence, select_layers
 from .linear_probes import fit_pairs, fit_reward
+from .locks import unlock_afterwards
 from .models import check_model, context_length, load_policy, load_tokenizer
 from .packing import micro_batches
 from .probe_texts import differences, pair_texts, sequence_texts, word_texts
@@ -87,6 +88,7 @@ class PairsConfig(ProbeConfig):
 # ------------------------------------------------------------------------------------------------------------------------ the commands
 
 
+@unlock_afterwards()
 def reward(config):
     """Read the true reward of words, or of responses, from activations (or SAE features) by ridge regression, beside its controls."""
     dist, folder, tokenizer, max_length = start(config)
@@ -107,6 +109,7 @@ def reward(config):
     return compare(config, folder, fit_reward, texts, inputs, layers, note)
 
 
+@unlock_afterwards()
 def pairs(config):
     """Read which of two responses was chosen from the difference of their activations (or SAE features), by logistic regression."""
     dist, folder, tokenizer, max_length = start(config)

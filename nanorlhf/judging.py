@@ -15,6 +15,7 @@ from .cli import require
 from .distributed import setup
 from .files import write_json
 from .judges import by_language_model, by_rewards, check_judge, is_language_model
+from .locks import unlock_afterwards
 from .probes import results_folder, save
 from .rewards import expand
 from .stats import mean_over_groups, percentiles, win_points
@@ -50,6 +51,7 @@ class JudgeConfig:
         self.judge = list(dict.fromkeys(spec for given in self.judge for spec in expand([given])))
 
 
+@unlock_afterwards()
 def judge(config):
     """Win rates of A's answers over B's: ties count half, the 95% interval is the bootstrap's over prompts.
 

@@ -24,6 +24,7 @@ from .features import parse_ids
 from .files import write_json
 from .latent_stats import contrast, score_gaps, separation
 from .latent_texts import TextsConfig, encoded, groups_of, matched, opened, read_all, read_answers
+from .locks import unlock_afterwards
 from .probes import finite, save
 
 BY = ("contribution", "differential", "weight")
@@ -69,6 +70,7 @@ class LatentsConfig(TextsConfig):
         parse_ids(self.features)
 
 
+@unlock_afterwards()
 def latents(config):
     """Weight, differential and contribution of a reward model's latents, on pairs and a policy's answers, and what they follow.
 

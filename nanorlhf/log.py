@@ -15,24 +15,47 @@ from .errors import InputError
 from .files import read_json, read_lines, replace_folder, write_json, write_lines
 from .fingerprints import changed_inputs, fingerprint_inputs
 from .fsdp import is_sharded, whole
+from .locks import LOCK_FILE, lock
 from .splits import labels
 
 # Fields that do not make it another run: results are the same, some up to float error.
 PLACES = ("output_dir", "resume", "device", "distributed", "checkpoint_activations", "micro_batch_size", "tokens_per_micro_batch")
 
+# What a kill leaves in the folder of a run that had not begun.
+BEFORE_A_RUN = {"config.json.tmp", LOCK_FILE}
+
 
 class RunFolder:
     """One run's folder. `state` is 'new', 'unfinished' (it will be continued) or 'done'; another config in it is an error.
 
-    Fields in `free` may differ.
+    Fields in `free` may differ. No other process can write into the folder until the function ends
+    that locks.unlock_afterwards() decorates; a new folder that is still empty then is removed. A
+    run that is done is only read, and not locked, unless it is `written_again`. InputError: another
+    process is working in the folder.
     """
 
-    def __init__(self, config, dist, free=PLACES):
+    def __init__(self, config, dist, free=PLACES, written_again=False):
         self.path, self.dist = config.output_dir, dist
         self.config = json.loads(json.dumps(dataclasses.asdict(config)))
-        self.state = "new"
         self.named = {k: v for k, v in self.config.items() if k not in free}
-        self.inputs = {}  # fingerprints of what these name
+
+        def claim():
+            self.find_state(config, free)
+            if self.state != "done" or written_again:
+                lock(self.path)
+
+        dist.together(lambda: claim() if dist.main else None)
+        # Once more, on all processes: another run may have ended between the look and the lock.
+        dist.together(lambda: self.find_state(config, free))
+        if self.state == "new" and getattr(config, "resume", False):
+            dist.print(f"{self.path}: nothing to resume, the run starts from the beginning")
+        self.check_inputs()
+        dist.barrier()  # every process has looked before one writes
+
+    def find_state(self, config, free):
+        """Set `state` by what is in the folder. InputError: another run, or something else."""
+        self.state = "new"
+        self.inputs = {}  # fingerprints of what `named` names
         stored = os.path.join(self.path, "config.json")
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
@@ -46,12 +69,8 @@ class RunFolder:
             if changed:
                 raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
             self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
-        elif os.path.isdir(self.path) and any(name != "config.json.tmp" for name in os.listdir(self.path)):
+        elif os.path.isdir(self.path) and set(os.listdir(self.path)) - BEFORE_A_RUN:
             raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
-        elif getattr(config, "resume", False):
-            dist.print(f"{self.path}: nothing to resume, the run starts from the beginning")
-        self.check_inputs()
-        dist.barrier()  # every process has looked before one writes
 
     def check_inputs(self):
         """An error where a file that the settings name has another content than at an earlier look.

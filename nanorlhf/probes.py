@@ -24,6 +24,7 @@ from .distributed import setup
 from .divergence import add_up, divergence_sums, from_sums, matches, parameter_divergence, relative, select_layers
 from .errors import InputError, first_line
 from .files import write_json
+from .locks import unlock_afterwards
 from .log import RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
 from .sae_files import SPARSITY, load_sae
@@ -39,7 +40,7 @@ def in_one_line(function, *args):
 
 def results_folder(config, dist):
     """The folder of a command's results, which the same command writes again; a folder of anything else is an error."""
-    return RunFolder(config, dist, free=tuple(vars(config)))
+    return RunFolder(config, dist, free=tuple(vars(config)), written_again=True)
 
 
 def save(config, folder, summary, text, draw):
@@ -81,6 +82,7 @@ class DivergenceConfig:
         require(set(self.sites) <= set(SITES), f"--sites must be some of {', '.join(SITES)}, not {' '.join(self.sites)}")
 
 
+@unlock_afterwards()
 def divergence(config):
     """How far a policy has moved from its base: the weights of each block, and its activations on the same texts.
 
@@ -202,6 +204,7 @@ def existing(paths):
     return [path for part in found.values() for path in part]
 
 
+@unlock_afterwards()
 def mmcs(config):
     """Mean max cosine similarity of the decoder directions of sparse autoencoders: of what A has learned, how much B has too.
 

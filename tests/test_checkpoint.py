@@ -15,6 +15,7 @@ from nanorlhf.checkpoint import checkpoints, load, save
 from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
 from nanorlhf.files import read_json, replace_folder, write_json
+from nanorlhf.locks import unlock_afterwards
 from nanorlhf.log import RunFolder
 from nanorlhf.optim import adamw, learning_rate, optimizer_step
 
@@ -193,8 +194,9 @@ class Config:
 
 def test_the_states_of_a_run_folder(tmp_path):
     path = str(tmp_path / "runs" / "a")
-    assert RunFolder(Config(path), ALONE).state == "new"
-    assert not os.path.exists(path)  # nothing is made before create()
+    with unlock_afterwards():
+        assert RunFolder(Config(path), ALONE).state == "new"
+    assert os.listdir(tmp_path) == []  # without create() nothing is left, and no folder on the way
     RunFolder(Config(path), ALONE).create()
     assert RunFolder(Config(path, resume=True), ALONE).state == "unfinished"
     with pytest.raises(InputError, match="lr.*--output_dir") as e:

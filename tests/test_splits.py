@@ -1,15 +1,16 @@
 """nanorlhf.splits and data.load_splits: formats of prompts, what is in distribution, what each named split holds, and what is refused."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 import nanorlhf.data
 import sample_bon
 from nanorlhf import splits, world
 from nanorlhf.cli import RunConfig
 from nanorlhf.data import load, load_splits, read_rows
+from nanorlhf.distributed import Dist
 from nanorlhf.log import RunFolder
 from test_data import jsonl, refuses
 
@@ -212,7 +213,7 @@ def test_a_run_older_than_these_flags_is_the_same_run(tmp_path):
     new = config("a.jsonl", output_dir=str(tmp_path))
     old = {k: v for k, v in vars(new).items() if k not in ("eval_splits", "in_distribution", "prompt_format", "betas")}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    dist = SimpleNamespace(barrier=lambda: None)
+    dist = Dist(0, 1, torch.device("cpu"))
     assert RunFolder(new, dist).state == "unfinished"
     refuses(RunFolder, config("a.jsonl", output_dir=str(tmp_path), eval_splits=["ood"]), dist, match=["differs in eval_splits"])
 
