@@ -53,8 +53,11 @@ def save(path, human, fingerprint):
     """Write a file of human latents, under a temporary name first. fingerprint: a dict, feature_rewards.latents_fingerprint."""
     tensors = {"latents": human.latents.contiguous(), "features": torch.tensor(human.features), "scores": human.scores.contiguous()}
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    save_file(tensors, path + ".tmp", {NOTES: json.dumps({"complete": human.complete, "fingerprint": fingerprint})})
-    os.replace(path + ".tmp", path)
+    # A name of its own: of two processes at once the last one's file stays, whole.
+    temporary = f"{path}.{os.getpid()}.tmp"
+    notes = {"complete": human.complete, "fingerprint": fingerprint}
+    save_file(tensors, temporary, {NOTES: json.dumps(notes)})
+    os.replace(temporary, path)
 
 
 def load(path, spec, sae):

@@ -20,6 +20,7 @@ from nanorlhf import cli, fingerprints
 from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
 from nanorlhf.fingerprints import DATA, FEATURES, MODELS, fingerprint_path, input_paths
+from nanorlhf.locks import unlock_afterwards
 from nanorlhf.log import RunFolder
 
 REPO = Path(__file__).parents[1]
@@ -184,10 +185,11 @@ def test_a_run_refuses_an_input_that_has_changed(inputs, changed, state):
 
 
 def test_an_input_that_changes_while_a_run_sets_up_is_noticed(inputs):
-    folder = RunFolder(Config("run", **inputs), ALONE)
-    Path("reward.py").write_text("def reward(prompts, responses): return [-15.0] * len(responses)")
-    with pytest.raises(InputError, match="reward.py has changed"):
-        folder.create()
+    with unlock_afterwards():
+        folder = RunFolder(Config("run", **inputs), ALONE)
+        Path("reward.py").write_text("def reward(prompts, responses): return [-15.0] * len(responses)")
+        with pytest.raises(InputError, match="reward.py has changed"):
+            folder.create()
     assert not os.path.exists("run")
 
 

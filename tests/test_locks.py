@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_activation_store import ROWS, disk, refuse
 from test_errors import ENV, arguments, here, material, write_rows  # noqa: F401
 from test_scripts import assert_bit_equal, command_line, flags, fork, join, ranks
@@ -23,7 +25,7 @@ from test_scripts import assert_bit_equal, command_line, flags, fork, join, rank
 import probe
 import sample_bon
 import train_sft
-from nanorlhf import cli, locks
+from nanorlhf import cli, human_latents, locks
 from nanorlhf.errors import InputError
 from nanorlhf.locks import LOCK_FILE, lock, unlock_afterwards
 
@@ -383,3 +385,19 @@ def test_a_folder_of_activations(tmp_path, another, monkeypatch):
     _, again = disk(folder, load=refuse)
     texts = np.arange(len(ROWS))
     assert all(a.equal(b) for a, b in zip(source(texts).values(), again(texts).values()))
+
+
+def save_often(path, number):
+    for _ in range(200):
+        latents = torch.full((64, 4), float(number))
+        human = human_latents.HumanLatents(path, latents, [0, 1, 2, 3], latents[:, 0], True)
+        human_latents.save(path, human, {})
+
+
+def test_two_processes_that_write_one_file(tmp_path):
+    """A file of human latents has no folder of its own: it is one process's, whole."""
+    path = str(tmp_path / "human.safetensors")
+    join(*(fork(save_often, path, number, RANK="0") for number in (1, 2)))
+    tensors = load_file(path)
+    assert tensors["latents"].unique().tolist() == tensors["scores"].unique().tolist()
+    assert tensors["latents"].unique().tolist() in ([1], [2]) and len(os.listdir(tmp_path)) == 1
