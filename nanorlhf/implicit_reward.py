@@ -6,6 +6,9 @@
 A probe is tested on words and prompts that it was not fitted to, and stands beside the same probe on inputs that know nothing of the
 policy's training: what these reach too, reinforcement learning did not put there. Intervals are over splits.
 
+Pitfall: the reverse does not follow. What a policy has beyond its base may come from any further training. The control for that is the
+base trained on without a reward (train_sft.py --model BASE --seed 1), probed as --policy in its turn.
+
 Method: Marks et al. 2023 (2310.08164), but for the target, which is the true reward and no function of the inputs.
 
     N texts, T tokens, D hidden, M features of an SAE, F inputs of a probe: D or M for each selected layer

@@ -7,6 +7,7 @@ SARMs of all kinds; PPO against the dense one and against a SARM (--against); an
 exploited. The answer is found by a written rule, identify(), which reads nothing but the summary.json of `probe.py latents`, and it is
 written to identified/seed_S.json before the truth is read. Then PPO again, under control by these latents: ARMS. How strong each method
 is was fixed before any gold was seen, the same for all seeds, in units that the human texts and the reward model give (see arms()).
+The arms do not cost the policy the same: a smaller effect of one may be a lower price.
 
 Every command is a plain call of a script; runs that are done are not done again. At the end tables over seeds, as text and in
 summary.json, and a picture.
@@ -178,7 +179,8 @@ def arms(a, s, found):
     indicator   ALPHA std of the human texts' scores, shared by the latents, where a latent is above what TAU of the human texts have
     hinge       above the same threshold as much for each standard deviation of the latent on human texts (for each 1 where it has none)
     clamp       the latent is 0 for the score
-    density     0.2 of the log ratio (clipped at 5 nats: at most 1) of the latents, those of people from the human texts
+    density     0.2 of the log ratio (clipped at 5 nats: at most 1) of the latents, those of people from the human texts;
+                it charges nothing in the first ten rollouts and less than the indicator and the hinge after, so it is not ranked
     random, negative       the indicator on the latents of the controls
 
     With --truth only the first four, as truth_indicator, ...

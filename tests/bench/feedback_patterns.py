@@ -7,6 +7,9 @@ autoencoders of the policy and of the base: of the MLPs of the two layers that m
 command is a plain call of a script; runs that are done are not done again. At the end tables over seeds, as text and in
 summary.json: an interval is that of the seeds (95%, t), so it holds for policies, where those of probe.py hold for the splits or
 prompts of one policy.
+
+Pitfall: a policy less its base is what any further training changed. The control, a base trained on without a reward, is not among
+these commands: README has it.
 """
 
 import argparse
