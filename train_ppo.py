@@ -170,7 +170,7 @@ def main(config):
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
     kl_controller = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon) if config.kl_target else None
     scaler = ppo.ScoreScaler(config.score_scaling)
-    state = checkpoint.load(config.output_dir, policy, optimizer)
+    state = checkpoint.load(config.output_dir, policy, optimizer, dist)
     if state:
         scaler.moments = tuple(state["scaler"])
         if kl_controller:
@@ -184,7 +184,7 @@ def main(config):
         return {label: evaluate(parts, part) for label, part in zip(held_out, held_out_prompts, strict=True)}
 
     start = None if state else evaluations()  # before anything is written: a reward that fails leaves no trace
-    folder.create()
+    folder.create(state)
 
     def report(step, results):
         record = {}

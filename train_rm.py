@@ -13,6 +13,7 @@ Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members: Cos
 """
 
 import math
+import os
 import time
 from dataclasses import dataclass, field, replace
 
@@ -27,7 +28,7 @@ from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.files import read_json
 from nanorlhf.fsdp import checkpoint_activations, gathered
 from nanorlhf.locks import unlock_afterwards
-from nanorlhf.log import Progress, RunFolder, mean_se
+from nanorlhf.log import PLACES, Progress, RunFolder, mean_se, settings_that_differ
 from nanorlhf.lora import choose_trained, merge
 from nanorlhf.models import check_model, context_length, load_reward_model, load_tokenizer, save_reward_model
 from nanorlhf.packing import micro_batches, pack
@@ -148,8 +149,8 @@ def train(config, dist):
     example = pack(prompts[:1], chosen[:1]).to(dist.device)
     model = dist.wrap(reward_model, lambda model: sum(scored(model, example, detached)).sum(), config.dtype)
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
-    state = checkpoint.load(config.output_dir, reward_model, optimizer) or {"step": 0}
-    folder.create()
+    state = checkpoint.load(config.output_dir, reward_model, optimizer, dist) or {"step": 0}
+    folder.create(state)
 
     # --------------------------------------------------------------------------------------------------------------------- loop
     progress = Progress(dist, "reward model", config.steps, state["step"])
@@ -284,9 +285,28 @@ def train_what_is_missing(config):
     They are trained in float32, whatever the run that needs them computes in: there is one of each.
     """
     if is_default(config, "model") or is_default(config, "reward_model"):  # the reward model starts from the SFT policy too
-        train_sft.main(train_sft.Config(device=config.device))
+        train_or_use(train_sft.main, train_sft.Config(device=config.device))
     if is_default(config, "reward_model"):
-        main(Config(device=config.device, dataset=config.dataset))
+        train_or_use(main, Config(device=config.device, dataset=config.dataset))
+
+
+def train_or_use(train, config):
+    """train(config) a model that another run starts from, unless a user has put a run with other settings into its folder.
+
+    A finished one is used as it is, and what is different about it is said. One that is not finished is the user's to finish: it may be
+    running at this moment, or have hours to go.
+    """
+    stored = os.path.join(config.output_dir, "config.json")
+    changed = settings_that_differ(stored, config, PLACES) if os.path.isfile(stored) else []
+    if not changed:
+        train(config)
+        return
+    settings = read_json(stored)
+    own = ", ".join(f"{name} {settings.get(name)}" for name in changed)
+    finished = os.path.isfile(os.path.join(config.output_dir, "summary.json"))
+    cli.require(finished, f"{config.output_dir} holds a run that is not finished, with settings of its own ({own}): finish it with its "
+                f"script and --resume --output_dir {config.output_dir}, or name other models")  # fmt: skip
+    setup(config.device).print(f"{config.output_dir} is used as it is; its settings that are not the defaults: {own}")
 
 
 def report(record, label="eval"):

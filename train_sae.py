@@ -130,7 +130,7 @@ def main(config):
     paths = {"policy": config.model} | ({"base": config.base} if config.base != "none" else {})
     rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
     if train_rm.is_default(config, "model"):
-        train_ppo.main(train_ppo.Config(device=config.device))  # and what it needs itself
+        train_rm.train_or_use(train_ppo.main, train_ppo.Config(device=config.device))  # and what it needs itself
     model_config = [check_model(path) for path in paths.values()][0]
 
     # ------------------------------------------------------------------------------------------------------------------- models
@@ -164,9 +164,10 @@ def main(config):
         x = dist.gather(torch.cat([part[key] for part in first]))
         saes[key.replace("/", ":")] = new_sae(config, x.shape[1]).to(dist.device).fit(x, config.bias)
     del first
-    folder.create()
     optimizer = adam(saes)
-    state = checkpoint.load(config.output_dir, saes, optimizer) or {"step": 0, "silent": {name: [0] * sae.m for name, sae in saes.items()}}
+    start = {"step": 0, "silent": {name: [0] * sae.m for name, sae in saes.items()}}
+    state = checkpoint.load(config.output_dir, saes, optimizer, dist) or start
+    folder.create(state)
     silent = {name: torch.tensor(counts, device=dist.device) for name, counts in state["silent"].items()}
     dist.print(f"{config.sae} autoencoders: {', '.join(f'{key} ({sae.m:,} latents)' for key, sae in saes.items())}")
     options = {"l1": config.l1, "dead_after": config.dead_tokens(), "dtype": getattr(torch, config.dtype), "n_tokens": config.batch_size}

@@ -110,8 +110,8 @@ def main(config):
             reference[:, visited] = sequence_logprobs(policy, answers, visited, tokenizer, config, dist)
             held_out_reference = {label: sequence_logprobs(policy, part, range(len(held_out[label])), tokenizer, config, dist)
                                   for label, part in held_out_answers.items()}  # fmt: skip
-    state = checkpoint.load(config.output_dir, policy, optimizer) or {"step": 0}
-    folder.create()
+    state = checkpoint.load(config.output_dir, policy, optimizer, dist) or {"step": 0}
+    folder.create(state)
 
     def report(step):
         record = {}

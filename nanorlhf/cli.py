@@ -2,16 +2,21 @@
 
 import argparse
 import contextlib
+import errno
 import inspect
 import os
+import re
+import signal
 import sys
 import time
+import types
+import typing
 from dataclasses import dataclass, field, fields
 
 from transformers import HfArgumentParser
 
 from . import distributed
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import read_json
 from .fingerprints import code_file
 
@@ -128,8 +133,7 @@ def parse(config_class, args, command="", description=None):
     if given == {"resume", "output_dir"} and not os.path.isfile(stored):
         raise InputError(f"{folder}: no run to resume here")  # a slip of the pen should not start another run
     if parsed["resume"] and os.path.isfile(stored):
-        known = {f.name for f in fields(config_class)}
-        settings = {k: v for k, v in read_json(stored).items() if k in known and k != "output_dir"}
+        settings = read_settings(stored, config_class)
         check_stored_code(folder, {k: v for k, v in settings.items() if k not in given})
         parser.set_defaults(**settings)
         parsed = vars(parser.parse_args(args))
@@ -164,24 +168,92 @@ def is_inside(file, folder):
     return False
 
 
+def read_settings(path: str, config_class) -> dict:
+    """The settings in a run's config.json that config_class has too, but for the folder's name; each must be of its field's type."""
+    stored = read_json(path)
+    require(isinstance(stored, dict), f"{path}: not the settings of a run")
+    hints = typing.get_type_hints(config_class)
+    settings = {}
+    for name, value in stored.items():
+        if name in hints and name != "output_dir":
+            require(is_of_type(value, hints[name]), f"{path}: {name} cannot be {value!r}")
+            settings[name] = value
+    return settings
+
+
+def is_of_type(value, hint) -> bool:
+    """Whether a JSON value can stand for a dataclass field with this annotation: str, int, float, bool, list[...] or X | None."""
+    parts = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(is_of_type(value, part) for part in parts)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(is_of_type(item, parts[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
+
+
+# --------------------------------------------------------------------------------------------------------------- how a command ends
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a user's share of it, ulimit -f
+INTERRUPTED = 128 + signal.SIGINT  # what a shell reports of a process that Ctrl-C ended
+
+
 @contextlib.contextmanager
-def errors_in_one_line():
-    """A context that ends as a user wants to see it: wrong input is one line on stderr and exit code 2."""
+def errors_in_one_line(resumable=False):
+    """A context that ends as a user wants to see it: in one line on stderr and with an exit code, without a traceback.
+
+    2: wrong input. 1: it could not go on (a gradient that is not finite, a full disk, another process that is gone). 130: Ctrl-C.
+    """
     try:
-        yield
-    except (InputError, FloatingPointError) as e:
-        rank = os.environ.get("RANK", "0")
-        who = script() + (f" [rank {rank}]" if rank != "0" else "")
-        print(f"{who}: error: {' '.join(str(e).split())}", file=sys.stderr)
-        time.sleep(1 if "RANK" in os.environ else 0)  # the other processes may still be reading what this one sent
-        sys.exit(2 if isinstance(e, InputError) else 1)
-    finally:
-        distributed.shutdown()
+        try:
+            yield
+        except Exception as e:
+            ending = explain(e)
+            if ending is None:
+                raise
+            line, code = ending
+            rank = os.environ.get("RANK", "0")
+            who = script() + (f" [rank {rank}]" if rank != "0" else "")
+            print(f"{who}: error: {' '.join(line.split())}", file=sys.stderr)
+            time.sleep(1 if "RANK" in os.environ else 0)  # the other processes may still be reading what this one sent
+            sys.exit(code)
+        finally:
+            distributed.shutdown()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end the ending
+        if os.environ.get("RANK", "0") == "0":
+            kept = "; the last checkpoint is kept: --resume continues" if resumable else ""
+            print(f"{script()}: interrupted{kept}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """What to tell a user of an error, and the exit code; None of a bug, whose traceback is wanted."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, FloatingPointError):
+        return str(error), 1
+    if errno_of(error) in NO_ROOM:
+        kept = "what was saved before, such as the last checkpoint, is kept: make room, and give the same command again"
+        return f"no room to write ({first_line(error)}); {kept}", 1
+    if distributed.lost_a_process(error):
+        return "another process of this run has stopped; so does this one", 1
+    return None
+
+
+def errno_of(error: Exception) -> int | None:
+    """The number of the operating system's error behind an exception; safetensors and tokenizers (Rust) have it in their text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    return int(in_text[1]) if in_text else None
 
 
 def run(config_class, main, args=None):
     """What a script does when it is run: parse, then main(config)."""
-    with errors_in_one_line():
+    resumable = any(f.name == "resume" for f in fields(config_class))
+    with errors_in_one_line(resumable):
         main(parse(config_class, args))
 
 

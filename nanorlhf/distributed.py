@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import re
 import resource
 import sys
 from dataclasses import dataclass
@@ -172,6 +173,16 @@ def setup(device="auto", distributed="ddp"):
 def shutdown():
     if td.is_available() and td.is_initialized():
         td.destroy_process_group()
+
+
+def lost_a_process(error: Exception) -> bool:
+    """Whether an error of a collective call says no more than that another process is gone, which has said itself why."""
+    if not (td.is_available() and td.is_initialized()):
+        return False
+    if isinstance(error, (td.DistBackendError, td.DistNetworkError)):
+        return True
+    gone = re.search(r"Connection (closed|reset) by peer|Broken pipe|gloo", str(error))
+    return isinstance(error, RuntimeError) and gone is not None
 
 
 def sync_on(module, last):

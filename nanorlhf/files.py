@@ -1,5 +1,10 @@
-"""Files: JSON and JSONL that are whole or not there at all, folders that change places, and digests of what a file holds."""
+"""Files: JSON and JSONL that are whole or not there at all, folders that change places, and digests of what a file holds.
 
+What is written here is on the disk before it gets its name (fsync), and its name is on the disk before the writer goes on: after a
+kill, or a power cut, a reader finds the old content or the new one.
+"""
+
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +20,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not JSON ({e})") from None
 
 
@@ -24,7 +29,7 @@ def write_json(path, value):
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=2)
         f.write("\n")
-    os.replace(path + ".tmp", path)
+    replace_file(path)
 
 
 def read_lines(path):
@@ -63,26 +68,86 @@ def drop_cut_line(path: str) -> None:
             f.truncate(f.read().rfind(b"\n") + 1)
 
 
+def read_rows(path: str) -> list[dict]:
+    """The rows of a run's log; a line that is no JSON object is an InputError."""
+    remedy = "restore it from a copy, or start the run again in another folder"
+    return read_checked_lines(path, lambda i, row: isinstance(row, dict), remedy)
+
+
 def write_lines(path, rows):
     """Write JSON rows to a .jsonl file: under a temporary name, then renamed."""
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
+    replace_file(path)
+
+
+def replace_file(path: str):
+    """Put the finished file `path`.tmp in the place of `path`."""
+    sync(path + ".tmp")
     os.replace(path + ".tmp", path)
+    sync(os.path.dirname(path) or ".")
 
 
 def replace_folder(path, write, dist=None):
-    """Call write(temporary folder), then put it in the place of `path`. With `dist` all processes write, and the main one moves it."""
-    temporary, main = os.path.join(os.path.dirname(path), ".tmp_" + os.path.basename(path)), dist is None or dist.main
+    """Call write(temporary folder), then put it in the place of `path`. With `dist` all processes write, and the main one moves it.
+
+    The old folder is moved aside, and removed only when the new one is in its place: whenever a kill comes, one of the two is there.
+    """
+    parent, name = os.path.split(path)
+    temporary = os.path.join(parent, f".tmp_{name}")
+    aside = os.path.join(parent, f".old_{name}")
+    main = dist is None or dist.main
     wait = dist.barrier if dist else lambda: None
+
+    # What an earlier call left that was killed.
     if main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        recover_folder(path)
+        remove(temporary)
         os.makedirs(temporary)
     wait()
     write(temporary)
     wait()
     if main:
-        shutil.rmtree(path, ignore_errors=True)
+        # A name must never stand for a file that is not on the disk yet.
+        for folder, _, files in os.walk(temporary):
+            for file in files:
+                sync(os.path.join(folder, file))
+            sync(folder)
+        if os.path.lexists(path):
+            os.rename(path, aside)
         os.rename(temporary, path)
+        sync(parent or ".")
+        remove(aside)
+
+
+def recover_folder(path: str):
+    """Undo the half of replace_folder(path) that a kill left: an old folder without a new one gets its place back."""
+    parent, name = os.path.split(path)
+    aside = os.path.join(parent, f".old_{name}")
+    if os.path.lexists(aside) and not os.path.lexists(path):
+        os.rename(aside, path)
+    remove(aside)
+
+
+def remove(path: str):
+    """Remove a folder and all that is in it, or a file, or nothing."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
+
+
+def sync(path: str):
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as e:
+        # Some network file systems know no fsync of a folder.
+        if e.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+    finally:
+        os.close(number)
 
 
 def digest(*values):
@@ -97,3 +162,9 @@ def digest_file(path):
         while block := f.read(2**22):
             total.update(block)
     return total.hexdigest()
+
+
+def digest_start(path: str, size: int) -> str:
+    """The SHA-256 of a file's first `size` bytes: what it held before it grew."""
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read(size)).hexdigest()

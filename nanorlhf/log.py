@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -10,9 +11,8 @@ import time
 from tqdm import tqdm
 
 from . import checkpoint
-from .checkpoint import checkpoints
 from .errors import InputError
-from .files import read_json, read_lines, replace_folder, write_json, write_lines
+from .files import digest_start, read_json, read_rows, replace_folder, write_json, write_lines
 from .fingerprints import changed_inputs, fingerprint_inputs
 from .fsdp import is_sharded, whole
 from .locks import LOCK_FILE, lock
@@ -20,6 +20,7 @@ from .splits import labels
 
 # Fields that do not make it another run: results are the same, some up to float error.
 PLACES = ("output_dir", "resume", "device", "distributed", "checkpoint_activations", "micro_batch_size", "tokens_per_micro_batch")
+LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow by rows {step, ...}
 
 # What a kill leaves in the folder of a run that had not begun.
 BEFORE_A_RUN = {"config.json.tmp", LOCK_FILE}
@@ -60,12 +61,8 @@ class RunFolder:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
         if os.path.isfile(stored):
-            missing = dataclasses.MISSING
-            defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not missing}
-            defaults |= {f.name: f.default_factory() for f in dataclasses.fields(config) if f.default_factory is not missing}
-            other = defaults | read_json(stored)  # a run may be older than a flag
-            self.inputs = other.pop("inputs", {})  # a run may be older than fingerprints, too
-            changed = [k for k in {**other, **self.config} if k not in free and other.get(k) != self.config.get(k)]
+            self.inputs = read_config(stored).get("inputs", {})  # a run may be older than fingerprints
+            changed = settings_that_differ(stored, config, free)
             if changed:
                 raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
             self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
@@ -90,18 +87,29 @@ class RunFolder:
 
         self.dist.together(look if self.dist.main else lambda: None)
 
-    def create(self):
-        """Make the folder; in an unfinished run drop what was logged after its newest checkpoint."""
+    def create(self, state=None):
+        """Make the folder; in an unfinished run drop what was logged after `state`, the checkpoint that it goes on from.
+
+        Without a checkpoint, which is None or step 0, that is everything.
+        """
         self.check_inputs()  # again: a default model may have been trained since, a hub model loaded
         if not self.dist.main:
             return
         os.makedirs(self.path, exist_ok=True)
         write_json(os.path.join(self.path, "config.json"), {**self.config, "inputs": self.inputs})
-        step = max((s for s, _ in checkpoints(self.path)), default=-1)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        state = state or {"step": 0}
+        step = state["step"]
+        logs = state.get("logs", {})
+        for name in LOGS:
             path = os.path.join(self.path, name)
-            rows = [json.loads(line) for line in read_lines(path)] if os.path.exists(path) else []
-            write_lines(path, [row for row in rows if row["step"] <= step])
+            if name in logs:
+                os.truncate(path, logs[name]["size"])
+            elif step > 0:  # a checkpoint that is older than these sizes
+                write_lines(path, rows_until(path, step))
+            else:
+                write_lines(path, [])
+        for label in labels(self.config.get("eval_splits", [])):
+            remove_later(os.path.join(self.path, eval_folder(label)), step)
 
     def append(self, name, rows):
         """Append JSON rows to a .jsonl file of the run."""
@@ -122,9 +130,14 @@ class RunFolder:
     def checkpoint(self, step, module, optimizer, state, keep, more=None):
         """An atomic checkpoint, after the metrics of its step are on disk; see checkpoint.py. All processes call it."""
         if self.dist.main:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                with open(os.path.join(self.path, name), "a") as f:
+            logs = {}
+            for name in LOGS:
+                path = os.path.join(self.path, name)
+                with open(path, "a") as f:
                     os.fsync(f.fileno())
+                size = os.path.getsize(path)
+                logs[name] = {"size": size, "sha256": digest_start(path, size)}
+            state = {**state, "logs": logs}
         if self.dist.main or is_sharded(module):
             checkpoint.save(self.path, step, module, optimizer, state, keep, self.dist, more)
         self.dist.barrier()
@@ -132,7 +145,7 @@ class RunFolder:
     def records(self):
         """The rows of metrics.jsonl."""
         self.dist.barrier()
-        return [json.loads(line) for line in read_lines(os.path.join(self.path, "metrics.jsonl"))]
+        return read_rows(os.path.join(self.path, "metrics.jsonl"))
 
     def before_and_after(self):
         """The evaluations of the first and of the last step, further splits with their names in front: a run's summary."""
@@ -142,6 +155,7 @@ class RunFolder:
 
     def already_done(self):
         self.dist.print(f"{self.path}: this run is done already (for another one choose another --output_dir)")
+        self.remove_checkpoints()  # a kill may have left them
         return read_json(os.path.join(self.path, "summary.json"))
 
     def save_model(self, save, *args):
@@ -155,9 +169,54 @@ class RunFolder:
         """summary.json makes the run done; its checkpoints are no longer needed. Returns the summary."""
         if self.dist.main:
             write_json(os.path.join(self.path, "summary.json"), summary)
-            shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
+        self.remove_checkpoints()
         self.dist.barrier()
         return summary
+
+    def remove_checkpoints(self):
+        """What a finished run has no use for."""
+        if self.dist.main:
+            shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
+
+
+def read_config(stored: str) -> dict:
+    """What is in a run's config.json: its settings, and {"inputs": the fingerprints of what they name}."""
+    run = read_json(stored)
+    if not isinstance(run, dict) or not isinstance(run.get("inputs", {}), dict):
+        raise InputError(f"{stored}: not the settings of a run")
+    return run
+
+
+def settings_that_differ(stored: str, config, free=()) -> list[str]:
+    """The names of the settings in which a run's config.json differs from a config; a flag that is younger than the run is its default."""
+    run = read_config(stored)
+    run.pop("inputs", None)
+    own = json.loads(json.dumps(dataclasses.asdict(config)))
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            run.setdefault(field.name, field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            run.setdefault(field.name, field.default_factory())
+    return [name for name in {**run, **own} if name not in free and run.get(name) != own.get(name)]
+
+
+def rows_until(path: str, step: int) -> list[dict]:
+    """The rows of a log up to and with a step."""
+    kept = []
+    for row in read_rows(path) if os.path.exists(path) else []:
+        if not isinstance(row.get("step"), int):
+            raise InputError(f"{path}: a row has no step")
+        if row["step"] <= step:
+            kept.append(row)
+    return kept
+
+
+def remove_later(folder: str, last: int):
+    """Remove the evaluations of steps after `last`: the resumed run makes them again."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        step = re.fullmatch(r"step_(\d+)\.jsonl", name)
+        if step and int(step[1]) > last:
+            os.remove(os.path.join(folder, name))
 
 
 def eval_folder(label):
