@@ -306,7 +306,7 @@ def train_or_use(train, config):
     finished = os.path.isfile(os.path.join(config.output_dir, "summary.json"))
     cli.require(finished, f"{config.output_dir} holds a run that is not finished, with settings of its own ({own}): finish it with its "
                 f"script and --resume --output_dir {config.output_dir}, or name other models")  # fmt: skip
-    setup(config.device).print(f"{config.output_dir} is used as it is; its settings that are not the defaults: {own}")
+    setup(config.device).print(f"{config.output_dir} is used as it is, with settings of its own: {own}")
 
 
 def report(record, label="eval"):

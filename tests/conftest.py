@@ -5,6 +5,7 @@ import os
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="let the tests see GPUs")
+    parser.addoption("--kills", type=int, default=3, help="how often test_kills.py kills each script at a random moment")
 
 
 def pytest_configure(config):

@@ -27,6 +27,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import checkpoint, cli, data, distributed, evaluation, files, log, world
+from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
 
 REPO = Path(__file__).parents[1]
@@ -385,6 +386,52 @@ def test_no_arguments_trains_what_is_missing(tmp_path, monkeypatch):
     train_rm.train_what_is_missing(train_ppo.Config(model="mine", reward_model=["mine.py:f"]))
     train_rm.train_what_is_missing(train_ppo.Config(dataset="mine.jsonl"))
     assert len(calls) == 4
+
+
+def put_run(folder, finished, **settings):
+    """A run folder with these settings and no more in it than what is read of it."""
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "config.json").write_text(json.dumps(settings))
+    if finished:
+        (Path(folder) / "summary.json").write_text("{}")
+
+
+def test_a_run_of_ones_own_in_a_default_folder(tmp_path, monkeypatch, capsys):
+    """A finished one is used as it is, and said to be; one that is not finished is an error that names the settings and the way on."""
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    monkeypatch.setattr(train_sft, "main", lambda config: trained.append("sft"))
+    monkeypatch.setattr(train_rm, "main", lambda config: trained.append("rm"))
+    put_run("runs/sft", True, **vars(train_sft.Config(steps=33, lr=0.001, output_dir="elsewhere", device="cuda")))
+    put_run("runs/rm/seed_0", True, **vars(train_rm.Config(label_noise=0.25, micro_batch_size=2)))
+    train_rm.train_what_is_missing(train_ppo.Config())
+    said = capsys.readouterr().out.splitlines()
+    assert not trained and len(said) == 2
+    assert said[0].startswith("runs/sft is used as it is") and said[0].endswith(": steps 33, lr 0.001")
+    assert said[1].startswith("runs/rm/seed_0 is used as it is") and said[1].endswith(": label_noise 0.25")
+
+    shutil.rmtree("runs/rm")
+    put_run("runs/rm/seed_0", False, **vars(train_rm.Config(label_noise=0.25)))
+    with pytest.raises(InputError, match=r"runs/rm/seed_0.*not finished.*label_noise 0.25.*--resume --output_dir runs/rm/seed_0"):
+        train_rm.train_what_is_missing(train_ppo.Config())
+    shutil.rmtree("runs")
+    put_run("runs/sft", False, **vars(train_sft.Config()))  # the default settings: it is gone on with
+    train_rm.train_what_is_missing(train_ppo.Config())
+    assert trained == ["sft", "rm"]
+
+
+@pytest.mark.parametrize("content", ["[]", '"steps"', "7", "null", "{", '{"steps": [4]}', '{"betas": 3}', '{"betas": ["a"]}', '{"lr": "1"}',
+                                     '{"steps": 4.5}', '{"steps": true}', '{"resume": 1}', '{"model": null}', "[" * 100_000])  # fmt: skip
+def test_a_damaged_config_of_a_run(tmp_path, content, capsys):
+    put_run(tmp_path / "run", False)
+    (tmp_path / "run/config.json").write_text(content)
+    for args in (["--resume"], ["--lr", "1e-3"]):
+        if args != ["--resume"] and content.startswith("{\""):
+            continue  # without --resume a setting of another type is another setting
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(train_ppo.Config, train_ppo.main, ["--output_dir", str(tmp_path / "run"), *args])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2 and len(error.splitlines()) == 1 and "config.json" in error
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
