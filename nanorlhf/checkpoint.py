@@ -71,14 +71,19 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
         os.makedirs(os.path.join(folder, "checkpoint"), exist_ok=True)
     replace_folder(os.path.join(folder, "checkpoint", f"step_{step}"), write, writers)
     if main:
-        # A newer one than this was damaged: the run went on from an older one.
-        kept = [path for s, path in checkpoints(folder) if s <= step][-keep:]
-        for _, path in checkpoints(folder):
-            if path not in kept:
-                remove(path)
+        remove_all_but(folder, step, keep)
 
 
-def save_shards(tensors, path):
+def remove_all_but(folder: str, step: int, keep: int):
+    """Remove all checkpoints but the last `keep` up to a step. A later one was damaged: the run went on from an older one."""
+    found = checkpoints(folder)
+    kept = [path for s, path in found if s <= step][-keep:]
+    for _, path in found:
+        if path not in kept:
+            remove(path)
+
+
+def save_shards(tensors: dict, path: str):
     """Every process writes its own shards. A disk error on one of them is raised on all."""
     import torch.distributed.checkpoint as dcp
 
@@ -94,12 +99,17 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
 
     Each reads its own shard, which it has in memory still. All processes call it.
     """
-    own = f"shard-{dist.rank + 1:05d}-" if dist.world > 1 else ""
-    names = [name for name in sorted(os.listdir(path)) if name.startswith(own) or (dist.main and not name.startswith("shard-"))]
-    lines = "".join(f"{digest_file(os.path.join(path, name))} {name}\n" for name in names)
+    own = f"shard-{dist.rank + 1:05d}-"
+    lines = ""
+    for name in sorted(os.listdir(path)):
+        if name.startswith(own) or (dist.main and not name.startswith("shard-")):
+            lines += f"{digest_file(os.path.join(path, name))} {name}\n"
     everyones = dist.gather(torch.tensor(list(lines.encode()), dtype=torch.uint8))
-    pairs = [line.split() for line in bytes(everyones.tolist()).decode().splitlines()]
-    return {name: sha256 for sha256, name in sorted(pairs, key=lambda pair: pair[1])}
+    digests = {}
+    for line in bytes(everyones.tolist()).decode().splitlines():
+        sha256, name = line.split()
+        digests[name] = sha256
+    return digests
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- load
@@ -111,8 +121,8 @@ def load(folder, module, optimizer, dist=ALONE):
     What was saved as `more` is in state["tensors"]. A checkpoint that is damaged is named, with what is wrong, and the one before it
     is taken; where none is whole, an InputError says so. The main process decides for all, and all processes call this.
     """
-    step = torch.tensor([dist.together(lambda: choose(folder, module, optimizer, dist))])
-    step = int(dist.gather(step)[0])  # the main process's choice
+    choice = dist.together(lambda: choose(folder, module, optimizer, dist))
+    step = int(dist.gather(torch.tensor([choice]))[0])  # the main process's
     if step < 0:
         return None
     path = os.path.join(folder, "checkpoint", f"step_{step}")
