@@ -25,6 +25,7 @@ import train_sft
 from nanorlhf import checkpoint, cli, data, sarm_training
 from nanorlhf.blocks import speed_up
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.errors import InputError
 from nanorlhf.files import read_json
 from nanorlhf.fsdp import checkpoint_activations, gathered
 from nanorlhf.locks import unlock_afterwards
@@ -291,22 +292,25 @@ def train_what_is_missing(config):
 
 
 def train_or_use(train, config):
-    """train(config) a model that another run starts from, unless a user has put a run with other settings into its folder.
+    """train(config) a model that another run starts from, unless its folder holds a user's own run.
 
-    A finished one is used as it is, and what is different about it is said. One that is not finished is the user's to finish: it may be
-    running at this moment, or have hours to go.
+    One that is finished is used as it is, and the settings that it does not share are printed. One
+    that is not finished is the user's to finish: it may be running, or have hours to go.
     """
     stored = os.path.join(config.output_dir, "config.json")
     changed = settings_that_differ(stored, config, PLACES) if os.path.isfile(stored) else []
     if not changed:
         train(config)
         return
+    folder = config.output_dir
     settings = read_json(stored)
     own = ", ".join(f"{name} {settings.get(name)}" for name in changed)
-    finished = os.path.isfile(os.path.join(config.output_dir, "summary.json"))
-    cli.require(finished, f"{config.output_dir} holds a run that is not finished, with settings of its own ({own}): finish it with its "
-                f"script and --resume --output_dir {config.output_dir}, or name other models")  # fmt: skip
-    setup(config.device).print(f"{config.output_dir} is used as it is, with settings of its own: {own}")
+    if not os.path.isfile(os.path.join(folder, "summary.json")):
+        raise InputError(
+            f"{folder} holds a run that is not finished, with settings of its own ({own}): "
+            f"finish it with its script and --resume --output_dir {folder}, or name other models"
+        )
+    setup(config.device).print(f"{folder} is used as it is, with settings of its own: {own}")
 
 
 def report(record, label="eval"):

@@ -130,7 +130,8 @@ def main(config):
     paths = {"policy": config.model} | ({"base": config.base} if config.base != "none" else {})
     rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
     if train_rm.is_default(config, "model"):
-        train_rm.train_or_use(train_ppo.main, train_ppo.Config(device=config.device))  # and what it needs itself
+        # It trains what it needs itself.
+        train_rm.train_or_use(train_ppo.main, train_ppo.Config(device=config.device))
     model_config = [check_model(path) for path in paths.values()][0]
 
     # ------------------------------------------------------------------------------------------------------------------- models

@@ -3,16 +3,19 @@
 A run holds no hidden random state: every draw is keyed by (seed, step, ...), so weights, optimizer, the few numbers of the
 controllers and the step are all that a resumed run needs to end with the same bits as one that was never killed.
 
-    checkpoint/step_{N}/state.safetensors              weights and optimizer, or, of a model in shards (FSDP2),
-                        shard-{rank + 1}-*.safetensors one file a process, each tensor's place in the whole in its header
-                        tensors.safetensors            what else a run has learned, such as a density ratio (feature_control.py)
-                        state.json                     written last: the step, the controllers, and checksums of all that came before
+    checkpoint/step_{N}/
+        state.safetensors                 weights and optimizer, or, of a model in shards (FSDP2),
+        shard-{rank + 1}-*.safetensors    one file a process, with each tensor's place in the whole
+        tensors.safetensors               what else a run has learned, such as a density ratio
+        state.json                        written last: the step, the controllers, and checksums of
+                                          the files above, of the run's logs and of itself
 
-Tensors are read by torch.distributed.checkpoint's reader of safetensors, which cuts out of any of these files what a process needs: a
-run may be resumed on another number of processes, and with or without shards, then with the same numbers up to float error.
+Tensors are read by torch.distributed.checkpoint's reader of safetensors, which cuts out of any of
+these files what a process needs: a run may be resumed on another number of processes, and with or
+without shards, then with the same numbers up to float error.
 
-A disk may lose or change what it was given. So nothing is loaded before it has been compared with its checksum, and a run goes on from
-the newest checkpoint that is whole.
+A disk may lose or change what it was given. So nothing is loaded before it has been compared with
+its checksum, and a run goes on from the newest checkpoint that is whole.
 """
 
 import os
@@ -26,21 +29,22 @@ from safetensors.torch import load_file, save_file
 from .blocks import trainable
 from .distributed import Dist
 from .errors import InputError, first_line
-from .files import digest, digest_file, digest_start, read_json, recover_folder, remove, replace_folder, write_json
+from .files import digest, digest_file, digest_start, read_json, recover_folder, remove
+from .files import replace_folder, write_json
 from .fsdp import is_sharded
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 
 
 def checkpoints(folder):
-    """[(step, path)] of the checkpoints in a run folder, oldest first; whether they are whole is another question."""
+    """[(step, path)] of the checkpoints in a run folder, oldest first, whole or not."""
     root = os.path.join(folder, "checkpoint")
     names = os.listdir(root) if os.path.isdir(root) else []
     found = [re.fullmatch(r"step_(0|[1-9]\d*)", name) for name in names]
     return sorted((int(m[1]), os.path.join(root, m[0])) for m in found if m)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- save
+# --------------------------------------------------------------------------------------------- save
 
 
 def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
@@ -75,7 +79,10 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
 
 
 def remove_all_but(folder: str, step: int, keep: int):
-    """Remove all checkpoints but the last `keep` up to a step. A later one was damaged: the run went on from an older one."""
+    """Remove all checkpoints but the last `keep` up to a step.
+
+    A later one was damaged: the run went on from an older one.
+    """
     found = checkpoints(folder)
     kept = [path for s, path in found if s <= step][-keep:]
     for _, path in found:
@@ -95,9 +102,9 @@ def save_shards(tensors: dict, path: str):
 
 
 def digest_files(path: str, dist: Dist) -> dict[str, str]:
-    """The SHA-256 of each file that the processes have written to a folder: {name: 64 hex digits}, on all of them.
+    """The SHA-256 of each file that the processes have written to a folder: {name: 64 hex digits}.
 
-    Each reads its own shard, which it has in memory still. All processes call it.
+    Each process reads its own shard. All processes call this, and all get the whole.
     """
     own = f"shard-{dist.rank + 1:05d}-"
     lines = ""
@@ -112,14 +119,15 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
     return digests
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- load
+# --------------------------------------------------------------------------------------------- load
 
 
 def load(folder, module, optimizer, dist=ALONE):
-    """Restore module and optimizer from the newest checkpoint that is whole -> its state, or None where there is no checkpoint yet.
+    """Restore module and optimizer from the newest checkpoint that is whole -> its state.
 
-    What was saved as `more` is in state["tensors"]. A checkpoint that is damaged is named, with what is wrong, and the one before it
-    is taken; where none is whole, an InputError says so. The main process decides for all, and all processes call this.
+    None where there is no checkpoint yet. What was saved as `more` is in state["tensors"].
+    A damaged checkpoint is named, with what is wrong, and the one before it is taken; where none is
+    whole, an InputError says so. The main process decides for all, and all processes call this.
     """
     choice = dist.together(lambda: choose(folder, module, optimizer, dist))
     step = int(dist.gather(torch.tensor([choice]))[0])  # the main process's
@@ -137,12 +145,15 @@ def load(folder, module, optimizer, dist=ALONE):
 
 
 def choose(folder: str, module, optimizer, dist: Dist) -> int:
-    """The step of the newest checkpoint that is whole, or -1 where there is none at all; on other processes than the main one -1."""
+    """The step of the newest checkpoint that is whole, or -1 where there is none at all.
+
+    The main process looks; the others get -1.
+    """
     if not dist.main:
         return -1
     root = os.path.join(folder, "checkpoint")
     if os.path.lexists(root) and not os.path.isdir(root):
-        raise InputError(f"{root} should be a folder; remove it, and the run starts from the beginning")
+        raise InputError(f"{root} should be a folder; remove it, and the run starts anew")
     for name in os.listdir(root) if os.path.isdir(root) else []:
         if name.startswith(".old_step_"):  # a kill came while a new checkpoint took its place
             recover_folder(os.path.join(root, name.removeprefix(".old_")))
@@ -155,7 +166,7 @@ def choose(folder: str, module, optimizer, dist: Dist) -> int:
             return step
         damaged.append(f"{path} cannot be used: {problem}")
     if damaged:
-        what_to_do = f"restore one from a copy, or remove {root}, and the run starts from the beginning"
+        what_to_do = f"restore one from a copy, or remove {root}, and the run starts anew"
         raise InputError(f"{'; '.join(damaged)}; no other checkpoint is whole: {what_to_do}")
     return -1
 
@@ -177,8 +188,9 @@ def find_damage(folder: str, step: int, module, optimizer) -> str:
 
 
 def check_digests(folder: str, path: str, state: dict) -> str:
-    """Compare all files of a checkpoint, and the run's logs up to it, with what was written -> what differs, or "".
+    """Compare a checkpoint's files, and the logs up to it, with what was written -> what differs.
 
+    "" where nothing does.
     A checkpoint that is older than checksums has none to compare with.
     """
     if "files" in state or "sha256" in state:
@@ -195,43 +207,52 @@ def check_digests(folder: str, path: str, state: dict) -> str:
 
 
 def check_tensors(path: str, module, optimizer) -> str:
-    """Compare names, shapes and dtypes of a checkpoint's tensors with those of the model -> what differs, or ""."""
+    """Compare names, shapes and dtypes of the tensors with the model's -> what differs, or ""."""
     stored = read_metadata(path)
     if not stored:
         return "its tensors are missing"
     parameters = dict(trainable(module))
-    found = {name.removeprefix("model/") for name in stored if name.startswith("model/")}
-    different = sorted(found ^ parameters.keys())
-    different += [name for name, p in parameters.items() if name in found and stored[f"model/{name}"].size != p.shape]
-    if different:
-        return f"it is of another model, which differs in {different[0]}"
 
-    slots = {}  # {a trained weight: the names of its moments}
+    # The same weights, in the same shapes?
+    sizes = {}
+    for key, tensor in stored.items():
+        if key.startswith("model/"):
+            sizes[key.removeprefix("model/")] = tensor.size
+    for name in sorted(sizes.keys() | parameters.keys()):
+        if name not in parameters or sizes.get(name) != parameters[name].shape:
+            return f"it is of another model, which differs in {name}"
+
+    # Adam's two moments of each weight, and its count of steps? A weight without gradient has none.
+    slots = {}
     for key in stored:
         if key.startswith("optimizer/"):
             _, slot, name = key.split("/")
             slots.setdefault(name, set()).add(slot)
-    # A weight that has had no gradient yet has no moments; all others have the same ones.
-    if not slots or not slots.keys() <= parameters.keys() or any(own != {"step", "exp_avg", "exp_avg_sq"} for own in slots.values()):
-        return "tensors of the optimizer are missing"
+    if not slots:
+        return "the optimizer's tensors are missing"
+    for name, own in slots.items():
+        if name not in parameters or own != {"step", "exp_avg", "exp_avg_sq"}:
+            return f"the optimizer's tensors of {name} are not those of Adam"
+
     for key, tensor in stored.items():
-        name = key.split("/")[-1]
-        if key.startswith(("model/", "optimizer/exp_avg")) and tensor.properties.dtype != parameters[name].dtype:
-            return f"{key} is {tensor.properties.dtype}, not {parameters[name].dtype}"
-        if key.startswith("optimizer/exp_avg") and tensor.size != parameters[name].shape:
-            return f"{key} has another shape than its weight"
+        if key.startswith(("model/", "optimizer/exp_avg")):
+            p = parameters[key.split("/")[-1]]
+            if tensor.properties.dtype != p.dtype:
+                return f"{key} is {tensor.properties.dtype}, not {p.dtype}"
+            if tensor.size != p.shape:
+                return f"{key} has another shape than its weight"
     return ""
 
 
 def read_metadata(path: str) -> dict:
-    """{name: TensorStorageMetadata, with the size of the whole tensor} of the tensors in all safetensors files of a folder."""
+    """{name: its dtype and the size of the whole} of tensors in a folder's safetensors files."""
     import torch.distributed.checkpoint as dcp  # here, because it takes a second
 
     return dcp.HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
 
 
 def load_tensors(path: str, module, optimizer):
-    """Fill module and optimizer from a checkpoint's tensors, each process with what it holds of them."""
+    """Fill module and optimizer from a checkpoint, each process with what it holds of them."""
     import torch.distributed.checkpoint as dcp
 
     parameters = dict(trainable(module))
@@ -244,4 +265,5 @@ def load_tensors(path: str, module, optimizer):
             optimizer.state[parameters[name]][slot] = tensors[key]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be, where nothing is in shards
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=not is_sharded(module))
+        reader = dcp.HuggingFaceStorageReader(path)
+        dcp.load(tensors, storage_reader=reader, no_dist=not is_sharded(module))

@@ -169,7 +169,10 @@ def is_inside(file, folder):
 
 
 def read_settings(path: str, config_class) -> dict:
-    """The settings in a run's config.json that config_class has too, but for the folder's name; each must be of its field's type."""
+    """The settings in a run's config.json that config_class has too, but for the folder's name.
+
+    Each must be of its field's type.
+    """
     stored = read_json(path)
     require(isinstance(stored, dict), f"{path}: not the settings of a run")
     hints = typing.get_type_hints(config_class)
@@ -182,7 +185,7 @@ def read_settings(path: str, config_class) -> dict:
 
 
 def is_of_type(value, hint) -> bool:
-    """Whether a JSON value can stand for a dataclass field with this annotation: str, int, float, bool, list[...] or X | None."""
+    """Whether a JSON value fits an annotation: str, int, float, bool, list[...] or X | None."""
     parts = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return any(is_of_type(value, part) for part in parts)
@@ -193,7 +196,7 @@ def is_of_type(value, hint) -> bool:
     return type(value) is hint
 
 
-# --------------------------------------------------------------------------------------------------------------- how a command ends
+# ------------------------------------------------------------------------------ how a command ends
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a user's share of it, ulimit -f
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports of a process that Ctrl-C ended
@@ -201,9 +204,10 @@ INTERRUPTED = 128 + signal.SIGINT  # what a shell reports of a process that Ctrl
 
 @contextlib.contextmanager
 def errors_in_one_line(resumable=False):
-    """A context that ends as a user wants to see it: in one line on stderr and with an exit code, without a traceback.
+    """A context that ends as a user wants to see it: one line on stderr, and an exit code.
 
-    2: wrong input. 1: it could not go on (a gradient that is not finite, a full disk, another process that is gone). 130: Ctrl-C.
+    2: wrong input. 1: it could not go on (a gradient that is not finite, a full disk, another
+    process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug keeps its traceback.
     """
     try:
         try:
@@ -216,7 +220,8 @@ def errors_in_one_line(resumable=False):
             rank = os.environ.get("RANK", "0")
             who = script() + (f" [rank {rank}]" if rank != "0" else "")
             print(f"{who}: error: {' '.join(line.split())}", file=sys.stderr)
-            time.sleep(1 if "RANK" in os.environ else 0)  # the other processes may still be reading what this one sent
+            if "RANK" in os.environ:
+                time.sleep(1)  # the other processes may still be reading what this one sent
             sys.exit(code)
         finally:
             distributed.shutdown()
@@ -229,21 +234,25 @@ def errors_in_one_line(resumable=False):
 
 
 def explain(error: Exception) -> tuple[str, int] | None:
-    """What to tell a user of an error, and the exit code; None of a bug, whose traceback is wanted."""
+    """What to tell a user of an error, and the exit code; None for a bug, which has a traceback."""
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, FloatingPointError):
         return str(error), 1
     if errno_of(error) in NO_ROOM:
-        kept = "what was saved before, such as the last checkpoint, is kept: make room, and give the same command again"
-        return f"no room to write ({first_line(error)}); {kept}", 1
+        kept = "what was saved before, such as the last checkpoint, is kept"
+        advice = "make room, and give the same command again"
+        return f"no room to write ({first_line(error)}); {kept}: {advice}", 1
     if distributed.lost_a_process(error):
         return "another process of this run has stopped; so does this one", 1
     return None
 
 
 def errno_of(error: Exception) -> int | None:
-    """The number of the operating system's error behind an exception; safetensors and tokenizers (Rust) have it in their text alone."""
+    """The number of the operating system's error behind an exception, or None.
+
+    safetensors and tokenizers, which are written in Rust, have it in their text alone.
+    """
     if isinstance(error, OSError):
         return error.errno
     in_text = re.search(r"\(os error (\d+)\)", str(error))

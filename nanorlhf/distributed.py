@@ -176,7 +176,7 @@ def shutdown():
 
 
 def lost_a_process(error: Exception) -> bool:
-    """Whether an error of a collective call says no more than that another process is gone, which has said itself why."""
+    """Whether an error of a collective call says only that another process is gone."""
     if not (td.is_available() and td.is_initialized()):
         return False
     if isinstance(error, (td.DistBackendError, td.DistNetworkError)):

@@ -1,7 +1,7 @@
-"""Files: JSON and JSONL that are whole or not there at all, folders that change places, and digests of what a file holds.
+"""Files: JSON and JSONL, whole or not there at all; folders that change places; digests of files.
 
-What is written here is on the disk before it gets its name (fsync), and its name is on the disk before the writer goes on: after a
-kill, or a power cut, a reader finds the old content or the new one.
+What is written here is on the disk before it gets its name (fsync), and its name is on the disk
+before the writer goes on: after a kill, or a power cut, a reader finds the old content or the new.
 """
 
 import errno
@@ -89,9 +89,10 @@ def replace_file(path: str):
 
 
 def replace_folder(path, write, dist=None):
-    """Call write(temporary folder), then put it in the place of `path`. With `dist` all processes write, and the main one moves it.
+    """Call write(temporary folder), then put that folder in the place of `path`.
 
-    The old folder is moved aside, and removed only when the new one is in its place: whenever a kill comes, one of the two is there.
+    The old folder is moved aside, and removed only when the new one is in its place: whenever a
+    kill comes, one of the two is there. With `dist` all processes write, and the main one moves.
     """
     parent, name = os.path.split(path)
     temporary = os.path.join(parent, f".tmp_{name}")
@@ -121,7 +122,7 @@ def replace_folder(path, write, dist=None):
 
 
 def recover_folder(path: str):
-    """Undo the half of replace_folder(path) that a kill left: an old folder without a new one gets its place back."""
+    """After a kill in replace_folder(path): an old folder without a new one gets its place back."""
     parent, name = os.path.split(path)
     aside = os.path.join(parent, f".old_{name}")
     if os.path.lexists(aside) and not os.path.lexists(path):

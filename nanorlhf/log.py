@@ -61,7 +61,7 @@ class RunFolder:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
         if os.path.isfile(stored):
-            self.inputs = read_config(stored).get("inputs", {})  # a run may be older than fingerprints
+            self.inputs = read_config(stored).get("inputs", {})  # older runs have no fingerprints
             changed = settings_that_differ(stored, config, free)
             if changed:
                 raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
@@ -88,7 +88,7 @@ class RunFolder:
         self.dist.together(look if self.dist.main else lambda: None)
 
     def create(self, state=None):
-        """Make the folder; in an unfinished run drop what was logged after `state`, the checkpoint that it goes on from.
+        """Make the folder; in an unfinished run drop what was logged after its checkpoint, `state`.
 
         Without a checkpoint, which is None or step 0, that is everything.
         """
@@ -180,7 +180,7 @@ class RunFolder:
 
 
 def read_config(stored: str) -> dict:
-    """What is in a run's config.json: its settings, and {"inputs": the fingerprints of what they name}."""
+    """What is in a run's config.json: settings, and as "inputs" fingerprints of what they name."""
     run = read_json(stored)
     if not isinstance(run, dict) or not isinstance(run.get("inputs", {}), dict):
         raise InputError(f"{stored}: not the settings of a run")
@@ -188,7 +188,10 @@ def read_config(stored: str) -> dict:
 
 
 def settings_that_differ(stored: str, config, free=()) -> list[str]:
-    """The names of the settings in which a run's config.json differs from a config; a flag that is younger than the run is its default."""
+    """The names of the settings in which a run's config.json differs from a config.
+
+    A flag that is younger than the run had its default.
+    """
     run = read_config(stored)
     run.pop("inputs", None)
     own = json.loads(json.dumps(dataclasses.asdict(config)))

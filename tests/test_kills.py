@@ -33,7 +33,7 @@ MORE = {
 }
 
 
-def arguments(base, name):
+def arguments(base, name):  # noqa: F811
     """The flags of a run of a second or two."""
     if name == "sae":
         settings = {"model": f"{base}/sft", "base": "none", "layers": "1", "dataset": f"{base}/sft.jsonl", "expansion": 2, "k": 4,
