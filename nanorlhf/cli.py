@@ -207,7 +207,7 @@ def errors_in_one_line(resumable=False):
     """A context that ends as a user wants to see it: one line on stderr, and an exit code.
 
     2: wrong input. 1: it could not go on (a gradient that is not finite, a full disk, another
-    process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug keeps its traceback.
+    process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug has a traceback.
     """
     try:
         try:
