@@ -91,7 +91,7 @@ def main(config):
 
     # -------------------------------------------------------------------------------------------------------------------- model
     if config.model == "world":
-        policy = Policy(AutoModelForCausalLM.from_config(model_config), value_head=False).to(dist.load_device)
+        policy = Policy(AutoModelForCausalLM.from_config(model_config, trust_remote_code=False), value_head=False).to(dist.load_device)
     else:
         policy = load_policy(config.model, value_head=False, device=dist.load_device)
     note = choose_trained(policy.lm, config)

@@ -24,10 +24,12 @@ from .errors import InputError, first_line
 from .lora import LoRA, adapters_off
 from .packing import unflatten
 from .ppo import full_kl
+from .weights import check_config, has_weights, weight_names
 
 hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
 hf_logging.disable_progress_bar()
 
+VALUE_MODEL = "value_model"  # the folder of a separate value model, inside its policy's
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of one float32 chunk of logits (64, 512 MB): no [B, T, V] tensor is ever held
 
 
@@ -201,14 +203,20 @@ def resolve(path):
 
 
 def check_model(path):
-    """The HF config of a model folder or hub name, looked at before anything is loaded; errors in one line."""
+    """The HF config of a model folder or hub name, looked at before anything is loaded; errors in one line.
+
+    So is where the weights are (weights.py), and a value model of its own in the folder.
+    """
     path = resolve(path)
+    value_model = os.path.join(path, VALUE_MODEL)
+    if os.path.isdir(value_model):
+        check_model(value_model)
     if is_adapter(path):
         return check_model(read_config(path)["base_model_name_or_path"])
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise InputError(f"{path}: a folder without config.json is no model")
-        if not any(name.endswith(".safetensors") and name != "value_head.safetensors" for name in os.listdir(path)):
+        if not has_weights(path):
             hint = "; the run has not finished" if os.path.isdir(os.path.join(path, "checkpoint")) else ""
             raise InputError(f"{path}: no weights (*.safetensors) in this model folder{hint}")
     elif os.path.sep in os.path.normpath(path) and path.count("/") != 1 or path.startswith((".", "~", "/")):
@@ -216,9 +224,12 @@ def check_model(path):
     elif path.startswith("runs/"):
         raise InputError(f"{path}: no such run yet (python train_sft.py trains runs/sft, python train_rm.py runs/rm/seed_0)")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: neither a model folder nor a model that the hub gives ({first_line(e)})") from None
+    check_config(path, config)
+    weight_names(path)  # an index that leads to a pickle, or out of the folder, is refused
+    return config
 
 
 def load_tokenizer(path, needs_eos=True):
@@ -243,12 +254,17 @@ def load_tokenizer(path, needs_eos=True):
 def pretrained(auto, path, new_head=False, **kwargs):
     """auto.from_pretrained in float32, in eval mode, from safetensors only; weights that the folder lacks are an error.
 
+    Code that comes with a model is never run, and nobody is asked whether to: without a class in transformers it is an error.
+
     new_head: the score head (a causal LM becomes a reward model) or an unused pooler may be missing. Adapters come merged into their base.
     """
     if is_adapter(path := resolve(path)):
         return load_merged(pretrained, auto, path, new_head, **kwargs)
+    check_model(path)  # nothing is loaded that was not looked at, whoever asks for it
     try:
-        model, info = auto.from_pretrained(path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **kwargs)
+        model, info = auto.from_pretrained(
+            path, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise InputError(f"{path}: cannot be loaded ({first_line(e)})") from None
     missing = [name for name in info["missing_keys"] if not (new_head and name.startswith(("score.", "pooler.")))]
@@ -265,7 +281,7 @@ def load_policy(path, value_head=True, value_model=None, device="cpu"):
     """
     path = resolve(path)
     lm = pretrained(AutoModelForCausalLM, path)
-    saved_trunk, saved_head = os.path.join(path, "value_model"), os.path.join(path, "value_head.safetensors")
+    saved_trunk, saved_head = os.path.join(path, VALUE_MODEL), os.path.join(path, "value_head.safetensors")
     own = not value_model
     if own and os.path.isdir(saved_trunk):
         value_model = saved_trunk
@@ -297,7 +313,7 @@ def save_policy(policy, tokenizer, path):
     if policy.value_head is not None:
         save_file({k: v.contiguous() for k, v in policy.value_head.state_dict().items()}, os.path.join(path, "value_head.safetensors"))
     if policy.value_trunk is not None:
-        policy.value_trunk.save_pretrained(os.path.join(path, "value_model"))
+        policy.value_trunk.save_pretrained(os.path.join(path, VALUE_MODEL))
 
 
 def load_reward_model(path, device="cpu", seed=None):

@@ -26,7 +26,8 @@ from .blocks import block_list
 from .errors import InputError
 from .models import check_model, pretrained, resolve
 from .penalties import edit_latents
-from .sarm_files import WEIGHTS, check_sarm, check_tensors, new_sae, shortened
+from .sarm_files import check_sarm, check_tensors, new_sae, shortened
+from .weights import WEIGHTS
 
 
 class Reading(NamedTuple):

@@ -12,19 +12,16 @@ Everything is looked at before anything is loaded, and no code that comes with a
 """
 
 import copy
-import json
-import os
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModel
-from transformers.utils import cached_file
 
 from .errors import InputError, first_line
 from .models import check_model
 from .sae import TopKSAE
+from .weights import weight_files
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_KEYS = {"sae_source_layer": "sae_hidden_state_source_layer", "sarm_use_activation": "sarm_use_topk"}
 
 
@@ -70,7 +67,7 @@ def check_tensors(path, config):
     L, m = config.sarm_param["sae_source_layer"], config.sarm_param["sae_latent_size"]
     d = config.get_text_config().hidden_size
     with torch.device("meta"):
-        trunk = AutoModel.from_config(shortened(config))
+        trunk = AutoModel.from_config(shortened(config), trust_remote_code=False)
     expected = {f"{trunk.base_model_prefix}.{name}": list(p.shape) for name, p in trunk.state_dict().items()}
     expected |= {"sae.pre_bias": [d], "sae.latent_bias": [m], "sae.encoder.weight": [m, d], "sae.decoder.weight": [d, m]}
     expected["score.weight"] = [1, m]
@@ -91,18 +88,3 @@ def check_tensors(path, config):
     if missing:
         raise InputError(f"{path}: the tensor {missing[0]} is missing")
     return found
-
-
-def weight_files(path):
-    """The safetensors files of a model folder or hub name."""
-
-    def file(name, must=True):
-        try:
-            return cached_file(path, name, _raise_exceptions_for_missing_entries=must)
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path}: {name} is not there ({first_line(e)})") from None
-
-    if index := file(INDEX, must=False):
-        with open(index, encoding="utf-8") as f:
-            return [file(name) for name in sorted(set(json.load(f)["weight_map"].values()))]
-    return [file(WEIGHTS)]

@@ -53,10 +53,10 @@ def make_inputs(folder):
         rows = [{"prompt": "t1", "response": json.loads(line)["prompt"]} for line in f]
     with open(f"{folder}/texts.jsonl", "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
-    config = AutoConfig.from_pretrained(f"{folder}/policy")
+    config = AutoConfig.from_pretrained(f"{folder}/policy", trust_remote_code=False)
     config.sarm_param = {"sae_source_layer": LAYER + 1, "sae_latent_size": M, "sae_k": K, "sae_use_sequence_level": True,
                          "sarm_use_activation": True}  # fmt: skip
-    sarm = SARM(AutoModel.from_pretrained(f"{folder}/policy"), TopKSAE(config.hidden_size, M, K, "token", relu=False), config)
+    sarm = SARM(AutoModel.from_pretrained(f"{folder}/policy", trust_remote_code=False), TopKSAE(config.hidden_size, M, K, "token", relu=False), config)
     torch.nn.init.normal_(sarm.score.weight)
     save_sarm(sarm, load_tokenizer(f"{folder}/policy"), f"{folder}/sarm")
     save_sae(TopKSAE(config.hidden_size, M, K, "token"), f"{folder}/sae", model=f"{folder}/reward", layer=LAYER, site="residual")
