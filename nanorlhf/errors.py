@@ -1,10 +1,40 @@
 """The one exception that means 'your input', not 'our bug': scripts print it in one line and exit with code 2."""
 
+import argparse
+import contextlib
+
 
 class InputError(ValueError):
     pass
 
 
+@contextlib.contextmanager
+def user_code(what):
+    """A context for code that a user wrote. Whatever it raises becomes an InputError: `what`, then the error's name and text.
+
+    sys.exit(), quit() and argparse would end the run with an exit code of their own, so they count too. Ctrl-C passes.
+    """
+
+    def exit_without_usage(parser, message):
+        raise SystemExit(message)
+
+    # argparse prints its usage to stderr before it exits; inside this context the message alone is enough.
+    argparse_error = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = exit_without_usage
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
+        raise InputError(f"{what} {type(e).__name__}: {first_line(e)}") from e
+    finally:
+        argparse.ArgumentParser.error = argparse_error
+
+
 def first_line(error):
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, in one line; its type's name where it says nothing, or fails to say it."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a class of the user's, whose __str__ is wrong
+        lines = []
+    return lines[0] if lines else type(error).__name__

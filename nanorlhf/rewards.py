@@ -24,7 +24,7 @@ from . import world
 from .cli import require
 from .data import encode_prompts, encode_responses
 from .distributed import autocast
-from .errors import InputError, first_line
+from .errors import InputError, user_code
 from .fsdp import gathered
 from .models import RewardModel, check_model, context_length, load_tokenizer, pretrained, resolve
 from .packing import Packed, pack
@@ -125,10 +125,11 @@ def text_reward(name, function):
     """A function of (prompts, responses) -> a reward that checks what it returns."""
 
     def reward(answers):
-        try:
-            scores = [float(x) for x in function(answers.prompts, answers.responses)]
-        except Exception as e:
-            raise InputError(f"the reward {name} raised {type(e).__name__}: {first_line(e)}") from e
+        # The function gets lists of its own: it may sort or empty them, and the next reward reads the same answers.
+        prompts = list(answers.prompts)
+        responses = list(answers.responses)
+        with user_code(f"the reward {name} raised"):
+            scores = [float(x) for x in function(prompts, responses)]
         require(len(scores) == len(answers), f"the reward {name} returned {len(scores)} scores for {len(answers)} responses")
         for score, response in zip(scores, answers.responses):
             require(math.isfinite(score), f"the reward {name} returned {score} for the response {response[:60]!r}")
@@ -142,8 +143,10 @@ def python_function(spec):
     path, _, name = spec.rpartition(":")
     require(os.path.isfile(path), f"{path}: no such file")
     module = import_file(os.path.abspath(path), os.path.getmtime(path))
-    require(callable(getattr(module, name, None)), f"{path}: it defines no function {name!r}")
-    return getattr(module, name)
+    with user_code(f"{path}: looking for {name!r} raised"):  # a module may have a __getattr__ of its own
+        function = getattr(module, name, None)
+    require(callable(function), f"{path}: it defines no function {name!r}")
+    return function
 
 
 @functools.cache
@@ -151,10 +154,8 @@ def import_file(path, changed):
     """The module that a .py file holds; `changed` is part of the cache's key."""
     module_spec = importlib.util.spec_from_file_location("reward_function", path)
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with user_code(f"{path}: cannot be imported:"):
         module_spec.loader.exec_module(module)
-    except Exception as e:
-        raise InputError(f"{path}: cannot be imported: {type(e).__name__}: {first_line(e)}") from e
     return module
 
 

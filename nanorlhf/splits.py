@@ -13,7 +13,7 @@ import re
 from string import Formatter
 
 from .cli import require
-from .errors import InputError, first_line
+from .errors import user_code
 
 TLDR = "SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
 CNN_DM = "ARTICLE: {article}\nTL;DR:"
@@ -69,11 +69,9 @@ def predicate(where):
     def inside(place, row):
         require(column is None or column in row, f"{place}: no field {column!r}, which --in_distribution {where} reads")
         require(not length or isinstance(row[column], str), f"{place}: field {column!r} must be a string to have words")
-        try:
+        with user_code(f"{place}: --in_distribution {where} raised"):
             answer = holds(row)
             is_bool = answer in (True, False)  # of numpy too
-        except Exception as e:
-            raise InputError(f"{place}: --in_distribution {where} raised {type(e).__name__}: {first_line(e)}") from e
         require(is_bool, f"{place}: {where} must return True or False, not {answer!r}")
         return bool(answer)
 

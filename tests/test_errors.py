@@ -394,6 +394,18 @@ def test_rewards_that_go_wrong_when_called(here, capfd, function, words):
     assert Path("out/summary.json").exists()
 
 
+def test_rewards_that_end_the_process_later(here, capfd):
+    """The exit code 0 after some steps would look like success: it is 2, with one line, and the run goes on with a mended file."""
+    later = "calls = 0\ndef exits(prompts, responses):\n    global calls\n    calls += 1\n    if calls > 2: raise SystemExit(0)\n"
+    Path("exits.py").write_text(later + "    return [1.0] * len(responses)\n")
+    args = arguments("ppo", reward_model="exits.py:exits", checkpoint_every=1, steps=3)
+    fails(capfd, "ppo", args, "the reward exits.py:exits raised SystemExit: 0", lines=None)
+    assert not Path("out/summary.json").exists()
+    Path("exits.py").write_text("def exits(prompts, responses): return [1.0] * len(responses)\n")
+    cli.run(train_ppo.Config, train_ppo.main, args)
+    assert Path("out/summary.json").exists()
+
+
 def test_a_bad_gold_reward_of_a_reward_model(here, capfd):
     refused(capfd, "rm", arguments("rm", gold_model="nowhere.py:gold"), "nowhere.py: no such file")
 
@@ -433,12 +445,15 @@ def start(kind, args, **env):
 
 
 def test_real_processes(here):
-    """The exit code and the one line, as the shell sees them; three scripts at a time."""
+    """The exit code and the one line, as the shell sees them; four scripts at a time."""
     write_rows(here / "bad.jsonl", [*GOOD["rm"], {"prompt": "a", "chosen": "b"}])
     shutil.copytree("model", "weightless")
     os.remove("weightless/model.safetensors")
+    parses = "import argparse\nargparse.ArgumentParser().parse_args()\ndef f(prompts, responses): return [1.0] * len(responses)\n"
+    (here / "parses.py").write_text(parses)
     before = content()
     runs = {
+        "parses.py: cannot be imported: SystemExit": start("ppo", arguments("ppo", reward_model="parses.py:f")),
         "--nonsense": start("sft", [*arguments("sft"), "--nonsense"]),
         "bad.jsonl:17: no field 'rejected'": start("rm", arguments("rm", dataset="bad.jsonl")),
         "weightless: no weights": start("ppo", arguments("ppo", model="weightless")),

@@ -3,6 +3,8 @@
     B answers, K rewards
 """
 
+import argparse
+import io
 import json
 import math
 import os
@@ -19,7 +21,7 @@ from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_reward_model, save_policy, save_reward_model
 from nanorlhf.packing import Packed, pack
-from nanorlhf.rewards import Answers, check_reward, expand, load_reward, load_rewards, reward_names, score_all
+from nanorlhf.rewards import Answers, check_reward, expand, load_reward, load_rewards, python_function, reward_names, score_all
 from nanorlhf.stats import kendall_tau
 from test_models import EOS, V, tiny_policy, word_tokenizer
 
@@ -98,6 +100,61 @@ def test_files_that_are_no_python(tmp_path):
     for text, word in (("def f(:\n", "SyntaxError"), ("import nothing_of_this_name", "ModuleNotFoundError"), ("1 / 0", "ZeroDivision")):
         (tmp_path / "bad.py").write_text(text)
         refuses(score, f"{tmp_path}/bad.py:f", match=["bad.py", "cannot be imported", word])
+
+
+ENDS = {  # statements that would end the process, or pass by `except Exception`, and what is said of them
+    "sys.exit(0)": "SystemExit: 0",
+    "sys.exit(3)": "SystemExit: 3",
+    "sys.exit('bye')": "SystemExit: bye",
+    "quit()": "SystemExit",
+    "raise SystemExit": "SystemExit",
+    "argparse.ArgumentParser().parse_args(['--nonsense'])": "SystemExit: unrecognized arguments: --nonsense",
+    "raise asyncio.CancelledError": "CancelledError",
+    "raise Odd": "Odd",
+}
+
+
+@pytest.mark.parametrize("statement", ENDS)
+@pytest.mark.parametrize("at_import", [True, False], ids=["import", "call"])
+def test_code_that_ends_the_process(tmp_path, monkeypatch, capfd, statement, at_import):
+    """One line for each, at import and at call, and nothing on stderr but what the script will say."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # which quit() closes
+    odd = "class Odd(BaseException):\n    def __str__(self):\n        raise ValueError\n"
+    function = f"def f(prompts, responses):\n    {'return []' if at_import else statement}\n"
+    own = f"{statement}\n" if at_import else ""
+    (tmp_path / "my.py").write_text(f"import argparse, asyncio, sys\n{odd}{own}{function}")
+    usual = argparse.ArgumentParser.error
+    where = "cannot be imported: " if at_import else "my.py:f raised "
+    refuses(score, f"{tmp_path}/my.py:f", match=[f"{where}{ENDS[statement]}"])
+    assert argparse.ArgumentParser.error is usual and capfd.readouterr().err == ""
+
+
+def test_ctrl_c_stays_what_it_is(tmp_path):
+    (tmp_path / "my.py").write_text("def f(prompts, responses): raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        score(f"{tmp_path}/my.py:f")
+
+
+def test_a_module_whose_names_raise(tmp_path):
+    (tmp_path / "my.py").write_text("def __getattr__(name): raise RuntimeError('no ' + name)\n")
+    refuses(score, f"{tmp_path}/my.py:f", match=["my.py: looking for 'f' raised RuntimeError: no f"])
+
+
+@pytest.mark.parametrize("spoil", [
+    "responses.sort()", "responses.clear()", "prompts.reverse()", "prompts[:] = responses", "responses[0] = 'another text'",
+])  # fmt: skip
+def test_each_reward_gets_its_own_lists(tmp_path, spoil):
+    """Whatever one reward does to its lists, the next one is given what was sampled, each text at its place."""
+    lines = ["seen = []", "def first(prompts, responses):", "    n = len(responses)", f"    {spoil}", "    return [1.0] * n",
+             "def second(prompts, responses):", "    seen.append((list(prompts), list(responses)))",
+             "    return [float(len(r)) for r in responses]"]  # fmt: skip
+    (tmp_path / "my.py").write_text("\n".join(lines) + "\n")
+    rewards = {name: load_reward(f"{tmp_path}/my.py:{name}", None, ALONE) for name in ("first", "second")}
+    given = Answers(["p", "q", "r"], ["long answer", "", "word"], None)
+    scores = score_all(rewards, given)
+    assert scores.tolist() == [[1, 1, 1], [11, 0, 4]]
+    assert (given.prompts, given.responses) == (["p", "q", "r"], ["long answer", "", "word"])
+    assert python_function(f"{tmp_path}/my.py:second").__globals__["seen"] == [(given.prompts, given.responses)]
 
 
 # ------------------------------------------------------------------------------------------------------------ names of ensembles

@@ -1,5 +1,6 @@
 """nanorlhf.splits and data.load_splits: formats of prompts, what is in distribution, what each named split holds, and what is refused."""
 
+import io
 import json
 
 import pytest
@@ -75,6 +76,15 @@ def test_predicates(tmp_path):
         **{wrong: ["--in_distribution takes", repr(wrong)] for wrong in ("t", "t=", "=a", "words:t=3", "words:t<=many")},
     }.items():
         refuses(held, where, rows, match=words)
+
+
+@pytest.mark.parametrize("statement, words", [("sys.exit(0)", "SystemExit: 0"), ("exit()", "SystemExit"), ("raise GeneratorExit", "Gen")])
+def test_a_predicate_that_ends_the_process(tmp_path, monkeypatch, statement, words):
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # which exit() closes
+    (tmp_path / "my.py").write_text(f"import sys\ndef f(row):\n    {statement}\n")
+    refuses(held, f"{tmp_path}/my.py:f", [{"t": "a"}], match=["a.jsonl:1", f"raised {words}"])
+    (tmp_path / "at_import.py").write_text(f"import sys\n{statement}\n")
+    refuses(held, f"{tmp_path}/at_import.py:f", [{"t": "a"}], match=["at_import.py: cannot be imported", words])
 
 
 # -------------------------------------------------------------------------------------------------------------------- what splits hold
