@@ -2,11 +2,15 @@
 
 POST <url>/chat/completions by the standard library alone; the key is the environment's OPENAI_API_KEY. What is asked, and what becomes
 of the answers, is the callers' business (explainer.py, judging.py).
+
+The key goes into one header and nowhere else. A URL is printed, stored in config.json and part of what caches are named by, so one that
+holds a password or a query is refused; and what a server says passes through redact() before anyone sees it, since it may say the key.
 """
 
 import email.utils
 import json
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -19,6 +23,8 @@ from .errors import InputError, first_line
 from .rollout import generate, left_pad
 
 TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
+KEY = "OPENAI_API_KEY"  # the environment variable
+SHORTEST_KEY = 6  # characters; less is a placeholder such as "x" or "EMPTY", which local servers take, and may be part of any answer
 
 
 class Unreachable(Exception):
@@ -40,7 +46,43 @@ OPENER = urllib.request.build_opener(NoRedirects)
 
 
 def is_endpoint(spec):
-    return spec.startswith(("http://", "https://"))
+    """Whether a judge or explainer is named by a URL, a mistyped one included: it may hold a key, so it must not pass for a folder."""
+    return spec.strip().lower().startswith(("http:", "https:"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the secrets
+
+
+def read_key() -> str:
+    """The environment's key without the white space around it (a key file's line end, say), "" where there is none.
+
+    InputError, which does not quote the key: it holds what an HTTP header cannot.
+    """
+    key = os.environ.get(KEY, "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise InputError(f"the environment variable {KEY} is no key: it holds white space, or a character that is not ASCII")
+    return key
+
+
+def check_endpoint(flag: str, url: str):
+    """InputError, which does not quote the URL, where it holds a secret: a user name, a password, a query, or the key itself."""
+    key = read_key()
+    holds_key = len(key) >= SHORTEST_KEY and key in url
+    if holds_key or any(mark in url for mark in "@?#"):
+        raise InputError(f"{flag}: the endpoint's URL must be a plain one such as http://HOST/v1, without a user name, a password, a query "
+                         f"or a key in it, since it is stored with the results; a key belongs in the environment variable {KEY}")  # fmt: skip
+
+
+def redact(text: str) -> str:
+    """A text without the key, however a server may have written it: as it is, or escaped as in a URL or in JSON."""
+    key = read_key()
+    if len(key) < SHORTEST_KEY:
+        return text
+    pattern = ""
+    for character in key:
+        plain, code = re.escape(character), ord(character)
+        pattern += rf"(?:\\?{plain}|%(?i:{code:02x})|\\u(?i:{code:04x}))"  # s, \s, %73 or \u0073
+    return re.sub(pattern, f"[{KEY}]", text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- an endpoint
@@ -51,12 +93,15 @@ def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0
 
     A busy or silent endpoint is asked again after `pause` seconds, twice as many each time, or as many as its Retry-After names.
     The function raises ValueError: what came is no answer, or a refusal; Rejected: the question was; Unreachable: nothing came.
+    InputError: the URL holds a secret, or the key is none.
     """
+    check_endpoint("the endpoint", url)
     wait_for_turn = pacer(requests_per_minute)
 
     def ask(question):
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        key = read_key()
+        if key:
             headers["Authorization"] = f"Bearer {key}"
         messages = [{"role": "user", "content": question}]
         body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
@@ -73,12 +118,15 @@ def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0
 
 
 def post(url, body, headers, timeout):
-    """One request -> its text, what went wrong for now, how many seconds the endpoint asks to be left alone."""
+    """One request -> its text, what went wrong for now, how many seconds the endpoint asks to be left alone.
+
+    What went wrong is redacted already, the text is not: content_of() reads it as JSON first.
+    """
     try:
         with OPENER.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
             return response.read().decode("utf-8", "replace"), "", 0
     except urllib.error.HTTPError as e:
-        problem, seconds = f"HTTP {e.code} {e.reason}", retry_after(e.headers.get("Retry-After", ""))
+        problem, seconds = redact(f"HTTP {e.code} {e.reason}"), retry_after(e.headers.get("Retry-After", ""))
         if e.code in (400, 413, 422):
             raise Rejected(f"{problem} {said(e)}".strip()) from None
         if e.code < 500 and e.code not in (408, 429):
@@ -87,17 +135,18 @@ def post(url, body, headers, timeout):
             raise Unreachable(f"{problem}, and so for the next {seconds:.0f} seconds") from None
         return "", problem, seconds
     except (ValueError, InvalidURL) as e:
-        raise Unreachable(first_line(e)) from None  # not a URL
+        raise Unreachable(redact(first_line(e))) from None  # not a URL
     except (OSError, HTTPException) as e:  # refused, unknown host, timed out, cut off
-        return "", first_line(getattr(e, "reason", e)), 0
+        return "", redact(first_line(getattr(e, "reason", e))), 0
 
 
 def said(error):
     """The beginning of what came with an HTTPError: it alone tells what is wrong with a question, or with the model's name."""
     try:
-        return " ".join(error.read(1000).decode("utf-8", "replace").split())[:150]
+        text = error.read().decode("utf-8", "replace")
     except (OSError, HTTPException):
         return ""
+    return " ".join(redact(text).split())[:150]  # redacted whole: half a key would not be found
 
 
 def retry_after(value):
@@ -113,17 +162,17 @@ def retry_after(value):
 
 
 def content_of(text):
-    """The body of a chat completion -> what the model said; ValueError where it is none, or a refusal."""
+    """The body of a chat completion -> what the model said, redacted; ValueError where it is none, or a refusal."""
     try:
         message = json.loads(text)["choices"][0]["message"]
         content, refusal = message["content"], message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(f"not a chat completion: {' '.join(text.split())[:60]!r}") from None
+        raise ValueError(f"not a chat completion: {' '.join(redact(text).split())[:60]!r}") from None
     if refusal:
-        raise ValueError(f"a refusal: {str(refusal)[:60]!r}")
+        raise ValueError(f"a refusal: {redact(str(refusal))[:60]!r}")
     if not isinstance(content, str):
         raise ValueError("an answer without text: longer than what it may use?")
-    return content
+    return redact(content)
 
 
 def pacer(per_minute):

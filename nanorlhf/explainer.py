@@ -11,7 +11,7 @@ import torch
 
 from . import endpoint
 from .cli import require
-from .endpoint import Unreachable, ask_locally, is_endpoint
+from .endpoint import Unreachable, ask_locally, check_endpoint, is_endpoint
 from .files import digest, drop_cut_line, read_checked_lines
 from .models import check_model, load_policy, load_tokenizer
 
@@ -30,6 +30,7 @@ FILE, ANSWER_TOKENS = "explanations.jsonl", 200
 def check_explainer(config):
     """InputError for an explainer that cannot be asked, before anything is computed."""
     if is_endpoint(config.explainer):
+        check_endpoint("--explainer", config.explainer)
         require(config.explainer_model, f"--explainer {config.explainer}: name its model with --explainer_model")
     elif config.explainer:
         check_model(config.explainer)

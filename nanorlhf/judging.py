@@ -13,6 +13,7 @@ import torch
 from . import cli, data
 from .cli import require
 from .distributed import setup
+from .endpoint import check_endpoint, is_endpoint
 from .files import write_json
 from .judges import by_language_model, by_rewards, check_judge, is_language_model
 from .locks import unlock_afterwards
@@ -48,6 +49,9 @@ class JudgeConfig:
         cli.at_least(self, 1, "answer_tokens", "parallel", "micro_batch_size")
         require(self.timeout > 0, "--timeout must be positive")
         require(self.judge, "--judge names no judge")
+        for spec in self.judge:
+            if is_endpoint(spec):
+                check_endpoint("--judge", spec)
         self.judge = list(dict.fromkeys(spec for given in self.judge for spec in expand([given])))
 
 

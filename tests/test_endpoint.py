@@ -2,9 +2,12 @@
 
 import http.server
 import json
+import re
+import socketserver
 import threading
 import time
 from email.utils import formatdate
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from nanorlhf import endpoint, world
 from nanorlhf.endpoint import Rejected, Unreachable, ask_all, ask_locally, asker
+from nanorlhf.errors import InputError
 from nanorlhf.models import Policy
 
 
@@ -140,6 +144,115 @@ def test_the_key_is_shown_to_nobody_else(clock, monkeypatch):
         with pytest.raises(Unreachable, match="HTTP 302"):
             asker(server.url, "tiny", 7)("?")
     assert not other.asked
+
+
+SECRET = "sk-SECRET/123+x"  # with characters that URLs and JSON escape
+ECHOES = {  # what a server makes of the key that it was sent, wherever it may put it
+    "a bad question's body": lambda key: (400, f"bad request with {key}"),
+    "beyond what is shown": lambda key: (400, "x" * 145 + key),
+    "a body of blanks and half a key": lambda key: (400, " " * (1000 - len(key) // 2) + key),
+    "a body of JSON": lambda key: (422, json.dumps({"error": f"bad key {key}"}).replace("/", "\\/")),
+    "a body with a URL": lambda key: (413, f"see /login?key={quote(key, safe='')}"),
+    "what is no completion": lambda key: (200, f"welcome {key}"),
+    "no completion, beyond what is shown": lambda key: (200, "x" * 50 + key),
+    "a refusal": lambda key: chat(None, refusal=f"I know {key}"),
+    "an answer": lambda key: chat(f"your key is {key}"),
+    "an answer in escapes": lambda key: (200, chat("KEY")[1].replace("KEY", "".join(f"\\u{ord(c):04x}" for c in key))),
+    "an answer that quotes JSON": lambda key: chat("".join(f"\\u{ord(c):04X}" for c in key)),
+}
+
+
+def everything_said(url, clock):
+    """An answer, or the error in its place, as text."""
+    try:
+        return asker(url, "tiny", 7)("?")
+    except (ValueError, Unreachable) as e:
+        return f"{e} {e!r}"
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_a_key_that_the_server_says_is_not_repeated(clock, monkeypatch, echo):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    with Endpoint(ECHOES[echo](SECRET)) as server:
+        said = everything_said(server.url, clock)
+        assert server.asked[0][1]["Authorization"] == f"Bearer {SECRET}"  # it was sent as it is
+    for part in ("SECRET", quote(SECRET, safe=""), "\\u0073"):
+        assert part not in said and part.lower() not in said, said
+    shown = echo not in ("beyond what is shown", "a body of blanks and half a key", "no completion, beyond what is shown")
+    assert not shown or "[OPENAI_API_KEY]" in said, said
+
+
+@pytest.mark.parametrize("status", ["400 {0}", "404 no {0}", "503 busy {0}", "302 {0}", "{0}", "999999 {0}"])
+def test_a_key_in_the_status_line(clock, monkeypatch, status):
+    """The reason phrase, or what http.client makes of a line that is none; a redirect's Location too."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    with RawServer(f"HTTP/1.1 {status.format(SECRET)}\r\nLocation: /{SECRET}\r\nContent-Length: 0\r\n\r\n") as url:
+        assert "SECRET" not in everything_said(url, clock)
+    with RawServer(f"{SECRET} {status.format(SECRET)}\r\n\r\n") as url:
+        assert "SECRET" not in everything_said(url, clock)
+
+
+class RawServer:
+    """A server on loopback that sends these very characters to everyone. As a context: its URL."""
+
+    def __init__(self, text):
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self):
+                headers = b""
+                while not headers.endswith(b"\r\n\r\n"):
+                    headers += self.rfile.readline()
+                self.rfile.read(int(re.search(rb"(?i)content-length: (\d+)", headers)[1]))
+                self.wfile.write(text.encode())
+
+        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __enter__(self):
+        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def __exit__(self, *args):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.parametrize("stray", ["{0}\r", "{0}\n", "{0}\r\n", " \t{0} ", "\n{0}\n\n"])
+def test_a_key_with_white_space_around_it(clock, monkeypatch, stray):
+    """A key file with Windows line ends, for one: http.client would refuse the header, and quote it."""
+    monkeypatch.setenv("OPENAI_API_KEY", stray.format(SECRET))
+    with Endpoint(chat("yes")) as server:
+        assert asker(server.url, "tiny", 7)("?") == "yes"
+    assert server.asked[0][1]["Authorization"] == f"Bearer {SECRET}"
+
+
+@pytest.mark.parametrize("inside", ["{0}\r\n{0}", "{0}\n{0}", "{0} {0}", "{0}\t{0}", "{0}\u00e9", "{0}\udcff", "{0}\x7f"])
+def test_what_is_no_key(monkeypatch, inside):
+    monkeypatch.setenv("OPENAI_API_KEY", inside.format(SECRET))
+    with Endpoint(chat("yes")) as server, pytest.raises(InputError, match="OPENAI_API_KEY is no key") as raised:
+        asker(server.url, "tiny", 7)("?")
+    assert "SECRET" not in str(raised.value) and not server.asked
+
+
+@pytest.mark.parametrize("key", ["x", "1", "EMPTY"])
+def test_a_placeholder_is_no_secret(clock, monkeypatch, key):
+    """Local servers take any key; an answer that holds such a word is left as it is."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with Endpoint(chat(f"Answer: {key}")) as server:
+        assert asker(server.url, "tiny", 7)("?") == f"Answer: {key}"
+
+
+SECRET_URLS = ["http://user:SECRET@127.0.0.1:9/v1", "http://SECRET@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=SECRET", "HTTPS://u:SECRET@x",
+               "http://127.0.0.1:9/v1#SECRET", "http:/u:SECRET@x/v1", " http://u:SECRET@[::1/v1", "http://x/sk-SECRET/123+x/v1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", SECRET_URLS)
+def test_a_secret_in_a_url(monkeypatch, url):
+    """Refused in words that do not quote it; a mistyped one is still known for a URL, and is not printed as the name of a folder."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    assert endpoint.is_endpoint(url)
+    for refuse in (lambda: endpoint.check_endpoint("--judge", url), lambda: asker(url, "tiny", 7)):
+        with pytest.raises(InputError, match="OPENAI_API_KEY") as raised:
+            refuse()
+        assert "SECRET" not in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("url", ["http://a b/v1", "http://[::1/v1", "http://x:abc/v1", "http://" + "a" * 70 + ".x/v1"])

@@ -292,6 +292,22 @@ def test_a_damaged_file_of_explanations(material, tmp_path, capfd, line):
         assert path.read_text() == first + third + second
 
 
+@pytest.mark.parametrize("description", ["It is sk-SECRET123.", "It is \\u0073k-SECRET123."])
+def test_a_key_in_a_description_is_not_kept(material, tmp_path, monkeypatch, capfd, description):
+    """In the summary, in explanations.jsonl, and in the table; also where the answer's own JSON writes it in escapes."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET123")
+    with Endpoint(chat(GOOD.replace("Fires on adjectives.", description))) as endpoint:
+        run(*explained(material, tmp_path / "out", endpoint))
+    written = [path.read_text() for path in (tmp_path / "out").rglob("*.json*")]
+    assert "It is [OPENAI_API_KEY]." in "".join(written) and not any("SECRET" in text for text in (*written, *capfd.readouterr()))
+
+
+@pytest.mark.parametrize("url", ["http://user:SECRET@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=SECRET"])
+def test_a_key_in_an_explainer_s_url(material, tmp_path, capfd, url):
+    error = refused(capfd, *flags("features", material, tmp_path / "out", explainer=url, explainer_model="tiny"))
+    assert "SECRET" not in error and "--explainer: " in error and "OPENAI_API_KEY" in error and not (tmp_path / "out").exists()
+
+
 def test_an_endpoint_that_is_down(material, tmp_path, capfd):
     with Endpoint(chat(GOOD)) as endpoint:
         pass

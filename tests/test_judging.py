@@ -330,6 +330,31 @@ def test_a_damaged_file_of_choices(files, capfd, line):
         assert judged(files, **options)[server.url] == found and len(server.asked) == 1
 
 
+@pytest.mark.parametrize("reply", [
+    lambda key: (400, f"what is {key}?"), lambda key: (403, "", {"X-Key": key}), lambda key: chat(f"1 says {key}"),
+    lambda key: chat(None, refusal=key), lambda key: (200, key),
+], ids=["400", "403", "answer", "refusal", "no completion"])  # fmt: skip
+def test_the_key_is_nowhere_to_be_read(files, reply):
+    """A real process whose key has a Windows line end, and a server that says the key: not in any output, nor in any file."""
+    with Endpoint(reply("sk-SECRET123")) as server:
+        command = [sys.executable, REPO / "probe.py", *flags(files, **by_endpoint(server))]
+        done = subprocess.run(command, env={**ENV, "OPENAI_API_KEY": "sk-SECRET123\r\n"}, capture_output=True, text=True, timeout=120)
+        assert server.asked and all(headers["Authorization"] == "Bearer sk-SECRET123" for _, headers, _ in server.asked)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    written = [path.read_bytes() for path in (files / "out").rglob("*") if path.is_file()]
+    assert len(written) >= 2 and not any(b"SECRET" in content for content in written)
+    assert "SECRET" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("url", ["http://user:SECRET@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=SECRET", "http://x/{seed}#SECRET"])
+def test_a_key_in_a_judge_s_url(files, capfd, url):
+    """Refused before anything is written, in one line that does not quote it."""
+    before = sorted(files.rglob("*"))
+    error = refused(capfd, *flags(files, judge=url, judge_model="tiny"))
+    assert "SECRET" not in error and "a key belongs in the environment variable OPENAI_API_KEY" in error
+    assert sorted(files.rglob("*")) == before
+
+
 def test_no_choice_at_all(files, capfd):
     with Endpoint(chat("Hm.")) as server:
         error = stopped(files, capfd, **by_endpoint(server))
