@@ -16,8 +16,8 @@ from .diversity import (embedding_diversity, ngram_diversity, nli_diversity, par
                         spread_across_inputs, spread_over_inputs, vocabulary)  # fmt: skip
 from .encoders import check_nli, nli_scorer, sentence_encoder
 from .ensemble import combine
-from .files import write_json
-from .locks import lock_folder
+from .files import check_output, read_json, write_json
+from .locks import LOCK_FILE, lock_folder
 from .models import check_model, load_tokenizer
 from .plots import without_common_ends
 
@@ -239,12 +239,24 @@ def as_json(measured):
 
 def from_files(config, dist):
     """sample_bon.py --from: the files' systems, compared."""
+    dist.together(lambda: check_output(config.output_dir, is_our_folder, "a folder of sample_bon.py --from"))
     check_models(config)
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
     lock_folder(config.output_dir, dist)
     systems = {names[path]: read_outputs(path, config.columns, scores=config.best_of > 0) for path in config.from_files}
     return dist.together(lambda: report(config, dist, systems) if dist.main else None)
+
+
+def is_our_folder(path):
+    """Whether a folder is empty, or holds the results of sample_bon.py --from (not those of a run with --diversity)."""
+    if not os.path.isdir(path):
+        return False
+    names = set(os.listdir(path)) - {FILE + ".tmp", LOCK_FILE}  # which a kill may leave behind
+    if FILE not in names:
+        return not names
+    stored = read_json(os.path.join(path, FILE))
+    return isinstance(stored, dict) and bool(stored.get("from_files")) and "systems" in stored
 
 
 def report(config, dist, systems):

@@ -24,6 +24,7 @@ from .distributed import setup
 from .errors import InputError, first_line
 from .feature_rewards import check_feature_reward, latents_fingerprint, load_feature_reward
 from .features import parse_ids
+from .files import check_output
 from .log import Progress
 from .models import load_tokenizer
 from .packing import pack
@@ -58,6 +59,15 @@ def save(path, human, fingerprint):
     notes = {"complete": human.complete, "fingerprint": fingerprint}
     save_file(tensors, temporary, {NOTES: json.dumps(notes)})
     os.replace(temporary, path)
+
+
+def is_human_latents(path):
+    """Whether a file is one that save() wrote."""
+    try:
+        with safe_open(path, "pt") as f:
+            return NOTES in (f.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def load(path, spec, sae):
@@ -115,6 +125,7 @@ def human_latents(config):
     The latents are those of a SARM, or of an autoencoder on one of a reward model's layers, at the last token of each text.
     """
     dist, ids = setup(config.device), parse_ids(config.features)
+    check_output(config.output, is_human_latents, "a file of human latents")
     check_feature_reward(config.reward_model, config.sae, ids)
     rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
     tokenizer, side = load_tokenizer(config.reward_model), "response" if config.kind == "sft" else "chosen"

@@ -19,7 +19,7 @@ import numpy as np
 
 from .bon import bon_curve, fit_bon, fit_rl, rl_curve
 from .errors import InputError
-from .files import read_json, read_lines
+from .files import check_output, read_json, read_lines
 from .log import PLACES
 
 # What the curves of a run show, if its metrics have it: name -> the metric's label.
@@ -61,6 +61,15 @@ def save(draw, what, path):
         draw(figure, what)
         figure.savefig(path, dpi=150)
     return path
+
+
+def is_picture(path):
+    """Whether a file is a picture that matplotlib drew: its kinds of files begin so, and name it."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        content = f.read()
+    return content.startswith((b"\x89PNG", b"%PDF", b"<?xml")) and b"Matplotlib" in content
 
 
 def kind_of(run):
@@ -251,6 +260,8 @@ if __name__ == "__main__":
     try:
         for run in args.runs:
             kind_of(run)
+        if args.compare:
+            check_output(args.compare, is_picture, "a picture of matplotlib's")
         for picture in [save(comparison_figure, args.runs, args.compare)] if args.compare else map(plot_run, args.runs):
             print(picture or "matplotlib is not installed: pip install matplotlib")
     except (InputError, OSError) as e:

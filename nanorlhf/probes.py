@@ -23,7 +23,7 @@ from .cli import require
 from .distributed import setup
 from .divergence import add_up, divergence_sums, from_sums, matches, parameter_divergence, relative, select_layers
 from .errors import InputError, first_line
-from .files import write_json
+from .files import read_json, write_json
 from .locks import unlock_afterwards
 from .log import RunFolder
 from .models import check_model, context_length, load_policy, load_tokenizer
@@ -39,8 +39,19 @@ def in_one_line(function, *args):
 
 
 def results_folder(config, dist):
-    """The folder of a command's results, which the same command writes again; a folder of anything else is an error."""
-    return RunFolder(config, dist, free=tuple(vars(config)), written_again=True)
+    """The folder of a command's results, which the same command writes again; a folder of anything else is an error.
+
+    config.json says whose results they are (older ones do not): the flags of `pairs` would pass for those of an early `reward`.
+    """
+    folder = RunFolder(config, dist, free=(*vars(config), "command"), written_again=True)
+    folder.config["command"] = type(config).__name__.removesuffix("Config")
+    stored = os.path.join(config.output_dir, "config.json")
+    if os.path.isfile(stored):
+        settings = read_json(stored)
+        same = settings.get("command", folder.config["command"]) == folder.config["command"]
+        ours = "output_dir" in settings and same
+        require(ours, f"{config.output_dir} holds no results of this command, but something else; choose another --output_dir")
+    return folder
 
 
 def save(config, folder, summary, text, draw):

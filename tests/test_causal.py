@@ -161,6 +161,14 @@ def test_a_head_weight_changes_the_texts_with_its_feature_by_w_z(material, by_ha
     assert "sarm_param" in json.loads((tmp_path / "steered" / "config.json").read_text())
 
 
+def test_a_model_and_results_do_not_share_a_folder(material, tmp_path, capfd):  # noqa: F811
+    """Both have a config.json: the model's would be written over the results'."""
+    root, *_ = material
+    for save in ("out", "nothing/../out"):
+        error = refused(capfd, *flags("steer", root, tmp_path / "out", weights="1:*:0", save=tmp_path / save))
+        assert "--save needs a folder of its own" in error and not (tmp_path / "out").exists()
+
+
 def test_steering_latents_of_texts(material, by_hand, tmp_path):  # noqa: F811
     """`*` changes the texts with the feature, `+` all of them."""
     root, lm, sarm = material

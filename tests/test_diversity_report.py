@@ -277,6 +277,39 @@ def test_from_files(tmp_path, monkeypatch, capsys, folders):  # noqa: F811
     assert (tmp_path / "mine/diversity.json").exists()
 
 
+def folder_of(path, **files):
+    path.mkdir()
+    for name, text in files.items():
+        (path / f"{name}.json").write_text(text)
+
+
+def test_only_folders_of_its_own_are_written_into(tmp_path, monkeypatch, capfd):
+    """A model's folder, any other, one of a run with --diversity; new, empty and own folders are welcome."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "a.jsonl", [{"prompt": "p", "responses": ["a b", "c"]}])
+    own = json.dumps({"from_files": ["old.jsonl"], "systems": {}})
+    folder_of(tmp_path / "model", config="{}")
+    folder_of(tmp_path / "run", config="{}", summary="{}", diversity=json.dumps({"from_files": [], "systems": {}}))
+    folder_of(tmp_path / "list", diversity="[]")
+    for folder in ("model", "run", "list", "..", ".", "a.jsonl"):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(SystemExit) as e:
+            run("--from", "a.jsonl", "--output_dir", folder)
+        error = capfd.readouterr().err
+        assert e.value.code == 2 and len(error.splitlines()) == 1, error
+        assert f"{folder} is there already and is not a folder of sample_bon.py --from" in error
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    folder_of(tmp_path / "own", diversity=own, notes="{}")
+    folder_of(tmp_path / "empty")
+    folder_of(tmp_path / "killed")
+    (tmp_path / "killed" / "diversity.json.tmp").write_text('{"from_files')
+    (tmp_path / "killed" / ".lock").touch()
+    for folder in ("own", "empty", "killed", "new/one"):
+        for _ in range(2):
+            run("--from", "a.jsonl", "--output_dir", folder)
+            assert json.loads((tmp_path / folder / "diversity.json").read_text())["from_files"] == ["a.jsonl"]
+
+
 def test_fresh_samples(tmp_path, monkeypatch, capsys):
     """A policy of random weights: the answers of the pool, and the best of 2 of them; a second call samples nothing again."""
     monkeypatch.chdir(tmp_path)

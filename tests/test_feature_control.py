@@ -517,6 +517,27 @@ def test_the_same_model_elsewhere_is_the_same_model(base, tmp_path):
     assert human.path == f"{base}/sarm.safetensors" and len(human.latents) == 70
 
 
+@pytest.mark.parametrize("output", ["sft.jsonl", "sarm/model.safetensors", "sae/sae_weights.safetensors", "sarm", "link"])
+def test_no_other_file_is_written_over(base, tmp_path, monkeypatch, capfd, output):
+    """Data, a model's weights, a folder, what a link leads to: before any model is loaded. Its own file is written again."""
+    for name in ("sarm", "sae", "sft.jsonl"):
+        (shutil.copytree if (base / name).is_dir() else shutil.copy)(base / name, tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "sft.jsonl")
+    monkeypatch.chdir(tmp_path)
+    before = hashes(tmp_path)
+    args = ["human_latents", *flags({"reward_model": "sarm", "dataset": "sft.jsonl", "max_rows": 70})]
+    with monkeypatch.context() as patch:
+        patch.setattr(human_latents, "load_feature_reward", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit) as exit_:
+            cli.run_command(probe.COMMANDS, [*args, "--output", output])
+    error = capfd.readouterr().err
+    assert exit_.value.code == 2 and len(error.splitlines()) == 1 and f"{output} is there already and is not a file of human latents" in error
+    assert hashes(tmp_path) == before
+    shutil.copy(base / "dense.safetensors", "own.safetensors")
+    cli.run_command(probe.COMMANDS, [*args, "--output", "own.safetensors"])
+    assert (tmp_path / "own.safetensors").read_bytes() == (base / "sarm.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("args, words", [
     (["--reward_model", "nowhere/at/all"], ["nowhere/at/all: no such model folder"]),
     (["--reward_model", "rm"], ["rm is no SARM"]),

@@ -285,6 +285,23 @@ def test_commands(runs, study, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_a_comparison_writes_over_pictures_alone(study, tmp_path, monkeypatch, capsys):
+    """Of any kind that matplotlib draws; not over data, though they speak of Matplotlib, nor over another picture."""
+    data, photo = '{"prompt": "Matplotlib"}\n'.encode(), b"\x89PNG\r\n\x1a\n a photo"
+    for name, content in (("sft.jsonl", data), ("photo.png", photo)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit) as end:
+            command(monkeypatch, "--compare", tmp_path / name, *study)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and f"{name} is there already and is not a picture" in error and error.count("\n") == 1
+        assert (tmp_path / name).read_bytes() == content
+    for name in ("x.png", "x.pdf", "x.svg"):
+        for _ in range(2):
+            command(monkeypatch, "--compare", tmp_path / name, *study)
+            assert capsys.readouterr().out == f"{tmp_path / name}\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_no_matplotlib_no_picture(runs, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert plots.plot_run(runs[0]) is None

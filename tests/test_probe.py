@@ -3,6 +3,7 @@
     L blocks, N tokens, D hidden
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from test_errors import ENV, REPO
 from transformers import AutoModelForCausalLM
 
 import probe
-from nanorlhf import cli, plots, probes, world
+from nanorlhf import cli, implicit_reward, plots, probes, world
 from nanorlhf.data import encode
 from nanorlhf.lora import add_lora, adapters
 from nanorlhf.models import Policy, load_policy, load_tokenizer, save_policy
@@ -137,6 +138,21 @@ def test_without_matplotlib_and_again(material, tmp_path, monkeypatch, capfd):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["layers"] != second["layers"]
     (tmp_path / "out" / "config.json").write_text('{"steps": 60, "kl_coef": 0.05}')  # but this is something else's folder
     assert "another run" in refused(capfd, *arguments(material, tmp_path / "out", sites=["residual"]))
+
+
+def test_another_command_s_results_are_not_written_over(material, tmp_path, capfd):
+    """All flags of `pairs` are flags of `reward` too, so config.json says whose results they are; `{}` is nobody's."""
+    pairs = {f.name: f.default for f in dataclasses.fields(implicit_reward.PairsConfig) if f.default is not dataclasses.MISSING}
+    assert pairs.keys() <= {f.name for f in dataclasses.fields(implicit_reward.RewardConfig)}
+    run(*arguments(material, tmp_path / "divergence", sites=["residual"]))
+    assert json.loads((tmp_path / "divergence" / "config.json").read_text())["command"] == "Divergence"
+    for name, settings in (("pairs", pairs | {"command": "Pairs"}), ("nobody", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        (tmp_path / name / "summary.json").write_text("precious")
+        error = refused(capfd, "reward", "--policy", material / "policy", "--output_dir", tmp_path / name)
+        assert "holds no results of this command" in error and str(tmp_path / name) in error
+        assert (tmp_path / name / "summary.json").read_text() == "precious"
 
 
 def test_adapters_are_merged_first(material, tmp_path):
