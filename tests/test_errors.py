@@ -395,15 +395,12 @@ def test_rewards_that_go_wrong_when_called(here, capfd, function, words):
 
 
 def test_rewards_that_end_the_process_later(here, capfd):
-    """The exit code 0 after some steps would look like success: it is 2, with one line, and the run goes on with a mended file."""
+    """The exit code 0 after some steps would look like success: it is 2, with one line, and the checkpoint is kept."""
     later = "calls = 0\ndef exits(prompts, responses):\n    global calls\n    calls += 1\n    if calls > 2: raise SystemExit(0)\n"
     Path("exits.py").write_text(later + "    return [1.0] * len(responses)\n")
     args = arguments("ppo", reward_model="exits.py:exits", checkpoint_every=1, steps=3)
     fails(capfd, "ppo", args, "the reward exits.py:exits raised SystemExit: 0", lines=None)
-    assert not Path("out/summary.json").exists()
-    Path("exits.py").write_text("def exits(prompts, responses): return [1.0] * len(responses)\n")
-    cli.run(train_ppo.Config, train_ppo.main, args)
-    assert Path("out/summary.json").exists()
+    assert not Path("out/summary.json").exists() and [step for step, _ in checkpoint.checkpoints("out")] == [1]
 
 
 def test_a_bad_gold_reward_of_a_reward_model(here, capfd):
