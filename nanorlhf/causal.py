@@ -60,9 +60,11 @@ class SteerConfig(TextsConfig):
         require(bool(self.edits) != bool(self.weights), "name --edits of latents or --weights of the head, one of both")
         require(not self.weights or not self.sae, "--weights edits a SARM's head; what --sae names has none on its latents")
         require(self.weights or not self.save, "--save writes a SARM with edited --weights: edits of latents are no part of a model")
-        require(not self.save or not os.path.lexists(self.save), f"--save {self.save}: it is there already")
-        same = self.save and os.path.realpath(self.save) == os.path.realpath(self.output_dir)
-        require(not same, "--save needs a folder of its own: a model in --output_dir would write over the results' config.json")
+        if self.save:
+            require(not os.path.lexists(self.save), f"--save {self.save}: it is there already")
+            # A model and results both have a config.json: one would write over the other's.
+            apart = os.path.realpath(self.save) != os.path.realpath(self.output_dir)
+            require(apart, "--save needs a folder of its own, not --output_dir")
         parse_edits("edits", self.edits), parse_edits("weights", self.weights)
 
 

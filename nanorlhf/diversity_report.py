@@ -239,7 +239,8 @@ def as_json(measured):
 
 def from_files(config, dist):
     """sample_bon.py --from: the files' systems, compared."""
-    dist.together(lambda: check_output(config.output_dir, is_our_folder, "a folder of sample_bon.py --from"))
+    kind = "a folder of sample_bon.py --from"
+    dist.together(lambda: check_output(config.output_dir, is_our_folder, kind))
     check_models(config)
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
@@ -249,7 +250,10 @@ def from_files(config, dist):
 
 
 def is_our_folder(path):
-    """Whether a folder is empty, or holds the results of sample_bon.py --from (not those of a run with --diversity)."""
+    """Whether a folder is empty, or holds the results of sample_bon.py --from.
+
+    Those of a run with --diversity are that run's: their from_files is empty.
+    """
     if not os.path.isdir(path):
         return False
     names = set(os.listdir(path)) - {FILE + ".tmp", LOCK_FILE}  # which a kill may leave behind

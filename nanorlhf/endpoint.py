@@ -3,8 +3,9 @@
 POST <url>/chat/completions by the standard library alone; the key is the environment's OPENAI_API_KEY. What is asked, and what becomes
 of the answers, is the callers' business (explainer.py, judging.py).
 
-The key goes into one header and nowhere else. A URL is printed, stored in config.json and part of what caches are named by, so one that
-holds a password or a query is refused; and what a server says passes through redact() before anyone sees it, since it may say the key.
+The key goes into one header and nowhere else. A URL is printed, stored in config.json and part of
+what caches are named by, so one that holds a password or a query is refused. What a server says may
+hold the key, so it passes through redact() before anyone sees it.
 """
 
 import email.utils
@@ -24,7 +25,9 @@ from .rollout import generate, left_pad
 
 TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
 KEY = "OPENAI_API_KEY"  # the environment variable
-SHORTEST_KEY = 6  # characters; less is a placeholder such as "x" or "EMPTY", which local servers take, and may be part of any answer
+# Characters of a secret. Less is a placeholder such as "x" or "EMPTY", which local servers take: it
+# may be a part of any answer, which redact() must not change.
+SHORTEST_KEY = 6
 
 
 class Unreachable(Exception):
@@ -46,7 +49,10 @@ OPENER = urllib.request.build_opener(NoRedirects)
 
 
 def is_endpoint(spec):
-    """Whether a judge or explainer is named by a URL, a mistyped one included: it may hold a key, so it must not pass for a folder."""
+    """Whether a judge or explainer is named by a URL.
+
+    A mistyped URL is one too: it may hold a key, so it must not be printed as a missing folder.
+    """
     return spec.strip().lower().startswith(("http:", "https:"))
 
 
@@ -54,34 +60,45 @@ def is_endpoint(spec):
 
 
 def read_key() -> str:
-    """The environment's key without the white space around it (a key file's line end, say), "" where there is none.
+    """The environment's key, "" where there is none, without white space around it, a line end say.
 
     InputError, which does not quote the key: it holds what an HTTP header cannot.
     """
     key = os.environ.get(KEY, "").strip()
     if not re.fullmatch(r"[!-~]*", key):
-        raise InputError(f"the environment variable {KEY} is no key: it holds white space, or a character that is not ASCII")
+        raise InputError(
+            f"the environment variable {KEY} is no key: it holds white space or a character that "
+            "is not ASCII"
+        )
     return key
 
 
 def check_endpoint(flag: str, url: str):
-    """InputError, which does not quote the URL, where it holds a secret: a user name, a password, a query, or the key itself."""
+    """InputError, which does not quote the URL, where it holds a secret.
+
+    A secret is a user name, a password, a query, or the key itself.
+    """
     key = read_key()
     holds_key = len(key) >= SHORTEST_KEY and key in url
     if holds_key or any(mark in url for mark in "@?#"):
-        raise InputError(f"{flag}: the endpoint's URL must be a plain one such as http://HOST/v1, without a user name, a password, a query "
-                         f"or a key in it, since it is stored with the results; a key belongs in the environment variable {KEY}")  # fmt: skip
+        raise InputError(
+            f"{flag}: the endpoint's URL is stored with the results, so it must be a plain one, "
+            "such as http://HOST/v1, without a user name, a password, a query or a key; "
+            f"a key belongs in the environment variable {KEY}"
+        )
 
 
 def redact(text: str) -> str:
-    """A text without the key, however a server may have written it: as it is, or escaped as in a URL or in JSON."""
+    """A text without the key, whether it is written as it is or escaped as in a URL or in JSON."""
     key = read_key()
     if len(key) < SHORTEST_KEY:
         return text
     pattern = ""
     for character in key:
-        plain, code = re.escape(character), ord(character)
-        pattern += rf"(?:\\?{plain}|%(?i:{code:02x})|\\u(?i:{code:04x}))"  # s, \s, %73 or \u0073
+        plain = re.escape(character)
+        code = ord(character)
+        # s, \s, %73 or \u0073
+        pattern += rf"(?:\\?{plain}|%(?i:{code:02x})|\\u(?i:{code:04x}))"
     return re.sub(pattern, f"[{KEY}]", text)
 
 
@@ -118,7 +135,7 @@ def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0
 
 
 def post(url, body, headers, timeout):
-    """One request -> its text, what went wrong for now, how many seconds the endpoint asks to be left alone.
+    """One request -> its text, what went wrong for now, the seconds that it asks to be left alone.
 
     What went wrong is redacted already, the text is not: content_of() reads it as JSON first.
     """
@@ -126,7 +143,8 @@ def post(url, body, headers, timeout):
         with OPENER.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
             return response.read().decode("utf-8", "replace"), "", 0
     except urllib.error.HTTPError as e:
-        problem, seconds = redact(f"HTTP {e.code} {e.reason}"), retry_after(e.headers.get("Retry-After", ""))
+        problem = redact(f"HTTP {e.code} {e.reason}")
+        seconds = retry_after(e.headers.get("Retry-After", ""))
         if e.code in (400, 413, 422):
             raise Rejected(f"{problem} {said(e)}".strip()) from None
         if e.code < 500 and e.code not in (408, 429):
@@ -162,12 +180,16 @@ def retry_after(value):
 
 
 def content_of(text):
-    """The body of a chat completion -> what the model said, redacted; ValueError where it is none, or a refusal."""
+    """The body of a chat completion -> what the model said, redacted.
+
+    ValueError: it is no chat completion, or a refusal.
+    """
     try:
         message = json.loads(text)["choices"][0]["message"]
         content, refusal = message["content"], message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(f"not a chat completion: {' '.join(redact(text).split())[:60]!r}") from None
+        beginning = " ".join(redact(text).split())[:60]
+        raise ValueError(f"not a chat completion: {beginning!r}") from None
     if refusal:
         raise ValueError(f"a refusal: {redact(str(refusal))[:60]!r}")
     if not isinstance(content, str):

@@ -10,15 +10,16 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def user_code(what):
-    """A context for code that a user wrote. Whatever it raises becomes an InputError: `what`, then the error's name and text.
+    """A context for code that a user wrote: whatever it raises becomes an InputError.
 
-    sys.exit(), quit() and argparse would end the run with an exit code of their own, so they count too. Ctrl-C passes.
+    The message is `what`, then the error's name and text. sys.exit(), quit() and argparse would end
+    the run with an exit code of their own, so they count too. Ctrl-C passes.
     """
 
     def exit_without_usage(parser, message):
         raise SystemExit(message)
 
-    # argparse prints its usage to stderr before it exits; inside this context the message alone is enough.
+    # argparse prints its usage to stderr before it exits; here its message alone is enough.
     argparse_error = argparse.ArgumentParser.error
     argparse.ArgumentParser.error = exit_without_usage
     try:
@@ -32,7 +33,7 @@ def user_code(what):
 
 
 def first_line(error):
-    """What an error says, in one line; its type's name where it says nothing, or fails to say it."""
+    """What an error says, in one line; its type's name where it says nothing or fails to."""
     try:
         lines = str(error).strip().splitlines()
     except Exception:  # a class of the user's, whose __str__ is wrong

@@ -89,12 +89,16 @@ def replace_file(path: str):
 
 
 def check_output(path: str, is_ours, what: str):
-    """InputError where something stands at `path` that the command did not make itself, and would write over.
+    """InputError where something stands at `path` that the command did not make itself.
 
-    is_ours(path) -> bool looks at what is there; `what` says in words what the command writes. It is called before any work is done.
+    It would be written over. is_ours(path) -> bool looks at what is there; `what` says in words
+    what the command writes. A command calls this before it does any work.
     """
     if os.path.lexists(path) and not is_ours(path):
-        raise InputError(f"{path} is there already and is not {what}, so it is not written over; choose another name")
+        raise InputError(
+            f"{path} is there already and is not {what}, so it is not written over; "
+            "choose another name"
+        )
 
 
 def replace_folder(path, write, dist=None):

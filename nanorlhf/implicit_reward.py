@@ -162,7 +162,8 @@ def all_inputs(config, texts, dist):
             saes = {place: load_sae(os.path.join(config.sae, name, place_name(place)), width, dist.device) for place in places}
             inputs[f"{name}, SAE features"] = mean_inputs(lm, texts, places, dist, config.dtype, saes)
     torch.manual_seed(key(SPLIT))
-    untrained = AutoModelForCausalLM.from_config(policy.config, trust_remote_code=False).to(dist.device).eval()
+    untrained = AutoModelForCausalLM.from_config(policy.config, trust_remote_code=False)
+    untrained = untrained.to(dist.device).eval()
     for name, lm in (("policy, activations", policy), ("base, activations", base), ("random model, activations", untrained)):
         inputs[name] = mean_inputs(lm, texts, places, dist, config.dtype)
     inputs["bag of words"] = bag_of_words(texts)

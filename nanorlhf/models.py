@@ -203,9 +203,10 @@ def resolve(path):
 
 
 def check_model(path):
-    """The HF config of a model folder or hub name, looked at before anything is loaded; errors in one line.
+    """The HF config of a model folder or hub name, looked at before anything is loaded.
 
-    So is where the weights are (weights.py), and a value model of its own in the folder.
+    So are the names of its weight files (weights.py), and a separate value model inside the folder.
+    Errors are InputErrors, in one line.
     """
     path = resolve(path)
     value_model = os.path.join(path, VALUE_MODEL)
@@ -254,7 +255,8 @@ def load_tokenizer(path, needs_eos=True):
 def pretrained(auto, path, new_head=False, **kwargs):
     """auto.from_pretrained in float32, in eval mode, from safetensors only; weights that the folder lacks are an error.
 
-    Code that comes with a model is never run, and nobody is asked whether to: without a class in transformers it is an error.
+    Code that comes with a model is never run, and nobody is asked whether to run it: a model for
+    which transformers has no class is an error.
 
     new_head: the score head (a causal LM becomes a reward model) or an unused pooler may be missing. Adapters come merged into their base.
     """
@@ -263,7 +265,12 @@ def pretrained(auto, path, new_head=False, **kwargs):
     check_model(path)  # nothing is loaded that was not looked at, whoever asks for it
     try:
         model, info = auto.from_pretrained(
-            path, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **kwargs
+            path,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **kwargs,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise InputError(f"{path}: cannot be loaded ({first_line(e)})") from None
@@ -281,7 +288,8 @@ def load_policy(path, value_head=True, value_model=None, device="cpu"):
     """
     path = resolve(path)
     lm = pretrained(AutoModelForCausalLM, path)
-    saved_trunk, saved_head = os.path.join(path, VALUE_MODEL), os.path.join(path, "value_head.safetensors")
+    saved_trunk = os.path.join(path, VALUE_MODEL)
+    saved_head = os.path.join(path, "value_head.safetensors")
     own = not value_model
     if own and os.path.isdir(saved_trunk):
         value_model = saved_trunk

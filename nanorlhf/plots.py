@@ -64,7 +64,7 @@ def save(draw, what, path):
 
 
 def is_picture(path):
-    """Whether a file is a picture that matplotlib drew: its kinds of files begin so, and name it."""
+    """Whether a file is a picture that matplotlib drew: PNG, PDF and SVG begin so and name it."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as f:

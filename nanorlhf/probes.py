@@ -39,9 +39,10 @@ def in_one_line(function, *args):
 
 
 def results_folder(config, dist):
-    """The folder of a command's results, which the same command writes again; a folder of anything else is an error.
+    """The folder of a command's results, which the same command writes again.
 
-    config.json says whose results they are (older ones do not): the flags of `pairs` would pass for those of an early `reward`.
+    A folder of anything else is an error. config.json says whose results they are, since the flags
+    of `pairs` would pass for those of an early `reward`; those of older results do not say it.
     """
     folder = RunFolder(config, dist, free=(*vars(config), "command"), written_again=True)
     folder.config["command"] = type(config).__name__.removesuffix("Config")
@@ -49,8 +50,11 @@ def results_folder(config, dist):
     if os.path.isfile(stored):
         settings = read_json(stored)
         same = settings.get("command", folder.config["command"]) == folder.config["command"]
-        ours = "output_dir" in settings and same
-        require(ours, f"{config.output_dir} holds no results of this command, but something else; choose another --output_dir")
+        require(
+            same and "output_dir" in settings,
+            f"{config.output_dir} holds no results of this command, but something else; "
+            "choose another --output_dir",
+        )
     return folder
 
 

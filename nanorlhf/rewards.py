@@ -125,7 +125,8 @@ def text_reward(name, function):
     """A function of (prompts, responses) -> a reward that checks what it returns."""
 
     def reward(answers):
-        # The function gets lists of its own: it may sort or empty them, and the next reward reads the same answers.
+        # The function gets lists of its own: it may sort or empty them, and the next reward
+        # reads the same answers.
         prompts = list(answers.prompts)
         responses = list(answers.responses)
         with user_code(f"the reward {name} raised"):
@@ -143,7 +144,8 @@ def python_function(spec):
     path, _, name = spec.rpartition(":")
     require(os.path.isfile(path), f"{path}: no such file")
     module = import_file(os.path.abspath(path), os.path.getmtime(path))
-    with user_code(f"{path}: looking for {name!r} raised"):  # a module may have a __getattr__ of its own
+    # A module may have a __getattr__ of its own.
+    with user_code(f"{path}: looking for {name!r} raised"):
         function = getattr(module, name, None)
     require(callable(function), f"{path}: it defines no function {name!r}")
     return function

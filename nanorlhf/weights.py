@@ -1,7 +1,8 @@
-"""Which files a model's weights are read from: safetensors inside the model's own folder, and nothing else.
+"""Which files a model's weights are read from: safetensors in the model's own folder, no others.
 
-A folder holds model.safetensors, or several files and model.safetensors.index.json, whose weight_map says {tensor: its file}. The index
-is a text that anyone can write: it may name a pickle, which runs code when it is read, or a file outside the folder.
+A folder holds model.safetensors, or several files and model.safetensors.index.json, whose
+weight_map says {tensor: its file}. The index is a text that anyone can write: it may name a pickle,
+which runs code when it is read, or a file outside the folder.
 """
 
 import os
@@ -14,27 +15,27 @@ from .files import read_json
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def has_weights(folder):
+def has_weights(folder: str) -> bool:
     """Whether a model folder holds weights that can be read."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in (WEIGHTS, INDEX))
 
 
-def weight_names(path):
-    """The names of a model's weight files, by its index where it has one: in a folder of that name or on the hub.
+def weight_names(path: str) -> list[str]:
+    """The names of the weight files of a model folder or hub name, by its index where it has one.
 
-    InputError: an index that is none, that names anything but a safetensors file beside it, or a file that is missing.
-    Pitfall: a symbolic link is followed wherever it leads, since the hub's own cache consists of links. What it leads to is
-    read as safetensors all the same.
+    InputError: an index that is none, that names anything but a safetensors file beside it, or a
+    file that is missing. Pitfall: a symbolic link is followed wherever it leads, since the hub's
+    own cache consists of links. What it leads to is read as safetensors all the same.
     """
     index = find_file(path, INDEX, must=False)
     if index is None:
         return [WEIGHTS]
 
-    # The index is looked at even where model.safetensors stands beside it and would be read instead.
+    # The index is looked at even where model.safetensors stands beside it and is read instead.
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: not an index of weights (it needs weight_map, {{tensor: file}})")
+        raise InputError(f"{index}: not an index of weights (no weight_map {{tensor: file}})")
     for tensor, name in weight_map.items():
         check_name(index, tensor, name)
 
@@ -47,36 +48,53 @@ def weight_names(path):
     return names
 
 
-def check_name(index, tensor, name):
+def check_name(index: str, tensor: str, name):
     """InputError where an index puts a tensor into anything but a safetensors file beside it."""
     if not isinstance(name, str):
         raise InputError(f"{index}: the file of {tensor} must be a name, not {name!r}")
     if not name.endswith(".safetensors"):
-        raise InputError(f"{index}: {tensor} is in {name}; weights are read from .safetensors files alone, never from a pickle")
+        raise InputError(
+            f"{index}: {tensor} is in {name}; weights are read from .safetensors files, "
+            "never from a pickle"
+        )
     if os.path.basename(name) != name:
         raise InputError(f"{index}: {tensor} is in {name}, outside the model's own folder")
 
 
-def check_config(path, config):
-    """InputError where a model's config, or that of a part of it, names a file of weights: it could be any, a pickle too."""
-    parts = [config] + [getattr(config, name, None) for name in config.sub_configs]
+def check_config(path: str, config):
+    """InputError where a model's config, or that of a part of it, names the file of its weights.
+
+    transformers would read that file in the place of model.safetensors, even a pickle.
+    """
+    parts = [config]
+    for name in config.sub_configs:
+        parts.append(getattr(config, name, None))
     for part in parts:
         name = getattr(part, "transformers_weights", None)
         if name:
-            raise InputError(f"{path}: config.json puts the weights into {name} (transformers_weights); they are read from {WEIGHTS}, "
-                             f"or by {INDEX}, alone")  # fmt: skip
+            raise InputError(
+                f"{path}: config.json puts the weights into {name} (transformers_weights); "
+                f"they are read from {WEIGHTS}, or by {INDEX}, alone"
+            )
 
 
-def weight_files(path):
+def weight_files(path: str) -> list[str]:
     """The paths of a model's safetensors files; a hub model's are downloaded."""
     return [find_file(path, name) for name in weight_names(path)]
 
 
-def find_file(path, name, must=True):
-    """A file of a model folder or hub name -> its path, or None where it is missing and need not be there."""
+def find_file(path: str, name: str, must: bool = True) -> str | None:
+    """The path of a file of a model folder or hub name; None where it need not be there and is not.
+
+    Offline the hub cannot say that a file is missing: one that need not be there then counts as
+    missing.
+    """
     try:
-        # Offline the hub cannot say that a file is missing: one that need not be there is then taken not to be.
-        raises = {"_raise_exceptions_for_missing_entries": must, "_raise_exceptions_for_connection_errors": must}
-        return cached_file(path, name, **raises)
+        return cached_file(
+            path,
+            name,
+            _raise_exceptions_for_missing_entries=must,
+            _raise_exceptions_for_connection_errors=must,
+        )
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: {name} is not there ({first_line(e)})") from None
