@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from . import ppo
 from .adapters import is_adapter, load_merged, read_config, save_model
 from .blocks import FrozenTrunk
 from .errors import InputError, first_line
 from .lora import LoRA, adapters_off
 from .packing import unflatten
-from .ppo import full_kl
 from .weights import check_config, has_weights, weight_names
 
 hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
@@ -95,11 +95,11 @@ class Policy(nn.Module):
             logp = logits.log_softmax(-1)
             out = {"logprobs": logp.gather(1, tokens[rows, None])[:, 0]}
             if entropy:
-                out["entropies"] = torch.special.entr(logp.exp()).sum(-1)
+                out["entropies"] = ppo.entropy(logp, logp.exp())
             if correct:
                 out["correct"] = (logits.argmax(-1) == tokens[rows]).float()
             if kl_to:
-                out["full_kl"] = full_kl(logits, kl_to.logits(ref_hidden[rows]).detach() / temperature)
+                out["full_kl"] = ppo.full_kl(logits, kl_to.logits(ref_hidden[rows]).detach() / temperature)
             return out
 
         out = in_chunks(chunk, len(tokens), max(1, MAX_LOGITS[tokens.device.type] // self.lm.config.get_text_config().vocab_size))

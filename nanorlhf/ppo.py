@@ -22,6 +22,8 @@ however the batch was split.
 
 import torch
 
+LOWEST_LOGP = -1e4  # nats: e^-10000 is 0 in every floating type, so a log-prob below adds nothing to an entropy
+
 
 # ---------------------------------------------------------------------------------------------------------------- KL and rewards
 
@@ -57,8 +59,21 @@ def full_kl(logits, ref_logits):
     without the effect of this token on later states. As a reward it is a baseline for its own token: the direct term is lost.
     """
     logp, ref_logp = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (logits, ref_logits))
-    difference = torch.where(logp == -torch.inf, 0.0, logp - ref_logp)  # 0 log 0 = 0
-    return (logp.exp() * difference).sum(-1)
+    probs = logp.exp()
+    # 0 log 0 = 0, where pi(v) is 0 by a mask (log 0 = -inf) as well as where it is too small for its type.
+    difference = torch.where(probs == 0, 0.0, logp - ref_logp)
+    return (probs * difference).sum(-1)
+
+
+def entropy(logp, probs):
+    """The entropy of the next token: H(pi) = -sum_v pi(v) log pi(v).
+
+    logp, probs [..., V]: log-probs and their exponentials, which the caller has already -> [...], in nats.
+    Pitfall: torch.special.entr(probs) takes the logarithm of a probability again. Where exp(logp) is too small for
+    its type that is log 0, and the gradient is 0 * inf = NaN, while logp itself is an ordinary number.
+    """
+    finite_logp = logp.clamp(min=LOWEST_LOGP)  # a token that is masked out has -inf; 0 * -inf would be NaN
+    return -(probs * finite_logp).sum(-1)
 
 
 def last_token(response_mask):

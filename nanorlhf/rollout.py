@@ -20,6 +20,7 @@ from .decode import decode, decode_static, decoding
 from .errors import first_line
 from .models import scalar
 from .packing import Packed
+from .ppo import entropy
 from .rng import ROLLOUT
 
 
@@ -89,7 +90,7 @@ class Sampler:
         """Hidden states [b, D], uniforms [b] -> {response_ids, logprobs, entropies, values}, each [b]; no values without a head."""
         logp = (self.model.logits(hidden) / self.temperature).log_softmax(-1)  # [b, V]
         probs = logp.exp()
-        entropies = -(probs * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)  # 0 log 0 = 0; entr(probs) takes the log again
+        entropies = entropy(logp, probs)  # [b]
         token = sample(truncate(probs, self.top_k, self.top_p), u)
         new = {"response_ids": token, "logprobs": logp.gather(1, token[:, None])[:, 0], "entropies": entropies}
         if self.model.value_head is not None and self.model.value_trunk is None:

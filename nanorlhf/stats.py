@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+ROUNDING = 64 * torch.finfo(torch.float64).eps  # relative, of a loss that is the sum of many terms
+
 
 def ratio(totals, counts):
     """A mean over tokens with the standard error that rows, not tokens, are worth: tokens of one text are not independent.
@@ -228,7 +230,7 @@ def ridge(x, y, alphas, groups=None):
 
 
 def logistic(x, labels, l2=1.0, intercept=True, steps=100):
-    """Logistic regression by Newton's method.
+    """Logistic regression by Newton's method, until a step would lower the loss by less than its rounding.
 
         w, b = argmin sum_i log(1 + exp(-s_i (x_i w + b))) + l2/2 |w|^2,   s_i = +1 or -1
 
@@ -249,17 +251,30 @@ def logistic(x, labels, l2=1.0, intercept=True, steps=100):
         return -torch.nn.functional.logsigmoid(sign * (p @ w)).sum() + 0.5 * (penalty * w * w).sum()
 
     w = torch.zeros(p.shape[1]).double()
+    converged = False
     for _ in range(steps):
-        probability = torch.sigmoid(p @ w)
-        gradient = p.T @ (probability - positive.double()) + penalty * w
-        if gradient.norm() <= 1e-10 * p.norm():
+        right = torch.sigmoid(sign * (p @ w))  # the chance of each row's own label
+        wrong = torch.sigmoid(-sign * (p @ w))  # of the other one: 1 - right would round to 0
+        gradient = penalty * w - p.T @ (sign * wrong)
+        hessian = (p.T * (right * wrong)) @ p + penalty.diag()
+        move = torch.linalg.solve(hessian, gradient)
+
+        # Newton decrement: lambda^2 = g' H^-1 g. A full step lowers the loss by about lambda^2 / 2.
+        decrease = (gradient @ move).item() / 2
+        current = loss(w)
+        if decrease <= ROUNDING * current:
+            # The loss can no longer tell one point from the next, so no step length can be chosen by it. So close
+            # to the minimum a full step squares the error: it is taken unseen, and is the last one.
+            w = w - move
+            converged = True
             break
-        hessian = (p.T * (probability * (1 - probability))) @ p + penalty.diag()
-        move, size = torch.linalg.solve(hessian, gradient), 1.0
-        while loss(w - size * move) > loss(w) and size > 1e-6:  # a full Newton step may overshoot
+
+        # A full Newton step may overshoot.
+        size = 1.0
+        while loss(w - size * move) > current and size > 1e-6:
             size /= 2
         w = w - size * move
-    else:
+    if not converged:
         raise ValueError(f"logistic: no convergence in {steps} steps")
     weight = v @ w[: v.shape[1]]
     return Linear(weight, (w[-1] - mean @ weight).item() if intercept else 0.0, float(l2))

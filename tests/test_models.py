@@ -3,6 +3,7 @@
     B sequences, R response tokens, T tokens of a packed row, D hidden, V vocabulary
 """
 
+import copy
 import math
 import shutil
 
@@ -183,6 +184,25 @@ def test_entropies_and_full_kl_by_loops(policy, reference):
     same(out["entropies"], expected(policy, "entropies"))
     same(out["full_kl"], expected(policy, "full_kl", reference))
     assert out["full_kl"][MASK].min() > 0.1
+
+
+def test_entropy_at_a_low_temperature(policy):
+    """Probabilities that underflow: the entropies' gradient is finite, and float64's."""
+    temperature = 0.02
+    with torch.no_grad():
+        hidden, _ = policy.hidden(BATCH, MASK)
+        assert ((policy.logits(hidden) / temperature).softmax(-1) == 0).any()  # they do
+    mine = gradients(policy, policy(BATCH, MASK, temperature, entropy=True)["entropies"].sum())
+
+    exact = copy.deepcopy(policy).double()
+    hidden, _ = exact.hidden(BATCH, MASK)
+    logits = exact.lm.get_output_embeddings()(hidden)
+    logp = (logits / temperature).log_softmax(-1)
+    held = logp > -700
+    theirs = gradients(exact, -(logp.exp()[held] * logp[held]).sum())
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.isfinite().all()
+        assert (a.double() - b).norm() <= 1e-3 * b.norm() + 1e-6
 
 
 def test_the_reference_gets_no_gradient(policy, reference):

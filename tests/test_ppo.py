@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf.ppo import (AdaptiveKL, ScoreScaler, explained_variance, full_kl, gae, kl_estimate, last_token, masked_moments,
+from nanorlhf.ppo import (AdaptiveKL, ScoreScaler, entropy, explained_variance, full_kl, gae, kl_estimate, last_token, masked_moments,
                           policy_loss, shape_scores, token_rewards, value_loss, whiten)
 
 # Rows: full, right-padded, holes, left-padded, a single token.
@@ -88,6 +88,41 @@ def test_full_kl_by_loops_and_with_impossible_tokens():
     assert grad(lambda z: full_kl(z, b).sum(), a).isfinite().all()
     b[0, 1, 2] = -math.inf  # the policy may say what the reference cannot
     assert full_kl(a, b)[0, 1] == math.inf
+
+
+def test_entropy_where_probabilities_underflow():
+    """Value and gradient at a low temperature in float32, against float64, in which the same probabilities are not 0 yet."""
+    logits = 30 * randn(5, 40, seed=9)
+    logits[0, :3] = -math.inf  # masked tokens, on top
+    temperature = 0.3
+
+    def summed(z):
+        logp = (z / temperature).log_softmax(-1)
+        return entropy(logp, logp.exp()).sum()
+
+    def exact(z):  # sum p log 1/p over what float64 still holds
+        logp = (z.double() / temperature).log_softmax(-1)
+        held = logp > -700
+        return -(logp.exp()[held] * logp[held]).sum()
+
+    small = logits.float()
+    probs = (small / temperature).softmax(-1)
+    assert (probs == 0).sum() > 50 and ((small / temperature).log_softmax(-1).isfinite()).sum() == 5 * 40 - 3
+    assert 0.1 < exact(logits) < 5
+    same(summed(small).double(), exact(small), 1e-5)
+    same(grad(summed, small).double(), grad(exact, small.double()), 1e-5)
+    flat = torch.zeros(2, 8)
+    same(entropy(flat.log_softmax(-1), flat.softmax(-1)), [math.log(8)] * 2, 1e-6)
+    large = grad(lambda z: 1e3 * summed(z), small)  # a large --ent_coef does not overflow where the probability is 0
+    same(large / 1e3, grad(summed, small), 1e-5)
+
+
+def test_full_kl_where_probabilities_underflow():
+    """A token that the reference excludes and whose probability is too small for float32 adds 0, not 0 * inf = NaN."""
+    logits = torch.tensor([[0.0, 1.0, -400.0]])
+    ref_logits = torch.tensor([[0.5, 0.0, -math.inf]])
+    same(full_kl(logits, ref_logits), full_kl(logits[:, :2], ref_logits[:, :2]), 1e-6)
+    assert grad(lambda z: full_kl(z, ref_logits).sum(), logits).isfinite().all()
 
 
 # ------------------------------------------------------------- a two-step world of 9 sequences, where all expectations are sums

@@ -228,6 +228,73 @@ def test_logistic_is_where_the_gradient_vanishes(n, d, intercept, scale):
     assert w.grad.abs().max() < 1e-6 * scale and (b.grad.abs() < 1e-6 if intercept else bias == 0)
 
 
+def standardised_columns(seed, d):
+    """5,699 rows of d standardised columns (normal, cubed or of two values), and labels that follow them more or less."""
+    generator = torch.Generator().manual_seed(2 * seed + d)
+    x = torch.randn(5699, d, generator=generator, dtype=torch.float64)
+    if seed % 3 == 0:
+        x = x**3
+    if seed % 4 == 1:
+        x = (x > 1.5).double()
+    x = (x - x.mean(0)) / x.std(0)
+    weight = torch.randn(d, generator=generator, dtype=torch.float64) * (seed % 5) / 2
+    bias = 2 * torch.randn(1, generator=generator, dtype=torch.float64)
+    chance = torch.sigmoid(x @ weight + bias)
+    return x, torch.rand(5699, generator=generator, dtype=torch.float64) < chance
+
+
+def test_logistic_does_not_stall_on_rounding():
+    """Where steps were judged by a loss that could no longer tell them apart, some of these never ended."""
+    stalled = [(59, 2), (261, 2), (266, 1), (619, 1), (707, 2)]
+    others = [(seed, d) for seed in range(30) for d in (1, 2)]
+    for seed, d in stalled + others:
+        x, labels = standardised_columns(seed, d)
+        weight, bias, _ = logistic(x, labels, 1.0)
+        residual = torch.sigmoid(x @ weight + bias) - labels.double()
+        assert (x.T @ residual + weight).abs().max() < 1e-8 and residual.sum().abs() < 1e-8
+
+
+def fitted_by_lbfgs(x, labels, l2, intercept):
+    """Weight and bias of least penalised loss, by a general optimiser and autograd."""
+    weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    sign = torch.where(labels, 1.0, -1.0).double()
+    parameters = [weight, bias] if intercept else [weight]
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=3000, max_eval=6000, tolerance_grad=1e-11, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.softplus(-sign * (x @ weight + bias)).sum() + l2 / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.item()
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("intercept", [True, False])
+def test_logistic_against_lbfgs(l2, intercept):
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(40 + 50 * seed, 1 + seed, generator=generator, dtype=torch.float64)
+        if seed % 2:
+            x = x**3
+        labels = x[:, 0] + torch.randn(len(x), generator=generator, dtype=torch.float64) > 0.3
+        weight, bias, _ = logistic(x, labels, l2, intercept)
+        expected_weight, expected_bias = fitted_by_lbfgs(x, labels, l2, intercept)
+        torch.testing.assert_close(weight, expected_weight, rtol=1e-6, atol=1e-6)
+        assert bias == pytest.approx(expected_bias, rel=1e-6, abs=1e-6)
+
+
+def test_logistic_of_classes_far_apart():
+    """Rows at +-c, each with its label: the loss is 2 log(1 + e^-cw) + l2/2 w^2, its minimum where 2c / (1 + e^cw) = l2 w."""
+    weight = logistic([[1000.0], [-1000.0]], [1, 0], 1e-8).weight.item()
+    assert 2000 / (1 + math.exp(1000 * weight)) == pytest.approx(1e-8 * weight, rel=1e-6)
+
+
 def test_logistic_closed_form():
     """One column of zeros: the bias alone, log(p / (1 - p)). One row of 1 for one winner: 1 / (1 + e^w) = l2 w."""
     assert logistic(torch.zeros(10, 1), [1] * 7 + [0] * 3).bias == pytest.approx(math.log(7 / 3), abs=1e-8)
