@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import train_sft
 from nanorlhf import checkpoint, cli, data, sarm_training
+from nanorlhf.benchmark_scores import pair_wins
 from nanorlhf.blocks import speed_up
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.errors import InputError
@@ -181,7 +182,8 @@ def train(config, dist):
                 loss = losses.sum() / config.batch_size
                 (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
             margin = (r_chosen - r_rejected).detach()
-            totals += torch.stack([loss.detach(), *(x.sum() / config.batch_size for x in (margin > 0, margin, error.detach()))])
+            wins = pair_wins(r_chosen, r_rejected).float()  # a tie is half a win
+            totals += torch.stack([loss.detach(), *(x.sum() / config.batch_size for x in (wins, margin, error.detach()))])
         lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
         grad_norm = optimizer_step(optimizer, reward_model, lr, config.max_grad_norm, step)
         if detached:
@@ -238,7 +240,7 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
         lengths.append(dist.gather(torch.tensor([len(r) for r in responses], dtype=torch.long, device=dist.device)).cpu())
     scores, lengths = torch.stack(scores), torch.stack(lengths)  # [2, N]
     margin = scores[0] - scores[1]
-    accuracy = mean_se((margin > 0).double() + 0.5 * (margin == 0))
+    accuracy = mean_se(pair_wins(*scores))
     result = {
         "accuracy": accuracy["mean"],
         "accuracy_se": accuracy["se"],

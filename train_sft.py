@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from nanorlhf import checkpoint, cli, data, world
 from nanorlhf.blocks import sampling, speed_up
 from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
-from nanorlhf.dpo import dpo_loss
+from nanorlhf.dpo import ROUNDING, dpo_loss, pair_points
 from nanorlhf.fsdp import checkpoint_activations, gathered
 from nanorlhf.locks import unlock_afterwards
 from nanorlhf.log import Progress, RunFolder, mean_se, sample_table
@@ -154,7 +154,7 @@ def main(config):
                 else:
                     pi_c, pi_r = logprobs.sum(1).chunk(2)  # [b], [b]
                     ref_c, ref_r = reference[:, at]
-                    loss, stats = dpo_loss(pi_c, pi_r, ref_c, ref_r, config.dpo_beta, config.batch_size)
+                    loss, stats = dpo_loss(pi_c, pi_r, ref_c, ref_r, config.dpo_beta, config.batch_size, ROUNDING[config.dtype])
                 (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
             for name, value in {"loss": loss.detach(), **stats}.items():
                 totals[name] += value
@@ -225,13 +225,15 @@ def sequence_logprobs(policy, answers, index, tokenizer, config, dist):
 def evaluate_pairs(policy, answers, reference, tokenizer, config, dist):
     """Held-out pairs by the implicit reward: how often, and by how much, the chosen answer has the higher one; beside it, length."""
     pi = sequence_logprobs(policy, answers, range(reference.shape[1]), tokenizer, config, dist)
-    loss, stats = dpo_loss(*pi, *reference, config.dpo_beta)
+    rounding = ROUNDING[config.dtype]
+    loss, stats = dpo_loss(*pi, *reference, config.dpo_beta, rounding=rounding)
+    points = pair_points(*pi, *reference, rounding).cpu()  # [N]
     margin = (config.dpo_beta * ((pi[0] - reference[0]) - (pi[1] - reference[1]))).cpu()  # [N]
     longer = torch.tensor([len(c) - len(r) for c, r in zip(answers[0][1], answers[1][1])]).sign()
     return {
         "loss": loss.item(),
         **{name: value.item() for name, value in stats.items()},
-        "accuracy_se": mean_se(margin.sign() / 2)["se"],
+        "accuracy_se": mean_se(points)["se"],
         "margin_se": mean_se(margin)["se"],
         "longer_wins": (longer / 2 + 0.5).mean().item(),
         "n_pairs": len(margin),

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sft
 from nanorlhf import data, log, world
-from nanorlhf.dpo import dpo_loss
+from nanorlhf.dpo import dpo_loss, pair_points
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
 
@@ -107,6 +106,7 @@ def logprob(model, tokenizer, prompt, response):
 def test_the_run_by_plain_transformers(base, whole):
     rows = metrics(whole)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is its own reference: no dropout in either
+    assert rows[0]["accuracy"] == 0.5
     assert abs(rows[0]["margin"]) < 1e-4 and abs(rows[2]["margin"]) > 1e-3 and "eval/loss" in rows[1]
     policy, reference = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (whole / "model", base / "model"))
     tokenizer = AutoTokenizer.from_pretrained(base / "model")
@@ -125,21 +125,31 @@ def test_the_run_by_plain_transformers(base, whole):
     assert summary["eval/longer_wins"] == pytest.approx(sum((c > r) + (c == r) / 2 for c, r in lengths) / n)
 
 
-def assert_the_same(whole, folder):
-    """Up to float error. At step 1 that is all a margin is, and its sign a coin: without the accuracy there."""
-    for run in (whole, folder):
-        rows = metrics(run)
-        rows[0].pop("accuracy", None)
-        write_rows(run / "metrics.jsonl", rows)
-    assert_close_runs(whole, folder)
-
-
 def test_micro_batches_change_nothing(base, whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "whole")
     train(base, tmp_path / "a", eval_every=2, micro_batch_size=3)
-    assert_the_same(tmp_path / "whole", tmp_path / "a")
+    assert_close_runs(whole, tmp_path / "a")
     train(base, tmp_path / "b", eval_every=2, tokens_per_micro_batch=120)
-    assert_the_same(tmp_path / "whole", tmp_path / "b")
+    assert_close_runs(whole, tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_accuracy_of_a_policy_that_is_its_reference(base, tmp_path, dtype):
+    """At step 1 a margin is rounding alone, and its sign a coin: every pair is a tie. Later margins are far above it."""
+    rows = train(base, tmp_path / "run", dtype=dtype, batch_size=32, micro_batch_size=3, steps=4)
+    assert rows[0]["accuracy"] == 0.5 and rows[0]["margin"] != 0  # the margins are not simply the same bits
+    assert rows[3]["accuracy"] not in (0.5, 0.0)
+    held_out = train(base, tmp_path / "still", dtype=dtype, lr=0.0, steps=1)[0]
+    assert held_out["eval/accuracy"] == 0.5 and held_out["eval/accuracy_se"] == 0
+
+
+def test_ties_of_pairs_by_hand():
+    """Margins of 3, -3, 0 and, within the rounding of log-probs of -300 and -200, 1e-5 nats; 1e-5 of small log-probs is a win."""
+    pi_c = torch.tensor([-10.0, -16.0, -10.0, -300 + 1e-5, -1.0 + 1e-5], dtype=torch.float64)
+    pi_r = torch.tensor([-20.0, -20.0, -20.0, -200.0, -1.0], dtype=torch.float64)
+    ref_c = torch.tensor([-13.0, -13.0, -10.0, -300.0, -1.0], dtype=torch.float64)
+    points = pair_points(pi_c, pi_r, ref_c, pi_r, 1e-6)
+    assert points.tolist() == [1.0, 0.0, 0.5, 0.5, 1.0]
+    assert dpo_loss(pi_c, pi_r, ref_c, pi_r, 0.2, rounding=1e-6)[1]["accuracy"].item() == pytest.approx(3 / 5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "lora_dropout": 0.3}], ids=["all", "lora"])
@@ -182,9 +192,8 @@ def test_two_processes_change_nothing(base, whole, tmp_path):
     processes = ranks(2, drive, str(tmp_path / "ddp"), runs)
     processes += ranks(2, drive, str(tmp_path / "fsdp"), [("sft", settings(base, eval_every=2, distributed="fsdp"))])
     join(*processes)
-    shutil.copytree(whole, tmp_path / "whole")
-    assert_the_same(tmp_path / "whole", tmp_path / "ddp/sft")
-    assert_the_same(tmp_path / "whole", tmp_path / "fsdp/sft")
+    assert_close_runs(whole, tmp_path / "ddp/sft")
+    assert_close_runs(whole, tmp_path / "fsdp/sft")
 
 
 def test_what_the_steps_do_not_read_needs_no_reference(base, tmp_path, monkeypatch):

@@ -162,6 +162,12 @@ def test_one_step_of_the_head_by_hand(base, tmp_path):
     torch.testing.assert_close(seen["grad"][0], -(z[0] - z[1]).mean(0) / 2, rtol=1e-4, atol=1e-6)
 
 
+def test_the_accuracy_of_a_head_of_zeros(base, tmp_path):
+    """A SARM starts with the score 0 for every text: all pairs are ties at step 1, and a tie counts half."""
+    train(base, tmp_path / "run", steps=2)
+    assert metrics(tmp_path / "run")[0]["accuracy"] == 0.5
+
+
 # ------------------------------------------------------------------------------------------------------ what does not change a result
 
 
