@@ -40,7 +40,7 @@ from nanorlhf.rewards import Answers, check_reward, load_reward, score
 from nanorlhf.rng import LABELS, key
 from nanorlhf.sarm import save_sarm
 from nanorlhf.sarm_training import scored
-from nanorlhf.stats import kendall_tau
+from nanorlhf.stats import kendall_tau, varies
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Config(cli.RunConfig):
         super().__post_init__()
         cli.at_least(self, 0, "max_length", "score_l2", "noise_seed", "sarm_lambda")
         cli.one_of(self, "sarm_mode", *sarm_training.MODES)
+        cli.require(not self.sarm or self.lr > 0, "--sarm starts from a head of zeros: with --lr 0 every score would stay 0")
         cli.require(not self.sarm or self.distributed == "ddp", "--sarm is trained with --distributed ddp only")
         cli.require(not (self.sarm and self.lora_rank) or self.merge, "--sarm with --lora_rank needs --merge: no adapters in its folder")
         frozen = self.sarm and self.sarm_mode == "frozen" and (self.lora_rank or self.freeze_layers)
@@ -135,6 +136,7 @@ def train(config, dist):
     rejected_prompts, rejected, more_cut = data.encode(tokenizer, rows, "rejected", max_length, config.chat_template)
     note += f", {flipped.sum()} labels flipped, {n_cut + more_cut} responses cut to {max_length} tokens"
     dist.print(f"reward model on {config.dataset}: {note}")
+    check_texts(config, held_out["eval"], prompts, chosen, rejected_prompts, rejected, tokenizer, max_length)
     golds = gold_scores(held_out, tokenizer, max_length, config, dist) if config.gold_model else {}  # {label: [2, N]}, before any training
 
     # -------------------------------------------------------------------------------------------------------------------- model
@@ -205,6 +207,8 @@ def train(config, dist):
 
     # -------------------------------------------------------------------------------------------- standardise, evaluate, save
     _, scores = evaluate(reward_model, held_out["eval"], tokenizer, max_length, config, dist)
+    cli.require(varies(scores), f"{config.output_dir}: all {scores.numel()} held-out texts have the score {scores[0, 0]:.4g}, so that "
+                "there is no spread to standardise by: this model has learned nothing from its pairs")  # fmt: skip
     reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
     summary = {}
     for label, part in held_out.items():
@@ -221,6 +225,23 @@ def train(config, dist):
     if dist.main:
         plot_run(config.output_dir)
     return folder.finish(summary)
+
+
+def check_texts(config, held_out, prompts, chosen, rejected_prompts, rejected, tokenizer, max_length):
+    """What decides before any training that scores could have no spread, by which they are standardised; an InputError.
+
+    Texts may be the same once they are cut to max_length, or where the tokenizer knows none of their words.
+    """
+    what = f"once tokenized and cut to {max_length} tokens"
+    pairs = zip(prompts, chosen, rejected_prompts, rejected)
+    differ = any(p + c != q + r for p, c, q, r in pairs)
+    cli.require(differ, f"{config.dataset}: {what} chosen and rejected of every training pair are the same")
+
+    texts = set()
+    for side in ("chosen", "rejected"):
+        held_out_prompts, responses, _ = data.encode(tokenizer, held_out, side, max_length, config.chat_template)
+        texts |= {tuple(prompt + response) for prompt, response in zip(held_out_prompts, responses)}
+    cli.require(len(texts) > 1, f"{config.dataset}: {what} all texts of the {len(held_out)} held-out pairs are the same")
 
 
 @torch.no_grad()

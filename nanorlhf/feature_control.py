@@ -24,7 +24,7 @@ from .optim import adamw
 from .penalties import PENALTIES, DensityRatio, density_loss, feature_penalty
 from .rewards import reward_names
 from .rng import DENSITY, key
-from .stats import auc
+from .stats import auc, varies
 
 CLAMPS = ("set", "min", "max")
 LOGGED = 8  # features of the density that are logged one by one; with more of them none is
@@ -105,7 +105,13 @@ def prepare(config):
     check_feature_reward(spec, config.feature_sae, [*config.penalize_features, *clamps])
     human = human_latents.load(config.human_latents, spec, config.feature_sae) if config.human_latents else None
     tau = [human.column(i).quantile(x).item() if r else x for i, (x, r) in zip(config.penalize_features, parse_tau(config.tau))]
-    alpha = [x * human.scores.std().item() if r else x for x, r in parse_alpha(config.alpha)]
+    alpha = []
+    for text, (value, is_relative) in zip(config.alpha, parse_alpha(config.alpha)):
+        if is_relative:
+            n = len(human.scores)
+            require(varies(human.scores), f"--alpha {text}: the {n} scores in {human.path} have no spread to measure a price by")
+            value = value * human.scores.std().item()  # ddof 1
+        alpha.append(value)
     if config.density_beta:
         n = len(human.latents)
         require(n >= FEWEST and human.features, f"{human.path}: {n} texts, {len(human.features)} features: too few for a density")

@@ -62,11 +62,13 @@ def micro_batches(lengths, size, tokens=0):
 
 
 def pack(prompts, responses, pad_id=0):
-    """Lists of token lists -> Packed."""
+    """Lists of token lists -> Packed. No rows are none too: a process may have no share of a few texts."""
     rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-    return Packed(ids, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
+    width = max(map(len, rows), default=0)
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], dtype=torch.long).view(len(rows), width)
+    prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.long)
+    response_lengths = torch.tensor([len(r) for r in responses], dtype=torch.long)
+    return Packed(ids, prompt_lengths, response_lengths)
 
 
 def unflatten(flat, mask):

@@ -20,6 +20,7 @@ from . import data
 from .cli import require
 from .rewards import Answers, load_reward, score
 from .rng import SPLIT
+from .stats import varies
 
 WORD = re.compile(r"(?<![\w'-])[a-z][a-z'-]*(?![\w'-])")  # in lower case: a capital would tell where it stood
 SIGNS = ("positive", "neutral", "negative")
@@ -133,7 +134,18 @@ def sequence_texts(config, tokenizer, rows, spec, max_length, dist):
     mine = [rows[i] for i in dist.part(len(rows))]
     answers = Answers([row["prompt"] for row in mine], [row["response"] for row in mine], None)
     values = dist.gather(score(load_reward(spec, None, dist), [answers], dist))
-    return responses_of(prompts, responses, values, *by_prompt(config, rows))
+    groups, splits = by_prompt(config, rows)
+    check_spread(values, splits, spec)
+    return responses_of(prompts, responses, values, groups, splits)
+
+
+def check_spread(values, splits, spec):
+    """An InputError where a side of a split has one value throughout: nothing is there to be learned, or to be told apart."""
+    for number, sides in enumerate(splits):
+        for name, rows in zip(("training", "test"), sides):
+            own = values[rows]
+            require(varies(own), f"{spec}: all {len(own)} {name} responses of split {number} have the reward {own[0]:.4g}, so that "
+                    "there is nothing to read from them")  # fmt: skip
 
 
 def pair_texts(config, tokenizer, rows, max_length, dist):

@@ -52,10 +52,13 @@ def score_all(rewards, answers, dist=None):
 
 def score(reward, parts, dist=None):
     """A list of Answers -> their scores [B]. With `dist` all processes call this: a model in shards is gathered for it, once, and
-    an InputError on one process is raised on all."""
+    an InputError on one process is raised on all. Where there are fewer texts than processes, some have none to score."""
 
     def mine():
-        return torch.cat([reward(answers) for answers in parts])
+        scores = []
+        for answers in parts:
+            scores.append(reward(answers) if len(answers) else torch.zeros(0))
+        return torch.cat(scores)
 
     with gathered(getattr(reward, "module", None)):
         return dist.together(mine) if dist else mine()

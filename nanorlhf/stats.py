@@ -136,8 +136,13 @@ def t_quantile(dof):
 
 
 def t_interval(values):
-    """Mean and half-width of the 95% t interval of a few independent numbers, such as one a seed (nan for a single one)."""
+    """Mean and half-width of the 95% t interval of a few independent numbers, such as one a seed.
+
+    The half-width of a single number is nan, and both are where one of the numbers is.
+    """
     n = len(values)
+    if any(math.isnan(value) for value in values):
+        return float("nan"), float("nan")
     return statistics.mean(values), t_quantile(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
 
 
@@ -155,9 +160,19 @@ def auc(scores, labels):
 
 
 def r_squared(y, predicted):
-    """1 - sum (y - predicted)^2 / sum (y - mean y)^2: 1 is perfect, 0 no better than y's own mean, below 0 worse. A float."""
+    """1 - sum (y - predicted)^2 / sum (y - mean y)^2: 1 is perfect, 0 no better than y's own mean, below 0 worse. A float.
+
+    A y that is one number throughout has no R^2: nan.
+    """
     y, predicted = finite("r_squared", y), finite("r_squared", predicted)
+    if not varies(y):
+        return float("nan")
     return (1 - (y - predicted).square().sum() / (y - y.mean()).square().sum()).item()
+
+
+def varies(values):
+    """Whether any two of the numbers of a tensor differ. A standard deviation does not say: that of equal numbers may be rounding."""
+    return bool((values != values.flatten()[:1]).any())
 
 
 def finite(name, x):

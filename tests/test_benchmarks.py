@@ -6,16 +6,19 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_probe import refused, run
+from test_scripts import join, one_thread, ranks  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 import train_rm
 from nanorlhf import data, world
 from nanorlhf.benchmark_scores import hard_normal_easy, mean_of_groups, pair_wins, shared_credit, style_wins, ties_score, ties_terms
-from nanorlhf.distributed import Dist
+from nanorlhf.benchmarks import scores_of
+from nanorlhf.distributed import Dist, setup, shutdown
 from nanorlhf.models import Policy, load_reward_model, load_tokenizer, save_policy, save_reward_model
 from nanorlhf.stats import bootstrap
 
@@ -56,6 +59,30 @@ def evaluate(folder, name, rows, *flags, rewards=("last",)):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- the maths
+
+
+def score_one_text(root, specs):
+    """The scores of a single text by each reward, by all processes together -> root/scores.json."""
+    dist = setup("cpu")
+    config = SimpleNamespace(max_length=0, chat_template=False, micro_batch_size=4, dtype="float32")
+    found = {spec: scores_of(spec, [{"prompt": "review the hotel :", "response": "3 word 2"}], config, dist)[0].tolist() for spec in specs}
+    if dist.main:
+        (root / "scores.json").write_text(json.dumps(found))
+    dist.barrier()
+    shutdown()
+
+
+def test_fewer_texts_than_processes(folder):
+    """The second of two processes has no text: neither a model nor a user's function is asked for the scores of none."""
+    (folder / "strict.py").write_text("def last(prompts, responses):\n    return [float(responses[0].split()[-1])] * len(prompts)\n")
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(world.model_config()), value_head=False)
+    save_policy(policy, world.tokenizer(), str(folder / "few_lm"))
+    save_reward_model(load_reward_model(str(folder / "few_lm"), seed=1), world.tokenizer(), str(folder / "few_rm"))
+    specs = [f"{folder}/strict.py:last", f"{folder}/few_rm", "world:gold"]
+    join(*ranks(2, score_one_text, folder, specs, STDERR=str(folder / "stderr")))
+    found = json.loads((folder / "scores.json").read_text())
+    assert [len(scores) for scores in found.values()] == [1, 1, 1] and found[specs[0]] == [2.0] and found[specs[1]] != [0.0]
 
 
 def test_shared_credit_against_loops():

@@ -438,6 +438,7 @@ def write_bad_files(base):
     changed_buffer(base, "nan.safetensors", lambda notes, tensors: tensors["latents"].fill_(math.nan))
     first_five = lambda notes, tensors: tensors.update({name: tensors[name][:5].clone() for name in ("latents", "scores")})  # noqa: E731
     changed_buffer(base, "few.safetensors", first_five)
+    changed_buffer(base, "flat.safetensors", lambda notes, tensors: tensors["scores"].fill_(0.1))
     (base / "text.safetensors").write_text("no tensors")
     save_sae(TopKSAE(D + 1, M, K, normalize="token"), base / "wide", model="rm", layer=0, site="residual")
     save_sae(TopKSAE(D, M, K, normalize="token", seed=9), base / "sae_2", model="rm", layer=0, site="residual")
@@ -457,6 +458,8 @@ def write_bad_files(base):
     (ONE | {"penalty": "square"}, ["--penalty must be one of indicator, hinge, not 'square'"]),
     (ONE | {"tau": ["q0.9"]}, ["--tau q0.9 compares with reference data", "--human_latents"]),
     (ONE | {"alpha": ["1std"]}, ["--alpha 1std compares with reference data"]),
+    (ONE | {"alpha": ["1std"], "human_latents": "flat.safetensors"},
+     ["--alpha 1std: the 70 scores in flat.safetensors have no spread to measure a price by"]),
     ({"density_beta": 0.1}, ["--density_beta compares with reference data"]),
     ({"density_beta": -0.1}, ["--density_beta must be at least 0"]),
     ({"density_beta": math.inf, "human_latents": "sarm.safetensors"}, ["--density_beta must be finite"]),

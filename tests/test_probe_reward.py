@@ -267,6 +267,19 @@ def test_a_planted_reward_is_read_from_the_policy_alone(base, tmp_path, capsys):
     assert "at chance by construction" in out and "Kendall's tau" in out and len([line for line in out.splitlines() if "+-" in line]) == 12
 
 
+def test_a_reward_without_any_spread(base, tmp_path, monkeypatch):
+    """One line before a policy is loaded, whether the reward is constant everywhere or in one side of a split."""
+    monkeypatch.setattr(implicit_reward, "load_policy", lambda *args, **kwargs: pytest.fail("a policy was loaded"))
+    (tmp_path / "rewards.py").write_text(
+        "def same(prompts, responses): return [0.1] * len(responses)\n"
+        "def rare(prompts, responses): return [float(p == prompts[0]) for p in prompts]\n"
+    )
+    for name in ("same", "rare"):
+        flags = {"task": "sequence", "dataset": f"{base}/sft.jsonl", "reward": f"{tmp_path}/rewards.py:{name}"}
+        with pytest.raises(InputError, match=f"rewards.py:{name}: all .* responses of split 0 have the reward"):
+            implicit_reward.reward(RewardConfig(**settings(base, tmp_path / name, **flags)))
+
+
 def test_features_of_sparse_autoencoders_stand_beside_activations(base, tmp_path):
     for name in ("policy/0_residual", "policy/1_residual", "base/0_residual"):
         save_sae(SparseAutoencoder(32, 64, normalize="none", seed=1), tmp_path / name)

@@ -168,6 +168,45 @@ def test_the_accuracy_of_a_head_of_zeros(base, tmp_path):
     assert metrics(tmp_path / "run")[0]["accuracy"] == 0.5
 
 
+# ----------------------------------------------------------------------------------------------------------- scores without a spread
+
+
+@pytest.mark.parametrize("kind", ["sarm", "plain"])
+def test_texts_that_are_all_the_same_to_the_model(base, tmp_path, monkeypatch, kind):
+    """Words that the tokenizer does not know are one token: an error before any model is loaded."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(train_rm, "load_reward_model", loaded)
+    monkeypatch.setattr(train_rm.sarm_training, "start", loaded)
+    unknown = [{"prompt": f"qqa{i}", "chosen": "qqb qqc", "rejected": "qqd qqe"} for i in range(20)]
+    write_rows(tmp_path / "unknown.jsonl", unknown)
+    sarm = {} if kind == "sarm" else {"sarm": ""}
+    with pytest.raises(InputError, match="chosen and rejected of every training pair are the same"):
+        train(base, tmp_path / "run", dataset=f"{tmp_path}/unknown.jsonl", **sarm)
+    with pytest.raises(InputError, match="all texts of the 8 held-out pairs are the same"):
+        train(base, tmp_path / "run", eval_dataset=f"{tmp_path}/unknown.jsonl", **sarm)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_of_zeros_that_cannot_move(base):
+    with pytest.raises(InputError, match="--lr 0"):
+        config(base, "x", lr=0.0)
+    assert config(base, "x", lr=0.0, sarm="").lr == 0
+
+
+def test_a_model_that_gives_one_score(base, tmp_path):
+    """All weights 0: what only training can tell is one line too, and no division by zero."""
+    lm = AutoModelForCausalLM.from_pretrained(base / "lm")
+    for p in lm.parameters():
+        p.data.zero_()
+    lm.save_pretrained(tmp_path / "blind")
+    world.tokenizer().save_pretrained(tmp_path / "blind")
+    with pytest.raises(InputError, match="all 16 held-out texts have the score 0, so that there is no spread"):
+        train(base, tmp_path / "run", model=f"{tmp_path}/blind", sarm="", lr=0.0)
+
+
 # ------------------------------------------------------------------------------------------------------ what does not change a result
 
 

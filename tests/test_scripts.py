@@ -550,6 +550,16 @@ def test_fewer_held_out_rows_than_processes(base, tmp_path, kind):
     assert (tmp_path / kind / "summary.json").exists()
 
 
+@pytest.mark.parametrize("gold", ["world:gold", "rewards.py:the", "rm"])
+def test_gold_of_fewer_texts_than_processes(base, tmp_path, gold):
+    """One held-out pair is two texts: of three processes one has none to score."""
+    gold = gold if gold == "world:gold" else f"{base}/{gold}"
+    settings = small(base, "rm", eval_size=1, steps=1, batch_size=6, gold_model=gold)
+    join(*ranks(3, drive, tmp_path, [("rm", settings)], STDERR=str(tmp_path / "stderr")))
+    summary = json.loads((tmp_path / "rm/summary.json").read_text())
+    assert summary["eval/n_texts"] == 2 and "eval/gold_kendall_tau" in summary
+
+
 def test_an_error_on_one_rank_only(base, tmp_path):
     settings = small(base, "ppo", reward_model=[f"{base}/rewards.py:fails_on_rank_1"])
     processes = ranks(2, command_line, "ppo", "--output_dir", str(tmp_path / "ppo"), *flags(settings), STDERR=str(tmp_path / "stderr"))

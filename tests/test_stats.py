@@ -147,6 +147,7 @@ def test_t_interval_coverage():
     rows = randn(600, 5, seed=3).tolist()
     assert sum(abs(mean) <= half for mean, half in map(t_interval, rows)) / 600 == pytest.approx(0.95, abs=0.02)
     assert t_interval([1.0, 3.0]) == (2.0, pytest.approx(12.7062, rel=1e-4)) and math.isnan(t_interval([1.0])[1])
+    assert all(math.isnan(x) for x in t_interval([1.0, math.nan, 2.0]))
 
 
 def test_auc_by_all_pairs():
@@ -165,6 +166,7 @@ def test_auc_by_all_pairs():
 def test_r_squared_by_hand():
     assert r_squared([1, 2, 3], [1, 2, 3]) == 1 and r_squared([1, 2, 3], [2, 2, 2]) == 0
     assert r_squared([1, 2, 3], [3, 2, 1]) == -3  # (4 + 0 + 4) / 2
+    assert math.isnan(r_squared([2, 2, 2], [1, 2, 3])) and math.isnan(r_squared([2, 2, 2], [2, 2, 2]))  # nothing varies
 
 
 def least_squares(x, y, alpha):
