@@ -25,6 +25,7 @@ from .log import eval_folder, mean_se
 from .models import Policy, load_tokenizer
 from .packing import pack, response_mask_of
 from .rewards import Answers, check_reward, load_reward, score
+from .rng import ROLLOUT
 from .rollout import generate, left_pad
 from .splits import labels
 
@@ -44,14 +45,18 @@ class Parts:
     control: object = None  # feature_control.Control: the reward is then controlled by features
 
 
-def roll_out(parts, prompts, place, step):
-    """One response to each prompt; `place` keys the noise by the prompt's place in the global batch. -> Rollout, Answers"""
+def roll_out(parts, prompts, place, step, stream=ROLLOUT):
+    """One response to each prompt; `place` keys the noise by the prompt's place in the global batch. -> Rollout, Answers
+
+    Step 0 of the stream ROLLOUT is the evaluations'. What is sampled for another purpose has a stream of its own (rng.py).
+    """
     config, dist, tokenizer = parts.config, parts.dist, parts.tokenizer
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
     with autocast(dist, config.dtype), sampling(parts.policy.lm):
         rollout = generate(
             parts.policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, temperature=config.temperature,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, seed=config.seed, step=step, index=place,
+            stream=stream,
         )  # fmt: skip
     responses = [ids[mask] for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu())]
     texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, responses))

@@ -24,6 +24,7 @@ from .log import Progress
 from .models import check_model, load_policy, resolve
 from .packing import pack
 from .rewards import Answers, load_reward, reward_names
+from .rng import POOL
 
 CHUNK = 4096  # answers that are scored before their scores are written
 LAYOUT = "lines with their index"  # goes into the files' names: older files, without, are not read
@@ -106,10 +107,12 @@ def sample(config, tokenizer, prompts, dist):
 
         {index, prompt, responses, prompt_ids, response_ids}
 
-    The noise of an answer is keyed by (seed, prompt, answer): neither the batch size nor the number of processes changes it.
+    The noise of an answer is keyed by (seed, prompt, answer), in a stream of its own: neither the batch size nor the number of
+    processes changes it, and it is not the noise of any evaluation.
     """
     N = config.n_answers
-    settings = (N, config.max_new_tokens, config.temperature, config.seed, config.dtype)
+    # The stream is part of the key: a pool that older noise began is not gone on with.
+    settings = (N, config.max_new_tokens, config.temperature, config.seed, config.dtype, POOL)
     key = "answers_" + digest(LAYOUT, fingerprint(config.model), prompts, settings)
 
     def fits(i, row):
@@ -149,7 +152,7 @@ def sample_batch(parts, prompts, pairs):
         own = [pairs[k] for k in dist.part(len(pairs))]
         if not own:  # fewer answers than processes
             return torch.zeros(0, R, dtype=torch.long, device=dist.device), torch.zeros(0, dtype=torch.long, device=dist.device)
-        rollout, _ = roll_out(parts, [prompts[i] for i, _ in own], [i * 2**32 + j for i, j in own], 0)
+        rollout, _ = roll_out(parts, [prompts[i] for i, _ in own], [i * 2**32 + j for i, j in own], 0, POOL)
         return rollout.response_ids, rollout.response_mask.sum(1)
 
     ids, lengths = (dist.gather(x).tolist() for x in dist.together(mine))

@@ -3,7 +3,7 @@
 The stream comes first because numpy pads its seeds with zeros: [seed, step] and [seed, step, 0] are one and the same.
 """
 
-ROLLOUT, ORDER, MINIBATCH, SPLIT, LABELS, DENSITY = range(1, 7)
+ROLLOUT, ORDER, MINIBATCH, SPLIT, LABELS, DENSITY, POOL = range(1, 8)
 
 
 def key(*numbers):

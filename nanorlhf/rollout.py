@@ -53,9 +53,13 @@ def left_pad(prompts, pad_id):
     return ids, mask
 
 
-def uniforms(seed, step, index, width):
-    """Uniform numbers in [0, 1) keyed by (seed, step, index of the sample, position): -> [len(index), width], float64."""
-    return torch.from_numpy(np.stack([np.random.default_rng([ROLLOUT, seed, step, i]).random(width) for i in index]))
+def uniforms(seed, step, index, width, stream=ROLLOUT):
+    """Uniform numbers in [0, 1) keyed by (seed, step, index of the sample, position): -> [len(index), width], float64.
+
+    stream: one of rng.py's; what is keyed alike in two streams has nothing to do with each other.
+    """
+    rows = [np.random.default_rng([stream, seed, step, i]).random(width) for i in index]
+    return torch.from_numpy(np.stack(rows))
 
 
 def truncate(probs, top_k=0, top_p=1.0):
@@ -103,18 +107,19 @@ class Sampler:
 
 @torch.no_grad()
 def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
-             pad_token_id=0, seed=0, step=0, index=None, static=None):  # fmt: skip
+             pad_token_id=0, seed=0, step=0, index=None, stream=ROLLOUT, static=None):  # fmt: skip
     """Sample one response for every prompt from softmax(logits / temperature), dropout off. -> Rollout
 
     model: a Policy. prompt_ids, attention_mask [B, P], left-padded. eos_token_id None never stops early. index [B]: each
-    sample's place in the global batch (default 0..B-1). top_k and top_p cut what may be sampled; log-probs are of the full
-    distribution all the same, so keep them off for training. static: shapes that never change (default: on a GPU).
+    sample's place in the global batch (default 0..B-1). stream: of the noise, see rng.py. top_k and top_p cut what may be
+    sampled; log-probs are of the full distribution all the same, so keep them off for training. static: shapes that never
+    change (default: on a GPU).
     """
     if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError("temperature must be positive, top_p in (0, 1], top_k 0 (off) or more")
     (B, _), R, device = prompt_ids.shape, max_new_tokens, prompt_ids.device
     mask = attention_mask.bool()  # [B, P]
-    u = uniforms(seed, step, range(B) if index is None else index, R).to(device)  # [B, R]
+    u = uniforms(seed, step, range(B) if index is None else index, R, stream).to(device)  # [B, R]
     out = {name: torch.zeros(B, R, device=device) for name in ("logprobs", "entropies", "values")}
     out["response_ids"] = torch.full((B, R), pad_token_id, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import sample_bon
 import train_rm
 import train_sft
-from nanorlhf import cli, data, distributed, files, pool, rewards, world
+from nanorlhf import cli, data, distributed, files, pool, rewards, rng, rollout, world
 from nanorlhf.bon import DEFAULT_NS, fit_bon
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_reward_model, load_tokenizer, save_reward_model
@@ -537,6 +537,38 @@ def test_sigkill_while_sampling_and_while_scoring(base, two_processes, tmp_path)
         assert not (tmp_path / "run/pool.jsonl").exists() and sum(part.count(b"\n") for part in cached.values()) == lines
     join(*ranks(2, child, tmp_path / "run", several(base)))
     assert contents(tmp_path / "run") == contents(two_processes)
+
+
+def test_the_noise_is_no_evaluations(base, tmp_path, monkeypatch):
+    """Not even that of the first prompt: an evaluation's prompts are keyed by their places, 0, 1, 2, ..., at step 0."""
+    seen, real = [], rollout.uniforms
+
+    def recorded(*args):
+        seen.append(real(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(rollout, "uniforms", recorded)
+    tiny(base, tmp_path / "run", seed=3)
+    pool_noise = torch.cat(seen)  # [3 prompts of 4 answers, R]
+    assert pool_noise.shape == (12, 12) and len(pool_noise.unique(dim=0)) == 12
+    for step in range(3):  # of the evaluations, and of the first rollouts
+        of_ppo = np.stack([np.random.default_rng([rng.ROLLOUT, 3, step, place]).random(12) for place in range(256)])
+        assert not any((torch.from_numpy(of_ppo) == row).all(1).any() for row in pool_noise)
+
+
+def test_a_pool_of_older_noise_is_not_gone_on_with(base, tmp_path):
+    """A cache as it was named before the noise had a stream of its own, with answers that no policy gives."""
+    tiny(base, tmp_path / "run")
+    (new,) = (tmp_path / "run/cache").glob("answers_*.jsonl")
+    rows = read_rows(new)
+    older = (4, 12, 1.0, 0, "float32")
+    name = "answers_" + files.digest(pool.fingerprint(f"{base}/sft"), [row["prompt_ids"] for row in rows], older)
+    (tmp_path / "old/cache").mkdir(parents=True)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    write_rows(tmp_path / f"old/cache/{name}.jsonl", [{**row, "responses": ["older"] * 4} for row in rows[:2]])
+    tiny(base, tmp_path / "old")
+    assert [row["responses"] for row in read_rows(tmp_path / "old/pool.jsonl")] == [row["responses"] for row in rows]
 
 
 def test_fewer_answers_than_processes(base, tmp_path):
