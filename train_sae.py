@@ -235,10 +235,10 @@ def texts(config, rows, model_config, paths, dist):
         if cut:
             dist.print(f"{cut} of {len(out)} texts cut")
     if config.texts != "dataset":
-        prompts = list({row["prompt"]: row for row in rows}.values())
+        prompts = list({data.canonical(row["prompt"]): row for row in rows}.values())
         prompts = data.ready_prompts(tokenizer, prompts, model_config, config.max_new_tokens, 0, config.chat_template)
         out = out + rollout_rows(replace(config, batch_size=256), tokenizer, prompts, dist)  # 256 answers at a time
-    parts = hold_out(out, config.eval_size)
+    parts = hold_out(out, config.eval_size, tokenizer)
     cli.require(all(parts), f"{config.dataset}: {len(out)} texts are too few to hold any out")
     ends = {"all": None, "sentence_ends": sentence_ends(tokenizer), "last": []}[config.tokens]
     return [Tokens(part, None if config.keep_bos else tokenizer.bos_token_id, ends) for part in parts]

@@ -256,8 +256,9 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
     if not rows:
         return []
     width = min(config.max_new_tokens, max_length - 1) if max_length else config.max_new_tokens
-    room = max_length - width if max_length else 0  # [-0:] is all of a prompt
-    prompts = [p[-room:] for p in data.encode_prompts(tokenizer, [r["prompt"] for r in rows], config.chat_template)]
+    prompts = data.encode_prompts(tokenizer, [r["prompt"] for r in rows], config.chat_template)
+    if max_length:
+        prompts = [data.cut_left(prompt, max_length - width, tokenizer.bos_token_id) for prompt in prompts]
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
     with sampling(policy.lm):
         out = generate(policy, ids.to(dist.device), mask.to(dist.device), width, eos_token_id=tokenizer.eos_token_id,

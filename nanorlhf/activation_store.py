@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from .activations import activations, place_name
 from .cli import require
-from .data import encode, encode_prompts
+from .data import canonical, encode, encode_prompts
 from .distributed import autocast
 from .errors import InputError, first_line
 from .files import digest, read_json, write_json
@@ -58,12 +58,20 @@ def rollout_rows(config, tokenizer, prompts, dist):
     return [row["prompt_ids"] + response for row in answers for response in row["response_ids"]]
 
 
-def hold_out(rows, n):
-    """Token rows -> rows to train on, and those of n texts (at most a fifth) that are kept apart. No text is on both sides."""
-    texts = list(dict.fromkeys(map(tuple, rows)))
-    n = min(n, len(texts) // 5)
-    aside = {texts[i] for i in np.random.default_rng(SPLIT).permutation(len(texts))[:n]}
-    return [row for row in rows if tuple(row) not in aside], [row for row in rows if tuple(row) in aside]
+def hold_out(rows, n, tokenizer):
+    """Token rows -> rows to train on, and those of n texts (at most a fifth) that are kept apart. No text is on both sides, nor
+    one that differs from it by white space alone."""
+    texts = [canonical(text) for text in tokenizer.batch_decode(rows)]
+    different = list(dict.fromkeys(texts))  # in their order
+    n = min(n, len(different) // 5)
+    aside = {different[i] for i in np.random.default_rng(SPLIT).permutation(len(different))[:n]}
+    train, held_out = [], []
+    for text, row in zip(texts, rows):
+        if text in aside:
+            held_out.append(row)
+        else:
+            train.append(row)
+    return train, held_out
 
 
 def sentence_ends(tokenizer):

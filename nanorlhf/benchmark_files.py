@@ -34,7 +34,7 @@ def read_pairs(config):
         rows = data.read_rows(config.dataset, "pairs", config.columns, split="test")
         rows = [row for row in rows if row["chosen"] != row["rejected"]]
         require(rows, f"{config.dataset}: no pair in which chosen and rejected differ")
-    return [Item(row["prompt"], [row["chosen"], row["rejected"]], 1, "all", row["prompt"]) for row in rows]
+    return [Item(row["prompt"], [row["chosen"], row["rejected"]], 1, "all", data.canonical(row["prompt"])) for row in rows]
 
 
 def read_rewardbench2(config):

@@ -140,7 +140,7 @@ def load(config, kind):
 def load_splits(config, kind):
     """-> training rows, {label: held-out rows} (splits.labels), a sentence on them. No split depends on --seed.
 
-    Without --eval_dataset rows are held out by prompt: none is on both sides. 'ood' holds what is not --in_distribution, of
+    Without --eval_dataset rows are held out by prompt, compared up to white space: none is on both sides. 'ood' holds what is not --in_distribution, of
     --eval_dataset or else of --dataset, there without prompts that are trained on; or it is the embedded world's own.
     """
     lacking = {"in_distribution": "", "prompt_format": "", "eval_splits": [], "max_rows": 0}  # in probes
@@ -166,14 +166,10 @@ def load_splits(config, kind):
         test, outside = read(source, "test")
         test = draw(test, config.eval_size)
     else:
-        prompts = list(dict.fromkeys(r["prompt"] for r in rows))
-        aside = set(draw(prompts, min(config.eval_size, len(prompts) // 5)))
-        require(aside and len(aside) < len(prompts), f"{config.dataset}: {len(prompts)} different prompts are too few to hold any out")
-        test = [r for r in rows if r["prompt"] in aside][: config.eval_size]
-        rows = [r for r in rows if r["prompt"] not in aside]
-        trained = {r["prompt"] for r in rows}
-        seen = sum(r["prompt"] in trained for r in outside)
-        outside = [r for r in outside if r["prompt"] not in trained]
+        rows, test = hold_out_prompts(rows, config.eval_size, config.dataset)
+        trained, all_outside = prompts_of(rows), outside
+        outside = [row for row in all_outside if canonical(row["prompt"]) not in trained]
+        seen = len(all_outside) - len(outside)
         note += f" ({seen} of them with prompts that are trained on, so they are not in ood either)" if seen else ""
     parts = {"": subset(rows, config.max_rows)}
     for label, spec in wanted.items():
@@ -193,7 +189,43 @@ def load_splits(config, kind):
     rows = parts.pop("")
     where_from = {label: "held out" if spec == "test" else f"in {spec if label == 'eval' else label}" for label, spec in wanted.items()}
     sizes = ", ".join(f"{len(part)} {where_from[label]}" for label, part in parts.items())
+    for label, part in parts.items():
+        note += overlap_note(part, rows, where_from[label])
     return rows, parts, f"{len(rows)} {kind} rows, {sizes}{note}"
+
+
+def canonical(text):
+    """The form in which prompts are compared: two that differ by white space alone are the same prompt."""
+    return " ".join(text.split())
+
+
+def prompts_of(rows):
+    """The different prompts of rows: a set of their canonical forms."""
+    return {canonical(row["prompt"]) for row in rows}
+
+
+def hold_out_prompts(rows, n, name):
+    """Rows -> rows to train on, at most n held-out rows. No prompt is on both sides; at most a fifth of the prompts is held out."""
+    prompts = list(dict.fromkeys(canonical(row["prompt"]) for row in rows))  # in their order
+    aside = set(draw(prompts, min(n, len(prompts) // 5)))
+    require(aside and len(aside) < len(prompts), f"{name}: {len(prompts)} different prompts are too few to hold any out")
+    train, held_out = [], []
+    for row in rows:
+        if canonical(row["prompt"]) in aside:
+            held_out.append(row)
+        else:
+            train.append(row)
+    return train, held_out[:n]
+
+
+def overlap_note(held_out, rows, where):
+    """What is to be said of held-out prompts that are trained on too: '' where none is. where: 'held out', or 'in NAME'."""
+    prompts = prompts_of(held_out)
+    shared = len(prompts & prompts_of(rows))
+    if not shared:
+        return ""
+    what = "held-out prompts" if where == "held out" else f"prompts {where}"
+    return f", {shared} of {len(prompts)} {what} are trained on too"
 
 
 def read_named(spec, kind, config):
@@ -240,13 +272,23 @@ def encode_responses(tokenizer, texts):
     return [[*x, tokenizer.eos_token_id] for x in ids]
 
 
-def fit(prompt, response, max_length):
-    """Left-truncate the prompt so that both fit; a response that alone does not fit is cut. -> prompt, response, cut?"""
+def cut_left(ids, room, bos_token_id=None):
+    """The last `room` tokens of a text, room >= 1. A BOS in front stays the first of them, and what follows it is cut: a model
+    that was trained with a BOS has read no text without one."""
+    if len(ids) <= room:
+        return ids
+    if bos_token_id is not None and ids[0] == bos_token_id:
+        return [bos_token_id, *ids[len(ids) - (room - 1) :]]
+    return ids[-room:]
+
+
+def fit(prompt, response, max_length, bos_token_id=None):
+    """Left-truncate the prompt (cut_left) so that both fit; a response that alone does not fit is cut. -> prompt, response, cut?"""
     require(max_length > 1, "--max_length must leave room for a prompt and a response")
     room = max_length - 1  # a prompt keeps at least one token: something must score the response's first
     cut = len(response) > room
     response = response[:room]
-    return prompt[-(max_length - len(response)) :], response, cut
+    return cut_left(prompt, max_length - len(response), bos_token_id), response, cut
 
 
 def encode(tokenizer, rows, field, max_length=None, chat=False):
@@ -255,13 +297,15 @@ def encode(tokenizer, rows, field, max_length=None, chat=False):
     responses = encode_responses(tokenizer, [r[field] for r in rows])
     if max_length is None:
         return prompts, responses, 0
-    fitted = [fit(p, r, max_length) for p, r in zip(prompts, responses)]
+    fitted = [fit(p, r, max_length, tokenizer.bos_token_id) for p, r in zip(prompts, responses)]
     return [p for p, _, _ in fitted], [r for _, r, _ in fitted], sum(c for _, _, c in fitted)
 
 
 def ready_prompts(tokenizer, rows, model_config, max_new_tokens, max_prompt_length=0, chat=False):
-    """Rows -> prompt token lists, left-truncated to max_prompt_length; what still does not fit the context is an error."""
-    prompts = [p[-max_prompt_length:] for p in encode_prompts(tokenizer, [r["prompt"] for r in rows], chat)]  # [-0:] is all of it
+    """Rows -> prompt token lists, left-truncated to max_prompt_length (0: whole); what still does not fit the context is an error."""
+    prompts = encode_prompts(tokenizer, [r["prompt"] for r in rows], chat)
+    if max_prompt_length:
+        prompts = [cut_left(prompt, max_prompt_length, tokenizer.bos_token_id) for prompt in prompts]
     context = context_length(model_config)
     for p, row in zip(prompts, rows):
         require(

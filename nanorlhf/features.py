@@ -141,7 +141,7 @@ def opened(config, path):
 def texts_of(config, rows, model, tokenizer):
     """The Tokens of the texts that are looked at."""
     rows, _ = token_rows(tokenizer, rows, config.max_length or context_length(check_model(model)), config.chat_template)
-    rows = hold_out(rows, config.eval_size)[1]
+    rows = hold_out(rows, config.eval_size, tokenizer)[1]
     require(len(rows) > 1, f"{config.dataset}: too few texts to hold two of them out")
     return Tokens(rows, None if config.keep_bos else tokenizer.bos_token_id)
 

@@ -99,6 +99,6 @@ def read_all(reward, answers, features=None, edits=None):
 
 
 def groups_of(prompts):
-    """[N] labels: equal where the prompt is."""
+    """[N] labels: equal where the prompt is, up to white space."""
     first = {}
-    return torch.tensor([first.setdefault(prompt, len(first)) for prompt in prompts])
+    return torch.tensor([first.setdefault(data.canonical(prompt), len(first)) for prompt in prompts])

@@ -62,9 +62,11 @@ def word_texts(config, tokenizer, rows, lexicon, max_length):
         f"tokenizer can write; there are {counts}",
     )
     contexts = {}  # prompt -> the responses up to a word
+    spelled = {}  # prompts that differ by white space alone are one, as the first of them is written
     for row in rows:
         before = [row["response"][: match.start()] for match in WORD.finditer(row["response"]) if match[0] in lexicon]
-        contexts.setdefault(row["prompt"], []).extend(before)
+        prompt = spelled.setdefault(data.canonical(row["prompt"]), row["prompt"])
+        contexts.setdefault(prompt, []).extend(before)
     contexts = {prompt: before for prompt, before in contexts.items() if before}
     require(len(contexts) > 1, f"{config.dataset}: words of the lexicon stand after {len(contexts)} prompts only; splits need several")
 
@@ -84,7 +86,12 @@ def word_texts(config, tokenizer, rows, lexicon, max_length):
 
     prompts = dict(zip(contexts, data.encode_prompts(tokenizer, list(contexts), config.chat_template)))
     responses = tokenizer([before + word for _, before, word in chosen], add_special_tokens=False).input_ids
-    ids = [(prompts[prompt] + response)[-max_length:] for (prompt, _, _), response in zip(chosen, responses)]
+    ids = []
+    for (prompt, _, _), response in zip(chosen, responses):
+        before, word = prompts[prompt] + response[:-1], response[-1:]  # of several tokens the last one counts
+        if max_length:
+            before, word, _ = data.fit(before, word, max_length, tokenizer.bos_token_id)
+        ids.append(before + word)
     unit, group = ({name: i for i, name in enumerate(names)} for names in (words, families))
     units, groups = torch.tensor([(unit[word], group[word[:STEM]]) for *_, word in chosen]).T
     values = torch.tensor([lexicon[word] for *_, word in chosen], dtype=torch.float64)
@@ -165,9 +172,10 @@ def responses_of(prompts, responses, values, groups, splits):
 
 def by_prompt(config, rows):
     """The prompt of each row as a number [N], and splits in which no prompt is on both sides."""
-    names = {prompt: i for i, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
+    prompts = [data.canonical(row["prompt"]) for row in rows]
+    names = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     require(len(names) >= FEWEST, f"{config.dataset}: {len(names)} different prompts are too few to split ({FEWEST} at least)")
-    groups, splits = torch.tensor([names[row["prompt"]] for row in rows]), []
+    groups, splits = torch.tensor([names[prompt] for prompt in prompts]), []
     for seed in range(config.seeds):
         _, test = halves(np.random.default_rng([SPLIT, seed]), list(range(len(names))), config.test_share)
         is_test = torch.isin(groups, torch.tensor(test))

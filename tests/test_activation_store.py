@@ -338,13 +338,23 @@ def test_rows_of_datasets():
 
 
 def test_no_text_is_on_both_sides():
-    rows = [[5, i % 40, 7] for i in range(200)]
-    train, aside = hold_out(rows, 6)
+    rows, tokenizer = [[5, i % 40, 7] for i in range(200)], word_tokenizer()
+    train, aside = hold_out(rows, 6, tokenizer)
     assert len(train) + len(aside) == 200 and len({tuple(r) for r in aside}) == 6 and len(aside) == 30
     assert not {tuple(r) for r in train} & {tuple(r) for r in aside}
-    assert hold_out(rows, 6) == (train, aside) and len({tuple(r) for r in hold_out(rows, 10**6)[1]}) == 8
+    assert hold_out(rows, 6, tokenizer) == (train, aside) and len({tuple(r) for r in hold_out(rows, 10**6, tokenizer)[1]}) == 8
     with pytest.raises(InputError, match="no text has a token"):
         Tokens([[BOS]], BOS)
+
+
+def test_texts_that_differ_by_white_space_are_one():
+    """With a tokenizer that has tokens of blanks: 'a b' and 'a  b' are never on two sides."""
+    texts = [f"{letter} x{blank}y" for letter in "abcdefghij" for blank in (" ", "  ", "\n")]
+    tokenizer = types.SimpleNamespace(batch_decode=lambda rows: ["".join(map(chr, row)) for row in rows])
+    rows = [[ord(c) for c in text] for text in texts]
+    train, aside = hold_out(rows, 2, tokenizer)
+    first = [{chr(row[0]) for row in side} for side in (train, aside)]
+    assert not first[0] & first[1] and len(first[1]) == 2 and (len(train), len(aside)) == (24, 6)
 
 
 def test_rows_of_rollouts(tmp_path):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import train_rm
 from nanorlhf import data, world
+from nanorlhf.benchmark_files import read_pairs
 from nanorlhf.benchmark_scores import hard_normal_easy, mean_of_groups, pair_wins, shared_credit, style_wins, ties_score, ties_terms
 from nanorlhf.benchmarks import scores_of
 from nanorlhf.distributed import Dist, setup, shutdown
@@ -83,6 +84,14 @@ def test_fewer_texts_than_processes(folder):
     join(*ranks(2, score_one_text, folder, specs, STDERR=str(folder / "stderr")))
     found = json.loads((folder / "scores.json").read_text())
     assert [len(scores) for scores in found.values()] == [1, 1, 1] and found[specs[0]] == [2.0] and found[specs[1]] != [0.0]
+
+
+def test_pairs_of_one_prompt_are_one_unit(folder):
+    """Also where it is written with other blanks."""
+    rows = [{"prompt": f"p{blank}{i}", "chosen": "2", "rejected": "1"} for i in range(3) for blank in (" ", "  ", "\n")]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = SimpleNamespace(dataset=f"{folder}/pairs.jsonl", eval_size=0, columns=[])
+    assert [item.unit for item in read_pairs(config)] == ["p 0"] * 3 + ["p 1"] * 3 + ["p 2"] * 3
 
 
 def test_shared_credit_against_loops():

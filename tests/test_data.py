@@ -10,7 +10,8 @@ import pytest
 
 import nanorlhf.data
 from nanorlhf import world
-from nanorlhf.data import batch_indices, encode, encode_prompts, encode_responses, fit, load, read_rows, ready_prompts
+from nanorlhf.data import (batch_indices, cut_left, encode, encode_prompts, encode_responses, fit, load, load_splits, read_rows,
+                           ready_prompts)  # fmt: skip
 from nanorlhf.errors import InputError
 from test_models import EOS, word_tokenizer
 
@@ -156,6 +157,38 @@ def test_no_prompt_is_on_both_sides(tmp_path):
     refuses(load, config(jsonl(tmp_path / "b.jsonl", ROWS[:4]), eval_size=1), "sft", match=["b.jsonl", "4 different prompts"])
 
 
+def test_prompts_that_differ_by_white_space_are_one(tmp_path):
+    """Each prompt is also there with other blanks, in other rows: all of them are on one side."""
+    blanks = (" ", "  ", "\n", " \t ")
+    rows = [{"prompt": f"{' ' * (i % 2)}how{blanks[i % 4]}was stay{blanks[i // 4 % 4]}{i % 18} ?\n", "response": f"{i}"} for i in range(180)]
+    assert len({r["prompt"] for r in rows}) > 60
+    train, held_out, note = load(config(jsonl(tmp_path / "a.jsonl", rows), eval_size=100), "sft")
+    numbers = [{int(r["response"]) % 18 for r in part} for part in (train, held_out)]
+    assert not numbers[0] & numbers[1] and len(numbers[1]) == 3  # a fifth of 18
+    assert (len(train), len(held_out), note) == (150, 30, "150 sft rows, 30 held out")
+    assert all(r in rows for r in train + held_out)  # the rows themselves are as they were written
+    # The same prompts are held out as where all are written alike.
+    alike = [{**r, "prompt": " ".join(r["prompt"].split())} for r in rows]
+    same = load(config(jsonl(tmp_path / "b.jsonl", alike), eval_size=100), "sft")
+    assert [r["response"] for r in same[1]] == [r["response"] for r in held_out]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": f"w{i} x", "response": "y"} for i in range(40)])
+    other = [{"prompt": f"w{i}  x ", "response": "y"} for i in range(30, 46)] * 2  # ten of sixteen, each twice
+    other = jsonl(tmp_path / "b.jsonl", other)
+    named = ["test", f"mine={other}", f"new={jsonl(tmp_path / 'c.jsonl', [{'prompt': 'v', 'response': 'y'}])}"]
+    flags = dict(eval_dataset=other, eval_size=100, eval_splits=named)
+    _, held_out, note = load_splits(config(path, **flags), "sft")
+    assert note == ("40 sft rows, 32 held out, 32 in mine, 1 in new, 10 of 16 held-out prompts are trained on too, "
+                    "10 of 16 prompts in mine are trained on too")  # fmt: skip
+    assert len(held_out["eval"]) == 32  # said, and left as it was asked for
+    few, _, note = load_splits(config(path, **flags, max_rows=5), "sft")
+    seen = sum(int(r["prompt"].split()[0][1:]) >= 30 for r in few)
+    assert (f"{seen} of 16 held-out prompts are trained on too" in note) == (seen > 0)
+    assert "trained on" not in load_splits(config(path, eval_size=3), "sft")[2]
+
+
 def test_pairs_that_say_nothing_are_counted(tmp_path):
     pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "a" if i in (2, 5, 11) else "b"} for i in range(20)]
     rows, held_out, note = load(config(jsonl(tmp_path / "a.jsonl", pairs)), "pairs")
@@ -199,6 +232,34 @@ def test_fit_by_hand():
     assert fit(p, r, 6) == ([2, 3, 4], r, False)
     assert fit(p, r, 4) == ([4], r, False)
     assert fit(p, r, 3) == ([4], [5, 6], True)  # a prompt keeps one token
+
+
+def test_left_truncation_keeps_a_bos():
+    p, r = [0, 1, 2, 3, 4], [5, 6, 7]
+    assert fit(p, r, 8, 0) == (p, r, False)
+    assert fit(p, r, 7, 0) == ([0, 2, 3, 4], r, False)
+    assert fit(p, r, 5, 0) == ([0, 4], r, False)
+    assert fit(p, r, 4, 0) == ([0], r, False)
+    assert fit(p, r, 3, 0) == ([0], [5, 6], True)
+    assert fit(p, r, 5, 1) == fit(p, r, 5) == ([3, 4], r, False)  # in front of this text stands no BOS
+    for room in range(1, 7):
+        kept = cut_left(p, room, 0)
+        assert kept == [0, *p[1:][max(0, 5 - room) :]] and len(kept) == min(room, 5)
+
+
+def test_a_bos_stays_in_front_of_every_cut_prompt():
+    """A tokenizer that writes one, wherever prompts are cut: in training data, in rollouts, and in a chat template's text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer(bos_token="w3")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w3 $A", special_tokens=[("w3", 3)])
+    rows = [{"prompt": "w5 w6 w7 w8", "response": "w9"}, {"prompt": "w5", "response": "w9"}]
+    prompts, responses, _ = encode(tokenizer, rows, "response", max_length=5)
+    assert prompts == [[3, 7, 8], [3, 5]] and responses == [[9, EOS]] * 2
+    assert ready_prompts(tokenizer, rows, SimpleNamespace(), 8, 3) == [[3, 7, 8], [3, 5]]
+    assert ready_prompts(tokenizer, rows, SimpleNamespace(), 8, 0) == [[3, 5, 6, 7, 8], [3, 5]]
+    tokenizer.chat_template = "{{ bos_token }} w20 {{ messages[0]['content'] }} w21"
+    assert ready_prompts(tokenizer, rows, SimpleNamespace(), 8, 3, chat=True) == [[3, 8, 21], [3, 5, 21]]
 
 
 def test_encode_keeps_the_response_and_its_eos():

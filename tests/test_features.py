@@ -146,7 +146,7 @@ def test_descriptions_hold_what_the_model_does(material, tmp_path, capsys):
     # By hand: one text at a time through the model, its MLP's output caught by a hook of our own.
     policy, tokenizer = load_policy(str(material / "model"), value_head=False), world.tokenizer()
     sae, rows = load_sae(str(material / "sae")), [json.loads(line) for line in (material / "texts.jsonl").read_text().splitlines()]
-    texts = hold_out(token_rows(tokenizer, rows, 128)[0], 40)[1]
+    texts = hold_out(token_rows(tokenizer, rows, 128)[0], 40, tokenizer)[1]
     codes, caught = [], []
     hook = policy.lm.gpt_neox.layers[1].mlp.register_forward_hook(lambda module, args, out: caught.append(out))
     for text in texts:

@@ -16,8 +16,9 @@ from nanorlhf import cli, implicit_reward, world
 from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
 from nanorlhf.implicit_reward import PairsConfig, RewardConfig, bag_of_words, mean_inputs
+from nanorlhf.latent_texts import groups_of
 from nanorlhf.linear_probes import fit_pairs, fit_reward
-from nanorlhf.probe_texts import Texts, dealt, differences, halves, pair_texts, word_texts
+from nanorlhf.probe_texts import Texts, by_prompt, dealt, differences, halves, pair_texts, word_texts
 from nanorlhf.sae import SparseAutoencoder
 from nanorlhf.sae_files import save_sae
 
@@ -117,6 +118,40 @@ def test_words_of_several_tokens_count_by_their_last():
     for ids, first, unit, length in zip(texts.ids, texts.first, texts.units, texts.lengths):
         word = texts.names[unit]
         assert letters().decode(ids).endswith(word) and first == len(ids) - 1 and len(ids) <= 9 and length > len(word)
+
+
+def test_a_bos_stays_in_front_of_a_cut_context():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = letters()
+    tokenizer.bos_token = "<eos>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    values = dict(zip("good fine nice great sweet happy bad poor sad mean evil sick red blue tall round plain new".split(),
+                      [2.0] * 6 + [-2.0] * 6 + [0.5] * 6))  # fmt: skip
+    rows = [{"prompt": f"the {c} ", "response": f"is {' '.join(values)}"} for c in "abcdefgh"]
+    texts = triples_of(tokenizer, rows, values, max_length=9)
+    for ids, first, unit in zip(texts.ids, texts.first, texts.units):
+        assert ids[0] == 0 and 0 not in ids[1:] and first == len(ids) - 1 == 8
+        assert tokenizer.decode(ids).endswith(texts.names[unit])
+
+
+def test_prompts_that_differ_by_white_space_are_on_one_side():
+    """In the splits by prompt, in the triples, and as units of a bootstrap."""
+    tokenizer, topics = world.tokenizer(), sorted(world.TOPICS)[:8]
+    rows = []
+    for i, row in enumerate(world.demonstrations(120)):
+        blank = " " * (1 + i % 3)
+        rows.append({**row, "prompt": f"review{blank}the{blank}{topics[i % 8]} :"})
+    groups, splits = by_prompt(SimpleNamespace(dataset="data", seeds=3, test_share=0.3), rows)
+    assert groups.tolist() == [i % 8 for i in range(120)]
+    assert all(not set(groups[train].tolist()) & set(groups[test].tolist()) for train, test in splits)
+    assert groups_of([row["prompt"] for row in rows]).tolist() == groups.tolist()
+
+    texts = triples_of(tokenizer, rows, world.LEXICON)
+    ids = set(tokenizer.convert_tokens_to_ids(topics))
+    for sides in texts.splits:
+        train, test = ({texts.ids[i][2] for i in side.tolist()} for side in sides)  # the topic is a text's third token
+        assert train | test <= ids and train and test and not train & test
 
 
 def test_halves_and_dealt():

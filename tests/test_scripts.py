@@ -267,6 +267,18 @@ def test_sft_folder(base):
         assert summary[f"{label}/accuracy"] == pytest.approx(correct / n, abs=1.5 / n)
 
 
+def test_the_samples_prompts_keep_their_bos(base, monkeypatch):
+    """A prompt that is cut for the sake of a short context still begins with the tokenizer's BOS, where it has one."""
+    tokenizer, seen = AutoTokenizer.from_pretrained(base / "sft/model"), []
+    tokenizer.bos_token = "review"
+    generate = train_sft.generate
+    monkeypatch.setattr(train_sft, "generate", lambda policy, ids, *args, **kwargs: seen.append(ids) or generate(policy, ids, *args, **kwargs))
+    config = train_sft.Config(output_dir="x", n_samples=1, max_new_tokens=4)
+    policy, dist = load_policy(f"{base}/sft", value_head=False), distributed.Dist(0, 1, torch.device("cpu"))
+    train_sft.sample(policy, [{"prompt": "review the hotel last week :"}], tokenizer, 7, config, dist)
+    assert tokenizer.batch_decode(seen[0]) == ["review week :"]
+
+
 def test_rm_folder(base):
     folder = base / "rm"
     names = {p.name for p in folder.iterdir()}

@@ -120,7 +120,8 @@ def test_an_evaluation_set_has_its_own_ood(tmp_path):
     assert sorted(row["prompt"] for row in held_out["eval"]) == ["q0", "q1", "q2", "q3", "q4"]
     assert sorted(row["prompt"] for row in held_out["ood"]) == ["p0", "q5", "q6", "q7"]
     assert [row["response"] for row in rows] == [row["response"] for i, row in enumerate(ROWS) if i % 5 < 3]
-    assert note == "108 sft rows, 5 held out, 4 in ood, 72 out of distribution left out"
+    assert note == ("108 sft rows, 5 held out, 4 in ood, 72 out of distribution left out, "
+                    "1 of 4 prompts in ood are trained on too")  # fmt: skip
     assert len(load_splits(config(path, **changes | {"eval_size": 2}), "sft")[1]["ood"]) == 2
 
 

@@ -95,7 +95,7 @@ def test_summary(base):
     """Every number of the summary, from plain forward passes of one held-out text at a time with a hook written here."""
     summary = json.loads((base / "run/summary.json").read_text())
     prompts, responses, _ = encode(world.tokenizer(), world.demonstrations(200), "response")
-    _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16)
+    _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16, world.tokenizer())
     for key in KEYS:
         lm = AutoModelForCausalLM.from_pretrained(base / key.split("/")[0])
         sae, seen = load_sae(str(base / "run" / key)), []
@@ -141,7 +141,7 @@ def test_sentence_ends(base, tmp_path):
     assert json.loads((tmp_path / "run/policy/1_residual/cfg.json").read_text())["metadata"]["tokens"] == "sentence_ends"
     tokenizer, lm = world.tokenizer(), AutoModelForCausalLM.from_pretrained(base / "policy")
     prompts, responses, _ = encode(tokenizer, world.demonstrations(200), "response")
-    _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16)
+    _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16, world.tokenizer())
     ends = [[i for i, word in enumerate(tokenizer.convert_ids_to_tokens(row)) if word in ".!?" or i == len(row) - 1] for row in rows]
     assert summary["n_tokens"] == sum(map(len, ends)) < sum(map(len, rows)) / 3
     for name, change in (("loss_sae", lambda x: sae(x)[0]), ("loss_zero", torch.zeros_like)):
