@@ -29,8 +29,10 @@ class RunConfig:
     seed: int = field(default=0, metadata={"help": "every random draw is keyed by it"})
     steps: int = field(default=100, metadata={"help": "optimizer steps (train_ppo.py: rollouts)"})
     batch_size: int = field(default=64, metadata={"help": "samples a step, over all processes"})
-    micro_batch_size: int = field(default=64, metadata={"help": "samples a forward pass and process; changes memory, not results"})
-    tokens_per_micro_batch: int = field(default=0, metadata={"help": "instead: as many samples as fit into so many tokens; 0: off"})
+    micro_batch_size: int = field(default=64, metadata={"help": "samples a forward pass and process; changes memory, not results; but "
+        "with dropout (of SFT's and reward models' training; PPO and DPO have none) its noise, and so results too"})  # fmt: skip
+    tokens_per_micro_batch: int = field(default=0, metadata={"help": "instead: as many samples as fit into so many tokens; 0: off; with "
+        "dropout it changes results too"})  # fmt: skip
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 (matmuls, over float32 weights), or auto: "
         "bfloat16 where the GPU or CPU is fast at it"})  # fmt: skip

@@ -476,6 +476,32 @@ def test_micro_batches_change_nothing(base, tmp_path, kind):
             assert [r["response"] for r in read_rows(path)] == [r["response"] for r in read_rows(tmp_path / other / "eval" / path.name)]
 
 
+@pytest.mark.parametrize("kind", ["sft", "rm"])
+def test_micro_batches_and_dropout(base, tmp_path, kind, capsys):
+    """What the help says: with dropout, of a model or of LoRA, results do change. PPO's do not: test_dropout_is_off."""
+    runs = {"model": {"model": f"{base}/dropout"}, "lora": {"model": f"{base}/sft", "lora_rank": 2, "lora_dropout": 0.3}}
+    for name, settings in runs.items():
+        for size in (8, 3):
+            train(base, kind, tmp_path / f"{name}_{size}", **settings, steps=2, lr=1e-2, micro_batch_size=size)
+        a, b = (metrics(tmp_path / f"{name}_{size}") for size in (8, 3))
+        at = 1 if name == "lora" else 0  # an adapter starts as no change at all
+        assert abs(a[at]["loss"] - b[at]["loss"]) > 1e-3
+    with pytest.raises(SystemExit):
+        cli.run(SCRIPTS[kind].Config, SCRIPTS[kind].main, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in ("--micro_batch_size", "--tokens_per_micro_batch"):
+        shown = text[text.rindex(f"{flag} ") :].split(" (default", 1)[0]
+        assert "dropout" in shown and "results too" in shown
+
+
+@pytest.mark.parametrize("settings", [{"model": "dropout"}, {"lora_rank": 2, "lora_dropout": 0.3}], ids=["model", "lora"])
+def test_ppo_has_no_dropout_that_micro_batches_could_change(base, tmp_path, settings):
+    settings = {name: f"{base}/{value}" if name == "model" else value for name, value in settings.items()}
+    for size in (8, 3):
+        ppo(base, tmp_path / f"{size}", **settings, steps=2, micro_batch_size=size)
+    assert_close_runs(tmp_path / "8", tmp_path / "3")
+
+
 def drive(folder, runs):
     """Several mains in one process, with a record of what PPO sampled: (step, place in the global batch, response ids)."""
     roll_out, rank = evaluation.roll_out, os.environ.get("RANK", "0")
@@ -907,6 +933,13 @@ def test_bootstrap_truncated(base, tmp_path, seen):
 def test_entropy_bonus(base, tmp_path):
     rows, without = (ppo(base, tmp_path / f"run_{c}", ent_coef=c, steps=3, lr=2e-3) for c in (5.0, 0.0))
     assert rows[1]["entropy"] == without[1]["entropy"] and rows[3]["entropy"] > without[3]["entropy"] + 0.05
+
+
+def test_entropy_bonus_at_a_low_temperature(base, tmp_path):
+    """Most probabilities are too small for float32: a run goes on, whether or not its reference is charged in full."""
+    for name, settings in {"k1": {}, "full": {"kl_kind": "full", "kl_in": "loss"}}.items():
+        rows = ppo(base, tmp_path / name, ent_coef=0.01, temperature=0.02, **settings)
+        assert len(rows) == 3 and all(math.isfinite(value) for row in rows for value in row.values())
 
 
 @pytest.mark.parametrize("source", ["sft", "rm"])
