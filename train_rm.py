@@ -207,8 +207,12 @@ def train(config, dist):
 
     # -------------------------------------------------------------------------------------------- standardise, evaluate, save
     _, scores = evaluate(reward_model, held_out["eval"], tokenizer, max_length, config, dist)
-    cli.require(varies(scores), f"{config.output_dir}: all {scores.numel()} held-out texts have the score {scores[0, 0]:.4g}, so that "
-                "there is no spread to standardise by: this model has learned nothing from its pairs")  # fmt: skip
+    cli.require(
+        varies(scores),
+        f"{config.output_dir}: all {scores.numel()} held-out texts have the score "
+        f"{scores[0, 0]:.4g}, so that there is no spread to standardise by: the model has learned "
+        "nothing from its pairs",
+    )
     reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
     summary = {}
     for label, part in held_out.items():
@@ -228,20 +232,27 @@ def train(config, dist):
 
 
 def check_texts(config, held_out, prompts, chosen, rejected_prompts, rejected, tokenizer, max_length):
-    """What decides before any training that scores could have no spread, by which they are standardised; an InputError.
+    """InputError where the texts decide before any training that scores can have no spread.
 
-    Texts may be the same once they are cut to max_length, or where the tokenizer knows none of their words.
+    Scores are standardised by their spread. Texts may be the same to a model once they are cut to
+    max_length, or where the tokenizer knows none of their words.
     """
-    what = f"once tokenized and cut to {max_length} tokens"
-    pairs = zip(prompts, chosen, rejected_prompts, rejected)
-    differ = any(p + c != q + r for p, c, q, r in pairs)
-    cli.require(differ, f"{config.dataset}: {what} chosen and rejected of every training pair are the same")
-
+    what = "as token ids" if max_length is None else f"as token ids, cut to {max_length},"
+    better = [prompt + response for prompt, response in zip(prompts, chosen)]
+    worse = [prompt + response for prompt, response in zip(rejected_prompts, rejected)]
+    cli.require(
+        better != worse,
+        f"{config.dataset}: {what} chosen and rejected of every training pair are the same",
+    )
     texts = set()
     for side in ("chosen", "rejected"):
-        held_out_prompts, responses, _ = data.encode(tokenizer, held_out, side, max_length, config.chat_template)
-        texts |= {tuple(prompt + response) for prompt, response in zip(held_out_prompts, responses)}
-    cli.require(len(texts) > 1, f"{config.dataset}: {what} all texts of the {len(held_out)} held-out pairs are the same")
+        encoded = data.encode(tokenizer, held_out, side, max_length, config.chat_template)
+        for prompt, response in zip(*encoded[:2]):
+            texts.add(tuple(prompt + response))
+    cli.require(
+        len(texts) > 1,
+        f"{config.dataset}: {what} all texts of the {len(held_out)} held-out pairs are the same",
+    )
 
 
 @torch.no_grad()

@@ -59,8 +59,10 @@ def rollout_rows(config, tokenizer, prompts, dist):
 
 
 def hold_out(rows, n, tokenizer):
-    """Token rows -> rows to train on, and those of n texts (at most a fifth) that are kept apart. No text is on both sides, nor
-    one that differs from it by white space alone."""
+    """Token rows -> rows to train on, and the rows of n texts that are kept apart, at most a fifth.
+
+    No text is on both sides. Texts that differ by white space alone are one text.
+    """
     texts = [canonical(text) for text in tokenizer.batch_decode(rows)]
     different = list(dict.fromkeys(texts))  # in their order
     n = min(n, len(different) // 5)

@@ -140,8 +140,10 @@ def load(config, kind):
 def load_splits(config, kind):
     """-> training rows, {label: held-out rows} (splits.labels), a sentence on them. No split depends on --seed.
 
-    Without --eval_dataset rows are held out by prompt, compared up to white space: none is on both sides. 'ood' holds what is not --in_distribution, of
-    --eval_dataset or else of --dataset, there without prompts that are trained on; or it is the embedded world's own.
+    Without --eval_dataset rows are held out by prompt, compared up to white space: none is on both
+    sides. 'ood' holds what is not --in_distribution, of --eval_dataset or else of --dataset, there
+    without prompts that are trained on; or it is the embedded world's own. The sentence also counts
+    the held-out prompts of other files that are trained on.
     """
     lacking = {"in_distribution": "", "prompt_format": "", "eval_splits": [], "max_rows": 0}  # in probes
     config = SimpleNamespace(**lacking | vars(config))
@@ -167,9 +169,10 @@ def load_splits(config, kind):
         test = draw(test, config.eval_size)
     else:
         rows, test = hold_out_prompts(rows, config.eval_size, config.dataset)
-        trained, all_outside = prompts_of(rows), outside
-        outside = [row for row in all_outside if canonical(row["prompt"]) not in trained]
-        seen = len(all_outside) - len(outside)
+        trained = distinct_prompts(rows)
+        unseen = [row for row in outside if canonical(row["prompt"]) not in trained]
+        seen = len(outside) - len(unseen)
+        outside = unseen
         note += f" ({seen} of them with prompts that are trained on, so they are not in ood either)" if seen else ""
     parts = {"": subset(rows, config.max_rows)}
     for label, spec in wanted.items():
@@ -190,25 +193,29 @@ def load_splits(config, kind):
     where_from = {label: "held out" if spec == "test" else f"in {spec if label == 'eval' else label}" for label, spec in wanted.items()}
     sizes = ", ".join(f"{len(part)} {where_from[label]}" for label, part in parts.items())
     for label, part in parts.items():
-        note += overlap_note(part, rows, where_from[label])
+        note += note_overlap(part, rows, where_from[label])
     return rows, parts, f"{len(rows)} {kind} rows, {sizes}{note}"
 
 
-def canonical(text):
-    """The form in which prompts are compared: two that differ by white space alone are the same prompt."""
+def canonical(text: str) -> str:
+    """The form in which prompts are compared: those that differ by white space alone are one."""
     return " ".join(text.split())
 
 
-def prompts_of(rows):
-    """The different prompts of rows: a set of their canonical forms."""
+def distinct_prompts(rows: list[dict]) -> set[str]:
+    """The different prompts of rows, in their canonical form."""
     return {canonical(row["prompt"]) for row in rows}
 
 
-def hold_out_prompts(rows, n, name):
-    """Rows -> rows to train on, at most n held-out rows. No prompt is on both sides; at most a fifth of the prompts is held out."""
+def hold_out_prompts(rows: list[dict], n: int, name: str) -> tuple[list[dict], list[dict]]:
+    """Rows -> rows to train on, and at most n held-out rows. No prompt is on both sides.
+
+    At most a fifth of the prompts is held out. InputError: too few prompts in the data set `name`.
+    """
     prompts = list(dict.fromkeys(canonical(row["prompt"]) for row in rows))  # in their order
     aside = set(draw(prompts, min(n, len(prompts) // 5)))
-    require(aside and len(aside) < len(prompts), f"{name}: {len(prompts)} different prompts are too few to hold any out")
+    enough = 0 < len(aside) < len(prompts)
+    require(enough, f"{name}: {len(prompts)} different prompts are too few to hold any out")
     train, held_out = [], []
     for row in rows:
         if canonical(row["prompt"]) in aside:
@@ -218,14 +225,17 @@ def hold_out_prompts(rows, n, name):
     return train, held_out[:n]
 
 
-def overlap_note(held_out, rows, where):
-    """What is to be said of held-out prompts that are trained on too: '' where none is. where: 'held out', or 'in NAME'."""
-    prompts = prompts_of(held_out)
-    shared = len(prompts & prompts_of(rows))
+def note_overlap(held_out: list[dict], rows: list[dict], where: str) -> str:
+    """How many held-out prompts are trained on too, for the sentence on the data; '' for none.
+
+    where: 'held out', or 'in NAME' for a split of that name.
+    """
+    prompts = distinct_prompts(held_out)
+    shared = prompts & distinct_prompts(rows)
     if not shared:
         return ""
     what = "held-out prompts" if where == "held out" else f"prompts {where}"
-    return f", {shared} of {len(prompts)} {what} are trained on too"
+    return f", {len(shared)} of {len(prompts)} {what} are trained on too"
 
 
 def read_named(spec, kind, config):
@@ -272,23 +282,32 @@ def encode_responses(tokenizer, texts):
     return [[*x, tokenizer.eos_token_id] for x in ids]
 
 
-def cut_left(ids, room, bos_token_id=None):
-    """The last `room` tokens of a text, room >= 1. A BOS in front stays the first of them, and what follows it is cut: a model
-    that was trained with a BOS has read no text without one."""
+def cut_left(ids: list[int], room: int, bos_token_id: int | None = None) -> list[int]:
+    """The last `room` tokens of a text, room >= 1.
+
+    A BOS in front stays the first of them, and what follows it is cut: a model that was trained
+    with a BOS has never read a text without one.
+    """
     if len(ids) <= room:
         return ids
     if bos_token_id is not None and ids[0] == bos_token_id:
-        return [bos_token_id, *ids[len(ids) - (room - 1) :]]
+        first = len(ids) - (room - 1)
+        return [bos_token_id, *ids[first:]]
     return ids[-room:]
 
 
 def fit(prompt, response, max_length, bos_token_id=None):
-    """Left-truncate the prompt (cut_left) so that both fit; a response that alone does not fit is cut. -> prompt, response, cut?"""
+    """Left-truncate the prompt (cut_left) so that both fit; a response that is too long is cut.
+
+    -> prompt, response, cut?
+    """
     require(max_length > 1, "--max_length must leave room for a prompt and a response")
-    room = max_length - 1  # a prompt keeps at least one token: something must score the response's first
+    # A prompt keeps at least one token: something must score the response's first.
+    room = max_length - 1
     cut = len(response) > room
     response = response[:room]
-    return cut_left(prompt, max_length - len(response), bos_token_id), response, cut
+    prompt = cut_left(prompt, max_length - len(response), bos_token_id)
+    return prompt, response, cut
 
 
 def encode(tokenizer, rows, field, max_length=None, chat=False):
@@ -302,7 +321,10 @@ def encode(tokenizer, rows, field, max_length=None, chat=False):
 
 
 def ready_prompts(tokenizer, rows, model_config, max_new_tokens, max_prompt_length=0, chat=False):
-    """Rows -> prompt token lists, left-truncated to max_prompt_length (0: whole); what still does not fit the context is an error."""
+    """Rows -> prompt token lists, left-truncated to max_prompt_length (0: whole).
+
+    InputError: a prompt that does not fit the context with its max_new_tokens.
+    """
     prompts = encode_prompts(tokenizer, [r["prompt"] for r in rows], chat)
     if max_prompt_length:
         prompts = [cut_left(prompt, max_prompt_length, tokenizer.bos_token_id) for prompt in prompts]

@@ -10,17 +10,20 @@ import torch
 import torch.nn.functional as F
 
 
-# Relative error of a response's log-prob by the type of the matrix products. The same weights give log-probs that differ
-# by so much where the rows are padded or batched in another way (measured: 1e-7 and 2e-5 at the most on a CPU).
+# Relative error of a response's log-prob, by the type of the matrix products: the same weights give
+# log-probs that differ by a part of that where rows are padded or batched in another way (measured
+# on a CPU: 1e-7 and 2e-5 at the most).
 ROUNDING = {"float32": 1e-6, "bfloat16": 1e-4}
 
 
 def pair_points(pi_c, pi_r, ref_c, ref_r, rounding=ROUNDING["float32"]):
-    """What each pair adds to the accuracy: 1 where r_c > r_r, 0 where r_c < r_r, 1/2 for a tie. Arguments as in dpo_loss -> [B]
+    """What each pair adds to the accuracy: 1 where r_c > r_r, 0 where r_c < r_r, 1/2 for a tie.
 
-    A difference that is within the rounding of the four log-probs is a tie. So a policy that is its own reference has the
-    accuracy 0.5: without this the sign of each of its margins would be a coin.
+    pi_c, pi_r, ref_c, ref_r [B] as in dpo_loss; rounding: one of ROUNDING -> [B]. A margin within
+    the rounding of the four log-probs is a tie. So a policy that is its own reference has the
+    accuracy 0.5, where the sign of each of its margins would be a coin.
     """
+    # (r_c - r_r) / beta = (pi_c - ref_c) - (pi_r - ref_r)
     margin = (pi_c - ref_c) - (pi_r - ref_r)  # [B], nats
     size = pi_c.abs() + pi_r.abs() + ref_c.abs() + ref_r.abs()
     is_tie = margin.abs() <= rounding * size

@@ -48,7 +48,7 @@ class Parts:
 def roll_out(parts, prompts, place, step, stream=ROLLOUT):
     """One response to each prompt; `place` keys the noise by the prompt's place in the global batch. -> Rollout, Answers
 
-    Step 0 of the stream ROLLOUT is the evaluations'. What is sampled for another purpose has a stream of its own (rng.py).
+    Step 0 of the stream ROLLOUT is the evaluations'. A pool has a stream of its own (rng.py).
     """
     config, dist, tokenizer = parts.config, parts.dist, parts.tokenizer
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)

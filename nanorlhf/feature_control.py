@@ -109,7 +109,11 @@ def prepare(config):
     for text, (value, is_relative) in zip(config.alpha, parse_alpha(config.alpha)):
         if is_relative:
             n = len(human.scores)
-            require(varies(human.scores), f"--alpha {text}: the {n} scores in {human.path} have no spread to measure a price by")
+            require(
+                varies(human.scores),
+                f"--alpha {text}: the {n} scores in {human.path} "
+                "have no spread to measure a price by",
+            )
             value = value * human.scores.std().item()  # ddof 1
         alpha.append(value)
     if config.density_beta:

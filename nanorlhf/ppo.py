@@ -22,7 +22,7 @@ however the batch was split.
 
 import torch
 
-LOWEST_LOGP = -1e4  # nats: e^-10000 is 0 in every floating type, so a log-prob below adds nothing to an entropy
+LOWEST_LOGP = -1e4  # nats: e^-10000 is 0 in every floating type; what lies below adds no entropy
 
 
 # ---------------------------------------------------------------------------------------------------------------- KL and rewards
@@ -60,19 +60,20 @@ def full_kl(logits, ref_logits):
     """
     logp, ref_logp = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (logits, ref_logits))
     probs = logp.exp()
-    # 0 log 0 = 0, where pi(v) is 0 by a mask (log 0 = -inf) as well as where it is too small for its type.
+    # 0 log 0 = 0, where pi(v) is 0 by a mask (log 0 = -inf) and where it is too small for its type.
     difference = torch.where(probs == 0, 0.0, logp - ref_logp)
     return (probs * difference).sum(-1)
 
 
-def entropy(logp, probs):
+def entropy(logp: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """The entropy of the next token: H(pi) = -sum_v pi(v) log pi(v).
 
-    logp, probs [..., V]: log-probs and their exponentials, which the caller has already -> [...], in nats.
-    Pitfall: torch.special.entr(probs) takes the logarithm of a probability again. Where exp(logp) is too small for
-    its type that is log 0, and the gradient is 0 * inf = NaN, while logp itself is an ordinary number.
+    logp, probs [..., V]: log-probs and their exponentials, which the caller has already -> [...],
+    in nats. Pitfall: torch.special.entr(probs) takes the logarithm again. Where exp(logp) is too
+    small for its type that is log 0: the gradient is 0 * inf = NaN, though logp is a plain number.
     """
-    finite_logp = logp.clamp(min=LOWEST_LOGP)  # a token that is masked out has -inf; 0 * -inf would be NaN
+    # A token that is masked out has the log-prob -inf, and 0 * -inf would be NaN.
+    finite_logp = logp.clamp(min=LOWEST_LOGP)
     return -(probs * finite_logp).sum(-1)
 
 

@@ -62,7 +62,7 @@ def word_texts(config, tokenizer, rows, lexicon, max_length):
         f"tokenizer can write; there are {counts}",
     )
     contexts = {}  # prompt -> the responses up to a word
-    spelled = {}  # prompts that differ by white space alone are one, as the first of them is written
+    spelled = {}  # canonical form -> the prompt as it is written first
     for row in rows:
         before = [row["response"][: match.start()] for match in WORD.finditer(row["response"]) if match[0] in lexicon]
         prompt = spelled.setdefault(data.canonical(row["prompt"]), row["prompt"])
@@ -88,7 +88,8 @@ def word_texts(config, tokenizer, rows, lexicon, max_length):
     responses = tokenizer([before + word for _, before, word in chosen], add_special_tokens=False).input_ids
     ids = []
     for (prompt, _, _), response in zip(chosen, responses):
-        before, word = prompts[prompt] + response[:-1], response[-1:]  # of several tokens the last one counts
+        before = prompts[prompt] + response[:-1]
+        word = response[-1:]  # of a word's several tokens the last one counts
         if max_length:
             before, word, _ = data.fit(before, word, max_length, tokenizer.bos_token_id)
         ids.append(before + word)
@@ -147,12 +148,18 @@ def sequence_texts(config, tokenizer, rows, spec, max_length, dist):
 
 
 def check_spread(values, splits, spec):
-    """An InputError where a side of a split has one value throughout: nothing is there to be learned, or to be told apart."""
+    """InputError where a side of a split has one value throughout.
+
+    Nothing is there to be learned then, or nothing to be told apart.
+    """
     for number, sides in enumerate(splits):
         for name, rows in zip(("training", "test"), sides):
             own = values[rows]
-            require(varies(own), f"{spec}: all {len(own)} {name} responses of split {number} have the reward {own[0]:.4g}, so that "
-                    "there is nothing to read from them")  # fmt: skip
+            require(
+                varies(own),
+                f"{spec}: all {len(own)} {name} responses of split {number} have the reward "
+                f"{own[0]:.4g}, so that there is nothing to read from them",
+            )
 
 
 def pair_texts(config, tokenizer, rows, max_length, dist):

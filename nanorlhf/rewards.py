@@ -51,8 +51,11 @@ def score_all(rewards, answers, dist=None):
 
 
 def score(reward, parts, dist=None):
-    """A list of Answers -> their scores [B]. With `dist` all processes call this: a model in shards is gathered for it, once, and
-    an InputError on one process is raised on all. Where there are fewer texts than processes, some have none to score."""
+    """A list of Answers -> their scores [B].
+
+    With `dist` all processes call this: a model in shards is gathered for it, once, and an
+    InputError on one process is raised on all. A process without a text asks for no scores.
+    """
 
     def mine():
         scores = []

@@ -170,8 +170,11 @@ def r_squared(y, predicted):
     return (1 - (y - predicted).square().sum() / (y - y.mean()).square().sum()).item()
 
 
-def varies(values):
-    """Whether any two of the numbers of a tensor differ. A standard deviation does not say: that of equal numbers may be rounding."""
+def varies(values: torch.Tensor) -> bool:
+    """Whether any two of the numbers of a tensor differ.
+
+    Their standard deviation does not say so: that of equal numbers may be rounding.
+    """
     return bool((values != values.flatten()[:1]).any())
 
 
@@ -278,8 +281,8 @@ def logistic(x, labels, l2=1.0, intercept=True, steps=100):
         decrease = (gradient @ move).item() / 2
         current = loss(w)
         if decrease <= ROUNDING * current:
-            # The loss can no longer tell one point from the next, so no step length can be chosen by it. So close
-            # to the minimum a full step squares the error: it is taken unseen, and is the last one.
+            # The loss can no longer tell one point from the next, so no step length can be chosen
+            # by it. So close to the minimum a full step squares the error: it is the last one.
             w = w - move
             converged = True
             break
