@@ -14,6 +14,8 @@ Sources: Cunningham et al. 2023 (2309.08600) and Bricken et al. 2023 (vanilla), 
 Zhang et al. 2025 (SARM, 2508.08746: per-token standardisation, TopK without ReLU).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -190,29 +192,73 @@ def squared_error(x, x_hat, n_tokens=None):
     return (x - x_hat).square().sum() / (x.shape[-1] * (n_tokens or x[..., 0].numel()))
 
 
-def auxiliary_loss(sae, z, error, dead, n_tokens=None):
-    """AuxK: what the dead latents could explain of the error that the living ones leave (Gao et al. 2024, appendix A.2).
+@torch.no_grad()
+def variance_about_mean(
+    error: torch.Tensor, reduce: Callable[[torch.Tensor], object] | None = None
+) -> torch.Tensor:
+    """Return the variance of the error e [N, D] over the tokens and dimensions of a whole batch.
 
-        e = z - z^ (no gradient),   e^ = W_d top_{k_aux}(pre of the dead),   loss = mean over tokens of ||e - e^||^2 / D
+        Var(e) = mean(e^2) - mean(e)^2          both means over tokens and dimensions
 
-    z, error [N, D], dead [M] (bool, at least one) -> a scalar. The dead latents' products are dense: [N, d].
+    The result is a float64 scalar without a gradient, and exactly 0 where the error is the same
+    number everywhere. On several processes reduce(tensor) sums over them, in place: each holds a
+    share of the batch, and all get the variance of the whole.
+    """
+    e = error.double()  # digits enough for the difference of two means
+    count = e.new_full((), e.numel())
+    sums = torch.stack([e.sum(), e.square().sum(), count])  # together: one all-reduce
+    if reduce is not None:
+        reduce(sums)
+    mean = sums[0] / sums[2]
+    mean_square = sums[1] / sums[2]
+    variance = mean_square - mean.square()
+    # What is left of a constant error is the rounding of its square, not a variance.
+    is_rounding = variance <= 1e-12 * mean_square
+    return variance.masked_fill(is_rounding, 0.0)
+
+
+def auxiliary_loss(
+    sae: "TopKSAE",
+    z: torch.Tensor,
+    error: torch.Tensor,
+    dead: torch.Tensor,
+    n_tokens: int | None = None,
+    reduce: Callable[[torch.Tensor], object] | None = None,
+) -> torch.Tensor:
+    """AuxK: the share of the error that the dead latents leave unexplained too.
+
+        e = z - z^ (no gradient),   e^ = W_d top_{k_aux}(pre of the dead)
+        loss = mean over tokens of ||e - e^||^2 / D / Var(e)          0 where Var(e) is 0
+
+    z, error [N, D], dead [M] (bool, at least one) -> a scalar. The products of the dead latents are
+    dense: [N, d]. n_tokens and reduce are those of gradients(). Source: Gao et al. 2024, appendix
+    A.2; Var(e) is not in the paper's equation but in the authors' code (normalized_mse in kernels.py
+    of openai/sparse_autoencoder, about the mean of each coordinate). Pitfall: without Var(e) the
+    term shrinks with the error: where the living latents explain 95% of z it is 20 times as small.
     """
     W, bias = sae.encoder()
     f = F.linear(z, W[dead], bias[dead])  # [N, d]
-    f = f.relu() if sae.relu else f
+    if sae.relu:
+        f = f.relu()
     if f.shape[1] > AUX_K:
         values, ids = f.topk(AUX_K, sorted=False)
         f = torch.zeros_like(f).scatter(1, ids, values)
-    return squared_error(error.detach(), f @ sae.W_dec[dead], n_tokens)
+    error = error.detach()
+    error_hat = f @ sae.W_dec[dead]  # [N, D]
+    variance = variance_about_mean(error, reduce)
+    # The weight is a number of the whole batch, the same on all processes; 1 / 0 becomes 0.
+    weight = variance.reciprocal().masked_fill(variance == 0, 0.0).to(error.dtype)
+    return weight * squared_error(error, error_hat, n_tokens)
 
 
-def sae_loss(sae, x, l1=0.0, dead=None, n_tokens=None):
+def sae_loss(sae, x, l1=0.0, dead=None, n_tokens=None, reduce=None):
     """The training loss of activations x [N, D], in standardised units -> loss (a scalar), stats.
 
         vanilla   ||z - z^||^2 / D + l1 ||f||_1                     mean over the n_tokens of the whole optimizer batch
         TopK      ||z - z^||^2 / D + 1/32 AuxK(dead [M])            by the sparse path
 
-    stats: mse and l0, sums / n_tokens like the loss; fired [M], how many of the tokens each latent fired on.
+    stats: mse and l0, sums / n_tokens like the loss; fired [M], how many of the tokens each latent fired on. reduce: of gradients(),
+    for what AuxK needs of the whole batch; the loss itself is this process's share.
     """
     n_tokens = n_tokens or len(x)
     z = sae.standardise(x, *sae.moments(x))
@@ -221,7 +267,7 @@ def sae_loss(sae, x, l1=0.0, dead=None, n_tokens=None):
         z_hat, penalty = sae.sparse_decode(values, ids), 0.0
         fired = torch.zeros(sae.m, device=z.device).index_add(0, ids.flatten(), (values.detach() != 0).float().flatten())
         if dead is not None and dead.any():
-            penalty = AUX_COEF * auxiliary_loss(sae, z, z - z_hat, dead, n_tokens)
+            penalty = AUX_COEF * auxiliary_loss(sae, z, z - z_hat, dead, n_tokens, reduce)
     else:
         f = sae.activate(F.linear(z, *sae.encoder()))  # [N, M]
         z_hat, penalty = F.linear(f, sae.W_dec.T, sae.b_dec), l1 * f.sum() / n_tokens  # f >= 0
@@ -245,7 +291,7 @@ def gradients(sae, x, l1=0.0, silent=None, dead_after=float("inf"), dtype=torch.
     silent = x.new_zeros(sae.m, dtype=torch.long) if silent is None else silent
     dead = silent >= dead_after
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss, stats = sae_loss(sae, x, l1, dead, n_tokens)
+        loss, stats = sae_loss(sae, x, l1, dead, n_tokens, reduce)
     loss.backward()
     numbers = torch.stack([loss.detach(), stats["mse"], stats["l0"]])
     for tensor in [numbers, stats["fired"], *(p.grad for p in sae.parameters())] if reduce else []:

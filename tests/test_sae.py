@@ -4,8 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from test_scripts import join, ranks
+
 from nanorlhf import sae as sae_module
-from nanorlhf.sae import SparseAutoencoder, TopKSAE, adam, auxiliary_loss, fvu, geometric_median, measures, sae_loss, tally, train_step
+from nanorlhf.distributed import setup
+from nanorlhf.sae import (SparseAutoencoder, TopKSAE, adam, auxiliary_loss, fvu, geometric_median, gradients, measures, sae_loss, tally,
+                          train_step)  # fmt: skip
 from nanorlhf.sparse import dots, dots_in_place, dots_of_copies, scattered, top_k, weighted_rows
 
 D, M, K, N = 12, 40, 5, 30
@@ -196,12 +200,40 @@ def test_auxiliary_loss(monkeypatch, n_dead, k_aux):
         best = sorted(pre, key=lambda j: -pre[j])[:k_aux]
         e_hat = sum(pre[j].clamp(min=0) * sae.W_dec[j] for j in best)
         expected += (error[t] - e_hat).square().sum() / D / 9
-    assert loss.item() == pytest.approx(expected.item())
+    numbers = error.flatten().tolist()
+    mean = sum(numbers) / len(numbers)
+    variance = sum((number - mean) ** 2 for number in numbers) / len(numbers)
+    assert loss.item() == pytest.approx(expected.item() / variance)
     base, total = sae_loss(sae, x)[0], sae_loss(sae, x, dead=dead)[0]
     assert (total - base).item() == pytest.approx(loss.item() / 32)
     error = z - (sae(x)[0] - sae.mean) / sae.scale
     auxiliary_loss(sae, z, error, dead).backward()  # what the living leave is a constant to it
     assert (sae.W_dec.grad[~dead] == 0).all() and (sae.W_dec.grad[dead] != 0).any() and (sae.W_enc.grad[~dead] == 0).all()
+
+
+def all_dead() -> torch.Tensor:
+    return torch.ones(M, dtype=torch.bool)
+
+
+def test_auxiliary_loss_is_a_share_of_the_error():
+    """An error that no dead latent explains costs about 1, whatever its size."""
+    sae, z = make("topk"), randn(9, D, seed=3)
+    sae.b_enc.data -= 100  # no latent fires: e^ = 0
+    error = randn(9, D, seed=4)
+    error -= error.mean()
+    for size in (1.0, 1e-3, 1e-6):
+        assert auxiliary_loss(sae, z, size * error, all_dead()).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 3e-5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auxiliary_loss_of_an_error_without_variance(constant, dtype):
+    """It is 0 and so are its gradients, also where rounding would leave a variance of 1e-17."""
+    sae, z = make("topk", dtype=dtype), randn(9, D, seed=3, dtype=dtype)
+    loss = auxiliary_loss(sae, z, torch.full_like(z, constant), all_dead())
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in (sae.W_enc, sae.W_dec, sae.b_enc))
 
 
 def test_measures():
@@ -263,6 +295,89 @@ def test_dead_latents_are_counted_and_come_back():
     row = sae.W_enc.detach()[3].clone()
     train_step(sae, optimizer, x, lr=0.1, silent=silent, dead_after=2 * N)
     assert not torch.equal(row, sae.W_enc[3])
+
+
+def with_a_lost_latent() -> tuple[TopKSAE, torch.Tensor, torch.Tensor]:
+    """Make an autoencoder of a large part of x and a dead latent that might explain the small rest.
+
+    Each token is 5 to 6 along one of four axes, which latents 0 to 3 know; every 50th is .45 along
+    the first and 1 along axis 5, of which only latent 4 has something, .3: less than latent 0 has.
+    -> autoencoder with k = 1, x [400, 8], and x with much more for latent 4 and its neighbours
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, d = 400, 8
+    x = torch.zeros(n, d)
+    x[torch.arange(n), torch.arange(n) % 4] = 5 + torch.rand(n, generator=generator)
+    x[::50] = 0.0
+    x[::50, 0] = 0.45
+    x[::50, 5] = 1.0
+    early_x = x.clone()
+    early_x[:, 6] += 2 * torch.rand(n, generator=generator)
+    early_x[:, 7] += torch.randn(n, generator=generator)
+    sae = TopKSAE(d, 5, 1, normalize="none")
+    sae.W_dec.data[:4] = torch.eye(d)[:4]
+    sae.W_dec.data[4] = 0.3 * torch.eye(d)[5] + 0.91**0.5 * torch.eye(d)[6]
+    sae.W_enc.data.copy_(sae.W_dec.data)
+    return sae, x, early_x
+
+
+@pytest.mark.parametrize("dead_after, comes_back", [(10**5, True), (float("inf"), False)])
+def test_a_dead_latent_comes_back_where_little_is_left_to_explain(dead_after, comes_back):
+    """With AuxK a latent fires again on what the others leave, 0.1% of the variance; without it never.
+
+    Adam remembers the large gradients of the time when the latent was alive, so that a pull in
+    proportion to the error, which is small now, would hardly move it.
+    """
+    sae, x, early_x = with_a_lost_latent()
+    optimizer, silent = adam(sae), torch.zeros(5, dtype=torch.long)
+    for _ in range(5):
+        train_step(sae, optimizer, early_x, lr=0.0)  # nothing moves but Adam's memory
+    silent[4] = 10**6
+    assert fvu(x, sae(x)[0]) < 1e-3 and not sae.encode(x)[:, 4].any()
+    for _ in range(100):
+        train_step(sae, optimizer, x, lr=2e-3, silent=silent, dead_after=dead_after)
+    fires = sae.encode(x)[:, 4] > 0
+    rare = torch.zeros(400, dtype=torch.bool)
+    rare[::50] = True
+    assert torch.equal(fires, rare if comes_back else torch.zeros_like(rare))
+
+
+def dead_latents() -> torch.Tensor:
+    """How long each latent of test_ranks has been silent: every third is dead."""
+    silent = torch.zeros(M, dtype=torch.long)
+    silent[::3] = 10**6
+    return silent
+
+
+def uneven_batch() -> torch.Tensor:
+    """Activations [N, D] that vary ten times as much in their second half."""
+    x = acts()
+    x[N // 2 :] = 10 * x[N // 2 :]
+    return x
+
+
+def write_share_of_gradients(path):
+    """One process's part of test_ranks; the first writes down what all have in the end."""
+    dist = setup("cpu")
+    sae = make("topk")
+    x = dist.share(uneven_batch())
+    stats = gradients(
+        sae, x, silent=dead_latents(), dead_after=10**5, n_tokens=N,
+        reduce=lambda tensor: tensor.copy_(dist.sum(tensor)),
+    )  # fmt: skip
+    if dist.main:
+        torch.save({"loss": stats["loss"], "grads": [p.grad for p in sae.parameters()]}, path)
+
+
+def test_ranks(tmp_path):
+    """With dead latents, two processes have the loss and the gradients of one, though the errors of their shares differ in size."""
+    join(*ranks(2, write_share_of_gradients, tmp_path / "two.pt"))
+    two = torch.load(tmp_path / "two.pt")
+    sae = make("topk")
+    stats = gradients(sae, uneven_batch(), silent=dead_latents(), dead_after=10**5)
+    assert two["loss"] == pytest.approx(stats["loss"], rel=1e-9)
+    for p, grad in zip(sae.parameters(), two["grads"], strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_reduce():
