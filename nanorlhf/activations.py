@@ -14,6 +14,7 @@ A LoRA policy's adapters are part of its layers: what they add is seen like ever
 
 import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -55,13 +56,22 @@ def module_at(lm, place):
     return found[0]
 
 
-def hook_output(module, function):
-    """Call function(x [B, T, D]) on all that the module puts out; what it returns, if anything, takes its place. -> the hook"""
+def hook_output(module: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor | None]):
+    """Call function(x [B, T, D]) on all that the module puts out. -> the hook
+
+    What the function returns takes the place of x; None leaves x. Whatever the function keeps stays
+    as it was: the model goes on with a copy.
+    """
 
     def hook(module, args, output):
-        rest = output[1:] if isinstance(output, tuple) else None  # attention weights and the like
-        new = function(output if rest is None else output[0])
-        return new if new is None or rest is None else (new, *rest)
+        is_tuple = isinstance(output, tuple)  # (x, attention weights and the like)
+        x = output[0] if is_tuple else output
+        new = function(x)
+        if new is None:
+            new = x
+        # Some blocks add to it in place: Falcon's add the attention's output to the MLP's.
+        new = new.clone()
+        return (new, *output[1:]) if is_tuple else new
 
     return module.register_forward_hook(hook)
 
@@ -107,6 +117,25 @@ def replaced(lm, place, function):
             yield
         finally:
             hook.remove()
+
+
+@contextlib.contextmanager
+def running_ids(lm) -> Iterator[Callable[[], torch.Tensor]]:
+    """A context that gives a function: it returns the token ids [B, T] of the forward that runs.
+
+    For a function of replaced() that must know which token it changes. In a rollout T is that of
+    the prompts first, then 1; padding is in it. Pitfall: it knows nothing before the first forward.
+    """
+    last = {}
+
+    def keep_ids(module, args, kwargs):
+        last["ids"] = args[0] if args else kwargs["input_ids"]  # some architectures pass it by place
+
+    hook = lm.base_model.register_forward_pre_hook(keep_ids, with_kwargs=True)
+    try:
+        yield lambda: last["ids"]
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ import shutil
 import pytest
 import torch
 from test_models import word_tokenizer
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BloomConfig, Gemma2Config, Gemma3TextConfig,
-                          GemmaConfig, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen2Config,
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BloomConfig, FalconConfig, Gemma2Config,
+                          Gemma3TextConfig, GemmaConfig, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen2Config,
                           Qwen3Config)  # fmt: skip
 
-from nanorlhf.activations import SITES, activations, captured, module_at, place_name, replaced
+from nanorlhf.activations import SITES, activations, captured, module_at, place_name, replaced, running_ids
 from nanorlhf.blocks import blocks, freeze, speed_up
 from nanorlhf.errors import InputError
 from nanorlhf.lora import add_lora, adapters
@@ -25,6 +25,7 @@ D, L = 32, 3
 COMMON = dict(vocab_size=60, bos_token_id=1, eos_token_id=1, pad_token_id=0)
 SIZE = dict(COMMON, hidden_size=D, num_hidden_layers=L, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
 GROUPED = dict(SIZE, num_key_value_heads=2)
+FALCON = dict(COMMON, hidden_size=D, num_hidden_layers=L, num_attention_heads=4, ffn_hidden_size=48)
 # architecture: (config, attention and MLP of a block, what is added to the residual stream of each)
 PLAIN = ("self_attn", "mlp", None, None)
 NORMED = ("self_attn", "mlp", "post_attention_layernorm", "post_feedforward_layernorm")
@@ -40,6 +41,10 @@ FAMILIES = {
     "gemma3": (lambda: Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=3), NORMED),
     "qwen2": (lambda: Qwen2Config(**GROUPED), PLAIN),
     "qwen3": (lambda: Qwen3Config(**GROUPED, head_dim=8), PLAIN),
+    # A parallel block adds the attention's output to the MLP's in place; a sequential one does not.
+    "falcon": (lambda: FalconConfig(**FALCON), ("self_attention", "mlp", None, None)),
+    "falcon_40b": (lambda: FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2), ("self_attention", "mlp", None, None)),
+    "falcon_sequential": (lambda: FalconConfig(**FALCON, parallel_attn=False, multi_query=False), ("self_attention", "mlp", None, None)),
 }  # fmt: skip
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 
@@ -71,6 +76,65 @@ def test_what_is_captured_adds_up_to_the_residual_stream(architecture):
         torch.testing.assert_close(kept[layer, "residual"], out.hidden_states[layer] + added[0] + added[1], rtol=1e-4, atol=1e-4)
         if layer + 1 < L:
             assert torch.equal(kept[layer, "residual"], out.hidden_states[layer + 1])
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@torch.no_grad()
+def test_what_is_captured_is_what_the_module_makes_of_its_input(architecture):
+    """The attention and the MLP of a block, run again on inputs that this test's own hooks copied, give what was captured."""
+    lm = tiny(architecture)
+    modules = {}
+    calls = {}  # what each module was called with, copied before anything can change it
+    hooks = []
+    for layer in range(L):
+        for site in ("attention", "mlp"):
+            place = (layer, site)
+            modules[place] = module_at(lm, place)
+
+            def copy_input(module, args, kwargs, place=place):
+                calls[place] = copy.deepcopy((args, kwargs))
+
+            hooks.append(modules[place].register_forward_pre_hook(copy_input, with_kwargs=True))
+    with captured(lm, list(modules)) as kept:
+        lm(IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == 2 * L
+    for place, (args, kwargs) in calls.items():
+        output = modules[place](*args, **kwargs)
+        if isinstance(output, tuple):
+            output = output[0]
+        torch.testing.assert_close(kept[place], output, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_replacement_that_is_kept_stays_as_it_is():
+    """The same tensor is put in twice: the first forward, of a block that adds to it in place, leaves it alone."""
+    lm = tiny("falcon")
+    replacement = torch.randn(2, 6, D, generator=torch.Generator().manual_seed(0))
+    before = replacement.clone()
+    seen = []
+    with replaced(lm, (1, "mlp"), lambda x: seen.append((x, x.clone())) or replacement):
+        first = lm(IDS, use_cache=False).logits
+        second = lm(IDS, use_cache=False).logits
+    assert torch.equal(replacement, before) and torch.equal(first, second)
+    assert all(torch.equal(x, copied) for x, copied in seen)
+
+
+@pytest.mark.parametrize("architecture", ["neox", "gpt2", "falcon"])
+def test_running_ids(architecture):
+    """The ids of each forward of a rollout, prompts first; of one that is given them by name or by place."""
+    policy, heard = Policy(tiny(architecture)).eval(), []
+    ids, mask = left_pad([[5, 6, 7], [8, 9]], 0)
+    n = hooks(policy.lm)
+    with running_ids(policy.lm) as token_ids, replaced(policy.lm, (1, "mlp"), lambda x: heard.append(token_ids()) or x):
+        rollout = generate(policy, ids, mask, 3)
+        assert torch.equal(torch.cat(heard, 1), torch.cat([ids, rollout.response_ids], 1)[:, :-1])
+        policy.lm(IDS)
+        assert torch.equal(heard[-1], IDS)
+        policy.lm.base_model(IDS)
+        assert torch.equal(heard[-1], IDS)
+    assert hooks(policy.lm) == n
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
