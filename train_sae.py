@@ -68,7 +68,8 @@ class Config:
     max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
     tokens: str = field(default="all", metadata={"help": "which of a text's: all, sentence_ends (. ! ? and the text's last) or last, "
         "the one that a SARM reads"})  # fmt: skip
-    keep_bos: bool = field(default=False, metadata={"help": "count a BOS in front of a text too: its norm is often most of the variance"})
+    keep_bos: bool = field(default=False, metadata={"help": "count BOS too, and an EOS that shares its id: its norm is often most "
+        "of the variance"})  # fmt: skip
     n_answers: int = field(default=1, metadata={"help": "rollouts: answers to each prompt"})
     max_new_tokens: int = field(default=48, metadata={"help": "rollouts: longest answer"})
     temperature: float = field(default=1.0, metadata={"help": "rollouts: of sampling"})
@@ -133,6 +134,7 @@ def main(config):
         # It trains what it needs itself.
         train_rm.train_or_use(train_ppo.main, train_ppo.Config(device=config.device))
     model_config = [check_model(path) for path in paths.values()][0]
+    check_last_tokens(config)
 
     # ------------------------------------------------------------------------------------------------------------------- models
     lms = {name: load_lm(path, dist.device) for name, path in paths.items()}
@@ -213,6 +215,16 @@ def load_lm(path, device):
     return load_reward_model(path, device).model if is_reward_model(path) else load_policy(path, value_head=False, device=device).lm.eval()
 
 
+def check_last_tokens(config):
+    """Refuse --tokens last where a text's last token is an EOS that is left out because it has BOS's id."""
+    tokenizer = load_tokenizer(config.model, needs_eos=False)
+    eos_is_bos = tokenizer.eos_token_id is not None and tokenizer.eos_token_id == tokenizer.bos_token_id
+    is_left_out = eos_is_bos and not config.keep_bos
+    texts_end_with_eos = config.kind != "prompts" or config.texts != "dataset"
+    if config.tokens == "last" and is_left_out and texts_end_with_eos:
+        raise InputError(f"--tokens last: the EOS of {config.model} has BOS's id and is left out; name --keep_bos")
+
+
 def choose_layers(config, lms):
     """The layers that --layers names. -> list of int"""
     try:
@@ -241,7 +253,10 @@ def texts(config, rows, model_config, paths, dist):
     parts = hold_out(out, config.eval_size, tokenizer)
     cli.require(all(parts), f"{config.dataset}: {len(out)} texts are too few to hold any out")
     ends = {"all": None, "sentence_ends": sentence_ends(tokenizer), "last": []}[config.tokens]
-    return [Tokens(part, None if config.keep_bos else tokenizer.bos_token_id, ends) for part in parts]
+    skip_bos = None if config.keep_bos else tokenizer.bos_token_id
+    if skip_bos is not None and skip_bos == tokenizer.eos_token_id:
+        dist.print("EOS has BOS's id and is left out as well; --keep_bos keeps it (a SARM and a reward model's features are read there)")
+    return [Tokens(part, skip_bos, ends) for part in parts]
 
 
 def new_sae(config, width):
@@ -287,9 +302,10 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
         loss_recovered = (loss_zero - loss_sae) / (loss_zero - loss)          losses in nats a token
 
     1: the reconstruction is as good as the layer; 0: as bad as none; None where the model does no worse without the layer, on these
-    texts; all None for a reward model, which has no such losses. Tokens that the autoencoder never saw keep their activations: a BOS, and
-    with other --tokens than all the others (which then are not switched off either). Pitfall: the loss of every token of a text counts, so
-    in {prompt, response} data the prompt's too, which SFT and PPO never trained on.
+    texts; all None for a reward model, which has no such losses. Tokens that the autoencoder never saw (a BOS; what other --tokens than
+    all leave out) keep their activations when the layer is reconstructed and when it is switched off, so that the two differ in nothing
+    else. Pitfall: the loss of every token of a text counts, so in {prompt, response} data the prompt's too, which SFT and PPO never
+    trained on.
     """
     if lm.get_output_embeddings() is None:
         return dict.fromkeys(("loss", "loss_sae", "loss_zero", "loss_recovered"))
@@ -306,11 +322,17 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
                 logits = lm(input_ids=ids, use_cache=False).logits  # padding, on the right, may be any token
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum").double()
 
+        def reconstruct(x):
+            return torch.where(seen, sae(x)[0].to(x.dtype), x)
+
+        def switch_off(x):
+            return x.masked_fill(seen, 0.0)
+
         sums[0] += loss()
-        zero = torch.zeros_like if config.tokens == "all" else lambda x: x.masked_fill(seen, 0.0)
-        for i, function in enumerate((lambda x: torch.where(seen, sae(x)[0].to(x.dtype), x), zero)):
-            with replaced(lm, place, function):
-                sums[1 + i] += loss()
+        with replaced(lm, place, reconstruct):
+            sums[1] += loss()
+        with replaced(lm, place, switch_off):
+            sums[2] += loss()
         sums[3] += real[:, 1:].sum()
     sums = dist.sum(sums)
     plain, sae_loss, zero = (sums[:3] / sums[3]).tolist()

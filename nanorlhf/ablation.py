@@ -18,6 +18,7 @@ Where the chosen features are the strongest of all, no others are as strong: com
 Features are chosen, and rates and mean squares counted, on the policy's answers to training prompts.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,19 +26,20 @@ import torch
 
 from . import cli, data, world
 from .activation_store import Tokens, from_models
-from .activations import SITES, module_at, place_name, replaced
+from .activations import SITES, module_at, place_name, replaced, running_ids
 from .cli import require
 from .concepts import feature_aucs
 from .diversity import distinct_n
 from .distributed import setup
 from .evaluation import Parts, roll_out
 from .features import opened, parse_ids
-from .known_concepts import FEWEST, concept_table, encoded, is_world_model, where
+from .known_concepts import FEWEST, concept_table, encoded, is_world_model, next_ids, where
 from .locks import unlock_afterwards
 from .models import check_model, load_policy, load_tokenizer
 from .probes import results_folder, save
 from .rewards import check_reward, load_rewards, score
 from .rng import SPLIT
+from .sae import SparseAutoencoder
 from .stats import bootstrap
 
 NEAREST = 10  # a random feature is one of so many that are most like the chosen one
@@ -63,6 +65,8 @@ class AblateConfig:
     dataset: str = field(default="world", metadata={"help": "prompts: FILE.jsonl, a datasets name[:split], or world"})
     columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
+    keep_bos: bool = field(default=False, metadata={"help": "switch features off at BOS, and at an EOS that shares its id, too: for an "
+        "autoencoder that was trained with --keep_bos"})  # fmt: skip
     eval_dataset: str = field(default="", metadata={"help": "held-out prompts; default: rows of --dataset are held out"})
     eval_size: int = field(default=256, metadata={"help": "held-out prompts"})
     max_rows: int = field(default=300, metadata={"help": "training prompts whose answers the features are chosen on"})
@@ -101,13 +105,35 @@ def without(sae, ids):
     return lambda x: x - removed(sae, ids, x)
 
 
+@contextlib.contextmanager
+def switched_off(
+    lm, place: tuple[int, str], sae: SparseAutoencoder, ids: torch.Tensor, skip_bos: int | None
+):
+    """A context in which the layer at `place` puts out x' in every forward: without the features `ids` [F].
+
+    Tokens with the id skip_bos keep their x, as in training (activation_store.Tokens); None: no token does.
+    """
+    remove_features = without(sae, ids)
+    with running_ids(lm) as token_ids:
+
+        def remove_where_trained(x):  # [B, T, D]
+            changed = remove_features(x)
+            if skip_bos is None:
+                return changed
+            is_skipped = token_ids() == skip_bos  # [B, T]
+            return torch.where(is_skipped[..., None], x, changed)
+
+        with replaced(lm, place, remove_where_trained):
+            yield
+
+
 @unlock_afterwards()
 def ablate(config):
     """Rewards of a policy's answers with features of one layer switched off, beside random features that fire equally often.
 
     Same prompts and same noise in all arms; intervals over prompts by the bootstrap, of paired differences. "removed" is the share of
-    the layer's variance that an arm takes away. Pitfall: a BOS in front of the prompt is not spared, though the autoencoder may never
-    have seen one.
+    the layer's variance that an arm takes away. Tokens with BOS's id, which the autoencoder has not seen, are spared in every arm, and
+    enter neither rates nor variance (--keep_bos: they are tokens like others).
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py ablate runs on one process")
@@ -133,7 +159,8 @@ def ablate(config):
     parts = Parts(config, dist, tokenizer, policy, policy, None, rewards, None)
 
     # ------------------------------------------------------------------------------------------ features, on other answers
-    seen = Tokens([p + r for p, r in zip(train, sampled(parts, train, step=1)[0])])
+    skip_bos = None if config.keep_bos else tokenizer.bos_token_id
+    seen = Tokens([p + r for p, r in zip(train, sampled(parts, train, step=1)[0])], skip_bos)
     x = from_models(seen, {"m": policy.lm}, [place], dist, config.dtype)(np.arange(len(seen.rows)))[f"m/{place_name(place)}"]
     f = encoded(sae, x)  # [M, N]
     rates, squares = ((v @ torch.ones(f.shape[1], 1, device=f.device))[:, 0].cpu() / f.shape[1] for v in (f.bool().float(), f * f))  # [M]
@@ -149,7 +176,8 @@ def ablate(config):
         if chosen is None:
             tokens[name], answers = sampled(parts, test, step=0)
         else:
-            with replaced(policy.lm, place, without(sae, torch.tensor(chosen, dtype=torch.long, device=dist.device))):
+            feature_ids = torch.tensor(chosen, dtype=torch.long, device=dist.device)
+            with switched_off(policy.lm, place, sae, feature_ids, skip_bos):
                 tokens[name], answers = sampled(parts, test, step=0)
         found[name] = measured(config, parts, tokens[name], answers, concept)
         dist.print(f"{name}: " + ", ".join(f"{key} {value.mean():.3f}" for key, value in found[name].items()))
@@ -190,10 +218,12 @@ def features_of(config, f, concept, seen, sae, lm):
         share = concept.to(effects) / concept.sum() - (~concept).to(effects) / (~concept).sum()
         scores = torch.where(fires, effects @ share, -torch.inf)  # mean over the concept's words - mean over the others
     else:
-        text_of, ids = where(seen)
-        truth = concept[ids]  # [N]
-        if config.by == "before":  # a text's last token comes before nothing
-            truth = torch.cat([truth[1:] & (text_of[1:] == text_of[:-1]), truth[:1] & False])
+        if config.by == "before":
+            following, goes_on = next_ids(seen)
+            truth = concept[following] & goes_on  # [N]; a text's last token comes before nothing
+        else:
+            _, ids = where(seen)
+            truth = concept[ids]  # [N]
         require(FEWEST <= truth.sum() < len(truth), f"--concept {config.concept}: the policy hardly writes such words; name --features")
         scores = feature_aucs(f, truth[:, None].to(f.device))[:, 0]
     return scores.topk(config.top).indices.tolist()

@@ -83,24 +83,36 @@ def sentence_ends(tokenizer):
 
 
 class Tokens:
-    """Token rows and which of their tokens count: all, or, given `ends`, those with these ids and each row's last; in both cases, given
-    the id of a BOS to skip, not that one in front.
+    """Token rows, and which of their tokens count: those whose activations are kept, and changed.
 
-    What counts is known from ids at places within the length, so ids that also serve as padding (EOS) count wherever they are text.
+    All count, or, given `ends`, those with these ids and each row's last. Given skip_bos, the id of a BOS, no token with that id counts,
+    wherever it stands: an EOS that shares the id has the BOS's huge norm too (two thirds of the variance of a story model's MLP). An EOS
+    with an id of its own counts, and so do ids that also serve as padding: what counts is known from ids at places within a text's length.
+    InputError: no token counts.
     """
 
     def __init__(self, rows, skip_bos=None, ends=None):
-        self.rows, self.skip_bos, self.ends = rows, skip_bos, None if ends is None else sorted(ends)
+        self.rows = rows
+        self.skip_bos = skip_bos
+        self.ends = None if ends is None else sorted(ends)
         self.lengths = np.array([len(row) for row in rows])  # [N]
-        self.skipped = np.array([int(list(row[:1]) == [skip_bos]) for row in rows])  # [N] in front
-        ids, last = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]), self.lengths.cumsum()  # of all rows; [N]
-        mask = np.full(len(ids), True) if ends is None else np.isin(ids, self.ends)
-        mask[last[self.lengths > 0] - 1] = True
-        mask[(last - self.lengths)[self.skipped > 0]] = False
-        self.masks = np.split(mask, last[:-1])  # which tokens of each row count
+        ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])  # of all rows, one after another
+        row_ends = self.lengths.cumsum()  # [N]
+        if ends is None:
+            mask = np.full(len(ids), True)
+        else:
+            mask = np.isin(ids, self.ends)
+            mask[row_ends[self.lengths > 0] - 1] = True
+        if skip_bos is not None:
+            mask[ids == skip_bos] = False
+        self.masks = np.split(mask, row_ends[:-1])  # which tokens of each row count
         self.counts = np.array([own.sum() for own in self.masks])  # [N]
         self.total = int(self.counts.sum())  # E
-        require(self.total, "no text has a token whose activations could be kept")
+        require(self.total, "no text has a token whose activations could be kept (--keep_bos keeps BOS, and an EOS that shares its id)")
+
+    def columns(self) -> np.ndarray:
+        """Where in its text each token that counts stands, text by text: [E]."""
+        return np.concatenate([np.flatnonzero(mask) for mask in self.masks])
 
     def batch(self, texts):
         """Indices of texts -> their ids and masks [b, T], 0 and False in the padding."""
@@ -296,6 +308,7 @@ class Stream:
 def passes(tokens, source, dist, at_once=2**16):
     """All tokens once, in order, about at_once at a time: {key: [n, D]}. Each process goes through its own part of the texts."""
     mine = np.array(dist.part(len(tokens.rows)), dtype=np.int64)
+    mine = mine[tokens.counts[mine] > 0]  # a text of a BOS alone has nothing to pass on
     group = (tokens.counts[mine].cumsum() - 1) // at_once
     for i in np.unique(group):
         yield source(mine[group == i])

@@ -48,7 +48,7 @@ class FeaturesConfig:
     eval_size: int = field(default=256, metadata={"help": "texts: those that train_sae.py held out, if it had the same number, "
         "all rows and --texts dataset"})  # fmt: skip
     max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
-    keep_bos: bool = field(default=False, metadata={"help": "count a BOS in front of a text too"})
+    keep_bos: bool = field(default=False, metadata={"help": "count BOS too, and an EOS that shares its id"})
     explainer: str = field(default="", metadata={"help": "ask for descriptions: a model folder, a hub name, or http://HOST/v1, an "
         "OpenAI-compatible endpoint (its key: OPENAI_API_KEY)"})  # fmt: skip
     explainer_model: str = field(default="", metadata={"help": "the model's name at the endpoint"})
@@ -192,13 +192,13 @@ def describe(config, ids, sae, f, tokens, tokenizer, lm):
 def top_contexts(config, tokens, text_of, at, value, largest, text):
     """The texts in which a feature, `value` [n] on the tokens `at` [n], is largest: [{text, tokens, values}]"""
     peak = torch.zeros(len(tokens.rows)).scatter_reduce(0, text_of[at], value, "amax")
-    first = tokens.counts.cumsum() - tokens.counts
+    columns = torch.from_numpy(tokens.columns())  # [N]
     out = []
     for i in peak.topk(min(config.contexts, len(peak))).indices.tolist():
         if peak[i] > 0:
             here = text_of[at] == i
             values = torch.zeros(len(tokens.rows[i]))
-            values[at[here] - int(first[i]) + int(tokens.skipped[i])] = value[here] / largest
+            values[columns[at[here]]] = value[here] / largest
             out.append({"text": i, "tokens": [text(j) for j in tokens.rows[i]], "values": [round(v, 4) for v in values.tolist()]})
     return out
 

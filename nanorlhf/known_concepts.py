@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from . import world
-from .activation_store import spans
+from .activation_store import Tokens
 from .concepts import best_features, feature_aucs, feature_correlations, on_tokens, sparse
 from .probes import finite
 from .rng import SPLIT
@@ -55,7 +55,7 @@ def known_concepts(sae, x, f, tokens, tokenizer):
     """
     names, labels = concept_table(tokenizer)
     text_of, ids = where(tokens)
-    goes_on = torch.cat([text_of[1:] == text_of[:-1], torch.tensor([False])])
+    following, goes_on = next_ids(tokens)
     present = ids.unique()
     in_a = torch.from_numpy(np.random.default_rng([SPLIT, 1]).permutation(len(tokens.rows)) % 2 == 0)[text_of]  # [N]
     inputs = {"features": f, "coordinates": sparse(torch.cat([x, -x], 1)), "untrained": encoded(untrained(sae, x), x)}
@@ -65,7 +65,7 @@ def known_concepts(sae, x, f, tokens, tokenizer):
         return best_features(*(score(g, truth[half]) for g, half in zip(halves[name], (in_a, ~in_a))))
 
     def of_kind(table, kind):  # table [V, C] -> truth [N, C]
-        return table[ids] if kind != "next" else table[ids.roll(-1)] & goes_on[:, None]
+        return table[ids] if kind != "next" else table[following] & goes_on[:, None]
 
     rows, found = {}, {}
     for kind in ("concept", "next", "word"):
@@ -105,11 +105,28 @@ def untrained(sae, x):
     return fresh.to(x.device).fit(x)
 
 
-def where(tokens):
-    """Of each of the N tokens that count: its text and its id, [N] each."""
+def where(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find each of the N tokens that count. -> its text and its id, [N] each"""
     text_of = np.repeat(np.arange(len(tokens.rows)), tokens.counts)
-    place = spans(tokens.skipped, tokens.counts)
-    return torch.from_numpy(text_of), torch.tensor([tokens.rows[text][i] for text, i in zip(text_of, place)])
+    ids = []
+    for text, column in zip(text_of, tokens.columns()):
+        ids.append(tokens.rows[text][column])
+    return torch.from_numpy(text_of), torch.tensor(ids)
+
+
+def next_ids(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find what follows each of the N tokens that count in its text, whether that counts or not.
+
+    -> ids [N], and whether there is such a token [N]; where a text ends the id is 0 and means nothing.
+    """
+    ids = []
+    goes_on = []
+    for row, mask in zip(tokens.rows, tokens.masks):
+        for column in np.flatnonzero(mask):
+            is_last = column + 1 == len(row)
+            goes_on.append(not is_last)
+            ids.append(0 if is_last else row[column + 1])
+    return torch.tensor(ids), torch.tensor(goes_on)
 
 
 def encoded(sae, x, at_once=4096):

@@ -86,7 +86,8 @@ class DivergenceConfig:
     chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
     max_rows: int = field(default=256, metadata={"help": "a random subset of N rows; 0: all"})
     max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
-    keep_bos: bool = field(default=False, metadata={"help": "count a BOS in front of a text too: its norm is often most of the variance"})
+    keep_bos: bool = field(default=False, metadata={"help": "count BOS too, and an EOS that shares its id: its norm is often most "
+        "of the variance"})  # fmt: skip
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
     dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
 

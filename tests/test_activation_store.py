@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 ONE = Dist(0, 1, CPU)
 PLACES = [(0, "mlp"), (2, "residual"), (1, "attention")]
 BOS = 1
-LENGTHS = [3, 9, 1, 4, 4, 7, 2, 12, 5, 1, 6, 8]
+LENGTHS = [3, 9, 1, 4, 4, 7, 2, 12, 5, 1, 6, 9]
 ROWS = [[BOS if i % 3 == 0 else 5 + (7 * i) % 50, *(3 + (11 * i + 5 * j) % 57 for j in range(1, n))] for i, n in enumerate(LENGTHS)]
 ROWS[4][2] = BOS  # a BOS that is text: it also pads the rows of some models
 ROWS[5][-1] = 0  # and a padding id that is text
@@ -56,7 +56,7 @@ def one_by_one(lms, rows, skip_bos=None):
             keys = (("0_mlp", "mlp"), ("2_residual", "residual"), ("1_attention", "attention"))
             found |= {f"{name}/{key}": kept[site][0] for key, site in keys}
         for column in range(len(row)):
-            if not (skip_bos is not None and column == 0 and row[0] == skip_bos):
+            if skip_bos is None or row[column] != skip_bos:
                 out.append((text, column, {key: x[column] for key, x in found.items()}))
     return out
 
@@ -82,13 +82,35 @@ def tally(parts):
 def test_padding_and_by_option_bos_never_enter(lms, skip_bos, monkeypatch):
     monkeypatch.setattr(activation_store, "TOKENS_AT_ONCE", 20)  # several forward passes, with padding
     tokens, expected = Tokens(ROWS, skip_bos), one_by_one(lms, ROWS, skip_bos)
-    assert tokens.total == len(expected) == sum(LENGTHS) - (4 if skip_bos is not None else 0)
+    assert tokens.total == len(expected) == sum(LENGTHS) - (5 if skip_bos is not None else 0)
     source = from_models(tokens, lms, PLACES, ONE)
     parts = list(passes(tokens, source, ONE, at_once=15))
     assert len(parts) > 2
     same({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, stacked(expected))
     some = np.array([7, 0, 9, 4])  # any order
     same(source(some), stacked([x for text in some for x in expected if x[0] == text]))
+
+
+def test_an_eos_counts_unless_it_has_the_id_of_bos():
+    """An EOS that is BOS has its norm, so it is left out wherever it stands; one with an id of its own counts."""
+    own, shared = Tokens([[BOS, 5, 6, 2], [7, 2]], skip_bos=BOS), Tokens([[BOS, 5, 6, BOS], [7, BOS]], skip_bos=BOS)
+    assert [mask.tolist() for mask in own.masks] == [[False, True, True, True], [True, True]]
+    assert [mask.tolist() for mask in shared.masks] == [[False, True, True, False], [True, False]]
+    assert Tokens([[BOS, 5, 6, BOS], [7, BOS]]).total == 6
+    assert own.columns().tolist() == [1, 2, 3, 0, 1] and shared.columns().tolist() == [1, 2, 0]
+    last = Tokens([[BOS, 5, BOS], [7, 8]], skip_bos=BOS, ends=[])
+    assert [mask.tolist() for mask in last.masks] == [[False, False, False], [False, True]]
+
+
+def test_texts_of_a_bos_alone_are_passed_over(lms):
+    """Also where nothing comes before them, or nothing at all is left for a process."""
+    rows = [[BOS], [BOS], [5, 6, 7], [BOS], [8, 9]]
+    tokens, expected = Tokens(rows, BOS), one_by_one(lms, rows, BOS)
+    source = from_models(tokens, lms, PLACES, ONE)
+    parts = list(passes(tokens, source, ONE, at_once=3))
+    assert [len(part["base/0_mlp"]) for part in parts] == [3, 2]
+    same({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, stacked(expected))
+    assert list(passes(Tokens([[BOS], [5]], BOS), source, Dist(0, 2, CPU))) == []
 
 
 def streams(lms, **kwargs):

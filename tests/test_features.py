@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from nanorlhf import ablation, concepts, explainer, known_concepts, world
 from nanorlhf.activation_store import Tokens, hold_out, token_rows
-from nanorlhf.activations import replaced
-from nanorlhf.features import top_features
+from nanorlhf.activations import captured, replaced
+from nanorlhf.features import FeaturesConfig, top_contexts, top_features
 from nanorlhf.models import Policy, load_policy, save_policy
 from nanorlhf.rollout import generate
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
@@ -392,6 +392,81 @@ def test_rollouts_feel_the_hook_and_forget_it(material):
     for other in (nothing, after):
         assert torch.equal(plain.logprobs, other.logprobs) and torch.equal(plain.response_ids, other.response_ids)
     assert not torch.equal(plain.logprobs, everything.logprobs)
+
+
+@torch.no_grad()
+def test_features_stay_on_at_bos(material):
+    """Tokens with BOS's id keep what the layer puts out, in the middle of a text too; without such an id none does."""
+    policy, sae = load_policy(str(material / "model"), value_head=False), TopKSAE(32, M, K, normalize="none", seed=1)
+    lm, place, everything, bos = policy.lm, (1, "mlp"), torch.arange(M), 7
+    ids = torch.tensor([[bos, 5, bos, 9], [8, 6, 5, bos]])
+    with captured(lm, [place]) as kept:
+        lm(ids)
+    x = kept[place]
+    changed = ablation.without(sae, everything)(x)
+    expected = changed.clone()
+    for row, column in ((0, 0), (0, 2), (1, 3)):
+        expected[row, column] = x[row, column]
+    for skip_bos, right in ((bos, expected), (None, changed)):
+        with ablation.switched_off(lm, place, sae, everything, skip_bos), captured(lm, [place]) as kept:
+            lm(ids)
+        torch.testing.assert_close(kept[place], right)
+    assert not torch.allclose(expected, changed)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_features_stay_on_at_a_bos_of_a_rollout(material, static):
+    """Log-probs of a rollout, token by token, are those of one forward over the whole text, for a BOS that the policy writes."""
+    policy, sae = load_policy(str(material / "model"), value_head=False), TopKSAE(32, M, K, normalize="none", seed=1)
+    prompts, mask = torch.randint(5, 100, (4, 6), generator=torch.Generator().manual_seed(0)), torch.ones(4, 6, dtype=torch.bool)
+    place, everything = (1, "mlp"), torch.arange(M)
+    results = []
+    bos = None
+    for _ in range(2):  # the second time BOS is what was written the first time
+        with ablation.switched_off(policy.lm, place, sae, everything, bos):
+            rollout = generate(policy, prompts, mask, 10, static=static)
+            whole = policy(rollout.packed(), rollout.response_mask)["logprobs"]
+        torch.testing.assert_close(rollout.logprobs, whole, rtol=1e-4, atol=1e-4)
+        results.append(rollout.logprobs)
+        bos = rollout.response_ids[0, 3].item()
+    assert not torch.allclose(results[0], results[1], atol=1e-3)
+
+
+def test_ablation_with_a_bos(material, tmp_path, capsys):
+    """A word as BOS: rates are of the other tokens alone, unless --keep_bos has it as one like them."""
+    tokenizer = world.tokenizer()
+    tokenizer.bos_token = "was"
+    save_policy(load_policy(str(material / "model"), value_head=False), tokenizer, str(tmp_path / "model"))
+    found = {}
+    for keep in ("false", "true"):
+        options = {"model": tmp_path / "model", "features": "1,2,3,4,5", "keep_bos": keep, "draws": 1}
+        run(*flags("ablate", material, tmp_path / keep, **options))
+        found[keep] = summary(tmp_path / keep)
+    capsys.readouterr()
+    assert found["false"]["nothing_is_plain"] and found["true"]["nothing_is_plain"]
+    assert found["false"]["arms"]["features"]["rates"] != found["true"]["arms"]["features"]["rates"]
+
+
+def test_what_follows_a_token():
+    """The next token of the text, counted or not; next to the last comes nothing."""
+    bos = 1
+    tokens = Tokens([[bos, 5, bos, 6], [7, bos], [8]], skip_bos=bos)
+    text_of, ids = known_concepts.where(tokens)
+    assert text_of.tolist() == [0, 0, 1, 2] and ids.tolist() == [5, 6, 7, 8]
+    following, goes_on = known_concepts.next_ids(tokens)
+    assert goes_on.tolist() == [True, False, True, False]
+    assert following[goes_on].tolist() == [bos, bos]
+
+
+def test_contexts_around_a_bos():
+    """Values stand at the tokens they are of, also behind a BOS in the middle of a text."""
+    tokens = Tokens([[1, 5, 1, 6], [7, 1, 8]], skip_bos=1)  # 5, 6, 7, 8 count
+    text_of, _ = known_concepts.where(tokens)
+    config = FeaturesConfig(sae=["."], contexts=2)
+    at, value = torch.tensor([1, 3]), torch.tensor([2.0, 4.0])  # the feature fires on 6 and 8
+    contexts = top_contexts(config, tokens, text_of, at, value, 4.0, str)
+    assert [context["values"] for context in contexts] == [[0, 0, 1], [0, 0, 0, 0.5]]
+    assert [context["tokens"] for context in contexts] == [["7", "1", "8"], ["1", "5", "1", "6"]]
 
 
 def test_concept_features(material):

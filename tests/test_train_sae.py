@@ -159,6 +159,67 @@ def test_sentence_ends(base, tmp_path):
         assert summary[name] == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def with_bos(base, tmp_path_factory):
+    """policy/, whose BOS is a word of the texts, "was"; shared/, whose EOS is BOS; plain.jsonl, texts in which it opens a text or not."""
+    root = tmp_path_factory.mktemp("bos")
+    for name, bos in (("policy", "was"), ("shared", "<eos>")):
+        tokenizer = world.tokenizer()
+        tokenizer.bos_token = bos
+        save_policy(Policy(AutoModelForCausalLM.from_pretrained(base / "policy"), value_head=False), tokenizer, str(root / name))
+    texts = [f"{row['prompt']} {row['response']}" for row in world.demonstrations(150)]
+    write_rows(root / "plain.jsonl", [{"prompt": text if i % 2 else f"was {text}"} for i, text in enumerate(texts)])
+    return root
+
+
+@pytest.mark.parametrize("keep_bos", [False, True])
+def test_bos_is_treated_alike_in_every_arm(base, with_bos, tmp_path, keep_bos):
+    """Tokens with BOS's id are neither measured, nor reconstructed, nor switched off, wherever they stand; or all of these."""
+    options = {"model": f"{with_bos}/policy", "base": "none", "dataset": f"{with_bos}/plain.jsonl", "kind": "prompts", "layers": "1"}
+    summary = train(base, tmp_path / "run", steps=3, keep_bos=keep_bos, **options)["policy/1_mlp"]
+    sae, lm = load_sae(str(tmp_path / "run/policy/1_mlp")), AutoModelForCausalLM.from_pretrained(with_bos / "policy")
+    tokenizer = world.tokenizer()
+    bos = tokenizer.convert_tokens_to_ids("was")
+    rows = [tokenizer(row["prompt"]).input_ids for row in read_rows(with_bos / "plain.jsonl")]
+    rows = hold_out(rows, 16)[1]
+    kept = [[keep_bos or token != bos for token in row] for row in rows]
+    assert any(row[0] == bos for row in rows) and any(bos in row[1:] for row in rows)
+    assert summary["n_tokens"] == sum(map(sum, kept))
+    for name, change in (("loss_sae", lambda x: sae(x)[0]), ("loss_zero", torch.zeros_like)):
+        total = 0.0
+        for row, own in zip(rows, kept):
+
+            def hook(module, args, output):
+                new = output.clone()
+                for i in range(len(row)):
+                    if own[i]:
+                        new[:, i] = change(output[:, i])
+                return new
+
+            handle = lm.gpt_neox.layers[1].mlp.register_forward_hook(hook)
+            with torch.no_grad():
+                logits = lm(torch.tensor([row])).logits[0, :-1]
+            handle.remove()
+            total += F.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum").item()
+        assert summary[name] == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-4)
+
+
+def test_an_eos_with_the_id_of_bos(base, with_bos, tmp_path, capfd):
+    """It is left out and that is said; where nothing but EOS is asked for, one line before a model is loaded."""
+    options = {"model": f"{with_bos}/shared", "base": "none", "layers": "1", "steps": 1}
+    without_eos = train(base, tmp_path / "out", **options)["policy/1_mlp"]["n_tokens"]
+    assert "EOS has BOS's id and is left out" in capfd.readouterr().out
+    with_eos = train(base, tmp_path / "in", keep_bos=True, **options)["policy/1_mlp"]["n_tokens"]
+    assert "EOS has BOS's id" not in capfd.readouterr().out
+    prompts, responses, _ = encode(world.tokenizer(), world.demonstrations(200), "response")
+    texts = len(hold_out([p + r for p, r in zip(prompts, responses)], 16)[1])
+    assert with_eos - without_eos == texts
+    with pytest.raises(InputError, match="--tokens last: the EOS of .* has BOS's id and is left out; name --keep_bos"):
+        train(base, tmp_path / "last", tokens="last", **options)
+    assert not (tmp_path / "last").exists()
+    assert train(base, tmp_path / "kept", tokens="last", keep_bos=True, **options)["policy/1_mlp"]["n_tokens"] == texts
+
+
 def test_on_a_reward_model(base, tmp_path):
     """One with a score head instead of an LM head has no LM losses to recover; what is trained is what feature rewards read."""
     model = AutoModelForSequenceClassification.from_pretrained(base / "policy", num_labels=1)
