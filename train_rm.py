@@ -28,6 +28,7 @@ from nanorlhf.blocks import speed_up
 from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.errors import InputError
 from nanorlhf.files import read_json
+from nanorlhf.fingerprints import changed_inputs, fingerprint_inputs
 from nanorlhf.fsdp import checkpoint_activations, gathered
 from nanorlhf.locks import unlock_afterwards
 from nanorlhf.log import PLACES, Progress, RunFolder, mean_se, settings_that_differ
@@ -328,23 +329,30 @@ def train_what_is_missing(config):
 def train_or_use(train, config):
     """train(config) a model that another run starts from, unless its folder holds a user's own run.
 
-    One that is finished is used as it is, and the settings that it does not share are printed. One
-    that is not finished is the user's to finish: it may be running, or have hours to go.
+    One that is finished is used as it is, and what is different about it is printed: settings, and
+    inputs that have changed since, such as the SFT policy below a reward model. One with other
+    settings that is not finished is the user's to finish: it may be running, or have hours to go.
     """
-    stored = os.path.join(config.output_dir, "config.json")
+    folder = config.output_dir
+    stored = os.path.join(folder, "config.json")
     changed = settings_that_differ(stored, config, PLACES) if os.path.isfile(stored) else []
-    if not changed:
+    finished = os.path.isfile(stored) and os.path.isfile(os.path.join(folder, "summary.json"))
+    if not changed and not finished:
         train(config)
         return
-    folder = config.output_dir
+
     settings = read_json(stored)
-    own = ", ".join(f"{name} {settings.get(name)}" for name in changed)
-    if not os.path.isfile(os.path.join(folder, "summary.json")):
+    own = [f"{name} {settings.get(name)}" for name in changed]
+    if not finished:
         raise InputError(
-            f"{folder} holds a run that is not finished, with settings of its own ({own}): "
+            f"{folder} holds a run that is not finished, with settings of its own ({', '.join(own)}): "
             f"finish it with its script and --resume --output_dir {folder}, or name other models"
         )
-    setup(config.device).print(f"{folder} is used as it is, with settings of its own: {own}")
+    inputs = settings.get("inputs", {})
+    for name in changed_inputs(inputs, fingerprint_inputs(settings, inputs)):
+        own.append(f"{name} has changed since")
+    note = f": {', '.join(own)}" if own else ""
+    setup(config.device).print(f"{folder} is done already and used as it is{note}")
 
 
 def report(record, label="eval"):

@@ -149,7 +149,7 @@ def main(config):
 
     # ------------------------------------------------------------------------------------------------------------------- tokens
     if config.texts != "dataset":
-        folder.create()  # the answers are kept in it: after a kill it must be known whose they are
+        folder.write_config()  # the answers are kept there: after a kill it must be known whose they are
     rows, held_out = texts(config, rows, model_config, paths, dist)
     dist.print(f"{rows.total:,} tokens of {len(rows.rows):,} texts, {held_out.total:,} of {len(held_out.rows):,} held out")
     source = from_models(rows, lms, places, dist, config.dtype)

@@ -87,16 +87,23 @@ class RunFolder:
 
         self.dist.together(look if self.dist.main else lambda: None)
 
+    def write_config(self):
+        """Make the folder, and put into it what the run is: its settings, and fingerprints of inputs."""
+        # Once more: a default model may have been trained since the first look, a hub model loaded.
+        self.check_inputs()
+        if self.dist.main:
+            os.makedirs(self.path, exist_ok=True)
+            content = {**self.config, "inputs": self.inputs}
+            write_json(os.path.join(self.path, "config.json"), content)
+
     def create(self, state=None):
         """Make the folder; in an unfinished run drop what was logged after its checkpoint, `state`.
 
         Without a checkpoint, which is None or step 0, that is everything.
         """
-        self.check_inputs()  # again: a default model may have been trained since, a hub model loaded
+        self.write_config()
         if not self.dist.main:
             return
-        os.makedirs(self.path, exist_ok=True)
-        write_json(os.path.join(self.path, "config.json"), {**self.config, "inputs": self.inputs})
         state = state or {"step": 0}
         step = state["step"]
         logs = state.get("logs", {})

@@ -562,7 +562,8 @@ def test_a_pool_of_older_noise_is_not_gone_on_with(base, tmp_path):
     (new,) = (tmp_path / "run/cache").glob("answers_*.jsonl")
     rows = read_rows(new)
     older = (4, 12, 1.0, 0, "float32")
-    name = "answers_" + files.digest(pool.fingerprint(f"{base}/sft"), [row["prompt_ids"] for row in rows], older)
+    asked = [row["prompt_ids"] for row in rows]
+    name = "answers_" + files.digest(pool.LAYOUT, pool.fingerprint(f"{base}/sft"), asked, older)
     (tmp_path / "old/cache").mkdir(parents=True)
     config = json.loads((tmp_path / "run/config.json").read_text())
     (tmp_path / "old/config.json").write_text(json.dumps(config))
