@@ -419,8 +419,19 @@ def test_a_run_of_ones_own_in_a_default_folder(tmp_path, monkeypatch, capsys):
     train_rm.train_what_is_missing(train_ppo.Config())
     said = capsys.readouterr().out.splitlines()
     assert not trained and len(said) == 2
-    assert said[0].startswith("runs/sft is used as it is") and said[0].endswith(": steps 33, lr 0.001")
-    assert said[1].startswith("runs/rm/seed_0 is used as it is") and said[1].endswith(": label_noise 0.25")
+    assert said[0].startswith("runs/sft is done already and used as it is") and said[0].endswith(": steps 33, lr 0.001")
+    assert said[1].startswith("runs/rm/seed_0 is done already and used as it is") and said[1].endswith(": label_noise 0.25")
+
+    # The reward model was trained on another SFT policy than the one that is there now.
+    shutil.rmtree("runs/rm")
+    Path("runs/sft/model").mkdir()
+    Path("runs/sft/model/config.json").write_text("{}")
+    inputs = {"runs/sft/model": {"digest": "of another policy", "size": 1, "mtime": 1}}
+    put_run("runs/rm/seed_0", True, **vars(train_rm.Config()), inputs=inputs)
+    train_rm.train_what_is_missing(train_ppo.Config())
+    said = capsys.readouterr().out.splitlines()
+    assert not trained
+    assert said[1] == "runs/rm/seed_0 is done already and used as it is: runs/sft/model has changed since"
 
     shutil.rmtree("runs/rm")
     put_run("runs/rm/seed_0", False, **vars(train_rm.Config(label_noise=0.25)))
