@@ -130,6 +130,8 @@ def test_arms_differ_in_what_controls_them_alone(study, ran):
     folder, _, _ = ran
     configs = {p.parts[-3]: json.loads(p.read_text()) for p in folder.glob("ppo/*/seed_0/config.json")}
     assert set(configs) == {"plain", "dense", *study.CONTROLLED, *study.CONTROLS}
+    for config in configs.values():
+        config.pop("inputs")  # fingerprints of what the settings name
     plain, free = configs["plain"], {"output_dir", "penalize_features", "tau", "alpha", "penalty", "clamp", "density_beta", "human_latents"}
     for arm, config in configs.items():
         differs = {name for name in plain if config[name] != plain[name]}

@@ -181,7 +181,7 @@ def test_bos_is_treated_alike_in_every_arm(base, with_bos, tmp_path, keep_bos):
     tokenizer = world.tokenizer()
     bos = tokenizer.convert_tokens_to_ids("was")
     rows = [tokenizer(row["prompt"]).input_ids for row in read_rows(with_bos / "plain.jsonl")]
-    rows = hold_out(rows, 16)[1]
+    rows = hold_out(rows, 16, tokenizer)[1]
     kept = [[keep_bos or token != bos for token in row] for row in rows]
     assert any(row[0] == bos for row in rows) and any(bos in row[1:] for row in rows)
     assert summary["n_tokens"] == sum(map(sum, kept))
@@ -212,7 +212,7 @@ def test_an_eos_with_the_id_of_bos(base, with_bos, tmp_path, capfd):
     with_eos = train(base, tmp_path / "in", keep_bos=True, **options)["policy/1_mlp"]["n_tokens"]
     assert "EOS has BOS's id" not in capfd.readouterr().out
     prompts, responses, _ = encode(world.tokenizer(), world.demonstrations(200), "response")
-    texts = len(hold_out([p + r for p, r in zip(prompts, responses)], 16)[1])
+    texts = len(hold_out([p + r for p, r in zip(prompts, responses)], 16, world.tokenizer())[1])
     assert with_eos - without_eos == texts
     with pytest.raises(InputError, match="--tokens last: the EOS of .* has BOS's id and is left out; name --keep_bos"):
         train(base, tmp_path / "last", tokens="last", **options)
