@@ -22,7 +22,11 @@ and features, which features a reward model rewards, how good reward models and 
 Each command writes summary.json and a picture into its --output_dir, and prints a table; human_latents writes one file.
 """
 
-from nanorlhf import ablation, benchmarks, causal, cli, features, human_latents, implicit_reward, judging, latents, probes
+from nanorlhf.control import causal, human_latents, latents
+from nanorlhf.evals import benchmarks, judging
+from nanorlhf.interp import ablation, features, implicit_reward
+from nanorlhf.interp import layers as probes
+from nanorlhf.runtime import cli
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),

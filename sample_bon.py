@@ -20,18 +20,21 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-import train_rm
-from nanorlhf import cli, data, diversity_report, pool
+from nanorlhf import data, pool
 from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
-from nanorlhf.distributed import setup
 from nanorlhf.ensemble import OBJECTIVES, combine
-from nanorlhf.files import write_json, write_lines
-from nanorlhf.locks import unlock_afterwards
-from nanorlhf.log import PLACES, RunFolder
+from nanorlhf.errors import at_least, one_of, require
+from nanorlhf.evals import diversity_report
 from nanorlhf.models import check_model, load_tokenizer
-from nanorlhf.plots import plot_run
 from nanorlhf.rewards import expand, reward_names
-from nanorlhf.splits import labels
+from nanorlhf.runtime import cli
+from nanorlhf.runtime.distributed import setup
+from nanorlhf.runtime.files import write_json, write_lines
+from nanorlhf.runtime.locks import unlock_afterwards
+from nanorlhf.runtime.log import PLACES, RunFolder
+from nanorlhf.runtime.plots import plot_run
+from nanorlhf.splits import labels, load_splits
+from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import bootstrap
 
 # These may change between calls on one folder: they only read the answers, and scores are cached by their reward.
@@ -75,34 +78,34 @@ class Config(diversity_report.Flags):
 
     def __post_init__(self):
         super().__post_init__()
-        cli.at_least(self, 1, "n_answers", "max_new_tokens", "batch_size", "micro_batch_size", "eval_size")
-        cli.at_least(self, 0, "seed", "max_rows", "max_prompt_length")
-        cli.require(self.temperature > 0, "--temperature must be positive")
-        cli.require(all(n >= 1 for n in self.n), "--n must be at least 1")
-        cli.require(self.pool or all(n <= self.n_answers for n in self.n), f"--n must not be above --n_answers ({self.n_answers})")
-        cli.require(self.uwo_lambda and all(0 <= x < float("inf") for x in self.uwo_lambda), "--uwo_lambda takes numbers of at least 0")
+        at_least(self, 1, "n_answers", "max_new_tokens", "batch_size", "micro_batch_size", "eval_size")
+        at_least(self, 0, "seed", "max_rows", "max_prompt_length")
+        require(self.temperature > 0, "--temperature must be positive")
+        require(all(n >= 1 for n in self.n), "--n must be at least 1")
+        require(self.pool or all(n <= self.n_answers for n in self.n), f"--n must not be above --n_answers ({self.n_answers})")
+        require(self.uwo_lambda and all(0 <= x < float("inf") for x in self.uwo_lambda), "--uwo_lambda takes numbers of at least 0")
         there = self.pool or self.from_files
-        cli.require(there or self.best_of < self.n_answers, f"--best_of must be below --n_answers ({self.n_answers})")
-        cli.require(not self.save_best or len(self.n) == 1, "--save_best takes one --n")
-        cli.one_of(self, "objective", *OBJECTIVES)
-        cli.one_of(self, "split", "test", "train", "ood", "all")
-        cli.one_of(self, "dtype", "float32", "bfloat16")
+        require(there or self.best_of < self.n_answers, f"--best_of must be below --n_answers ({self.n_answers})")
+        require(not self.save_best or len(self.n) == 1, "--save_best takes one --n")
+        one_of(self, "objective", *OBJECTIVES)
+        one_of(self, "split", "test", "train", "ood", "all")
+        one_of(self, "dtype", "float32", "bfloat16")
         labels(self.eval_splits)
         alone = self.split == "test" and not (self.pool or self.from_files)
         why = "--eval_splits takes the place of --split, and needs answers to sample: no --pool, no --from"
-        cli.require(alone or not self.eval_splits, why)
+        require(alone or not self.eval_splits, why)
         in_world, own = data.is_world(self.dataset), self.in_distribution or self.prompt_format
-        cli.require(not (in_world and own), "--in_distribution and --prompt_format are for data of one's own: name it with --dataset")
-        cli.require(self.split != "ood" or in_world or self.in_distribution,
+        require(not (in_world and own), "--in_distribution and --prompt_format are for data of one's own: name it with --dataset")
+        require(self.split != "ood" or in_world or self.in_distribution,
                     "--split ood is the embedded world's; of other data it needs --in_distribution")  # fmt: skip
         if data.is_world(self.dataset) and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
         if self.from_files:
-            cli.require(not (self.pool or self.diversity), "--from measures files alone: it takes no --pool and no --diversity")
+            require(not (self.pool or self.diversity), "--from measures files alone: it takes no --pool and no --diversity")
             self.output_dir = "runs/diversity" if self.output_dir == "runs/bon" else self.output_dir
         self.reward_model = expand(self.reward_model)
         taken = set(reward_names(self.reward_model)) & set(OBJECTIVES)
-        cli.require(not taken, f"a reward cannot be called {' or '.join(taken)}: that is an objective's name in the results")
+        require(not taken, f"a reward cannot be called {' or '.join(taken)}: that is an objective's name in the results")
 
 
 @unlock_afterwards()
@@ -114,12 +117,12 @@ def main(config):
         return diversity_report.from_files(config, dist)
     diversity_report.check_models(config)
     if len(config.eval_splits) > 1:
-        note = data.load_splits(config, "prompts")[2]  # a split that is not there is an error before anything is sampled
+        note = load_splits(config, "prompts")[2]  # a split that is not there is an error before anything is sampled
         dist.print(note)
         named = {item.partition("=")[0]: item for item in config.eval_splits}
         return {name: main(replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")) for name, item in named.items()}
     folder = RunFolder(config, dist, FREE, written_again=True)
-    train_rm.check_inputs(config, "reward_model", "gold_model", *([] if config.pool else ["model"]))
+    check_inputs(config, "reward_model", "gold_model", *([] if config.pool else ["model"]))
 
     # ------------------------------------------------------------------------------------------------------------------ answers
     if config.pool:
@@ -127,7 +130,7 @@ def main(config):
     else:
         rows, note = prompts_of(config)
         dist.print(note)
-        train_rm.train_what_is_missing(config)
+        train_what_is_missing(config, "model", "reward_model")
         tokenizer = load_tokenizer(config.model)
         limits = (check_model(config.model), config.max_new_tokens, config.max_prompt_length, config.chat_template)
         prompts = data.ready_prompts(tokenizer, rows, *limits)
@@ -139,9 +142,9 @@ def main(config):
     counts = [len(row["responses"]) for row in rows]
     N = min(counts)
     ns = sorted(set(config.n)) or [n for n in DEFAULT_NS if n <= N]
-    cli.require(ns[-1] <= N, f"--n {ns[-1]}: the prompt {rows[counts.index(N)]['prompt'][:40]!r} has only {N} answers")
+    require(ns[-1] <= N, f"--n {ns[-1]}: the prompt {rows[counts.index(N)]['prompt'][:40]!r} has only {N} answers")
     has_gold = bool(config.gold_model) or "gold_scores" in rows[0]
-    cli.require(has_gold or not config.save_pairs, "--save_pairs needs gold scores: name --gold_model")
+    require(has_gold or not config.save_pairs, "--save_pairs needs gold scores: name --gold_model")
     dist.print(f"{len(rows)} prompts, {N if N == max(counts) else f'{N} to {max(counts)}'} answers each")
 
     # ------------------------------------------------------------------------------------------------------------------- scores
@@ -201,7 +204,7 @@ def prompts_of(config):
     in_world = data.is_world(config.dataset)
     if config.eval_splits or config.split in ("train", "test") or (config.split == "ood" and not in_world):
         wanted = config.eval_splits or ["ood" if config.split == "ood" else "test"]
-        train, held_out, note = data.load_splits(replace(config, eval_splits=wanted, split="test"), "prompts")
+        train, held_out, note = load_splits(replace(config, eval_splits=wanted, split="test"), "prompts")
         return (train if config.split == "train" else held_out["eval"]), note
     splits = ("train", "test", "ood") if config.split == "all" and in_world else (config.split,)
     rows = [row for split in splits for row in data.read_rows(config.dataset, "prompts", config.columns, split, config.prompt_format)]

@@ -14,21 +14,32 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-import train_rm
-from nanorlhf import checkpoint, cli, data, feature_control, ppo
-from nanorlhf.blocks import speed_up
-from nanorlhf.distributed import autocast, peak_memory_mb, return_freed_memory, setup, sync_on
+from nanorlhf import data, ppo
+from nanorlhf.control import feature_control
 from nanorlhf.ensemble import OBJECTIVES, combine, variance
-from nanorlhf.evaluation import Parts, evaluate, forward, roll_out, sampled_outputs, score_gold
-from nanorlhf.fsdp import checkpoint_activations, gathered
-from nanorlhf.locks import unlock_afterwards
-from nanorlhf.log import Progress, RunFolder, before_and_after_table, sample_table
-from nanorlhf.lora import choose_trained, merge
+from nanorlhf.errors import at_least, divides, one_of, require
+from nanorlhf.evaluation import evaluate, forward, sampled_outputs, score_gold
+from nanorlhf.hf.blocks import speed_up
+from nanorlhf.hf.lora import choose_trained, merge
 from nanorlhf.models import check_model, load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import pack, response_mask_of
-from nanorlhf.optim import adamw, learning_rate, optimizer_step
-from nanorlhf.plots import plot_run
 from nanorlhf.rewards import expand, load_reward, load_rewards, score_all
+from nanorlhf.rollout import Parts, roll_out
+from nanorlhf.runtime import checkpoint, cli
+from nanorlhf.runtime.distributed import (
+    autocast,
+    peak_memory_mb,
+    return_freed_memory,
+    setup,
+    sync_on,
+)
+from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
+from nanorlhf.runtime.locks import unlock_afterwards
+from nanorlhf.runtime.log import Progress, RunFolder, before_and_after_table, sample_table
+from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.runtime.plots import plot_run
+from nanorlhf.splits import load_splits
+from nanorlhf.stages import check_inputs, train_what_is_missing
 
 TRY_NEXT = """Try next:
   python train_ppo.py --kl_coef 0 --output_dir runs/no_kl                          the proxy rises further; watch gold
@@ -94,20 +105,20 @@ class Config(cli.RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        cli.at_least(self, 1, "minibatch_size", "ppo_epochs", "max_new_tokens", "kl_horizon")
-        cli.at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip", "max_prompt_length", "n_samples")
-        cli.at_least(self, 0, "uwo_lambda")
-        cli.require(self.uwo_lambda < float("inf"), "--uwo_lambda must be finite")
-        cli.require(self.clip_range > 0 and self.value_clip_range > 0, "--clip_range and --value_clip_range must be positive")
-        cli.require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "--gamma and --lam must lie between 0 and 1")
-        cli.one_of(self, "objective", *OBJECTIVES)
-        cli.one_of(self, "kl_kind", "k1", "k2", "k3", "full")
-        cli.one_of(self, "kl_in", "reward", "loss")
-        cli.one_of(self, "score_scaling", "none", "running", "first")
-        cli.require((self.kl_in, self.kl_kind) != ("loss", "k1"), "--kl_in loss: k1's gradient there has mean zero; take k2 or full")
-        cli.require(self.temperature > 0, "--temperature must be positive")
-        cli.require(not self.kl_target or self.kl_coef > 0, "--kl_target adapts --kl_coef, which must start above 0")
-        cli.require(self.batch_size < 5 * self.kl_horizon, "--kl_horizon must be above a fifth of --batch_size")
+        at_least(self, 1, "minibatch_size", "ppo_epochs", "max_new_tokens", "kl_horizon")
+        at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip", "max_prompt_length", "n_samples")
+        at_least(self, 0, "uwo_lambda")
+        require(self.uwo_lambda < float("inf"), "--uwo_lambda must be finite")
+        require(self.clip_range > 0 and self.value_clip_range > 0, "--clip_range and --value_clip_range must be positive")
+        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "--gamma and --lam must lie between 0 and 1")
+        one_of(self, "objective", *OBJECTIVES)
+        one_of(self, "kl_kind", "k1", "k2", "k3", "full")
+        one_of(self, "kl_in", "reward", "loss")
+        one_of(self, "score_scaling", "none", "running", "first")
+        require((self.kl_in, self.kl_kind) != ("loss", "k1"), "--kl_in loss: k1's gradient there has mean zero; take k2 or full")
+        require(self.temperature > 0, "--temperature must be positive")
+        require(not self.kl_target or self.kl_coef > 0, "--kl_target adapts --kl_coef, which must start above 0")
+        require(self.batch_size < 5 * self.kl_horizon, "--kl_horizon must be above a fifth of --batch_size")
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)
@@ -123,15 +134,15 @@ def main(config):
         if dist.main:
             plot_run(config.score_gold)
         return summary
-    cli.divides(config, "batch_size", config.minibatch_size, "--minibatch_size")
-    cli.divides(config, "minibatch_size", dist.world, "the number of processes")
+    divides(config, "batch_size", config.minibatch_size, "--minibatch_size")
+    divides(config, "minibatch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
     if folder.state == "done":
         return folder.already_done()
-    train_rm.check_inputs(config, "model", "value_model", "reward_model", "gold_model")
+    check_inputs(config, "model", "value_model", "reward_model", "gold_model")
     control = feature_control.prepare(config)  # None without its flags
-    rows, held_out, note = data.load_splits(config, "prompts")  # held_out: {label: rows}
-    train_rm.train_what_is_missing(config)
+    rows, held_out, note = load_splits(config, "prompts")  # held_out: {label: rows}
+    train_what_is_missing(config, "model", "reward_model")
     torch.manual_seed(config.seed)
 
     # --------------------------------------------------------------------------------------------------------------------- data
@@ -141,7 +152,7 @@ def main(config):
         for part in (rows, *held_out.values())
     )
     fewest = min(map(len, held_out_prompts))
-    cli.require(fewest >= dist.world, f"{fewest} held-out prompts are fewer than the {dist.world} processes")
+    require(fewest >= dist.world, f"{fewest} held-out prompts are fewer than the {dist.world} processes")
     against = " ".join(config.reward_model)
     dist.print(f"PPO of {config.model} against {against} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
 
@@ -249,7 +260,7 @@ def main(config):
         merge(policy.lm)
     folder.save_model(save_policy, policy, tokenizer)
     picture = plot_run(config.output_dir) if dist.main else None
-    summary = folder.finish(folder.before_and_after())
+    summary = folder.finish(folder.before_and_after(held_out))
     rates = [f"rate/{i}" for i in control.named] if control else []
     further = [f"{label}/{name}" for label in held_out if label != "eval" for name in ("proxy", "gold", "length")]
     dist.print(before_and_after_table(summary, ("proxy", "controlled", "gold", "kl", "length", "distinct_2", *rates, *further)))

@@ -13,7 +13,6 @@ Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members: Cos
 """
 
 import math
-import os
 import time
 from dataclasses import dataclass, field, replace
 
@@ -21,27 +20,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import train_sft
-from nanorlhf import checkpoint, cli, data, sarm_training
-from nanorlhf.benchmark_scores import pair_wins
-from nanorlhf.blocks import speed_up
-from nanorlhf.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
-from nanorlhf.errors import InputError
-from nanorlhf.files import read_json
-from nanorlhf.fingerprints import changed_inputs, fingerprint_inputs
-from nanorlhf.fsdp import checkpoint_activations, gathered
-from nanorlhf.locks import unlock_afterwards
-from nanorlhf.log import PLACES, Progress, RunFolder, mean_se, settings_that_differ
-from nanorlhf.lora import choose_trained, merge
-from nanorlhf.models import check_model, context_length, load_reward_model, load_tokenizer, save_reward_model
-from nanorlhf.packing import micro_batches, pack
-from nanorlhf.optim import adamw, learning_rate, optimizer_step
-from nanorlhf.plots import plot_run
-from nanorlhf.rewards import Answers, check_reward, load_reward, score
-from nanorlhf.rng import LABELS, key
+from nanorlhf import data
+from nanorlhf.control import sarm_training
+from nanorlhf.control.sarm_training import scored
+from nanorlhf.errors import at_least, divides, one_of, require
+from nanorlhf.hf.blocks import speed_up
+from nanorlhf.hf.lora import choose_trained, merge
+from nanorlhf.models import (
+    check_model,
+    context_length,
+    load_reward_model,
+    load_tokenizer,
+    save_reward_model,
+)
+from nanorlhf.packing import Answers, micro_batches, pack
+from nanorlhf.rewards import check_reward, load_reward, score
+from nanorlhf.runtime import checkpoint, cli
+from nanorlhf.runtime.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.runtime.files import read_json
+from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
+from nanorlhf.runtime.locks import unlock_afterwards
+from nanorlhf.runtime.log import Progress, RunFolder
+from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.runtime.plots import plot_run
+from nanorlhf.runtime.rng import LABELS, key
 from nanorlhf.sarm import save_sarm
-from nanorlhf.sarm_training import scored
-from nanorlhf.stats import kendall_tau, varies
+from nanorlhf.splits import load_splits
+from nanorlhf.stages import train_what_is_missing
+from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
 
 
 @dataclass
@@ -71,19 +77,19 @@ class Config(cli.RunConfig):
             self.output_dir = "runs/sarm" if self.members == 1 else "runs/sarm/seed_{seed}"
         self.lr = (2e-3 if self.sarm else 5e-4) if self.lr is None else self.lr  # a head that starts at zero has further to go
         super().__post_init__()
-        cli.at_least(self, 0, "max_length", "score_l2", "noise_seed", "sarm_lambda")
-        cli.one_of(self, "sarm_mode", *sarm_training.MODES)
-        cli.require(not self.sarm or self.lr > 0, "--sarm starts from a head of zeros: with --lr 0 every score would stay 0")
-        cli.require(not self.sarm or self.distributed == "ddp", "--sarm is trained with --distributed ddp only")
-        cli.require(not (self.sarm and self.lora_rank) or self.merge, "--sarm with --lora_rank needs --merge: no adapters in its folder")
+        at_least(self, 0, "max_length", "score_l2", "noise_seed", "sarm_lambda")
+        one_of(self, "sarm_mode", *sarm_training.MODES)
+        require(not self.sarm or self.lr > 0, "--sarm starts from a head of zeros: with --lr 0 every score would stay 0")
+        require(not self.sarm or self.distributed == "ddp", "--sarm is trained with --distributed ddp only")
+        require(not (self.sarm and self.lora_rank) or self.merge, "--sarm with --lora_rank needs --merge: no adapters in its folder")
         frozen = self.sarm and self.sarm_mode == "frozen" and (self.lora_rank or self.freeze_layers)
-        cli.require(not frozen, "--sarm_mode frozen trains the head alone: it takes no --lora_rank and no --freeze_layers")
-        cli.at_least(self, 1, "members")
-        cli.require(self.members == 1 or "{seed}" in self.output_dir, "--members needs {seed} in --output_dir: each has its own folder")
-        cli.require(self.members == 1 or self.distributed == "ddp", "--members trains each on one process; for --distributed fsdp "
+        require(not frozen, "--sarm_mode frozen trains the head alone: it takes no --lora_rank and no --freeze_layers")
+        at_least(self, 1, "members")
+        require(self.members == 1 or "{seed}" in self.output_dir, "--members needs {seed} in --output_dir: each has its own folder")
+        require(self.members == 1 or self.distributed == "ddp", "--members trains each on one process; for --distributed fsdp "
                     "start train_rm.py once for each --seed")  # fmt: skip
-        cli.require(self.members > 1 or not self.independent_noise, "--independent_noise is for --members; one has its --noise_seed")
-        cli.require(0 <= self.label_noise <= 1, "--label_noise is a probability")
+        require(self.members > 1 or not self.independent_noise, "--independent_noise is for --members; one has its --noise_seed")
+        require(0 <= self.label_noise <= 1, "--label_noise is a probability")
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         if self.members == 1:
@@ -107,6 +113,7 @@ def main(config):
     # Each process locks its members' folders: one that holds another run, or is in use, is an error
     # before anything is trained.
     dist.together(lambda: [RunFolder(member, alone) for member in mine])
+    train_what_is_missing(config, "model")  # by all processes together
     for member in mine:
         print(f"\nmember {member.output_dir}", flush=True)
         train(member, alone)
@@ -119,15 +126,16 @@ def main(config):
 def train(config, dist):
     """One reward model, from its data to its folder. -> its summary"""
     # ------------------------------------------------------------------------------------------------------------------- set-up
-    cli.divides(config, "batch_size", dist.world, "the number of processes")
+    divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
     if folder.state == "done":
         return folder.already_done()
 
     # --------------------------------------------------------------------------------------------------------------------- data
-    rows, held_out, note = data.load_splits(config, "pairs")  # held_out: {label: rows}
+    rows, held_out, note = load_splits(config, "pairs")  # held_out: {label: rows}
     if config.gold_model:
         check_reward(config.gold_model)
+    train_what_is_missing(config, "model")
     flipped = np.random.default_rng([LABELS, config.noise_seed]).random(len(rows)) < config.label_noise  # training pairs only
     rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]
     sarm_config = sarm_training.check_start(config, dist) if config.sarm else None
@@ -208,7 +216,7 @@ def train(config, dist):
 
     # -------------------------------------------------------------------------------------------- standardise, evaluate, save
     _, scores = evaluate(reward_model, held_out["eval"], tokenizer, max_length, config, dist)
-    cli.require(
+    require(
         varies(scores),
         f"{config.output_dir}: all {scores.numel()} held-out texts have the score "
         f"{scores[0, 0]:.4g}, so that there is no spread to standardise by: the model has learned "
@@ -241,7 +249,7 @@ def check_texts(config, held_out, prompts, chosen, rejected_prompts, rejected, t
     what = "as token ids" if max_length is None else f"as token ids, cut to {max_length},"
     better = [prompt + response for prompt, response in zip(prompts, chosen)]
     worse = [prompt + response for prompt, response in zip(rejected_prompts, rejected)]
-    cli.require(
+    require(
         better != worse,
         f"{config.dataset}: {what} chosen and rejected of every training pair are the same",
     )
@@ -250,7 +258,7 @@ def check_texts(config, held_out, prompts, chosen, rejected_prompts, rejected, t
         encoded = data.encode(tokenizer, held_out, side, max_length, config.chat_template)
         for prompt, response in zip(*encoded[:2]):
             texts.add(tuple(prompt + response))
-    cli.require(
+    require(
         len(texts) > 1,
         f"{config.dataset}: {what} all texts of the {len(held_out)} held-out pairs are the same",
     )
@@ -299,60 +307,6 @@ def gold_scores(held_out, tokenizer, max_length, config, dist):
         answers = Answers([t["prompt"] for t in mine], [t["response"] for t in mine], batch)
         out[label] = dist.gather(score(gold, [answers], dist)).view(2, -1)
     return out
-
-
-def is_default(config, name):
-    """Whether a model is one that the scripts train themselves on the embedded world."""
-    return data.is_world(config.dataset) and not getattr(config, "pool", "") and getattr(config, name) == getattr(type(config)(), name)
-
-
-def check_inputs(config, *names):
-    """What can be wrong with the models and rewards that a config names, before any of them is loaded or trained."""
-    for name in names:
-        value = getattr(config, name)
-        for path in [value] if isinstance(value, str) else value:
-            if path and not is_default(config, name):
-                (check_model if name in ("model", "value_model") else check_reward)(path)
-
-
-def train_what_is_missing(config):
-    """The default SFT policy and reward model of train_ppo.py and sample_bon.py, by their own scripts, which know what is done.
-
-    They are trained in float32, whatever the run that needs them computes in: there is one of each.
-    """
-    if is_default(config, "model") or is_default(config, "reward_model"):  # the reward model starts from the SFT policy too
-        train_or_use(train_sft.main, train_sft.Config(device=config.device))
-    if is_default(config, "reward_model"):
-        train_or_use(main, Config(device=config.device, dataset=config.dataset))
-
-
-def train_or_use(train, config):
-    """train(config) a model that another run starts from, unless its folder holds a user's own run.
-
-    One that is finished is used as it is, and what is different about it is printed: settings, and
-    inputs that have changed since, such as the SFT policy below a reward model. One with other
-    settings that is not finished is the user's to finish: it may be running, or have hours to go.
-    """
-    folder = config.output_dir
-    stored = os.path.join(folder, "config.json")
-    changed = settings_that_differ(stored, config, PLACES) if os.path.isfile(stored) else []
-    finished = os.path.isfile(stored) and os.path.isfile(os.path.join(folder, "summary.json"))
-    if not changed and not finished:
-        train(config)
-        return
-
-    settings = read_json(stored)
-    own = [f"{name} {settings.get(name)}" for name in changed]
-    if not finished:
-        raise InputError(
-            f"{folder} holds a run that is not finished, with settings of its own ({', '.join(own)}): "
-            f"finish it with its script and --resume --output_dir {folder}, or name other models"
-        )
-    inputs = settings.get("inputs", {})
-    for name in changed_inputs(inputs, fingerprint_inputs(settings, inputs)):
-        own.append(f"{name} has changed since")
-    note = f": {', '.join(own)}" if own else ""
-    setup(config.device).print(f"{folder} is done already and used as it is{note}")
 
 
 def report(record, label="eval"):

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=4 train_sae.py                                 the same global batch, and the same result, on four processes
 
 Writes <output_dir>/<policy or base>/<layer>_<site>/, in the layout of SAELens, and what each of them is worth on held-out texts.
-Maths: nanorlhf/sae.py; activations: nanorlhf/activation_store.py. Method: Marks et al. 2023 (2310.08164), Gao et al. 2024 (2406.04093).
+Maths: nanorlhf/sae.py; activations: nanorlhf/interp/activation_store.py. Method: Marks et al. 2023 (2310.08164), Gao et al. 2024 (2406.04093).
 
     B tokens of a step over all processes, D width, M latents
 """
@@ -19,24 +19,49 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import train_ppo
-import train_rm
-from nanorlhf import checkpoint, cli, data, distributed
-from nanorlhf.activation_store import Stream, Tokens, from_disk, from_models, hold_out, passes, rollout_rows, sentence_ends, token_rows
-from nanorlhf.activations import SITES, module_at, place_name, replaced
-from nanorlhf.blocks import blocks, speed_up
+from nanorlhf import data
 from nanorlhf.divergence import layer_divergence, select_layers
-from nanorlhf.distributed import autocast, peak_memory_mb, setup
-from nanorlhf.errors import InputError
-from nanorlhf.feature_rewards import is_reward_model
-from nanorlhf.locks import unlock_afterwards
-from nanorlhf.log import PLACES, Progress, RunFolder
-from nanorlhf.models import check_model, context_length, load_policy, load_reward_model, load_tokenizer
-from nanorlhf.optim import learning_rate
+from nanorlhf.errors import InputError, at_least, divides, one_of, require
+from nanorlhf.hf.activations import SITES, module_at, place_name, replaced
+from nanorlhf.hf.blocks import blocks, speed_up
+from nanorlhf.interp.activation_store import (
+    Stream,
+    Tokens,
+    from_disk,
+    from_models,
+    hold_out,
+    passes,
+    sentence_ends,
+    token_rows,
+)
+from nanorlhf.interp.sae_files import save_sae
+from nanorlhf.models import (
+    check_model,
+    context_length,
+    fingerprint,
+    is_reward_model,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+)
 from nanorlhf.packing import micro_batches
-from nanorlhf.pool import fingerprint
-from nanorlhf.sae import NORMALIZE, SparseAutoencoder, TopKSAE, adam, gradients, measures, tally, update
-from nanorlhf.sae_files import save_sae
+from nanorlhf.pool import sample
+from nanorlhf.runtime import checkpoint, cli, distributed
+from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup
+from nanorlhf.runtime.locks import unlock_afterwards
+from nanorlhf.runtime.log import PLACES, Progress, RunFolder
+from nanorlhf.runtime.optim import learning_rate
+from nanorlhf.sae import (
+    NORMALIZE,
+    SparseAutoencoder,
+    TopKSAE,
+    adam,
+    gradients,
+    measures,
+    tally,
+    update,
+)
+from nanorlhf.stages import train_what_is_missing
 
 FIT_TOKENS = 2**14  # for the mean and the scale
 EDGES = [-6 + 0.5 * i for i in range(13)]  # of the histogram of log10 density: half decades up to 1
@@ -90,26 +115,26 @@ class Config:
     resume: bool = field(default=False, metadata={"help": "continue the run in output_dir with its own settings"})
 
     def __post_init__(self):
-        cli.at_least(self, 1, "steps", "batch_size", "k", "eval_size", "n_answers", "max_new_tokens")
-        cli.at_least(self, 1, "checkpoint_every", "keep_checkpoints")
-        cli.at_least(self, 0, "l1", "lr", "dead_after", "max_rows", "max_length", "seed", "buffer_tokens")
-        cli.one_of(self, "site", *SITES)
-        cli.one_of(self, "sae", "topk", "vanilla", "tied")
-        cli.one_of(self, "normalize", *NORMALIZE)
-        cli.one_of(self, "bias", "mean", "median")
-        cli.one_of(self, "texts", "dataset", "rollouts", "both")
-        cli.one_of(self, "kind", *data.FIELDS)
-        cli.one_of(self, "tokens", "all", "sentence_ends", "last")
-        cli.one_of(self, "schedule", "constant", "linear", "cosine")
-        cli.one_of(self, "dtype", "float32", "bfloat16", "auto")
+        at_least(self, 1, "steps", "batch_size", "k", "eval_size", "n_answers", "max_new_tokens")
+        at_least(self, 1, "checkpoint_every", "keep_checkpoints")
+        at_least(self, 0, "l1", "lr", "dead_after", "max_rows", "max_length", "seed", "buffer_tokens")
+        one_of(self, "site", *SITES)
+        one_of(self, "sae", "topk", "vanilla", "tied")
+        one_of(self, "normalize", *NORMALIZE)
+        one_of(self, "bias", "mean", "median")
+        one_of(self, "texts", "dataset", "rollouts", "both")
+        one_of(self, "kind", *data.FIELDS)
+        one_of(self, "tokens", "all", "sentence_ends", "last")
+        one_of(self, "schedule", "constant", "linear", "cosine")
+        one_of(self, "dtype", "float32", "bfloat16", "auto")
         if self.dtype == "auto":
             self.dtype = distributed.fast_dtype(self.device)
-        cli.require(self.expansion > 0 and self.temperature > 0, "--expansion and --temperature must be positive")
-        cli.require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
+        require(self.expansion > 0 and self.temperature > 0, "--expansion and --temperature must be positive")
+        require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
         if not self.base:
             self.base = "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"
         hint = f"--layers {self.layers} compares --model with a --base: name one (such as runs/sft), or layers such as 1,3"
-        cli.require(self.base != "none" or ":" not in self.layers, hint)
+        require(self.base != "none" or ":" not in self.layers, hint)
 
     def dead_tokens(self):
         """How many tokens without firing make a latent dead: Gao et al.'s 10M, or less in a small run."""
@@ -124,15 +149,13 @@ class Config:
 def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device)
-    cli.divides(config, "batch_size", dist.world, "the number of processes")
+    divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist, free=(*PLACES, "cache"))
     if folder.state == "done":
         return folder.already_done()
     paths = {"policy": config.model} | ({"base": config.base} if config.base != "none" else {})
     rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
-    if train_rm.is_default(config, "model"):
-        # It trains what it needs itself.
-        train_rm.train_or_use(train_ppo.main, train_ppo.Config(device=config.device))
+    train_what_is_missing(config, "model")
     model_config = [check_model(path) for path in paths.values()][0]
     check_last_tokens(config)
 
@@ -240,7 +263,7 @@ def texts(config, rows, model_config, paths, dist):
     tokenizer = load_tokenizer(config.model, needs_eos=config.kind != "prompts" or config.texts != "dataset")
     for path in paths.values():
         same = load_tokenizer(path, needs_eos=False).get_vocab() == tokenizer.get_vocab()
-        cli.require(same, f"{config.model} and {path} have different tokenizers")
+        require(same, f"{config.model} and {path} have different tokenizers")
     out = []
     if config.texts != "rollouts":
         out, cut = token_rows(tokenizer, rows, config.max_length or context_length(model_config), config.chat_template)
@@ -251,7 +274,7 @@ def texts(config, rows, model_config, paths, dist):
         prompts = data.ready_prompts(tokenizer, prompts, model_config, config.max_new_tokens, 0, config.chat_template)
         out = out + rollout_rows(replace(config, batch_size=256), tokenizer, prompts, dist)  # 256 answers at a time
     parts = hold_out(out, config.eval_size, tokenizer)
-    cli.require(all(parts), f"{config.dataset}: {len(out)} texts are too few to hold any out")
+    require(all(parts), f"{config.dataset}: {len(out)} texts are too few to hold any out")
     ends = {"all": None, "sentence_ends": sentence_ends(tokenizer), "last": []}[config.tokens]
     skip_bos = None if config.keep_bos else tokenizer.bos_token_id
     if skip_bos is not None and skip_bos == tokenizer.eos_token_id:
@@ -263,7 +286,7 @@ def new_sae(config, width):
     """An autoencoder as the flags want it, before it has seen anything."""
     m = max(1, round(config.expansion * width))
     if config.sae == "topk":
-        cli.require(config.k <= m, f"--k {config.k} is more than the {m} latents")
+        require(config.k <= m, f"--k {config.k} is more than the {m} latents")
         return TopKSAE(width, m, config.k, config.normalize, config.relu, config.seed)
     return SparseAutoencoder(width, m, config.sae == "tied", config.normalize, config.seed)
 
@@ -352,3 +375,9 @@ def report(summary):
 
 if __name__ == "__main__":
     cli.run(Config, main)
+
+
+def rollout_rows(config, tokenizer, prompts, dist):
+    """Prompts (token lists) -> token rows of config.n_answers answers to each, by the policy config.model; cached by pool.sample()."""
+    answers = sample(config, tokenizer, prompts, dist)
+    return [row["prompt_ids"] + response for row in answers for response in row["response_ids"]]

@@ -18,21 +18,31 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM
 
-from nanorlhf import checkpoint, cli, data, world
-from nanorlhf.blocks import sampling, speed_up
-from nanorlhf.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf import data, world
 from nanorlhf.dpo import ROUNDING, dpo_loss, pair_points
-from nanorlhf.fsdp import checkpoint_activations, gathered
-from nanorlhf.locks import unlock_afterwards
-from nanorlhf.log import Progress, RunFolder, mean_se, sample_table
-from nanorlhf.lora import choose_trained, merge
-from nanorlhf.models import Policy, check_model, context_length, load_policy, load_tokenizer, save_policy
+from nanorlhf.errors import at_least, divides, one_of, require
+from nanorlhf.hf.blocks import sampling, speed_up
+from nanorlhf.hf.lora import choose_trained, merge
+from nanorlhf.models import (
+    Policy,
+    check_model,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    save_policy,
+)
 from nanorlhf.packing import micro_batches, pack, response_mask_of
-from nanorlhf.optim import adamw, learning_rate, optimizer_step
-from nanorlhf.plots import plot_run
-from nanorlhf.rng import key
 from nanorlhf.rollout import generate, left_pad
-from nanorlhf.stats import ratio
+from nanorlhf.runtime import checkpoint, cli
+from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
+from nanorlhf.runtime.locks import unlock_afterwards
+from nanorlhf.runtime.log import Progress, RunFolder, sample_table
+from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.runtime.plots import plot_run
+from nanorlhf.runtime.rng import key
+from nanorlhf.splits import load_splits
+from nanorlhf.stats import mean_se, ratio
 
 # Of each loss: the kind of its data, the answers in a row of it, and defaults for the embedded world.
 KIND = {"sft": "sft", "dpo": "pairs"}
@@ -54,29 +64,29 @@ class Config(cli.RunConfig):
 
     def __post_init__(self):
         self.output_dir = self.output_dir or f"runs/{self.loss}"
-        cli.one_of(self, "loss", *KIND)
+        one_of(self, "loss", *KIND)
         self.steps = STEPS[self.loss] if self.steps is None else self.steps
         self.lr = LR[self.loss] if self.lr is None else self.lr
         super().__post_init__()
-        cli.at_least(self, 0, "max_length", "n_samples")
-        cli.at_least(self, 1, "max_new_tokens")
-        cli.require(0 < self.dpo_beta < float("inf"), "--dpo_beta must be positive")
-        cli.require(self.loss == "sft" or self.model != "world", "--loss dpo needs a trained --model, such as runs/sft")
-        cli.require(self.model != "world" or not self.lora_rank, "--lora_rank needs a trained --model, not one that starts at random")
+        at_least(self, 0, "max_length", "n_samples")
+        at_least(self, 1, "max_new_tokens")
+        require(0 < self.dpo_beta < float("inf"), "--dpo_beta must be positive")
+        require(self.loss == "sft" or self.model != "world", "--loss dpo needs a trained --model, such as runs/sft")
+        require(self.model != "world" or not self.lora_rank, "--lora_rank needs a trained --model, not one that starts at random")
 
 
 @unlock_afterwards()
 def main(config):
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device, config.distributed)
-    cli.divides(config, "batch_size", dist.world, "the number of processes")
+    divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
     if folder.state == "done":
         return folder.already_done()
     torch.manual_seed(config.seed)
 
     # --------------------------------------------------------------------------------------------------------------------- data
-    rows, held_out, note = data.load_splits(config, KIND[config.loss])  # held_out: {label: rows}
+    rows, held_out, note = load_splits(config, KIND[config.loss])  # held_out: {label: rows}
     model_config = world.model_config() if config.model == "world" else check_model(config.model)
     tokenizer = world.tokenizer() if config.model == "world" else load_tokenizer(config.model)
     max_length = config.max_length or context_length(model_config)

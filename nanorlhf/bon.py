@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanorlhf.stats import bootstrap, t_quantile
+from .stats import bootstrap, t_quantile
 
 DEFAULT_NS = tuple(2**i for i in range(13)) + (6144, 8192, 12500)  # 1, 2, 4, ..., 4096, then up to Coste et al.'s largest
 

@@ -4,52 +4,29 @@ Kinds of rows: sft {prompt, response}; pairs {prompt, chosen, rejected}; prompts
 reason; what is skipped or cut is counted and reported.
 """
 
-import gzip
-import json
 import os
-from types import SimpleNamespace
+from string import Formatter
 
 import numpy as np
 import torch
 
-from . import splits, world
-from .cli import require
-from .errors import InputError
+from . import world
+from .errors import InputError, require
 from .models import context_length
-from .rng import MINIBATCH, ORDER, SPLIT
+from .runtime.files import read_file
+from .runtime.rng import MINIBATCH, ORDER, SPLIT
 
 TURN = "\n\nAssistant:"
 FIELDS = {"sft": ("prompt", "response"), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
 WORLD_SIZES = {"sft": 16_000, "pairs": 800}  # rows of the embedded world's training data
 
+# --prompt_format: the prompt's text, and the column that holds the response.
+TLDR = "SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
+CNN_DM = "ARTICLE: {article}\nTL;DR:"
+FORMATS = {"": ("{prompt}", "response"), "tldr": (TLDR, "summary"), "cnn_dm": (CNN_DM, "highlights")}
+
 
 # ------------------------------------------------------------------------------------------------------------------------- reading
-
-
-def read_file(path):
-    """.jsonl or .json (a list), either also as .gz -> [(place, row)], place being 'file:line' or 'file[index]'."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-            text = f.read()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({e})") from None
-    require(text.strip(), f"{path}: the file is empty")
-    if path.removesuffix(".gz").endswith(".json"):
-        whole = parse_json(text, path)
-        require(isinstance(whole, list), f"{path}: a .json file must hold one list of rows (one row a line is .jsonl)")
-        return [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
-    lines = enumerate(text.split("\n"), 1)  # not splitlines(): strings may hold Unicode line separators
-    return [(f"{path}:{number}", parse_json(line, path, number)) for number, line in lines if line.strip()]
-
-
-def parse_json(text, path, line=None):
-    """json.loads, with the file and the line in its error."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}:{line or e.lineno}: not JSON ({e.msg})") from None
 
 
 def read_any(spec):
@@ -81,10 +58,10 @@ def read_rows(spec, kind, columns=(), split="train", prompt_format=""):
 
     spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a .json/.jsonl[.gz]/.parquet file, or a data set.
     columns: FIELD=COLUMN renamings; pairs of whole dialogues need no prompt (split_dialogues). split ('train', 'test', 'ood') is for
-    the embedded world only. prompt_format: one of splits.FORMATS, whose columns then take the place of prompt and response.
+    the embedded world only. prompt_format: one of FORMATS, whose columns then take the place of prompt and response.
     """
     if not is_world(spec):
-        return read_parts(spec, kind, columns, prompt_format, "")[0]
+        return read_parts(spec, kind, columns, prompt_format)[0]
     seed = spec.partition(":")[2] or "0"
     require(seed.isdigit(), f"--dataset {spec}: the world's seed must be a whole number")
     if kind == "prompts":
@@ -95,24 +72,57 @@ def read_rows(spec, kind, columns=(), split="train", prompt_format=""):
     return world.demonstrations(512, seed=1, split=split) if split == "ood" else world.demonstrations(WORLD_SIZES[kind])
 
 
-def read_parts(spec, kind, columns, prompt_format, in_distribution):
-    """A file or data set -> its rows in distribution, the others. splits.predicate sees the data's own columns beside the fields."""
-    names, inside, parts = dict(c.split("=", 1) for c in columns), splits.predicate(in_distribution), ([], [])
-    fields = splits.columns_of(prompt_format, FIELDS[kind])
+def read_parts(spec, kind, columns, prompt_format, in_distribution=None):
+    """A file or data set -> its rows in distribution, the others, each with the fields of their kind.
+
+    in_distribution(place, row) -> bool sees the data's own columns beside the fields; by default
+    all rows are in distribution. InputError: a bad row, with its place.
+    """
+    names = dict(c.split("=", 1) for c in columns)
+    fields = columns_of(prompt_format, FIELDS[kind])
     unknown = set(names) - set(fields)
     require(not unknown, f"--columns names {', '.join(sorted(unknown))}; the fields here are {', '.join(fields)}")
+    kept, left_out = [], []
     for place, row in read_any(spec):
         require(isinstance(row, dict), f"{place}: a row must be an object with {', '.join(fields)}")
         if kind == "pairs" and not prompt_format and names.get("prompt", "prompt") not in row:
             row = split_dialogues(row, names.get("chosen", "chosen"), names.get("rejected", "rejected"))
-        for field in fields:
-            column = names.get(field, field)
-            hint = "" if field in names else f" (name another with --columns {field}=COLUMN)"
-            require(column in row, f"{place}: no field {column!r}{hint}")
-            require(isinstance(row[column], str), f"{place}: field {column!r} must be a string, not {type(row[column]).__name__}")
-        new = splits.written(prompt_format, FIELDS[kind], {field: row[names.get(field, field)] for field in fields})
-        parts[not inside(place, {**new, **row})].append(new)
-    return parts
+        texts = checked_texts(place, row, fields, names)
+        new = written(prompt_format, FIELDS[kind], texts)
+        if in_distribution is None or in_distribution(place, {**new, **row}):
+            kept.append(new)
+        else:
+            left_out.append(new)
+    return kept, left_out
+
+
+def checked_texts(place, row, fields, names):
+    """The texts of a row: {field: text}. names: {field: column} where the data's names differ."""
+    texts = {}
+    for field in fields:
+        column = names.get(field, field)
+        hint = "" if field in names else f" (name another with --columns {field}=COLUMN)"
+        require(column in row, f"{place}: no field {column!r}{hint}")
+        found = type(row[column]).__name__
+        require(isinstance(row[column], str), f"{place}: field {column!r} must be a string, not {found}")
+        texts[field] = row[column]
+    return texts
+
+
+def columns_of(prompt_format, fields):
+    """The columns that rows of a format need for `fields`: tldr, (prompt, response) -> [subreddit, title, post, summary]."""
+    require(prompt_format in FORMATS, f"--prompt_format must be one of {', '.join(filter(None, FORMATS))}, not {prompt_format!r}")
+    template, response = FORMATS[prompt_format]
+    return [name for _, name, *_ in Formatter().parse(template) if name] + [response if f == "response" else f for f in fields[1:]]
+
+
+def written(prompt_format, fields, texts):
+    """The texts of columns_of(), by column -> a row of `fields`. An answer to a format's prompt is a space and the text, stripped."""
+    if not prompt_format:
+        return texts
+    template, response = FORMATS[prompt_format]
+    answers = {f: " " + texts[response if f == "response" else f].strip() for f in fields[1:]}
+    return {"prompt": template.format(**texts), **answers}
 
 
 def split_dialogues(row, chosen, rejected):
@@ -131,119 +141,9 @@ def is_world(spec):
     return spec == "world" or spec.startswith("world:")
 
 
-def load(config, kind):
-    """load_splits() for one split: training rows, held-out rows, a sentence on them."""
-    rows, held_out, note = load_splits(config, kind)
-    return rows, held_out["eval"], note
-
-
-def load_splits(config, kind):
-    """-> training rows, {label: held-out rows} (splits.labels), a sentence on them. No split depends on --seed.
-
-    Without --eval_dataset rows are held out by prompt, compared up to white space: none is on both
-    sides. 'ood' holds what is not --in_distribution, of --eval_dataset or else of --dataset, there
-    without prompts that are trained on; or it is the embedded world's own. The sentence also counts
-    the held-out prompts of other files that are trained on.
-    """
-    lacking = {"in_distribution": "", "prompt_format": "", "eval_splits": [], "max_rows": 0}  # in probes
-    config = SimpleNamespace(**lacking | vars(config))
-    wanted, source, where = splits.labels(config.eval_splits or ["test"]), config.eval_dataset or config.dataset, config.in_distribution
-    for flag in ("in_distribution", "prompt_format"):
-        clash = getattr(config, flag) and (is_world(config.dataset) or is_world(source))
-        require(not clash, f"--{flag} is for data of one's own: the embedded world has its texts and its split ood already")
-    require("ood" not in wanted.values() or where or is_world(source), "--eval_splits ood needs --in_distribution, which says what is in")
-
-    def read(spec, split="train"):
-        """A source -> its rows in and out of distribution; of the embedded world those of a split, and none."""
-        if is_world(spec):
-            return read_rows(spec, kind, split=split), []
-        inside, outside = read_parts(spec, kind, config.columns, config.prompt_format, where)
-        require(inside, f"{spec}: no row is in distribution (--in_distribution {where})")
-        return inside, outside
-
-    rows, outside = read(config.dataset)
-    note = f", {len(outside)} out of distribution left out" if where else ""
-    if config.eval_dataset or (is_world(config.dataset) and kind != "sft"):
-        require(not is_world(source) or kind != "sft", "--eval_dataset world: its demonstrations are all for training; leave it out")
-        test, outside = read(source, "test")
-        test = draw(test, config.eval_size)
-    else:
-        rows, test = hold_out_prompts(rows, config.eval_size, config.dataset)
-        trained = distinct_prompts(rows)
-        unseen = [row for row in outside if canonical(row["prompt"]) not in trained]
-        seen = len(outside) - len(unseen)
-        outside = unseen
-        note += f" ({seen} of them with prompts that are trained on, so they are not in ood either)" if seen else ""
-    parts = {"": subset(rows, config.max_rows)}
-    for label, spec in wanted.items():
-        if spec == "test":
-            parts[label] = test
-        elif spec == "ood":
-            parts[label] = draw(read_rows(source, kind, split="ood") if is_world(source) else outside, config.eval_size)
-            require(parts[label], f"{source}: no held-out row is out of distribution (--in_distribution {where})")
-        else:
-            parts[label] = draw(read_named(spec, kind, config), config.eval_size)
-    if kind == "pairs":
-        n = sum(map(len, parts.values()))
-        parts = {label: [r for r in part if r["chosen"] != r["rejected"]] for label, part in parts.items()}
-        skipped = n - sum(map(len, parts.values()))
-        note += f", {skipped} with chosen == rejected skipped" if skipped else ""
-        require(all(parts.values()), f"{config.dataset}: no pair is left in which chosen and rejected differ")
-    rows = parts.pop("")
-    where_from = {label: "held out" if spec == "test" else f"in {spec if label == 'eval' else label}" for label, spec in wanted.items()}
-    sizes = ", ".join(f"{len(part)} {where_from[label]}" for label, part in parts.items())
-    for label, part in parts.items():
-        note += note_overlap(part, rows, where_from[label])
-    return rows, parts, f"{len(rows)} {kind} rows, {sizes}{note}"
-
-
 def canonical(text: str) -> str:
     """The form in which prompts are compared: those that differ by white space alone are one."""
     return " ".join(text.split())
-
-
-def distinct_prompts(rows: list[dict]) -> set[str]:
-    """The different prompts of rows, in their canonical form."""
-    return {canonical(row["prompt"]) for row in rows}
-
-
-def hold_out_prompts(rows: list[dict], n: int, name: str) -> tuple[list[dict], list[dict]]:
-    """Rows -> rows to train on, and at most n held-out rows. No prompt is on both sides.
-
-    At most a fifth of the prompts is held out. InputError: too few prompts in the data set `name`.
-    """
-    prompts = list(dict.fromkeys(canonical(row["prompt"]) for row in rows))  # in their order
-    aside = set(draw(prompts, min(n, len(prompts) // 5)))
-    enough = 0 < len(aside) < len(prompts)
-    require(enough, f"{name}: {len(prompts)} different prompts are too few to hold any out")
-    train, held_out = [], []
-    for row in rows:
-        if canonical(row["prompt"]) in aside:
-            held_out.append(row)
-        else:
-            train.append(row)
-    return train, held_out[:n]
-
-
-def note_overlap(held_out: list[dict], rows: list[dict], where: str) -> str:
-    """How many held-out prompts are trained on too, for the sentence on the data; '' for none.
-
-    where: 'held out', or 'in NAME' for a split of that name.
-    """
-    prompts = distinct_prompts(held_out)
-    shared = prompts & distinct_prompts(rows)
-    if not shared:
-        return ""
-    what = "held-out prompts" if where == "held out" else f"prompts {where}"
-    return f", {len(shared)} of {len(prompts)} {what} are trained on too"
-
-
-def read_named(spec, kind, config):
-    """The [FORMAT:]FILE of an --eval_splits NAME=[FORMAT:]FILE -> its rows. Without a format it is read as --dataset is."""
-    prompt_format, _, path = spec.partition(":")
-    if path and prompt_format in splits.FORMATS:
-        return read_parts(path, kind, (), prompt_format, "")[0]
-    return read_parts(spec, kind, config.columns, config.prompt_format, "")[0]
 
 
 def draw(rows, n):

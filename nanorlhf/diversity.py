@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanorlhf.stats import bootstrap, t_quantile
+from .stats import bootstrap, t_quantile
 
 ORDERS = 5  # n-grams of n = 1 .. 5
 

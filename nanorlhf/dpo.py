@@ -9,7 +9,6 @@ Read backwards, every policy has an *implicit reward*, and the Bradley-Terry los
 import torch
 import torch.nn.functional as F
 
-
 # Relative error of a response's log-prob, by the type of the matrix products: the same weights give
 # log-probs that differ by a part of that where rows are padded or batched in another way (measured
 # on a CPU: 1e-7 and 2e-5 at the most).

@@ -39,3 +39,21 @@ def first_line(error):
     except Exception:  # a class of the user's, whose __str__ is wrong
         lines = []
     return lines[0] if lines else type(error).__name__
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
+def at_least(config, low, *names):
+    for name in names:
+        require(getattr(config, name) >= low, f"--{name} must be at least {low}, not {getattr(config, name)}")
+
+
+def one_of(config, name, *choices):
+    require(getattr(config, name) in choices, f"--{name} must be one of {', '.join(map(str, choices))}, not {getattr(config, name)!r}")
+
+
+def divides(config, name, divisor, what):
+    require(getattr(config, name) % divisor == 0, f"--{name} {getattr(config, name)} is not a multiple of {what} ({divisor})")

@@ -5,77 +5,25 @@
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from . import ppo
-from .blocks import sampling
-from .cli import require
 from .data import is_world
-from .distributed import Dist, autocast
 from .diversity import distinct_n, distinct_n_se
 from .ensemble import combine, variance
-from .files import read_json, read_lines, write_json, write_lines
-from .fsdp import gathered
-from .locks import lock_folder
-from .log import eval_folder, mean_se
-from .models import Policy, load_tokenizer
-from .packing import pack, response_mask_of
-from .rewards import Answers, check_reward, load_reward, score
-from .rng import ROLLOUT
-from .rollout import generate, left_pad
+from .errors import require
+from .models import load_tokenizer
+from .packing import Answers, pack, response_mask_of
+from .rewards import check_reward, load_reward, score
+from .rollout import roll_out
+from .runtime.distributed import Dist, autocast
+from .runtime.files import read_json, read_lines, write_json, write_lines
+from .runtime.fsdp import gathered
+from .runtime.locks import lock_folder
+from .runtime.log import eval_folder
 from .splits import labels
-
-
-@dataclass
-class Parts:
-    """What the functions of a PPO run share."""
-
-    config: object  # train_ppo.Config
-    dist: Dist
-    tokenizer: PreTrainedTokenizerBase
-    policy: Policy
-    model: torch.nn.Module  # the policy, in DDP or in shards (FSDP) where there are several processes
-    reference: Policy
-    rewards: dict  # {name: Answers -> scores [B]}
-    gold: Callable | None
-    control: object = None  # feature_control.Control: the reward is then controlled by features
-
-
-def roll_out(parts, prompts, place, step, stream=ROLLOUT):
-    """One response to each prompt; `place` keys the noise by the prompt's place in the global batch. -> Rollout, Answers
-
-    Step 0 of the stream ROLLOUT is the evaluations'. A pool has a stream of its own (rng.py).
-    """
-    config, dist, tokenizer = parts.config, parts.dist, parts.tokenizer
-    ids, mask = left_pad(prompts, tokenizer.pad_token_id)
-    with autocast(dist, config.dtype), sampling(parts.policy.lm):
-        rollout = generate(
-            parts.policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, temperature=config.temperature,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, seed=config.seed, step=step, index=place,
-            stream=stream,
-        )  # fmt: skip
-    responses = [ids[mask] for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu())]
-    texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, responses))
-    return rollout, Answers(*texts, through_frozen_blocks(parts, rollout.packed()))
-
-
-def through_frozen_blocks(parts, batch):
-    """The batch with what the policy's frozen blocks make of it, run once for the reference and all epochs: batch.trunk [b, T, D]."""
-    policy, config = parts.policy, parts.config
-    if not policy.frozen or not policy.frozen.n:
-        return batch
-    for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
-        part = batch.rows(rows)
-        with autocast(parts.dist, config.dtype):
-            hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
-        if batch.trunk is None:
-            batch.trunk = hidden.new_zeros(*batch.ids.shape, hidden.shape[-1])
-        batch.trunk[rows, : hidden.shape[1]] = hidden
-    return batch
+from .stats import mean_se
 
 
 @torch.no_grad()

@@ -15,16 +15,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as hf_logging
 
-from . import ppo
-from .adapters import is_adapter, load_merged, read_config, save_model
-from .blocks import FrozenTrunk
+from . import ppo, world
 from .errors import InputError, first_line
-from .lora import LoRA, adapters_off
+from .hf.adapters import is_adapter, load_merged, read_config, save_model
+from .hf.blocks import FrozenTrunk
+from .hf.lora import LoRA, adapters_off
+from .hf.weights import check_config, has_weights, weight_names
 from .packing import unflatten
-from .weights import check_config, has_weights, weight_names
+from .runtime.files import digest, digest_file
+from .runtime.fingerprints import digest_path
 
 hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
 hf_logging.disable_progress_bar()
@@ -342,3 +350,29 @@ def save_reward_model(reward_model, tokenizer, path):
     reward_model.model.config.pad_token_id = tokenizer.pad_token_id
     save_model(reward_model.model, path)
     tokenizer.save_pretrained(path)
+
+
+# --------------------------------------------------------------------------------------------------------- what a name stands for
+
+
+def is_reward_model(spec):
+    """Whether a folder or hub name holds a classifier with one label, or an adapter of one. InputError: there is no model at all."""
+    config, path = check_model(spec), resolve(spec)
+    return read_config(path).get("task_type") == "SEQ_CLS" if is_adapter(path) else config.num_labels == 1
+
+
+def fingerprint(spec):
+    """What a model's or a reward's name stands for at this moment: a digest of its files, of a hub model its commit.
+
+    Pitfall: of FILE.py:FUNCTION it is that file alone, not what it imports.
+    """
+    if spec == "world:gold":
+        return digest(spec, digest_file(world.__file__))
+    if ".py:" in spec:
+        return digest(spec.rpartition(":")[2], digest_file(spec.rpartition(":")[0]))
+    path = resolve(spec)
+    if is_adapter(path):
+        return digest(digest_path(path), fingerprint(read_config(path)["base_model_name_or_path"]))
+    if os.path.exists(path):
+        return digest_path(path)
+    return digest(path, getattr(check_model(path), "_commit_hash", None))

@@ -9,7 +9,7 @@ A causal model never looks to the right, so real tokens do not see the padding, 
     hidden at             *    *    *                             and is scored by the hidden state one column to its left
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -80,3 +80,16 @@ def response_mask_of(batch, width=None):
     """[B, R] from the lengths of packed rows; R is the longest response or `width`."""
     width = int(batch.response_lengths.max()) if width is None else width
     return torch.arange(width, device=batch.ids.device) < batch.response_lengths[:, None]
+
+
+@dataclass
+class Answers:
+    """Finished answers, as text and as the sampled ids; `batch` is None where there is only text."""
+
+    prompts: list[str]
+    responses: list[str]
+    batch: Packed | None
+    micro_batches: dict = field(default_factory=dict, repr=False)  # tokenized once for all members of an ensemble
+
+    def __len__(self):
+        return len(self.prompts)

@@ -13,18 +13,15 @@ import os
 
 import torch
 
-from . import world
-from .adapters import is_adapter, read_config
-from .cli import require
-from .data import read_file, read_hub
-from .evaluation import Parts, roll_out
-from .files import digest, digest_file, drop_cut_line, read_checked_lines
-from .fingerprints import digest_path
-from .log import Progress
-from .models import check_model, load_policy, resolve
-from .packing import pack
-from .rewards import Answers, load_reward, reward_names
-from .rng import POOL
+from .data import read_hub
+from .errors import require
+from .models import fingerprint, load_policy
+from .packing import Answers, pack
+from .rewards import load_reward, reward_names
+from .rollout import Parts, roll_out
+from .runtime.files import digest, drop_cut_line, read_checked_lines, read_file
+from .runtime.log import Progress
+from .runtime.rng import POOL
 
 CHUNK = 4096  # answers that are scored before their scores are written
 LAYOUT = "lines with their index"  # goes into the files' names: older files, without, are not read
@@ -33,21 +30,6 @@ LAYOUT = "lines with their index"  # goes into the files' names: older files, wi
 # ------------------------------------------------------------------------------------------------------------------------ the cache
 
 
-def fingerprint(spec):
-    """What a model's or a reward's name stands for at this moment: a digest of its files, of a hub model its commit.
-
-    Pitfall: of FILE.py:FUNCTION it is that file alone, not what it imports.
-    """
-    if spec == "world:gold":
-        return digest(spec, digest_file(world.__file__))
-    if ".py:" in spec:
-        return digest(spec.rpartition(":")[2], digest_file(spec.rpartition(":")[0]))
-    path = resolve(spec)
-    if is_adapter(path):
-        return digest(digest_path(path), fingerprint(read_config(path)["base_model_name_or_path"]))
-    if os.path.exists(path):
-        return digest_path(path)
-    return digest(path, getattr(check_model(path), "_commit_hash", None))
 
 
 class Lines:

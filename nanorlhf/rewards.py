@@ -10,39 +10,22 @@ load_reward() turns it into a function Answers -> scores [B]. Several rewards si
 [K, B] (load_rewards, score_all); ensemble.py makes one of them.
 """
 
-import functools
-import importlib.util
 import math
 import os
 import re
-from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from . import world
-from .cli import require
 from .data import encode_prompts, encode_responses
-from .distributed import autocast
-from .errors import InputError, user_code
-from .fsdp import gathered
+from .errors import InputError, require, user_code
 from .models import RewardModel, check_model, context_length, load_tokenizer, pretrained, resolve
-from .packing import Packed, pack
-from .sarm import SARM, is_sarm
-from .sarm_files import check_sarm
-
-
-@dataclass
-class Answers:
-    """Finished answers, as text and as the sampled ids; `batch` is None where there is only text."""
-
-    prompts: list[str]
-    responses: list[str]
-    batch: Packed | None
-    micro_batches: dict = field(default_factory=dict, repr=False)  # tokenized once for all members of an ensemble
-
-    def __len__(self):
-        return len(self.prompts)
+from .packing import pack
+from .runtime.distributed import autocast
+from .runtime.files import python_function
+from .runtime.fsdp import gathered
+from .sarm import SARM, check_sarm, is_sarm
 
 
 def score_all(rewards, answers, dist=None):
@@ -145,26 +128,8 @@ def text_reward(name, function):
     return reward
 
 
-def python_function(spec):
-    """path.py:function -> the function; a file is imported once, and again when it has changed."""
-    path, _, name = spec.rpartition(":")
-    require(os.path.isfile(path), f"{path}: no such file")
-    module = import_file(os.path.abspath(path), os.path.getmtime(path))
-    # A module may have a __getattr__ of its own.
-    with user_code(f"{path}: looking for {name!r} raised"):
-        function = getattr(module, name, None)
-    require(callable(function), f"{path}: it defines no function {name!r}")
-    return function
 
 
-@functools.cache
-def import_file(path, changed):
-    """The module that a .py file holds; `changed` is part of the cache's key."""
-    module_spec = importlib.util.spec_from_file_location("reward_function", path)
-    module = importlib.util.module_from_spec(module_spec)
-    with user_code(f"{path}: cannot be imported:"):
-        module_spec.loader.exec_module(module)
-    return module
 
 
 def read_lexicon(path):

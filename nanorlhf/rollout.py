@@ -11,17 +11,22 @@ The loops that write a response token by token, one for CPUs and one for GPUs, a
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from .decode import decode, decode_static, decoding
-from .errors import first_line
-from .models import scalar
-from .packing import Packed
+from .data import ready_prompts
+from .errors import InputError, first_line
+from .hf.blocks import sampling
+from .hf.decode import decode, decode_static, decoding
+from .models import Policy, scalar
+from .packing import Answers, Packed
 from .ppo import entropy
-from .rng import ROLLOUT
+from .runtime.distributed import Dist, autocast
+from .runtime.rng import ROLLOUT
 
 
 @dataclass
@@ -155,3 +160,77 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
         out["values"] * response_mask if model.value_head is not None and model.value_trunk is None else None,
         finished,
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ the rollouts of a run
+
+
+@dataclass
+class Parts:
+    """What the functions of a PPO run share."""
+
+    config: object  # train_ppo.Config
+    dist: Dist
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    model: torch.nn.Module  # the policy, in DDP or in shards (FSDP) where there are several processes
+    reference: Policy
+    rewards: dict  # {name: Answers -> scores [B]}
+    gold: Callable | None
+    control: object = None  # feature_control.Control: the reward is then controlled by features
+
+
+def roll_out(parts, prompts, place, step, stream=ROLLOUT):
+    """One response to each prompt; `place` keys the noise by the prompt's place in the global batch. -> Rollout, Answers
+
+    Step 0 of the stream ROLLOUT is the evaluations'. A pool has a stream of its own (rng.py).
+    """
+    config, dist, tokenizer = parts.config, parts.dist, parts.tokenizer
+    ids, mask = left_pad(prompts, tokenizer.pad_token_id)
+    with autocast(dist, config.dtype), sampling(parts.policy.lm):
+        rollout = generate(
+            parts.policy, ids.to(dist.device), mask.to(dist.device), config.max_new_tokens, temperature=config.temperature,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, seed=config.seed, step=step, index=place,
+            stream=stream,
+        )  # fmt: skip
+    responses = [ids[mask] for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu())]
+    texts = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, responses))
+    return rollout, Answers(*texts, through_frozen_blocks(parts, rollout.packed()))
+
+
+def through_frozen_blocks(parts, batch):
+    """The batch with what the policy's frozen blocks make of it, run once for the reference and all epochs: batch.trunk [b, T, D]."""
+    policy, config = parts.policy, parts.config
+    if not policy.frozen or not policy.frozen.n:
+        return batch
+    for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
+        part = batch.rows(rows)
+        with autocast(parts.dist, config.dtype):
+            hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
+        if batch.trunk is None:
+            batch.trunk = hidden.new_zeros(*batch.ids.shape, hidden.shape[-1])
+        batch.trunk[rows, : hidden.shape[1]] = hidden
+    return batch
+
+
+# --------------------------------------------------------------------------------------------------- questions to a language model
+
+
+def ask_locally(policy, tokenizer, questions, max_tokens, batch_size=1):
+    """Questions to a Policy, through its chat template if it has one; it takes the likeliest token each time. -> (i, answer),
+    as they come, with an InputError in the place of an answer to a question that is too long."""
+    ready, device = [], next(policy.parameters()).device
+    for i, question in enumerate(questions):
+        chat = bool(tokenizer.chat_template)
+        try:
+            ready += [(i, *ready_prompts(tokenizer, [{"prompt": question}], policy.lm.config, max_tokens, chat=chat))]
+        except InputError as e:  # longer than the model's context
+            yield i, e
+    ready.sort(key=lambda item: len(item[1]))  # little padding
+    for first in range(0, len(ready), batch_size):
+        part = ready[first : first + batch_size]
+        ids, mask = left_pad([prompt for _, prompt in part], tokenizer.pad_token_id)
+        rollout = generate(policy, ids.to(device), mask.to(device), max_tokens, temperature=1e-4, eos_token_id=tokenizer.eos_token_id,
+                           pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        for (i, _), response, kept in zip(part, rollout.response_ids, rollout.response_mask):
+            yield i, tokenizer.decode(response[kept], skip_special_tokens=True)

@@ -6,28 +6,35 @@
 
 z is the latents of a *text*: those at its pooled token (the last real one, EOS included), and of no other. Reward, readings, edits and
 penalties all speak of these. No [B, T, M] is ever built, and of [B, M] only the encoder's pre-activations, of a few hundred rows at a
-time. Folders have the layout of the public checkpoints (sarm_files.py), so those load here, without any code of theirs.
+time. Folders have the layout of the public checkpoints, so those load here, without any code of theirs:
+
+    model.* (Llama's; another LM: its own prefix)   the embeddings, the first L blocks, and the final norm, which is never applied
+    sae.pre_bias [D]   sae.latent_bias [M]   sae.encoder.weight [M, D]   sae.decoder.weight [D, M]   score.weight [1, M]
+
+    sarm_param: sae_source_layer: L (older: sae_hidden_state_source_layer; default: half of num_hidden_layers), sae_latent_size: M, sae_k,
+    sae_use_sequence_level, sarm_use_activation (older: sarm_use_topk)
 """
 
 import contextlib
+import copy
 import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
 
-from .activations import captured, replaced
-from .adapters import is_adapter
-from .blocks import block_list
-from .errors import InputError
+from .errors import InputError, first_line
+from .hf.activations import captured
+from .hf.adapters import is_adapter
+from .hf.blocks import block_list
+from .hf.weights import WEIGHTS, weight_files
 from .models import check_model, pretrained, resolve
 from .penalties import edit_latents
-from .sarm_files import check_sarm, check_tensors, new_sae, shortened
-from .weights import WEIGHTS
+from .sae import TopKSAE
 
 
 class Reading(NamedTuple):
@@ -174,61 +181,7 @@ def cut(trunk, L):
     return norm_name, norm
 
 
-# ------------------------------------------------------------------------------------------------------- another reward model's latents
-
-
-class WithSAE(nn.Module):
-    """A models.RewardModel and an autoencoder on what it puts out at `place` (layer, site): the same readings as a SARM's.
-
-    An edit works on the activation x at the pooled token, in a second forward, and the layers above see it:
-
-        x' = x + s sum_i (edit(z_i) - z_i) d_i          s: from standardised to the model's units
-
-    At that token only, so that there is one z of a text, the one that is reported, penalised and edited. Pitfall: at other tokens the
-    feature is still there, and attention above may read it.
-    """
-
-    def __init__(self, reward_model, sae, place):
-        super().__init__()
-        self.reward_model, self.sae, self.place = reward_model, sae, place
-        self.config = reward_model.model.config
-
-    def forward(self, batch):
-        return self.reward_model(batch)
-
-    def encode(self, x):
-        """x [B, D] -> z [B, M]"""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.sae.encode(x.float())
-
-    @torch.no_grad()
-    def read(self, batch, features=None, edits=None):
-        """As SARM.read; edited = scores exactly where no latent changes."""
-        features, edits = checked(features, edits, self.sae.m)
-        at = torch.arange(len(batch), device=batch.ids.device), batch.lengths - 1
-        lm, chosen = self.reward_model.model, list(edits)
-        with captured(lm, [self.place]) as kept:
-            scores = self.reward_model(batch)
-        x = kept[self.place][at].to(self.sae.mean.dtype)  # [B, D]
-        z = self.encode(x)
-        edited = scores
-        if edits:
-            _, scale = self.sae.moments(x)
-            change = edit_latents(z[:, chosen], list(edits.values())) - z[:, chosen]  # [B, E]
-            steps = change @ self.sae.W_dec[chosen] * (1.0 if self.sae.normalize == "none" else scale)  # [B, D]
-
-            def moved(output):
-                new = output.clone()
-                new[at] += steps.to(output.dtype)
-                return new
-
-            rows = (change != 0).any(1).nonzero()[:, 0]  # the others need no second forward
-            if len(rows):
-                part, steps, edited = batch.rows(rows), steps[rows], scores.clone()
-                at = torch.arange(len(rows), device=rows.device), part.lengths - 1
-                with replaced(lm, self.place, moved):
-                    edited[rows] = self.reward_model(part)
-        return Reading(scores, z if features is None else z[:, features], edited)
+# --------------------------------------------------------------------------------------------------------------------------- edits
 
 
 @contextlib.contextmanager
@@ -257,3 +210,73 @@ def checked(features, edits, m):
 def dense(values, ids, m):
     """values, ids [B, k] -> [B, M]"""
     return values.new_zeros(len(values), m).scatter(1, ids, values)
+
+
+# ------------------------------------------------------------------------------------------------- the folder, before it is loaded
+
+OLD_KEYS = {"sae_source_layer": "sae_hidden_state_source_layer", "sarm_use_activation": "sarm_use_topk"}
+
+
+def check_sarm(path):
+    """The config of a SARM, its sarm_param complete and in the newer names, before anything is loaded; else an InputError."""
+    config = check_model(path)
+    given = getattr(config, "sarm_param", None)
+    if not isinstance(given, dict):
+        raise InputError(f"{path}: no SARM (config.json has no dictionary sarm_param)")
+    given = {new: given[old] for new, old in OLD_KEYS.items() if old in given} | given
+    param = {"sae_source_layer": config.num_hidden_layers // 2, "sae_use_sequence_level": True, "sarm_use_activation": True} | given
+    config.sarm_param = {name: value for name, value in param.items() if name not in OLD_KEYS.values()}
+    m = param.get("sae_latent_size")
+    highest = {"sae_source_layer": config.num_hidden_layers, "sae_latent_size": float("inf"), "sae_k": m}
+    for name, high in highest.items():
+        value = param.get(name)
+        if type(value) is not int or not 1 <= value <= high:
+            upper = f" to {high}" if high < float("inf") else ""
+            raise InputError(f"{path}: sarm_param's {name} must be a whole number from 1{upper}, not {value}")
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # code is neither run nor saved
+    return config
+
+
+def shortened(config):
+    """The config of an LM that ends after block L."""
+    L, n, config = config.sarm_param["sae_source_layer"], config.num_hidden_layers, copy.deepcopy(config)
+    config.num_hidden_layers = L
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == n and "layer" in name:  # Gemma's layer_types and the like
+            setattr(config, name, value[:L])
+    return config
+
+
+def new_sae(config):
+    """The autoencoder that a SARM's config names."""
+    param = config.sarm_param
+    return TopKSAE(config.get_text_config().hidden_size, param["sae_latent_size"], param["sae_k"], normalize="token", relu=False)
+
+
+def check_tensors(path, config):
+    """{tensor: its file} of a SARM's folder or hub name; names and shapes are looked at before anything is loaded."""
+    L, m = config.sarm_param["sae_source_layer"], config.sarm_param["sae_latent_size"]
+    d = config.get_text_config().hidden_size
+    with torch.device("meta"):
+        trunk = AutoModel.from_config(shortened(config), trust_remote_code=False)
+    expected = {f"{trunk.base_model_prefix}.{name}": list(p.shape) for name, p in trunk.state_dict().items()}
+    expected |= {"sae.pre_bias": [d], "sae.latent_bias": [m], "sae.encoder.weight": [m, d], "sae.decoder.weight": [d, m]}
+    expected["score.weight"] = [1, m]
+    found = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, "pt") as f:
+                shapes = {name: list(f.get_slice(name).get_shape()) for name in f.keys()}
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{file}: cannot be read ({first_line(e)})") from None
+        for name, shape in shapes.items():
+            if name not in expected:
+                raise InputError(f"{file}: {name} is not a tensor of a SARM on {type(trunk).__name__} with L = {L}")
+            if shape != expected[name]:
+                raise InputError(f"{file}: {name} is {shape}, and by config.json it should be {expected[name]}")
+            found[name] = file
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise InputError(f"{path}: the tensor {missing[0]} is missing")
+    return found

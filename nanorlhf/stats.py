@@ -87,6 +87,18 @@ def mean_over_groups(values, groups=None, resamples=1000, seed=0):
     return values.mean(0), (draws[:, :-1] / draws[:, -1:]).view(-1, *values.shape[1:])
 
 
+def mean_se(values):
+    """Mean and its standard error (ddof 1) of a tensor: {'mean', 'se', 'n'}."""
+    values = values.double()
+    se = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
+    return {"mean": values.mean().item(), "se": se, "n": len(values)}
+
+
+def pair_wins(chosen, rejected):
+    """1 where the chosen answer scores higher, 1/2 for a tie, else 0: float64, of the scores' shape."""
+    return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+
+
 def win_points(a, b):
     """Scores [N] of A's and B's answers -> what A gets: 1 where its own is better, 1/2 for a tie, 0 where B's is. float64 [N]
 

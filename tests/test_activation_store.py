@@ -1,4 +1,4 @@
-"""nanorlhf.activation_store: what is in a batch, against the models run on one text at a time.
+"""nanorlhf.interp.activation_store: what is in a batch, against the models run on one text at a time.
 
     N texts, E tokens that count, B tokens of a batch, S batches of a buffer, W processes, D hidden
 """
@@ -13,11 +13,21 @@ import torch
 from test_activations import L, tiny
 from test_models import word_tokenizer
 
-from nanorlhf import activation_store, data, world
-from nanorlhf.activation_store import Stream, Tokens, from_disk, from_models, hold_out, passes, rollout_rows, token_rows
-from nanorlhf.distributed import Dist
+from nanorlhf import data, world
 from nanorlhf.errors import InputError
+from nanorlhf.interp import activation_store
+from nanorlhf.interp.activation_store import (
+    Stream,
+    Tokens,
+    from_disk,
+    from_models,
+    hold_out,
+    passes,
+    token_rows,
+)
 from nanorlhf.models import Policy, save_policy
+from nanorlhf.runtime.distributed import Dist
+from train_sae import rollout_rows
 
 CPU = torch.device("cpu")
 ONE = Dist(0, 1, CPU)

@@ -1,4 +1,4 @@
-"""nanorlhf.activations on tiny random models of every supported family, against the arithmetic of their residual streams.
+"""nanorlhf.hf.activations on tiny random models of every supported family, against the arithmetic of their residual streams.
 
     B sequences, T tokens, D hidden, L blocks
 """
@@ -9,14 +9,35 @@ import shutil
 import pytest
 import torch
 from test_models import word_tokenizer
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BloomConfig, FalconConfig, Gemma2Config,
-                          Gemma3TextConfig, GemmaConfig, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen2Config,
-                          Qwen3Config)  # fmt: skip
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,  # fmt: skip
+)
 
-from nanorlhf.activations import SITES, activations, captured, module_at, place_name, replaced, running_ids
-from nanorlhf.blocks import blocks, freeze, speed_up
 from nanorlhf.errors import InputError
-from nanorlhf.lora import add_lora, adapters
+from nanorlhf.hf.activations import (
+    SITES,
+    activations,
+    captured,
+    module_at,
+    place_name,
+    replaced,
+    running_ids,
+)
+from nanorlhf.hf.blocks import blocks, freeze, speed_up
+from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import Policy, load_policy, reference_of, save_policy
 from nanorlhf.packing import pack
 from nanorlhf.rollout import generate, left_pad

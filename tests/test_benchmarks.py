@@ -15,13 +15,26 @@ from test_scripts import join, one_thread, ranks  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 import train_rm
-from nanorlhf import data, world
-from nanorlhf.benchmark_files import read_pairs
-from nanorlhf.benchmark_scores import hard_normal_easy, mean_of_groups, pair_wins, shared_credit, style_wins, ties_score, ties_terms
-from nanorlhf.benchmarks import scores_of
-from nanorlhf.distributed import Dist, setup, shutdown
-from nanorlhf.models import Policy, load_reward_model, load_tokenizer, save_policy, save_reward_model
-from nanorlhf.stats import bootstrap
+from nanorlhf import splits, world
+from nanorlhf.evals.benchmark_files import read_pairs
+from nanorlhf.evals.benchmark_scores import (
+    hard_normal_easy,
+    mean_of_groups,
+    shared_credit,
+    style_wins,
+    ties_score,
+    ties_terms,
+)
+from nanorlhf.evals.benchmarks import scores_of
+from nanorlhf.models import (
+    Policy,
+    load_reward_model,
+    load_tokenizer,
+    save_policy,
+    save_reward_model,
+)
+from nanorlhf.runtime.distributed import Dist, setup, shutdown
+from nanorlhf.stats import bootstrap, pair_wins
 
 REWARD = """
 def last(prompts, responses):
@@ -305,7 +318,7 @@ def test_a_reward_model_as_train_rm_measures_it(folder):
     torch.nn.init.normal_(model.model.score.weight, generator=torch.Generator().manual_seed(2))
     save_reward_model(model, world.tokenizer(), str(folder / "rm"))
     settings = train_rm.Config(model=str(folder / "lm"), eval_size=100, max_length=24, output_dir=str(folder / "unused"))
-    held_out = data.load(settings, "pairs")[1]
+    held_out = splits.load(settings, "pairs")[1]
     expected, _ = train_rm.evaluate(model.eval(), held_out, load_tokenizer(str(folder / "lm")), 24, settings, Dist(0, 1, torch.device("cpu")))
     run("evaluate", "--reward_model", folder / "rm", "world:gold", "--eval_size", 100, "--max_length", 24, "--output_dir", folder / "out_rm")
     with open(folder / "out_rm" / "summary.json") as f:

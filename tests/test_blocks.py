@@ -1,4 +1,4 @@
-"""nanorlhf.blocks: finding and freezing blocks, and frozen blocks that run once against the whole model run every time.
+"""nanorlhf.hf.blocks: finding and freezing blocks, and frozen blocks that run once against the whole model run every time.
 
     B sequences, R response tokens, T tokens of a packed row, D hidden, L blocks
 """
@@ -9,15 +9,22 @@ import shutil
 import pytest
 import torch
 from test_models import ARCHITECTURES, BATCH, MASK, B, R, tiny_lm, tiny_policy, word_tokenizer
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+)
 
-from nanorlhf.blocks import FrozenTrunk, blocks, freeze, sampling, speed_up, trainable
-from nanorlhf.cli import RunConfig
-from nanorlhf.distributed import fast_dtype
 from nanorlhf.errors import InputError
+from nanorlhf.hf.blocks import FrozenTrunk, blocks, freeze, sampling, speed_up, trainable
 from nanorlhf.models import Policy, context_length, load_reward_model, reference_of, save_policy
 from nanorlhf.rollout import generate, left_pad
-
+from nanorlhf.runtime.cli import RunConfig
+from nanorlhf.runtime.distributed import fast_dtype
 
 EMBEDDINGS = {"neox": ("gpt_neox.embed_in.",), "llama": ("model.embed_tokens.",), "gpt2": ("transformer.wte.", "transformer.wpe.")}
 BLOCK = {"neox": "gpt_neox.layers.{}.", "llama": "model.layers.{}.", "gpt2": "transformer.h.{}."}

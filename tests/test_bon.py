@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf.bon import DEFAULT_NS, bon_curve, bon_estimate, bon_kl, bon_weights, fit_bon, fit_curve, fit_rl, rl_curve
+from nanorlhf.bon import (
+    DEFAULT_NS,
+    bon_curve,
+    bon_estimate,
+    bon_kl,
+    bon_weights,
+    fit_bon,
+    fit_curve,
+    fit_rl,
+    rl_curve,
+)
 
 
 def enumerate_subsets(proxy, values, n):

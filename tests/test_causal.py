@@ -12,8 +12,8 @@ from test_latents import M, flags, held_out, material, mean, summary, widest, wr
 from test_probe import refused, run
 
 from nanorlhf import world
-from nanorlhf.causal import on_pairs, on_pool, parse_edits
-from nanorlhf.latent_texts import groups_of
+from nanorlhf.control.causal import on_pairs, on_pool, parse_edits
+from nanorlhf.control.latent_texts import groups_of
 
 FUNCTIONS = {"set": lambda z, v: v, "min": max, "max": min, "*": lambda z, v: z * v, "+": lambda z, v: z + v}
 

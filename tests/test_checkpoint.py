@@ -1,4 +1,4 @@
-"""nanorlhf.checkpoint, optim and the run folders of log.py: exact resume, atomic writes, the learning rate by hand."""
+"""nanorlhf.runtime.checkpoint, optim and the run folders of log.py: exact resume, atomic writes, the learning rate by hand."""
 
 import json
 import math
@@ -8,19 +8,25 @@ import shutil
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import nanorlhf.runtime.checkpoint
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import nanorlhf.checkpoint
-from nanorlhf.checkpoint import checkpoints, load, save
-from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
-from nanorlhf.files import read_json, recover_folder, replace_folder, write_json, write_lines
-from nanorlhf.locks import unlock_afterwards
-from nanorlhf.log import RunFolder
-from nanorlhf.optim import adamw, learning_rate, optimizer_step
+from nanorlhf.runtime.checkpoint import checkpoints, load, save
+from nanorlhf.runtime.distributed import Dist
+from nanorlhf.runtime.files import (
+    read_json,
+    recover_folder,
+    replace_folder,
+    write_json,
+    write_lines,
+)
+from nanorlhf.runtime.locks import unlock_afterwards
+from nanorlhf.runtime.log import RunFolder
+from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 
@@ -103,7 +109,7 @@ def test_a_save_that_was_killed_leaves_the_last_one(tmp_path, monkeypatch):
     saved = [p.detach().clone() for p in module.parameters()]
     train(module, optimizer, [1])
     with monkeypatch.context() as m:
-        m.setattr(nanorlhf.checkpoint, "write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(nanorlhf.runtime.checkpoint, "write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             save(str(tmp_path), 2, module, optimizer, {"x": 2}, keep=1)
     left = tmp_path / "checkpoint" / ".tmp_step_2"

@@ -7,13 +7,22 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from test_models import EOS, word_tokenizer
 
 import nanorlhf.data
 from nanorlhf import world
-from nanorlhf.data import (batch_indices, cut_left, encode, encode_prompts, encode_responses, fit, load, load_splits, read_rows,
-                           ready_prompts)  # fmt: skip
+from nanorlhf.data import (
+    batch_indices,
+    cut_left,
+    encode,
+    encode_prompts,
+    encode_responses,
+    fit,
+    read_rows,
+    ready_prompts,
+)
 from nanorlhf.errors import InputError
-from test_models import EOS, word_tokenizer
+from nanorlhf.splits import load, load_splits
 
 ROWS = [{"prompt": f"w{i % 7 + 3} w4", "response": f"w{i + 3}", "extra": i} for i in range(20)]
 PLAIN = [{"prompt": r["prompt"], "response": r["response"]} for r in ROWS]

@@ -13,10 +13,18 @@ import torch
 from test_activations import FAMILIES, tiny
 from torch import nn
 
-from nanorlhf.blocks import blocks
-from nanorlhf.divergence import (activation_divergence, assignment, divergence_sums, from_sums, layer_divergence, mmcs,
-                                 parameter_divergence, select_layers)  # fmt: skip
-from nanorlhf.lora import add_lora
+from nanorlhf.divergence import (
+    activation_divergence,
+    assignment,
+    divergence_sums,
+    from_sums,
+    layer_divergence,
+    mmcs,
+    parameter_divergence,
+    select_layers,
+)
+from nanorlhf.hf.blocks import blocks
+from nanorlhf.hf.lora import add_lora
 
 
 def distance(x, y):

@@ -12,9 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf.diversity import (distinct_n, distinct_n_se, ead, embedding_diversity, jackknife_se, ngram_diversity, nli_diversity,
-                                nli_scores, pairwise_diversity, partners, sentences, simulated_best_of_n, spread_across_inputs,
-                                spread_over_inputs)  # fmt: skip
+from nanorlhf.diversity import (
+    distinct_n,
+    distinct_n_se,
+    ead,
+    embedding_diversity,
+    jackknife_se,
+    ngram_diversity,
+    nli_diversity,
+    nli_scores,
+    pairwise_diversity,
+    partners,
+    sentences,
+    simulated_best_of_n,
+    spread_across_inputs,
+    spread_over_inputs,
+)
 
 TEXTS = ["a b a b", "a b c", "", "d", "c d e a b"]
 

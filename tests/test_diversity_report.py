@@ -1,4 +1,4 @@
-"""nanorlhf.diversity_report, and --diversity and --from of sample_bon.py: figures against loops over sets, what is compared, errors.
+"""nanorlhf.evals.diversity_report, and --diversity and --from of sample_bon.py: figures against loops over sets, what is compared, errors.
 
     P prompts, K outputs to each, D hidden
 """
@@ -11,17 +11,26 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
-import sample_bon
-from nanorlhf import cli, diversity_report, world
-from nanorlhf.diversity import distinct_n, ead, pairwise_diversity
-from nanorlhf.diversity_report import best_of, compare, equal_sets, grouped, measure, read_outputs
-from nanorlhf.encoders import nli_scorer, sentence_encoder
-from nanorlhf.errors import InputError
 from test_encoders import TEXTS, folders  # noqa: F401
 from test_models import word_tokenizer
 from test_scripts import read_rows, write_rows
+from transformers import AutoModelForCausalLM
+
+import sample_bon
+from nanorlhf import world
+from nanorlhf.diversity import distinct_n, ead, pairwise_diversity
+from nanorlhf.errors import InputError
+from nanorlhf.evals import diversity_report
+from nanorlhf.evals.diversity_report import (
+    best_of,
+    compare,
+    equal_sets,
+    grouped,
+    measure,
+    read_outputs,
+)
+from nanorlhf.evals.encoders import nli_scorer, sentence_encoder
+from nanorlhf.runtime import cli
 
 
 def some_texts(P, K, seed=0, words="abcdefgh", longest=9):
@@ -248,7 +257,7 @@ def run(*args):
 
 def test_from_files(tmp_path, monkeypatch, capsys, folders):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample_bon.train_rm, "train_what_is_missing", lambda config: pytest.fail("nothing is trained"))
+    monkeypatch.setattr(sample_bon, "train_what_is_missing", lambda *args: pytest.fail("nothing is trained"))
     rng = random.Random(0)
     a, b = ([[rng.choice(TEXTS) for _ in range(4)] for _ in range(4)] for _ in range(2))
     write_rows(tmp_path / "a.jsonl", rows_of(a, scores=[{"x": list(range(4))}] * 4))

@@ -8,15 +8,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_scripts import (  # noqa: F401
-    assert_bit_equal, assert_close_runs, drive, join, metrics, no_pictures, one_thread, ranks, weights, write_rows,
+    assert_bit_equal,
+    assert_close_runs,
+    drive,
+    join,
+    metrics,
+    no_pictures,
+    one_thread,
+    ranks,
+    weights,
+    write_rows,
 )  # fmt: skip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sft
-from nanorlhf import data, log, world
+from nanorlhf import splits, world
 from nanorlhf.dpo import dpo_loss, pair_points
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
+from nanorlhf.runtime import log
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +120,7 @@ def test_the_run_by_plain_transformers(base, whole):
     assert abs(rows[0]["margin"]) < 1e-4 and abs(rows[2]["margin"]) > 1e-3 and "eval/loss" in rows[1]
     policy, reference = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (whole / "model", base / "model"))
     tokenizer = AutoTokenizer.from_pretrained(base / "model")
-    _, held_out, _ = data.load(train_sft.Config(output_dir="x", **settings(base)), "pairs")
+    _, held_out, _ = splits.load(train_sft.Config(output_dir="x", **settings(base)), "pairs")
     rewards = [[0.1 * (logprob(policy, tokenizer, row["prompt"], row[side]) - logprob(reference, tokenizer, row["prompt"], row[side]))
                 for row in held_out] for side in ("chosen", "rejected")]  # fmt: skip
     margins, n = [c - r for c, r in zip(*rewards)], len(held_out)

@@ -1,4 +1,4 @@
-"""nanorlhf.encoders against Hugging Face's own forward of one text at a time, with tiny random models.
+"""nanorlhf.evals.encoders against Hugging Face's own forward of one text at a time, with tiny random models.
 
     N texts or pairs, T tokens, D hidden
 """
@@ -10,13 +10,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification,
-                          BertModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, RobertaConfig,
-                          RobertaForSequenceClassification)  # fmt: skip
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,  # fmt: skip
+)
 
-from nanorlhf import encoders
-from nanorlhf.encoders import check_nli, nli_scorer, sentence_encoder
 from nanorlhf.errors import InputError
+from nanorlhf.evals import encoders
+from nanorlhf.evals.encoders import check_nli, nli_scorer, sentence_encoder
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", *"a b c d e f g h .".split()]  # RoBERTa's ids: 0, 1, 2, 3
 TEXTS = ["a b c .", "d", "a b c .", "", "e f g h a b c d e f .", "zebra a", "d"]

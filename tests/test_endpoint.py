@@ -1,4 +1,4 @@
-"""nanorlhf.endpoint against a real HTTP server on loopback, on its good and its bad days; local models against Hugging Face's."""
+"""nanorlhf.runtime.endpoint against a real HTTP server on loopback, on its good and its bad days; local models against Hugging Face's."""
 
 import http.server
 import json
@@ -14,10 +14,12 @@ import torch
 from test_models import word_tokenizer
 from transformers import AutoModelForCausalLM
 
-from nanorlhf import endpoint, world
-from nanorlhf.endpoint import Rejected, Unreachable, ask_all, ask_locally, asker
+from nanorlhf import world
 from nanorlhf.errors import InputError
 from nanorlhf.models import Policy
+from nanorlhf.rollout import ask_locally
+from nanorlhf.runtime import endpoint
+from nanorlhf.runtime.endpoint import Rejected, Unreachable, ask_all, asker
 
 
 class Endpoint:

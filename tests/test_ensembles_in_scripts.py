@@ -13,14 +13,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_scripts import (
+    KillAt,
+    Killed,
+    assert_bit_equal,
+    assert_close_runs,
+    flags,
+    hashes,
+    join,
+    metrics,
+    ranks,
+    read_rows,
+    weights,
+    write_rows,
+)  # fmt: skip
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig
 
 import train_ppo
 import train_rm
-from nanorlhf import cli, data, distributed, world
-from test_scripts import (
-    KillAt, Killed, assert_bit_equal, assert_close_runs, flags, hashes, join, metrics, ranks, read_rows, weights, write_rows,
-)  # fmt: skip
+from nanorlhf import data, world
+from nanorlhf.runtime import cli, distributed
 
 SEEDS = (0, 1, 2)
 LAMBDA = 1.5

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, cli, world
+from nanorlhf import world
 from nanorlhf.models import Policy, load_policy
-from nanorlhf.optim import adamw
+from nanorlhf.runtime import checkpoint, cli
+from nanorlhf.runtime.optim import adamw
 
 REPO = Path(__file__).parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}

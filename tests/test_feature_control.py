@@ -20,21 +20,34 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_penalties import MU, STD, log_ratio_of_gaussians, sampling_error
+from test_scripts import (
+    REPO,
+    assert_bit_equal,
+    assert_close_runs,
+    flags,
+    fork,
+    hashes,
+    join,
+    one_thread,
+    ranks,
+    read_rows,
+    write_rows,
+)  # noqa: F401  # fmt: skip
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoXConfig
 
 import probe
 import train_ppo
 import train_rm
-from nanorlhf import cli, data, distributed, feature_control, human_latents, world
+from nanorlhf import data, world
+from nanorlhf.control import feature_control, human_latents
+from nanorlhf.control.feature_rewards import WithSAE
+from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.models import load_reward_model, load_tokenizer
 from nanorlhf.packing import pack
+from nanorlhf.runtime import cli, distributed
 from nanorlhf.sae import TopKSAE
-from nanorlhf.sae_files import save_sae
-from nanorlhf.sarm import SARM, WithSAE, save_sarm
-from test_penalties import MU, STD, log_ratio_of_gaussians, sampling_error
-from test_scripts import (
-    REPO, assert_bit_equal, assert_close_runs, flags, fork, hashes, join, one_thread, ranks, read_rows, write_rows,
-)  # noqa: F401  # fmt: skip
+from nanorlhf.sarm import SARM, save_sarm
 
 M, K, D = 24, 8, 32
 

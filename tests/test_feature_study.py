@@ -14,7 +14,8 @@ import train_ppo
 import train_rm
 import train_sae
 import train_sft
-from nanorlhf import cli, world
+from nanorlhf import world
+from nanorlhf.runtime import cli
 
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
 SMALL = [

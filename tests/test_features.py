@@ -14,14 +14,15 @@ from test_endpoint import Endpoint, chat
 from test_probe import refused, run
 from transformers import AutoModelForCausalLM
 
-from nanorlhf import ablation, concepts, explainer, known_concepts, world
-from nanorlhf.activation_store import Tokens, hold_out, token_rows
-from nanorlhf.activations import captured, replaced
-from nanorlhf.features import FeaturesConfig, top_contexts, top_features
+from nanorlhf import world
+from nanorlhf.hf.activations import captured, replaced
+from nanorlhf.interp import ablation, activation_store, concepts, explainer, known_concepts
+from nanorlhf.interp.activation_store import Tokens, hold_out, token_rows
+from nanorlhf.interp.features import FeaturesConfig, top_contexts, top_features
+from nanorlhf.interp.sae_files import load_sae, save_sae
 from nanorlhf.models import Policy, load_policy, save_policy
 from nanorlhf.rollout import generate
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
-from nanorlhf.sae_files import load_sae, save_sae
 
 M, K = 64, 8
 
@@ -108,7 +109,7 @@ def test_planted_concepts_are_found_and_noise_is_not():
     tokenizer, rows = world.tokenizer(), world.demonstrations(200)
     tokens = Tokens([tokenizer(row["response"]).input_ids for row in rows])
     names, table = known_concepts.concept_table(tokenizer)
-    text_of, ids = known_concepts.where(tokens)
+    text_of, ids = activation_store.where(tokens)
     assert ids.tolist() == [i for row in tokens.rows for i in row] and "value=+0" not in names  # the same words as 'neutral'
     adjective = table[ids, names.index("adjective")]
     words = [tokenizer.decode([i]) in world.LEXICON for i in ids.tolist()]
@@ -348,7 +349,7 @@ def test_only_the_chosen_features_are_taken_away(kind, normalize):
 
 def test_random_features_are_as_frequent_and_others():
     rates = torch.logspace(-4, -0.5, 100)
-    drawn = [ablation.alike(rates, [50, 51, 90], np.random.default_rng(i)) for i in range(20)]
+    drawn = [concepts.alike(rates, [50, 51, 90], np.random.default_rng(i)) for i in range(20)]
     for ids in drawn:
         assert len(set(ids) | {50, 51, 90}) == 6
         ratios = (rates[ids] / rates[[50, 51, 90]]).log()
@@ -356,10 +357,10 @@ def test_random_features_are_as_frequent_and_others():
     assert len({tuple(ids) for ids in drawn}) > 10
     few = rates[:6]
     for rng in map(np.random.default_rng, range(20)):
-        first = ablation.alike(few, [0, 1], rng)
-        second = ablation.alike(few, [0, 1], rng, but=first)
+        first = concepts.alike(few, [0, 1], rng)
+        second = concepts.alike(few, [0, 1], rng, but=first)
         assert sorted([0, 1, *first, *second]) == [0, 1, 2, 3, 4, 5]
-        assert not set(ablation.alike(few, [0, 1], rng, but=first + second)) & {0, 1}  # none are left: any but the two
+        assert not set(concepts.alike(few, [0, 1], rng, but=first + second)) & {0, 1}  # none are left: any but the two
 
 
 def test_ablate(material, tmp_path, capsys):
@@ -451,7 +452,7 @@ def test_what_follows_a_token():
     """The next token of the text, counted or not; next to the last comes nothing."""
     bos = 1
     tokens = Tokens([[bos, 5, bos, 6], [7, bos], [8]], skip_bos=bos)
-    text_of, ids = known_concepts.where(tokens)
+    text_of, ids = activation_store.where(tokens)
     assert text_of.tolist() == [0, 0, 1, 2] and ids.tolist() == [5, 6, 7, 8]
     following, goes_on = known_concepts.next_ids(tokens)
     assert goes_on.tolist() == [True, False, True, False]
@@ -461,7 +462,7 @@ def test_what_follows_a_token():
 def test_contexts_around_a_bos():
     """Values stand at the tokens they are of, also behind a BOS in the middle of a text."""
     tokens = Tokens([[1, 5, 1, 6], [7, 1, 8]], skip_bos=1)  # 5, 6, 7, 8 count
-    text_of, _ = known_concepts.where(tokens)
+    text_of, _ = activation_store.where(tokens)
     config = FeaturesConfig(sae=["."], contexts=2)
     at, value = torch.tensor([1, 3]), torch.tensor([2.0, 4.0])  # the feature fires on 6 and 8
     contexts = top_contexts(config, tokens, text_of, at, value, 4.0, str)
@@ -475,7 +476,7 @@ def test_concept_features(material):
     seen = Tokens([tokenizer(row["response"]).input_ids for row in world.demonstrations(50)])
     names, table = known_concepts.concept_table(tokenizer)
     concept = table[:, names.index("positive")]
-    text_of, ids = known_concepts.where(seen)
+    text_of, ids = activation_store.where(seen)
     f = torch.rand(seen.total, M, generator=torch.Generator().manual_seed(0))
     f[:, 9] = concept[ids].float()
     f[:, 8] = torch.cat([concept[ids][1:] & (text_of[1:] == text_of[:-1]), torch.tensor([False])]).float()

@@ -16,12 +16,12 @@ import train_ppo
 import train_rm
 import train_sae
 import train_sft
-from nanorlhf import cli, fingerprints
-from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
-from nanorlhf.fingerprints import DATA, FEATURES, MODELS, fingerprint_path, input_paths
-from nanorlhf.locks import unlock_afterwards
-from nanorlhf.log import RunFolder
+from nanorlhf.runtime import cli, fingerprints
+from nanorlhf.runtime.distributed import Dist
+from nanorlhf.runtime.fingerprints import DATA, FEATURES, MODELS, fingerprint_path, input_paths
+from nanorlhf.runtime.locks import unlock_afterwards
+from nanorlhf.runtime.log import RunFolder
 
 REPO = Path(__file__).parents[1]
 ALONE = Dist(0, 1, torch.device("cpu"))
@@ -216,7 +216,7 @@ def test_a_hub_model_of_another_commit_is_refused(tmp_path):
     """The hub's copy on this machine, as its library lays it out, without a network; the cache's place is fixed at import."""
     script = """
 import sys
-from nanorlhf.log import RunFolder
+from nanorlhf.runtime.log import RunFolder
 sys.path.insert(0, sys.argv[1])
 from test_fingerprints import ALONE, Config, InputError
 try:
@@ -263,8 +263,9 @@ def launch(folder, *args, **env):
 
 
 def test_a_killed_ppo_run_does_not_go_on_with_another_reward(tmp_path):
-    from nanorlhf import world
     from transformers import AutoModelForCausalLM
+
+    from nanorlhf import world
 
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(world.model_config()).save_pretrained(tmp_path / "policy")

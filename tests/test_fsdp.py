@@ -16,20 +16,33 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_scripts import (  # noqa: F401
-    assert_bit_equal, assert_close_runs, base, drive, join, metrics, no_pictures, one_thread, rank_settings, ranks, rollouts, small, train,
+    assert_bit_equal,
+    assert_close_runs,
+    base,
+    drive,
+    join,
+    metrics,
+    no_pictures,
+    one_thread,
+    rank_settings,
+    ranks,
+    rollouts,
+    small,
+    train,
 )  # fmt: skip
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import train_ppo
 import train_rm
-from nanorlhf import checkpoint, cli, distributed, evaluation, fsdp, log
+from nanorlhf import rollout
 from nanorlhf.errors import InputError
-from nanorlhf.blocks import freeze, trainable
+from nanorlhf.hf.blocks import freeze, trainable
 from nanorlhf.models import Policy, load_policy, load_reward_model
-from nanorlhf.optim import adamw, optimizer_step
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rollout import generate, left_pad
+from nanorlhf.runtime import checkpoint, cli, distributed, fsdp, log
+from nanorlhf.runtime.optim import adamw, optimizer_step
 
 FSDP = {"distributed": "fsdp"}
 
@@ -83,10 +96,10 @@ def four(base, two):
 def in_turn(jobs):
     """Several jobs in one process; what drive() and keeping() patch is put back after each."""
     shutdown, distributed.shutdown = distributed.shutdown, lambda: None
-    roll_out, save = evaluation.roll_out, log.RunFolder.checkpoint
+    roll_out, save = rollout.roll_out, log.RunFolder.checkpoint
     for function, *args in jobs:
         function(*args)
-        train_ppo.roll_out = evaluation.roll_out = roll_out
+        train_ppo.roll_out = rollout.roll_out = roll_out
         log.RunFolder.checkpoint = save
     shutdown()
 

@@ -13,8 +13,8 @@ import sample_bon
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import cli
 from nanorlhf.diversity import ead
+from nanorlhf.runtime import cli
 
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "sample_bon.py": sample_bon}
 SMALL = [

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_scripts import flags, launch, metrics, no_pictures, read_rows, write_rows  # noqa: F401
 
 import probe
 import sample_bon
@@ -15,8 +16,8 @@ import train_ppo
 import train_rm
 import train_sae
 import train_sft
-from nanorlhf import human_latents, world
-from test_scripts import flags, launch, metrics, no_pictures, read_rows, write_rows  # noqa: F401
+from nanorlhf import world
+from nanorlhf.control import human_latents
 
 
 @pytest.fixture(scope="module", autouse=True)

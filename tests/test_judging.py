@@ -18,9 +18,11 @@ from test_errors import ENV, REPO
 from test_probe import refused, run
 from transformers import AutoModelForCausalLM
 
-from nanorlhf import judges, judging, plots, world
+from nanorlhf import world
+from nanorlhf.evals import judges, judging
 from nanorlhf.models import Policy, save_policy
-from nanorlhf.plots import save as save_picture
+from nanorlhf.runtime import plots
+from nanorlhf.runtime.plots import save as save_picture
 from nanorlhf.stats import bootstrap
 
 REWARD = """

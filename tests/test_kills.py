@@ -17,13 +17,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_scripts import (  # noqa: F401
-    ENV, KILL_SETTINGS, REPO, SCRIPTS, STATEFUL, assert_bit_equal, base, flags, fork, join, metrics, no_pictures, one_thread, ranks, small,
+    ENV,
+    KILL_SETTINGS,
+    REPO,
+    SCRIPTS,
+    STATEFUL,
+    assert_bit_equal,
+    base,
+    flags,
+    fork,
+    join,
+    metrics,
+    no_pictures,
+    one_thread,
+    ranks,
+    small,
 )  # fmt: skip
 
 import sample_bon
 import train_sae
-from nanorlhf import cli
-from nanorlhf.checkpoint import checkpoints
+from nanorlhf.runtime import cli
+from nanorlhf.runtime.checkpoint import checkpoints
 
 MODULES = {**SCRIPTS, "sae": train_sae, "bon": sample_bon}
 MORE = {

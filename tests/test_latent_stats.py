@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from nanorlhf import latent_stats
-from nanorlhf.latent_stats import contrast, score_gaps, separation
+from nanorlhf.control import latent_stats
+from nanorlhf.control.latent_stats import contrast, score_gaps, separation
 
 
 def latents(n, m, seed):

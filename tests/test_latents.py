@@ -14,11 +14,12 @@ from test_features import GOOD, Endpoint, chat
 from test_probe import refused, run
 from transformers import AutoModelForCausalLM
 
-from nanorlhf import latents, world
-from nanorlhf.latent_texts import matched
+from nanorlhf import world
+from nanorlhf.control import latents
+from nanorlhf.control.latent_texts import matched
+from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.models import Policy, load_reward_model, save_policy, save_reward_model
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
-from nanorlhf.sae_files import save_sae
 from nanorlhf.sarm import SARM, save_sarm
 
 M, K, L, D = 48, 6, 2, 32

@@ -1,4 +1,4 @@
-"""nanorlhf.locks: real processes that work in one folder at once, are killed in it, and fork.
+"""nanorlhf.runtime.locks: real processes that work in one folder at once, are killed in it, and fork.
 
 Of two scripts on one folder one ends as if it had been alone, the other with exit code 2, one line,
 and nothing written.
@@ -25,9 +25,10 @@ from test_scripts import assert_bit_equal, command_line, flags, fork, join, rank
 import probe
 import sample_bon
 import train_sft
-from nanorlhf import cli, human_latents, locks
+from nanorlhf.control import human_latents
 from nanorlhf.errors import InputError
-from nanorlhf.locks import LOCK_FILE, lock, unlock_afterwards
+from nanorlhf.runtime import cli, locks
+from nanorlhf.runtime.locks import LOCK_FILE, lock, unlock_afterwards
 
 # A reward that tells when it is first asked, and then waits for the file `go`. With FORK it leaves
 # a child behind that does nothing.
@@ -99,7 +100,7 @@ def another(tmp_path):
 
 def is_free(folder):
     """Whether another process could work in a folder now."""
-    code = "import sys; from nanorlhf.locks import lock; lock(sys.argv[1])"
+    code = "import sys; from nanorlhf.runtime.locks import lock; lock(sys.argv[1])"
     command = [sys.executable, "-c", code, str(folder)]
     return subprocess.run(command, env=ENV, capture_output=True).returncode == 0
 

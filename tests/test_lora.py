@@ -1,4 +1,4 @@
-"""nanorlhf.lora and nanorlhf.adapters: closed forms in float64, an adapter written by hand in PEFT's layout, and tiny runs of the scripts.
+"""nanorlhf.hf.lora and nanorlhf.hf.adapters: closed forms in float64, an adapter written by hand in PEFT's layout, and tiny runs of the scripts.
 
     B sequences, R response tokens, T tokens of a packed row, D hidden, V vocabulary, r rank
 """
@@ -11,23 +11,51 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_models import ARCHITECTURES, BATCH, D, MASK, gradients, same, tiny_lm, tiny_policy, word_tokenizer
-from test_scripts import SCRIPTS, assert_bit_equal, assert_close_runs, drive, join, metrics, one_thread, ranks, write_rows  # noqa: F401
+from test_models import (
+    ARCHITECTURES,
+    BATCH,
+    MASK,
+    D,
+    gradients,
+    same,
+    tiny_lm,
+    tiny_policy,
+    word_tokenizer,
+)
+from test_scripts import (  # noqa: F401
+    SCRIPTS,
+    assert_bit_equal,
+    assert_close_runs,
+    drive,
+    join,
+    metrics,
+    one_thread,
+    ranks,
+    write_rows,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import nanorlhf.models
 import train_rm
-from nanorlhf import log, world
-from nanorlhf.adapters import load_adapter, save_adapter
+from nanorlhf import world
 from nanorlhf.errors import InputError
-from nanorlhf.lora import LoRA, adapters, adapters_off, add_lora, matching, merge
-from nanorlhf.blocks import trainable
+from nanorlhf.hf.adapters import load_adapter, save_adapter
+from nanorlhf.hf.blocks import trainable
+from nanorlhf.hf.lora import LoRA, adapters, adapters_off, add_lora, matching, merge
 from nanorlhf.models import (
-    Policy, WithoutAdapters, check_model, load_policy, load_reward_model, load_tokenizer, save_policy, save_reward_model,
-)  # fmt: skip
-from nanorlhf.pool import fingerprint
+    Policy,
+    WithoutAdapters,
+    check_model,
+    fingerprint,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    save_policy,
+    save_reward_model,
+)
+from nanorlhf.runtime import log
 
 LINEARS = {"neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), "gpt2": ("c_attn", "c_proj", "c_fc", "c_proj"),
            "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}  # fmt: skip

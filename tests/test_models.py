@@ -10,16 +10,29 @@ import shutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, CohereConfig, GPT2Config, GPTNeoXConfig,
-                          GraniteConfig, LlamaConfig, PreTrainedTokenizerFast)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CohereConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 import nanorlhf.models
-from nanorlhf.blocks import trainable
 from nanorlhf.errors import InputError
+from nanorlhf.hf.blocks import trainable
 from nanorlhf.models import (
-    Policy, check_model, load_policy, load_reward_model,
-    load_tokenizer, save_policy, save_reward_model,
-)  # fmt: skip
+    Policy,
+    check_model,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    save_policy,
+    save_reward_model,
+)
 from nanorlhf.packing import Packed, micro_batches, pack, response_mask_of
 
 V, EOS, D = 60, 1, 32

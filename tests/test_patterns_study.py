@@ -12,8 +12,8 @@ import train_ppo
 import train_rm
 import train_sae
 import train_sft
-from nanorlhf import cli
-from nanorlhf.files import write_json
+from nanorlhf.runtime import cli
+from nanorlhf.runtime.files import write_json
 
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
 SEEDS = 3

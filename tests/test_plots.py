@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from nanorlhf import plots
+from nanorlhf.runtime import plots
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
 STUDY = {"single": (1, "mean"), "mean": (3, "mean"), "wco": (3, "wco"), "uwo": (3, "uwo")}  # members and objective
@@ -258,7 +258,7 @@ def test_curves_of_further_splits_stand_beside_the_first(tmp_path):
 
 def command(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["plots.py", *map(str, args)])
-    runpy.run_module("nanorlhf.plots", run_name="__main__")
+    runpy.run_module("nanorlhf.runtime.plots", run_name="__main__")
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

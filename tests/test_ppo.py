@@ -9,8 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf.ppo import (AdaptiveKL, ScoreScaler, entropy, explained_variance, full_kl, gae, kl_estimate, last_token, masked_moments,
-                          policy_loss, shape_scores, token_rewards, value_loss, whiten)
+from nanorlhf.ppo import (
+    AdaptiveKL,
+    ScoreScaler,
+    entropy,
+    explained_variance,
+    full_kl,
+    gae,
+    kl_estimate,
+    last_token,
+    masked_moments,
+    policy_loss,
+    shape_scores,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 
 # Rows: full, right-padded, holes, left-padded, a single token.
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 0, 1], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]).bool()  # [B, R]

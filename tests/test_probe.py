@@ -18,12 +18,14 @@ from test_errors import ENV, REPO
 from transformers import AutoModelForCausalLM
 
 import probe
-from nanorlhf import cli, implicit_reward, plots, probes, world
+from nanorlhf import world
 from nanorlhf.data import encode
-from nanorlhf.lora import add_lora, adapters
+from nanorlhf.hf.lora import adapters, add_lora
+from nanorlhf.interp import implicit_reward
+from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.models import Policy, load_policy, load_tokenizer, save_policy
+from nanorlhf.runtime import cli, plots
 from nanorlhf.sae import SparseAutoencoder
-from nanorlhf.sae_files import save_sae
 
 L = 3
 

@@ -12,15 +12,25 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import probe
-from nanorlhf import cli, implicit_reward, world
-from nanorlhf.distributed import Dist
+from nanorlhf import world
+from nanorlhf.control.latent_texts import groups_of
 from nanorlhf.errors import InputError
-from nanorlhf.implicit_reward import PairsConfig, RewardConfig, bag_of_words, mean_inputs
-from nanorlhf.latent_texts import groups_of
-from nanorlhf.linear_probes import fit_pairs, fit_reward
-from nanorlhf.probe_texts import Texts, by_prompt, dealt, differences, halves, pair_texts, word_texts
+from nanorlhf.interp import implicit_reward
+from nanorlhf.interp.implicit_reward import PairsConfig, RewardConfig, bag_of_words, mean_inputs
+from nanorlhf.interp.linear_probes import fit_pairs, fit_reward
+from nanorlhf.interp.probe_texts import (
+    Texts,
+    by_prompt,
+    dealt,
+    differences,
+    halves,
+    pair_texts,
+    word_texts,
+)
+from nanorlhf.interp.sae_files import save_sae
+from nanorlhf.runtime import cli
+from nanorlhf.runtime.distributed import Dist
 from nanorlhf.sae import SparseAutoencoder
-from nanorlhf.sae_files import save_sae
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 U = torch.nn.functional.normalize(torch.arange(32.0).sin(), dim=0)  # a direction that random weights know nothing of

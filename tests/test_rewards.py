@@ -12,18 +12,26 @@ import os
 import numpy as np
 import pytest
 import torch
+from test_models import EOS, V, tiny_policy, word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
 
 import nanorlhf.rewards
 from nanorlhf import world
-from nanorlhf.distributed import Dist
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_reward_model, save_policy, save_reward_model
-from nanorlhf.packing import Packed, pack
-from nanorlhf.rewards import Answers, check_reward, expand, load_reward, load_rewards, python_function, reward_names, score_all
+from nanorlhf.packing import Answers, Packed, pack
+from nanorlhf.rewards import (
+    check_reward,
+    expand,
+    load_reward,
+    load_rewards,
+    reward_names,
+    score_all,
+)
+from nanorlhf.runtime.distributed import Dist
+from nanorlhf.runtime.files import python_function
 from nanorlhf.stats import kendall_tau
-from test_models import EOS, V, tiny_policy, word_tokenizer
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 PROMPTS = ["w5 w6", "w7", "w8 w9 w10", "w5"]

@@ -9,17 +9,25 @@ from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import nanorlhf.hf.decode
 import pytest
 import torch
+from test_models import ARCHITECTURES, SIZE, SPECIAL, V, random_rows, tiny_lm, tiny_policy
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BloomConfig, DeepseekV32Config, Gemma2Config, MambaConfig, MistralConfig, OPTConfig
-from transformers import Qwen3NextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV32Config,
+    Gemma2Config,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen3NextConfig,
+)
 
-import nanorlhf.decode
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rollout import generate, left_pad, sample, truncate, uniforms
-from test_models import ARCHITECTURES, SIZE, SPECIAL, V, random_rows, tiny_lm, tiny_policy
 
 B, R, SEED, STEP = 10, 14, 14, 3
 PROMPTS = random_rows((5, 2, 7, 1, 3, 4, 7, 2, 6, 3), seed=4)
@@ -329,7 +337,7 @@ def count_forwards(policy, **kwargs):
 def test_a_static_loop_keeps_its_shape_and_ends_early(monkeypatch, strict):
     policy = tiny_policy("neox")
     monkeypatch.setattr("nanorlhf.rollout.truncate", lambda probs, *_: torch.eye(V)[7].expand_as(probs))  # every row ends at once
-    assert count_forwards(policy, new=60, static=True, eos_token_id=7) == [B] * nanorlhf.decode.CHECK_EVERY
+    assert count_forwards(policy, new=60, static=True, eos_token_id=7) == [B] * nanorlhf.hf.decode.CHECK_EVERY
     assert count_forwards(policy, new=60, static=True) == [B] * 60 and count_forwards(policy, new=60, eos_token_id=7) == [B]
 
 
@@ -358,7 +366,7 @@ def test_a_static_step_never_waits_and_can_be_replayed(policy, monkeypatch, stri
 
         return wrapped
 
-    monkeypatch.setattr("nanorlhf.decode.capture", lambda step, *_: (replay(step), 1))
+    monkeypatch.setattr("nanorlhf.hf.decode.capture", lambda step, *_: (replay(step), 1))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         rollout = roll(policy, static=True, **kwargs)
     assert len(steps) == R - 1
@@ -391,7 +399,7 @@ def test_a_step_that_cannot_be_captured_falls_back(monkeypatch):
         step(), step()
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA ...")
 
-    monkeypatch.setattr("nanorlhf.decode.capture", fail)
+    monkeypatch.setattr("nanorlhf.hf.decode.capture", fail)
     with pytest.warns(RuntimeWarning, match="GPTNeoXForCausalLM: operation not permitted when stream is capturing"):
         static = roll(policy, eos_token_id=eos, static=True)
     dynamic = roll(policy, eos_token_id=eos)
@@ -411,7 +419,7 @@ def test_a_step_that_waits_is_found_before_it_is_captured(monkeypatch):
         raise RuntimeError("called a synchronizing CUDA operation")
 
     with pytest.raises(RuntimeError, match="synchronizing"):
-        nanorlhf.decode.capture(step, R, torch.device("cuda"))
+        nanorlhf.hf.decode.capture(step, R, torch.device("cuda"))
     assert log == ["joined", "error", "step", 0, "joined"]
 
 
@@ -457,7 +465,7 @@ def test_bfloat16_casts_each_weight_and_key_once():
 @pytest.mark.parametrize("new", [2, R, 40])
 def test_a_captured_step_samples_the_same(policy, strict, monkeypatch, new):
     captured = []
-    monkeypatch.setattr("nanorlhf.decode.capture", lambda *a, f=nanorlhf.decode.capture: captured.append(f(*a)) or captured[-1])
+    monkeypatch.setattr("nanorlhf.hf.decode.capture", lambda *a, f=nanorlhf.hf.decode.capture: captured.append(f(*a)) or captured[-1])
     try:
         policy.cuda()
         ids, mask = IDS.cuda(), MASK.cuda()

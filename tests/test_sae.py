@@ -3,13 +3,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from test_scripts import join, ranks
 
 from nanorlhf import sae as sae_module
-from nanorlhf.distributed import setup
-from nanorlhf.sae import (SparseAutoencoder, TopKSAE, adam, auxiliary_loss, fvu, geometric_median, gradients, measures, sae_loss, tally,
-                          train_step)  # fmt: skip
+from nanorlhf.runtime.distributed import setup
+from nanorlhf.sae import (
+    SparseAutoencoder,
+    TopKSAE,
+    adam,
+    auxiliary_loss,
+    fvu,
+    geometric_median,
+    gradients,
+    measures,
+    sae_loss,
+    tally,
+    train_step,
+)
 from nanorlhf.sparse import dots, dots_in_place, dots_of_copies, scattered, top_k, weighted_rows
 
 D, M, K, N = 12, 40, 5, 30

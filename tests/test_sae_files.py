@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanorlhf.errors import InputError
+from nanorlhf.interp.sae_files import load_sae, save_sae
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
-from nanorlhf.sae_files import load_sae, save_sae
 
 D, M, K = 6, 20, 3
 

@@ -21,17 +21,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_scripts import ENV, REPO, flags, join, ranks, read_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import sample_bon
 import train_rm
 import train_sft
-from nanorlhf import cli, data, distributed, files, pool, rewards, rng, rollout, world
+from nanorlhf import data, models, pool, rewards, rollout, world
 from nanorlhf.bon import DEFAULT_NS, fit_bon
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_reward_model, load_tokenizer, save_reward_model
 from nanorlhf.packing import pack
-from test_scripts import ENV, REPO, flags, join, ranks, read_rows, write_rows
+from nanorlhf.runtime import cli, distributed, files, rng
 
 REWARDS = """
 def the(prompts, responses):  # few different values: many ties
@@ -563,7 +564,7 @@ def test_a_pool_of_older_noise_is_not_gone_on_with(base, tmp_path):
     rows = read_rows(new)
     older = (4, 12, 1.0, 0, "float32")
     asked = [row["prompt_ids"] for row in rows]
-    name = "answers_" + files.digest(pool.LAYOUT, pool.fingerprint(f"{base}/sft"), asked, older)
+    name = "answers_" + files.digest(pool.LAYOUT, models.fingerprint(f"{base}/sft"), asked, older)
     (tmp_path / "old/cache").mkdir(parents=True)
     config = json.loads((tmp_path / "run/config.json").read_text())
     (tmp_path / "old/config.json").write_text(json.dumps(config))
@@ -692,7 +693,7 @@ def test_caches_without_indices_are_not_read(base, tmp_path):
     reward = f"{base}/rewards.py:the"
     read_pool(base, tmp_path / "run", tmp_path / "pool.jsonl", reward_model=[reward])
     what = files.digest([files.digest(row["prompt"], row["responses"], None) for row in rows])
-    old = files.digest(pool.fingerprint(reward), what)
+    old = files.digest(models.fingerprint(reward), what)
     for path in (tmp_path / "run/cache").iterdir():
         path.unlink()
     write_rows(tmp_path / f"run/cache/scores_{old}.jsonl", [[7.0, 7.0], [7.0, 7.0]])
@@ -954,7 +955,7 @@ def test_prompts(tmp_path):
 def test_bad_flags(tmp_path, monkeypatch, capsys, args, words):
     """Exit code 2, one line that says what is wrong, and nothing on disk."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_rm, "train_what_is_missing", lambda config: pytest.fail("too late"))
+    monkeypatch.setattr(sample_bon, "train_what_is_missing", lambda *args: pytest.fail("too late"))
     (tmp_path / "good.py").write_text(REWARDS)
     (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": "p"}\n')
     before = sorted(tmp_path.iterdir())
@@ -978,32 +979,32 @@ def test_help_names_every_flag(capsys):
 def test_fingerprint(base, tmp_path):
     folder = tmp_path / "a/model"
     shutil.copytree(base / "rm/seed_0", folder)
-    print_ = pool.fingerprint(str(folder))
+    print_ = models.fingerprint(str(folder))
     shutil.copytree(folder, tmp_path / "elsewhere")
     os.utime(tmp_path / "elsewhere/config.json", (0, 0))
     same = (base / "rm/seed_0", tmp_path / "a", tmp_path / "elsewhere", f"{tmp_path}/a/../a/model/")  # a run folder stands for its model/
-    assert {pool.fingerprint(str(path)) for path in same} == {print_}
+    assert {models.fingerprint(str(path)) for path in same} == {print_}
     seen, names = {print_}, sorted(p.name for p in folder.iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names)
     for name in names:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a single bit
-        seen.add(pool.fingerprint(str(folder)))
+        seen.add(models.fingerprint(str(folder)))
         (folder / name).unlink()
-        seen.add(pool.fingerprint(str(folder)))
+        seen.add(models.fingerprint(str(folder)))
         (folder / name).write_bytes(content)
     (folder / "more.txt").write_text("")
-    seen.add(pool.fingerprint(str(folder)))
+    seen.add(models.fingerprint(str(folder)))
     assert len(seen) == 2 + 2 * len(names)
 
     (tmp_path / "f.py").write_text(REWARDS)
     (tmp_path / "f.tsv").write_text("the\t1\n")
     functions = [f"{tmp_path}/f.py:the", f"{tmp_path}/f.py:letters", f"{tmp_path}/f.tsv", "world:gold"]
-    before = [pool.fingerprint(spec) for spec in functions]
+    before = [models.fingerprint(spec) for spec in functions]
     assert len(set(before)) == 4 and all(len(x) == 20 for x in before)
     for path in ("f.py", "f.tsv"):
         (tmp_path / path).write_text((tmp_path / path).read_text() + "#")
-    after = [pool.fingerprint(spec) for spec in functions]
+    after = [models.fingerprint(spec) for spec in functions]
     assert [a == b for a, b in zip(before, after)] == [False, False, False, True]
     assert before[3] == files.digest("world:gold", hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest())
 

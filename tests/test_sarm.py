@@ -12,22 +12,33 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, GPT2Config, GPTNeoXConfig,
-                          LlamaConfig)
-
-from nanorlhf.distributed import Dist, setup, shutdown
-from nanorlhf.errors import InputError
-from nanorlhf.feature_rewards import check_feature_reward, latents_fingerprint, load_feature_reward
-from nanorlhf.fsdp import is_sharded
-from nanorlhf.models import RewardModel, load_reward_model, save_reward_model
-from nanorlhf.packing import pack
-from nanorlhf.rewards import Answers, check_reward, load_reward, score
-from nanorlhf.sae import SparseAutoencoder, TopKSAE
-from nanorlhf.sae_files import save_sae
-from nanorlhf.sarm import SARM, WithSAE, is_sarm, reweighted, save_sarm
-from nanorlhf.sarm_files import new_sae
-from test_models import BATCH, D, PROMPTS, RESPONSES, SIZE, SPECIAL, B, word_tokenizer
+from test_models import BATCH, PROMPTS, RESPONSES, SIZE, SPECIAL, B, D, word_tokenizer
 from test_scripts import join, ranks
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+)
+
+from nanorlhf.control.feature_rewards import (
+    WithSAE,
+    check_feature_reward,
+    latents_fingerprint,
+    load_feature_reward,
+)
+from nanorlhf.errors import InputError
+from nanorlhf.interp.sae_files import save_sae
+from nanorlhf.models import RewardModel, load_reward_model, save_reward_model
+from nanorlhf.packing import Answers, pack
+from nanorlhf.rewards import check_reward, load_reward, score
+from nanorlhf.runtime.distributed import Dist, setup, shutdown
+from nanorlhf.runtime.fsdp import is_sharded
+from nanorlhf.sae import SparseAutoencoder, TopKSAE
+from nanorlhf.sarm import SARM, is_sarm, new_sae, reweighted, save_sarm
 
 M, K, N, L = 48, 6, 4, 3
 SIZES = SIZE | dict(num_hidden_layers=N)

@@ -10,20 +10,30 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_scripts import (  # noqa: F401
+    assert_bit_equal,
+    assert_close_runs,
+    join,
+    metrics,
+    one_thread,
+    ranks,
+    weights,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM
 
 import train_rm
-from nanorlhf import checkpoint, cli, data, log, world
-from nanorlhf.distributed import Dist
+from nanorlhf import data, splits, world
+from nanorlhf.control.feature_rewards import check_feature_reward
+from nanorlhf.control.sarm_training import MODES, check_start, start
 from nanorlhf.errors import InputError
-from nanorlhf.feature_rewards import check_feature_reward
-from nanorlhf.files import write_json
-from nanorlhf.packing import pack
-from nanorlhf.rewards import Answers, load_reward
+from nanorlhf.interp.sae_files import save_sae, the_one_sae
+from nanorlhf.packing import Answers, pack
+from nanorlhf.rewards import load_reward
+from nanorlhf.runtime import checkpoint, cli, log
+from nanorlhf.runtime.distributed import Dist
+from nanorlhf.runtime.files import write_json
 from nanorlhf.sae import TopKSAE
-from nanorlhf.sae_files import save_sae, the_one_sae
-from nanorlhf.sarm_training import MODES, check_start, start
-from test_scripts import assert_bit_equal, assert_close_runs, join, metrics, one_thread, ranks, weights, write_rows  # noqa: F401
 
 D, M, K, L = 96, 128, 8, 2
 ALONE = Dist(0, 1, torch.device("cpu"))
@@ -99,7 +109,7 @@ def test_what_a_mode_trains(base, tmp_path, mode):
     assert first["loss"] == pytest.approx(math.log(2) + 0.7 * error, rel=1e-5) and (error > 0.01) == (mode == "detached")
     # Standardised on the held-out texts; loaded as a reward, it gives these scores.
     assert summary["eval/score_mean"] == pytest.approx(0, abs=1e-4) and summary["eval/score_std"] == pytest.approx(1, rel=1e-3)
-    _, held_out, _ = data.load(config(base, "x"), "pairs")
+    _, held_out, _ = splits.load(config(base, "x"), "pairs")
     reward = load_reward(str(tmp_path / mode), None, ALONE)
     chosen, rejected = (reward(Answers([r["prompt"] for r in held_out], [r[f] for r in held_out], None)) for f in ("chosen", "rejected"))
     assert (chosen - rejected).mean().item() == pytest.approx(summary["eval/margin"], rel=1e-3, abs=1e-5)
@@ -153,7 +163,7 @@ def test_one_step_of_the_head_by_hand(base, tmp_path):
     finally:
         train_rm.optimizer_step = real
     c = config(base, "x")
-    rows, _, _ = data.load(c, "pairs")
+    rows, _, _ = splits.load(c, "pairs")
     rows = [rows[i] for i in data.batch_indices(len(rows), 8, 0, 0)]
     sarm, z = sarm_of(base, "frozen"), []
     for field in ("chosen", "rejected"):

@@ -26,9 +26,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, cli, data, distributed, evaluation, files, log, world
+from nanorlhf import evaluation, rollout, stages, world
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
+from nanorlhf.runtime import checkpoint, cli, distributed, files, log
+from nanorlhf.splits import load_splits
 
 REPO = Path(__file__).parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
@@ -251,7 +253,7 @@ def test_sft_folder(base):
 
     # Perplexity and accuracy again, by plain transformers, one demonstration at a time.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
-    _, held_out, _ = data.load_splits(train_sft.Config(output_dir=str(folder), eval_size=16, eval_splits=["test", "ood"]), "sft")
+    _, held_out, _ = load_splits(train_sft.Config(output_dir=str(folder), eval_size=16, eval_splits=["test", "ood"]), "sft")
     for label, part in held_out.items():
         nll, correct, n = 0.0, 0, 0
         for row in part:
@@ -291,7 +293,7 @@ def test_rm_folder(base):
     # Plain transformers give the scores up to the constant mean, for padded rows too (pad is not EOS here).
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.padding_side = "right"
-    _, splits, _ = data.load_splits(train_rm.Config(output_dir=str(folder), eval_size=32, eval_splits=["test", "ood"]), "pairs")
+    _, splits, _ = load_splits(train_rm.Config(output_dir=str(folder), eval_size=32, eval_splits=["test", "ood"]), "pairs")
     for label, held_out in splits.items():
         texts = [f"{row['prompt']} {row[side]} <eos>" for side in ("chosen", "rejected") for row in held_out]
         with torch.no_grad():
@@ -318,7 +320,7 @@ LOGGED = """score_mean score_std reward kl kl_k3 kl_coef entropy ratio_mean rati
 
 
 def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
-    folder, evaluated, roll_out = tmp_path / "ppo", [], evaluation.roll_out
+    folder, evaluated, roll_out = tmp_path / "ppo", [], rollout.roll_out
 
     def recorded(policy, prompts, place, step, *rest):
         rollout, answers = roll_out(policy, prompts, place, step, *rest)
@@ -380,24 +382,44 @@ def test_ppo_folder(base, tmp_path, capsys, pictures, monkeypatch):
 
 
 def test_no_arguments_trains_what_is_missing(tmp_path, monkeypatch):
-    """train_ppo.py with defaults: SFT and reward model first, where they are missing, by their own scripts and defaults."""
+    """Scripts with defaults: what they start from comes first, by its own script and that script's defaults."""
     monkeypatch.chdir(tmp_path)
     calls = []
 
     def fake(name):
         def main(config):
             calls.append((name, config.output_dir, config.model, config.dataset, config.steps))
-        return main  # fmt: skip
+
+        return main
 
     monkeypatch.setattr(train_sft, "main", fake("sft"))
     monkeypatch.setattr(train_rm, "main", fake("rm"))
-    train_rm.train_what_is_missing(train_ppo.Config())
-    assert calls == [("sft", "runs/sft", "world", "world", 400), ("rm", "runs/rm/seed_0", "runs/sft", "world", 100)]
-    train_rm.train_what_is_missing(train_ppo.Config(model="mine", dataset="world:3"))
-    assert calls[2:] == [("sft", "runs/sft", "world", "world", 400), ("rm", "runs/rm/seed_0", "runs/sft", "world:3", 100)]
-    train_rm.train_what_is_missing(train_ppo.Config(model="mine", reward_model=["mine.py:f"]))
-    train_rm.train_what_is_missing(train_ppo.Config(dataset="mine.jsonl"))
+    sft = ("sft", "runs/sft", "world", "world", 400)
+    both = ("model", "reward_model")
+    stages.train_what_is_missing(train_ppo.Config(), *both)
+    assert calls == [sft, ("rm", "runs/rm/seed_0", "runs/sft", "world", 100)]
+    stages.train_what_is_missing(train_ppo.Config(model="mine", dataset="world:3"), *both)
+    assert calls[2:] == [("rm", "runs/rm/seed_0", "runs/sft", "world:3", 100)]
+    stages.train_what_is_missing(train_rm.Config(), "model")
+    assert calls[3:] == [sft]
+    stages.train_what_is_missing(train_ppo.Config(model="mine", reward_model=["mine.py:f"]), *both)
+    stages.train_what_is_missing(train_ppo.Config(dataset="mine.jsonl"), *both)
     assert len(calls) == 4
+
+
+def test_a_reward_model_on_an_empty_machine(tmp_path, monkeypatch):
+    """python train_rm.py trains runs/sft first; members on one process do so once."""
+    monkeypatch.chdir(tmp_path)
+    real, trained = train_sft.main, []
+
+    def short(config):
+        trained.append(config.output_dir)
+        return real(train_sft.Config(steps=1, batch_size=4, eval_size=4))
+
+    monkeypatch.setattr(train_sft, "main", short)
+    train_rm.main(train_rm.Config(members=2, steps=1, batch_size=2, eval_size=8))
+    assert trained == ["runs/sft"]
+    assert sorted(os.listdir("runs/rm")) == ["seed_0", "seed_1"]
 
 
 def put_run(folder, finished, **settings):
@@ -416,7 +438,7 @@ def test_a_run_of_ones_own_in_a_default_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_rm, "main", lambda config: trained.append("rm"))
     put_run("runs/sft", True, **vars(train_sft.Config(steps=33, lr=0.001, output_dir="elsewhere", device="cuda")))
     put_run("runs/rm/seed_0", True, **vars(train_rm.Config(label_noise=0.25, micro_batch_size=2)))
-    train_rm.train_what_is_missing(train_ppo.Config())
+    stages.train_what_is_missing(train_ppo.Config(), "model", "reward_model")
     said = capsys.readouterr().out.splitlines()
     assert not trained and len(said) == 2
     assert said[0].startswith("runs/sft is done already and used as it is") and said[0].endswith(": steps 33, lr 0.001")
@@ -428,7 +450,7 @@ def test_a_run_of_ones_own_in_a_default_folder(tmp_path, monkeypatch, capsys):
     Path("runs/sft/model/config.json").write_text("{}")
     inputs = {"runs/sft/model": {"digest": "of another policy", "size": 1, "mtime": 1}}
     put_run("runs/rm/seed_0", True, **vars(train_rm.Config()), inputs=inputs)
-    train_rm.train_what_is_missing(train_ppo.Config())
+    stages.train_what_is_missing(train_ppo.Config(), "model", "reward_model")
     said = capsys.readouterr().out.splitlines()
     assert not trained
     assert said[1] == "runs/rm/seed_0 is done already and used as it is: runs/sft/model has changed since"
@@ -436,10 +458,10 @@ def test_a_run_of_ones_own_in_a_default_folder(tmp_path, monkeypatch, capsys):
     shutil.rmtree("runs/rm")
     put_run("runs/rm/seed_0", False, **vars(train_rm.Config(label_noise=0.25)))
     with pytest.raises(InputError, match=r"runs/rm/seed_0.*not finished.*label_noise 0.25.*--resume --output_dir runs/rm/seed_0"):
-        train_rm.train_what_is_missing(train_ppo.Config())
+        stages.train_what_is_missing(train_ppo.Config(), "model", "reward_model")
     shutil.rmtree("runs")
     put_run("runs/sft", False, **vars(train_sft.Config()))  # the default settings: it is gone on with
-    train_rm.train_what_is_missing(train_ppo.Config())
+    stages.train_what_is_missing(train_ppo.Config(), "model", "reward_model")
     assert trained == ["sft", "rm"]
 
 
@@ -515,7 +537,7 @@ def test_ppo_has_no_dropout_that_micro_batches_could_change(base, tmp_path, sett
 
 def drive(folder, runs):
     """Several mains in one process, with a record of what PPO sampled: (step, place in the global batch, response ids)."""
-    roll_out, rank = evaluation.roll_out, os.environ.get("RANK", "0")
+    roll_out, rank = rollout.roll_out, os.environ.get("RANK", "0")
 
     def recorded(parts, prompts, place, step):
         rollout, answers = roll_out(parts, prompts, place, step)
@@ -524,7 +546,7 @@ def drive(folder, runs):
                 f.write(json.dumps([step, i, ids[mask].tolist()]) + "\n")
         return rollout, answers
 
-    train_ppo.roll_out = evaluation.roll_out = recorded
+    train_ppo.roll_out = rollout.roll_out = recorded
     for kind, settings in runs:
         SCRIPTS[kind].main(SCRIPTS[kind].Config(output_dir=str(Path(folder) / kind), **settings))
     distributed.shutdown()
@@ -984,7 +1006,7 @@ def test_a_frozen_trunk_that_runs_once_changes_nothing(base, tmp_path, monkeypat
         settings |= {"freeze_layers": 0.5, "steps": 2, "eval_every": 1}
         shared = ppo(base, tmp_path / f"shared_{i}", **settings)
         with monkeypatch.context() as m:
-            m.setattr("nanorlhf.blocks.FrozenTrunk.same", lambda *args: False)
+            m.setattr("nanorlhf.hf.blocks.FrozenTrunk.same", lambda *args: False)
             ppo(base, tmp_path / f"whole_{i}", **settings)
         assert_close_runs(tmp_path / f"shared_{i}", tmp_path / f"whole_{i}")
         assert max(row["first_ratio_error"] for row in shared[1:]) <= 1e-5

@@ -5,15 +5,16 @@ import json
 
 import pytest
 import torch
+from test_data import jsonl, refuses
 
 import nanorlhf.data
 import sample_bon
 from nanorlhf import splits, world
-from nanorlhf.cli import RunConfig
-from nanorlhf.data import load, load_splits, read_rows
-from nanorlhf.distributed import Dist
-from nanorlhf.log import RunFolder
-from test_data import jsonl, refuses
+from nanorlhf.data import read_rows
+from nanorlhf.runtime.cli import RunConfig
+from nanorlhf.runtime.distributed import Dist
+from nanorlhf.runtime.log import RunFolder
+from nanorlhf.splits import load, load_splits
 
 POST = {"subreddit": "tifu", "title": "By {trusting} a cat", "post": "It purred.\nThen it bit.", "summary": " Cats bite. "}
 TLDR = "SUBREDDIT: r/tifu\nTITLE: By {trusting} a cat\nPOST: It purred.\nThen it bit.\nTL;DR:"

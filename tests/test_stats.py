@@ -5,8 +5,19 @@ import math
 import pytest
 import torch
 
-from nanorlhf.stats import (auc, bootstrap, logistic, mean_over_groups, percentiles, r_squared, ratio, ridge, t_interval, t_quantile,
-                            win_points)
+from nanorlhf.stats import (
+    auc,
+    bootstrap,
+    logistic,
+    mean_over_groups,
+    percentiles,
+    r_squared,
+    ratio,
+    ridge,
+    t_interval,
+    t_quantile,
+    win_points,
+)
 
 
 def test_ratio_by_hand():

@@ -12,7 +12,7 @@ import sample_bon
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import cli
+from nanorlhf.runtime import cli
 
 SCRIPT = Path(__file__).parent / "bench" / "overoptimisation.py"
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "sample_bon.py": sample_bon}

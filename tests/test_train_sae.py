@@ -17,14 +17,15 @@ from test_scripts import ENV, REPO, join, metrics, ranks, read_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import train_sae
-from nanorlhf import cli, world
-from nanorlhf.activation_store import hold_out
+from nanorlhf import world
+from nanorlhf.control.feature_rewards import check_feature_reward
 from nanorlhf.data import encode
 from nanorlhf.errors import InputError
-from nanorlhf.feature_rewards import check_feature_reward
+from nanorlhf.interp.activation_store import hold_out
+from nanorlhf.interp.sae_files import load_sae
 from nanorlhf.models import Policy, RewardModel, save_policy, save_reward_model
+from nanorlhf.runtime import cli
 from nanorlhf.sae import fvu
-from nanorlhf.sae_files import load_sae
 
 KEYS = ["policy/1_mlp", "base/1_mlp"]
 

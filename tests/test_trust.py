@@ -18,15 +18,21 @@ from safetensors.torch import load_file, save_file
 from test_errors import ENV, REPO, arguments, here, material, refused  # noqa: F401
 from test_models import tiny_lm, tiny_policy, word_tokenizer
 from test_sarm import public_checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from nanorlhf import world
-from nanorlhf.distributed import Dist
-from nanorlhf.encoders import check_nli, nli_scorer, sentence_encoder
 from nanorlhf.errors import InputError
-from nanorlhf.explainer import local_asker
+from nanorlhf.evals.encoders import check_nli, nli_scorer, sentence_encoder
+from nanorlhf.interp.explainer import local_asker
 from nanorlhf.models import check_model, load_policy, load_reward_model, load_tokenizer, save_policy
 from nanorlhf.rewards import check_reward, load_reward
+from nanorlhf.runtime.distributed import Dist
 from nanorlhf.sarm import SARM
 
 ALONE = Dist(0, 1, torch.device("cpu"))

@@ -20,7 +20,7 @@ sys.path.insert(0, ROOT)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from nanorlhf.bon import DEFAULT_NS, bon_estimate  # noqa: E402
+from nanorlhf.bon import DEFAULT_NS, bon_estimate
 
 
 def timed(function, repeats):

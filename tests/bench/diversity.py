@@ -18,8 +18,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from bon import timed  # noqa: E402
 
-from nanorlhf.diversity import distinct_n, ead, embedding_diversity, ngram_diversity, nli_diversity, partners  # noqa: E402
-from nanorlhf.diversity import spread_across_inputs, spread_over_inputs  # noqa: E402
+from nanorlhf.diversity import (
+    distinct_n,
+    ead,
+    embedding_diversity,
+    ngram_diversity,
+    nli_diversity,
+    partners,
+    spread_across_inputs,
+    spread_over_inputs,
+)
 
 
 def both(metric, grid):

@@ -29,12 +29,12 @@ import torch.nn.functional as F  # noqa: E402
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap  # noqa: E402
 from transformers import AutoModelForSequenceClassification  # noqa: E402
 
-from nanorlhf import data, world  # noqa: E402
-from nanorlhf.distributed import setup  # noqa: E402
-from nanorlhf.models import RewardModel, load_reward_model, save_reward_model  # noqa: E402
-from nanorlhf.optim import adamw, optimizer_step  # noqa: E402
-from nanorlhf.packing import Packed, pack  # noqa: E402
-from nanorlhf.rewards import Answers, load_rewards, score_all  # noqa: E402
+from nanorlhf import data, world
+from nanorlhf.models import RewardModel, load_reward_model, save_reward_model
+from nanorlhf.packing import Answers, Packed, pack
+from nanorlhf.rewards import load_rewards, score_all
+from nanorlhf.runtime.distributed import setup
+from nanorlhf.runtime.optim import adamw, optimizer_step
 
 SIZES = {"world": {}, "larger": {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 1024}}
 STACKED = {"stacked_grad": ("sdpa", False), "stacked_sum": ("sdpa", True), "stacked_eager_sum": ("eager", True)}

@@ -21,13 +21,13 @@ from pathlib import Path
 
 from overoptimisation import is_done, run
 
-from nanorlhf import data, human_latents, world  # found beside nanorlhf by overoptimisation
-from nanorlhf.distributed import setup
-from nanorlhf.feature_rewards import load_feature_reward
+from nanorlhf import data, world
+from nanorlhf.control import human_latents
+from nanorlhf.control.feature_rewards import load_feature_reward
 from nanorlhf.models import load_tokenizer
-from nanorlhf.packing import pack
-from nanorlhf.plots import save
-from nanorlhf.rewards import Answers
+from nanorlhf.packing import Answers, pack
+from nanorlhf.runtime.distributed import setup
+from nanorlhf.runtime.plots import save
 from nanorlhf.stats import auc, t_interval
 
 SAES = {"sae": "--tokens all", "sae_ends": "--tokens sentence_ends", "sae_random": "--tokens all --steps 1 --lr 0"}  # of the SFT policy

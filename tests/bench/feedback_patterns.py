@@ -19,7 +19,7 @@ from pathlib import Path
 
 from overoptimisation import is_done, run
 
-from nanorlhf.stats import t_interval  # found beside nanorlhf by overoptimisation
+from nanorlhf.stats import t_interval
 
 PROBES = {  # name: what it adds to the command
     "words, activations": "reward --site mlp",

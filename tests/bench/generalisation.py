@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from overoptimisation import is_done, run
 
-from nanorlhf.bon import bon_kl  # found beside nanorlhf by overoptimisation
-from nanorlhf.diversity_report import FILE
-from nanorlhf.plots import save
+from nanorlhf.bon import bon_kl
+from nanorlhf.evals.diversity_report import FILE
+from nanorlhf.runtime.plots import save
 from nanorlhf.stats import t_interval, win_points
 from nanorlhf.world import vocabulary
 

@@ -123,8 +123,8 @@ def worker(folder, distributed):
     import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
 
     import train_ppo
-    from nanorlhf import distributed as d
-    from nanorlhf.fsdp import local_bytes
+    from nanorlhf.runtime import distributed as d
+    from nanorlhf.runtime.fsdp import local_bytes
 
     torch.set_num_threads(1)
     d.keep_freed_memory = lambda: None

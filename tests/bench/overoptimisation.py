@@ -20,8 +20,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
-from nanorlhf.plots import comparison_figure, save  # noqa: E402
-from nanorlhf.stats import t_interval  # noqa: E402
+from nanorlhf.runtime.plots import comparison_figure, save
+from nanorlhf.stats import t_interval
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 OBJECTIVES = ("single", "mean", "wco", "uwo")

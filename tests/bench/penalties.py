@@ -23,18 +23,18 @@ import types
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 
+import ppo as bench  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
-import ppo as bench  # noqa: E402
 import train_ppo  # noqa: E402
-from nanorlhf import feature_control, human_latents  # noqa: E402
-from nanorlhf.distributed import setup  # noqa: E402
-from nanorlhf.models import load_tokenizer  # noqa: E402
-from nanorlhf.rewards import load_rewards, score_all  # noqa: E402
-from nanorlhf.sae import TopKSAE  # noqa: E402
-from nanorlhf.sae_files import save_sae  # noqa: E402
-from nanorlhf.sarm import SARM, save_sarm  # noqa: E402
+from nanorlhf.control import feature_control, human_latents
+from nanorlhf.interp.sae_files import save_sae
+from nanorlhf.models import load_tokenizer
+from nanorlhf.rewards import load_rewards, score_all
+from nanorlhf.runtime.distributed import setup
+from nanorlhf.sae import TopKSAE
+from nanorlhf.sarm import SARM, save_sarm
 
 M, K, LAYER = 2048, 16, 1
 FEATURES = list(range(8))

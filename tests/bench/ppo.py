@@ -34,11 +34,16 @@ sys.path.insert(0, ROOT)
 
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,  # noqa: E402
+)
 
 import train_ppo  # noqa: E402
-from nanorlhf.distributed import peak_memory_mb, setup  # noqa: E402
+from nanorlhf.runtime.distributed import peak_memory_mb, setup
 
 SIZES = {  # hidden, layers, heads, intermediate, vocabulary
     "small": (128, 4, 4, 512, 512),

@@ -29,9 +29,9 @@ import torch  # noqa: E402
 from ppo import SIZES  # noqa: E402
 from transformers import AutoModelForCausalLM, GPTNeoXConfig  # noqa: E402
 
-from nanorlhf import decode  # noqa: E402
-from nanorlhf.models import Policy  # noqa: E402
-from nanorlhf.rollout import generate  # noqa: E402
+from nanorlhf.hf import decode
+from nanorlhf.models import Policy
+from nanorlhf.rollout import generate
 
 
 def inputs(size, batch, width, shortest):

@@ -19,8 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import torch  # noqa: E402
 
-from nanorlhf.sae import SparseAutoencoder, TopKSAE, adam, measures, tally, train_step  # noqa: E402
-from train_sae import Config  # noqa: E402
+from nanorlhf.sae import SparseAutoencoder, TopKSAE, adam, measures, tally, train_step
+from train_sae import Config
 
 D, DIRECTIONS, ACTIVE, NOISE = 512, 2048, 16, 0.02
 

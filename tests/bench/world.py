@@ -15,11 +15,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import torch  # noqa: E402
 
 import train_rm  # noqa: E402
-from nanorlhf import data, world  # noqa: E402
-from nanorlhf.distributed import setup  # noqa: E402
-from nanorlhf.models import load_policy, load_reward_model, load_tokenizer  # noqa: E402
-from nanorlhf.packing import pack  # noqa: E402
-from nanorlhf.rollout import generate, left_pad  # noqa: E402
+from nanorlhf import data, world
+from nanorlhf.models import load_policy, load_reward_model, load_tokenizer
+from nanorlhf.packing import pack
+from nanorlhf.rollout import generate, left_pad
+from nanorlhf.runtime.distributed import setup
 
 
 def gold_of_samples(path, split, n=512):

@@ -1,0 +1,250 @@
+r"""Control of PPO's reward by features of its reward model: the flags --penalize_features, --clamp and --density_beta of train_ppo.py.
+
+    python probe.py human_latents                                           the reference data, of runs/sarm
+    python train_ppo.py --reward_model runs/sarm --penalize_features 17 --tau q0.95 --alpha 0.5std \
+        --human_latents runs/human_latents.safetensors
+
+    R = score(clamp(z)) - sum_i penalty_i(z_i) - beta clip(log p_policy(z) / p_human(z))
+
+R takes the score's place before anything else happens to it: rules on endings and length, score scaling and clipping, the KL. z are the
+latents of the finished answer at its last token, before any clamp: penalties and density see what the policy wrote, not what was scored.
+
+    B answers of a rollout, F features that are read, d those whose density is compared, N human texts
+"""
+
+import math
+
+import torch
+
+from ..errors import at_least, one_of, require
+from ..penalties import PENALTIES, DensityRatio, density_loss, feature_penalty
+from ..rewards import reward_names
+from ..runtime.fsdp import gathered
+from ..runtime.optim import adamw
+from ..runtime.rng import DENSITY, key
+from ..stats import auc, varies
+from . import human_latents
+from .feature_rewards import check_feature_reward, load_feature_reward, parse_edits
+
+CLAMPS = ("set", "min", "max")
+LOGGED = 8  # features of the density that are logged one by one; with more of them none is
+# The density ratio. Where policy and people hardly overlap its logit grows without end; a ratio of e^5 says all there is to say.
+LR, UPDATES, BATCH = 1e-4, 16, 256  # AdamW's; optimizer steps a rollout; latents of each class in one
+REPLAY = 8  # rollouts that are learned from: the last ones, since the policy moves
+WARM_UP = 10  # rollouts until the ratio counts
+CLIP = 5.0  # nats
+HELD_OUT = 0.2  # share of the human texts that only the AUC sees
+FEWEST = 20  # human texts
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the flags
+
+
+def check_flags(config):
+    """What can be wrong with the flags by themselves; InputErrors."""
+    n, n_tau, n_alpha = len(config.penalize_features), len(config.tau), len(config.alpha)
+    require(n == n_tau == n_alpha, f"--penalize_features names {n} features, --tau {n_tau} thresholds and --alpha {n_alpha} prices: "
+            "there must be one of each for a feature")  # fmt: skip
+    require(len(set(config.penalize_features)) == n, "--penalize_features names a feature twice")
+    one_of(config, "penalty", *PENALTIES)
+    at_least(config, 0, "density_beta")
+    require(config.density_beta < math.inf, "--density_beta must be finite")
+    parse_edits("clamp", config.clamp, CLAMPS)
+    tau, alpha = parse_tau(config.tau), parse_alpha(config.alpha)
+    relative = [f"--tau {x}" for x, (_, r) in zip(config.tau, tau) if r] + [f"--alpha {x}" for x, (_, r) in zip(config.alpha, alpha) if r]
+    relative += ["--density_beta"] if config.density_beta else []
+    if relative:
+        require(config.human_latents, f"{relative[0]} compares with reference data: name --human_latents (probe.py human_latents)")
+    else:
+        require(not config.human_latents, "--human_latents is there for --tau qSHARE, --alpha Xstd and --density_beta: name one of them")
+    if wanted(config):
+        members = len(config.reward_model)
+        require(members == 1, f"features are those of one reward model, and --reward_model names {members}")
+    else:
+        require(not config.feature_sae, "--feature_sae is there for --penalize_features, --clamp and --density_beta: name one of them")
+
+
+def wanted(config):
+    return bool(config.penalize_features or config.clamp or config.density_beta)
+
+
+def parse_tau(texts):
+    """["0.5", "q0.95"] -> [(0.5, False), (0.95, True)]: a latent's value, or a quantile of the human texts' values."""
+    out = [number("tau", text, text.removeprefix("q"), "a number such as 0.5 or a quantile such as q0.95") for text in texts]
+    for text, (value, relative) in zip(texts, out):
+        require(not relative or 0 <= value <= 1, f"--tau {text}: a quantile lies between q0 and q1")
+    return out
+
+
+def parse_alpha(texts):
+    """["1.0", "0.5std"] -> [(1.0, False), (0.5, True)]: units of the score, or standard deviations of the human texts' scores."""
+    out = [number("alpha", text, text.removesuffix("std"), "a number such as 1.0 or in units such as 0.5std") for text in texts]
+    for text, (value, _) in zip(texts, out):
+        require(value >= 0, f"--alpha {text}: a price must be at least 0")
+    return out
+
+
+def number(flag, text, bare, expected):
+    """A flag's text, and it without its unit -> its value, and whether there was a unit. InputError, which says what was expected."""
+    try:
+        value = float(bare)
+    except ValueError:
+        value = math.nan
+    require(math.isfinite(value), f"--{flag} {text}: it must be {expected}")
+    return value, bare != text
+
+
+# -------------------------------------------------------------------------------------------------------------------- the control
+
+
+def prepare(config):
+    """The flags, and the files that they name -> Control, or None without such flags. Loads no model; InputErrors."""
+    if not wanted(config):
+        return None
+    (spec,), clamps = config.reward_model, parse_edits("clamp", config.clamp, CLAMPS)
+    check_feature_reward(spec, config.feature_sae, [*config.penalize_features, *clamps])
+    human = human_latents.load(config.human_latents, spec, config.feature_sae) if config.human_latents else None
+    tau = [human.column(i).quantile(x).item() if r else x for i, (x, r) in zip(config.penalize_features, parse_tau(config.tau))]
+    alpha = []
+    for text, (value, is_relative) in zip(config.alpha, parse_alpha(config.alpha)):
+        if is_relative:
+            n = len(human.scores)
+            require(
+                varies(human.scores),
+                f"--alpha {text}: the {n} scores in {human.path} "
+                "have no spread to measure a price by",
+            )
+            value = value * human.scores.std().item()  # ddof 1
+        alpha.append(value)
+    if config.density_beta:
+        n = len(human.latents)
+        require(n >= FEWEST and human.features, f"{human.path}: {n} texts, {len(human.features)} features: too few for a density")
+    return Control(config, tau, alpha, clamps, human)
+
+
+class Control:
+    """What the flags ask for, and what turns a reading of answers into R. The one thing that it learns is the density ratio."""
+
+    def __init__(self, config, tau, alpha, clamps, human):
+        self.config, self.clamps = config, clamps
+        self.prices = {i: (t, a) for i, t, a in zip(config.penalize_features, tau, alpha)}  # feature: its tau and alpha
+        of_density = human.features if config.density_beta else []
+        self.features = list(dict.fromkeys([*self.prices, *clamps, *of_density]))  # [F]: the columns of `latents` everywhere below
+        self.column = {i: f for f, i in enumerate(self.features)}
+        self.of_density = [self.column[i] for i in of_density]  # [d] columns
+        named = self.features if len(of_density) <= LOGGED else [*self.prices, *clamps]
+        self.named = list(dict.fromkeys(named))  # are logged one by one
+        self.density = Density(human.latents, config.seed) if config.density_beta else None
+
+    def load(self, tokenizer, dist):
+        """Load the reward model. -> {name: reward}, as rewards.load_rewards."""
+        config, self.dist = self.config, dist
+        (spec,) = config.reward_model
+        self.reward = load_feature_reward(spec, config.feature_sae, tokenizer, dist, config.micro_batch_size, config.dtype)
+        for i, (tau, alpha) in self.prices.items():
+            dist.print(f"feature {i}: {config.penalty} penalty above {tau:.4g}, alpha {alpha:.4g}")
+        return dict(zip(reward_names([spec]), [self.reward]))
+
+    def read(self, parts):
+        """A list of Answers, one pass over each -> scores [b, 1], {"latents": [b, F], "clamped": the scores with clamped latents [b]}."""
+        with gathered(self.reward.module):
+            found = self.dist.together(lambda: [self.reward.read_gathered(part, self.features, self.clamps) for part in parts])
+        scores, latents, clamped = (torch.cat(values) for values in zip(*found))
+        return scores[:, None], {"latents": latents, "clamped": clamped}
+
+    def terms(self, latents, clamped):
+        """A reading of B answers -> {name: [B]}: what each rule makes of them, and first of all `controlled`, R itself."""
+        terms, total = {"clamped": clamped} if self.clamps else {}, clamped
+        for i in self.named:
+            z = latents[:, self.column[i]]  # [B]
+            terms[f"feature/{i}"] = z
+            terms[f"rate/{i}"] = (z > self.prices[i][0] if i in self.prices else z != 0).float()
+        for i, (tau, alpha) in self.prices.items():
+            terms[f"penalty/{i}"] = feature_penalty(latents, [self.column[i]], [tau], [alpha], self.config.penalty)
+            total = total - terms[f"penalty/{i}"]
+        if self.density:
+            terms["log_ratio"] = self.log_ratio(latents)
+            terms["density"] = self.config.density_beta * terms["log_ratio"] * self.density.counts
+            total = total - terms["density"]
+        return {"controlled": total, **terms}
+
+    def log_ratio(self, latents):
+        """Clipped log p_policy / p_human, [B], of latents [B, F]: the first process's numbers, so that all have the same bits."""
+        x = self.density.log_ratio(latents[:, self.of_density].cpu())
+        return self.dist.gather((x if self.dist.main else x[:0]).to(latents.device))
+
+    def shape(self, latents, clamped):
+        """A reading of a whole fresh rollout -> R [B], and the step's numbers. Only then does the density ratio learn from it."""
+        terms = self.terms(latents, clamped)
+        record = {name: x.mean().item() for name, x in terms.items()}
+        if self.density:
+            record |= self.density.learn(latents[:, self.of_density].cpu())
+        return terms["controlled"], record
+
+    def tensors(self):
+        """What a checkpoint must keep, {name: tensor}; restore() takes it back."""
+        return self.density.tensors() if self.density else {}
+
+    def restore(self, tensors):
+        if self.density:
+            self.density.restore(tensors)
+
+
+class Density:
+    """log p_policy(z) / p_human(z), learned while the policy moves, on the CPU: from past rollouts alone, never from the one it judges.
+
+    All processes see the whole batch's latents and make the same updates, whose draws are keyed by (seed, rollouts so far).
+    """
+
+    def __init__(self, human, seed):
+        order = torch.randperm(len(human), generator=torch.Generator().manual_seed(key(DENSITY, seed)))
+        self.held_out, self.human = human[order].tensor_split([math.ceil(HELD_OUT * len(human))])  # [.., d]
+        self.net, self.seed = DensityRatio(human.shape[1], seed).fit(self.human), seed
+        self.optimizer = adamw(self.net, LR, (0.9, 0.999), 0.0)
+        self.rollouts, self.replay = 0, []  # up to REPLAY tensors [B, d]
+
+    @property
+    def counts(self):
+        """Whether warm-up is over."""
+        return self.rollouts >= WARM_UP
+
+    @torch.no_grad()
+    def log_ratio(self, z):
+        """z [B, d] -> [B], within +-CLIP"""
+        return self.net(z).clamp(-CLIP, CLIP)
+
+    def learn(self, z):
+        """A fresh rollout z [B, d] -> {density_auc, density_loss}: how well it is told from held-out texts, before anything is learned from
+        it, and the mean loss of the UPDATES from the replay, which it has then joined."""
+        with torch.no_grad():
+            logits = torch.cat([self.net(z), self.net(self.held_out)])
+        labels = torch.arange(len(logits)) < len(z)
+        record = {"density_auc": auc(logits, labels)}
+        self.replay = [*self.replay, z][-REPLAY:]
+        past, losses = torch.cat(self.replay), []
+        generator = torch.Generator().manual_seed(key(DENSITY, self.seed, self.rollouts))
+        for _ in range(UPDATES):
+            policy, human = (x[torch.randint(len(x), (BATCH,), generator=generator)] for x in (past, self.human))  # [BATCH, d] each
+            logits = self.net(torch.cat([policy, human]))
+            loss = density_loss(*logits.chunk(2))
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.item())
+        self.rollouts += 1
+        return record | {"density_loss": sum(losses) / UPDATES}
+
+    def tensors(self):
+        """Weights, optimizer, replay and count: {name: tensor}."""
+        names = {p: name for name, p in self.net.named_parameters()}
+        moments = {f"{slot}/{names[p]}": x for p, state in self.optimizer.state.items() for slot, x in state.items()}
+        replay = {f"replay/{i}": z.contiguous() for i, z in enumerate(self.replay)}
+        return self.net.state_dict() | moments | replay | {"rollouts": torch.tensor(self.rollouts)}
+
+    def restore(self, tensors):
+        self.net.load_state_dict({name: tensors[name] for name in self.net.state_dict()})
+        for name, p in self.net.named_parameters():
+            slots = {key_: x for key_, x in tensors.items() if key_.endswith(f"/{name}")}
+            self.optimizer.state[p] = {key_.split("/")[0]: x for key_, x in slots.items()}
+        self.rollouts = int(tensors["rollouts"])
+        self.replay = [tensors[f"replay/{i}"] for i in range(min(self.rollouts, REPLAY))]

@@ -1,0 +1,159 @@
+"""What people's texts look like to a reward model's features: the reference data of penalties in train_ppo.py, in one file.
+
+    N texts, M latents, F of them in the file
+
+FILE.safetensors holds  latents [N, F] at each text's last token, features [F] (their ids), scores [N] of the same texts by the same
+reward model, and says whose latents they are (fingerprints of the reward model and of its autoencoder). With `complete` it holds all
+latents that fire on any of the texts, so that any other is known to be 0 on all of them.
+
+Pitfall: a whole text ends with EOS, and that is where its latents are read. Those of one that was cut off are of another token.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .. import data
+from ..errors import InputError, at_least, first_line, one_of, require
+from ..models import load_tokenizer
+from ..packing import Answers, pack
+from ..runtime.distributed import setup
+from ..runtime.files import check_output
+from ..runtime.log import Progress
+from ..runtime.results import parse_ids
+from .feature_rewards import check_feature_reward, latents_fingerprint, load_feature_reward
+
+NAMES, NOTES = ("latents", "features", "scores"), "human_latents"
+WHOSE = {"reward_model": "reward model", "sae": "autoencoder"}
+CHUNK = 1024  # texts that are read before what fires in them is put aside
+
+
+class HumanLatents(NamedTuple):
+    path: str
+    latents: torch.Tensor  # [N, F], float32
+    features: list[int]  # [F]
+    scores: torch.Tensor  # [N], float32
+    complete: bool  # the file has all latents that fire on any of its texts
+
+    def column(self, feature):
+        """The feature's latents on all texts, [N]. InputError: the file does not know them."""
+        if feature in self.features:
+            return self.latents[:, self.features.index(feature)]
+        require(self.complete, f"{self.path} holds no latents of feature {feature} (probe.py human_latents --features chooses them)")
+        return torch.zeros(len(self.latents))
+
+
+def save(path, human, fingerprint):
+    """Write a file of human latents, under a temporary name first. fingerprint: a dict, feature_rewards.latents_fingerprint."""
+    tensors = {"latents": human.latents.contiguous(), "features": torch.tensor(human.features), "scores": human.scores.contiguous()}
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    # A name of its own: of two processes at once the last one's file stays, whole.
+    temporary = f"{path}.{os.getpid()}.tmp"
+    notes = {"complete": human.complete, "fingerprint": fingerprint}
+    save_file(tensors, temporary, {NOTES: json.dumps(notes)})
+    os.replace(temporary, path)
+
+
+def is_human_latents(path):
+    """Whether a file is one that save() wrote."""
+    try:
+        with safe_open(path, "pt") as f:
+            return NOTES in (f.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def load(path, spec, sae):
+    """A file of human latents, for the reward model `spec` and its autoencoder -> HumanLatents.
+
+    InputError: no such file, another kind of file, latents of another reward model or autoencoder. Loads no model.
+    """
+    require(os.path.isfile(path), f"{path}: no human latents here (python probe.py human_latents --output {path} writes them)")
+    try:
+        with safe_open(path, "pt") as f:
+            notes, tensors = (f.metadata() or {}).get(NOTES), {name: f.get_tensor(name) for name in NAMES if name in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
+    require(notes and len(tensors) == len(NAMES), f"{path}: not a file of human latents (probe.py human_latents)")
+    latents, features, scores = (tensors[name] for name in NAMES)
+    fits = latents.ndim == 2 and len(latents) == len(scores) > 0 and features.shape == latents.shape[1:]
+    require(fits and latents.isfinite().all() and scores.isfinite().all(), f"{path}: its tensors do not fit each other, or are not finite")
+    notes, what = json.loads(notes), f"{spec} with {sae}" if sae else spec
+    for name, value in latents_fingerprint(spec, sae).items():
+        same = notes["fingerprint"].get(name) == value
+        require(same, f"{path}: latents by another {WHOSE[name]} than {what} (write them again: probe.py human_latents)")
+    return HumanLatents(path, latents, features.tolist(), scores, notes["complete"])
+
+
+# ------------------------------------------------------------------------------------------------------ body of the probe.py command
+
+
+@dataclass
+class HumanLatentsConfig:
+    output: str = field(default="runs/human_latents.safetensors", metadata={"help": "the file to write"})
+    reward_model: str = field(default="runs/sarm", metadata={"help": "whose latents: a SARM's folder, or a reward model's with --sae"})
+    sae: str = field(default="", metadata={"help": "the folder of an autoencoder on one of an ordinary reward model's layers"})
+    features: str = field(default="", metadata={"help": "which latents, such as 3,17; default: all that fire on any text"})
+    dataset: str = field(default="world", metadata={"help": "the texts: FILE.jsonl, a datasets name[:split], or world"})
+    kind: str = field(default="sft", metadata={"help": "what its rows are: sft {prompt, response}, or pairs (their chosen side)"})
+    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
+    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
+    max_rows: int = field(default=2000, metadata={"help": "a random subset of N rows; 0: all"})
+    max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: any"})
+    micro_batch_size: int = field(default=64, metadata={"help": "texts a forward pass"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+
+    def __post_init__(self):
+        at_least(self, 0, "max_rows", "max_length")
+        at_least(self, 1, "micro_batch_size")
+        one_of(self, "dtype", "float32", "bfloat16")
+        one_of(self, "kind", "sft", "pairs")
+        parse_ids(self.features)
+
+
+def human_latents(config):
+    """Write the latents of people's texts, and the texts' scores: what --tau, --alpha and --density_beta of train_ppo.py compare with.
+
+    The latents are those of a SARM, or of an autoencoder on one of a reward model's layers, at the last token of each text.
+    """
+    dist, ids = setup(config.device), parse_ids(config.features)
+    check_output(config.output, is_human_latents, "a file of human latents")
+    check_feature_reward(config.reward_model, config.sae, ids)
+    rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
+    tokenizer, side = load_tokenizer(config.reward_model), "response" if config.kind == "sft" else "chosen"
+    prompts, responses, cut = data.encode(tokenizer, rows, side, config.max_length or None, config.chat_template)
+    reward = load_feature_reward(config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype)
+
+    def answers(places):
+        batch = pack([prompts[i] for i in places], [responses[i] for i in places], tokenizer.pad_token_id)
+        return Answers([rows[i]["prompt"] for i in places], [rows[i][side] for i in places], batch)
+
+    def mine():
+        places, found, scores = dist.part(len(rows)), [torch.zeros(0, len(ids) or reward.m).to_sparse()], [torch.zeros(0)]
+        progress = Progress(dist, "human latents, text", len(places))
+        for first in range(places.start, places.stop, CHUNK):
+            reading = reward.read(answers(range(first, min(first + CHUNK, places.stop))), ids or None)
+            found.append(reading.latents.to_sparse())
+            scores.append(reading.scores)
+            progress.step(first - places.start + len(reading.scores), "")
+        progress.close()
+        return torch.cat(found).coalesce(), torch.cat(scores)
+
+    latents, scores = dist.together(mine)  # sparse [n, M] of this process's texts, [n]
+    chosen = torch.arange(len(ids)) if ids else dist.gather(latents.indices()[1].unique()).unique()  # columns
+    latents = dist.gather(latents.index_select(1, chosen).to_dense())  # [N, F]
+    human = HumanLatents(config.output, latents, ids or chosen.tolist(), dist.gather(scores), not ids)
+    if dist.main:
+        save(config.output, human, latents_fingerprint(config.reward_model, config.sae))
+    dist.barrier()
+    summary = {"texts": len(rows), "cut": cut, "features": len(human.features), "score_mean": human.scores.mean().item(),
+               "score_std": human.scores.std().item()}  # fmt: skip
+    dist.print("{texts} texts ({cut} cut), {features} features, score {score_mean:.3f} with a std of {score_std:.3f}".format(**summary))
+    dist.print(f"Written to {config.output}")
+    return summary

@@ -1,0 +1,100 @@
+"""Which files a model's weights are read from: safetensors in the model's own folder, no others.
+
+A folder holds model.safetensors, or several files and model.safetensors.index.json, whose
+weight_map says {tensor: its file}. The index is a text that anyone can write: it may name a pickle,
+which runs code when it is read, or a file outside the folder.
+"""
+
+import os
+
+from transformers.utils import cached_file
+
+from ..errors import InputError, first_line
+from ..runtime.files import read_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def has_weights(folder: str) -> bool:
+    """Whether a model folder holds weights that can be read."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in (WEIGHTS, INDEX))
+
+
+def weight_names(path: str) -> list[str]:
+    """The names of the weight files of a model folder or hub name, by its index where it has one.
+
+    InputError: an index that is none, that names anything but a safetensors file beside it, or a
+    file that is missing. Pitfall: a symbolic link is followed wherever it leads, since the hub's
+    own cache consists of links. What it leads to is read as safetensors all the same.
+    """
+    index = find_file(path, INDEX, must=False)
+    if index is None:
+        return [WEIGHTS]
+
+    # The index is looked at even where model.safetensors stands beside it and is read instead.
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: not an index of weights (no weight_map {{tensor: file}})")
+    for tensor, name in weight_map.items():
+        check_name(index, tensor, name)
+
+    if os.path.isfile(os.path.join(path, WEIGHTS)):
+        return [WEIGHTS]
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, name)):
+            raise InputError(f"{index}: it names {name}, and there is no such file")
+    return names
+
+
+def check_name(index: str, tensor: str, name):
+    """InputError where an index puts a tensor into anything but a safetensors file beside it."""
+    if not isinstance(name, str):
+        raise InputError(f"{index}: the file of {tensor} must be a name, not {name!r}")
+    if not name.endswith(".safetensors"):
+        raise InputError(
+            f"{index}: {tensor} is in {name}; weights are read from .safetensors files, "
+            "never from a pickle"
+        )
+    if os.path.basename(name) != name:
+        raise InputError(f"{index}: {tensor} is in {name}, outside the model's own folder")
+
+
+def check_config(path: str, config):
+    """InputError where a model's config, or that of a part of it, names the file of its weights.
+
+    transformers would read that file in the place of model.safetensors, even a pickle.
+    """
+    parts = [config]
+    for name in config.sub_configs:
+        parts.append(getattr(config, name, None))
+    for part in parts:
+        name = getattr(part, "transformers_weights", None)
+        if name:
+            raise InputError(
+                f"{path}: config.json puts the weights into {name} (transformers_weights); "
+                f"they are read from {WEIGHTS}, or by {INDEX}, alone"
+            )
+
+
+def weight_files(path: str) -> list[str]:
+    """The paths of a model's safetensors files; a hub model's are downloaded."""
+    return [find_file(path, name) for name in weight_names(path)]
+
+
+def find_file(path: str, name: str, must: bool = True) -> str | None:
+    """The path of a file of a model folder or hub name; None where it need not be there and is not.
+
+    Offline the hub cannot say that a file is missing: one that need not be there then counts as
+    missing.
+    """
+    try:
+        return cached_file(
+            path,
+            name,
+            _raise_exceptions_for_missing_entries=must,
+            _raise_exceptions_for_connection_errors=must,
+        )
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: {name} is not there ({first_line(e)})") from None

@@ -1,0 +1,277 @@
+"""Bodies of `probe.py reward` and `probe.py pairs`: can the reward that a policy was trained on be read from what is inside it?
+
+    texts -> a model's places, averaged over the tokens of interest -> inputs [N, F] -> ridge: their reward           (reward)
+             (or the features of their sparse autoencoders)                         `-> logistic: which was chosen    (pairs)
+
+A probe is tested on words and prompts that it was not fitted to, and stands beside the same probe on inputs that know nothing of the
+policy's training: what these reach too, reinforcement learning did not put there. Intervals are over splits.
+
+Pitfall: the reverse does not follow. What a policy has beyond its base may come from any further training. The control for that is the
+base trained on without a reward (train_sft.py --model BASE --seed 1), probed as --policy in its turn.
+
+Method: Marks et al. 2023 (2310.08164), but for the target, which is the true reward and no function of the inputs.
+
+    N texts, T tokens, D hidden, M features of an SAE, F inputs of a probe: D or M for each selected layer
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from .. import data, world
+from ..divergence import layer_divergence, select_layers
+from ..errors import at_least, one_of, require
+from ..hf.activations import SITES, activations, module_at, place_name
+from ..hf.blocks import blocks
+from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..packing import micro_batches
+from ..rewards import check_reward, read_lexicon
+from ..runtime.distributed import autocast, setup
+from ..runtime.locks import unlock_afterwards
+from ..runtime.results import finite, in_one_line, results_folder, save
+from ..runtime.rng import SPLIT, key
+from ..stats import t_interval
+from .activation_store import TOKENS_AT_ONCE
+from .linear_probes import fit_pairs, fit_reward
+from .probe_texts import differences, pair_texts, sequence_texts, word_texts
+from .sae_files import load_sae
+
+
+@dataclass
+class ProbeConfig:
+    output_dir: str = field(default="runs/probe/reward", metadata={"help": "where the results are written"})
+    policy: str = field(default="runs/ppo", metadata={"help": "the trained model: run folder, model folder or hub name"})
+    model: str = field(default="runs/sft", metadata={"help": "the base that it was trained from: a control, and what layers are chosen by"})
+    layers: str = field(default="", metadata={"help": "which layers: highest:K by how far they moved, lowest:K, or such as 1,3; "
+        "default: those in --sae, or highest:5"})  # fmt: skip
+    site: str = field(default="mlp", metadata={"help": "mlp, attention or residual"})
+    sae: str = field(default="", metadata={"help": "features, not activations: a folder with policy/LAYER_SITE and base/LAYER_SITE"})
+    dataset: str = field(default="world", metadata={"help": "the texts: FILE.jsonl, a datasets name[:split], or world"})
+    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
+    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
+    max_rows: int = field(default=1000, metadata={"help": "a random subset of N rows; 0: all"})
+    max_length: int = field(default=0, metadata={"help": "longest text in tokens, cut on the left; 0: the model's context"})
+    seeds: int = field(default=5, metadata={"help": "splits into training and test, which the intervals are over"})
+    test_share: float = field(default=0.33, metadata={"help": "the share of words and of prompts to test on"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+
+    def __post_init__(self):
+        at_least(self, 0, "max_rows", "max_length")
+        at_least(self, 1, "seeds")
+        one_of(self, "dtype", "float32", "bfloat16")
+        one_of(self, "site", *SITES)
+        require(0 < self.test_share < 1, "--test_share must lie between 0 and 1")
+
+
+@dataclass
+class RewardConfig(ProbeConfig):
+    task: str = field(default="word", metadata={"help": "word: the value of a word in context; sequence: the reward of a response"})
+    reward: str = field(default="", metadata={"help": "word: a lexicon .tsv; sequence: any reward (rewards.py); default: the world's"})
+    triples: int = field(default=600, metadata={"help": "word: triples of a positive, a neutral and a negative word for each split"})
+    neutral: float = field(default=1.0, metadata={"help": "word: values closer to 0 than this are neutral"})
+    difference: bool = field(default=False, metadata={"help": "word: inputs and values less those of the triple's neutral word"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self, "task", "word", "sequence")
+        at_least(self, 3, "triples")
+        require(self.neutral > 0, "--neutral must be positive")
+        require(self.task == "word" or not self.difference, "--difference is for --task word")
+        require(self.reward or data.is_world(self.dataset), "--reward names the target: a lexicon .tsv, or with --task sequence any reward")
+
+
+@dataclass
+class PairsConfig(ProbeConfig):
+    output_dir: str = field(default="runs/probe/pairs", metadata={"help": "where the results are written"})
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the commands
+
+
+@unlock_afterwards()
+def reward(config):
+    """Read the true reward of words, or of responses, from activations (or SAE features) by ridge regression, beside its controls."""
+    dist, folder, tokenizer, max_length = start(config)
+    by_word = config.task == "word"
+    if by_word:
+        lexicon = read_lexicon(config.reward) if config.reward else world.LEXICON
+    else:
+        check_reward(config.reward or "world:gold")
+    rows = data.subset(data.read_rows(config.dataset, "sft", config.columns), config.max_rows)
+    if by_word:
+        texts = word_texts(config, tokenizer, rows, lexicon, max_length)
+    else:
+        texts = sequence_texts(config, tokenizer, rows, config.reward or "world:gold", max_length, dist)
+    inputs, layers = all_inputs(config, texts, dist)
+    if config.difference:
+        texts, inputs = differences(texts, inputs)
+    note = "Bag of words: no word of the test is in training, so it is at chance by construction." if by_word else ""
+    return compare(config, folder, fit_reward, texts, inputs, layers, note)
+
+
+@unlock_afterwards()
+def pairs(config):
+    """Read which of two responses was chosen from the difference of their activations (or SAE features), by logistic regression."""
+    dist, folder, tokenizer, max_length = start(config)
+    rows = data.subset(data.read_rows(config.dataset, "pairs", config.columns), config.max_rows)
+    different = [row for row in rows if row["chosen"] != row["rejected"]]
+    dist.print(f"{len(rows)} pairs, {len(rows) - len(different)} with chosen == rejected skipped")
+    texts = pair_texts(config, tokenizer, different, max_length, dist)
+    inputs, layers = all_inputs(config, texts, dist)
+    return compare(config, folder, fit_pairs, texts, inputs, layers, "")
+
+
+def start(config):
+    """What can be wrong is found before any model is loaded. -> dist, run folder, tokenizer, longest text"""
+    dist = setup(config.device)
+    folder = results_folder(config, dist)
+    model_config = check_model(config.policy)
+    check_model(config.model)
+    tokenizer, other = load_tokenizer(config.policy), load_tokenizer(config.model)
+    require(tokenizer.get_vocab() == other.get_vocab(), f"{config.model} and {config.policy} have different tokenizers")
+    for name in ("policy", "base") if config.sae else ():
+        require(os.path.isdir(os.path.join(config.sae, name)), f"{config.sae}: no folder {name}/ of sparse autoencoders in it")
+    return dist, folder, tokenizer, config.max_length or context_length(model_config) or 0
+
+
+def layers_of(config):
+    """The layers that --sae holds autoencoders of, such as "2,3"."""
+    names = os.listdir(os.path.join(config.sae, "policy"))
+    found = sorted(int(name.split("_")[0]) for name in names if name.endswith(f"_{config.site}") and name.split("_")[0].isdecimal())
+    require(found, f"{config.sae}/policy: no autoencoder of a layer's {config.site}")
+    return ",".join(map(str, found))
+
+
+# -------------------------------------------------------------------------------------------------------------------------- the inputs
+
+
+def all_inputs(config, texts, dist):
+    """{name: inputs [N, F]} of the policy (first) and of the controls, and the selected layers."""
+    policy, base = (load_policy(path, value_head=False, device=dist.device).lm for path in (config.policy, config.model))
+    selection = config.layers or (layers_of(config) if config.sae else "highest:5")
+    layers = in_one_line(select_layers, in_one_line(layer_divergence, blocks(base), blocks(policy)), selection)
+    places = [(layer, config.site) for layer in layers]
+    module_at(policy, places[0])  # a site that this architecture lacks
+    inputs = {}
+    if config.sae:
+        width = policy.config.get_text_config().hidden_size
+        for name, lm in (("policy", policy), ("base", base)):
+            saes = {place: load_sae(os.path.join(config.sae, name, place_name(place)), width, dist.device) for place in places}
+            inputs[f"{name}, SAE features"] = mean_inputs(lm, texts, places, dist, config.dtype, saes)
+    torch.manual_seed(key(SPLIT))
+    untrained = AutoModelForCausalLM.from_config(policy.config, trust_remote_code=False)
+    untrained = untrained.to(dist.device).eval()
+    for name, lm in (("policy, activations", policy), ("base, activations", base), ("random model, activations", untrained)):
+        inputs[name] = mean_inputs(lm, texts, places, dist, config.dtype)
+    inputs["bag of words"] = bag_of_words(texts)
+    inputs["length"] = texts.lengths[:, None].float()
+    return inputs, layers
+
+
+@torch.no_grad()
+def mean_inputs(lm, texts, places, dist, dtype, saes=None):
+    """Activations (or features) at the places, averaged over each text's tokens from texts.first on: [N, F], float32, on the CPU."""
+    mine = dist.part(len(texts.ids))
+    ids, out = [texts.ids[i] for i in mine], [None] * len(mine)
+    first = torch.tensor([texts.first[i] for i in mine])
+    lengths = torch.tensor([len(row) for row in ids])
+    for part in micro_batches(lengths, None, TOKENS_AT_ONCE):
+        batch = torch.zeros(len(part), int(lengths[part].max()), dtype=torch.long)  # [b, T]; padding may be any token
+        for row, i in zip(batch, part):
+            row[: lengths[i]] = torch.tensor(ids[i])
+        column = torch.arange(batch.shape[1])
+        mask = ((column >= first[part, None]) & (column < lengths[part, None])).to(dist.device)  # [b, T]
+        with autocast(dist, dtype):
+            found = activations(lm, batch.to(dist.device), places)
+        columns = []
+        for place in places:
+            x = found[place][mask].float()  # [n, D], row by row
+            x = saes[place].encode(x) if saes else x  # [n, F]
+            total = torch.zeros(len(part), x.shape[1], device=x.device).index_add(0, mask.nonzero()[:, 0], x)
+            columns.append(total / mask.sum(1, keepdim=True))
+        for i, x in zip(part, torch.cat(columns, 1).cpu()):
+            out[i] = x
+    return dist.gather(torch.stack(out))
+
+
+def bag_of_words(texts):
+    """How often each token is in the text, of those that are in any: [N, tokens]."""
+    row = torch.tensor([i for i, ids in enumerate(texts.ids) for _ in ids])
+    _, column = torch.tensor([token for ids in texts.ids for token in ids]).unique(return_inverse=True)
+    return torch.zeros(len(texts.ids), int(column.max()) + 1).index_put((row, column), torch.ones(len(row)), accumulate=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- the results
+
+
+def compare(config, folder, fit, texts, inputs, layers, note):
+    """Fit a probe on every input and split -> the summary, printed and written down; the main process does it alone."""
+    if not folder.dist.main:
+        return folder.dist.barrier()
+    policy = next(iter(inputs))
+    found = {name: [fit(x, texts, split) for split in texts.splits] for name, x in inputs.items()}
+    found["shuffled labels"] = [fit(inputs[policy], texts, split, shuffle=seed) for seed, split in enumerate(texts.splits)]
+    metrics, first = list(found[policy][0][0]), found[policy][0][1]
+    rows = {}
+    for name, results in found.items():
+        rows[name] = {metric: interval([numbers[metric] for numbers, _ in results]) for metric in metrics}
+        less = [mine[metrics[0]] - other[metrics[0]] for (mine, _), (other, _) in zip(found[policy], results)]  # paired by split
+        rows[name] |= {"policy_less": interval(less), "largest_p": max(more.get("p", 1.0) for _, more in results)}
+        rows[name]["seeds"] = [{**numbers, **{k: v for k, v in more.items() if k != "predictions"}} for numbers, more in results]
+    summary = {
+        "policy": config.policy, "model": config.model, "layers": layers, "site": config.site, "sae": config.sae, "texts": len(texts.ids),
+        "metrics": metrics, "rows": rows, "predictions": first.get("predictions", []), "note": note,
+    }  # fmt: skip
+    save(config, folder, summary, table(summary), draw)
+    folder.dist.barrier()
+    return summary
+
+
+def interval(values):
+    """[mean, half-width of the 95% t interval or None]"""
+    return [finite(x) for x in t_interval(values)]
+
+
+def table(summary):
+    """One line for each input: means over splits +- half-widths."""
+    metrics, rows = summary["metrics"], summary["rows"]
+    first, n = next(iter(rows)), len(next(iter(rows.values()))["seeds"])
+    sizes = rows[first]["seeds"][0]
+    p, named = "tau" in metrics, {"tau": "Kendall's tau", "r2": "R^2", "sign": "sign right", "accuracy": "accuracy", "auc": "AUC"}
+
+    def pm(pair):
+        return f"{pair[0]:7.3f} +- " + ("  nan" if pair[1] is None else f"{pair[1]:.3f}")
+
+    head = "".join(f"{named[metric]:>17s}" + ("  largest p" if metric == "tau" else "") for metric in metrics)
+    lines = [f"\n{summary['policy']} (base {summary['model']}), {summary['site']} of layers {', '.join(map(str, summary['layers']))}; "
+             f"{n} splits, {sizes['n_train']} for training and {sizes['n_test']} for the test; 95% intervals over splits:",
+             f"  {'':27s}{head}   policy's {named[metrics[0]]} less"]  # fmt: skip
+    for name, row in rows.items():
+        cells = "".join(f"  {pm(row[metric])}" + (f"     {row['largest_p']:.3f}" if metric == "tau" else "") for metric in metrics)
+        lines.append(f"  {name:27s}{cells}" + ("" if name == first else f"      {pm(row['policy_less'])}"))
+    if p:
+        share = sum(seed["positive"] for seed in rows[first]["seeds"]) / n
+        lines.append(f"  Always the commoner sign is right for {max(share, 1 - share):.3f}. p: the worst split's, by permutation of the "
+                     "test; a random direction can have a small one too, as shuffled labels show.")  # fmt: skip
+    return "\n".join(lines + [f"  {summary['note']}"] * bool(summary["note"]))
+
+
+def draw(figure, summary):
+    """The first metric of each input with its interval, and the first split's predictions against the truth."""
+    rows, metric = summary["rows"], summary["metrics"][0]
+    figure.set_size_inches(10 if summary["predictions"] else 6, 3.4)
+    axis = figure.add_subplot(1, 2 if summary["predictions"] else 1, 1)
+    means, halves = zip(*(row[metric] for row in rows.values()))
+    colors = ["C0"] + ["lightgrey"] * (len(rows) - 1)
+    axis.barh(list(rows), means, xerr=[half or 0 for half in halves], color=colors, ecolor="black", capsize=2)
+    axis.invert_yaxis()
+    axis.axvline(0 if metric == "tau" else 0.5, color="black", linewidth=0.8)
+    axis.set(xlabel={"tau": "Kendall's tau on held-out words or responses"}.get(metric, "accuracy on held-out pairs"))
+    if summary["predictions"]:
+        axis = figure.add_subplot(1, 2, 2)
+        _, true, predicted = zip(*summary["predictions"])
+        axis.plot(true, predicted, ".")
+        axis.set(xlabel="true reward", ylabel=f"read from {next(iter(rows))}", title="first split's test")

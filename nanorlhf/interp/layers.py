@@ -1,0 +1,254 @@
+"""Bodies of probe.py's commands: what changed between a base model and its policy, and how alike two sets of features are.
+
+    L blocks, N tokens, D hidden, M features of a sparse autoencoder (Ma of A, Mb of B)
+
+Every command writes <output_dir>/config.json, summary.json and a picture, and prints a table. It computes everything again when it is
+called again, since the models in a folder may have changed.
+"""
+
+import glob
+import math
+import os
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .. import data
+from ..divergence import (
+    add_up,
+    divergence_sums,
+    from_sums,
+    matches,
+    parameter_divergence,
+    relative,
+    select_layers,
+)
+from ..errors import InputError, at_least, first_line, one_of, require
+from ..hf.activations import SITES, module_at, place_name
+from ..hf.blocks import blocks
+from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..runtime import plots
+from ..runtime.distributed import setup
+from ..runtime.locks import unlock_afterwards
+from ..runtime.results import finite, in_one_line, results_folder, save
+from .activation_store import Tokens, from_models, passes, token_rows
+from .sae_files import SPARSITY, load_sae
+
+# ---------------------------------------------------------------------------------------------------------------------- divergence
+
+
+@dataclass
+class DivergenceConfig:
+    output_dir: str = field(default="runs/probe/divergence", metadata={"help": "where the results are written"})
+    model: str = field(default="runs/sft", metadata={"help": "the base: run folder, model folder or hub name"})
+    policy: str = field(default="runs/ppo", metadata={"help": "the model that was trained from it; adapters are merged"})
+    layers: str = field(default="highest:5", metadata={"help": "which layers to select: highest:K by Frobenius, lowest:K, or such as 1,3"})
+    sites: list[str] = field(default_factory=lambda: list(SITES), metadata={"help": "whose activations are compared"})
+    dataset: str = field(default="world", metadata={"help": "the texts: FILE.jsonl, a datasets name[:split], or world"})
+    kind: str = field(default="sft", metadata={"help": "what its rows are: sft {prompt, response}, pairs {prompt, chosen, rejected}, or "
+        "prompts {prompt}, texts as they are"})  # fmt: skip
+    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
+    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
+    max_rows: int = field(default=256, metadata={"help": "a random subset of N rows; 0: all"})
+    max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
+    keep_bos: bool = field(default=False, metadata={"help": "count BOS too, and an EOS that shares its id: its norm is often most "
+        "of the variance"})  # fmt: skip
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+
+    def __post_init__(self):
+        at_least(self, 0, "max_rows", "max_length")
+        one_of(self, "dtype", "float32", "bfloat16")
+        one_of(self, "kind", *data.FIELDS)
+        require(set(self.sites) <= set(SITES), f"--sites must be some of {', '.join(SITES)}, not {' '.join(self.sites)}")
+
+
+@unlock_afterwards()
+def divergence(config):
+    """How far a policy has moved from its base: the weights of each block, and its activations on the same texts.
+
+    Weights: D_l, the sum over the parameters p of block l of ||p_base - p_policy||_F, and relative to ||p_base||_F. Activations: mean
+    over tokens of 1 - cosine, and of the squared distance / the base's variance. Method: nanorlhf/divergence.py.
+    """
+    dist = setup(config.device)
+    folder = results_folder(config, dist)
+    model_config = check_model(config.model)
+    check_model(config.policy)
+    in_one_line(select_layers, [0.0] * model_config.get_text_config().num_hidden_layers, config.layers)
+    tokens = texts_of(config, model_config, dist)
+    lms = {name: load_policy(path, False, device=dist.device).lm for name, path in (("base", config.model), ("policy", config.policy))}
+    table = in_one_line(parameter_divergence, blocks(lms["base"]), blocks(lms["policy"]))
+    frobenius, shares = add_up(table), add_up(table, "relative")
+    selected = in_one_line(select_layers, frobenius, config.layers)
+    moved = compare_activations(config, lms, tokens, dist)
+
+    layers = [
+        {"layer": layer, "frobenius": frobenius[layer], "relative": finite(shares[layer]), "selected": layer in selected,
+         "activations": {site: moved[layer, site] for site in config.sites},
+         "parameters": {name: {**p, "relative": finite(relative(p))} for name, p in table[layer].items()}}
+        for layer in range(len(table))
+    ]  # fmt: skip
+    summary = {"model": config.model, "policy": config.policy, "texts": len(tokens.rows), "tokens": tokens.total, "selected": selected,
+               "layers": layers}  # fmt: skip
+    save(config, folder, summary, divergence_table(summary, config.sites), draw_divergence)
+    dist.barrier()
+    return summary
+
+
+def texts_of(config, model_config, dist):
+    """The Tokens of the texts; an InputError where base and policy do not read the same tokens."""
+    rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
+    tokenizer = load_tokenizer(config.model, needs_eos=config.kind != "prompts")
+    other = load_tokenizer(config.policy, needs_eos=False)
+    require(tokenizer.get_vocab() == other.get_vocab(), f"{config.model} and {config.policy} have different tokenizers")
+    rows, cut = token_rows(tokenizer, rows, config.max_length or context_length(model_config), config.chat_template)
+    if cut:
+        dist.print(f"{cut} of {len(rows)} texts cut")
+    return Tokens(rows, None if config.keep_bos else tokenizer.bos_token_id)
+
+
+def compare_activations(config, lms, tokens, dist):
+    """{place: {cosine, squared}} at the config's sites of every block."""
+    places = [(layer, site) for layer in range(len(blocks(lms["base"]))) for site in config.sites]
+    for lm in lms.values():
+        for place in places:
+            module_at(lm, place)  # an error before anything is computed
+    size = lms["base"].config.get_text_config().hidden_size
+    sums = {place: torch.zeros(4 + size, dtype=torch.float64, device=dist.device) for place in places}
+    for part in passes(tokens, from_models(tokens, lms, places, dist, config.dtype), dist, at_once=2**12) if places else ():
+        for place in places:
+            x, y = (part[f"{name}/{place_name(place)}"] for name in ("base", "policy"))  # [n, D]
+            sums[place] += divergence_sums(x, y)
+    return {place: in_one_line(from_sums, dist.sum(total)) for place, total in sums.items()}
+
+
+
+
+def divergence_table(summary, sites):
+    """One line a block, * where it is selected, and the parameters that moved most."""
+    lines = [f"\n{summary['policy']} against {summary['model']}, on {summary['texts']} texts, {summary['tokens']} tokens:"]
+    lines += [f"  {'':8s}{'weights':>19s}   " + "".join(f"{site:>19s}   " for site in sites)]
+    lines += ["  layer  Frobenius  relative" + "     1 - cos   squared" * len(sites)]
+    for row in summary["layers"]:
+        numbers = [row["activations"][site][kind] for site in sites for kind in ("cosine", "squared")]
+        weights = f"{row['frobenius']:9.3f} {math.inf if row['relative'] is None else row['relative']:9.3f}"
+        text = "".join(f"{cosine:12.4f}{squared:10.4f}" for cosine, squared in zip(numbers[::2], numbers[1::2]))
+        lines.append(f"{'*' if row['selected'] else ' ':>2s}{row['layer']:5d}  {weights}{text}")
+    parameters = [(p["frobenius"], f"{row['layer']}.{name}") for row in summary["layers"] for name, p in row["parameters"].items()]
+    most = ", ".join(f"{name} {moved:.3f}" for moved, name in sorted(parameters, reverse=True)[:4])
+    return "\n".join([*lines, f"  selected (*): {', '.join(map(str, summary['selected']))}; parameters that moved most: {most}"])
+
+
+def draw_divergence(figure, summary):
+    """Weights and activations, one bar a block; selected blocks are darker."""
+    layers = summary["layers"]
+    panels = {"weights: Frobenius": [row["frobenius"] for row in layers], "weights: relative": [row["relative"] or 0 for row in layers]}
+    for site in layers[0]["activations"]:
+        panels[f"{site}: 1 - cosine"] = [row["activations"][site]["cosine"] for row in layers]
+    figure.set_size_inches(3 * len(panels), 2.6)
+    for i, (name, values) in enumerate(panels.items()):
+        axis = figure.add_subplot(1, len(panels), i + 1)
+        axis.bar([row["layer"] for row in layers], values, color=["C0" if row["selected"] else "lightgrey" for row in layers])
+        axis.set(title=name, xlabel="block")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- mmcs
+
+
+@dataclass
+class MmcsConfig:
+    a: list[str] = field(metadata={"help": "folders of sparse autoencoders (train_sae.py, SAELens); {seed} stands for all that exist"})
+    b: list[str] = field(default_factory=list, metadata={"help": "what they are compared with; default: with one another"})
+    output_dir: str = field(default="runs/probe/mmcs", metadata={"help": "where the results are written"})
+    one_to_one: bool = field(default=False, metadata={"help": "match each feature of B once at most (Hungarian)"})
+    top: int = field(default=20, metadata={"help": "how many of the best matched features are written down"})
+
+    def __post_init__(self):
+        at_least(self, 0, "top")
+        self.a, self.b = existing(self.a), existing(self.b)
+        require(self.pairs(), "--a names one folder: name others to compare it with, as --b")
+
+    def pairs(self):
+        """(A, B) to compare: --a with --b, or with one another."""
+        return [(a, b) for a in self.a for b in self.b or self.a if a != b]
+
+
+def existing(paths):
+    """Folders, {seed} expanded; one that is not there is an InputError."""
+    found = {path: sorted(glob.glob(glob.escape(path).replace("{seed}", "*"))) for path in paths}
+    for path in paths:
+        require(found[path], f"{path}: no such sparse autoencoder (train_sae.py trains them)")
+    return [path for part in found.values() for path in part]
+
+
+@unlock_afterwards()
+def mmcs(config):
+    """Mean max cosine similarity of the decoder directions of sparse autoencoders: of what A has learned, how much B has too.
+
+    Small against large of one model: stability, and its best matched features. Base against policy: what training changed. One seed
+    against another: the noise floor. `chance` is the same number for random directions. Method: nanorlhf/divergence.py.
+
+    Latents that never fire are left out where the folder tells (SAELens' sparsity.safetensors). Two autoencoders of one seed start from
+    the same directions and keep some of it: set base against policy with different seeds, then it can be compared with the noise floor.
+    """
+    dist = setup("cpu")
+    folder = results_folder(config, dist)
+    ids = {path: None for path in config.a + config.b}
+    features = {path: load_sae(path).decoder_directions().detach() for path in ids}  # [M, D]
+    for path, directions in features.items():
+        ids[path] = firing(path, len(directions))  # of the latents that are left
+        features[path] = directions[ids[path]]
+    rows = []
+    for a, b in config.pairs():
+        found, of_b, cosines = in_one_line(matches, features[a], features[b], config.one_to_one)
+        generator = torch.Generator().manual_seed(0)
+        noise = [torch.randn(features[path].shape, generator=generator) for path in (a, b)]
+        best = cosines.argsort(descending=True)[: config.top]
+        rows.append({
+            "a": a, "b": b, "features_a": len(features[a]), "features_b": len(features[b]), "mmcs": cosines.double().mean().item(),
+            "chance": matches(*noise, config.one_to_one)[2].mean().item(), "above_0.9": (cosines > 0.9).double().mean().item(),
+            "best": [[ids[a][found[i]].item(), ids[b][of_b[i]].item(), cosines[i].item()] for i in best.tolist()],
+            "histogram": torch.histc(cosines.clamp(0, 1), 20, 0, 1).long().tolist(),
+        })  # fmt: skip
+    summary = {"one_to_one": config.one_to_one, "pairs": rows}
+    save(config, folder, summary, mmcs_table(summary), draw_mmcs)
+    return summary
+
+
+def firing(path, m):
+    """The ids of an autoencoder's latents, without those that its folder knows never to have fired."""
+    file = os.path.join(path, SPARSITY)  # log10(rate + 1e-10)
+    if not os.path.exists(file):
+        return torch.arange(m)
+    try:
+        rates = load_file(file)["sparsity"]
+    except (OSError, KeyError, SafetensorError) as e:
+        raise InputError(f"{file}: cannot be read ({first_line(e)})") from None
+    require(rates.shape == (m,), f"{file}: {list(rates.shape)} rates of {m} latents")
+    return (rates > -9.99).nonzero()[:, 0]
+
+
+def mmcs_table(summary):
+    """One line a pair."""
+    width = max(len(row[side]) for row in summary["pairs"] for side in "ab")
+    lines = [f"\nMean max cosine similarity{', one to one' if summary['one_to_one'] else ''}:"]
+    lines += [f"  {'A':{width}s}  {'B':{width}s}   features A, B    MMCS  chance  above 0.9"]
+    for row in summary["pairs"]:
+        names, sizes = (f"{row[side]:{width}s}" for side in "ab"), f"{row['features_a']:7d}{row['features_b']:8d}"
+        lines.append("  ".join(["", *names, sizes, f" {row['mmcs']:.3f}   {row['chance']:.3f}      {row['above_0.9']:.3f}"]))
+    return "\n".join(lines)
+
+
+def draw_mmcs(figure, summary):
+    """Of each pair how A's features' best cosines are spread."""
+    axis = figure.add_subplot()
+    names = plots.without_common_ends({row[side] for row in summary["pairs"] for side in "ab"})
+    edges = [i / 20 for i in range(21)]
+    for row in summary["pairs"][:10]:
+        label = f"{names[row['a']]} in {names[row['b']]}: {row['mmcs']:.2f}"
+        axis.stairs([n / sum(row["histogram"] or [1]) for n in row["histogram"]], edges, label=label)
+    axis.set(xlabel="largest cosine with a feature of B", ylabel="share of A's features")
+    axis.legend()

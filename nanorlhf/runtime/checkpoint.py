@@ -1,0 +1,277 @@
+"""Atomic checkpoints and exact resume: safetensors for tensors, JSON for the rest, no pickle.
+
+A run holds no hidden random state: every draw is keyed by (seed, step, ...), so weights, optimizer, the few numbers of the
+controllers and the step are all that a resumed run needs to end with the same bits as one that was never killed.
+
+    checkpoint/step_{N}/
+        state.safetensors                 weights and optimizer, or, of a model in shards (FSDP2),
+        shard-{rank + 1}-*.safetensors    one file a process, with each tensor's place in the whole
+        tensors.safetensors               what else a run has learned, such as a density ratio
+        state.json                        written last: the step, the controllers, and checksums of
+                                          the files above, of the run's logs and of itself
+
+Tensors are read by torch.distributed.checkpoint's reader of safetensors, which cuts out of any of
+these files what a process needs: a run may be resumed on another number of processes, and with or
+without shards, then with the same numbers up to float error.
+
+A disk may lose or change what it was given. So nothing is loaded before it has been compared with
+its checksum, and a run goes on from the newest checkpoint that is whole.
+"""
+
+import os
+import re
+import warnings
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..errors import InputError, first_line
+from ..hf.blocks import trainable
+from .distributed import Dist
+from .files import (
+    digest,
+    digest_file,
+    digest_start,
+    read_json,
+    recover_folder,
+    remove,
+    replace_folder,
+    write_json,
+)
+from .fsdp import is_sharded
+
+ALONE = Dist(0, 1, torch.device("cpu"))
+
+
+def checkpoints(folder):
+    """[(step, path)] of the checkpoints in a run folder, oldest first, whole or not."""
+    root = os.path.join(folder, "checkpoint")
+    names = os.listdir(root) if os.path.isdir(root) else []
+    found = [re.fullmatch(r"step_(0|[1-9]\d*)", name) for name in names]
+    return sorted((int(m[1]), os.path.join(root, m[0])) for m in found if m)
+
+
+# --------------------------------------------------------------------------------------------- save
+
+
+def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
+    """Write checkpoint/step_{step} with the trained weights, the optimizer, `state` (JSON) and `more` {name: tensor}; keep the last `keep`.
+
+    The main process calls this alone, or, where the module is in shards, all processes do, with `dist`.
+    """
+    tensors, main = {}, dist is None or dist.main
+    for name, p in trainable(module):
+        tensors[f"model/{name}"] = p.detach().contiguous()
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = value
+    writers = dist if is_sharded(module) else ALONE
+
+    def write(path):
+        if is_sharded(module):
+            save_shards(tensors, path)
+        else:
+            save_file(tensors, os.path.join(path, "state.safetensors"))
+        if main and more:
+            save_file(more, os.path.join(path, "tensors.safetensors"))
+        files = digest_files(path, writers)
+        if main:
+            content = {"step": step, **state, "files": files}
+            write_json(os.path.join(path, "state.json"), {**content, "sha256": digest(content)})
+
+    if main:
+        os.makedirs(os.path.join(folder, "checkpoint"), exist_ok=True)
+    replace_folder(os.path.join(folder, "checkpoint", f"step_{step}"), write, writers)
+    if main:
+        remove_all_but(folder, step, keep)
+
+
+def remove_all_but(folder: str, step: int, keep: int):
+    """Remove all checkpoints but the last `keep` up to a step.
+
+    A later one was damaged: the run went on from an older one.
+    """
+    found = checkpoints(folder)
+    kept = [path for s, path in found if s <= step][-keep:]
+    for _, path in found:
+        if path not in kept:
+            remove(path)
+
+
+def save_shards(tensors: dict, path: str):
+    """Every process writes its own shards. A disk error on one of them is raised on all."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))
+    except dcp.CheckpointException as e:
+        error, _ = list(e.failures.values())[0]
+        raise error from None
+
+
+def digest_files(path: str, dist: Dist) -> dict[str, str]:
+    """The SHA-256 of each file that the processes have written to a folder: {name: 64 hex digits}.
+
+    Each process reads its own shard. All processes call this, and all get the whole.
+    """
+    own = f"shard-{dist.rank + 1:05d}-"
+    lines = ""
+    for name in sorted(os.listdir(path)):
+        if name.startswith(own) or (dist.main and not name.startswith("shard-")):
+            lines += f"{digest_file(os.path.join(path, name))} {name}\n"
+    everyones = dist.gather(torch.tensor(list(lines.encode()), dtype=torch.uint8))
+    digests = {}
+    for line in bytes(everyones.tolist()).decode().splitlines():
+        sha256, name = line.split()
+        digests[name] = sha256
+    return digests
+
+
+# --------------------------------------------------------------------------------------------- load
+
+
+def load(folder, module, optimizer, dist=ALONE):
+    """Restore module and optimizer from the newest checkpoint that is whole -> its state.
+
+    None where there is no checkpoint yet. What was saved as `more` is in state["tensors"].
+    A damaged checkpoint is named, with what is wrong, and the one before it is taken; where none is
+    whole, an InputError says so. The main process decides for all, and all processes call this.
+    """
+    choice = dist.together(lambda: choose(folder, module, optimizer, dist))
+    step = int(dist.gather(torch.tensor([choice]))[0])  # the main process's
+    if step < 0:
+        return None
+    path = os.path.join(folder, "checkpoint", f"step_{step}")
+    load_tensors(path, module, optimizer)
+    state = read_json(os.path.join(path, "state.json"))
+    for name in ("files", "sha256"):
+        state.pop(name, None)
+    more = os.path.join(path, "tensors.safetensors")
+    if os.path.isfile(more):
+        state["tensors"] = load_file(more)
+    return state
+
+
+def choose(folder: str, module, optimizer, dist: Dist) -> int:
+    """The step of the newest checkpoint that is whole, or -1 where there is none at all.
+
+    The main process looks; the others get -1.
+    """
+    if not dist.main:
+        return -1
+    root = os.path.join(folder, "checkpoint")
+    if os.path.lexists(root) and not os.path.isdir(root):
+        raise InputError(f"{root} should be a folder; remove it, and the run starts anew")
+    for name in os.listdir(root) if os.path.isdir(root) else []:
+        if name.startswith(".old_step_"):  # a kill came while a new checkpoint took its place
+            recover_folder(os.path.join(root, name.removeprefix(".old_")))
+    damaged = []
+    for step, path in reversed(checkpoints(folder)):
+        problem = find_damage(folder, step, module, optimizer)
+        if not problem:
+            for line in damaged:
+                dist.print(f"{line}; step_{step} is taken instead")
+            return step
+        damaged.append(f"{path} cannot be used: {problem}")
+    if damaged:
+        what_to_do = f"restore one from a copy, or remove {root}, and the run starts anew"
+        raise InputError(f"{'; '.join(damaged)}; no other checkpoint is whole: {what_to_do}")
+    return -1
+
+
+def find_damage(folder: str, step: int, module, optimizer) -> str:
+    """What is wrong with checkpoint/step_{step}, in a few words; "" if it is whole."""
+    path = os.path.join(folder, "checkpoint", f"step_{step}")
+    try:
+        state = read_json(os.path.join(path, "state.json"))
+        if not isinstance(state, dict) or state.get("step") != step:
+            return f"state.json is not that of step {step}"
+        return check_digests(folder, path, state) or check_tensors(path, module, optimizer)
+    except FileNotFoundError as e:
+        return f"{os.path.basename(e.filename)} is missing"
+    except InputError as e:
+        return first_line(e).removeprefix(f"{path}/")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+        return first_line(e)
+
+
+def check_digests(folder: str, path: str, state: dict) -> str:
+    """Compare a checkpoint's files, and the logs up to it, with what was written -> what differs.
+
+    "" where nothing does.
+    A checkpoint that is older than checksums has none to compare with.
+    """
+    if "files" in state or "sha256" in state:
+        content = {name: value for name, value in state.items() if name != "sha256"}
+        if digest(content) != state.get("sha256") or "files" not in state:
+            return "state.json differs from its checksum"
+    for name, sha256 in state.get("files", {}).items():
+        if digest_file(os.path.join(path, name)) != sha256:
+            return f"{name} differs from its checksum"
+    for name, log in state.get("logs", {}).items():
+        if digest_start(os.path.join(folder, name), log["size"]) != log["sha256"]:
+            return f"{os.path.join(folder, name)} has lost or changed rows that it had then"
+    return ""
+
+
+def check_tensors(path: str, module, optimizer) -> str:
+    """Compare names, shapes and dtypes of the tensors with the model's -> what differs, or ""."""
+    stored = read_metadata(path)
+    if not stored:
+        return "its tensors are missing"
+    parameters = dict(trainable(module))
+
+    # The same weights, in the same shapes?
+    sizes = {}
+    for key, tensor in stored.items():
+        if key.startswith("model/"):
+            sizes[key.removeprefix("model/")] = tensor.size
+    for name in sorted(sizes.keys() | parameters.keys()):
+        if name not in parameters or sizes.get(name) != parameters[name].shape:
+            return f"it is of another model, which differs in {name}"
+
+    # Adam's two moments of each weight, and its count of steps? A weight without gradient has none.
+    slots = {}
+    for key in stored:
+        if key.startswith("optimizer/"):
+            _, slot, name = key.split("/")
+            slots.setdefault(name, set()).add(slot)
+    if not slots:
+        return "the optimizer's tensors are missing"
+    for name, own in slots.items():
+        if name not in parameters or own != {"step", "exp_avg", "exp_avg_sq"}:
+            return f"the optimizer's tensors of {name} are not those of Adam"
+
+    for key, tensor in stored.items():
+        if key.startswith(("model/", "optimizer/exp_avg")):
+            p = parameters[key.split("/")[-1]]
+            if tensor.properties.dtype != p.dtype:
+                return f"{key} is {tensor.properties.dtype}, not {p.dtype}"
+            if tensor.size != p.shape:
+                return f"{key} has another shape than its weight"
+    return ""
+
+
+def read_metadata(path: str) -> dict:
+    """{name: its dtype and the size of the whole} of tensors in a folder's safetensors files."""
+    import torch.distributed.checkpoint as dcp  # here, because it takes a second
+
+    return dcp.HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
+
+
+def load_tensors(path: str, module, optimizer):
+    """Fill module and optimizer from a checkpoint, each process with what it holds of them."""
+    import torch.distributed.checkpoint as dcp
+
+    parameters = dict(trainable(module))
+    tensors = {f"model/{name}": p.detach() for name, p in parameters.items()}
+    for key, stored in read_metadata(path).items():
+        if key.startswith("optimizer/"):  # moments are in shards as their weights are; the count of steps is a number
+            _, slot, name = key.split("/")
+            p = parameters[name].detach()
+            tensors[key] = torch.zeros_like(p) if stored.size == p.shape else torch.zeros(stored.size, device=p.device)
+            optimizer.state[parameters[name]][slot] = tensors[key]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be, where nothing is in shards
+        reader = dcp.HuggingFaceStorageReader(path)
+        dcp.load(tensors, storage_reader=reader, no_dist=not is_sharded(module))

@@ -1,0 +1,212 @@
+"""Several processes under torchrun: set-up, DDP or FSDP2, and the few reductions that the scripts need.
+
+Every rank runs the same script and makes the same number of collective calls. What belongs to a sample (its noise, its place in
+a minibatch) is keyed by its index in the GLOBAL batch, so the number of ranks changes results only by float error.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import os
+import re
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as td
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import InputError
+from . import fsdp
+
+
+@dataclass
+class Dist:
+    rank: int
+    world: int
+    device: torch.device
+    sharded: bool = False  # FSDP2 over several processes
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    @property
+    def load_device(self):
+        """Where models are loaded: what will be sharded goes to the GPU block by block, so the whole need not fit there."""
+        return torch.device("cpu") if self.sharded else self.device
+
+    def print(self, *lines):
+        if self.main:
+            print(*lines, sep="\n", flush=True)
+
+    def barrier(self):
+        if self.world > 1:
+            td.barrier()
+
+    def share(self, index):
+        """This rank's contiguous, equal share of a global batch (anything that can be sliced)."""
+        size = len(index) // self.world
+        return index[self.rank * size : (self.rank + 1) * size]
+
+    def part(self, n):
+        """This rank's range of n things that need not divide evenly."""
+        return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
+
+    def sum(self, tensor):
+        """The sum over all ranks, on the tensor's device."""
+        if self.world == 1:
+            return tensor
+        total = tensor.detach().clone().to(self.device)
+        td.all_reduce(total)
+        return total.to(tensor.device)
+
+    def gather(self, tensor):
+        """The rows of all ranks in rank order: [n_rank, ...] -> [n, ...]. The ranks' n may differ, the rest may not."""
+        if self.world == 1:
+            return tensor
+        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
+        td.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))
+        longest = int(max(sizes))
+        if longest == 0:
+            return tensor
+        padded = tensor.new_zeros(longest, *tensor.shape[1:], device=self.device)
+        padded[: len(tensor)] = tensor.to(self.device)
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        td.all_gather(parts, padded)
+        return torch.cat([part[: int(n)] for part, n in zip(parts, sizes)]).to(tensor.device)
+
+    def even(self, micro_batches):
+        """The same number of micro-batches on all ranks: FSDP sends something in each of them. The largest are cut in halves."""
+        parts = list(micro_batches)
+        most = int(self.gather(torch.tensor([len(parts)])).max()) if self.sharded else 0
+        while len(parts) < most:
+            i = max(range(len(parts)), key=lambda i: len(parts[i]))
+            parts[i : i + 1] = parts[i].chunk(2)
+        return parts
+
+    def together(self, function):
+        """function() on every process, without collectives inside; an InputError on one of them is raised on all."""
+        result, message = None, b""
+        try:
+            result = function()
+        except InputError as e:
+            if self.world == 1:
+                raise
+            message = " ".join(str(e).split()).encode() + b"\n"
+        messages = bytes(self.gather(torch.tensor(list(message), dtype=torch.uint8)).tolist())
+        if messages:
+            raise InputError(messages.decode().split("\n")[0])
+        return result
+
+    def wrap(self, module, total=None, dtype="float32"):
+        """A module on several processes: in shards (in place), or inside DDP if anything in it is trained. Alone: the module itself.
+
+        total(model) is any scalar that uses all trained weights. After its first backward pass DDP re-orders its buckets, and from
+        three ranks on that changes the order in which gradients are added up. So that first pass is made here: else the first step
+        after a resume would differ in its last bits. FSDP wants its first pass through the root, which generate() is not.
+        """
+        trained = any(p.requires_grad for p in module.parameters())
+        if self.world == 1 or not (trained or self.sharded):
+            return module
+        model = fsdp.shard(module, self, dtype) if self.sharded else DistributedDataParallel(module, gradient_as_bucket_view=True)
+        with torch.set_grad_enabled(trained):
+            value = total(model) if total else None
+        if trained:
+            value.backward()
+            model.zero_grad(set_to_none=True)
+        return model
+
+
+def libc():
+    """The C library where it is glibc, else None."""
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        return library if hasattr(library, "mallopt") else None
+    except OSError:
+        return None
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks: else every step gives them back to the kernel and pays page faults to get them again.
+
+    About 4% of a PPO step on a CPU. Where the C library is another one, nothing happens.
+    """
+    if libc():
+        libc().mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: its largest value, 32 MB
+        libc().mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def return_freed_memory():
+    """Between two phases that need different blocks: what one leaves in pieces would add to the other's peak. A few ms."""
+    if libc():
+        libc().malloc_trim(0)
+
+
+def setup(device="auto", distributed="ddp"):
+    """Join the process group that torchrun's environment describes: gloo on CPU, NCCL on GPUs. May be called again."""
+    if distributed == "ddp":  # who shards has no memory to keep
+        keep_freed_memory()
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu or cuda, not {device!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here")
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"{local + 1} processes or more on this machine, but torch sees {torch.cuda.device_count()} GPU(s)")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if world > 1 and not td.is_initialized():
+        a_day = datetime.timedelta(days=1)  # a process without a member of an ensemble waits for those that have one
+        if device.startswith("cuda"):
+            td.init_process_group("nccl", device_id=torch.device(device), timeout=a_day)
+        else:
+            td.init_process_group("gloo", timeout=a_day)
+        td.barrier()  # all are connected before one can leave with an error: the others would report only that it is gone
+    return Dist(rank, world, torch.device(device), sharded=distributed == "fsdp" and world > 1)
+
+
+def shutdown():
+    if td.is_available() and td.is_initialized():
+        td.destroy_process_group()
+
+
+def lost_a_process(error: Exception) -> bool:
+    """Whether an error of a collective call says only that another process is gone."""
+    if not (td.is_available() and td.is_initialized()):
+        return False
+    if isinstance(error, (td.DistBackendError, td.DistNetworkError)):
+        return True
+    gone = re.search(r"Connection (closed|reset) by peer|Broken pipe|gloo", str(error))
+    return isinstance(error, RuntimeError) and gone is not None
+
+
+def sync_on(module, last):
+    """DDP exchanges gradients in the backward pass of an optimizer batch's last micro-batch only.
+
+    FSDP does so in each of them: waiting would need the whole model's gradients on every process.
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+def autocast(dist, dtype):
+    """bfloat16 matmuls over float32 master weights, or nothing."""
+    return torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def fast_dtype(device):
+    """The dtype for matrix products: bfloat16 where the processor is fast at it (a GPU; AVX-512 BF16 or AMX), else float32."""
+    if device != "cpu" and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def peak_memory_mb(dist):
+    """Peak memory of this process in MiB: of the GPU where there is one, else resident."""
+    if dist.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(dist.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

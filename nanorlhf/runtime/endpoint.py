@@ -1,0 +1,244 @@
+"""A chat model that is asked questions: behind an OpenAI-compatible endpoint, or a local one.
+
+POST <url>/chat/completions by the standard library alone; the key is the environment's OPENAI_API_KEY. What is asked, and what becomes
+of the answers, is the callers' business (explainer.py, judging.py).
+
+The key goes into one header and nowhere else. A URL is printed, stored in config.json and part of
+what caches are named by, so one that holds a password or a query is refused. What a server says may
+hold the key, so it passes through redact() before anyone sees it.
+"""
+
+import email.utils
+import json
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from http.client import HTTPException, InvalidURL
+
+from ..errors import InputError, first_line
+
+TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
+KEY = "OPENAI_API_KEY"  # the environment variable
+# Characters of a secret. Less is a placeholder such as "x" or "EMPTY", which local servers take: it
+# may be a part of any answer, which redact() must not change.
+SHORTEST_KEY = 6
+
+
+class Unreachable(Exception):
+    """An endpoint that does not answer, or refuses to: there is no use in asking it anything else."""
+
+
+class Rejected(Unreachable):
+    """It will not take this question (too long, filtered); others it may."""
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect becomes an HTTPError: followed, it would show the key to another host, and turn the question into a GET."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirects)
+
+
+def is_endpoint(spec):
+    """Whether a judge or explainer is named by a URL.
+
+    A mistyped URL is one too: it may hold a key, so it must not be printed as a missing folder.
+    """
+    return spec.strip().lower().startswith(("http:", "https:"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the secrets
+
+
+def read_key() -> str:
+    """The environment's key, "" where there is none, without white space around it, a line end say.
+
+    InputError, which does not quote the key: it holds what an HTTP header cannot.
+    """
+    key = os.environ.get(KEY, "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise InputError(
+            f"the environment variable {KEY} is no key: it holds white space or a character that "
+            "is not ASCII"
+        )
+    return key
+
+
+def check_endpoint(flag: str, url: str):
+    """InputError, which does not quote the URL, where it holds a secret.
+
+    A secret is a user name, a password, a query, or the key itself.
+    """
+    key = read_key()
+    holds_key = len(key) >= SHORTEST_KEY and key in url
+    if holds_key or any(mark in url for mark in "@?#"):
+        raise InputError(
+            f"{flag}: the endpoint's URL is stored with the results, so it must be a plain one, "
+            "such as http://HOST/v1, without a user name, a password, a query or a key; "
+            f"a key belongs in the environment variable {KEY}"
+        )
+
+
+def redact(text: str) -> str:
+    """A text without the key, whether it is written as it is or escaped as in a URL or in JSON."""
+    key = read_key()
+    if len(key) < SHORTEST_KEY:
+        return text
+    pattern = ""
+    for character in key:
+        plain = re.escape(character)
+        code = ord(character)
+        # s, \s, %73 or \u0073
+        pattern += rf"(?:\\?{plain}|%(?i:{code:02x})|\\u(?i:{code:04x}))"
+    return re.sub(pattern, f"[{KEY}]", text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- an endpoint
+
+
+def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0):
+    """-> the function question -> answer, for any number of threads, which together keep to the rate (0: as fast as it goes).
+
+    A busy or silent endpoint is asked again after `pause` seconds, twice as many each time, or as many as its Retry-After names.
+    The function raises ValueError: what came is no answer, or a refusal; Rejected: the question was; Unreachable: nothing came.
+    InputError: the URL holds a secret, or the key is none.
+    """
+    check_endpoint("the endpoint", url)
+    wait_for_turn = pacer(requests_per_minute)
+
+    def ask(question):
+        headers = {"Content-Type": "application/json"}
+        key = read_key()
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        messages = [{"role": "user", "content": question}]
+        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        for attempt in range(TRIES):
+            wait_for_turn()
+            text, problem, seconds = post(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, timeout)
+            if not problem:
+                return content_of(text)
+            if attempt + 1 < TRIES:
+                time.sleep(max(seconds, pause * 2**attempt))
+        raise Unreachable(f"{problem}, {TRIES} times")
+
+    return ask
+
+
+def post(url, body, headers, timeout):
+    """One request -> its text, what went wrong for now, the seconds that it asks to be left alone.
+
+    What went wrong is redacted already, the text is not: content_of() reads it as JSON first.
+    """
+    try:
+        with OPENER.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
+            return response.read().decode("utf-8", "replace"), "", 0
+    except urllib.error.HTTPError as e:
+        problem = redact(f"HTTP {e.code} {e.reason}")
+        seconds = retry_after(e.headers.get("Retry-After", ""))
+        if e.code in (400, 413, 422):
+            raise Rejected(f"{problem} {said(e)}".strip()) from None
+        if e.code < 500 and e.code not in (408, 429):
+            raise Unreachable(problem) from None
+        if seconds > LONGEST_PAUSE:
+            raise Unreachable(f"{problem}, and so for the next {seconds:.0f} seconds") from None
+        return "", problem, seconds
+    except (ValueError, InvalidURL) as e:
+        raise Unreachable(redact(first_line(e))) from None  # not a URL
+    except (OSError, HTTPException) as e:  # refused, unknown host, timed out, cut off
+        return "", redact(first_line(getattr(e, "reason", e))), 0
+
+
+def said(error):
+    """The beginning of what came with an HTTPError: it alone tells what is wrong with a question, or with the model's name."""
+    try:
+        text = error.read().decode("utf-8", "replace")
+    except (OSError, HTTPException):
+        return ""
+    return " ".join(redact(text).split())[:150]  # redacted whole: half a key would not be found
+
+
+def retry_after(value):
+    """The header Retry-After, a number or a date (RFC 9110, 10.2.3), in seconds from now; 0 for anything else."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def content_of(text):
+    """The body of a chat completion -> what the model said, redacted.
+
+    ValueError: it is no chat completion, or a refusal.
+    """
+    try:
+        message = json.loads(text)["choices"][0]["message"]
+        content, refusal = message["content"], message.get("refusal")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        beginning = " ".join(redact(text).split())[:60]
+        raise ValueError(f"not a chat completion: {beginning!r}") from None
+    if refusal:
+        raise ValueError(f"a refusal: {redact(str(refusal))[:60]!r}")
+    if not isinstance(content, str):
+        raise ValueError("an answer without text: longer than what it may use?")
+    return redact(content)
+
+
+def pacer(per_minute):
+    """-> a function that returns at once, or as soon as the last `per_minute` calls a minute allow: one call every 60 / per_minute s."""
+    lock, free_at = threading.Lock(), time.monotonic()
+
+    def wait_for_turn():
+        nonlocal free_at
+        with lock:
+            mine = max(free_at, time.monotonic())
+            free_at = mine + (60 / per_minute if per_minute else 0)
+        time.sleep(max(0.0, mine - time.monotonic()))
+
+    return wait_for_turn
+
+
+def ask_all(ask, questions, parallel=1):
+    """Questions, so many at a time -> (i, answer) as they come, with a ValueError or Rejected in the place of an answer.
+
+    Raises Unreachable once all that was under way has come in; nothing is asked after it, or after the caller has stopped listening.
+    """
+    stop, down = threading.Event(), None
+
+    def one(question):
+        try:
+            return None if stop.is_set() else ask(question)
+        except (ValueError, Rejected) as e:
+            return e
+        except Unreachable:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(parallel) as pool:
+        asked = {pool.submit(one, question): i for i, question in enumerate(questions)}
+        try:
+            for future in as_completed(asked):
+                if isinstance(future.exception(), Unreachable):
+                    down = future.exception()
+                elif future.result() is not None:
+                    yield asked[future], future.result()
+        finally:
+            stop.set()
+    if down:
+        raise down
+
+
+# -------------------------------------------------------------------------------------------------------------------- a local model
+
+

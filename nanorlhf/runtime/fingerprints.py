@@ -1,0 +1,160 @@
+"""What the names in a run's settings stand for: the contents of the files behind them.
+
+A run that goes on after a kill reads its model, its data and its rewards again. If one of them has
+other content by then, the rest of the run would be another run, and nobody would notice: a reward
+file of which one sign was changed gives +15 before the kill and -15 after it. So config.json also
+holds, for each file and folder that the settings name, one fingerprint:
+
+    "inputs": {"my.py": {"digest": "5b0c...", "size": 812, "mtime": 1790000000123456789}, ...}
+
+    digest    SHA-256 of the file, or of the names and digests of a folder's files; of a model on
+              the hub its commit
+    size      bytes, in a folder of all files together
+    mtime     time of the last change in nanoseconds, in a folder the latest one
+
+A file whose size and mtime are as they were is not read again. Nothing is written beside an input.
+"""
+
+import os
+import re
+
+from transformers.utils import cached_file
+
+from ..hf.adapters import is_adapter, read_config
+from .files import digest, digest_file
+
+# The settings whose values can name files or folders: of models and rewards, of data, of features.
+MODELS = ("model", "base", "value_model", "reward_model", "gold_model")
+DATA = ("dataset", "eval_dataset", "eval_splits", "in_distribution")
+FEATURES = ("human_latents", "feature_sae", "sarm")
+
+
+# ------------------------------------------------------------------------------- from names to files
+
+
+def input_paths(config: dict) -> list[str]:
+    """The files and folders that the settings of a run name, as they are written there.
+
+    Names without a file of their own are left out: the embedded world, hub names, and what has
+    not been made yet, such as the default model of a first run.
+    """
+    paths = []
+    for name in (*MODELS, *DATA, *FEATURES):
+        value = config.get(name) or []
+        texts = value if isinstance(value, list) else [value]
+        for text in texts:
+            path = path_in(name, text)
+            if path:
+                paths.append(path)
+    for path in list(paths):
+        paths += base_models(path)
+    return list(dict.fromkeys(paths))
+
+
+def path_in(name: str, text: str) -> str:
+    """The file or folder in one setting's text, or '' where there is none.
+
+    A run folder stands for the model/ inside it; what else it holds does not matter.
+    """
+    if name == "eval_splits":  # NAME=FILE or NAME=FORMAT:FILE
+        text = text.partition("=")[2]
+        candidates = [text, text.partition(":")[2]]
+    elif name == "in_distribution":  # FILE.py:FUNCTION, or a condition on columns
+        candidates = [code_file(text)]
+    else:  # PATH, FILE.py:FUNCTION, or FOLDER:SPLIT of a data set
+        candidates = [text, text.rpartition(":")[0]]
+    for path in candidates:
+        inner = os.path.join(path, "model")
+        if path and os.path.isdir(inner):
+            return inner
+        if path and os.path.exists(path):
+            return path
+    return ""
+
+
+def code_file(text: str) -> str:
+    """The FILE.py of a setting FILE.py:FUNCTION, or '' of any other text."""
+    match = re.fullmatch(r"(.+\.py):\w+", text)
+    return match[1] if match else ""
+
+
+def base_models(path: str) -> list[str]:
+    """The folders of the models that an adapter folder was made for: its base, the base's base, ..."""
+    bases = []
+    while is_adapter(path):
+        path = read_config(path)["base_model_name_or_path"]
+        if path in bases or not os.path.isdir(path):
+            break
+        bases.append(path)
+    return bases
+
+
+def hub_names(config: dict) -> list[str]:
+    """The models that the settings name and that are no files here: names on the hub, mostly."""
+    names = []
+    for setting in MODELS:
+        value = config.get(setting) or []
+        texts = value if isinstance(value, list) else [value]
+        names += [text for text in texts if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text)]
+    return [name for name in dict.fromkeys(names) if not os.path.exists(name)]
+
+
+# ------------------------------------------------------------------------- from files to fingerprints
+
+
+def files_in(path: str) -> list[str]:
+    """The files in a folder and in the folders inside it, but for hidden ones; of a file itself."""
+    if os.path.isfile(path):
+        return [path]
+    files = []
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if os.path.isfile(file))
+
+
+def digest_path(path: str) -> str:
+    """A digest of a file's bytes, or of the names and bytes of all files in a folder."""
+    if os.path.isfile(path):
+        return digest(digest_file(path))
+    return digest([(os.path.relpath(file, path), digest_file(file)) for file in files_in(path)])
+
+
+def fingerprint_path(path: str, known: dict | None = None) -> dict:
+    """{digest, size, mtime} of a file or folder.
+
+    known: an earlier fingerprint. Where size and mtime are still its own, so is the digest.
+    """
+    stats = [os.stat(file) for file in files_in(path)]
+    size = sum(stat.st_size for stat in stats)
+    mtime = max((stat.st_mtime_ns for stat in stats), default=0)
+    if known and (known["size"], known["mtime"]) == (size, mtime):
+        return known
+    return {"digest": digest_path(path), "size": size, "mtime": mtime}
+
+
+def fingerprint_hub(name: str) -> dict | None:
+    """The commit of a hub model that is on this machine, or None where none is. Asks no network.
+
+    Loading a model asks the hub for the newest commit, so this is right once it has been loaded.
+    """
+    try:
+        file = cached_file(name, "config.json", local_files_only=True)
+    except OSError:  # not on this machine
+        return None
+    commit = re.search(r"/snapshots/([0-9a-f]+)/", file)
+    return {"digest": commit[1], "size": 0, "mtime": 0} if commit else None
+
+
+def fingerprint_inputs(config: dict, known: dict) -> dict[str, dict]:
+    """{name: fingerprint} of all that the settings name; known: those of an earlier look."""
+    prints = {path: fingerprint_path(path, known.get(path)) for path in input_paths(config)}
+    for name in hub_names(config):
+        prints[name] = fingerprint_hub(name)
+    return {name: found for name, found in prints.items() if found}
+
+
+def changed_inputs(before: dict, now: dict) -> list[str]:
+    """The names that stand for something else by now. What is gone is left to whoever opens it."""
+    both = [name for name in before if name in now]
+    return [name for name in both if before[name]["digest"] != now[name]["digest"]]

@@ -1,0 +1,144 @@
+"""One writer to a folder: the process that holds the lock (flock) on the file .lock in it.
+
+A lock ends with the function or block that unlock_afterwards() stands around, or with its process,
+in whatever way that dies. A lock file without a holder means nothing: the one that a kill leaves
+behind is taken by whoever comes next.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..errors import InputError
+
+LOCK_FILE = ".lock"
+# What flock says on a file system that has no locks, as some network file systems do.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+class Lock(NamedTuple):
+    descriptor: int  # of the lock file, which stays open
+    file: str
+    made: list[str]  # the folders that were made to put the file in, the innermost first
+
+
+held: dict[str, Lock] = {}  # {real path of a folder: the lock that this process has on it}
+
+
+def lock_folder(folder: str, dist) -> None:
+    """lock() on the main process; its error is raised on all of them. All processes call it."""
+    dist.together(lambda: lock(folder) if dist.main else None)
+
+
+def lock(folder: str) -> None:
+    """Let no other process lock the folder. The folder is made if it is missing.
+
+    What this process has locked already stays so. InputError: another process has locked the
+    folder, or it cannot be made.
+    """
+    place = os.path.realpath(folder)
+    file = os.path.join(place, LOCK_FILE)
+    while place not in held:
+        descriptor, made = open_lock_file(place)
+        take(descriptor, folder)
+        if is_in_place(descriptor, file):
+            held[place] = Lock(descriptor, file, made)
+        else:
+            # The last holder removed the file after it was opened here: nobody would see this lock.
+            os.close(descriptor)
+
+
+def open_lock_file(folder: str) -> tuple[int, list[str]]:
+    """Open a folder's lock file. -> its descriptor, and the folders that were made for it"""
+    for tries_left in (2, 1, 0):
+        made = missing_folders(folder)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            # Python opens files with O_CLOEXEC: programs that are started later do not inherit it.
+            descriptor = os.open(os.path.join(folder, LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o666)
+            return descriptor, made
+        except OSError as e:
+            remove_empty(made)
+            # Once more: the last holder may just have removed the folders that it had made.
+            if not tries_left:
+                message = f"the folder {folder} cannot be made or written into ({e.strerror})"
+                raise InputError(message) from None
+
+
+def take(descriptor: int, folder: str) -> None:
+    """Lock an open lock file, or close it and raise an InputError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        remedy = "wait until it has ended, or choose another folder"
+        raise InputError(f"another process is working in {folder}; {remedy}") from None
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+        print(f"{folder}: a file system without locks; let no other process work here", flush=True)
+
+
+def is_in_place(descriptor: int, file: str) -> bool:
+    """Whether the file that was opened is the one that has its name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def missing_folders(folder: str) -> list[str]:
+    """The folders that must be made for this one to be there, the innermost first."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+def remove_empty(folders: list[str]) -> None:
+    """Remove folders, the innermost first, up to the first one that something is in."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def unlock_afterwards() -> Iterator[None]:
+    """A context or decorator: what is locked inside of it is unlocked at its end, also by an error.
+
+    The lock file goes, and so do the folders that were made for it, where nothing else is in them.
+    """
+    before = set(held)
+    try:
+        yield
+    finally:
+        for place in set(held) - before:
+            unlock(place)
+
+
+def unlock(place: str) -> None:
+    """Give back the lock on a folder, by its real path."""
+    own = held.pop(place)
+    # The file is removed while the lock holds: afterwards it might be another process's.
+    if is_in_place(own.descriptor, own.file):
+        os.unlink(own.file)
+    os.close(own.descriptor)
+    remove_empty(own.made)
+
+
+def forget() -> None:
+    """In a forked child: leave the locks to the parent.
+
+    A copy of the descriptor would keep the lock after the parent's death. It is closed, since
+    LOCK_UN would take the lock from the parent.
+    """
+    for own in held.values():
+        os.close(own.descriptor)
+    held.clear()
+
+
+os.register_at_fork(after_in_child=forget)

@@ -1,0 +1,64 @@
+"""What all commands of probe.py share: their results folder, numbers in tables, lists of ids."""
+
+import math
+import os
+
+from ..errors import InputError, require
+from . import plots
+from .files import read_json, write_json
+from .log import RunFolder
+
+
+def parse_ids(text):
+    """ "3,17" -> [3, 17] """
+    require(all(part.strip().isdecimal() for part in text.split(",")) or not text, f"--features {text}: it must be numbers, such as 3,17")
+    return list(dict.fromkeys(int(part) for part in text.split(",") if part))
+
+
+def cell(x, digits=3):
+    """A number with its interval."""
+    return "-" if x is None else f"{x['mean']:+.{digits}f} [{x['low']:+.{digits}f}, {x['high']:+.{digits}f}]"
+
+
+def in_one_line(function, *args):
+    """function(*args), its ValueErrors (floor 0 raises no others) as InputErrors."""
+    try:
+        return function(*args)
+    except ValueError as e:
+        raise InputError(str(e)) from None
+
+
+def results_folder(config, dist):
+    """The folder of a command's results, which the same command writes again.
+
+    A folder of anything else is an error. config.json says whose results they are, since the flags
+    of `pairs` would pass for those of an early `reward`; those of older results do not say it.
+    """
+    folder = RunFolder(config, dist, free=(*vars(config), "command"), written_again=True)
+    folder.config["command"] = type(config).__name__.removesuffix("Config")
+    stored = os.path.join(config.output_dir, "config.json")
+    if os.path.isfile(stored):
+        settings = read_json(stored)
+        same = settings.get("command", folder.config["command"]) == folder.config["command"]
+        require(
+            same and "output_dir" in settings,
+            f"{config.output_dir} holds no results of this command, but something else; "
+            "choose another --output_dir",
+        )
+    return folder
+
+
+def save(config, folder, summary, text, draw):
+    """summary.json, the picture draw(figure, summary) and the table: on the main process."""
+    if not folder.dist.main:
+        return
+    os.makedirs(config.output_dir, exist_ok=True)
+    write_json(os.path.join(config.output_dir, "config.json"), folder.config)
+    write_json(os.path.join(config.output_dir, "summary.json"), summary)
+    picture = plots.save(draw, summary, os.path.join(config.output_dir, "picture.png"))
+    print(text, f"Written to {config.output_dir}: summary.json{', picture.png' if picture else ''}", sep="\n", flush=True)
+
+
+def finite(x):
+    """A number as JSON knows it: null for what is infinite."""
+    return x if math.isfinite(x) else None
