@@ -1,9 +1,8 @@
-"""The study of generalisation and diversity (tests/bench/generalisation.py), reduced: its plumbing, and its numbers against loops."""
+"""The study of generalisation and diversity (nanorlhf/studies/generalisation.py), reduced: its plumbing, and its numbers against loops."""
 
 import json
 import math
 import shlex
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ import train_rm
 import train_sft
 from nanorlhf.diversity import ead
 from nanorlhf.runtime import cli
+from nanorlhf.studies import common, generalisation
 
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "sample_bon.py": sample_bon}
 SMALL = [
@@ -29,7 +29,7 @@ CELLS = ["k1_0.05", "k1_0.2", "k2_0.05", "k2_0.2"]
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """The study's module, with commands run in this process, its folder, and the commands that it ran."""
-    ran, threads, folder = [], torch.get_num_threads(), tmp_path_factory.mktemp("study")
+    ran, threads, folder = [], torch.get_num_threads(), tmp_path_factory.mktemp("study") / "quick"
     torch.set_num_threads(1)
 
     def run(command):
@@ -38,17 +38,14 @@ def study(tmp_path_factory):
         ran.append(command)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent / "bench"))
-        import generalisation as module
-
-        patch.setattr(module, "run", run)
+        patch.setattr(common, "run_command", run)
         for script in SCRIPTS.values():
             patch.setattr(script, "plot_run", lambda run: None)
-        module.main(["--output_dir", str(folder), *SMALL])
+        generalisation.main(["--output_dir", str(folder), *SMALL])
         first = list(ran)
-        module.main(["--output_dir", str(folder), *SMALL])  # a second time there is nothing to do
+        generalisation.main(["--output_dir", str(folder), *SMALL])  # a second time there is nothing to do
     torch.set_num_threads(threads)
-    yield module, folder, first, ran
+    yield generalisation, folder, first, ran
     cli.distributed.shutdown()
 
 
@@ -75,6 +72,16 @@ def test_every_run_is_done_once(study):
     assert [c.split()[0] for c in first] == [
         "train_sft.py", *["train_rm.py"] * 2, "sample_bon.py", *["train_ppo.py"] * 8, *["sample_bon.py"] * 18]  # fmt: skip
     assert ran == first
+
+
+def test_quick_marks_its_tables(study, capsys):
+    module, folder, _, _ = study
+    mark = " [QUICK, 2 seeds: not the study's numbers]"
+    module.main(["--quick", "--output_dir", str(folder.parent), *SMALL])  # its runs are there already
+    quick = capsys.readouterr().out
+    module.main(["--output_dir", str(folder), *SMALL])
+    whole = capsys.readouterr().out
+    assert quick.count(mark) == len(tables_of(study)) and quick.replace(mark, "") == whole
 
 
 def test_the_full_study_is_what_the_issue_asks_for(study):

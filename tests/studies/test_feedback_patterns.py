@@ -1,4 +1,4 @@
-"""The study of what PPO changed inside (tests/bench/feedback_patterns.py): its commands parse, and its tables are its runs' summaries."""
+"""The study of what PPO changed inside (nanorlhf/studies/feedback_patterns.py): its commands parse, and its tables are its runs' summaries."""
 
 import json
 import shlex
@@ -14,6 +14,8 @@ import train_sae
 import train_sft
 from nanorlhf.runtime import cli
 from nanorlhf.runtime.files import write_json
+from nanorlhf.studies import common
+from nanorlhf.studies import feedback_patterns as study
 
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
 SEEDS = 3
@@ -37,9 +39,6 @@ def summary_of(words, seed):
 
 
 def test_study(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
-    import feedback_patterns as study
-
     ran = []
 
     def run(command):
@@ -53,7 +52,7 @@ def test_study(tmp_path, monkeypatch, capsys):
         write_json(f"{config.output_dir}/summary.json", summary_of(words, int(seed)))
         ran.append(command)
 
-    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(common, "run_command", run)
     study.main(["--output_dir", str(tmp_path), "--seeds", str(SEEDS), "--jobs", "1"])
     assert len(ran) == 1 + SEEDS * (6 + len(study.PROBES) + len(study.ABLATIONS))
     with open(tmp_path / "summary.json") as f:
@@ -72,3 +71,11 @@ def test_study(tmp_path, monkeypatch, capsys):
     study.main(["--output_dir", str(tmp_path), "--seeds", str(SEEDS), "--jobs", "1"])
     assert len(ran) == 1 + SEEDS * (6 + len(study.PROBES) + len(study.ABLATIONS))  # what is done is not done again
     assert "concepts with an AUC above .95" in capsys.readouterr().out
+
+    study.main(["--quick", "--output_dir", str(tmp_path), "--jobs", "1"])
+    assert len(ran) == 1 + SEEDS * (6 + len(study.PROBES) + len(study.ABLATIONS)) + 1 + 6 + len(study.PROBES) + len(study.ABLATIONS)
+    quick = capsys.readouterr().out
+    assert quick.count("[QUICK, one seed: not the study's numbers]") == len(tables)
+    assert "nan" not in quick  # a single seed has no interval
+    with open(tmp_path / "quick" / "summary.json") as f:
+        assert {name: table.keys() for name, table in json.load(f)["tables"].items()} == {name: table.keys() for name, table in tables.items()}

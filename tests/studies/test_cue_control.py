@@ -1,4 +1,4 @@
-"""The study of feature control (tests/bench/feature_control.py): its rule on made-up numbers, the rest on models that learn nothing."""
+"""The study of control by features of a spurious cue (nanorlhf/studies/cue_control.py): its rule on made-up numbers, the rest on models that learn nothing."""
 
 import json
 import shlex
@@ -16,10 +16,11 @@ import train_sae
 import train_sft
 from nanorlhf import world
 from nanorlhf.runtime import cli
+from nanorlhf.studies import common, cue_control
 
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
 SMALL = [
-    "--seeds", "1", "--steps", "1", "--eval_every", "1", "--jobs", "1", "--sft_flags=--steps 8 --batch_size 16 --eval_size 8",
+    "--seeds", "1", "--first_seed", "0", "--sarms", "joint", "reward_first", "--steps", "1", "--eval_every", "1", "--jobs", "1", "--sft_flags=--steps 8 --batch_size 16 --eval_size 8",
     "--sae_flags=--steps 2 --batch_size 64 --max_rows 60 --eval_size 10 --expansion 1 --k 8",
     "--rm_sae_flags=--steps 2 --batch_size 64 --max_rows 60 --eval_size 10 --k 8", "--rm_flags=--steps 1 --batch_size 8 --eval_size 8",
     "--ppo_flags=--batch_size 8 --minibatch_size 8 --eval_size 6 --max_new_tokens 8", "--probe_flags=--eval_size 8",
@@ -29,11 +30,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def study():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent / "bench"))
-        import feature_control
-
-        yield feature_control
+    return cue_control
 
 
 def latent(id, weight, low, mean, rate, *tokens):
@@ -75,7 +72,7 @@ def test_intervals(study):
 @pytest.fixture(scope="module")
 def ran(study, tmp_path_factory):
     """The study on tiny runs in this process, with a rule that finds something: its folder, and the commands it ran."""
-    folder, commands, threads = tmp_path_factory.mktemp("control"), [], torch.get_num_threads()
+    folder, commands, threads = tmp_path_factory.mktemp("control") / "quick", [], torch.get_num_threads()
     torch.set_num_threads(1)
 
     def run(command):
@@ -93,7 +90,7 @@ def ran(study, tmp_path_factory):
         return {"token": world.cue(s), "features": ids[:2], "random": ids[2:4], "negative": ids[4:], "numbers": numbers}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "run", run)
+        patch.setattr(common, "run_command", run)
         patch.setattr(study, "identify", finds)
         patch.setattr(study, "SAES", {"sae": study.SAES["sae"]})
         patch.setattr(study, "SARMS", {name: study.SARMS[name] for name in ("joint", "reward_first")})
@@ -114,6 +111,17 @@ def test_every_run_is_made_once(study, ran):
     assert len(first) == 1 + len(study.SAES) + 1 + reward_models + read + 2 + len(study.CONTROLLED) + len(study.CONTROLS)
     order = [c.split()[0] if c.split()[0] != "probe.py" else c.split()[1] for c in first]
     assert order.index("latents") > order.index("train_ppo.py") and order[-1] == "train_ppo.py"
+
+
+def test_quick_marks_its_tables(study, ran, capsys):
+    folder, _, _ = ran
+    mark = " [QUICK, one seed: not the study's numbers]"
+    study.main(["--quick", "--output_dir", str(folder.parent), *SMALL])  # its runs are there already
+    quick = capsys.readouterr().out
+    tables = json.loads((folder / "summary.json").read_text())["tables"]
+    study.main(["--output_dir", str(folder), *SMALL])
+    whole = capsys.readouterr().out
+    assert quick.count(mark) == len(tables) and quick.replace(mark, "") == whole and "nan" not in whole
 
 
 def test_texts_of_the_autoencoder_on_a_reward_model(study, ran):

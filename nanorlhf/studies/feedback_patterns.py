@@ -1,6 +1,7 @@
 """What PPO changed inside, over seeds, on the embedded world: divergence, autoencoders, probes of the reward, ablations.
 
-    python tests/bench/feedback_patterns.py --output_dir runs/patterns     two runs side by side, one thread each; prints every command
+    python -m nanorlhf.studies.feedback_patterns             two runs side by side, one thread each; prints every command
+    python -m nanorlhf.studies.feedback_patterns --quick     the same tables in minutes: one seed, short runs
 
 One SFT policy. A seed is a reward model on its own 800 pairs with their own spurious cue, a PPO run against it, and sparse
 autoencoders of the policy and of the base: of the MLPs of the two layers that moved most, and of the last residual stream. Every
@@ -12,14 +13,11 @@ Pitfall: a policy less its base is what any further training changed. The contro
 these commands: README has it.
 """
 
-import argparse
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from overoptimisation import is_done, run
-
-from nanorlhf.stats import t_interval
+from ..stats import t_interval
+from .common import make_parser, print_title, read_flags, run_stage, with_interval
 
 PROBES = {  # name: what it adds to the command
     "words, activations": "reward --site mlp",
@@ -33,6 +31,14 @@ ABLATIONS = {  # of the last layer's residual stream: in its MLP the features of
     "fire before positive words": "--concept positive --by before",
     "fire on positive words": "--concept positive --by on",
     "fire before the spurious cue": "--concept mark --by before",
+}
+# What --quick puts in the place of the flags' defaults.
+QUICK = {
+    "seeds": 1,
+    "ppo_flags": "--steps 20",
+    "sae_flags": "--steps 150",
+    "probe_flags": "--seeds 2",
+    "ablate_flags": "--draws 2 --n_answers 1",
 }
 
 
@@ -93,29 +99,26 @@ def effects(summary):
     return {f"{names[key]}: {pair}": row["mean"] for key, rows in summary["differences"].items() for pair, row in rows.items()}
 
 
+def read_settings(args: list[str] | None = None):
+    """The study's flags, read from the command line or a list."""
+    parser = make_parser(__doc__, "runs/patterns", ("sft", "rm", "ppo", "sae", "probe", "ablate"))
+    return read_flags(parser, args, QUICK)
+
+
 def main(args=None):
     """Run what is not done yet, then print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/patterns")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    for script in ("sft", "rm", "ppo", "sae", "probe", "ablate"):
-        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
-    a = parser.parse_args(args)
+    a = read_settings(args)
     for stage in commands(a):
-        todo = [command for command in stage if not is_done(command)]
-        with ThreadPoolExecutor(a.jobs) as workers:
-            for command, _ in zip(todo, workers.map(run, todo)):
-                print(f"done: python {command}", flush=True)
+        run_stage(stage, a.jobs)
 
     tables = {"divergence, sum of Frobenius norms": over_seeds(a, "divergence", divergences)}
     tables |= {f"probe, {name}": over_seeds(a, f"probe_{i}", probe_rows) for i, name in enumerate(PROBES)}
     tables["concepts with an AUC above .95"] = over_seeds(a, "features", concepts)
     tables |= {f"ablation of features that {name}": over_seeds(a, f"ablate_{i}", effects) for i, name in enumerate(ABLATIONS)}
     for title, table in tables.items():
-        print(f"\n{title}: mean over {a.seeds} seeds +- half-width of its 95% t interval")
+        print_title(f"{title}: mean over {a.seeds} seeds +- half-width of its 95% t interval", a)
         for name, (mean, half) in table.items():
-            print(f"  {name:60s}{mean:8.3f} +- {half:.3f}")
+            print(f"  {name:60s}{with_interval(mean, half):>17s}")
     Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "tables": tables}, indent=2) + "\n")
 
 

@@ -1,6 +1,7 @@
 """Control of PPO by features of its reward model, over seeds, on the embedded world: what stops a policy from exploiting a spurious cue.
 
-    python tests/bench/feature_control.py --output_dir runs/control        two runs side by side, one thread each; prints every command
+    python -m nanorlhf.studies.cue_control             two runs side by side, one thread each; prints every command
+    python -m nanorlhf.studies.cue_control --quick     the same tables in minutes: one seed, one kind of SARM, short runs
 
 One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their own spurious cue; reward models on them, one dense and
 SARMs of all kinds; PPO against the dense one and against a SARM (--against); and then the question which latents the policy has
@@ -13,22 +14,18 @@ Every command is a plain call of a script; runs that are done are not done again
 summary.json, and a picture.
 """
 
-import argparse
 import json
 import random
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from overoptimisation import is_done, run
-
-from nanorlhf import data, world
-from nanorlhf.control import human_latents
-from nanorlhf.control.feature_rewards import load_feature_reward
-from nanorlhf.models import load_tokenizer
-from nanorlhf.packing import Answers, pack
-from nanorlhf.runtime.distributed import setup
-from nanorlhf.runtime.plots import save
-from nanorlhf.stats import auc, t_interval
+from .. import data, world
+from ..control import human_latents
+from ..control.feature_rewards import load_feature_reward
+from ..models import load_tokenizer
+from ..packing import Answers, pack
+from ..runtime.distributed import setup
+from ..stats import auc, t_interval
+from .common import draw_picture, make_parser, print_title, read_flags, run_stage, with_interval
 
 SAES = {"sae": "--tokens all", "sae_ends": "--tokens sentence_ends", "sae_random": "--tokens all --steps 1 --lr 0"}  # of the SFT policy
 SARMS = {  # name: its autoencoder and its mode; reward_first: a head on the dense reward model, and an autoencoder of its last tokens
@@ -43,6 +40,8 @@ FOLLOWS, MOST = 0.7, 5  # AUC from which on a latent follows a token; latents th
 DEMONSTRATIONS = 4000  # beside the pairs, to fit a reward model's autoencoder
 RARE, NEAREST = 0.02, 10  # share of the texts on which a latent must fire to be a control; a random one is one of so many nearest
 TAU, ALPHA, KL = "q0.9", 1.0, 0.05  # of the latent on human texts; std of their scores; --kl_coef of all arms but two
+# What --quick puts in the place of the flags' defaults: a seed whose policy comes to exploit the cue.
+QUICK = {"seeds": 1, "first_seed": 202, "sarms": ["reward_first"], "steps": 20}
 
 
 def first_commands(a):
@@ -281,12 +280,12 @@ def control_tables(outcomes):
     return titles | {"less plain, the same seeds": less}
 
 
-def show(title, table):
+def show(table):
     """Rows of {name: (mean, half-width)} as text."""
     names = list(dict.fromkeys(name for row in table.values() for name in row))
-    print(f"\n{title}\n{'':16s}" + "".join(f"{name:>18s}" for name in names))
+    print(f"{'':16s}" + "".join(f"{name:>18s}" for name in names))
     for name, row in table.items():
-        cells = ("{:8.3f} +- {:5.3f}".format(*row[column]) if column in row else "" for column in names)
+        cells = (with_interval(*row[column]) if column in row else "" for column in names)
         print(f"{name:16s}" + "".join(f"{cell:>18s}" for cell in cells))
 
 
@@ -310,11 +309,9 @@ def draw(figure, outcomes):
         axis.set_xlabel(label)
 
 
-def main(args=None):
-    """Run what is not done yet, then print the tables and draw the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/control")
-    parser.add_argument("--seeds", type=int, default=5)
+def read_settings(args: list[str] | None = None):
+    """The study's flags, read from the command line or a list."""
+    parser = make_parser(__doc__, "runs/control", ("sft", "sae", "rm", "ppo", "probe", "human"))
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--sarms", nargs="+", default=list(SARMS), choices=SARMS, help="the kinds of SARM that are trained")
     parser.add_argument("--against", default="reward_first", choices=(DENSE, *SARMS), help="the reward model that PPO is trained against; "
@@ -323,29 +320,25 @@ def main(args=None):
     parser.add_argument("--layer", type=int, default=2, help="the SARMs end after this block")
     parser.add_argument("--steps", type=int, default=40, help="PPO steps")
     parser.add_argument("--eval_every", type=int, default=10)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--picture", default="", help="where the picture is written; default: control.png in the output folder")
     parser.add_argument("--rm_sae_flags", default="--expansion 4 --k 32 --batch_size 256", help="of the autoencoder on a reward model")
     parser.add_argument("--head_flags", default="--lr 1e-2", help="of reward_first's head")
-    for script in ("sft", "sae", "rm", "ppo", "probe", "human"):
-        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
-    a = parser.parse_args(args)
+    a = read_flags(parser, args, QUICK)
     if a.against not in (DENSE, *a.sarms):
         parser.error(f"--against {a.against}: it is not among --sarms")
+    return a
 
-    def run_all(commands):
-        todo = [command for command in commands if not is_done(command)]
-        with ThreadPoolExecutor(a.jobs) as workers:
-            for command, _ in zip(todo, workers.map(run, todo)):
-                print(f"done: python {command}", flush=True)
 
+def main(args=None):
+    """Run what is not done yet, then print the tables and draw the picture."""
+    a = read_settings(args)
     for s in seeds(a):
         write_texts(a, s)
     for stage in first_commands(a):
-        run_all(stage)
+        run_stage(stage, a.jobs)
     found = {s: identified(a, s) for s in seeds(a)}
-    run_all([density_texts(a, s, found[s]) for s in seeds(a) if found[s]["features"]])
-    run_all([command for s in seeds(a) for command in arms(a, s, found[s]).values()])
+    run_stage([density_texts(a, s, found[s]) for s in seeds(a) if found[s]["features"]], a.jobs)
+    run_stage([command for s in seeds(a) for command in arms(a, s, found[s]).values()], a.jobs)
 
     truths = {s: truth(a, s, found[s]) for s in seeds(a)}
     for s, row in truths.items():
@@ -355,10 +348,11 @@ def main(args=None):
     outcomes = outcomes_of(a, found)
     tables = {"reward models": accuracy_table(a), **control_tables(outcomes)}
     for title, table in tables.items():
-        show(f"{title}: mean over seeds +- half-width of its 95% t interval", table)
+        print_title(f"{title}: mean over seeds +- half-width of its 95% t interval", a)
+        show(table)
     summary = {"settings": vars(a), "identified": {s: found[s] | truths[s] for s in found}, "outcomes": outcomes, "tables": tables}
     Path(a.output_dir, named(a, "summary.json")).write_text(json.dumps(summary, indent=2) + "\n")
-    print(save(draw, outcomes, a.picture or f"{a.output_dir}/{named(a, 'control.png')}") or "no picture: matplotlib is not installed")
+    draw_picture(draw, outcomes, a.picture or f"{a.output_dir}/{named(a, 'control.png')}")
 
 
 if __name__ == "__main__":

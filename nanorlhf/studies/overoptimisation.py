@@ -1,31 +1,26 @@
 """The overoptimisation study on the embedded world: best-of-n and PPO, {one reward model, mean, WCO, UWO} x label noise x KL penalty.
 
-    python tests/bench/overoptimisation.py --output_dir runs/study        two runs side by side, one thread each; prints every command
+    python -m nanorlhf.studies.overoptimisation             two runs side by side, one thread each; prints every command
+    python -m nanorlhf.studies.overoptimisation --quick     the same tables in minutes: one seed, short runs, noise and no KL penalty
 
 One SFT policy. A seed of the study is five reward models of its own (their own 800 pairs and spurious cue, their own flipped labels,
 their own heads and data orders), of which "single" is the first, and a PPO run of its own for each cell. Runs that are done are not
 done again, so it goes on where it was stopped. At the end a table over seeds, as text and in summary.json, and the pictures.
 """
 
-import argparse
 import itertools
 import json
-import os
-import shlex
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO))
-from nanorlhf.runtime.plots import comparison_figure, save
-from nanorlhf.stats import t_interval
+from ..runtime.plots import comparison_figure
+from ..stats import t_interval
+from .common import draw_picture, make_parser, print_title, read_flags, run_stage, with_interval
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 OBJECTIVES = ("single", "mean", "wco", "uwo")
 BON_LAMBDAS = (0.1, 0.5, 1)
+# What --quick puts in the place of the flags' defaults: noisy labels and no penalty, where gold falls soonest.
+QUICK = {"seeds": 1, "members": 3, "label_noise": [0.25], "kl_coef": [0], "steps": 15, "n_answers": 64}
 
 
 def commands(a):
@@ -56,22 +51,6 @@ def commands(a):
     return [[sft], [pool, *members], ppo, bon]
 
 
-def run(command):
-    """One command in a process of its own, on one thread; its output goes into a log beside its folder."""
-    words = shlex.split(command)
-    log = Path(output_of(words).replace("{seed}", "members") + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as f:
-        code = subprocess.run([sys.executable, str(REPO / words[0]), *words[1:]], stdout=f, stderr=subprocess.STDOUT, env=ENV).returncode
-    if code:
-        raise SystemExit(f"python {command}\nended with exit code {code}: see {log}")
-
-
-def output_of(words):
-    """The folder, or the file, that a command writes."""
-    return words[words.index("--output_dir" if "--output_dir" in words else "--output") + 1]
-
-
 def cell_of(curves):
     """Curves [(x, gold)] of the seeds -> what the table shows of them; `fall` is peak - end: what going on cost."""
     best = [max(curve, key=lambda point: point[1]) for curve in curves]
@@ -97,21 +76,19 @@ def bon_curve(run, name):
     return [(points[0]["n"], statistics.mean(p["gold_score"] for p in points)) for points in zip(*curves)]
 
 
-def show(title, cells):
+def show(cells):
     """A table of cells that belong together; their ends are compared with that of "single" seed by seed."""
-    print(f"\n{title}\n{'':10s}{'start':>7s}" + "".join(f"{name:>16s}" for name in ("peak", "at", "end", "fall", "end - single")))
+    print(f"{'':10s}{'start':>7s}" + "".join(f"{name:>16s}" for name in ("peak", "at", "end", "fall", "end - single")))
     for name, cell in cells.items():
         columns = (cell["peak"], cell["end"], cell["fall"], [e - s for e, s in zip(cell["end"], cells["single"]["end"])])
-        peak, end, fall, more = ("{:8.2f} +- {:4.2f}".format(*t_interval(values)) for values in columns)
+        peak, end, fall, more = (f"{with_interval(*t_interval(values), digits=2):>16s}" for values in columns)
         start, at = statistics.mean(cell["start"]), statistics.mean(cell["at"])
         print(f"{name:10s}{start:7.2f}{peak}{at:16.1f}{end}{fall}{'' if name == 'single' else more}")
 
 
-def main(args=None):
-    """Run what is not done yet, then print the table and draw the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/study")
-    parser.add_argument("--seeds", type=int, default=5)
+def read_settings(args: list[str] | None = None):
+    """The study's flags, read from the command line or a list."""
+    parser = make_parser(__doc__, "runs/study", ("sft", "rm", "ppo", "bon"))
     parser.add_argument("--members", type=int, default=5)
     parser.add_argument("--label_noise", type=float, nargs="+", default=[0, 0.25])
     parser.add_argument("--kl_coef", type=float, nargs="+", default=[0, 0.05])
@@ -119,16 +96,14 @@ def main(args=None):
     parser.add_argument("--eval_every", type=int, default=5)
     parser.add_argument("--n_answers", type=int, default=512, help="answers to each prompt in the best-of-n pool")
     parser.add_argument("--prompts", type=int, default=30, help="prompts of the pool")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    for script in ("sft", "rm", "ppo", "bon"):
-        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
-    a = parser.parse_args(args)
+    return read_flags(parser, args, QUICK)
 
+
+def main(args=None):
+    """Run what is not done yet, then print the table and draw the pictures."""
+    a = read_settings(args)
     for stage in commands(a):
-        todo = [c for c in stage if not is_done(c)]
-        with ThreadPoolExecutor(a.jobs) as workers:
-            for command, _ in zip(todo, workers.map(run, todo)):
-                print(f"done: python {command}", flush=True)
+        run_stage(stage, a.jobs)
 
     tables = {}
     for noise in a.label_noise:
@@ -142,20 +117,12 @@ def main(args=None):
         }
     print(f"\nGold on held-out prompts: mean over {a.seeds} seeds and half-width of its 95% t interval; 'at': the peak's n or step, mean.")
     for title, cells in tables.items():
-        show(title, cells)
+        print_title(title, a)
+        show(cells)
     Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "gold": tables}, indent=2) + "\n")
     for kind, log in (("bon", "bon_results.json"), ("ppo", "metrics.jsonl")):
         runs = sorted(str(path.parent) for path in Path(a.output_dir).glob(f"{kind}_*/**/{log}"))
-        print(save(comparison_figure, runs, f"{a.output_dir}/{kind}.png") or "no picture: matplotlib is not installed")
-
-
-def is_done(command):
-    """Whether the folder (the last one, of several members) of a command holds a finished run; or its file is there."""
-    words = shlex.split(command)
-    flag = {name: words[words.index(name) + 1] for name in ("--seed", "--members") if name in words}
-    last = int(flag.get("--seed", 0)) + int(flag.get("--members", 1)) - 1
-    output = Path(output_of(words).replace("{seed}", str(last)))
-    return (output / "summary.json").is_file() or output.is_file()
+        draw_picture(comparison_figure, runs, f"{a.output_dir}/{kind}.png")
 
 
 if __name__ == "__main__":

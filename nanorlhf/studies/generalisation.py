@@ -1,7 +1,8 @@
 """Generalisation and diversity: SFT, best-of-16, and PPO at several KL coefficients with k1 or k2 as the KL in the reward.
 
-    python tests/bench/generalisation.py --output_dir runs/generalisation      two runs side by side, one thread each; prints every command
-    python tests/bench/generalisation.py --model stories3M --reward_model vader_lexicon.tsv --data_flags "--dataset prompts.jsonl ..."
+    python -m nanorlhf.studies.generalisation             two runs side by side, one thread each; prints every command
+    python -m nanorlhf.studies.generalisation --quick     the same tables in minutes: one seed, two KL coefficients, short runs
+    python -m nanorlhf.studies.generalisation --model stories3M --reward_model vader_lexicon.tsv --data_flags "--dataset prompts.jsonl ..."
 
 After Kirk et al. 2024 (2310.06452). One SFT policy (--model: one that is there). A seed is a reward model on its own 800 pairs with
 their own spurious cue (--reward_model: the same one for all seeds), and with it a PPO run for every cell and the best of 16 answers of
@@ -13,24 +14,31 @@ prompt), 'across' that of one answer to each prompt; 'cut' is of the first words
 evaluation. All systems are sampled with noise of their own; the pool that best-of-n draws from is one for all seeds, as the prompts are.
 """
 
-import argparse
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shlex import quote, split
 
 import numpy as np
 import torch
-from overoptimisation import is_done, run
 
-from nanorlhf.bon import bon_kl
-from nanorlhf.evals.diversity_report import FILE
-from nanorlhf.runtime.plots import save
-from nanorlhf.stats import t_interval, win_points
-from nanorlhf.world import vocabulary
+from ..bon import bon_kl
+from ..evals.diversity_report import FILE
+from ..stats import t_interval, win_points
+from ..world import vocabulary
+from .common import (
+    draw_picture,
+    is_finished,
+    make_parser,
+    print_title,
+    read_flags,
+    run_stage,
+    with_interval,
+)
 
 SFT, BON, KINDS = "sft", "best_of_n", ("k1", "k2")
 DIVERSITY = {"ead": "EAD", "embedding": "emb", "distinct": "dist"}  # of diversity.json, and how the tables call it
+# What --quick puts in the place of the flags' defaults: the two ends of the KL coefficients.
+QUICK = {"seeds": 1, "kl_coef": [0.02, 0.2], "steps": 15, "prompts": 20, "answers": 8, "n": 8}
 
 
 def systems(a):
@@ -85,14 +93,14 @@ def commands(a):
 
 
 def finished(a, command):
-    """is_done() of sample_bon.py too, which ends with a summary for each split, or with the diversity of the files that it names."""
+    """is_finished() of sample_bon.py too, which ends with a summary for each split, or with the diversity of the files that it names."""
     words = split(command)
     folder = Path(words[words.index("--output_dir") + 1])
     if "--from" in words:
         found = json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else {}
         i, j = words.index("--from"), words.index("--encoder")
         return (found.get("from_files"), found.get("encoder")) == (words[i + 1 : j], words[j + 1])
-    return is_done(command) or ("--eval_splits" in words and (folder / names_of_splits(a)[-1] / "summary.json").is_file())
+    return is_finished(command) or ("--eval_splits" in words and (folder / names_of_splits(a)[-1] / "summary.json").is_file())
 
 
 # ----------------------------------------------------------------------------------------------------------------------- one seed
@@ -198,11 +206,11 @@ def less_at_its_kl(rows, name):
     return {column: None if y is None else rows[name][column] - y for column, y in there.items()}
 
 
-def show(title, rows):
+def show(rows):
     """A table of mean +- half-width, a line for each column of the rows; in brackets how many seeds have one, where not all do."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     most = max(len(values) for row in rows.values() for values in row.values())
-    print(f"\n{title}\n{'':18s}" + "".join(f"{name:>20s}" for name in rows))
+    print(f"{'':18s}" + "".join(f"{name:>20s}" for name in rows))
     for column in columns:
         print(f"{column:18s}" + "".join(f"{as_text(row[column], most):>20s}" for row in rows.values()))
 
@@ -210,9 +218,7 @@ def show(title, rows):
 def as_text(values, most):
     if not values:
         return "-"
-    mean, half = t_interval(values)
-    interval = f" +- {half:.3f}" if len(values) > 1 else ""
-    return f"{mean:.3f}{interval}" + (f" ({len(values)})" if len(values) < most else "")
+    return with_interval(*t_interval(values)) + (f" ({len(values)})" if len(values) < most else "")
 
 
 def draw(figure, tables):
@@ -237,11 +243,9 @@ def draw(figure, tables):
     axes[-1].legend()
 
 
-def main(args=None):
-    """Run what is not done yet, then print the tables and draw the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/generalisation")
-    parser.add_argument("--seeds", type=int, default=5)
+def read_settings(args: list[str] | None = None):
+    """The study's flags, read from the command line or a list."""
+    parser = make_parser(__doc__, "runs/generalisation", ("sft", "rm", "ppo", "bon"))
     parser.add_argument("--kl_coef", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="KL estimators in PPO's reward")
     parser.add_argument("--steps", type=int, default=40, help="PPO steps")
@@ -255,22 +259,22 @@ def main(args=None):
     parser.add_argument("--picture", default="", help="default: OUTPUT_DIR/generalisation.png")
     parser.add_argument("--data_flags", default="", help="further flags of PPO and of sampling, such as --dataset")
     parser.add_argument("--diversity_flags", default=f"--vocab_size {len(vocabulary())} --truncate 16")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    for script in ("sft", "rm", "ppo", "bon"):
-        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
-    a = parser.parse_args(args)
+    return read_flags(parser, args, QUICK)
+
+
+def main(args=None):
+    """Run what is not done yet, then print the tables and draw the picture."""
+    a = read_settings(args)
     for stage in commands(a):
-        todo = [command for command in stage if not finished(a, command)]
-        with ThreadPoolExecutor(a.jobs) as workers:
-            for command, _ in zip(todo, workers.map(run, todo)):
-                print(f"done: python {command}", flush=True)
+        run_stage(stage, a.jobs, lambda command: finished(a, command))
 
     tables = compared(a, [measured(a, s) for s in range(a.seeds)])
     print(f"\nMean over {a.seeds} seeds +- half-width of the 95% t interval; {a.prompts} prompts a split, {a.answers} answers to each.")
     for title, rows in tables.items():
-        show(title, rows)
+        print_title(title, a)
+        show(rows)
     Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "tables": tables}, indent=2) + "\n")
-    print(save(draw, tables, a.picture or f"{a.output_dir}/generalisation.png") or "no picture: matplotlib is not installed")
+    draw_picture(draw, tables, a.picture or f"{a.output_dir}/generalisation.png")
 
 
 if __name__ == "__main__":

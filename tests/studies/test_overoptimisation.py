@@ -1,9 +1,7 @@
-"""The overoptimisation study (tests/bench/overoptimisation.py), reduced: its plumbing and what must hold whatever the runs find."""
+"""The overoptimisation study (nanorlhf/studies/overoptimisation.py), reduced: its plumbing and what must hold whatever the runs find."""
 
-import importlib.util
 import json
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,8 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf.runtime import cli
+from nanorlhf.studies import common, overoptimisation
 
-SCRIPT = Path(__file__).parent / "bench" / "overoptimisation.py"
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "sample_bon.py": sample_bon}
 SMALL = [
     "--seeds", "1", "--members", "2", "--label_noise", "0.25", "--kl_coef", "0.05", "--steps", "2", "--eval_every", "1", "--n_answers", "8",
@@ -22,13 +20,12 @@ SMALL = [
     "--rm_flags=--steps 4 --batch_size 8 --eval_size 16", "--ppo_flags=--batch_size 8 --minibatch_size 8 --eval_size 6 --max_new_tokens 12", "--bon_flags=--max_new_tokens 12",
 ]  # fmt: skip
 
+MARK = " [QUICK, one seed: not the study's numbers]"
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """The study's module, with commands run in this process, its folder, and the commands that it ran."""
-    spec = importlib.util.spec_from_file_location("overoptimisation", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     ran, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -37,16 +34,16 @@ def study(tmp_path_factory):
         SCRIPTS[script].main(cli.parse(SCRIPTS[script].Config, words))
         ran.append(command)
 
-    module.run = run
-    folder = tmp_path_factory.mktemp("study")
+    folder = tmp_path_factory.mktemp("study") / "quick"  # where --quick looks for its runs
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "run_command", run)
         for script in SCRIPTS.values():
             patch.setattr(script, "plot_run", lambda run: None)
-        module.main(["--output_dir", str(folder), *SMALL])
+        overoptimisation.main(["--output_dir", str(folder), *SMALL])
         first = list(ran)
-        module.main(["--output_dir", str(folder), *SMALL])  # a second time there is nothing to do
+        overoptimisation.main(["--output_dir", str(folder), *SMALL])  # a second time there is nothing to do
     torch.set_num_threads(threads)
-    yield module, folder, first, ran
+    yield overoptimisation, folder, first, ran
     cli.distributed.shutdown()
 
 
@@ -54,6 +51,15 @@ def test_every_cell_is_run_once(study):
     _, _, first, ran = study
     assert [c.split()[0] for c in first] == ["train_sft.py", "sample_bon.py", "train_rm.py", *["train_ppo.py"] * 4, "sample_bon.py"]
     assert ran == first
+
+
+def test_quick_marks_its_tables(study, capsys):
+    module, folder, _, _ = study
+    module.main(["--quick", "--output_dir", str(folder.parent), *SMALL])  # its runs are there already
+    quick = capsys.readouterr().out
+    module.main(["--output_dir", str(folder), *SMALL])
+    whole = capsys.readouterr().out
+    assert quick.count(MARK) == 2 and quick.replace(MARK, "") == whole  # one table of best-of-n, one of PPO
 
 
 def test_the_full_study_is_what_the_issue_asks_for(study):

@@ -1,0 +1,136 @@
+"""What the studies share: their flags, plain commands run side by side, and what their tables and pictures have in common.
+
+A study is a series of stages. A stage is a list of command lines that can run side by side, such as
+"train_sft.py --output_dir runs/study/sft"; the next stage reads what they have written. Each command
+runs in a process of its own and is printed, so that a reader can repeat it. A command that has run
+already is not run again, and one that was killed goes on where it was: a study that was stopped is
+continued by the same command.
+"""
+
+import argparse
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..runtime.plots import save
+
+REPO = Path(__file__).resolve().parents[2]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+def make_parser(doc: str, output_dir: str, scripts: tuple[str, ...]) -> argparse.ArgumentParser:
+    """A parser with the flags that all studies have; `doc` is the study's docstring, for --help.
+
+    output_dir: the study's default folder. scripts: each gets a flag --NAME_flags.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output_dir", default=output_dir)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few minutes: one seed, and fewer and shorter runs, in OUTPUT_DIR/quick; flags that "
+        "are given still hold",
+    )
+    for script in scripts:
+        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
+    return parser
+
+
+def read_flags(parser: argparse.ArgumentParser, args: list[str] | None, quick: dict):
+    """The flags of a study; with --quick the defaults are those of `quick`, {flag: value}.
+
+    A quick study has a folder inside the study's own. In the same folder its short runs would be
+    taken for the study's, since what is there is not run again.
+    """
+    flags = parser.parse_args(args)
+    if flags.quick:
+        parser.set_defaults(**quick)
+        flags = parser.parse_args(args)
+        flags.output_dir = f"{flags.output_dir}/quick"
+    return flags
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def run_stage(commands: list[str], jobs: int, is_done: Callable[[str], bool] | None = None):
+    """Run those commands of a stage that are not done yet, `jobs` at a time; print each that ends.
+
+    is_done(command): whether it is done; by default is_finished(). SystemExit: a command failed.
+    """
+    is_done = is_done or is_finished
+    missing = [command for command in commands if not is_done(command)]
+    with ThreadPoolExecutor(jobs) as workers:
+        for command, _ in zip(missing, workers.map(run_command, missing)):
+            print(f"done: python {command}", flush=True)
+
+
+def run_command(command: str):
+    """One command in a process of its own, on one thread; its output goes into a log beside its folder."""
+    script, *flags = shlex.split(command)
+    log = Path(output_of(flags).replace("{seed}", "members") + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as f:
+        code = subprocess.run(
+            [sys.executable, str(REPO / script), *flags],
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ONE_THREAD,
+        ).returncode
+    if code:
+        raise SystemExit(f"python {command}\nended with exit code {code}: see {log}")
+
+
+def output_of(words: list[str]) -> str:
+    """The folder, or the file, that a command writes."""
+    flag = "--output_dir" if "--output_dir" in words else "--output"
+    return words[words.index(flag) + 1]
+
+
+def is_finished(command: str) -> bool:
+    """Whether the folder of a command holds a finished run, or its file is there.
+
+    Of several members, {seed} in the folder's name, it is the last one's folder that counts.
+    """
+    words = shlex.split(command)
+    numbers = {"--seed": 0, "--members": 1}
+    for flag in numbers:
+        if flag in words:
+            numbers[flag] = int(words[words.index(flag) + 1])
+    last_member = numbers["--seed"] + numbers["--members"] - 1
+    output = Path(output_of(words).replace("{seed}", str(last_member)))
+    return (output / "summary.json").is_file() or output.is_file()
+
+
+# ------------------------------------------------------------------------------ tables and pictures
+
+
+def print_title(title: str, a):
+    """A table's title after an empty line; that of a quick study says that it is one, and of how many seeds."""
+    seeds = "one seed" if a.seeds == 1 else f"{a.seeds} seeds"
+    mark = f" [QUICK, {seeds}: not the study's numbers]" if a.quick else ""
+    print(f"\n{title}{mark}")
+
+
+def with_interval(mean: float, half_width: float, digits: int = 3) -> str:
+    """'0.123 +- 0.045'; the mean alone where there is no interval, as of a single seed."""
+    if math.isnan(half_width):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} +- {half_width:.{digits}f}"
+
+
+def draw_picture(draw: Callable, what, path: str):
+    """draw(figure, what) into a file; print its path, or that there is none without matplotlib."""
+    print(save(draw, what, path) or "no picture: matplotlib is not installed")
