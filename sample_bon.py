@@ -22,7 +22,7 @@ import torch
 
 from nanorlhf import data, pool
 from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
-from nanorlhf.ensemble import OBJECTIVES, combine
+from nanorlhf.ensemble import OBJECTIVES, combine, combine_all, objective_of
 from nanorlhf.errors import at_least, one_of, require
 from nanorlhf.evals import diversity_report
 from nanorlhf.models import check_model, load_tokenizer
@@ -63,7 +63,7 @@ class Config(diversity_report.Flags):
     max_rows: int = field(default=0, metadata={"help": "at most so many prompts of another split; 0: all"})
     n_answers: int = field(default=256, metadata={"help": "N: answers to each prompt"})
     n: list[int] = field(default_factory=list, metadata={"help": "the n of best-of-n; default: 1, 2, 4, ... up to N"})
-    objective: str = field(default="mean", metadata={"help": "what --save_best takes the best by: mean, wco or uwo"})
+    objective: str = field(default="mean", metadata={"help": f"what --save_best takes the best by: {', '.join(OBJECTIVES)}"})
     uwo_lambda: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "uwo: weights of the members' variance"})
     save_best: bool = field(default=False, metadata={"help": "write best_of_{n}.jsonl: the best of each n answers in turn (n = 1: all)"})
     save_pairs: bool = field(default=False, metadata={"help": "write pairs.jsonl: of each two answers the one with more gold"})
@@ -104,8 +104,9 @@ class Config(diversity_report.Flags):
             require(not (self.pool or self.diversity), "--from measures files alone: it takes no --pool and no --diversity")
             self.output_dir = "runs/diversity" if self.output_dir == "runs/bon" else self.output_dir
         self.reward_model = expand(self.reward_model)
-        taken = set(reward_names(self.reward_model)) & set(OBJECTIVES)
-        require(not taken, f"a reward cannot be called {' or '.join(taken)}: that is an objective's name in the results")
+        for name in reward_names(self.reward_model):
+            free = objective_of(name) is None
+            require(free, f"a reward cannot be called {name}: that is an objective's name in the results")
 
 
 @unlock_afterwards()
@@ -162,8 +163,7 @@ def main(config):
     mask = None if mask.all() else mask  # answers may differ in number
     proxies = dict(zip(scores, members))
     if len(members) > 1:
-        proxies |= {"mean": combine(members, "mean"), "wco": combine(members, "wco")}
-        proxies |= {f"uwo_{x:g}": combine(members, "uwo", x) for x in config.uwo_lambda}
+        proxies |= combine_all(members, config.uwo_lambda)
 
     # ---------------------------------------------------------------------------------------------------------------- best of n
     results, fits = {}, {}

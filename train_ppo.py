@@ -54,7 +54,8 @@ class Config(cli.RunConfig):
     model: str = field(default="runs/sft", metadata={"help": "the SFT policy: run folder, model folder or hub name"})
     reward_model: list[str] = field(default_factory=lambda: ["runs/rm/seed_0"], metadata={"help": "one reward, or the members of an "
         "ensemble: model folder ({seed} stands for all that exist) or hub name, FILE.py:FUNCTION, or lexicon .tsv"})  # fmt: skip
-    objective: str = field(default="mean", metadata={"help": "of an ensemble: mean, wco (worst case) or uwo (uncertainty-weighted)"})
+    objective: str = field(default="mean", metadata={"help": f"of an ensemble: {', '.join(OBJECTIVES)} "
+        "(wco: worst case, uwo: uncertainty-weighted)"})  # fmt: skip
     uwo_lambda: float = field(default=0.1, metadata={"help": "uwo: weight of the members' variance"})
     gold_model: str = field(default="", metadata={"help": "a second reward, for evaluation only; embedded world: its gold"})
     score_gold: str = field(default="", metadata={"help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"})
@@ -84,7 +85,7 @@ class Config(cli.RunConfig):
     # The KL penalty. k1 in the reward is the gradient of the sequence KL. In the loss, k2 (on-policy) and full give the token KL's
     # gradient, without the effect on later states; k3's gradient there is not the KL's. See kl_estimate and full_kl.
     kl_coef: float = field(default=0.05, metadata={"help": "coefficient of the KL to the SFT policy"})
-    kl_kind: str = field(default="k1", metadata={"help": "k1, k2, k3 or full"})
+    kl_kind: str = field(default="k1", metadata={"help": f"one of {', '.join(ppo.kl_kinds())}"})
     kl_in: str = field(default="reward", metadata={"help": "reward or loss"})
     kl_target: float = field(default=0.0, metadata={"help": "adapt kl_coef to keep the sequence KL here, in nats; 0: fixed"})
     kl_horizon: int = field(default=10_000, metadata={"help": "samples over which kl_coef adapts"})
@@ -112,10 +113,11 @@ class Config(cli.RunConfig):
         require(self.clip_range > 0 and self.value_clip_range > 0, "--clip_range and --value_clip_range must be positive")
         require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "--gamma and --lam must lie between 0 and 1")
         one_of(self, "objective", *OBJECTIVES)
-        one_of(self, "kl_kind", "k1", "k2", "k3", "full")
+        one_of(self, "kl_kind", *ppo.kl_kinds())
         one_of(self, "kl_in", "reward", "loss")
         one_of(self, "score_scaling", "none", "running", "first")
-        require((self.kl_in, self.kl_kind) != ("loss", "k1"), "--kl_in loss: k1's gradient there has mean zero; take k2 or full")
+        useless = self.kl_in == "loss" and self.kl_kind in ppo.KL_WITHOUT_GRADIENT
+        require(not useless, f"--kl_in loss: {self.kl_kind}'s gradient there has mean zero; take k2 or full")
         require(self.temperature > 0, "--temperature must be positive")
         require(not self.kl_target or self.kl_coef > 0, "--kl_target adapts --kl_coef, which must start above 0")
         require(self.batch_size < 5 * self.kl_horizon, "--kl_horizon must be above a fifth of --batch_size")
@@ -235,7 +237,7 @@ def main(config):
         clock.append(time.perf_counter())
 
         # 3. A few epochs of minibatches on them.
-        with gathered(reference if (config.kl_in, config.kl_kind) == ("loss", "full") else None):
+        with gathered(reference if config.kl_in == "loss" and config.kl_kind in ppo.KL_OF_LOGITS else None):
             record |= update(parts, optimizer, answers.batch, x, place[0], step, kl_coef, lr)
         return_freed_memory()
         if kl_controller:
@@ -289,7 +291,7 @@ class Experience:
 def experience(parts, scaler, rollout, answers, kl_coef):
     """A rollout -> Experience, and the step's numbers. Gathered first, so that no mean depends on the number of processes."""
     config, dist = parts.config, parts.dist
-    full = (config.kl_kind, config.kl_in) == ("full", "reward")
+    full = config.kl_in == "reward" and config.kl_kind in ppo.KL_OF_LOGITS
     kl_to = parts.reference if full else None
     with gathered(parts.policy, kl_to):
         old, bootstrap = sampled_outputs(parts, rollout, answers.batch, kl_to), bootstrap_values(parts, rollout, answers.batch)
@@ -403,7 +405,7 @@ def loss_of(parts, batch, x, at, n_tokens, kl_coef):
     old_logprobs, ref_logprobs, old_values, advantages, returns = (
         tensor[at, : mask.shape[1]] for tensor in (x.old_logprobs, x.ref_logprobs, x.values, x.advantages, x.returns)
     )
-    kl_to = parts.reference if (config.kl_in, config.kl_kind) == ("loss", "full") else None
+    kl_to = parts.reference if config.kl_in == "loss" and config.kl_kind in ppo.KL_OF_LOGITS else None
     new = parts.model(batch, mask, config.temperature, entropy=config.ent_coef > 0, kl_to=kl_to)
     policy_loss, stats = ppo.policy_loss(new["logprobs"], old_logprobs, advantages, mask, config.clip_range, n_tokens)
     value_loss = ppo.value_loss(new["values"], old_values, returns, mask, config.value_clip_range, n_tokens)

@@ -6,9 +6,9 @@ PPO and best-of-n.
     K members; ... any shape of answers: [B] in a rollout, [P, N] in a pool
 """
 
-import torch
+import re
 
-OBJECTIVES = ("mean", "wco", "uwo")
+import torch
 
 
 def combine(scores, objective, uwo_lambda=0.5):
@@ -27,9 +27,51 @@ def combine(scores, objective, uwo_lambda=0.5):
         raise ValueError(f"the objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
     if not 0 <= uwo_lambda < float("inf"):
         raise ValueError(f"uwo_lambda must be a number of at least 0, not {uwo_lambda}")
-    if objective == "wco":
-        return scores.amin(0)
-    return scores.mean(0) - uwo_lambda * variance(scores) if objective == "uwo" else scores.mean(0)
+    return OBJECTIVES[objective](scores, uwo_lambda)
+
+
+def mean(scores: torch.Tensor, uwo_lambda: float) -> torch.Tensor:
+    """The members' mean: scores [K, ...] -> [...]. It needs no lambda, which all objectives are given."""
+    # mu = (1/k) sum_i r_i
+    return scores.mean(0)
+
+
+def worst_case(scores: torch.Tensor, uwo_lambda: float) -> torch.Tensor:
+    """The lowest member's score: scores [K, ...] -> [...]. It needs no lambda."""
+    # min_i r_i
+    return scores.amin(0)
+
+
+def uncertainty_weighted(scores: torch.Tensor, uwo_lambda: float) -> torch.Tensor:
+    """The members' mean, lowered where they disagree: scores [K, ...] -> [...]."""
+    # mu - lambda (1/k) sum_i (r_i - mu)^2
+    return scores.mean(0) - uwo_lambda * variance(scores)
+
+
+# The one list of objectives: what flags call them -> a function (scores [K, ...], lambda) -> [...].
+# Flags and their help, best-of-n and pictures follow from it: a further objective is one more line.
+OBJECTIVES = {"mean": mean, "wco": worst_case, "uwo": uncertainty_weighted}
+
+
+def combine_all(scores: torch.Tensor, uwo_lambdas: list[float]) -> dict[str, torch.Tensor]:
+    """K members' scores by every objective, uwo by each lambda: {"mean", "wco", "uwo_0.5", ...}.
+
+    scores [K, ...] -> a dictionary from labels to [...]. ValueError: as combine.
+    """
+    combined = {}
+    for objective in OBJECTIVES:
+        if objective == "uwo":
+            for uwo_lambda in uwo_lambdas:
+                combined[f"uwo_{uwo_lambda:g}"] = combine(scores, "uwo", uwo_lambda)
+        else:
+            combined[objective] = combine(scores, objective)
+    return combined
+
+
+def objective_of(label: str) -> str | None:
+    """The objective that a label of combine_all stands for ("uwo_0.5": uwo), or None."""
+    name = "uwo" if re.fullmatch(r"uwo_[\d.e+-]+", label) else label
+    return name if name in OBJECTIVES else None
 
 
 def variance(scores):

@@ -28,6 +28,21 @@ LOWEST_LOGP = -1e4  # nats: e^-10000 is 0 in every floating type; what lies belo
 # ---------------------------------------------------------------------------------------------------------------- KL and rewards
 
 
+# The one list of KL kinds: flags and their help follow from it, so a further kind is one more line.
+KL_ESTIMATES = {  # from x = log pi_ref - log pi of the sampled token; their properties: kl_estimate
+    "k1": lambda x: -x,
+    "k2": lambda x: x.square() / 2,
+    "k3": lambda x: torch.expm1(x) - x,
+}
+KL_OF_LOGITS = ("full",)  # from the whole distributions of both models: full_kl
+KL_WITHOUT_GRADIENT = ("k1",)  # in the reward alone: as a loss its gradient has mean zero
+
+
+def kl_kinds() -> list[str]:
+    """The names of all KL kinds."""
+    return [*KL_ESTIMATES, *KL_OF_LOGITS]
+
+
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """Estimate KL(pi || pi_ref) per token from log-probs of tokens sampled from pi.
 
@@ -43,13 +58,10 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     logprobs, ref_logprobs [B, R] -> [B, R], in nats. Pitfall: masked positions are not zeroed here.
     """
     x = ref_logprobs - logprobs
-    if kind == "k1":
-        return -x
-    if kind == "k2":
-        return x.square() / 2
-    if kind == "k3":
-        return torch.expm1(x) - x
-    raise ValueError(f"kl kind {kind!r} is not k1, k2 or k3 (full needs whole distributions: full_kl)")
+    if kind not in KL_ESTIMATES:
+        known = ", ".join(KL_ESTIMATES)
+        raise ValueError(f"kl kind {kind!r} is not one of {known} (full needs whole distributions: full_kl)")
+    return KL_ESTIMATES[kind](x)
 
 
 def full_kl(logits, ref_logits):

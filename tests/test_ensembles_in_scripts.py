@@ -4,9 +4,11 @@ Tiny random models with the embedded world's words. Every expected score is comp
 run wrote down, one answer at a time, and put together by Python's statistics module.
 """
 
+import dataclasses
 import functools
 import json
 import os
+import runpy
 import shutil
 import statistics
 from pathlib import Path
@@ -29,10 +31,11 @@ from test_scripts import (
 )  # fmt: skip
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig
 
+import sample_bon
 import train_ppo
 import train_rm
-from nanorlhf import data, world
-from nanorlhf.runtime import cli, distributed
+from nanorlhf import data, ensemble, world
+from nanorlhf.runtime import cli, distributed, plots
 
 SEEDS = (0, 1, 2)
 LAMBDA = 1.5
@@ -253,6 +256,54 @@ def runs(base):
         for objective in ("mean", "wco", "uwo"):
             train_policy(base, base / objective, objective=objective)
     return seen
+
+
+def test_a_further_objective_is_one_line(base, tmp_path, monkeypatch):
+    """In ensemble.py's table alone: flags and their help, PPO, best-of-n and pictures then know it."""
+    monkeypatch.setitem(ensemble.OBJECTIVES, "median", lambda scores, uwo_lambda: scores.median(0).values)
+    monkeypatch.setattr(sample_bon, "plot_run", lambda run: None)
+    for script in ("train_ppo.py", "sample_bon.py"):
+        config = runpy.run_path(str(Path(train_ppo.__file__).with_name(script)))["Config"]  # as a new process reads it
+        helps = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(config)}
+        assert "median" in helps["objective"]
+
+    # PPO: the rollouts' scores, the evaluations' proxy.
+    member_scores, score_all = [], train_ppo.score_all
+
+    def recorded(*args):
+        member_scores.append(score_all(*args))
+        return member_scores[-1]
+
+    monkeypatch.setattr(train_ppo, "score_all", recorded)
+    records = train_policy(base, tmp_path / "ppo", objective="median", steps=1)
+    (of_rollout,) = member_scores
+    medians = [statistics.median(scores) for scores in of_rollout.T.tolist()]
+    assert records[1]["score_mean"] == pytest.approx(statistics.fmean(medians), abs=1e-5)
+    for step in (0, 1):
+        rows = read_rows(tmp_path / f"ppo/eval/step_{step}.jsonl")
+        assert_statistics(records[step], "eval/proxy", [statistics.median(row["scores"].values()) for row in rows])
+
+    # Best-of-n: its curve, and the answers that --save_best takes by it.
+    settings = {"model": f"{base}/lm", "reward_model": [f"{base}/rm/seed_{{seed}}"], "dataset": f"{base}/prompts.jsonl", "eval_size": 5,
+                "n_answers": 4, "n": [4], "max_new_tokens": 10, "objective": "median", "save_best": True}  # fmt: skip
+    results = sample_bon.main(sample_bon.Config(output_dir=str(tmp_path / "bon"), **settings))
+    assert set(results) == {"seed_0", "seed_1", "seed_2", "mean", "wco", "uwo_0.5", "median"}
+    best = []
+    for row in read_rows(tmp_path / "bon/pool.jsonl"):
+        medians = [statistics.median(scores) for scores in zip(*row["scores"].values())]
+        best.append((max(medians), row["responses"][medians.index(max(medians))]))
+    assert results["median"][0]["proxy_score"] == pytest.approx(statistics.fmean(score for score, _ in best), abs=1e-5)
+    assert [row["response"] for row in read_rows(tmp_path / "bon/best_of_4.jsonl")] == [response for _, response in best]
+
+    # Pictures: under its own name, and in no mean of the members.
+    ((label, _),) = plots.arrange([str(tmp_path / "ppo")])[""].items()
+    assert label == "median"
+    curves = plots.curves_of(str(tmp_path / "bon"), "")
+    assert list(curves) == ["single (mean of 3 members)", "mean", "wco", "uwo_0.5", "median"]
+    assert curves["median"]["proxy"] == pytest.approx([results["median"][0]["proxy_score"]])
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    plots.comparison_figure(figure, [str(tmp_path / "bon")])
+    assert "median" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 @pytest.mark.parametrize("objective", ["mean", "wco", "uwo"])

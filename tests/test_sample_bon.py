@@ -938,6 +938,7 @@ def test_prompts(tmp_path):
     (["--split", "validation"], ["--split must be one of test, train, ood, all", "'validation'"]),
     (["--split", "ood", "--dataset", "mine.jsonl"], ["--split ood is the embedded world's"]),
     (["--reward_model", "runs/rm/wco", "runs/rm/seed_0"], ["a reward cannot be called wco"]),
+    (["--reward_model", "runs/rm/uwo_0.5", "runs/rm/seed_0"], ["a reward cannot be called uwo_0.5"]),
     (["--objective", "median"], ["--objective must be one of mean, wco, uwo"]),
     (["--temperature", "0"], ["--temperature must be positive"]),
     (["--dtype", "float16"], ["--dtype"]),

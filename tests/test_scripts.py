@@ -4,12 +4,14 @@ Most runs are calls of main(Config(...)) on the embedded world; processes are re
 runs on one thread, here as in the processes, so that 'bit for bit' can be asked for.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
 import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import socket
@@ -27,6 +29,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import evaluation, rollout, stages, world
+from nanorlhf import ppo as ppo_maths
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
 from nanorlhf.runtime import checkpoint, cli, distributed, files, log
@@ -903,6 +906,27 @@ def test_kl_in_the_loss(base, tmp_path, monkeypatch, kind):
     assert len(errors) == 8 and max(map(abs, errors)) < 1e-4 and max(sizes) > 0.05
     assert all(row["reward"] == pytest.approx(row["score_mean"], rel=1e-5) for row in rows[1:])
     assert rows[1]["first_ratio_error"] <= 1e-5
+
+
+def test_a_further_kl_kind_is_one_line(base, tmp_path, monkeypatch, seen):
+    """In ppo.py's table alone: the flag and its help know it, reward and loss use it. Here x^2, twice k2, at half its coefficient."""
+    monkeypatch.setitem(ppo_maths.KL_ESTIMATES, "square", lambda x: x.square())
+    config = runpy.run_path(train_ppo.__file__)["Config"]  # as a new process reads it
+    helps = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(config)}
+    assert "square" in helps["kl_kind"]
+
+    rows = ppo(base, tmp_path / "reward", kl_kind="square", kl_coef=0.35, lr=2e-3)
+    kls = seen["experience"][1]["kls"]  # before the second update
+    assert rows[2]["score_mean"] - rows[2]["reward"] == pytest.approx(0.35 * 2 * kls["k2"], rel=1e-3)
+    ppo(base, tmp_path / "square", kl_in="loss", kl_kind="square", kl_coef=1.5, lr=2e-3)
+    ppo(base, tmp_path / "k2", kl_in="loss", kl_kind="k2", kl_coef=3.0, lr=2e-3)
+    ours, theirs = (weights(tmp_path / kind) for kind in ("square", "k2"))  # a factor of 2 rounds nothing
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+    # What it may be used for stands beside it.
+    monkeypatch.setattr(ppo_maths, "KL_WITHOUT_GRADIENT", ("k1", "square"))
+    with pytest.raises(InputError, match="--kl_in loss: square's gradient"):
+        train_ppo.Config(kl_in="loss", kl_kind="square")
 
 
 def test_adaptive_kl(base, tmp_path):

@@ -18,8 +18,9 @@ import re
 import numpy as np
 
 from ..bon import bon_curve, fit_bon, fit_rl, rl_curve
+from ..ensemble import OBJECTIVES, objective_of
 from ..errors import InputError
-from .files import check_output, read_json, read_lines
+from .files import check_output, read_json, read_rows
 from .log import PLACES
 
 # What the curves of a run show, if its metrics have it: name -> the metric's label.
@@ -38,7 +39,6 @@ LOOK = {
     PPO: ("PPO steps", "d = sqrt(KL to the SFT policy in nats)", "linear", "+- 1 standard error over prompts",
           0, fit_rl, rl_curve, "R = d (a - b log d)"),
 }  # fmt: skip
-OBJECTIVES = ["single", "mean", "wco"]  # these keep their colours in all pictures; others follow
 STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
          "legend.fontsize": 9, "legend.frameon": False, "figure.labelsize": 8, "lines.markersize": 4}  # fmt: skip
 
@@ -82,7 +82,7 @@ def kind_of(run):
 
 def curves_figure(figure, run):
     """One panel a metric, against the step, of held-out metrics a line for each split; bands are +- 1 standard error."""
-    records = [json.loads(line) for line in read_lines(os.path.join(run, PPO))]
+    records = read_rows(os.path.join(run, PPO))
     logged = {key for record in records for key in record}
     splits = sorted({key.partition("/")[0] for key in logged if "/" in key} - {"eval", "score"})
     keys = {name: key for name in PANELS for key in (f"score_{name}", name, f"eval/{name}") if key in logged}  # the last one stays
@@ -173,14 +173,14 @@ def curve_of(points):
 def curves_of(run, objective):
     """{objective: curve} of a PPO run; of best-of-n {"single (mean of K members)": from the lowest to the highest, "mean": ..., ...}."""
     if kind_of(run) == PPO:
-        records = [r for r in map(json.loads, read_lines(os.path.join(run, PPO))) if "eval/proxy" in r]
+        records = [row for row in read_rows(os.path.join(run, PPO)) if "eval/proxy" in row]
         if not records:
             raise InputError(f"{run}: no PPO run here (no eval/proxy in its {PPO})")
         return {objective: curve_of([{"x": r["step"]} | {k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in records])}
     curves = {}
     for name, points in read_json(os.path.join(run, BEST_OF_N)).items():
         curves[name] = curve_of([{"x": p["n"]} | {k.replace("_score", ""): v for k, v in p.items()} for p in points])
-    members = [curves.pop(name) for name in list(curves) if not re.fullmatch(r"mean|wco|uwo.*", name)]
+    members = [curves.pop(name) for name in list(curves) if objective_of(name) is None]
     if len(members) == 1:
         return {"single": members[0]} | curves
     members = over_runs(members)  # [K, L]
@@ -222,10 +222,20 @@ def comparison_figure(figure, runs):
 
 
 def colours_of(labels):
-    """Labels -> {label: colour}, in the order of the legend: single, mean and wco have the same in all pictures."""
+    """Labels -> {label: colour}, in the order of the legend.
+
+    "single" and the objectives have the same colours in all pictures. uwo has none of its own: its
+    labels name its lambda, and there may be several.
+    """
     names = {label: label.split(" (")[0] for label in labels}  # without "(mean of K members)"
-    order = list(dict.fromkeys((OBJECTIVES if set(names.values()) & set(OBJECTIVES) else []) + list(names.values())))
-    return {label: f"C{order.index(names[label]) % 10}" for label in sorted(names, key=lambda label: order.index(names[label]))}
+    order = list(names.values())
+    first = ["single", *(objective for objective in OBJECTIVES if objective != "uwo")]
+    if set(first) & set(order):
+        order = first + order
+    order = list(dict.fromkeys(order))
+
+    in_order = sorted(names, key=lambda label: order.index(names[label]))
+    return {label: f"C{order.index(names[label]) % 10}" for label in in_order}
 
 
 def draw_group(axes, s, colour, kind):
