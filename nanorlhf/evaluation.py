@@ -3,7 +3,6 @@
     b sequences of this process, m of a micro-batch, R response tokens (R' of a micro-batch's longest), K rewards, N held-out prompts
 """
 
-import json
 import os
 
 import torch
@@ -18,7 +17,7 @@ from .packing import Answers, pack, response_mask_of
 from .rewards import check_reward, load_reward, score
 from .rollout import roll_out
 from .runtime.distributed import Dist, autocast
-from .runtime.files import read_json, read_lines, write_json, write_lines
+from .runtime.files import read_json, read_rows, write_json, write_lines
 from .runtime.fsdp import gathered
 from .runtime.locks import lock_folder
 from .runtime.log import eval_folder
@@ -123,12 +122,14 @@ def score_gold(config, dist):
     dist.barrier()  # all have looked before one writes
     if dist.main:
         check_reward(spec)
-        tokenizer, records = load_tokenizer(run), [json.loads(line) for line in read_lines(paths["metrics.jsonl"])]
+        tokenizer = load_tokenizer(run)
+        records = read_rows(paths["metrics.jsonl"])
         gold = load_reward(spec, tokenizer, Dist(0, 1, dist.device), config.micro_batch_size)
         named = labels(stored.get("eval_splits", ["test"]))
         for record, label in ((r, label) for r in records if "eval/proxy" in r for label in named):
             path = os.path.join(run, eval_folder(label), f"step_{record['step']}.jsonl")
-            rows = [json.loads(line) for line in read_lines(path)]
+            require(os.path.isfile(path), f"{path}: no such file")
+            rows = read_rows(path)
             batch = pack([r["prompt_ids"] for r in rows], [r["response_ids"] for r in rows], tokenizer.pad_token_id)
             scores = gold(Answers([r["prompt"] for r in rows], [r["response"] for r in rows], batch))
             write_lines(path, [{**row, "gold": score} for row, score in zip(rows, scores.tolist())])

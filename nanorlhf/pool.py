@@ -8,10 +8,10 @@ and scores of a model that has changed since are never read. Each line holds its
 line out of its place is an error.
 """
 
-import json
 import os
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .data import read_hub
 from .errors import require
@@ -19,7 +19,7 @@ from .models import fingerprint, load_policy
 from .packing import Answers, pack
 from .rewards import load_reward, reward_names
 from .rollout import Parts, roll_out
-from .runtime.files import digest, drop_cut_line, read_checked_lines, read_file
+from .runtime.files import append_lines, digest, drop_cut_line, read_checked_lines, read_file
 from .runtime.log import Progress
 from .runtime.rng import POOL
 
@@ -53,8 +53,7 @@ class Lines:
         """Add the next lines."""
         self.rows += rows
         if self.dist.main:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+            append_lines(self.path, rows)
 
 
 def holds_answers(row, index, prompt_ids, N):
@@ -233,6 +232,6 @@ def answers_of(chunk):
 
 def matrix(rows):
     """Lists of N numbers for each prompt, N may differ -> float64 [P, max N] with 0 in the padding, mask [P, max N] bool."""
-    width = max(map(len, rows))
-    values = torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
-    return values, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    scores = [torch.tensor(row, dtype=torch.float64) for row in rows]
+    is_answer = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return pad_sequence(scores, batch_first=True), pad_sequence(is_answer, batch_first=True)

@@ -761,7 +761,7 @@ def test_sigkill_and_resume(base, tmp_path, kind):
     for _ in range(3 if kind == "ppo" else 2):
         process = fork(command_line, kind, *args)
         wanted, pause = seen[-1] + 2, chance.uniform(0, 0.1)
-        while process.is_alive() and (not (folder / "metrics.jsonl").exists() or len(files.read_lines(folder / "metrics.jsonl")) < wanted):
+        while process.is_alive() and (not (folder / "metrics.jsonl").exists() or len(files.read_rows(folder / "metrics.jsonl")) < wanted):
             time.sleep(0.002)
         time.sleep(pause)
         process.kill()
@@ -769,7 +769,7 @@ def test_sigkill_and_resume(base, tmp_path, kind):
         if process.exitcode == 0:  # a slow machine: it ended before the kill
             break
         assert process.exitcode == -signal.SIGKILL
-        seen.append(len(files.read_lines(folder / "metrics.jsonl")))
+        seen.append(len(files.read_rows(folder / "metrics.jsonl")))
         args = ["--output_dir", str(folder), "--resume"]  # the rest comes from the folder
     print("records when it was killed:", seen)
     assert len(seen) > 1

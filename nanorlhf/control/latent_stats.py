@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..interp.concepts import feature_aucs, sparse
+from ..stats import percentiles
 
 AT_ONCE = 2**22  # elements of one [R, latents] block of resampled means
 
@@ -60,10 +61,10 @@ def contrast(chosen, rejected, weights=None, groups=None, m=None, resamples=1000
         c, j = x.mean(0), y.mean(0)  # [m]
         c_drawn, j_drawn = drawn_means(times, x), drawn_means(times, y)  # [R, m]
         s_drawn = differential(c_drawn, j_drawn, damping_drawn)
-        part = [c, j, differential(c, j, damping), ends(s_drawn, level)]
+        part = [c, j, differential(c, j, damping), torch.stack(percentiles(s_drawn, level))]
         if weights is not None:
             w = weights[columns].double()
-            part += [w * (c - j), ends(w * (c_drawn - j_drawn), level)]
+            part += [w * (c - j), torch.stack(percentiles(w * (c_drawn - j_drawn), level))]
         parts.append(part)
     found = [torch.cat(column, -1) for column in zip(*parts)]
     return Contrast(*rates, *found, *([None, None] if weights is None else []))
@@ -90,12 +91,6 @@ def times_drawn(groups, resamples, seed):
 def drawn_means(times, values):
     """The mean of values [N, m] in each resample, [R, m]; no [R, N, m] tensor is ever held."""
     return times @ values / times.sum(1, keepdim=True)
-
-
-def ends(draws, level):
-    """Both ends of the percentile interval of draws [R, m]: [2, m]"""
-    tail = (1 - level) / 2
-    return draws.quantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype), dim=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- what they follow

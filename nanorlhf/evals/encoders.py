@@ -9,6 +9,7 @@ asked for, in batches of similar length.
 import inspect
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from ..diversity import nli_scores
@@ -73,17 +74,15 @@ def reader(model, tokenizer, output):
             fields = {name: [x or empty.get(name, [0]) for x in lists] for name, lists in fields.items()}
             lengths = torch.tensor([len(ids) for ids in fields["input_ids"]])
             for rows in micro_batches(lengths, 0, TOKENS[model.device.type]):
-                inputs = {name: padded(lists, rows).to(model.device) for name, lists in fields.items()}
+                inputs = {}
+                for name, lists in fields.items():
+                    chosen = [torch.tensor(lists[i]) for i in rows]
+                    # [b, T], zeros on the right, where the mask lets no one look
+                    inputs[name] = pad_sequence(chosen, batch_first=True).to(model.device)
                 known.update(zip((new[i] for i in rows), output(inputs).cpu()))
         return torch.stack([known[thing] for thing in things])
 
     return read
-
-
-def padded(lists, rows):
-    """The chosen lists as a tensor [b, T], zeros on the right, where the mask lets no one look; the last of `rows` is the longest."""
-    width = len(lists[rows[-1]])
-    return torch.tensor([lists[i] + [0] * (width - len(lists[i])) for i in rows.tolist()])
 
 
 def longest(model, tokenizer):

@@ -140,23 +140,23 @@ def results(a, b, lengths, prompts, splits, scored=False):
             continue
         points, groups = win_points(a[own], b[own]), prompts[own]
         rate, draws[split] = mean_over_groups(points, groups, seed=seed)
-        row |= {"win_rate": rate.item(), "interval": interval(draws[split]), "prompts": len(groups.unique())}
+        row |= {"win_rate": rate.item(), "interval": low_and_high(draws[split]), "prompts": len(groups.unique())}
         row |= {name: (points == x).double().mean().item() for name, x in (("wins", 1), ("ties", 0.5), ("losses", 0))}
         row["length"] = [x[own].double().mean().item() for x in lengths]
         of_longer = torch.where(longer[own] == 1, points, 1 - points)[longer[own] != 0.5]  # its points, where one is
         row["longer_won"] = of_longer.mean().item() if len(of_longer) else None
         if scored:
             difference, moved = mean_over_groups(a[own] - b[own], groups, seed=seed)
-            row |= {"difference": difference.item(), "difference_interval": interval(moved)}
+            row |= {"difference": difference.item(), "difference_interval": low_and_high(moved)}
     first = next(iter(out["splits"]))
     for other in draws if first in draws else ():
         if other != first:
             gap = out["splits"][first]["win_rate"] - out["splits"][other]["win_rate"]
-            out["gap"][other] = {"gap": gap, "interval": interval(draws[first] - draws[other])}
+            out["gap"][other] = {"gap": gap, "interval": low_and_high(draws[first] - draws[other])}
     return out
 
 
-def interval(draws):
+def low_and_high(draws):
     return [x.item() for x in percentiles(draws)]
 
 

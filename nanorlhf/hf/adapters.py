@@ -4,7 +4,6 @@ The adapter's base model stays where it is, and is named in the config. A reward
 nanorlhf.json beside them.
 """
 
-import json
 import os
 
 from safetensors import SafetensorError
@@ -13,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, first_line
+from ..runtime.files import read_json, write_json
 from .lora import HEADS, adapters, matching, merge, put, shape_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,20 +63,15 @@ def save_adapter(lm, path, base):
     notes = {"base": os.path.relpath(base, path)} if local else {}
     if hasattr(lm.config, "reward_mean"):
         notes["reward_mean"] = lm.config.reward_mean
-    for name, value in ((CONFIG, config), (NOTES, notes)):
-        with open(os.path.join(path, name), "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=2)
+    write_json(os.path.join(path, CONFIG), config)
+    write_json(os.path.join(path, NOTES), notes)
 
 
-def read(file):
-    """The object in a JSON file, {} where there is no such file."""
+def read_object(file: str) -> dict:
+    """The object in a JSON file, {} where there is no such file. InputError: JSON, but no object."""
     if not os.path.isfile(file):
         return {}
-    try:
-        with open(file, encoding="utf-8") as f:
-            value = json.load(f)
-    except ValueError as e:
-        raise InputError(f"{file}: not JSON ({first_line(e)})") from None
+    value = read_json(file)
     if not isinstance(value, dict):
         raise InputError(f"{file}: not a JSON object")
     return value
@@ -88,7 +83,7 @@ def read_config(path):
     Its base model is looked for where it was when the adapter was saved, then where it was as seen from the adapter folder.
     """
     file = os.path.join(path, CONFIG)
-    config = read(file)
+    config = read_object(file)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{file}: no LoRA adapter (its peft_type is {config.get('peft_type')!r})")
     number = (int, float)
@@ -106,7 +101,7 @@ def read_config(path):
         raise InputError(f"{file}: the adapter uses {odd[0]} = {config[odd[0]]!r}, which is not supported; merge it with PEFT first")
     if not os.path.isfile(os.path.join(path, WEIGHTS)):
         raise InputError(f"{path}: an adapter without {WEIGHTS}")
-    base, beside = config["base_model_name_or_path"], os.path.join(path, read(os.path.join(path, NOTES)).get("base", "?"))
+    base, beside = config["base_model_name_or_path"], os.path.join(path, read_object(os.path.join(path, NOTES)).get("base", "?"))
     if not os.path.isdir(base) and os.path.isdir(beside):
         config["base_model_name_or_path"] = os.path.normpath(beside)
     elif os.path.isabs(base) and not os.path.isdir(base):
@@ -154,7 +149,8 @@ def load_adapter(lm, path):
         put(lm, name, tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], config["lora_alpha"], config["lora_dropout"])
     for name, p in heads.items():
         p.data.copy_(tensors[name])
-    if "reward_mean" in (notes := read(os.path.join(path, NOTES))):
+    notes = read_object(os.path.join(path, NOTES))
+    if "reward_mean" in notes:
         lm.config.reward_mean = notes["reward_mean"]
     return lm
 

@@ -190,7 +190,7 @@ def ablate(config):
             "features": chosen or [], "rates": rates[chosen or []].tolist(),
             "removed": (removed(sae, torch.tensor(chosen, device=dist.device), x).square().sum() / variance).item() if chosen else 0.0,
             "distinct_2": distinct_n(tokenizer.batch_decode(tokens[name], skip_special_tokens=True), 2),
-            **{key: interval(value, config.n_answers) for key, value in found[name].items()},
+            **{key: mean_with_interval(value, config.n_answers) for key, value in found[name].items()},
         } for name, chosen in arms.items()},
         "differences": differences(found, config.n_answers),
     }  # fmt: skip
@@ -248,7 +248,7 @@ def measured(config, parts, responses, answers, concept):
     return {name: x.double() for name, x in numbers.items()}
 
 
-def interval(values, n_answers):
+def mean_with_interval(values, n_answers):
     """Mean and 95% interval over prompts of numbers [P N], an answer's each: {mean, low, high}"""
     values = values.view(-1, n_answers).mean(1)  # [P]
     low, high = bootstrap(values)
@@ -262,7 +262,7 @@ def differences(found, n_answers):
         arms = {name: [x[key] for arm, x in found.items() if arm.split()[0] == name] for name in ("nothing", "features", *CONTROLS)}
         mean = {name: torch.stack(values).mean(0) for name, values in arms.items()}
         pairs = [("features", "nothing"), *((c, "nothing") for c in CONTROLS), *(("features", c) for c in CONTROLS)]
-        out[key] = {f"{a} - {b}": interval(mean[a] - mean[b], n_answers) for a, b in pairs}
+        out[key] = {f"{a} - {b}": mean_with_interval(mean[a] - mean[b], n_answers) for a, b in pairs}
     return out
 
 

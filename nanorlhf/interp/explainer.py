@@ -14,7 +14,7 @@ from ..models import check_model, load_policy, load_tokenizer
 from ..rollout import ask_locally
 from ..runtime import endpoint
 from ..runtime.endpoint import Unreachable, check_endpoint, is_endpoint
-from ..runtime.files import digest, drop_cut_line, read_checked_lines
+from ..runtime.files import append_lines, digest, drop_cut_line, read_checked_lines
 
 PROMPT = """A feature of a language model is a number that it computes at every token of a text. Below are the texts on which one feature \
 is largest. A token on which it fires is followed by its strength from 1 to 10, in double brackets.
@@ -59,8 +59,7 @@ def explain(config, saes, question=PROMPT):
             except ValueError as e:
                 rubbish.append(f"feature {feature['id']}: {e}")
             else:
-                with open(path, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(known[key]) + "\n")
+                append_lines(path, [known[key]])
         feature |= {k: known[key][k] for k in ("description", "related")} if key in known else {}
     missing = sum("description" not in feature for _, feature in todo)
     if not missing:

@@ -18,6 +18,7 @@ import os
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from .. import data, world
@@ -179,9 +180,7 @@ def mean_inputs(lm, texts, places, dist, dtype, saes=None):
     first = torch.tensor([texts.first[i] for i in mine])
     lengths = torch.tensor([len(row) for row in ids])
     for part in micro_batches(lengths, None, TOKENS_AT_ONCE):
-        batch = torch.zeros(len(part), int(lengths[part].max()), dtype=torch.long)  # [b, T]; padding may be any token
-        for row, i in zip(batch, part):
-            row[: lengths[i]] = torch.tensor(ids[i])
+        batch = pad_sequence([torch.tensor(ids[i]) for i in part], batch_first=True)  # [b, T]; padding may be any token
         column = torch.arange(batch.shape[1])
         mask = ((column >= first[part, None]) & (column < lengths[part, None])).to(dist.device)  # [b, T]
         with autocast(dist, dtype):
@@ -217,9 +216,9 @@ def compare(config, folder, fit, texts, inputs, layers, note):
     metrics, first = list(found[policy][0][0]), found[policy][0][1]
     rows = {}
     for name, results in found.items():
-        rows[name] = {metric: interval([numbers[metric] for numbers, _ in results]) for metric in metrics}
+        rows[name] = {metric: mean_and_half_width([numbers[metric] for numbers, _ in results]) for metric in metrics}
         less = [mine[metrics[0]] - other[metrics[0]] for (mine, _), (other, _) in zip(found[policy], results)]  # paired by split
-        rows[name] |= {"policy_less": interval(less), "largest_p": max(more.get("p", 1.0) for _, more in results)}
+        rows[name] |= {"policy_less": mean_and_half_width(less), "largest_p": max(more.get("p", 1.0) for _, more in results)}
         rows[name]["seeds"] = [{**numbers, **{k: v for k, v in more.items() if k != "predictions"}} for numbers, more in results]
     summary = {
         "policy": config.policy, "model": config.model, "layers": layers, "site": config.site, "sae": config.sae, "texts": len(texts.ids),
@@ -230,7 +229,7 @@ def compare(config, folder, fit, texts, inputs, layers, note):
     return summary
 
 
-def interval(values):
+def mean_and_half_width(values):
     """[mean, half-width of the 95% t interval or None]"""
     return [finite(x) for x in t_interval(values)]
 

@@ -35,12 +35,6 @@ def write_json(path, value):
     replace_file(path)
 
 
-def read_lines(path):
-    """The whole lines of a JSONL file; a last line without its newline was cut off by a kill and is left out."""
-    with open(path, encoding="utf-8") as f:
-        return f.read().split("\n")[:-1]
-
-
 def read_checked_lines(path: str, fits: Callable[[int, Any], bool], remedy: str) -> list:
     """The values of a JSONL file that a program adds to line by line; none if there is no file yet.
 
@@ -82,6 +76,12 @@ def write_lines(path, rows):
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     replace_file(path)
+
+
+def append_lines(path: str, rows):
+    """Add JSON rows to a .jsonl file."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def replace_file(path: str):

@@ -12,7 +12,15 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from . import checkpoint
-from .files import digest_start, read_json, read_rows, replace_folder, write_json, write_lines
+from .files import (
+    append_lines,
+    digest_start,
+    read_json,
+    read_rows,
+    replace_folder,
+    write_json,
+    write_lines,
+)
 from .fingerprints import changed_inputs, fingerprint_inputs
 from .fsdp import is_sharded, whole
 from .locks import LOCK_FILE, lock
@@ -121,8 +129,7 @@ class RunFolder:
     def append(self, name, rows):
         """Append JSON rows to a .jsonl file of the run."""
         if self.dist.main:
-            with open(os.path.join(self.path, name), "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+            append_lines(os.path.join(self.path, name), rows)
 
     def write_eval(self, step, rows, label="eval"):
         """eval/step_{N}.jsonl: one row {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids} for each held-out prompt.
