@@ -14,7 +14,7 @@ from .ensemble import combine, variance
 from .errors import require
 from .models import load_tokenizer
 from .packing import Answers, pack, response_mask_of
-from .rewards import check_reward, load_reward, score
+from .rewards import check_reward, kind_of, load_reward, score
 from .rollout import roll_out
 from .runtime.distributed import Dist, autocast
 from .runtime.files import read_json, read_rows, write_json, write_lines
@@ -117,7 +117,7 @@ def score_gold(config, dist):
     lock_folder(run, dist)
     stored, summary = read_json(paths["config.json"]), read_json(paths["summary.json"])
     require("after" in summary, f"{run}: no finished PPO run here (another script's)")
-    require(spec and (spec != "world:gold" or is_world(stored["dataset"])), f"--score_gold {run}: name its gold reward with --gold_model")
+    require(spec and (kind_of(spec) != "gold" or is_world(stored["dataset"])), f"--score_gold {run}: name its gold reward with --gold_model")
     require("gold" not in summary["after"], f"{run} has its gold scores already")
     dist.barrier()  # all have looked before one writes
     if dist.main:

@@ -24,14 +24,14 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from . import ppo, world
+from . import ppo
 from .errors import InputError, first_line
 from .hf.adapters import is_adapter, load_merged, read_config, save_model
 from .hf.blocks import FrozenTrunk
 from .hf.lora import LoRA, adapters_off
 from .hf.weights import check_config, has_weights, weight_names
 from .packing import unflatten
-from .runtime.files import digest, digest_file
+from .runtime.files import digest
 from .runtime.fingerprints import digest_path
 
 hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
@@ -205,7 +205,10 @@ class RewardModel(nn.Module):
 
 
 def resolve(path):
-    """A run folder stands for the model/ inside it; anything else is a model folder, an adapter folder or a hub name."""
+    """A run folder stands for the model/ inside it; anything else is a model folder, an adapter folder or a hub name.
+
+    Whatever opens a model's files (check_..., load_..., is_...) calls this itself: names are handed on as they were given.
+    """
     inner = os.path.join(path, "model")
     return inner if os.path.isfile(os.path.join(inner, "config.json")) or is_adapter(inner) else path
 
@@ -301,7 +304,7 @@ def load_policy(path, value_head=True, value_model=None, device="cpu"):
     own = not value_model
     if own and os.path.isdir(saved_trunk):
         value_model = saved_trunk
-    trunk = pretrained(AutoModel, resolve(value_model)) if value_head and value_model else None
+    trunk = pretrained(AutoModel, value_model) if value_head and value_model else None
     policy = Policy(lm, value_head, trunk).eval()
     check_logits(policy, path)
     if value_head and own and os.path.isfile(saved_head):
@@ -362,14 +365,7 @@ def is_reward_model(spec):
 
 
 def fingerprint(spec):
-    """What a model's or a reward's name stands for at this moment: a digest of its files, of a hub model its commit.
-
-    Pitfall: of FILE.py:FUNCTION it is that file alone, not what it imports.
-    """
-    if spec == "world:gold":
-        return digest(spec, digest_file(world.__file__))
-    if ".py:" in spec:
-        return digest(spec.rpartition(":")[2], digest_file(spec.rpartition(":")[0]))
+    """What a model's name, or any file's, stands for at this moment: a digest of its files, of a hub model its commit."""
     path = resolve(spec)
     if is_adapter(path):
         return digest(digest_path(path), fingerprint(read_config(path)["base_model_name_or_path"]))

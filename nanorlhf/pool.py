@@ -17,7 +17,7 @@ from .data import read_hub
 from .errors import require
 from .models import fingerprint, load_policy
 from .packing import Answers, pack
-from .rewards import load_reward, reward_names
+from .rewards import fingerprint_reward, load_reward, reward_names
 from .rollout import Parts, roll_out
 from .runtime.files import append_lines, digest, drop_cut_line, read_checked_lines, read_file
 from .runtime.log import Progress
@@ -28,8 +28,6 @@ LAYOUT = "lines with their index"  # goes into the files' names: older files, wi
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the cache
-
-
 
 
 class Lines:
@@ -188,7 +186,7 @@ def score(rows, specs, tokenizer, config, dist):
     # The scores of each reward; copies of a model share one file.
     files, lines = {}, {}
     for name, spec in names.items():
-        key = "scores_" + digest(LAYOUT, fingerprint(spec), data)
+        key = "scores_" + digest(LAYOUT, fingerprint_reward(spec), data)
         if key not in files:
             files[key] = Lines(config.output_dir, key, dist, fits)
         lines[name] = files[key]

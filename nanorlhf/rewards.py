@@ -1,6 +1,6 @@
 """The reward stack: anything that gives a text a number.
 
-A reward is named by one string:
+A reward is named by one string, which kind_of() understands:
     FOLDER or hub name       a reward model of train_rm.py, a SARM, or any HF sequence classifier (its positive logit)
     FILE.py:FUNCTION         a Python function of (prompts, responses), two lists of texts, that returns one float for each
     FILE.tsv or FILE.txt     a lexicon, WORD<TAB>VALUE...: the sum of the response's words' values / 5, clipped to +-10
@@ -20,10 +20,17 @@ from transformers import AutoModelForSequenceClassification
 from . import world
 from .data import encode_prompts, encode_responses
 from .errors import InputError, require, user_code
-from .models import RewardModel, check_model, context_length, load_tokenizer, pretrained, resolve
+from .models import (
+    RewardModel,
+    check_model,
+    context_length,
+    fingerprint,
+    load_tokenizer,
+    pretrained,
+)
 from .packing import pack
 from .runtime.distributed import autocast
-from .runtime.files import python_function
+from .runtime.files import digest, digest_file, python_function
 from .runtime.fsdp import gathered
 from .sarm import SARM, check_sarm, is_sarm
 
@@ -74,18 +81,45 @@ def expand(specs):
     return out
 
 
+def kind_of(spec: str) -> str:
+    """What a reward's name stands for: "gold", "function", "lexicon" or "model".
+
+    By the name alone: nothing is opened. Which kind of model it is its folder says (is_sarm).
+    """
+    if spec == "world:gold":
+        return "gold"
+    if ".py:" in spec:
+        return "function"
+    if spec.endswith((".tsv", ".txt")):
+        return "lexicon"
+    return "model"
+
+
 def check_reward(spec):
     """Look at what a reward's name stands for before any model is loaded; errors in one line."""
-    if spec == "world:gold":
-        return
-    if ".py:" in spec:
+    kind = kind_of(spec)
+    if kind == "function":
         python_function(spec)
-    elif spec.endswith((".tsv", ".txt")):
+    elif kind == "lexicon":
         read_lexicon(spec)
-    elif is_sarm(spec):
-        check_sarm(resolve(spec))
-    else:
+    elif kind == "model" and is_sarm(spec):
+        check_sarm(spec)
+    elif kind == "model":
         check_model(spec)
+
+
+def fingerprint_reward(spec: str) -> str:
+    """What a reward's name stands for at this moment: a digest of its files, of a hub model its commit.
+
+    Pitfall: of FILE.py:FUNCTION it is that file alone, not what it imports.
+    """
+    kind = kind_of(spec)
+    if kind == "gold":
+        return digest(spec, digest_file(world.__file__))
+    if kind == "function":
+        path, _, name = spec.rpartition(":")
+        return digest(name, digest_file(path))
+    return fingerprint(spec)
 
 
 def load_rewards(specs, tokenizer, dist, micro_batch_size=64, dtype="float32"):
@@ -98,11 +132,12 @@ def load_reward(spec, tokenizer, dist, micro_batch_size=64, dtype="float32"):
 
     dtype: of a model's matrix products. In bfloat16 a score moves by about 1e-2 of its unit; the score head stays in float32.
     """
-    if spec == "world:gold":
+    kind = kind_of(spec)
+    if kind == "gold":
         return text_reward(spec, world.gold)
-    if ".py:" in spec:
+    if kind == "function":
         return text_reward(spec, python_function(spec))
-    if spec.endswith((".tsv", ".txt")):
+    if kind == "lexicon":
         return text_reward(spec, lexicon_reward(read_lexicon(spec)))
     return model_reward(spec, tokenizer, dist, micro_batch_size, dtype)
 
@@ -126,10 +161,6 @@ def text_reward(name, function):
         return torch.tensor(scores)
 
     return reward
-
-
-
-
 
 
 def read_lexicon(path):
@@ -168,7 +199,6 @@ def lexicon_reward(lexicon):
 
 def model_reward(path, tokenizer, dist, micro_batch_size, dtype):
     """A reward model, a SARM, or any other sequence classifier by its positive logit, as a reward."""
-    path = resolve(path)
     if is_sarm(path):
         module = model = SARM.from_pretrained(path)
     else:

@@ -219,6 +219,7 @@ OLD_KEYS = {"sae_source_layer": "sae_hidden_state_source_layer", "sarm_use_activ
 
 def check_sarm(path):
     """The config of a SARM, its sarm_param complete and in the newer names, before anything is loaded; else an InputError."""
+    path = resolve(path)
     config = check_model(path)
     given = getattr(config, "sarm_param", None)
     if not isinstance(given, dict):

@@ -24,6 +24,7 @@ from nanorlhf.packing import Answers, Packed, pack
 from nanorlhf.rewards import (
     check_reward,
     expand,
+    kind_of,
     load_reward,
     load_rewards,
     reward_names,
@@ -208,6 +209,14 @@ def test_seed_stands_for_the_folders_that_exist(folders, specs, expected):
 ])  # fmt: skip
 def test_specs_that_name_no_ensemble(folders, specs, words):
     refuses(expand, specs, match=words)
+
+
+@pytest.mark.parametrize("spec, kind", [
+    ("world:gold", "gold"), ("my.py:good", "function"), ("a/b.py:f", "function"), ("words.tsv", "lexicon"), ("a/words.txt", "lexicon"),
+    ("runs/rm/seed_0", "model"), ("world", "model"), ("org/name", "model"), ("code.py", "model"),
+])  # fmt: skip
+def test_a_name_says_what_kind_of_reward_it_is(spec, kind):
+    assert kind_of(spec) == kind  # of files that are not there, too
 
 
 def test_reward_names():

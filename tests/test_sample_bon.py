@@ -693,7 +693,7 @@ def test_caches_without_indices_are_not_read(base, tmp_path):
     reward = f"{base}/rewards.py:the"
     read_pool(base, tmp_path / "run", tmp_path / "pool.jsonl", reward_model=[reward])
     what = files.digest([files.digest(row["prompt"], row["responses"], None) for row in rows])
-    old = files.digest(models.fingerprint(reward), what)
+    old = files.digest(rewards.fingerprint_reward(reward), what)
     for path in (tmp_path / "run/cache").iterdir():
         path.unlink()
     write_rows(tmp_path / f"run/cache/scores_{old}.jsonl", [[7.0, 7.0], [7.0, 7.0]])
@@ -1001,11 +1001,11 @@ def test_fingerprint(base, tmp_path):
     (tmp_path / "f.py").write_text(REWARDS)
     (tmp_path / "f.tsv").write_text("the\t1\n")
     functions = [f"{tmp_path}/f.py:the", f"{tmp_path}/f.py:letters", f"{tmp_path}/f.tsv", "world:gold"]
-    before = [models.fingerprint(spec) for spec in functions]
+    before = [rewards.fingerprint_reward(spec) for spec in functions]
     assert len(set(before)) == 4 and all(len(x) == 20 for x in before)
     for path in ("f.py", "f.tsv"):
         (tmp_path / path).write_text((tmp_path / path).read_text() + "#")
-    after = [models.fingerprint(spec) for spec in functions]
+    after = [rewards.fingerprint_reward(spec) for spec in functions]
     assert [a == b for a, b in zip(before, after)] == [False, False, False, True]
     assert before[3] == files.digest("world:gold", hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest())
 

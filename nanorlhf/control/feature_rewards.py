@@ -15,10 +15,10 @@ from ..errors import require
 from ..hf.activations import SITES, captured, replaced
 from ..interp import sae_files
 from ..interp.sae_files import the_one_sae
-from ..models import check_model, fingerprint, is_reward_model, load_reward_model, resolve
+from ..models import check_model, fingerprint, is_reward_model, load_reward_model
 from ..packing import pack
 from ..penalties import OPS, edit_latents
-from ..rewards import packed_reader, reward_names
+from ..rewards import kind_of, packed_reader, reward_names
 from ..runtime.distributed import autocast
 from ..runtime.fsdp import gathered
 from ..sarm import SARM, Reading, check_sarm, checked, is_sarm
@@ -30,11 +30,10 @@ def check_feature_reward(spec, sae="", features=()):
     InputError, in one line: no reward model; one without latents; an autoencoder of another width, or of no layer of it; a feature that
     is not there.
     """
-    text = spec == "world:gold" or ".py:" in spec or spec.endswith((".tsv", ".txt"))
-    require(not text, f"{spec} is no reward model, so it has no features")
+    require(kind_of(spec) == "model", f"{spec} is no reward model, so it has no features")
     if is_sarm(spec):
         require(not sae, f"{spec} is a SARM, which scores with an autoencoder of its own: name no other ({sae})")
-        m = check_sarm(resolve(spec)).sarm_param["sae_latent_size"]
+        m = check_sarm(spec).sarm_param["sae_latent_size"]
     else:
         require(is_reward_model(spec), f"{spec} is no reward model of train_rm.py")
         require(sae, f"{spec} is no SARM: name an autoencoder on one of its layers (train_sae.py --model {spec})")
@@ -82,15 +81,14 @@ def latents_fingerprint(spec, sae=""):
 def load_feature_reward(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="float32"):
     """Load what check_feature_reward looked at. -> FeatureReward. `tokenizer` is the policy's; None: there is only text."""
     check_feature_reward(spec, sae)
-    path = resolve(spec)
     if sae:
         sae = the_one_sae(sae)
-        width = check_model(path).get_text_config().hidden_size
-        module = WithSAE(load_reward_model(path), sae_files.load_sae(sae, width), place_of(sae)).eval()
+        width = check_model(spec).get_text_config().hidden_size
+        module = WithSAE(load_reward_model(spec), sae_files.load_sae(sae, width), place_of(sae)).eval()
     else:
-        module = SARM.from_pretrained(path)
+        module = SARM.from_pretrained(spec)
     module.to(dist.load_device).requires_grad_(False)
-    return FeatureReward(module, path, reward_names([os.path.normpath(spec)])[0], tokenizer, dist, micro_batch_size, dtype)
+    return FeatureReward(module, spec, reward_names([os.path.normpath(spec)])[0], tokenizer, dist, micro_batch_size, dtype)
 
 
 class FeatureReward:

@@ -15,7 +15,7 @@ from .. import data
 from ..errors import at_least, one_of, require
 from ..models import check_model, context_length, load_tokenizer
 from ..packing import Answers, pack
-from ..rewards import check_reward, expand, load_reward, reward_names, score
+from ..rewards import check_reward, expand, kind_of, load_reward, reward_names, score
 from ..runtime import plots
 from ..runtime.distributed import setup
 from ..runtime.locks import unlock_afterwards
@@ -97,7 +97,7 @@ def scores_of(spec, rows, config, dist):
     """A reward's name and N rows {prompt, response} -> scores [N], and how many responses had to be cut for it."""
     mine = [rows[i] for i in dist.part(len(rows))]
     batch, cut = None, 0
-    tokenizer = None if spec == "world:gold" or ".py:" in spec or spec.endswith((".tsv", ".txt")) else load_tokenizer(spec, needs_eos=False)
+    tokenizer = load_tokenizer(spec, needs_eos=False) if kind_of(spec) == "model" else None
     if tokenizer and tokenizer.eos_token_id is not None:  # a classifier without EOS reads, and cuts, plain text
         longest = config.max_length or context_length(check_model(spec))
         prompts, responses, cut = data.encode(tokenizer, mine, "response", longest, config.chat_template)
