@@ -166,7 +166,7 @@ def from_disk(folder, tokens, fingerprints, places, load, dist, dtype="float32",
         folder/cache.json             what the activations are of: models, data, places
                00000.safetensors ...  whole texts, about shard_tokens tokens: {"name/layer_site": [n, D]}
 
-    fingerprints: {name: pool.fingerprint(path)}; load() -> {name: lm} is only called if a shard is missing; dtype: of the forward;
+    fingerprints: {name: models.fingerprint(path)}; load() -> {name: lm} is only called if a shard is missing; dtype: of the forward;
     store: float32, float16 or bfloat16, of what is kept. A shard is there whole or not at all, so a killed run goes on where it was.
     InputError: the folder holds something else, another program fills it, a number that `store`
     cannot hold. Pitfall: all processes must see the folder.
