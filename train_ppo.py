@@ -16,15 +16,15 @@ import torch
 
 from nanorlhf import data, ppo
 from nanorlhf.control import feature_control
-from nanorlhf.ensemble import OBJECTIVES, combine, variance
+from nanorlhf.ensemble import OBJECTIVES
 from nanorlhf.errors import at_least, divides, one_of, require
-from nanorlhf.evaluation import evaluate, forward, sampled_outputs, score_gold
+from nanorlhf.evaluation import PPOParts, evaluate, forward, sampled_outputs, score_gold
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.lora import choose_trained, merge
 from nanorlhf.models import check_model, load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import pack, response_mask_of
-from nanorlhf.rewards import expand, load_reward, load_rewards, score_all
-from nanorlhf.rollout import Parts, roll_out
+from nanorlhf.rewards import expand, load_reward
+from nanorlhf.rollout import roll_out
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import (
     autocast,
@@ -38,6 +38,7 @@ from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder, before_and_after_table, sample_table
 from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
+from nanorlhf.scoring import Scoring
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 
@@ -49,7 +50,7 @@ TRY_NEXT = """Try next:
 
 
 @dataclass
-class Config(cli.RunConfig):
+class Config(feature_control.Flags, cli.RunConfig):
     output_dir: str = field(default="runs/ppo", metadata={"help": "the run folder"})
     model: str = field(default="runs/sft", metadata={"help": "the SFT policy: run folder, model folder or hub name"})
     reward_model: list[str] = field(default_factory=lambda: ["runs/rm/seed_0"], metadata={"help": "one reward, or the members of an "
@@ -59,17 +60,6 @@ class Config(cli.RunConfig):
     uwo_lambda: float = field(default=0.1, metadata={"help": "uwo: weight of the members' variance"})
     gold_model: str = field(default="", metadata={"help": "a second reward, for evaluation only; embedded world: its gold"})
     score_gold: str = field(default="", metadata={"help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"})
-    # Control by features of the reward model (feature_control.py): R = score(clamp(z)) - penalties(z) - beta log p_policy(z) / p_human(z).
-    penalize_features: list[int] = field(default_factory=list, metadata={"help": "latents of --reward_model, a SARM, that "
-        "cost reward; of another reward model: see --feature_sae"})  # fmt: skip
-    tau: list[str] = field(default_factory=list, metadata={"help": "above what, one each: 0.5, or q0.95, a quantile in --human_latents"})
-    alpha: list[str] = field(default_factory=list, metadata={"help": "how much, one each: 1.0, or 0.5std, of scores in --human_latents"})
-    penalty: str = field(default="indicator", metadata={"help": "indicator, alpha [z > tau], or hinge, alpha max(0, z - tau), "
-        "where alpha is the price of a unit of z"})  # fmt: skip
-    clamp: list[str] = field(default_factory=list, metadata={"help": "score with latents changed: 17:max:0.5 23:set:0 (set, min, max)"})
-    density_beta: float = field(default=0.0, metadata={"help": "price of the log density ratio of policy and human latents; 0: off"})
-    human_latents: str = field(default="", metadata={"help": "reference data, a file of probe.py human_latents"})
-    feature_sae: str = field(default="", metadata={"help": "read an ordinary reward model by this autoencoder on one of its layers"})
     value_model: str = field(default="", metadata={"help": "a separate value model (a policy or reward model), trained in full"})
     steps: int = field(default=60, metadata={"help": "rollouts"})
     batch_size: int = field(default=128, metadata={"help": "responses a rollout, over all processes"})
@@ -124,7 +114,6 @@ class Config(cli.RunConfig):
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)
-        feature_control.check_flags(self)
 
 
 @unlock_afterwards()
@@ -142,7 +131,7 @@ def main(config):
     if folder.state == "done":
         return folder.already_done()
     check_inputs(config, "model", "value_model", "reward_model", "gold_model")
-    control = feature_control.prepare(config)  # None without its flags
+    scoring = feature_control.prepare(config) or Scoring(config)  # the first is None without its flags
     rows, held_out, note = load_splits(config, "prompts")  # held_out: {label: rows}
     train_what_is_missing(config, "model", "reward_model")
     torch.manual_seed(config.seed)
@@ -175,10 +164,7 @@ def main(config):
     model = dist.wrap(policy, total, config.dtype)
     if reference.lm is not policy.lm:
         dist.wrap(reference, total, config.dtype)
-    if control:
-        rewards = control.load(tokenizer, dist)
-    else:
-        rewards = load_rewards(config.reward_model, tokenizer, dist, config.micro_batch_size, config.dtype)
+    scoring.load(tokenizer, dist)
     gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
     kl_controller = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon) if config.kl_target else None
@@ -188,9 +174,8 @@ def main(config):
         scaler.moments = tuple(state["scaler"])
         if kl_controller:
             kl_controller.coef = state["kl_coef"]
-        if control:
-            control.restore(state.get("tensors", {}))
-    parts = Parts(config, dist, tokenizer, policy, model, reference, rewards, gold, control)
+        scoring.restore(state.get("tensors", {}))
+    parts = PPOParts(config, dist, tokenizer, policy, model, reference, scoring, gold)
 
     def evaluations():
         """{label of a split: its results and answers}"""
@@ -254,7 +239,7 @@ def main(config):
         progress.step(step, f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
             numbers = {"kl_coef": kl_controller.coef if kl_controller else kl_coef, "scaler": scaler.moments}
-            folder.checkpoint(step, policy, optimizer, numbers, config.keep_checkpoints, control.tensors() if control else {})
+            folder.checkpoint(step, policy, optimizer, numbers, config.keep_checkpoints, scoring.tensors())
     progress.close()
 
     # --------------------------------------------------------------------------------------------------------------------- save
@@ -263,9 +248,8 @@ def main(config):
     folder.save_model(save_policy, policy, tokenizer)
     picture = plot_run(config.output_dir) if dist.main else None
     summary = folder.finish(folder.before_and_after(held_out))
-    rates = [f"rate/{i}" for i in control.named] if control else []
     further = [f"{label}/{name}" for label in held_out if label != "eval" for name in ("proxy", "gold", "length")]
-    dist.print(before_and_after_table(summary, ("proxy", "controlled", "gold", "kl", "length", "distinct_2", *rates, *further)))
+    dist.print(before_and_after_table(summary, (*scoring.summary_names, "gold", "kl", "length", "distinct_2", *further)))
     curves = f", the curves in {picture}" if picture else ""
     dist.print(f"The policy is in {folder.path}/model, every answer in {folder.path}/eval{curves}.")
     dist.print(TRY_NEXT if data.is_world(config.dataset) else "")
@@ -297,13 +281,9 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         old, bootstrap = sampled_outputs(parts, rollout, answers.batch, kl_to), bootstrap_values(parts, rollout, answers.batch)
     with gathered(parts.reference):
         ref = forward(parts, parts.reference, answers.batch)
-    if control := parts.control:  # one pass over the answers gives their scores and their latents
-        member_scores, reading = control.read([answers])
-    else:
-        member_scores, reading = score_all(parts.rewards, answers, dist).T, {}
+    readings = parts.scoring.read([answers])
     local = {
-        "member_scores": member_scores.to(dist.device),  # [b, K]
-        **{name: value.to(dist.device) for name, value in reading.items()},  # latents [b, F], clamped [b]
+        **{name: value.to(dist.device) for name, value in readings.items()},  # member_scores [b, K], ...
         "bootstrap": bootstrap,  # [b]
         "finished": rollout.finished,  # [b]
         "mask": rollout.response_mask,  # [b, R], as all that follow
@@ -316,11 +296,10 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     g = {name: dist.gather(value) for name, value in local.items()}
     mask, lengths = g["mask"], g["mask"].sum(1)  # [B, R], [B]
 
-    member_scores = g["member_scores"].T  # [K, B]
-    scores = combine(member_scores, config.objective, config.uwo_lambda)  # [B]
-    controlled, control_record = control.shape(g["latents"], g["clamped"]) if control else (scores, {})  # [B]
+    scored = parts.scoring.combine(g)  # scores, proxy, ... [B]
+    learned = parts.scoring.learn(g)  # only now: the rollout was judged by what was learned before it
     penalties = (config.missing_eos_penalty, config.eos_required, config.length_penalty)
-    shaped = scaler(ppo.shape_scores(controlled, lengths, g["finished"], *penalties))
+    shaped = scaler(ppo.shape_scores(scored.scores, lengths, g["finished"], *penalties))
     if config.score_clip:
         shaped = shaped.clamp(-config.score_clip, config.score_clip)
     k1, k3 = (ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], kind) for kind in ("k1", "k3"))  # 0 where masked
@@ -335,9 +314,10 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     whitened = ppo.whiten(advantages, mask, moments)
 
     record = {
-        "score_mean": scores.mean().item(),
-        "score_std": scores.std(correction=0).item(),
-        **control_record,  # `controlled` is R
+        "score_mean": scored.proxy.mean().item(),
+        "score_std": scored.proxy.std(correction=0).item(),
+        **{name: x.mean().item() for name, x in scored.terms.items()},
+        **learned,
         "reward": rewards_of_tokens.sum(1).mean().item(),  # of a sequence: shaped score less the KL penalty
         "kl": k1.sum(1).mean().item(),  # of a sequence, nats
         "kl_k3": k3.sum(1).mean().item(),
@@ -348,9 +328,9 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         "advantage_std": moments[1].sqrt().item(),
         "explained_variance": ppo.explained_variance(g["values"], returns, mask),
     }
-    if len(parts.rewards) > 1:
-        record |= {f"score/{name}": row.mean().item() for name, row in zip(parts.rewards, member_scores)}
-        record["score_variance"] = variance(member_scores).mean().item()  # between the members, mean over the answers
+    if len(scored.members) > 1:
+        record |= {f"score/{name}": x.mean().item() for name, x in scored.members.items()}
+        record["score_variance"] = scored.variance.mean().item()  # between the members, mean over the answers
     return Experience(mask, g["old_logprobs"], g["ref_logprobs"], g["values"], whitened, returns, lengths), record
 
 

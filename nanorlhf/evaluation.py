@@ -4,25 +4,37 @@
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from . import ppo
 from .data import is_world
 from .diversity import distinct_n, distinct_n_se
-from .ensemble import combine, variance
 from .errors import require
-from .models import load_tokenizer
+from .models import Policy, load_tokenizer
 from .packing import Answers, pack, response_mask_of
 from .rewards import check_reward, kind_of, load_reward, score
-from .rollout import roll_out
+from .rollout import Parts, roll_out
 from .runtime.distributed import Dist, autocast
 from .runtime.files import read_json, read_rows, write_json, write_lines
 from .runtime.fsdp import gathered
 from .runtime.locks import lock_folder
 from .runtime.log import eval_folder
+from .scoring import Scoring
 from .splits import labels
 from .stats import mean_se
+
+
+@dataclass
+class PPOParts(Parts):
+    """What the functions of a PPO run share: what a roll-out needs, and what judges its answers."""
+
+    model: torch.nn.Module  # the policy, in DDP or in shards (FSDP) where there are several processes
+    reference: Policy
+    scoring: Scoring  # or another object with its functions: see scoring.py
+    gold: Callable | None  # Answers -> scores [B], for evaluation only
 
 
 @torch.no_grad()
@@ -38,34 +50,62 @@ def forward(parts, policy, batch, **kwargs):
     return out
 
 
-def sampled_outputs(parts, rollout, batch, kl_to=None):
-    """Log-probs and values of the policy that sampled, {name: [b, R]}: those that generate() kept, where they will do.
+# What is computed when. generate() has run the policy over every sampled token and kept its log-probs
+# and, by a value head on the LM's own hidden states, its values. The policy runs over them once more
+# in these cases alone:
+#
+#                                                sampled_logprobs()         sampled_outputs()
+#                                                evaluation                 training
+#     float32, a value head on the LM            no                         no
+#     float32, no value head                     no                         (PPO needs values)
+#     float32, a value model of its own          no                         yes, LM and value model
+#     bfloat16                                   yes                        yes
+#     the full KL in the reward                  no                         yes, and the reference
+#
+# In bfloat16 a cached decode and a batch forward differ by about 1e-2.
 
-    In bfloat16 a cached decode and a batch forward differ by about 1e-2; a separate value model has said nothing yet.
+
+def sampled_logprobs(parts, rollout, batch) -> torch.Tensor:
+    """Log-probs [b, R] of sampled tokens by the policy that sampled them."""
+    if parts.config.dtype == "bfloat16":
+        return forward(parts, parts.policy, batch)["logprobs"]
+    return rollout.logprobs
+
+
+def sampled_outputs(parts, rollout, batch, kl_to=None) -> dict[str, torch.Tensor]:
+    """What PPO needs of the policy that sampled, {name: [b, R]}: logprobs and values.
+
+    kl_to: the reference, for the exact KL to it over the whole vocabulary, `full_kl`.
     """
-    if parts.config.dtype == "bfloat16" or rollout.values is None or kl_to:
+    has_values = parts.policy.shares_trunk
+    if parts.config.dtype == "bfloat16" or not has_values or kl_to:
         return forward(parts, parts.policy, batch, kl_to=kl_to)
     return {"logprobs": rollout.logprobs, "values": rollout.values}
 
 
 def evaluate(parts, prompts):
     """Held-out prompts, always with the same noise -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold, ids} for each."""
-    config, tokenizer, dist = parts.config, parts.tokenizer, parts.dist
+    tokenizer, dist = parts.tokenizer, parts.dist
     local = held_out_answers(parts, prompts)
-    g = {name: dist.gather(part).cpu() for name, part in local.items()}  # [N, ...], in the prompts' order
-    scores = g["scores"].T  # [K, N]
-    result = {"proxy": mean_se(combine(scores, config.objective, config.uwo_lambda))}
-    terms = parts.control.terms(g["latents"], g["clamped"]) if parts.control else {}  # {name: [N]}
-    result |= {name: mean_se(x) for name, x in terms.items()}
-    result |= {"gold": mean_se(g["gold"])} if parts.gold else {}
-    if len(scores) > 1:
-        result |= {"variance": mean_se(variance(scores))} | {f"score/{name}": mean_se(row) for name, row in zip(parts.rewards, scores)}
+    # [N, ...], in the prompts' order. They lie in memory prompt by prompt, on any number of processes,
+    # so that sums over the members are always added up in the same order.
+    g = {name: dist.gather(part).cpu().contiguous() for name, part in local.items()}
+    scored = parts.scoring.combine(g)
+    result = {"proxy": mean_se(scored.proxy)}
+    result |= {name: mean_se(x) for name, x in scored.terms.items()}
+    if parts.gold:
+        result["gold"] = mean_se(g["gold"])
+    if len(scored.members) > 1:
+        result["variance"] = mean_se(scored.variance)
+        result |= {f"score/{name}": mean_se(x) for name, x in scored.members.items()}
     result |= {name: mean_se(g[name]) for name in ("kl", "kl_k3", "length", "eos_rate")}
     response_ids = [ids[mask].tolist() for ids, mask in zip(g["ids"], g["mask"])]
     responses = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
     result["distinct_2"] = {"mean": distinct_n(responses, 2), "se": distinct_n_se(responses, 2), "n": len(responses)}
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    by_name = dict(zip(parts.rewards, scores)) | ({"controlled": terms["controlled"]} if terms else {})
+    by_name = dict(scored.members)
+    if scored.scores is not scored.proxy:
+        by_name["controlled"] = scored.scores  # what PPO maximises is not what the reward model says
     columns = torch.stack(list(by_name.values()), 1).tolist()
     rows = zip(texts, responses, columns, g["gold"].tolist(), prompts, response_ids)
     return result, [
@@ -82,23 +122,19 @@ def held_out_answers(parts, prompts):
     places = [mine[i : i + size] for i in range(0, len(mine), size)]
     with gathered(parts.policy):
         rollouts, answers = zip(*(roll_out(parts, [prompts[j] for j in place], place, 0) for place in places))
-        logprobs = torch.cat([sampled_outputs(parts, r, a.batch)["logprobs"] for r, a in zip(rollouts, answers)])  # [n, R]
+        logprobs = torch.cat([sampled_logprobs(parts, r, a.batch) for r, a in zip(rollouts, answers)])  # [n, R]
     with gathered(parts.reference):
         ref_logprobs = torch.cat([forward(parts, parts.reference, a.batch)["logprobs"] for a in answers])  # [n, R]
     for a in answers:
         a.batch.trunk = None  # what the frozen blocks gave has served
-    if parts.control:
-        scores, reading = parts.control.read(answers)
-    else:
-        scores, reading = torch.stack([score(reward, answers, dist) for reward in parts.rewards.values()], 1), {}
+    readings = parts.scoring.read(answers)
     ids, mask, finished = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("response_ids", "response_mask", "finished"))
     return {
         "kl": ppo.kl_estimate(logprobs, ref_logprobs, "k1").sum(1),
         "kl_k3": ppo.kl_estimate(logprobs, ref_logprobs, "k3").sum(1),
         "length": mask.sum(1).float(),
         "eos_rate": finished.float(),
-        "scores": scores,  # [n, K]
-        **reading,
+        **readings,  # member_scores [n, K], and what else the scores are made of
         "gold": score(parts.gold, answers, dist) if parts.gold else torch.full((len(mine),), torch.nan),
         "ids": torch.where(mask, ids, parts.tokenizer.pad_token_id),
         "mask": mask,

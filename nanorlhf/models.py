@@ -66,6 +66,14 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether a forward of the LM gives values too: by a value head on its own hidden states.
+
+        False without a value head, and False where a value model of its own has to be run for them.
+        """
+        return self.value_head is not None and self.value_trunk is None
+
     def logits(self, hidden):
         """Hidden states [..., D] -> logits [..., V] in float32, as the LM's own forward gives them."""
         logits = self.lm.get_output_embeddings()(hidden).float()

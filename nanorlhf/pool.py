@@ -101,7 +101,7 @@ def sample(config, tokenizer, prompts, dist):
     if len(lines.rows) == len(prompts):
         return lines.rows
     policy = load_policy(config.model, value_head=False, device=dist.device)
-    parts = Parts(config, dist, tokenizer, policy, policy, None, {}, None)
+    parts = Parts(config, dist, tokenizer, policy)
     at_once = max(1, config.batch_size // N)  # prompts
     progress = Progress(dist, "sampling, prompt", len(prompts), len(lines.rows))
     for first in range(len(lines.rows), len(prompts), at_once):

@@ -11,7 +11,6 @@ The loops that write a response token by token, one for CPUs and one for GPUs, a
 """
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +38,7 @@ class Rollout:
     response_mask: torch.Tensor  # [B, R] bool, up to and including the first EOS
     logprobs: torch.Tensor  # [B, R] of the full distribution at the sampling temperature
     entropies: torch.Tensor  # [B, R] of the same distribution, nats
-    values: torch.Tensor | None  # [B, R], before each token; None without a value head on the trunk
+    values: torch.Tensor | None  # [B, R], before each token; None where policy.shares_trunk is False
     finished: torch.Tensor  # [B] bool: the response ends with EOS
 
     def packed(self):
@@ -102,7 +101,7 @@ class Sampler:
         entropies = entropy(logp, probs)  # [b]
         token = sample(truncate(probs, self.top_k, self.top_p), u)
         new = {"response_ids": token, "logprobs": logp.gather(1, token[:, None])[:, 0], "entropies": entropies}
-        if self.model.value_head is not None and self.model.value_trunk is None:
+        if self.model.shares_trunk:
             new["values"] = scalar(self.model.value_head, hidden)
         return new
 
@@ -150,6 +149,7 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
     # A finished row may have run on until it was dropped: the response ends with its first EOS.
     is_eos = response_ids == eos_token_id if finished.any() else torch.zeros_like(response_ids, dtype=torch.bool)
     response_mask = (is_eos.cumsum(1) - is_eos.long()) == 0  # no EOS to the left
+    values = out["values"] * response_mask if model.shares_trunk else None
     return Rollout(
         prompt_ids,
         mask,
@@ -157,7 +157,7 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
         response_mask,
         logprobs * response_mask,
         out["entropies"] * response_mask,
-        out["values"] * response_mask if model.value_head is not None and model.value_trunk is None else None,
+        values,
         finished,
     )
 
@@ -167,17 +167,12 @@ def generate(model, prompt_ids, attention_mask, max_new_tokens, *, temperature=1
 
 @dataclass
 class Parts:
-    """What the functions of a PPO run share."""
+    """What a roll-out needs. A PPO run has more parts: evaluation.PPOParts."""
 
-    config: object  # train_ppo.Config
+    config: object  # with the flags of sampling: max_new_tokens, temperature, seed, dtype
     dist: Dist
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
-    model: torch.nn.Module  # the policy, in DDP or in shards (FSDP) where there are several processes
-    reference: Policy
-    rewards: dict  # {name: Answers -> scores [B]}
-    gold: Callable | None
-    control: object = None  # feature_control.Control: the reward is then controlled by features
 
 
 def roll_out(parts, prompts, place, step, stream=ROLLOUT):

@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoXCon
 import probe
 import train_ppo
 import train_rm
-from nanorlhf import data, world
+from nanorlhf import data, scoring, world
 from nanorlhf.control import feature_control, human_latents
 from nanorlhf.control.feature_rewards import WithSAE
 from nanorlhf.interp.sae_files import save_sae
@@ -300,16 +300,18 @@ def test_the_density_ratio_finds_that_of_two_gaussians():
 def test_a_rollout_is_judged_before_it_is_learned_from(base):
     config = train_ppo.Config(**settings_of(base, **case(base, "sarm", "density")))
     control = feature_control.prepare(config)
-    control.dist = distributed.Dist(0, 1, torch.device("cpu"))
+    control.name, control.dist = "sarm", distributed.Dist(0, 1, torch.device("cpu"))
     assert control.features == [3, 1] and control.of_density == [0, 1]
     g = torch.Generator().manual_seed(0)
     for n in range(4):
         latents, clamped = torch.randn(8, 2, generator=g) + 1, torch.randn(8, generator=g)
         before = copy.deepcopy(control.density)
-        r, record = control.shape(latents, clamped)
+        readings = {"member_scores": clamped[:, None], "latents": latents, "clamped": clamped}
+        scored, _ = control.combine(readings), control.learn(readings)
+        r, log_ratio = scored.scores, scored.terms["log_ratio"].mean().item()
         x = before.net(latents).detach().clamp(-feature_control.CLIP, feature_control.CLIP)
         torch.testing.assert_close(r, clamped - 0.5 * x * (n >= 2), rtol=0, atol=1e-6)  # warm-up: two rollouts
-        assert record["log_ratio"] == pytest.approx(x.mean().item(), abs=1e-6)
+        assert log_ratio == pytest.approx(x.mean().item(), abs=1e-6)
         assert not torch.equal(control.density.net(latents), before.net(latents))  # and then it has learned
         assert len(control.density.replay) == n + 1 and control.density.replay[-1].equal(latents)
 
@@ -336,7 +338,7 @@ def learn_in_shares(path):
     """10 rollouts of Gaussians, this process's share of each gathered: what the first and the last process make of them."""
     torch.set_num_threads(1)
     dist = distributed.setup("cpu")
-    control = feature_control.Control.__new__(feature_control.Control)
+    control = feature_control.ControlledScoring.__new__(feature_control.ControlledScoring)
     control.dist, control.of_density, control.density = dist, [0, 1], feature_control.Density(humans(500), 0)
     for i in range(10):
         z = dist.gather(dist.share(rollout(i, 16)))
@@ -512,7 +514,7 @@ def test_bad_flags_and_files(base, monkeypatch, capfd, changes, words):
     """One line, exit code 2, nothing on disk, and no model was loaded."""
     write_bad_files(base)
     monkeypatch.chdir(base)
-    for module, name in ((train_ppo, "load_policy"), (feature_control, "load_feature_reward"), (train_ppo, "load_rewards")):
+    for module, name in ((train_ppo, "load_policy"), (feature_control, "load_feature_reward"), (scoring, "load_rewards")):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("a model was loaded"))
     before = hashes(base)
     settings = settings_of(".") | {"model": "lm", "dataset": "prompts.jsonl", "reward_model": ["sarm"], "feature_sae": None} | changes

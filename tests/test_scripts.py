@@ -33,6 +33,7 @@ from nanorlhf import ppo as ppo_maths
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
 from nanorlhf.runtime import checkpoint, cli, distributed, files, log
+from nanorlhf.scoring import Scoring
 from nanorlhf.splits import load_splits
 
 REPO = Path(__file__).parents[1]
@@ -831,7 +832,7 @@ def plain(base):
 def seen(monkeypatch):
     """What goes on inside a PPO run: seen['experience'] = [(experience, answers, scores, finished, independent KLs)] a step."""
     record, scores = {"experience": [], "optimizer_steps": 0}, []
-    real = train_ppo.experience, train_ppo.score_all, train_ppo.optimizer_step
+    real = train_ppo.experience, Scoring.read, train_ppo.optimizer_step
 
     def experience(parts, scaler, rollout, answers, kl_coef):
         kls, last_values = plain_kls(parts.policy, parts.reference, answers.batch), plain_last_values(parts.policy, answers.batch)
@@ -839,16 +840,17 @@ def seen(monkeypatch):
         record["experience"].append({"x": x, "scores": scores[-1][0], "finished": rollout.finished, "kls": kls, "last_values": last_values})
         return x, numbers
 
-    def score_all(*args):
-        scores.append(real[1](*args))
-        return scores[-1]
+    def read(*args):
+        readings = real[1](*args)
+        scores.append(readings["member_scores"].T)
+        return readings
 
     def optimizer_step(*args):
         record["optimizer_steps"] += 1
         return real[2](*args)
 
     monkeypatch.setattr(train_ppo, "experience", experience)
-    monkeypatch.setattr(train_ppo, "score_all", score_all)
+    monkeypatch.setattr(Scoring, "read", read)
     monkeypatch.setattr(train_ppo, "optimizer_step", optimizer_step)
     return record
 

@@ -9,19 +9,25 @@ r"""Control of PPO's reward by features of its reward model: the flags --penaliz
 R takes the score's place before anything else happens to it: rules on endings and length, score scaling and clipping, the KL. z are the
 latents of the finished answer at its last token, before any clamp: penalties and density see what the policy wrote, not what was scored.
 
-    B answers of a rollout, F features that are read, d those whose density is compared, N human texts
+train_ppo.py meets this file in one place: its Config has the Flags, and where they are given prepare()
+makes a ControlledScoring, which stands in for scoring.Scoring.
+
+    b answers of this process, B of a whole rollout, F features that are read, d those whose density is compared, N human texts
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 
 from ..errors import at_least, one_of, require
+from ..packing import Answers
 from ..penalties import PENALTIES, DensityRatio, density_loss, feature_penalty
 from ..rewards import reward_names
 from ..runtime.fsdp import gathered
 from ..runtime.optim import adamw
 from ..runtime.rng import DENSITY, key
+from ..scoring import Scored
 from ..stats import auc, varies
 from . import human_latents
 from .feature_rewards import check_feature_reward, load_feature_reward, parse_edits
@@ -38,6 +44,26 @@ FEWEST = 20  # human texts
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the flags
+
+
+@dataclass
+class Flags:
+    """What train_ppo.py has to say of control by features: bases of its Config are these, then cli.RunConfig."""
+
+    penalize_features: list[int] = field(default_factory=list, metadata={"help": "latents of --reward_model, a SARM, that "
+        "cost reward; of another reward model: see --feature_sae"})  # fmt: skip
+    tau: list[str] = field(default_factory=list, metadata={"help": "above what, one each: 0.5, or q0.95, a quantile in --human_latents"})
+    alpha: list[str] = field(default_factory=list, metadata={"help": "how much, one each: 1.0, or 0.5std, of scores in --human_latents"})
+    penalty: str = field(default="indicator", metadata={"help": "indicator, alpha [z > tau], or hinge, alpha max(0, z - tau), "
+        "where alpha is the price of a unit of z"})  # fmt: skip
+    clamp: list[str] = field(default_factory=list, metadata={"help": "score with latents changed: 17:max:0.5 23:set:0 (set, min, max)"})
+    density_beta: float = field(default=0.0, metadata={"help": "price of the log density ratio of policy and human latents; 0: off"})
+    human_latents: str = field(default="", metadata={"help": "reference data, a file of probe.py human_latents"})
+    feature_sae: str = field(default="", metadata={"help": "read an ordinary reward model by this autoencoder on one of its layers"})
+
+    def __post_init__(self):
+        super().__post_init__()  # RunConfig's
+        check_flags(self)
 
 
 def check_flags(config):
@@ -57,11 +83,8 @@ def check_flags(config):
         require(config.human_latents, f"{relative[0]} compares with reference data: name --human_latents (probe.py human_latents)")
     else:
         require(not config.human_latents, "--human_latents is there for --tau qSHARE, --alpha Xstd and --density_beta: name one of them")
-    if wanted(config):
-        members = len(config.reward_model)
-        require(members == 1, f"features are those of one reward model, and --reward_model names {members}")
-    else:
-        require(not config.feature_sae, "--feature_sae is there for --penalize_features, --clamp and --density_beta: name one of them")
+    why = "--feature_sae is there for --penalize_features, --clamp and --density_beta: name one of them"
+    require(wanted(config) or not config.feature_sae, why)
 
 
 def wanted(config):
@@ -98,9 +121,14 @@ def number(flag, text, bare, expected):
 
 
 def prepare(config):
-    """The flags, and the files that they name -> Control, or None without such flags. Loads no model; InputErrors."""
+    """The flags, and the files that they name -> ControlledScoring, or None without such flags.
+
+    Loads no model; InputErrors.
+    """
     if not wanted(config):
         return None
+    members = len(config.reward_model)
+    require(members == 1, f"features are those of one reward model, and --reward_model names {members}")
     (spec,), clamps = config.reward_model, parse_edits("clamp", config.clamp, CLAMPS)
     check_feature_reward(spec, config.feature_sae, [*config.penalize_features, *clamps])
     human = human_latents.load(config.human_latents, spec, config.feature_sae) if config.human_latents else None
@@ -119,11 +147,14 @@ def prepare(config):
     if config.density_beta:
         n = len(human.latents)
         require(n >= FEWEST and human.features, f"{human.path}: {n} texts, {len(human.features)} features: too few for a density")
-    return Control(config, tau, alpha, clamps, human)
+    return ControlledScoring(config, tau, alpha, clamps, human)
 
 
-class Control:
-    """What the flags ask for, and what turns a reading of answers into R. The one thing that it learns is the density ratio."""
+class ControlledScoring:
+    """One reward model, and R in the place of its scores; its functions are those of scoring.Scoring.
+
+    The one thing that it learns is the density ratio.
+    """
 
     def __init__(self, config, tau, alpha, clamps, human):
         self.config, self.clamps = config, clamps
@@ -135,25 +166,41 @@ class Control:
         named = self.features if len(of_density) <= LOGGED else [*self.prices, *clamps]
         self.named = list(dict.fromkeys(named))  # are logged one by one
         self.density = Density(human.latents, config.seed) if config.density_beta else None
+        self.summary_names = ("proxy", "controlled", *(f"rate/{i}" for i in self.named))
 
     def load(self, tokenizer, dist):
-        """Load the reward model. -> {name: reward}, as rewards.load_rewards."""
+        """Load the reward model, and its autoencoder."""
         config, self.dist = self.config, dist
         (spec,) = config.reward_model
+        (self.name,) = reward_names([spec])
         self.reward = load_feature_reward(spec, config.feature_sae, tokenizer, dist, config.micro_batch_size, config.dtype)
         for i, (tau, alpha) in self.prices.items():
             dist.print(f"feature {i}: {config.penalty} penalty above {tau:.4g}, alpha {alpha:.4g}")
-        return dict(zip(reward_names([spec]), [self.reward]))
 
-    def read(self, parts):
-        """A list of Answers, one pass over each -> scores [b, 1], {"latents": [b, F], "clamped": the scores with clamped latents [b]}."""
+    def read(self, parts: list[Answers]) -> dict[str, torch.Tensor]:
+        """A list of Answers, b in all, one pass over each -> scores, latents, and scores with clamped latents.
+
+        {"member_scores": [b, 1], "latents": [b, F], "clamped": [b]}. All processes call this.
+        """
         with gathered(self.reward.module):
             found = self.dist.together(lambda: [self.reward.read_gathered(part, self.features, self.clamps) for part in parts])
         scores, latents, clamped = (torch.cat(values) for values in zip(*found))
-        return scores[:, None], {"latents": latents, "clamped": clamped}
+        return {"member_scores": scores[:, None], "latents": latents, "clamped": clamped}
+
+    def combine(self, readings: dict[str, torch.Tensor]) -> Scored:
+        """Readings of B answers -> Scored: the reward model's own scores are the proxy, and R is what PPO maximises."""
+        proxy = readings["member_scores"][:, 0]  # [B]
+        terms = self.terms(readings["latents"], readings["clamped"])
+        return Scored(
+            members={self.name: proxy},
+            proxy=proxy,
+            scores=terms["controlled"],
+            variance=torch.zeros_like(proxy),  # of a single member
+            terms=terms,
+        )
 
     def terms(self, latents, clamped):
-        """A reading of B answers -> {name: [B]}: what each rule makes of them, and first of all `controlled`, R itself."""
+        """Latents [B, F] and clamped scores [B] -> {name: [B]}: what each rule makes of them, and first `controlled`, R itself."""
         terms, total = {"clamped": clamped} if self.clamps else {}, clamped
         for i in self.named:
             z = latents[:, self.column[i]]  # [B]
@@ -173,13 +220,11 @@ class Control:
         x = self.density.log_ratio(latents[:, self.of_density].cpu())
         return self.dist.gather((x if self.dist.main else x[:0]).to(latents.device))
 
-    def shape(self, latents, clamped):
-        """A reading of a whole fresh rollout -> R [B], and the step's numbers. Only then does the density ratio learn from it."""
-        terms = self.terms(latents, clamped)
-        record = {name: x.mean().item() for name, x in terms.items()}
-        if self.density:
-            record |= self.density.learn(latents[:, self.of_density].cpu())
-        return terms["controlled"], record
+    def learn(self, readings: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Readings of a whole fresh rollout, which has been judged -> the step's numbers of the density ratio, which learns from it."""
+        if not self.density:
+            return {}
+        return self.density.learn(readings["latents"][:, self.of_density].cpu())
 
     def tensors(self):
         """What a checkpoint must keep, {name: tensor}; restore() takes it back."""

@@ -155,7 +155,7 @@ def ablate(config):
     module_at(policy.lm, place)
     require(config.features or config.top <= sae.m, f"--top {config.top} is more than the {sae.m} features")
     sae = sae.to(dist.device).requires_grad_(False)
-    parts = Parts(config, dist, tokenizer, policy, policy, None, rewards, None)
+    parts = Parts(config, dist, tokenizer, policy)
 
     # ------------------------------------------------------------------------------------------ features, on other answers
     skip_bos = None if config.keep_bos else tokenizer.bos_token_id
@@ -178,7 +178,7 @@ def ablate(config):
             feature_ids = torch.tensor(chosen, dtype=torch.long, device=dist.device)
             with switched_off(policy.lm, place, sae, feature_ids, skip_bos):
                 tokens[name], answers = sampled(parts, test, step=0)
-        found[name] = measured(config, parts, tokens[name], answers, concept)
+        found[name] = measured(config, tokenizer, rewards, tokens[name], answers, concept)
         dist.print(f"{name}: " + ", ".join(f"{key} {value.mean():.3f}" for key, value in found[name].items()))
     variance = (x - x.mean(0)).square().sum()
     summary = {
@@ -230,19 +230,19 @@ def features_of(config, f, concept, seen, sae, lm):
 
 
 
-def measured(config, parts, responses, answers, concept):
+def measured(config, tokenizer, rewards, responses, answers, concept):
     """{reward name: [P N], length, cue: 1 where the answer has the spurious mark, concept: its share of the answer's tokens}
 
     Of the embedded world's gold also its parts, "gold: sentiment", ...: what breaks the grammar lowers the gold as well.
     """
-    numbers = {name: score(reward, answers) for name, reward in parts.rewards.items()}
+    numbers = {name: score(reward, answers) for name, reward in rewards.items()}
     numbers["length"] = torch.tensor([len(ids) for ids in responses])
     if data.is_world(config.dataset):
-        mark = parts.tokenizer.convert_tokens_to_ids(world.cue(int(config.dataset.partition(":")[2] or 0)))
+        mark = tokenizer.convert_tokens_to_ids(world.cue(int(config.dataset.partition(":")[2] or 0)))
         numbers["cue"] = torch.tensor([mark in ids for ids in responses])
     if concept is not None:
         numbers[config.concept] = torch.tensor([concept[ids].float().mean().item() for ids in responses])
-    if "world:gold" in parts.rewards:
+    if "world:gold" in rewards:
         terms = [world.gold_parts(prompt, response) for part in answers for prompt, response in zip(part.prompts, part.responses)]
         numbers |= {f"gold: {name}": torch.tensor([term[name] for term in terms]) for name in terms[0]}
     return {name: x.double() for name, x in numbers.items()}

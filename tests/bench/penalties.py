@@ -83,15 +83,15 @@ def config_of(folder, name, arm, iterations):
 
 def plain_run(config):
     """A run without flags -> the median CPU seconds of its steps but the first, and the last one's answers."""
-    kept, real = [], train_ppo.score_all
+    kept, real = [], train_ppo.experience
 
-    def keeping(rewards, answers, dist):
+    def keeping(parts, scaler, rollout, answers, kl_coef):
         kept[:] = [answers]
-        return real(rewards, answers, dist)
+        return real(parts, scaler, rollout, answers, kl_coef)
 
-    train_ppo.score_all = keeping
+    train_ppo.experience = keeping
     train_ppo.main(config)
-    train_ppo.score_all = real
+    train_ppo.experience = real
     with open(f"{config.output_dir}/metrics.jsonl") as f:
         records = [json.loads(line) for line in f][2:]  # step 0 is the evaluation, step 1 the warm-up
     return statistics.median(r["seconds_rollout"] + r["seconds_score"] + r["seconds_update"] for r in records), kept[0]
@@ -124,8 +124,9 @@ def main():
                 """CPU seconds for one batch's scores; the answers are new to it, so nothing has been tokenised."""
                 fresh, begun = dataclasses.replace(answers, micro_batches={}), time.process_time()
                 if control:
-                    _, reading = control.read([fresh])
-                    control.shape(**reading)
+                    readings = control.read([fresh])
+                    control.combine(readings)
+                    control.learn(readings)
                 else:
                     score_all(rewards, fresh, dist)
                 return time.process_time() - begun
