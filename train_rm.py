@@ -14,6 +14,7 @@ Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members: Cos
 
 import math
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,8 +23,7 @@ import torch.nn.functional as F
 
 from nanorlhf import data
 from nanorlhf.control import sarm_training
-from nanorlhf.control.sarm_training import scored
-from nanorlhf.errors import at_least, divides, one_of, require
+from nanorlhf.errors import at_least, divides, require
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.lora import choose_trained, merge
 from nanorlhf.models import (
@@ -44,14 +44,13 @@ from nanorlhf.runtime.log import Progress, RunFolder
 from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.rng import LABELS, key
-from nanorlhf.sarm import save_sarm
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import train_what_is_missing
 from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
 
 
 @dataclass
-class Config(cli.RunConfig):
+class Config(sarm_training.Flags, cli.RunConfig):
     output_dir: str = field(default="runs/rm/seed_{seed}", metadata={"help": "the run folder; {seed} stands for --seed"})
     members: int = field(default=1, metadata={"help": "train an ensemble: K reward models with the seeds --seed, --seed + 1, ..."})
     model: str = field(default="runs/sft", metadata={"help": "the trunk: run folder, model folder or hub name of a causal LM"})
@@ -65,25 +64,14 @@ class Config(cli.RunConfig):
     noise_seed: int = field(default=0, metadata={"help": "which labels are flipped: members share it"})
     independent_noise: bool = field(default=False, metadata={"help": "member i flips labels by --noise_seed + i instead"})
     score_l2: float = field(default=0.0, metadata={"help": "beta of the penalty beta * 1/2 (r_c^2 + r_r^2); Coste et al. use 0.001"})
-    sarm: str = field(default="", metadata={"help": "train a SARM with this autoencoder: train_sae.py --model runs/sft --base none --site "
-        "residual --layers 2 --normalize token --relu False --output_dir runs/sae_sarm; default folder: runs/sarm"})  # fmt: skip
-    sarm_mode: str = field(default="joint", metadata={"help": "what is trained: frozen (the head), encoder_frozen (also the LM; paper), "
-        "joint (also the encoder), or detached (also the autoencoder's reconstruction, apart from the LM)"})  # fmt: skip
-    sarm_lambda: float = field(default=1.0, metadata={"help": "detached: weight of the reconstruction, ||x - x^||^2 / D"})
     gold_model: str = field(default="", metadata={"help": "a reward to compare the scores with (Kendall's tau); embedded world: its gold"})
 
     def __post_init__(self):
-        if self.sarm and self.output_dir == type(self).output_dir:
-            self.output_dir = "runs/sarm" if self.members == 1 else "runs/sarm/seed_{seed}"
-        self.lr = (2e-3 if self.sarm else 5e-4) if self.lr is None else self.lr  # a head that starts at zero has further to go
+        self.set_sarm_defaults()
+        if self.lr is None:
+            self.lr = 5e-4
         super().__post_init__()
-        at_least(self, 0, "max_length", "score_l2", "noise_seed", "sarm_lambda")
-        one_of(self, "sarm_mode", *sarm_training.MODES)
-        require(not self.sarm or self.lr > 0, "--sarm starts from a head of zeros: with --lr 0 every score would stay 0")
-        require(not self.sarm or self.distributed == "ddp", "--sarm is trained with --distributed ddp only")
-        require(not (self.sarm and self.lora_rank) or self.merge, "--sarm with --lora_rank needs --merge: no adapters in its folder")
-        frozen = self.sarm and self.sarm_mode == "frozen" and (self.lora_rank or self.freeze_layers)
-        require(not frozen, "--sarm_mode frozen trains the head alone: it takes no --lora_rank and no --freeze_layers")
+        at_least(self, 0, "max_length", "score_l2", "noise_seed")
         at_least(self, 1, "members")
         require(self.members == 1 or "{seed}" in self.output_dir, "--members needs {seed} in --output_dir: each has its own folder")
         require(self.members == 1 or self.distributed == "ddp", "--members trains each on one process; for --distributed fsdp "
@@ -138,7 +126,7 @@ def train(config, dist):
     train_what_is_missing(config, "model")
     flipped = np.random.default_rng([LABELS, config.noise_seed]).random(len(rows)) < config.label_noise  # training pairs only
     rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]
-    sarm_config = sarm_training.check_start(config, dist) if config.sarm else None
+    training = sarm_training.prepare(config, dist) or PlainTraining(config)  # the first is None without --sarm
     tokenizer = load_tokenizer(config.model)
     max_length = config.max_length or context_length(check_model(config.model))
     prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length, config.chat_template)
@@ -149,18 +137,19 @@ def train(config, dist):
     golds = gold_scores(held_out, tokenizer, max_length, config, dist) if config.gold_model else {}  # {label: [2, N]}, before any training
 
     # -------------------------------------------------------------------------------------------------------------------- model
-    if config.sarm:
-        reward_model, note = sarm_training.start(config, sarm_config, dist.device)
-    else:
-        reward_model = load_reward_model(config.model, dist.load_device, seed=config.seed)
-        note = choose_trained(reward_model.model, config)
-    lm, detached = (reward_model.trunk, config.sarm_mode == "detached") if config.sarm else (reward_model.model, False)
+    reward_model, note = training.load(dist)
+    lm = training.lm
     speed_up(lm, dist.device, config.dtype, config.compile)
     dist.print(f"{sum(p.numel() for p in reward_model.parameters()):,} parameters, {note}")
     if config.checkpoint_activations:
         checkpoint_activations(reward_model)
     example = pack(prompts[:1], chosen[:1]).to(dist.device)
-    model = dist.wrap(reward_model, lambda model: sum(scored(model, example, detached)).sum(), config.dtype)
+
+    def total(model):
+        scores, further = training.score(model, example)
+        return scores.sum() + sum(values.sum() for values in further.values())
+
+    model = dist.wrap(reward_model, total, config.dtype)
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
     state = checkpoint.load(config.output_dir, reward_model, optimizer, dist) or {"step": 0}
     folder.create(state)
@@ -172,7 +161,7 @@ def train(config, dist):
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         mine = dist.share(data.batch_indices(len(rows), config.batch_size, step - 1, config.seed))
         reward_model.train()
-        totals = torch.zeros(4, device=dist.device)  # loss, correct, margin, reconstruction
+        totals = defaultdict(lambda: torch.zeros((), device=dist.device))  # {number of the record: its sum so far}
         lengths = torch.tensor([max(len(chosen[j]), len(rejected[j])) + len(prompts[j]) for j in mine])  # of a pair's longer row
         parts = dist.even(micro_batches(lengths, config.micro_batch_size, (config.tokens_per_micro_batch + 1) // 2))  # two rows a pair
         for part in parts:
@@ -185,23 +174,24 @@ def train(config, dist):
             ).to(dist.device)
             with sync_on(model, last=part is parts[-1]):
                 with autocast(dist, config.dtype):
-                    scores, errors = scored(model, batch, detached)  # [2 b], [2 b]; errors are 0 but for a SARM in `detached`
-                (r_chosen, r_rejected), error = scores.chunk(2), sum(errors.chunk(2)) / 2  # [b], [b]; [b], the mean of a pair's two
-                # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2) + lambda ||x - x^||^2 / D
+                    scores, further = training.score(model, batch)  # [2 b], {}; of a SARM further losses {name: [b]}
+                r_chosen, r_rejected = scores.chunk(2)  # [b], [b]
+                # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2)
                 losses = -F.logsigmoid(r_chosen - r_rejected) + 0.5 * config.score_l2 * (r_chosen**2 + r_rejected**2)
-                losses = losses + config.sarm_lambda * error
+                losses = training.add_further(losses, further)
                 loss = losses.sum() / config.batch_size
                 (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
-            margin = (r_chosen - r_rejected).detach()
+            # This micro-batch's share of the step's numbers.
+            margin = r_chosen - r_rejected
             wins = pair_wins(r_chosen, r_rejected).float()  # a tie is half a win
-            totals += torch.stack([loss.detach(), *(x.sum() / config.batch_size for x in (wins, margin, error.detach()))])
+            totals["loss"] += loss.detach()
+            for name, values in {"accuracy": wins, "margin": margin, **further}.items():
+                totals[name] += values.detach().sum() / config.batch_size
         lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
         grad_norm = optimizer_step(optimizer, reward_model, lr, config.max_grad_norm, step)
-        if detached:
-            reward_model.sae.normalise()  # decoder directions of unit length
-        loss, accuracy, margin, error = dist.sum(totals).tolist()
-        record = {"step": step, "loss": loss, "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm, "lr": lr}
-        record |= {"reconstruction": error} if detached else {}
+        training.after_step()
+        numbers = dist.sum(torch.stack(list(totals.values()))).tolist()  # of all processes
+        record = {"step": step, **dict(zip(totals, numbers)), "grad_norm": grad_norm, "lr": lr}
         record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             for label, part in held_out.items():
@@ -209,7 +199,7 @@ def train(config, dist):
                 record |= {f"{label}/{k}": v for k, v in result.items()}
                 dist.print(f"step {step}: {report(record, label)}")
         folder.append("metrics.jsonl", [record])
-        progress.step(step, f"loss {loss:.3f}  margin {margin:.2f}")
+        progress.step(step, f"loss {record['loss']:.3f}  margin {record['margin']:.2f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
             folder.checkpoint(step, reward_model, optimizer, {}, config.keep_checkpoints)
     progress.close()
@@ -234,10 +224,37 @@ def train(config, dist):
     lm.should_save_on_this_rank = lambda is_main: is_main  # transformers asks torch's rank: not 0 for some members
     if config.merge:
         merge(lm)
-    folder.save_model(save_sarm if config.sarm else save_reward_model, reward_model, tokenizer)
+    folder.save_model(training.save, reward_model, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
     return folder.finish(summary)
+
+
+class PlainTraining:
+    """What train() asks of a plain reward model. Of a SARM it asks the same: sarm_training.SarmTraining."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def load(self, dist):
+        """-> models.RewardModel with a new score head, and a sentence on what of it is trained. Sets `lm`, the HF model in it."""
+        reward_model = load_reward_model(self.config.model, dist.load_device, seed=self.config.seed)
+        self.lm = reward_model.model
+        return reward_model, choose_trained(self.lm, self.config)
+
+    def score(self, model, batch):
+        """Packed rows, the chosen ones first -> scores [2 b], further losses {name: [b]}, one number a pair: none."""
+        return model(batch), {}
+
+    def add_further(self, losses, further):
+        """Pairs' losses [b] with the further ones added, which a plain reward model does not have."""
+        return losses
+
+    def after_step(self):
+        """What is to be done after each optimizer step: nothing."""
+
+    def save(self, reward_model, tokenizer, path):
+        save_reward_model(reward_model, tokenizer, path)
 
 
 def check_texts(config, held_out, prompts, chosen, rejected_prompts, rejected, tokenizer, max_length):

@@ -1,6 +1,9 @@
-"""How a SARM starts from an LM and a pretrained autoencoder, and what of it is trained: the parts of train_rm.py --sarm.
+"""How a SARM starts from an LM and a pretrained autoencoder, and how it is trained: the flag --sarm of train_rm.py.
 
-    b texts, D hidden, L blocks
+train_rm.py meets this file in one place: its Config has the Flags, and with --sarm prepare() makes a
+SarmTraining, which stands in for train_rm.PlainTraining.
+
+    b pairs, D hidden, L blocks
 
 What the preference loss trains in each mode; the decoder W_d, which the score does not use, is never among it:
 
@@ -9,21 +12,107 @@ What the preference loss trains in each mode; the decoder W_d, which the score d
     joint             w, the LM and the encoder (W_e, b_e, b_d)
     detached          the same; and the autoencoder's reconstruction of h, which the LM gets no gradient of, trains W_e, b_e, b_d and W_d
 
-w starts at zero. Source: Zhang et al. 2025 (2508.08746), section 4.
+w starts at zero. In `detached` the loss of a pair is Bradley-Terry's plus lambda times the reconstruction's:
+
+    -log sigmoid(r_c - r_r) + lambda 1/2 (||x_c - x^_c||^2 + ||x_r - x^_r||^2) / D
+
+Source: Zhang et al. 2025 (2508.08746), section 4.
 """
 
 import os
+from dataclasses import dataclass, field
 
-import torch
 from transformers import AutoModel
 
-from ..errors import require
+from ..errors import at_least, one_of, require
 from ..hf.lora import choose_trained
 from ..interp import sae_files
 from ..models import check_model, pretrained, resolve
-from ..sarm import SARM
+from ..sarm import SARM, save_sarm
 
 MODES = ("frozen", "encoder_frozen", "joint", "detached")
+
+
+@dataclass
+class Flags:
+    """What train_rm.py has to say of SARMs: bases of its Config are these, then cli.RunConfig."""
+
+    sarm: str = field(default="", metadata={"help": "train a SARM with this autoencoder: train_sae.py --model runs/sft --base none --site "
+        "residual --layers 2 --normalize token --relu False --output_dir runs/sae_sarm; default folder: runs/sarm"})  # fmt: skip
+    sarm_mode: str = field(default="joint", metadata={"help": "what is trained: frozen (the head), encoder_frozen (also the LM; paper), "
+        "joint (also the encoder), or detached (also the autoencoder's reconstruction, apart from the LM)"})  # fmt: skip
+    sarm_lambda: float = field(default=1.0, metadata={"help": "detached: weight of the reconstruction, ||x - x^||^2 / D"})
+
+    def set_sarm_defaults(self):
+        """Give --output_dir and --lr the values that are a SARM's own, where they were not named."""
+        if not self.sarm:
+            return
+        if self.output_dir == type(self).output_dir:
+            self.output_dir = "runs/sarm" if self.members == 1 else "runs/sarm/seed_{seed}"
+        if self.lr is None:
+            self.lr = 2e-3  # a head that starts at zero has further to go
+
+    def __post_init__(self):
+        super().__post_init__()  # RunConfig's
+        at_least(self, 0, "sarm_lambda")
+        one_of(self, "sarm_mode", *MODES)
+        if self.sarm:
+            check_flags(self)
+
+
+def check_flags(config):
+    """What of the other flags does not go with --sarm; InputErrors."""
+    require(config.lr > 0, "--sarm starts from a head of zeros: with --lr 0 every score would stay 0")
+    require(config.distributed == "ddp", "--sarm is trained with --distributed ddp only")
+    require(not config.lora_rank or config.merge, "--sarm with --lora_rank needs --merge: no adapters in its folder")
+    if config.sarm_mode == "frozen":
+        moves_the_lm = config.lora_rank or config.freeze_layers
+        require(not moves_the_lm, "--sarm_mode frozen trains the head alone: it takes no --lora_rank and no --freeze_layers")
+
+
+def prepare(config, dist):
+    """-> SarmTraining, or None without --sarm. Looks at --model and --sarm and loads neither; InputErrors."""
+    if not config.sarm:
+        return None
+    return SarmTraining(config, check_start(config, dist))
+
+
+class SarmTraining:
+    """What train_rm.train() asks of a SARM; its functions are those of train_rm.PlainTraining."""
+
+    def __init__(self, config, sarm_config):
+        self.config, self.sarm_config = config, sarm_config
+        self.detached = config.sarm_mode == "detached"
+
+    def load(self, dist):
+        """-> SARM whose head is zero, and a sentence on what of it is trained. Sets `lm`, the HF model in it."""
+        self.sarm, note = start(self.config, self.sarm_config, dist.device)
+        self.lm = self.sarm.trunk
+        return self.sarm, note
+
+    def score(self, model, batch):
+        """Packed rows, the chosen ones first -> scores [2 b], further losses {name: [b]}, one number a pair.
+
+        In `detached` that is the reconstruction, the mean over a pair's two texts of ||x - x^||^2 / D.
+        """
+        if not self.detached:
+            return model(batch), {}
+        scores, errors = model(batch, reconstruct=True)  # [2 b], [2 b]
+        return scores, {"reconstruction": sum(errors.chunk(2)) / 2}
+
+    def add_further(self, losses, further):
+        """Pairs' losses [b] plus lambda times the further ones."""
+        for values in further.values():
+            losses = losses + self.config.sarm_lambda * values
+        return losses
+
+    def after_step(self):
+        """Give the decoder's directions unit length again, where they are trained."""
+        if self.detached:
+            self.sarm.sae.normalise()
+
+    def save(self, sarm, tokenizer, path):
+        save_sarm(sarm, tokenizer, path)
 
 
 def check_start(config, dist):
@@ -61,11 +150,3 @@ def start(config, sarm_config, device):
         note = "the LM is frozen"
     L, m, k = sarm_config.sarm_param["sae_source_layer"], sarm.sae.m, sarm.sae.k
     return sarm.to(device), f"{note}; SARM on {L} of {sarm_config.num_hidden_layers} blocks, {m:,} latents, k {k}, {config.sarm_mode}"
-
-
-def scored(model, batch, reconstruct):
-    """Packed rows -> what the loss of a pair is made of: scores [B], and the errors of a SARM's reconstruction [B], else 0."""
-    if reconstruct:
-        return model(batch, reconstruct=True)
-    scores = model(batch)
-    return scores, torch.zeros_like(scores)
