@@ -67,7 +67,7 @@ class Config(sarm_training.Flags, cli.RunConfig):
     gold_model: str = field(default="", metadata={"help": "a reward to compare the scores with (Kendall's tau); embedded world: its gold"})
 
     def __post_init__(self):
-        self.set_sarm_defaults()
+        self.set_sarm_defaults()  # a folder and a learning rate of its own
         if self.lr is None:
             self.lr = 5e-4
         super().__post_init__()
@@ -178,7 +178,7 @@ def train(config, dist):
                 r_chosen, r_rejected = scores.chunk(2)  # [b], [b]
                 # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2)
                 losses = -F.logsigmoid(r_chosen - r_rejected) + 0.5 * config.score_l2 * (r_chosen**2 + r_rejected**2)
-                losses = training.add_further(losses, further)
+                losses = training.add_further(losses, further)  # a SARM's; without --sarm there are none
                 loss = losses.sum() / config.batch_size
                 (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
             # This micro-batch's share of the step's numbers.
