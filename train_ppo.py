@@ -239,7 +239,8 @@ def main(config):
         progress.step(step, f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}")
         if step % config.checkpoint_every == 0 or step == config.steps:
             numbers = {"kl_coef": kl_controller.coef if kl_controller else kl_coef, "scaler": scaler.moments}
-            folder.checkpoint(step, policy, optimizer, numbers, config.keep_checkpoints, scoring.tensors())
+            learned = scoring.tensors()
+            folder.checkpoint(step, policy, optimizer, numbers, config.keep_checkpoints, learned)
     progress.close()
 
     # --------------------------------------------------------------------------------------------------------------------- save
@@ -249,7 +250,8 @@ def main(config):
     picture = plot_run(config.output_dir) if dist.main else None
     summary = folder.finish(folder.before_and_after(held_out))
     further = [f"{label}/{name}" for label in held_out if label != "eval" for name in ("proxy", "gold", "length")]
-    dist.print(before_and_after_table(summary, (*scoring.summary_names, "gold", "kl", "length", "distinct_2", *further)))
+    names = (*scoring.summary_names, "gold", "kl", "length", "distinct_2", *further)
+    dist.print(before_and_after_table(summary, names))
     curves = f", the curves in {picture}" if picture else ""
     dist.print(f"The policy is in {folder.path}/model, every answer in {folder.path}/eval{curves}.")
     dist.print(TRY_NEXT if data.is_world(config.dataset) else "")
@@ -278,12 +280,13 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     full = config.kl_in == "reward" and config.kl_kind in ppo.KL_OF_LOGITS
     kl_to = parts.reference if full else None
     with gathered(parts.policy, kl_to):
-        old, bootstrap = sampled_outputs(parts, rollout, answers.batch, kl_to), bootstrap_values(parts, rollout, answers.batch)
+        old = sampled_outputs(parts, rollout, answers.batch, kl_to)
+        bootstrap = bootstrap_values(parts, rollout, answers.batch)
     with gathered(parts.reference):
         ref = forward(parts, parts.reference, answers.batch)
     readings = parts.scoring.read([answers])
     local = {
-        **{name: value.to(dist.device) for name, value in readings.items()},  # member_scores [b, K], ...
+        **{name: value.to(dist.device) for name, value in readings.items()},  # member_scores [b, K]
         "bootstrap": bootstrap,  # [b]
         "finished": rollout.finished,  # [b]
         "mask": rollout.response_mask,  # [b, R], as all that follow
@@ -296,8 +299,10 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     g = {name: dist.gather(value) for name, value in local.items()}
     mask, lengths = g["mask"], g["mask"].sum(1)  # [B, R], [B]
 
-    scored = parts.scoring.combine(g)  # scores, proxy, ... [B]
-    learned = parts.scoring.learn(g)  # only now: the rollout was judged by what was learned before it
+    # What PPO maximises: `scores` [B]. A scoring that learns does so only now, so that no rollout
+    # is judged by what was learned from it.
+    scored = parts.scoring.combine(g)
+    learned = parts.scoring.learn(g)
     penalties = (config.missing_eos_penalty, config.eos_required, config.length_penalty)
     shaped = scaler(ppo.shape_scores(scored.scores, lengths, g["finished"], *penalties))
     if config.score_clip:
@@ -330,7 +335,7 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     }
     if len(scored.members) > 1:
         record |= {f"score/{name}": x.mean().item() for name, x in scored.members.items()}
-        record["score_variance"] = scored.variance.mean().item()  # between the members, mean over the answers
+        record["score_variance"] = scored.variance.mean().item()  # between the members
     return Experience(mask, g["old_logprobs"], g["ref_logprobs"], g["values"], whitened, returns, lengths), record
 
 

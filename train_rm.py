@@ -126,7 +126,7 @@ def train(config, dist):
     train_what_is_missing(config, "model")
     flipped = np.random.default_rng([LABELS, config.noise_seed]).random(len(rows)) < config.label_noise  # training pairs only
     rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]
-    training = sarm_training.prepare(config, dist) or PlainTraining(config)  # the first is None without --sarm
+    training = sarm_training.prepare(config, dist) or PlainTraining(config)  # None without --sarm
     tokenizer = load_tokenizer(config.model)
     max_length = config.max_length or context_length(check_model(config.model))
     prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length, config.chat_template)
@@ -161,7 +161,7 @@ def train(config, dist):
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         mine = dist.share(data.batch_indices(len(rows), config.batch_size, step - 1, config.seed))
         reward_model.train()
-        totals = defaultdict(lambda: torch.zeros((), device=dist.device))  # {number of the record: its sum so far}
+        totals = defaultdict(lambda: torch.zeros((), device=dist.device))  # of numbers of the record
         lengths = torch.tensor([max(len(chosen[j]), len(rejected[j])) + len(prompts[j]) for j in mine])  # of a pair's longer row
         parts = dist.even(micro_batches(lengths, config.micro_batch_size, (config.tokens_per_micro_batch + 1) // 2))  # two rows a pair
         for part in parts:
@@ -174,11 +174,11 @@ def train(config, dist):
             ).to(dist.device)
             with sync_on(model, last=part is parts[-1]):
                 with autocast(dist, config.dtype):
-                    scores, further = training.score(model, batch)  # [2 b], {}; of a SARM further losses {name: [b]}
+                    scores, further = training.score(model, batch)  # [2 b], {further loss: [b]}
                 r_chosen, r_rejected = scores.chunk(2)  # [b], [b]
                 # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2)
                 losses = -F.logsigmoid(r_chosen - r_rejected) + 0.5 * config.score_l2 * (r_chosen**2 + r_rejected**2)
-                losses = training.add_further(losses, further)  # a SARM's; without --sarm there are none
+                losses = training.add_further(losses, further)  # there are none without --sarm
                 loss = losses.sum() / config.batch_size
                 (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
             # This micro-batch's share of the step's numbers.
@@ -231,23 +231,26 @@ def train(config, dist):
 
 
 class PlainTraining:
-    """What train() asks of a plain reward model. Of a SARM it asks the same: sarm_training.SarmTraining."""
+    """What train() asks of a plain reward model. sarm_training.SarmTraining answers for a SARM."""
 
     def __init__(self, config):
         self.config = config
 
     def load(self, dist):
-        """-> models.RewardModel with a new score head, and a sentence on what of it is trained. Sets `lm`, the HF model in it."""
+        """Give --model a new score head. -> the reward model, and a sentence on what is trained.
+
+        Sets `lm`, the HF model in it.
+        """
         reward_model = load_reward_model(self.config.model, dist.load_device, seed=self.config.seed)
         self.lm = reward_model.model
         return reward_model, choose_trained(self.lm, self.config)
 
     def score(self, model, batch):
-        """Packed rows, the chosen ones first -> scores [2 b], further losses {name: [b]}, one number a pair: none."""
+        """Packed rows, the chosen ones first -> scores [2 b], further losses of pairs: none."""
         return model(batch), {}
 
     def add_further(self, losses, further):
-        """Pairs' losses [b] with the further ones added, which a plain reward model does not have."""
+        """Pairs' losses [b], with the further ones added: as they are."""
         return losses
 
     def after_step(self):

@@ -31,7 +31,7 @@ from .stats import mean_se
 class PPOParts(Parts):
     """What the functions of a PPO run share: what a roll-out needs, and what judges its answers."""
 
-    model: torch.nn.Module  # the policy, in DDP or in shards (FSDP) where there are several processes
+    model: torch.nn.Module  # the policy; on several processes in DDP or in shards (FSDP)
     reference: Policy
     scoring: Scoring  # or another object with its functions: see scoring.py
     gold: Callable | None  # Answers -> scores [B], for evaluation only
@@ -51,8 +51,8 @@ def forward(parts, policy, batch, **kwargs):
 
 
 # What is computed when. generate() has run the policy over every sampled token and kept its log-probs
-# and, by a value head on the LM's own hidden states, its values. The policy runs over them once more
-# in these cases alone:
+# and, by a value head on the LM's own hidden states, values. The policy runs over the tokens once
+# more only where it says yes:
 #
 #                                                sampled_logprobs()         sampled_outputs()
 #                                                evaluation                 training
@@ -105,7 +105,7 @@ def evaluate(parts, prompts):
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     by_name = dict(scored.members)
     if scored.scores is not scored.proxy:
-        by_name["controlled"] = scored.scores  # what PPO maximises is not what the reward model says
+        by_name["controlled"] = scored.scores  # PPO maximises something else
     columns = torch.stack(list(by_name.values()), 1).tolist()
     rows = zip(texts, responses, columns, g["gold"].tolist(), prompts, response_ids)
     return result, [
@@ -122,7 +122,8 @@ def held_out_answers(parts, prompts):
     places = [mine[i : i + size] for i in range(0, len(mine), size)]
     with gathered(parts.policy):
         rollouts, answers = zip(*(roll_out(parts, [prompts[j] for j in place], place, 0) for place in places))
-        logprobs = torch.cat([sampled_logprobs(parts, r, a.batch) for r, a in zip(rollouts, answers)])  # [n, R]
+        logprobs = [sampled_logprobs(parts, r, a.batch) for r, a in zip(rollouts, answers)]
+        logprobs = torch.cat(logprobs)  # [n, R]
     with gathered(parts.reference):
         ref_logprobs = torch.cat([forward(parts, parts.reference, a.batch)["logprobs"] for a in answers])  # [n, R]
     for a in answers:

@@ -38,7 +38,7 @@ class Rollout:
     response_mask: torch.Tensor  # [B, R] bool, up to and including the first EOS
     logprobs: torch.Tensor  # [B, R] of the full distribution at the sampling temperature
     entropies: torch.Tensor  # [B, R] of the same distribution, nats
-    values: torch.Tensor | None  # [B, R], before each token; None where policy.shares_trunk is False
+    values: torch.Tensor | None  # [B, R], before each token; None unless policy.shares_trunk
     finished: torch.Tensor  # [B] bool: the response ends with EOS
 
     def packed(self):

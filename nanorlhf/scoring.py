@@ -2,8 +2,7 @@
 
     b answers of this process, B of all processes, K members
 
-train_ppo.py and evaluation.py hold one object that they ask about rewards. Its functions, in the order
-of their use:
+train_ppo.py and evaluation.py ask one object about rewards. Its functions, in the order of their use:
 
     load(tokenizer, dist)      load the models
     restore(tensors)           take back what an earlier part of the run has learned
@@ -13,8 +12,8 @@ of their use:
     tensors()                  what it has learned, for a checkpoint
     summary_names              which of its numbers the table at the end of a run shows
 
-Scoring is the plain one: rewards and the objective that makes one score of theirs. It learns nothing.
-Control by features of a reward model (control/feature_control.py) is another, with the same functions.
+Scoring is the plain one: rewards, and the objective that makes one score of theirs. It learns
+nothing. control/feature_control.py has another, with the same functions.
 """
 
 from dataclasses import dataclass, field
@@ -32,9 +31,9 @@ class Scored:
 
     members: dict[str, torch.Tensor]  # {name of a reward: [B]}
     proxy: torch.Tensor  # [B]: one score of all members
-    scores: torch.Tensor  # [B]: what PPO maximises; the proxy itself, unless there are further terms
+    scores: torch.Tensor  # [B]: what PPO maximises: the proxy, unless there are further terms
     variance: torch.Tensor  # [B]: between the members
-    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # {name: [B]}: what else is in the scores
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # {name: [B]}, for the record
 
 
 class Scoring:

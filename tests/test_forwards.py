@@ -1,8 +1,9 @@
-"""How often a policy runs over what it has sampled: once, while it samples, unless something new is asked of it.
+"""How often a policy runs over what it samples: once, while it samples, unless more is asked of it.
 
     R response tokens, which is also how often the LM runs to sample them: no response ends before
 
-A policy without a value head, one with a head on its own hidden states, and one with a value model of its own.
+The policies: one without a value head, one with a head on the LM's own hidden states, and one with
+a value model of its own.
 """
 
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from nanorlhf.runtime.distributed import Dist
 from nanorlhf.scoring import Scoring
 
 R = 5
-BATCH, MICRO = 6, 4  # one roll-out holds 6 answers, one forward 4: two forwards run over all of a roll-out
+BATCH, MICRO = 6, 4  # answers in a roll-out and in a forward: two forwards read all of a roll-out
 N = 2 * BATCH
 ALONE = Dist(0, 1, torch.device("cpu"))
 KINDS = ("no head", "head", "value model")
@@ -39,7 +40,8 @@ def new_lm(tokenizer):
     lm = AutoModelForCausalLM.from_config(config)
     lm.base_model.final_layer_norm.bias.data.normal_()
     bias = lm.base_model.final_layer_norm.bias.data
-    lm.get_output_embeddings().weight.data[tokenizer.eos_token_id] = -20 * bias / bias.square().sum()
+    unembedding = lm.get_output_embeddings().weight.data
+    unembedding[tokenizer.eos_token_id] = -20 * bias / bias.square().sum()
     return lm
 
 
@@ -90,7 +92,7 @@ FORWARDS = {"float32": 2 * R, "bfloat16": 2 * R + 4}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", FORWARDS)
 def test_an_evaluation(tokenizer, kind, dtype):
-    """Its KL takes the log-probs that sampling gave; bfloat16 asks for them once more, whatever head there is."""
+    """Its KL takes the log-probs that sampling gave; in bfloat16 they are computed once more."""
     parts = ppo_parts(kind, tokenizer, dtype)
     lm = count_forwards(parts.policy.lm.base_model)
     reference = count_forwards(parts.reference.lm.base_model)
@@ -98,7 +100,8 @@ def test_an_evaluation(tokenizer, kind, dtype):
     result, _ = evaluate(parts, prompts(tokenizer, N))
     assert len(lm) == FORWARDS[dtype] and len(reference) == 4
     assert len(trunk) == 0 or dtype == "bfloat16"
-    assert result["kl"]["mean"] == pytest.approx(0, abs=1e-5 if dtype == "float32" else 0.1)  # it is the reference still
+    tolerance = 1e-5 if dtype == "float32" else 0.1
+    assert result["kl"]["mean"] == pytest.approx(0, abs=tolerance)  # it is the reference still
 
 
 @pytest.mark.parametrize("kind, dtype, full_kl, expected", [
@@ -108,7 +111,7 @@ def test_an_evaluation(tokenizer, kind, dtype):
     ("head", "float32", True, 2),
 ])  # fmt: skip
 def test_what_training_asks_of_a_rollout(tokenizer, kind, dtype, full_kl, expected):
-    """Log-probs and values of sampling, or where these will not do a forward over each of two micro-batches."""
+    """What sampling gave, or where that will not do a forward over each of two micro-batches."""
     parts = ppo_parts(kind, tokenizer, dtype)
     rollout, answers = roll_out(parts, prompts(tokenizer, BATCH), range(BATCH), 1)
     lm = count_forwards(parts.policy.lm.base_model)
@@ -132,8 +135,8 @@ def test_best_of_n(tokenizer, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(pool, "load_policy", load_and_count)
     monkeypatch.setattr(sample_bon, "plot_run", lambda *args: None)
     sample_bon.main(sample_bon.Config(
-        output_dir=str(tmp_path / "bon"), model=str(tmp_path / "model"), reward_model=["world:gold"],
-        n_answers=4, eval_size=3, max_new_tokens=R, batch_size=BATCH,
+        output_dir=str(tmp_path / "bon"), model=str(tmp_path / "model"),
+        reward_model=["world:gold"], n_answers=4, eval_size=3, max_new_tokens=R, batch_size=BATCH,
     ))  # fmt: skip
     ((policy, forwards),) = opened
     # A batch of 6 takes the 4 answers of one prompt at a time: three roll-outs.

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import train_ppo
 import train_rm
-from nanorlhf import rollout
+from nanorlhf import evaluation, rollout
 from nanorlhf.errors import InputError
 from nanorlhf.hf.blocks import freeze, trainable
 from nanorlhf.models import Policy, load_policy, load_reward_model
@@ -99,7 +99,7 @@ def in_turn(jobs):
     roll_out, save = rollout.roll_out, log.RunFolder.checkpoint
     for function, *args in jobs:
         function(*args)
-        train_ppo.roll_out = rollout.roll_out = roll_out
+        train_ppo.roll_out = evaluation.roll_out = roll_out
         log.RunFolder.checkpoint = save
     shutdown()
 

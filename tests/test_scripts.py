@@ -550,7 +550,7 @@ def drive(folder, runs):
                 f.write(json.dumps([step, i, ids[mask].tolist()]) + "\n")
         return rollout, answers
 
-    train_ppo.roll_out = rollout.roll_out = recorded
+    train_ppo.roll_out = evaluation.roll_out = recorded
     for kind, settings in runs:
         SCRIPTS[kind].main(SCRIPTS[kind].Config(output_dir=str(Path(folder) / kind), **settings))
     distributed.shutdown()

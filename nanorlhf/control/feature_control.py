@@ -9,10 +9,11 @@ r"""Control of PPO's reward by features of its reward model: the flags --penaliz
 R takes the score's place before anything else happens to it: rules on endings and length, score scaling and clipping, the KL. z are the
 latents of the finished answer at its last token, before any clamp: penalties and density see what the policy wrote, not what was scored.
 
-train_ppo.py meets this file in one place: its Config has the Flags, and where they are given prepare()
-makes a ControlledScoring, which stands in for scoring.Scoring.
+train_ppo.py meets this file in one place: its Config has the Flags, and where they are given
+prepare() makes a ControlledScoring, which stands in for scoring.Scoring.
 
-    b answers of this process, B of a whole rollout, F features that are read, d those whose density is compared, N human texts
+    b answers of this process, B of a whole rollout, F features that are read,
+    d those whose density is compared, N human texts
 """
 
 import math
@@ -48,7 +49,7 @@ FEWEST = 20  # human texts
 
 @dataclass
 class Flags:
-    """What train_ppo.py has to say of control by features: bases of its Config are these, then cli.RunConfig."""
+    """The flags of train_ppo.py for control by features. Its Config inherits them before RunConfig."""
 
     penalize_features: list[int] = field(default_factory=list, metadata={"help": "latents of --reward_model, a SARM, that "
         "cost reward; of another reward model: see --feature_sae"})  # fmt: skip
@@ -83,8 +84,10 @@ def check_flags(config):
         require(config.human_latents, f"{relative[0]} compares with reference data: name --human_latents (probe.py human_latents)")
     else:
         require(not config.human_latents, "--human_latents is there for --tau qSHARE, --alpha Xstd and --density_beta: name one of them")
-    why = "--feature_sae is there for --penalize_features, --clamp and --density_beta: name one of them"
-    require(wanted(config) or not config.feature_sae, why)
+    require(
+        wanted(config) or not config.feature_sae,
+        "--feature_sae is there for --penalize_features, --clamp and --density_beta: name one of them",
+    )
 
 
 def wanted(config):
@@ -128,7 +131,10 @@ def prepare(config):
     if not wanted(config):
         return None
     members = len(config.reward_model)
-    require(members == 1, f"features are those of one reward model, and --reward_model names {members}")
+    require(
+        members == 1,
+        f"features are those of one reward model, and --reward_model names {members}",
+    )
     (spec,), clamps = config.reward_model, parse_edits("clamp", config.clamp, CLAMPS)
     check_feature_reward(spec, config.feature_sae, [*config.penalize_features, *clamps])
     human = human_latents.load(config.human_latents, spec, config.feature_sae) if config.human_latents else None
@@ -151,7 +157,7 @@ def prepare(config):
 
 
 class ControlledScoring:
-    """One reward model, and R in the place of its scores; its functions are those of scoring.Scoring.
+    """One reward model, and R in the place of its scores. Its functions are scoring.Scoring's.
 
     The one thing that it learns is the density ratio.
     """
@@ -178,9 +184,10 @@ class ControlledScoring:
             dist.print(f"feature {i}: {config.penalty} penalty above {tau:.4g}, alpha {alpha:.4g}")
 
     def read(self, parts: list[Answers]) -> dict[str, torch.Tensor]:
-        """A list of Answers, b in all, one pass over each -> scores, latents, and scores with clamped latents.
+        """A list of Answers, b in all -> {"member_scores": [b, 1], "latents": [b, F], "clamped": [b]}.
 
-        {"member_scores": [b, 1], "latents": [b, F], "clamped": [b]}. All processes call this.
+        `clamped` are the scores with clamped latents. The answers are read once for all of them. All
+        processes call this.
         """
         with gathered(self.reward.module):
             found = self.dist.together(lambda: [self.reward.read_gathered(part, self.features, self.clamps) for part in parts])
@@ -188,7 +195,7 @@ class ControlledScoring:
         return {"member_scores": scores[:, None], "latents": latents, "clamped": clamped}
 
     def combine(self, readings: dict[str, torch.Tensor]) -> Scored:
-        """Readings of B answers -> Scored: the reward model's own scores are the proxy, and R is what PPO maximises."""
+        """Readings of B answers -> Scored: the proxy is the reward model's own score, the score is R."""
         proxy = readings["member_scores"][:, 0]  # [B]
         terms = self.terms(readings["latents"], readings["clamped"])
         return Scored(
@@ -200,7 +207,7 @@ class ControlledScoring:
         )
 
     def terms(self, latents, clamped):
-        """Latents [B, F] and clamped scores [B] -> {name: [B]}: what each rule makes of them, and first `controlled`, R itself."""
+        """Latents [B, F], clamped scores [B] -> {name: [B]}: first R, `controlled`; then what it is made of."""
         terms, total = {"clamped": clamped} if self.clamps else {}, clamped
         for i in self.named:
             z = latents[:, self.column[i]]  # [B]
@@ -221,7 +228,10 @@ class ControlledScoring:
         return self.dist.gather((x if self.dist.main else x[:0]).to(latents.device))
 
     def learn(self, readings: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Readings of a whole fresh rollout, which has been judged -> the step's numbers of the density ratio, which learns from it."""
+        """Let the density ratio learn from the readings of a rollout, once it has been judged.
+
+        -> the step's numbers {density_auc, density_loss}; none without --density_beta
+        """
         if not self.density:
             return {}
         return self.density.learn(readings["latents"][:, self.of_density].cpu())

@@ -1,7 +1,7 @@
-"""How a SARM starts from an LM and a pretrained autoencoder, and how it is trained: the flag --sarm of train_rm.py.
+"""How a SARM starts from an LM and a pretrained autoencoder, and how train_rm.py --sarm trains it.
 
-train_rm.py meets this file in one place: its Config has the Flags, and with --sarm prepare() makes a
-SarmTraining, which stands in for train_rm.PlainTraining.
+train_rm.py meets this file in one place: its Config has the Flags, and with --sarm prepare() makes
+a SarmTraining, which stands in for train_rm.PlainTraining.
 
     b pairs, D hidden, L blocks
 
@@ -12,7 +12,7 @@ What the preference loss trains in each mode; the decoder W_d, which the score d
     joint             w, the LM and the encoder (W_e, b_e, b_d)
     detached          the same; and the autoencoder's reconstruction of h, which the LM gets no gradient of, trains W_e, b_e, b_d and W_d
 
-w starts at zero. In `detached` the loss of a pair is Bradley-Terry's plus lambda times the reconstruction's:
+w starts at zero. In `detached` the loss of a pair is
 
     -log sigmoid(r_c - r_r) + lambda 1/2 (||x_c - x^_c||^2 + ||x_r - x^_r||^2) / D
 
@@ -35,7 +35,7 @@ MODES = ("frozen", "encoder_frozen", "joint", "detached")
 
 @dataclass
 class Flags:
-    """What train_rm.py has to say of SARMs: bases of its Config are these, then cli.RunConfig."""
+    """The flags of train_rm.py for SARMs. Its Config inherits them before RunConfig."""
 
     sarm: str = field(default="", metadata={"help": "train a SARM with this autoencoder: train_sae.py --model runs/sft --base none --site "
         "residual --layers 2 --normalize token --relu False --output_dir runs/sae_sarm; default folder: runs/sarm"})  # fmt: skip
@@ -44,7 +44,7 @@ class Flags:
     sarm_lambda: float = field(default=1.0, metadata={"help": "detached: weight of the reconstruction, ||x - x^||^2 / D"})
 
     def set_sarm_defaults(self):
-        """Give --output_dir and --lr the values that are a SARM's own, where they were not named."""
+        """With --sarm, set --output_dir and --lr to a SARM's defaults where they were not named."""
         if not self.sarm:
             return
         if self.output_dir == type(self).output_dir:
@@ -62,16 +62,24 @@ class Flags:
 
 def check_flags(config):
     """What of the other flags does not go with --sarm; InputErrors."""
-    require(config.lr > 0, "--sarm starts from a head of zeros: with --lr 0 every score would stay 0")
+    require(
+        config.lr > 0,
+        "--sarm starts from a head of zeros: with --lr 0 every score would stay 0",
+    )
     require(config.distributed == "ddp", "--sarm is trained with --distributed ddp only")
-    require(not config.lora_rank or config.merge, "--sarm with --lora_rank needs --merge: no adapters in its folder")
-    if config.sarm_mode == "frozen":
-        moves_the_lm = config.lora_rank or config.freeze_layers
-        require(not moves_the_lm, "--sarm_mode frozen trains the head alone: it takes no --lora_rank and no --freeze_layers")
+    require(
+        not config.lora_rank or config.merge,
+        "--sarm with --lora_rank needs --merge: no adapters in its folder",
+    )
+    chooses_layers = config.lora_rank or config.freeze_layers
+    require(
+        config.sarm_mode != "frozen" or not chooses_layers,
+        "--sarm_mode frozen trains the head alone: it takes no --lora_rank and no --freeze_layers",
+    )
 
 
 def prepare(config, dist):
-    """-> SarmTraining, or None without --sarm. Looks at --model and --sarm and loads neither; InputErrors."""
+    """-> SarmTraining, or None without --sarm. InputErrors of --model and --sarm; loads neither."""
     if not config.sarm:
         return None
     return SarmTraining(config, check_start(config, dist))
@@ -85,15 +93,15 @@ class SarmTraining:
         self.detached = config.sarm_mode == "detached"
 
     def load(self, dist):
-        """-> SARM whose head is zero, and a sentence on what of it is trained. Sets `lm`, the HF model in it."""
+        """Start a SARM. -> it, and a sentence on what is trained. Sets `lm`, the HF model in it."""
         self.sarm, note = start(self.config, self.sarm_config, dist.device)
         self.lm = self.sarm.trunk
         return self.sarm, note
 
     def score(self, model, batch):
-        """Packed rows, the chosen ones first -> scores [2 b], further losses {name: [b]}, one number a pair.
+        """Packed rows, the chosen ones first -> scores [2 b], further losses of pairs {name: [b]}.
 
-        In `detached` that is the reconstruction, the mean over a pair's two texts of ||x - x^||^2 / D.
+        In `detached` there is one: ||x - x^||^2 / D, the mean over a pair's two texts.
         """
         if not self.detached:
             return model(batch), {}
