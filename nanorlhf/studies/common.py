@@ -124,6 +124,13 @@ def print_title(title: str, a):
     print(f"\n{title}{mark}")
 
 
+def describe_numbers(a) -> str:
+    """What the numbers of a table are, as a part of its title."""
+    if a.seeds == 1:
+        return "of one seed, so without intervals"
+    return f"mean over {a.seeds} seeds +- half-width of its 95% t interval"
+
+
 def with_interval(mean: float, half_width: float, digits: int = 3) -> str:
     """'0.123 +- 0.045'; the mean alone where there is no interval, as of a single seed."""
     if math.isnan(half_width):

@@ -25,7 +25,15 @@ from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..stats import auc, t_interval
-from .common import draw_picture, make_parser, print_title, read_flags, run_stage, with_interval
+from .common import (
+    describe_numbers,
+    draw_picture,
+    make_parser,
+    print_title,
+    read_flags,
+    run_stage,
+    with_interval,
+)
 
 SAES = {"sae": "--tokens all", "sae_ends": "--tokens sentence_ends", "sae_random": "--tokens all --steps 1 --lr 0"}  # of the SFT policy
 SARMS = {  # name: its autoencoder and its mode; reward_first: a head on the dense reward model, and an autoencoder of its last tokens
@@ -348,7 +356,7 @@ def main(args=None):
     outcomes = outcomes_of(a, found)
     tables = {"reward models": accuracy_table(a), **control_tables(outcomes)}
     for title, table in tables.items():
-        print_title(f"{title}: mean over seeds +- half-width of its 95% t interval", a)
+        print_title(f"{title}: {describe_numbers(a)}", a)
         show(table)
     summary = {"settings": vars(a), "identified": {s: found[s] | truths[s] for s in found}, "outcomes": outcomes, "tables": tables}
     Path(a.output_dir, named(a, "summary.json")).write_text(json.dumps(summary, indent=2) + "\n")

@@ -17,7 +17,14 @@ import json
 from pathlib import Path
 
 from ..stats import t_interval
-from .common import make_parser, print_title, read_flags, run_stage, with_interval
+from .common import (
+    describe_numbers,
+    make_parser,
+    print_title,
+    read_flags,
+    run_stage,
+    with_interval,
+)
 
 PROBES = {  # name: what it adds to the command
     "words, activations": "reward --site mlp",
@@ -116,7 +123,7 @@ def main(args=None):
     tables["concepts with an AUC above .95"] = over_seeds(a, "features", concepts)
     tables |= {f"ablation of features that {name}": over_seeds(a, f"ablate_{i}", effects) for i, name in enumerate(ABLATIONS)}
     for title, table in tables.items():
-        print_title(f"{title}: mean over {a.seeds} seeds +- half-width of its 95% t interval", a)
+        print_title(f"{title}: {describe_numbers(a)}", a)
         for name, (mean, half) in table.items():
             print(f"  {name:60s}{with_interval(mean, half):>17s}")
     Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "tables": tables}, indent=2) + "\n")

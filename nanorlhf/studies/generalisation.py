@@ -26,6 +26,7 @@ from ..evals.diversity_report import FILE
 from ..stats import t_interval, win_points
 from ..world import vocabulary
 from .common import (
+    describe_numbers,
     draw_picture,
     is_finished,
     make_parser,
@@ -269,7 +270,7 @@ def main(args=None):
         run_stage(stage, a.jobs, lambda command: finished(a, command))
 
     tables = compared(a, [measured(a, s) for s in range(a.seeds)])
-    print(f"\nMean over {a.seeds} seeds +- half-width of the 95% t interval; {a.prompts} prompts a split, {a.answers} answers to each.")
+    print(f"\nNumbers: {describe_numbers(a)}; {a.prompts} prompts a split, {a.answers} answers to each.")
     for title, rows in tables.items():
         print_title(title, a)
         show(rows)

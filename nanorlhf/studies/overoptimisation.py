@@ -15,7 +15,15 @@ from pathlib import Path
 
 from ..runtime.plots import comparison_figure
 from ..stats import t_interval
-from .common import draw_picture, make_parser, print_title, read_flags, run_stage, with_interval
+from .common import (
+    describe_numbers,
+    draw_picture,
+    make_parser,
+    print_title,
+    read_flags,
+    run_stage,
+    with_interval,
+)
 
 OBJECTIVES = ("single", "mean", "wco", "uwo")
 BON_LAMBDAS = (0.1, 0.5, 1)
@@ -115,7 +123,7 @@ def main(args=None):
         tables[f"PPO, label noise {noise:g}, kl_coef {kl_coef:g}"] = {
             name: cell_of([ppo_curve(f"{folder}/{name}/seed_{s}") for s in range(a.seeds)]) for name in OBJECTIVES
         }
-    print(f"\nGold on held-out prompts: mean over {a.seeds} seeds and half-width of its 95% t interval; 'at': the peak's n or step, mean.")
+    print(f"\nGold on held-out prompts: {describe_numbers(a)}; 'at': the peak's n or step, mean.")
     for title, cells in tables.items():
         print_title(title, a)
         show(cells)
