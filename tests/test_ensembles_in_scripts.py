@@ -566,6 +566,7 @@ def test_no_gold_to_add(base, finished, capfd, args, words):
     ("missing", ["no finished PPO run here", "config.json"]),
     ("unfinished", ["no finished PPO run here", "summary.json"]),
     ("no metrics", ["no finished PPO run here", "metrics.jsonl"]),
+    ("no answers", ["eval/step_0.jsonl: no such file"]),
     ("a reward model", ["no finished PPO run here"]),
 ])  # fmt: skip
 def test_no_run_to_add_gold_to(base, finished, capfd, what, words):
@@ -573,6 +574,8 @@ def test_no_run_to_add_gold_to(base, finished, capfd, what, words):
         (finished / "summary.json").unlink()
     elif what == "no metrics":
         (finished / "metrics.jsonl").unlink()
+    elif what == "no answers":
+        (finished / "eval/step_0.jsonl").unlink()
     else:
         shutil.rmtree(finished)
         if what == "a reward model":
