@@ -131,7 +131,7 @@ def main(config):
     if folder.state == "done":
         return folder.already_done()
     check_inputs(config, "model", "value_model", "reward_model", "gold_model")
-    scoring = feature_control.prepare(config) or Scoring(config)  # the first is None without its flags
+    scoring = feature_control.prepare(config) or Scoring(config)  # None without its flags
     rows, held_out, note = load_splits(config, "prompts")  # held_out: {label: rows}
     train_what_is_missing(config, "model", "reward_model")
     torch.manual_seed(config.seed)

@@ -161,7 +161,7 @@ def train(config, dist):
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         mine = dist.share(data.batch_indices(len(rows), config.batch_size, step - 1, config.seed))
         reward_model.train()
-        totals = defaultdict(lambda: torch.zeros((), device=dist.device))  # of numbers of the record
+        totals = defaultdict(lambda: torch.zeros((), device=dist.device))  # of the record
         lengths = torch.tensor([max(len(chosen[j]), len(rejected[j])) + len(prompts[j]) for j in mine])  # of a pair's longer row
         parts = dist.even(micro_batches(lengths, config.micro_batch_size, (config.tokens_per_micro_batch + 1) // 2))  # two rows a pair
         for part in parts:

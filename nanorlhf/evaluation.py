@@ -50,7 +50,7 @@ def forward(parts, policy, batch, **kwargs):
     return out
 
 
-# What is computed when. generate() has run the policy over every sampled token and kept its log-probs
+# What is computed when. generate() has run the policy over every sampled token and kept log-probs
 # and, by a value head on the LM's own hidden states, values. The policy runs over the tokens once
 # more only where it says yes:
 #
@@ -87,8 +87,8 @@ def evaluate(parts, prompts):
     """Held-out prompts, always with the same noise -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold, ids} for each."""
     tokenizer, dist = parts.tokenizer, parts.dist
     local = held_out_answers(parts, prompts)
-    # [N, ...], in the prompts' order. They lie in memory prompt by prompt, on any number of processes,
-    # so that sums over the members are always added up in the same order.
+    # [N, ...], in the prompts' order. They lie in memory prompt by prompt, on any number of
+    # processes, so that sums over the members are always added up in the same order.
     g = {name: dist.gather(part).cpu().contiguous() for name, part in local.items()}
     scored = parts.scoring.combine(g)
     result = {"proxy": mean_se(scored.proxy)}

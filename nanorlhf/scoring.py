@@ -2,7 +2,7 @@
 
     b answers of this process, B of all processes, K members
 
-train_ppo.py and evaluation.py ask one object about rewards. Its functions, in the order of their use:
+train_ppo.py and evaluation.py ask one object about rewards. Its functions, in order of their use:
 
     load(tokenizer, dist)      load the models
     restore(tensors)           take back what an earlier part of the run has learned

@@ -123,7 +123,7 @@ def test_what_training_asks_of_a_rollout(tokenizer, kind, dtype, full_kl, expect
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_best_of_n(tokenizer, tmp_path, monkeypatch, kind):
-    """sample_bon.py reads the LM alone, whatever was saved beside it: one forward for each token."""
+    """sample_bon.py reads the LM alone, whatever was saved beside it: one forward a token."""
     save_policy(new_policy(kind, tokenizer), tokenizer, str(tmp_path / "model"))
     opened = []
 

@@ -49,7 +49,7 @@ FEWEST = 20  # human texts
 
 @dataclass
 class Flags:
-    """The flags of train_ppo.py for control by features. Its Config inherits them before RunConfig."""
+    """Flags of train_ppo.py for control by features. Its Config inherits them before RunConfig."""
 
     penalize_features: list[int] = field(default_factory=list, metadata={"help": "latents of --reward_model, a SARM, that "
         "cost reward; of another reward model: see --feature_sae"})  # fmt: skip
@@ -86,7 +86,8 @@ def check_flags(config):
         require(not config.human_latents, "--human_latents is there for --tau qSHARE, --alpha Xstd and --density_beta: name one of them")
     require(
         wanted(config) or not config.feature_sae,
-        "--feature_sae is there for --penalize_features, --clamp and --density_beta: name one of them",
+        "--feature_sae is there for --penalize_features, --clamp and --density_beta: "
+        "name one of them",
     )
 
 
@@ -184,10 +185,10 @@ class ControlledScoring:
             dist.print(f"feature {i}: {config.penalty} penalty above {tau:.4g}, alpha {alpha:.4g}")
 
     def read(self, parts: list[Answers]) -> dict[str, torch.Tensor]:
-        """A list of Answers, b in all -> {"member_scores": [b, 1], "latents": [b, F], "clamped": [b]}.
+        """A list of Answers, b in all -> {member_scores [b, 1], latents [b, F], clamped [b]}.
 
-        `clamped` are the scores with clamped latents. The answers are read once for all of them. All
-        processes call this.
+        `clamped` are the scores with clamped latents. Each answer is read once, for all of these.
+        All processes call this.
         """
         with gathered(self.reward.module):
             found = self.dist.together(lambda: [self.reward.read_gathered(part, self.features, self.clamps) for part in parts])
@@ -195,7 +196,7 @@ class ControlledScoring:
         return {"member_scores": scores[:, None], "latents": latents, "clamped": clamped}
 
     def combine(self, readings: dict[str, torch.Tensor]) -> Scored:
-        """Readings of B answers -> Scored: the proxy is the reward model's own score, the score is R."""
+        """Readings [B, ...] -> Scored: the proxy is the reward model's own score; `scores` is R."""
         proxy = readings["member_scores"][:, 0]  # [B]
         terms = self.terms(readings["latents"], readings["clamped"])
         return Scored(
@@ -207,7 +208,7 @@ class ControlledScoring:
         )
 
     def terms(self, latents, clamped):
-        """Latents [B, F], clamped scores [B] -> {name: [B]}: first R, `controlled`; then what it is made of."""
+        """Latents [B, F], clamped scores [B] -> {name: [B]}: R as `controlled`, then its parts."""
         terms, total = {"clamped": clamped} if self.clamps else {}, clamped
         for i in self.named:
             z = latents[:, self.column[i]]  # [B]
