@@ -35,9 +35,12 @@ from .runtime.fsdp import gathered
 from .sarm import SARM, check_sarm, is_sarm
 
 
-def score_all(rewards, answers, dist=None):
-    """{name: reward} -> scores [K, B] in float32 on the CPU, one row a reward. See score() for `dist`."""
-    return torch.stack([score(reward, [answers], dist) for reward in rewards.values()])
+def score_all(rewards, parts, dist=None):
+    """{name: reward}, a list of Answers, B in all -> scores [K, B] in float32 on the CPU.
+
+    One row a reward. See score() for `dist`.
+    """
+    return torch.stack([score(reward, parts, dist) for reward in rewards.values()])
 
 
 def score(reward, parts, dist=None):

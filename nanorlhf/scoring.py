@@ -22,7 +22,7 @@ import torch
 
 from . import ensemble
 from .packing import Answers
-from .rewards import load_rewards, score
+from .rewards import load_rewards, score_all
 
 
 @dataclass
@@ -54,8 +54,7 @@ class Scoring:
 
     def read(self, parts: list[Answers]) -> dict[str, torch.Tensor]:
         """A list of Answers, b in all -> {"member_scores": [b, K]}. All processes call this."""
-        rows = [score(reward, parts, self.dist) for reward in self.rewards.values()]
-        return {"member_scores": torch.stack(rows).T}
+        return {"member_scores": score_all(self.rewards, parts, self.dist).T}
 
     def combine(self, readings: dict[str, torch.Tensor]) -> Scored:
         """Readings of B answers -> Scored: the objective of the members is what PPO maximises."""

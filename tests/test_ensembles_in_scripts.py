@@ -36,6 +36,7 @@ import train_ppo
 import train_rm
 from nanorlhf import data, ensemble, world
 from nanorlhf.runtime import cli, distributed, plots
+from nanorlhf.scoring import Scoring
 
 SEEDS = (0, 1, 2)
 LAMBDA = 1.5
@@ -268,16 +269,17 @@ def test_a_further_objective_is_one_line(base, tmp_path, monkeypatch):
         assert "median" in helps["objective"]
 
     # PPO: the rollouts' scores, the evaluations' proxy.
-    member_scores, score_all = [], train_ppo.score_all
+    member_scores, read = [], Scoring.read
 
     def recorded(*args):
-        member_scores.append(score_all(*args))
-        return member_scores[-1]
+        readings = read(*args)
+        member_scores.append(readings["member_scores"])  # [b, K]
+        return readings
 
-    monkeypatch.setattr(train_ppo, "score_all", recorded)
+    monkeypatch.setattr(Scoring, "read", recorded)
     records = train_policy(base, tmp_path / "ppo", objective="median", steps=1)
-    (of_rollout,) = member_scores
-    medians = [statistics.median(scores) for scores in of_rollout.T.tolist()]
+    _, of_rollout, _ = member_scores  # between the evaluations before and after it
+    medians = [statistics.median(scores) for scores in of_rollout.tolist()]
     assert records[1]["score_mean"] == pytest.approx(statistics.fmean(medians), abs=1e-5)
     for step in (0, 1):
         rows = read_rows(tmp_path / f"ppo/eval/step_{step}.jsonl")

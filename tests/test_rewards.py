@@ -160,7 +160,7 @@ def test_each_reward_gets_its_own_lists(tmp_path, spoil):
     (tmp_path / "my.py").write_text("\n".join(lines) + "\n")
     rewards = {name: load_reward(f"{tmp_path}/my.py:{name}", None, ALONE) for name in ("first", "second")}
     given = Answers(["p", "q", "r"], ["long answer", "", "word"], None)
-    scores = score_all(rewards, given)
+    scores = score_all(rewards, [given])
     assert scores.tolist() == [[1, 1, 1], [11, 0, 4]]
     assert (given.prompts, given.responses) == (["p", "q", "r"], ["long answer", "", "word"])
     assert python_function(f"{tmp_path}/my.py:second").__globals__["seen"] == [(given.prompts, given.responses)]
@@ -361,12 +361,12 @@ def test_a_model_that_gives_no_number(folder, tmp_path):
 def test_several_rewards_side_by_side(folder, code):
     specs = (str(folder / "rm"), f"{code}:good", f"{code}:tensor")
     rewards = {spec: load_reward(spec, word_tokenizer(), ALONE) for spec in specs}
-    scores = score_all(rewards, answers())
+    scores = score_all(rewards, [answers()])
     assert scores.shape == (3, 4) and scores.dtype == torch.float32
     for row, spec in zip(scores, specs):
         assert torch.equal(row, score(spec))
     part = Answers(PROMPTS[1:3], RESPONSES[1:3], answers().batch.rows(torch.tensor([1, 2])))
-    same(score_all(rewards, part)[:2], scores[:2, 1:3].tolist())
+    same(score_all(rewards, [part])[:2], scores[:2, 1:3].tolist())
 
 
 def test_matrix_products_in_bfloat16(folder):
@@ -428,14 +428,14 @@ def test_members_score_as_they_do_alone(members, monkeypatch, names, with_ids):
     for name in ("encode_prompts", "encode_responses"):
         monkeypatch.setattr(nanorlhf.rewards, name, counted(name, getattr(nanorlhf.rewards, name)))
     monkeypatch.setattr(Packed, "micro_batches", counted("micro_batches", Packed.micro_batches))
-    scores = score_all(rewards, given)
+    scores = score_all(rewards, [given])
     same(scores, expected)
     kinds = {name.split("_")[0] for name in names}
     if with_ids:
         kinds = {kind.replace("eos", "own") for kind in kinds}
     n = len(kinds - {"own"} if with_ids else kinds)
     assert calls == {"encode_prompts": n, "encode_responses": n, "micro_batches": len(kinds)}
-    assert torch.equal(score_all(rewards, given), scores)
+    assert torch.equal(score_all(rewards, [given]), scores)
     alone = [reward(Answers(given.prompts, given.responses, given.batch)) for reward in rewards.values()]
     assert torch.equal(scores, torch.stack(alone))
 
@@ -444,7 +444,7 @@ def test_members_score_as_they_do_alone(members, monkeypatch, names, with_ids):
 def test_members_of_every_micro_batch_size_side_by_side(members, kind):
     given = answers(PROMPTS * 3, RESPONSES * 3)
     rewards = {size: load_reward(str(members / f"{kind}_0"), word_tokenizer(), ALONE, size) for size in (1, 5, 12, 64)}
-    scores = score_all(rewards, given)
+    scores = score_all(rewards, [given])
     for row in scores:
         same(row, scores[0].tolist())
     assert scores[0].std() > 0.1
@@ -467,10 +467,10 @@ def test_a_member_with_a_smaller_context(members, order):
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 8}))
     rewards = load_rewards([str(members / name) for name in order], word_tokenizer(), ALONE, 2)
     fits = answers(["w5 w6 w7"] * 3, ["w8", "w8 w9 w10 w11", "w9"])  # 3 + 5 tokens
-    scores = score_all(rewards, fits)
+    scores = score_all(rewards, [fits])
     same(scores[order.index("short")], scores[order.index("own_0")].tolist())
     too_long = answers(["w5 w6 w7"] * 3, ["w8", "w8 w9 w10 w11 w12", "w9"])
-    refuses(score_all, rewards, too_long, match=["short: a text of 9 tokens, a context of 8"])
+    refuses(score_all, rewards, [too_long], match=["short: a text of 9 tokens, a context of 8"])
 
 
 # ------------------------------------------------------------------------------------------------------------------ Kendall's tau

@@ -173,7 +173,7 @@ def scoring(size, k, n, rounds, dist):
         spent.clear()
         answers = Answers(*texts, batch if kind == "ids" else None)  # new ones: nothing is prepared yet
         with mock.patch.object(RewardModel, "forward", timed_forward), mock.patch.object(Packed, "micro_batches", micro_batches):
-            score_all(dict(list(rewards[kind].items())[:m]), answers)
+            score_all(dict(list(rewards[kind].items())[:m]), [answers])
         return sum(spent)
 
     def unsorted(batch, size):

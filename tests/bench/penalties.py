@@ -128,7 +128,7 @@ def main():
                     control.combine(readings)
                     control.learn(readings)
                 else:
-                    score_all(rewards, fresh, dist)
+                    score_all(rewards, [fresh], dist)
                 return time.process_time() - begun
 
             turns = []
