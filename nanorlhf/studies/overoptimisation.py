@@ -13,6 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
+from ..ensemble import OBJECTIVES
 from ..runtime.plots import comparison_figure
 from ..stats import t_interval
 from .common import (
@@ -25,7 +26,7 @@ from .common import (
     with_interval,
 )
 
-OBJECTIVES = ("single", "mean", "wco", "uwo")
+METHODS = ("single", *OBJECTIVES)  # PPO against one reward model, and against all by each objective
 BON_LAMBDAS = (0.1, 0.5, 1)
 # What --quick puts in the place of the flags' defaults: noisy labels and no penalty, where gold falls soonest.
 QUICK = {"seeds": 1, "members": 3, "label_noise": [0.25], "kl_coef": [0], "steps": 15, "n_answers": 64}
@@ -49,7 +50,7 @@ def commands(a):
             f"sample_bon.py --pool {out}/pool/pool.jsonl --reward_model {all_of_them} --uwo_lambda {lambdas} --seed {s} "
             f"--output_dir {out}/bon_noise{noise:g}/seed_{s} {a.bon_flags}"
         )
-        for kl_coef, objective in itertools.product(a.kl_coef, OBJECTIVES):
+        for kl_coef, objective in itertools.product(a.kl_coef, METHODS):
             one = objective == "single"
             ppo.append(
                 f"train_ppo.py --model {out}/sft --reward_model {f'{folder}/seed_{first}' if one else all_of_them} "
@@ -75,6 +76,17 @@ def ppo_curve(run):
     """[(step, gold on held-out prompts)] of a PPO run."""
     rows = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
     return [(row["step"], row["eval/gold"]) for row in rows if "eval/gold" in row]
+
+
+def bon_names() -> list[str]:
+    """What best-of-n compares, by its names in bon_results.json: UWO once for each lambda."""
+    names = ["single"]
+    for objective in OBJECTIVES:
+        if objective == "uwo":
+            names += [f"uwo_{uwo_lambda:g}" for uwo_lambda in BON_LAMBDAS]
+        else:
+            names.append(objective)
+    return names
 
 
 def bon_curve(run, name):
@@ -116,12 +128,11 @@ def main(args=None):
     tables = {}
     for noise in a.label_noise:
         runs = [f"{a.output_dir}/bon_noise{noise:g}/seed_{s}" for s in range(a.seeds)]
-        names = ("single", "mean", "wco", *(f"uwo_{x:g}" for x in BON_LAMBDAS))
-        tables[f"best-of-n, label noise {noise:g}"] = {name: cell_of([bon_curve(run, name) for run in runs]) for name in names}
+        tables[f"best-of-n, label noise {noise:g}"] = {name: cell_of([bon_curve(run, name) for run in runs]) for name in bon_names()}
     for noise, kl_coef in itertools.product(a.label_noise, a.kl_coef):
         folder = f"{a.output_dir}/ppo_noise{noise:g}_kl{kl_coef:g}"
         tables[f"PPO, label noise {noise:g}, kl_coef {kl_coef:g}"] = {
-            name: cell_of([ppo_curve(f"{folder}/{name}/seed_{s}") for s in range(a.seeds)]) for name in OBJECTIVES
+            name: cell_of([ppo_curve(f"{folder}/{name}/seed_{s}") for s in range(a.seeds)]) for name in METHODS
         }
     print(f"\nGold on held-out prompts: {describe_numbers(a)}; 'at': the peak's n or step, mean.")
     for title, cells in tables.items():
