@@ -1,13 +1,160 @@
-"""Tests run on the CPU, also where there is a GPU, unless pytest is called with --gpu: then those that need one run (and only they should)."""
+"""What pytest needs to know before the tests, and the fixtures that several files share: trained runs, folders of material.
+
+Fixtures of the whole session are made once and only read: a test that changes a file copies it first.
+"""
 
 import os
+import sys
+
+# Tests run on the CPU, also where there is a GPU, unless pytest is called with --gpu. Torch must not
+# have looked before; processes that tests start inherit it.
+if "--gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import shutil
+
+import pytest
+import torch
+from support import BAD_REWARDS, GOOD_ROWS, RUN_REWARDS, SCRIPTS, fork, hold, wait_for, write_rows
+from transformers import AutoModelForCausalLM
+
+import sample_bon
+import train_rm
+import train_sae
+import train_sft
+from nanorlhf import world
+from nanorlhf.runtime import plots
 
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="let the tests see GPUs")
     parser.addoption("--kills", type=int, default=3, help="how often test_kills.py kills each script at a random moment")
+    parser.addoption("--half", choices=["1/2", "2/2"], help="every other test file, for two processes side by side")
 
 
-def pytest_configure(config):
-    if not config.getoption("--gpu"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the tests' own processes inherit it
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """--half 1/2 keeps the tests of the first, third, ... file that still has tests once -m and -k have chosen; --half 2/2 the others."""
+    half = config.getoption("--half")
+    if half is None:
+        return
+    files = list(dict.fromkeys(item.path for item in items))
+    kept_files = files[int(half[0]) - 1 :: 2]
+    kept, left_out = [], []
+    for item in items:
+        (kept if item.path in kept_files else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """One thread, here as in the processes that tests start: so 'bit for bit' can be asked for, and tiny models are fastest."""
+    torch.set_num_threads(1)
+
+
+SAVE = plots.save
+
+
+def draw_only(draw, what, path):
+    """plots.save(), but that the figure is only put together, which takes a tenth of the time, and no file is written."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        return None
+    draw(matplotlib.figure.Figure(), what)
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Drawing takes as long as a run: tests do without, but those that take `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for script in (*SCRIPTS.values(), sample_bon):
+            patch.setattr(script, "plot_run", lambda run: None)
+        patch.setattr(plots, "save", draw_only)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """A test that takes this fixture has its pictures written."""
+    monkeypatch.setattr(plots, "save", SAVE)
+    for script in (*SCRIPTS.values(), sample_bon):
+        monkeypatch.setattr(script, "plot_run", plots.plot_run)
+
+
+# ---------------------------------------------------------------------------------- trained runs
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The trained runs of this session, all on the embedded world, and files of data and rewards.
+
+    sft/ and rm/; sae/, an autoencoder of sft's residual stream; sarm/, trained on it; dropout/, a model.
+    """
+    root = tmp_path_factory.mktemp("base")
+    splits = ["test", "ood"]
+    train_sft.main(train_sft.Config(output_dir=f"{root}/sft", steps=20, batch_size=16, eval_size=16, warmup=2, max_new_tokens=12,
+                                    eval_splits=splits))  # fmt: skip
+    train_rm.main(train_rm.Config(output_dir=f"{root}/rm", model=f"{root}/sft", steps=6, batch_size=8, eval_size=32, warmup=0,
+                                  eval_splits=splits))  # fmt: skip
+    config = world.model_config()
+    config.hidden_dropout = config.attention_dropout = 0.2
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "dropout")
+    world.tokenizer().save_pretrained(root / "dropout")
+    write_rows(root / "sft.jsonl", world.demonstrations(120))
+    write_rows(root / "pairs.jsonl", world.preferences(120))
+    write_rows(root / "prompts.jsonl", world.prompts("train")[::6])
+    (root / "rewards.py").write_text(RUN_REWARDS)
+    train_sae.main(train_sae.Config(output_dir=f"{root}/sae", model=f"{root}/sft", base="none", dataset=f"{root}/sft.jsonl",
+                                    site="residual", layers="2", normalize="token", relu=False, expansion=2, k=8, steps=20,
+                                    batch_size=256, eval_size=16, buffer_tokens=2048, dead_after=1000))  # fmt: skip
+    train_rm.main(train_rm.Config(output_dir=f"{root}/sarm", model=f"{root}/sft", sarm=f"{root}/sae", steps=6, batch_size=8,
+                                  dataset=f"{root}/pairs.jsonl", eval_size=32, warmup=0))  # fmt: skip
+    return root
+
+
+# -------------------------------------------------------------------------- material for bad input
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A folder of good input: model/, sft.jsonl, rm.jsonl, ppo.jsonl, rewards.py."""
+    root = tmp_path_factory.mktemp("material")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(world.model_config()).save_pretrained(root / "model")
+    world.tokenizer().save_pretrained(root / "model")
+    for kind, rows in GOOD_ROWS.items():
+        write_rows(root / f"{kind}.jsonl", rows)
+    (root / "rewards.py").write_text(BAD_REWARDS)
+    return root
+
+
+@pytest.fixture
+def here(material, tmp_path, monkeypatch):
+    """A copy of the material as the working directory: whatever a script writes by mistake shows here."""
+    shutil.copytree(material, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+# ---------------------------------------------------------------------------------- other processes
+
+
+@pytest.fixture
+def another(tmp_path):
+    """A function: another process works in this folder until the test ends."""
+    processes = []
+
+    def works_in(folder):
+        ready = tmp_path / f"ready_{len(processes)}"
+        processes.append(fork(hold, str(folder), str(ready), RANK="0"))
+        wait_for(ready.exists)
+        return processes[-1]
+
+    yield works_in
+    for process in processes:
+        process.kill()
+        process.join()
