@@ -17,6 +17,7 @@ import pytest
 import torch
 from support import BAD_REWARDS, GOOD_ROWS, RUN_REWARDS, SCRIPTS, fork, hold, wait_for, write_rows
 from transformers import AutoModelForCausalLM
+from workers import pytest_runtestloop  # noqa: F401 (a hook of pytest)
 
 import sample_bon
 import train_rm
@@ -29,28 +30,7 @@ from nanorlhf.runtime import plots
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="let the tests see GPUs")
     parser.addoption("--kills", type=int, default=3, help="how often test_kills.py kills each script at a random moment")
-    parser.addoption("--half", choices=["1/2", "2/2"], help="every other test file, for two processes side by side")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
-    """--half 1/2 keeps the tests of the first, third, ... file that still has tests once -m and -k have chosen; --half 2/2 the others."""
-    half = config.getoption("--half")
-    if half is None:
-        return
-    files = list(dict.fromkeys(item.path for item in items))
-    kept_files = files[int(half[0]) - 1 :: 2]
-    kept, left_out = [], []
-    for item in items:
-        (kept if item.path in kept_files else left_out).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left_out)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """One thread, here as in the processes that tests start: so 'bit for bit' can be asked for, and tiny models are fastest."""
-    torch.set_num_threads(1)
+    parser.addoption("--processes", type=int, choices=[1, 2], default=2, help="how many share the test files; see workers.py")
 
 
 SAVE = plots.save

@@ -4,6 +4,7 @@ No test file imports another one. Fixtures (trained runs, folders of material) s
 """
 
 import copy
+import functools
 import hashlib
 import http.server
 import itertools
@@ -252,13 +253,15 @@ def in_child(target, args, env):
     target(*args)
 
 
-# Below the ports that the system hands out by itself; another pytest process starts elsewhere.
-ports = itertools.count(random.SystemRandom().randrange(10_000, 30_000))
+@functools.cache
+def ports():
+    """Ports below those that the system hands out by itself; another process of tests starts elsewhere."""
+    return itertools.count(random.SystemRandom().randrange(10_000, 30_000))
 
 
 def free_port():
     """A port that nobody has, and that nobody else takes before it is used."""
-    for port in ports:
+    for port in ports():
         with socket.socket() as s:
             try:
                 s.bind(("127.0.0.1", port))

@@ -18,6 +18,8 @@ from nanorlhf import world
 from nanorlhf.runtime import cli
 from nanorlhf.studies import common, cue_control
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
 SMALL = [
     "--seeds", "1", "--first_seed", "0", "--sarms", "joint", "reward_first", "--steps", "1", "--eval_every", "1", "--jobs", "1", "--sft_flags=--steps 8 --batch_size 16 --eval_size 8",

@@ -17,6 +17,8 @@ from nanorlhf.runtime.files import write_json
 from nanorlhf.studies import common
 from nanorlhf.studies import feedback_patterns as study
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
 SEEDS = 3
 

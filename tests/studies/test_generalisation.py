@@ -16,6 +16,8 @@ from nanorlhf.diversity import ead
 from nanorlhf.runtime import cli
 from nanorlhf.studies import common, generalisation
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "sample_bon.py": sample_bon}
 SMALL = [
     "--seeds", "2", "--kl_coef", "0.05", "0.2", "--steps", "1", "--prompts", "4", "--answers", "3", "--n", "2", "--jobs", "1",

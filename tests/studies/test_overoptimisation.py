@@ -13,6 +13,8 @@ import train_sft
 from nanorlhf.runtime import cli
 from nanorlhf.studies import common, overoptimisation
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "sample_bon.py": sample_bon}
 SMALL = [
     "--seeds", "1", "--members", "2", "--label_noise", "0.25", "--kl_coef", "0.05", "--steps", "2", "--eval_every", "1", "--n_answers", "8",

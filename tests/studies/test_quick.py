@@ -14,6 +14,8 @@ import train_sft
 from nanorlhf.runtime import cli
 from nanorlhf.studies import common, cue_control, feedback_patterns, generalisation, overoptimisation
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {
     "train_sft.py": train_sft,
     "train_rm.py": train_rm,
