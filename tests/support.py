@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -461,6 +462,16 @@ def refuses(function, *args, match=(), **kwargs):
 
 def run_probe(*args):
     cli.run_command(probe.COMMANDS, [str(x) for x in args])
+
+
+def parse_command(command):
+    """A study's command line -> (main, its config), not run; bad flags raise."""
+    script, *words = shlex.split(command)
+    if script == "probe.py":
+        config_class, main = probe.COMMANDS[words[0]]
+        return main, cli.parse(config_class, words[1:], words[0], "")
+    module = {f"{module.__name__}.py": module for module in ALL_SCRIPTS.values()}[script]
+    return module.main, cli.parse(module.Config, words)
 
 
 def probe_refused(capfd, *args):

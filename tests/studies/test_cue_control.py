@@ -1,26 +1,20 @@
 """The study of control by features of a spurious cue (nanorlhf/studies/cue_control.py): its rule on made-up numbers, the rest on models that learn nothing."""
 
 import json
-import shlex
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from support import ALL_SCRIPTS, parse_command
 
-import probe
-import train_ppo
-import train_rm
-import train_sae
-import train_sft
 from nanorlhf import world
 from nanorlhf.runtime import cli
 from nanorlhf.studies import common, cue_control
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
 SMALL = [
     "--seeds", "1", "--first_seed", "0", "--sarms", "joint", "reward_first", "--steps", "1", "--eval_every", "1", "--jobs", "1", "--sft_flags=--steps 8 --batch_size 16 --eval_size 8",
     "--sae_flags=--steps 2 --batch_size 64 --max_rows 60 --eval_size 10 --expansion 1 --k 8",
@@ -78,12 +72,8 @@ def ran(study, tmp_path_factory):
     torch.set_num_threads(1)
 
     def run(command):
-        script, *words = shlex.split(command)
-        if script == "probe.py":
-            config_class, function = probe.COMMANDS[words[0]]
-            function(cli.parse(config_class, words[1:], words[0], ""))
-        else:
-            SCRIPTS[script].main(cli.parse(SCRIPTS[script].Config, words))
+        main, config = parse_command(command)
+        main(config)
         commands.append(command)
 
     def finds(summary, s):
@@ -96,7 +86,7 @@ def ran(study, tmp_path_factory):
         patch.setattr(study, "identify", finds)
         patch.setattr(study, "SAES", {"sae": study.SAES["sae"]})
         patch.setattr(study, "SARMS", {name: study.SARMS[name] for name in ("joint", "reward_first")})
-        for script in SCRIPTS.values():
+        for script in ALL_SCRIPTS.values():
             patch.setattr(script, "plot_run", lambda run: None, raising=False)
         study.main(["--output_dir", str(folder), *SMALL])
         first = list(commands)
@@ -183,8 +173,8 @@ def test_latents_by_the_truth(study, ran):
     found = study.by_truth({"latents": rows}, 0)
     assert found == {"token": cue, "features": [7, 6, 5, 4, 3]}
     Path(study.human(a, 0)).unlink(missing_ok=True)
-    config_class, function = probe.COMMANDS["human_latents"]
-    function(cli.parse(config_class, shlex.split(study.density_texts(a, 0, found))[2:], "human_latents", ""))
+    main, config = parse_command(study.density_texts(a, 0, found))
+    main(config)
     Path(study.few(a, 0)).rename(study.human(a, 0))
     commands = study.arms(a, 0, found)
     assert list(commands) == ["truth_indicator", "truth_hinge", "truth_clamp", "truth_density"]
@@ -204,14 +194,14 @@ def test_against_a_dense_model_with_an_autoencoder(study, ran):
     found = {"features": [0, 1], "random": [2, 3], "negative": []}  # as the rule finds it
     few = study.density_texts(a, 0, found)
     for command in (few, few.replace(study.few(a, 0), study.human(a, 0)).replace(" --features 0,1", "")):
-        config_class, function = probe.COMMANDS["human_latents"]
         Path(study.human(a, 0)).unlink(missing_ok=True)
-        function(cli.parse(config_class, shlex.split(command)[2:], "human_latents", ""))
+        main, config = parse_command(command)
+        main(config)
     commands = study.arms(a, 0, found)
     assert list(commands) == ["indicator", "hinge", "clamp", "density", "random", "kl_0.1", "kl_0.2"]
     assert all((f"--feature_sae {sae}" in command) == (not arm.startswith("kl")) for arm, command in commands.items())
     for command in commands.values():
-        cli.parse(train_ppo.Config, shlex.split(command)[1:])
+        parse_command(command)
 
 
 def test_tables_are_what_the_runs_say(study, ran):

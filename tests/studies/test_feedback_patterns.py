@@ -6,20 +6,14 @@ import statistics
 from pathlib import Path
 
 import pytest
+from support import parse_command
 
-import probe
-import train_ppo
-import train_rm
-import train_sae
-import train_sft
-from nanorlhf.runtime import cli
 from nanorlhf.runtime.files import write_json
 from nanorlhf.studies import common
 from nanorlhf.studies import feedback_patterns as study
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_sae.py": train_sae}
 SEEDS = 3
 
 
@@ -44,11 +38,8 @@ def test_study(tmp_path, monkeypatch, capsys):
     ran = []
 
     def run(command):
-        script, *words = shlex.split(command)
-        if script == "probe.py":
-            config = cli.parse(probe.COMMANDS[words[0]][0], words[1:], words[0], "")
-        else:
-            config = cli.parse(SCRIPTS[script].Config, words)
+        _, config = parse_command(command)
+        words = shlex.split(command)[1:]
         seed = config.output_dir.rpartition("seed_")[2] if "seed_" in config.output_dir else "0"
         Path(config.output_dir).mkdir(parents=True)
         write_json(f"{config.output_dir}/summary.json", summary_of(words, int(seed)))

@@ -7,18 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import ALL_SCRIPTS, parse_command
 
-import sample_bon
-import train_ppo
-import train_rm
-import train_sft
 from nanorlhf.diversity import ead
 from nanorlhf.runtime import cli
 from nanorlhf.studies import common, generalisation
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "sample_bon.py": sample_bon}
 SMALL = [
     "--seeds", "2", "--kl_coef", "0.05", "0.2", "--steps", "1", "--prompts", "4", "--answers", "3", "--n", "2", "--jobs", "1",
     "--diversity_flags=--vocab_size 208 --truncate 5", "--sft_flags=--steps 15 --batch_size 16 --eval_size 8",
@@ -35,14 +31,14 @@ def study(tmp_path_factory):
     torch.set_num_threads(1)
 
     def run(command):
-        script, *words = shlex.split(command)
-        SCRIPTS[script].main(cli.parse(SCRIPTS[script].Config, words))
+        main, config = parse_command(command)
+        main(config)
         ran.append(command)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "run_command", run)
-        for script in SCRIPTS.values():
-            patch.setattr(script, "plot_run", lambda run: None)
+        for script in ALL_SCRIPTS.values():
+            patch.setattr(script, "plot_run", lambda run: None, raising=False)
         generalisation.main(["--output_dir", str(folder), *SMALL])
         first = list(ran)
         generalisation.main(["--output_dir", str(folder), *SMALL])  # a second time there is nothing to do
@@ -93,7 +89,7 @@ def test_the_full_study_is_what_the_issue_asks_for(study):
     everything = [shlex.split(c) for c in (*sft, *rm, pool, *ppo, *sampled, *diversity)]
     folders = [words[words.index("--output_dir") + 1] for words in everything]
     assert len(set(folders)) == len(folders)
-    configs = [cli.parse(SCRIPTS[script].Config, words) for script, *words in everything if script == "train_ppo.py"]
+    configs = [parse_command(command)[1] for command in ppo]
     assert {(c.kl_kind, c.kl_in, c.kl_coef, c.seed) for c in configs} == {
         (kind, "reward", coef, seed) for kind in ("k1", "k2") for coef in full.kl_coef for seed in range(5)
     }

@@ -1,21 +1,16 @@
 """The overoptimisation study (nanorlhf/studies/overoptimisation.py), reduced: its plumbing and what must hold whatever the runs find."""
 
 import json
-import shlex
 
 import pytest
 import torch
+from support import ALL_SCRIPTS, parse_command
 
-import sample_bon
-import train_ppo
-import train_rm
-import train_sft
 from nanorlhf.runtime import cli
 from nanorlhf.studies import common, overoptimisation
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "sample_bon.py": sample_bon}
 SMALL = [
     "--seeds", "1", "--members", "2", "--label_noise", "0.25", "--kl_coef", "0.05", "--steps", "2", "--eval_every", "1", "--n_answers", "8",
     "--prompts", "6", "--jobs", "1", "--sft_flags=--steps 15 --batch_size 16 --eval_size 8",
@@ -32,15 +27,15 @@ def study(tmp_path_factory):
     torch.set_num_threads(1)
 
     def run(command):
-        script, *words = shlex.split(command)
-        SCRIPTS[script].main(cli.parse(SCRIPTS[script].Config, words))
+        main, config = parse_command(command)
+        main(config)
         ran.append(command)
 
     folder = tmp_path_factory.mktemp("study") / "quick"  # where --quick looks for its runs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "run_command", run)
-        for script in SCRIPTS.values():
-            patch.setattr(script, "plot_run", lambda run: None)
+        for script in ALL_SCRIPTS.values():
+            patch.setattr(script, "plot_run", lambda run: None, raising=False)
         overoptimisation.main(["--output_dir", str(folder), *SMALL])
         first = list(ran)
         overoptimisation.main(["--output_dir", str(folder), *SMALL])  # a second time there is nothing to do

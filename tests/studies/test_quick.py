@@ -4,25 +4,18 @@ import shlex
 import threading
 
 import pytest
+from support import parse_command
 
-import probe
-import sample_bon
-import train_ppo
-import train_rm
-import train_sae
-import train_sft
-from nanorlhf.runtime import cli
-from nanorlhf.studies import common, cue_control, feedback_patterns, generalisation, overoptimisation
+from nanorlhf.studies import (
+    common,
+    cue_control,
+    feedback_patterns,
+    generalisation,
+    overoptimisation,
+)
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = {
-    "train_sft.py": train_sft,
-    "train_rm.py": train_rm,
-    "train_ppo.py": train_ppo,
-    "train_sae.py": train_sae,
-    "sample_bon.py": sample_bon,
-}
 STUDIES = [overoptimisation, feedback_patterns, cue_control, generalisation]
 
 
@@ -39,12 +32,9 @@ def commands_of(study, *args):
 
 def settings_in(command):
     """A command line as its script reads it; bad flags raise."""
-    script, *words = shlex.split(command)
-    if script == "probe.py":
-        return cli.parse(probe.COMMANDS[words[0]][0], words[1:], words[0], "")
-    if script != "train_rm.py":  # the others would look for the folders that {seed} stands for
-        words = [word.replace("{seed}", "0") for word in words]
-    return cli.parse(SCRIPTS[script].Config, words)
+    if not command.startswith("train_rm.py"):  # the others would look for the folders that {seed} stands for
+        command = command.replace("{seed}", "0")
+    return parse_command(command)[1]
 
 
 @pytest.mark.parametrize("study", STUDIES)
