@@ -10,6 +10,9 @@ import sys
 # have looked before; processes that tests start inherit it.
 if "--gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# One thread, before torch makes a second: workers.py forks, and a fork has no copies of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import shutil
 
