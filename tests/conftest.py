@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import shutil
+import signal
 
 import pytest
 import torch
@@ -28,6 +29,10 @@ import train_sae
 import train_sft
 from nanorlhf import world
 from nanorlhf.runtime import plots
+
+
+# In the background of a shell script Ctrl-C is ignored, and would be by all processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

@@ -218,6 +218,7 @@ def test_a_hub_model_of_another_commit_is_refused(tmp_path):
 import sys
 from nanorlhf.runtime.log import RunFolder
 sys.path.insert(0, sys.argv[1])
+from test_fingerprints import ALONE, Config, InputError
 try:
     RunFolder(Config("run", model="me/tiny"), ALONE).create()
 except InputError as e:
