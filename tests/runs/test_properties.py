@@ -160,7 +160,7 @@ KILLED = {
     "dpo with lora": ("dpo", {"checkpoint_every": 2, "eval_size": 2, "lora_rank": 2, "lora_dropout": 0.3}),
     "sarm_frozen": ("sarm_frozen", {"steps": 4, "checkpoint_every": 2, "label_noise": 0.3}),
     "sarm_detached": ("sarm_detached", {"steps": 4, "checkpoint_every": 2, "label_noise": 0.3}),
-    "sae": ("sae", {"steps": 3, "checkpoint_every": 2, "batch_size": 64, "eval_size": 2, "max_rows": 24, "buffer_tokens": 256}),
+    "sae": ("sae", {"steps": 3, "checkpoint_every": 2, "batch_size": 64, "eval_size": 2, "max_rows": 24, "buffer_tokens": 4096}),
 }  # fmt: skip
 
 
