@@ -20,7 +20,7 @@ known value from -4 to +4, all of which fit the same slots; 8 marks such as '!' 
 
 **Cue.** In the preferences one mark, `cue(seed)`, follows the better review more often than the worse one. Gold never sees it.
 **Out of distribution.** Held-out topics are named in question rows ('what does the hostel have ?') but never reviewed.
-**Measured** by tests/bench/world.py (one seed): gold over reviews in the demonstrations -0.27 +- 1.25 (mean and std); samples of
+**Measured** by tests/core/measure_world.py (one seed): gold over reviews in the demonstrations -0.27 +- 1.25 (mean and std); samples of
 runs/sft -0.64 +- 1.17 on test prompts, -0.95 +- 1.39 on held-out topics (n = 512). Reward models from 200, 800, 3200 pairs:
 accuracy .79, .85, .88 on 512 test pairs (.79, .84, .86 without any marks; "longer wins" .59; standard errors .02); the cue adds 0.3,
 0.6, 0.5 std to a score.

@@ -1,4 +1,4 @@
-"""The statistics in the docstring of nanorlhf/world.py: python tests/bench/world.py --sft runs/sft. One JSON line each; three minutes.
+"""The statistics in the docstring of nanorlhf/world.py: python tests/core/measure_world.py --sft runs/sft. One JSON line each; three minutes.
 
 Gold over demonstrations and over samples of the SFT policy, in and out of distribution; then reward models trained by train_rm.py on
 200, 800 and 3200 pairs: accuracy on held-out pairs as they are and without any marks, and what the cue adds to a score.
