@@ -4,6 +4,7 @@ Kinds of rows: sft {prompt, response}; pairs {prompt, chosen, rejected}; prompts
 reason; what is skipped or cut is counted and reported.
 """
 
+import logging
 import os
 from string import Formatter
 
@@ -41,6 +42,8 @@ def read_hub(spec):
     """A datasets name[:split] (default train), a folder written by save_to_disk, or FILE.parquet -> [(place, row)]."""
     import datasets  # imports for a second; JSONL does not need it
 
+    # It logs what it raises too, and an error is to be one line.
+    datasets.logging.set_verbosity(logging.CRITICAL)
     name, _, split = spec.partition(":")
     try:
         if name.endswith(".parquet"):
