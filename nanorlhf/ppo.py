@@ -2,40 +2,51 @@
 
     B sequences, R response tokens, V vocabulary
 
-Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, 1506.02438), Ziegler et al. 2019 (1909.08593),
-Stiennon et al. 2020 (2009.01325), Schulman 2020 ("Approximating KL divergence").
+Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, 1506.02438),
+Ziegler et al. 2019 (1909.08593), Stiennon et al. 2020 (2009.01325), Schulman 2020 ("Approximating
+KL divergence").
 
-The off-by-one, once and for all. A prompt of two tokens and a response of two, the second of which is EOS:
+The off-by-one, once and for all. A prompt of two tokens and a response of two, the second of which
+is EOS:
 
     tokens       the    room  | was     <eos>
     position      0      1    |  2        3
-    logits at            1 ------> 2               the logits at position t score the token at t + 1
-    response index j          |  j=0     j=1            j = position - 2 prompt tokens
+    logits at            1 ------> 2             the logits at position t score the token at t + 1
+    response index j          |  j=0     j=1     j = position - 2 prompt tokens
     logprobs[:, j]              log pi(was | the room)     log pi(<eos> | the room was)
-    values[:, j]                V(the room)                V(the room was)         the value BEFORE token j is chosen
+    values[:, j]                V(the room)                V(the room was)
 
-so logprobs and values of response token j both come from the hidden state one position to its left.
-Masks are bool; masked positions hold 0 and are never averaged. A mean over tokens is a sum over response tokens divided by
-`n_tokens`, their number in the whole optimizer batch, over all micro-batches and ranks: the parts then add up to the same number
-however the batch was split.
+The value of j is the value BEFORE token j is chosen. So the logprob and the value of response token
+j both come from the hidden state one position to its left.
+
+Masks are bool. Masked positions hold 0 and are never averaged. A mean over tokens is a sum over
+response tokens divided by `n_tokens`, their number in the whole optimizer batch, over all
+micro-batches and ranks. The parts then add up to the same number however the batch was split.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
-LOWEST_LOGP = -1e4  # nats: e^-10000 is 0 in every floating type; what lies below adds no entropy
+# Nats. e^-10000 is 0 in every floating type, so that a lower log-prob adds no entropy.
+LOWEST_LOGP = -1e4
 
 
-# ---------------------------------------------------------------------------------------------------------------- KL and rewards
+# ------------------------------------------------------------------------------- KL and rewards
 
-
-# The one list of KL kinds: flags and their help follow from it, so a further kind is one more line.
-KL_ESTIMATES = {  # from x = log pi_ref - log pi of the sampled token; their properties: kl_estimate
+# The one list of KL kinds that are estimated from the sampled token alone, with
+# x = log pi_ref - log pi; see kl_estimate. Flags and their help follow from this list: a further
+# kind is one more line.
+KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda x: -x,
     "k2": lambda x: x.square() / 2,
     "k3": lambda x: torch.expm1(x) - x,
 }
-KL_OF_LOGITS = ("full",)  # from the whole distributions of both models: full_kl
-KL_WITHOUT_GRADIENT = ("k1",)  # in the reward alone: as a loss its gradient has mean zero
+# Kinds that need the whole distributions of both models: full_kl.
+KL_OF_LOGITS = ("full",)
+# Kinds for the reward alone: as a loss their gradient has mean zero.
+KL_WITHOUT_GRADIENT = ("k1",)
 
 
 def kl_kinds() -> list[str]:
@@ -43,7 +54,7 @@ def kl_kinds() -> list[str]:
     return [*KL_ESTIMATES, *KL_OF_LOGITS]
 
 
-def kl_estimate(logprobs, ref_logprobs, kind="k1"):
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
     """Estimate KL(pi || pi_ref) per token from log-probs of tokens sampled from pi.
 
     With x = log pi_ref - log pi (Schulman 2020):
@@ -51,33 +62,44 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
         k2 = x^2 / 2             biased, never negative
         k3 = exp(x) - 1 - x      unbiased, never negative
 
-    As a reward use k1: with gamma = lambda = 1, on-policy, its policy gradient is that of the KL of whole sequences; k2 and k3
-    as rewards are biased. As a loss the *gradient* counts, not the value. In expectation, on-policy, k2's is that of the token
-    KL, k1's is zero, and k3's is that of the reversed KL(pi_ref || pi).
+    As a reward use k1: with gamma = lambda = 1, on-policy, its policy gradient is that of the KL of
+    whole sequences; k2 and k3 as rewards are biased. As a loss the *gradient* counts, not the
+    value. In expectation, on-policy, k2's is that of the token KL, k1's is zero, and k3's is that
+    of the reversed KL(pi_ref || pi).
 
     logprobs, ref_logprobs [B, R] -> [B, R], in nats. Pitfall: masked positions are not zeroed here.
     """
-    x = ref_logprobs - logprobs
     if kind not in KL_ESTIMATES:
         known = ", ".join(KL_ESTIMATES)
-        raise ValueError(f"kl kind {kind!r} is not one of {known} (full needs whole distributions: full_kl)")
+        raise ValueError(
+            f"kl kind {kind!r} is not one of {known} (full needs whole distributions: full_kl)"
+        )
+    x = ref_logprobs - logprobs
     return KL_ESTIMATES[kind](x)
 
 
-def full_kl(logits, ref_logits):
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """The exact KL(pi || pi_ref) of the next token: sum_v pi(v) (log pi(v) - log pi_ref(v)).
 
-    logits, ref_logits [..., V], already divided by the temperature -> [...], in nats. As a loss its gradient is the token KL's,
-    without the effect of this token on later states. As a reward it is a baseline for its own token: the direct term is lost.
+    logits, ref_logits [..., V], already divided by the temperature -> [...], in nats. As a loss its
+    gradient is the token KL's, without the effect of this token on later states. As a reward it is
+    a baseline for its own token: the direct term is lost.
     """
-    logp, ref_logp = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (logits, ref_logits))
+    logp = log_softmax(logits)
+    ref_logp = log_softmax(ref_logits)
     probs = logp.exp()
     # 0 log 0 = 0, where pi(v) is 0 by a mask (log 0 = -inf) and where it is too small for its type.
     difference = torch.where(probs == 0, 0.0, logp - ref_logp)
     return (probs * difference).sum(-1)
 
 
-def entropy(logp: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probs of logits [..., V], in float32 at the least."""
+    at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(at_least_float32).log_softmax(-1)
+
+
+def entropy(logp: Tensor, probs: Tensor) -> Tensor:
     """The entropy of the next token: H(pi) = -sum_v pi(v) log pi(v).
 
     logp, probs [..., V]: log-probs and their exponentials, which the caller has already -> [...],
@@ -89,28 +111,46 @@ def entropy(logp: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     return -(probs * finite_logp).sum(-1)
 
 
-def last_token(response_mask):
-    """Index of the last response token of every row: mask [B, R] -> [B]. An empty row is a ValueError."""
+def last_token(response_mask: Tensor) -> Tensor:
+    """The index of the last response token of every row: mask [B, R] -> [B].
+
+    ValueError: a row without any response token.
+    """
     if not response_mask.any(1).all():
         raise ValueError("a response without any token: it has no place for its score")
-    return (response_mask * torch.arange(response_mask.shape[1], device=response_mask.device)).amax(1)
+    positions = torch.arange(response_mask.shape[1], device=response_mask.device)  # [R]
+    return (response_mask * positions).amax(1)
 
 
-def token_rewards(scores, kl, response_mask, kl_coef):
-    """r_t = -kl_coef * kl_t on every response token, plus the sequence's score on its last one (Ziegler et al. 2019, eq. 2).
+def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+    """The rewards of tokens: a KL penalty on each, and the score on the last (Ziegler et al. 2019,
+    eq. 2).
+
+        r_t = -kl_coef * kl_t  [+ score, where t is the last response token]
 
     scores [B], kl [B, R], response_mask [B, R] -> rewards [B, R], 0 where masked.
     """
-    rewards = torch.where(response_mask, -kl_coef * kl, 0.0)  # [B, R]
-    return rewards.scatter_add(1, last_token(response_mask)[:, None], scores[:, None].to(rewards.dtype))
+    penalties = torch.where(response_mask, -kl_coef * kl, 0.0)  # [B, R]
+    last = last_token(response_mask)[:, None]  # [B, 1]
+    return penalties.scatter_add(1, last, scores[:, None].to(penalties.dtype))
 
 
-def shape_scores(scores, lengths, finished, missing_eos_penalty=0.0, eos_required=False, length_penalty=0.0):
-    """The score after the rules on endings and length: score - length_penalty * length - missing_eos_penalty * [no EOS].
+def shape_scores(
+    scores: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    missing_eos_penalty: float = 0.0,
+    eos_required: bool = False,
+    length_penalty: float = 0.0,
+) -> Tensor:
+    """The score after the rules on endings and length.
 
-    scores [B], lengths [B] in tokens, finished [B] (the response holds its EOS) -> [B]. With `eos_required` an unfinished
-    response has no score of its own: 0 stands in its place. Pitfall: that beats a finished one with a negative score, unless
-    missing_eos_penalty is larger than scores usually are.
+        score - length_penalty * length - missing_eos_penalty * [no EOS]
+
+    scores [B], lengths [B] in tokens, finished [B] (the response holds its EOS) -> [B]. With
+    `eos_required` an unfinished response has no score of its own: 0 stands in its place. Pitfall:
+    that beats a finished one with a negative score, unless missing_eos_penalty is larger than
+    scores usually are.
     """
     unfinished = ~finished
     if eos_required:
@@ -119,141 +159,220 @@ def shape_scores(scores, lengths, finished, missing_eos_penalty=0.0, eos_require
 
 
 class ScoreScaler:
-    """Divide scores by a standard deviation (ddof 1), without centring: 'running' over all rollouts so far, 'first' of the first.
+    """Divide scores by a standard deviation (ddof 1), without centring them.
 
-    Scores without any spread are left as they are ('first' then waits for a batch that has some). `moments` (n, mean, sum of
-    squared deviations) is the whole state. Pitfall: 'running' makes the reward's unit drift, so that a fixed KL coefficient means
+    'running': the standard deviation of all rollouts so far; 'first': that of the first one;
+    'none': scores stay as they are. Scores without any spread are left as they are ('first' then
+    waits for a batch that has some). `moments` (n, mean, sum of squared deviations) is the whole
+    state. Pitfall: 'running' makes the reward's unit drift, so that a fixed KL coefficient means
     something else every step.
     """
 
-    def __init__(self, kind="none"):
+    def __init__(self, kind: str = "none"):
         if kind not in ("none", "running", "first"):
             raise ValueError(f"score scaling {kind!r} is not none, running or first")
-        self.kind, self.moments = kind, (0, 0.0, 0.0)
+        self.kind = kind
+        self.moments = (0, 0.0, 0.0)
 
-    def __call__(self, scores):
-        """scores [B] of the whole batch, all ranks -> scaled scores [B]; updates the moments."""
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Scores [B] of the whole batch, all ranks -> scaled scores [B]; updates the moments."""
         if self.kind == "none":
             return scores
-        n, mean, squares = self.moments
-        if self.kind == "running" or squares == 0:  # Chan et al.'s pairwise update
-            x, m = scores.double(), scores.numel()
-            delta = x.mean().item() - mean
-            squares += x.var(correction=0).item() * m + delta**2 * n * m / (n + m)
-            self.moments = n, mean, squares = n + m, mean + delta * m / (n + m), squares
+
+        _, _, squares = self.moments
+        if self.kind == "running" or squares == 0:
+            self.add(scores)
+
+        n, _, squares = self.moments
         std = (squares / max(n - 1, 1)) ** 0.5
-        return scores / std if std > 1e-8 else scores
+        if std <= 1e-8:
+            return scores
+        return scores / std
+
+    def add(self, scores: Tensor):
+        """Add a batch of scores to the moments, by the pairwise update of Chan et al. (1979)."""
+        n, mean, squares = self.moments
+        m = scores.numel()
+        x = scores.double()
+
+        delta = x.mean().item() - mean
+        squares += x.var(correction=0).item() * m + delta**2 * n * m / (n + m)
+        mean += delta * m / (n + m)
+        self.moments = (n + m, mean, squares)
 
 
 class AdaptiveKL:
     """The KL coefficient as a proportional controller (Ziegler et al. 2019, section 2.2):
 
-        coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)
+    coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)
     """
 
-    def __init__(self, init_coef, target, horizon):
+    def __init__(self, init_coef: float, target: float, horizon: float):
         if min(init_coef, target, horizon) <= 0:
-            raise ValueError("the adaptive KL controller needs a positive coefficient, target and horizon")
-        self.coef, self.target, self.horizon = init_coef, target, horizon
+            raise ValueError(
+                "the adaptive KL controller needs a positive coefficient, target and horizon"
+            )
+        self.coef = init_coef
+        self.target = target
+        self.horizon = horizon
 
-    def update(self, kl, n):
-        """kl: mean over the whole batch of the sequence-summed k1, in nats; n: sequences since the last update, all ranks."""
+    def update(self, kl: float, n: int) -> float:
+        """Move the coefficient, and return it.
+
+        kl: mean over the whole batch of the sequence-summed k1, in nats; n: sequences since the
+        last update, all ranks.
+        """
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * n / self.horizon
         return self.coef
 
 
-# ------------------------------------------------------------------------------------------------------------------- advantages
+# ------------------------------------------------------------------------------------ advantages
 
 
 @torch.no_grad()
-def gae(rewards, values, response_mask, gamma, lam, bootstrap=None):
-    """Generalised advantage estimation along each response (Schulman et al. 2016, eq. 16), on response tokens only.
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation along each response (Schulman et al. 2016, eq. 16).
 
         delta_t = r_t + gamma V_{t+1} - V_t
         A_t     = delta_t + gamma lam A_{t+1}
         returns = A + V
 
-    V after the last real token is 0 (the episode ended) or bootstrap[b] (it was cut off: truncation is not termination).
-    rewards, values, response_mask [B, R]; bootstrap [B] -> advantages, returns [B, R], 0 where masked.
+    V after the last real token is 0 (the episode ended) or bootstrap[b] (it was cut off: truncation
+    is not termination). Only response tokens count.
+    rewards, values, response_mask [B, R]; bootstrap [B] -> advantages, returns [B, R], 0 where
+    masked.
     """
-    advantages = torch.zeros_like(values)
-    next_value = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap.to(values.dtype)  # [B]
+    advantages = torch.zeros_like(values)  # [B, R]
     next_advantage = torch.zeros_like(values[:, 0])  # [B]
+    next_value = torch.zeros_like(values[:, 0])  # [B]
+    if bootstrap is not None:
+        next_value = bootstrap.to(values.dtype)
+
     for t in reversed(range(values.shape[1])):
-        real = response_mask[:, t]
+        is_real = response_mask[:, t]  # [B]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # A masked position is stepped over: what lies to its right stays the neighbour of what lies to its left.
-        next_advantage = torch.where(real, delta + gamma * lam * next_advantage, next_advantage)
-        next_value = torch.where(real, values[:, t], next_value)
+        advantage = delta + gamma * lam * next_advantage
+        # A masked position is stepped over: what lies to its right stays the neighbour of what lies
+        # to its left.
+        next_advantage = torch.where(is_real, advantage, next_advantage)
+        next_value = torch.where(is_real, values[:, t], next_value)
         advantages[:, t] = next_advantage
+
     advantages = torch.where(response_mask, advantages, 0.0)
-    return advantages, torch.where(response_mask, advantages + values, 0.0)
+    returns = torch.where(response_mask, advantages + values, 0.0)
+    return advantages, returns
 
 
-def masked_moments(x, mask):
-    """Mean and population variance (ddof 0) over the masked tokens of the whole tensor, in float64: two scalars."""
+def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance (ddof 0) over the masked tokens of the whole tensor.
+
+    x, mask [B, R] -> two scalars, in float64. ValueError: no token.
+    """
     x = x[mask].double()
     if x.numel() == 0:
         raise ValueError("no unmasked token to average over")
     return x.mean(), x.var(correction=0)
 
 
-def whiten(x, mask, moments=None):
+def whiten(x: Tensor, mask: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) over all masked tokens of the whole batch; 0 where masked.
 
-    x, mask [B, R] -> [B, R]. `moments` (mean, var) are those of the whole batch when x is only a part of it.
-    Pitfall: never whiten per minibatch, and take the returns before, not after.
+    x, mask [B, R] -> [B, R]. `moments` (mean, var) are those of the whole batch when x is only a
+    part of it. Pitfall: never whiten per minibatch, and take the returns before, not after.
     """
-    mean, var = masked_moments(x, mask) if moments is None else moments
-    return torch.where(mask, ((x - mean) / (var + 1e-8) ** 0.5).to(x.dtype), 0.0)
+    if moments is None:
+        moments = masked_moments(x, mask)
+    mean, var = moments
+    whitened = (x - mean) / (var + 1e-8) ** 0.5  # float64
+    return torch.where(mask, whitened.to(x.dtype), 0.0)
 
 
-def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over masked tokens: 0 is no better than a constant, 1 is perfect up to one. A float."""
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over masked tokens.
+
+    0 is no better than a constant, 1 is perfect up to a constant. values, returns, mask [B, R].
+    """
     _, unexplained = masked_moments(returns - values, mask)
     _, total = masked_moments(returns, mask)
     return (1 - unexplained / total.clamp(min=1e-12)).item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------- losses
+# ---------------------------------------------------------------------------------------- losses
 
 
-def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip_range, n_tokens=None):
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    clip_range: float,
+    n_tokens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised.
 
         ratio = exp(logp - old_logp)
-        loss  = sum over response tokens of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)) / n_tokens
+        loss  = sum of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)) / n_tokens
 
-    All [B, R] -> loss (scalar), stats. n_tokens is the number of response tokens of the whole optimizer batch (default: of this
-    call). The stats but ratio_max are likewise sums / n_tokens: added over micro-batches and ranks they are the batch's means.
-    clip_fraction is the share of tokens with |ratio - 1| > eps; approx_kl is k3 of the old policy against the new, on its samples.
+    The sum is over response tokens. All [B, R] -> loss (scalar), stats. n_tokens is the number of
+    response tokens of the whole optimizer batch (default: of this call). The stats but ratio_max
+    are likewise sums / n_tokens: added over micro-batches and ranks they are the batch's means.
+    clip_fraction is the share of tokens with |ratio - 1| > eps; approx_kl is k3 of the old policy
+    against the new, on its samples.
     """
-    n_tokens = response_mask.sum() if n_tokens is None else n_tokens
+    if n_tokens is None:
+        n_tokens = response_mask.sum()
+
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.where(response_mask, torch.maximum(-advantages * ratio, -advantages * clipped), 0.0).sum() / n_tokens
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    token_loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    loss = torch.where(response_mask, token_loss, 0.0).sum() / n_tokens
+
     with torch.no_grad():
+        is_clipped = ((ratio - 1).abs() > clip_range) & response_mask
+        # A masked token has the ratio 1, so that it adds 0 to the sum of k3.
+        k3 = log_ratio.expm1() - log_ratio
         stats = {
             "ratio_mean": (ratio * response_mask).sum() / n_tokens,
             "ratio_max": torch.where(response_mask, ratio, 0.0).max(),
-            "clip_fraction": (((ratio - 1).abs() > clip_range) & response_mask).sum() / n_tokens,
-            "approx_kl": (log_ratio.expm1() - log_ratio).sum() / n_tokens,  # masked tokens have ratio 1: they add 0
+            "clip_fraction": is_clipped.sum() / n_tokens,
+            "approx_kl": k3.sum() / n_tokens,
         }
     return loss, stats
 
 
-def value_loss(values, old_values, returns, response_mask, clip_range, n_tokens=None):
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    response_mask: Tensor,
+    clip_range: float,
+    n_tokens: Tensor | None = None,
+) -> Tensor:
     """The clipped squared error of the value head (Stiennon et al. 2020's code; Huang et al. 2024).
 
-        loss = 1/2 sum over response tokens of max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / n_tokens
+        loss = 1/2 sum of max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / n_tokens
 
-    All [B, R] -> a scalar; n_tokens as in policy_loss. Pitfall: with scores of std s a clip range well below s slows the value
-    head down, since the clip is absolute.
+    The sum is over response tokens. All [B, R] -> a scalar; n_tokens as in policy_loss. Pitfall:
+    with scores of std s a clip range well below s slows the value head down, since the clip is
+    absolute.
     """
-    n_tokens = response_mask.sum() if n_tokens is None else n_tokens
-    values, old_values, returns = (torch.where(response_mask, x, 0.0) for x in (values, old_values, returns))
-    clipped = torch.clamp(values, old_values - clip_range, old_values + clip_range)
-    error = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return 0.5 * error.sum() / n_tokens
+    if n_tokens is None:
+        n_tokens = response_mask.sum()
+
+    values = torch.where(response_mask, values, 0.0)
+    old_values = torch.where(response_mask, old_values, 0.0)
+    returns = torch.where(response_mask, returns, 0.0)
+
+    clipped_values = torch.clamp(values, old_values - clip_range, old_values + clip_range)
+    plain_error = (values - returns).square()
+    clipped_error = (clipped_values - returns).square()
+    return 0.5 * torch.maximum(plain_error, clipped_error).sum() / n_tokens
