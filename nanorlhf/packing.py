@@ -2,11 +2,14 @@
 
     B sequences, R response tokens, T = prompt + response tokens, n response tokens of all rows
 
-A causal model never looks to the right, so real tokens do not see the padding, no attention mask is needed, and positions are
-0, 1, 2, ... as in training.
+A causal model never looks to the right, so real tokens do not see the padding, no attention mask is
+needed, and positions are 0, 1, 2, ... as in training.
 
-    packed ids   the room : | was bright <eos> | pad pad          response token j of a row stands at column length(prompt) + j,
-    hidden at             *    *    *                             and is scored by the hidden state one column to its left
+    packed ids   the room : | was bright <eos> | pad pad
+    hidden at             *    *    *
+
+Response token j of a row stands at column length(prompt) + j. The hidden state one column to its
+left scores it.
 """
 
 from dataclasses import dataclass, field
@@ -16,70 +19,110 @@ import torch
 
 @dataclass
 class Packed:
-    """Prompt + response rows, padded on the right. A padding id may be any token, EOS too: only lengths are ever looked at."""
+    """Prompt + response rows, padded on the right.
+
+    A padding id may be any token, EOS too: only lengths are ever looked at.
+    """
 
     ids: torch.Tensor  # [B, T]
     prompt_lengths: torch.Tensor  # [B]
     response_lengths: torch.Tensor  # [B]
-    trunk: torch.Tensor | None = None  # [B, T, D]: what a policy's frozen blocks made of the ids (blocks.FrozenTrunk)
+    # What a policy's frozen blocks made of the ids (hf/blocks.FrozenTrunk).
+    trunk: torch.Tensor | None = None  # [B, T, D]
 
     @property
-    def lengths(self):
-        return self.prompt_lengths + self.response_lengths  # [B]
+    def lengths(self) -> torch.Tensor:
+        """The number of real tokens of each row: [B]."""
+        return self.prompt_lengths + self.response_lengths
 
     def __len__(self):
         return len(self.ids)
 
-    def rows(self, index):
+    def rows(self, index: torch.Tensor) -> "Packed":
         """The chosen rows, trimmed to their own longest."""
         part = Packed(self.ids[index], self.prompt_lengths[index], self.response_lengths[index])
         width = int(part.lengths.max())
         part.ids = part.ids[:, :width]
-        part.trunk = None if self.trunk is None else self.trunk[index, :width]
+        if self.trunk is not None:
+            part.trunk = self.trunk[index, :width]
         return part
 
-    def to(self, device):
-        return Packed(self.ids.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
+    def to(self, device) -> "Packed":
+        return Packed(
+            self.ids.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device)
+        )
 
-    def micro_batches(self, size, index=None, tokens=0):
-        """Index tensors of rows of similar length, so that trimming leaves little padding: see micro_batches()."""
-        index = torch.arange(len(self), device=self.ids.device) if index is None else index
-        return [index[part] for part in micro_batches(self.lengths[index], size, tokens)]
+    def micro_batches(
+        self, size: int, index: torch.Tensor | None = None, tokens: int = 0
+    ) -> list[torch.Tensor]:
+        """Rows of similar length together, so that trimming leaves little padding: see
+        micro_batches() below.
+
+        index [m]: the rows to divide (default: all). -> a list of index tensors of rows.
+        """
+        if index is None:
+            index = torch.arange(len(self), device=self.ids.device)
+        parts = []
+        for part in micro_batches(self.lengths[index], size, tokens):
+            parts.append(index[part])
+        return parts
 
 
-def micro_batches(lengths, size, tokens=0):
-    """Places of `lengths` [N], shortest first, in parts of at most `size` rows; or, with `tokens`, in as few parts as hold at most that
-    many tokens each, padding counted (a row that is longer stands alone)."""
-    order = lengths.argsort(stable=True)
+def micro_batches(
+    lengths: torch.Tensor, size: int, tokens: int = 0
+) -> list[torch.Tensor] | tuple[torch.Tensor, ...]:
+    """Divide rows into micro-batches of similar length, the shortest rows first.
+
+    lengths [N], in tokens -> index tensors of rows. A part has at most `size` rows. With `tokens`
+    it has as many rows as hold at most that many tokens, padding counted; a row that is longer
+    than that stands alone.
+    """
+    shortest_first = lengths.argsort(stable=True)
     if not tokens:
-        return order.split(size)
-    counts = [0]
-    for length in lengths[order].tolist():
-        if counts[-1] and (counts[-1] + 1) * length > tokens:
+        return shortest_first.split(size)
+
+    counts = [0]  # the number of rows of each part
+    for length in lengths[shortest_first].tolist():
+        # The new row is the longest so far, so all rows of the part are padded to its length.
+        tokens_with_it = (counts[-1] + 1) * length
+        if counts[-1] > 0 and tokens_with_it > tokens:
             counts.append(0)
         counts[-1] += 1
-    return order.split(counts)
+    return shortest_first.split(counts)
 
 
-def pack(prompts, responses, pad_id=0):
-    """Lists of token lists -> Packed. No rows are none too: a process may have no share of a few texts."""
-    rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
+def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0) -> Packed:
+    """Lists of token lists -> Packed.
+
+    There may be no rows at all: a process may have no share of a few texts.
+    """
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        rows.append([*prompt, *response])
     width = max(map(len, rows), default=0)
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], dtype=torch.long).view(len(rows), width)
-    prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.long)
-    response_lengths = torch.tensor([len(r) for r in responses], dtype=torch.long)
+
+    padded = [row + [pad_id] * (width - len(row)) for row in rows]
+    ids = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
+    response_lengths = torch.tensor([len(response) for response in responses], dtype=torch.long)
     return Packed(ids, prompt_lengths, response_lengths)
 
 
-def unflatten(flat, mask):
-    """[n] values of the masked positions, row by row -> [B, R], 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+def unflatten(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values [n] of the masked positions, row by row -> [B, R], 0 elsewhere."""
+    zeros = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
+    return zeros.masked_scatter(mask, flat)
 
 
-def response_mask_of(batch, width=None):
-    """[B, R] from the lengths of packed rows; R is the longest response or `width`."""
-    width = int(batch.response_lengths.max()) if width is None else width
-    return torch.arange(width, device=batch.ids.device) < batch.response_lengths[:, None]
+def response_mask_of(batch: Packed, width: int | None = None) -> torch.Tensor:
+    """The response mask of packed rows, from their lengths: [B, R].
+
+    R is the longest response, or `width`.
+    """
+    if width is None:
+        width = int(batch.response_lengths.max())
+    positions = torch.arange(width, device=batch.ids.device)  # [R]
+    return positions < batch.response_lengths[:, None]
 
 
 @dataclass
@@ -89,7 +132,8 @@ class Answers:
     prompts: list[str]
     responses: list[str]
     batch: Packed | None
-    micro_batches: dict = field(default_factory=dict, repr=False)  # tokenized once for all members of an ensemble
+    # Micro-batches by their tokenizer: texts are tokenized once for all members of an ensemble.
+    micro_batches: dict = field(default_factory=dict, repr=False)
 
     def __len__(self):
         return len(self.prompts)
