@@ -1,10 +1,10 @@
 """PPO for language models, the whole algorithm: roll out, score, estimate advantages, update. The maths is in nanorlhf/ppo.py.
 
-    python train_ppo.py                                    the embedded world; trains its SFT policy and reward model first
-    python train_ppo.py --model gpt2 --dataset prompts.jsonl --reward_model my.py:reward --output_dir runs/my
-    torchrun --nproc_per_node=4 train_ppo.py               the same global batch, and the same result, on four processes (or GPUs)
+python train_ppo.py                                    the embedded world; trains its SFT policy and reward model first
+python train_ppo.py --model gpt2 --dataset prompts.jsonl --reward_model my.py:reward --output_dir runs/my
+torchrun --nproc_per_node=4 train_ppo.py               the same global batch, and the same result, on four processes (or GPUs)
 
-    B sequences of the global batch, b of this process, m of a micro-batch, P prompt and R response tokens, K rewards
+B sequences of the global batch, b of this process, m of a micro-batch, P prompt and R response tokens, K rewards
 """
 
 import time
@@ -52,32 +52,63 @@ TRY_NEXT = """Try next:
 @dataclass
 class Config(feature_control.Flags, cli.RunConfig):
     output_dir: str = field(default="runs/ppo", metadata={"help": "the run folder"})
-    model: str = field(default="runs/sft", metadata={"help": "the SFT policy: run folder, model folder or hub name"})
+    model: str = field(
+        default="runs/sft",
+        metadata={"help": "the SFT policy: run folder, model folder or hub name"},
+    )
     reward_model: list[str] = field(default_factory=lambda: ["runs/rm/seed_0"], metadata={"help": "one reward, or the members of an "
         "ensemble: model folder ({seed} stands for all that exist) or hub name, FILE.py:FUNCTION, or lexicon .tsv"})  # fmt: skip
     objective: str = field(default="mean", metadata={"help": f"of an ensemble: {', '.join(OBJECTIVES)} "
         "(wco: worst case, uwo: uncertainty-weighted)"})  # fmt: skip
-    uwo_lambda: float = field(default=0.1, metadata={"help": "uwo: weight of the members' variance"})
-    gold_model: str = field(default="", metadata={"help": "a second reward, for evaluation only; embedded world: its gold"})
-    score_gold: str = field(default="", metadata={"help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"})
-    value_model: str = field(default="", metadata={"help": "a separate value model (a policy or reward model), trained in full"})
+    uwo_lambda: float = field(
+        default=0.1, metadata={"help": "uwo: weight of the members' variance"}
+    )
+    gold_model: str = field(
+        default="",
+        metadata={"help": "a second reward, for evaluation only; embedded world: its gold"},
+    )
+    score_gold: str = field(
+        default="",
+        metadata={
+            "help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"
+        },
+    )
+    value_model: str = field(
+        default="",
+        metadata={"help": "a separate value model (a policy or reward model), trained in full"},
+    )
     steps: int = field(default=60, metadata={"help": "rollouts"})
-    batch_size: int = field(default=128, metadata={"help": "responses a rollout, over all processes"})
-    minibatch_size: int = field(default=32, metadata={"help": "responses an optimizer step, over all processes"})
+    batch_size: int = field(
+        default=128, metadata={"help": "responses a rollout, over all processes"}
+    )
+    minibatch_size: int = field(
+        default=32, metadata={"help": "responses an optimizer step, over all processes"}
+    )
     ppo_epochs: int = field(default=4, metadata={"help": "passes over each rollout"})
-    max_prompt_length: int = field(default=0, metadata={"help": "left-truncate prompts to this; 0: too long is an error"})
+    max_prompt_length: int = field(
+        default=0, metadata={"help": "left-truncate prompts to this; 0: too long is an error"}
+    )
     max_new_tokens: int = field(default=48, metadata={"help": "longest response"})
     temperature: float = field(default=1.0, metadata={"help": "of sampling, and of every log-prob"})
     lr: float = field(default=3e-4, metadata={"help": "peak learning rate of AdamW"})
-    schedule: str = field(default="constant", metadata={"help": "constant, linear or cosine, over the rollouts"})
-    eval_every: int = field(default=20, metadata={"help": "evaluate every N steps; 0: at the start and the end only"})
+    schedule: str = field(
+        default="constant", metadata={"help": "constant, linear or cosine, over the rollouts"}
+    )
+    eval_every: int = field(
+        default=20, metadata={"help": "evaluate every N steps; 0: at the start and the end only"}
+    )
     checkpoint_every: int = field(default=10, metadata={"help": "write a checkpoint every N steps"})
     # The KL penalty. k1 in the reward is the gradient of the sequence KL. In the loss, k2 (on-policy) and full give the token KL's
     # gradient, without the effect on later states; k3's gradient there is not the KL's. See kl_estimate and full_kl.
-    kl_coef: float = field(default=0.05, metadata={"help": "coefficient of the KL to the SFT policy"})
+    kl_coef: float = field(
+        default=0.05, metadata={"help": "coefficient of the KL to the SFT policy"}
+    )
     kl_kind: str = field(default="k1", metadata={"help": f"one of {', '.join(ppo.kl_kinds())}"})
     kl_in: str = field(default="reward", metadata={"help": "reward or loss"})
-    kl_target: float = field(default=0.0, metadata={"help": "adapt kl_coef to keep the sequence KL here, in nats; 0: fixed"})
+    kl_target: float = field(
+        default=0.0,
+        metadata={"help": "adapt kl_coef to keep the sequence KL here, in nats; 0: fixed"},
+    )
     kl_horizon: int = field(default=10_000, metadata={"help": "samples over which kl_coef adapts"})
     gamma: float = field(default=1.0, metadata={"help": "discount"})
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda"})
@@ -85,32 +116,72 @@ class Config(feature_control.Flags, cli.RunConfig):
     value_clip_range: float = field(default=0.2, metadata={"help": "clip of the value's change"})
     vf_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
     ent_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
-    target_kl: float = field(default=0.0, metadata={"help": "stop the epochs once approx_kl passes this; 0: off"})
+    target_kl: float = field(
+        default=0.0, metadata={"help": "stop the epochs once approx_kl passes this; 0: off"}
+    )
     score_clip: float = field(default=0.0, metadata={"help": "clip scores to +- this; 0: off"})
-    score_scaling: str = field(default="none", metadata={"help": "divide scores by a std: none, running or first"})
-    missing_eos_penalty: float = field(default=0.0, metadata={"help": "subtracted from the score of a response without EOS"})
-    eos_required: bool = field(default=False, metadata={"help": "a response without EOS scores -missing_eos_penalty, whatever it says"})
-    length_penalty: float = field(default=0.0, metadata={"help": "subtracted from the score for each response token"})
-    bootstrap_truncated: bool = field(default=False, metadata={"help": "a response cut at max_new_tokens ends with its value, not with 0"})
+    score_scaling: str = field(
+        default="none", metadata={"help": "divide scores by a std: none, running or first"}
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "subtracted from the score of a response without EOS"}
+    )
+    eos_required: bool = field(
+        default=False,
+        metadata={"help": "a response without EOS scores -missing_eos_penalty, whatever it says"},
+    )
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "subtracted from the score for each response token"}
+    )
+    bootstrap_truncated: bool = field(
+        default=False,
+        metadata={"help": "a response cut at max_new_tokens ends with its value, not with 0"},
+    )
     n_samples: int = field(default=3, metadata={"help": "samples to print at an evaluation"})
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "minibatch_size", "ppo_epochs", "max_new_tokens", "kl_horizon")
-        at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip", "max_prompt_length", "n_samples")
+        at_least(
+            self,
+            0,
+            "kl_coef",
+            "kl_target",
+            "target_kl",
+            "vf_coef",
+            "ent_coef",
+            "score_clip",
+            "max_prompt_length",
+            "n_samples",
+        )
         at_least(self, 0, "uwo_lambda")
         require(self.uwo_lambda < float("inf"), "--uwo_lambda must be finite")
-        require(self.clip_range > 0 and self.value_clip_range > 0, "--clip_range and --value_clip_range must be positive")
-        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "--gamma and --lam must lie between 0 and 1")
+        require(
+            self.clip_range > 0 and self.value_clip_range > 0,
+            "--clip_range and --value_clip_range must be positive",
+        )
+        require(
+            0 <= self.gamma <= 1 and 0 <= self.lam <= 1,
+            "--gamma and --lam must lie between 0 and 1",
+        )
         one_of(self, "objective", *OBJECTIVES)
         one_of(self, "kl_kind", *ppo.kl_kinds())
         one_of(self, "kl_in", "reward", "loss")
         one_of(self, "score_scaling", "none", "running", "first")
         useless = self.kl_in == "loss" and self.kl_kind in ppo.KL_WITHOUT_GRADIENT
-        require(not useless, f"--kl_in loss: {self.kl_kind}'s gradient there has mean zero; take k2 or full")
+        require(
+            not useless,
+            f"--kl_in loss: {self.kl_kind}'s gradient there has mean zero; take k2 or full",
+        )
         require(self.temperature > 0, "--temperature must be positive")
-        require(not self.kl_target or self.kl_coef > 0, "--kl_target adapts --kl_coef, which must start above 0")
-        require(self.batch_size < 5 * self.kl_horizon, "--kl_horizon must be above a fifth of --batch_size")
+        require(
+            not self.kl_target or self.kl_coef > 0,
+            "--kl_target adapts --kl_coef, which must start above 0",
+        )
+        require(
+            self.batch_size < 5 * self.kl_horizon,
+            "--kl_horizon must be above a fifth of --batch_size",
+        )
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)
@@ -118,57 +189,95 @@ class Config(feature_control.Flags, cli.RunConfig):
 
 @unlock_afterwards()
 def main(config):
-    # ------------------------------------------------------------------------------------------------------------------- set-up
+    # ------------------------------------------------------------------------------------ set-up
     dist = setup(config.device, config.distributed)
     if config.score_gold:
         summary = score_gold(config, dist)
         if dist.main:
             plot_run(config.score_gold)
         return summary
+
     divides(config, "batch_size", config.minibatch_size, "--minibatch_size")
     divides(config, "minibatch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
     if folder.state == "done":
         return folder.already_done()
+
+    # What is wrong with a model or a reward is said now, before anything is trained or loaded.
     check_inputs(config, "model", "value_model", "reward_model", "gold_model")
-    scoring = feature_control.prepare(config) or Scoring(config)  # None without its flags
-    rows, held_out, note = load_splits(config, "prompts")  # held_out: {label: rows}
+    # Control by features scores answers in its own way; without its flags it prepares None.
+    scoring = feature_control.prepare(config) or Scoring(config)
+    rows, held_out, note = load_splits(config, "prompts")  # held_out: {label of a split: rows}
     train_what_is_missing(config, "model", "reward_model")
     torch.manual_seed(config.seed)
 
-    # --------------------------------------------------------------------------------------------------------------------- data
-    model_config, tokenizer = check_model(config.model), load_tokenizer(config.model)
-    prompts, *held_out_prompts = (
-        data.ready_prompts(tokenizer, part, model_config, config.max_new_tokens, config.max_prompt_length, config.chat_template)
-        for part in (rows, *held_out.values())
-    )
-    fewest = min(map(len, held_out_prompts))
-    require(fewest >= dist.world, f"{fewest} held-out prompts are fewer than the {dist.world} processes")
-    against = " ".join(config.reward_model)
-    dist.print(f"PPO of {config.model} against {against} on {config.dataset}: {note}; {dist.world} process(es), {dist.device}")
+    # -------------------------------------------------------------------------------------- data
+    model_config = check_model(config.model)
+    tokenizer = load_tokenizer(config.model)
 
-    # ------------------------------------------------------------------------------------------------------------------- models
-    policy = load_policy(config.model, value_model=config.value_model or None, device=dist.load_device)  # in eval mode: no dropout
+    def encode(rows):
+        return data.ready_prompts(
+            tokenizer,
+            rows,
+            model_config,
+            config.max_new_tokens,
+            config.max_prompt_length,
+            config.chat_template,
+        )
+
+    prompts = encode(rows)
+    held_out_prompts = {label: encode(part) for label, part in held_out.items()}
+    fewest = min(map(len, held_out_prompts.values()))
+    require(
+        fewest >= dist.world,
+        f"{fewest} held-out prompts are fewer than the {dist.world} processes",
+    )
+    against = " ".join(config.reward_model)
+    dist.print(
+        f"PPO of {config.model} against {against} on {config.dataset}: {note}; "
+        f"{dist.world} process(es), {dist.device}"
+    )
+
+    # ------------------------------------------------------------------------------------ models
+    # The policy is in eval mode throughout: dropout would make each ratio of the update noisy.
+    value_model = config.value_model or None
+    policy = load_policy(config.model, value_model=value_model, device=dist.load_device)
     note = choose_trained(policy.lm, config)
-    dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
+    n_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    dist.print(f"{n_parameters:,} parameters, {note}")
     reference = reference_of(policy, share=not dist.sharded)
-    for lm in {policy.lm, reference.lm, policy.value_trunk or policy.lm}:  # the first two are one with LoRA
+
+    # With LoRA the policy and the reference have one language model, which is sped up once.
+    language_models = {policy.lm, reference.lm}
+    if policy.value_trunk is not None:
+        language_models.add(policy.value_trunk)
+    for lm in language_models:
         speed_up(lm, dist.device, config.dtype, config.compile)
     if config.checkpoint_activations:
         checkpoint_activations(policy)
+
+    # On several processes the policy goes into DDP or is sharded (FSDP), the reference is sharded.
     example = pack(prompts[:1], [prompts[0][-1:]]).to(dist.device)
 
-    def total(model):
-        return sum(x.sum() for x in model(example, response_mask_of(example)).values())
+    def sum_of_outputs(model):
+        outputs = model(example, response_mask_of(example))
+        return sum(output.sum() for output in outputs.values())
 
-    model = dist.wrap(policy, total, config.dtype)
+    model = dist.wrap(policy, sum_of_outputs, config.dtype)
     if reference.lm is not policy.lm:
-        dist.wrap(reference, total, config.dtype)
+        dist.wrap(reference, sum_of_outputs, config.dtype)
+
     scoring.load(tokenizer, dist)
-    gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size) if config.gold_model else None
+    gold = None
+    if config.gold_model:
+        gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size)
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
-    kl_controller = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon) if config.kl_target else None
     scaler = ppo.ScoreScaler(config.score_scaling)
+    kl_controller = None
+    if config.kl_target:
+        kl_controller = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+
+    # A run that was killed goes on from its last checkpoint.
     state = checkpoint.load(config.output_dir, policy, optimizer, dist)
     if state:
         scaler.moments = tuple(state["scaler"])
@@ -177,37 +286,49 @@ def main(config):
         scoring.restore(state.get("tensors", {}))
     parts = PPOParts(config, dist, tokenizer, policy, model, reference, scoring, gold)
 
-    def evaluations():
+    def evaluate_splits():
         """{label of a split: its results and answers}"""
-        return {label: evaluate(parts, part) for label, part in zip(held_out, held_out_prompts, strict=True)}
+        return {label: evaluate(parts, part) for label, part in held_out_prompts.items()}
 
-    start = None if state else evaluations()  # before anything is written: a reward that fails leaves no trace
-    folder.create(state)
-
-    def report(step, results):
+    def report(step, evaluations):
+        """Write and print an evaluation. -> its numbers, for metrics.jsonl"""
         record = {}
-        for label, (result, rows) in results.items():
+        for label, (result, rows) in evaluations.items():
             folder.write_eval(step, rows, label)
-            text = ", ".join(f"{name} {v['mean']:.2f} +- {v['se']:.2f}" for name, v in result.items())
-            dist.print(f"\nstep {step}, {len(rows)} held-out prompts{'' if label == 'eval' else f' ({label})'}: {text}")
-            for name, v in result.items():
-                record |= {f"{label}/{name}": v["mean"], f"{label}/{name}_se": v["se"], f"{label}/{name}_n": v["n"]}
-        samples = results["eval"][1][: config.n_samples]
-        samples = [{"step": step, "prompt": r["prompt"], "response": r["response"], **r["scores"], "gold": r["gold"]} for r in samples]
+            name_of_split = "" if label == "eval" else f" ({label})"
+            numbers = ", ".join(
+                f"{name} {x['mean']:.2f} +- {x['se']:.2f}" for name, x in result.items()
+            )
+            dist.print(f"\nstep {step}, {len(rows)} held-out prompts{name_of_split}: {numbers}")
+            for name, x in result.items():
+                record[f"{label}/{name}"] = x["mean"]
+                record[f"{label}/{name}_se"] = x["se"]
+                record[f"{label}/{name}_n"] = x["n"]
+
+        _, rows = evaluations["eval"]
+        samples = []
+        for row in rows[: config.n_samples]:
+            texts = {"prompt": row["prompt"], "response": row["response"]}
+            samples.append({"step": step, **texts, **row["scores"], "gold": row["gold"]})
         folder.append("samples.jsonl", samples)
         dist.print(sample_table(samples))
         return record
 
-    if start:
-        folder.append("metrics.jsonl", [{"step": 0, **report(0, start)}])
+    # The first evaluation comes before anything is written: a reward that fails leaves no trace.
+    first_evaluation = None if state else evaluate_splits()
+    folder.create(state)
+    if first_evaluation:
+        folder.append("metrics.jsonl", [{"step": 0, **report(0, first_evaluation)}])
 
-    # --------------------------------------------------------------------------------------------------------------------- loop
+    # -------------------------------------------------------------------------------------- loop
     first_step = state["step"] + 1 if state else 1
     progress = Progress(dist, "ppo", config.steps, first_step - 1)
     for step in range(first_step, config.steps + 1):
         clock = [time.perf_counter()]
         kl_coef = kl_controller.coef if kl_controller else config.kl_coef
-        lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
+        lr = learning_rate(
+            step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr
+        )
 
         # 1. Every process samples its share of the global batch.
         index = data.batch_indices(len(prompts), config.batch_size, step - 1, config.seed)
@@ -222,7 +343,7 @@ def main(config):
         clock.append(time.perf_counter())
 
         # 3. A few epochs of minibatches on them.
-        with gathered(reference if config.kl_in == "loss" and config.kl_kind in ppo.KL_OF_LOGITS else None):
+        with gathered(reference if needs_full_kl(config, "loss") else None):
             record |= update(parts, optimizer, answers.batch, x, place[0], step, kl_coef, lr)
         return_freed_memory()
         if kl_controller:
@@ -230,27 +351,48 @@ def main(config):
         clock.append(time.perf_counter())
 
         # 4. What happened.
-        seconds = dict(zip(("seconds_rollout", "seconds_score", "seconds_update"), np.diff(clock).tolist()))
-        speed = {"tokens_per_second": x.lengths.sum().item() / (clock[-1] - clock[0]), "peak_memory_mb": peak_memory_mb(dist)}
-        record = {"step": step, **record, "kl_coef": kl_coef, "lr": lr, **seconds, **speed}
-        if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            record |= report(step, evaluations())
+        seconds = np.diff(clock).tolist()
+        n_tokens = x.lengths.sum().item()
+        record = {
+            "step": step,
+            **record,
+            "kl_coef": kl_coef,
+            "lr": lr,
+            "seconds_rollout": seconds[0],
+            "seconds_score": seconds[1],
+            "seconds_update": seconds[2],
+            "tokens_per_second": n_tokens / (clock[-1] - clock[0]),
+            "peak_memory_mb": peak_memory_mb(dist),
+        }
+        is_last = step == config.steps
+        if is_last or (config.eval_every and step % config.eval_every == 0):
+            record |= report(step, evaluate_splits())
         folder.append("metrics.jsonl", [record])
-        progress.step(step, f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}")
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            numbers = {"kl_coef": kl_controller.coef if kl_controller else kl_coef, "scaler": scaler.moments}
-            learned = scoring.tensors()
-            folder.checkpoint(step, policy, optimizer, numbers, config.keep_checkpoints, learned)
+        progress.step(
+            step,
+            f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}",
+        )
+        if is_last or step % config.checkpoint_every == 0:
+            # The controller has moved since this step's kl_coef: the next step's is kept.
+            next_kl_coef = kl_controller.coef if kl_controller else kl_coef
+            numbers = {"kl_coef": next_kl_coef, "scaler": scaler.moments}
+            folder.checkpoint(
+                step, policy, optimizer, numbers, config.keep_checkpoints, scoring.tensors()
+            )
     progress.close()
 
-    # --------------------------------------------------------------------------------------------------------------------- save
+    # -------------------------------------------------------------------------------------- save
     if config.merge:
         merge(policy.lm)
     folder.save_model(save_policy, policy, tokenizer)
     picture = plot_run(config.output_dir) if dist.main else None
     summary = folder.finish(folder.before_and_after(held_out))
-    further = [f"{label}/{name}" for label in held_out if label != "eval" for name in ("proxy", "gold", "length")]
-    names = (*scoring.summary_names, "gold", "kl", "length", "distinct_2", *further)
+
+    # The table shows the first split in full, and three numbers of each further one.
+    names = [*scoring.summary_names, "gold", "kl", "length", "distinct_2"]
+    for label in held_out:
+        if label != "eval":
+            names += [f"{label}/proxy", f"{label}/gold", f"{label}/length"]
     dist.print(before_and_after_table(summary, names))
     curves = f", the curves in {picture}" if picture else ""
     dist.print(f"The policy is in {folder.path}/model, every answer in {folder.path}/eval{curves}.")
@@ -258,7 +400,7 @@ def main(config):
     return summary
 
 
-# ---------------------------------------------------------------------------------------------------------------------- experience
+# ------------------------------------------------------------------------------------ experience
 
 
 @dataclass
@@ -275,18 +417,92 @@ class Experience:
 
 
 def experience(parts, scaler, rollout, answers, kl_coef):
-    """A rollout -> Experience, and the step's numbers. Gathered first, so that no mean depends on the number of processes."""
-    config, dist = parts.config, parts.dist
-    full = config.kl_in == "reward" and config.kl_kind in ppo.KL_OF_LOGITS
-    kl_to = parts.reference if full else None
+    """Turn a rollout into an Experience and the step's numbers. -> Experience, {name: float}
+
+    What all processes have is gathered first, so that no mean depends on their number.
+    """
+    config = parts.config
+    g = gather_outputs(parts, rollout, answers)  # {name: [B, ...]}
+    mask = g["mask"]  # [B, R]
+    lengths = mask.sum(1)  # [B]
+
+    # What PPO maximises: `scores` [B]. A scoring that learns does so only now, so that no rollout
+    # is judged by what was learned from it.
+    scored = parts.scoring.combine(g)
+    learned = parts.scoring.learn(g)
+
+    # The rules on endings and length come before the scale of the scores.
+    shaped = ppo.shape_scores(
+        scored.scores,
+        lengths,
+        g["finished"],
+        config.missing_eos_penalty,
+        config.eos_required,
+        config.length_penalty,
+    )
+    shaped = scaler(shaped)
+    if config.score_clip:
+        shaped = shaped.clamp(-config.score_clip, config.score_clip)
+
+    # Rewards of tokens, then advantages. k1 and k3 are recorded, whatever kind is in the reward.
+    k1 = ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], "k1")  # [B, R], 0 where masked
+    k3 = ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], "k3")  # [B, R], 0 where masked
+    rewards = ppo.token_rewards(shaped, kl_in_reward(config, g), mask, kl_coef)  # [B, R]
+    bootstrap = g["bootstrap"] if config.bootstrap_truncated else None
+    advantages, returns = ppo.gae(rewards, g["values"], mask, config.gamma, config.lam, bootstrap)
+    mean, variance = ppo.masked_moments(advantages, mask)
+    whitened = ppo.whiten(advantages, mask, (mean, variance))
+
+    record = {
+        "score_mean": scored.proxy.mean().item(),
+        "score_std": scored.proxy.std(correction=0).item(),
+        **{name: term.mean().item() for name, term in scored.terms.items()},
+        **learned,
+        "reward": rewards.sum(1).mean().item(),  # of a sequence: shaped score less the KL penalty
+        "kl": k1.sum(1).mean().item(),  # of a sequence, nats
+        "kl_k3": k3.sum(1).mean().item(),
+        "entropy": (g["entropies"].sum() / mask.sum()).item(),  # of a token, nats
+        "length": lengths.float().mean().item(),
+        "eos_rate": g["finished"].float().mean().item(),
+        "advantage_mean": mean.item(),
+        "advantage_std": variance.sqrt().item(),
+        "explained_variance": ppo.explained_variance(g["values"], returns, mask),
+    }
+    if len(scored.members) > 1:
+        for name, scores in scored.members.items():
+            record[f"score/{name}"] = scores.mean().item()
+        record["score_variance"] = scored.variance.mean().item()  # between the members
+
+    x = Experience(
+        mask=mask,
+        old_logprobs=g["old_logprobs"],
+        ref_logprobs=g["ref_logprobs"],
+        values=g["values"],
+        advantages=whitened,
+        returns=returns,
+        lengths=lengths,
+    )
+    return x, record
+
+
+def gather_outputs(parts, rollout, answers):
+    """What the policy, the reference and the rewards say of a rollout, of all processes together.
+
+    b rows of this process, B of all -> {name: [B, ...]}
+    """
+    dist = parts.dist
+    needs_reference = needs_full_kl(parts.config, "reward")
+    kl_to = parts.reference if needs_reference else None
+
     with gathered(parts.policy, kl_to):
         old = sampled_outputs(parts, rollout, answers.batch, kl_to)
         bootstrap = bootstrap_values(parts, rollout, answers.batch)
     with gathered(parts.reference):
         ref = forward(parts, parts.reference, answers.batch)
     readings = parts.scoring.read([answers])
-    local = {
-        **{name: value.to(dist.device) for name, value in readings.items()},  # member_scores [b, K]
+
+    local = {name: value.to(dist.device) for name, value in readings.items()}
+    local |= {
         "bootstrap": bootstrap,  # [b]
         "finished": rollout.finished,  # [b]
         "mask": rollout.response_mask,  # [b, R], as all that follow
@@ -294,123 +510,168 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         "ref_logprobs": ref["logprobs"],
         "values": old["values"],
         "entropies": rollout.entropies,
-        "full_kl": old["full_kl"] if full else torch.zeros_like(rollout.logprobs),
     }
-    g = {name: dist.gather(value) for name, value in local.items()}
-    mask, lengths = g["mask"], g["mask"].sum(1)  # [B, R], [B]
+    if needs_reference:
+        local["full_kl"] = old["full_kl"]
+    return {name: dist.gather(value) for name, value in local.items()}
 
-    # What PPO maximises: `scores` [B]. A scoring that learns does so only now, so that no rollout
-    # is judged by what was learned from it.
-    scored = parts.scoring.combine(g)
-    learned = parts.scoring.learn(g)
-    penalties = (config.missing_eos_penalty, config.eos_required, config.length_penalty)
-    shaped = scaler(ppo.shape_scores(scored.scores, lengths, g["finished"], *penalties))
-    if config.score_clip:
-        shaped = shaped.clamp(-config.score_clip, config.score_clip)
-    k1, k3 = (ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], kind) for kind in ("k1", "k3"))  # 0 where masked
+
+def needs_full_kl(config, place):
+    """Whether the KL in a place, "reward" or "loss", is the exact one over the vocabulary."""
+    return config.kl_in == place and config.kl_kind in ppo.KL_OF_LOGITS
+
+
+def kl_in_reward(config, g):
+    """The KL that is a penalty in the reward: [B, R]; all 0 where it is part of the loss instead."""
     if config.kl_in == "loss":
-        kl = torch.zeros_like(k1)
-    else:
-        kl = g["full_kl"] if full else ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], config.kl_kind)
-    rewards_of_tokens = ppo.token_rewards(shaped, kl, mask, kl_coef)
-    bootstrap = g["bootstrap"] if config.bootstrap_truncated else None
-    advantages, returns = ppo.gae(rewards_of_tokens, g["values"], mask, config.gamma, config.lam, bootstrap)
-    moments = ppo.masked_moments(advantages, mask)
-    whitened = ppo.whiten(advantages, mask, moments)
-
-    record = {
-        "score_mean": scored.proxy.mean().item(),
-        "score_std": scored.proxy.std(correction=0).item(),
-        **{name: x.mean().item() for name, x in scored.terms.items()},
-        **learned,
-        "reward": rewards_of_tokens.sum(1).mean().item(),  # of a sequence: shaped score less the KL penalty
-        "kl": k1.sum(1).mean().item(),  # of a sequence, nats
-        "kl_k3": k3.sum(1).mean().item(),
-        "entropy": (g["entropies"].sum() / mask.sum()).item(),  # of a token, nats
-        "length": lengths.float().mean().item(),
-        "eos_rate": g["finished"].float().mean().item(),
-        "advantage_mean": moments[0].item(),
-        "advantage_std": moments[1].sqrt().item(),
-        "explained_variance": ppo.explained_variance(g["values"], returns, mask),
-    }
-    if len(scored.members) > 1:
-        record |= {f"score/{name}": x.mean().item() for name, x in scored.members.items()}
-        record["score_variance"] = scored.variance.mean().item()  # between the members
-    return Experience(mask, g["old_logprobs"], g["ref_logprobs"], g["values"], whitened, returns, lengths), record
+        return torch.zeros_like(g["old_logprobs"])
+    if needs_full_kl(config, "reward"):
+        return g["full_kl"]
+    return ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], config.kl_kind)
 
 
 @torch.no_grad()
 def bootstrap_values(parts, rollout, batch):
     """[b]: the value after the last token of a response that was cut off, 0 for one that ended."""
-    config, dist = parts.config, parts.dist
+    config = parts.config
+    dist = parts.dist
     values = torch.zeros(len(batch), device=dist.device)
-    cut_off = (~rollout.finished).nonzero()[:, 0]
-    if config.bootstrap_truncated and len(cut_off):
-        for rows in batch.micro_batches(config.micro_batch_size, cut_off, config.tokens_per_micro_batch):
-            with autocast(dist, config.dtype):
-                values[rows] = parts.policy.final_values(batch.rows(rows))
+    if not config.bootstrap_truncated:
+        return values
+    cut_off = (~rollout.finished).nonzero()[:, 0]  # rows
+    if len(cut_off) == 0:
+        return values
+    for rows in batch.micro_batches(
+        config.micro_batch_size, cut_off, config.tokens_per_micro_batch
+    ):
+        with autocast(dist, config.dtype):
+            values[rows] = parts.policy.final_values(batch.rows(rows))
     return values
 
 
-# -------------------------------------------------------------------------------------------------------------------------- update
+# ---------------------------------------------------------------------------------------- update
+
+# Statistics of which the largest counts. All others are sums, whose shares add up.
+MAXIMA = ("ratio_max", "ratio_error", "first_ratio_error")
 
 
 def update(parts, optimizer, batch, x, first, step, kl_coef, lr):
-    """ppo_epochs passes of minibatches over the rollout -> the update's numbers.
+    """ppo_epochs passes of minibatches over the rollout. -> the update's numbers
 
-    batch: this process's rows; `first` is the place of the first of them in the global batch, and so in the Experience x.
+    batch: this process's rows. first: the place of the first of them in the global batch, and so in
+    the Experience x.
     """
-    config, dist, epochs = parts.config, parts.dist, []
+    config = parts.config
+    dist = parts.dist
+    epochs = []  # the numbers of each
     for epoch in range(config.ppo_epochs):
         stats = defaultdict(lambda: torch.zeros((), device=dist.device))
-        for minibatch in data.minibatches(config.batch_size, config.minibatch_size, config.seed, step, epoch):
-            n_tokens = x.lengths[minibatch.to(dist.device)].sum()  # of the whole minibatch: every mean's denominator
-            mine = dist.share(minibatch).to(dist.device) - first
-            micro_batches = dist.even(batch.micro_batches(config.micro_batch_size, mine, config.tokens_per_micro_batch))
-            for rows in micro_batches:
-                with sync_on(parts.model, last=rows is micro_batches[-1]):
+        for minibatch in data.minibatches(
+            config.batch_size, config.minibatch_size, config.seed, step, epoch
+        ):
+            # Every mean's denominator: the response tokens of the whole minibatch.
+            n_tokens = x.lengths[minibatch.to(dist.device)].sum()
+            mine = dist.share(minibatch).to(dist.device) - first  # rows of `batch`
+            micro_batches = batch.micro_batches(
+                config.micro_batch_size, mine, config.tokens_per_micro_batch
+            )
+            micro_batches = dist.even(micro_batches)
+
+            # Gradients add up over the micro-batches.
+            for i, rows in enumerate(micro_batches, 1):
+                with sync_on(parts.model, last=i == len(micro_batches)):
                     with autocast(dist, config.dtype):
-                        loss, numbers = loss_of(parts, batch.rows(rows), x, rows + first, n_tokens, kl_coef)
-                    (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
-                for name, value in numbers.items():
-                    stats[name] = torch.maximum(stats[name], value) if name in ("ratio_max", "ratio_error") else stats[name] + value
-            if "first_ratio_error" not in stats:  # nothing has been learned from this rollout yet, so every ratio should be 1
+                        loss, numbers = loss_of(
+                            parts, batch.rows(rows), x, rows + first, n_tokens, kl_coef
+                        )
+                    # DDP and FSDP average over ranks, and the loss is a sum.
+                    (loss * dist.world).backward()
+                add_to(stats, numbers)
+
+            # Nothing has been learned from this rollout yet, so every ratio should be 1.
+            if "first_ratio_error" not in stats:
                 stats["first_ratio_error"] = stats["ratio_error"]
-            stats["grad_norm"] += optimizer_step(optimizer, parts.policy, lr, config.max_grad_norm, step) / dist.world
-        epochs.append(reduce_stats(stats, config.batch_size // config.minibatch_size, dist))
+            grad_norm = optimizer_step(optimizer, parts.policy, lr, config.max_grad_norm, step)
+            stats["grad_norm"] += grad_norm / dist.world
+
+        n_minibatches = config.batch_size // config.minibatch_size
+        epochs.append(reduce_stats(stats, n_minibatches, dist))
         if config.target_kl and epochs[-1]["approx_kl"] > config.target_kl:
             break
-    means = {name: sum(stats[name] for stats in epochs) / len(epochs) for name in epochs[0] if name != "ratio_error"}
-    return means | {"ratio_max": max(stats["ratio_max"] for stats in epochs), "first_ratio_error": epochs[0]["first_ratio_error"]}
+
+    # Means over the epochs, but for the two maxima that are recorded.
+    record = {}
+    for name in epochs[0]:
+        if name != "ratio_error":
+            record[name] = sum(numbers[name] for numbers in epochs) / len(epochs)
+    record["ratio_max"] = max(numbers["ratio_max"] for numbers in epochs)
+    record["first_ratio_error"] = epochs[0]["first_ratio_error"]
+    return record
 
 
 def loss_of(parts, batch, x, at, n_tokens, kl_coef):
-    """One micro-batch's share of the loss, and of the statistics. `at` [m]: its rows in x."""
-    config, mask = parts.config, response_mask_of(batch)  # [m, R'], trimmed to its longest response
-    old_logprobs, ref_logprobs, old_values, advantages, returns = (
-        tensor[at, : mask.shape[1]] for tensor in (x.old_logprobs, x.ref_logprobs, x.values, x.advantages, x.returns)
+    """One micro-batch's share of the loss, and of the statistics.
+
+    batch: m packed rows; at [m]: their rows in the Experience x -> loss (scalar), {name: scalar}
+    """
+    config = parts.config
+    mask = response_mask_of(batch)  # [m, R'], trimmed to its longest response
+    width = mask.shape[1]
+    old_logprobs = x.old_logprobs[at, :width]
+    ref_logprobs = x.ref_logprobs[at, :width]
+    old_values = x.values[at, :width]
+    advantages = x.advantages[at, :width]
+    returns = x.returns[at, :width]
+
+    kl_to = parts.reference if needs_full_kl(config, "loss") else None
+    new = parts.model(
+        batch, mask, config.temperature, entropy=config.ent_coef > 0, kl_to=kl_to
+    )  # {name: [m, R']}
+    policy_loss, stats = ppo.policy_loss(
+        new["logprobs"], old_logprobs, advantages, mask, config.clip_range, n_tokens
     )
-    kl_to = parts.reference if config.kl_in == "loss" and config.kl_kind in ppo.KL_OF_LOGITS else None
-    new = parts.model(batch, mask, config.temperature, entropy=config.ent_coef > 0, kl_to=kl_to)
-    policy_loss, stats = ppo.policy_loss(new["logprobs"], old_logprobs, advantages, mask, config.clip_range, n_tokens)
-    value_loss = ppo.value_loss(new["values"], old_values, returns, mask, config.value_clip_range, n_tokens)
+    value_loss = ppo.value_loss(
+        new["values"], old_values, returns, mask, config.value_clip_range, n_tokens
+    )
+
     # total = policy + vf_coef * value - ent_coef * entropy [+ kl_coef * kl]
     loss = policy_loss + config.vf_coef * value_loss
     if config.ent_coef:
         loss = loss - config.ent_coef * new["entropies"].sum() / n_tokens
     if config.kl_in == "loss":
-        kl = new["full_kl"] if kl_to else ppo.kl_estimate(new["logprobs"], ref_logprobs, config.kl_kind)
+        if kl_to:
+            kl = new["full_kl"]
+        else:
+            kl = ppo.kl_estimate(new["logprobs"], ref_logprobs, config.kl_kind)
         loss = loss + kl_coef * kl.sum() / n_tokens
-    ratio_error = (new["logprobs"] - old_logprobs).detach().abs().max()
-    return loss, {**stats, "ratio_error": ratio_error, "policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
+
+    stats["ratio_error"] = (new["logprobs"] - old_logprobs).detach().abs().max()
+    stats["policy_loss"] = policy_loss.detach()
+    stats["value_loss"] = value_loss.detach()
+    return loss, stats
+
+
+def add_to(stats, numbers):
+    """Add one micro-batch's numbers to the statistics of its epoch."""
+    for name, value in numbers.items():
+        if name in MAXIMA:
+            stats[name] = torch.maximum(stats[name], value)
+        else:
+            stats[name] += value
 
 
 def reduce_stats(stats, n_minibatches, dist):
-    """Sums over this process's micro-batches -> means over the epoch's minibatches, all processes; maxima stay maxima."""
-    largest = ("ratio_max", "ratio_error", "first_ratio_error")
-    maxima = dist.gather(torch.stack([stats[name] for name in largest])[None]).amax(0).tolist()
-    means = (dist.sum(torch.stack([v for name, v in stats.items() if name not in largest])) / n_minibatches).tolist()
-    return dict(zip([name for name in stats if name not in largest], means)) | dict(zip(largest, maxima))
+    """One epoch's statistics of this process -> those of all processes, {name: float}.
+
+    Sums become means over the epoch's minibatches; maxima stay maxima.
+    """
+    sums = {name: value for name, value in stats.items() if name not in MAXIMA}
+    totals = dist.sum(torch.stack(list(sums.values())))
+    means = (totals / n_minibatches).tolist()
+
+    mine = torch.stack([stats[name] for name in MAXIMA])
+    maxima = dist.gather(mine[None]).amax(0).tolist()
+    return dict(zip(sums, means)) | dict(zip(MAXIMA, maxima))
 
 
 if __name__ == "__main__":
