@@ -1,9 +1,9 @@
 """Reward-model ensembles: k members' scores of an answer -> one, and how far the members disagree.
 
-Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization" (arXiv 2310.02743), section 3. The same functions serve
-PPO and best-of-n.
-
     K members; ... any shape of answers: [B] in a rollout, [P, N] in a pool
+
+Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization" (arXiv 2310.02743),
+section 3. The same functions serve PPO and best-of-n.
 """
 
 import re
@@ -11,20 +11,22 @@ import re
 import torch
 
 
-def combine(scores, objective, uwo_lambda=0.5):
+def combine(scores: torch.Tensor, objective: str, uwo_lambda: float = 0.5) -> torch.Tensor:
     """K members' scores -> the score that is optimised.
 
         mean   mu = (1/k) sum_i r_i
         wco    min_i r_i                                    worst-case optimisation
         uwo    mu - lambda (1/k) sum_i (r_i - mu)^2         uncertainty-weighted optimisation
 
-    scores [K, ...] in one unit (train_rm.py standardises) -> [...]. ValueError: no member, another objective, a negative lambda,
-    scores that are not finite. The variance is the population's (ddof 0). The paper's lambda is 0.5 for best-of-n and 0.1 for PPO;
-    0 gives the mean. Pitfall: lambda weighs a squared unit, so it means something else where scores are scaled otherwise.
+    scores [K, ...] in one unit (train_rm.py standardises) -> [...]. ValueError: no member, another
+    objective, a negative lambda, scores that are not finite. The variance is the population's
+    (ddof 0). The paper's lambda is 0.5 for best-of-n and 0.1 for PPO; 0 gives the mean. Pitfall:
+    lambda weighs a squared unit, so it means something else where scores are scaled otherwise.
     """
-    scores = checked(scores)
+    scores = check_scores(scores)
     if objective not in OBJECTIVES:
-        raise ValueError(f"the objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
+        known = ", ".join(OBJECTIVES)
+        raise ValueError(f"the objective must be one of {known}, not {objective!r}")
     if not 0 <= uwo_lambda < float("inf"):
         raise ValueError(f"uwo_lambda must be a number of at least 0, not {uwo_lambda}")
     return OBJECTIVES[objective](scores, uwo_lambda)
@@ -70,21 +72,29 @@ def combine_all(scores: torch.Tensor, uwo_lambdas: list[float]) -> dict[str, tor
 
 def objective_of(label: str) -> str | None:
     """The objective that a label of combine_all stands for ("uwo_0.5": uwo), or None."""
-    name = "uwo" if re.fullmatch(r"uwo_[\d.e+-]+", label) else label
-    return name if name in OBJECTIVES else None
+    name = label
+    if re.fullmatch(r"uwo_[\d.e+-]+", label):
+        name = "uwo"
+    if name not in OBJECTIVES:
+        return None
+    return name
 
 
-def variance(scores):
+def variance(scores: torch.Tensor) -> torch.Tensor:
     """(1/k) sum_i (r_i - mu)^2 over the members: scores [K, ...] -> [...]; 0 for a single one."""
-    return checked(scores).var(0, correction=0)
+    return check_scores(scores).var(0, correction=0)
 
 
-def checked(scores):
-    """[K, ...] of finite floats, or a ValueError."""
+def check_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Scores [K, ...] as finite floats, or a ValueError."""
     scores = torch.as_tensor(scores)
     if scores.dim() < 1 or len(scores) < 1:
-        raise ValueError(f"scores need a first dimension of at least one member, not the shape {list(scores.shape)}")
-    scores = scores if scores.is_floating_point() else scores.double()
+        shape = list(scores.shape)
+        raise ValueError(
+            f"scores need a first dimension of at least one member, not the shape {shape}"
+        )
+    if not scores.is_floating_point():
+        scores = scores.double()
     if not scores.isfinite().all():
         raise ValueError("scores hold a number that is not finite")
     return scores
