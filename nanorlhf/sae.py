@@ -1,51 +1,71 @@
-"""Sparse autoencoders: a layer's activation as a sum of a few of many directions. Vanilla (ReLU and L1) and TopK.
+"""Sparse autoencoders: a layer's activation as a sum of a few of many directions.
 
-    N tokens (or any shape [..]), D width of the activations, M latents, k of them kept by TopK, d dead ones
+    N tokens (or any shape [..]), D width of the activations, M latents, k of them kept by TopK,
+    d dead ones
 
-    x [.., D] --standardise--> z --> pre = W_e (z - b_d) + b_e [.., M] --ReLU or top k--> f [.., M] --> z^ = W_d f + b_d --> x^ [.., D]
+    x [.., D]  --standardise-->  z
+    pre = W_e (z - b_d) + b_e    [.., M]
+    f   = ReLU(pre), or its top k    [.., M]
+    z^  = W_d f + b_d            [.., D]  --restore-->  x^
 
-Everything public takes and returns activations in the model's units; standardisation happens inside. The losses alone are in
-standardised units, so that one learning rate and one L1 coefficient mean the same in every layer. Directions are rows, so that a few
-of them are read fast: W_enc and W_dec are both [M, D].
+There are two kinds: vanilla (ReLU and an L1 penalty) and TopK. Everything public takes and returns
+activations in the model's units; standardisation happens inside. The losses alone are in
+standardised units, so that one learning rate and one L1 coefficient mean the same in every layer.
+Directions are rows, so that a few of them are read fast: W_enc and W_dec are both [M, D]. TopK
+trains without an [N, M] tensor: see sparse.py.
 
-TopK trains without an [N, M] tensor: see sparse.py.
-
-Sources: Cunningham et al. 2023 (2309.08600) and Bricken et al. 2023 (vanilla), Gao et al. 2024 (2406.04093: TopK, AuxK),
-Zhang et al. 2025 (SARM, 2508.08746: per-token standardisation, TopK without ReLU).
+Sources: Cunningham et al. 2023 (2309.08600) and Bricken et al. 2023 (vanilla), Gao et al. 2024
+(2406.04093: TopK, AuxK), Zhang et al. 2025 (SARM, 2508.08746: per-token standardisation, TopK
+without ReLU).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .sparse import DecodeTopK, EncodeTopK
 
 NORMALIZE = ("dataset", "token", "none")
-AUX_K, AUX_COEF = 512, 1 / 32  # Gao et al. 2024, appendix A.2
+# Gao et al. 2024, appendix A.2.
+AUX_K = 512
+AUX_COEF = 1 / 32
+
+# What reduces over processes: a function that adds up a tensor over them, in place.
+Reduce = Callable[[Tensor], object]
 
 
-# -------------------------------------------------------------------------------------------------------------- autoencoders
+# --------------------------------------------------------------------------------- autoencoders
 
 
 class SparseAutoencoder(nn.Module):
     """The vanilla one: f = ReLU(W_e (z - b_d) + b_e), z^ = W_d f + b_d; tied: W_d = W_e^T.
 
-    z is x standardised: 'dataset' (x - mean) / scale with the numbers of `fit`, one scale for all coordinates, so that angles stay;
-    'token' (x - mean(x)) / (std(x) + 1e-6) over D, std unbiased (SARM); or 'none', z = x. Decoder directions have unit length, and the
-    encoder starts as their transpose. `seed` alone decides the start. ValueError: sizes below 1, k above M, an unknown `normalize`.
+    z is x standardised:
+        'dataset'  (x - mean) / scale with the numbers of `fit`, one scale for all coordinates, so
+                   that angles stay
+        'token'    (x - mean(x)) / (std(x) + 1e-6) over D, std unbiased (SARM)
+        'none'     z = x
+    Decoder directions have unit length, and the encoder starts as their transpose. `seed` alone
+    decides the start. ValueError: sizes below 1, k above M, an unknown `normalize`.
     Pitfall: with 'dataset' or a good b_dec, call fit(x) before training.
     """
 
-    def __init__(self, d, m, tied=False, normalize="dataset", seed=0):
+    def __init__(
+        self, d: int, m: int, tied: bool = False, normalize: str = "dataset", seed: int = 0
+    ):
         super().__init__()
         if d < 1 or m < 1:
             raise ValueError(f"an autoencoder needs a width and latents, not {d} and {m}")
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize {normalize!r} is not one of {', '.join(NORMALIZE)}")
-        self.d, self.m, self.tied, self.normalize = d, m, tied, normalize
-        directions = F.normalize(torch.randn(m, d, generator=torch.Generator().manual_seed(seed)))
+        self.d = d
+        self.m = m
+        self.tied = tied
+        self.normalize = normalize
+        generator = torch.Generator().manual_seed(seed)
+        directions = F.normalize(torch.randn(m, d, generator=generator))
         self.W_dec = nn.Parameter(directions)  # [M, D], rows of unit length
         if not tied:
             self.W_enc = nn.Parameter(directions.clone())  # [M, D]
@@ -55,11 +75,13 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
-    def fit(self, x, bias="mean"):
-        """Set what a sample x [N, D] of the data tells: mean and scale ('dataset'), and where the biases start. -> self
+    def fit(self, x: Tensor, bias: str = "mean") -> "SparseAutoencoder":
+        """Set what a sample x [N, D] of the data tells, and where the biases start. -> self
 
-        b_dec starts at the 'mean' or the geometric 'median'. The vanilla b_enc starts at -2 rms(z - b_d): along a random direction z has
-        about that spread, so that 2% of the latents fire. With half of them (b_enc = 0) training first has to undo x^ >> x.
+        From x come mean and scale ('dataset'). b_dec starts at the 'mean' or the geometric
+        'median'. The vanilla b_enc starts at -2 rms(z - b_d): along a random direction z has about
+        that spread, so that 2% of the latents fire. With half of them (b_enc = 0) training first
+        has to undo x^ >> x.
         """
         if bias not in ("mean", "median"):
             raise ValueError(f"the decoder bias starts at the mean or the median, not {bias!r}")
@@ -68,134 +90,191 @@ class SparseAutoencoder(nn.Module):
             raise ValueError("fit needs activations, and finite ones")
         if self.normalize == "dataset":
             self.mean.copy_(x.double().mean(0))
-            self.scale.copy_((x - self.mean).double().square().mean().sqrt().clamp(min=1e-12))
+            rms = (x - self.mean).double().square().mean().sqrt()
+            self.scale.copy_(rms.clamp(min=1e-12))
+
         z = self.standardise(x, *self.moments(x))
-        self.b_dec.copy_(z.mean(0) if bias == "mean" else geometric_median(z))
+        if bias == "mean":
+            self.b_dec.copy_(z.mean(0))
+        else:
+            self.b_dec.copy_(geometric_median(z))
         if not isinstance(self, TopKSAE):
             self.b_enc.fill_(-2 * (z - self.b_dec).square().mean().sqrt())
         return self
 
-    def moments(self, x):
-        """What standardising x [.., D] subtracts and divides by: 'token' [.., 1] each, else [D] and one number."""
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What standardising x [.., D] subtracts and divides by.
+
+        'token': [.., 1] each, else [D] and one number.
+        """
         if self.normalize != "token":
             return self.mean, self.scale
         x = x.to(self.mean.dtype)
         return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-6
 
-    def standardise(self, x, mean, scale):
+    def standardise(self, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
         """x [.., D] -> z [.., D], in the autoencoder's dtype."""
         if x.shape[-1] != self.d:
-            raise ValueError(f"activations of width {x.shape[-1]} for an autoencoder of width {self.d}")
-        return x.to(self.mean.dtype) if self.normalize == "none" else (x.to(self.mean.dtype) - mean) / scale
+            raise ValueError(
+                f"activations of width {x.shape[-1]} for an autoencoder of width {self.d}"
+            )
+        x = x.to(self.mean.dtype)
+        if self.normalize == "none":
+            return x
+        return (x - mean) / scale
 
-    def encoder(self):
+    def encoder(self) -> tuple[Tensor, Tensor]:
         """W_e [M, D] and the bias of pre = W_e z + bias: b_e - W_e b_d, [M]."""
         W = self.W_dec if self.tied else self.W_enc
-        with torch.autocast(W.device.type, enabled=False):  # cheap, and a bias should keep its digits
+        # The product is cheap, and a bias should keep its digits.
+        with torch.autocast(W.device.type, enabled=False):
             return W, self.b_enc - W @ self.b_dec
 
-    def activate(self, pre):
-        """pre-activations [.., M] -> f [.., M]"""
+    def activate(self, pre: Tensor) -> Tensor:
+        """Pre-activations [.., M] -> f [.., M]."""
         return pre.relu()
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         """x [.., D] -> f [.., M], dense."""
-        return self.activate(F.linear(self.standardise(x, *self.moments(x)), *self.encoder()))
+        z = self.standardise(x, *self.moments(x))
+        return self.activate(F.linear(z, *self.encoder()))
 
-    def decode(self, f, moments=None):
-        """f [.., M] -> x^ [.., D]. With normalize 'token' the token's own scale is in `moments` (of x); without, it gives z^."""
-        return self.restore(F.linear(f, self.W_dec.T, self.b_dec), moments)
+    def decode(self, f: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """f [.., M] -> x^ [.., D].
 
-    def restore(self, z_hat, moments=None):
-        """z^ -> x^"""
+        With normalize 'token' the token's own scale is in `moments` (of x); without, it gives z^.
+        """
+        z_hat = F.linear(f, self.W_dec.T, self.b_dec)
+        return self.restore(z_hat, moments)
+
+    def restore(self, z_hat: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """z^ -> x^, in the model's units."""
+        if self.normalize == "none":
+            return z_hat
         if moments is None and self.normalize == "token":
             return z_hat
-        mean, scale = moments or (self.mean, self.scale)
-        return z_hat if self.normalize == "none" else z_hat * scale + mean
+        if moments is None:
+            moments = (self.mean, self.scale)
+        mean, scale = moments
+        return z_hat * scale + mean
 
-    def forward(self, x):
-        """x [.., D] -> x^ [.., D], f [.., M]"""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [.., D] -> x^ [.., D], f [.., M]."""
         f = self.encode(x)
         return self.decode(f, self.moments(x)), f
 
-    def decoder_directions(self):
-        """The unit directions of the features, [M, D], in the model's space (one scale for all coordinates changes no angle)."""
+    def decoder_directions(self) -> Tensor:
+        """The unit directions of the features, [M, D], in the model's space.
+
+        One scale for all coordinates changes no angle.
+        """
         return F.normalize(self.W_dec.detach(), dim=-1)
 
     @torch.no_grad()
     def remove_parallel(self):
-        """Take out of each decoder direction's gradient what is parallel to it: length is not for the loss to change."""
-        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec  # g - (g . w) w
+        """Take out of each decoder direction's gradient what is parallel to it: g - (g . w) w.
+
+        The loss is not to change a direction's length.
+        """
+        along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)  # [M, 1]
+        self.W_dec.grad -= along * self.W_dec
 
     @torch.no_grad()
     def normalise(self):
-        """Unit length again, after a step."""
+        """Give each decoder direction unit length again, after a step."""
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 class TopKSAE(SparseAutoencoder):
-    """f = the k largest of W_e (z - b_d) + b_e, the rest 0; relu: negative ones among them become 0 too (SARM: relu=False, 'token').
+    """f = the k largest of W_e (z - b_d) + b_e, the rest 0.
 
-    encode_topk and decode_topk are the same in sparse form. Pitfall: where latents tie at the k-th place, which of them is kept is open.
+    relu: negative ones among the k become 0 too (SARM: relu=False, 'token'). encode_topk and
+    decode_topk are the same in sparse form. Pitfall: where latents tie at the k-th place, which of
+    them is kept is open.
     """
 
-    def __init__(self, d, m, k, normalize="dataset", relu=True, seed=0):
+    def __init__(
+        self,
+        d: int,
+        m: int,
+        k: int,
+        normalize: str = "dataset",
+        relu: bool = True,
+        seed: int = 0,
+    ):
         super().__init__(d, m, normalize=normalize, seed=seed)
         if not 1 <= k <= m:
             raise ValueError(f"k must lie between 1 and the {m} latents, not {k}")
-        self.k, self.relu = k, relu
+        self.k = k
+        self.relu = relu
 
-    def activate(self, pre):
+    def activate(self, pre: Tensor) -> Tensor:
         values, ids = pre.topk(self.k, dim=-1)
-        return torch.zeros_like(pre).scatter(-1, ids, values.relu() if self.relu else values)
+        if self.relu:
+            values = values.relu()
+        return torch.zeros_like(pre).scatter(-1, ids, values)
 
-    def encode_topk(self, x):
+    def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [.., D] -> values [.., k], ids [.., k], in no order."""
         return self.sparse_code(self.standardise(x, *self.moments(x)))
 
-    def sparse_code(self, z):
-        """z [.., D] -> values [.., k], ids [.., k]. Under autocast the product, and it alone, is bfloat16."""
-        values, ids = EncodeTopK.apply(z.reshape(-1, self.d), *self.encoder(), self.k)
-        values, ids = (x.view(*z.shape[:-1], self.k) for x in (values, ids))
-        return values.relu() if self.relu else values, ids
+    def sparse_code(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z [.., D] -> values [.., k], ids [.., k].
 
-    def decode_topk(self, values, ids, moments=None):
+        Under autocast the product, and it alone, is bfloat16.
+        """
+        values, ids = EncodeTopK.apply(z.reshape(-1, self.d), *self.encoder(), self.k)
+        values = values.view(*z.shape[:-1], self.k)
+        ids = ids.view(*z.shape[:-1], self.k)
+        if self.relu:
+            values = values.relu()
+        return values, ids
+
+    def decode_topk(
+        self, values: Tensor, ids: Tensor, moments: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """values, ids [.., k] -> x^ [.., D]; `moments` as in decode."""
         return self.restore(self.sparse_decode(values, ids), moments)
 
-    def sparse_decode(self, values, ids):
-        """values, ids [.., k] -> z^ [.., D]"""
-        z_hat = DecodeTopK.apply(values.reshape(-1, values.shape[-1]), ids.reshape(-1, ids.shape[-1]), self.W_dec)
+    def sparse_decode(self, values: Tensor, ids: Tensor) -> Tensor:
+        """values, ids [.., k] -> z^ [.., D]."""
+        flat_values = values.reshape(-1, values.shape[-1])
+        flat_ids = ids.reshape(-1, ids.shape[-1])
+        z_hat = DecodeTopK.apply(flat_values, flat_ids, self.W_dec)
         return z_hat.view(*values.shape[:-1], self.d) + self.b_dec
 
 
 @torch.no_grad()
-def geometric_median(x, steps=100, tolerance=1e-6):
+def geometric_median(x: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The point with the least sum of distances to x [N, D] -> [D], by Weiszfeld's iteration.
 
-        y <- sum_i w_i x_i / sum_i w_i,   w_i = 1 / ||x_i - y||
+    y <- sum_i w_i x_i / sum_i w_i,   w_i = 1 / ||x_i - y||
     """
     y = x.mean(0)
     for _ in range(steps):
         w = 1 / (x - y).norm(dim=1).clamp(min=1e-8)  # [N]
-        last, y = y, w @ x / w.sum()
+        last = y
+        y = w @ x / w.sum()
         if (y - last).norm() <= tolerance * y.norm():
             break
     return y
 
 
-# --------------------------------------------------------------------------------------------------- losses, measures, a step
+# --------------------------------------------------------------------------------------- losses
 
 
-def squared_error(x, x_hat, n_tokens=None):
-    """The mean over tokens of ||x - x^||^2 / D, [.., D] twice -> a scalar. n_tokens: of the whole optimizer batch (default: these)."""
-    return (x - x_hat).square().sum() / (x.shape[-1] * (n_tokens or x[..., 0].numel()))
+def squared_error(x: Tensor, x_hat: Tensor, n_tokens: int | None = None) -> Tensor:
+    """The mean over tokens of ||x - x^||^2 / D, [.., D] twice -> a scalar.
+
+    n_tokens: of the whole optimizer batch (default: these).
+    """
+    if not n_tokens:
+        n_tokens = x[..., 0].numel()
+    return (x - x_hat).square().sum() / (x.shape[-1] * n_tokens)
 
 
 @torch.no_grad()
-def variance_about_mean(
-    error: torch.Tensor, reduce: Callable[[torch.Tensor], object] | None = None
-) -> torch.Tensor:
+def variance_about_mean(error: Tensor, reduce: Reduce | None = None) -> Tensor:
     """Return the variance of the error e [N, D] over the tokens and dimensions of a whole batch.
 
         Var(e) = mean(e^2) - mean(e)^2          both means over tokens and dimensions
@@ -218,13 +297,13 @@ def variance_about_mean(
 
 
 def auxiliary_loss(
-    sae: "TopKSAE",
-    z: torch.Tensor,
-    error: torch.Tensor,
-    dead: torch.Tensor,
+    sae: TopKSAE,
+    z: Tensor,
+    error: Tensor,
+    dead: Tensor,
     n_tokens: int | None = None,
-    reduce: Callable[[torch.Tensor], object] | None = None,
-) -> torch.Tensor:
+    reduce: Reduce | None = None,
+) -> Tensor:
     """AuxK: the share of the error that the dead latents leave unexplained too.
 
         e = z - z^ (no gradient),   e^ = W_d top_{k_aux}(pre of the dead)
@@ -251,58 +330,98 @@ def auxiliary_loss(
     return weight * squared_error(error, error_hat, n_tokens)
 
 
-def sae_loss(sae, x, l1=0.0, dead=None, n_tokens=None, reduce=None):
+def sae_loss(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    l1: float = 0.0,
+    dead: Tensor | None = None,
+    n_tokens: int | None = None,
+    reduce: Reduce | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The training loss of activations x [N, D], in standardised units -> loss (a scalar), stats.
 
-        vanilla   ||z - z^||^2 / D + l1 ||f||_1                     mean over the n_tokens of the whole optimizer batch
+        vanilla   ||z - z^||^2 / D + l1 ||f||_1
         TopK      ||z - z^||^2 / D + 1/32 AuxK(dead [M])            by the sparse path
 
-    stats: mse and l0, sums / n_tokens like the loss; fired [M], how many of the tokens each latent fired on. reduce: of gradients(),
-    for what AuxK needs of the whole batch; the loss itself is this process's share.
+    Both are means over the n_tokens of the whole optimizer batch. stats: mse and l0, sums /
+    n_tokens like the loss; fired [M], how many of the tokens each latent fired on. reduce: of
+    gradients(), for what AuxK needs of the whole batch; the loss itself is this process's share.
     """
     n_tokens = n_tokens or len(x)
     z = sae.standardise(x, *sae.moments(x))
+    penalty = 0.0
     if isinstance(sae, TopKSAE):
         values, ids = sae.sparse_code(z)  # [N, k]
-        z_hat, penalty = sae.sparse_decode(values, ids), 0.0
-        fired = torch.zeros(sae.m, device=z.device).index_add(0, ids.flatten(), (values.detach() != 0).float().flatten())
+        z_hat = sae.sparse_decode(values, ids)
         if dead is not None and dead.any():
             penalty = AUX_COEF * auxiliary_loss(sae, z, z - z_hat, dead, n_tokens, reduce)
+        fired = count_firing(values.detach(), ids, sae.m)
     else:
         f = sae.activate(F.linear(z, *sae.encoder()))  # [N, M]
-        z_hat, penalty = F.linear(f, sae.W_dec.T, sae.b_dec), l1 * f.sum() / n_tokens  # f >= 0
+        z_hat = F.linear(f, sae.W_dec.T, sae.b_dec)
+        penalty = l1 * f.sum() / n_tokens  # f >= 0, so that its sum is its L1 norm
         fired = (f.detach() > 0).sum(0).float()
     mse = squared_error(z, z_hat, n_tokens)
-    return mse + penalty, {"mse": mse.detach(), "l0": fired.sum() / n_tokens, "fired": fired}
+    stats = {"mse": mse.detach(), "l0": fired.sum() / n_tokens, "fired": fired}
+    return mse + penalty, stats
 
 
-def adam(sae):
+def count_firing(values: Tensor, ids: Tensor, m: int) -> Tensor:
+    """How many tokens each latent fires on: values [N, k], ids [N, k] -> [M]."""
+    fires = (values != 0).float()
+    return torch.zeros(m, device=ids.device).index_add(0, ids.flatten(), fires.flatten())
+
+
+# --------------------------------------------------------------------------------------- a step
+
+
+def adam(sae: SparseAutoencoder) -> torch.optim.Optimizer:
     """The optimizer of update(), which sets its rate: plain Adam, fused."""
     return torch.optim.Adam(sae.parameters(), fused=True)
 
 
-def gradients(sae, x, l1=0.0, silent=None, dead_after=float("inf"), dtype=torch.float32, n_tokens=None, reduce=None):
-    """Loss and gradients of activations x [N, D] -> {loss, mse, l0, dead}, floats.
+def gradients(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    l1: float = 0.0,
+    silent: Tensor | None = None,
+    dead_after: float = float("inf"),
+    dtype: torch.dtype = torch.float32,
+    n_tokens: int | None = None,
+    reduce: Reduce | None = None,
+) -> dict[str, float]:
+    """Loss and gradients of activations x [N, D] -> {loss, mse, l0, dead}.
 
-    silent [M] counts the tokens since each latent last fired, and is updated; from `dead_after` on it is dead, and AuxK calls it back.
-    dtype bfloat16: the dense products alone. On several processes x is a share of n_tokens, and reduce(tensor) sums over them, in place.
+    silent [M] counts the tokens since each latent last fired, and is updated; from `dead_after` on
+    it is dead, and AuxK calls it back. dtype bfloat16: the dense products alone. On several
+    processes x is a share of n_tokens, and reduce(tensor) sums over them, in place.
     """
     n_tokens = n_tokens or len(x)
-    silent = x.new_zeros(sae.m, dtype=torch.long) if silent is None else silent
+    if silent is None:
+        silent = x.new_zeros(sae.m, dtype=torch.long)
     dead = silent >= dead_after
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss, stats = sae_loss(sae, x, l1, dead, n_tokens, reduce)
     loss.backward()
+
     numbers = torch.stack([loss.detach(), stats["mse"], stats["l0"]])
-    for tensor in [numbers, stats["fired"], *(p.grad for p in sae.parameters())] if reduce else []:
-        reduce(tensor)
+    if reduce:
+        reduce(numbers)
+        reduce(stats["fired"])
+        for parameter in sae.parameters():
+            reduce(parameter.grad)
+
     silent += n_tokens
     silent[stats["fired"] > 0] = 0
-    return dict(zip(("loss", "mse", "l0"), numbers.tolist())) | {"dead": dead.float().mean().item()}
+    loss, mse, l0 = numbers.tolist()
+    return {"loss": loss, "mse": mse, "l0": l0, "dead": dead.float().mean().item()}
 
 
-def update(saes, optimizer, lr):
-    """One step of the optimizer over several autoencoders that have their gradients; their decoder directions stay of unit length."""
+def update(saes: Sequence[SparseAutoencoder], optimizer: torch.optim.Optimizer, lr: float):
+    """One step of the optimizer over several autoencoders that have their gradients.
+
+    Their decoder directions stay of unit length.
+    """
     for sae in saes:
         sae.remove_parallel()
     for group in optimizer.param_groups:
@@ -313,42 +432,69 @@ def update(saes, optimizer, lr):
         sae.normalise()
 
 
-def train_step(sae, optimizer, x, lr, **kwargs):
-    """gradients(), then update(), of one autoencoder -> {loss, mse, l0, dead}"""
+def train_step(
+    sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Tensor, lr: float, **kwargs
+) -> dict[str, float]:
+    """gradients(), then update(), of one autoencoder -> {loss, mse, l0, dead}."""
     stats = gradients(sae, x, **kwargs)
     update([sae], optimizer, lr)
     return stats
 
 
-def fvu(x, x_hat):
-    """The fraction of variance unexplained: sum of squared residuals / sum of squared deviations from the mean. [.., D] twice -> a float.
+# ------------------------------------------------------------------------------------- measures
 
-    0 is perfect, 1 is no better than the mean. Pitfall: not to be averaged over batches; tally() adds them up.
+
+def fvu(x: Tensor, x_hat: Tensor) -> float:
+    """The fraction of variance unexplained, of [.., D] by [.., D].
+
+        sum of squared residuals / sum of squared deviations from the mean
+
+    0 is perfect, 1 is no better than the mean. Pitfall: not to be averaged over batches; tally()
+    adds them up.
     """
-    x, x_hat = (v.detach().reshape(-1, v.shape[-1]).double() for v in (x, x_hat))
-    return ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
+    x = x.detach().reshape(-1, x.shape[-1]).double()
+    x_hat = x_hat.detach().reshape(-1, x_hat.shape[-1]).double()
+    residual = (x - x_hat).square().sum()
+    variance = (x - x.mean(0)).square().sum()
+    return (residual / variance).item()
 
 
 @torch.no_grad()
-def tally(sae, x):
-    """The sums that measures() needs, of activations x [N, D], float64: add those of all batches and processes."""
+def tally(sae: SparseAutoencoder, x: Tensor) -> dict[str, Tensor]:
+    """The sums that measures() needs, of activations x [N, D], float64.
+
+    Those of all batches and processes are to be added.
+    """
     x = x.reshape(-1, sae.d)
     if isinstance(sae, TopKSAE):
         values, ids = sae.encode_topk(x)
         x_hat = sae.decode_topk(values, ids, sae.moments(x))
-        fired = torch.zeros(sae.m, device=x.device).index_add(0, ids.flatten(), (values != 0).float().flatten())
+        fired = count_firing(values, ids, sae.m)
     else:
         x_hat, f = sae(x)
         fired = (f != 0).sum(0)
-    x, residual = x.double(), (x - x_hat).double()
-    n = torch.tensor(len(x), dtype=torch.float64, device=x.device)
-    return {"n": n, "residual": residual.square().sum(), "sum": x.sum(0), "squares": x.square().sum(), "fired": fired.double()}
+    residual = (x - x_hat).double()
+    x = x.double()
+    return {
+        "n": torch.tensor(len(x), dtype=torch.float64, device=x.device),
+        "residual": residual.square().sum(),
+        "sum": x.sum(0),
+        "squares": x.square().sum(),
+        "fired": fired.double(),
+    }
 
 
-def measures(totals):
-    """tally()'s sums -> {fvu, l0, dead: the share of latents that never fired, density [M]: the share of tokens each fires on}."""
+def measures(totals: dict[str, Tensor]) -> dict:
+    """tally()'s sums -> {fvu, l0, dead, density}.
+
+    dead: the share of latents that never fired; density [M]: the share of tokens each fires on.
+    """
     n = totals["n"]
     variance = totals["squares"] - totals["sum"].square().sum() / n
     density = totals["fired"] / n  # [M]
-    result = {"fvu": totals["residual"] / variance, "l0": density.sum(), "dead": (density == 0).double().mean()}
-    return {name: value.item() for name, value in result.items()} | {"density": density}
+    return {
+        "fvu": (totals["residual"] / variance).item(),
+        "l0": density.sum().item(),
+        "dead": (density == 0).double().mean().item(),
+        "density": density,
+    }

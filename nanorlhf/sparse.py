@@ -1,9 +1,10 @@
-"""Products with a sparse matrix of k entries a row, at O(k D) a row. TopK autoencoders (sae.py) train with them.
+"""Products with a sparse matrix of k entries a row, at O(k D) a row: how TopK autoencoders train.
 
     N rows (tokens), k entries in each, M columns (latents), D width, s latents of a group in top_k
 
-The matrix S [N, M] is given by values [N, k] and ids [N, k], the entries of each row and their columns, in no order. Of a TopK
-autoencoder's training only the encoder's product is dense; what remains, forward and backward, is
+The matrix S [N, M] is given by values [N, k] and ids [N, k]: the entries of each row and their
+columns, in no order. In the training of a TopK autoencoder only the encoder's product is dense.
+What remains, forward and backward, is
 
     S W         decoding; the gradient of the encoder's input               weighted_rows
     (y W^T)_S   the gradient of the kept latents (at S's places only)       dots
@@ -14,15 +15,20 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly disabled)")
+warnings.filterwarnings(
+    "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly disabled)"
+)
 
 
-def top_k(pre, k):
-    """The k largest of each row, in no order: pre [N, M] -> values [N, k], ids [N, k]. Exact, in half the time of torch.topk on a CPU.
+def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, in no order: pre [N, M] -> values [N, k], ids [N, k].
 
-    In groups of s latents, the k largest lie in the k groups with the largest maxima: each of those k maxima is at least as large as
-    all of any other group. That leaves M / s maxima and k s candidates to look through, fewest for s = sqrt(M / k).
+    Exact, in half the time of torch.topk on a CPU. In groups of s latents, the k largest lie in the
+    k groups with the largest maxima: each of those k maxima is at least as large as all of any
+    other group. That leaves M / s maxima and k s candidates to look through, fewest for
+    s = sqrt(M / k).
     """
     n, m = pre.shape
     s = 1
@@ -30,57 +36,87 @@ def top_k(pre, k):
         s *= 2
     if pre.is_cuda or s < 4:
         return pre.topk(k, sorted=False)
-    groups = m // s
-    maxima = pre.view(n, s, groups).amax(1)  # [N, M / s]: group g holds the latents g, g + M / s, ...: a maximum of long rows
-    best = maxima.topk(k, sorted=False).indices  # [N, k]
-    candidates = (best[:, None] + torch.arange(0, m, groups)[:, None]).view(n, -1)  # [N, k s]
+
+    # Group g holds the latents g, g + M / s, ...: so the maximum is one of long rows.
+    n_groups = m // s
+    maxima = pre.view(n, s, n_groups).amax(1)  # [N, M / s]
+    best_groups = maxima.topk(k, sorted=False).indices  # [N, k]
+    offsets = torch.arange(0, m, n_groups)  # [s]
+    candidates = (best_groups[:, None] + offsets[:, None]).view(n, -1)  # [N, k s]
     values, places = pre.gather(1, candidates).topk(k, sorted=False)
     return values, candidates.gather(1, places)
 
 
-def weighted_rows(values, ids, W):
+def weighted_rows(values: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     """S W: sum_j values[n, j] W[ids[n, j]], [N, D], without the [N, k, D] of the rows."""
     return F.embedding_bag(ids, W, per_sample_weights=values, mode="sum")
 
 
-def dots(y, W, ids):
+def dots(y: Tensor, W: Tensor, ids: Tensor) -> Tensor:
     """(y W^T)_S: y[n] . W[ids[n, j]], [N, k]. y [N, D], W [M, D], ids [N, k]."""
-    return dots_of_copies(y, W, ids) if y.is_cuda else dots_in_place(y, W, ids)
+    if y.is_cuda:
+        return dots_of_copies(y, W, ids)
+    return dots_in_place(y, W, ids)
 
 
-def dots_of_copies(y, W, ids):
-    """On a GPU: copy the rows of W, [part of N, k, D] at a time."""
-    parts = zip(y.split(1024), ids.split(1024))
-    return torch.cat([torch.bmm(W[own], rows[:, :, None])[..., 0] for rows, own in parts])
+def dots_of_copies(y: Tensor, W: Tensor, ids: Tensor) -> Tensor:
+    """dots() on a GPU: copy the rows of W, [part of N, k, D] at a time."""
+    products = []
+    for y_part, ids_part in zip(y.split(1024), ids.split(1024)):
+        product = torch.bmm(W[ids_part], y_part[:, :, None])  # [n, k, 1]
+        products.append(product[..., 0])
+    return torch.cat(products)
 
 
-def dots_in_place(y, W, ids):
-    """On a CPU, where such copies would take ten times as long."""
+def dots_in_place(y: Tensor, W: Tensor, ids: Tensor) -> Tensor:
+    """dots() on a CPU, where such copies would take ten times as long."""
     n, k = ids.shape
     starts = torch.arange(0, n * k + 1, k, device=ids.device)
-    S = torch.sparse_csr_tensor(starts, ids.flatten(), y.new_zeros(n * k), (n, len(W)), check_invariants=False)
+    zeros = y.new_zeros(n * k)
+    S = torch.sparse_csr_tensor(starts, ids.flatten(), zeros, (n, len(W)), check_invariants=False)
     return torch.sparse.sampled_addmm(S, y, W.T, beta=0.0).values().view(n, k)
 
 
-def scattered(values, ids, y, m):
+def scattered(values: Tensor, ids: Tensor, y: Tensor, m: int) -> Tensor:
     """S^T y: row i is the sum of values[n, j] y[n] over the places where ids[n, j] = i, [M, D]."""
-    ids, order = ids.flatten().int().sort(stable=True)  # [N k]: latent by latent
-    starts = torch.searchsorted(ids, torch.arange(m, dtype=torch.int32, device=ids.device))  # [M]
-    return F.embedding_bag(order // values.shape[1], y, starts, per_sample_weights=values.flatten()[order], mode="sum")
+    # Latent by latent: the places of each latent's entries, one after another.
+    sorted_ids, order = ids.flatten().int().sort(stable=True)  # [N k]
+    latents = torch.arange(m, dtype=torch.int32, device=ids.device)
+    starts = torch.searchsorted(sorted_ids, latents)  # [M]
+    k = values.shape[1]
+    rows = order // k  # of y
+    weights = values.flatten()[order]
+    return F.embedding_bag(rows, y, starts, per_sample_weights=weights, mode="sum")
 
 
 class EncodeTopK(torch.autograd.Function):
-    """z [N, D], W [M, D], bias [M] -> the k largest of W z + bias: values [N, k], ids [N, k]. Backward at those places only."""
+    """The k largest of W z + bias: z [N, D], W [M, D], bias [M] -> values [N, k], ids [N, k].
+
+    The backward pass is at those places only.
+    """
 
     @staticmethod
     def forward(ctx, z, W, bias, k):
         device = z.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
-        A, b = W.to(dtype).T, bias.to(dtype)
+        dtype = z.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        weight = W.to(dtype).T
+        bias = bias.to(dtype)
+
         # A part of the rows at a time: on a CPU its [rows, M] stays in the cache for top_k.
-        at_once = max(512, 2**28 // len(W)) if z.is_cuda else 512
-        parts = [top_k(torch.addmm(b, rows, A), k) for rows in z.to(dtype).split(at_once)]
-        values, ids = (torch.cat(x) for x in zip(*parts))
+        rows_at_once = 512
+        if z.is_cuda:
+            rows_at_once = max(512, 2**28 // len(W))
+        values = []
+        ids = []
+        for rows in z.to(dtype).split(rows_at_once):
+            pre = torch.addmm(bias, rows, weight)  # [rows, M]
+            largest, columns = top_k(pre, k)
+            values.append(largest)
+            ids.append(columns)
+        values = torch.cat(values)
+        ids = torch.cat(ids)
         ctx.save_for_backward(z, W, ids)
         ctx.mark_non_differentiable(ids)
         return values.to(z.dtype), ids
@@ -89,16 +125,20 @@ class EncodeTopK(torch.autograd.Function):
     def backward(ctx, g, _):
         z, W, ids = ctx.saved_tensors
         needs_z, needs_W, needs_bias, _ = ctx.needs_input_grad
-        return (
-            weighted_rows(g, ids, W) if needs_z else None,
-            scattered(g, ids, z, len(W)) if needs_W else None,
-            g.new_zeros(len(W)).index_add(0, ids.flatten(), g.flatten()) if needs_bias else None,
-            None,
-        )
+        grad_z = None
+        grad_W = None
+        grad_bias = None
+        if needs_z:
+            grad_z = weighted_rows(g, ids, W)
+        if needs_W:
+            grad_W = scattered(g, ids, z, len(W))
+        if needs_bias:
+            grad_bias = g.new_zeros(len(W)).index_add(0, ids.flatten(), g.flatten())
+        return grad_z, grad_W, grad_bias, None
 
 
 class DecodeTopK(torch.autograd.Function):
-    """values [N, k], ids [N, k], W [M, D] -> S W [N, D]."""
+    """S W: values [N, k], ids [N, k], W [M, D] -> [N, D]."""
 
     @staticmethod
     def forward(ctx, values, ids, W):
@@ -110,4 +150,10 @@ class DecodeTopK(torch.autograd.Function):
         values, ids, W = ctx.saved_tensors
         needs_values, _, needs_W = ctx.needs_input_grad
         g = g.contiguous()
-        return dots(g, W, ids) if needs_values else None, None, scattered(values, ids, g, len(W)) if needs_W else None
+        grad_values = None
+        grad_W = None
+        if needs_values:
+            grad_values = dots(g, W, ids)
+        if needs_W:
+            grad_W = scattered(values, ids, g, len(W))
+        return grad_values, None, grad_W
