@@ -10,7 +10,7 @@ summary.json: an interval is that of the seeds (95%, t), so it holds for policie
 prompts of one policy.
 
 Pitfall: a policy less its base is what any further training changed. The control, a base trained on without a reward, is not among
-these commands: README has it.
+these commands: feedback_patterns.md has it.
 """
 
 import json
@@ -24,6 +24,7 @@ from .common import (
     read_flags,
     run_stage,
     with_interval,
+    write_summary,
 )
 
 PROBES = {  # name: what it adds to the command
@@ -126,7 +127,7 @@ def main(args=None):
         print_title(f"{title}: {describe_numbers(a)}", a)
         for name, (mean, half) in table.items():
             print(f"  {name:60s}{with_interval(mean, half):>17s}")
-    Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "tables": tables}, indent=2) + "\n")
+    write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "tables": tables})
 
 
 if __name__ == "__main__":
