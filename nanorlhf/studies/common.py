@@ -17,7 +17,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..runtime.files import write_json
 from ..runtime.plots import save
+from ..runtime.results import finite
 
 REPO = Path(__file__).resolve().parents[2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -136,6 +138,22 @@ def with_interval(mean: float, half_width: float, digits: int = 3) -> str:
     if math.isnan(half_width):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} +- {half_width:.{digits}f}"
+
+
+def write_summary(path: str | Path, summary: dict):
+    """A study's summary as JSON, which knows no NaN: null for each, such as the interval of a single seed."""
+    write_json(str(path), with_null(summary))
+
+
+def with_null(value):
+    """A copy of nested dicts and lists with None in the place of numbers that are NaN or infinite."""
+    if isinstance(value, dict):
+        return {key: with_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [with_null(item) for item in value]
+    if isinstance(value, float):
+        return finite(value)
+    return value
 
 
 def draw_picture(draw: Callable, what, path: str):

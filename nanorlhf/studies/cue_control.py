@@ -33,6 +33,7 @@ from .common import (
     read_flags,
     run_stage,
     with_interval,
+    write_summary,
 )
 
 SAES = {"sae": "--tokens all", "sae_ends": "--tokens sentence_ends", "sae_random": "--tokens all --steps 1 --lr 0"}  # of the SFT policy
@@ -359,7 +360,7 @@ def main(args=None):
         print_title(f"{title}: {describe_numbers(a)}", a)
         show(table)
     summary = {"settings": vars(a), "identified": {s: found[s] | truths[s] for s in found}, "outcomes": outcomes, "tables": tables}
-    Path(a.output_dir, named(a, "summary.json")).write_text(json.dumps(summary, indent=2) + "\n")
+    write_summary(Path(a.output_dir, named(a, "summary.json")), summary)
     draw_picture(draw, outcomes, a.picture or f"{a.output_dir}/{named(a, 'control.png')}")
 
 

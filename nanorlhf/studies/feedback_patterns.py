@@ -6,11 +6,11 @@
 One SFT policy. A seed is a reward model on its own 800 pairs with their own spurious cue, a PPO run against it, and sparse
 autoencoders of the policy and of the base: of the MLPs of the two layers that moved most, and of the last residual stream. Every
 command is a plain call of a script; runs that are done are not done again. At the end tables over seeds, as text and in
-summary.json: an interval is that of the seeds (95%, t), so it holds for policies, where those of probe.py hold for the splits or
-prompts of one policy.
+summary.json, and a picture of the probes. An interval is that of the seeds (95%, t), so it holds for policies, where those of
+probe.py hold for the splits or prompts of one policy.
 
 Pitfall: a policy less its base is what any further training changed. The control, a base trained on without a reward, is not among
-these commands: README has it.
+these commands: feedback_patterns.md has it.
 """
 
 import json
@@ -19,11 +19,13 @@ from pathlib import Path
 from ..stats import t_interval
 from .common import (
     describe_numbers,
+    draw_picture,
     make_parser,
     print_title,
     read_flags,
     run_stage,
     with_interval,
+    write_summary,
 )
 
 PROBES = {  # name: what it adds to the command
@@ -38,6 +40,15 @@ ABLATIONS = {  # of the last layer's residual stream: in its MLP the features of
     "fire before positive words": "--concept positive --by before",
     "fire on positive words": "--concept positive --by on",
     "fire before the spurious cue": "--concept mark --by before",
+}
+# How the picture marks what a probe reads from: the policy, its base, and inputs that know nothing of PPO.
+MARKERS = {
+    "policy": dict(marker="o", color="C3"),
+    "base": dict(marker="o", color="C0"),
+    "random model": dict(marker="s", color="grey"),
+    "bag of words": dict(marker="^", color="grey"),
+    "length": dict(marker="d", color="grey"),
+    "shuffled labels": dict(marker="x", color="grey"),
 }
 # What --quick puts in the place of the flags' defaults.
 QUICK = {
@@ -106,6 +117,41 @@ def effects(summary):
     return {f"{names[key]}: {pair}": row["mean"] for key, rows in summary["differences"].items() for pair, row in rows.items()}
 
 
+def probe_lines(tables):
+    """The tables of the probes -> the lines of the picture: {label: {input: (mean, half-width)}}"""
+    lines = {}
+    for probe in PROBES:
+        for name, interval in tables[f"probe, {probe}"].items():
+            if name.startswith("policy less"):
+                continue
+            # "tau: policy, SAE features" -> what is read, and which of its numbers.
+            source, _, inputs = name.partition(": ")[2].partition(", ")
+            # A probe of features has the activations of the same layers beside it: a line of their own.
+            beside = probe == "words, features" and inputs == "activations"
+            label = "words, the same two layers" if beside else probe
+            lines.setdefault(label, {})[source] = interval
+    return lines
+
+
+def draw(figure, lines):
+    """What each probe reaches on the policy, on its base and on controls; bars are 95% intervals over seeds."""
+    figure.set_size_inches(8, 3.6)
+    axis = figure.add_subplot()
+    for source, style in MARKERS.items():
+        heights = [height for height, inputs in enumerate(lines.values()) if source in inputs]
+        intervals = [inputs[source] for inputs in lines.values() if source in inputs]
+        means = [mean for mean, _ in intervals]
+        half_widths = [half_width for _, half_width in intervals]
+        # The policy is drawn last, above what it is compared with.
+        order = 3 if source == "policy" else 2
+        axis.errorbar(means, heights, xerr=half_widths, linestyle="", label=source, zorder=order, **style)
+    axis.set_yticks(range(len(lines)), list(lines))
+    axis.invert_yaxis()
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_xlabel("Kendall's tau with the true reward; of pairs the accuracy, where chance is 0.5")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def read_settings(args: list[str] | None = None):
     """The study's flags, read from the command line or a list."""
     parser = make_parser(__doc__, "runs/patterns", ("sft", "rm", "ppo", "sae", "probe", "ablate"))
@@ -126,7 +172,8 @@ def main(args=None):
         print_title(f"{title}: {describe_numbers(a)}", a)
         for name, (mean, half) in table.items():
             print(f"  {name:60s}{with_interval(mean, half):>17s}")
-    Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "tables": tables}, indent=2) + "\n")
+    write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "tables": tables})
+    draw_picture(draw, probe_lines(tables), f"{a.output_dir}/probes.png")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from .common import (
     read_flags,
     run_stage,
     with_interval,
+    write_summary,
 )
 
 SFT, BON, KINDS = "sft", "best_of_n", ("k1", "k2")
@@ -274,7 +275,7 @@ def main(args=None):
     for title, rows in tables.items():
         print_title(title, a)
         show(rows)
-    Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "tables": tables}, indent=2) + "\n")
+    write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "tables": tables})
     draw_picture(draw, tables, a.picture or f"{a.output_dir}/generalisation.png")
 
 

@@ -24,6 +24,7 @@ from .common import (
     read_flags,
     run_stage,
     with_interval,
+    write_summary,
 )
 
 METHODS = ("single", *OBJECTIVES)  # PPO against one reward model, and against all by each objective
@@ -138,7 +139,7 @@ def main(args=None):
     for title, cells in tables.items():
         print_title(title, a)
         show(cells)
-    Path(a.output_dir, "summary.json").write_text(json.dumps({"settings": vars(a), "gold": tables}, indent=2) + "\n")
+    write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "gold": tables})
     for kind, log in (("bon", "bon_results.json"), ("ppo", "metrics.jsonl")):
         runs = sorted(str(path.parent) for path in Path(a.output_dir).glob(f"{kind}_*/**/{log}"))
         draw_picture(comparison_figure, runs, f"{a.output_dir}/{kind}.png")

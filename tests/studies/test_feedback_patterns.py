@@ -3,6 +3,7 @@
 import json
 import shlex
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def test_study(tmp_path, monkeypatch, capsys):
     study.main(["--output_dir", str(tmp_path), "--seeds", str(SEEDS), "--jobs", "1"])
     assert len(ran) == 1 + SEEDS * (6 + len(study.PROBES) + len(study.ABLATIONS))  # what is done is not done again
     assert "concepts with an AUC above .95" in capsys.readouterr().out
+    assert not find_spec("matplotlib") or (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
 
     study.main(["--quick", "--output_dir", str(tmp_path), "--jobs", "1"])
     assert len(ran) == 1 + SEEDS * (6 + len(study.PROBES) + len(study.ABLATIONS)) + 1 + 6 + len(study.PROBES) + len(study.ABLATIONS)
@@ -71,4 +73,27 @@ def test_study(tmp_path, monkeypatch, capsys):
     assert quick.count("[QUICK, one seed: not the study's numbers]") == len(tables)
     assert "nan" not in quick  # a single seed has no interval
     with open(tmp_path / "quick" / "summary.json") as f:
-        assert {name: table.keys() for name, table in json.load(f)["tables"].items()} == {name: table.keys() for name, table in tables.items()}
+        quick_tables = json.load(f, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))["tables"]
+    assert quick_tables["divergence, sum of Frobenius norms"]["layer 1"][1] is None  # null, not NaN
+    assert {name: table.keys() for name, table in quick_tables.items()} == {name: table.keys() for name, table in tables.items()}
+
+
+def test_picture_of_the_probes():
+    """Each probe is a line of the picture, and each input a marker on it; features have the activations beside them."""
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    one = {"tau: policy, activations": (0.6, 0.1), "tau: base, activations": (0.4, float("nan")), "policy less base, activations": (0.2, 0.1)}
+    tables = {f"probe, {probe}": one for probe in study.PROBES}
+    controls = {"tau: bag of words": (-0.05, 0.0), "policy less bag of words": (0.3, 0.1)}
+    tables["probe, words, features"] = {"tau: policy, SAE features": (0.3, 0.2)} | one | controls
+    lines = study.probe_lines(tables)
+    assert list(lines) == ["words, activations", "words, less the neutral word", "words, residual stream", "words, features",
+                           "words, the same two layers", "responses, activations", "pairs, activations"]  # fmt: skip
+    assert lines["words, features"] == {"policy": (0.3, 0.2), "bag of words": (-0.05, 0.0)}
+    assert lines["words, the same two layers"] == lines["words, activations"] == {"policy": (0.6, 0.1), "base": one["tau: base, activations"]}
+
+    figure = matplotlib.Figure()
+    study.draw(figure, lines)
+    drawn = {container.get_label(): container.lines[0].get_xydata().tolist() for container in figure.axes[0].containers}
+    assert drawn["bag of words"] == [[-0.05, 3]]
+    assert drawn["policy"] == [[0.3 if height == 3 else 0.6, height] for height in range(7)]
+    assert drawn["base"] == [[0.4, height] for height in (0, 1, 2, 4, 5, 6)]
