@@ -1,20 +1,25 @@
-"""How different texts are from one another: by their n-grams, by sentence embeddings, and by an NLI model.
+"""How different texts are from one another: by n-grams, by sentence embeddings, by an NLI model.
 
-    P prompts, K outputs to each; N texts; G sets of S texts, D hidden, R partners of a text
+    P prompts, K outputs to each; N texts; G sets of S texts; T tokens of all texts,
+    D hidden, R partners of a text
 
-A text is a string, whose words are separated by white space, or a list of token ids. Two protocols (Kirk et al. 2024, 2310.06452) look
-at the same P x K outputs:
+A text is a string, whose words are separated by white space, or a list of token ids. Two protocols
+(Kirk et al. 2024, 2310.06452) look at the same P x K outputs:
 
-    per input       G = P sets of S = K: the metric over the outputs of one prompt; mean and std over the prompts
-    across inputs   G = K sets of S = P: the metric over one output of each prompt; mean over the K choices
+    per input       G = P sets of S = K: the metric over the outputs of one prompt;
+                    mean and std over the prompts
+    across inputs   G = K sets of S = P: the metric over one output of each prompt;
+                    mean over the K choices
 
-Every metric depends on the size of its set, and those of n-grams on the length of the texts: compare only figures with the same S,
-and read the lengths beside them. A metric of the G sets comes with what it would be, on average over the sets, without their s-th
-texts: [S], of which the interval over prompts is made (spread_across).
+Every metric depends on the size of its set, and those of n-grams on the length of the texts:
+compare only figures with the same S, and read the lengths beside them. A metric of the G sets comes
+with what it would be, on average over the sets, without their s-th texts: [S], of which the
+interval over prompts is made (spread_across_inputs).
 """
 
 import re
 import zlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,256 +29,397 @@ from .stats import bootstrap, t_quantile
 
 ORDERS = 5  # n-grams of n = 1 .. 5
 
+Text = str | Sequence[int]
+
 
 class Spread(NamedTuple):
-    """A figure of many sets: their mean, their standard deviation, and the mean's 95% interval over prompts (None for fewer than 3)."""
+    """A figure of many sets, such as the outputs to each prompt."""
 
     mean: float
     std: float
-    interval: tuple | None
+    interval: tuple[float, float] | None  # of the mean, 95%, over prompts; None for fewer than 3
 
 
-# ------------------------------------------------------------------------------------------------------------------------- n-grams
+# --------------------------------------------------------------------------------------- n-grams
 
 
-def words_of(text):
-    return text.split() if isinstance(text, str) else list(text)
+def words_of(text: Text) -> list:
+    if isinstance(text, str):
+        return text.split()
+    return list(text)
 
 
-def ngrams(text, n):
+def ngrams(text: Text, n: int) -> list[tuple]:
     """The n-grams of a text, in order."""
     words = words_of(text)
-    return list(zip(*(words[i:] for i in range(n))))
+    shifted = [words[i:] for i in range(n)]
+    return list(zip(*shifted))
 
 
-def distinct_n(texts, n):
+def pooled_ngrams(texts: Sequence[Text], n: int) -> list[tuple]:
+    """The n-grams of several texts, one text after another."""
+    grams = []
+    for text in texts:
+        grams += ngrams(text, n)
+    return grams
+
+
+def distinct_n(texts: Sequence[Text], n: int) -> float:
     """Distinct n-grams / all n-grams, pooled over a set of texts. 0 where there is no n-gram.
 
         distinct_n = N / C
 
-    list of texts -> float in [0, 1]. Li et al. 2016, 1510.03055. Pitfall: it falls with the size of the set and with length.
+    In [0, 1]. Li et al. 2016, 1510.03055. Pitfall: it falls with the size of the set and with
+    length.
     """
-    grams = [gram for text in texts for gram in ngrams(text, n)]
+    grams = pooled_ngrams(texts, n)
     return len(set(grams)) / max(len(grams), 1)
 
 
-def distinct_n_se(texts, n):
-    """The jackknife's standard error of distinct_n over texts: leave each out in turn. list of texts -> float."""
-    return jackknife_se(ngram_diversity([texts], max(vocabulary(texts), 1), n)[f"distinct_{n}"][1]) if texts else 0.0
+def distinct_n_se(texts: Sequence[Text], n: int) -> float:
+    """The jackknife's standard error of distinct_n over texts: each is left out in turn."""
+    if not texts:
+        return 0.0
+    vocab_size = max(count_vocabulary(texts), 1)
+    _, left_out = ngram_diversity([texts], vocab_size, n)[f"distinct_{n}"]
+    return jackknife_se(left_out)
 
 
-def vocabulary(texts):
+def count_vocabulary(texts: Sequence[Text]) -> int:
     """How many different words (or ids) there are in a list of texts."""
-    return len({word for text in texts for word in words_of(text)})
+    words = set()
+    for text in texts:
+        words.update(words_of(text))
+    return len(words)
 
 
-def ead(texts, n, vocab_size=None, reference=False):
-    """Expectation-adjusted distinct n-grams: how many there are, over how many there would be if all were equally likely.
+def ead(
+    texts: Sequence[Text], n: int, vocab_size: int | None = None, reference: bool = False
+) -> float:
+    """Expectation-adjusted distinct n-grams: how many there are, over how many there would be if
+    all were equally likely.
 
-        EAD_n = N / (U (1 - ((U - 1) / U)^C)),    U = V^n possible n-grams, N distinct and C total ones in all texts together
+        EAD_n = N / (U (1 - ((U - 1) / U)^C))
 
-    list of texts -> float: about 1 for uniformly random tokens, 0 where there is no n-gram. vocab_size: V, by default the number of
-    different words in `texts`; one V for all that is compared. reference: U = V for every n, as the paper's code has it; that passes
-    1 where V is small. ValueError: a V smaller than the words that are there. Liu et al. 2022, 2202.13587.
-    Pitfall: language is far from uniform, so EAD still falls with the number of tokens, only less than distinct-n.
+    with U = V^n possible n-grams, N distinct and C total ones in all texts together. About 1 for
+    uniformly random tokens, 0 where there is no n-gram. vocab_size: V, by default the number of
+    different words in `texts`; one V for all that is compared. reference: U = V for every n, as the
+    paper's code has it; that passes 1 where V is small. ValueError: a V smaller than the words that
+    are there. Liu et al. 2022, 2202.13587.
+    Pitfall: language is far from uniform, so EAD still falls with the number of tokens, only less
+    than distinct-n.
     """
-    found = vocabulary(texts)
-    check_vocabulary(found, vocab_size)
-    grams = [gram for text in texts for gram in ngrams(text, n)]
-    return adjusted(len(set(grams)), len(grams), vocab_size or found, 1 if reference else n).item()
+    n_words = count_vocabulary(texts)
+    check_vocabulary(n_words, vocab_size)
+    grams = pooled_ngrams(texts, n)
+    exponent = 1 if reference else n
+    return adjust(len(set(grams)), len(grams), vocab_size or n_words, exponent).item()
 
 
-def check_vocabulary(found, vocab_size):
-    if vocab_size is not None and vocab_size < max(found, 1):
-        raise ValueError(f"a vocabulary of {vocab_size}, but there are {found} different words (or ids) in the texts")
+def check_vocabulary(n_words: int, vocab_size: int | None):
+    """ValueError where texts hold more different words than the vocabulary is said to have."""
+    if vocab_size is not None and vocab_size < max(n_words, 1):
+        raise ValueError(
+            f"a vocabulary of {vocab_size}, but there are {n_words} different words (or ids) in the "
+            "texts"
+        )
 
 
-def adjusted(distinct, total, vocab_size, n):
-    """N, C (numbers or arrays) -> N / (U (1 - (1 - 1/U)^C)), 0 where C = 0; U = V^n may be far above what float64 tells from U - 1."""
+def adjust(distinct, total, vocab_size: int, n: int) -> np.ndarray:
+    """N / (U (1 - (1 - 1/U)^C)), 0 where C = 0: N, C (numbers or arrays) -> an array.
+
+    U = V^n may be far above what float64 tells from U - 1.
+    """
     U = float(min(vocab_size**n, 10**300))
-    with np.errstate(divide="ignore", invalid="ignore"):  # U = 1: log 0; C = 0: 0 / 0
-        expected = -U * np.expm1(np.multiply(total, np.log1p(-1 / U))) if U else np.zeros_like(total)
+    # U = 1 takes log 0, and C = 0 divides 0 by 0: both are meant.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if U:
+            expected = -U * np.expm1(np.multiply(total, np.log1p(-1 / U)))
+        else:
+            expected = np.zeros_like(total)
         return np.where(np.equal(total, 0), 0.0, np.divide(distinct, expected))
 
 
-def ngram_diversity(sets, vocab_size, orders=ORDERS):
+def ngram_diversity(
+    sets: Sequence[Sequence[Text]], vocab_size: int, orders: int = ORDERS
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """distinct-n, EAD_n and lengths of many sets of equally many texts, at once.
 
-    sets: G lists of S texts -> {name: (values [G], without each text [S])} of distinct_1 .. distinct_{orders}, ead_1 ..., their means
-    over n, "distinct" and "ead", and "length", the mean number of tokens. ValueError: sets of unequal size, too small a vocabulary.
+    sets: G lists of S texts -> {name: (values [G], without each text [S])}. The names are
+    distinct_1 .. distinct_{orders}, ead_1 ..., their means over n, "distinct" and "ead", and
+    "length", the mean number of tokens. ValueError: sets of unequal size, too small a vocabulary.
     """
-    G, S = len(sets), len(sets[0])
+    G = len(sets)
+    S = len(sets[0])
     if not S or any(len(texts) != S for texts in sets):
-        raise ValueError(f"sets of {sorted({len(texts) for texts in sets})} texts: they must be of one size, and not empty")
-    out = {}
-    for n, gram, text in numbered_ngrams([text for texts in sets for text in texts], orders, vocab_size):
-        distinct, total, lonely = count(gram, text, G, S)
+        sizes = sorted({len(texts) for texts in sets})
+        raise ValueError(f"sets of {sizes} texts: they must be of one size, and not empty")
+    all_texts = []
+    for texts in sets:
+        all_texts += texts
+
+    values = {}  # {name: [G]}
+    left_out = {}  # {name: [G, S] without each text; length: [S]}
+    for n, gram, text in number_ngrams(all_texts, orders, vocab_size):
+        distinct, total, lonely = count_ngrams(gram, text, G, S)
         C = total.sum(1)  # [G]
+        C_without = C[:, None] - total  # [G, S]
+        distinct_without = distinct[:, None] - lonely  # [G, S]
         if n == 1:
-            out["length"] = total.mean(1), (C[:, None] - total).mean(0) / max(S - 1, 1)
-        with_all, without = (distinct, C), (distinct[:, None] - lonely, C[:, None] - total)  # [G], [G, S]
-        out[f"distinct_{n}"] = [N / np.maximum(C, 1) for N, C in (with_all, without)]
-        out[f"ead_{n}"] = [adjusted(N, C, vocab_size, n) for N, C in (with_all, without)]
+            values["length"] = total.mean(1)
+            left_out["length"] = C_without.mean(0) / max(S - 1, 1)
+        values[f"distinct_{n}"] = distinct / np.maximum(C, 1)
+        left_out[f"distinct_{n}"] = distinct_without / np.maximum(C_without, 1)
+        values[f"ead_{n}"] = adjust(distinct, C, vocab_size, n)
+        left_out[f"ead_{n}"] = adjust(distinct_without, C_without, vocab_size, n)
+
     for name in ("distinct", "ead"):
-        out[name] = [sum(parts) / orders for parts in zip(*(out[f"{name}_{n}"] for n in range(1, orders + 1)))]
-    return {name: (values, left_out if left_out.ndim == 1 else left_out.mean(0)) for name, (values, left_out) in out.items()}
+        names = [f"{name}_{n}" for n in range(1, orders + 1)]
+        values[name] = sum(values[part] for part in names) / orders
+        left_out[name] = sum(left_out[part] for part in names) / orders
+
+    table = {}
+    for name, without in left_out.items():
+        if name != "length":
+            without = without.mean(0)  # over the sets
+        table[name] = (values[name], without)
+    return table
 
 
-def numbered_ngrams(texts, orders, vocab_size):
-    """For n = 1 .. orders: n, a number for each n-gram (the same for equal ones), and the place of the text that it stands in."""
-    numbers, words = {}, [words_of(text) for text in texts]
-    token = np.array([numbers.setdefault(word, len(numbers)) for part in words for word in part], dtype=np.int64)  # [T]
-    check_vocabulary(len(numbers), vocab_size)
-    text = np.repeat(np.arange(len(texts)), [len(part) for part in words])  # [T]
+def number_ngrams(
+    texts: Sequence[Text], orders: int, vocab_size: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For n = 1 .. orders: n, a number for each n-gram, and the place of its text.
+
+    Equal n-grams have the same number.
+    """
+    # All texts as one row of numbered words, and beside each word the place of its text.
+    number_of = {}
+    numbers = []
+    lengths = []
+    for text in texts:
+        words = words_of(text)
+        lengths.append(len(words))
+        for word in words:
+            numbers.append(number_of.setdefault(word, len(number_of)))
+    check_vocabulary(len(number_of), vocab_size)
+    token = np.array(numbers, dtype=np.int64)  # [T]
+    place = np.repeat(np.arange(len(texts)), lengths)  # [T]
+
     gram = token
     for n in range(1, orders + 1):
-        if n > 1:  # the (n-1)-gram before, and one token more
-            gram = np.unique(gram[:-1] * len(numbers) + token[n - 1 :], return_inverse=True)[1]  # [T - n + 1]
-        start = text[: len(gram)]
-        whole = start == text[n - 1 :]  # does not reach into the next text
-        yield n, gram[whole], start[whole]
+        if n > 1:
+            # An n-gram is the (n-1)-gram that begins at its place, and one token more.
+            pair = gram[:-1] * len(number_of) + token[n - 1 :]
+            gram = np.unique(pair, return_inverse=True)[1]  # [T - n + 1]
+        start = place[: len(gram)]
+        stays_in_text = start == place[n - 1 :]
+        yield n, gram[stays_in_text], start[stays_in_text]
 
 
-def count(gram, text, G, S):
-    """-> distinct n-grams of each set [G]; of each text [G, S] all n-grams, and the distinct ones that no other text of its set has."""
+def count_ngrams(
+    gram: np.ndarray, text: np.ndarray, G: int, S: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count the n-grams of G sets of S texts.
+
+    gram, text: the number of each n-gram and the place of its text -> distinct n-grams of each set
+    [G]; all n-grams of each text [G, S]; the distinct ones of each text that no other text of its
+    set has [G, S].
+    """
     total = np.bincount(text, minlength=G * S).reshape(G, S)
     if not len(gram):
         return total.sum(1), total, total
+
+    # One number for (set, n-gram, text): sorted, equal n-grams of a set stand side by side.
+    # (np.unique would be ten times as slow.)
     group, place = np.divmod(text, S)
     span = gram.max() + 1
-    key = np.sort((group * span + gram) * S + place)  # equal n-grams of a set stand side by side (np.unique is ten times as slow)
+    key = np.sort((group * span + gram) * S + place)
     key = key[np.diff(key, prepend=-1) > 0]  # each n-gram of each text once
     gram_in_set, place = np.divmod(key, S)
+
+    # Where each n-gram of a set begins, and whether one text alone has it.
     first = np.flatnonzero(np.diff(gram_in_set, prepend=-1))
-    alone = first[np.diff(first, append=len(key)) == 1]
+    n_texts = np.diff(first, append=len(key))
+    alone = first[n_texts == 1]
     distinct = np.bincount(gram_in_set[first] // span, minlength=G)
-    lonely = np.bincount(gram_in_set[alone] // span * S + place[alone], minlength=G * S)
+    text_of_lonely = gram_in_set[alone] // span * S + place[alone]
+    lonely = np.bincount(text_of_lonely, minlength=G * S)
     return distinct, total, lonely.reshape(G, S)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- embeddings
+# ------------------------------------------------------------------------------------ embeddings
 
 
-def pairwise_diversity(embeddings):
+def pairwise_diversity(embeddings) -> float:
     """1 - the mean cosine over unordered pairs of texts.
 
-        1 - 2 / (N (N - 1)) sum_{i<j} u_i . u_j  =  1 - (|sum_i u_i|^2 - N) / (N (N - 1)),    u = x / |x|
+        1 - 2 / (N (N - 1)) sum_{i<j} u_i . u_j
+          = 1 - (|sum_i u_i|^2 - N) / (N (N - 1)),    u = x / |x|
 
-    embeddings [N, D], any float dtype -> float in [0, N / (N - 1)], 0 for texts that are all alike. ValueError: fewer than two texts,
-    an embedding that is zero or not finite. Reimers & Gurevych 2019, 1908.10084.
+    embeddings [N, D], any float dtype -> float in [0, N / (N - 1)], 0 for texts that are all alike.
+    ValueError: fewer than two texts, an embedding that is zero or not finite. Reimers & Gurevych
+    2019, 1908.10084.
     """
     embeddings = torch.as_tensor(embeddings)
     if embeddings.ndim != 2 or len(embeddings) < 2:
-        raise ValueError(f"pairwise_diversity needs embeddings [N, D] of at least two texts, not {list(embeddings.shape)}")
-    return embedding_diversity(embeddings[None])[0].item()
+        raise ValueError(
+            "pairwise_diversity needs embeddings [N, D] of at least two texts, "
+            f"not {list(embeddings.shape)}"
+        )
+    values, _ = embedding_diversity(embeddings[None])
+    return values[0].item()
 
 
-def embedding_diversity(embeddings):
-    """pairwise_diversity of many sets: [G, S, D], S at least 2 -> values [G], without each text [S], both float64 arrays."""
+def embedding_diversity(embeddings) -> tuple[np.ndarray, np.ndarray]:
+    """pairwise_diversity of many sets: [G, S, D], S at least 2.
+
+    -> values [G], without each text [S], both float64.
+    """
     x = torch.as_tensor(embeddings).detach().cpu().double()
-    norm = x.norm(dim=-1, keepdim=True)
+    norm = x.norm(dim=-1, keepdim=True)  # [G, S, 1]
     if not (norm.isfinite() & (norm > 0)).all():
         raise ValueError("an embedding that is zero or not finite has no direction")
-    u, S = x / norm, x.shape[1]
+    u = x / norm
+    S = x.shape[1]
     total = u.sum(1, keepdim=True)  # [G, 1, D]
     values = 1 - (total.square().sum((1, 2)) - S) / (S * (S - 1))  # [G]
-    left_out = 1 - ((total - u).square().sum(2) - (S - 1)) / max((S - 1) * (S - 2), 1)  # [G, S]
+    total_without = total - u  # [G, S, D]
+    n_pairs_without = max((S - 1) * (S - 2), 1)
+    left_out = 1 - (total_without.square().sum(2) - (S - 1)) / n_pairs_without  # [G, S]
     return values.numpy(), left_out.mean(0).numpy()
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- NLI
+# ------------------------------------------------------------------------------------------- NLI
 
 
-def nli_scores(probs):
+def nli_scores(probs) -> torch.Tensor:
     """What an NLI model says of a pair, as a number: its label's sign times its confidence.
 
-        s = +p for contradiction, 0 for neutral, -p for entailment, p the largest of the three probabilities
+        s = +p for contradiction, 0 for neutral, -p for entailment
 
-    probs [..., 3] in that order -> [...] in [-1, 1]. Kirk et al. 2024 after Stasaski & Hearst 2022, 2205.01497; higher = more diverse
-    (the paper's own code has the other sign).
+    p is the largest of the three probabilities. probs [..., 3] in that order -> [...] in [-1, 1].
+    Kirk et al. 2024 after Stasaski & Hearst 2022, 2205.01497; higher = more diverse (the paper's
+    own code has the other sign).
     """
     confidence, label = torch.as_tensor(probs).max(-1)
     return confidence * (1 - label)
 
 
-def partners(n, most, seed=0):
-    """For each of n texts min(most, n - 1) others to be compared with, each text in as many pairs as any other: places [n, R].
+def draw_partners(n: int, most: int, seed: int = 0) -> np.ndarray:
+    """For each of n texts min(most, n - 1) others to be compared with: places [n, R].
 
-    One draw for all sets of n: each text meets the R that follow it in a random order, around the end.
+    Each text is in as many pairs as any other. There is one draw for all sets of n: each text meets
+    the R that follow it in a random order, around the end.
     """
-    order, following = np.random.default_rng([n, seed]).permutation(n), np.arange(1, min(most, n - 1) + 1)
-    out = np.empty((n, len(following)), dtype=np.int64)
-    out[order] = order[(np.arange(n)[:, None] + following) % n]
-    return out
+    order = np.random.default_rng([n, seed]).permutation(n)
+    following = np.arange(1, min(most, n - 1) + 1)  # [R]
+    partner = np.empty((n, len(following)), dtype=np.int64)
+    partner[order] = order[(np.arange(n)[:, None] + following) % n]
+    return partner
 
 
-def nli_diversity(scores, partner):
+def nli_diversity(scores, partner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean score over ordered pairs, premise i and hypothesis partner[i, r].
 
-    scores [G, S, R], partner [S, R] -> values [G], without each text [S]. All ordered pairs where R = S - 1, else a sample of them.
+    scores [G, S, R], partner [S, R] -> values [G], without each text [S]. All ordered pairs where
+    R = S - 1, else a sample of them.
     """
-    scores, (S, R) = np.asarray(scores, dtype=np.float64), partner.shape
+    scores = np.asarray(scores, dtype=np.float64)
+    S, R = partner.shape
     mean = scores.mean(0)  # [S, R]
-    involved = mean.sum(1) + np.bincount(partner.ravel(), weights=mean.ravel(), minlength=S)  # [S]: as premise, and as hypothesis
-    return scores.mean((1, 2)), (mean.sum() - involved) / max(S * R - 2 * R, 1)  # each text is in 2 R pairs
+    as_premise = mean.sum(1)  # [S]
+    as_hypothesis = np.bincount(partner.ravel(), weights=mean.ravel(), minlength=S)  # [S]
+    # Each text is in 2 R of the S R pairs.
+    n_pairs_without = max(S * R - 2 * R, 1)
+    left_out = (mean.sum() - (as_premise + as_hypothesis)) / n_pairs_without
+    return scores.mean((1, 2)), left_out
 
 
-def sentences(text, most, seed=0):
-    """The sentences of a text; where there are more than `most` (0: any number) so many of them, drawn at random, in order.
+def split_sentences(text: str, most: int, seed: int = 0) -> list[str]:
+    """The sentences of a text; where there are more than `most`, so many of them, in order.
 
-    Cut after . ! or ? before a space, and at line ends. The draw depends on the text and the seed alone: equal texts say the same.
+    Cut after . ! or ? before a space, and at line ends. most 0: any number. The draw depends on the
+    text and the seed alone: equal texts say the same.
     """
-    parts = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n", text) if part.strip()] or [""]
-    if most and len(parts) > most:
-        kept = np.random.default_rng([seed, zlib.crc32(text.encode())]).permutation(len(parts))[:most]
-        parts = [parts[i] for i in sorted(kept)]
-    return parts
+    sentences = []
+    for part in re.split(r"(?<=[.!?])\s+|\n", text):
+        if part.strip():
+            sentences.append(part.strip())
+    if not sentences:
+        return [""]
+    if not most or len(sentences) <= most:
+        return sentences
+    generator = np.random.default_rng([seed, zlib.crc32(text.encode())])
+    kept = generator.permutation(len(sentences))[:most]
+    return [sentences[i] for i in sorted(kept)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------- protocols
+# ------------------------------------------------------------------------------------- protocols
 
 
-def spread_over_inputs(values):
-    """A metric of each prompt's outputs [P] -> Spread over prompts; the interval is the bootstrap's."""
+def spread_over_inputs(values) -> Spread:
+    """A metric of each prompt's outputs [P] -> Spread over prompts; a bootstrap's interval."""
     values = torch.as_tensor(np.asarray(values, dtype=np.float64))
-    std = values.std().item() if len(values) > 1 else 0.0
-    return Spread(values.mean().item(), std, tuple(x.item() for x in bootstrap(values)) if len(values) > 2 else None)
+    std = 0.0
+    if len(values) > 1:
+        std = values.std().item()
+    interval = None
+    if len(values) > 2:
+        low, high = bootstrap(values)
+        interval = (low.item(), high.item())
+    return Spread(values.mean().item(), std, interval)
 
 
-def spread_across_inputs(values, left_out):
-    """A metric of K sets of one output a prompt [K], and without each prompt [P] -> Spread: mean and std over the choices.
+def spread_across_inputs(values, left_out) -> Spread:
+    """A metric of K sets of one output a prompt [K], and without each prompt [P] -> Spread.
 
-    Drawing prompts with replacement would put copies into a set, and copies are not diverse; so the interval over prompts is the
-    jackknife's, mean +- t se. It holds what the choice of outputs adds too: with a prompt all its K outputs are left out. It is rather
-    too wide: its se is 10 to 20% above the truth in simulations.
+    Mean and std are over the choices. Drawing prompts with replacement would put copies into a set,
+    and copies are not diverse; so the interval over prompts is the jackknife's, mean +- t se. It
+    holds what the choice of outputs adds too: with a prompt all its K outputs are left out. It is
+    rather too wide: its se is 10 to 20% above the truth in simulations.
     """
-    mean, std = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    mean = float(np.mean(values))
+    std = 0.0
+    if len(values) > 1:
+        std = float(np.std(values, ddof=1))
     if len(left_out) < 3:
         return Spread(mean, std, None)
-    half = t_quantile(len(left_out) - 1) * jackknife_se(left_out)
-    return Spread(mean, std, (mean - half, mean + half))
+    half_width = t_quantile(len(left_out) - 1) * jackknife_se(left_out)
+    return Spread(mean, std, (mean - half_width, mean + half_width))
 
 
-def jackknife_se(left_out):
-    """se = sqrt((S - 1) / S sum_s (v_s - mean v)^2), v_s a statistic without row s. Efron & Stein 1981. [S] -> float"""
+def jackknife_se(left_out) -> float:
+    """se = sqrt((S - 1) / S sum_s (v_s - mean v)^2), v_s a statistic without row s.
+
+    left_out [S]. Efron & Stein 1981.
+    """
     left_out = np.asarray(left_out, dtype=np.float64)
     return float(((len(left_out) - 1) * left_out.var()) ** 0.5)
 
 
-def simulated_best_of_n(scores, n, repeats=32, seed=0):
-    """Best-of-n from a pool: draw n of a prompt's N answers without replacement, keep the one with the highest score; again and again.
+def simulated_best_of_n(scores, n: int, repeats: int = 32, seed: int = 0) -> np.ndarray:
+    """Best-of-n from a pool: draw n of a prompt's N answers without replacement, keep the best.
 
-    scores [P, N] -> the places of the kept answers, int64 [P, repeats]; of equal scores the first. ValueError: N <= n, scores that
-    are not finite. Pitfall: the repeats share a pool, so they meet far more often than answers of real best-of-n: they are fit
-    for figures across inputs, but per input they look alike (EAD 0.28 for 0.77 at n = 16 and N = 64 of the embedded world).
+    scores [P, N] -> the places of the kept answers, int64 [P, repeats]; of equal scores the first.
+    ValueError: N <= n, scores that are not finite. Pitfall: the repeats share a pool, so they meet
+    far more often than answers of real best-of-n: they are fit for figures across inputs, but per
+    input they look alike (EAD 0.28 for 0.77 at n = 16 and N = 64 of the embedded world).
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or not 1 <= n < scores.shape[1]:
-        raise ValueError(f"the best of {n} needs scores [prompts, answers] of more than {n} answers, not {list(scores.shape)}")
+        raise ValueError(
+            f"the best of {n} needs scores [prompts, answers] of more than {n} answers, "
+            f"not {list(scores.shape)}"
+        )
     if not np.isfinite(scores).all():
         raise ValueError("simulated_best_of_n: a score that is not finite")
-    rng, chosen = np.random.default_rng([n, seed]), []
+    generator = np.random.default_rng([n, seed])
+    chosen = []
     for row in scores:
-        drawn = rng.random((repeats, len(row))).argpartition(n - 1)[:, :n]  # [repeats, n], as ranks: 0 is the best answer
-        chosen.append(np.argsort(-row, kind="stable")[drawn.min(1)])
+        # What is drawn are ranks, of which 0 is the best answer: n of the smallest random numbers.
+        noise = generator.random((repeats, len(row)))
+        drawn_ranks = noise.argpartition(n - 1)[:, :n]  # [repeats, n]
+        best_first = np.argsort(-row, kind="stable")
+        chosen.append(best_first[drawn_ranks.min(1)])
     return np.stack(chosen)

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from ..diversity import (
+    count_vocabulary,
+    draw_partners,
     embedding_diversity,
     ngram_diversity,
     nli_diversity,
-    partners,
-    sentences,
     simulated_best_of_n,
+    split_sentences,
     spread_across_inputs,
     spread_over_inputs,
-    vocabulary,
 )
 from ..ensemble import combine
 from ..errors import at_least, require
@@ -166,12 +166,12 @@ def measure(outputs, vocab_size=None, tokenizer=None, truncate=0, encode=None, n
     P, K = len(outputs), counts[0]
     cut, join = tokenising(tokenizer)
     tokens = [[cut(text) for text in row] for row in outputs]
-    vocab_size = vocab_size or (len(tokenizer) if tokenizer else max(vocabulary([text for row in tokens for text in row]), 1))
+    vocab_size = vocab_size or (len(tokenizer) if tokenizer else max(count_vocabulary([text for row in tokens for text in row]), 1))
     if truncate:
         tokens = [[text[:truncate] for text in row] for row in tokens]
         outputs = [[join(text) for text in row] for row in tokens]
     embeddings = encode([text for row in outputs for text in row]).view(P, K, -1) if encode else None  # [P, K, D]
-    parts = [[sentences(text, n_sentences, seed) for text in row] for row in outputs] if nli else None
+    parts = [[split_sentences(text, n_sentences, seed) for text in row] for row in outputs] if nli else None
 
     def metrics(across):
         """{metric: (values [G], without each text [S])} of the sets of one protocol."""
@@ -179,7 +179,7 @@ def measure(outputs, vocab_size=None, tokenizer=None, truncate=0, encode=None, n
         if encode:
             found["embedding"] = embedding_diversity(embeddings.transpose(0, 1) if across else embeddings)
         if nli:
-            partner = partners(P if across else K, n_partners, seed)
+            partner = draw_partners(P if across else K, n_partners, seed)
             found["nli"] = nli_diversity(nli_of_pairs(transposed(parts) if across else parts, partner, nli), partner)
         return found
 
@@ -221,7 +221,7 @@ def compare(systems, vocab_size=0, tokenizer=None, truncate="", simulated=(), **
     require(P * K > 1, "one output to one prompt differs from nothing")
     cut, _ = tokenising(tokenizer)
     tokens = {name: [cut(text) for row in rows for text in row] for name, rows in outputs.items()}
-    different = max(vocabulary([text for texts in tokens.values() for text in texts]), 1)
+    different = max(count_vocabulary([text for texts in tokens.values() for text in texts]), 1)
     V = vocab_size or (len(tokenizer) if tokenizer else different)
     require(V >= different, f"--vocab_size {V}: there are {different} different words (or ids) in the outputs")
 

@@ -20,11 +20,11 @@ from bon import timed  # noqa: E402
 
 from nanorlhf.diversity import (
     distinct_n,
+    draw_partners,
     ead,
     embedding_diversity,
     ngram_diversity,
     nli_diversity,
-    partners,
     spread_across_inputs,
     spread_over_inputs,
 )
@@ -63,7 +63,7 @@ def main():
     words = rng.choice(V, (P, K, args.words), p=zipf / zipf.sum())
     texts = [[" ".join(map(str, text)) for text in row] for row in words]
     embeddings = torch.from_numpy(rng.normal(size=(P, K, args.width)).astype(np.float32))
-    per_input, across = (partners(n, 15) for n in (K, P))
+    per_input, across = (draw_partners(n, 15) for n in (K, P))
     scores = [rng.uniform(-1, 1, size) for size in ((P, *per_input.shape), (K, *across.shape))]
 
     def ngrams():

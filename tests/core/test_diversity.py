@@ -15,6 +15,7 @@ import torch
 from nanorlhf.diversity import (
     distinct_n,
     distinct_n_se,
+    draw_partners,
     ead,
     embedding_diversity,
     jackknife_se,
@@ -22,9 +23,8 @@ from nanorlhf.diversity import (
     nli_diversity,
     nli_scores,
     pairwise_diversity,
-    partners,
-    sentences,
     simulated_best_of_n,
+    split_sentences,
     spread_across_inputs,
     spread_over_inputs,
 )
@@ -170,7 +170,7 @@ def test_nli_scores():
 
 @pytest.mark.parametrize("n, most", [(6, 3), (6, 5), (6, 9), (2, 4), (1, 4)])
 def test_partners(n, most):
-    found = partners(n, most, seed=3)
+    found = draw_partners(n, most, seed=3)
     R = min(most, n - 1)
     assert found.shape == (n, R)
     pairs = [(i, j) for i in range(n) for j in found[i]]
@@ -178,13 +178,13 @@ def test_partners(n, most):
     assert set(Counter(j for _, j in pairs).values()) <= {R}  # a text is as often a hypothesis as a premise
     if most >= n - 1:
         assert set(pairs) == set(itertools.permutations(range(n), 2))
-    assert (found == partners(n, most, seed=3)).all() and (n < 3 or any((found != partners(n, most, seed)).any() for seed in range(5)))
+    assert (found == draw_partners(n, most, seed=3)).all() and (n < 3 or any((found != draw_partners(n, most, seed)).any() for seed in range(5)))
 
 
 @pytest.mark.parametrize("n, most", [(5, 4), (6, 2), (7, 3)])
 def test_nli_diversity_by_pairs(n, most):
     full = np.random.default_rng(n).uniform(-1, 1, (3, n, n))  # the score of every ordered pair; the diagonal is never read
-    partner = partners(n, most)
+    partner = draw_partners(n, most)
     values, left_out = nli_diversity(np.stack([part[np.arange(n)[:, None], partner] for part in full]), partner)
     pairs = [(i, j) for i in range(n) for j in partner[i]]
     assert values == pytest.approx([np.mean([part[i, j] for i, j in pairs]) for part in full])
@@ -195,12 +195,12 @@ def test_nli_diversity_by_pairs(n, most):
 
 def test_sentences():
     text = "It rained. We stayed in! Why?\nNo. 3.5 stars "
-    assert sentences(text, 0) == sentences(text, 5) == ["It rained.", "We stayed in!", "Why?", "No.", "3.5 stars"]
-    assert sentences("the room was bright . it was big .", 0) == ["the room was bright .", "it was big ."]
-    assert sentences("", 2) == sentences(" \n ", 2) == [""]
-    draws = {tuple(sentences(text, 2, seed)) for seed in range(200)}
-    assert draws == set(itertools.combinations(sentences(text, 0), 2))  # whole sentences, in order, each choice
-    assert sentences(text, 2, 7) == sentences(text, 2, 7)
+    assert split_sentences(text, 0) == split_sentences(text, 5) == ["It rained.", "We stayed in!", "Why?", "No.", "3.5 stars"]
+    assert split_sentences("the room was bright . it was big .", 0) == ["the room was bright .", "it was big ."]
+    assert split_sentences("", 2) == split_sentences(" \n ", 2) == [""]
+    draws = {tuple(split_sentences(text, 2, seed)) for seed in range(200)}
+    assert draws == set(itertools.combinations(split_sentences(text, 0), 2))  # whole sentences, in order, each choice
+    assert split_sentences(text, 2, 7) == split_sentences(text, 2, 7)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- protocols
@@ -225,7 +225,7 @@ def test_spreads():
 def test_the_jackknife_sees_how_much_the_figure_varies(metric):
     """Over many data sets drawn anew the figure's standard deviation is what the jackknife says from each one (it errs upward)."""
     rng, P, K, means, errors = np.random.default_rng(0), 30, 3, [], []
-    partner = partners(P, 10)
+    partner = draw_partners(P, 10)
     for _ in range(300):
         topic = rng.integers(5, size=P)  # what the outputs to one prompt have in common
         if metric == "ead":
