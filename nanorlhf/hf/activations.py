@@ -1,6 +1,7 @@
-"""Inside a running model: read, replace or switch off what its attention layers, MLPs and blocks put out.
+"""Inside a running model: read, replace or switch off what its layers put out.
 
-    B sequences, T tokens of this forward (1 for each step of a rollout, which has a cache), D hidden, L blocks
+    B sequences, T tokens of this forward (1 for each step of a rollout, which has a cache),
+    D hidden, L blocks
 
 A place is (layer, site), for example (3, "mlp"):
 
@@ -8,37 +9,45 @@ A place is (layer, site), for example (3, "mlp"):
         |             "attention"    |   |            "mlp"     |   "residual": what leaves the block
         `----------------------------'   `----------------------'
 
-Blocks are found by blocks.py, and within a block its attention and its MLP by what they are, never by their names in one architecture.
-A LoRA policy's adapters are part of its layers: what they add is seen like everything else.
+Blocks are found by blocks.py, and within a block its attention and its MLP by what they are, never
+by their names in one architecture. A LoRA policy's adapters are part of its layers: what they add
+is seen like everything else.
 """
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch import Tensor, nn
 
 from ..errors import InputError
 from .blocks import Stored, block_list, blocks, eager, swapped
 
 SITES = ("mlp", "attention", "residual")
 
+Place = tuple[int, str]
 
-def place_name(place):
+
+def place_name(place: Place) -> str:
     """(3, "mlp") -> "3_mlp": a place in the name of a file or of a tensor."""
-    return f"{place[0]}_{place[1]}"
+    layer, site = place
+    return f"{layer}_{site}"
 
 
-def module_at(lm, place):
+def module_at(lm, place: Place) -> nn.Module:
     """The module of any HF model whose output is the place's: a block, or its attention or MLP.
 
-    InputError: no such layer or site; a block that is not one attention layer and one MLP. Pitfall: it is the layer's own output.
-    Where a norm follows before it is added to the residual stream (Gemma 2 and 3), it has not been applied yet.
+    InputError: no such layer or site; a block that is not one attention layer and one MLP. Pitfall:
+    it is the layer's own output. Where a norm follows before it is added to the residual stream
+    (Gemma 2 and 3), it has not been applied yet.
     """
     layer, site = place
     layers = blocks(lm)
     if layer not in range(len(layers)):
-        raise InputError(f"layer {layer}: {type(lm).__name__} has the layers 0 to {len(layers) - 1}")
+        raise InputError(
+            f"layer {layer}: {type(lm).__name__} has the layers 0 to {len(layers) - 1}"
+        )
     if site not in SITES:
         raise InputError(f"site {site!r}: it must be one of {', '.join(SITES)}")
     block = layers[layer]
@@ -46,17 +55,37 @@ def module_at(lm, place):
         raise InputError(f"layer {layer} is frozen: its output was stored, and it does not run")
     if site == "residual":
         return block
-    # Norms have vectors only. What is left are the attention layer, which transformers calls so in every architecture, and the MLP.
-    parts = [child for child in block.children() if any(p.dim() > 1 for p in child.parameters())]
-    attention = [child for child in parts if "attention" in type(child).__name__.lower()]
-    found = attention if site == "attention" else [child for child in parts if child not in attention]
-    if len(found) != 1 or "residual" in inspect.signature(found[0].forward).parameters:  # Bloom's add it themselves
+
+    candidates = []
+    for part in parts_with_matrices(block):
+        # transformers calls an attention layer so in every architecture.
+        is_attention = "attention" in type(part).__name__.lower()
+        if is_attention == (site == "attention"):
+            candidates.append(part)
+    if len(candidates) != 1 or adds_the_residual(candidates[0]):
         kinds = ", ".join(type(child).__name__ for child in block.children())
-        raise InputError(f"layer {layer} of {type(lm).__name__} has no {site} output of its own (it consists of {kinds}); use residual")
-    return found[0]
+        raise InputError(
+            f"layer {layer} of {type(lm).__name__} has no {site} output of its own (it consists of "
+            f"{kinds}); use residual"
+        )
+    return candidates[0]
 
 
-def hook_output(module: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor | None]):
+def parts_with_matrices(block: nn.Module) -> list[nn.Module]:
+    """The attention layer and the MLP of a block: norms have vectors only."""
+    parts = []
+    for child in block.children():
+        if any(parameter.dim() > 1 for parameter in child.parameters()):
+            parts.append(child)
+    return parts
+
+
+def adds_the_residual(module: nn.Module) -> bool:
+    """Whether a layer adds its output to the residual stream itself, as Bloom's do."""
+    return "residual" in inspect.signature(module.forward).parameters
+
+
+def hook_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]):
     """Call function(x [B, T, D]) on all that the module puts out. -> the hook
 
     What the function returns takes the place of x; None leaves x. Whatever the function keeps stays
@@ -77,42 +106,63 @@ def hook_output(module: torch.nn.Module, function: Callable[[torch.Tensor], torc
 
 
 @contextlib.contextmanager
-def captured(lm, places):
-    """A context that keeps what the model puts out at these places: {place: [B, T, D] of the last forward}, empty before the first.
+def captured(lm, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
+    """A context that keeps what the model puts out at these places.
 
-    Gradients flow through it where the forward has them. Compiled blocks run as they are written in here. InputError: module_at.
-    Pitfalls: padding is in it, the caller knows the lengths; of a rollout it is one token's, of the rows still being written; a frozen
-    block whose output was stored (blocks.FrozenTrunk) does not run, so its places are missing.
+    It gives a dictionary {place: [B, T, D] of the last forward}, empty before the first. Gradients
+    flow through it where the forward has them. Compiled blocks run as they are written in here.
+    InputError: module_at. Pitfalls: padding is in it, the caller knows the lengths; of a rollout it
+    is one token's, of the rows still being written; a frozen block whose output was stored
+    (blocks.FrozenTrunk) does not run, so its places are missing.
     """
-    modules = {place: module_at(lm, place) for place in places}  # all errors before the first hook
+    # All errors come before the first hook.
+    modules = {place: module_at(lm, place) for place in places}
     kept = {}
+
+    def forget(module, args):
+        kept.clear()
+
+    def keep_at(place):
+        def keep(x):
+            kept[place] = x
+
+        return keep
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(eager(lm))  # code that was compiled before would not call the hooks
-        stack.callback(lm.base_model.register_forward_pre_hook(lambda module, args: kept.clear()).remove)
+        # Code that was compiled before would not call the hooks.
+        stack.enter_context(eager(lm))
+        hook = lm.base_model.register_forward_pre_hook(forget)
+        stack.callback(hook.remove)
         for place, module in modules.items():
-            stack.callback(hook_output(module, lambda x, place=place: kept.__setitem__(place, x)).remove)
+            hook = hook_output(module, keep_at(place))
+            stack.callback(hook.remove)
         yield kept
 
 
 @contextlib.contextmanager
-def replaced(lm, place, function):
-    """A context in which function(x [B, T, D]) -> [B, T, D] takes the place of what the model puts out there, in every forward.
+def replaced(lm, place: Place, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A context in which function(x [B, T, D]) -> [B, T, D] takes the place of an output.
 
-    So also in rollouts: once for the prompts, then once a token (T = 1). torch.zeros_like switches the place off (zero ablation).
-    Contexts can be nested; an inner one at the same place is given what the outer one made. InputError: module_at; ValueError: another
-    shape. Pitfalls: the function also sees padding, so it must treat tokens one by one; a rollout on a CPU calls it in inference
-    mode; a value of the GPU that it waits for (.item()) keeps decode steps from being captured as a graph.
+    That is so in every forward, also in rollouts: once for the prompts, then once a token (T = 1).
+    torch.zeros_like switches the place off (zero ablation). Contexts can be nested; an inner one at
+    the same place is given what the outer one made. InputError: module_at; ValueError: another
+    shape. Pitfalls: the function also sees padding, so it must treat tokens one by one; a rollout
+    on a CPU calls it in inference mode; a value of the GPU that it waits for (.item()) keeps decode
+    steps from being captured as a graph.
     """
 
-    def checked(x):
+    def replace(x):
         new = function(x)
         if new.shape != x.shape:
-            raise ValueError(f"the replacement at {place_name(place)} is {list(new.shape)}, the output {list(x.shape)}")
+            raise ValueError(
+                f"the replacement at {place_name(place)} is {list(new.shape)}, "
+                f"the output {list(x.shape)}"
+            )
         return new.to(x.dtype)
 
     module = module_at(lm, place)
     with eager(lm):
-        hook = hook_output(module, checked)
+        hook = hook_output(module, replace)
         try:
             yield
         finally:
@@ -120,7 +170,7 @@ def replaced(lm, place, function):
 
 
 @contextlib.contextmanager
-def running_ids(lm) -> Iterator[Callable[[], torch.Tensor]]:
+def running_ids(lm) -> Iterator[Callable[[], Tensor]]:
     """A context that gives a function: it returns the token ids [B, T] of the forward that runs.
 
     For a function of replaced() that must know which token it changes. In a rollout T is that of
@@ -129,7 +179,8 @@ def running_ids(lm) -> Iterator[Callable[[], torch.Tensor]]:
     last = {}
 
     def keep_ids(module, args, kwargs):
-        last["ids"] = args[0] if args else kwargs["input_ids"]  # some architectures pass it by place
+        # Some architectures pass it by place.
+        last["ids"] = args[0] if args else kwargs["input_ids"]
 
     hook = lm.base_model.register_forward_pre_hook(keep_ids, with_kwargs=True)
     try:
@@ -139,12 +190,15 @@ def running_ids(lm) -> Iterator[Callable[[], torch.Tensor]]:
 
 
 @torch.no_grad()
-def activations(lm, ids, places):
-    """Token ids [B, T], padded on the right -> {place: [B, T, D]}, running no block above the highest place.
+def activations(lm, ids: Tensor, places: Iterable[Place]) -> dict[Place, Tensor]:
+    """Token ids [B, T], padded on the right -> {place: [B, T, D]}.
 
-    Dropout is the caller's: call lm.eval() first. InputError: module_at.
+    No block above the highest place runs. Dropout is the caller's: call lm.eval() first.
+    InputError: module_at.
     """
     parent, name, layers = block_list(lm)
-    with captured(lm, places) as kept, swapped(parent, name, layers[: max(layer for layer, _ in places) + 1]):
-        lm.base_model(input_ids=ids, use_cache=False)
+    highest = max(layer for layer, _ in places)
+    with captured(lm, places) as kept:
+        with swapped(parent, name, layers[: highest + 1]):
+            lm.base_model(input_ids=ids, use_cache=False)
     return dict(kept)

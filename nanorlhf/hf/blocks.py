@@ -1,15 +1,19 @@
-"""Inside a Hugging Face model: its decoder blocks, freezing them, and running the frozen ones only once.
+"""Inside a Hugging Face model: its decoder blocks, freezing them, and running frozen ones only once.
 
     B sequences, T tokens, D hidden, L blocks, n of them frozen
 
-A frozen block maps the same tokens to the same hidden states for ever. So the frozen trunk runs once over a rollout, and what leaves
-it is handed to the blocks above, of the policy in every epoch and of the reference alike:
+A frozen block maps the same tokens to the same hidden states for ever. So the frozen trunk runs
+once over a rollout, and what leaves it is handed to the blocks above, of the policy in every epoch
+and of the reference alike:
 
-    tokens -> embeddings -> blocks 0 .. n-1 -> stored [B, T, D] -> blocks n .. L-1 of the policy      (trained)
-               (frozen, run once a rollout)                    `-> blocks n .. L-1 of the reference   (a copy)
+    tokens -> embeddings -> blocks 0 .. n-1 -> stored [B, T, D] -+-> blocks n .. L-1 of the policy
+               (frozen, run once a rollout)                      |   (trained)
+                                                                 `-> blocks n .. L-1 of the reference
+                                                                     (a copy)
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -17,25 +21,35 @@ from torch import nn
 from ..errors import InputError
 
 
-def block_list(lm):
-    """(the module that owns them, the name there, the decoder blocks) of any HF model.
+def block_list(lm) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The decoder blocks of any HF model: the module that owns them, their name there, the blocks.
 
     They are the first ModuleList with one entry for each layer of the config.
     """
+    n_layers = lm.config.num_hidden_layers
     for module in lm.base_model.modules():
         for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == lm.config.num_hidden_layers:
+            if isinstance(child, nn.ModuleList) and len(child) == n_layers:
                 return module, name, child
-    raise InputError(f"{type(lm).__name__}: found no list of its {lm.config.num_hidden_layers} blocks")
+    raise InputError(f"{type(lm).__name__}: found no list of its {n_layers} blocks")
 
 
-def blocks(lm):
+def blocks(lm) -> nn.ModuleList:
     """The decoder blocks of any HF model, bottom first."""
-    return block_list(lm)[2]
+    _, _, layers = block_list(lm)
+    return layers
 
 
-def freeze(lm, fraction):
-    """Freeze the embeddings and the bottom int(fraction * L) blocks; 0 freezes nothing. Returns a sentence on what was done."""
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of what is trained, each shared tensor once."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def freeze(lm, fraction: float) -> str:
+    """Freeze the embeddings and the bottom int(fraction * L) blocks; 0 freezes nothing.
+
+    -> a sentence on what was done
+    """
     if fraction <= 0:
         return "everything is trained"
     layers = blocks(lm)
@@ -43,39 +57,47 @@ def freeze(lm, fraction):
     embeddings = [m for m in lm.base_model.modules() if isinstance(m, nn.Embedding)]
     for module in [*embeddings, *layers[:n]]:
         module.requires_grad_(False)
+
+    note = f"embeddings and the bottom {n} of {len(layers)} blocks are frozen"
     head = lm.get_output_embeddings()
-    tied = head is not None and any(head.weight is m.weight for m in embeddings)
-    return f"embeddings and the bottom {n} of {len(layers)} blocks are frozen" + (
-        "; the LM head is tied to the embeddings and frozen with them" if tied else ""
-    )
+    if head is not None and any(head.weight is module.weight for module in embeddings):
+        note += "; the LM head is tied to the embeddings and frozen with them"
+    return note
 
 
-def trainable(module):
-    """(name, parameter) of what is trained, each shared tensor once."""
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+# ----------------------------------------------------------------------------------------- speed
 
 
-def speed_up(lm, device, dtype, compile=False):
-    """What makes the same forward and backward passes faster on this hardware; results change by float error.
+def speed_up(lm, device: torch.device, dtype: str, compile: bool = False):
+    """Make the same forward and backward passes faster on this hardware.
 
-    In bfloat16 on a CPU the backward pass of torch's fused attention takes 2 to 4 times as long as that of plain matrix products.
+    Results change by float error.
     """
-    lm.compiled, lm.attention = compile, lm.config._attn_implementation
+    lm.compiled = compile
+    lm.attention = lm.config._attn_implementation
+    # In bfloat16 on a CPU the backward pass of torch's fused attention takes 2 to 4 times as long
+    # as that of plain matrix products.
     if device.type == "cpu" and dtype == "bfloat16":
         lm.set_attn_implementation("eager")
-    for block in blocks(lm) if compile else ():
-        block.compile()
+    if compile:
+        for block in blocks(lm):
+            block.compile()
 
 
 def eager(lm):
     """A context in which compiled blocks run as they are written."""
-    return torch.compiler.set_stance("force_eager") if getattr(lm, "compiled", False) else contextlib.nullcontext()
+    if getattr(lm, "compiled", False):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def sampling(lm):
-    """A context for decoding, undoing what speed_up() does for the update: shapes change with every token, so nothing compiled is
-    used, and without a backward pass fused attention is the faster one."""
+    """A context for decoding, which undoes what speed_up() does for the update.
+
+    Shapes change with every token, so nothing compiled is used. Without a backward pass fused
+    attention is the faster one.
+    """
     own = lm.config._attn_implementation
     fused = getattr(lm, "attention", own)
     try:
@@ -86,6 +108,9 @@ def sampling(lm):
     finally:
         if fused != own:
             lm.set_attn_implementation(own)
+
+
+# ------------------------------------------------------------------------------ the frozen trunk
 
 
 class Stored(nn.Module):
@@ -100,53 +125,85 @@ class Stored(nn.Module):
 
 
 class FrozenTrunk:
-    """The embeddings and bottom n blocks of a model, where none of them is trained; n = 0 where anything of them is."""
+    """The embeddings and bottom n blocks of a model, where none of them is trained.
+
+    n = 0 where anything of them is: then the model has to run whole.
+    """
 
     def __init__(self, lm):
-        frozen = [not trainable(block) for block in blocks(lm)] + [False]
-        self.n = frozen.index(False)
-        self.tuples = False  # whether this architecture's blocks return (hidden, ...) rather than hidden
-        # Run the model whole if anything below the last frozen block is trained (embeddings, a norm on them), and if the architecture's
-        # upper blocks read more than the hidden states.
+        self.n = count_frozen(blocks(lm))
+        # Whether this architecture's blocks return (hidden, ...) rather than hidden.
+        self.tuples = False
+        if self.n == 0:
+            return
+
+        # Something below the last frozen block may be trained (embeddings, a norm on them), and in
+        # some architectures the upper blocks read more than the hidden states.
         ids = torch.tensor([[1, 2]], device=next(lm.parameters()).device)
-        if self.n and (self.bottom(lm, ids).requires_grad or not self.same(lm, ids)):
+        is_trained_below = self.bottom(lm, ids).requires_grad
+        if is_trained_below or not self.same(lm, ids):
             self.n = 0
 
     @torch.no_grad()
-    def same(self, lm, ids):
+    def same(self, lm, ids: torch.Tensor) -> bool:
         """Whether the blocks above, run on what was stored, give what the whole model gives."""
         with self.stored(lm, self.run(lm, ids)):
             split = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return torch.allclose(split, lm.base_model(input_ids=ids, use_cache=False).last_hidden_state, rtol=1e-4, atol=1e-4)
+        whole = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return torch.allclose(split, whole, rtol=1e-4, atol=1e-4)
 
     @torch.no_grad()
-    def run(self, lm, ids):
+    def run(self, lm, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] -> what leaves the frozen blocks, [B, T, D]."""
-        with eager(lm):  # code that was compiled for another block would not call the hook
+        # Code that was compiled for another block would not call the hook.
+        with eager(lm):
             return self.bottom(lm, ids)
 
-    def bottom(self, lm, ids):
-        """run(), with gradients where anything below is trained; notes whether this architecture's blocks return tuples."""
-        (parent, name, layers), outputs = block_list(lm), []
-        hook = layers[self.n - 1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    def bottom(self, lm, ids: torch.Tensor) -> torch.Tensor:
+        """run(), with gradients where anything below is trained.
+
+        Notes whether this architecture's blocks return tuples.
+        """
+        parent, name, layers = block_list(lm)
+        outputs = []
+
+        def keep(module, args, output):
+            outputs.append(output)
+
+        hook = layers[self.n - 1].register_forward_hook(keep)
         try:
             with swapped(parent, name, layers[: self.n]):
                 lm.base_model(input_ids=ids, use_cache=False)
         finally:
             hook.remove()
-        self.tuples = isinstance(outputs[0], tuple)
-        return outputs[0][0] if self.tuples else outputs[0]
+        output = outputs[0]
+        self.tuples = isinstance(output, tuple)
+        return output[0] if self.tuples else output
 
-    def stored(self, lm, hidden):
-        """A context in which lm's forward takes `hidden` [B, T, D] from the frozen blocks, and runs only the ones above."""
+    def stored(self, lm, hidden: torch.Tensor):
+        """A context in which lm's forward takes `hidden` [B, T, D] from the frozen blocks.
+
+        Only the blocks above them run.
+        """
         parent, name, layers = block_list(lm)
         stand_in = Stored((hidden,) if self.tuples else hidden)
+        # One stand-in for each frozen block: every one of them puts out what the last would.
         return swapped(parent, name, nn.ModuleList([stand_in] * self.n + list(layers[self.n :])))
 
 
+def count_frozen(layers: nn.ModuleList) -> int:
+    """How many blocks, from the bottom, have nothing that is trained."""
+    n = 0
+    for block in layers:
+        if trainable(block):
+            break
+        n += 1
+    return n
+
+
 @contextlib.contextmanager
-def swapped(parent, name, child):
-    """Within, parent.name is `child`."""
+def swapped(parent: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
+    """A context in which parent.name is `child`."""
     own = getattr(parent, name)
     setattr(parent, name, child)
     try:
