@@ -27,6 +27,7 @@ from nanorlhf.hf.blocks import blocks, speed_up
 from nanorlhf.interp.activation_store import (
     Stream,
     Tokens,
+    check_cache,
     from_disk,
     from_models,
     hold_out,
@@ -153,6 +154,8 @@ def main(config):
     folder = RunFolder(config, dist, free=(*PLACES, "cache"))
     if folder.state == "done":
         return folder.already_done()
+    if config.cache:
+        dist.together(lambda: dist.main and check_cache(config.cache))
     paths = {"policy": config.model} | ({"base": config.base} if config.base != "none" else {})
     rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
     train_what_is_missing(config, "model")

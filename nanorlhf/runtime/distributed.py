@@ -94,7 +94,7 @@ class Dist:
         except InputError as e:
             if self.world == 1:
                 raise
-            message = " ".join(str(e).split()).encode() + b"\n"
+            message = " ".join(str(e).split()).encode(errors="backslashreplace") + b"\n"
         messages = bytes(self.gather(torch.tensor(list(message), dtype=torch.uint8)).tolist())
         if messages:
             raise InputError(messages.decode().split("\n")[0])

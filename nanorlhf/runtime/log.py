@@ -14,6 +14,7 @@ from ..errors import InputError
 from . import checkpoint
 from .files import (
     append_lines,
+    check_name,
     digest_start,
     read_json,
     read_rows,
@@ -62,6 +63,7 @@ class RunFolder:
 
     def find_state(self, config, free):
         """Set `state` by what is in the folder. InputError: another run, or something else."""
+        check_name(self.path)
         self.state = "new"
         self.inputs = {}  # fingerprints of what `named` names
         stored = os.path.join(self.path, "config.json")

@@ -17,6 +17,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..errors import at_least
+from ..runtime.cli import errors_in_one_line
+from ..runtime.files import check_can_write, check_name
 from ..runtime.plots import save
 
 REPO = Path(__file__).resolve().parents[2]
@@ -55,10 +58,16 @@ def read_flags(parser: argparse.ArgumentParser, args: list[str] | None, quick: d
     taken for the study's, since what is there is not run again.
     """
     flags = parser.parse_args(args)
-    if flags.quick:
-        parser.set_defaults(**quick)
-        flags = parser.parse_args(args)
-        flags.output_dir = f"{flags.output_dir}/quick"
+    with errors_in_one_line():
+        check_name(flags.output_dir)
+        if flags.quick:
+            parser.set_defaults(**quick)
+            flags = parser.parse_args(args)
+            flags.output_dir = f"{flags.output_dir}/quick"
+        check_can_write(f"{flags.output_dir}/summary.json")
+        if getattr(flags, "picture", ""):
+            check_can_write(flags.picture)
+        at_least(flags, 1, "seeds", "jobs")
     return flags
 
 
