@@ -10,6 +10,7 @@ import functools
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -297,6 +298,8 @@ def python_function(spec):
     with user_code(f"{path}: looking for {name!r} raised"):
         function = getattr(module, name, None)
     require(callable(function), f"{path}: it defines no function {name!r}")
+    is_async = inspect.iscoroutinefunction(function)
+    require(not is_async, f"{path}: {name} is an async function, which returns no value when called")
     return function
 
 
