@@ -131,6 +131,7 @@ class Config:
         if self.dtype == "auto":
             self.dtype = distributed.fast_dtype(self.device)
         require(self.expansion > 0 and self.temperature > 0, "--expansion and --temperature must be positive")
+        require(self.expansion <= 2**20, f"--expansion {self.expansion:g}: no machine holds so many latents")
         require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
         if not self.base:
             self.base = "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"

@@ -175,6 +175,13 @@ def shutdown():
         td.destroy_process_group()
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of the machine, or of its GPU, is too small."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def lost_a_process(error: Exception) -> bool:
     """Whether an error of a collective call says only that another process is gone."""
     if not (td.is_available() and td.is_initialized()):
