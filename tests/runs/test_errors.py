@@ -23,6 +23,7 @@ from support import (
     arguments,
     content,
     fails,
+    free_port,
     refused,
     write_rows,
 )
@@ -30,7 +31,7 @@ from support import (
 import train_ppo
 import train_rm
 from nanorlhf.models import Policy, load_policy
-from nanorlhf.runtime import checkpoint, cli
+from nanorlhf.runtime import checkpoint, cli, distributed
 from nanorlhf.runtime.optim import adamw
 
 
@@ -397,6 +398,46 @@ def test_a_batch_that_the_processes_cannot_share(here):
     assert (code, other) == (2, 2) and "--batch_size 7 is not a multiple of the number of processes (2)" in error
     assert len(error.splitlines()) == 1 and len(silence.splitlines()) <= 1  # at most one line from each
     assert content() == before
+
+
+HERE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"WORLD_SIZE": "two"}, ["WORLD_SIZE", "'two'"]),
+    ({"WORLD_SIZE": ""}, ["WORLD_SIZE", "''"]),
+    ({"WORLD_SIZE": "1e3"}, ["WORLD_SIZE", "'1e3'"]),
+    ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE"]),
+    ({"WORLD_SIZE": "0"}, ["RANK 0", "WORLD_SIZE 0"]),
+    ({"RANK": "-1"}, ["RANK", "'-1'"]),
+    ({"RANK": "1"}, ["RANK 1", "WORLD_SIZE 1"]),
+    ({"LOCAL_RANK": "0.5"}, ["LOCAL_RANK", "'0.5'"]),
+    ({"LOCAL_RANK": "3"}, ["LOCAL_RANK 3", "WORLD_SIZE 1"]),
+    ({"WORLD_SIZE": "2"}, ["do not find each other", "RANK expected"]),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, ["do not find each other", "MASTER_ADDR"]),
+    (HERE, ["do not find each other", "MASTER_PORT"]),
+    ({**HERE, "MASTER_PORT": "x"}, ["do not find each other", "MASTER_PORT=x"]),
+    ({**HERE, "MASTER_PORT": "99999"}, ["do not find each other", "MASTER_PORT=99999"]),
+    ({**HERE, "MASTER_PORT": "free"}, ["do not find each other", "1/2 clients joined"]),  # the other process never comes
+    ({**HERE, "MASTER_PORT": "free", "RANK": "1"}, ["do not find each other"]),
+    ({**HERE, "MASTER_PORT": "free", "RANK": "1", "MASTER_ADDR": "nowhere.invalid"}, ["do not find each other", "nowhere.invalid"]),
+    ({**HERE, "MASTER_PORT": "free", "MASTER_ADDR": "nowhere.invalid"}, ["do not find each other", "nowhere.invalid"]),
+])  # fmt: skip
+def test_what_torchrun_would_set(here, capfd, monkeypatch, env, words):
+    """One line, also where torch has a page to say about each of its tries."""
+    monkeypatch.setattr(distributed, "MEETING_SECONDS", 0.5)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # a process of several waits a second before it ends
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(free_port()) if value == "free" else value)
+    refused(capfd, "sft", arguments("sft"), *words)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_find_each_other(here):
+    """Within a minute of the start, or twice that on a busy machine."""
+    process = start("sft", arguments("sft"), **HERE, MASTER_PORT=str(free_port()))
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and len(error.splitlines()) == 1 and "do not find each other" in error, error
 
 
 # ------------------------------------------------------------------------------------------------------- numbers that are not finite
