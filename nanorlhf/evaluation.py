@@ -19,10 +19,10 @@ from .rewards import check_reward, kind_of, load_reward, score
 from .rollout import Parts, roll_out
 from .runtime.cli import read_settings
 from .runtime.distributed import Dist, autocast
-from .runtime.files import read_checked_lines, read_json, read_rows, write_json, write_lines
+from .runtime.files import read_json, read_rows, write_json, write_lines
 from .runtime.fsdp import gathered
 from .runtime.locks import lock_folder
-from .runtime.log import eval_folder
+from .runtime.log import eval_folder, read_eval
 from .scoring import Scoring
 from .splits import labels
 from .stats import mean_se
@@ -174,7 +174,7 @@ def score_gold(config, dist):
         for record in evaluations:
             for label in named:
                 path = os.path.join(run, eval_folder(label), f"step_{record.get('step')}.jsonl")
-                sampled[path] = read_sampled(path, record.get(f"{label}/proxy_n"), vocabulary)
+                sampled[path] = read_eval(path, record.get(f"{label}/proxy_n"), vocabulary)
         gold = load_reward(spec, tokenizer, Dist(0, 1, dist.device), config.micro_batch_size)
         for record in evaluations:
             for label in named:
@@ -193,24 +193,3 @@ def score_gold(config, dist):
         write_json(paths["summary.json"], {**summary, "gold_model": spec})
     dist.barrier()
     return read_json(paths["summary.json"])
-
-
-def read_sampled(path: str, n: int, vocabulary: int) -> list[dict]:
-    """The n answers in a file of RunFolder.write_eval(). InputError: others are in it, or none."""
-    require(os.path.isfile(path), f"{path}: no such file")
-
-    def is_sampled(i, row):
-        if not isinstance(row, dict):
-            return False
-        texts = [row.get("prompt"), row.get("response")]
-        ids = [row.get("prompt_ids"), row.get("response_ids")]
-        for part in ids:
-            if not isinstance(part, list) or not part:
-                return False
-            if not all(type(token) is int and 0 <= token < vocabulary for token in part):
-                return False
-        return all(isinstance(text, str) for text in texts)
-
-    rows = read_checked_lines(path, is_sampled, "restore it from a copy")
-    require(len(rows) == n, f"{path}: {len(rows)} answers, and {n} in metrics.jsonl; restore it from a copy")
-    return rows

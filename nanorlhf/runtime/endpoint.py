@@ -163,7 +163,7 @@ def post(url, body, headers, timeout):
     try:
         return answer.result(timeout)
     except TimeoutError:
-        return "", f"timed out: no whole answer within {timeout:g} s", 0
+        return "", "timed out", 0
 
 
 def request(url, body, headers, timeout):

@@ -30,6 +30,9 @@ from support import (
 
 import train_ppo
 import train_rm
+import train_sae
+import train_sft
+from nanorlhf.errors import InputError
 from nanorlhf.models import Policy, load_policy
 from nanorlhf.runtime import checkpoint, cli, distributed
 from nanorlhf.runtime.optim import adamw
@@ -472,6 +475,19 @@ def test_an_infinite_loss_keeps_the_last_good_checkpoint(here, capfd):
     Path("out/config.json").write_text(json.dumps(stored))
     cli.run(train_ppo.Config, train_ppo.main, ["--output_dir", "out", "--resume"])
     assert json.loads(Path("out/summary.json").read_text())["steps"] == 5
+
+
+def test_a_memory_that_is_too_small(here, capfd, monkeypatch):
+    """What torch really says of a petabyte is one line; nothing is left in the way of a smaller run."""
+    monkeypatch.setattr(train_sft, "load_splits", lambda *args: torch.empty(2**50))
+    fails(capfd, "sft", arguments("sft"), "not enough memory", code=1)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("expansion", ["1e300", "1e12", "0", "-1"])
+def test_more_latents_than_a_machine_holds(expansion):
+    with pytest.raises(InputError, match="--expansion"):
+        cli.parse(train_sae.Config, ["--expansion", expansion])
 
 
 def test_a_reward_that_is_too_large_at_once(here, capfd):

@@ -93,7 +93,7 @@ DRIPS = {  # where a server becomes slow: before a single line is whole, between
 def test_a_deadline_for_the_whole_answer(where):
     """A server that goes on sending holds nobody for longer than TRIES timeouts."""
     start = time.monotonic()
-    with RawServer(DRIPS[where]) as url, pytest.raises(Unreachable, match="timed out.*0.1 s, 4 times"):
+    with RawServer(DRIPS[where]) as url, pytest.raises(Unreachable, match="timed out, 4 times"):
         asker(url, "tiny", 7, pause=0, timeout=0.1)("?")
     assert time.monotonic() - start < 2  # dripped to its end it would be 20 s
 
