@@ -29,7 +29,7 @@ from nanorlhf.models import check_model, load_tokenizer
 from nanorlhf.rewards import expand, reward_names
 from nanorlhf.runtime import cli
 from nanorlhf.runtime.distributed import setup
-from nanorlhf.runtime.files import write_json, write_lines
+from nanorlhf.runtime.files import check_name, write_json, write_lines
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import PLACES, RunFolder
 from nanorlhf.runtime.plots import plot_run
@@ -114,6 +114,7 @@ def main(config):
     """Best of n on one split, or on each of several. -> its results, or {split: results}"""
     # ------------------------------------------------------------------------------------------------------------------- set-up
     dist = setup(config.device)
+    check_name(config.output_dir)
     if config.from_files:
         return diversity_report.from_files(config, dist)
     diversity_report.check_models(config)

@@ -27,6 +27,7 @@ from nanorlhf.hf.blocks import blocks, speed_up
 from nanorlhf.interp.activation_store import (
     Stream,
     Tokens,
+    check_cache,
     from_disk,
     from_models,
     hold_out,
@@ -130,6 +131,7 @@ class Config:
         if self.dtype == "auto":
             self.dtype = distributed.fast_dtype(self.device)
         require(self.expansion > 0 and self.temperature > 0, "--expansion and --temperature must be positive")
+        require(self.expansion <= 2**20, f"--expansion {self.expansion:g}: no machine holds so many latents")
         require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
         if not self.base:
             self.base = "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"
@@ -153,6 +155,8 @@ def main(config):
     folder = RunFolder(config, dist, free=(*PLACES, "cache"))
     if folder.state == "done":
         return folder.already_done()
+    if config.cache:
+        dist.together(lambda: dist.main and check_cache(config.cache))
     paths = {"policy": config.model} | ({"base": config.base} if config.base != "none" else {})
     rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
     train_what_is_missing(config, "model")

@@ -52,7 +52,7 @@ STEPS, LR = {"sft": 400, "dpo": 100}, {"sft": 3e-3, "dpo": 1e-4}
 
 @dataclass
 class Config(cli.RunConfig):
-    output_dir: str = field(default="", metadata={"help": "the run folder; default: runs/sft, or runs/dpo with --loss dpo"})
+    output_dir: str = field(default="runs/{loss}", metadata={"help": "the run folder; {loss} stands for --loss"})
     loss: str = field(default="sft", metadata={"help": "sft, or dpo: on pairs, from a trained --model, which is also its reference"})
     dpo_beta: float = field(default=0.1, metadata={"help": "DPO's beta: what a nat of log-prob is worth as a reward"})
     steps: int | None = field(default=None, metadata={"help": "optimizer steps; by default 400, with dpo 100"})
@@ -63,7 +63,7 @@ class Config(cli.RunConfig):
     n_samples: int = field(default=4, metadata={"help": "samples to print at an evaluation"})
 
     def __post_init__(self):
-        self.output_dir = self.output_dir or f"runs/{self.loss}"
+        self.output_dir = self.output_dir.replace("{loss}", self.loss)
         one_of(self, "loss", *KIND)
         self.steps = STEPS[self.loss] if self.steps is None else self.steps
         self.lr = LR[self.loss] if self.lr is None else self.lr

@@ -13,15 +13,16 @@ from . import ppo
 from .data import is_world
 from .diversity import distinct_n, distinct_n_se
 from .errors import require
-from .models import Policy, load_tokenizer
+from .models import Policy, check_model, load_tokenizer
 from .packing import Answers, pack, response_mask_of
 from .rewards import check_reward, kind_of, load_reward, score
 from .rollout import Parts, roll_out
+from .runtime.cli import read_settings
 from .runtime.distributed import Dist, autocast
 from .runtime.files import read_json, read_rows, write_json, write_lines
 from .runtime.fsdp import gathered
 from .runtime.locks import lock_folder
-from .runtime.log import eval_folder
+from .runtime.log import eval_folder, read_eval
 from .scoring import Scoring
 from .splits import labels
 from .stats import mean_se
@@ -152,30 +153,41 @@ def score_gold(config, dist):
     for path in paths.values():
         require(os.path.isfile(path), f"{run}: no finished PPO run here (it has no {os.path.basename(path)})")
     lock_folder(run, dist)
-    stored, summary = read_json(paths["config.json"]), read_json(paths["summary.json"])
-    require("after" in summary, f"{run}: no finished PPO run here (another script's)")
-    require(spec and (kind_of(spec) != "gold" or is_world(stored["dataset"])), f"--score_gold {run}: name its gold reward with --gold_model")
+    summary = read_json(paths["summary.json"])
+    own = [summary.get(part) for part in ("before", "after")] if isinstance(summary, dict) else [None]
+    require(all(isinstance(part, dict) for part in own), f"{run}: no finished PPO run here (another script's)")
+    stored = read_settings(paths["config.json"], type(config))
+    known = kind_of(spec) != "gold" or is_world(stored.get("dataset", ""))
+    require(spec and known, f"--score_gold {run}: name its gold reward with --gold_model")
     require("gold" not in summary["after"], f"{run} has its gold scores already")
     dist.barrier()  # all have looked before one writes
     if dist.main:
         check_reward(spec)
         tokenizer = load_tokenizer(run)
         records = read_rows(paths["metrics.jsonl"])
-        gold = load_reward(spec, tokenizer, Dist(0, 1, dist.device), config.micro_batch_size)
+        evaluations = [record for record in records if "eval/proxy" in record]
+        require(evaluations, f"{paths['metrics.jsonl']}: no evaluation in it")
         named = labels(stored.get("eval_splits", ["test"]))
-        for record, label in ((r, label) for r in records if "eval/proxy" in r for label in named):
-            path = os.path.join(run, eval_folder(label), f"step_{record['step']}.jsonl")
-            require(os.path.isfile(path), f"{path}: no such file")
-            rows = read_rows(path)
-            batch = pack([r["prompt_ids"] for r in rows], [r["response_ids"] for r in rows], tokenizer.pad_token_id)
-            scores = gold(Answers([r["prompt"] for r in rows], [r["response"] for r in rows], batch))
-            write_lines(path, [{**row, "gold": score} for row, score in zip(rows, scores.tolist())])
-            record |= {f"{label}/gold{end}": value for end, value in zip(("", "_se", "_n"), mean_se(scores).values())}
-            split = "" if label == "eval" else f" ({label})"
-            dist.print(f"step {record['step']}{split}: gold {record[f'{label}/gold']:.3f} +- {record[f'{label}/gold_se']:.3f}")
+        # All answers are read before the first file is written: one that is damaged changes nothing.
+        vocabulary = check_model(run).get_text_config().vocab_size
+        sampled = {}
+        for record in evaluations:
+            for label in named:
+                path = os.path.join(run, eval_folder(label), f"step_{record.get('step')}.jsonl")
+                sampled[path] = read_eval(path, record.get(f"{label}/proxy_n"), vocabulary)
+        gold = load_reward(spec, tokenizer, Dist(0, 1, dist.device), config.micro_batch_size)
+        for record in evaluations:
+            for label in named:
+                path = os.path.join(run, eval_folder(label), f"step_{record['step']}.jsonl")
+                rows = sampled[path]
+                batch = pack([r["prompt_ids"] for r in rows], [r["response_ids"] for r in rows], tokenizer.pad_token_id)
+                scores = gold(Answers([r["prompt"] for r in rows], [r["response"] for r in rows], batch))
+                write_lines(path, [{**row, "gold": score} for row, score in zip(rows, scores.tolist())])
+                record |= {f"{label}/gold{end}": value for end, value in zip(("", "_se", "_n"), mean_se(scores).values())}
+                split = "" if label == "eval" else f" ({label})"
+                dist.print(f"step {record['step']}{split}: gold {record[f'{label}/gold']:.3f} +- {record[f'{label}/gold_se']:.3f}")
         write_lines(paths["metrics.jsonl"], records)
-        first, last = (next(r for r in order if "eval/proxy" in r) for order in (records, records[::-1]))
-        for part, record in (("before", first), ("after", last)):
+        for part, record in (("before", evaluations[0]), ("after", evaluations[-1])):
             names = [f"{label}/gold{end}" for label in named for end in ("", "_se", "_n")]
             summary[part] |= {name.removeprefix("eval/"): record[name] for name in names}
         write_json(paths["summary.json"], {**summary, "gold_model": spec})

@@ -10,9 +10,12 @@ load_reward() turns it into a function Answers -> scores [B]. Several rewards si
 [K, B] (load_rewards, score_all); ensemble.py makes one of them.
 """
 
+import inspect
 import math
 import os
 import re
+from collections.abc import Mapping, Set
+from numbers import Real
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -157,13 +160,35 @@ def text_reward(name, function):
         prompts = list(answers.prompts)
         responses = list(answers.responses)
         with user_code(f"the reward {name} raised"):
-            scores = [float(x) for x in function(prompts, responses)]
+            returned = function(prompts, responses)
+        with user_code(f"the reward {name} must return one float for each response:"):
+            scores = read_scores(returned)
         require(len(scores) == len(answers), f"the reward {name} returned {len(scores)} scores for {len(answers)} responses")
         for score, response in zip(scores, answers.responses):
-            require(math.isfinite(score), f"the reward {name} returned {score} for the response {response[:60]!r}")
+            fits = abs(score) <= torch.finfo(torch.float32).max  # of nan and inf it is False
+            require(fits, f"the reward {name} returned {score} for the response {response[:60]!r}")
         return torch.tensor(scores)
 
     return reward
+
+
+def read_scores(returned) -> list[float]:
+    """The scores that a function returned, in any iterable that keeps their order, as floats.
+
+    Each is a real number of Python, numpy or torch. TypeError: anything else, such as digits in text.
+    """
+    if inspect.iscoroutine(returned):
+        returned.close()  # else Python warns that nobody has waited for it
+        raise TypeError("an async function cannot be a reward")
+    if isinstance(returned, (str, bytes, bytearray, Mapping, Set)):
+        raise TypeError(f"it returned a {type(returned).__name__}")
+    scores = []
+    for x in returned:
+        number = x.item() if hasattr(x, "item") else x
+        if not isinstance(number, Real):
+            raise TypeError(f"{number!r:.60} is of type {type(number).__name__}")
+        scores.append(float(number))
+    return scores
 
 
 def read_lexicon(path):

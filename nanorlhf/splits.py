@@ -10,6 +10,7 @@ Training rows and 'test' are in distribution. After Kirk et al. 2023 (2310.06452
 
 import operator
 import re
+from copy import deepcopy
 from types import SimpleNamespace
 
 from .data import FORMATS, canonical, draw, is_world, read_parts, read_rows, subset
@@ -33,7 +34,9 @@ def predicate(where):
     if not where:
         return lambda place, row: True
     if re.fullmatch(r".+\.py:\w+", where):
-        column, holds = None, python_function(where)
+        column, function = None, python_function(where)
+        # The function gets a row of its own, which it may change.
+        holds = lambda row: function(deepcopy(row))  # noqa: E731
     elif length:
         column, sign, number = length.groups()
         holds = lambda row: COMPARE[sign](len(row[column].split()), int(number))  # noqa: E731

@@ -17,7 +17,7 @@ from .. import pool
 from ..errors import at_least, require
 from ..interp.concepts import alike
 from ..penalties import OPS
-from ..runtime.files import write_lines
+from ..runtime.files import check_can_write, write_lines
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import cell, save
 from ..runtime.rng import SPLIT
@@ -199,6 +199,8 @@ def steer(config):
     A set, a "+", a floor above 0 or a cap below it also changes texts on which it does not fire.
     """
     edits = parse_edits("edits", config.edits) or parse_edits("weights", config.weights)
+    if config.save:
+        check_can_write(config.save)
     dist, folder, tokenizer, max_length = opened(config, edits)
     if config.texts:
         texts = {"text": encoded(config, tokenizer, read_answers(config.texts), "response", max_length)}

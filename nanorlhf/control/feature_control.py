@@ -117,7 +117,8 @@ def number(flag, text, bare, expected):
         value = float(bare)
     except ValueError:
         value = math.nan
-    require(math.isfinite(value), f"--{flag} {text}: it must be {expected}")
+    fits = abs(value) <= torch.finfo(torch.float32).max  # of nan it is False
+    require(fits, f"--{flag} {text}: it must be {expected}")
     return value, bare != text
 
 

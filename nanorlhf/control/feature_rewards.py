@@ -58,7 +58,9 @@ def parse_edits(flag, texts, ops=OPS):
             number = float(value)
         except ValueError:
             number = math.nan
-        good = i.isdecimal() and op in ops and math.isfinite(number)
+        # The latents are float32, and so is what an edit makes of them. Of nan the comparison is False.
+        fits = abs(number) <= torch.finfo(torch.float32).max and len(i) < 19
+        good = i.isdecimal() and op in ops and fits
         require(good, f"--{flag} {text}: it must be FEATURE:OP:VALUE with OP one of {', '.join(ops)}, such as 17:set:0")
         require(int(i) not in edits, f"--{flag} names feature {i} twice")
         edits[int(i)] = (op, number)
@@ -127,6 +129,8 @@ class FeatureReward:
             for whole, values in zip(out, found):
                 whole[rows.cpu()] = values.float().cpu()
         require(bool(out.scores.isfinite().all()), f"the reward model {self.path} gave a score that is not finite")
+        moved = bool(out.edited.isfinite().all())
+        require(moved, f"an edit makes a score of the reward model {self.path} that is not finite")
         return out
 
 

@@ -23,7 +23,7 @@ from ..errors import InputError, at_least, first_line, one_of, require
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
-from ..runtime.files import check_output
+from ..runtime.files import check_can_write, check_output
 from ..runtime.log import Progress
 from ..runtime.results import parse_ids
 from .feature_rewards import check_feature_reward, latents_fingerprint, load_feature_reward
@@ -124,6 +124,7 @@ def human_latents(config):
     """
     dist, ids = setup(config.device), parse_ids(config.features)
     check_output(config.output, is_human_latents, "a file of human latents")
+    dist.together(lambda: dist.main and check_can_write(config.output))
     check_feature_reward(config.reward_model, config.sae, ids)
     rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
     tokenizer, side = load_tokenizer(config.reward_model), "response" if config.kind == "sft" else "chosen"

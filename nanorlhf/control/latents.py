@@ -18,6 +18,7 @@ import torch
 
 from ..errors import at_least, one_of, require
 from ..interp.explainer import check_explainer, explain
+from ..runtime.endpoint import check_waits
 from ..runtime.files import write_json
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import cell, finite, parse_ids, save
@@ -61,7 +62,7 @@ class LatentsConfig(TextsConfig):
         super().__post_init__()
         at_least(self, 1, "contexts")
         at_least(self, 0, "top", "pause")
-        require(self.timeout > 0, "--timeout must be positive")
+        check_waits(self)
         one_of(self, "by", "", *BY)
         require(bool(self.answers) == bool(self.against), "--answers and --against go together: after and before")
         require(self.dataset or self.answers, "name --dataset, or --answers and --against")

@@ -13,7 +13,7 @@ import torch
 from ..errors import at_least, require
 from ..rewards import expand
 from ..runtime.distributed import setup
-from ..runtime.endpoint import check_endpoint, is_endpoint
+from ..runtime.endpoint import check_endpoint, check_waits, is_endpoint
 from ..runtime.files import read_file, write_json
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import results_folder, save
@@ -46,7 +46,7 @@ class JudgeConfig:
     def __post_init__(self):
         at_least(self, 0, "answers", "pause", "requests_per_minute")
         at_least(self, 1, "answer_tokens", "parallel", "micro_batch_size")
-        require(self.timeout > 0, "--timeout must be positive")
+        check_waits(self)
         require(self.judge, "--judge names no judge")
         for spec in self.judge:
             if is_endpoint(spec):

@@ -27,7 +27,7 @@ from ..hf.activations import activations, place_name
 from ..models import check_model
 from ..packing import micro_batches
 from ..runtime.distributed import autocast
-from ..runtime.files import digest, read_json, write_json
+from ..runtime.files import check_can_write, check_name, digest, read_json, write_json
 from ..runtime.locks import LOCK_FILE, lock, unlock_afterwards
 from ..runtime.results import parse_ids
 from ..runtime.rng import MINIBATCH, ORDER, SPLIT
@@ -201,6 +201,14 @@ def from_disk(folder, tokens, fingerprints, places, load, dist, dtype="float32",
                 write_json(os.path.join(folder, "cache.json"), content)
             dist.together(lambda: fill(shards))
     return partial(read_shards, tokens, dist, [mapped(path) for path in paths])
+
+
+def check_cache(folder: str):
+    """InputError where activations can neither be read from a folder nor be kept in it."""
+    check_name(folder)
+    notes = os.path.join(folder, "cache.json")
+    if not os.path.isfile(notes):
+        check_can_write(notes)
 
 
 def check_folder(folder, content):

@@ -19,6 +19,7 @@ from ..hf.activations import SITES, module_at, place_name
 from ..models import check_model, context_length, load_policy, load_tokenizer
 from ..runtime import plots
 from ..runtime.distributed import setup
+from ..runtime.endpoint import check_waits
 from ..runtime.files import write_json
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import parse_ids, results_folder, save
@@ -63,7 +64,7 @@ class FeaturesConfig:
     def __post_init__(self):
         at_least(self, 1, "eval_size", "contexts")
         at_least(self, 0, "top", "max_length", "pause")
-        require(self.timeout > 0, "--timeout must be positive")
+        check_waits(self)
         one_of(self, "dtype", "float32", "bfloat16")
         one_of(self, "kind", *data.FIELDS)
         one_of(self, "site", "", *SITES)

@@ -26,6 +26,7 @@ from ..stats import varies
 WORD = re.compile(r"(?<![\w'-])[a-z][a-z'-]*(?![\w'-])")  # in lower case: a capital would tell where it stood
 SIGNS = ("positive", "neutral", "negative")
 FEWEST = 6  # word families of each sign, or prompts
+TRAINING = 3  # prompts of the training side: the penalty is chosen on one part of them
 STEM = 4  # letters: words that begin alike (smile, smiled, smiling) are a family
 
 
@@ -186,6 +187,9 @@ def by_prompt(config, rows):
     groups, splits = torch.tensor([names[prompt] for prompt in prompts]), []
     for seed in range(config.seeds):
         _, test = halves(np.random.default_rng([SPLIT, seed]), list(range(len(names))), config.test_share)
+        n = len(names) - len(test)
+        enough = f"--test_share {config.test_share} leaves {n} prompts for training ({TRAINING} at least)"
+        require(n >= TRAINING, enough)
         is_test = torch.isin(groups, torch.tensor(test))
         splits.append(((~is_test).nonzero()[:, 0], is_test.nonzero()[:, 0]))
     return groups, splits

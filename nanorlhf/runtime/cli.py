@@ -237,6 +237,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
         kept = "what was saved before, such as the last checkpoint, is kept"
         advice = "make room, and give the same command again"
         return f"no room to write ({first_line(error)}); {kept}: {advice}", 1
+    if distributed.out_of_memory(error):
+        return f"not enough memory ({first_line(error)})", 1
     if distributed.lost_a_process(error):
         return "another process of this run has stopped; so does this one", 1
     return None

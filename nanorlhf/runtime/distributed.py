@@ -15,10 +15,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as td
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import InputError
+from ..errors import InputError, first_line, require
 from . import fsdp
+
+# For all processes of a run to come together: torchrun starts them at once. The tries of torch, with
+# their pauses, may take twice as long.
+MEETING_SECONDS = 25
 
 
 @dataclass
@@ -94,7 +99,7 @@ class Dist:
         except InputError as e:
             if self.world == 1:
                 raise
-            message = " ".join(str(e).split()).encode() + b"\n"
+            message = " ".join(str(e).split()).encode(errors="backslashreplace") + b"\n"
         messages = bytes(self.gather(torch.tensor(list(message), dtype=torch.uint8)).tolist())
         if messages:
             raise InputError(messages.decode().split("\n")[0])
@@ -154,7 +159,7 @@ def setup(device="auto", distributed="ddp"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here")
-    world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world, rank, local = read_ranks()
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise InputError(f"{local + 1} processes or more on this machine, but torch sees {torch.cuda.device_count()} GPU(s)")
@@ -162,17 +167,70 @@ def setup(device="auto", distributed="ddp"):
         torch.cuda.set_device(device)
     if world > 1 and not td.is_initialized():
         a_day = datetime.timedelta(days=1)  # a process without a member of an ensemble waits for those that have one
+        store = find_the_others(a_day)
         if device.startswith("cuda"):
-            td.init_process_group("nccl", device_id=torch.device(device), timeout=a_day)
+            td.init_process_group("nccl", None, a_day, world, rank, store, device_id=torch.device(device))
         else:
-            td.init_process_group("gloo", timeout=a_day)
+            td.init_process_group("gloo", None, a_day, world, rank, store)
         td.barrier()  # all are connected before one can leave with an error: the others would report only that it is gone
     return Dist(rank, world, torch.device(device), sharded=distributed == "fsdp" and world > 1)
+
+
+def read_ranks() -> tuple[int, int, int]:
+    """WORLD_SIZE, RANK and LOCAL_RANK, which torchrun sets; 1, 0 and 0 without it."""
+    numbers = []
+    for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        is_number = text.isdecimal() and len(text) < 10
+        require(is_number, f"the environment variable {name} is no number of processes: {text!r}")
+        numbers.append(int(text))
+    world, rank, local = numbers
+    fits = rank < world and local < world
+    require(fits, f"RANK {rank} and LOCAL_RANK {local} do not fit WORLD_SIZE {world}")
+    return world, rank, local
+
+
+def find_the_others(timeout: datetime.timedelta) -> td.Store:
+    """The store by which torchrun's processes meet; `timeout` is for what they do with it later.
+
+    InputError: the environment does not say where, or not all of them come there.
+    """
+    try:
+        with without_stderr():  # torch logs each try, with its stack
+            meeting = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
+            store, _, _ = next(meeting)
+    except (ValueError, RuntimeError) as e:
+        place = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        problem = f"the processes of this run do not find each other ({first_line(e)}; {place})"
+        raise InputError(f"{problem}; torchrun sets what they need") from None
+    store.set_timeout(timeout)
+    return td.PrefixStore("default_pg", store)
+
+
+@contextlib.contextmanager
+def without_stderr():
+    """A context in which nothing appears on stderr, of C++ neither."""
+    usual = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(usual, 2)
+        os.close(usual)
+        os.close(nowhere)
 
 
 def shutdown():
     if td.is_available() and td.is_initialized():
         td.destroy_process_group()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of the machine, or of its GPU, is too small."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def lost_a_process(error: Exception) -> bool:

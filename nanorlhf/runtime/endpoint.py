@@ -16,12 +16,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from http.client import HTTPException, InvalidURL
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, as_completed
+from http.client import HTTPException, IncompleteRead, InvalidURL
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, require
 
 TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
+LONGEST_WAIT = 86_400  # seconds that a flag may ask for: a day
+LONGEST_ANSWER = 2**24  # bytes that are read of one
 KEY = "OPENAI_API_KEY"  # the environment variable
 # Characters of a secret. Less is a placeholder such as "x" or "EMPTY", which local servers take: it
 # may be a part of any answer, which redact() must not change.
@@ -86,6 +88,19 @@ def check_endpoint(flag: str, url: str):
         )
 
 
+def check_waits(config):
+    """InputError for a --timeout, --pause or --requests_per_minute by which one waits for days."""
+    require(config.timeout > 0, "--timeout must be positive")
+    waits = {"timeout": config.timeout, "pause": config.pause}
+    rate = getattr(config, "requests_per_minute", 0)
+    if rate:
+        waits["requests_per_minute"] = 60 / rate
+    for name, seconds in waits.items():
+        fits = 0 <= seconds <= LONGEST_WAIT
+        wait = f"--{name} {getattr(config, name)} is a wait of {seconds:g} s"
+        require(fits, f"{wait}; it must be one of at most a day")
+
+
 def redact(text: str) -> str:
     """A text without the key, whether it is written as it is or escaped as in a URL or in JSON."""
     key = read_key()
@@ -133,13 +148,36 @@ def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0
 
 
 def post(url, body, headers, timeout):
+    """request(), with `timeout` for the whole of its answer."""
+    answer = Future()
+
+    def work():
+        try:
+            answer.set_result(request(url, body, headers, timeout))
+        except BaseException as e:
+            answer.set_exception(e)  # result() raises it again
+
+    # A server that sends a byte now and then would hold its reader for ever. A daemon thread ends
+    # with the program at the latest.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return answer.result(timeout)
+    except TimeoutError:
+        return "", "timed out", 0
+
+
+def request(url, body, headers, timeout):
     """One request -> its text, what went wrong for now, the seconds that it asks to be left alone.
 
-    What went wrong is redacted already, the text is not: content_of() reads it as JSON first.
+    `timeout` is for each read. What went wrong is redacted already, the text is not: content_of()
+    reads it as JSON first.
     """
     try:
         with OPENER.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
-            return response.read().decode("utf-8", "replace"), "", 0
+            text = response.read(LONGEST_ANSWER)
+            if response.length:  # bytes that are still to come: read(n) does not miss them
+                raise IncompleteRead(text, response.length)
+            return text.decode("utf-8", "replace"), "", 0
     except urllib.error.HTTPError as e:
         problem = redact(f"HTTP {e.code} {e.reason}")
         seconds = retry_after(e.headers.get("Retry-After", ""))
@@ -159,7 +197,7 @@ def post(url, body, headers, timeout):
 def said(error):
     """The beginning of what came with an HTTPError: it alone tells what is wrong with a question, or with the model's name."""
     try:
-        text = error.read().decode("utf-8", "replace")
+        text = error.read(LONGEST_ANSWER).decode("utf-8", "replace")
     except (OSError, HTTPException):
         return ""
     return " ".join(redact(text).split())[:150]  # redacted whole: half a key would not be found
@@ -173,7 +211,7 @@ def retry_after(value):
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):  # also of a year that the system's clock cannot have
         return 0.0
 
 
@@ -185,14 +223,15 @@ def content_of(text):
     try:
         message = json.loads(text)["choices"][0]["message"]
         content, refusal = message["content"], message.get("refusal")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         beginning = " ".join(redact(text).split())[:60]
         raise ValueError(f"not a chat completion: {beginning!r}") from None
     if refusal:
         raise ValueError(f"a refusal: {redact(str(refusal))[:60]!r}")
     if not isinstance(content, str):
         raise ValueError("an answer without text: longer than what it may use?")
-    return redact(content)
+    # JSON may hold half a character (a lone surrogate), which cannot be printed.
+    return redact(content.encode("utf-8", "replace").decode())
 
 
 def pacer(per_minute):

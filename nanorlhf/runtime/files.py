@@ -4,11 +4,13 @@ What is written here is on the disk before it gets its name (fsync), and its nam
 before the writer goes on: after a kill, or a power cut, a reader finds the old content or the new.
 """
 
+import contextlib
 import errno
 import functools
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -91,12 +93,80 @@ def replace_file(path: str):
     sync(os.path.dirname(path) or ".")
 
 
+def check_name(path: str):
+    """InputError for a name that an output cannot have.
+
+    It is empty, it is not UTF-8, or a link on the way leads nowhere. Pitfall: Python opens files
+    whose names are not UTF-8, while print() and safetensors take no such names.
+    """
+    require(path, "the output has an empty name")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the output's name {ascii(path)} is not UTF-8") from None
+    last_there = os.path.abspath(path)
+    while not os.path.lexists(last_there):
+        last_there = os.path.dirname(last_there)
+    require(os.path.exists(last_there), f"{path}: the link {last_there} leads nowhere")
+
+
+def check_can_write(path: str):
+    """InputError where no file can be made at `path`: it is tried, and nothing stays behind.
+
+    A command calls this before it does any work, so that its results have a place to go to.
+    """
+    check_name(path)
+    trial = f"{os.path.abspath(path)}.{os.getpid()}.tmp"
+    descriptor, made = make_file(trial, path)
+    os.close(descriptor)
+    os.remove(trial)
+    remove_empty(made)
+
+
+def make_file(path: str, what: str) -> tuple[int, list[str]]:
+    """Open a file, which is made if it is missing. -> its descriptor, and the folders made for it
+
+    InputError: it cannot be opened; `what` is said to be at fault.
+    """
+    folder = os.path.dirname(path)
+    for tries_left in (2, 1, 0):
+        made = missing_folders(folder)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            # Python opens files with O_CLOEXEC: programs that are started later do not inherit it.
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666), made
+        except OSError as e:
+            remove_empty(made)
+            # Once more: another process may just have removed the folders that it had made.
+            if not tries_left:
+                message = f"{what} cannot be made or written into ({e.strerror})"
+                raise InputError(message) from None
+
+
+def missing_folders(folder: str) -> list[str]:
+    """The folders that must be made for this one to be there, the innermost first."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+def remove_empty(folders: list[str]) -> None:
+    """Remove folders, the innermost first, up to the first one that something is in."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            if os.path.lexists(folder):
+                os.rmdir(folder)
+
+
 def check_output(path: str, is_ours, what: str):
     """InputError where something stands at `path` that the command did not make itself.
 
     It would be written over. is_ours(path) -> bool looks at what is there; `what` says in words
     what the command writes. A command calls this before it does any work.
     """
+    check_name(path)
     if os.path.lexists(path) and not is_ours(path):
         raise InputError(
             f"{path} is there already and is not {what}, so it is not written over; "
@@ -228,6 +298,8 @@ def python_function(spec):
     with user_code(f"{path}: looking for {name!r} raised"):
         function = getattr(module, name, None)
     require(callable(function), f"{path}: it defines no function {name!r}")
+    is_async = inspect.iscoroutinefunction(function)
+    require(not is_async, f"{path}: {name} is an async function, which returns no value when called")
     return function
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import InputError
+from .files import check_name, make_file, remove_empty
 
 LOCK_FILE = ".lock"
 # What flock says on a file system that has no locks, as some network file systems do.
@@ -39,33 +40,17 @@ def lock(folder: str) -> None:
     What this process has locked already stays so. InputError: another process has locked the
     folder, or it cannot be made.
     """
+    check_name(folder)
     place = os.path.realpath(folder)
     file = os.path.join(place, LOCK_FILE)
     while place not in held:
-        descriptor, made = open_lock_file(place)
+        descriptor, made = make_file(file, f"the folder {folder}")
         take(descriptor, folder)
         if is_in_place(descriptor, file):
             held[place] = Lock(descriptor, file, made)
         else:
             # The last holder removed the file after it was opened here: nobody would see this lock.
             os.close(descriptor)
-
-
-def open_lock_file(folder: str) -> tuple[int, list[str]]:
-    """Open a folder's lock file. -> its descriptor, and the folders that were made for it"""
-    for tries_left in (2, 1, 0):
-        made = missing_folders(folder)
-        try:
-            os.makedirs(folder, exist_ok=True)
-            # Python opens files with O_CLOEXEC: programs that are started later do not inherit it.
-            descriptor = os.open(os.path.join(folder, LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o666)
-            return descriptor, made
-        except OSError as e:
-            remove_empty(made)
-            # Once more: the last holder may just have removed the folders that it had made.
-            if not tries_left:
-                message = f"the folder {folder} cannot be made or written into ({e.strerror})"
-                raise InputError(message) from None
 
 
 def take(descriptor: int, folder: str) -> None:
@@ -88,22 +73,6 @@ def is_in_place(descriptor: int, file: str) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(file))
     except FileNotFoundError:
         return False
-
-
-def missing_folders(folder: str) -> list[str]:
-    """The folders that must be made for this one to be there, the innermost first."""
-    missing = []
-    while not os.path.lexists(folder):
-        missing.append(folder)
-        folder = os.path.dirname(folder)
-    return missing
-
-
-def remove_empty(folders: list[str]) -> None:
-    """Remove folders, the innermost first, up to the first one that something is in."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            os.rmdir(folder)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,13 @@ import time
 
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, require
 from . import checkpoint
 from .files import (
     append_lines,
+    check_name,
     digest_start,
+    read_checked_lines,
     read_json,
     read_rows,
     replace_folder,
@@ -62,6 +64,7 @@ class RunFolder:
 
     def find_state(self, config, free):
         """Set `state` by what is in the folder. InputError: another run, or something else."""
+        check_name(self.path)
         self.state = "new"
         self.inputs = {}  # fingerprints of what `named` names
         stored = os.path.join(self.path, "config.json")
@@ -249,6 +252,25 @@ def remove_later(folder: str, last: int):
 def eval_folder(label):
     """The folder of a split's answers, in a run's: eval of the first one, eval_{label} of another."""
     return "eval" if label == "eval" else f"eval_{label}"
+
+
+def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
+    """The n answers in a file of RunFolder.write_eval(). InputError: they are others, or damaged."""
+    require(os.path.isfile(path), f"{path}: no such file")
+
+    def are_ids(value):
+        is_list = isinstance(value, list) and len(value) > 0
+        return is_list and all(type(i) is int and 0 <= i < vocabulary for i in value)
+
+    def is_answer(i, row):
+        texts = [row.get("prompt"), row.get("response")] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            return False
+        return are_ids(row.get("prompt_ids")) and are_ids(row.get("response_ids"))
+
+    rows = read_checked_lines(path, is_answer, "restore it from a copy")
+    require(len(rows) == n, f"{path}: {len(rows)} answers, and {n} in metrics.jsonl")
+    return rows
 
 
 class Progress:

@@ -11,7 +11,8 @@ from .log import RunFolder
 
 def parse_ids(text):
     """ "3,17" -> [3, 17] """
-    require(all(part.strip().isdecimal() for part in text.split(",")) or not text, f"--features {text}: it must be numbers, such as 3,17")
+    are_numbers = all(part.strip().isdecimal() and len(part) < 19 for part in text.split(","))  # fits 64 bits
+    require(are_numbers or not text, f"--features {text}: it must be numbers, such as 3,17")
     return list(dict.fromkeys(int(part) for part in text.split(",") if part))
 
 

@@ -17,7 +17,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..runtime.files import write_json
+from ..errors import at_least
+from ..runtime.cli import errors_in_one_line
+from ..runtime.files import check_can_write, check_name, write_json
 from ..runtime.plots import save
 from ..runtime.results import finite
 
@@ -57,10 +59,16 @@ def read_flags(parser: argparse.ArgumentParser, args: list[str] | None, quick: d
     taken for the study's, since what is there is not run again.
     """
     flags = parser.parse_args(args)
-    if flags.quick:
-        parser.set_defaults(**quick)
-        flags = parser.parse_args(args)
-        flags.output_dir = f"{flags.output_dir}/quick"
+    with errors_in_one_line():
+        check_name(flags.output_dir)
+        if flags.quick:
+            parser.set_defaults(**quick)
+            flags = parser.parse_args(args)
+            flags.output_dir = f"{flags.output_dir}/quick"
+        check_can_write(f"{flags.output_dir}/summary.json")
+        if getattr(flags, "picture", ""):
+            check_can_write(flags.picture)
+        at_least(flags, 1, "seeds", "jobs")
     return flags
 
 

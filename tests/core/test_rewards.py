@@ -64,6 +64,7 @@ def same(a, b, tol=2e-5):
 # --------------------------------------------------------------------------------------------------------------- Python functions
 
 CODE = """
+from fractions import Fraction
 import math
 import numpy
 import torch
@@ -76,6 +77,27 @@ def nan(prompts, responses): return [0.0, 1.0, math.nan, 2.0]
 def infinite(prompts, responses): return [0.0, -math.inf, 0.0, 0.0]
 def short(prompts, responses): return [0.0]
 def words(prompts, responses): return ["a"] * len(prompts)
+def digits(prompts, responses): return ["1"] * len(prompts)
+def text(prompts, responses): return "1" * len(prompts)
+def bytes_(prompts, responses): return b"1" * len(prompts)
+def table(prompts, responses): return {float(i): p for i, p in enumerate(prompts)}
+def a_set(prompts, responses): return {float(i) for i in range(len(prompts))}
+def tables(prompts, responses): return [{"score": 1.0}] * len(prompts)
+def complex_(prompts, responses): return [1j] * len(prompts)
+def complex_tensor(prompts, responses): return torch.ones(len(prompts)) * 1j
+def pairs(prompts, responses): return torch.ones(len(prompts), 2)
+def nested(prompts, responses): return [[1.0]] * len(prompts)
+def dates(prompts, responses): return numpy.zeros(len(prompts), dtype="datetime64[s]")
+def long(prompts, responses): return [1.0] * (len(prompts) + 1)
+def huge(prompts, responses): return [0.0, 1e300, 0.0, 0.0]
+def huge_int(prompts, responses): return [10**400] * len(prompts)
+def nan_scalar(prompts, responses): return [numpy.float64("nan")] * len(prompts)
+async def later(prompts, responses): return [1.0] * len(prompts)
+def returns_later(prompts, responses): return later(prompts, responses)
+def scalars(prompts, responses): return [numpy.float32(1.5), torch.tensor(2.5), Fraction(7, 2), True][: len(prompts)]
+def column(prompts, responses): return torch.tensor([[1.5], [2.5], [3.5], [1.0]])
+def generator(prompts, responses): yield from (1.5, 2.5, 3.5, 1)
+def halves(prompts, responses): return torch.tensor([1.5, 2.5, 3.5, 1.0], dtype=torch.bfloat16, requires_grad=True)
 def scalar(prompts, responses): return 1.0
 value = 3
 """
@@ -95,11 +117,22 @@ def test_python_functions(code):
     assert score(f"{code}:array").tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["scalars", "column", "generator", "halves"])
+def test_what_counts_as_numbers(code, name):
+    assert score(f"{code}:{name}").tolist() == [1.5, 2.5, 3.5, 1.0]
+
+
 @pytest.mark.parametrize("name, words", [
     ("raises", ["KeyError"]), ("nan", ["nan", repr(RESPONSES[2])]), ("infinite", ["-inf", repr(RESPONSES[1])]),
-    ("short", ["1 scores for 4"]), ("words", ["ValueError"]), ("scalar", ["TypeError"]), ("missing", ["no function 'missing'"]),
+    ("short", ["1 scores for 4"]), ("long", ["5 scores for 4"]), ("words", ["'a' is of type str"]), ("scalar", ["TypeError"]),
+    ("digits", ["one float for each response", "'1' is of type str"]), ("text", ["returned a str"]), ("bytes_", ["returned a bytes"]),
+    ("table", ["returned a dict"]), ("a_set", ["returned a set"]), ("tables", ["is of type dict"]), ("complex_", ["is of type complex"]),
+    ("complex_tensor", ["is of type complex"]), ("pairs", ["RuntimeError"]), ("nested", ["is of type list"]), ("dates", ["datetime"]),
+    ("huge", ["returned 1e+300", repr(RESPONSES[1])]), ("huge_int", ["OverflowError"]), ("nan_scalar", ["returned nan"]),
+    ("later", ["later is an async function"]), ("returns_later", ["an async function cannot be a reward"]), ("missing", ["no function 'missing'"]),
     ("value", ["no function 'value'"]),
 ])  # fmt: skip
+@pytest.mark.filterwarnings("error")  # one line is one line: no RuntimeWarning of a coroutine beside it
 def test_python_functions_that_fail(code, name, words):
     refuses(score, f"{code}:{name}", match=[code, *words])
 

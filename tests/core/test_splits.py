@@ -79,6 +79,15 @@ def test_predicates(tmp_path):
         refuses(held, where, rows, match=words)
 
 
+def test_a_predicate_gets_a_row_of_its_own(tmp_path):
+    """Whatever it does to the row, and to what is in it, the data stay as they are."""
+    spoils = "def f(row):\n    row['t'] = 'x'\n    row['more'].clear()\n    return True\n"
+    (tmp_path / "my.py").write_text(spoils + "async def g(row): return True\n")
+    row = {"t": "a", "more": [1]}
+    assert splits.predicate(f"{tmp_path}/my.py:f")("a.jsonl:1", row) and row == {"t": "a", "more": [1]}
+    refuses(splits.predicate, f"{tmp_path}/my.py:g", match=["g is an async function"])
+
+
 @pytest.mark.parametrize("statement, words", [("sys.exit(0)", "SystemExit: 0"), ("exit()", "SystemExit"), ("raise GeneratorExit", "Gen")])
 def test_a_predicate_that_ends_the_process(tmp_path, monkeypatch, statement, words):
     monkeypatch.setattr("sys.stdin", io.StringIO())  # which exit() closes

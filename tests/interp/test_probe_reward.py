@@ -325,6 +325,19 @@ def test_a_reward_without_any_spread(base, tmp_path, monkeypatch):
             implicit_reward.reward(RewardConfig(**settings(base, tmp_path / name, **flags)))
 
 
+@pytest.mark.parametrize("kind", ["reward", "pairs"])
+def test_a_test_share_that_leaves_nothing_to_train_on(base, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(implicit_reward, "load_policy", lambda *args, **kwargs: pytest.fail("a policy was loaded"))
+    flags = settings(base, tmp_path / "a", test_share=0.999)
+    if kind == "reward":
+        config = RewardConfig(**flags, task="sequence")
+    else:
+        del flags["triples"]
+        config = PairsConfig(**flags)
+    with pytest.raises(InputError, match="--test_share 0.999 leaves 1 prompts for training"):
+        getattr(implicit_reward, kind)(config)
+
+
 def test_features_of_sparse_autoencoders_stand_beside_activations(base, tmp_path):
     for name in ("policy/0_residual", "policy/1_residual", "base/0_residual"):
         save_sae(SparseAutoencoder(32, 64, normalize="none", seed=1), tmp_path / name)

@@ -574,3 +574,49 @@ def test_no_run_to_add_gold_to(base, finished, capfd, what, words):
     before = hashes(finished)
     stops(capfd, train_ppo, ["--score_gold", finished, "--gold_model", f"{base}/rewards.py:words"], str(finished), *words)
     assert hashes(finished) == before and os.listdir(".") == []
+
+
+def spoil(path, change):
+    """One JSON value in a file, or in the second line of a .jsonl file, changed in place by change(value)."""
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    value = json.loads(lines[-1])
+    lines[-1] = json.dumps(change(value))
+    path.write_text("\n".join(lines) + "\n")
+
+
+DAMAGE = {  # what is wrong with a finished run: (file, what is done to its value or to its last row, what is said)
+    "a summary that is a list": ("summary.json", lambda x: [x], "no finished PPO run here"),
+    "a summary of null": ("summary.json", lambda x: {**x, "before": None}, "no finished PPO run here"),
+    "settings that are a list": ("config.json", lambda x: [x], "not the settings of a run"),
+    "splits that are numbers": ("config.json", lambda x: {**x, "eval_splits": [5]}, "eval_splits cannot be [5]"),
+    "splits that are a number": ("config.json", lambda x: {**x, "eval_splits": 5}, "eval_splits cannot be 5"),
+    "a split that is not there": ("config.json", lambda x: {**x, "eval_splits": ["test", "ood"]}, "no such file"),
+    "metrics of another step": ("metrics.jsonl", lambda x: {**x, "step": 9}, "step_9.jsonl: no such file"),
+    "metrics without a step": ("metrics.jsonl", lambda x: {k: v for k, v in x.items() if k != "step"}, "no such file"),
+    "answers without ids": ("eval/step_2.jsonl", lambda x: {**x, "response_ids": None}, "step_2.jsonl:7: not the line"),
+    "answers without tokens": ("eval/step_2.jsonl", lambda x: {**x, "response_ids": []}, "step_2.jsonl:7: not the line"),
+    "ids in text": ("eval/step_2.jsonl", lambda x: {**x, "prompt_ids": ["1"]}, "step_2.jsonl:7: not the line"),
+    "ids that are no tokens": ("eval/step_2.jsonl", lambda x: {**x, "prompt_ids": [10**6]}, "step_2.jsonl:7: not the line"),
+    "ids below zero": ("eval/step_2.jsonl", lambda x: {**x, "prompt_ids": [-1]}, "step_2.jsonl:7: not the line"),
+    "a response that is a number": ("eval/step_2.jsonl", lambda x: {**x, "response": 3}, "step_2.jsonl:7: not the line"),
+    "a row that is a number": ("eval/step_2.jsonl", lambda x: 3, "step_2.jsonl:7: not the line"),
+    "a row that is missing": ("eval/step_2.jsonl", None, "step_2.jsonl: 6 answers, and 7 in metrics.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_gold_for_a_damaged_run(base, finished, capfd, damage):
+    """Nothing is written, into whole files neither."""
+    name, change, words = DAMAGE[damage]
+    if change:
+        spoil(finished / name, change)
+    else:
+        (finished / name).write_bytes((finished / name).read_bytes()[:-20])  # a power cut, without fsync
+    before = hashes(finished)
+    stops(capfd, train_ppo, ["--score_gold", finished, "--gold_model", f"{base}/rewards.py:words"], words)
+    assert hashes(finished) == before
+
+
+def test_gold_for_a_run_without_evaluations(base, finished, capfd):
+    (finished / "metrics.jsonl").write_text('{"step": 0}\n')
+    stops(capfd, train_ppo, ["--score_gold", finished, "--gold_model", f"{base}/rewards.py:words"], "no evaluation in it")

@@ -23,14 +23,18 @@ from support import (
     arguments,
     content,
     fails,
+    free_port,
     refused,
     write_rows,
 )
 
 import train_ppo
 import train_rm
+import train_sae
+import train_sft
+from nanorlhf.errors import InputError
 from nanorlhf.models import Policy, load_policy
-from nanorlhf.runtime import checkpoint, cli
+from nanorlhf.runtime import checkpoint, cli, distributed
 from nanorlhf.runtime.optim import adamw
 
 
@@ -297,8 +301,8 @@ def test_bad_rewards(here, capfd, reward, words):
     ("nan", ["rewards.py:nan returned nan for the response"]),
     ("infinite", ["rewards.py:infinite returned -inf"]),
     ("short", ["rewards.py:short returned 2 scores for 3 responses"]),
-    ("texts", ["rewards.py:texts raised ValueError"]),
-    ("none", ["rewards.py:none raised TypeError"]),
+    ("texts", ["rewards.py:texts must return one float for each response", "is of type str"]),
+    ("none", ["rewards.py:none must return one float for each response", "NoneType"]),
 ])  # fmt: skip
 def test_rewards_that_go_wrong_when_called(here, capfd, function, words):
     """They are first called on the samples of step 0. Nothing that was there is touched; the mended function runs in the same folder."""
@@ -399,6 +403,46 @@ def test_a_batch_that_the_processes_cannot_share(here):
     assert content() == before
 
 
+HERE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"WORLD_SIZE": "two"}, ["WORLD_SIZE", "'two'"]),
+    ({"WORLD_SIZE": ""}, ["WORLD_SIZE", "''"]),
+    ({"WORLD_SIZE": "1e3"}, ["WORLD_SIZE", "'1e3'"]),
+    ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE"]),
+    ({"WORLD_SIZE": "0"}, ["RANK 0", "WORLD_SIZE 0"]),
+    ({"RANK": "-1"}, ["RANK", "'-1'"]),
+    ({"RANK": "1"}, ["RANK 1", "WORLD_SIZE 1"]),
+    ({"LOCAL_RANK": "0.5"}, ["LOCAL_RANK", "'0.5'"]),
+    ({"LOCAL_RANK": "3"}, ["LOCAL_RANK 3", "WORLD_SIZE 1"]),
+    ({"WORLD_SIZE": "2"}, ["do not find each other", "RANK expected"]),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, ["do not find each other", "MASTER_ADDR"]),
+    (HERE, ["do not find each other", "MASTER_PORT"]),
+    ({**HERE, "MASTER_PORT": "x"}, ["do not find each other", "MASTER_PORT=x"]),
+    ({**HERE, "MASTER_PORT": "99999"}, ["do not find each other", "MASTER_PORT=99999"]),
+    ({**HERE, "MASTER_PORT": "free"}, ["do not find each other", "1/2 clients joined"]),  # the other process never comes
+    ({**HERE, "MASTER_PORT": "free", "RANK": "1"}, ["do not find each other"]),
+    ({**HERE, "MASTER_PORT": "free", "RANK": "1", "MASTER_ADDR": "nowhere.invalid"}, ["do not find each other", "nowhere.invalid"]),
+    ({**HERE, "MASTER_PORT": "free", "MASTER_ADDR": "nowhere.invalid"}, ["do not find each other", "nowhere.invalid"]),
+])  # fmt: skip
+def test_what_torchrun_would_set(here, capfd, monkeypatch, env, words):
+    """One line, also where torch has a page to say about each of its tries."""
+    monkeypatch.setattr(distributed, "MEETING_SECONDS", 0.5)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # a process of several waits a second before it ends
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(free_port()) if value == "free" else value)
+    refused(capfd, "sft", arguments("sft"), *words)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_find_each_other(here):
+    """Within a minute of the start, or twice that on a busy machine."""
+    process = start("sft", arguments("sft"), **HERE, MASTER_PORT=str(free_port()))
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and len(error.splitlines()) == 1 and "do not find each other" in error, error
+
+
 # ------------------------------------------------------------------------------------------------------- numbers that are not finite
 
 
@@ -431,6 +475,19 @@ def test_an_infinite_loss_keeps_the_last_good_checkpoint(here, capfd):
     Path("out/config.json").write_text(json.dumps(stored))
     cli.run(train_ppo.Config, train_ppo.main, ["--output_dir", "out", "--resume"])
     assert json.loads(Path("out/summary.json").read_text())["steps"] == 5
+
+
+def test_a_memory_that_is_too_small(here, capfd, monkeypatch):
+    """What torch really says of a petabyte is one line; nothing is left in the way of a smaller run."""
+    monkeypatch.setattr(train_sft, "load_splits", lambda *args: torch.empty(2**50))
+    fails(capfd, "sft", arguments("sft"), "not enough memory", code=1)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("expansion", ["1e300", "1e12", "0", "-1"])
+def test_more_latents_than_a_machine_holds(expansion):
+    with pytest.raises(InputError, match="--expansion"):
+        cli.parse(train_sae.Config, ["--expansion", expansion])
 
 
 def test_a_reward_that_is_too_large_at_once(here, capfd):

@@ -1,11 +1,13 @@
 """nanorlhf.runtime.endpoint against a real HTTP server on loopback, on its good and its bad days; local models against Hugging Face's."""
 
+import contextlib
 import json
 import re
 import socketserver
 import threading
 import time
 from email.utils import formatdate
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -68,10 +70,70 @@ def test_it_is_asked_again(clock, bad):
     assert clock.slept == [2, 4, 8] * 2 and len(server.asked) == 4
 
 
+def drip(text, pause=0.02):
+    """What a server sends a byte at a time, never silent for as long as a timeout."""
+    for character in text:
+        yield character.encode()
+        time.sleep(pause)
+
+
+HEAD = "HTTP/1.1 200 OK\r\n"
+DRIPS = {  # where a server becomes slow: before a single line is whole, between headers, in a body
+    "the status line": lambda: drip("HTTP/1.1 200 " + "x" * 1000),
+    "a header": lambda: drip(HEAD + "X: " + "x" * 1000),
+    "many headers": lambda: drip(HEAD + "X: y\r\n" * 1000),
+    "the body": lambda: drip(HEAD + "Content-Length: 1000\r\n\r\n" + "x" * 1000),
+    "a body without a length": lambda: drip(HEAD + "\r\n" + "x" * 1000),
+    "the body of an error": lambda: drip("HTTP/1.1 400 no\r\n\r\n" + "x" * 1000),
+    "many provisional answers": lambda: drip("HTTP/1.1 100 Continue\r\n\r\n" * 1000),
+}
+
+
+@pytest.mark.parametrize("where", DRIPS)
+def test_a_deadline_for_the_whole_answer(where):
+    """A server that goes on sending holds nobody for longer than TRIES timeouts."""
+    start = time.monotonic()
+    with RawServer(DRIPS[where]) as url, pytest.raises(Unreachable, match="timed out, 4 times"):
+        asker(url, "tiny", 7, pause=0, timeout=0.1)("?")
+    assert time.monotonic() - start < 2  # dripped to its end it would be 20 s
+
+
+def test_an_endless_answer_is_not_kept(monkeypatch):
+    """Of an answer that comes fast and never ends a part is read, and it is no completion."""
+    monkeypatch.setattr(endpoint, "LONGEST_ANSWER", 1000)
+
+    def endless():
+        yield (HEAD + "\r\n").encode()
+        while True:
+            yield b"x" * 100
+
+    with RawServer(endless) as url, pytest.raises(ValueError, match="not a chat completion"):
+        asker(url, "tiny", 7, timeout=9)("?")
+
+
+@pytest.mark.parametrize("flag, value, good", [
+    ("timeout", 86_400, True), ("timeout", 1e-300, True), ("timeout", 86_401, False), ("timeout", 1e300, False), ("timeout", 0, False),
+    ("timeout", float("inf"), False), ("timeout", float("nan"), False), ("timeout", -1, False), ("pause", 1e300, False),
+    ("pause", float("nan"), False), ("pause", 0, True), ("requests_per_minute", 1e-300, False), ("requests_per_minute", 1e300, True),
+    ("requests_per_minute", 0, True), ("requests_per_minute", 5e-324, False), ("requests_per_minute", 0.001, True),
+])  # fmt: skip
+def test_waits_that_flags_may_ask_for(flag, value, good):
+    """What is taken can be waited for: neither sockets nor time.sleep() say that the number is too large."""
+    config = SimpleNamespace(**{"timeout": 60.0, "pause": 1.0, "requests_per_minute": 0, flag: value})
+    if good:
+        endpoint.check_waits(config)
+        with Endpoint(chat("yes")) as server, contextlib.suppress(Unreachable):  # 1e-300 s are too short
+            ask = asker(server.url, "tiny", 7, 0, config.timeout, config.requests_per_minute)
+            assert ask("?") == "yes"
+    else:
+        with pytest.raises(InputError, match=f"--{flag}"):
+            endpoint.check_waits(config)
+
+
 IN_A_MINUTE = formatdate(1e9 + 60)
 
 
-@pytest.mark.parametrize("value, seconds", [("30", 30), ("0.5", 2), ("-3", 2), ("soon", 2), ("nan", 2), ("", 2), (IN_A_MINUTE, 60)])
+@pytest.mark.parametrize("value, seconds", [("30", 30), ("0.5", 2), ("-3", 2), ("soon", 2), ("nan", 2), ("Mon, 01 Jan 0001 00:00:00 -0000", 2), ("", 2), (IN_A_MINUTE, 60)])
 def test_it_waits_as_long_as_it_is_told(clock, value, seconds):
     with Endpoint((429, "", {"Retry-After": value}), (503, "", {"Retry-After": value}), chat("yes")) as server:
         assert asker(server.url, "tiny", 7, pause=2)("?") == "yes"
@@ -147,7 +209,8 @@ def test_a_key_in_the_status_line(clock, monkeypatch, status):
 
 
 class RawServer:
-    """A server on loopback that sends these very characters to everyone. As a context: its URL."""
+    """A server on loopback that sends these very characters to everyone, or the parts that a function
+    gives. As a context: its URL."""
 
     def __init__(self, text):
         class Handler(socketserver.StreamRequestHandler):
@@ -156,9 +219,12 @@ class RawServer:
                 while not headers.endswith(b"\r\n\r\n"):
                     headers += self.rfile.readline()
                 self.rfile.read(int(re.search(rb"(?i)content-length: (\d+)", headers)[1]))
-                self.wfile.write(text.encode())
+                with contextlib.suppress(OSError):  # whoever asked may have gone
+                    for part in text() if callable(text) else [text.encode()]:
+                        self.wfile.write(part)
 
         self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True  # a slow answer is not waited for at the end
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def __enter__(self):
@@ -217,11 +283,16 @@ def test_what_is_no_url(clock, url):
 
 
 def test_what_is_no_answer():
-    bodies = ["", "<html>", "[]", "3", '{"error": {"message": "busy"}}', '{"choices": []}', '{"choices": {"0": 1}}']
+    bodies = ["", "[" * 100_000, '{"choices": ' * 100_000, "1" * 5000, "<html>", "[]", "3", '{"error": {"message": "busy"}}', '{"choices": []}', '{"choices": {"0": 1}}']
     choices = ("1", '{"text": "x"}', '{"message": "x"}', '{"message": ["content"]}')
     for body in (*bodies, *(f'{{"choices": [{choice}]}}' for choice in choices)):
         with pytest.raises(ValueError, match="not a chat completion"):
             endpoint.content_of(body)
+
+
+def test_half_a_character_in_an_answer():
+    """JSON may name a lone surrogate, which no terminal can print and no tokenizer read."""
+    assert endpoint.content_of('{"choices": [{"message": {"content": "a\\ud800b"}}]}') == "a?b"
 
 
 def test_refusals():
