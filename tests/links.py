@@ -18,15 +18,6 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 
 
-def find_pages() -> list[Path]:
-    """README.md, and every page in nanorlhf/ and tests/."""
-    return [
-        REPO / "README.md",
-        *sorted((REPO / "nanorlhf").rglob("*.md")),
-        *sorted((REPO / "tests").rglob("*.md")),
-    ]
-
-
 @functools.cache
 def find_files() -> tuple[str, ...]:
     """The repository's files, by their paths in it, without what runs and tools leave behind."""
@@ -39,6 +30,15 @@ def find_files() -> tuple[str, ...]:
         for name in names:
             files.append(os.path.relpath(os.path.join(folder, name), REPO))
     return tuple(sorted(files))
+
+
+def find_pages() -> list[Path]:
+    """README.md, and every page in nanorlhf/ and tests/."""
+    pages = [REPO / "README.md"]
+    for file in find_files():
+        if file.startswith(("nanorlhf/", "tests/")) and file.endswith(".md"):
+            pages.append(REPO / file)
+    return pages
 
 
 # --------------------------------------------------------------------------------- blocks of code

@@ -1,0 +1,486 @@
+"""Every command of every page (*.md) is run, in its smallest form, in the order of the page.
+
+Bash reads a page's ```bash blocks as one script, line by line as they stand on the page, so that
+variables, loops and files written on the way work as they do for a reader. But `python`, `torchrun`
+and the like are functions there, which hand their arguments over to this process: it adds the flags
+of SIZES, which only make a run smaller, and runs the script's main() here. The folder is one in which
+the first run is done: runs/sft, runs/rm/seed_0, runs/ppo.
+
+What is not run is looked at as closely as can be done without running it:
+  blocks tagged needs=hub, needs=gpu or needs=data      the script reads the flags
+  studies (tests/studies/ runs them), benchmarks        they read their flags
+  what starts from a study's runs                       flags, and whether the study makes such a run
+  pytest, pip, ruff                                     the files that they name are there
+Every other command that this file does not know fails.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import importlib
+import importlib.util
+import io
+import itertools
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import pytest
+from links import find_pages, read_blocks
+from support import ALL_SCRIPTS, ENV, REPO, free_port
+from torch.distributed.run import parse_args as parse_torchrun
+
+import probe
+from nanorlhf.runtime import cli, distributed
+from nanorlhf.studies import common, cue_control
+
+pytestmark = pytest.mark.slow
+
+# The smallest form of each script: no flag of a page, and no default, is larger than this.
+# 0 or nothing, which often means "all", counts as larger.
+SMALL_MODEL_RUN = {"steps": 2, "batch_size": 4, "eval_size": 4, "max_new_tokens": 8, "n_samples": 1}
+SIZES = {
+    "train_sft.py": {**SMALL_MODEL_RUN, "steps": 8, "batch_size": 16, "compile": False},
+    "train_rm.py": {**SMALL_MODEL_RUN, "members": 2, "compile": False},
+    "train_ppo.py": {**SMALL_MODEL_RUN, "minibatch_size": 2, "ppo_epochs": 1, "compile": False},
+    "sample_bon.py": {"eval_size": 4, "max_rows": 4, "n_answers": 16, "n": 16, "max_new_tokens": 8},
+    "train_sae.py": {"steps": 10, "batch_size": 128, "buffer_tokens": 1024, "max_rows": 64, "eval_size": 8}
+    | {"n_answers": 2, "max_new_tokens": 8},
+    "probe.py": {"max_rows": 40, "eval_size": 16, "seeds": 2, "triples": 20, "draws": 2, "top": 4}
+    | {"n_answers": 2, "max_new_tokens": 8},
+}  # fmt: skip
+
+# --------------------------------------------------------------------------- a page, read by bash
+
+# hand_over LINE WORD...: this process runs the command, and answers with its output's file.
+PRELUDE = r"""
+hand_over() {
+    printf '%s\0' "$#" "$needs" "$@" >&"$TO_TEST"
+    local output
+    read -r output <&"$FROM_TEST"
+    [ -z "$output" ] || cat "$output"
+}
+python() {
+    if [ "$1" = - ]; then shift; set -- -c "$(cat)" "$@"; fi
+    hand_over "${BASH_LINENO[0]}" python "$@"
+}
+for tool in torchrun pip ruff rm write_block; do
+    eval "$tool() { hand_over \"\${BASH_LINENO[0]}\" $tool \"\$@\"; }"
+done
+timeout() {    # what would be killed is run to its end
+    while [[ $1 = -* || $1 = KILL || $1 = [0-9]* ]]; do shift; done
+    "$@"
+}
+command_not_found_handle() { hand_over "${BASH_LINENO[0]}" "$@"; }
+trap 'hand_over "$LINENO" failed "$BASH_COMMAND"' ERR
+"""
+TOOLS = ("cat", "cmp", "cp", "cut", "diff", "grep", "head", "ls", "mkdir", "sort", "tail", "wc")
+
+
+def script_of(page, text):
+    """A page as a script of bash. Each line of it is the page's line of the same number."""
+    lines = [""] * (len(text.splitlines()) + 1)
+    for block in read_blocks(text):
+        start, end = block.line - 1, block.line + len(block.lines)
+        if block.language == "bash":
+            lines[start] = f"needs={block.tags.get('needs', '')}"
+            lines[start + 1 : end] = block.lines
+        elif file_of(block):
+            lines[start] = f"write_block {block.line}"
+    return "\n".join(lines) + "\n"
+
+
+def file_of(block):
+    """The file that a block is, by the comment in its first line: # my.py"""
+    named = re.fullmatch(r"# (\S+\.\w+)", block.lines[0]) if block.lines else None
+    return named[1] if named else ""
+
+
+class Page:
+    """The commands of a page, run in a folder; `failures` are lines PAGE:LINE: command: what went wrong."""
+
+    real_torchruns = 1  # of all pages together; others run as one process
+
+    def __init__(self, name, text, folder):
+        self.name, self.text, self.folder = name, text, Path(folder)
+        self.failures, self.ran, self.parsed = [], [], []
+        self.studied = []  # folders that a study would have made, and what would be made from them
+        self.tools = self.folder / ".tools"
+        self.tools.mkdir()
+
+    def run(self):
+        tools = self.tools
+        for tool in TOOLS:
+            os.symlink(shutil.which(tool), tools / tool)
+        (tools / "prelude.sh").write_text(PRELUDE)
+        (tools / "page.sh").write_text(script_of(self.name, self.text))
+        from_bash, to_test = os.pipe()
+        from_test, to_bash = os.pipe()
+        env = {
+            "PATH": str(tools),
+            "TO_TEST": str(to_test),
+            "FROM_TEST": str(from_test),
+            "HOME": str(self.folder),
+        }
+        command = [shutil.which("bash"), "-c", ". .tools/prelude.sh; . .tools/page.sh"]
+        with open(tools / "errors", "w") as errors:
+            bash = subprocess.Popen(command, cwd=self.folder, env=env, pass_fds=(to_test, from_test), stderr=errors,
+                                    stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)  # fmt: skip
+        os.close(to_test)
+        os.close(from_test)
+        with open(from_bash, "rb") as requests, open(to_bash, "w") as answers:
+            words = read_words(requests)
+            for count in words:
+                needs, line, *command = itertools.islice(words, int(count) + 1)
+                output = self.answer(int(line), needs, command)
+                print(output, file=answers, flush=True)
+        bash.wait()
+        for error in (tools / "errors").read_text().splitlines():
+            # page.sh: line 12: syntax error near unexpected token
+            line = re.search(r"line (\d+): (.*)", error)
+            self.failures.append(
+                f"{self.name}:{line[1]}: {line[2]}" if line else f"{self.name}: {error}"
+            )
+
+    def answer(self, line, needs, command):
+        """Do what a command says; -> the file of its output."""
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed), contextlib.chdir(self.folder):
+                self.do(command, needs)
+        except (Exception, SystemExit) as error:
+            what = (
+                traceback.format_exc()
+                if unexpected(error)
+                else f"    {type(error).__name__}: {error}"
+            )
+            self.failures.append(f"{self.name}:{line}: {shlex.join(command)}\n{what}")
+        finally:
+            distributed.shutdown()
+        output = self.tools / "output"
+        output.write_text(printed.getvalue())
+        return output
+
+    # ------------------------------------------------------------------------------- one command
+
+    def do(self, command, needs):
+        tool, *args = command
+        if tool == "python":
+            self.do_python(args, needs)
+        elif tool == "torchrun":
+            self.do_torchrun(args, needs)
+        elif tool == "write_block":
+            block = next(block for block in read_blocks(self.text) if block.line == int(args[0]))
+            # The comment that names it is no row of a data file.
+            kept = block.lines if block.language == "python" else block.lines[1:]
+            Path(file_of(block)).write_text("\n".join(kept) + "\n")
+        elif tool == "rm":
+            for path in args:
+                if not path.startswith("-"):
+                    assert Path(path).resolve().is_relative_to(self.folder.resolve()), (
+                        f"rm of {path}"
+                    )
+                    shutil.rmtree(path, ignore_errors=True)
+        elif tool in ("pip", "ruff"):
+            check_files(args)
+        elif tool == "failed":
+            raise Unknown(f"it ended with an error: {args[0]}")
+        else:
+            raise Unknown("the test does not know how to run this")
+
+    def do_python(self, args, needs):
+        script = args[0] if args else ""
+        if script == "-m":
+            self.do_module(args[1], args[2:], needs)
+        elif script == "-c":
+            exec(compile(args[1], "python -c", "exec"), {"__name__": "__main__"})
+        elif script in SIZES:
+            self.do_script(script, args[1:], needs)
+        elif script.startswith("tests/bench/"):
+            parse_bench(REPO / script, args[1:])
+            self.parsed.append(script)
+        elif script.startswith("tests/"):
+            check_files(args)
+        elif needs:
+            assert Path(script).is_file(), f"no block of this page is {script}"
+        elif Path(script).is_file():
+            run_here(lambda: runpy.run_path(script, run_name="__main__"), args)
+            self.ran.append(script)
+        else:
+            raise Unknown(f"no script here, and no block of this page, is {script}")
+
+    def do_module(self, module, args, needs):
+        if module == "pytest":
+            check_files(args)
+        elif module.startswith("nanorlhf.studies."):
+            study = importlib.import_module(module)
+            self.studied += outputs_of(study, study.read_settings(args))
+            self.parsed.append(module)
+        elif module == "nanorlhf.runtime.plots":
+            if self.from_a_study(args):
+                self.check_studied(args)
+            elif not needs:
+                run_here(
+                    lambda: runpy.run_module(module, run_name="__main__", alter_sys=True),
+                    [module, *args],
+                )
+                self.ran.append(module)
+        else:
+            raise Unknown(f"the test does not know how to run the module {module}")
+
+    def do_script(self, script, args, needs):
+        if not args and script == "probe.py" or "--help" in args:
+            return
+        if needs or self.from_a_study(args):
+            # A {seed} would be looked for.
+            literal = (
+                args if script == "train_rm.py" else [arg.replace("{seed}", "0") for arg in args]
+            )
+            _, config = parse(script, literal)
+            self.check_studied(args)
+            if self.from_a_study(args):
+                self.studied.append(getattr(config, "output_dir", ""))
+            self.parsed.append(script)
+            return
+        with evaluated_steps(script, args):
+            main, config = parse(script, args + size_flags(script, args))
+            main(config)
+        self.ran.append(script)
+
+    def do_torchrun(self, args, needs):
+        options = parse_torchrun(args)
+        script, rest = options.training_script, options.training_script_args
+        if needs or script not in SIZES or Page.real_torchruns == 0:
+            self.do_python([script, *rest], needs)
+            return
+        Page.real_torchruns -= 1
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            f"--master_port={free_port()}",
+        ]
+        with evaluated_steps(script, rest):
+            command = [*launcher, str(REPO / script), *rest, *size_flags(script, rest)]
+            done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+        print(done.stdout)
+        self.ran.append("torchrun")
+
+    # ---------------------------------------------------------------------------------- studies
+
+    def from_a_study(self, args):
+        roots = {"/".join(output.split("/")[:2]) for output in self.studied}
+        return any(path.startswith(f"{root}/") for path in map(path_in, args) for root in roots)
+
+    def check_studied(self, args):
+        """A run that a command takes from a study's folder is one that the study makes; * and ? stand for several."""
+        for flag, arg in zip(["", *args], args):
+            if self.from_a_study([arg]) and flag not in ("--output_dir", "--compare"):
+                path = path_in(arg)
+                known = any(same_path(path, output) for output in self.studied)
+                assert known, f"{path}: no study of this page makes such a run"
+
+
+class Unknown(Exception):
+    """A command that is not run, and not known to be right."""
+
+
+def unexpected(error):
+    """Whether an error needs a traceback to be understood: not bad input, nor a check of this file."""
+    return not isinstance(
+        error, (ValueError, SystemExit, Unknown, AssertionError, FileNotFoundError)
+    )
+
+
+def read_words(stream):
+    """Words that end in a zero byte, as they come."""
+    word = bytearray()
+    while byte := stream.read(1):
+        if byte == b"\0":
+            yield word.decode()
+            word.clear()
+        else:
+            word += byte
+
+
+# -------------------------------------------------------------------------------- scripts and flags
+
+
+def config_of(script, args):
+    """-> (Config, main, the flags, the sub-command's name)"""
+    if script == "probe.py":
+        if args[0] not in probe.COMMANDS:
+            raise Unknown(f"probe.py has no command {args[0]}")
+        config_class, main = probe.COMMANDS[args[0]]
+        return config_class, main, args[1:], args[0]
+    module = {f"{module.__name__}.py": module for module in ALL_SCRIPTS.values()}[script]
+    return module.Config, module.main, args, ""
+
+
+def parse(script, args):
+    """A command line as its script reads it -> (main, its config)."""
+    config_class, main, args, name = config_of(script, args)
+    return main, cli.parse(config_class, args, name, name)
+
+
+def flags_of(script, args):
+    """The values of all flags, given or not, before anything is made of them."""
+    config_class, _, args, _ = config_of(script, args)
+    return vars(cli.Parser(config_class).parse_args(args))
+
+
+def size_flags(script, args):
+    """Further flags that make the run a small one: the last of two equal flags holds."""
+    values = flags_of(script, args)
+    added = []
+    for name, limit in SIZES[script].items():
+        if name not in values:
+            continue
+        value = values[name]
+        if isinstance(value, list):
+            smaller = sorted({min(x, limit) for x in value})
+            if smaller:
+                added += [f"--{name}", *map(str, smaller)]
+        elif not value or value > limit:
+            added += [f"--{name}", str(limit)]
+    if script == "train_sae.py" and values["layers"].startswith("highest"):
+        # After two steps of PPO other layers have moved most than after all.
+        added += ["--layers", "2,3"]
+    return added
+
+
+@contextlib.contextmanager
+def evaluated_steps(script, args):
+    """Answers of the evaluations that the whole run would have made: copies of the small run's last ones."""
+    yield
+    values = flags_of(script, args)
+    if script != "train_ppo.py" or values["score_gold"]:
+        return
+    steps, every = values["steps"], values["eval_every"]
+    last = f"step_{SIZES[script]['steps']}.jsonl"
+    for folder in Path(values["output_dir"]).glob("eval*"):
+        for step in {steps, *range(0, steps + 1, every or steps)} - {0}:
+            if not (folder / f"step_{step}.jsonl").exists():
+                shutil.copy(folder / last, folder / f"step_{step}.jsonl")
+
+
+def run_here(function, argv):
+    """Run a program in this process, with its arguments."""
+    before = sys.argv
+    sys.argv = list(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a module that was imported before
+            function()
+    except SystemExit as ended:
+        assert not ended.code, f"exit code {ended.code}"
+    finally:
+        sys.argv = before
+
+
+class Parsed(BaseException):
+    """Raised once a program has read its flags."""
+
+
+def parse_bench(path, args):
+    """Let a benchmark read its flags, and no more."""
+    assert path.is_file(), f"there is no {path.relative_to(REPO)}"
+    read_flags = argparse.ArgumentParser.parse_args
+
+    def read_and_stop(parser, *_):
+        read_flags(parser, args)
+        raise Parsed
+
+    modules, environment = set(sys.modules), dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Parsed):
+        patch.setattr(argparse.ArgumentParser, "parse_args", read_and_stop)
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        try:
+            spec = importlib.util.spec_from_file_location(f"bench_{path.stem}", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            module.main()
+        finally:
+            # Benchmarks import one another by names such as ppo.
+            for name in set(sys.modules) - modules:
+                if str(path.parent) in str(getattr(sys.modules[name], "__file__", "")):
+                    del sys.modules[name]
+            os.environ.clear()
+            os.environ.update(environment)
+
+
+def check_files(args):
+    """Files of the repository that are named exist: tests/hf, requirements.txt."""
+    for arg in args:
+        if re.search(r"^tests\b|/|\.(txt|toml|py)$", arg) and not arg.startswith("-"):
+            assert (REPO / arg).exists(), f"there is no {arg}"
+
+
+# ----------------------------------------------------------------------------------------- studies
+
+
+def outputs_of(study, a):
+    """The folders and files that a study's commands would write, {seed} in them or not."""
+    if study is cue_control:
+        stages = study.first_commands(a)
+        stages += [list(study.arms(a, seed, {"features": [0]}).values()) for seed in study.seeds(a)]
+    else:
+        stages = study.commands(a)
+    return [common.output_of(shlex.split(command)) for stage in stages for command in stage]
+
+
+def path_in(arg):
+    """NAME=PATH -> PATH"""
+    return arg.rpartition("=")[2]
+
+
+def same_path(path, output):
+    """Whether a path on a page, in which * and ? may stand, is an output, lies in one, or above one."""
+    output = re.sub(r"\{\w+\}", "*", output)
+    pairs = zip(path.split("/"), output.split("/"))
+    return all(fnmatch.fnmatch(b, a) or fnmatch.fnmatch(a, b) for a, b in pairs)
+
+
+# ---------------------------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A folder after the first run, in its smallest form: runs/sft, runs/rm/seed_0, runs/ppo."""
+    folder = tmp_path_factory.mktemp("first")
+    page = Page("first run", "", folder)
+    for script in ("train_sft.py", "train_rm.py", "train_ppo.py"):
+        page.answer(0, "", ["python", script])
+    assert not page.failures, page.failures
+    return folder
+
+
+@pytest.fixture
+def run_page(first_run, tmp_path, monkeypatch):
+    """A function that runs a page's commands -> the Page."""
+    # No page may need the hub without saying so.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(first_run / "runs", tmp_path / "runs")
+    (tmp_path / "assets").mkdir()
+
+    def run(name, text):
+        page = Page(name, text, tmp_path)
+        page.run()
+        return page
+
+    return run
+
+
+@pytest.mark.parametrize("path", find_pages(), ids=lambda path: str(path.relative_to(REPO)))
+def test_commands_of_a_page_run(path, run_page):
+    page = run_page(str(path.relative_to(REPO)), path.read_text(encoding="utf-8"))
+    assert not page.failures, "\n" + "\n".join(page.failures)
