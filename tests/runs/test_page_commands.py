@@ -38,6 +38,8 @@ from support import ALL_SCRIPTS, ENV, REPO, free_port
 from torch.distributed.run import parse_args as parse_torchrun
 
 import probe
+import train_sae
+from nanorlhf import data
 from nanorlhf.runtime import cli, distributed
 from nanorlhf.studies import common, cue_control
 
@@ -51,11 +53,15 @@ SIZES = {
     "train_rm.py": {**SMALL_MODEL_RUN, "members": 2, "compile": False},
     "train_ppo.py": {**SMALL_MODEL_RUN, "minibatch_size": 2, "ppo_epochs": 1, "compile": False},
     "sample_bon.py": {"eval_size": 4, "max_rows": 4, "n_answers": 16, "n": 16, "max_new_tokens": 8},
-    "train_sae.py": {"steps": 10, "batch_size": 128, "buffer_tokens": 1024, "max_rows": 64, "eval_size": 8}
+    "train_sae.py": {"steps": 10, "batch_size": 32, "buffer_tokens": 256, "max_rows": 64, "eval_size": 8}
     | {"n_answers": 2, "max_new_tokens": 8},
     "probe.py": {"max_rows": 40, "eval_size": 16, "seeds": 2, "triples": 20, "draws": 2, "top": 4}
     | {"n_answers": 2, "max_new_tokens": 8},
 }  # fmt: skip
+
+# The embedded world's data sets, which every run reads whole; and what train_sae.py reads first.
+WORLD_SIZES = {"sft": 600, "pairs": 200}
+FIT_TOKENS = 512
 
 # --------------------------------------------------------------------------- a page, read by bash
 
@@ -67,24 +73,31 @@ hand_over() {
     read -r output <&"$FROM_TEST"
     [ -z "$output" ] || cat "$output"
 }
+hand_over_from_page() {
+    local i line
+    for i in "${!BASH_LINENO[@]}"; do
+        [[ ${BASH_SOURCE[i + 1]} != *page.sh ]] || { line=${BASH_LINENO[i]}; break; }
+    done
+    hand_over "$line" "$@"
+}
 python() {
     if [ "$1" = - ]; then shift; set -- -c "$(cat)" "$@"; fi
-    hand_over "${BASH_LINENO[0]}" python "$@"
+    hand_over_from_page python "$@"
 }
 for tool in torchrun pip ruff rm write_block; do
-    eval "$tool() { hand_over \"\${BASH_LINENO[0]}\" $tool \"\$@\"; }"
+    eval "$tool() { hand_over_from_page $tool \"\$@\"; }"
 done
 timeout() {    # what would be killed is run to its end
     while [[ $1 = -* || $1 = KILL || $1 = [0-9]* ]]; do shift; done
     "$@"
 }
-command_not_found_handle() { hand_over "${BASH_LINENO[0]}" "$@"; }
+command_not_found_handle() { hand_over_from_page "$@"; }
 trap 'hand_over "$LINENO" failed "$BASH_COMMAND"' ERR
 """
 TOOLS = ("cat", "cmp", "cp", "cut", "diff", "grep", "head", "ls", "mkdir", "sort", "tail", "wc")
 
 
-def script_of(page, text):
+def script_of(text):
     """A page as a script of bash. Each line of it is the page's line of the same number."""
     lines = [""] * (len(text.splitlines()) + 1)
     for block in read_blocks(text):
@@ -94,7 +107,7 @@ def script_of(page, text):
             lines[start + 1 : end] = block.lines
         elif file_of(block):
             lines[start] = f"write_block {block.line}"
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "needs=", "hand_over 0 end", ""])
 
 
 def file_of(block):
@@ -110,7 +123,9 @@ class Page:
 
     def __init__(self, name, text, folder):
         self.name, self.text, self.folder = name, text, Path(folder)
-        self.failures, self.ran, self.parsed = [], [], []
+        self.failures = []
+        self.ran, self.parsed = [], []  # (script, args)
+        self.ended = False
         self.studied = []  # folders that a study would have made, and what would be made from them
         self.tools = self.folder / ".tools"
         self.tools.mkdir()
@@ -120,7 +135,7 @@ class Page:
         for tool in TOOLS:
             os.symlink(shutil.which(tool), tools / tool)
         (tools / "prelude.sh").write_text(PRELUDE)
-        (tools / "page.sh").write_text(script_of(self.name, self.text))
+        (tools / "page.sh").write_text(script_of(self.text))
         from_bash, to_test = os.pipe()
         from_test, to_bash = os.pipe()
         env = {
@@ -142,6 +157,8 @@ class Page:
                 output = self.answer(int(line), needs, command)
                 print(output, file=answers, flush=True)
         bash.wait()
+        if not self.ended:
+            self.failures.append(f"{self.name}: bash did not come to the page's end")
         for error in (tools / "errors").read_text().splitlines():
             # page.sh: line 12: syntax error near unexpected token
             line = re.search(r"line (\d+): (.*)", error)
@@ -190,6 +207,8 @@ class Page:
                     shutil.rmtree(path, ignore_errors=True)
         elif tool in ("pip", "ruff"):
             check_files(args)
+        elif tool == "end":
+            self.ended = True
         elif tool == "failed":
             raise Unknown(f"it ended with an error: {args[0]}")
         else:
@@ -205,14 +224,14 @@ class Page:
             self.do_script(script, args[1:], needs)
         elif script.startswith("tests/bench/"):
             parse_bench(REPO / script, args[1:])
-            self.parsed.append(script)
+            self.parsed.append((script, args[1:]))
         elif script.startswith("tests/"):
             check_files(args)
         elif needs:
             assert Path(script).is_file(), f"no block of this page is {script}"
         elif Path(script).is_file():
             run_here(lambda: runpy.run_path(script, run_name="__main__"), args)
-            self.ran.append(script)
+            self.ran.append((script, args[1:]))
         else:
             raise Unknown(f"no script here, and no block of this page, is {script}")
 
@@ -222,7 +241,7 @@ class Page:
         elif module.startswith("nanorlhf.studies."):
             study = importlib.import_module(module)
             self.studied += outputs_of(study, study.read_settings(args))
-            self.parsed.append(module)
+            self.parsed.append((module, args))
         elif module == "nanorlhf.runtime.plots":
             if self.from_a_study(args):
                 self.check_studied(args)
@@ -231,13 +250,15 @@ class Page:
                     lambda: runpy.run_module(module, run_name="__main__", alter_sys=True),
                     [module, *args],
                 )
-                self.ran.append(module)
+                self.ran.append((module, args))
         else:
             raise Unknown(f"the test does not know how to run the module {module}")
 
     def do_script(self, script, args, needs):
         if not args and script == "probe.py" or "--help" in args:
             return
+        if (script, args) in self.ran:
+            return  # the same command once more
         if needs or self.from_a_study(args):
             # A {seed} would be looked for.
             literal = (
@@ -247,12 +268,12 @@ class Page:
             self.check_studied(args)
             if self.from_a_study(args):
                 self.studied.append(getattr(config, "output_dir", ""))
-            self.parsed.append(script)
+            self.parsed.append((script, args))
             return
         with evaluated_steps(script, args):
             main, config = parse(script, args + size_flags(script, args))
             main(config)
-        self.ran.append(script)
+        self.ran.append((script, args))
 
     def do_torchrun(self, args, needs):
         options = parse_torchrun(args)
@@ -273,7 +294,7 @@ class Page:
             done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
         print(done.stdout)
-        self.ran.append("torchrun")
+        self.ran.append(("torchrun", args))
 
     # ---------------------------------------------------------------------------------- studies
 
@@ -432,7 +453,7 @@ def outputs_of(study, a):
     """The folders and files that a study's commands would write, {seed} in them or not."""
     if study is cue_control:
         stages = study.first_commands(a)
-        stages += [list(study.arms(a, seed, {"features": [0]}).values()) for seed in study.seeds(a)]
+        stages += [list(study.arms(a, seed, {"features": []}).values()) for seed in study.seeds(a)]
     else:
         stages = study.commands(a)
     return [common.output_of(shlex.split(command)) for stage in stages for command in stage]
@@ -453,8 +474,17 @@ def same_path(path, output):
 # ---------------------------------------------------------------------------------------- the tests
 
 
+@pytest.fixture(scope="module", autouse=True)
+def less_data():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sae, "FIT_TOKENS", FIT_TOKENS)
+        for kind, size in WORLD_SIZES.items():
+            patch.setitem(data.WORLD_SIZES, kind, size)
+        yield
+
+
 @pytest.fixture(scope="module")
-def first_run(tmp_path_factory):
+def first_run(tmp_path_factory, less_data):
     """A folder after the first run, in its smallest form: runs/sft, runs/rm/seed_0, runs/ppo."""
     folder = tmp_path_factory.mktemp("first")
     page = Page("first run", "", folder)
@@ -473,6 +503,7 @@ def run_page(first_run, tmp_path, monkeypatch):
     (tmp_path / "assets").mkdir()
 
     def run(name, text):
+        shutil.rmtree(tmp_path / ".tools", ignore_errors=True)
         page = Page(name, text, tmp_path)
         page.run()
         return page
@@ -484,3 +515,147 @@ def run_page(first_run, tmp_path, monkeypatch):
 def test_commands_of_a_page_run(path, run_page):
     page = run_page(str(path.relative_to(REPO)), path.read_text(encoding="utf-8"))
     assert not page.failures, "\n" + "\n".join(page.failures)
+
+
+SAMPLE = """# A page
+```python
+# show.py
+import sys
+
+print(*sys.argv[1:])
+```
+
+    python not_in_a_block.py
+
+```jsonl
+# rows.jsonl
+{"prompt": "a", "response": "b"}
+```
+
+1. In a list:
+
+   ```bash
+   NAME=world
+   export OTHER="two words"
+   THREADS=1 python show.py $NAME \\
+       "$OTHER" 'runs/{seed}'     # a comment
+   cat > cat.txt <<'END'
+$NAME
+END
+   ```
+
+```bash
+for i in 0 1; do python show.py $i; done    # variables live on: $NAME
+LAST=$(python show.py last $NAME)
+python show.py "$LAST" && python - <<END
+open("by_python.txt", "w").write("$LAST")
+END
+timeout -s KILL 60 python show.py killed || true
+ls runs/ppo/eval | grep step
+```
+
+```bash needs=hub
+python train_sft.py --model gpt2 --dataset gone.jsonl
+python train_ppo.py --reward_model 'runs/gone/seed_{seed}'
+```
+"""
+
+
+def test_a_page_is_read_as_a_reader_would(run_page):
+    page = run_page("page.md", SAMPLE)
+    assert not page.failures, "\n".join(page.failures)
+    shown = [
+        ["world", "two words", "runs/{seed}"],
+        ["0"],
+        ["1"],
+        ["last", "world"],
+        ["last world"],
+        ["killed"],
+    ]
+    assert page.ran == [("show.py", args) for args in shown]
+    assert [script for script, _ in page.parsed] == ["train_sft.py", "train_ppo.py"]
+    written = {
+        "rows.jsonl": '{"prompt": "a", "response": "b"}\n',
+        "cat.txt": "$NAME\n",
+        "by_python.txt": "last world",
+    }
+    for name, text in written.items():
+        assert (page.folder / name).read_text() == text
+
+
+FAULTS = """
+python train_ppo.py --kl_weight 1
+python train_ppo.py --reward_model runs/gone --output_dir runs/a
+python train_sft.py --model some/hub_model --output_dir runs/b
+python gone.py
+python -m http.server
+python probe.py nothing
+python probe.py judge --a runs/ppo/eval/step_50.jsonl --b runs/ppo/eval/step_0.jsonl
+python -m pytest -q tests/gone
+pip install -r gone.txt
+python tests/bench/ppo.py --gone 1
+python tests/bench/gone.py
+python -m nanorlhf.studies.overoptimisation --gone
+torchrun --processes 2 train_ppo.py
+wget https://x.org/y
+cat gone.txt
+rm -rf ../first0
+python -c "1 / 0"
+(python probe.py nothing)
+""".strip()
+
+
+def test_faults_of_commands_are_found(run_page):
+    lines = FAULTS.splitlines()
+    page = run_page("page.md", f"```bash\n{FAULTS}\n```\n")
+    found = [
+        int(re.match(r"page.md:(\d+): ", failure)[1])
+        for failure in page.failures
+        if "No such file or" not in failure
+    ]
+    assert found == list(range(2, len(lines) + 2)), "\n".join(page.failures)
+
+
+def test_flags_of_commands_that_are_not_run_are_read(run_page):
+    for needs in ("hub", "gpu", "data"):
+        block = "python train_sft.py --model gpt2 --stepz 3\npython probe.py divergence --seeds 3\npython gone.py\n"
+        (failed, *others) = run_page("page.md", f"```bash needs={needs}\n{block}```\n").failures
+        assert "--stepz" in failed and "page.md:2: python train_sft.py" in failed
+        assert [failure.split(": ")[0] for failure in others] == ["page.md:3", "page.md:4"]
+
+
+def test_what_bash_cannot_read_is_a_failure(run_page):
+    for block in ("if true; then", "echo 'open", "exit 3"):
+        assert run_page("page.md", f"```bash\n{block}\n```\n").failures, block
+
+
+def test_runs_of_a_study_are_those_that_it_makes(run_page):
+    block = """
+python -m nanorlhf.studies.overoptimisation --output_dir runs/study
+python train_sft.py --model runs/study/sft --output_dir runs/study/more
+python probe.py divergence --model runs/study/more --policy runs/study/ppo_noise0_kl0/single/seed_0
+python -m nanorlhf.runtime.plots --compare assets/a.png runs/study/ppo_noise0_kl0*/single/seed_?
+python probe.py divergence --policy runs/study/gone
+python -m nanorlhf.runtime.plots runs/study/ppo_noise0_kl0*/gone/seed_?
+""".strip()
+    failures = run_page("page.md", f"```bash\n{block}\n```\n").failures
+    assert [failure.split(": ")[0] for failure in failures] == ["page.md:6", "page.md:7"], (
+        "\n".join(failures)
+    )
+
+
+def test_sizes_only_make_runs_smaller():
+    def sizes(script, *args):
+        flags = size_flags(script, list(args))
+        return dict(zip(flags[::2], flags[1::2]))
+
+    assert sizes("train_ppo.py", "--batch_size", "2")["--steps"] == "2"
+    assert "--batch_size" not in sizes("train_ppo.py", "--batch_size", "2")
+    assert (
+        sizes("train_sft.py", "--loss", "dpo")["--steps"] == "8"
+    )  # by default None, until the loss is known
+    assert sizes("train_rm.py", "--members", "5")["--members"] == "2"
+    assert "--members" not in sizes("train_rm.py")
+    assert size_flags("sample_bon.py", ["--n", "1", "64"])[-5:-2] == ["--n", "1", "16"]
+    assert sizes("probe.py", "divergence", "--max_rows", "0")["--max_rows"] == "40"  # 0 is all
+    assert "--layers" not in sizes("train_sae.py", "--layers", "1")
