@@ -28,6 +28,8 @@ from links import (
     slug,
 )
 
+import probe
+
 WIDEST = 110
 LONGEST_README = 250
 INSTALL = "pip install -r requirements.txt && "
@@ -232,7 +234,7 @@ FILE = re.compile(r"(?<![\w./-])[\w./-]*\w\.(?:py|md|txt|ini)(?![\w/-])")
 
 
 def find_file(name, page):
-    """The file that a name on a page stands for, from there, from the root, or by its end; or None."""
+    """The file that a name on a page stands for (by its path, or its end), or None."""
     from_page = (page.parent / name).resolve()
     for path in (from_page, REPO / name):
         if path.is_relative_to(REPO) and str(path.relative_to(REPO)) in find_files():
@@ -375,7 +377,8 @@ def every_flag():
         if not file.endswith(".py"):
             continue
         source = read(REPO / file)
-        flags |= set(re.findall(r"(?:add_argument|addoption)\(\s*\"--([\w-]+)\"", source))
+        declared = r"(?:add_argument\(|addoption\(|\"aliases\": \[)\s*\"--([\w-]+)\""
+        flags |= set(re.findall(declared, source))
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef) and node.decorator_list:
                 fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
@@ -387,15 +390,20 @@ def every_flag():
 
 
 def faults_of_flags(text):
-    """Flags in a page's prose that no script has (runs/test_page_commands.py parses commands)."""
-    flags = every_flag()
-    spans = list(CODE_SPAN.finditer(blank_blocks(text)))
-    found = [
-        (line_of(text, span.start()), name) for span in spans for name in FLAG.findall(span[2])
-    ]
-    return [
-        (line, f"--{name}: no script has such a flag") for line, name in found if name not in flags
-    ]
+    """Flags, and commands of probe.py, that a page names in its prose and that no script has.
+
+    The commands in blocks are run by runs/test_page_commands.py.
+    """
+    faults = []
+    for span in CODE_SPAN.finditer(blank_blocks(text)):
+        line = line_of(text, span.start())
+        for name in FLAG.findall(span[2]):
+            if name not in every_flag():
+                faults.append((line, f"--{name}: no script has such a flag"))
+        for name in re.findall(r"\bprobe\.py ([a-z]\w*)", span[2]):
+            if name not in probe.COMMANDS:
+                faults.append((line, f"probe.py {name}: there is no such command"))
+    return faults
 
 
 @every_page
@@ -406,9 +414,11 @@ def test_flags_exist(page):
 def test_flags_that_nobody_has_are_found():
     text = (
         "`--kl_coef 0` and `--kl_weight`, `train_ppo.py --steps 3 --stepz 4`;\n"
-        "`--kills`, `--quick`, `--rm_flags`, --no_code"
+        "`--kills`, `--quick`, `--rm_flags`, `--from`, --no_code;\n"
+        "`probe.py features --top 3`, `python probe.py future`, `probe.py COMMAND`"
     )
-    assert [what.split(":")[0] for _, what in faults_of_flags(text)] == ["--kl_weight", "--stepz"]
+    faults = [(line, what.split(":")[0]) for line, what in faults_of_flags(text)]
+    assert faults == [(1, "--kl_weight"), (1, "--stepz"), (3, "probe.py future")]
 
 
 @every_page
@@ -455,13 +465,26 @@ NEEDS = ("hub", "gpu", "data")
 LANGUAGES = ("bash", "python", "text", "jsonl", "json", "tsv")
 
 
-@every_page
-def test_blocks_say_what_they_are(page):
-    """A block without a language, or with one misspelt, would be run by nobody."""
+def faults_of_blocks(text):
+    """Blocks that nobody would run: without a language, with one misspelt, without fences."""
     faults = []
-    for block in read_blocks(read(page)):
+    for block in read_blocks(text):
         if block.language not in LANGUAGES:
             faults.append((block.line, f"{block.language!r} is none of {', '.join(LANGUAGES)}"))
         if block.tags.keys() - {"needs"} or block.tags.get("needs", "hub") not in NEEDS:
             faults.append((block.line, f"{block.tags}: the tags are needs={' or '.join(NEEDS)}"))
-    fail_with(page, faults)
+    for number, line in enumerate(blank_blocks(text).splitlines(), start=1):
+        if re.match(r"    +(python|torchrun) ", line):
+            faults.append((number, "a command stands in a ```bash block"))
+    return sorted(faults)
+
+
+@every_page
+def test_blocks_say_what_they_are(page):
+    fail_with(page, faults_of_blocks(read(page)))
+
+
+def test_blocks_that_nobody_would_run_are_found():
+    blocks = ["```", "```sh", "```bash needs=hub", "```bash needs=time", "```text"]
+    text = "".join(f"{fence}\npython probe.py\n```\n" for fence in blocks) + "    python probe.py\n"
+    assert [line for line, _ in faults_of_blocks(text)] == [1, 4, 10, 16]

@@ -2,14 +2,14 @@
 
 Bash reads a page's ```bash blocks as one script, line by line as they stand on the page, so that
 variables, loops and files written on the way work as they do for a reader. But `python`, `torchrun`
-and the like are functions there, which hand their arguments over to this process: it adds the flags
-of SIZES, which only make a run smaller, and runs the script's main() here. The folder is one in which
-the first run is done: runs/sft, runs/rm/seed_0, runs/ppo.
+and the like are functions there, which hand their arguments over to this process: it adds flags
+that make the run smaller (SIZES), and calls the script's main(). In the page's folder the first run
+is done: runs/sft, runs/rm/seed_0, runs/ppo.
 
 What is not run is looked at as closely as can be done without running it:
   blocks tagged needs=hub, needs=gpu or needs=data      the script reads the flags
   studies (tests/studies/ runs them), benchmarks        they read their flags
-  what starts from a study's runs                       flags, and whether the study makes such a run
+  what starts from a study's runs                       flags; whether the study makes such a run
   pytest, pip, ruff                                     the files that they name are there
 Every other command that this file does not know fails.
 """
@@ -53,8 +53,8 @@ SIZES = {
     "train_rm.py": {**SMALL_MODEL_RUN, "members": 2, "compile": False},
     "train_ppo.py": {**SMALL_MODEL_RUN, "minibatch_size": 2, "ppo_epochs": 1, "compile": False},
     "sample_bon.py": {"eval_size": 4, "max_rows": 4, "n_answers": 16, "n": 16, "max_new_tokens": 8},
-    "train_sae.py": {"steps": 10, "batch_size": 32, "buffer_tokens": 256, "max_rows": 64, "eval_size": 8}
-    | {"n_answers": 2, "max_new_tokens": 8},
+    "train_sae.py": {"steps": 10, "batch_size": 32, "buffer_tokens": 256, "max_rows": 64}
+    | {"eval_size": 8, "n_answers": 2, "max_new_tokens": 8},
     "probe.py": {"max_rows": 40, "eval_size": 16, "seeds": 2, "triples": 20, "draws": 2, "top": 4}
     | {"n_answers": 2, "max_new_tokens": 8},
 }  # fmt: skip
@@ -117,7 +117,7 @@ def file_of(block):
 
 
 class Page:
-    """The commands of a page, run in a folder; `failures` are lines PAGE:LINE: command: what went wrong."""
+    """The commands of a page, run in a folder; `failures` are texts PAGE:LINE: command, and why."""
 
     real_torchruns = 1  # of all pages together; others run as one process
 
@@ -146,8 +146,15 @@ class Page:
         }
         command = [shutil.which("bash"), "-c", ". .tools/prelude.sh; . .tools/page.sh"]
         with open(tools / "errors", "w") as errors:
-            bash = subprocess.Popen(command, cwd=self.folder, env=env, pass_fds=(to_test, from_test), stderr=errors,
-                                    stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)  # fmt: skip
+            bash = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=env,
+                pass_fds=(to_test, from_test),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
         os.close(to_test)
         os.close(from_test)
         with open(from_bash, "rb") as requests, open(to_bash, "w") as answers:
@@ -303,7 +310,7 @@ class Page:
         return any(path.startswith(f"{root}/") for path in map(path_in, args) for root in roots)
 
     def check_studied(self, args):
-        """A run that a command takes from a study's folder is one that the study makes; * and ? stand for several."""
+        """What a command takes from a study's folder is a run that the study makes."""
         for flag, arg in zip(["", *args], args):
             if self.from_a_study([arg]) and flag not in ("--output_dir", "--compare"):
                 path = path_in(arg)
@@ -316,7 +323,7 @@ class Unknown(Exception):
 
 
 def unexpected(error):
-    """Whether an error needs a traceback to be understood: not bad input, nor a check of this file."""
+    """Whether an error needs a traceback: it is neither bad input nor a check of this file."""
     return not isinstance(
         error, (ValueError, SystemExit, Unknown, AssertionError, FileNotFoundError)
     )
@@ -381,7 +388,7 @@ def size_flags(script, args):
 
 @contextlib.contextmanager
 def evaluated_steps(script, args):
-    """Answers of the evaluations that the whole run would have made: copies of the small run's last ones."""
+    """Files of the evaluations that the whole run would have: copies of the small run's last."""
     yield
     values = flags_of(script, args)
     if script != "train_ppo.py" or values["score_gold"]:
@@ -465,7 +472,7 @@ def path_in(arg):
 
 
 def same_path(path, output):
-    """Whether a path on a page, in which * and ? may stand, is an output, lies in one, or above one."""
+    """Whether a path, in which * and ? may stand, is an output, lies in one, or above one."""
     output = re.sub(r"\{\w+\}", "*", output)
     pairs = zip(path.split("/"), output.split("/"))
     return all(fnmatch.fnmatch(b, a) or fnmatch.fnmatch(a, b) for a, b in pairs)
@@ -618,7 +625,8 @@ def test_faults_of_commands_are_found(run_page):
 
 def test_flags_of_commands_that_are_not_run_are_read(run_page):
     for needs in ("hub", "gpu", "data"):
-        block = "python train_sft.py --model gpt2 --stepz 3\npython probe.py divergence --seeds 3\npython gone.py\n"
+        block = "python train_sft.py --model gpt2 --stepz 3\npython probe.py divergence --seeds 3\n"
+        block += "python gone.py\n"
         (failed, *others) = run_page("page.md", f"```bash needs={needs}\n{block}```\n").failures
         assert "--stepz" in failed and "page.md:2: python train_sft.py" in failed
         assert [failure.split(": ")[0] for failure in others] == ["page.md:3", "page.md:4"]
