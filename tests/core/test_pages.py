@@ -374,7 +374,10 @@ def every_flag():
     """The flags of scripts, studies, benchmarks and tests, as their sources say; torchrun's too."""
     flags = set(OF_OTHER_TOOLS)
     for file in find_files():
-        if not file.endswith(".py"):
+        is_test = file.startswith("tests/") and not file.startswith(
+            ("tests/bench/", "tests/conftest")
+        )
+        if is_test or not file.endswith(".py"):
             continue
         source = read(REPO / file)
         declared = r"(?:add_argument\(|addoption\(|\"aliases\": \[)\s*\"--([\w-]+)\""

@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import io
 import itertools
+import multiprocessing
 import os
 import re
 import runpy
@@ -34,12 +35,12 @@ from pathlib import Path
 
 import pytest
 from links import find_pages, read_blocks
-from support import ALL_SCRIPTS, ENV, REPO, free_port
+from support import ALL_SCRIPTS, ENV, REPO, free_port, metrics
 from torch.distributed.run import parse_args as parse_torchrun
 
 import probe
 import train_sae
-from nanorlhf import data
+from nanorlhf import data, ppo
 from nanorlhf.runtime import cli, distributed
 from nanorlhf.studies import common, cue_control
 
@@ -226,7 +227,8 @@ class Page:
         if script == "-m":
             self.do_module(args[1], args[2:], needs)
         elif script == "-c":
-            exec(compile(args[1], "python -c", "exec"), {"__name__": "__main__"})
+            code = compile(args[1], "python -c", "exec")
+            run_program(lambda: exec(code, {"__name__": "__main__"}), ["-c", *args[2:]])
         elif script in SIZES:
             self.do_script(script, args[1:], needs)
         elif script.startswith("tests/bench/"):
@@ -237,7 +239,7 @@ class Page:
         elif needs:
             assert Path(script).is_file(), f"no block of this page is {script}"
         elif Path(script).is_file():
-            run_here(lambda: runpy.run_path(script, run_name="__main__"), args)
+            run_program(lambda: runpy.run_path(script, run_name="__main__"), args)
             self.ran.append((script, args[1:]))
         else:
             raise Unknown(f"no script here, and no block of this page, is {script}")
@@ -253,7 +255,7 @@ class Page:
             if self.from_a_study(args):
                 self.check_studied(args)
             elif not needs:
-                run_here(
+                run_program(
                     lambda: runpy.run_module(module, run_name="__main__", alter_sys=True),
                     [module, *args],
                 )
@@ -401,18 +403,43 @@ def evaluated_steps(script, args):
                 shutil.copy(folder / last, folder / f"step_{step}.jsonl")
 
 
-def run_here(function, argv):
-    """Run a program in this process, with its arguments."""
-    before = sys.argv
+def run_program(function, argv):
+    """Run a program with its arguments, in a fork: what it changes in modules ends with it."""
+    output = Path(".tools/program")
+    output.unlink(missing_ok=True)
+    fork = multiprocessing.get_context("fork").Process(
+        target=in_fork, args=(function, argv, output)
+    )
+    fork.start()
+    fork.join()
+    printed = output.read_text()
+    assert fork.exitcode == 0, printed
+    print(printed, end="")
+
+
+def in_fork(function, argv, output):
     sys.argv = list(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of a module that was imported before
+    # A module that is run was imported before: runpy warns of that.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    cli.run = run_small
+    with open(output, "w") as file, contextlib.redirect_stdout(file):
+        try:
             function()
-    except SystemExit as ended:
-        assert not ended.code, f"exit code {ended.code}"
-    finally:
-        sys.argv = before
+        except SystemExit as ended:
+            if ended.code:
+                print(f"exit code {ended.code}")
+                raise
+        except Exception:
+            traceback.print_exc(file=file)
+            raise SystemExit(1)
+
+
+def run_small(config_class, main, args=None):
+    """cli.run() for programs of a page that go on as one of the scripts."""
+    script = Path(sys.modules[config_class.__module__].__file__).name
+    args = list(sys.argv[1:] if args is None else args)
+    with evaluated_steps(script, args):
+        main(cli.parse(config_class, args + size_flags(script, args)))
 
 
 class Parsed(BaseException):
@@ -532,6 +559,18 @@ import sys
 print(*sys.argv[1:])
 ```
 
+```python
+# change.py
+from nanorlhf import ppo
+from nanorlhf.runtime import cli
+
+ppo.KL_ESTIMATES["half"] = lambda x: x / 2
+
+import train_ppo
+
+cli.run(train_ppo.Config, train_ppo.main)
+```
+
     python not_in_a_block.py
 
 ```jsonl
@@ -557,6 +596,7 @@ LAST=$(python show.py last $NAME)
 python show.py "$LAST" && python - <<END
 open("by_python.txt", "w").write("$LAST")
 END
+python change.py --kl_kind half --output_dir runs/half | grep -c "^Before"
 timeout -s KILL 60 python show.py killed || true
 ls runs/ppo/eval | grep step
 ```
@@ -579,7 +619,14 @@ def test_a_page_is_read_as_a_reader_would(run_page):
         ["last world"],
         ["killed"],
     ]
-    assert page.ran == [("show.py", args) for args in shown]
+    changed = ("change.py", ["--kl_kind", "half", "--output_dir", "runs/half"])
+    assert page.ran == [
+        *(("show.py", args) for args in shown[:-1]),
+        changed,
+        ("show.py", shown[-1]),
+    ]
+    assert len(metrics(page.folder / "runs" / "half")) == 3  # in its smallest form: steps 0, 1, 2
+    assert "half" not in ppo.KL_ESTIMATES
     assert [script for script, _ in page.parsed] == ["train_sft.py", "train_ppo.py"]
     written = {
         "rows.jsonl": '{"prompt": "a", "response": "b"}\n',
