@@ -55,7 +55,7 @@ class Block:
 
 
 def read_blocks(text: str) -> list[Block]:
-    """The blocks of code of a page. ValueError: one is not closed."""
+    """The blocks of code of a page. ValueError: one is not closed before the next one opens."""
     blocks = []
     block, fence, indent = None, "", 0
     for number, line in enumerate(text.splitlines(), start=1):
@@ -67,6 +67,10 @@ def read_blocks(text: str) -> list[Block]:
         elif block is not None and line.strip() == fence:
             blocks.append(block)
             block = None
+        elif block is not None and opening and opening[2] == fence:
+            raise ValueError(
+                f"the block of code in line {block.line} is open still in line {number}"
+            )
         elif block is not None:
             # In a list a block is set in; its content is not.
             content = line[indent:] if not line[:indent].strip() else line

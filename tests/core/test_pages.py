@@ -462,9 +462,11 @@ def test_blocks_are_read_as_they_stand():
     ]
     with pytest.raises(ValueError, match="line 2 "):
         read_blocks("text\n```bash\npython train_ppo.py\n")
+    with pytest.raises(ValueError, match="line 2 "):
+        read_blocks("text\n```bash\npython train_ppo.py```\ntext\n```text\n```\n")
 
 
-NEEDS = ("hub", "gpu", "data")
+NEEDS = ("hub", "gpu", "data", "run")
 LANGUAGES = ("bash", "python", "text", "jsonl", "json", "tsv")
 
 

@@ -7,7 +7,7 @@ that make the run smaller (SIZES), and calls the script's main(). In the page's 
 is done: runs/sft, runs/rm/seed_0, runs/ppo.
 
 What is not run is looked at as closely as can be done without running it:
-  blocks tagged needs=hub, needs=gpu or needs=data      the script reads the flags
+  blocks tagged needs=hub, gpu, data or run             the script reads the flags
   studies (tests/studies/ runs them), benchmarks        they read their flags
   what starts from a study's runs                       flags; whether the study makes such a run
   pytest, pip, ruff                                     the files that they name are there
@@ -56,7 +56,7 @@ SIZES = {
     "sample_bon.py": {"eval_size": 4, "max_rows": 4, "n_answers": 16, "n": 16, "max_new_tokens": 8},
     "train_sae.py": {"steps": 10, "batch_size": 32, "buffer_tokens": 256, "max_rows": 64}
     | {"eval_size": 8, "n_answers": 2, "max_new_tokens": 8},
-    "probe.py": {"max_rows": 40, "eval_size": 16, "seeds": 2, "triples": 20, "draws": 2, "top": 4}
+    "probe.py": {"max_rows": 40, "eval_size": 64, "seeds": 2, "triples": 20, "draws": 2, "top": 4}
     | {"n_answers": 2, "max_new_tokens": 8},
 }  # fmt: skip
 
@@ -671,7 +671,7 @@ def test_faults_of_commands_are_found(run_page):
 
 
 def test_flags_of_commands_that_are_not_run_are_read(run_page):
-    for needs in ("hub", "gpu", "data"):
+    for needs in ("hub", "gpu", "data", "run"):
         block = "python train_sft.py --model gpt2 --stepz 3\npython probe.py divergence --seeds 3\n"
         block += "python gone.py\n"
         (failed, *others) = run_page("page.md", f"```bash needs={needs}\n{block}```\n").failures
