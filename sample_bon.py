@@ -1,16 +1,27 @@
-"""Best-of-n: sample N answers to each prompt, score them, and estimate without bias what the best of n <= N is worth.
+r"""Best-of-n: sample N answers to each prompt, score them, and estimate without
+bias what the best of n <= N is worth.
 
-    python sample_bon.py                                                       the embedded world; trains what is missing
-    python sample_bon.py --reward_model runs/rm/seed_{seed} --n_answers 512    every member and every ensemble objective
-    python sample_bon.py --n 16 --save_best --split ood --output_dir runs/best the best of 16, as a data set
-    python sample_bon.py --eval_splits test ood --output_dir runs/best         in and out of distribution: runs/best/test, runs/best/ood
-    python sample_bon.py --pool pool.jsonl --reward_model runs/rm/seed_0       answers that are there already
-    python sample_bon.py --diversity --best_of 16                              how diverse the answers are, and the best of 16 of them
-    python sample_bon.py --from a.jsonl b.jsonl --encoder FOLDER               the diversity of answers in files, nothing else
-    torchrun --nproc_per_node=4 -- sample_bon.py --n 16                        the same answers and scores on four processes
+    the embedded world; trains what is missing:
+        python sample_bon.py
+    every member and every ensemble objective:
+        python sample_bon.py --reward_model runs/rm/seed_{seed} --n_answers 512
+    the best of 16, as a data set:
+        python sample_bon.py --n 16 --save_best --split ood \
+            --output_dir runs/best
+    in and out of distribution, runs/best/test and runs/best/ood:
+        python sample_bon.py --eval_splits test ood --output_dir runs/best
+    answers that are there already:
+        python sample_bon.py --pool pool.jsonl --reward_model runs/rm/seed_0
+    how diverse the answers are, and the best of 16 of them:
+        python sample_bon.py --diversity --best_of 16
+    the diversity of answers in files, nothing else:
+        python sample_bon.py --from a.jsonl b.jsonl --encoder FOLDER
+    the same answers and scores on four processes:
+        torchrun --nproc_per_node=4 -- sample_bon.py --n 16
 
-Method: nanorlhf/bon.py, ensemble.py and diversity.py. A second call with other --n or --uwo_lambda scores nothing again. The -- keeps
-torchrun from taking --n for a flag of its own.
+Method: nanorlhf/bon.py, ensemble.py and diversity.py. A second call with
+another --n or --uwo_lambda scores nothing again. The -- keeps torchrun from
+taking --n for a flag of its own.
 
     K members, P prompts, N answers to a prompt, L values of n
 """

@@ -98,10 +98,11 @@ class AutoencoderFlags(FlagGroup):
     normalize: str = HfArg(
         default="dataset",
         metadata={"choices": NORMALIZE},
-        help="scale activations by one number for the data set, or each token's by its own",
+        help="scale all activations by one number (dataset), each token's by its own (token), or "
+        "not at all (none)",
     )
     relu: bool = HfArg(
-        default=True, help="topk: latents are never negative (a SARM's are allowed to be: False)"
+        default=True, help="topk: latents are never negative; a SARM needs False"
     )
     bias: str = HfArg(
         default="mean",

@@ -244,7 +244,7 @@ def check_model(path):
     elif os.path.sep in os.path.normpath(path) and path.count("/") != 1 or path.startswith((".", "~", "/")):
         raise InputError(f"{path}: no such model folder")
     elif path.startswith("runs/"):
-        raise InputError(f"{path}: no such run")
+        raise InputError(f"{path}: no such run yet")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:

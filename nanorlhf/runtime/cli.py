@@ -203,8 +203,11 @@ def run_command(commands, args=None):
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     with errors_in_one_line():
         if name in ("-h", "--help"):
-            lines = [f"  {name:15s}{inspect.getdoc(function).splitlines()[0]}" for name, (_, function) in commands.items()]
-            print(sys.modules["__main__"].__doc__ or "", "commands:", *lines, f"\n{script()} COMMAND --help lists its flags", sep="\n")
+            print(sys.modules["__main__"].__doc__ or "")
+            print("Commands:")
+            for name, (_, function) in commands.items():
+                print(f"  {name:15s}{inspect.getdoc(function).splitlines()[0]}")
+            print(f"\n{script()} COMMAND --help lists the flags of a command")
             return
         require(name in commands, f"no command {name!r}; there are {', '.join(commands)}")
         config_class, function = commands[name]

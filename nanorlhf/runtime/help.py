@@ -25,7 +25,7 @@ def help_text(command: str, description: str, config_class) -> str:
     """
     width = min(shutil.get_terminal_size().columns, MOST_COLUMNS)
     types = typing.get_type_hints(config_class)
-    lines = [f"usage: {command} [flags]", "", inspect.cleandoc(description)]
+    lines = [f"usage: {command} [flags]", "", description.strip()]
     for heading, flags in groups_of(config_class):
         lines += ["", *textwrap.wrap(heading, width), ""]
         for flag in flags:

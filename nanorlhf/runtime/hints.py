@@ -31,7 +31,7 @@ def check_made(path: str) -> None:
     default = default_of(path)
     if default and not os.path.exists(default):
         commands = " && ".join(commands_for(default))
-        raise InputError(f"{path}: not there yet; this makes {default}: {commands}")
+        raise InputError(f"{path}: no such run yet: {commands} makes it")
 
 
 def default_of(path: str) -> str:
