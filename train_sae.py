@@ -75,6 +75,7 @@ from nanorlhf.sae import (
 from nanorlhf.stages import train_what_is_missing
 
 FIT_TOKENS = 2**14  # for the mean and the scale
+MOST_EXPANSION = 2**16  # beyond it no memory holds the weights
 EDGES = [-6 + 0.5 * i for i in range(13)]  # of the histogram of log10 density: half decades up to 1
 
 
@@ -199,6 +200,7 @@ class Config(
         at_least(self, 1, "steps", "batch_size", "k", "eval_size", "n_answers", "max_new_tokens")
         at_least(self, 0, "l1", "lr", "dead_after", "max_rows", "buffer_tokens")
         require(self.expansion > 0 and self.temperature > 0, "--expansion and --temperature must be positive")
+        require(self.expansion <= MOST_EXPANSION, f"--expansion must be at most {MOST_EXPANSION}")
         require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
         if not self.base:
             self.base = "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"

@@ -22,7 +22,7 @@ from ..packing import pack
 from ..penalties import OPS, edit_latents
 from ..rewards import kind_of, packed_reader, reward_names
 from ..runtime.distributed import autocast
-from ..runtime.flags import FlagGroup
+from ..runtime.flags import MOST_FLOAT, FlagGroup
 from ..runtime.fsdp import gathered
 from ..runtime.hints import check_made
 from ..sarm import SARM, Reading, check_sarm, checked, is_sarm
@@ -87,7 +87,7 @@ def parse_edits(flag, texts, ops=OPS):
             number = float(value)
         except ValueError:
             number = math.nan
-        good = i.isdecimal() and op in ops and math.isfinite(number)
+        good = i.isdecimal() and op in ops and abs(number) <= MOST_FLOAT
         require(good, f"--{flag} {text}: it must be FEATURE:OP:VALUE with OP one of {', '.join(ops)}, such as 17:set:0")
         require(int(i) not in edits, f"--{flag} names feature {i} twice")
         edits[int(i)] = (op, number)

@@ -72,6 +72,8 @@ class JudgeConfig(EndpointFlags):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 0, "answers", "requests_per_minute")
+        slow = 0 < self.requests_per_minute < 1 / (24 * 60)
+        require(not slow, "--requests_per_minute must be 0, or at least one request a day")
         at_least(self, 1, "answer_tokens", "parallel", "micro_batch_size")
         require(self.judge, "--judge names no judge")
         for spec in self.judge:

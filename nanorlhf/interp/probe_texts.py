@@ -185,7 +185,11 @@ def by_prompt(config, rows):
     require(len(names) >= FEWEST, f"{config.dataset}: {len(names)} different prompts are too few to split ({FEWEST} at least)")
     groups, splits = torch.tensor([names[prompt] for prompt in prompts]), []
     for seed in range(config.seeds):
-        _, test = halves(np.random.default_rng([SPLIT, seed]), list(range(len(names))), config.test_share)
+        train, test = halves(np.random.default_rng([SPLIT, seed]), list(range(len(names))), config.test_share)
+        require(
+            len(train) > 1,
+            f"--test_share {config.test_share} leaves one of {len(names)} prompts to fit a probe to",
+        )
         is_test = torch.isin(groups, torch.tensor(test))
         splits.append(((~is_test).nonzero()[:, 0], is_test.nonzero()[:, 0]))
     return groups, splits

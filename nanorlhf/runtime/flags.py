@@ -16,7 +16,10 @@ from transformers.hf_argparser import HfArg
 from ..errors import at_least, require
 from . import distributed
 
-SMALLEST, LARGEST = -(2**63), 2**63 - 1  # a whole number in torch has 64 bits
+# What torch can hold: whole numbers of 64 bits, numbers of 32.
+LEAST_INT, MOST_INT = -(2**63), 2**63 - 1
+MOST_FLOAT = 3.4e38
+A_DAY = 86_400  # seconds
 
 
 @dataclass
@@ -37,15 +40,12 @@ def check_value(flag, value):
         named = ", ".join(choice for choice in choices if choice)
         require(value in choices, f"--{flag.name} must be one of {named}, not {value!r}")
     if isinstance(value, float):
-        infinite = value == math.inf and flag.metadata.get("may_be_infinite", False)
-        require(
-            math.isfinite(value) or infinite, f"--{flag.name} must be a finite number, not {value}"
-        )
+        is_off = value == math.inf and flag.metadata.get("may_be_infinite", False)
+        is_number = abs(value) <= MOST_FLOAT  # nan is not
+        require(is_off or is_number, f"--{flag.name} must be a finite number, not {value}")
     if isinstance(value, int):
-        require(
-            SMALLEST <= value <= LARGEST,
-            f"--{flag.name} must lie between {SMALLEST} and {LARGEST}: it has 64 bits",
-        )
+        fits = LEAST_INT <= value <= MOST_INT
+        require(fits, f"--{flag.name} must lie between {LEAST_INT} and {MOST_INT} (64 bits)")
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -307,4 +307,6 @@ class EndpointFlags(FlagGroup):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 0, "pause")
+        require(self.pause <= A_DAY, f"--pause must be at most a day ({A_DAY} seconds)")
         require(self.timeout > 0, "--timeout must be positive")
+        require(self.timeout <= A_DAY, f"--timeout must be at most a day ({A_DAY} seconds)")
