@@ -60,6 +60,9 @@ def describe_flag(flag: Field, hint, width: int) -> list[str]:
     lines = textwrap.wrap(
         about, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
+    if len(name) > width:  # many choices
+        names = textwrap.wrap(name.replace(",", ", "), width, subsequent_indent=" " * 2 * INDENT)
+        return [*names, *lines]
     if len(name) > COLUMN - 2:
         return [name, *lines]
     return [name + lines[0][len(name) :], *lines[1:]]

@@ -21,6 +21,7 @@ from nanorlhf import stages
 from nanorlhf.data import FORMATS
 from nanorlhf.errors import InputError
 from nanorlhf.runtime import cli, flags, hints
+from nanorlhf.studies import cue_control, feedback_patterns, generalisation, overoptimisation
 
 FLAG = re.compile(r"^  --(\w+)(?: |$)", re.MULTILINE)
 BEYOND = {float: [math.nan, math.inf, -math.inf], int: [2**63, -(2**63) - 1]}
@@ -68,6 +69,7 @@ def test_help(name, capsys, monkeypatch):
     parts = dict(zip(shown, FLAG.split(text)[2::2]))
     for field in dataclasses.fields(config_class):
         # A flag's part ends with an empty line if it is the last of its group.
+        assert field.metadata["help"]
         words = " ".join(parts[field.name].split("\n\n")[0].split())
         if field.metadata.get("choices"):
             assert words.startswith("{" + ",".join(filter(None, field.metadata["choices"])) + "}")
@@ -96,6 +98,20 @@ def test_ppo_has_its_own_flags_in_groups(capsys):
     kl = text[text.index("\nThe KL penalty: ") : text.index("\nAdvantages and losses: ")]
     assert FLAG.findall(kl) == ["kl_coef", "kl_kind", "kl_in", "kl_target", "kl_horizon"]
     assert FLAG.findall(text)[:2] == ["model", "reward_model"]
+
+
+@pytest.mark.parametrize("study", [cue_control, feedback_patterns, generalisation, overoptimisation])
+def test_help_of_studies(study, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        study.read_settings(["--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0 and max(map(len, text.splitlines())) <= 80
+    assert sorted(FLAG.findall(text)) == sorted(field.name for field in dataclasses.fields(study.Settings))
+    assert text.index("_flags TEXT") < text.index("\n  --seeds")  # its own first
+    with pytest.raises(SystemExit) as exit_:
+        study.read_settings(["--seeds", "0"])
+    assert exit_.value.code == 2 and capsys.readouterr().err.endswith("error: --seeds must be at least 1, not 0\n")
 
 
 def test_help_follows_the_width(capsys, monkeypatch):
@@ -130,6 +146,21 @@ def test_numbers_out_of_range(name):
                 parsed(name, f"--{field.name}={value}")
             numeric += 1
     assert numeric or name == "human_latents"
+
+
+def test_numbers_beyond_what_is_computed_with():
+    """float32, the clock of a waiting process, a matrix in memory."""
+    for name, flag, value in (
+        ("ppo", "lr", "1e39"),
+        ("sae", "expansion", "1e30"),
+        ("judge", "timeout", "1e30"),
+        ("features", "pause", "1e30"),
+        ("judge", "requests_per_minute", "1e-30"),
+    ):
+        with pytest.raises(InputError, match=f"^--{flag} must "):
+            parsed(name, f"--{flag}", value)
+    with pytest.raises(InputError, match="^--edits 17:set:1e39: it must be"):
+        parsed("causal", "--edits", "17:set:1e39")
 
 
 def test_infinity_where_it_means_something():
