@@ -115,9 +115,7 @@ class KLFlags(FlagGroup):
 class UpdateFlags(FlagGroup):
     """Advantages and losses: how the policy learns from a rollout"""
 
-    minibatch_size: int = HfArg(
-        default=32, help="answers in an optimizer step, over all processes"
-    )
+    minibatch_size: int = HfArg(default=32, help="answers in an optimizer step, over all processes")
     ppo_epochs: int = HfArg(default=4, help="how often each rollout is gone through")
     gamma: float = HfArg(default=1.0, help="discount of later rewards, between 0 and 1")
     lam: float = HfArg(
@@ -148,9 +146,7 @@ class UpdateFlags(FlagGroup):
 
 
 @dataclass
-class Config(
-    ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, feature_control.Flags, RunConfig
-):
+class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, feature_control.Flags, RunConfig):
     """Models and rewards: what PPO starts from, and what it learns from"""
 
     model: str = HfArg(

@@ -102,9 +102,7 @@ class AutoencoderFlags(FlagGroup):
         help="scale all activations by one number (dataset), each token's by its own (token), or "
         "not at all (none)",
     )
-    relu: bool = HfArg(
-        default=True, help="topk: latents are never negative; a SARM needs False"
-    )
+    relu: bool = HfArg(default=True, help="topk: latents are never negative; a SARM needs False")
     bias: str = HfArg(
         default="mean",
         metadata={"choices": ("mean", "median")},

@@ -85,9 +85,7 @@ class SteerConfig(LatentFlags, PairFlags, TextFlags, ResultFlags):
         help="a file of texts to score, rows {prompt, response}; by default both sides of the "
         "held-out pairs",
     )
-    save: str = HfArg(
-        default="", help="write the SARM with its edited --weights into this folder"
-    )
+    save: str = HfArg(default="", help="write the SARM with its edited --weights into this folder")
 
     output_dir: str = HfArg(
         default="runs/probe/steer", help="the folder that the results are written to"

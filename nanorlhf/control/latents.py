@@ -52,9 +52,7 @@ Say in one sentence what the feature stands for, and whether that has to do with
 
 
 @dataclass
-class LatentsConfig(
-    LatentFlags, PairFlags, DescribeFlags, TextFlags, EndpointFlags, ResultFlags
-):
+class LatentsConfig(LatentFlags, PairFlags, DescribeFlags, TextFlags, EndpointFlags, ResultFlags):
     """A policy's answers, and which features come first"""
 
     answers: str = HfArg(

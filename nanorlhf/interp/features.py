@@ -36,9 +36,7 @@ SHOWN = 8  # tokens in a description's lists
 
 
 @dataclass
-class FeaturesConfig(
-    PlaceFlags, DescribeFlags, TokenFlags, TextFlags, EndpointFlags, ResultFlags
-):
+class FeaturesConfig(PlaceFlags, DescribeFlags, TokenFlags, TextFlags, EndpointFlags, ResultFlags):
     """Autoencoders: whose features are described, on how many texts"""
 
     sae: list[str] = HfArg(
