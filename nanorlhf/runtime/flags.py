@@ -1,11 +1,11 @@
 """Flags that several scripts share, and the checks that every flag passes.
 
-A script's Config inherits groups of flags: small dataclasses of one theme each. The first line of a
-group's docstring is its heading in --help (help.py). A script that needs another default, or another
-help text, declares that one flag again; the flag stays in its group.
+A script's Config inherits groups of flags: small dataclasses of one theme each. The first line of
+a group's docstring is its heading in --help (help.py). A script that needs another default, or
+another help text, declares that one flag again; the flag stays in its group.
 
-A flag is HfArg(default=..., help=...). Its metadata may hold `choices`, the values that it can have,
-and `may_be_infinite`, for a bound that infinity switches off.
+A flag is HfArg(default=..., help=...). Its metadata may hold `choices`, the values that it can
+have, and `may_be_infinite`, for a bound that infinity switches off.
 """
 
 import math
@@ -278,7 +278,7 @@ class RunConfig(TextFlags, SplitFlags, OptimFlags, LoraFlags, RunFlags, DeviceFl
     """All flags that train_sft.py, train_rm.py and train_ppo.py share."""
 
 
-# ------------------------------------------------------------------------- commands without training
+# ------------------------------------------------------------------------ commands without training
 
 
 @dataclass

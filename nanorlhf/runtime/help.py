@@ -35,7 +35,7 @@ def help_text(command: str, description: str, config_class) -> str:
 
 
 def groups_of(config_class) -> list[tuple[str, list[Field]]]:
-    """(heading, flags) of each class that a Config is made of: the Config itself, then what it inherits.
+    """(heading, flags) of each class that a Config is made of: the Config, then what it inherits.
 
     A flag stands with the class that declares it first, also where a script declares it again.
     """

@@ -1,4 +1,4 @@
-"""Which commands make the folders that commands read by default: what an error says where one is missing."""
+"""Which commands make the folders that are read by default: errors name them if one is missing."""
 
 import os
 
@@ -27,7 +27,7 @@ READ_FIRST = {
 
 
 def check_made(path: str) -> None:
-    """InputError with the commands to give, if `path` is, or lies in, a default that is not there yet."""
+    """InputError, with the commands to give, for a path in a default folder that is missing."""
     default = default_of(path)
     if default and not os.path.exists(default):
         commands = " && ".join(commands_for(default))
@@ -35,7 +35,7 @@ def check_made(path: str) -> None:
 
 
 def default_of(path: str) -> str:
-    """The default folder or file that `path` is, or lies in; "" if there is none."""
+    """The default folder that `path` is, or lies in; "" if there is none."""
     path = os.path.normpath(path)
     while path not in MADE_BY:
         path = os.path.dirname(path)
@@ -45,7 +45,7 @@ def default_of(path: str) -> str:
 
 
 def commands_for(default: str) -> list[str]:
-    """The commands that make a default, those first that make what it reads and that is not there either."""
+    """The commands that make a default folder, after those for what it reads and is missing too."""
     commands = []
     needed = READ_FIRST.get(default)
     if needed and not os.path.exists(needed):
