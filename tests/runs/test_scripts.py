@@ -466,6 +466,7 @@ def test_a_further_kl_kind_is_one_line(base, tmp_path, monkeypatch, seen):
     monkeypatch.setitem(ppo_maths.KL_ESTIMATES, "square", lambda x: x.square())
     config = runpy.run_path(train_ppo.__file__)["Config"]  # as a new process reads it
     assert "--kl_kind {k1,k2,k3,square,full}" in help_text("train_ppo.py", "", config)
+    monkeypatch.setattr(train_ppo, "Config", config)
 
     rows = ppo(base, tmp_path / "reward", kl_kind="square", kl_coef=0.35, lr=2e-3)
     kls = seen["experience"][1]["kls"]  # before the second update
