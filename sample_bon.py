@@ -1,35 +1,49 @@
-"""Best-of-n: sample N answers to each prompt, score them, and estimate without bias what the best of n <= N is worth.
+r"""Best-of-n: sample N answers to each prompt, score them, and estimate without
+bias what the best of n <= N is worth.
 
-    python sample_bon.py                                                       the embedded world; trains what is missing
-    python sample_bon.py --reward_model runs/rm/seed_{seed} --n_answers 512    every member and every ensemble objective
-    python sample_bon.py --n 16 --save_best --split ood --output_dir runs/best the best of 16, as a data set
-    python sample_bon.py --eval_splits test ood --output_dir runs/best         in and out of distribution: runs/best/test, runs/best/ood
-    python sample_bon.py --pool pool.jsonl --reward_model runs/rm/seed_0       answers that are there already
-    python sample_bon.py --diversity --best_of 16                              how diverse the answers are, and the best of 16 of them
-    python sample_bon.py --from a.jsonl b.jsonl --encoder FOLDER               the diversity of answers in files, nothing else
-    torchrun --nproc_per_node=4 -- sample_bon.py --n 16                        the same answers and scores on four processes
+    the embedded world; trains what is missing:
+        python sample_bon.py
+    every member and every ensemble objective:
+        python sample_bon.py --reward_model runs/rm/seed_{seed} --n_answers 512
+    the best of 16, as a data set:
+        python sample_bon.py --n 16 --save_best --split ood \
+            --output_dir runs/best
+    in and out of distribution, runs/best/test and runs/best/ood:
+        python sample_bon.py --eval_splits test ood --output_dir runs/best
+    answers that are there already:
+        python sample_bon.py --pool pool.jsonl --reward_model runs/rm/seed_0
+    how diverse the answers are, and the best of 16 of them:
+        python sample_bon.py --diversity --best_of 16
+    the diversity of answers in files, nothing else:
+        python sample_bon.py --from a.jsonl b.jsonl --encoder FOLDER
+    the same answers and scores on four processes:
+        torchrun --nproc_per_node=4 -- sample_bon.py --n 16
 
-Method: nanorlhf/bon.py, ensemble.py and diversity.py. A second call with other --n or --uwo_lambda scores nothing again. The -- keeps
-torchrun from taking --n for a flag of its own.
+Method: nanorlhf/bon.py, ensemble.py and diversity.py. A second call with
+another --n or --uwo_lambda scores nothing again. The -- keeps torchrun from
+taking --n for a flag of its own.
 
     K members, P prompts, N answers to a prompt, L values of n
 """
 
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from nanorlhf import data, pool
 from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
 from nanorlhf.ensemble import OBJECTIVES, combine, combine_all, objective_of
-from nanorlhf.errors import at_least, one_of, require
+from nanorlhf.errors import at_least, require
 from nanorlhf.evals import diversity_report
 from nanorlhf.models import check_model, load_tokenizer
 from nanorlhf.rewards import expand, reward_names
+from nanorlhf.rollout import SamplingFlags
 from nanorlhf.runtime import cli
 from nanorlhf.runtime.distributed import setup
 from nanorlhf.runtime.files import check_name, write_json, write_lines
+from nanorlhf.runtime.flags import ResultFlags, SplitFlags, TextFlags
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import PLACES, RunFolder
 from nanorlhf.runtime.plots import plot_run
@@ -43,53 +57,86 @@ FREE = (*PLACES, "reward_model", "gold_model", "n", "uwo_lambda", "objective", "
 
 
 @dataclass
-class Config(diversity_report.Flags):
-    output_dir: str = field(default="runs/bon", metadata={"help": "the run folder"})
-    model: str = field(default="runs/sft", metadata={"help": "the policy: run folder, model folder or hub name"})
-    pool: str = field(default="", metadata={"help": "answers to read instead: JSONL {prompt, responses, gold_scores}, or a data set"})
-    reward_model: list[str] = field(default_factory=lambda: ["runs/rm/seed_0"], metadata={"help": "the proxies: see train_ppo.py --help"})
-    gold_model: str = field(default="", metadata={"help": "the gold reward; embedded world: its own; else the pool's gold_scores, if any"})
-    dataset: str = field(default="world", metadata={"help": "prompts: FILE.jsonl, a datasets name[:split], or world"})
-    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
-    prompt_format: str = field(default="", metadata={"help": "tldr: rows {subreddit, title, post, summary}; cnn_dm: {article, highlights}"})
-    in_distribution: str = field(default="", metadata={"help": "what --split test and train hold, and ood does not: see splits.py"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    split: str = field(default="test", metadata={"help": "which prompts: test (held out), train, ood (embedded world, or "
-        "what is not --in_distribution) or all"})  # fmt: skip
-    eval_splits: list[str] = field(default_factory=list, metadata={"help": "instead of --split: test, ood, NAME=[FORMAT:]FILE; --eval_size "
-        "prompts of each. Several are runs in folders of their own, OUTPUT_DIR/NAME"})  # fmt: skip
-    eval_dataset: str = field(default="", metadata={"help": "held-out data; default: rows of --dataset are held out, by prompt"})
-    eval_size: int = field(default=256, metadata={"help": "at most so many held-out prompts"})
-    max_rows: int = field(default=0, metadata={"help": "at most so many prompts of another split; 0: all"})
-    n_answers: int = field(default=256, metadata={"help": "N: answers to each prompt"})
-    n: list[int] = field(default_factory=list, metadata={"help": "the n of best-of-n; default: 1, 2, 4, ... up to N"})
-    objective: str = field(default="mean", metadata={"help": f"what --save_best takes the best by: {', '.join(OBJECTIVES)}"})
-    uwo_lambda: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "uwo: weights of the members' variance"})
-    save_best: bool = field(default=False, metadata={"help": "write best_of_{n}.jsonl: the best of each n answers in turn (n = 1: all)"})
-    save_pairs: bool = field(default=False, metadata={"help": "write pairs.jsonl: of each two answers the one with more gold"})
-    max_prompt_length: int = field(default=0, metadata={"help": "left-truncate prompts to this; 0: too long is an error"})
-    max_new_tokens: int = field(default=48, metadata={"help": "longest response"})
-    temperature: float = field(default=1.0, metadata={"help": "of sampling"})
-    batch_size: int = field(default=256, metadata={"help": "answers sampled at a time, over all processes; changes memory, not results"})
-    micro_batch_size: int = field(default=64, metadata={"help": "answers scored in one forward pass; changes memory, not results"})
-    seed: int = field(default=0, metadata={"help": "every random draw is keyed by it"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "of sampling: float32, or bfloat16 matmuls"})
+class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, ResultFlags):
+    """Best-of-n: whose answers are scored by what, and which of them are kept"""
+
+    model: str = HfArg(
+        default="runs/sft", help="the policy: a run folder, a model folder or a hub name"
+    )
+    reward_model: list[str] = HfArg(
+        default_factory=lambda: ["runs/rm/seed_0"],
+        help="the rewards that choose: see train_ppo.py --help",
+    )
+    gold_model: str = HfArg(
+        default="",
+        help="the gold reward, which says what the chosen are worth; in the embedded world its "
+        "own, else the pool's gold_scores, if it has them",
+    )
+    split: str = HfArg(
+        default="test",
+        metadata={"choices": ("test", "train", "ood", "all")},
+        help="which prompts: test (held out), train, ood (of the embedded world, or what does not "
+        "fit --in_distribution) or all",
+    )
+    n_answers: int = HfArg(default=256, help="N: how many answers to sample to each prompt")
+    n: list[int] = HfArg(
+        default_factory=list, help="each n of best-of-n; by default 1, 2, 4, ... up to N"
+    )
+    objective: str = HfArg(
+        default="mean",
+        metadata={"choices": tuple(OBJECTIVES)},
+        help="how --save_best makes one score of several rewards: see train_ppo.py --help",
+    )
+    uwo_lambda: list[float] = HfArg(
+        default_factory=lambda: [0.5], help="uwo: each weight of the variance between rewards"
+    )
+    save_best: bool = HfArg(
+        default=False,
+        help="write best_of_{n}.jsonl: the best of each n answers in turn (n = 1: all)",
+    )
+    save_pairs: bool = HfArg(
+        default=False, help="write pairs.jsonl: of each two answers, which has more gold"
+    )
+    pool: str = HfArg(
+        default="",
+        help="sample nothing, read answers: JSONL {prompt, responses, gold_scores}, or a data set",
+    )
+    batch_size: int = HfArg(
+        default=256,
+        help="answers that are sampled at once, over all processes; it changes memory, not results",
+    )
+    micro_batch_size: int = HfArg(
+        default=64,
+        help="answers that are scored in one forward pass; it changes memory, not results",
+    )
+    seed: int = HfArg(default=0, help="the number that every random draw depends on")
+
+    output_dir: str = HfArg(default="runs/bon", help="the folder that the results are written to")
+    max_rows: int = HfArg(
+        default=0, help="at most so many prompts of a split other than test; 0: all"
+    )
+    in_distribution: str = HfArg(
+        default="",
+        help="the rule that rows of --split test and train fit, and those of ood do not: see "
+        "train_ppo.py --help",
+    )
+    eval_size: int = HfArg(default=256, help="at most so many held-out prompts")
+    eval_splits: list[str] = HfArg(
+        default_factory=list,
+        help="instead of --split: test, ood, NAME=[FORMAT:]FILE, --eval_size prompts of each. "
+        "Several are runs in folders of their own, OUTPUT_DIR/NAME",
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "n_answers", "max_new_tokens", "batch_size", "micro_batch_size", "eval_size")
-        at_least(self, 0, "seed", "max_rows", "max_prompt_length")
-        require(self.temperature > 0, "--temperature must be positive")
+        at_least(self, 1, "n_answers", "batch_size", "micro_batch_size")
+        at_least(self, 0, "seed")
         require(all(n >= 1 for n in self.n), "--n must be at least 1")
         require(self.pool or all(n <= self.n_answers for n in self.n), f"--n must not be above --n_answers ({self.n_answers})")
-        require(self.uwo_lambda and all(0 <= x < float("inf") for x in self.uwo_lambda), "--uwo_lambda takes numbers of at least 0")
+        require(self.uwo_lambda and all(x >= 0 for x in self.uwo_lambda), "--uwo_lambda takes numbers of at least 0")
         there = self.pool or self.from_files
         require(there or self.best_of < self.n_answers, f"--best_of must be below --n_answers ({self.n_answers})")
         require(not self.save_best or len(self.n) == 1, "--save_best takes one --n")
-        one_of(self, "objective", *OBJECTIVES)
-        one_of(self, "split", "test", "train", "ood", "all")
-        one_of(self, "dtype", "float32", "bfloat16")
         labels(self.eval_splits)
         alone = self.split == "test" and not (self.pool or self.from_files)
         why = "--eval_splits takes the place of --split, and needs answers to sample: no --pool, no --from"

@@ -1,13 +1,22 @@
-"""Train a reward model on preference pairs: a causal LM's trunk with a scalar on the last token, loss -log sigmoid(r_c - r_r).
+r"""Train a reward model on preference pairs: a causal LM's trunk with a scalar
+on the last token, loss -log sigmoid(r_c - r_r).
 
-    python train_rm.py                                                           the embedded world, from runs/sft
-    python train_rm.py --members 5                                               an ensemble, runs/rm/seed_0 to runs/rm/seed_4
-    python train_rm.py --model gpt2 --dataset pairs.jsonl --output_dir runs/rm2  JSONL {prompt, chosen, rejected}
-    torchrun --nproc_per_node=4 train_rm.py                                      the same global batch on four processes
-    torchrun --nproc_per_node=4 train_rm.py --members 5                          whole members spread over the processes
-    python train_rm.py --sarm runs/sae_sarm                                      a score of sparse features (nanorlhf/sarm.py), runs/sarm
+    the embedded world, from runs/sft:
+        python train_rm.py
+    an ensemble, runs/rm/seed_0 to runs/rm/seed_4:
+        python train_rm.py --members 5
+    your own model and pairs, JSONL {prompt, chosen, rejected}:
+        python train_rm.py --model gpt2 --dataset pairs.jsonl \
+            --output_dir runs/rm2
+    the same global batch on four processes:
+        torchrun --nproc_per_node=4 train_rm.py
+    whole members spread over the processes:
+        torchrun --nproc_per_node=4 train_rm.py --members 5
+    a SARM, a score of sparse features (nanorlhf/sarm.py), into runs/sarm:
+        python train_rm.py --sarm runs/sae_sarm
 
-Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members: Coste et al. 2024 (2310.02743).
+Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members:
+Coste et al. 2024 (2310.02743).
 
     B pairs, T tokens, D hidden
 """
@@ -15,11 +24,12 @@ Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members: Cos
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers.hf_argparser import HfArg
 
 from nanorlhf import data
 from nanorlhf.control import sarm_training
@@ -38,6 +48,7 @@ from nanorlhf.rewards import check_reward, load_reward, score
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.runtime.files import read_json
+from nanorlhf.runtime.flags import RunConfig
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder
@@ -50,21 +61,52 @@ from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
 
 
 @dataclass
-class Config(sarm_training.Flags, cli.RunConfig):
-    output_dir: str = field(default="runs/rm/seed_{seed}", metadata={"help": "the run folder; {seed} stands for --seed"})
-    members: int = field(default=1, metadata={"help": "train an ensemble: K reward models with the seeds --seed, --seed + 1, ..."})
-    model: str = field(default="runs/sft", metadata={"help": "the trunk: run folder, model folder or hub name of a causal LM"})
-    steps: int = field(default=100, metadata={"help": "optimizer steps"})
-    batch_size: int = field(default=32, metadata={"help": "pairs a step, over all processes"})
-    lr: float | None = field(default=None, metadata={"help": "peak learning rate of AdamW; by default 5e-4, with --sarm 2e-3"})
-    warmup: int = field(default=10, metadata={"help": "steps of linear warm-up"})
-    eval_size: int = field(default=512, metadata={"help": "held-out pairs to evaluate on"})
-    max_length: int = field(default=0, metadata={"help": "longest prompt + response in tokens; 0: the model's context"})
-    label_noise: float = field(default=0.0, metadata={"help": "flip each training label with this probability"})
-    noise_seed: int = field(default=0, metadata={"help": "which labels are flipped: members share it"})
-    independent_noise: bool = field(default=False, metadata={"help": "member i flips labels by --noise_seed + i instead"})
-    score_l2: float = field(default=0.0, metadata={"help": "beta of the penalty beta * 1/2 (r_c^2 + r_r^2); Coste et al. use 0.001"})
-    gold_model: str = field(default="", metadata={"help": "a reward to compare the scores with (Kendall's tau); embedded world: its gold"})
+class Config(sarm_training.Flags, RunConfig):
+    """Reward models: what they start from, and what they learn from"""
+
+    model: str = HfArg(
+        default="runs/sft",
+        help="the causal language model to start from: a run folder, a model folder or a hub name",
+    )
+    members: int = HfArg(
+        default=1,
+        help="train an ensemble of this many reward models, with the seeds --seed, --seed + 1, ...",
+    )
+    max_length: int = HfArg(
+        default=0, help="tokens in the longest prompt and answer; 0: the model's context"
+    )
+    label_noise: float = HfArg(
+        default=0.0, help="probability with which the label of a training pair is flipped"
+    )
+    noise_seed: int = HfArg(
+        default=0, help="decides which labels are flipped; all members share it"
+    )
+    independent_noise: bool = HfArg(
+        default=False, help="member i flips labels by --noise_seed + i instead"
+    )
+    score_l2: float = HfArg(
+        default=0.0,
+        help="beta of the penalty on large scores, beta * 1/2 (r_c^2 + r_r^2); Coste et al. use "
+        "0.001",
+    )
+    gold_model: str = HfArg(
+        default="",
+        help="a reward to compare the scores with (Kendall's tau); in the embedded world, its "
+        "gold reward",
+    )
+
+    output_dir: str = HfArg(
+        default="runs/rm/seed_{seed}",
+        help="the folder that the run writes; {seed} stands for --seed",
+    )
+    batch_size: int = HfArg(default=32, help="pairs in a step, over all processes")
+    lr: float | None = HfArg(
+        default=None, help="peak learning rate of AdamW; by default 5e-4, with --sarm 2e-3"
+    )
+    warmup: int = HfArg(
+        default=10, help="steps over which the learning rate rises from 0 to its peak"
+    )
+    eval_size: int = HfArg(default=512, help="how many held-out pairs to evaluate on")
 
     def __post_init__(self):
         self.set_sarm_defaults()  # a folder and a learning rate of its own
@@ -101,6 +143,7 @@ def main(config):
     # Each process locks its members' folders: one that holds another run, or is in use, is an error
     # before anything is trained.
     dist.together(lambda: [RunFolder(member, alone) for member in mine])
+    sarm_training.check_autoencoder(config)
     train_what_is_missing(config, "model")  # by all processes together
     for member in mine:
         print(f"\nmember {member.output_dir}", flush=True)
@@ -123,6 +166,7 @@ def train(config, dist):
     rows, held_out, note = load_splits(config, "pairs")  # held_out: {label: rows}
     if config.gold_model:
         check_reward(config.gold_model)
+    sarm_training.check_autoencoder(config)  # before anything is trained for it
     train_what_is_missing(config, "model")
     flipped = np.random.default_rng([LABELS, config.noise_seed]).random(len(rows)) < config.label_noise  # training pairs only
     rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]

@@ -1,27 +1,36 @@
-"""Train sparse autoencoders on what layers of a language model put out; on those of its base too, from the same tokens.
+r"""Train sparse autoencoders on what layers of a language model put out; on
+those of its base too, from the same tokens.
 
-    python train_sae.py                                                      the embedded world: runs/ppo beside runs/sft
-    python train_sae.py --model gpt2 --dataset texts.jsonl --kind prompts --layers 3,6 --site residual --output_dir runs/sae_gpt2
-    python train_sae.py --sae vanilla --texts both --output_dir runs/vanilla               on demonstrations and on the policy's answers
-    torchrun --nproc_per_node=4 train_sae.py                                 the same global batch, and the same result, on four processes
+    the embedded world, runs/ppo beside runs/sft:
+        python train_sae.py
+    your own model and texts:
+        python train_sae.py --model gpt2 --dataset texts.jsonl --kind prompts \
+            --layers 3,6 --site residual --output_dir runs/sae_gpt2
+    on demonstrations and on the policy's answers:
+        python train_sae.py --sae vanilla --texts both --output_dir runs/vanilla
+    the same global batch, and the same result, on four processes:
+        torchrun --nproc_per_node=4 train_sae.py
 
-Writes <output_dir>/<policy or base>/<layer>_<site>/, in the layout of SAELens, and what each of them is worth on held-out texts.
-Maths: nanorlhf/sae.py; activations: nanorlhf/interp/activation_store.py. Method: Marks et al. 2023 (2310.08164), Gao et al. 2024 (2406.04093).
+Writes <output_dir>/<policy or base>/<layer>_<site>/, in the layout of
+SAELens, and what each of them is worth on held-out texts.
+Maths: nanorlhf/sae.py; activations: nanorlhf/interp/activation_store.py.
+Method: Marks et al. 2023 (2310.08164), Gao et al. 2024 (2406.04093).
 
     B tokens of a step over all processes, D width, M latents
 """
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.hf_argparser import HfArg
 
 from nanorlhf import data
 from nanorlhf.divergence import layer_divergence, select_layers
-from nanorlhf.errors import InputError, at_least, divides, one_of, require
+from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.activations import SITES, module_at, place_name, replaced
 from nanorlhf.hf.blocks import blocks, speed_up
 from nanorlhf.interp.activation_store import (
@@ -35,6 +44,7 @@ from nanorlhf.interp.activation_store import (
     sentence_ends,
     token_rows,
 )
+from nanorlhf.interp.probe_flags import SITE_HELP, TokenFlags
 from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.models import (
     check_model,
@@ -47,8 +57,9 @@ from nanorlhf.models import (
 )
 from nanorlhf.packing import micro_batches
 from nanorlhf.pool import sample
-from nanorlhf.runtime import checkpoint, cli, distributed
+from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup
+from nanorlhf.runtime.flags import DeviceFlags, FlagGroup, RunFlags, TextFlags
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import PLACES, Progress, RunFolder
 from nanorlhf.runtime.optim import learning_rate
@@ -65,73 +76,130 @@ from nanorlhf.sae import (
 from nanorlhf.stages import train_what_is_missing
 
 FIT_TOKENS = 2**14  # for the mean and the scale
+MOST_EXPANSION = 2**16  # beyond it no memory holds the weights
 EDGES = [-6 + 0.5 * i for i in range(13)]  # of the histogram of log10 density: half decades up to 1
 
 
 @dataclass
-class Config:
-    output_dir: str = field(default="runs/sae", metadata={"help": "the run folder"})
-    model: str = field(default="runs/ppo", metadata={"help": "the policy, or a reward model: run folder, model folder or hub name"})
-    base: str = field(default="", metadata={"help": "the model it was trained from, to train on as well; none; default: runs/sft beside "
-        "runs/ppo, else none"})  # fmt: skip
-    layers: str = field(default="highest:2", metadata={"help": "numbers such as 1,3, or highest:K, the K whose weights moved most"})
-    site: str = field(default="mlp", metadata={"help": "mlp, attention or residual: whose output is taken"})
-    sae: str = field(default="topk", metadata={"help": "topk, vanilla, or tied (vanilla, the decoder being the encoder's transpose)"})
-    expansion: float = field(default=4.0, metadata={"help": "latents, in multiples of the activations' width"})
-    k: int = field(default=16, metadata={"help": "topk: latents kept for each token"})
-    l1: float = field(default=2e-3, metadata={"help": "vanilla: weight of ||f||_1; it shrinks a latent by l1 D / 2"})
-    normalize: str = field(default="dataset", metadata={"help": "of the inputs: dataset, token or none"})
-    relu: bool = field(default=True, metadata={"help": "topk: no negative latents (SARM has them: False)"})
-    bias: str = field(default="mean", metadata={"help": "where the decoder's bias starts: mean or median (the geometric one)"})
-    dead_after: int = field(default=0, metadata={"help": "a latent is dead after N tokens without firing; 0: a tenth of the run, or 10M"})
-    texts: str = field(default="dataset", metadata={"help": "dataset, rollouts (the policy's answers to its prompts) or both"})
-    dataset: str = field(default="world", metadata={"help": "FILE.jsonl, a datasets name[:split], or world"})
-    kind: str = field(default="sft", metadata={"help": "what its rows are: sft {prompt, response}, pairs {prompt, chosen, rejected}, or "
-        "prompts {prompt}, texts as they are"})  # fmt: skip
-    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    max_rows: int = field(default=0, metadata={"help": "a random subset of N rows; 0: all"})
-    max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
-    tokens: str = field(default="all", metadata={"help": "which of a text's: all, sentence_ends (. ! ? and the text's last) or last, "
-        "the one that a SARM reads"})  # fmt: skip
-    keep_bos: bool = field(default=False, metadata={"help": "count BOS too, and an EOS that shares its id: its norm is often most "
-        "of the variance"})  # fmt: skip
-    n_answers: int = field(default=1, metadata={"help": "rollouts: answers to each prompt"})
-    max_new_tokens: int = field(default=48, metadata={"help": "rollouts: longest answer"})
-    temperature: float = field(default=1.0, metadata={"help": "rollouts: of sampling"})
-    eval_size: int = field(default=256, metadata={"help": "texts that are held out, to measure on"})
-    cache: str = field(default="", metadata={"help": "keep activations in this folder, instead of computing them in every epoch"})
-    buffer_tokens: int = field(default=2**16, metadata={"help": "tokens that are shuffled together, over all processes"})
-    seed: int = field(default=0, metadata={"help": "every random draw is keyed by it; base and policy start from the same "
-        "weights, so compare their features with those of other seeds"})  # fmt: skip
-    steps: int = field(default=500, metadata={"help": "optimizer steps"})
-    batch_size: int = field(default=1024, metadata={"help": "tokens a step, over all processes"})
-    lr: float = field(default=2e-3, metadata={"help": "peak learning rate of Adam"})
-    schedule: str = field(default="cosine", metadata={"help": "constant, linear or cosine, down to 0"})
-    warmup: float = field(default=0.05, metadata={"help": "share of the steps with linear warm-up"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 (dense products, over float32 weights), or auto"})
-    checkpoint_every: int = field(default=100, metadata={"help": "write a checkpoint every N steps"})
-    keep_checkpoints: int = field(default=1, metadata={"help": "how many checkpoints are kept"})
-    resume: bool = field(default=False, metadata={"help": "continue the run in output_dir with its own settings"})
+class AutoencoderFlags(FlagGroup):
+    """The autoencoder: its kind, its size, how it starts"""
+
+    sae: str = HfArg(
+        default="topk",
+        metadata={"choices": ("topk", "vanilla", "tied")},
+        help="topk: the k largest latents of each token are kept; vanilla: an L1 penalty keeps "
+        "them few; tied: vanilla, the decoder being the encoder's transpose",
+    )
+    expansion: float = HfArg(
+        default=4.0, help="number of latents, in multiples of the activations' width"
+    )
+    k: int = HfArg(default=16, help="topk: latents that are kept for each token")
+    l1: float = HfArg(
+        default=2e-3, help="vanilla: weight of ||f||_1; it shrinks a latent by l1 D / 2"
+    )
+    normalize: str = HfArg(
+        default="dataset",
+        metadata={"choices": NORMALIZE},
+        help="scale all activations by one number (dataset), each token's by its own (token), or "
+        "not at all (none)",
+    )
+    relu: bool = HfArg(default=True, help="topk: latents are never negative; a SARM needs False")
+    bias: str = HfArg(
+        default="mean",
+        metadata={"choices": ("mean", "median")},
+        help="where the decoder's bias starts: at the mean of activations, or at their geometric "
+        "median",
+    )
+    dead_after: int = HfArg(
+        default=0,
+        help="a latent counts as dead after this many tokens without firing; 0: a tenth of the "
+        "run, at most 10 million",
+    )
+
+
+@dataclass
+class TokensFlags(FlagGroup):
+    """Texts and tokens: on what the autoencoder is trained"""
+
+    texts: str = HfArg(
+        default="dataset",
+        metadata={"choices": ("dataset", "rollouts", "both")},
+        help="the texts of --dataset, the policy's answers to its prompts (rollouts), or both",
+    )
+    tokens: str = HfArg(
+        default="all",
+        metadata={"choices": ("all", "sentence_ends", "last")},
+        help="which tokens of a text: all, those that end a sentence (. ! ? and the text's last), "
+        "or the last one, which a SARM reads",
+    )
+    n_answers: int = HfArg(default=1, help="rollouts: answers to each prompt")
+    max_new_tokens: int = HfArg(default=48, help="rollouts: tokens in the longest answer")
+    temperature: float = HfArg(default=1.0, help="rollouts: what logits are divided by")
+    max_rows: int = HfArg(default=0, help="use a random subset of this many rows; 0: all rows")
+    eval_size: int = HfArg(default=256, help="texts that are held out, to measure on")
+    cache: str = HfArg(
+        default="",
+        help="keep activations in this folder, instead of computing them again in every epoch",
+    )
+    buffer_tokens: int = HfArg(
+        default=2**16, help="tokens that are shuffled together, over all processes"
+    )
+
+
+@dataclass
+class AdamFlags(FlagGroup):
+    """Training: how long, in batches of what size, at which learning rate"""
+
+    steps: int = HfArg(default=500, help="how many optimizer steps to take")
+    batch_size: int = HfArg(default=1024, help="tokens in a step, over all processes")
+    lr: float = HfArg(default=2e-3, help="peak learning rate of Adam")
+    schedule: str = HfArg(
+        default="cosine",
+        metadata={"choices": ("constant", "linear", "cosine")},
+        help="how the learning rate falls to 0 after the warm-up",
+    )
+    warmup: float = HfArg(
+        default=0.05,
+        help="share of the steps over which the learning rate rises to its peak, between 0 and 1",
+    )
+
+
+@dataclass
+class Config(
+    AutoencoderFlags, TokensFlags, AdamFlags, TokenFlags, TextFlags, RunFlags, DeviceFlags
+):
+    """Models and layers: whose activations are read, and where"""
+
+    model: str = HfArg(
+        default="runs/ppo",
+        help="the policy, or a reward model: a run folder, a model folder or a hub name",
+    )
+    base: str = HfArg(
+        default="",
+        help="the model that it was trained from, to train a second autoencoder on, or none; by "
+        "default runs/sft beside runs/ppo, else none",
+    )
+    layers: str = HfArg(
+        default="highest:2",
+        help="numbers of blocks, such as 1,3, or highest:K, the K blocks whose weights moved most",
+    )
+    site: str = HfArg(default="mlp", metadata={"choices": SITES}, help=SITE_HELP)
+
+    output_dir: str = HfArg(default="runs/sae", help="the folder that the run writes")
+    seed: int = HfArg(
+        default=0,
+        help="the number that every random draw depends on; the autoencoders of base and policy "
+        "start from the same weights, so compare their features with those of other seeds",
+    )
+    checkpoint_every: int = HfArg(default=100, help="write a checkpoint every N steps")
+    keep_checkpoints: int = HfArg(default=1, help="how many checkpoints to keep")
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, 1, "steps", "batch_size", "k", "eval_size", "n_answers", "max_new_tokens")
-        at_least(self, 1, "checkpoint_every", "keep_checkpoints")
-        at_least(self, 0, "l1", "lr", "dead_after", "max_rows", "max_length", "seed", "buffer_tokens")
-        one_of(self, "site", *SITES)
-        one_of(self, "sae", "topk", "vanilla", "tied")
-        one_of(self, "normalize", *NORMALIZE)
-        one_of(self, "bias", "mean", "median")
-        one_of(self, "texts", "dataset", "rollouts", "both")
-        one_of(self, "kind", *data.FIELDS)
-        one_of(self, "tokens", "all", "sentence_ends", "last")
-        one_of(self, "schedule", "constant", "linear", "cosine")
-        one_of(self, "dtype", "float32", "bfloat16", "auto")
-        if self.dtype == "auto":
-            self.dtype = distributed.fast_dtype(self.device)
+        at_least(self, 0, "l1", "lr", "dead_after", "max_rows", "buffer_tokens")
         require(self.expansion > 0 and self.temperature > 0, "--expansion and --temperature must be positive")
-        require(self.expansion <= 2**20, f"--expansion {self.expansion:g}: no machine holds so many latents")
+        require(self.expansion <= MOST_EXPANSION, f"--expansion must be at most {MOST_EXPANSION}")
         require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
         if not self.base:
             self.base = "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"

@@ -1,26 +1,34 @@
-"""Fine-tuning on a fixed data set: teach a causal LM to answer like the demonstrations (SFT), or to prefer as pairs do (DPO).
+"""Fine-tuning on a fixed data set: teach a causal language model to answer
+like the demonstrations (SFT), or to prefer as pairs do (DPO).
 
-    python train_sft.py                                                       the embedded world, from scratch, on a CPU
-    python train_sft.py --model gpt2 --dataset my.jsonl --output_dir runs/my  any HF causal LM, JSONL {prompt, response}
-    python train_sft.py --loss dpo --model runs/sft --output_dir runs/dpo     {prompt, chosen, rejected}; the reference is --model
-    torchrun --nproc_per_node=4 train_sft.py                                  the same global batch on four processes
+    the embedded world, from random weights, on a CPU:
+        python train_sft.py
+    any Hugging Face causal LM, on JSONL {prompt, response}:
+        python train_sft.py --model gpt2 --dataset my.jsonl --output_dir runs/my
+    DPO, on {prompt, chosen, rejected}; the reference is --model:
+        python train_sft.py --loss dpo --model runs/sft --output_dir runs/dpo
+    the same global batch on four processes:
+        torchrun --nproc_per_node=4 train_sft.py
 
-Both losses read log-probs of response tokens (and EOS) only. DPO: Rafailov et al. 2023 (2305.18290), nanorlhf/dpo.py.
+Both losses read log-probs of response tokens (and EOS) only.
+DPO: Rafailov et al. 2023 (2305.18290), nanorlhf/dpo.py.
 
-    S answers in a row of data (SFT 1, DPO 2), b rows of a micro-batch, B = S b sequences, R response tokens, N held-out rows
+    S answers in a row of data (SFT 1, DPO 2), b rows of a micro-batch,
+    B = S b sequences, R response tokens, N held-out rows
 """
 
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.hf_argparser import HfArg
 
 from nanorlhf import data, world
 from nanorlhf.dpo import ROUNDING, dpo_loss, pair_points
-from nanorlhf.errors import at_least, divides, one_of, require
+from nanorlhf.errors import at_least, divides, require
 from nanorlhf.hf.blocks import sampling, speed_up
 from nanorlhf.hf.lora import choose_trained, merge
 from nanorlhf.models import (
@@ -35,6 +43,7 @@ from nanorlhf.packing import micro_batches, pack, response_mask_of
 from nanorlhf.rollout import generate, left_pad
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup, sync_on
+from nanorlhf.runtime.flags import RunConfig
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder, sample_table
@@ -51,26 +60,52 @@ STEPS, LR = {"sft": 400, "dpo": 100}, {"sft": 3e-3, "dpo": 1e-4}
 
 
 @dataclass
-class Config(cli.RunConfig):
-    output_dir: str = field(default="runs/{loss}", metadata={"help": "the run folder; {loss} stands for --loss"})
-    loss: str = field(default="sft", metadata={"help": "sft, or dpo: on pairs, from a trained --model, which is also its reference"})
-    dpo_beta: float = field(default=0.1, metadata={"help": "DPO's beta: what a nat of log-prob is worth as a reward"})
-    steps: int | None = field(default=None, metadata={"help": "optimizer steps; by default 400, with dpo 100"})
-    lr: float | None = field(default=None, metadata={"help": "peak learning rate of AdamW; by default 3e-3, with dpo 1e-4"})
-    warmup: int = field(default=20, metadata={"help": "steps of linear warm-up"})
-    max_length: int = field(default=0, metadata={"help": "longest prompt + response in tokens; 0: the model's context"})
-    max_new_tokens: int = field(default=48, metadata={"help": "length of the samples that are printed"})
-    n_samples: int = field(default=4, metadata={"help": "samples to print at an evaluation"})
+class Config(RunConfig):
+    """SFT and DPO: what is trained, on which loss"""
+
+    model: str = HfArg(
+        default="world",
+        help="the language model to start from: a run folder, a model folder, a hub name, or "
+        "'world', the embedded world's own, from random weights",
+    )
+    loss: str = HfArg(
+        default="sft",
+        metadata={"choices": tuple(KIND)},
+        help="sft: on demonstrations; dpo: on pairs, from a trained --model, which is also the "
+        "reference",
+    )
+    dpo_beta: float = HfArg(
+        default=0.1, help="DPO's beta: the reward that one nat of log-prob stands for"
+    )
+    max_length: int = HfArg(
+        default=0, help="tokens in the longest prompt and answer; 0: the model's context"
+    )
+    max_new_tokens: int = HfArg(default=48, help="tokens in the longest sample that is printed")
+    n_samples: int = HfArg(default=4, help="how many samples an evaluation prints")
+
+    output_dir: str = HfArg(
+        default="runs/{loss}", help="the folder that the run writes; {loss} stands for --loss"
+    )
+    steps: int | None = HfArg(
+        default=None, help="how many optimizer steps to take; by default 400, with dpo 100"
+    )
+    lr: float | None = HfArg(
+        default=None, help="peak learning rate of AdamW; by default 3e-3, with dpo 1e-4"
+    )
+    warmup: int = HfArg(
+        default=20, help="steps over which the learning rate rises from 0 to its peak"
+    )
 
     def __post_init__(self):
         self.output_dir = self.output_dir.replace("{loss}", self.loss)
-        one_of(self, "loss", *KIND)
-        self.steps = STEPS[self.loss] if self.steps is None else self.steps
-        self.lr = LR[self.loss] if self.lr is None else self.lr
+        if self.steps is None:
+            self.steps = STEPS.get(self.loss)
+        if self.lr is None:
+            self.lr = LR.get(self.loss)
         super().__post_init__()
         at_least(self, 0, "max_length", "n_samples")
         at_least(self, 1, "max_new_tokens")
-        require(0 < self.dpo_beta < float("inf"), "--dpo_beta must be positive")
+        require(self.dpo_beta > 0, "--dpo_beta must be positive")
         require(self.loss == "sft" or self.model != "world", "--loss dpo needs a trained --model, such as runs/sft")
         require(self.model != "world" or not self.lora_rank, "--lora_rank needs a trained --model, not one that starts at random")
 

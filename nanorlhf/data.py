@@ -66,7 +66,7 @@ def read_rows(spec, kind, columns=(), split="train", prompt_format=""):
     if not is_world(spec):
         return read_parts(spec, kind, columns, prompt_format)[0]
     seed = spec.partition(":")[2] or "0"
-    require(seed.isdigit(), f"--dataset {spec}: the world's seed must be a whole number")
+    require(seed.isdecimal(), f"--dataset {spec}: the world's seed must be a whole number")
     if kind == "prompts":
         return world.prompts(split)
     if kind == "pairs":

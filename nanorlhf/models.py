@@ -33,6 +33,7 @@ from .hf.weights import check_config, has_weights, weight_names
 from .packing import unflatten
 from .runtime.files import digest
 from .runtime.fingerprints import digest_path
+from .runtime.hints import check_made
 
 hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
 hf_logging.disable_progress_bar()
@@ -228,6 +229,7 @@ def check_model(path):
     Errors are InputErrors, in one line.
     """
     path = resolve(path)
+    check_made(path)
     value_model = os.path.join(path, VALUE_MODEL)
     if os.path.isdir(value_model):
         check_model(value_model)
@@ -242,7 +244,7 @@ def check_model(path):
     elif os.path.sep in os.path.normpath(path) and path.count("/") != 1 or path.startswith((".", "~", "/")):
         raise InputError(f"{path}: no such model folder")
     elif path.startswith("runs/"):
-        raise InputError(f"{path}: no such run yet (python train_sft.py trains runs/sft, python train_rm.py runs/rm/seed_0)")
+        raise InputError(f"{path}: no such run yet")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:

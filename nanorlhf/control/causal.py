@@ -8,36 +8,57 @@ often, under the same ops and values: what these do too, is no matter of the lat
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 
 from .. import pool
 from ..errors import at_least, require
 from ..interp.concepts import alike
 from ..penalties import OPS
 from ..runtime.files import check_can_write, write_lines
+from ..runtime.flags import ResultFlags, TextFlags
+from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import cell, save
 from ..runtime.rng import SPLIT
 from ..sarm import reweighted, save_sarm
 from ..splits import load
 from ..stats import mean_over_groups, percentiles
-from .feature_rewards import load_feature_reward, parse_edits
-from .latent_texts import TextsConfig, encoded, groups_of, opened, read_all, read_answers
+from .feature_rewards import LatentFlags, load_feature_reward, parse_edits
+from .latent_texts import (
+    PairFlags,
+    encoded,
+    groups_of,
+    opened,
+    read_all,
+    read_answers,
+)
 
 SIDES = ("chosen", "rejected")
 
 
 @dataclass
-class CausalConfig(TextsConfig):
-    output_dir: str = field(default="runs/probe/causal", metadata={"help": "where the results are written"})
-    edits: list[str] = field(default_factory=list, metadata={"help": f"FEATURE:OP:VALUE, OP one of {', '.join(OPS)}; all of them at once"})
-    draws: int = field(default=5, metadata={"help": "how often random latents are drawn"})
-    pool: str = field(default="", metadata={"help": "many answers to each prompt, best with gold_scores: pool.jsonl of sample_bon.py"})
-    n: int = field(default=16, metadata={"help": "take the best of each n answers of the pool in turn"})
-    seed: int = field(default=0, metadata={"help": "of the draws"})
+class CausalConfig(LatentFlags, PairFlags, TextFlags, ResultFlags):
+    """Edits: which features are changed, and what is compared"""
+
+    edits: list[str] = HfArg(
+        default_factory=list,
+        help=f"changes of features, all of them at once: FEATURE:OP:VALUE, OP one of {', '.join(OPS)}",
+    )
+    draws: int = HfArg(default=5, help="how often random features are drawn for comparison")
+    pool: str = HfArg(
+        default="",
+        help="many answers to each prompt, best with gold_scores: pool.jsonl of sample_bon.py",
+    )
+    n: int = HfArg(default=16, help="take the best of each n answers of the pool in turn")
+    seed: int = HfArg(default=0, help="the number that the random draws depend on")
+
+    output_dir: str = HfArg(
+        default="runs/probe/causal", help="the folder that the results are written to"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,12 +69,27 @@ class CausalConfig(TextsConfig):
 
 
 @dataclass
-class SteerConfig(TextsConfig):
-    output_dir: str = field(default="runs/probe/steer", metadata={"help": "where the results are written"})
-    edits: list[str] = field(default_factory=list, metadata={"help": f"of latents: FEATURE:OP:VALUE, OP one of {', '.join(OPS)}"})
-    weights: list[str] = field(default_factory=list, metadata={"help": "instead: of the weights of a SARM's head, such as 17:*:0"})
-    texts: str = field(default="", metadata={"help": "score these, {prompt, response}; default: both sides of the held-out pairs"})
-    save: str = field(default="", metadata={"help": "--weights: write the SARM with its edited head into this folder"})
+class SteerConfig(LatentFlags, PairFlags, TextFlags, ResultFlags):
+    """Edits: what is changed, and which texts are scored again"""
+
+    edits: list[str] = HfArg(
+        default_factory=list,
+        help=f"changes of features: FEATURE:OP:VALUE, OP one of {', '.join(OPS)}",
+    )
+    weights: list[str] = HfArg(
+        default_factory=list,
+        help="instead, changes of the weights of a SARM's head, such as 17:*:0",
+    )
+    texts: str = HfArg(
+        default="",
+        help="a file of texts to score, rows {prompt, response}; by default both sides of the "
+        "held-out pairs",
+    )
+    save: str = HfArg(default="", help="write the SARM with its edited --weights into this folder")
+
+    output_dir: str = HfArg(
+        default="runs/probe/steer", help="the folder that the results are written to"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,15 +109,22 @@ class SteerConfig(TextsConfig):
 
 @unlock_afterwards()
 def causal(config):
-    """Edit latents and score held-out pairs and a pool again: what changes, pairs and best-of-n choices that turn over.
+    """Edit features, and score pairs and best-of-n choices again.
 
-    Intervals: 95%, by the bootstrap over prompts, of paired changes. A tie counts as half right. Method: Zhang et al. 2025 (2508.08746).
-    Pitfall: a control fires as often, but its values may be of another size, so that the same cap or floor does more or less to it.
+    What changes on held-out pairs and in a pool, and which choices turn
+    over. Intervals: 95%, by the bootstrap over prompts, of paired changes.
+    A tie counts as half right. Method: Zhang et al. 2025 (2508.08746).
+
+    Pitfall: a control fires as often, but its values may be of another size,
+    so that the same cap or floor does more or less to it.
     """
     edits = parse_edits("edits", config.edits)
     dist, folder, tokenizer, max_length = opened(config, edits)
     pairs = load(config, "pairs")[1]
-    rows = pool.read(config.pool) if config.pool else []
+    rows = []
+    if config.pool:
+        check_made(config.pool)
+        rows = pool.read(config.pool)
     for row in rows:
         require(len(row["responses"]) >= config.n, f"--n {config.n}: {config.pool} has {len(row['responses'])} answers to a prompt")
     texts = {side: encoded(config, tokenizer, pairs, side, max_length) for side in SIDES}
@@ -193,10 +236,13 @@ def draw_causal(figure, summary):
 
 @unlock_afterwards()
 def steer(config):
-    """Edit latents, or the head's weights, and score texts before and after; write the SARM with its edited head with --save.
+    """Edit features or head weights, and score texts again.
 
-    An edit of w_i changes the texts on which latent i fires, by the change of w_i times z_i, and no others; so does one of z_i by "*".
-    A set, a "+", a floor above 0 or a cap below it also changes texts on which it does not fire.
+    With --save the SARM is written with its edited head. An edit of w_i
+    changes the scores of those texts on which feature i fires, by the change
+    of w_i times z_i, and of no others; so does an edit of z_i by "*". A set,
+    a "+", a floor above 0 or a cap below it also changes texts on which the
+    feature does not fire.
     """
     edits = parse_edits("edits", config.edits) or parse_edits("weights", config.weights)
     if config.save:

@@ -17,14 +17,16 @@ prepare() makes a ControlledScoring, which stands in for scoring.Scoring.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from transformers.hf_argparser import HfArg
 
-from ..errors import at_least, one_of, require
+from ..errors import at_least, require
 from ..packing import Answers
 from ..penalties import PENALTIES, DensityRatio, density_loss, feature_penalty
 from ..rewards import reward_names
+from ..runtime.flags import FlagGroup
 from ..runtime.fsdp import gathered
 from ..runtime.optim import adamw
 from ..runtime.rng import DENSITY, key
@@ -48,22 +50,49 @@ FEWEST = 20  # human texts
 
 
 @dataclass
-class Flags:
-    """Flags of train_ppo.py for control by features. Its Config inherits them before RunConfig."""
+class Flags(FlagGroup):
+    """Control by features: a price on some features of the reward model, or scores without them"""
 
-    penalize_features: list[int] = field(default_factory=list, metadata={"help": "latents of --reward_model, a SARM, that "
-        "cost reward; of another reward model: see --feature_sae"})  # fmt: skip
-    tau: list[str] = field(default_factory=list, metadata={"help": "above what, one each: 0.5, or q0.95, a quantile in --human_latents"})
-    alpha: list[str] = field(default_factory=list, metadata={"help": "how much, one each: 1.0, or 0.5std, of scores in --human_latents"})
-    penalty: str = field(default="indicator", metadata={"help": "indicator, alpha [z > tau], or hinge, alpha max(0, z - tau), "
-        "where alpha is the price of a unit of z"})  # fmt: skip
-    clamp: list[str] = field(default_factory=list, metadata={"help": "score with latents changed: 17:max:0.5 23:set:0 (set, min, max)"})
-    density_beta: float = field(default=0.0, metadata={"help": "price of the log density ratio of policy and human latents; 0: off"})
-    human_latents: str = field(default="", metadata={"help": "reference data, a file of probe.py human_latents"})
-    feature_sae: str = field(default="", metadata={"help": "read an ordinary reward model by this autoencoder on one of its layers"})
+    penalize_features: list[int] = HfArg(
+        default_factory=list,
+        help="numbers of features of --reward_model, a SARM, that cost reward; for another reward "
+        "model see --feature_sae",
+    )
+    tau: list[str] = HfArg(
+        default_factory=list,
+        help="the activation above which each of them costs, such as 0.5, or q0.95, a quantile "
+        "in --human_latents",
+    )
+    alpha: list[str] = HfArg(
+        default_factory=list,
+        help="the price of each of them, such as 1.0, or 0.5std, in standard deviations of the "
+        "scores in --human_latents",
+    )
+    penalty: str = HfArg(
+        default="indicator",
+        metadata={"choices": PENALTIES},
+        help="indicator: alpha where z > tau; hinge: alpha max(0, z - tau), so that alpha is the "
+        "price of one unit of z",
+    )
+    clamp: list[str] = HfArg(
+        default_factory=list,
+        help="score with features changed, FEATURE:OP:VALUE with OP one of set, min, max, such "
+        "as 17:max:0.5 23:set:0",
+    )
+    density_beta: float = HfArg(
+        default=0.0,
+        help="price of the log density ratio between the policy's and people's features; 0: off",
+    )
+    human_latents: str = HfArg(
+        default="", help="the reference data: a file of probe.py human_latents"
+    )
+    feature_sae: str = HfArg(
+        default="",
+        help="for an ordinary reward model: the folder of an autoencoder on one of its layers",
+    )
 
     def __post_init__(self):
-        super().__post_init__()  # RunConfig's
+        super().__post_init__()
         check_flags(self)
 
 
@@ -73,9 +102,7 @@ def check_flags(config):
     require(n == n_tau == n_alpha, f"--penalize_features names {n} features, --tau {n_tau} thresholds and --alpha {n_alpha} prices: "
             "there must be one of each for a feature")  # fmt: skip
     require(len(set(config.penalize_features)) == n, "--penalize_features names a feature twice")
-    one_of(config, "penalty", *PENALTIES)
     at_least(config, 0, "density_beta")
-    require(config.density_beta < math.inf, "--density_beta must be finite")
     parse_edits("clamp", config.clamp, CLAMPS)
     tau, alpha = parse_tau(config.tau), parse_alpha(config.alpha)
     relative = [f"--tau {x}" for x, (_, r) in zip(config.tau, tau) if r] + [f"--alpha {x}" for x, (_, r) in zip(config.alpha, alpha) if r]

@@ -7,11 +7,13 @@ Everything that works on latents in a reward (penalties in PPO, probes, steering
 
 import math
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.hf_argparser import HfArg
 
-from ..errors import require
+from ..errors import at_least, require
 from ..hf.activations import SITES, captured, replaced
 from ..interp import sae_files
 from ..interp.sae_files import the_one_sae
@@ -20,8 +22,34 @@ from ..packing import pack
 from ..penalties import OPS, edit_latents
 from ..rewards import kind_of, packed_reader, reward_names
 from ..runtime.distributed import autocast
+from ..runtime.flags import MOST_FLOAT, FlagGroup
 from ..runtime.fsdp import gathered
+from ..runtime.hints import check_made
 from ..sarm import SARM, Reading, check_sarm, checked, is_sarm
+
+
+@dataclass
+class LatentFlags(FlagGroup):
+    """The reward model: whose features are read"""
+
+    reward_model: str = HfArg(
+        default="runs/sarm",
+        help="the folder of a SARM (train_rm.py --sarm), or of any reward model with --sae",
+    )
+    sae: str = HfArg(
+        default="",
+        help="for an ordinary reward model: the folder of an autoencoder on one of its layers "
+        "(train_sae.py)",
+    )
+    max_length: int = HfArg(
+        default=0, help="tokens in the longest text; longer ones are cut; 0: the model's context"
+    )
+    micro_batch_size: int = HfArg(default=64, help="texts in one forward pass")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 0, "max_length")
+        at_least(self, 1, "micro_batch_size")
 
 
 def check_feature_reward(spec, sae="", features=()):
@@ -31,6 +59,7 @@ def check_feature_reward(spec, sae="", features=()):
     is not there.
     """
     require(kind_of(spec) == "model", f"{spec} is no reward model, so it has no features")
+    check_made(spec)
     if is_sarm(spec):
         require(not sae, f"{spec} is a SARM, which scores with an autoencoder of its own: name no other ({sae})")
         m = check_sarm(spec).sarm_param["sae_latent_size"]
@@ -58,8 +87,8 @@ def parse_edits(flag, texts, ops=OPS):
             number = float(value)
         except ValueError:
             number = math.nan
-        # The latents are float32, and so is what an edit makes of them. Of nan the comparison is False.
-        fits = abs(number) <= torch.finfo(torch.float32).max and len(i) < 19
+        # Of nan every comparison is False. An id of more digits than 64 bits hold is none.
+        fits = abs(number) <= MOST_FLOAT and len(i) < 19
         good = i.isdecimal() and op in ops and fits
         require(good, f"--{flag} {text}: it must be FEATURE:OP:VALUE with OP one of {', '.join(ops)}, such as 17:set:0")
         require(int(i) not in edits, f"--{flag} names feature {i} twice")

@@ -11,22 +11,29 @@ Pitfall: a whole text ends with EOS, and that is where its latents are read. Tho
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.hf_argparser import HfArg
 
 from .. import data
-from ..errors import InputError, at_least, first_line, one_of, require
+from ..errors import InputError, at_least, first_line, require
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..runtime.files import check_can_write, check_output
+from ..runtime.flags import DEVICE_HELP, DEVICES, TextFlags
 from ..runtime.log import Progress
 from ..runtime.results import parse_ids
-from .feature_rewards import check_feature_reward, latents_fingerprint, load_feature_reward
+from .feature_rewards import (
+    LatentFlags,
+    check_feature_reward,
+    latents_fingerprint,
+    load_feature_reward,
+)
 
 NAMES, NOTES = ("latents", "features", "scores"), "human_latents"
 WHOSE = {"reward_model": "reward model", "sae": "autoencoder"}
@@ -73,7 +80,10 @@ def load(path, spec, sae):
 
     InputError: no such file, another kind of file, latents of another reward model or autoencoder. Loads no model.
     """
-    require(os.path.isfile(path), f"{path}: no human latents here (python probe.py human_latents --output {path} writes them)")
+    command = f"python probe.py human_latents --reward_model {spec} --output {path}"
+    if sae:
+        command += f" --sae {sae}"
+    require(os.path.isfile(path), f"{path}: no human latents here; this makes them: {command}")
     try:
         with safe_open(path, "pt") as f:
             notes, tensors = (f.metadata() or {}).get(NOTES), {name: f.get_tensor(name) for name in NAMES if name in f.keys()}
@@ -94,33 +104,44 @@ def load(path, spec, sae):
 
 
 @dataclass
-class HumanLatentsConfig:
-    output: str = field(default="runs/human_latents.safetensors", metadata={"help": "the file to write"})
-    reward_model: str = field(default="runs/sarm", metadata={"help": "whose latents: a SARM's folder, or a reward model's with --sae"})
-    sae: str = field(default="", metadata={"help": "the folder of an autoencoder on one of an ordinary reward model's layers"})
-    features: str = field(default="", metadata={"help": "which latents, such as 3,17; default: all that fire on any text"})
-    dataset: str = field(default="world", metadata={"help": "the texts: FILE.jsonl, a datasets name[:split], or world"})
-    kind: str = field(default="sft", metadata={"help": "what its rows are: sft {prompt, response}, or pairs (their chosen side)"})
-    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    max_rows: int = field(default=2000, metadata={"help": "a random subset of N rows; 0: all"})
-    max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: any"})
-    micro_batch_size: int = field(default=64, metadata={"help": "texts a forward pass"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+class HumanLatentsConfig(LatentFlags, TextFlags):
+    """Texts and the file: which features of which texts are written where"""
+
+    output: str = HfArg(default="runs/human_latents.safetensors", help="the file to write")
+    features: str = HfArg(
+        default="",
+        help="numbers of the features to keep, such as 3,17; by default all that fire on any text",
+    )
+    kind: str = HfArg(
+        default="sft",
+        metadata={"choices": ("sft", "pairs")},
+        help="what the rows are: sft {prompt, response}, or pairs {prompt, chosen, rejected}, of "
+        "which the chosen side is read",
+    )
+    max_rows: int = HfArg(default=2000, help="use a random subset of this many rows; 0: all rows")
+    device: str = HfArg(default="auto", metadata=dict(DEVICES), help=DEVICE_HELP)
+    dtype: str = HfArg(
+        default="float32",
+        metadata={"choices": ("float32", "bfloat16")},
+        help="the numbers of matrix products; weights are float32 in any case",
+    )
+
+    max_length: int = HfArg(
+        default=0, help="tokens in the longest text; longer ones are an error; 0: any"
+    )
 
     def __post_init__(self):
-        at_least(self, 0, "max_rows", "max_length")
-        at_least(self, 1, "micro_batch_size")
-        one_of(self, "dtype", "float32", "bfloat16")
-        one_of(self, "kind", "sft", "pairs")
+        super().__post_init__()
+        at_least(self, 0, "max_rows")
         parse_ids(self.features)
 
 
 def human_latents(config):
-    """Write the latents of people's texts, and the texts' scores: what --tau, --alpha and --density_beta of train_ppo.py compare with.
+    """Write the features of people's texts, for train_ppo.py.
 
-    The latents are those of a SARM, or of an autoencoder on one of a reward model's layers, at the last token of each text.
+    They are what --tau, --alpha and --density_beta of train_ppo.py compare
+    with: the features of a SARM, or of an autoencoder on one of a reward
+    model's layers, at the last token of each text, and the texts' scores.
     """
     dist, ids = setup(config.device), parse_ids(config.features)
     check_output(config.output, is_human_latents, "a file of human latents")

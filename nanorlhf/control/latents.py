@@ -12,20 +12,30 @@ for among the tokens whose presence goes with it. Nothing here looks up what is 
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from transformers.hf_argparser import HfArg
 
-from ..errors import at_least, one_of, require
+from ..errors import require
 from ..interp.explainer import check_explainer, explain
-from ..runtime.endpoint import check_waits
+from ..interp.probe_flags import DescribeFlags
 from ..runtime.files import write_json
+from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import cell, finite, parse_ids, save
 from ..splits import load
-from .feature_rewards import load_feature_reward
+from .feature_rewards import LatentFlags, load_feature_reward
 from .latent_stats import contrast, score_gaps, separation
-from .latent_texts import TextsConfig, encoded, groups_of, matched, opened, read_all, read_answers
+from .latent_texts import (
+    PairFlags,
+    encoded,
+    groups_of,
+    matched,
+    opened,
+    read_all,
+    read_answers,
+)
 
 BY = ("contribution", "differential", "weight")
 SIDES = {"pairs": ("chosen", "rejected"), "policy": ("after", "before")}
@@ -42,41 +52,51 @@ Say in one sentence what the feature stands for, and whether that has to do with
 
 
 @dataclass
-class LatentsConfig(TextsConfig):
-    answers: str = field(default="", metadata={"help": "a policy's answers after training, {prompt, response}, such as "
-        "runs/ppo/eval/step_40.jsonl; with --dataset '' they alone are looked at"})  # fmt: skip
-    against: str = field(default="", metadata={"help": "and before training, to the same prompts: runs/ppo/eval/step_0.jsonl"})
-    by: str = field(default="", metadata={"help": "what comes first, by size: contribution, differential (both of the policy where there "
-        "are --answers) or weight; default: contribution, or differential where there are no head weights"})  # fmt: skip
-    features: str = field(default="", metadata={"help": "which to describe, such as 3,17, with their contexts; default: the --top"})
-    top: int = field(default=20, metadata={"help": "describe the first N"})
-    contexts: int = field(default=5, metadata={"help": "texts kept for each, those in which it is largest"})
-    explainer: str = field(default="", metadata={"help": "ask for descriptions: a model folder, a hub name, or http://HOST/v1, an "
-        "OpenAI-compatible endpoint (its key: OPENAI_API_KEY)"})  # fmt: skip
-    explainer_model: str = field(default="", metadata={"help": "the model's name at the endpoint"})
-    task: str = field(default="how good the text is", metadata={"help": "what a latent may have to do with, in words"})
-    pause: float = field(default=1.0, metadata={"help": "seconds before a busy endpoint is asked again; doubled each time"})
-    timeout: float = field(default=60.0, metadata={"help": "seconds to wait for the endpoint's answer"})
+class LatentsConfig(LatentFlags, PairFlags, DescribeFlags, TextFlags, EndpointFlags, ResultFlags):
+    """A policy's answers, and which features come first"""
+
+    answers: str = HfArg(
+        default="",
+        help="a policy's answers after training, rows {prompt, response}, such as "
+        "runs/ppo/eval/step_40.jsonl; with --dataset '' they alone are looked at",
+    )
+    against: str = HfArg(
+        default="",
+        help="its answers before training, to the same prompts: runs/ppo/eval/step_0.jsonl",
+    )
+    by: str = HfArg(
+        default="",
+        metadata={"choices": ("", *BY)},
+        help="sort features by this, largest first: of the policy where there are --answers; by "
+        "default by contribution, or by differential where there are no head weights",
+    )
+
+    task: str = HfArg(
+        default="how good the text is", help="what a feature may have to do with, in words"
+    )
+    output_dir: str = HfArg(
+        default="runs/probe/latents", help="the folder that the results are written to"
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "contexts")
-        at_least(self, 0, "top", "pause")
-        check_waits(self)
-        one_of(self, "by", "", *BY)
         require(bool(self.answers) == bool(self.against), "--answers and --against go together: after and before")
         require(self.dataset or self.answers, "name --dataset, or --answers and --against")
         require(not self.sae or self.by in ("", "differential"), f"--by {self.by}: with --sae there are no head weights")
-        parse_ids(self.features)
 
 
 @unlock_afterwards()
 def latents(config):
-    """Weight, differential and contribution of a reward model's latents, on pairs and a policy's answers, and what they follow.
+    """What the features of a reward model are worth, and stand for.
 
-    Intervals: 95%, by the bootstrap over prompts. A latent with a weight below 0 is punished already (penalising it is useless); of
-    those that raise the reward, one that the policy has exploited and that does not stand for quality is spurious. Pitfall: reward
-    training may leave the latent that detects a thing hardly a weight, and reward the thing through others: compare score_gap.
+    Weight, differential and contribution of each, on pairs and on a policy's
+    answers, and the tokens that it follows. Intervals: 95%, by the bootstrap
+    over prompts. A feature with a weight below 0 is punished already, so a
+    penalty on it is useless. Of those that raise the reward, one is spurious
+    if the policy has exploited it and it does not stand for quality.
+
+    Pitfall: reward training may leave hardly any weight on the feature that
+    detects a thing, and reward the thing through others: compare score_gap.
     """
     asked = parse_ids(config.features)
     dist, folder, tokenizer, max_length = opened(config, asked)

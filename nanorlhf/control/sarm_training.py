@@ -20,28 +20,42 @@ Source: Zhang et al. 2025 (2508.08746), section 4.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import AutoModel
+from transformers.hf_argparser import HfArg
 
-from ..errors import at_least, one_of, require
+from ..errors import at_least, require
 from ..hf.lora import choose_trained
 from ..interp import sae_files
 from ..models import check_model, pretrained, resolve
+from ..runtime.flags import FlagGroup
+from ..runtime.hints import check_made
 from ..sarm import SARM, save_sarm
 
 MODES = ("frozen", "encoder_frozen", "joint", "detached")
 
 
 @dataclass
-class Flags:
-    """The flags of train_rm.py for SARMs. Its Config inherits them before RunConfig."""
+class Flags(FlagGroup):
+    """SARM: a reward model that scores with the features of an autoencoder"""
 
-    sarm: str = field(default="", metadata={"help": "train a SARM with this autoencoder: train_sae.py --model runs/sft --base none --site "
-        "residual --layers 2 --normalize token --relu False --output_dir runs/sae_sarm; default folder: runs/sarm"})  # fmt: skip
-    sarm_mode: str = field(default="joint", metadata={"help": "what is trained: frozen (the head), encoder_frozen (also the LM; paper), "
-        "joint (also the encoder), or detached (also the autoencoder's reconstruction, apart from the LM)"})  # fmt: skip
-    sarm_lambda: float = field(default=1.0, metadata={"help": "detached: weight of the reconstruction, ||x - x^||^2 / D"})
+    sarm: str = HfArg(
+        default="",
+        help="train a SARM with this autoencoder, into runs/sarm. This makes one: train_sae.py "
+        "--model runs/sft --base none --site residual --layers 2 --normalize token --relu False "
+        "--output_dir runs/sae_sarm",
+    )
+    sarm_mode: str = HfArg(
+        default="joint",
+        metadata={"choices": MODES},
+        help="what is trained: the head (frozen); also the language model (encoder_frozen, the "
+        "paper's); also the encoder (joint); also the autoencoder's reconstruction, without "
+        "effect on the language model (detached)",
+    )
+    sarm_lambda: float = HfArg(
+        default=1.0, help="detached: weight of the reconstruction error, ||x - x^||^2 / D"
+    )
 
     def set_sarm_defaults(self):
         """With --sarm, set --output_dir and --lr to a SARM's defaults where they were not named."""
@@ -53,9 +67,8 @@ class Flags:
             self.lr = 2e-3  # a head that starts at zero has further to go
 
     def __post_init__(self):
-        super().__post_init__()  # RunConfig's
+        super().__post_init__()
         at_least(self, 0, "sarm_lambda")
-        one_of(self, "sarm_mode", *MODES)
         if self.sarm:
             check_flags(self)
 
@@ -76,6 +89,12 @@ def check_flags(config):
         config.sarm_mode != "frozen" or not chooses_layers,
         "--sarm_mode frozen trains the head alone: it takes no --lora_rank and no --freeze_layers",
     )
+
+
+def check_autoencoder(config):
+    """InputError, with the commands that make it, if --sarm names the default autoencoder and it is missing."""
+    if config.sarm:
+        check_made(config.sarm)
 
 
 def prepare(config, dist):

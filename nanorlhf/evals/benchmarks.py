@@ -7,17 +7,19 @@ two halves of a Ties prompt. Beside the rewards stands what an answer's length a
 and their rows: benchmark_files.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from .. import data
-from ..errors import at_least, one_of, require
+from ..errors import at_least, require
 from ..models import check_model, context_length, load_tokenizer
 from ..packing import Answers, pack
 from ..rewards import check_reward, expand, kind_of, load_reward, reward_names, score
 from ..runtime import plots
 from ..runtime.distributed import setup
+from ..runtime.flags import ResultFlags, TextFlags
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import results_folder, save
 from ..stats import bootstrap, pair_wins
@@ -36,27 +38,52 @@ STYLES = ("concise", "detailed", "markdown")
 
 
 @dataclass
-class EvaluateConfig:
-    reward_model: list[str] = field(default_factory=lambda: ["runs/rm/seed_{seed}"], metadata={"help": "rewards, as in train_ppo.py; "
-        "{seed} stands for all that exist"})  # fmt: skip
-    benchmark: str = field(default="pairs", metadata={"help": "what the rows of --dataset are: pairs, rewardbench2 or rm_bench"})
-    output_dir: str = field(default="runs/probe/evaluate", metadata={"help": "where the results are written"})
-    dataset: str = field(default="world", metadata={"help": "FILE.jsonl, .json or .parquet, a datasets name[:split], or world[:cue seed]"})
-    columns: list[str] = field(default_factory=list, metadata={"help": "pairs: FIELD=COLUMN where the data's names differ"})
-    eval_dataset: str = field(default="", metadata={"help": "pairs: held-out data; default: rows of --dataset, by prompt"})
-    eval_size: int = field(default=512, metadata={"help": "pairs: those that train_rm.py held out, if it had the same number "
-        "and no --in_distribution (else name --eval_dataset); 0: all rows of --dataset. The benchmarks are taken whole"})  # fmt: skip
-    max_rows: int = field(default=0, metadata={"help": "a random subset of N prompts (pairs: rows); 0: all"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    max_length: int = field(default=0, metadata={"help": "longest prompt + response in tokens; 0: the reward model's context"})
-    micro_batch_size: int = field(default=64, metadata={"help": "answers a reward model scores at once"})
-    seed: int = field(default=0, metadata={"help": "of the bootstrap"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+class EvaluateConfig(TextFlags, ResultFlags):
+    """The benchmark: which rewards are measured, on which pairs or prompts"""
+
+    reward_model: list[str] = HfArg(
+        default_factory=lambda: ["runs/rm/seed_{seed}"],
+        help="rewards, as in train_ppo.py --help; {seed} stands for all that exist",
+    )
+    benchmark: str = HfArg(
+        default="pairs",
+        metadata={"choices": tuple(READ)},
+        help="what the rows of --dataset are: pairs of answers, or the file of a benchmark",
+    )
+    eval_dataset: str = HfArg(
+        default="",
+        help="pairs: the held-out data; without it, rows of --dataset are held out, by their "
+        "prompts",
+    )
+    eval_size: int = HfArg(
+        default=512,
+        help="pairs: how many, those that train_rm.py held out, if it had the same number and no "
+        "--in_distribution (else name --eval_dataset); 0: all rows of --dataset. The benchmarks "
+        "are taken whole",
+    )
+    max_rows: int = HfArg(
+        default=0, help="use a random subset of this many prompts (pairs: rows); 0: all"
+    )
+    max_length: int = HfArg(
+        default=0,
+        help="tokens in the longest prompt and answer; 0: the reward model's context",
+    )
+    micro_batch_size: int = HfArg(
+        default=64, help="answers that a reward model scores in one forward pass"
+    )
+    seed: int = HfArg(default=0, help="the number that the bootstrap's draws depend on")
+
+    dataset: str = HfArg(
+        default="world",
+        help="the data: FILE.jsonl, .json or .parquet, the name[:split] of a data set for the "
+        "datasets library, or 'world', the embedded world's pairs (world:SEED: with another cue)",
+    )
+    output_dir: str = HfArg(
+        default="runs/probe/evaluate", help="the folder that the results are written to"
+    )
 
     def __post_init__(self):
-        one_of(self, "benchmark", *READ)
-        one_of(self, "dtype", "float32", "bfloat16")
+        super().__post_init__()
         at_least(self, 0, "eval_size", "max_rows", "max_length", "seed")
         at_least(self, 1, "micro_batch_size")
         require(self.benchmark == "pairs" or not data.is_world(self.dataset), f"--benchmark {self.benchmark}: name its file as --dataset")
@@ -64,10 +91,14 @@ class EvaluateConfig:
 
 @unlock_afterwards()
 def evaluate(config):
-    """How often rewards prefer the better answer: accuracy and margin on pairs, RewardBench 2, RM-Bench; with intervals over prompts.
+    """How often rewards prefer the better of two answers.
 
-    A text that does not fit is cut as in train_rm.py: the prompt on its left, then the response. Pitfall: a bare accuracy says little,
-    for "longer wins" may be as good; and a reward model knows the prompts that it was trained on.
+    Accuracy and margin on pairs, RewardBench 2 or RM-Bench, with intervals
+    over prompts. A text that does not fit is cut as in train_rm.py: the
+    prompt on its left, then the answer.
+
+    Pitfall: an accuracy alone says little, since "longer wins" may be as
+    good; and a reward model knows the prompts that it was trained on.
     """
     dist = setup(config.device)
     folder = results_folder(config, dist)

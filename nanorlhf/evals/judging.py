@@ -6,15 +6,18 @@
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
 from ..rewards import expand
 from ..runtime.distributed import setup
-from ..runtime.endpoint import check_endpoint, check_waits, is_endpoint
+from ..runtime.endpoint import check_endpoint, is_endpoint
 from ..runtime.files import read_file, write_json
+from ..runtime.flags import DEVICE_HELP, DEVICES, EndpointFlags
+from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import results_folder, save
 from ..stats import mean_over_groups, percentiles, win_points
@@ -24,29 +27,54 @@ LONGER = "the longer one"  # a judge for comparison, in every table
 
 
 @dataclass
-class JudgeConfig:
-    a: list[str] = field(metadata={"help": "system A's answers: JSONL {prompt, response[, split]}, such as eval/step_N.jsonl of PPO and "
-        "best_of_n.jsonl; several files are read one after the other; SPLIT=FILE names their split"})  # fmt: skip
-    b: list[str] = field(metadata={"help": "system B's"})
-    judge: list[str] = field(default_factory=lambda: ["world:gold"], metadata={"help": "one or several: any reward (rewards.py); "
-        "llm:FOLDER, a language model; http://HOST/v1, an OpenAI-compatible endpoint (its key: OPENAI_API_KEY)"})  # fmt: skip
-    judge_model: str = field(default="", metadata={"help": "the model's name at the endpoint"})
-    criterion: str = field(default="how well they do what the prompt asks, and how well they are written", metadata={"help": "what a "
-        "language model is told to go by"})  # fmt: skip
-    output_dir: str = field(default="runs/probe/judge", metadata={"help": "where the results are written, and scores and choices kept"})
-    answers: int = field(default=0, metadata={"help": "at most so many answers to a prompt, the first ones; 0: all"})
-    answer_tokens: int = field(default=16, metadata={"help": "longest reply of a language model; one that thinks aloud needs more"})
-    parallel: int = field(default=1, metadata={"help": "requests to an endpoint at a time"})
-    requests_per_minute: float = field(default=0, metadata={"help": "at most so many; 0: as fast as it answers"})
-    pause: float = field(default=1.0, metadata={"help": "seconds before a busy endpoint is asked again; doubled each time"})
-    timeout: float = field(default=60.0, metadata={"help": "seconds to wait for the endpoint's answer"})
-    micro_batch_size: int = field(default=64, metadata={"help": "texts in one forward pass; changes memory, not results"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+class JudgeConfig(EndpointFlags):
+    """Answers and judges: whose answers are compared, and by whom"""
+
+    a: list[str] = HfArg(
+        kw_only=True,
+        help="system A's answers: JSONL {prompt, response[, split]}, such as eval/step_N.jsonl of "
+        "PPO and best_of_n.jsonl; several files are read one after the other; SPLIT=FILE names "
+        "their split",
+    )
+    b: list[str] = HfArg(kw_only=True, help="system B's answers to the same prompts")
+    judge: list[str] = HfArg(
+        default_factory=lambda: ["world:gold"],
+        help="one judge or several: any reward (see train_ppo.py --help); llm:FOLDER, a language "
+        "model; http://HOST/v1, an OpenAI-compatible endpoint (its key: OPENAI_API_KEY)",
+    )
+    judge_model: str = HfArg(default="", help="the model's name at the endpoint")
+    criterion: str = HfArg(
+        default="how well they do what the prompt asks, and how well they are written",
+        help="what a language model is told to judge by",
+    )
+    answers: int = HfArg(
+        default=0, help="at most so many answers to a prompt, the first ones; 0: all"
+    )
+    answer_tokens: int = HfArg(
+        default=16,
+        help="tokens in a language model's longest reply; one that thinks aloud needs more",
+    )
+    parallel: int = HfArg(default=1, help="requests to an endpoint at a time")
+    requests_per_minute: float = HfArg(
+        default=0,
+        metadata={"may_be_infinite": True},
+        help="at most so many requests to an endpoint a minute; 0: as fast as it answers",
+    )
+    micro_batch_size: int = HfArg(
+        default=64, help="texts in one forward pass; it changes memory, not results"
+    )
+    output_dir: str = HfArg(
+        default="runs/probe/judge",
+        help="the folder that the results, and scores and choices, are written to",
+    )
+    device: str = HfArg(default="auto", metadata=dict(DEVICES), help=DEVICE_HELP)
 
     def __post_init__(self):
-        at_least(self, 0, "answers", "pause", "requests_per_minute")
+        super().__post_init__()
+        at_least(self, 0, "answers", "requests_per_minute")
+        slow = 0 < self.requests_per_minute < 1 / (24 * 60)
+        require(not slow, "--requests_per_minute must be 0, or at least one request a day")
         at_least(self, 1, "answer_tokens", "parallel", "micro_batch_size")
-        check_waits(self)
         require(self.judge, "--judge names no judge")
         for spec in self.judge:
             if is_endpoint(spec):
@@ -56,14 +84,19 @@ class JudgeConfig:
 
 @unlock_afterwards()
 def judge(config):
-    """Win rates of A's answers over B's: ties count half, the 95% interval is the bootstrap's over prompts.
+    """How often A's answers are better than B's.
 
-    Beside each: shares of wins, ties and losses, how often the longer answer won, of a reward the mean difference of its scores, of a
-    language model how often it chose the answer that stood first. "the longer one" is what a judge of length alone would say. Where rows
-    name their splits each has its own, and the first less each other one is the generalisation gap.
+    Ties count half; the 95% interval is the bootstrap's over prompts. Beside
+    each win rate stand the shares of wins, ties and losses, how often the
+    longer answer won, for a reward the mean difference of its scores, for a
+    language model how often it chose the answer that stood first. "the
+    longer one" is what a judge of length alone would say. Where rows name
+    their splits, each split has its own win rate, and the first less each
+    other one is the generalisation gap.
 
-    Prompts that only one system answered are left out and counted. Pitfall: texts are scored, so an answer that was cut off at its
-    longest is closed like any other.
+    Prompts that only one system answered are left out and counted.
+    Pitfall: texts are scored, so an answer that was cut off at its longest
+    is closed like any other.
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py judge runs on one process")
@@ -101,6 +134,7 @@ def read_answers(files, limit):
     found = {}
     for spec in files:
         name, _, path = ("", "", spec) if os.path.isfile(spec) else spec.rpartition("=")
+        check_made(path)
         for place, row in read_file(path):
             good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("prompt", "response"))
             require(good, f"{place}: a row must be an object with prompt and response, both strings")

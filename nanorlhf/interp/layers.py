@@ -9,11 +9,12 @@ called again, since the models in a folder may have changed.
 import glob
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..divergence import (
@@ -25,52 +26,63 @@ from ..divergence import (
     relative,
     select_layers,
 )
-from ..errors import InputError, at_least, first_line, one_of, require
+from ..errors import InputError, at_least, first_line, require
 from ..hf.activations import SITES, module_at, place_name
 from ..hf.blocks import blocks
 from ..models import check_model, context_length, load_policy, load_tokenizer
 from ..runtime import plots
 from ..runtime.distributed import setup
+from ..runtime.flags import FlagGroup, ResultFlags, TextFlags
+from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import finite, in_one_line, results_folder, save
 from .activation_store import Tokens, from_models, passes, token_rows
+from .probe_flags import TokenFlags
 from .sae_files import SPARSITY, load_sae
 
 # ---------------------------------------------------------------------------------------------------------------------- divergence
 
 
 @dataclass
-class DivergenceConfig:
-    output_dir: str = field(default="runs/probe/divergence", metadata={"help": "where the results are written"})
-    model: str = field(default="runs/sft", metadata={"help": "the base: run folder, model folder or hub name"})
-    policy: str = field(default="runs/ppo", metadata={"help": "the model that was trained from it; adapters are merged"})
-    layers: str = field(default="highest:5", metadata={"help": "which layers to select: highest:K by Frobenius, lowest:K, or such as 1,3"})
-    sites: list[str] = field(default_factory=lambda: list(SITES), metadata={"help": "whose activations are compared"})
-    dataset: str = field(default="world", metadata={"help": "the texts: FILE.jsonl, a datasets name[:split], or world"})
-    kind: str = field(default="sft", metadata={"help": "what its rows are: sft {prompt, response}, pairs {prompt, chosen, rejected}, or "
-        "prompts {prompt}, texts as they are"})  # fmt: skip
-    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    max_rows: int = field(default=256, metadata={"help": "a random subset of N rows; 0: all"})
-    max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
-    keep_bos: bool = field(default=False, metadata={"help": "count BOS too, and an EOS that shares its id: its norm is often most "
-        "of the variance"})  # fmt: skip
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+class DivergenceConfig(TokenFlags, TextFlags, ResultFlags):
+    """Models and layers: what is compared"""
+
+    model: str = HfArg(
+        default="runs/sft", help="the base: a run folder, a model folder or a hub name"
+    )
+    policy: str = HfArg(
+        default="runs/ppo", help="the model that was trained from it; adapters are merged"
+    )
+    layers: str = HfArg(
+        default="highest:5",
+        help="which blocks to select: numbers such as 1,3, or highest:K, the K whose weights moved "
+        "most (Frobenius norm), or lowest:K",
+    )
+    sites: list[str] = HfArg(
+        default_factory=lambda: list(SITES),
+        metadata={"choices": SITES},
+        help="the parts of a block whose activations are compared",
+    )
+    max_rows: int = HfArg(default=256, help="use a random subset of this many rows; 0: all rows")
+
+    output_dir: str = HfArg(
+        default="runs/probe/divergence", help="the folder that the results are written to"
+    )
 
     def __post_init__(self):
-        at_least(self, 0, "max_rows", "max_length")
-        one_of(self, "dtype", "float32", "bfloat16")
-        one_of(self, "kind", *data.FIELDS)
-        require(set(self.sites) <= set(SITES), f"--sites must be some of {', '.join(SITES)}, not {' '.join(self.sites)}")
+        super().__post_init__()
+        at_least(self, 0, "max_rows")
 
 
 @unlock_afterwards()
 def divergence(config):
-    """How far a policy has moved from its base: the weights of each block, and its activations on the same texts.
+    """How far a policy has moved from its base, block by block.
 
-    Weights: D_l, the sum over the parameters p of block l of ||p_base - p_policy||_F, and relative to ||p_base||_F. Activations: mean
-    over tokens of 1 - cosine, and of the squared distance / the base's variance. Method: nanorlhf/divergence.py.
+    Weights: D_l, the sum over the parameters p of block l of
+    ||p_base - p_policy||_F, and the same relative to ||p_base||_F.
+    Activations, on the same texts: the mean over tokens of 1 - cosine, and
+    of the squared distance divided by the base's variance.
+    Method: nanorlhf/divergence.py.
     """
     dist = setup(config.device)
     folder = results_folder(config, dist)
@@ -159,14 +171,26 @@ def draw_divergence(figure, summary):
 
 
 @dataclass
-class MmcsConfig:
-    a: list[str] = field(metadata={"help": "folders of sparse autoencoders (train_sae.py, SAELens); {seed} stands for all that exist"})
-    b: list[str] = field(default_factory=list, metadata={"help": "what they are compared with; default: with one another"})
-    output_dir: str = field(default="runs/probe/mmcs", metadata={"help": "where the results are written"})
-    one_to_one: bool = field(default=False, metadata={"help": "match each feature of B once at most (Hungarian)"})
-    top: int = field(default=20, metadata={"help": "how many of the best matched features are written down"})
+class MmcsConfig(FlagGroup):
+    """Autoencoders, and the results of comparing them"""
+
+    a: list[str] = HfArg(
+        help="folders of sparse autoencoders, of train_sae.py or SAELens; {seed} stands for all "
+        "that exist",
+    )
+    b: list[str] = HfArg(
+        default_factory=list, help="what they are compared with; by default with one another"
+    )
+    one_to_one: bool = HfArg(
+        default=False, help="match each feature of B at most once (the Hungarian algorithm)"
+    )
+    top: int = HfArg(default=20, help="how many of the best matched features are written down")
+    output_dir: str = HfArg(
+        default="runs/probe/mmcs", help="the folder that the results are written to"
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, 0, "top")
         self.a, self.b = existing(self.a), existing(self.b)
         require(self.pairs(), "--a names one folder: name others to compare it with, as --b")
@@ -180,19 +204,26 @@ def existing(paths):
     """Folders, {seed} expanded; one that is not there is an InputError."""
     found = {path: sorted(glob.glob(glob.escape(path).replace("{seed}", "*"))) for path in paths}
     for path in paths:
+        check_made(path)
         require(found[path], f"{path}: no such sparse autoencoder (train_sae.py trains them)")
     return [path for part in found.values() for path in part]
 
 
 @unlock_afterwards()
 def mmcs(config):
-    """Mean max cosine similarity of the decoder directions of sparse autoencoders: of what A has learned, how much B has too.
+    """How alike the features of autoencoders are.
 
-    Small against large of one model: stability, and its best matched features. Base against policy: what training changed. One seed
-    against another: the noise floor. `chance` is the same number for random directions. Method: nanorlhf/divergence.py.
+    Mean max cosine similarity: for each feature of A, the largest cosine of
+    its decoder direction with one of B; the mean over A. A small autoencoder
+    against a large one of the same model: stability, and the features that
+    match best. Base against policy: what training changed. One seed against
+    another: the noise floor. `chance` is the same number for random
+    directions. Method: nanorlhf/divergence.py.
 
-    Latents that never fire are left out where the folder tells (SAELens' sparsity.safetensors). Two autoencoders of one seed start from
-    the same directions and keep some of it: set base against policy with different seeds, then it can be compared with the noise floor.
+    Features that never fire are left out where the folder tells (SAELens'
+    sparsity.safetensors). Two autoencoders of one seed start from the same
+    directions and keep some of them: compare base and policy with different
+    seeds, so that the noise floor applies.
     """
     dist = setup("cpu")
     folder = results_folder(config, dist)

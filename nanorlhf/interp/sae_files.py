@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, first_line, require
 from ..runtime.files import read_json, replace_folder, write_json
+from ..runtime.hints import check_made
 from ..sae import SparseAutoencoder, TopKSAE
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
@@ -102,6 +103,7 @@ def the_one_sae(path):
 
 def read_config(path):
     """cfg.json, if it is one that can be computed here."""
+    check_made(path)
     file = os.path.join(path, CONFIG)
     require(os.path.isfile(file), f"{path}: no sparse autoencoder here ({CONFIG} is missing)")
     config = read_json(file)

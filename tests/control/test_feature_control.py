@@ -481,7 +481,7 @@ def write_bad_files(base):
      ["--alpha 1std: the 70 scores in flat.safetensors have no spread to measure a price by"]),
     ({"density_beta": 0.1}, ["--density_beta compares with reference data"]),
     ({"density_beta": -0.1}, ["--density_beta must be at least 0"]),
-    ({"density_beta": math.inf, "human_latents": "sarm.safetensors"}, ["--density_beta must be finite"]),
+    ({"density_beta": math.inf, "human_latents": "sarm.safetensors"}, ["--density_beta must be a finite number"]),
     (ONE | {"human_latents": "sarm.safetensors"}, ["--human_latents is there for --tau qSHARE"]),
     ({"feature_sae": "sae"}, ["--feature_sae is there for --penalize_features"]),
     ({"clamp": ["3:max"]}, ["--clamp 3:max: it must be FEATURE:OP:VALUE"]),

@@ -185,7 +185,7 @@ def test_bad_input(material, tmp_path, capfd):
     assert "highest:K" in error(layers="top")
     assert "no such model folder" in error(policy=material / "nothing")
     assert "no such file" in error(dataset=tmp_path / "none.jsonl")
-    assert "--sites must be some of mlp, attention, residual" in error(sites=["head"])
+    assert "--sites must be one of mlp, attention, residual" in error(sites=["head"])
     assert "--kind must be one of" in error(kind="texts")
     words = world.tokenizer()
     words.add_tokens(["zebra"])
@@ -207,7 +207,7 @@ def test_commands_are_listed(capfd):
     with pytest.raises(SystemExit) as exit_:
         run_probe("divergence", "--help")
     shown = capfd.readouterr().out
-    assert exit_.value.code == 0 and "--policy" in shown and "How far a policy has moved" in shown and "divergence [-h]" in shown
+    assert exit_.value.code == 0 and "--policy" in shown and "How far a policy has moved" in shown and "divergence [flags]" in shown
     assert f"no command 'nothing'; there are {', '.join(probe.COMMANDS)}" in probe_refused(capfd, "nothing")
     assert "unrecognized arguments: --nothing" in probe_refused(capfd, "divergence", "--nothing", "1")
 

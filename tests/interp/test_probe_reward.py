@@ -164,6 +164,15 @@ def test_prompts_that_differ_by_white_space_are_on_one_side():
         assert train | test <= ids and train and test and not train & test
 
 
+def test_a_test_share_that_leaves_nothing_to_fit():
+    rows = [{"prompt": f"prompt {i}"} for i in range(10)]
+    config = SimpleNamespace(dataset="data", seeds=1, test_share=0.8)
+    assert len(by_prompt(config, rows)[1][0][0]) == 2
+    config.test_share = 0.9
+    with pytest.raises(InputError, match="--test_share 0.9 leaves one of 10 prompts"):
+        by_prompt(config, rows)
+
+
 def test_halves_and_dealt():
     rng = np.random.default_rng(0)
     for n, share, expected in ((10, 0.3, 3), (3, 0.01, 1), (3, 0.99, 2)):

@@ -1,5 +1,5 @@
-"""Properties that every script has, each written once: what changes no result (micro-batches, ranks, kills), what a finished folder does,
-and that --help names every flag. The kinds of runs stand in support.RUNS; kills at random moments in test_kills.py.
+"""Properties that every script has, each written once: what changes no result (micro-batches, ranks, kills), what a finished folder does.
+The kinds of runs stand in support.RUNS; kills at random moments in test_kills.py; flags and --help in runtime/test_flags.py.
 """
 
 import json
@@ -11,7 +11,6 @@ import sys
 
 import pytest
 from support import (
-    ALL_SCRIPTS,
     ENV,
     RUNS,
     SCRIPTS,
@@ -36,16 +35,6 @@ from support import (
 )
 
 from nanorlhf.runtime import cli, log
-
-
-@pytest.mark.parametrize("name", ALL_SCRIPTS)
-def test_help_names_every_flag(name, capsys):
-    script = ALL_SCRIPTS[name]
-    with pytest.raises(SystemExit) as exit_:
-        cli.run(script.Config, script.main, ["--help"])
-    text, fields = capsys.readouterr().out, script.Config.__dataclass_fields__
-    assert exit_.value.code == 0 and all(f"--{flag} " in text for flag in fields)
-    assert all(field.metadata.get("help") for field in fields.values())
 
 
 def weights_error(kind):

@@ -931,7 +931,7 @@ def test_prompts(tmp_path):
     (["--model", "./lost"], ["./lost", "no such model folder"]),
     (["--pool", "lost.jsonl", "--reward_model", "good.py:the"], ["lost.jsonl", "no such file"]),
     (["--pool", "bad.jsonl", "--reward_model", "good.py:the"], ["bad.jsonl:2", "'responses'"]),
-    (["--device", "tpu"], ["--device must be auto, cpu or cuda"]),
+    (["--device", "tpu"], ["--device must be one of auto, cpu, cuda"]),
 ])  # fmt: skip
 def test_bad_flags(tmp_path, monkeypatch, capsys, args, words):
     """Exit code 2, one line that says what is wrong, and nothing on disk."""
