@@ -18,13 +18,17 @@ from .packing import Answers, pack, response_mask_of
 from .rewards import check_reward, kind_of, load_reward, score
 from .rollout import Parts, roll_out
 from .runtime.distributed import Dist, autocast
-from .runtime.files import read_json, read_rows, write_json, write_lines
+from .runtime.files import read_object, read_rows, write_json, write_lines
 from .runtime.fsdp import gathered
 from .runtime.locks import lock_folder
 from .runtime.log import eval_folder
 from .scoring import Scoring
 from .splits import labels
 from .stats import mean_se
+
+
+# What score_gold() reads of a row of eval/step_N.jsonl.
+EVAL_ROW = {"prompt": str, "response": str, "prompt_ids": list[int], "response_ids": list[int]}
 
 
 @dataclass
@@ -152,21 +156,23 @@ def score_gold(config, dist):
     for path in paths.values():
         require(os.path.isfile(path), f"{run}: no finished PPO run here (it has no {os.path.basename(path)})")
     lock_folder(run, dist)
-    stored, summary = read_json(paths["config.json"]), read_json(paths["summary.json"])
-    require("after" in summary, f"{run}: no finished PPO run here (another script's)")
+    stored = read_object(paths["config.json"], {"dataset": str, "eval_splits": list[str] | None})
+    summary = read_object(paths["summary.json"], {"before": dict | None, "after": dict | None}, finite=False)
+    require(summary.get("before") and summary.get("after"), f"{run}: no finished PPO run here (another script's)")
     require(spec and (kind_of(spec) != "gold" or is_world(stored["dataset"])), f"--score_gold {run}: name its gold reward with --gold_model")
     require("gold" not in summary["after"], f"{run} has its gold scores already")
     dist.barrier()  # all have looked before one writes
     if dist.main:
         check_reward(spec)
         tokenizer = load_tokenizer(run)
-        records = read_rows(paths["metrics.jsonl"])
+        records = read_rows(paths["metrics.jsonl"], {"step": int})
+        require(any("eval/proxy" in r for r in records), f"{paths['metrics.jsonl']}: no evaluation in it")
         gold = load_reward(spec, tokenizer, Dist(0, 1, dist.device), config.micro_batch_size)
-        named = labels(stored.get("eval_splits", ["test"]))
+        named = labels(stored.get("eval_splits") or ["test"])
         for record, label in ((r, label) for r in records if "eval/proxy" in r for label in named):
             path = os.path.join(run, eval_folder(label), f"step_{record['step']}.jsonl")
             require(os.path.isfile(path), f"{path}: no such file")
-            rows = read_rows(path)
+            rows = read_rows(path, EVAL_ROW)
             batch = pack([r["prompt_ids"] for r in rows], [r["response_ids"] for r in rows], tokenizer.pad_token_id)
             scores = gold(Answers([r["prompt"] for r in rows], [r["response"] for r in rows], batch))
             write_lines(path, [{**row, "gold": score} for row, score in zip(rows, scores.tolist())])
@@ -180,4 +186,4 @@ def score_gold(config, dist):
             summary[part] |= {name.removeprefix("eval/"): record[name] for name in names}
         write_json(paths["summary.json"], {**summary, "gold_model": spec})
     dist.barrier()
-    return read_json(paths["summary.json"])
+    return read_object(paths["summary.json"], finite=False)

@@ -8,11 +8,11 @@ the hidden state one column to its left.
 
 import contextlib
 import copy
+import math
 import os
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -25,19 +25,21 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from . import ppo
-from .errors import InputError, first_line
-from .hf.adapters import is_adapter, load_merged, read_config, save_model
+from .errors import InputError, library_call, require
+from .hf.adapters import is_adapter, load_merged, read_config, resolve, save_model
 from .hf.blocks import FrozenTrunk
 from .hf.lora import LoRA, adapters_off
 from .hf.weights import check_config, has_weights, weight_names
 from .packing import unflatten
-from .runtime.files import digest
+from .runtime.files import digest, is_of_type, shorten
 from .runtime.fingerprints import digest_path
+from .runtime.tensors import check_tensors, read_tensors
 
 hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
 hf_logging.disable_progress_bar()
 
 VALUE_MODEL = "value_model"  # the folder of a separate value model, inside its policy's
+SMALLEST = {"vocab_size": 3, "hidden_size": 1, "num_hidden_layers": 1}
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of one float32 chunk of logits (64, 512 MB): no [B, T, V] tensor is ever held
 
 
@@ -212,15 +214,6 @@ class RewardModel(nn.Module):
 # -------------------------------------------------------------------------------------------------------------- loading and saving
 
 
-def resolve(path):
-    """A run folder stands for the model/ inside it; anything else is a model folder, an adapter folder or a hub name.
-
-    Whatever opens a model's files (check_..., load_..., is_...) calls this itself: names are handed on as they were given.
-    """
-    inner = os.path.join(path, "model")
-    return inner if os.path.isfile(os.path.join(inner, "config.json")) or is_adapter(inner) else path
-
-
 def check_model(path):
     """The HF config of a model folder or hub name, looked at before anything is loaded.
 
@@ -243,13 +236,24 @@ def check_model(path):
         raise InputError(f"{path}: no such model folder")
     elif path.startswith("runs/"):
         raise InputError(f"{path}: no such run yet (python train_sft.py trains runs/sft, python train_rm.py runs/rm/seed_0)")
-    try:
+    with library_call(f"{path}: neither a model folder nor a model that the hub gives"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: neither a model folder nor a model that the hub gives ({first_line(e)})") from None
     check_config(path, config)
+    check_sizes(path, config)
     weight_names(path)  # an index that leads to a pickle, or out of the folder, is refused
     return config
+
+
+def check_sizes(path, config):
+    """InputError where a config has a size, a number of labels or a reward's mean that is none."""
+    text_config = config.get_text_config()
+    for name, low in SMALLEST.items():
+        size = getattr(text_config, name, low)
+        require(type(size) is int and size >= low, f"{path}: config.json's {name} must be a whole number from {low}, not {shorten(size)}")
+    context = context_length(text_config)
+    require(is_of_type(context, int | None), f"{path}: config.json's context of {shorten(context)} tokens is no whole number")
+    mean = getattr(config, "reward_mean", 0.0)
+    require(is_of_type(mean, float) and math.isfinite(mean), f"{path}: config.json's reward_mean must be a number, not {shorten(mean)}")
 
 
 def load_tokenizer(path, needs_eos=True):
@@ -260,15 +264,30 @@ def load_tokenizer(path, needs_eos=True):
         if is_adapter(path):
             return load_tokenizer(read_config(path)["base_model_name_or_path"], needs_eos)
         raise InputError(f"{path}: no tokenizer in this model folder")  # from_pretrained would make up an empty one
-    try:
+    with library_call(f"{path}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: no tokenizer could be loaded ({first_line(e)})") from None
+    check_vocabulary(path, tokenizer)
     if tokenizer.eos_token_id is None and needs_eos:
         raise InputError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(path, tokenizer):
+    """InputError where a tokenizer gives ids for which the model beside it has no embeddings.
+
+    A folder may hold a tokenizer alone.
+    """
+    if os.path.isdir(path) and not has_weights(path) and not is_adapter(path):
+        return
+    rows = check_model(path).get_text_config().vocab_size
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    require(
+        last < rows,
+        f"{path}: the tokenizer's token {token!r} has the id {last}, and the model has embeddings 0 to {rows - 1} alone; "
+        "give it more (resize_token_embeddings), or take the token out of the tokenizer",
+    )
 
 
 def pretrained(auto, path, new_head=False, **kwargs):
@@ -280,9 +299,9 @@ def pretrained(auto, path, new_head=False, **kwargs):
     new_head: the score head (a causal LM becomes a reward model) or an unused pooler may be missing. Adapters come merged into their base.
     """
     if is_adapter(path := resolve(path)):
-        return load_merged(pretrained, auto, path, new_head, **kwargs)
+        return check_weights(load_merged(pretrained, auto, path, new_head, **kwargs), path)
     check_model(path)  # nothing is loaded that was not looked at, whoever asks for it
-    try:
+    with library_call(f"{path}: cannot be loaded"):
         model, info = auto.from_pretrained(
             path,
             trust_remote_code=False,
@@ -291,12 +310,19 @@ def pretrained(auto, path, new_head=False, **kwargs):
             output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        raise InputError(f"{path}: cannot be loaded ({first_line(e)})") from None
     missing = [name for name in info["missing_keys"] if not (new_head and name.startswith(("score.", "pooler.")))]
     if missing:
         raise InputError(f"{path}: as {type(model).__name__} it lacks the weights {', '.join(sorted(missing)[:3])}")
-    return model.eval()
+    model = check_weights(model.eval(), path)
+    with library_call(f"{path}: cannot be run"), torch.no_grad():
+        model.base_model(input_ids=torch.tensor([[1, 2]]))
+    return model
+
+
+def check_weights(model, path):
+    """InputError where a weight is not finite: a run that went wrong saved it. -> the model"""
+    check_tensors(dict(model.named_parameters()), dict.fromkeys(name for name, _ in model.named_parameters()), path)
+    return model
 
 
 def load_policy(path, value_head=True, value_model=None, device="cpu"):
@@ -316,10 +342,10 @@ def load_policy(path, value_head=True, value_model=None, device="cpu"):
     policy = Policy(lm, value_head, trunk).eval()
     check_logits(policy, path)
     if value_head and own and os.path.isfile(saved_head):
-        try:
-            policy.value_head.load_state_dict(load_file(saved_head))
-        except (SafetensorError, RuntimeError) as e:
-            raise InputError(f"{saved_head}: cannot be loaded ({first_line(e)})") from None
+        own_head = policy.value_head.state_dict()
+        tensors = read_tensors(saved_head)
+        check_tensors(tensors, {name: p.shape for name, p in own_head.items()}, saved_head)
+        policy.value_head.load_state_dict({name: tensors[name] for name in own_head})
     return policy.to(device)
 
 

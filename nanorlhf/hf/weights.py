@@ -10,7 +10,7 @@ import os
 from transformers.utils import cached_file
 
 from ..errors import InputError, first_line
-from ..runtime.files import read_json
+from ..runtime.files import read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -32,10 +32,9 @@ def weight_names(path: str) -> list[str]:
         return [WEIGHTS]
 
     # The index is looked at even where model.safetensors stands beside it and is read instead.
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: not an index of weights (no weight_map {{tensor: file}})")
+    weight_map = read_object(index, {"weight_map": dict})["weight_map"]
+    if not weight_map:
+        raise InputError(f"{index}: its weight_map is empty")
     for tensor, name in weight_map.items():
         check_name(index, tensor, name)
 

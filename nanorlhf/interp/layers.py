@@ -12,8 +12,6 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .. import data
 from ..divergence import (
@@ -25,7 +23,7 @@ from ..divergence import (
     relative,
     select_layers,
 )
-from ..errors import InputError, at_least, first_line, one_of, require
+from ..errors import at_least, one_of, require
 from ..hf.activations import SITES, module_at, place_name
 from ..hf.blocks import blocks
 from ..models import check_model, context_length, load_policy, load_tokenizer
@@ -33,6 +31,7 @@ from ..runtime import plots
 from ..runtime.distributed import setup
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import finite, in_one_line, results_folder, save
+from ..runtime.tensors import check_tensors, read_tensors
 from .activation_store import Tokens, from_models, passes, token_rows
 from .sae_files import SPARSITY, load_sae
 
@@ -223,12 +222,9 @@ def firing(path, m):
     file = os.path.join(path, SPARSITY)  # log10(rate + 1e-10)
     if not os.path.exists(file):
         return torch.arange(m)
-    try:
-        rates = load_file(file)["sparsity"]
-    except (OSError, KeyError, SafetensorError) as e:
-        raise InputError(f"{file}: cannot be read ({first_line(e)})") from None
-    require(rates.shape == (m,), f"{file}: {list(rates.shape)} rates of {m} latents")
-    return (rates > -9.99).nonzero()[:, 0]
+    tensors = read_tensors(file)
+    check_tensors(tensors, {"sparsity": [m]}, file)
+    return (tensors["sparsity"] > -9.99).nonzero()[:, 0]
 
 
 def mmcs_table(summary):

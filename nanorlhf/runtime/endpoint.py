@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException, InvalidURL
 
 from ..errors import InputError, first_line
+from .files import parse_json
 
 TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
 KEY = "OPENAI_API_KEY"  # the environment variable
@@ -183,7 +184,7 @@ def content_of(text):
     ValueError: it is no chat completion, or a refusal.
     """
     try:
-        message = json.loads(text)["choices"][0]["message"]
+        message = parse_json(text, "the reply")["choices"][0]["message"]
         content, refusal = message["content"], message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         beginning = " ".join(redact(text).split())[:60]

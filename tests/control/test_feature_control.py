@@ -504,7 +504,7 @@ def write_bad_files(base):
     ({"density_beta": 0.1, "human_latents": "no_scores.safetensors"}, ["no_scores.safetensors: not a file of human latents"]),
     ({"density_beta": 0.1, "human_latents": "sae/sae_weights.safetensors"}, ["sae_weights.safetensors: not a file of human latents"]),
     ({"density_beta": 0.1, "human_latents": "short.safetensors"}, ["short.safetensors: its tensors do not fit each other"]),
-    ({"density_beta": 0.1, "human_latents": "nan.safetensors"}, ["nan.safetensors: its tensors", "not finite"]),
+    ({"density_beta": 0.1, "human_latents": "nan.safetensors"}, ["nan.safetensors: latents holds numbers that are not finite"]),
     ({"density_beta": 0.1, "human_latents": "few.safetensors"}, ["few.safetensors: 5 texts", "too few"]),
     ({"density_beta": 0.1, "human_latents": "sarm.safetensors", "reward_model": ["other"]},
      ["sarm.safetensors: latents by another reward model than other"]),

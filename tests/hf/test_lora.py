@@ -442,14 +442,14 @@ def spoil(name, content):
 
 NAME = "base_model.model.transformer.h.1.attn.c_attn."
 BROKEN = {  # {what: (how to write it, what the error says, whether it is found before any model is loaded)}
-    "not json": (spoil("adapter_config.json", lambda whole: whole[:99]), "adapter_config.json: not JSON", True),
+    "not json": (spoil("adapter_config.json", lambda whole: whole[:99]), "adapter_config.json:1: not JSON", True),
     "not an object": (spoil("adapter_config.json", lambda whole: b"[1]"), "not a JSON object", True),
     "another method": (config_error(peft_type="IA3"), "IA3", True),
-    "no rank": (config_error(r=None), ": r is missing or wrong", True),
-    "rank 0": (config_error(r=0), ": r is missing or wrong", True),
+    "no rank": (config_error(r=None), ": r cannot be None", True),
+    "rank 0": (config_error(r=0), ": r cannot be 0", True),
     "rank 3": (config_error(r=3), r"another model: .*c_attn.lora_A.weight is \[2, 32\], not \[3, 32\]", False),
-    "no layers": (config_error(target_modules=None), "target_modules is missing", True),
-    "no base": (config_error(base_model_name_or_path=None), "base_model_name_or_path is missing", True),
+    "no layers": (config_error(target_modules=None), "target_modules cannot be None", True),
+    "no base": (config_error(base_model_name_or_path=None), "base_model_name_or_path cannot be None", True),
     "base gone": (config_error(base_model_name_or_path="/no/such/base"), "/no/such/base is gone", True),
     "dora": (config_error(use_dora=True), "use_dora = True, which is not supported", True),
     "rslora": (config_error(use_rslora=True), "use_rslora", True),

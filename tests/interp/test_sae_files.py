@@ -105,7 +105,7 @@ def weights(path, **tensors):
     "harm, match",
     [
         (lambda p: (p / "cfg.json").unlink(), "cfg.json is missing"), (lambda p: (p / "cfg.json").write_text("{"), "not JSON"),
-        (lambda p: (p / "cfg.json").write_text("[]"), "not the configuration"),
+        (lambda p: (p / "cfg.json").write_text("[]"), "not a JSON object"),
         (lambda p: change(p, architecture="gated"), "'gated' is not"),
         (lambda p: change(p, architecture="standard", activation_fn_str="topk"), "'topk' is not computed"),
         (lambda p: change(p, k=0), "k must be"),

@@ -195,7 +195,7 @@ def bad_files(here):
     ("object.json", ["object.json", "one list of rows"]),
     ("none.json", ["none.json: no rows"]),
     ("broken.json", ["broken.json:3: not JSON"]),
-    ("latin.jsonl", ["latin.jsonl: cannot be read"]),
+    ("latin.jsonl", ["latin.jsonl:1: not UTF-8"]),
     ("not.jsonl.gz", ["not.jsonl.gz: cannot be read"]),
     ("one.jsonl", ["one.jsonl: 1 different prompts are too few"]),
 ])  # fmt: skip
