@@ -29,7 +29,7 @@ from .errors import InputError, library_call, require
 from .hf.adapters import is_adapter, load_merged, read_config, resolve, save_model
 from .hf.blocks import FrozenTrunk
 from .hf.lora import LoRA, adapters_off
-from .hf.weights import check_config, has_weights, weight_names
+from .hf.weights import check_config, check_types, has_weights, weight_names
 from .packing import unflatten
 from .runtime.files import digest, is_of_type, shorten
 from .runtime.fingerprints import digest_path
@@ -39,7 +39,7 @@ hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we
 hf_logging.disable_progress_bar()
 
 VALUE_MODEL = "value_model"  # the folder of a separate value model, inside its policy's
-SMALLEST = {"vocab_size": 3, "hidden_size": 1, "num_hidden_layers": 1}
+SIZES = {"vocab_size": (3, 10**7), "hidden_size": (1, 10**6), "num_hidden_layers": (1, 10**4)}  # what can be a model's
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of one float32 chunk of logits (64, 512 MB): no [B, T, V] tensor is ever held
 
 
@@ -247,9 +247,10 @@ def check_model(path):
 def check_sizes(path, config):
     """InputError where a config has a size, a number of labels or a reward's mean that is none."""
     text_config = config.get_text_config()
-    for name, low in SMALLEST.items():
+    for name, (low, high) in SIZES.items():
         size = getattr(text_config, name, low)
-        require(type(size) is int and size >= low, f"{path}: config.json's {name} must be a whole number from {low}, not {shorten(size)}")
+        good = type(size) is int and low <= size <= high
+        require(good, f"{path}: config.json's {name} must be a whole number from {low} to {high}, not {shorten(size)}")
     context = context_length(text_config)
     require(is_of_type(context, int | None), f"{path}: config.json's context of {shorten(context)} tokens is no whole number")
     mean = getattr(config, "reward_mean", 0.0)
@@ -301,6 +302,7 @@ def pretrained(auto, path, new_head=False, **kwargs):
     if is_adapter(path := resolve(path)):
         return check_weights(load_merged(pretrained, auto, path, new_head, **kwargs), path)
     check_model(path)  # nothing is loaded that was not looked at, whoever asks for it
+    check_types(path)
     with library_call(f"{path}: cannot be loaded"):
         model, info = auto.from_pretrained(
             path,
@@ -341,7 +343,7 @@ def load_policy(path, value_head=True, value_model=None, device="cpu"):
     trunk = pretrained(AutoModel, value_model) if value_head and value_model else None
     policy = Policy(lm, value_head, trunk).eval()
     check_logits(policy, path)
-    if value_head and own and os.path.isfile(saved_head):
+    if value_head and own and os.path.lexists(saved_head):
         own_head = policy.value_head.state_dict()
         tensors = read_tensors(saved_head)
         check_tensors(tensors, {name: p.shape for name, p in own_head.items()}, saved_head)

@@ -273,7 +273,7 @@ def check_files(path, config):
     expected["score.weight"] = [1, m]
     found = {}
     for file in weight_files(path):
-        for name, shape in read_shapes(file).items():
+        for name, (_, shape) in read_shapes(file).items():
             if name not in expected:
                 raise InputError(f"{file}: {name} is not a tensor of a SARM on {type(trunk).__name__} with L = {L}")
             if shape != expected[name]:

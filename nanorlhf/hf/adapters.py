@@ -168,6 +168,8 @@ def load_adapter(lm, path):
             raise InputError(f"{path}: an adapter for another model: {type(lm).__name__} has no linear layer {name}")
         n_out, n_in = shape_of(known[name])
         expected |= {f"{name}.lora_A.weight": (r, n_in), f"{name}.lora_B.weight": (n_out, r)}
+    others = sorted(names - wanted)
+    require(not others, f"{path}: it adapts layers that are not among its target_modules, such as {others[:1]}")
     heads = {name: p for name, p in lm.named_parameters() if name.split(".")[0] in HEADS and config.get("task_type") == "SEQ_CLS"}
     expected |= {name: tuple(p.shape) for name, p in heads.items()}
     for name, shape in expected.items():

@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 
 from ..errors import InputError, first_line
 from ..runtime.files import read_object
+from ..runtime.tensors import read_shapes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -80,6 +81,17 @@ def check_config(path: str, config):
 def weight_files(path: str) -> list[str]:
     """The paths of a model's safetensors files; a hub model's are downloaded."""
     return [find_file(path, name) for name in weight_names(path)]
+
+
+def check_types(path: str):
+    """InputError where a model's weights are no floating-point numbers.
+
+    transformers would turn them into some. Buffers, such as masks, may be what they are.
+    """
+    for file in weight_files(path):
+        for name, (dtype, _) in read_shapes(file).items():
+            if name.endswith(".weight") and "F" not in dtype:
+                raise InputError(f"{file}: {name} holds {dtype}, not floating-point numbers")
 
 
 def find_file(path: str, name: str, must: bool = True) -> str | None:

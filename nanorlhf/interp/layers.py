@@ -220,7 +220,7 @@ def mmcs(config):
 def firing(path, m):
     """The ids of an autoencoder's latents, without those that its folder knows never to have fired."""
     file = os.path.join(path, SPARSITY)  # log10(rate + 1e-10)
-    if not os.path.exists(file):
+    if not os.path.lexists(file):
         return torch.arange(m)
     tensors = read_tensors(file)
     check_tensors(tensors, {"sparsity": [m]}, file)

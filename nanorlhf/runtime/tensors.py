@@ -13,10 +13,11 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
         return load_file(path)
 
 
-def read_shapes(path: str) -> dict[str, list[int]]:
-    """The shapes of a safetensors file's tensors, which are not loaded. InputError: as above."""
+def read_shapes(path: str) -> dict[str, tuple[str, list[int]]]:
+    """{name: its type, such as F32, and its shape}; no tensor is loaded. InputError: as above."""
     with library_call(f"{path}: cannot be read"), safe_open(path, "pt") as f:
-        return {name: list(f.get_slice(name).get_shape()) for name in f.keys()}
+        slices = {name: f.get_slice(name) for name in f.keys()}
+        return {name: (x.get_dtype(), list(x.get_shape())) for name, x in slices.items()}
 
 
 def read_notes(path: str) -> dict[str, str]:
