@@ -26,7 +26,6 @@ from .scoring import Scoring
 from .splits import labels
 from .stats import mean_se
 
-
 # What score_gold() reads of a row of eval/step_N.jsonl.
 EVAL_ROW = {"prompt": str, "response": str, "prompt_ids": list[int], "response_ids": list[int]}
 
@@ -156,7 +155,7 @@ def score_gold(config, dist):
     for path in paths.values():
         require(os.path.isfile(path), f"{run}: no finished PPO run here (it has no {os.path.basename(path)})")
     lock_folder(run, dist)
-    stored = read_object(paths["config.json"], {"dataset": str, "eval_splits": list[str] | None})
+    stored = read_object(paths["config.json"], {"dataset": str, "eval_splits": list[str] | None}, finite=False)
     summary = read_object(paths["summary.json"], {"before": dict | None, "after": dict | None}, finite=False)
     require(summary.get("before") and summary.get("after"), f"{run}: no finished PPO run here (another script's)")
     require(spec and (kind_of(spec) != "gold" or is_world(stored["dataset"])), f"--score_gold {run}: name its gold reward with --gold_model")

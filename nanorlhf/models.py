@@ -8,7 +8,6 @@ the hidden state one column to its left.
 
 import contextlib
 import copy
-import math
 import os
 
 import torch
@@ -39,7 +38,8 @@ hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we
 hf_logging.disable_progress_bar()
 
 VALUE_MODEL = "value_model"  # the folder of a separate value model, inside its policy's
-SIZES = {"vocab_size": (3, 10**7), "hidden_size": (1, 10**6), "num_hidden_layers": (1, 10**4)}  # what can be a model's
+# The sizes that a model can have, lowest and highest.
+SIZES = {"vocab_size": (3, 10**7), "hidden_size": (1, 10**6), "num_hidden_layers": (1, 10**4)}
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of one float32 chunk of logits (64, 512 MB): no [B, T, V] tensor is ever held
 
 
@@ -245,16 +245,18 @@ def check_model(path):
 
 
 def check_sizes(path, config):
-    """InputError where a config has a size, a number of labels or a reward's mean that is none."""
+    """InputError where a config has a size, a context or a reward's mean that is none."""
     text_config = config.get_text_config()
     for name, (low, high) in SIZES.items():
         size = getattr(text_config, name, low)
         good = type(size) is int and low <= size <= high
         require(good, f"{path}: config.json's {name} must be a whole number from {low} to {high}, not {shorten(size)}")
     context = context_length(text_config)
-    require(is_of_type(context, int | None), f"{path}: config.json's context of {shorten(context)} tokens is no whole number")
+    good = is_of_type(context, int | None)
+    require(good, f"{path}: config.json's context must be a whole number, not {shorten(context)}")
     mean = getattr(config, "reward_mean", 0.0)
-    require(is_of_type(mean, float) and math.isfinite(mean), f"{path}: config.json's reward_mean must be a number, not {shorten(mean)}")
+    good = is_of_type(mean, float) and abs(mean) < 1e9  # in units of the scores' standard deviation
+    require(good, f"{path}: config.json's reward_mean cannot be {shorten(mean)}")
 
 
 def load_tokenizer(path, needs_eos=True):
@@ -267,6 +269,7 @@ def load_tokenizer(path, needs_eos=True):
         raise InputError(f"{path}: no tokenizer in this model folder")  # from_pretrained would make up an empty one
     with library_call(f"{path}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer("a text")  # some settings are only looked at here
     check_vocabulary(path, tokenizer)
     if tokenizer.eos_token_id is None and needs_eos:
         raise InputError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
@@ -316,6 +319,7 @@ def pretrained(auto, path, new_head=False, **kwargs):
     if missing:
         raise InputError(f"{path}: as {type(model).__name__} it lacks the weights {', '.join(sorted(missing)[:3])}")
     model = check_weights(model.eval(), path)
+    # Some wrong settings only show when the model is run.
     with library_call(f"{path}: cannot be run"), torch.no_grad():
         model.base_model(input_ids=torch.tensor([[1, 2]]))
     return model
@@ -323,7 +327,8 @@ def pretrained(auto, path, new_head=False, **kwargs):
 
 def check_weights(model, path):
     """InputError where a weight is not finite: a run that went wrong saved it. -> the model"""
-    check_tensors(dict(model.named_parameters()), dict.fromkeys(name for name, _ in model.named_parameters()), path)
+    weights = dict(model.named_parameters())
+    check_tensors(weights, dict.fromkeys(weights), path)
     return model
 
 

@@ -257,7 +257,7 @@ def packed_reader(config, path, tokenizer, dist, micro_batch_size):
     """
     own = load_tokenizer(path)
     same = tokenizer is not None and own.get_vocab() == tokenizer.get_vocab()
-    context = context_length(config)
+    context, rows = context_length(config), config.get_text_config().vocab_size
     key = ("sampled ids" if same else identity(own), micro_batch_size)
 
     def prepare(answers):
@@ -277,6 +277,10 @@ def packed_reader(config, path, tokenizer, dist, micro_batch_size):
             answers.micro_batches[key] = prepare(answers)
         longest = max(part.ids.shape[1] for _, part in answers.micro_batches[key])
         require(not context or longest <= context, f"{path}: a text of {longest} tokens, a context of {context}")
+        for _, part in answers.micro_batches[key]:
+            low, high = (int(x) for x in part.ids.aminmax())
+            odd = low if low < 0 else high
+            require(0 <= low and high < rows, f"{path}: a text holds the token {odd}, and the model has embeddings 0 to {rows - 1} alone")
         return answers.micro_batches[key]
 
     return read

@@ -79,6 +79,8 @@ def load(path, spec, sae):
     fits = latents.ndim == 2 and scores.shape == latents.shape[:1] and features.shape == latents.shape[1:]
     require(fits and len(scores) > 0, f"{path}: its tensors do not fit each other")
     check_tensors(tensors, {"latents": None, "scores": None}, path)
+    largest = max(latents.abs().max().item() if latents.numel() else 0.0, scores.abs().max().item())
+    require(largest < 1e18, f"{path}: it holds {largest:.3g}, whose square float32 cannot hold")
     ids = features.tolist()
     good = features.dtype == torch.int64 and len(set(ids)) == len(ids) and min(ids, default=0) >= 0
     require(good, f"{path}: its features must be whole numbers from 0, each of them once")

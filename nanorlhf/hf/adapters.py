@@ -26,16 +26,9 @@ UNDERSTOOD = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_al
               "qalora_group_size"}  # fmt: skip
 
 
-FIELDS = {
-    "r": int,
-    "lora_alpha": float,
-    "lora_dropout": float,
-    "target_modules": str | list[str],
-    "base_model_name_or_path": str,
-    "task_type": str | None,
-    "bias": str | None,
-    "modules_to_save": list[str] | None,
-}
+FIELDS = {"r": int, "lora_alpha": float, "lora_dropout": float}
+FIELDS |= {"target_modules": str | list[str], "base_model_name_or_path": str}
+FIELDS |= {"task_type": str | None, "bias": str | None, "modules_to_save": list[str] | None}
 NOTE_FIELDS = {"base": str | None, "reward_mean": float | None}
 
 
@@ -107,7 +100,8 @@ def read_config(path):
     base, seen = config["base_model_name_or_path"], {os.path.realpath(path)}
     while is_adapter(resolve(base)):
         base = resolve(base)
-        require(os.path.realpath(base) not in seen, f"{path}: an adapter whose base model leads back to {base}, an adapter itself")
+        is_new = os.path.realpath(base) not in seen
+        require(is_new, f"{path}: an adapter whose base model leads back to {base}, an adapter itself")
         seen.add(os.path.realpath(base))
         base = read_one_config(base)["base_model_name_or_path"]
     return config
@@ -160,7 +154,8 @@ def load_adapter(lm, path):
     config, tensors = read_config(path), read_tensors(path)
     known, wanted, r = matching(lm, ".*"), set(matching(lm, config["target_modules"])), config["r"]
     names = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
-    unused = {name for name in names if "." not in name and not hasattr(lm, name)}  # a reward model has no LM head, and needs no adapter on it
+    # A reward model has no LM head, and needs no adapter on it.
+    unused = {name for name in names if "." not in name and not hasattr(lm, name)}
     names -= unused
     expected = {}  # {tensor: its shape}
     for name in sorted(names | wanted):
@@ -169,7 +164,7 @@ def load_adapter(lm, path):
         n_out, n_in = shape_of(known[name])
         expected |= {f"{name}.lora_A.weight": (r, n_in), f"{name}.lora_B.weight": (n_out, r)}
     others = sorted(names - wanted)
-    require(not others, f"{path}: it adapts layers that are not among its target_modules, such as {others[:1]}")
+    require(not others, f"{path}: {others[:1]} of its layers are not among its target_modules")
     heads = {name: p for name, p in lm.named_parameters() if name.split(".")[0] in HEADS and config.get("task_type") == "SEQ_CLS"}
     expected |= {name: tuple(p.shape) for name, p in heads.items()}
     for name, shape in expected.items():

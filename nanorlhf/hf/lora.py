@@ -81,7 +81,7 @@ def matching(lm, pattern):
         return {name: layer for name, layer in layers.items() if layer is not lm.get_output_embeddings()}
     patterns = [pattern] if isinstance(pattern, str) else [rf"(?:.*\.)?(?:{end})" for end in pattern]
     try:
-        with time_limit(SEARCH_SECONDS, f"LoRA layers {pattern}: the search takes too long; write a simpler regular expression"):
+        with time_limit(SEARCH_SECONDS, f"LoRA layers {pattern}: a search that takes too long; write a simpler one"):
             return {name: layer for name, layer in layers.items() if any(re.fullmatch(p, name) for p in patterns)}
     except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"LoRA layers {pattern}: not a regular expression ({e})") from None

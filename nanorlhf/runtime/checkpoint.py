@@ -199,7 +199,7 @@ def find_damage(folder: str, step: int, module, optimizer) -> str:
         return f"{os.path.basename(e.filename)} is missing"
     except InputError as e:
         return first_line(e).removeprefix(f"{path}/")
-    except OSError as e:
+    except (OSError, ValueError) as e:
         return first_line(e)
 
 

@@ -166,7 +166,7 @@ def read_settings(path: str, config_class) -> dict:
 
     Each must be of its field's type.
     """
-    stored = read_object(path)
+    stored = read_object(path, finite=False)
     hints = typing.get_type_hints(config_class)
     settings = {}
     for name, value in stored.items():

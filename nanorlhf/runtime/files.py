@@ -79,7 +79,9 @@ def parse_json(text: str | bytes, path: str, line: int | None = None, finite: bo
     except RecursionError:
         raise InputError(f"{place}: not JSON that can be read (nested too deep)") from None
     except UnicodeEncodeError:
-        raise InputError(f"{place}: a text holds half of a character (\\ud800 to \\udfff)") from None
+        raise InputError(
+            f"{place}: a text holds half of a character (\\ud800 to \\udfff)"
+        ) from None
     except ValueError as e:
         raise InputError(f"{place}: not JSON ({first_line(e)})") from None
 
@@ -309,7 +311,10 @@ def read_file(path: str) -> list[tuple[str, Any]]:
     require(content.strip(), f"{path}: the file is empty")
     if path.removesuffix(".gz").endswith(".json"):
         whole = parse_json(content, path)
-        require(isinstance(whole, list), f"{path}: a .json file must hold one list of rows (one row a line is .jsonl)")
+        require(
+            isinstance(whole, list),
+            f"{path}: a .json file must hold one list of rows (one row a line is .jsonl)",
+        )
         require(whole, f"{path}: no rows")
         return [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
     rows = []

@@ -206,7 +206,7 @@ class RunFolder:
 
 def read_config(stored: str) -> dict:
     """What is in a run's config.json: settings, and as "inputs" fingerprints of what they name."""
-    run = read_object(stored, {"inputs": dict | None})
+    run = read_object(stored, {"inputs": dict | None}, finite=False)  # a setting may be infinite
     run["inputs"] = run.get("inputs") or {}  # older runs have no fingerprints
     for name, known in run["inputs"].items():
         check_fields(known, FINGERPRINT, f"{stored}: the fingerprint of {name}")

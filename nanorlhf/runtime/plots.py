@@ -33,14 +33,8 @@ PANELS = {
 }  # fmt: skip
 BEST_OF_N, PPO = "bon_results.json", "metrics.jsonl"  # the file that tells the kind of a run
 # What must be numbers in a point of bon_results.json.
-POINT = {
-    "n": float,
-    "kl": float | None,
-    "proxy_score": float | None,
-    "proxy_se": float | None,
-    "gold_score": float | None,
-    "gold_se": float | None,
-}
+POINT = dict.fromkeys(("kl", "proxy_score", "proxy_se", "gold_score", "gold_se"), float | None)
+POINT["n"] = float
 # Of a comparison: labels of the x-axes, scale of the first, band of a single run, x where KL is 0, fit of gold over d.
 LOOK = {
     BEST_OF_N: ("n, best of n", "d = sqrt(KL of best-of-n in nats)", "log", "bootstrap interval over prompts (mean of members: range)",
@@ -126,7 +120,7 @@ def curves_figure(figure, run):
 def read_config(run):
     """config.json, with a list of reward models (older runs name one), and of a best-of-n run their number."""
     path = os.path.join(run, "config.json")
-    config = read_object(path, {"reward_model": str | list[str] | None})
+    config = read_object(path, {"reward_model": str | list[str] | None}, finite=False)
     config.pop("inputs", None)  # fingerprints, no settings
     paths = [path] if isinstance(path := config.get("reward_model", ""), str) else path
     return {**config, "reward_model": paths} | ({"members": len(paths)} if kind_of(run) == BEST_OF_N else {})

@@ -38,7 +38,7 @@ def results_folder(config, dist):
     folder.config["command"] = type(config).__name__.removesuffix("Config")
     stored = os.path.join(config.output_dir, "config.json")
     if os.path.isfile(stored):
-        settings = read_object(stored)
+        settings = read_object(stored, finite=False)
         same = settings.get("command", folder.config["command"]) == folder.config["command"]
         require(
             same and "output_dir" in settings,

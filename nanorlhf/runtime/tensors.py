@@ -34,8 +34,14 @@ def check_tensors(tensors: dict, shapes: dict, place: str):
     for name, shape in shapes.items():
         require(name in tensors, f"{place}: the tensor {name} is missing")
         found = list(tensors[name].shape)
-        require(shape is None or found == list(shape), f"{place}: {name} is {found}, not {list(shape or [])}")
+        require(
+            shape is None or found == list(shape),
+            f"{place}: {name} is {found}, not {list(shape or [])}",
+        )
         dtype = str(tensors[name].dtype).removeprefix("torch.")
-        require(tensors[name].is_floating_point(), f"{place}: {name} holds {dtype}, not floating-point numbers")
+        require(
+            tensors[name].is_floating_point(),
+            f"{place}: {name} holds {dtype}, not floating-point numbers",
+        )
         finite = bool(tensors[name].detach().float().isfinite().all())
         require(finite, f"{place}: {name} holds numbers that are not finite")

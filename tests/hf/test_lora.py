@@ -484,7 +484,7 @@ BROKEN = {  # {what: (how to write it, what the error says, whether it is found 
     "base a note of 5": (notes_error({"base": 5}), "nanorlhf.json: base cannot be 5", True),
     "a mean of text": (notes_error({"reward_mean": "0"}), "nanorlhf.json: reward_mean cannot be '0'", True),
     "notes a list": (notes_error([]), "nanorlhf.json: not a JSON object", True),
-    "layers of another name": (config_error(target_modules=["c_proj"]), "layers that are not among its target_modules", False),
+    "layers of another name": (config_error(target_modules=["c_proj"]), "are not among its target_modules", False),
     "NaN": (rewrite(lambda t: t[NAME + "lora_B.weight"].fill_(float("nan"))), "lora_B.weight holds numbers that are not finite", False),
     "whole numbers": (rewrite(lambda t: t.update({NAME + "lora_B.weight": torch.ones(96, 2, dtype=torch.int32)})), "int32", False),
     "a head of no classifier": (rewrite(lambda t: t.update({"base_model.model.score.weight": torch.ones(1, 32)})),

@@ -6,9 +6,7 @@ and nothing on disk is changed: cli.run() makes one line and exit code 2 of it (
 
 import contextlib
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -55,11 +53,17 @@ def shelf(base, tmp_path_factory):
         patch.setattr(log.RunFolder, "save_model", killed)
         with pytest.raises(Killed):
             train_sft.main(sft(root, output_dir=f"{root}/half", checkpoint_every=1))
-    settings = small(root, "ppo", steps=1, eval_size=4, output_dir=f"{root}/ppo", dataset=f"{root}/prompts.jsonl")
+    settings = small(
+        root, "ppo", steps=1, eval_size=4, output_dir=f"{root}/ppo", dataset=f"{root}/prompts.jsonl"
+    )
     train_ppo.main(train_ppo.Config(**settings))
     sample_bon.main(bon(root))
-    (root / "pool.json").write_text(json.dumps([{"prompt": "p", "responses": ["a", "b"], "gold_scores": [1, 2]}] * 3))
-    (root / "answers.json").write_text(json.dumps([{"prompt": "review the hotel :", "response": "a nice day ."}]))
+    (root / "pool.json").write_text(
+        json.dumps([{"prompt": "p", "responses": ["a", "b"], "gold_scores": [1, 2]}] * 3)
+    )
+    (root / "answers.json").write_text(
+        json.dumps([{"prompt": "review the hotel :", "response": "a nice day ."}])
+    )
     with open(root / "sft.jsonl") as f:
         rows = [json.loads(line) for line in f]
     (root / "sft.json").write_text(json.dumps(rows))
@@ -71,7 +75,10 @@ def sft(root, **changes):
 
 
 def bon(root, **changes):
-    settings = {"output_dir": f"{root}/bon", **small(root, "bon", n_answers=2, eval_size=3, max_new_tokens=4)}
+    settings = {
+        "output_dir": f"{root}/bon",
+        **small(root, "bon", n_answers=2, eval_size=3, max_new_tokens=4),
+    }
     return sample_bon.Config(**{**settings, "reward_model": [f"{root}/rewards.py:the"], **changes})
 
 
@@ -85,7 +92,9 @@ def resume(root):
 
 
 def score_gold(root):
-    train_ppo.main(train_ppo.Config(score_gold=f"{root}/ppo", gold_model=f"{root}/rewards.py:words"))
+    train_ppo.main(
+        train_ppo.Config(score_gold=f"{root}/ppo", gold_model=f"{root}/rewards.py:words")
+    )
 
 
 def judge(root):
@@ -95,7 +104,11 @@ def judge(root):
 
 def mmcs(root):
     name = f"{root}/sae/policy/2_residual"
-    layers.mmcs(layers.MmcsConfig(a=[name], b=[f"{root}/sae/policy/../policy/2_residual"], output_dir=f"{root}/out"))
+    layers.mmcs(
+        layers.MmcsConfig(
+            a=[name], b=[f"{root}/sae/policy/../policy/2_residual"], output_dir=f"{root}/out"
+        )
+    )
 
 
 def control(root):
@@ -144,7 +157,9 @@ JSON = {
 }
 JSONL = {
     "sft.jsonl": lambda root: train_sft.main(sft(root)),
-    "pairs.jsonl": lambda root: train_rm.main(train_rm.Config(output_dir=f"{root}/out", **small(root, "rm"))),
+    "pairs.jsonl": lambda root: train_rm.main(
+        train_rm.Config(output_dir=f"{root}/out", **small(root, "rm"))
+    ),
     "ppo/metrics.jsonl": score_gold,
     "ppo/eval/step_0.jsonl": score_gold,
     "bon/cache/answers_*.jsonl": best_of_n,
@@ -201,7 +216,9 @@ def with_tensor(change):
             notes, tensors = f.metadata(), {name: f.get_tensor(name).clone() for name in f.keys()}
         name = sorted(name for name, tensor in tensors.items() if tensor.is_floating_point())[-1]
         tensors[name] = change(tensors[name])
-        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, notes)
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if tensor is not None}, path, notes
+        )
 
     return damage
 

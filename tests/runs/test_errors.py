@@ -245,7 +245,7 @@ def no_tokenizer():
     (lambda: os.rename("model/model.safetensors", "model/pytorch_model.bin"), ["model: no weights (*.safetensors)"]),  # pickle is never read
     (lambda: os.remove("model/config.json"), ["model: a folder without config.json is no model"]),
     (lambda: Path("model/config.json").write_text("{oops"), ["model: "]),
-    (half_the_weights, ["model: cannot be loaded"]),
+    (half_the_weights, ["model/model.safetensors: cannot be read"]),
     (no_tokenizer, ["model: ", "tokenizer"]),
 ], ids=["no EOS", "no weights", "pickle", "no config", "broken config", "half the weights", "no tokenizer"])  # fmt: skip
 def test_bad_models(here, capfd, kind, damage, words):

@@ -62,7 +62,13 @@ def test_a_log_may_hold_nan(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "tau": math.nan}) + "\n")
     ((step, tau),) = [row.values() for row in read_rows(str(tmp_path / "metrics.jsonl"))]
     assert step == 1 and math.isnan(tau)
-    refuses(read_checked_lines, str(tmp_path / "metrics.jsonl"), lambda i, row: True, "delete it", match=["metrics.jsonl:1: ", "delete it"])
+    refuses(
+        read_checked_lines,
+        str(tmp_path / "metrics.jsonl"),
+        lambda i, row: True,
+        "delete it",
+        match=["metrics.jsonl:1: ", "delete it"],
+    )
     (tmp_path / "summary.json").write_text(json.dumps({"tau": math.inf}))
     assert read_object(str(tmp_path / "summary.json"), finite=False) == {"tau": math.inf}
     refuses(read_object, str(tmp_path / "summary.json"), match=["summary.json: ", "Infinity"])
@@ -87,8 +93,20 @@ def test_fields():
     assert check_fields(good, fields, "x.json") is good
     refuses(check_fields, [good], fields, "x.json", match=["x.json: not a JSON object"])
     refuses(check_fields, {"name": "a"}, fields, "x.json", match=["x.json: size is missing"])
-    refuses(check_fields, {"name": None, "size": 3}, fields, "x.json", match=["x.json: name cannot be None"])
-    refuses(check_fields, {**good, "note": "n" * 10**5}, {"note": int}, "x.json", match=["x.json: note cannot be 'nnn", "..."])
+    refuses(
+        check_fields,
+        {"name": None, "size": 3},
+        fields,
+        "x.json",
+        match=["x.json: name cannot be None"],
+    )
+    refuses(
+        check_fields,
+        {**good, "note": "n" * 10**5},
+        {"note": int},
+        "x.json",
+        match=["x.json: note cannot be 'nnn", "..."],
+    )
 
 
 # ------------------------------------------------------------------------------------------ bytes
@@ -114,7 +132,13 @@ def test_a_flipped_bit_anywhere_in_gzip(tmp_path):
 
 def test_what_cannot_be_opened(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
-    for path in (tmp_path / "gone", tmp_path / "loop", tmp_path, f"{tmp_path}/a\0b", f"{tmp_path}/{'n' * 300}"):
+    for path in (
+        tmp_path / "gone",
+        tmp_path / "loop",
+        tmp_path,
+        f"{tmp_path}/a\0b",
+        f"{tmp_path}/{'n' * 300}",
+    ):
         for read in (read_bytes, read_json, read_file, read_tensors):
             refuses(read, str(path), match=[str(path)])
 
@@ -139,5 +163,9 @@ def test_tensors_that_are_not_those(tmp_path, tensor, words):
 
 def test_tensors_that_are(tmp_path):
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        check_tensors({"w": torch.ones(2, 3, dtype=dtype), "more": torch.ones(1)}, {"w": torch.Size([2, 3])}, "x")
+        check_tensors(
+            {"w": torch.ones(2, 3, dtype=dtype), "more": torch.ones(1)},
+            {"w": torch.Size([2, 3])},
+            "x",
+        )
     check_tensors({"w": torch.zeros(0, 4)}, {"w": None}, "x")
