@@ -47,7 +47,7 @@ from nanorlhf.packing import Answers, micro_batches, pack
 from nanorlhf.rewards import check_reward, load_reward, score
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
-from nanorlhf.runtime.files import read_json
+from nanorlhf.runtime.files import read_object
 from nanorlhf.runtime.flags import RunConfig
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
@@ -149,7 +149,9 @@ def main(config):
         print(f"\nmember {member.output_dir}", flush=True)
         train(member, alone)
     dist.barrier()
-    summaries = {member.output_dir: read_json(f"{member.output_dir}/summary.json") for member in members}
+    summaries = {}
+    for member in members:
+        summaries[member.output_dir] = read_object(f"{member.output_dir}/summary.json", REPORTED, finite=False)
     dist.print(f"\n{config.members} members:", *(f"  {folder}: {report(result)}" for folder, result in summaries.items()))
     return summaries
 
@@ -371,6 +373,11 @@ def gold_scores(held_out, tokenizer, max_length, config, dist):
         answers = Answers([t["prompt"] for t in mine], [t["response"] for t in mine], batch)
         out[label] = dist.gather(score(gold, [answers], dist)).view(2, -1)
     return out
+
+
+# What report() needs of a summary.
+MEASURES = ("accuracy", "accuracy_se", "n_pairs", "longer_wins", "shorter_wins", "margin", "margin_se")
+REPORTED = {f"eval/{name}": float for name in MEASURES}
 
 
 def report(record, label="eval"):

@@ -51,9 +51,10 @@ def read_hub(spec):
         else:
             data = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name, split=split or "train")
         data = data[split or "train"] if isinstance(data, dict) else data
+        rows = list(data)
     except Exception as e:  # the hub's errors are many, and all of them mean: this data set is not to be had
         raise InputError(f"{spec}: neither a file nor a data set that can be loaded ({' '.join(str(e).split())[:150]})") from None
-    return [(f"{spec}[{i}]", row) for i, row in enumerate(data)]
+    return [(f"{spec}[{i}]", row) for i, row in enumerate(rows)]
 
 
 def read_rows(spec, kind, columns=(), split="train", prompt_format=""):

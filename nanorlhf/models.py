@@ -11,8 +11,7 @@ import copy
 import os
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -25,20 +24,23 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from . import ppo
-from .errors import InputError, first_line
-from .hf.adapters import is_adapter, load_merged, read_config, save_model
+from .errors import InputError, library_call, require
+from .hf.adapters import is_adapter, load_merged, read_config, resolve, save_model
 from .hf.blocks import FrozenTrunk
 from .hf.lora import LoRA, adapters_off
-from .hf.weights import check_config, has_weights, weight_names
+from .hf.weights import check_config, check_types, has_weights, weight_names
 from .packing import unflatten
-from .runtime.files import digest
+from .runtime.files import digest, is_of_type, shorten
 from .runtime.fingerprints import digest_path
 from .runtime.hints import check_made
+from .runtime.tensors import check_tensors, read_tensors
 
 hf_logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for, not news
 hf_logging.disable_progress_bar()
 
 VALUE_MODEL = "value_model"  # the folder of a separate value model, inside its policy's
+# The sizes that a model can have, lowest and highest.
+SIZES = {"vocab_size": (3, 10**7), "hidden_size": (1, 10**6), "num_hidden_layers": (1, 10**4)}
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of one float32 chunk of logits (64, 512 MB): no [B, T, V] tensor is ever held
 
 
@@ -213,15 +215,6 @@ class RewardModel(nn.Module):
 # -------------------------------------------------------------------------------------------------------------- loading and saving
 
 
-def resolve(path):
-    """A run folder stands for the model/ inside it; anything else is a model folder, an adapter folder or a hub name.
-
-    Whatever opens a model's files (check_..., load_..., is_...) calls this itself: names are handed on as they were given.
-    """
-    inner = os.path.join(path, "model")
-    return inner if os.path.isfile(os.path.join(inner, "config.json")) or is_adapter(inner) else path
-
-
 def check_model(path):
     """The HF config of a model folder or hub name, looked at before anything is loaded.
 
@@ -245,13 +238,27 @@ def check_model(path):
         raise InputError(f"{path}: no such model folder")
     elif path.startswith("runs/"):
         raise InputError(f"{path}: no such run yet")
-    try:
+    with library_call(f"{path}: neither a model folder nor a model that the hub gives"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: neither a model folder nor a model that the hub gives ({first_line(e)})") from None
     check_config(path, config)
+    check_sizes(path, config)
     weight_names(path)  # an index that leads to a pickle, or out of the folder, is refused
     return config
+
+
+def check_sizes(path, config):
+    """InputError where a config has a size, a context or a reward's mean that is none."""
+    text_config = config.get_text_config()
+    for name, (low, high) in SIZES.items():
+        size = getattr(text_config, name, low)
+        good = type(size) is int and low <= size <= high
+        require(good, f"{path}: config.json's {name} must be a whole number from {low} to {high}, not {shorten(size)}")
+    context = context_length(text_config)
+    good = is_of_type(context, int | None)
+    require(good, f"{path}: config.json's context must be a whole number, not {shorten(context)}")
+    mean = getattr(config, "reward_mean", 0.0)
+    good = is_of_type(mean, float) and abs(mean) < 1e9  # in units of the scores' standard deviation
+    require(good, f"{path}: config.json's reward_mean cannot be {shorten(mean)}")
 
 
 def load_tokenizer(path, needs_eos=True):
@@ -262,15 +269,31 @@ def load_tokenizer(path, needs_eos=True):
         if is_adapter(path):
             return load_tokenizer(read_config(path)["base_model_name_or_path"], needs_eos)
         raise InputError(f"{path}: no tokenizer in this model folder")  # from_pretrained would make up an empty one
-    try:
+    with library_call(f"{path}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: no tokenizer could be loaded ({first_line(e)})") from None
+        tokenizer("a text")  # some settings are only looked at here
+    check_vocabulary(path, tokenizer)
     if tokenizer.eos_token_id is None and needs_eos:
         raise InputError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(path, tokenizer):
+    """InputError where a tokenizer gives ids for which the model beside it has no embeddings.
+
+    A folder may hold a tokenizer alone.
+    """
+    if os.path.isdir(path) and not has_weights(path) and not is_adapter(path):
+        return
+    rows = check_model(path).get_text_config().vocab_size
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    require(
+        last < rows,
+        f"{path}: the tokenizer's token {token!r} has the id {last}, and the model has embeddings 0 to {rows - 1} alone; "
+        "give it more (resize_token_embeddings), or take the token out of the tokenizer",
+    )
 
 
 def pretrained(auto, path, new_head=False, **kwargs):
@@ -282,9 +305,10 @@ def pretrained(auto, path, new_head=False, **kwargs):
     new_head: the score head (a causal LM becomes a reward model) or an unused pooler may be missing. Adapters come merged into their base.
     """
     if is_adapter(path := resolve(path)):
-        return load_merged(pretrained, auto, path, new_head, **kwargs)
+        return check_weights(load_merged(pretrained, auto, path, new_head, **kwargs), path)
     check_model(path)  # nothing is loaded that was not looked at, whoever asks for it
-    try:
+    check_types(path)
+    with library_call(f"{path}: cannot be loaded"):
         model, info = auto.from_pretrained(
             path,
             trust_remote_code=False,
@@ -293,12 +317,21 @@ def pretrained(auto, path, new_head=False, **kwargs):
             output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        raise InputError(f"{path}: cannot be loaded ({first_line(e)})") from None
     missing = [name for name in info["missing_keys"] if not (new_head and name.startswith(("score.", "pooler.")))]
     if missing:
         raise InputError(f"{path}: as {type(model).__name__} it lacks the weights {', '.join(sorted(missing)[:3])}")
-    return model.eval()
+    model = check_weights(model.eval(), path)
+    # Some wrong settings only show when the model is run.
+    with library_call(f"{path}: cannot be run"), torch.no_grad():
+        model.base_model(input_ids=torch.tensor([[1, 2]]))
+    return model
+
+
+def check_weights(model, path):
+    """InputError where a weight is not finite: a run that went wrong saved it. -> the model"""
+    weights = dict(model.named_parameters())
+    check_tensors(weights, dict.fromkeys(weights), path)
+    return model
 
 
 def load_policy(path, value_head=True, value_model=None, device="cpu"):
@@ -317,11 +350,11 @@ def load_policy(path, value_head=True, value_model=None, device="cpu"):
     trunk = pretrained(AutoModel, value_model) if value_head and value_model else None
     policy = Policy(lm, value_head, trunk).eval()
     check_logits(policy, path)
-    if value_head and own and os.path.isfile(saved_head):
-        try:
-            policy.value_head.load_state_dict(load_file(saved_head))
-        except (SafetensorError, RuntimeError) as e:
-            raise InputError(f"{saved_head}: cannot be loaded ({first_line(e)})") from None
+    if value_head and own and os.path.lexists(saved_head):
+        own_head = policy.value_head.state_dict()
+        tensors = read_tensors(saved_head)
+        check_tensors(tensors, {name: p.shape for name, p in own_head.items()}, saved_head)
+        policy.value_head.load_state_dict({name: tensors[name] for name in own_head})
     return policy.to(device)
 
 

@@ -63,7 +63,7 @@ def holds_answers(row, index, prompt_ids, N):
     ids = row.get("response_ids")
     if not is_list(row.get("responses"), N, str) or not is_list(ids, N, list):
         return False
-    return all(is_list(response, len(response), int) for response in ids)
+    return all(response and is_list(response, len(response), int) for response in ids)
 
 
 def holds_scores(row, index, N):
@@ -158,7 +158,7 @@ def read(spec):
         require(good, f"{place}: field 'responses' must be a list of at least one string")
         new = {"prompt": row["prompt"], "responses": responses}
         if gold is not None:
-            numbers = isinstance(gold, list) and all(type(x) in (int, float) and abs(x) < 1e300 for x in gold)
+            numbers = isinstance(gold, list) and all(type(x) in (int, float) and abs(x) < 1e38 for x in gold)
             require(numbers, f"{place}: field 'gold_scores' must be a list of finite numbers")
             require(len(gold) == len(responses), f"{place}: {len(gold)} gold_scores for {len(responses)} responses")
             new["gold_scores"] = gold

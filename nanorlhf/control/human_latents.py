@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.hf_argparser import HfArg
 
 from .. import data
-from ..errors import InputError, at_least, first_line, require
+from ..errors import InputError, at_least, require
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
-from ..runtime.files import check_can_write, check_output
+from ..runtime.files import check_can_write, check_fields, check_output, parse_json
 from ..runtime.flags import DEVICE_HELP, DEVICES, TextFlags
 from ..runtime.log import Progress
 from ..runtime.results import parse_ids
+from ..runtime.tensors import check_tensors, read_notes, read_tensors
 from .feature_rewards import (
     LatentFlags,
     check_feature_reward,
@@ -69,9 +69,8 @@ def save(path, human, fingerprint):
 def is_human_latents(path):
     """Whether a file is one that save() wrote."""
     try:
-        with safe_open(path, "pt") as f:
-            return NOTES in (f.metadata() or {})
-    except (SafetensorError, OSError):
+        return NOTES in read_notes(path)
+    except InputError:
         return False
 
 
@@ -84,20 +83,24 @@ def load(path, spec, sae):
     if sae:
         command += f" --sae {sae}"
     require(os.path.isfile(path), f"{path}: no human latents here; this makes them: {command}")
-    try:
-        with safe_open(path, "pt") as f:
-            notes, tensors = (f.metadata() or {}).get(NOTES), {name: f.get_tensor(name) for name in NAMES if name in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
-    require(notes and len(tensors) == len(NAMES), f"{path}: not a file of human latents (probe.py human_latents)")
+    notes = read_notes(path).get(NOTES)
+    tensors = read_tensors(path)
+    require(notes and set(NAMES) <= set(tensors), f"{path}: not a file of human latents (probe.py human_latents)")
     latents, features, scores = (tensors[name] for name in NAMES)
-    fits = latents.ndim == 2 and len(latents) == len(scores) > 0 and features.shape == latents.shape[1:]
-    require(fits and latents.isfinite().all() and scores.isfinite().all(), f"{path}: its tensors do not fit each other, or are not finite")
-    notes, what = json.loads(notes), f"{spec} with {sae}" if sae else spec
+    fits = latents.ndim == 2 and scores.shape == latents.shape[:1] and features.shape == latents.shape[1:]
+    require(fits and len(scores) > 0, f"{path}: its tensors do not fit each other")
+    check_tensors(tensors, {"latents": None, "scores": None}, path)
+    largest = max(latents.abs().max().item() if latents.numel() else 0.0, scores.abs().max().item())
+    require(largest < 1e18, f"{path}: it holds {largest:.3g}, whose square float32 cannot hold")
+    ids = features.tolist()
+    good = features.dtype == torch.int64 and len(set(ids)) == len(ids) and min(ids, default=0) >= 0
+    require(good, f"{path}: its features must be whole numbers from 0, each of them once")
+    notes = check_fields(parse_json(notes, path), {"complete": bool, "fingerprint": dict}, path)
+    what = f"{spec} with {sae}" if sae else spec
     for name, value in latents_fingerprint(spec, sae).items():
         same = notes["fingerprint"].get(name) == value
         require(same, f"{path}: latents by another {WHOSE[name]} than {what} (write them again: probe.py human_latents)")
-    return HumanLatents(path, latents, features.tolist(), scores, notes["complete"])
+    return HumanLatents(path, latents.float(), ids, scores.float(), notes["complete"])
 
 
 # ------------------------------------------------------------------------------------------------------ body of the probe.py command

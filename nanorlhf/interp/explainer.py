@@ -4,7 +4,6 @@ Its answers are kept in explanations.jsonl, one line a feature, as they come. Wh
 killed, or whose endpoint was down, is continued by the same command.
 """
 
-import json
 import os
 
 import torch
@@ -14,7 +13,7 @@ from ..models import check_model, load_policy, load_tokenizer
 from ..rollout import ask_locally
 from ..runtime import endpoint
 from ..runtime.endpoint import Unreachable, check_endpoint, is_endpoint
-from ..runtime.files import append_lines, digest, drop_cut_line, read_checked_lines
+from ..runtime.files import append_lines, digest, drop_cut_line, parse_json, read_checked_lines
 
 PROMPT = """A feature of a language model is a number that it computes at every token of a text. Below are the texts on which one feature \
 is largest. A token on which it fires is followed by its strength from 1 to 10, in double brackets.
@@ -89,7 +88,7 @@ def prompt_of(feature, task, question=PROMPT):
 def parse(text):
     """An answer -> {description, related}; ValueError where it is none."""
     try:
-        answer = json.loads(text[text.index("{") : text.rindex("}") + 1])
+        answer = parse_json(text[text.index("{") : text.rindex("}") + 1], "the answer")
         description, related = answer["description"], answer["related"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"not the JSON that was asked for: {' '.join(text.split())[:60]!r}") from None

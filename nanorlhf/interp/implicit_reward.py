@@ -144,7 +144,9 @@ def reward(config):
     dist, folder, tokenizer, max_length = start(config)
     by_word = config.task == "word"
     if by_word:
-        lexicon = read_lexicon(config.reward) if config.reward else world.LEXICON
+        lexicon, note = read_lexicon(config.reward) if config.reward else (world.LEXICON, "")
+        if note:
+            dist.print(note)
     else:
         check_reward(config.reward or "world:gold")
     rows = data.subset(data.read_rows(config.dataset, "sft", config.columns), config.max_rows)

@@ -12,8 +12,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers.hf_argparser import HfArg
 
 from .. import data
@@ -26,7 +24,7 @@ from ..divergence import (
     relative,
     select_layers,
 )
-from ..errors import InputError, at_least, first_line, require
+from ..errors import at_least, require
 from ..hf.activations import SITES, module_at, place_name
 from ..hf.blocks import blocks
 from ..models import check_model, context_length, load_policy, load_tokenizer
@@ -36,6 +34,7 @@ from ..runtime.flags import FlagGroup, ResultFlags, TextFlags
 from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import finite, in_one_line, results_folder, save
+from ..runtime.tensors import check_tensors, read_tensors
 from .activation_store import Tokens, from_models, passes, token_rows
 from .probe_flags import TokenFlags
 from .sae_files import SPARSITY, load_sae
@@ -252,14 +251,11 @@ def mmcs(config):
 def firing(path, m):
     """The ids of an autoencoder's latents, without those that its folder knows never to have fired."""
     file = os.path.join(path, SPARSITY)  # log10(rate + 1e-10)
-    if not os.path.exists(file):
+    if not os.path.lexists(file):
         return torch.arange(m)
-    try:
-        rates = load_file(file)["sparsity"]
-    except (OSError, KeyError, SafetensorError) as e:
-        raise InputError(f"{file}: cannot be read ({first_line(e)})") from None
-    require(rates.shape == (m,), f"{file}: {list(rates.shape)} rates of {m} latents")
-    return (rates > -9.99).nonzero()[:, 0]
+    tensors = read_tensors(file)
+    check_tensors(tensors, {"sparsity": [m]}, file)
+    return (tensors["sparsity"] > -9.99).nonzero()[:, 0]
 
 
 def mmcs_table(summary):

@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 import time
-import types
 import typing
 from dataclasses import fields
 
@@ -17,7 +16,7 @@ from transformers import HfArgumentParser
 
 from ..errors import InputError, first_line, require
 from . import distributed
-from .files import read_json
+from .files import is_of_type, read_object, shorten
 from .fingerprints import code_file
 from .help import help_text
 
@@ -105,27 +104,14 @@ def read_settings(path: str, config_class) -> dict:
 
     Each must be of its field's type.
     """
-    stored = read_json(path)
-    require(isinstance(stored, dict), f"{path}: not the settings of a run")
+    stored = read_object(path, finite=False)
     hints = typing.get_type_hints(config_class)
     settings = {}
     for name, value in stored.items():
         if name in hints and name != "output_dir":
-            require(is_of_type(value, hints[name]), f"{path}: {name} cannot be {value!r}")
+            require(is_of_type(value, hints[name]), f"{path}: {name} cannot be {shorten(value)}")
             settings[name] = value
     return settings
-
-
-def is_of_type(value, hint) -> bool:
-    """Whether a JSON value fits an annotation: str, int, float, bool, list[...] or X | None."""
-    parts = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        return any(is_of_type(value, part) for part in parts)
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(is_of_type(item, parts[0]) for item in value)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint
 
 
 # ------------------------------------------------------------------------------ how a command ends

@@ -27,6 +27,7 @@ from .files import digest, digest_file
 MODELS = ("model", "base", "value_model", "reward_model", "gold_model")
 DATA = ("dataset", "eval_dataset", "eval_splits", "in_distribution")
 FEATURES = ("human_latents", "feature_sae", "sarm")
+FINGERPRINT = {"digest": str, "size": int, "mtime": int}
 
 
 # ------------------------------------------------------------------------------- from names to files
@@ -83,7 +84,7 @@ def base_models(path: str) -> list[str]:
     bases = []
     while is_adapter(path):
         path = read_config(path)["base_model_name_or_path"]
-        if path in bases or not os.path.isdir(path):
+        if not os.path.isdir(path):
             break
         bases.append(path)
     return bases

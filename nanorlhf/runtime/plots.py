@@ -20,7 +20,7 @@ import numpy as np
 from ..bon import bon_curve, fit_bon, fit_rl, rl_curve
 from ..ensemble import OBJECTIVES, objective_of
 from ..errors import InputError
-from .files import check_output, read_json, read_rows
+from .files import check_fields, check_output, is_of_type, read_object, read_rows
 from .log import PLACES
 
 # What the curves of a run show, if its metrics have it: name -> the metric's label.
@@ -32,6 +32,9 @@ PANELS = {
     "clip_fraction": "clip fraction", "explained_variance": "explained variance", "value_loss": "value loss", "grad_norm": "gradient norm",
 }  # fmt: skip
 BEST_OF_N, PPO = "bon_results.json", "metrics.jsonl"  # the file that tells the kind of a run
+# What must be numbers in a point of bon_results.json.
+POINT = dict.fromkeys(("kl", "proxy_score", "proxy_se", "gold_score", "gold_se"), float | None)
+POINT["n"] = float
 # Of a comparison: labels of the x-axes, scale of the first, band of a single run, x where KL is 0, fit of gold over d.
 LOOK = {
     BEST_OF_N: ("n, best of n", "d = sqrt(KL of best-of-n in nats)", "log", "bootstrap interval over prompts (mean of members: range)",
@@ -80,9 +83,19 @@ def kind_of(run):
     raise InputError(f"{run}: no run here (no {PPO}, no {BEST_OF_N})")
 
 
+def read_records(run):
+    """The rows of a run's metrics.jsonl, whose evaluations must be numbers."""
+    path = os.path.join(run, PPO)
+    records = read_rows(path, {"step": int})
+    for number, record in enumerate(records, 1):
+        evaluations = [name for name in record if name.startswith("eval/")]
+        check_fields(record, dict.fromkeys(evaluations, float | None), f"{path}:{number}")
+    return records
+
+
 def curves_figure(figure, run):
     """One panel a metric, against the step, of held-out metrics a line for each split; bands are +- 1 standard error."""
-    records = read_rows(os.path.join(run, PPO))
+    records = read_records(run)
     logged = {key for record in records for key in record}
     splits = sorted({key.partition("/")[0] for key in logged if "/" in key} - {"eval", "score"})
     keys = {name: key for name in PANELS for key in (f"score_{name}", name, f"eval/{name}") if key in logged}  # the last one stays
@@ -106,7 +119,8 @@ def curves_figure(figure, run):
 
 def read_config(run):
     """config.json, with a list of reward models (older runs name one), and of a best-of-n run their number."""
-    config = read_json(os.path.join(run, "config.json"))
+    path = os.path.join(run, "config.json")
+    config = read_object(path, {"reward_model": str | list[str] | None}, finite=False)
     config.pop("inputs", None)  # fingerprints, no settings
     paths = [path] if isinstance(path := config.get("reward_model", ""), str) else path
     return {**config, "reward_model": paths} | ({"members": len(paths)} if kind_of(run) == BEST_OF_N else {})
@@ -173,12 +187,17 @@ def curve_of(points):
 def curves_of(run, objective):
     """{objective: curve} of a PPO run; of best-of-n {"single (mean of K members)": from the lowest to the highest, "mean": ..., ...}."""
     if kind_of(run) == PPO:
-        records = [row for row in read_rows(os.path.join(run, PPO)) if "eval/proxy" in row]
+        records = [row for row in read_records(run) if "eval/proxy" in row]
         if not records:
             raise InputError(f"{run}: no PPO run here (no eval/proxy in its {PPO})")
         return {objective: curve_of([{"x": r["step"]} | {k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in records])}
     curves = {}
-    for name, points in read_json(os.path.join(run, BEST_OF_N)).items():
+    path = os.path.join(run, BEST_OF_N)
+    for name, points in read_object(path, finite=False).items():
+        if not is_of_type(points, list[dict]) or not points:
+            raise InputError(f"{path}: {name} is no list of points")
+        for point in points:
+            check_fields(point, POINT, f"{path}: {name}")
         curves[name] = curve_of([{"x": p["n"]} | {k.replace("_score", ""): v for k, v in p.items()} for p in points])
     members = [curves.pop(name) for name in list(curves) if objective_of(name) is None]
     if len(members) == 1:

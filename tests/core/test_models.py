@@ -4,11 +4,14 @@
 """
 
 import copy
+import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import (
     ARCHITECTURES,
     BATCH,
@@ -404,3 +407,104 @@ def test_tokenizers(tmp_path):
     one_line(load_tokenizer, tmp_path / "no_eos", "EOS")
     word_tokenizer(pad_token=None).save_pretrained(tmp_path / "no_pad")
     assert load_tokenizer(str(tmp_path / "no_pad")).pad_token_id == EOS
+
+
+# -------------------------------------------------------------------------------------------- damaged folders
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A function: a saved policy, changed -> its folder. config: fields of config.json; weights: a function of the tensors."""
+
+    def make(config=None, weights=None):
+        lm = tiny_lm("llama")
+        lm.save_pretrained(tmp_path / "model")
+        word_tokenizer().save_pretrained(tmp_path / "model")
+        if config is not None:
+            path = tmp_path / "model/config.json"
+            path.write_text(json.dumps(config if not isinstance(config, dict) else {**json.loads(path.read_text()), **config}))
+        if weights is not None:
+            path = tmp_path / "model/model.safetensors"
+            tensors = {name: x.clone() for name, x in load_file(path).items()}
+            weights(tensors)
+            save_file(tensors, path, {"format": "pt"})
+        return str(tmp_path / "model")
+
+    return make
+
+
+@pytest.mark.parametrize("config", [
+    None, 5, "x", [], {"hidden_size": "16"}, {"hidden_size": 0}, {"hidden_size": None}, {"num_attention_heads": 0}, {"num_attention_heads": 3},
+    {"num_hidden_layers": 2.0}, {"num_hidden_layers": 10**12}, {"num_hidden_layers": 1e30}, {"vocab_size": 0}, {"vocab_size": 2},
+    {"vocab_size": -5}, {"vocab_size": 10**15}, {"max_position_embeddings": "many"}, {"model_type": "nonsense"}, {"model_type": 5},
+    {"hidden_act": "nonsense"}, {"dtype": "nonsense"}, {"rope_parameters": 5}, {"reward_mean": "0"},
+    {"reward_mean": [1.0]}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"rms_norm_eps": "x"},
+    {"id2label": "x"}, {"architectures": {}, "hidden_size": 10**30},
+], ids=str)  # fmt: skip
+def test_configs_that_make_no_model(damaged, config):
+    folder = damaged(config="null" if config is None else config)
+    if config is None:
+        (Path(folder) / "config.json").write_text("null")
+    with pytest.raises(InputError) as e:
+        load_policy(folder)
+    assert "\n" not in str(e.value) and folder in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("change, words", [
+    (lambda x: x.view(-1)[3:4].fill_(math.nan), "holds numbers that are not finite"),
+    (lambda x: x.view(-1)[-1:].fill_(-math.inf), "holds numbers that are not finite"),
+])  # fmt: skip
+def test_weights_that_are_not_finite(damaged, name, change, words):
+    folder = damaged(weights=lambda tensors: change(tensors[name]))
+    with pytest.raises(InputError, match=f"{folder}: {name} {words}"):
+        load_policy(folder)
+
+
+def test_weights_of_whole_numbers(damaged):
+    folder = damaged(weights=lambda tensors: tensors.update({"model.norm.weight": torch.ones(SIZE["hidden_size"], dtype=torch.int64)}))
+    with pytest.raises(InputError, match="model.safetensors: model.norm.weight holds I64"):
+        load_policy(folder)
+
+
+def test_tokens_without_embeddings(damaged):
+    """One in the middle of the vocabulary, and EOS alone: one line says which and what to do, before the model is loaded."""
+    folder = damaged()
+    tokenizer = word_tokenizer()
+    load_tokenizer(folder)
+    tokenizer.add_tokens([f"more{i}" for i in range(V)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=f"the tokenizer's token 'more.*' has the id .* embeddings 0 to {V - 1} alone.*resize_token_embeddings"):
+        load_tokenizer(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    word_tokenizer().save_pretrained(folder)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<the end>"}))
+    with pytest.raises(InputError, match="the tokenizer's token '<the end>' has the id"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_alone(tmp_path):
+    word_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == word_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("files", [
+    {"tokenizer.json": "{}"}, {"tokenizer.json": "[]"}, {"tokenizer.json": "null"}, {"tokenizer.json": "[" * 10**5},
+    {"tokenizer_config.json": "[]"}, {"tokenizer_config.json": '{"eos_token": 5}'}, {"tokenizer_config.json": '{"tokenizer_class": "Nonsense"}'},
+    {"special_tokens_map.json": "[]", "tokenizer_config.json": "5"},
+], ids=str)  # fmt: skip
+def test_files_that_make_no_tokenizer(damaged, files):
+    folder = damaged()
+    for name, text in files.items():
+        (Path(folder) / name).write_text(text)
+    with pytest.raises(InputError) as e:
+        load_tokenizer(folder)
+    assert "\n" not in str(e.value) and folder in str(e.value)
+
+
+def test_a_name_of_no_letters(damaged, monkeypatch):
+    """'' is not the folder model/ that happens to be here."""
+    monkeypatch.chdir(Path(damaged()).parent)
+    for function in (check_model, load_tokenizer, load_policy, load_reward_model):
+        with pytest.raises(InputError, match="a model without a name"):
+            function("")

@@ -190,7 +190,9 @@ def test_bad_input(material, tmp_path, capfd):
     words = world.tokenizer()
     words.add_tokens(["zebra"])
     folder = tmp_path / "zebra"
-    save_policy(load_policy(str(material / "policy"), value_head=False), words, str(folder))
+    policy = load_policy(str(material / "policy"), value_head=False)
+    policy.lm.resize_token_embeddings(len(words))
+    save_policy(policy, words, str(folder))
     assert "have different tokenizers" in error(policy=folder)
     assert not (tmp_path / "out").exists()
 
@@ -289,7 +291,7 @@ def test_latents_that_never_fire_are_left_out(autoencoders, tmp_path, capfd):
     table = cosines(directions["seed_0"], directions["seed_2"])
     assert row["mmcs"] == pytest.approx(sum(max(table[i]) for i in alive) / 10, abs=1e-5) and row["features_a"] == 10
     assert sorted(i for i, _, _ in row["best"]) == alive and all(table[i][j] == pytest.approx(x, abs=1e-5) for i, j, x in row["best"])
-    for tensors, words in (({"sparsity": torch.zeros(3)}, "[3] rates of 12 latents"), ({"x": torch.zeros(3)}, "cannot be read")):
+    for tensors, words in (({"sparsity": torch.zeros(3)}, "sparsity is [3], not [12]"), ({"x": torch.zeros(3)}, "sparsity is missing")):
         save_file(tensors, str(tmp_path / "seed_0" / "sparsity.safetensors"))
         assert words in probe_refused(capfd, "mmcs", "--a", tmp_path / "seed_0", "--b", tmp_path / "seed_2", "--output_dir", tmp_path / "new")
 
