@@ -445,11 +445,11 @@ def report(summary):
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    cli.run(Config, main)
-
-
 def rollout_rows(config, tokenizer, prompts, dist):
     """Prompts (token lists) -> token rows of config.n_answers answers to each, by the policy config.model; cached by pool.sample()."""
     answers = sample(config, tokenizer, prompts, dist)
     return [row["prompt_ids"] + response for row in answers for response in row["response_ids"]]
+
+
+if __name__ == "__main__":
+    cli.run(Config, main)
