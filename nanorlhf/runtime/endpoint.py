@@ -20,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, as_comp
 from http.client import HTTPException, IncompleteRead, InvalidURL
 
 from ..errors import InputError, first_line
-from .files import parse_json
 
 TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
 LONGEST_ANSWER = 2**24  # bytes that are read of one
@@ -208,7 +207,7 @@ def content_of(text):
     ValueError: it is no chat completion, or a refusal.
     """
     try:
-        message = parse_json(text, "the reply")["choices"][0]["message"]
+        message = json.loads(text)["choices"][0]["message"]
         content, refusal = message["content"], message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         beginning = " ".join(redact(text).split())[:60]

@@ -306,7 +306,7 @@ def test_several_processes_fill_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(activation_store, "mapped", lambda path, keys, n: None)
     listed = os.path.exists
     for rank in (1, 0):  # one after the other, each as if no shard was there when it looked
-        monkeypatch.setattr(os.path, "exists", lambda path: False)
+        monkeypatch.setattr(os.path, "exists", lambda path: listed(path) and not path.endswith(".safetensors"))
         monkeypatch.setattr(activation_store, "write_shard", lambda path, found, store: filled.append((rank, os.path.basename(path)[:5])))
         from_disk(str(tmp_path), tokens, {"base": "b0"}, PLACES, models, Dist(rank, 2, CPU), shard_tokens=16)
         monkeypatch.setattr(os.path, "exists", listed)

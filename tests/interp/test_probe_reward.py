@@ -166,10 +166,10 @@ def test_prompts_that_differ_by_white_space_are_on_one_side():
 
 def test_a_test_share_that_leaves_nothing_to_fit():
     rows = [{"prompt": f"prompt {i}"} for i in range(10)]
-    config = SimpleNamespace(dataset="data", seeds=1, test_share=0.8)
-    assert len(by_prompt(config, rows)[1][0][0]) == 2
+    config = SimpleNamespace(dataset="data", seeds=1, test_share=0.7)
+    assert len(by_prompt(config, rows)[1][0][0]) == 3
     config.test_share = 0.9
-    with pytest.raises(InputError, match="--test_share 0.9 leaves one of 10 prompts"):
+    with pytest.raises(InputError, match="--test_share 0.9 leaves 1 prompts for training"):
         by_prompt(config, rows)
 
 

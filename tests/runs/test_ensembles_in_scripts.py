@@ -585,14 +585,14 @@ def spoil(path, change):
 
 
 DAMAGE = {  # what is wrong with a finished run: (file, what is done to its value or to its last row, what is said)
-    "a summary that is a list": ("summary.json", lambda x: [x], "no finished PPO run here"),
+    "a summary that is a list": ("summary.json", lambda x: [x], "not a JSON object"),
     "a summary of null": ("summary.json", lambda x: {**x, "before": None}, "no finished PPO run here"),
-    "settings that are a list": ("config.json", lambda x: [x], "not the settings of a run"),
+    "settings that are a list": ("config.json", lambda x: [x], "not a JSON object"),
     "splits that are numbers": ("config.json", lambda x: {**x, "eval_splits": [5]}, "eval_splits cannot be [5]"),
     "splits that are a number": ("config.json", lambda x: {**x, "eval_splits": 5}, "eval_splits cannot be 5"),
     "a split that is not there": ("config.json", lambda x: {**x, "eval_splits": ["test", "ood"]}, "no such file"),
     "metrics of another step": ("metrics.jsonl", lambda x: {**x, "step": 9}, "step_9.jsonl: no such file"),
-    "metrics without a step": ("metrics.jsonl", lambda x: {k: v for k, v in x.items() if k != "step"}, "no such file"),
+    "metrics without a step": ("metrics.jsonl", lambda x: {k: v for k, v in x.items() if k != "step"}, "step is missing"),
     "answers without ids": ("eval/step_2.jsonl", lambda x: {**x, "response_ids": None}, "step_2.jsonl:7: not the line"),
     "answers without tokens": ("eval/step_2.jsonl", lambda x: {**x, "response_ids": []}, "step_2.jsonl:7: not the line"),
     "ids in text": ("eval/step_2.jsonl", lambda x: {**x, "prompt_ids": ["1"]}, "step_2.jsonl:7: not the line"),
