@@ -84,7 +84,7 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
     )
     objective: str = HfArg(
         default="mean",
-        metadata={"choices": tuple(OBJECTIVES)},
+        metadata={"choices": OBJECTIVES},
         help="how --save_best makes one score of several rewards: see train_ppo.py --help",
     )
     uwo_lambda: list[float] = HfArg(

@@ -94,7 +94,7 @@ class KLFlags(FlagGroup):
     kl_coef: float = HfArg(default=0.05, help="the price of one nat of KL divergence")
     kl_kind: str = HfArg(
         default="k1",
-        metadata={"choices": tuple(ppo.kl_kinds())},
+        metadata={"choices": ppo.kl_kinds},
         help="how the KL divergence of a token is estimated; full: exactly, over the vocabulary "
         "(see nanorlhf/ppo.py)",
     )
@@ -159,7 +159,7 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, feature_control.Fl
     )
     objective: str = HfArg(
         default="mean",
-        metadata={"choices": tuple(OBJECTIVES)},
+        metadata={"choices": OBJECTIVES},
         help="how the scores of an ensemble become one: their mean, the worst case (wco), or the "
         "mean less their variance (uwo)",
     )

@@ -35,7 +35,7 @@ class FlagGroup:
 
 def check_value(flag, value):
     """InputError for a value that is none of its flag's choices, or a number out of range."""
-    choices = flag.metadata.get("choices")
+    choices = choices_of(flag)
     if choices and value is not None:
         named = ", ".join(choice for choice in choices if choice)
         require(value in choices, f"--{flag.name} must be one of {named}, not {value!r}")
@@ -46,6 +46,15 @@ def check_value(flag, value):
     if isinstance(value, int):
         fits = LEAST_INT <= value <= MOST_INT
         require(fits, f"--{flag.name} must lie between {LEAST_INT} and {MOST_INT} (64 bits)")
+
+
+def choices_of(flag) -> list[str]:
+    """The values that a flag can have; none where it can have any.
+
+    They are looked up at each call, since a list may have grown: PPO's kinds of KL, for example.
+    """
+    choices = flag.metadata.get("choices", ())
+    return list(choices() if callable(choices) else choices)
 
 
 # -------------------------------------------------------------------------------------------- data

@@ -13,6 +13,8 @@ import textwrap
 import typing
 from dataclasses import MISSING, Field, fields
 
+from .flags import choices_of
+
 INDENT, COLUMN = 2, 26  # where flags begin, and where their help begins
 MOST_COLUMNS = 100
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT"}
@@ -72,7 +74,7 @@ def placeholder_of(flag: Field, hint) -> str:
     """What a flag takes: {a,b} where it has choices, else N, X or TEXT; nothing for a switch."""
     several = typing.get_origin(hint) is list
     kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
-    choices = [choice for choice in flag.metadata.get("choices", ()) if choice]
+    choices = [choice for choice in choices_of(flag) if choice]
     if choices:
         text = "{" + ",".join(choices) + "}"
     elif hint is bool:

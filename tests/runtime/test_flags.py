@@ -72,7 +72,7 @@ def test_help(name, capsys, monkeypatch):
         assert field.metadata["help"]
         words = " ".join(parts[field.name].split("\n\n")[0].split())
         if field.metadata.get("choices"):
-            assert words.startswith("{" + ",".join(filter(None, field.metadata["choices"])) + "}")
+            assert words.startswith("{" + ",".join(filter(None, flags.choices_of(field))) + "}")
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         if default is dataclasses.MISSING:
