@@ -125,6 +125,12 @@ def test_micro_batches_are_of_similar_length():
 TOKEN_BUDGET = 40
 
 
+def test_a_micro_batch_may_fill_its_token_budget():
+    lengths = torch.tensor([20, 20])
+    [rows] = micro_batches(lengths, 64, TOKEN_BUDGET)
+    assert rows.tolist() == [0, 1]
+
+
 def fits(lengths):
     """Whether rows of these lengths, padded to the longest, stay within the budget, or one row."""
     return len(lengths) == 1 or len(lengths) * max(lengths) <= TOKEN_BUDGET
