@@ -2,12 +2,14 @@
 and that --help names every flag. The kinds of runs stand in support.RUNS; kills at random moments in test_kills.py.
 """
 
+import ast
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import (
@@ -46,6 +48,14 @@ def test_help_names_every_flag(name, capsys):
     text, fields = capsys.readouterr().out, script.Config.__dataclass_fields__
     assert exit_.value.code == 0 and all(f"--{flag} " in text for flag in fields)
     assert all(field.metadata.get("help") for field in fields.values())
+
+
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
+def test_a_script_calls_main_at_its_end(name):
+    """A function that stands below the call does not exist yet when the script is run from a shell."""
+    source = Path(ALL_SCRIPTS[name].__file__).read_text()
+    last = ast.parse(source).body[-1]
+    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
 
 
 def weights_error(kind):
