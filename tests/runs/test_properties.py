@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import (
+    ALL_SCRIPTS,
     ENV,
     RUNS,
     SCRIPTS,
