@@ -162,6 +162,7 @@ def score_gold(config, dist):
     is_ppo = summary.get("before") and summary.get("after")
     require(is_ppo, f"{run}: no finished PPO run here (another script's)")
     stored = read_settings(paths["config.json"], type(config))
+    require("dataset" in stored, f"{paths['config.json']}: dataset is missing")
     known = kind_of(spec) != "gold" or is_world(stored.get("dataset", ""))
     require(spec and known, f"--score_gold {run}: name its gold reward with --gold_model")
     require("gold" not in summary["after"], f"{run} has its gold scores already")
