@@ -14,7 +14,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from ..diversity import nli_scores
 from ..errors import InputError
-from ..models import check_model, context_length, load_tokenizer, pretrained
+from ..hf.folders import check_model, context_length
+from ..models import load_tokenizer, pretrained
 from ..packing import micro_batches
 
 TOKENS = {"cpu": 2**13, "cuda": 2**17}  # of one forward pass
