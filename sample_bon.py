@@ -37,7 +37,8 @@ from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
 from nanorlhf.ensemble import OBJECTIVES, combine, combine_all, objective_of
 from nanorlhf.errors import at_least, require
 from nanorlhf.evals import diversity_report
-from nanorlhf.models import check_model, load_tokenizer
+from nanorlhf.hf.folders import check_model
+from nanorlhf.models import load_tokenizer
 from nanorlhf.rewards import expand, reward_names
 from nanorlhf.rollout import SamplingFlags
 from nanorlhf.runtime import cli

@@ -35,14 +35,9 @@ from nanorlhf import data
 from nanorlhf.control import sarm_training
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.hf.blocks import speed_up
+from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.hf.lora import choose_trained, merge
-from nanorlhf.models import (
-    check_model,
-    context_length,
-    load_reward_model,
-    load_tokenizer,
-    save_reward_model,
-)
+from nanorlhf.models import load_reward_model, load_tokenizer, save_reward_model
 from nanorlhf.packing import Answers, Packed, micro_batches, pack
 from nanorlhf.rewards import check_reward, load_reward, score
 from nanorlhf.runtime import checkpoint, cli

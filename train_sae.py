@@ -33,6 +33,7 @@ from nanorlhf.divergence import layer_divergence, select_layers
 from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.activations import SITES, module_at, place_name, replaced
 from nanorlhf.hf.blocks import blocks, speed_up
+from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.interp.activation_store import (
     Stream,
     Tokens,
@@ -47,8 +48,6 @@ from nanorlhf.interp.activation_store import (
 from nanorlhf.interp.probe_flags import SITE_HELP, TokenFlags
 from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.models import (
-    check_model,
-    context_length,
     fingerprint,
     is_reward_model,
     load_policy,

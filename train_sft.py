@@ -30,15 +30,9 @@ from nanorlhf import data, world
 from nanorlhf.dpo import ROUNDING, dpo_loss, pair_points
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.hf.blocks import sampling, speed_up
+from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.hf.lora import choose_trained, merge
-from nanorlhf.models import (
-    Policy,
-    check_model,
-    context_length,
-    load_policy,
-    load_tokenizer,
-    save_policy,
-)
+from nanorlhf.models import Policy, load_policy, load_tokenizer, save_policy
 from nanorlhf.packing import micro_batches, pack, response_mask_of
 from nanorlhf.rollout import generate, left_pad
 from nanorlhf.runtime import checkpoint, cli

@@ -13,7 +13,7 @@ import torch
 
 from . import world
 from .errors import InputError, require
-from .models import context_length
+from .hf.folders import context_length
 from .runtime.files import read_file
 from .runtime.rng import MINIBATCH, ORDER, SPLIT
 

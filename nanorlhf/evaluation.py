@@ -13,7 +13,8 @@ from . import ppo
 from .data import is_world
 from .diversity import distinct_n, distinct_n_se
 from .errors import require
-from .models import Policy, check_model, load_tokenizer
+from .hf.folders import check_model
+from .models import Policy, load_tokenizer
 from .packing import Answers, pack, response_mask_of
 from .rewards import check_reward, kind_of, load_reward, score
 from .rollout import Parts, roll_out

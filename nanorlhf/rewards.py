@@ -23,14 +23,8 @@ from transformers import AutoModelForSequenceClassification
 from . import world
 from .data import encode_prompts, encode_responses
 from .errors import InputError, require, user_code
-from .models import (
-    RewardModel,
-    check_model,
-    context_length,
-    fingerprint,
-    load_tokenizer,
-    pretrained,
-)
+from .hf.folders import check_model, context_length
+from .models import RewardModel, fingerprint, load_tokenizer, pretrained
 from .packing import pack
 from .runtime.distributed import autocast
 from .runtime.files import decode_text, digest, digest_file, python_function, read_bytes

@@ -30,8 +30,9 @@ from .errors import InputError, library_call
 from .hf.activations import captured
 from .hf.adapters import is_adapter
 from .hf.blocks import block_list
+from .hf.folders import check_model
 from .hf.weights import WEIGHTS, weight_files
-from .models import check_model, pretrained, resolve
+from .models import pretrained, resolve
 from .penalties import edit_latents
 from .runtime.files import shorten
 from .runtime.tensors import check_tensors, read_shapes, read_tensors

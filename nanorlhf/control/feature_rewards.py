@@ -15,9 +15,10 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
 from ..hf.activations import SITES, captured, replaced
+from ..hf.folders import check_model
 from ..interp import sae_files
 from ..interp.sae_files import the_one_sae
-from ..models import check_model, fingerprint, is_reward_model, load_reward_model
+from ..models import fingerprint, is_reward_model, load_reward_model
 from ..packing import pack
 from ..penalties import OPS, edit_latents
 from ..rewards import kind_of, packed_reader, reward_names

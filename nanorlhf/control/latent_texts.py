@@ -12,7 +12,8 @@ from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..errors import at_least, require
-from ..models import check_model, context_length, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..runtime.files import read_file

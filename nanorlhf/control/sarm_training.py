@@ -26,9 +26,10 @@ from transformers import AutoModel
 from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
+from ..hf.folders import check_model
 from ..hf.lora import choose_trained
 from ..interp import sae_files
-from ..models import check_model, pretrained, resolve
+from ..models import pretrained, resolve
 from ..runtime.flags import FlagGroup
 from ..runtime.hints import check_made
 from ..sarm import SARM, save_sarm

@@ -14,7 +14,8 @@ from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..errors import at_least, require
-from ..models import check_model, context_length, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..rewards import check_reward, expand, kind_of, load_reward, reward_names, score
 from ..runtime import plots

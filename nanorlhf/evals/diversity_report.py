@@ -25,7 +25,8 @@ from ..diversity import (
 )
 from ..ensemble import combine
 from ..errors import at_least, require
-from ..models import check_model, load_tokenizer
+from ..hf.folders import check_model
+from ..models import load_tokenizer
 from ..runtime.files import check_output, read_file, read_json, write_json
 from ..runtime.flags import FlagGroup
 from ..runtime.locks import LOCK_FILE, lock_folder

@@ -29,7 +29,8 @@ from .. import data, world
 from ..diversity import distinct_n
 from ..errors import at_least, require
 from ..hf.activations import module_at, place_name, replaced, running_ids
-from ..models import check_model, load_policy, load_tokenizer
+from ..hf.folders import check_model
+from ..models import load_policy, load_tokenizer
 from ..rewards import check_reward, load_rewards, score
 from ..rollout import Parts, SamplingFlags, roll_out
 from ..runtime.distributed import setup

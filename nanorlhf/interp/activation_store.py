@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from ..data import canonical, encode, encode_prompts
 from ..errors import require
 from ..hf.activations import activations, place_name
-from ..models import check_model
+from ..hf.folders import check_model
 from ..packing import micro_batches
 from ..runtime.distributed import autocast
 from ..runtime.files import check_can_write, check_name, digest, read_object, write_json

@@ -9,7 +9,8 @@ import os
 import torch
 
 from ..errors import require
-from ..models import check_model, load_policy, load_tokenizer
+from ..hf.folders import check_model
+from ..models import load_policy, load_tokenizer
 from ..rollout import ask_locally
 from ..runtime import endpoint
 from ..runtime.endpoint import Unreachable, check_endpoint, is_endpoint

@@ -17,7 +17,8 @@ from transformers.hf_argparser import HfArg
 from .. import data
 from ..errors import at_least, require
 from ..hf.activations import module_at, place_name
-from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_policy, load_tokenizer
 from ..runtime import plots
 from ..runtime.distributed import setup
 from ..runtime.files import write_json

@@ -27,7 +27,8 @@ from ..divergence import layer_divergence, select_layers
 from ..errors import at_least, require
 from ..hf.activations import SITES, activations, module_at, place_name
 from ..hf.blocks import blocks
-from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_policy, load_tokenizer
 from ..packing import micro_batches
 from ..rewards import check_reward, read_lexicon
 from ..runtime.distributed import autocast, setup

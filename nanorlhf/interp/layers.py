@@ -27,7 +27,8 @@ from ..divergence import (
 from ..errors import at_least, require
 from ..hf.activations import SITES, module_at, place_name
 from ..hf.blocks import blocks
-from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_policy, load_tokenizer
 from ..runtime import plots
 from ..runtime.distributed import setup
 from ..runtime.flags import FlagGroup, ResultFlags, TextFlags

@@ -45,9 +45,9 @@ from transformers import (
 
 import nanorlhf.models
 from nanorlhf.errors import InputError
+from nanorlhf.hf.folders import check_model
 from nanorlhf.models import (
     Policy,
-    check_model,
     load_policy,
     load_reward_model,
     load_tokenizer,
@@ -704,6 +704,33 @@ def test_tokens_without_embeddings(damaged):
     word_tokenizer().save_pretrained(folder)
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<the end>"}))
     with pytest.raises(InputError, match="the tokenizer's token '<the end>' has the id"):
+        load_tokenizer(folder)
+
+
+def test_a_padding_token_without_an_embedding(damaged):
+    """Padding is never read, so EOS takes its place: also where the token is left in a tokenizer that was saved so."""
+    folder = damaged()
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == V
+    for _ in range(2):
+        tokenizer.save_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.pad_token_id == EOS and tokenizer.get_vocab()["[PAD]"] == V
+
+
+@pytest.mark.parametrize("role", ["bos_token", "unk_token", "chat_template"])
+def test_special_tokens_of_texts_without_embeddings(damaged, role):
+    """Texts hold them, so they are refused, other than a padding token."""
+    folder = damaged()
+    tokenizer = word_tokenizer()
+    if role == "chat_template":
+        tokenizer.add_special_tokens({"pad_token": "<new>"})
+        tokenizer.chat_template = "<new> {{ messages[0]['content'] }}"
+    else:
+        tokenizer.add_special_tokens({role: "<new>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=f"the tokenizer's token '<new>' has the id {V}"):
         load_tokenizer(folder)
 
 
