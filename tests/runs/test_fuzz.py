@@ -1,7 +1,8 @@
 """Bad and odd input for every script, from fuzz.py: as many of its cases as one minute holds end as they should."""
 
-import fuzz
 import pytest
+
+import fuzz
 
 
 @pytest.mark.slow
