@@ -53,9 +53,7 @@ class Run:
     flags: dict
     reads: dict = field(default_factory=dict)  # {path of a file that it reads: its kind}
     writes: str = "out"  # where its results are
-    before: Callable = lambda: (
-        None
-    )  # called in the fork, in the case's folder; may start an endpoint
+    before: Callable = lambda: None  # called in the case's fork; may start an endpoint
 
     @property
     def config(self):
@@ -270,7 +268,7 @@ LATENTS = {"output_dir": "out", "reward_model": "sarm", "dataset": "pairs.jsonl"
 SOME = {"output_dir": "out", "dataset": "sft.jsonl", "max_rows": 60}
 
 
-def files_of(folder, *, sarm=False):
+def files_of(folder):
     """{path: kind} of a saved model's files."""
     kinds = {
         "config.json": "model config",
@@ -297,6 +295,7 @@ def run_files(folder):
 def all_runs():
     """Every script and command, and what it reads."""
     model, reward = files_of("model"), files_of("rms/seed_0/model")
+    trunk = {path: kind for path, kind in reward.items() if "tokenizer" not in path}
     sft = {**TINY, "model": "model", "dataset": "sft.jsonl", "max_new_tokens": 4, "n_samples": 1}
     dpo = {**sft, "loss": "dpo", "dataset": "pairs.jsonl"}
     rm = {**TINY, "model": "model", "dataset": "pairs.jsonl"}
@@ -372,7 +371,7 @@ def all_runs():
             {**reward, **sae_files(SAE_RM), "human_rm.safetensors": "human"}),
         Run("ppo value_model", "train_ppo.py",
             {**PPO, "reward_model": ["rm_adapter"], "value_model": "rms/seed_0"},
-            {**adapter_files("rm_adapter"), **reward}),
+            {**adapter_files("rm_adapter"), **trunk}),
         Run("ppo score_gold", "train_ppo.py",
             {"score_gold": "no_gold", "gold_model": "rewards.py:words"},
             {"no_gold/config.json": "run config", "no_gold/metrics.jsonl": "log",
