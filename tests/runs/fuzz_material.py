@@ -295,6 +295,7 @@ def run_files(folder):
 def all_runs():
     """Every script and command, and what it reads."""
     model, reward = files_of("model"), files_of("rms/seed_0/model")
+    base = {path: kind for path, kind in model.items() if kind != "tokenizer config"}
     trunk = {path: kind for path, kind in reward.items() if "tokenizer" not in path}
     sft = {**TINY, "model": "model", "dataset": "sft.jsonl", "max_new_tokens": 4, "n_samples": 1}
     dpo = {**sft, "loss": "dpo", "dataset": "pairs.jsonl"}
@@ -394,7 +395,7 @@ def all_runs():
         Run("sae", "train_sae.py", {**sae, "base": "none"}, {**data("sft.jsonl"), **model}),
         Run("sae base", "train_sae.py",
             {**sae, "model": "policy", "base": "model", "layers": "highest:1", "texts": "both",
-             "max_new_tokens": 4, "sae": "vanilla"}, {**files_of("policy/model"), **model}),
+             "max_new_tokens": 4, "sae": "vanilla"}, {**files_of("policy/model"), **base}),
         Run("sae cached", "train_sae.py", {**sae, "base": "none", "cache": "activations"}, {}),
         Run("divergence", "probe.py divergence",
             {**SOME, "model": "model", "policy": "policy", "layers": "1"},
