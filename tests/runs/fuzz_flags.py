@@ -173,7 +173,8 @@ def cases_of_other_names(run):
         path = value if isinstance(value, str) else value[0]
         if not isinstance(path, str) or path in ("none", "world") or "{seed}" in path:
             continue
-        if name == "score_gold":
+        own_meaning = name in ("sae", "texts") and run.script == "train_sae.py"
+        if own_meaning or name == "score_gold":
             continue
         file, colon, function = path.partition(":")
         is_file = file.endswith((".jsonl", ".py", ".tsv", ".safetensors", ".json"))
