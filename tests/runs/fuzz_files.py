@@ -141,7 +141,9 @@ def damages_of_json(run, path, kind):
         if kind == "tokenizer config" and what in ("null", "a number", "a string", "a list"):
             yield what, damage, "any"  # transformers takes it for an empty one
             continue
-        gone = what == "missing" and (optional or kind in ("tokenizer", "run config", "object"))
+        gone = what in ("missing", "a folder", "a link to itself") and (
+            optional or kind in ("tokenizer", "run config", "object")
+        )
         gone = gone or what == "a number of 5,000 digits" and path.endswith("tokenizer.json")
         yield what, damage, "any" if gone else "refused"
     if kind != "tokenizer":
