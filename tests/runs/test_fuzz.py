@@ -1,8 +1,7 @@
 """Bad and odd input for every script, from fuzz.py: as many of its cases as one minute holds end as they should."""
 
-import pytest
-
 import fuzz
+import pytest
 
 
 @pytest.mark.slow
