@@ -67,7 +67,8 @@ def read_rows(spec, kind, columns=(), split="train", prompt_format=""):
     if not is_world(spec):
         return read_parts(spec, kind, columns, prompt_format)[0]
     seed = spec.partition(":")[2] or "0"
-    require(seed.isdecimal(), f"--dataset {spec}: the world's seed must be a whole number")
+    good = seed.isdecimal() and len(seed) < 20
+    require(good, f"--dataset {spec[:60]}: the world's seed must be a whole number of at most 19 digits")
     if kind == "prompts":
         return world.prompts(split)
     if kind == "pairs":
