@@ -20,7 +20,7 @@ import re
 
 from transformers.utils import cached_file
 
-from ..errors import require
+from ..errors import InputError, require
 from ..hf.adapters import is_adapter, read_config
 from .files import digest, digest_file
 
@@ -132,13 +132,17 @@ def fingerprint_path(path: str, known: dict | None = None) -> dict:
     """{digest, size, mtime} of a file or folder.
 
     known: an earlier fingerprint. Where size and mtime are still its own, so is the digest.
+    InputError: a file cannot be read.
     """
-    stats = [os.stat(file) for file in files_in(path)]
-    size = sum(stat.st_size for stat in stats)
-    mtime = max((stat.st_mtime_ns for stat in stats), default=0)
-    if known and (known["size"], known["mtime"]) == (size, mtime):
-        return known
-    return {"digest": digest_path(path), "size": size, "mtime": mtime}
+    try:
+        stats = [os.stat(file) for file in files_in(path)]
+        size = sum(stat.st_size for stat in stats)
+        mtime = max((stat.st_mtime_ns for stat in stats), default=0)
+        if known and (known["size"], known["mtime"]) == (size, mtime):
+            return known
+        return {"digest": digest_path(path), "size": size, "mtime": mtime}
+    except OSError as e:
+        raise InputError(f"{e.filename or path}: cannot be read ({e.strerror})") from None
 
 
 def fingerprint_hub(name: str) -> dict | None:
