@@ -38,8 +38,8 @@ PROMPT = """Here are a prompt and two answers to it.
 {second}
 [End of answer 2]
 
-Which of the two answers is better? Go by {criterion}; neither their order nor their length counts. \
-Reply with the number of the better answer, 1 or 2, and nothing else."""
+Which of the two answers is better? Go by {criterion}; neither their order nor their length \
+counts. Reply with the number of the better answer, 1 or 2, and nothing else."""
 # The whole of a reply: 2, "2.", **Answer:** 2. What a model thinks aloud before it is left out.
 CHOICE = re.compile(r"""[\s*"'(\[]*(answer[\s:*]*)?([12])[\s*"')\].]*""", re.IGNORECASE)
 # The name of a judge that is a causal LM: llm:FOLDER.
