@@ -1,25 +1,47 @@
-"""Look inside trained models, and at what they write: what changed between a base and its policy, what can be read from activations
-and features, which features a reward model rewards, how good reward models and answers are.
+r"""Look inside trained models, and at what they write: what changed between a
+base and its policy, what can be read from activations and features, which
+features a reward model rewards, how good reward models and answers are.
 
-    python probe.py                                                      lists the commands
-    python probe.py divergence                                           runs/sft against runs/ppo, block by block
-    python probe.py divergence --model gpt2 --policy MY_RUN --dataset texts.jsonl --kind prompts --columns prompt=text
-    python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae_1/policy/3_mlp      of one seed they start alike: take two
-    python probe.py reward                                               the value of words, read from runs/ppo and from its controls
-    python probe.py reward --task sequence; python probe.py pairs        the gold of responses; which of two was chosen
-    python probe.py features                                             what the features in runs/sae stand for
-    python probe.py ablate --concept positive                            what runs/ppo writes without some of its features
-    python probe.py latents                                              what the latents of runs/sarm reward, on pairs
-    python probe.py latents --answers runs/ppo/eval/step_60.jsonl --against runs/ppo/eval/step_0.jsonl       and what a policy exploits
-    python probe.py causal --edits 17:set:0 --pool runs/bon/pool.jsonl   pairs, and best-of-n, scored again without one of them
-    python probe.py steer --weights "17:*:0" --save runs/sarm_steered    the same for good: the head's weight on it is 0
-    python probe.py human_latents                                        of a SARM on demonstrations: reference data of train_ppo.py
-    python probe.py evaluate                                             how good the reward models in runs/rm are, beside length
-    python probe.py evaluate --reward_model MY_RM runs/sarm --benchmark rm_bench --dataset total_dataset.json      or rewardbench2
-    python probe.py judge --a runs/ppo/eval/step_60.jsonl --b runs/ppo/eval/step_0.jsonl      whose answers are better, and how often
-    torchrun --nproc_per_node=4 probe.py divergence                      the texts are spread over the processes
+    all commands:
+        python probe.py
+    runs/sft against runs/ppo, block by block:
+        python probe.py divergence
+    the same of your own models and texts:
+        python probe.py divergence --model gpt2 --policy MY_RUN \
+            --dataset texts.jsonl --kind prompts --columns prompt=text
+    two autoencoders; of one seed they start alike, so take two seeds:
+        python probe.py mmcs --a runs/sae/base/3_mlp --b runs/sae_1/policy/3_mlp
+    the value of words, read from runs/ppo and from its controls:
+        python probe.py reward
+    the gold of answers; which of two was chosen:
+        python probe.py reward --task sequence
+        python probe.py pairs
+    what the features in runs/sae stand for:
+        python probe.py features
+    what runs/ppo writes without some of its features:
+        python probe.py ablate --concept positive
+    what the features of runs/sarm reward, on pairs, and what a policy exploits:
+        python probe.py latents
+        python probe.py latents --answers runs/ppo/eval/step_60.jsonl \
+            --against runs/ppo/eval/step_0.jsonl
+    pairs, and best-of-n, scored again without one of them:
+        python probe.py causal --edits 17:set:0 --pool runs/bon/pool.jsonl
+    the same for good, the head's weight on it being 0:
+        python probe.py steer --weights "17:*:0" --save runs/sarm_steered
+    the features of demonstrations, reference data of train_ppo.py:
+        python probe.py human_latents
+    how good the reward models in runs/rm are, beside length:
+        python probe.py evaluate
+        python probe.py evaluate --reward_model MY_RM runs/sarm \
+            --benchmark rm_bench --dataset total_dataset.json
+    whose answers are better, and how often:
+        python probe.py judge --a runs/ppo/eval/step_60.jsonl \
+            --b runs/ppo/eval/step_0.jsonl
+    the texts spread over four processes:
+        torchrun --nproc_per_node=4 probe.py divergence
 
-Each command writes summary.json and a picture into its --output_dir, and prints a table; human_latents writes one file.
+Each command writes summary.json and a picture into its --output_dir, and
+prints a table; human_latents writes one file.
 """
 
 from nanorlhf.control import causal, human_latents, latents

@@ -1,30 +1,38 @@
-"""PPO for language models, the whole algorithm: roll out, score, estimate advantages, update. The maths is in nanorlhf/ppo.py.
+r"""PPO for language models, the whole algorithm: roll out, score, estimate
+advantages, update. The maths is in nanorlhf/ppo.py.
 
-python train_ppo.py                                    the embedded world; trains its SFT policy and reward model first
-python train_ppo.py --model gpt2 --dataset prompts.jsonl --reward_model my.py:reward --output_dir runs/my
-torchrun --nproc_per_node=4 train_ppo.py               the same global batch, and the same result, on four processes (or GPUs)
+    the embedded world; trains its SFT policy and reward model first:
+        python train_ppo.py
+    your own model, prompts and reward:
+        python train_ppo.py --model gpt2 --dataset prompts.jsonl \
+            --reward_model my.py:reward --output_dir runs/my
+    the same global batch, and the same result, on four processes (or GPUs):
+        torchrun --nproc_per_node=4 train_ppo.py
 
-B sequences of the global batch, b of this process, m of a micro-batch, P prompt and R response tokens, K rewards
+    B sequences of the global batch, b of this process, m of a micro-batch,
+    P prompt and R response tokens, K rewards
 """
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 
 from nanorlhf import data, ppo
 from nanorlhf.control import feature_control
 from nanorlhf.ensemble import OBJECTIVES
-from nanorlhf.errors import at_least, divides, one_of, require
+from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evaluation import PPOParts, evaluate, forward, sampled_outputs, score_gold
 from nanorlhf.hf.blocks import speed_up
+from nanorlhf.hf.folders import check_model
 from nanorlhf.hf.lora import choose_trained, merge
-from nanorlhf.models import check_model, load_policy, load_tokenizer, reference_of, save_policy
+from nanorlhf.models import load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rewards import expand, load_reward
-from nanorlhf.rollout import roll_out
+from nanorlhf.rollout import SamplingFlags, roll_out
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import (
     autocast,
@@ -33,6 +41,7 @@ from nanorlhf.runtime.distributed import (
     setup,
     sync_on,
 )
+from nanorlhf.runtime.flags import FlagGroup, RunConfig
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder, before_and_after_table, sample_table
@@ -50,138 +59,158 @@ TRY_NEXT = """Try next:
 
 
 @dataclass
-class Config(feature_control.Flags, cli.RunConfig):
-    output_dir: str = field(default="runs/ppo", metadata={"help": "the run folder"})
-    model: str = field(
-        default="runs/sft",
-        metadata={"help": "the SFT policy: run folder, model folder or hub name"},
+class ScoreFlags(FlagGroup):
+    """Scores: what is done to the score of an answer before PPO sees it"""
+
+    score_scaling: str = HfArg(
+        default="none",
+        metadata={"choices": ("none", "running", "first")},
+        help="divide scores by a standard deviation: that of all scores so far (running) or that "
+        "of the first rollout (first)",
     )
-    reward_model: list[str] = field(default_factory=lambda: ["runs/rm/seed_0"], metadata={"help": "one reward, or the members of an "
-        "ensemble: model folder ({seed} stands for all that exist) or hub name, FILE.py:FUNCTION, or lexicon .tsv"})  # fmt: skip
-    objective: str = field(default="mean", metadata={"help": f"of an ensemble: {', '.join(OBJECTIVES)} "
-        "(wco: worst case, uwo: uncertainty-weighted)"})  # fmt: skip
-    uwo_lambda: float = field(
-        default=0.1, metadata={"help": "uwo: weight of the members' variance"}
-    )
-    gold_model: str = field(
-        default="",
-        metadata={"help": "a second reward, for evaluation only; embedded world: its gold"},
-    )
-    score_gold: str = field(
-        default="",
-        metadata={
-            "help": "a finished RUN: add --gold_model's scores to its evaluations; trains nothing"
-        },
-    )
-    value_model: str = field(
-        default="",
-        metadata={"help": "a separate value model (a policy or reward model), trained in full"},
-    )
-    steps: int = field(default=60, metadata={"help": "rollouts"})
-    batch_size: int = field(
-        default=128, metadata={"help": "responses a rollout, over all processes"}
-    )
-    minibatch_size: int = field(
-        default=32, metadata={"help": "responses an optimizer step, over all processes"}
-    )
-    ppo_epochs: int = field(default=4, metadata={"help": "passes over each rollout"})
-    max_prompt_length: int = field(
-        default=0, metadata={"help": "left-truncate prompts to this; 0: too long is an error"}
-    )
-    max_new_tokens: int = field(default=48, metadata={"help": "longest response"})
-    temperature: float = field(default=1.0, metadata={"help": "of sampling, and of every log-prob"})
-    lr: float = field(default=3e-4, metadata={"help": "peak learning rate of AdamW"})
-    schedule: str = field(
-        default="constant", metadata={"help": "constant, linear or cosine, over the rollouts"}
-    )
-    eval_every: int = field(
-        default=20, metadata={"help": "evaluate every N steps; 0: at the start and the end only"}
-    )
-    checkpoint_every: int = field(default=10, metadata={"help": "write a checkpoint every N steps"})
-    # The KL penalty. k1 in the reward is the gradient of the sequence KL. In the loss, k2 (on-policy) and full give the token KL's
-    # gradient, without the effect on later states; k3's gradient there is not the KL's. See kl_estimate and full_kl.
-    kl_coef: float = field(
-        default=0.05, metadata={"help": "coefficient of the KL to the SFT policy"}
-    )
-    kl_kind: str = field(default="k1", metadata={"help": f"one of {', '.join(ppo.kl_kinds())}"})
-    kl_in: str = field(default="reward", metadata={"help": "reward or loss"})
-    kl_target: float = field(
+    score_clip: float = HfArg(
         default=0.0,
-        metadata={"help": "adapt kl_coef to keep the sequence KL here, in nats; 0: fixed"},
+        metadata={"may_be_infinite": True},
+        help="clip scores to between minus and plus this; 0: no clipping",
     )
-    kl_horizon: int = field(default=10_000, metadata={"help": "samples over which kl_coef adapts"})
-    gamma: float = field(default=1.0, metadata={"help": "discount"})
-    lam: float = field(default=0.95, metadata={"help": "GAE's lambda"})
-    clip_range: float = field(default=0.2, metadata={"help": "PPO's clip of the ratio"})
-    value_clip_range: float = field(default=0.2, metadata={"help": "clip of the value's change"})
-    vf_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
-    ent_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
-    target_kl: float = field(
-        default=0.0, metadata={"help": "stop the epochs once approx_kl passes this; 0: off"}
+    missing_eos_penalty: float = HfArg(
+        default=0.0, help="subtracted from the score of an answer that does not end with EOS"
     )
-    score_clip: float = field(default=0.0, metadata={"help": "clip scores to +- this; 0: off"})
-    score_scaling: str = field(
-        default="none", metadata={"help": "divide scores by a std: none, running or first"}
-    )
-    missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "subtracted from the score of a response without EOS"}
-    )
-    eos_required: bool = field(
+    eos_required: bool = HfArg(
         default=False,
-        metadata={"help": "a response without EOS scores -missing_eos_penalty, whatever it says"},
+        help="an answer without EOS scores -missing_eos_penalty, whatever it says",
     )
-    length_penalty: float = field(
-        default=0.0, metadata={"help": "subtracted from the score for each response token"}
+    length_penalty: float = HfArg(
+        default=0.0, help="subtracted from the score for each token of the answer"
     )
-    bootstrap_truncated: bool = field(
+
+
+@dataclass
+class KLFlags(FlagGroup):
+    """The KL penalty: what the policy pays for moving away from the model it starts from"""
+
+    # k1 in the reward is the gradient of the sequence KL. In the loss, k2 (on-policy) and full give
+    # the token KL's gradient, without the effect on later states; k3's gradient there is not the
+    # KL's. See kl_estimate and full_kl.
+    kl_coef: float = HfArg(default=0.05, help="the price of one nat of KL divergence")
+    kl_kind: str = HfArg(
+        default="k1",
+        metadata={"choices": ppo.kl_kinds},
+        help="how the KL divergence of a token is estimated; full: exactly, over the vocabulary "
+        "(see nanorlhf/ppo.py)",
+    )
+    kl_in: str = HfArg(
+        default="reward",
+        metadata={"choices": ("reward", "loss")},
+        help="subtract the penalty from each token's reward, or add it to the loss",
+    )
+    kl_target: float = HfArg(
+        default=0.0,
+        help="change kl_coef during the run so that the KL of an answer stays near this, in "
+        "nats; 0: kl_coef is fixed",
+    )
+    kl_horizon: int = HfArg(default=10_000, help="answers over which kl_coef adapts to kl_target")
+
+
+@dataclass
+class UpdateFlags(FlagGroup):
+    """Advantages and losses: how the policy learns from a rollout"""
+
+    minibatch_size: int = HfArg(default=32, help="answers in an optimizer step, over all processes")
+    ppo_epochs: int = HfArg(default=4, help="how often each rollout is gone through")
+    gamma: float = HfArg(default=1.0, help="discount of later rewards, between 0 and 1")
+    lam: float = HfArg(
+        default=0.95, help="lambda of generalised advantage estimation, between 0 and 1"
+    )
+    clip_range: float = HfArg(
+        default=0.2,
+        metadata={"may_be_infinite": True},
+        help="the ratio of new to old probability is clipped to 1 plus or minus this",
+    )
+    value_clip_range: float = HfArg(
+        default=0.2,
+        metadata={"may_be_infinite": True},
+        help="a value may move by at most this in one rollout",
+    )
+    vf_coef: float = HfArg(default=0.5, help="weight of the value loss")
+    ent_coef: float = HfArg(default=0.0, help="weight of the entropy bonus")
+    target_kl: float = HfArg(
+        default=0.0,
+        metadata={"may_be_infinite": True},
+        help="end the epochs on a rollout once the policy has moved by this much (approx_kl, in "
+        "nats a token); 0: never",
+    )
+    bootstrap_truncated: bool = HfArg(
         default=False,
-        metadata={"help": "a response cut at max_new_tokens ends with its value, not with 0"},
+        help="an answer that was cut off ends with the value of its last state, not with 0",
     )
-    n_samples: int = field(default=3, metadata={"help": "samples to print at an evaluation"})
+
+
+@dataclass
+class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, feature_control.Flags, RunConfig):
+    """Models and rewards: what PPO starts from, and what it learns from"""
+
+    model: str = HfArg(
+        default="runs/sft", help="the SFT policy: a run folder, a model folder or a hub name"
+    )
+    reward_model: list[str] = HfArg(
+        default_factory=lambda: ["runs/rm/seed_0"],
+        help="one reward, or the members of an ensemble: a model folder ({seed} stands for all "
+        "that exist), a hub name, FILE.py:FUNCTION, or a lexicon FILE.tsv",
+    )
+    objective: str = HfArg(
+        default="mean",
+        metadata={"choices": OBJECTIVES},
+        help="how the scores of an ensemble become one: their mean, the worst case (wco), or the "
+        "mean less their variance (uwo)",
+    )
+    uwo_lambda: float = HfArg(default=0.1, help="uwo: weight of the variance between members")
+    value_model: str = HfArg(
+        default="",
+        help="a value model of its own, trained in full: a policy or reward model to start from. "
+        "Without it, a head on the policy",
+    )
+    gold_model: str = HfArg(
+        default="",
+        help="a second reward, for evaluation only; in the embedded world, its gold reward",
+    )
+    score_gold: str = HfArg(
+        default="",
+        help="train nothing: add the scores of --gold_model to the evaluations of this finished "
+        "run",
+    )
+    n_samples: int = HfArg(default=3, help="how many samples an evaluation prints")
+
+    output_dir: str = HfArg(default="runs/ppo", help="the folder that the run writes")
+    steps: int = HfArg(default=60, help="how many rollouts to learn from")
+    batch_size: int = HfArg(default=128, help="answers in a rollout, over all processes")
+    lr: float = HfArg(default=3e-4, help="peak learning rate of AdamW")
+    schedule: str = HfArg(
+        default="constant",
+        metadata={"choices": ("constant", "linear", "cosine")},
+        help="how the learning rate falls over the rollouts",
+    )
+    temperature: float = HfArg(
+        default=1.0,
+        help="what logits are divided by, in sampling and in every log-prob: below 1 makes "
+        "answers more alike",
+    )
+    eval_every: int = HfArg(
+        default=20, help="evaluate every N rollouts; 0: only at the start and at the end"
+    )
+    checkpoint_every: int = HfArg(default=10, help="write a checkpoint every N rollouts")
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "minibatch_size", "ppo_epochs", "max_new_tokens", "kl_horizon")
-        at_least(
-            self,
-            0,
-            "kl_coef",
-            "kl_target",
-            "target_kl",
-            "vf_coef",
-            "ent_coef",
-            "score_clip",
-            "max_prompt_length",
-            "n_samples",
-        )
-        at_least(self, 0, "uwo_lambda")
-        require(self.uwo_lambda < float("inf"), "--uwo_lambda must be finite")
-        require(
-            self.clip_range > 0 and self.value_clip_range > 0,
-            "--clip_range and --value_clip_range must be positive",
-        )
-        require(
-            0 <= self.gamma <= 1 and 0 <= self.lam <= 1,
-            "--gamma and --lam must lie between 0 and 1",
-        )
-        one_of(self, "objective", *OBJECTIVES)
-        one_of(self, "kl_kind", *ppo.kl_kinds())
-        one_of(self, "kl_in", "reward", "loss")
-        one_of(self, "score_scaling", "none", "running", "first")
+        at_least(self, 1, "minibatch_size", "ppo_epochs", "kl_horizon")
+        at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip")
+        at_least(self, 0, "uwo_lambda", "n_samples")
+        require(self.clip_range > 0 and self.value_clip_range > 0, "--clip_range and --value_clip_range must be positive")
+        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "--gamma and --lam must lie between 0 and 1")
         useless = self.kl_in == "loss" and self.kl_kind in ppo.KL_WITHOUT_GRADIENT
-        require(
-            not useless,
-            f"--kl_in loss: {self.kl_kind}'s gradient there has mean zero; take k2 or full",
-        )
-        require(self.temperature > 0, "--temperature must be positive")
-        require(
-            not self.kl_target or self.kl_coef > 0,
-            "--kl_target adapts --kl_coef, which must start above 0",
-        )
-        require(
-            self.batch_size < 5 * self.kl_horizon,
-            "--kl_horizon must be above a fifth of --batch_size",
-        )
+        require(not useless, f"--kl_in loss: {self.kl_kind}'s gradient there has mean zero; take k2 or full")
+        require(not self.kl_target or self.kl_coef > 0, "--kl_target adapts --kl_coef, which must start above 0")
+        require(self.batch_size < 5 * self.kl_horizon, "--kl_horizon must be above a fifth of --batch_size")
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)

@@ -32,6 +32,19 @@ def user_code(what):
         argparse.ArgumentParser.error = argparse_error
 
 
+@contextlib.contextmanager
+def library_call(what):
+    """A context for one call of a library on files that a user brought, and for nothing of ours.
+
+    Broken files make libraries raise errors of any kind: KeyError, ZeroDivisionError, bare
+    Exception. Each becomes an InputError: `what`, then the error's name and first line.
+    """
+    try:
+        yield
+    except Exception as e:
+        raise InputError(f"{what} ({type(e).__name__}: {first_line(e)})") from None
+
+
 def first_line(error):
     """What an error says, in one line; its type's name where it says nothing or fails to."""
     try:

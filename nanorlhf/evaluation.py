@@ -13,19 +13,23 @@ from . import ppo
 from .data import is_world
 from .diversity import distinct_n, distinct_n_se
 from .errors import require
-from .models import Policy, check_model, load_tokenizer
+from .hf.folders import check_model
+from .models import Policy, load_tokenizer
 from .packing import Answers, pack, response_mask_of
 from .rewards import check_reward, kind_of, load_reward, score
 from .rollout import Parts, roll_out
 from .runtime.cli import read_settings
 from .runtime.distributed import Dist, autocast
-from .runtime.files import read_json, read_rows, write_json, write_lines
+from .runtime.files import read_object, read_rows, write_json, write_lines
 from .runtime.fsdp import gathered
 from .runtime.locks import lock_folder
 from .runtime.log import eval_folder, read_eval
 from .scoring import Scoring
 from .splits import labels
 from .stats import mean_se
+
+# What score_gold() reads of a row of eval/step_N.jsonl.
+EVAL_ROW = {"prompt": str, "response": str, "prompt_ids": list[int], "response_ids": list[int]}
 
 
 @dataclass
@@ -153,10 +157,13 @@ def score_gold(config, dist):
     for path in paths.values():
         require(os.path.isfile(path), f"{run}: no finished PPO run here (it has no {os.path.basename(path)})")
     lock_folder(run, dist)
-    summary = read_json(paths["summary.json"])
-    own = [summary.get(part) for part in ("before", "after")] if isinstance(summary, dict) else [None]
-    require(all(isinstance(part, dict) for part in own), f"{run}: no finished PPO run here (another script's)")
+    summary = read_object(
+        paths["summary.json"], {"before": dict | None, "after": dict | None}, finite=False
+    )
+    is_ppo = summary.get("before") and summary.get("after")
+    require(is_ppo, f"{run}: no finished PPO run here (another script's)")
     stored = read_settings(paths["config.json"], type(config))
+    require("dataset" in stored, f"{paths['config.json']}: dataset is missing")
     known = kind_of(spec) != "gold" or is_world(stored.get("dataset", ""))
     require(spec and known, f"--score_gold {run}: name its gold reward with --gold_model")
     require("gold" not in summary["after"], f"{run} has its gold scores already")
@@ -164,7 +171,7 @@ def score_gold(config, dist):
     if dist.main:
         check_reward(spec)
         tokenizer = load_tokenizer(run)
-        records = read_rows(paths["metrics.jsonl"])
+        records = read_rows(paths["metrics.jsonl"], {"step": int})
         evaluations = [record for record in records if "eval/proxy" in record]
         require(evaluations, f"{paths['metrics.jsonl']}: no evaluation in it")
         named = labels(stored.get("eval_splits", ["test"]))
@@ -192,4 +199,4 @@ def score_gold(config, dist):
             summary[part] |= {name.removeprefix("eval/"): record[name] for name in names}
         write_json(paths["summary.json"], {**summary, "gold_model": spec})
     dist.barrier()
-    return read_json(paths["summary.json"])
+    return read_object(paths["summary.json"], finite=False)

@@ -23,17 +23,11 @@ from transformers import AutoModelForSequenceClassification
 from . import world
 from .data import encode_prompts, encode_responses
 from .errors import InputError, require, user_code
-from .models import (
-    RewardModel,
-    check_model,
-    context_length,
-    fingerprint,
-    load_tokenizer,
-    pretrained,
-)
+from .hf.folders import check_model, context_length
+from .models import RewardModel, fingerprint, load_tokenizer, pretrained
 from .packing import pack
 from .runtime.distributed import autocast
-from .runtime.files import digest, digest_file, python_function
+from .runtime.files import decode_text, digest, digest_file, python_function, read_bytes
 from .runtime.fsdp import gathered
 from .sarm import SARM, check_sarm, is_sarm
 
@@ -144,7 +138,10 @@ def load_reward(spec, tokenizer, dist, micro_batch_size=64, dtype="float32"):
     if kind == "function":
         return text_reward(spec, python_function(spec))
     if kind == "lexicon":
-        return text_reward(spec, lexicon_reward(read_lexicon(spec)))
+        lexicon, note = read_lexicon(spec)
+        if note:
+            dist.print(note)
+        return text_reward(spec, lexicon_reward(lexicon))
     return model_reward(spec, tokenizer, dist, micro_batch_size, dtype)
 
 
@@ -192,31 +189,47 @@ def read_scores(returned) -> list[float]:
 
 
 def read_lexicon(path):
-    """WORD<TAB>VALUE[<TAB>anything] a line -> {word: value}."""
-    require(os.path.isfile(path), f"{path}: no such file")
-    lexicon = {}
-    with open(path, encoding="utf-8") as f:
+    """WORD<TAB>VALUE[<TAB>anything] a line -> {word: value}, a sentence on lines without effect or "".
+
+    A word that cannot be one of find_words() never matches: "very good", say, which is two.
+    """
+    lexicon, lost, again = {}, [], []
+    for number, line in enumerate(decode_text(read_bytes(path), path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            lines = f.read().split("\n")
-        except UnicodeDecodeError as e:
-            raise InputError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    word, value = line.split("\t")[:2]
-                    lexicon[word.lower()] = float(value)
-                    require(math.isfinite(lexicon[word.lower()]), "not finite")
-                except ValueError:
-                    raise InputError(f"{path}:{number}: not WORD<TAB>VALUE: {line[:40]!r}") from None
-    require(lexicon, f"{path}: the lexicon is empty")
-    return lexicon
+            word, value = line.split("\t")[:2]
+            value = float(value)
+            require(math.isfinite(value), "not finite")
+        except ValueError:
+            raise InputError(f"{path}:{number}: not WORD<TAB>VALUE: {line[:40]!r}") from None
+        word = word.strip().lower()
+        if find_words(word) != [word]:
+            lost.append(word)
+            continue
+        if word in lexicon:
+            again.append(word)
+        lexicon[word] = value
+    require(lexicon or lost, f"{path}: the lexicon is empty")
+    require(lexicon, f"{path}: none of its {len(lost)} lines can match a word of a text, such as {lost[:1]}")
+    notes = []
+    if lost:
+        notes.append(f"{len(lost)} can match no word of a text, such as {lost[0]!r}")
+    if again:
+        notes.append(f"{len(again)} name a word again, whose last value counts, such as {again[0]!r}")
+    return lexicon, f"{path}: of its lines {', and '.join(notes)}" if notes else ""
+
+
+def find_words(text):
+    """The words of a text, in small letters, as lexicons have them."""
+    return re.findall(r"[a-z][a-z'-]*", text.lower())
 
 
 def lexicon_reward(lexicon):
     """Controlled sentiment: sum over the words of the response of their values / 5, clipped to +-10."""
 
     def reward(prompts, responses):
-        totals = (sum(lexicon.get(word, 0.0) for word in re.findall(r"[a-z][a-z'-]*", text.lower())) for text in responses)
+        totals = (sum(lexicon.get(word, 0.0) for word in find_words(text)) for text in responses)
         return [max(-10.0, min(10.0, total / 5)) for total in totals]
 
     return reward
@@ -263,7 +276,7 @@ def packed_reader(config, path, tokenizer, dist, micro_batch_size):
     """
     own = load_tokenizer(path)
     same = tokenizer is not None and own.get_vocab() == tokenizer.get_vocab()
-    context = context_length(config)
+    context, rows = context_length(config), config.get_text_config().vocab_size
     key = ("sampled ids" if same else identity(own), micro_batch_size)
 
     def prepare(answers):
@@ -283,6 +296,10 @@ def packed_reader(config, path, tokenizer, dist, micro_batch_size):
             answers.micro_batches[key] = prepare(answers)
         longest = max(part.ids.shape[1] for _, part in answers.micro_batches[key])
         require(not context or longest <= context, f"{path}: a text of {longest} tokens, a context of {context}")
+        for _, part in answers.micro_batches[key]:
+            low, high = (int(x) for x in part.ids.aminmax())
+            odd = low if low < 0 else high
+            require(0 <= low and high < rows, f"{path}: a text holds the token {odd}, and the model has embeddings 0 to {rows - 1} alone")
         return answers.micro_batches[key]
 
     return read

@@ -18,16 +18,39 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from .data import ready_prompts
-from .errors import InputError, first_line
+from .errors import InputError, at_least, first_line, require
 from .hf.blocks import sampling
 from .hf.decode import decode, decode_static, decoding
 from .models import Policy, scalar
 from .packing import Answers, Packed
 from .ppo import entropy
 from .runtime.distributed import Dist, autocast
+from .runtime.flags import FlagGroup
 from .runtime.rng import ROLLOUT
+
+
+@dataclass
+class SamplingFlags(FlagGroup):
+    """Sampling: how answers are written"""
+
+    max_new_tokens: int = HfArg(default=48, help="tokens in the longest answer")
+    temperature: float = HfArg(
+        default=1.0, help="what logits are divided by: below 1 makes answers more alike"
+    )
+    max_prompt_length: int = HfArg(
+        default=0,
+        help="cut longer prompts on the left to this many tokens; 0: a prompt that is too long "
+        "for the model is an error",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "max_new_tokens")
+        at_least(self, 0, "max_prompt_length")
+        require(self.temperature > 0, "--temperature must be positive")
 
 
 @dataclass

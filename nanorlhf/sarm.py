@@ -22,18 +22,20 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
 
-from .errors import InputError, first_line
+from .errors import InputError, library_call
 from .hf.activations import captured
 from .hf.adapters import is_adapter
 from .hf.blocks import block_list
+from .hf.folders import check_model
 from .hf.weights import WEIGHTS, weight_files
-from .models import check_model, pretrained, resolve
+from .models import pretrained, resolve
 from .penalties import edit_latents
+from .runtime.files import shorten
+from .runtime.tensors import check_tensors, read_shapes, read_tensors
 from .sae import TopKSAE
 
 
@@ -123,12 +125,15 @@ class SARM(nn.Module):
         """A run folder, model folder or hub name -> SARM in float32, in eval mode. InputError: anything that is not as it should be."""
         path = resolve(path)
         config = check_sarm(path)
-        files = check_tensors(path, config)
+        files = check_files(path, config)
         sarm = cls(pretrained(AutoModel, path, config=shortened(config)), new_sae(config), config)
-        for name, p in sarm.layout().items():
-            if name.startswith(("sae.", "score.")):
-                with safe_open(files[name], "pt") as f, torch.no_grad():
-                    p.copy_(f.get_tensor(name))
+        own = {name: p for name, p in sarm.layout().items() if name.startswith(("sae.", "score."))}
+        for file in sorted({files[name] for name in own}):
+            tensors = read_tensors(file)
+            here = [name for name in own if files[name] == file]
+            check_tensors(tensors, dict.fromkeys(here), file)
+            for name in here:
+                own[name].copy_(tensors[name])
         return sarm
 
     def layout(self):
@@ -233,7 +238,10 @@ def check_sarm(path):
         value = param.get(name)
         if type(value) is not int or not 1 <= value <= high:
             upper = f" to {high}" if high < float("inf") else ""
-            raise InputError(f"{path}: sarm_param's {name} must be a whole number from 1{upper}, not {value}")
+            raise InputError(f"{path}: sarm_param's {name} must be a whole number from 1{upper}, not {shorten(value)}")
+    for name in ("sae_use_sequence_level", "sarm_use_activation"):
+        if type(param[name]) is not bool:
+            raise InputError(f"{path}: sarm_param's {name} must be true or false, not {shorten(param[name])}")
     if hasattr(config, "auto_map"):
         del config.auto_map  # code is neither run nor saved
     return config
@@ -255,23 +263,18 @@ def new_sae(config):
     return TopKSAE(config.get_text_config().hidden_size, param["sae_latent_size"], param["sae_k"], normalize="token", relu=False)
 
 
-def check_tensors(path, config):
+def check_files(path, config):
     """{tensor: its file} of a SARM's folder or hub name; names and shapes are looked at before anything is loaded."""
     L, m = config.sarm_param["sae_source_layer"], config.sarm_param["sae_latent_size"]
     d = config.get_text_config().hidden_size
-    with torch.device("meta"):
+    with library_call(f"{path}: its config.json makes no model"), torch.device("meta"):
         trunk = AutoModel.from_config(shortened(config), trust_remote_code=False)
     expected = {f"{trunk.base_model_prefix}.{name}": list(p.shape) for name, p in trunk.state_dict().items()}
     expected |= {"sae.pre_bias": [d], "sae.latent_bias": [m], "sae.encoder.weight": [m, d], "sae.decoder.weight": [d, m]}
     expected["score.weight"] = [1, m]
     found = {}
     for file in weight_files(path):
-        try:
-            with safe_open(file, "pt") as f:
-                shapes = {name: list(f.get_slice(name).get_shape()) for name in f.keys()}
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{file}: cannot be read ({first_line(e)})") from None
-        for name, shape in shapes.items():
+        for name, (_, shape) in read_shapes(file).items():
             if name not in expected:
                 raise InputError(f"{file}: {name} is not a tensor of a SARM on {type(trunk).__name__} with L = {L}")
             if shape != expected[name]:

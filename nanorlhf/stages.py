@@ -12,12 +12,12 @@ import os
 
 from . import data
 from .errors import InputError
-from .models import check_model
+from .hf.folders import check_model
 from .rewards import check_reward
+from .runtime.cli import read_settings
 from .runtime.distributed import setup
-from .runtime.files import read_json
 from .runtime.fingerprints import changed_inputs, fingerprint_inputs
-from .runtime.log import PLACES, settings_that_differ
+from .runtime.log import PLACES, read_config, settings_that_differ
 
 SCRIPT_OF = {"runs/sft": "train_sft", "runs/rm/seed_0": "train_rm", "runs/ppo": "train_ppo"}
 
@@ -88,14 +88,14 @@ def use_what_is_there(folder: str, wanted) -> bool:
     if not differing and not finished:
         return False
 
-    settings = read_json(stored)
+    settings = read_settings(stored, type(wanted))
     own = [f"{name} {settings.get(name)}" for name in differing]
     if not finished:
         raise InputError(
             f"{folder} holds a run that is not finished, with settings of its own ({', '.join(own)}): "
             f"finish it with its script and --resume --output_dir {folder}, or name other models"
         )
-    inputs = settings.get("inputs", {})
+    inputs = read_config(stored)["inputs"]
     for name in changed_inputs(inputs, fingerprint_inputs(settings, inputs)):
         own.append(f"{name} has changed since")
     note = f": {', '.join(own)}" if own else ""

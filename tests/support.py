@@ -832,3 +832,21 @@ def save_encoder(model, folder, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+# ---------------------------------------------------------------------------------- all command lines
+
+CONFIGS = {kind: module.Config for kind, module in ALL_SCRIPTS.items()}
+CONFIGS |= {name: config_class for name, (config_class, _) in probe.COMMANDS.items()}
+REQUIRED = {"mmcs": ["--a", "one", "two"], "judge": ["--a", "one", "--b", "two"]}  # the others need no flag
+
+
+def help_of(name, capsys):
+    """What --help of a script or a command of probe.py prints, which must end with exit code 0."""
+    with pytest.raises(SystemExit) as exit_:
+        if name in ALL_SCRIPTS:
+            cli.run(CONFIGS[name], ALL_SCRIPTS[name].main, ["--help"])
+        else:
+            run_probe(name, "--help")
+    assert exit_.value.code == 0
+    return capsys.readouterr().out

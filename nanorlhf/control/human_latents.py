@@ -1,60 +1,87 @@
-"""What people's texts look like to a reward model's features: the reference data of penalties in train_ppo.py, in one file.
+"""What people's texts look like to a reward model's features, in one file.
 
-    N texts, M latents, F of them in the file
+It is the reference data of penalties in train_ppo.py.
 
-FILE.safetensors holds  latents [N, F] at each text's last token, features [F] (their ids), scores [N] of the same texts by the same
-reward model, and says whose latents they are (fingerprints of the reward model and of its autoencoder). With `complete` it holds all
-latents that fire on any of the texts, so that any other is known to be 0 on all of them.
+    N texts, n of them read by this process, M features, F of them in the file
 
-Pitfall: a whole text ends with EOS, and that is where its latents are read. Those of one that was cut off are of another token.
+FILE.safetensors holds latents [N, F] at each text's last token, features [F] (their ids), scores
+[N] of the same texts by the same reward model, and says whose latents they are (fingerprints of the
+reward model and of its autoencoder). With `complete` it holds all features that fire on any of the
+texts, so that any other is known to be 0 on all of them.
+
+Pitfall: a whole text ends with EOS, and that is where its latents are read. A text that was cut off
+is read at another token.
 """
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.hf_argparser import HfArg
 
 from .. import data
-from ..errors import InputError, at_least, first_line, one_of, require
+from ..errors import InputError, at_least, require
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
-from ..runtime.files import check_can_write, check_output
+from ..runtime.files import check_can_write, check_fields, check_output, parse_json
+from ..runtime.flags import DEVICE_HELP, DEVICES, TextFlags
 from ..runtime.log import Progress
 from ..runtime.results import parse_ids
-from .feature_rewards import check_feature_reward, latents_fingerprint, load_feature_reward
+from ..runtime.tensors import check_tensors, read_notes, read_tensors
+from .feature_rewards import (
+    LatentFlags,
+    check_feature_reward,
+    latents_fingerprint,
+    load_feature_reward,
+)
 
-NAMES, NOTES = ("latents", "features", "scores"), "human_latents"
+NAMES = ("latents", "features", "scores")
+NOTES = "human_latents"  # where a file's notes stand among its metadata
 WHOSE = {"reward_model": "reward model", "sae": "autoencoder"}
+# Numbers of a file are smaller than this: float32 holds their squares.
+MOST = 1e18
 CHUNK = 1024  # texts that are read before what fires in them is put aside
 
 
 class HumanLatents(NamedTuple):
+    """A file of human latents."""
+
     path: str
     latents: torch.Tensor  # [N, F], float32
     features: list[int]  # [F]
     scores: torch.Tensor  # [N], float32
-    complete: bool  # the file has all latents that fire on any of its texts
+    complete: bool  # the file has all features that fire on any of its texts
 
     def column(self, feature):
         """The feature's latents on all texts, [N]. InputError: the file does not know them."""
         if feature in self.features:
             return self.latents[:, self.features.index(feature)]
-        require(self.complete, f"{self.path} holds no latents of feature {feature} (probe.py human_latents --features chooses them)")
+        require(
+            self.complete,
+            f"{self.path} holds no latents of feature {feature} "
+            "(probe.py human_latents --features chooses them)",
+        )
         return torch.zeros(len(self.latents))
 
 
 def save(path, human, fingerprint):
-    """Write a file of human latents, under a temporary name first. fingerprint: a dict, feature_rewards.latents_fingerprint."""
-    tensors = {"latents": human.latents.contiguous(), "features": torch.tensor(human.features), "scores": human.scores.contiguous()}
+    """Write a file of human latents, under a temporary name first.
+
+    fingerprint: a dictionary, feature_rewards.latents_fingerprint.
+    """
+    tensors = {
+        "latents": human.latents.contiguous(),
+        "features": torch.tensor(human.features),
+        "scores": human.scores.contiguous(),
+    }
+    notes = {"complete": human.complete, "fingerprint": fingerprint}
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     # A name of its own: of two processes at once the last one's file stays, whole.
     temporary = f"{path}.{os.getpid()}.tmp"
-    notes = {"complete": human.complete, "fingerprint": fingerprint}
     save_file(tensors, temporary, {NOTES: json.dumps(notes)})
     os.replace(temporary, path)
 
@@ -62,99 +89,198 @@ def save(path, human, fingerprint):
 def is_human_latents(path):
     """Whether a file is one that save() wrote."""
     try:
-        with safe_open(path, "pt") as f:
-            return NOTES in (f.metadata() or {})
-    except (SafetensorError, OSError):
+        return NOTES in read_notes(path)
+    except InputError:
         return False
 
 
 def load(path, spec, sae):
     """A file of human latents, for the reward model `spec` and its autoencoder -> HumanLatents.
 
-    InputError: no such file, another kind of file, latents of another reward model or autoencoder. Loads no model.
+    InputError: no such file, another kind of file, latents of another reward model or autoencoder.
+    Loads no model.
     """
-    require(os.path.isfile(path), f"{path}: no human latents here (python probe.py human_latents --output {path} writes them)")
-    try:
-        with safe_open(path, "pt") as f:
-            notes, tensors = (f.metadata() or {}).get(NOTES), {name: f.get_tensor(name) for name in NAMES if name in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
-    require(notes and len(tensors) == len(NAMES), f"{path}: not a file of human latents (probe.py human_latents)")
-    latents, features, scores = (tensors[name] for name in NAMES)
-    fits = latents.ndim == 2 and len(latents) == len(scores) > 0 and features.shape == latents.shape[1:]
-    require(fits and latents.isfinite().all() and scores.isfinite().all(), f"{path}: its tensors do not fit each other, or are not finite")
-    notes, what = json.loads(notes), f"{spec} with {sae}" if sae else spec
+    command = f"python probe.py human_latents --reward_model {spec} --output {path}"
+    if sae:
+        command += f" --sae {sae}"
+    require(os.path.isfile(path), f"{path}: no human latents here; this makes them: {command}")
+
+    notes = read_notes(path).get(NOTES)
+    tensors = read_tensors(path)
+    require(
+        notes and set(NAMES) <= set(tensors),
+        f"{path}: not a file of human latents (probe.py human_latents)",
+    )
+    check_human_tensors(tensors, path)
+    notes = check_fields(parse_json(notes, path), {"complete": bool, "fingerprint": dict}, path)
+    check_fingerprint(notes["fingerprint"], path, spec, sae)
+    return HumanLatents(
+        path,
+        tensors["latents"].float(),
+        tensors["features"].tolist(),
+        tensors["scores"].float(),
+        notes["complete"],
+    )
+
+
+def check_human_tensors(tensors, path):
+    """InputError where the tensors of a file do not fit each other, or hold impossible numbers."""
+    latents = tensors["latents"]
+    features = tensors["features"]
+    scores = tensors["scores"]
+    fits = (
+        latents.ndim == 2
+        and scores.shape == latents.shape[:1]
+        and features.shape == latents.shape[1:]
+    )
+    require(fits and len(scores) > 0, f"{path}: its tensors do not fit each other")
+
+    check_tensors(tensors, {"latents": None, "scores": None}, path)
+    largest = scores.abs().max().item()
+    if latents.numel():
+        largest = max(latents.abs().max().item(), largest)
+    require(largest < MOST, f"{path}: it holds {largest:.3g}, whose square float32 cannot hold")
+
+    ids = features.tolist()
+    is_once = len(set(ids)) == len(ids)
+    are_ids = features.dtype == torch.int64 and is_once and min(ids, default=0) >= 0
+    require(are_ids, f"{path}: its features must be whole numbers from 0, each of them once")
+
+
+def check_fingerprint(stored, path, spec, sae):
+    """InputError where a file's latents are of another reward model or autoencoder than these."""
+    what = f"{spec} with {sae}" if sae else spec
     for name, value in latents_fingerprint(spec, sae).items():
-        same = notes["fingerprint"].get(name) == value
-        require(same, f"{path}: latents by another {WHOSE[name]} than {what} (write them again: probe.py human_latents)")
-    return HumanLatents(path, latents, features.tolist(), scores, notes["complete"])
+        require(
+            stored.get(name) == value,
+            f"{path}: latents by another {WHOSE[name]} than {what} "
+            "(write them again: probe.py human_latents)",
+        )
 
 
-# ------------------------------------------------------------------------------------------------------ body of the probe.py command
+# ----------------------------------------------------------------- body of the probe.py command
 
 
 @dataclass
-class HumanLatentsConfig:
-    output: str = field(default="runs/human_latents.safetensors", metadata={"help": "the file to write"})
-    reward_model: str = field(default="runs/sarm", metadata={"help": "whose latents: a SARM's folder, or a reward model's with --sae"})
-    sae: str = field(default="", metadata={"help": "the folder of an autoencoder on one of an ordinary reward model's layers"})
-    features: str = field(default="", metadata={"help": "which latents, such as 3,17; default: all that fire on any text"})
-    dataset: str = field(default="world", metadata={"help": "the texts: FILE.jsonl, a datasets name[:split], or world"})
-    kind: str = field(default="sft", metadata={"help": "what its rows are: sft {prompt, response}, or pairs (their chosen side)"})
-    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    max_rows: int = field(default=2000, metadata={"help": "a random subset of N rows; 0: all"})
-    max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: any"})
-    micro_batch_size: int = field(default=64, metadata={"help": "texts a forward pass"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+class HumanLatentsConfig(LatentFlags, TextFlags):
+    """Texts and the file: which features of which texts are written where"""
+
+    output: str = HfArg(default="runs/human_latents.safetensors", help="the file to write")
+    features: str = HfArg(
+        default="",
+        help="numbers of the features to keep, such as 3,17; by default all that fire on any text",
+    )
+    kind: str = HfArg(
+        default="sft",
+        metadata={"choices": ("sft", "pairs")},
+        help="what the rows are: sft {prompt, response}, or pairs {prompt, chosen, rejected}, of "
+        "which the chosen side is read",
+    )
+    max_rows: int = HfArg(default=2000, help="use a random subset of this many rows; 0: all rows")
+    device: str = HfArg(default="auto", metadata=dict(DEVICES), help=DEVICE_HELP)
+    dtype: str = HfArg(
+        default="float32",
+        metadata={"choices": ("float32", "bfloat16")},
+        help="the numbers of matrix products; weights are float32 in any case",
+    )
+
+    max_length: int = HfArg(
+        default=0, help="tokens in the longest text; longer ones are an error; 0: any"
+    )
 
     def __post_init__(self):
-        at_least(self, 0, "max_rows", "max_length")
-        at_least(self, 1, "micro_batch_size")
-        one_of(self, "dtype", "float32", "bfloat16")
-        one_of(self, "kind", "sft", "pairs")
+        super().__post_init__()
+        at_least(self, 0, "max_rows")
         parse_ids(self.features)
 
 
 def human_latents(config):
-    """Write the latents of people's texts, and the texts' scores: what --tau, --alpha and --density_beta of train_ppo.py compare with.
+    """Write the features of people's texts, for train_ppo.py.
 
-    The latents are those of a SARM, or of an autoencoder on one of a reward model's layers, at the last token of each text.
+    They are what --tau, --alpha and --density_beta of train_ppo.py compare
+    with: the features of a SARM, or of an autoencoder on one of a reward
+    model's layers, at the last token of each text, and the texts' scores.
     """
-    dist, ids = setup(config.device), parse_ids(config.features)
+    # All that can be wrong with flags and files, before the model is loaded.
+    dist = setup(config.device)
+    ids = parse_ids(config.features)
     check_output(config.output, is_human_latents, "a file of human latents")
-    dist.together(lambda: dist.main and check_can_write(config.output))
+
+    def check_place():
+        if dist.main:
+            check_can_write(config.output)
+
+    dist.together(check_place)
     check_feature_reward(config.reward_model, config.sae, ids)
-    rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
-    tokenizer, side = load_tokenizer(config.reward_model), "response" if config.kind == "sft" else "chosen"
-    prompts, responses, cut = data.encode(tokenizer, rows, side, config.max_length or None, config.chat_template)
-    reward = load_feature_reward(config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype)
 
-    def answers(places):
-        batch = pack([prompts[i] for i in places], [responses[i] for i in places], tokenizer.pad_token_id)
-        return Answers([rows[i]["prompt"] for i in places], [rows[i][side] for i in places], batch)
+    # The texts.
+    rows = data.read_rows(config.dataset, config.kind, config.columns)
+    rows = data.subset(rows, config.max_rows)
+    side = "response" if config.kind == "sft" else "chosen"
+    tokenizer = load_tokenizer(config.reward_model)
+    max_length = config.max_length or None
+    prompts, responses, n_cut = data.encode(tokenizer, rows, side, max_length, config.chat_template)
+    reward = load_feature_reward(
+        config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
+    )
 
-    def mine():
-        places, found, scores = dist.part(len(rows)), [torch.zeros(0, len(ids) or reward.m).to_sparse()], [torch.zeros(0)]
-        progress = Progress(dist, "human latents, text", len(places))
-        for first in range(places.start, places.stop, CHUNK):
-            reading = reward.read(answers(range(first, min(first + CHUNK, places.stop))), ids or None)
-            found.append(reading.latents.to_sparse())
-            scores.append(reading.scores)
-            progress.step(first - places.start + len(reading.scores), "")
-        progress.close()
-        return torch.cat(found).coalesce(), torch.cat(scores)
+    def pack_texts(first, last):
+        part = rows[first:last]
+        batch = pack(prompts[first:last], responses[first:last], tokenizer.pad_token_id)
+        return Answers([row["prompt"] for row in part], [row[side] for row in part], batch)
 
-    latents, scores = dist.together(mine)  # sparse [n, M] of this process's texts, [n]
-    chosen = torch.arange(len(ids)) if ids else dist.gather(latents.indices()[1].unique()).unique()  # columns
-    latents = dist.gather(latents.index_select(1, chosen).to_dense())  # [N, F]
-    human = HumanLatents(config.output, latents, ids or chosen.tolist(), dist.gather(scores), not ids)
+    # Each process reads its part of them.
+    def read_own():
+        return read_texts(dist, reward, len(rows), pack_texts, ids)
+
+    latents, scores = dist.together(read_own)  # sparse [n, F] or [n, M], [n]
+
+    # Without --features: all features that fire on any text of any process.
+    if ids:
+        columns = torch.arange(len(ids))
+        features = ids
+    else:
+        own_columns = latents.indices()[1].unique()
+        columns = dist.gather(own_columns).unique()
+        features = columns.tolist()
+    latents = dist.gather(latents.index_select(1, columns).to_dense())  # [N, F]
+    scores = dist.gather(scores)  # [N]
+
+    human = HumanLatents(config.output, latents, features, scores, complete=not ids)
     if dist.main:
         save(config.output, human, latents_fingerprint(config.reward_model, config.sae))
     dist.barrier()
-    summary = {"texts": len(rows), "cut": cut, "features": len(human.features), "score_mean": human.scores.mean().item(),
-               "score_std": human.scores.std().item()}  # fmt: skip
-    dist.print("{texts} texts ({cut} cut), {features} features, score {score_mean:.3f} with a std of {score_std:.3f}".format(**summary))
-    dist.print(f"Written to {config.output}")
+    summary = {
+        "texts": len(rows),
+        "cut": n_cut,
+        "features": len(features),
+        "score_mean": scores.mean().item(),
+        "score_std": scores.std().item(),
+    }
+    dist.print(
+        f"{len(rows)} texts ({n_cut} cut), {len(features)} features, score "
+        f"{summary['score_mean']:.3f} with a std of {summary['score_std']:.3f}",
+        f"Written to {config.output}",
+    )
     return summary
+
+
+def read_texts(dist, reward, n_texts, pack_texts, ids):
+    """Read this process's part of N texts, CHUNK at a time. -> latents, scores [n]
+
+    pack_texts(first, last): Answers of the texts in between. The latents are sparse, [n, F] of the
+    features `ids`, or [n, M] of all where none is named: most of them are 0.
+    """
+    n_features = len(ids) or reward.m
+    latents = [torch.zeros(0, n_features).to_sparse()]
+    scores = [torch.zeros(0)]
+    own = dist.part(n_texts)
+    progress = Progress(dist, "human latents, text", len(own))
+    for first in range(own.start, own.stop, CHUNK):
+        last = min(first + CHUNK, own.stop)
+        reading = reward.read(pack_texts(first, last), ids or None)
+        latents.append(reading.latents.to_sparse())
+        scores.append(reading.scores)
+        progress.step(last - own.start, "")
+    progress.close()
+    return torch.cat(latents).coalesce(), torch.cat(scores)

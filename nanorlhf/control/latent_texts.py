@@ -1,19 +1,24 @@
-"""What probe.py's commands on the latents of a reward model share: their flags, the texts, and reading all latents of all texts.
+"""What probe.py's commands on the latents of a reward model share: their flags, the texts, and
+reading all latents of all texts.
 
     N texts, M latents
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from .. import data
-from ..errors import at_least, one_of, require
-from ..models import check_model, context_length, load_tokenizer
+from ..errors import at_least, require
+from ..hf.folders import check_model, context_length
+from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..runtime.files import read_file
+from ..runtime.flags import FlagGroup
+from ..runtime.hints import check_made
 from ..runtime.results import results_folder
 from .feature_rewards import check_feature_reward
 
@@ -21,26 +26,18 @@ AT_ONCE = 512  # texts whose latents are held dense
 
 
 @dataclass
-class TextsConfig:
-    """The flags of all commands that read the latents of a reward model."""
+class PairFlags(FlagGroup):
+    """Held-out pairs: on which preferences it is looked at"""
 
-    output_dir: str = field(default="runs/probe/latents", metadata={"help": "where the results are written"})
-    reward_model: str = field(default="runs/sarm", metadata={"help": "a SARM (train_rm.py --sarm), or with --sae any reward model"})
-    sae: str = field(default="", metadata={"help": "folder of an autoencoder on one of the reward model's layers (train_sae.py)"})
-    dataset: str = field(default="world", metadata={"help": "pairs: FILE.jsonl, a datasets name[:split], or world[:cue seed]"})
-    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    eval_dataset: str = field(default="", metadata={"help": "held-out pairs; default: rows of --dataset are held out, by prompt"})
-    eval_size: int = field(default=512, metadata={"help": "held-out pairs that are looked at"})
-    max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
-    micro_batch_size: int = field(default=64, metadata={"help": "texts a forward pass"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+    eval_dataset: str = HfArg(
+        default="",
+        help="the held-out pairs; without it, rows of --dataset are held out, by their prompts",
+    )
+    eval_size: int = HfArg(default=512, help="how many held-out pairs are looked at")
 
     def __post_init__(self):
-        at_least(self, 1, "eval_size", "micro_batch_size")
-        at_least(self, 0, "max_length")
-        one_of(self, "dtype", "float32", "bfloat16")
+        super().__post_init__()
+        at_least(self, 1, "eval_size")
 
 
 def opened(config, features):
@@ -67,6 +64,7 @@ def encoded(config, tokenizer, rows, side, max_length):
 
 def read_answers(path):
     """A file of answers -> rows {prompt, response}, also with the sampled ids where train_ppo.py wrote them."""
+    check_made(path)
     rows = data.read_rows(path, "sft")
     if os.path.isfile(path):
         for row, (_, whole) in zip(rows, read_file(path)):

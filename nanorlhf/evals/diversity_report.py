@@ -6,10 +6,11 @@ measure() is the plain call, for outputs that are at hand; report() is what samp
 """
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 
 from ..diversity import (
     count_vocabulary,
@@ -24,8 +25,10 @@ from ..diversity import (
 )
 from ..ensemble import combine
 from ..errors import at_least, require
-from ..models import check_model, load_tokenizer
+from ..hf.folders import check_model
+from ..models import load_tokenizer
 from ..runtime.files import check_output, read_file, read_json, write_json
+from ..runtime.flags import FlagGroup
 from ..runtime.locks import LOCK_FILE, lock_folder
 from ..runtime.plots import without_common_ends
 from .encoders import check_nli, nli_scorer, sentence_encoder
@@ -35,25 +38,55 @@ SHOWN = {"length": "length", "distinct": "distinct-n", "ead": "EAD", "embedding"
 
 
 @dataclass
-class Flags:
-    """What sample_bon.py has to say of diversity; it does not change a run."""
+class Flags(FlagGroup):
+    """Diversity: how much the answers differ from one another; it changes no run"""
 
-    diversity: bool = field(default=False, metadata={"help": "also measure how diverse the answers are: a table, and diversity.json"})
-    from_files: list[str] = field(default_factory=list, metadata={"aliases": ["--from"], "help": "do nothing but measure the diversity of "
-        "these JSONL files of rows {prompt, response} or {prompt, responses}, at equal set sizes"})  # fmt: skip
-    tokenizer: str = field(default="", metadata={"help": "diversity: count n-grams of this tokenizer's ids; default: words"})
-    vocab_size: int = field(default=0, metadata={"help": "diversity: V of EAD, one for all figures that are compared; 0: the tokenizer's "
-        "vocabulary, or the different words of all files"})  # fmt: skip
-    encoder: str = field(default="", metadata={"help": "diversity: a sentence encoder, by folder or hub name, for 1 - mean cosine"})
-    nli_model: str = field(default="", metadata={"help": "diversity: an MNLI model, by folder or hub name, for contradictions"})
-    nli_sentences: int = field(default=1, metadata={"help": "NLI: so many sentences drawn from each longer output; 0: all"})
-    nli_partners: int = field(default=15, metadata={"help": "NLI: each output is the premise to so many others of its set"})
-    truncate: str = field(default="", metadata={"help": "diversity: a second table, of the first N words (tokens) of each output; "
-        "median: N is the smallest of the systems' median lengths"})  # fmt: skip
-    best_of: int = field(default=0, metadata={"help": "diversity: also the best of N answers, drawn from the pool again and again, "
-        "by --objective: figures across inputs (for those per input sample real ones: --n N --save_best)"})  # fmt: skip
+    diversity: bool = HfArg(
+        default=False,
+        help="also measure how diverse the answers are: a table, and diversity.json",
+    )
+    from_files: list[str] = HfArg(
+        default_factory=list,
+        aliases=["--from"],
+        help="do nothing but measure the diversity of these JSONL files of rows {prompt, "
+        "response} or {prompt, responses}, at equal numbers of answers (--from for short)",
+    )
+    tokenizer: str = HfArg(
+        default="", help="count n-grams of this tokenizer's tokens; without it, of words"
+    )
+    vocab_size: int = HfArg(
+        default=0,
+        help="V of EAD, one for all figures that are compared; 0: the tokenizer's vocabulary, or "
+        "the different words of all files",
+    )
+    encoder: str = HfArg(
+        default="",
+        help="a sentence encoder, by folder or hub name: also measure 1 - mean cosine similarity",
+    )
+    nli_model: str = HfArg(
+        default="",
+        help="an MNLI model, by folder or hub name: also measure contradictions",
+    )
+    nli_sentences: int = HfArg(
+        default=1, help="NLI: sentences that are drawn from each longer answer; 0: all"
+    )
+    nli_partners: int = HfArg(
+        default=15, help="NLI: to how many others of its set each answer is the premise"
+    )
+    truncate: str = HfArg(
+        default="",
+        help="a second table, of the first N words (tokens) of each answer; median: N is the "
+        "smallest of the systems' median lengths",
+    )
+    best_of: int = HfArg(
+        default=0,
+        help="also measure the best of N answers by --objective, drawn from the pool again and "
+        "again: figures across prompts (for those per prompt sample real ones: --n N "
+        "--save_best); 0: off",
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, 0, "vocab_size", "nli_sentences", "best_of")
         at_least(self, 1, "nli_partners")
         good = self.truncate in ("", "median") or self.truncate.isdecimal() and int(self.truncate) > 0

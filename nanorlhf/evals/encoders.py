@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from ..diversity import nli_scores
 from ..errors import InputError
-from ..models import check_model, context_length, load_tokenizer, pretrained
+from ..hf.folders import check_model, context_length
+from ..models import load_tokenizer, pretrained
 from ..packing import micro_batches
 
 # Tokens of one forward pass, padding counted.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import pool
 from ..errors import require
-from ..models import check_model, fingerprint, load_policy, load_tokenizer
+from ..hf.folders import check_model
+from ..models import fingerprint, load_policy, load_tokenizer
 from ..rewards import check_reward, reward_names
 from ..rollout import ask_locally
 from ..runtime import files

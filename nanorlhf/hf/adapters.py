@@ -6,13 +6,14 @@ nanorlhf.json beside them.
 
 import os
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError, first_line
-from ..runtime.files import read_json, write_json
+from ..errors import InputError, require
+from ..runtime.files import check_fields, read_object, shorten, write_json
+from ..runtime.tensors import check_tensors
+from ..runtime.tensors import read_tensors as read_file
 from .lora import HEADS, adapters, matching, merge, put, shape_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,6 +24,22 @@ PREFIX = "base_model.model."  # of PEFT's tensor names
 UNDERSTOOD = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save",
               "bias", "init_lora_weights", "fan_in_fan_out", "inference_mode", "peft_version", "auto_mapping", "megatron_core",
               "qalora_group_size"}  # fmt: skip
+
+
+FIELDS = {"r": int, "lora_alpha": float, "lora_dropout": float}
+FIELDS |= {"target_modules": str | list[str], "base_model_name_or_path": str}
+FIELDS |= {"task_type": str | None, "bias": str | None, "modules_to_save": list[str] | None}
+NOTE_FIELDS = {"base": str | None, "reward_mean": float | None}
+
+
+def resolve(path):
+    """A run folder stands for the model/ inside it; anything else is a model folder, an adapter folder or a hub name.
+
+    Whatever opens a model's files (check_..., load_..., is_...) calls this itself: names are handed on as they were given.
+    """
+    require(path, "a model without a name: '' is neither a folder nor a hub name")
+    inner = os.path.join(path, "model")
+    return inner if os.path.isfile(os.path.join(inner, "config.json")) or is_adapter(inner) else path
 
 
 def is_adapter(path):
@@ -67,41 +84,49 @@ def save_adapter(lm, path, base):
     write_json(os.path.join(path, NOTES), notes)
 
 
-def read_object(file: str) -> dict:
-    """The object in a JSON file, {} where there is no such file. InputError: JSON, but no object."""
-    if not os.path.isfile(file):
-        return {}
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: not a JSON object")
-    return value
+def read_notes(path: str) -> dict:
+    """What nanorlhf.json says of an adapter folder; {} where there is none."""
+    file = os.path.join(path, NOTES)
+    return read_object(file, NOTE_FIELDS) if os.path.isfile(file) else {}
 
 
 def read_config(path):
     """The adapter_config.json of a folder; an InputError names what is wrong with it or is not supported here.
 
-    Its base model is looked for where it was when the adapter was saved, then where it was as seen from the adapter folder.
+    Its base model is looked for where it was when the adapter was saved, then where it was as seen from the adapter folder. A base
+    that is an adapter folder again must lead to a model in the end, not back.
     """
+    config = read_one_config(path)
+    base, seen = config["base_model_name_or_path"], {os.path.realpath(path)}
+    while is_adapter(resolve(base)):
+        base = resolve(base)
+        is_new = os.path.realpath(base) not in seen
+        require(is_new, f"{path}: an adapter whose base model leads back to {base}, an adapter itself")
+        seen.add(os.path.realpath(base))
+        base = read_one_config(base)["base_model_name_or_path"]
+    return config
+
+
+def read_one_config(path):
+    """read_config(), but that the base model is not looked at."""
     file = os.path.join(path, CONFIG)
     config = read_object(file)
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{file}: no LoRA adapter (its peft_type is {config.get('peft_type')!r})")
-    number = (int, float)
-    kinds = dict(r=int, lora_alpha=number, lora_dropout=number, target_modules=(str, list), base_model_name_or_path=str)
-    for name, kind in kinds.items():
-        value = config.get(name)
-        empty = not value and name != "lora_dropout"
-        if not isinstance(value, kind) or empty or (name == "r" and value < 1):
-            raise InputError(f"{file}: {name} is missing or wrong")
+        raise InputError(f"{file}: no LoRA adapter (its peft_type is {shorten(config.get('peft_type'))})")
+    check_fields(config, FIELDS, file)
+    for name in ("r", "lora_alpha", "target_modules", "base_model_name_or_path"):
+        require(config[name], f"{file}: {name} cannot be {config[name]!r}")
+    require(config["r"] > 0, f"{file}: r cannot be {config['r']}")
+    require(0 <= config["lora_dropout"] < 1, f"{file}: lora_dropout must lie in [0, 1), not be {config['lora_dropout']}")
     odd = [name for name, value in config.items() if value and name not in UNDERSTOOD]
     odd += ["bias"] * (config.get("bias", "none") != "none")
     odd += ["init_lora_weights"] * (config.get("init_lora_weights", True) not in (True, False, "gaussian"))  # others change the base
     odd += ["modules_to_save"] * (not set(config.get("modules_to_save") or []) <= set(HEADS))
     if odd:
-        raise InputError(f"{file}: the adapter uses {odd[0]} = {config[odd[0]]!r}, which is not supported; merge it with PEFT first")
+        raise InputError(f"{file}: the adapter uses {odd[0]} = {shorten(config[odd[0]])}, which is not supported; merge it with PEFT first")
     if not os.path.isfile(os.path.join(path, WEIGHTS)):
         raise InputError(f"{path}: an adapter without {WEIGHTS}")
-    base, beside = config["base_model_name_or_path"], os.path.join(path, read_object(os.path.join(path, NOTES)).get("base", "?"))
+    base, beside = config["base_model_name_or_path"], os.path.join(path, read_notes(path).get("base") or "?")
     if not os.path.isdir(base) and os.path.isdir(beside):
         config["base_model_name_or_path"] = os.path.normpath(beside)
     elif os.path.isabs(base) and not os.path.isdir(base):
@@ -112,10 +137,8 @@ def read_config(path):
 def read_tensors(path):
     """The tensors of an adapter folder, by their names in the model: {"layers.0.mlp.lora_A.weight": [r, in], ...}."""
     file = os.path.join(path, WEIGHTS)
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"{file}: cannot be loaded ({first_line(e)})") from None
+    tensors = read_file(file)
+    check_tensors(tensors, dict.fromkeys(tensors), file)
     for name in tensors:
         known = name.endswith((".lora_A.weight", ".lora_B.weight")) or name.removeprefix(PREFIX).split(".")[0] in HEADS
         if not (known and name.startswith(PREFIX)):
@@ -131,13 +154,17 @@ def load_adapter(lm, path):
     config, tensors = read_config(path), read_tensors(path)
     known, wanted, r = matching(lm, ".*"), set(matching(lm, config["target_modules"])), config["r"]
     names = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
-    names = {name for name in names if "." in name or hasattr(lm, name)}  # a reward model has no LM head, and needs no adapter on it
+    # A reward model has no LM head, and needs no adapter on it.
+    unused = {name for name in names if "." not in name and not hasattr(lm, name)}
+    names -= unused
     expected = {}  # {tensor: its shape}
     for name in sorted(names | wanted):
         if name not in known:
             raise InputError(f"{path}: an adapter for another model: {type(lm).__name__} has no linear layer {name}")
         n_out, n_in = shape_of(known[name])
         expected |= {f"{name}.lora_A.weight": (r, n_in), f"{name}.lora_B.weight": (n_out, r)}
+    others = sorted(names - wanted)
+    require(not others, f"{path}: {others[:1]} of its layers are not among its target_modules")
     heads = {name: p for name, p in lm.named_parameters() if name.split(".")[0] in HEADS and config.get("task_type") == "SEQ_CLS"}
     expected |= {name: tuple(p.shape) for name, p in heads.items()}
     for name, shape in expected.items():
@@ -145,13 +172,16 @@ def load_adapter(lm, path):
             raise InputError(f"{path}: the adapter lacks {name}")
         if tuple(tensors[name].shape) != shape:
             raise InputError(f"{path}: an adapter for another model: {name} is {list(tensors[name].shape)}, not {list(shape)}")
+    for name in tensors:
+        known = name in expected or name.rpartition(".lora_")[0] in unused
+        require(known, f"{path}: the tensor {name} has no place in {type(lm).__name__}")
     for name in sorted(names):
         put(lm, name, tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], config["lora_alpha"], config["lora_dropout"])
     for name, p in heads.items():
         p.data.copy_(tensors[name])
-    notes = read_object(os.path.join(path, NOTES))
-    if "reward_mean" in notes:
-        lm.config.reward_mean = notes["reward_mean"]
+    mean = read_notes(path).get("reward_mean")
+    if mean is not None:
+        lm.config.reward_mean = mean
     return lm
 
 

@@ -9,6 +9,8 @@ layer whose weight is stored as [in, out]; A and B are the same for it.
 
 import contextlib
 import re
+import signal
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError
 from .blocks import freeze
 
+SEARCH_SECONDS = 5  # for the layers that a regular expression names
 HEADS = ("score", "classifier")  # of sequence classifiers: trained in full and saved whole
 
 
@@ -78,9 +81,34 @@ def matching(lm, pattern):
         return {name: layer for name, layer in layers.items() if layer is not lm.get_output_embeddings()}
     patterns = [pattern] if isinstance(pattern, str) else [rf"(?:.*\.)?(?:{end})" for end in pattern]
     try:
-        return {name: layer for name, layer in layers.items() if any(re.fullmatch(p, name) for p in patterns)}
-    except re.error as e:
+        with time_limit(SEARCH_SECONDS, f"LoRA layers {pattern}: a search that takes too long; write a simpler one"):
+            return {name: layer for name, layer in layers.items() if any(re.fullmatch(p, name) for p in patterns)}
+    except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"LoRA layers {pattern}: not a regular expression ({e})") from None
+
+
+@contextlib.contextmanager
+def time_limit(seconds, message):
+    """InputError where what is done in this context takes longer than so many seconds.
+
+    Nobody can tell from a regular expression whether its search ends before the sun does: that of
+    ((a|.)+)+x does not. The search looks for signals now and then, so an alarm ends it. Only the
+    main thread can set one; elsewhere there is no limit.
+    """
+
+    def stop(*_):
+        raise InputError(message)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def add_lora(lm, pattern="all-linear", rank=8, alpha=16.0, dropout=0.0, seed=0):

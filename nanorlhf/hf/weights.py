@@ -10,7 +10,8 @@ import os
 from transformers.utils import cached_file
 
 from ..errors import InputError, first_line
-from ..runtime.files import read_json
+from ..runtime.files import read_object
+from ..runtime.tensors import read_shapes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -32,10 +33,9 @@ def weight_names(path: str) -> list[str]:
         return [WEIGHTS]
 
     # The index is looked at even where model.safetensors stands beside it and is read instead.
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: not an index of weights (no weight_map {{tensor: file}})")
+    weight_map = read_object(index, {"weight_map": dict})["weight_map"]
+    if not weight_map:
+        raise InputError(f"{index}: its weight_map is empty")
     for tensor, name in weight_map.items():
         check_name(index, tensor, name)
 
@@ -81,6 +81,17 @@ def check_config(path: str, config):
 def weight_files(path: str) -> list[str]:
     """The paths of a model's safetensors files; a hub model's are downloaded."""
     return [find_file(path, name) for name in weight_names(path)]
+
+
+def check_types(path: str):
+    """InputError where a model's weights are no floating-point numbers.
+
+    transformers would turn them into some. Buffers, such as masks, may be what they are.
+    """
+    for file in weight_files(path):
+        for name, (dtype, _) in read_shapes(file).items():
+            if name.endswith(".weight") and "F" not in dtype:
+                raise InputError(f"{file}: {name} holds {dtype}, not floating-point numbers")
 
 
 def find_file(path: str, name: str, must: bool = True) -> str | None:

@@ -19,19 +19,22 @@ Features are chosen, and rates and mean squares counted, on the policy's answers
 """
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 
 from .. import data, world
 from ..diversity import distinct_n
-from ..errors import at_least, one_of, require
-from ..hf.activations import SITES, module_at, place_name, replaced, running_ids
-from ..models import check_model, load_policy, load_tokenizer
+from ..errors import at_least, require
+from ..hf.activations import module_at, place_name, replaced, running_ids
+from ..hf.folders import check_model
+from ..models import load_policy, load_tokenizer
 from ..rewards import check_reward, load_rewards, score
-from ..rollout import Parts, roll_out
+from ..rollout import Parts, SamplingFlags, roll_out
 from ..runtime.distributed import setup
+from ..runtime.flags import ResultFlags, TextFlags
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import parse_ids, results_folder, save
 from ..runtime.rng import SPLIT
@@ -41,51 +44,73 @@ from ..stats import bootstrap
 from .activation_store import Tokens, from_models, opened, where
 from .concepts import alike, encoded, feature_aucs
 from .known_concepts import FEWEST, concept_table, is_world_model, next_ids
+from .probe_flags import PlaceFlags
 
 CONTROLS = ("random", "strong")
 BY = ("on", "before", "logits")
 
 
 @dataclass
-class AblateConfig:
-    sae: str = field(default="runs/sae/policy/3_mlp", metadata={"help": "the folder of a sparse autoencoder (train_sae.py, SAELens)"})
-    output_dir: str = field(default="runs/probe/ablate", metadata={"help": "where the results are written"})
-    model: str = field(default="", metadata={"help": "the policy; default: the model that the folder names"})
-    layer: int = field(default=-1, metadata={"help": "where; default: the layer that the folder names"})
-    site: str = field(default="", metadata={"help": "mlp, attention or residual; default: the site that the folder names"})
-    features: str = field(default="", metadata={"help": "which to switch off, such as 3,17; default: those of --concept"})
-    concept: str = field(default="positive", metadata={"help": "embedded world: switch off the --top features of this concept"})
-    by: str = field(default="before", metadata={"help": "which are a concept's: those that fire on its words (AUC), before them (AUC of "
-        "the next token), or whose direction raises their logits most"})  # fmt: skip
-    top: int = field(default=5, metadata={"help": "how many features of the concept"})
-    draws: int = field(default=5, metadata={"help": "how often random features are drawn"})
-    reward: list[str] = field(default_factory=list, metadata={"help": "rewards, as in train_ppo.py; default in the embedded world: its "
-        "gold and runs/rm/seed_0"})  # fmt: skip
-    dataset: str = field(default="world", metadata={"help": "prompts: FILE.jsonl, a datasets name[:split], or world"})
-    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    keep_bos: bool = field(default=False, metadata={"help": "switch features off at BOS, and at an EOS that shares its id, too: for an "
-        "autoencoder that was trained with --keep_bos"})  # fmt: skip
-    eval_dataset: str = field(default="", metadata={"help": "held-out prompts; default: rows of --dataset are held out"})
-    eval_size: int = field(default=256, metadata={"help": "held-out prompts"})
-    max_rows: int = field(default=300, metadata={"help": "training prompts whose answers the features are chosen on"})
-    n_answers: int = field(default=4, metadata={"help": "answers to each held-out prompt"})
-    batch_size: int = field(default=256, metadata={"help": "answers sampled at once"})
-    micro_batch_size: int = field(default=64, metadata={"help": "answers a reward model scores at once"})
-    max_prompt_length: int = field(default=0, metadata={"help": "left-truncate prompts to this; 0: too long is an error"})
-    max_new_tokens: int = field(default=48, metadata={"help": "longest answer"})
-    temperature: float = field(default=1.0, metadata={"help": "of sampling"})
-    seed: int = field(default=0, metadata={"help": "every random draw is keyed by it"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+class AblateConfig(PlaceFlags, SamplingFlags, TextFlags, ResultFlags):
+    """Features and answers: which features are switched off, and what is measured"""
+
+    sae: str = HfArg(
+        default="runs/sae/policy/3_mlp",
+        help="the folder of a sparse autoencoder, of train_sae.py or SAELens",
+    )
+    features: str = HfArg(
+        default="",
+        help="numbers of the features to switch off, such as 3,17; by default those of --concept",
+    )
+    concept: str = HfArg(
+        default="positive",
+        help="embedded world: switch off the --top features of this concept",
+    )
+    by: str = HfArg(
+        default="before",
+        metadata={"choices": BY},
+        help="which features are a concept's: those that fire on its words (on), before them "
+        "(before), or whose direction raises the logits of its words most (logits)",
+    )
+    top: int = HfArg(default=5, help="how many features of the concept to switch off")
+    draws: int = HfArg(default=5, help="how often random features are drawn for comparison")
+    keep_bos: bool = HfArg(
+        default=False,
+        help="switch features off at BOS too, and at an EOS that has the same id: for an "
+        "autoencoder that was trained with --keep_bos",
+    )
+    reward: list[str] = HfArg(
+        default_factory=list,
+        help="rewards, as in train_ppo.py --help; in the embedded world, by default its gold and "
+        "runs/rm/seed_0",
+    )
+    eval_dataset: str = HfArg(
+        default="", help="the held-out prompts; without it, rows of --dataset are held out"
+    )
+    eval_size: int = HfArg(default=256, help="how many held-out prompts are answered")
+    n_answers: int = HfArg(default=4, help="answers to each held-out prompt")
+    max_rows: int = HfArg(
+        default=300, help="how many training prompts are answered to choose features on"
+    )
+    batch_size: int = HfArg(default=256, help="answers that are sampled at once")
+    micro_batch_size: int = HfArg(
+        default=64, help="answers that a reward model scores in one forward pass"
+    )
+    seed: int = HfArg(default=0, help="the number that every random draw depends on")
+
+    model: str = HfArg(
+        default="",
+        help="the policy: a run folder, a model folder or a hub name; by default the model that "
+        "the folder names",
+    )
+    output_dir: str = HfArg(
+        default="runs/probe/ablate", help="the folder that the results are written to"
+    )
 
     def __post_init__(self):
-        at_least(self, 1, "eval_size", "n_answers", "batch_size", "micro_batch_size", "max_new_tokens", "top", "draws")
-        at_least(self, 0, "max_rows", "max_prompt_length", "seed")
-        require(self.temperature > 0, "--temperature must be positive")
-        one_of(self, "by", *BY)
-        one_of(self, "dtype", "float32", "bfloat16")
-        one_of(self, "site", "", *SITES)
+        super().__post_init__()
+        at_least(self, 1, "eval_size", "n_answers", "batch_size", "micro_batch_size", "top", "draws")
+        at_least(self, 0, "max_rows", "seed")
         parse_ids(self.features)
         if not self.reward:
             require(data.is_world(self.dataset), "--reward names what answers are worth")
@@ -128,11 +153,15 @@ def switched_off(
 
 @unlock_afterwards()
 def ablate(config):
-    """Rewards of a policy's answers with features of one layer switched off, beside random features that fire equally often.
+    """What a policy writes with some features switched off.
 
-    Same prompts and same noise in all arms; intervals over prompts by the bootstrap, of paired differences. "removed" is the share of
-    the layer's variance that an arm takes away. Tokens with BOS's id, which the autoencoder has not seen, are spared in every arm, and
-    enter neither rates nor variance (--keep_bos: they are tokens like others).
+    The rewards of its answers, beside those with random features switched
+    off that fire equally often. All arms have the same prompts and the same
+    noise; intervals are the bootstrap's over prompts, of paired differences.
+    "removed" is the share of the layer's variance that an arm takes away.
+    Tokens with BOS's id, which the autoencoder has not seen, are spared in
+    every arm, and count neither in rates nor in the variance (with
+    --keep_bos they are tokens like others).
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py ablate runs on one process")

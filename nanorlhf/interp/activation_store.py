@@ -18,19 +18,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..data import canonical, encode, encode_prompts
-from ..errors import InputError, first_line, require
+from ..errors import require
 from ..hf.activations import activations, place_name
-from ..models import check_model
+from ..hf.folders import check_model
 from ..packing import micro_batches
 from ..runtime.distributed import autocast
-from ..runtime.files import check_can_write, check_name, digest, read_json, write_json
+from ..runtime.files import check_can_write, check_name, digest, read_object, write_json
 from ..runtime.locks import LOCK_FILE, lock, unlock_afterwards
 from ..runtime.results import parse_ids
 from ..runtime.rng import MINIBATCH, ORDER, SPLIT
+from ..runtime.tensors import read_tensors
 from .sae_files import load_sae, read_config
 
 TOKENS_AT_ONCE = 2**13  # of a forward pass, padding counted
@@ -200,7 +200,10 @@ def from_disk(folder, tokens, fingerprints, places, load, dist, dtype="float32",
             if dist.main:
                 write_json(os.path.join(folder, "cache.json"), content)
             dist.together(lambda: fill(shards))
-    return partial(read_shards, tokens, dist, [mapped(path) for path in paths])
+    keys = {f"{name}/{place_name(place)}" for name in fingerprints for place in places}
+    n_tokens = [int(tokens.counts[first:last].sum()) for first, last in zip(edges, edges[1:])]
+    shards = [mapped(path, keys, n) for path, n in zip(paths, n_tokens)]
+    return partial(read_shards, tokens, dist, shards)
 
 
 def check_cache(folder: str):
@@ -215,7 +218,7 @@ def check_folder(folder, content):
     """An InputError where the folder holds other activations, or something else."""
     stored = os.path.join(folder, "cache.json")
     if os.path.isfile(stored):
-        old = read_json(stored)
+        old = read_object(stored)
         changed = [key for key in content if old.get(key) != content[key]]
         require(not changed, f"{folder} already holds other activations (they differ in {', '.join(changed)}); choose another folder")
     else:
@@ -234,13 +237,12 @@ def write_shard(path, found, store):
     os.replace(path + ".tmp", path)
 
 
-def mapped(path):
-    """A shard's tensors, mapped: what is not indexed is not read."""
-    try:
-        with safe_open(path, "pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
+def mapped(path, keys, n):
+    """A shard's tensors {key: [n, D]}, mapped: what is not indexed is not read."""
+    shard = read_tensors(path)
+    fits = shard.keys() == keys and all(x.ndim == 2 and len(x) == n for x in shard.values())
+    require(fits, f"{path}: not the activations that belong here; delete it, it is made again")
+    return shard
 
 
 def read_shards(tokens, dist, shards, texts):
@@ -323,9 +325,10 @@ def opened(config, path):
     """An autoencoder's folder and the flags -> (sae, model, place); an InputError where they do not fit."""
     notes = read_config(path).get("metadata") or {}
     model = config.model or notes.get("model", "")
-    layer = config.layer if config.layer >= 0 else notes.get("layer", -1)
+    layer = config.layer if config.layer >= 0 else notes.get("layer")
     site = config.site or notes.get("site", "")
-    require(model and layer >= 0 and site, f"{path} does not say whose activations it reads: name --model, --layer and --site")
+    said = model and site and layer is not None and layer >= 0
+    require(said, f"{path} does not say whose activations it reads: name --model, --layer and --site")
     model_config = check_model(model).get_text_config()
     require(layer < model_config.num_hidden_layers, f"layer {layer}: {model} has the layers 0 to {model_config.num_hidden_layers - 1}")
     sae = load_sae(path, width=model_config.hidden_size)

@@ -5,18 +5,18 @@ Its answers are kept in explanations.jsonl as they come, one line a feature. Wha
 asked again. So a run that was killed, or whose endpoint was down, is continued by the same command.
 """
 
-import json
 import os
 from collections.abc import Callable
 
 import torch
 
 from ..errors import require
-from ..models import check_model, load_policy, load_tokenizer
+from ..hf.folders import check_model
+from ..models import load_policy, load_tokenizer
 from ..rollout import ask_locally
 from ..runtime import endpoint
 from ..runtime.endpoint import Unreachable, check_endpoint, is_endpoint
-from ..runtime.files import append_lines, digest, drop_cut_line, read_checked_lines
+from ..runtime.files import append_lines, digest, drop_cut_line, parse_json, read_checked_lines
 
 PROMPT = """\
 A feature of a language model is a number that it computes at every token of a text. Below are the \
@@ -131,7 +131,7 @@ def parse(text: str) -> dict:
     """
     start_of_text = repr(" ".join(text.split())[:60])
     try:
-        answer = json.loads(text[text.index("{") : text.rindex("}") + 1])
+        answer = parse_json(text[text.index("{") : text.rindex("}") + 1], "the answer")
         description = answer["description"]
         related = answer["related"]
     except (ValueError, KeyError, TypeError):

@@ -8,77 +8,75 @@ the truth is known, so all features are also set against all its concepts (known
 
 import glob
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 
 from .. import data
-from ..errors import at_least, one_of, require
-from ..hf.activations import SITES, module_at, place_name
-from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..errors import at_least, require
+from ..hf.activations import module_at, place_name
+from ..hf.folders import check_model, context_length
+from ..models import load_policy, load_tokenizer
 from ..runtime import plots
 from ..runtime.distributed import setup
-from ..runtime.endpoint import check_waits
 from ..runtime.files import write_json
+from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags
+from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import parse_ids, results_folder, save
 from .activation_store import Tokens, from_models, hold_out, opened, token_rows, where
 from .concepts import encoded
 from .explainer import check_explainer, explain
 from .known_concepts import CONTROLS, SCORES, is_world_model, known_concepts
+from .probe_flags import DescribeFlags, PlaceFlags, TokenFlags
 from .sae_files import CONFIG
 
 SHOWN = 8  # tokens in a description's lists
 
 
 @dataclass
-class FeaturesConfig:
-    sae: list[str] = field(default_factory=lambda: ["runs/sae/*/*"], metadata={"help": "folders of sparse "
-        "autoencoders (train_sae.py, SAELens); * and {seed} stand for all that exist"})  # fmt: skip
-    output_dir: str = field(default="runs/probe/features", metadata={"help": "where the results are written"})
-    model: str = field(default="", metadata={"help": "whose activations are taken; default: the model that the folder names"})
-    layer: int = field(default=-1, metadata={"help": "where; default: the layer that the folder names"})
-    site: str = field(default="", metadata={"help": "mlp, attention or residual; default: the site that the folder names"})
-    features: str = field(default="", metadata={"help": "which to describe, such as 3,17; default: the --top"})
-    top: int = field(default=20, metadata={"help": "describe the N features with the largest mean activation (rate x strength)"})
-    contexts: int = field(default=5, metadata={"help": "texts shown for each, those in which it is largest"})
-    dataset: str = field(default="world", metadata={"help": "the texts: FILE.jsonl, a datasets name[:split], or world"})
-    kind: str = field(default="sft", metadata={"help": "what its rows are: sft {prompt, response}, pairs {prompt, chosen, rejected}, or "
-        "prompts {prompt}, texts as they are"})  # fmt: skip
-    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    eval_size: int = field(default=256, metadata={"help": "texts: those that train_sae.py held out, if it had the same number, "
-        "all rows and --texts dataset"})  # fmt: skip
-    max_length: int = field(default=0, metadata={"help": "longest text in tokens; 0: the model's context"})
-    keep_bos: bool = field(default=False, metadata={"help": "count BOS too, and an EOS that shares its id"})
-    explainer: str = field(default="", metadata={"help": "ask for descriptions: a model folder, a hub name, or http://HOST/v1, an "
-        "OpenAI-compatible endpoint (its key: OPENAI_API_KEY)"})  # fmt: skip
-    explainer_model: str = field(default="", metadata={"help": "the model's name at the endpoint"})
-    task: str = field(default="the sentiment of a review", metadata={"help": "what a feature may have to do with, in words"})
-    pause: float = field(default=1.0, metadata={"help": "seconds before a busy endpoint is asked again; doubled each time"})
-    timeout: float = field(default=60.0, metadata={"help": "seconds to wait for the endpoint's answer"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+class FeaturesConfig(PlaceFlags, DescribeFlags, TokenFlags, TextFlags, EndpointFlags, ResultFlags):
+    """Autoencoders: whose features are described, on how many texts"""
+
+    sae: list[str] = HfArg(
+        default_factory=lambda: ["runs/sae/*/*"],
+        help="folders of sparse autoencoders, of train_sae.py or SAELens; * and {seed} stand for "
+        "all that exist",
+    )
+    eval_size: int = HfArg(
+        default=256,
+        help="how many texts: those that train_sae.py held out, if it had the same number, all "
+        "rows and --texts dataset",
+    )
+
+    top: int = HfArg(
+        default=20,
+        help="how many features to describe: those with the largest mean activation (rate x "
+        "strength)",
+    )
+    output_dir: str = HfArg(
+        default="runs/probe/features", help="the folder that the results are written to"
+    )
 
     def __post_init__(self):
-        at_least(self, 1, "eval_size", "contexts")
-        at_least(self, 0, "top", "max_length", "pause")
-        check_waits(self)
-        one_of(self, "dtype", "float32", "bfloat16")
-        one_of(self, "kind", *data.FIELDS)
-        one_of(self, "site", "", *SITES)
-        parse_ids(self.features)
+        super().__post_init__()
+        at_least(self, 1, "eval_size")
 
 
 
 
 @unlock_afterwards()
 def features(config):
-    """What features fire on and do, and how many known concepts have a feature with an AUC above .95, beside controls.
+    """What the features of autoencoders fire on, and what they do.
 
-    The best of M features is chosen on one half of the texts and measured on the other. Method: nanorlhf/interp/concepts.py. The effect on
-    logits is the direct path alone: the decoder's direction through the unembedding, without the final norm and later layers.
+    In the embedded world also: how many known concepts have a feature with
+    an AUC above .95, beside controls. The best of M features is chosen on
+    one half of the texts and measured on the other.
+    Method: nanorlhf/interp/concepts.py. The effect on logits is the direct
+    path alone: the decoder's direction through the unembedding, without the
+    final norm and later layers.
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py features runs on one process")
@@ -115,6 +113,7 @@ def folders(patterns):
     """The folders of autoencoders that are named, by themselves or with * and {seed}."""
     out = []
     for pattern in patterns:
+        check_made(pattern)
         some = [path for path in sorted(glob.glob(pattern.replace("{seed}", "*"))) if os.path.isfile(os.path.join(path, CONFIG))]
         found = [pattern] if os.path.isdir(pattern) else some
         require(found, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")

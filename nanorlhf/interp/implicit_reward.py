@@ -15,69 +15,108 @@ Method: Marks et al. 2023 (2310.08164), but for the target, which is the true re
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
+from transformers.hf_argparser import HfArg
 
 from .. import data, world
 from ..divergence import layer_divergence, select_layers
-from ..errors import at_least, one_of, require
+from ..errors import at_least, require
 from ..hf.activations import SITES, activations, module_at, place_name
 from ..hf.blocks import blocks
-from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_policy, load_tokenizer
 from ..packing import micro_batches
 from ..rewards import check_reward, read_lexicon
 from ..runtime.distributed import autocast, setup
+from ..runtime.flags import FlagGroup, ResultFlags, TextFlags
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import finite, in_one_line, results_folder, save
 from ..runtime.rng import SPLIT, key
 from ..stats import t_interval
 from .activation_store import TOKENS_AT_ONCE
 from .linear_probes import fit_pairs, fit_reward
-from .probe_texts import differences, pair_texts, sequence_texts, word_texts
+from .probe_flags import SITE_HELP
+from .probe_texts import pair_texts, sequence_texts, subtract_neutral, word_texts
 from .sae_files import load_sae
 
 
 @dataclass
-class ProbeConfig:
-    output_dir: str = field(default="runs/probe/reward", metadata={"help": "where the results are written"})
-    policy: str = field(default="runs/ppo", metadata={"help": "the trained model: run folder, model folder or hub name"})
-    model: str = field(default="runs/sft", metadata={"help": "the base that it was trained from: a control, and what layers are chosen by"})
-    layers: str = field(default="", metadata={"help": "which layers: highest:K by how far they moved, lowest:K, or such as 1,3; "
-        "default: those in --sae, or highest:5"})  # fmt: skip
-    site: str = field(default="mlp", metadata={"help": "mlp, attention or residual"})
-    sae: str = field(default="", metadata={"help": "features, not activations: a folder with policy/LAYER_SITE and base/LAYER_SITE"})
-    dataset: str = field(default="world", metadata={"help": "the texts: FILE.jsonl, a datasets name[:split], or world"})
-    columns: list[str] = field(default_factory=list, metadata={"help": "FIELD=COLUMN where the data's names differ"})
-    chat_template: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template, as a user's turn"})
-    max_rows: int = field(default=1000, metadata={"help": "a random subset of N rows; 0: all"})
-    max_length: int = field(default=0, metadata={"help": "longest text in tokens, cut on the left; 0: the model's context"})
-    seeds: int = field(default=5, metadata={"help": "splits into training and test, which the intervals are over"})
-    test_share: float = field(default=0.33, metadata={"help": "the share of words and of prompts to test on"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    dtype: str = field(default="float32", metadata={"help": "of the forward passes: float32, or bfloat16 matmuls"})
+class ProbeFlags(FlagGroup):
+    """Models, layers and probes: what a reward is read from, and how"""
+
+    policy: str = HfArg(
+        default="runs/ppo",
+        help="the trained model: a run folder, a model folder or a hub name",
+    )
+    model: str = HfArg(
+        default="runs/sft",
+        help="the base that it was trained from: a control, and what layers are chosen by",
+    )
+    layers: str = HfArg(
+        default="",
+        help="which blocks: numbers such as 1,3, or highest:K, the K whose weights moved most, or "
+        "lowest:K; by default those in --sae, or highest:5",
+    )
+    site: str = HfArg(default="mlp", metadata={"choices": SITES}, help=SITE_HELP)
+    sae: str = HfArg(
+        default="",
+        help="read features instead of activations: a folder with policy/LAYER_SITE and "
+        "base/LAYER_SITE, as train_sae.py writes it",
+    )
+    max_rows: int = HfArg(default=1000, help="use a random subset of this many rows; 0: all rows")
+    max_length: int = HfArg(
+        default=0,
+        help="tokens in the longest text; longer ones are cut on the left; 0: the model's context",
+    )
+    seeds: int = HfArg(
+        default=5, help="how many splits into training and test, which the intervals are over"
+    )
+    test_share: float = HfArg(
+        default=0.33, help="the share of words and of prompts to test on, between 0 and 1"
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, 0, "max_rows", "max_length")
         at_least(self, 1, "seeds")
-        one_of(self, "dtype", "float32", "bfloat16")
-        one_of(self, "site", *SITES)
         require(0 < self.test_share < 1, "--test_share must lie between 0 and 1")
 
 
 @dataclass
-class RewardConfig(ProbeConfig):
-    task: str = field(default="word", metadata={"help": "word: the value of a word in context; sequence: the reward of a response"})
-    reward: str = field(default="", metadata={"help": "word: a lexicon .tsv; sequence: any reward (rewards.py); default: the world's"})
-    triples: int = field(default=600, metadata={"help": "word: triples of a positive, a neutral and a negative word for each split"})
-    neutral: float = field(default=1.0, metadata={"help": "word: values closer to 0 than this are neutral"})
-    difference: bool = field(default=False, metadata={"help": "word: inputs and values less those of the triple's neutral word"})
+class RewardConfig(ProbeFlags, TextFlags, ResultFlags):
+    """The target: which reward is looked for"""
+
+    task: str = HfArg(
+        default="word",
+        metadata={"choices": ("word", "sequence")},
+        help="word: the value of a word in its context; sequence: the reward of an answer",
+    )
+    reward: str = HfArg(
+        default="",
+        help="word: a lexicon FILE.tsv; sequence: any reward (see train_ppo.py --help); by "
+        "default the embedded world's",
+    )
+    triples: int = HfArg(
+        default=600,
+        help="word: triples of a positive, a neutral and a negative word for each split",
+    )
+    neutral: float = HfArg(
+        default=1.0, help="word: a word whose value is closer to 0 than this is neutral"
+    )
+    difference: bool = HfArg(
+        default=False, help="word: inputs and values less those of the triple's neutral word"
+    )
+
+    output_dir: str = HfArg(
+        default="runs/probe/reward", help="the folder that the results are written to"
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        one_of(self, "task", "word", "sequence")
         at_least(self, 3, "triples")
         require(self.neutral > 0, "--neutral must be positive")
         require(self.task == "word" or not self.difference, "--difference is for --task word")
@@ -85,8 +124,12 @@ class RewardConfig(ProbeConfig):
 
 
 @dataclass
-class PairsConfig(ProbeConfig):
-    output_dir: str = field(default="runs/probe/pairs", metadata={"help": "where the results are written"})
+class PairsConfig(ProbeFlags, TextFlags, ResultFlags):
+    """probe.py pairs has no flags of its own"""
+
+    output_dir: str = HfArg(
+        default="runs/probe/pairs", help="the folder that the results are written to"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the commands
@@ -94,11 +137,17 @@ class PairsConfig(ProbeConfig):
 
 @unlock_afterwards()
 def reward(config):
-    """Read the true reward of words, or of responses, from activations (or SAE features) by ridge regression, beside its controls."""
+    """Read a true reward from activations, by ridge regression.
+
+    The reward of words or of answers, from a policy's activations or from
+    its features, beside controls.
+    """
     dist, folder, tokenizer, max_length = start(config)
     by_word = config.task == "word"
     if by_word:
-        lexicon = read_lexicon(config.reward) if config.reward else world.LEXICON
+        lexicon, note = read_lexicon(config.reward) if config.reward else (world.LEXICON, "")
+        if note:
+            dist.print(note)
     else:
         check_reward(config.reward or "world:gold")
     rows = data.subset(data.read_rows(config.dataset, "sft", config.columns), config.max_rows)
@@ -108,14 +157,18 @@ def reward(config):
         texts = sequence_texts(config, tokenizer, rows, config.reward or "world:gold", max_length, dist)
     inputs, layers = all_inputs(config, texts, dist)
     if config.difference:
-        texts, inputs = differences(texts, inputs)
+        texts, inputs = subtract_neutral(texts, inputs)
     note = "Bag of words: no word of the test is in training, so it is at chance by construction." if by_word else ""
     return compare(config, folder, fit_reward, texts, inputs, layers, note)
 
 
 @unlock_afterwards()
 def pairs(config):
-    """Read which of two responses was chosen from the difference of their activations (or SAE features), by logistic regression."""
+    """Read which of two answers was chosen, by logistic regression.
+
+    From the difference of the two answers' activations, or features, beside
+    controls.
+    """
     dist, folder, tokenizer, max_length = start(config)
     rows = data.subset(data.read_rows(config.dataset, "pairs", config.columns), config.max_rows)
     different = [row for row in rows if row["chosen"] != row["rejected"]]

@@ -15,15 +15,17 @@ import glob
 import os
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ..errors import InputError, first_line, require
-from ..runtime.files import read_json, replace_folder, write_json
+from ..errors import InputError, require
+from ..runtime.files import check_fields, read_object, replace_folder, write_json
+from ..runtime.hints import check_made
+from ..runtime.tensors import check_tensors, read_tensors
 from ..sae import SparseAutoencoder, TopKSAE
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 ARCHITECTURES = ("standard", "topk", "nanorlhf_topk_without_relu")
+NOTES = {"model": str | None, "layer": int | None, "site": str | None, "nanorlhf": dict | None}
 NORMALIZE = {"dataset": "none", "token": "layer_norm", "none": "none"}  # ours -> SAELens'
 
 
@@ -67,10 +69,7 @@ def load_sae(path, width=None, device="cpu"):
     d, m, ours = config["d_in"], config["d_sae"], (config.get("metadata") or {}).get("nanorlhf")
     require(width in (None, d), f"{path}: an autoencoder for activations of width {d}, not {width}")
     shapes = {"W_enc": [d, m], "b_enc": [m], "W_dec": [m, d], "b_dec": [d]}
-    for name, shape in shapes.items():
-        found = list(tensors[name].shape) if name in tensors else "missing"
-        require(found == shape, f"{path}: {name} is {found}, and by {CONFIG} it should be {shape}")
-        require(tensors[name].isfinite().all(), f"{path}: {name} holds numbers that are not finite")
+    check_tensors(tensors, shapes, path)
     token = config.get("normalize_activations", "none") == "layer_norm"
     normalize, scale = (ours["normalize"], ours["scale"]) if ours else ("token" if token else "none", 1.0)
     try:
@@ -102,14 +101,19 @@ def the_one_sae(path):
 
 def read_config(path):
     """cfg.json, if it is one that can be computed here."""
+    check_made(path)
     file = os.path.join(path, CONFIG)
     require(os.path.isfile(file), f"{path}: no sparse autoencoder here ({CONFIG} is missing)")
-    config = read_json(file)
-    require(isinstance(config, dict) and "architecture" in config, f"{file}: not the configuration of a sparse autoencoder")
+    config = read_object(file, {"architecture": str, "metadata": dict | None})
+    notes = check_fields(config.get("metadata") or {}, NOTES, file)
+    if notes.get("nanorlhf") is not None:
+        ours = check_fields(notes["nanorlhf"], {"normalize": str, "scale": float, "tied": bool}, file)
+        good = ours["normalize"] in NORMALIZE and 1e-20 < ours["scale"] < 1e20
+        require(good, f"{file}: no standardisation {ours['normalize']!r} by a scale of {ours['scale']}")
     architecture = config["architecture"]
     require(architecture in ARCHITECTURES, f"{file}: architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
     for name in ("d_in", "d_sae", *(["k"] if architecture != "standard" else [])):
-        require(isinstance(config.get(name), int) and config[name] > 0, f"{file}: {name} must be a whole number above 0")
+        require(type(config.get(name)) is int and config[name] > 0, f"{file}: {name} must be a whole number above 0")
     computed = {"apply_b_dec_to_input": [True], "normalize_activations": ["none", "layer_norm"], "reshape_activations": ["none"],
                 "rescale_acts_by_decoder_norm": [False]}  # fmt: skip
     if architecture == "standard":
@@ -124,7 +128,4 @@ def read_weights(path):
     """The tensors of sae_weights.safetensors."""
     file = os.path.join(path, WEIGHTS)
     require(os.path.isfile(file), f"{path}: {WEIGHTS} is missing")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{file}: cannot be read ({first_line(e)})") from None
+    return read_tensors(file)

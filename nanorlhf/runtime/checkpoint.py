@@ -23,32 +23,35 @@ import re
 import warnings
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, library_call
 from ..hf.blocks import trainable
 from .distributed import Dist
 from .files import (
+    check_fields,
     digest,
     digest_file,
     digest_start,
-    read_json,
+    read_object,
     recover_folder,
     remove,
     replace_folder,
     write_json,
 )
 from .fsdp import is_sharded
+from .tensors import read_tensors
 
 ALONE = Dist(0, 1, torch.device("cpu"))
+MORE = "tensors.safetensors"
+STATE = {"step": int, "files": dict | None, "logs": dict | None}  # what a state.json must hold at least
 
 
 def checkpoints(folder):
     """[(step, path)] of the checkpoints in a run folder, oldest first, whole or not."""
     root = os.path.join(folder, "checkpoint")
     names = os.listdir(root) if os.path.isdir(root) else []
-    found = [re.fullmatch(r"step_(0|[1-9]\d*)", name) for name in names]
+    found = [re.fullmatch(r"step_(0|[1-9][0-9]*)", name) for name in names]
     return sorted((int(m[1]), os.path.join(root, m[0])) for m in found if m)
 
 
@@ -73,7 +76,7 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
         else:
             save_file(tensors, os.path.join(path, "state.safetensors"))
         if main and more:
-            save_file(more, os.path.join(path, "tensors.safetensors"))
+            save_file(more, os.path.join(path, MORE))
         files = digest_files(path, writers)
         if main:
             content = {"step": step, **state, "files": files}
@@ -143,12 +146,12 @@ def load(folder, module, optimizer, dist=ALONE):
         return None
     path = os.path.join(folder, "checkpoint", f"step_{step}")
     load_tensors(path, module, optimizer)
-    state = read_json(os.path.join(path, "state.json"))
+    state = read_object(os.path.join(path, "state.json"))
     for name in ("files", "sha256"):
         state.pop(name, None)
-    more = os.path.join(path, "tensors.safetensors")
+    more = os.path.join(path, MORE)
     if os.path.isfile(more):
-        state["tensors"] = load_file(more)
+        state["tensors"] = read_tensors(more)
     return state
 
 
@@ -183,15 +186,20 @@ def find_damage(folder: str, step: int, module, optimizer) -> str:
     """What is wrong with checkpoint/step_{step}, in a few words; "" if it is whole."""
     path = os.path.join(folder, "checkpoint", f"step_{step}")
     try:
-        state = read_json(os.path.join(path, "state.json"))
-        if not isinstance(state, dict) or state.get("step") != step:
+        state = read_object(os.path.join(path, "state.json"), STATE)
+        if state["step"] != step:
             return f"state.json is not that of step {step}"
-        return check_digests(folder, path, state) or check_tensors(path, module, optimizer)
+        for name, log in (state.get("logs") or {}).items():
+            check_fields(log, {"size": int, "sha256": str}, f"{path}/state.json: {name}")
+        problem = check_digests(folder, path, state) or check_tensors(path, module, optimizer)
+        if not problem and os.path.isfile(os.path.join(path, MORE)):
+            read_tensors(os.path.join(path, MORE))
+        return problem
     except FileNotFoundError as e:
         return f"{os.path.basename(e.filename)} is missing"
     except InputError as e:
         return first_line(e).removeprefix(f"{path}/")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError) as e:
         return first_line(e)
 
 
@@ -205,10 +213,10 @@ def check_digests(folder: str, path: str, state: dict) -> str:
         content = {name: value for name, value in state.items() if name != "sha256"}
         if digest(content) != state.get("sha256") or "files" not in state:
             return "state.json differs from its checksum"
-    for name, sha256 in state.get("files", {}).items():
+    for name, sha256 in (state.get("files") or {}).items():
         if digest_file(os.path.join(path, name)) != sha256:
             return f"{name} differs from its checksum"
-    for name, log in state.get("logs", {}).items():
+    for name, log in (state.get("logs") or {}).items():
         if digest_start(os.path.join(folder, name), log["size"]) != log["sha256"]:
             return f"{os.path.join(folder, name)} has lost or changed rows that it had then"
     return ""
@@ -234,7 +242,7 @@ def check_tensors(path: str, module, optimizer) -> str:
     slots = {}
     for key in stored:
         if key.startswith("optimizer/"):
-            _, slot, name = key.split("/")
+            slot, _, name = key.removeprefix("optimizer/").partition("/")
             slots.setdefault(name, set()).add(slot)
     if not slots:
         return "the optimizer's tensors are missing"
@@ -256,7 +264,8 @@ def read_metadata(path: str) -> dict:
     """{name: its dtype and the size of the whole} of tensors in a folder's safetensors files."""
     import torch.distributed.checkpoint as dcp  # here, because it takes a second
 
-    return dcp.HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
+    with library_call(f"{path}: its tensors cannot be read"):
+        return dcp.HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
 
 
 def load_tensors(path: str, module, optimizer):

@@ -19,10 +19,9 @@ import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, as_completed
 from http.client import HTTPException, IncompleteRead, InvalidURL
 
-from ..errors import InputError, first_line, require
+from ..errors import InputError, first_line
 
 TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
-LONGEST_WAIT = 86_400  # seconds that a flag may ask for: a day
 LONGEST_ANSWER = 2**24  # bytes that are read of one
 KEY = "OPENAI_API_KEY"  # the environment variable
 # Characters of a secret. Less is a placeholder such as "x" or "EMPTY", which local servers take: it
@@ -86,19 +85,6 @@ def check_endpoint(flag: str, url: str):
             "such as http://HOST/v1, without a user name, a password, a query or a key; "
             f"a key belongs in the environment variable {KEY}"
         )
-
-
-def check_waits(config):
-    """InputError for a --timeout, --pause or --requests_per_minute by which one waits for days."""
-    require(config.timeout > 0, "--timeout must be positive")
-    waits = {"timeout": config.timeout, "pause": config.pause}
-    rate = getattr(config, "requests_per_minute", 0)
-    if rate:
-        waits["requests_per_minute"] = 60 / rate
-    for name, seconds in waits.items():
-        fits = 0 <= seconds <= LONGEST_WAIT
-        wait = f"--{name} {getattr(config, name)} is a wait of {seconds:g} s"
-        require(fits, f"{wait}; it must be one of at most a day")
 
 
 def redact(text: str) -> str:

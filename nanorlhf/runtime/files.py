@@ -1,5 +1,8 @@
 """Files: JSON and JSONL, whole or not there at all; folders that change places; digests of files.
 
+What is read here may have been written by anybody, or damaged since: parse_json() and read_bytes()
+are the only readers of JSON and of bytes, and whatever is wrong is one line that names the file.
+
 What is written here is on the disk before it gets its name (fsync), and its name is on the disk
 before the writer goes on: after a kill, or a power cut, a reader finds the old content or the new.
 """
@@ -12,21 +15,120 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import math
 import os
+import re
 import shutil
+import types
+import typing
+import zlib
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import InputError, require, user_code
+from ..errors import InputError, first_line, require, user_code
 
 
-def read_json(path):
-    """The value in a JSON file; a file that is not JSON is an InputError."""
+def read_number(digits: str) -> float:
+    """A number of a JSON text, or its NaN or Infinity. ValueError: it is not finite."""
+    if not math.isfinite(float(digits)):
+        raise ValueError(f"{digits} is no finite number")
+    return float(digits)
+
+
+STRICT = json.JSONDecoder(parse_constant=read_number, parse_float=read_number)
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON writes one half of a UTF-16 pair
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+def read_bytes(path: str) -> bytes:
+    """A file's bytes, unpacked where its name ends in .gz. InputError: it cannot be read."""
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON ({e})") from None
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+            return f.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, EOFError, ValueError, zlib.error) as e:
+        raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
+
+
+def decode_text(content: bytes, place: str) -> str:
+    """UTF-8 -> its text, without a byte-order mark. InputError, with the place: it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{place}: not UTF-8 ({e.reason} at byte {e.start})") from None
+
+
+def parse_json(text: str | bytes, path: str, line: int | None = None, finite: bool = True):
+    """The value of a JSON text. InputError, with the path and the line: it is none.
+
+    Python's reader lets through NaN and Infinity, which are no JSON; `finite` False lets them
+    through too. It also lets through halves of characters, which no tokenizer takes, and has errors
+    of its own for lists that are nested too deep and for numbers of more than 4,300 digits.
+    """
+    place = path if line is None else f"{path}:{line}"
+    if isinstance(text, bytes):
+        text = decode_text(text, place)
+    try:
+        value = STRICT.decode(text) if finite else json.loads(text)
+        if HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}:{line or e.lineno}: not JSON ({e.msg})") from None
+    except RecursionError:
+        raise InputError(f"{place}: not JSON that can be read (nested too deep)") from None
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{place}: a text holds half of a character (\\ud800 to \\udfff)"
+        ) from None
+    except ValueError as e:
+        raise InputError(f"{place}: not JSON ({first_line(e)})") from None
+
+
+def read_json(path: str, finite: bool = True):
+    """The value in a JSON file. InputError: there is no such file, or it is not JSON."""
+    return parse_json(read_bytes(path), path, finite=finite)
+
+
+def read_object(path: str, fields: dict | None = None, finite: bool = True) -> dict:
+    """The object in a JSON file, which has these fields: see check_fields."""
+    return check_fields(read_json(path, finite), fields or {}, path)
+
+
+def check_fields(value, fields: dict, place: str) -> dict:
+    """InputError where a JSON value is no object with these fields {name: type}. -> the value
+
+    The types are those of is_of_type; a field that may be None may be missing.
+    """
+    require(isinstance(value, dict), f"{place}: not a JSON object")
+    for name, hint in fields.items():
+        fits = is_of_type(value.get(name), hint)
+        require(fits or name in value, f"{place}: {name} is missing")
+        require(fits, f"{place}: {name} cannot be {shorten(value.get(name))}")
+    return value
+
+
+def is_of_type(value, hint) -> bool:
+    """Whether a JSON value fits an annotation: str, int, float, bool, dict, list[...] or X | None."""
+    parts = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(is_of_type(value, part) for part in parts)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(is_of_type(item, parts[0]) for item in value)
+    if hint is float:
+        return type(value) is float or type(value) is int and abs(value) < 1e300
+    if hint is type(None):
+        return value is None
+    return type(value) is hint
+
+
+def shorten(value) -> str:
+    """How an error quotes a value that may be long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def write_json(path, value):
@@ -37,7 +139,9 @@ def write_json(path, value):
     replace_file(path)
 
 
-def read_checked_lines(path: str, fits: Callable[[int, Any], bool], remedy: str) -> list:
+def read_checked_lines(
+    path: str, fits: Callable[[int, Any], bool], remedy: str, finite: bool = True
+) -> list:
     """The values of a JSONL file that a program adds to line by line; none if there is no file yet.
 
     fits(i, value): whether the value of line i, the first being 0, can be what was written there.
@@ -46,14 +150,13 @@ def read_checked_lines(path: str, fits: Callable[[int, Any], bool], remedy: str)
     """
     if not os.path.exists(path):
         return []
-    with open(path, "rb") as f:
-        lines = f.read().split(b"\n")[:-1]
+    lines = read_bytes(path).split(b"\n")[:-1]
     values = []
     for i, line in enumerate(lines):
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):  # also of bytes that are no text
-            raise InputError(f"{path}:{i + 1}: not JSON; {remedy}") from None
+            value = parse_json(line, path, i + 1, finite)
+        except InputError as e:
+            raise InputError(f"{e}; {remedy}") from None
         if not fits(i, value):
             raise InputError(f"{path}:{i + 1}: not the line that belongs here; {remedy}")
         values.append(value)
@@ -67,10 +170,16 @@ def drop_cut_line(path: str) -> None:
             f.truncate(f.read().rfind(b"\n") + 1)
 
 
-def read_rows(path: str) -> list[dict]:
-    """The rows of a run's log; a line that is no JSON object is an InputError."""
+def read_rows(path: str, fields: dict | None = None) -> list[dict]:
+    """The rows of a run's log, objects with these fields (check_fields); else an InputError.
+
+    A metric may be NaN: a correlation of numbers that do not vary, for one.
+    """
     remedy = "restore it from a copy, or start the run again in another folder"
-    return read_checked_lines(path, lambda i, row: isinstance(row, dict), remedy)
+    rows = read_checked_lines(path, lambda i, row: isinstance(row, dict), remedy, finite=False)
+    for i, row in enumerate(rows, 1):
+        check_fields(row, fields or {}, f"{path}:{i}")
+    return rows
 
 
 def write_lines(path, rows):
@@ -263,30 +372,27 @@ def digest_start(path: str, size: int) -> str:
 # ------------------------------------------------------------------------------------------------------------- files that users bring
 
 
-def read_file(path):
-    """.jsonl or .json (a list), either also as .gz -> [(place, row)], place being 'file:line' or 'file[index]'."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-            text = f.read()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({e})") from None
-    require(text.strip(), f"{path}: the file is empty")
+def read_file(path: str) -> list[tuple[str, Any]]:
+    """.jsonl or .json (a list), either also as .gz -> [(place, row)], one row at least.
+
+    place: 'file:line' or 'file[index]'.
+    """
+    content = read_bytes(path)
+    require(content.strip(), f"{path}: the file is empty")
     if path.removesuffix(".gz").endswith(".json"):
-        whole = parse_json(text, path)
-        require(isinstance(whole, list), f"{path}: a .json file must hold one list of rows (one row a line is .jsonl)")
+        whole = parse_json(content, path)
+        require(
+            isinstance(whole, list),
+            f"{path}: a .json file must hold one list of rows (one row a line is .jsonl)",
+        )
+        require(whole, f"{path}: no rows")
         return [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
-    lines = enumerate(text.split("\n"), 1)  # not splitlines(): strings may hold Unicode line separators
-    return [(f"{path}:{number}", parse_json(line, path, number)) for number, line in lines if line.strip()]
-
-
-def parse_json(text, path, line=None):
-    """json.loads, with the file and the line in its error."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}:{line or e.lineno}: not JSON ({e.msg})") from None
+    rows = []
+    # Not splitlines(): strings may hold Unicode line separators.
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            rows.append((f"{path}:{number}", parse_json(line, path, number)))
+    return rows
 
 
 def python_function(spec):

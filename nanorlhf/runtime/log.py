@@ -14,16 +14,17 @@ from ..errors import InputError, require
 from . import checkpoint
 from .files import (
     append_lines,
+    check_fields,
     check_name,
     digest_start,
     read_checked_lines,
-    read_json,
+    read_object,
     read_rows,
     replace_folder,
     write_json,
     write_lines,
 )
-from .fingerprints import changed_inputs, fingerprint_inputs
+from .fingerprints import FINGERPRINT, changed_inputs, fingerprint_inputs
 from .fsdp import is_sharded, whole
 from .locks import LOCK_FILE, lock
 
@@ -71,11 +72,17 @@ class RunFolder:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
         if os.path.isfile(stored):
-            self.inputs = read_config(stored).get("inputs", {})  # older runs have no fingerprints
+            self.inputs = read_config(stored)["inputs"]
             changed = settings_that_differ(stored, config, free)
             if changed:
                 raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
             self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
+            for name in os.listdir(self.path):
+                path = os.path.join(self.path, name)
+                if re.fullmatch(r"eval(_[\w-]+)?", name) and not os.path.isdir(path):
+                    raise InputError(f"{path} should be a folder; remove it, and give the same command again")
+                if name in ("summary.json", *LOGS) and os.path.isdir(path):
+                    raise InputError(f"{path} should be a file; remove it, and give the same command again")
         elif os.path.isdir(self.path) and set(os.listdir(self.path)) - BEFORE_A_RUN:
             raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
 
@@ -162,7 +169,7 @@ class RunFolder:
     def records(self):
         """The rows of metrics.jsonl."""
         self.dist.barrier()
-        return read_rows(os.path.join(self.path, "metrics.jsonl"))
+        return read_rows(os.path.join(self.path, "metrics.jsonl"), {"step": int})
 
     def before_and_after(self, labels):
         """The evaluations of the first and of the last step: a run's summary.
@@ -183,7 +190,7 @@ class RunFolder:
     def already_done(self):
         self.dist.print(f"{self.path}: this run is done already (for another one choose another --output_dir)")
         self.remove_checkpoints()  # a kill may have left them
-        return read_json(os.path.join(self.path, "summary.json"))
+        return read_object(os.path.join(self.path, "summary.json"), finite=False)
 
     def save_model(self, save, *args):
         """save(module, ..., folder) into model/, atomically; on all processes, since shards must be gathered first."""
@@ -208,9 +215,10 @@ class RunFolder:
 
 def read_config(stored: str) -> dict:
     """What is in a run's config.json: settings, and as "inputs" fingerprints of what they name."""
-    run = read_json(stored)
-    if not isinstance(run, dict) or not isinstance(run.get("inputs", {}), dict):
-        raise InputError(f"{stored}: not the settings of a run")
+    run = read_object(stored, {"inputs": dict | None}, finite=False)  # a setting may be infinite
+    run["inputs"] = run.get("inputs") or {}  # older runs have no fingerprints
+    for name, known in run["inputs"].items():
+        check_fields(known, FINGERPRINT, f"{stored}: the fingerprint of {name}")
     return run
 
 
@@ -232,19 +240,15 @@ def settings_that_differ(stored: str, config, free=()) -> list[str]:
 
 def rows_until(path: str, step: int) -> list[dict]:
     """The rows of a log up to and with a step."""
-    kept = []
-    for row in read_rows(path) if os.path.exists(path) else []:
-        if not isinstance(row.get("step"), int):
-            raise InputError(f"{path}: a row has no step")
-        if row["step"] <= step:
-            kept.append(row)
-    return kept
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; restore it from a copy, or start the run again")
+    return [row for row in read_rows(path, {"step": int}) if row["step"] <= step]
 
 
 def remove_later(folder: str, last: int):
     """Remove the evaluations of steps after `last`: the resumed run makes them again."""
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        step = re.fullmatch(r"step_(\d+)\.jsonl", name)
+        step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", name)
         if step and int(step[1]) > last:
             os.remove(os.path.join(folder, name))
 

@@ -5,7 +5,7 @@ import os
 
 from ..errors import InputError, require
 from . import plots
-from .files import read_json, write_json
+from .files import read_object, write_json
 from .log import RunFolder
 
 
@@ -39,7 +39,7 @@ def results_folder(config, dist):
     folder.config["command"] = type(config).__name__.removesuffix("Config")
     stored = os.path.join(config.output_dir, "config.json")
     if os.path.isfile(stored):
-        settings = read_json(stored)
+        settings = read_object(stored, finite=False)
         same = settings.get("command", folder.config["command"]) == folder.config["command"]
         require(
             same and "output_dir" in settings,

@@ -7,7 +7,6 @@ already is not run again, and one that was killed goes on where it was: a study 
 continued by the same command.
 """
 
-import argparse
 import math
 import os
 import shlex
@@ -15,11 +14,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.hf_argparser import HfArg
+
 from ..errors import at_least
-from ..runtime.cli import errors_in_one_line
+from ..runtime import cli
 from ..runtime.files import check_can_write, check_name, write_json
+from ..runtime.flags import FlagGroup
 from ..runtime.plots import save
 from ..runtime.results import finite
 
@@ -30,46 +33,47 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # ------------------------------------------------------------------------------------------- flags
 
 
-def make_parser(doc: str, output_dir: str, scripts: tuple[str, ...]) -> argparse.ArgumentParser:
-    """A parser with the flags that all studies have; `doc` is the study's docstring, for --help.
+@dataclass
+class StudyFlags(FlagGroup):
+    """The study: its folder, its seeds, how it runs"""
 
-    output_dir: the study's default folder. scripts: each gets a flag --NAME_flags.
-    """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    output_dir: str = HfArg(
+        default="runs/study", help="the folder of all runs, of tables and of pictures"
     )
-    parser.add_argument("--output_dir", default=output_dir)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a few minutes: one seed, and fewer and shorter runs, in OUTPUT_DIR/quick; flags that "
-        "are given still hold",
+    seeds: int = HfArg(default=5, help="how many seeds the study is repeated with")
+    jobs: int = HfArg(default=2, help="how many commands run side by side")
+    quick: bool = HfArg(
+        default=False,
+        help="a few minutes: one seed, and fewer and shorter runs, in OUTPUT_DIR/quick; flags "
+        "that are given still hold",
     )
-    for script in scripts:
-        parser.add_argument(f"--{script}_flags", default="", help="further flags of this script")
-    return parser
+    sft_flags: str = HfArg(default="", help="further flags of train_sft.py")
+    rm_flags: str = HfArg(default="", help="further flags of train_rm.py")
+    ppo_flags: str = HfArg(default="", help="further flags of train_ppo.py")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "seeds", "jobs")
 
 
-def read_flags(parser: argparse.ArgumentParser, args: list[str] | None, quick: dict):
+def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
     """The flags of a study; with --quick the defaults are those of `quick`, {flag: value}.
 
-    A quick study has a folder inside the study's own. In the same folder its short runs would be
-    taken for the study's, since what is there is not run again.
+    doc: the study's docstring, for --help. A quick study has a folder inside the study's own: in the
+    same folder its short runs would be taken for the study's, since what is there is not run again.
     """
-    flags = parser.parse_args(args)
-    with errors_in_one_line():
+    with cli.errors_in_one_line():
+        parser = cli.Parser(cli.script(), doc, config_class)
+        flags = config_class(**vars(parser.parse_args(args)))
         check_name(flags.output_dir)
         if flags.quick:
             parser.set_defaults(**quick)
-            flags = parser.parse_args(args)
+            flags = config_class(**vars(parser.parse_args(args)))
             flags.output_dir = f"{flags.output_dir}/quick"
         check_can_write(f"{flags.output_dir}/summary.json")
         if getattr(flags, "picture", ""):
             check_can_write(flags.picture)
-        at_least(flags, 1, "seeds", "jobs")
-    return flags
+        return flags
 
 
 # ---------------------------------------------------------------------------------------- commands

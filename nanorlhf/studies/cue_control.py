@@ -1,34 +1,45 @@
-"""Control of PPO by features of its reward model, over seeds, on the embedded world: what stops a policy from exploiting a spurious cue.
+"""Control of PPO by features of its reward model, over seeds, on the embedded
+world: what stops a policy from exploiting a spurious cue.
 
-    python -m nanorlhf.studies.cue_control             two runs side by side, one thread each; prints every command
-    python -m nanorlhf.studies.cue_control --quick     the same tables in minutes: one seed, one kind of SARM, short runs
+    two runs side by side, one thread each; prints every command:
+        python -m nanorlhf.studies.cue_control
+    the same tables in minutes: one seed, one kind of SARM, short runs:
+        python -m nanorlhf.studies.cue_control --quick
 
-One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their own spurious cue; reward models on them, one dense and
-SARMs of all kinds; PPO against the dense one and against a SARM (--against); and then the question which latents the policy has
-exploited. The answer is found by a written rule, identify(), which reads nothing but the summary.json of `probe.py latents`, and it is
-written to identified/seed_S.json before the truth is read. Then PPO again, under control by these latents: ARMS. How strong each method
-is was fixed before any gold was seen, the same for all seeds, in units that the human texts and the reward model give (see arms()).
-The arms do not cost the policy the same: a smaller effect of one may be a lower price.
+One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their
+own spurious cue; reward models on them, one dense and SARMs of all kinds; PPO
+against the dense one and against a SARM (--against); and then the question
+which latents the policy has exploited. The answer is found by a written rule,
+identify(), which reads nothing but the summary.json of `probe.py latents`, and
+it is written to identified/seed_S.json before the truth is read. Then PPO
+again, under control by these latents: ARMS. How strong each method is was fixed
+before any gold was seen, the same for all seeds, in units that the human texts
+and the reward model give (see arms()). The arms do not cost the policy the
+same: a smaller effect of one may be a lower price.
 
-Every command is a plain call of a script; runs that are done are not done again. At the end tables over seeds, as text and in
-summary.json, and a picture.
+Every command is a plain call of a script; runs that are done are not done
+again. At the end tables over seeds, as text and in summary.json, and a picture.
 """
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from .. import data, world
 from ..control import human_latents
 from ..control.feature_rewards import load_feature_reward
+from ..errors import require
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..stats import auc, t_interval
 from .common import (
+    StudyFlags,
     describe_numbers,
     draw_picture,
-    make_parser,
     print_title,
     read_flags,
     run_stage,
@@ -318,24 +329,53 @@ def draw(figure, outcomes):
         axis.set_xlabel(label)
 
 
-def read_settings(args: list[str] | None = None):
+@dataclass
+class Settings(StudyFlags):
+    """What is compared: SARMs, and the control of PPO"""
+
+    output_dir: str = HfArg(
+        default="runs/control", help="the folder of all runs, of tables and of pictures"
+    )
+    first_seed: int = HfArg(default=0, help="the number of the first seed")
+    sarms: list[str] = HfArg(
+        default_factory=lambda: list(SARMS),
+        metadata={"choices": tuple(SARMS)},
+        help="the kinds of SARM that are trained",
+    )
+    against: str = HfArg(
+        default="reward_first",
+        metadata={"choices": (DENSE, *SARMS)},
+        help="the reward model that PPO is trained against; dense: its features are those of an "
+        "autoencoder on it",
+    )
+    truth: bool = HfArg(
+        default=False,
+        help="control by the features that follow the cue best, by the truth: no blind test",
+    )
+    layer: int = HfArg(default=2, help="number of the block after which the SARMs end")
+    steps: int = HfArg(default=40, help="rollouts of each PPO run")
+    eval_every: int = HfArg(default=10, help="evaluate PPO every N rollouts")
+    picture: str = HfArg(
+        default="", help="the file of the picture; by default OUTPUT_DIR/control.png"
+    )
+    sae_flags: str = HfArg(default="", help="further flags of train_sae.py")
+    rm_sae_flags: str = HfArg(
+        default="--expansion 4 --k 32 --batch_size 256",
+        help="flags of the autoencoder on a reward model",
+    )
+    head_flags: str = HfArg(default="--lr 1e-2", help="flags of reward_first's head")
+    probe_flags: str = HfArg(default="", help="further flags of probe.py latents")
+    human_flags: str = HfArg(default="", help="further flags of probe.py human_latents")
+
+    def __post_init__(self):
+        super().__post_init__()
+        among = self.against in (DENSE, *self.sarms)
+        require(among, f"--against {self.against}: it is not among --sarms")
+
+
+def read_settings(args: list[str] | None = None) -> Settings:
     """The study's flags, read from the command line or a list."""
-    parser = make_parser(__doc__, "runs/control", ("sft", "sae", "rm", "ppo", "probe", "human"))
-    parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--sarms", nargs="+", default=list(SARMS), choices=SARMS, help="the kinds of SARM that are trained")
-    parser.add_argument("--against", default="reward_first", choices=(DENSE, *SARMS), help="the reward model that PPO is trained against; "
-                        "dense: its latents are those of an autoencoder on it")  # fmt: skip
-    parser.add_argument("--truth", action="store_true", help="control by the latents that follow the cue best, by the truth: no blind test")
-    parser.add_argument("--layer", type=int, default=2, help="the SARMs end after this block")
-    parser.add_argument("--steps", type=int, default=40, help="PPO steps")
-    parser.add_argument("--eval_every", type=int, default=10)
-    parser.add_argument("--picture", default="", help="where the picture is written; default: control.png in the output folder")
-    parser.add_argument("--rm_sae_flags", default="--expansion 4 --k 32 --batch_size 256", help="of the autoencoder on a reward model")
-    parser.add_argument("--head_flags", default="--lr 1e-2", help="of reward_first's head")
-    a = read_flags(parser, args, QUICK)
-    if a.against not in (DENSE, *a.sarms):
-        parser.error(f"--against {a.against}: it is not among --sarms")
-    return a
+    return read_flags(Settings, __doc__, args, QUICK)
 
 
 def main(args=None):

@@ -1,26 +1,36 @@
-"""What PPO changed inside, over seeds, on the embedded world: divergence, autoencoders, probes of the reward, ablations.
+"""What PPO changed inside, over seeds, on the embedded world: divergence,
+autoencoders, probes of the reward, ablations.
 
-    python -m nanorlhf.studies.feedback_patterns             two runs side by side, one thread each; prints every command
-    python -m nanorlhf.studies.feedback_patterns --quick     the same tables in minutes: one seed, short runs
+    two runs side by side, one thread each; prints every command:
+        python -m nanorlhf.studies.feedback_patterns
+    the same tables in minutes: one seed, short runs:
+        python -m nanorlhf.studies.feedback_patterns --quick
 
-One SFT policy. A seed is a reward model on its own 800 pairs with their own spurious cue, a PPO run against it, and sparse
-autoencoders of the policy and of the base: of the MLPs of the two layers that moved most, and of the last residual stream. Every
-command is a plain call of a script; runs that are done are not done again. At the end tables over seeds, as text and in
-summary.json, and a picture of the probes. An interval is that of the seeds (95%, t), so it holds for policies, where those of
-probe.py hold for the splits or prompts of one policy.
+One SFT policy. A seed is a reward model on its own 800 pairs with their own
+spurious cue, a PPO run against it, and sparse autoencoders of the policy and of
+the base: of the MLPs of the two layers that moved most, and of the last
+residual stream. Every command is a plain call of a script; runs that are done
+are not done again. At the end come tables over seeds, as text and in
+summary.json, and a picture of the probes. An interval is that of the seeds
+(95%, t), so it holds for policies, where those of probe.py hold for the splits
+or prompts of one policy.
 
-Pitfall: a policy less its base is what any further training changed. The control, a base trained on without a reward, is not among
-these commands: feedback_patterns.md has it.
+Pitfall: a policy less its base is what any further training changed. The
+control, a base trained on without a reward, is not among these commands:
+feedback_patterns.md has it.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from ..stats import t_interval
 from .common import (
+    StudyFlags,
     describe_numbers,
     draw_picture,
-    make_parser,
     print_title,
     read_flags,
     run_stage,
@@ -152,10 +162,21 @@ def draw(figure, lines):
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def read_settings(args: list[str] | None = None):
+@dataclass
+class Settings(StudyFlags):
+    """Further flags of the commands that look inside"""
+
+    output_dir: str = HfArg(
+        default="runs/patterns", help="the folder of all runs, of tables and of pictures"
+    )
+    sae_flags: str = HfArg(default="", help="further flags of train_sae.py")
+    probe_flags: str = HfArg(default="", help="further flags of probe.py reward and pairs")
+    ablate_flags: str = HfArg(default="", help="further flags of probe.py ablate")
+
+
+def read_settings(args: list[str] | None = None) -> Settings:
     """The study's flags, read from the command line or a list."""
-    parser = make_parser(__doc__, "runs/patterns", ("sft", "rm", "ppo", "sae", "probe", "ablate"))
-    return read_flags(parser, args, QUICK)
+    return read_flags(Settings, __doc__, args, QUICK)
 
 
 def main(args=None):

@@ -1,35 +1,49 @@
-"""Generalisation and diversity: SFT, best-of-16, and PPO at several KL coefficients with k1 or k2 as the KL in the reward.
+r"""Generalisation and diversity: SFT, best-of-16, and PPO at several KL
+coefficients with k1 or k2 as the KL in the reward.
 
-    python -m nanorlhf.studies.generalisation             two runs side by side, one thread each; prints every command
-    python -m nanorlhf.studies.generalisation --quick     the same tables in minutes: one seed, two KL coefficients, short runs
-    python -m nanorlhf.studies.generalisation --model stories3M --reward_model vader_lexicon.tsv --data_flags "--dataset prompts.jsonl ..."
+    two runs side by side, one thread each; prints every command:
+        python -m nanorlhf.studies.generalisation
+    the same tables in minutes: one seed, two KL coefficients, short runs:
+        python -m nanorlhf.studies.generalisation --quick
+    your own model, reward and data:
+        python -m nanorlhf.studies.generalisation --model stories3M \
+            --reward_model vader_lexicon.tsv \
+            --data_flags "--dataset prompts.jsonl ..."
 
-After Kirk et al. 2024 (2310.06452). One SFT policy (--model: one that is there). A seed is a reward model on its own 800 pairs with
-their own spurious cue (--reward_model: the same one for all seeds), and with it a PPO run for every cell and the best of 16 answers of
-SFT. Every system answers the same prompts of every split K times at T = 1; best-of-16 from 16 K answers of SFT, each answer the best
-of 16 of its own. Runs that are done are not done again. At the end tables over seeds, as text and in summary.json, and a picture.
+After Kirk et al. 2024 (2310.06452). One SFT policy (--model: one that is
+there). A seed is a reward model on its own 800 pairs with their own spurious
+cue (--reward_model: the same one for all seeds), and with it a PPO run for
+every cell and the best of 16 answers of SFT. Every system answers the same
+prompts of every split K times at T = 1; best-of-16 from 16 K answers of SFT,
+each answer the best of 16 of its own. Runs that are done are not done again. At
+the end tables over seeds, as text and in summary.json, and a picture.
 
-A win rate is over SFT's answers to the same prompt, all K x K pairs, ties half. 'in' is diversity per input (the K answers to one
-prompt), 'across' that of one answer to each prompt; 'cut' is of the first words of each answer alone. PPO's KL is that of its own last
-evaluation. All systems are sampled with noise of their own; the pool that best-of-n draws from is one for all seeds, as the prompts are.
+A win rate is over SFT's answers to the same prompt, all K x K pairs, ties half.
+'in' is diversity per input (the K answers to one prompt), 'across' that of one
+answer to each prompt; 'cut' is of the first words of each answer alone. PPO's
+KL is that of its own last evaluation. All systems are sampled with noise of
+their own; the pool that best-of-n draws from is one for all seeds, as the
+prompts are.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote, split
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 
 from ..bon import bon_kl
 from ..evals.diversity_report import FILE
 from ..stats import t_interval, win_points
 from ..world import vocabulary
 from .common import (
+    StudyFlags,
     describe_numbers,
     draw_picture,
     is_finished,
-    make_parser,
     print_title,
     read_flags,
     run_stage,
@@ -245,23 +259,55 @@ def draw(figure, tables):
     axes[-1].legend()
 
 
-def read_settings(args: list[str] | None = None):
+@dataclass
+class Settings(StudyFlags):
+    """What is compared: models, penalties, prompts and answers"""
+
+    output_dir: str = HfArg(
+        default="runs/generalisation", help="the folder of all runs, of tables and of pictures"
+    )
+    kl_coef: list[float] = HfArg(
+        default_factory=lambda: [0.02, 0.05, 0.1, 0.2], help="coefficients of PPO's KL penalty"
+    )
+    kinds: list[str] = HfArg(
+        default_factory=lambda: list(KINDS),
+        metadata={"choices": KINDS},
+        help="estimators of the KL in PPO's reward",
+    )
+    steps: int = HfArg(default=40, help="rollouts of each PPO run")
+    splits: list[str] = HfArg(
+        default_factory=lambda: ["test", "ood"],
+        help="what is evaluated on, as --eval_splits of train_ppo.py; the first split is in "
+        "distribution",
+    )
+    prompts: int = HfArg(default=60, help="prompts of each split")
+    answers: int = HfArg(default=16, help="K: answers to each prompt")
+    n: int = HfArg(default=16, help="the n of best-of-n")
+    model: str = HfArg(
+        default="", help="the SFT policy; by default one is trained on the embedded world"
+    )
+    reward_model: str = HfArg(
+        default="", help="the reward of all seeds; by default each seed trains its own"
+    )
+    encoder: str = HfArg(
+        default="", help="a sentence encoder; by default the SFT policy's hidden states"
+    )
+    picture: str = HfArg(
+        default="", help="the file of the picture; by default OUTPUT_DIR/generalisation.png"
+    )
+    bon_flags: str = HfArg(default="", help="further flags of sample_bon.py")
+    data_flags: str = HfArg(
+        default="", help="further flags of PPO and of sampling, such as --dataset"
+    )
+    diversity_flags: str = HfArg(
+        default=f"--vocab_size {len(vocabulary())} --truncate 16",
+        help="flags with which sample_bon.py measures diversity",
+    )
+
+
+def read_settings(args: list[str] | None = None) -> Settings:
     """The study's flags, read from the command line or a list."""
-    parser = make_parser(__doc__, "runs/generalisation", ("sft", "rm", "ppo", "bon"))
-    parser.add_argument("--kl_coef", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="KL estimators in PPO's reward")
-    parser.add_argument("--steps", type=int, default=40, help="PPO steps")
-    parser.add_argument("--splits", nargs="+", default=["test", "ood"], help="as --eval_splits; the first one is in distribution")
-    parser.add_argument("--prompts", type=int, default=60, help="prompts of each split")
-    parser.add_argument("--answers", type=int, default=16, help="K: answers to each prompt")
-    parser.add_argument("--n", type=int, default=16, help="the n of best-of-n")
-    parser.add_argument("--model", default="", help="the SFT policy; default: one is trained on the embedded world")
-    parser.add_argument("--reward_model", default="", help="the reward of all seeds; default: each trains its own")
-    parser.add_argument("--encoder", default="", help="of embeddings; default: the SFT policy's hidden states")
-    parser.add_argument("--picture", default="", help="default: OUTPUT_DIR/generalisation.png")
-    parser.add_argument("--data_flags", default="", help="further flags of PPO and of sampling, such as --dataset")
-    parser.add_argument("--diversity_flags", default=f"--vocab_size {len(vocabulary())} --truncate 16")
-    return read_flags(parser, args, QUICK)
+    return read_flags(Settings, __doc__, args, QUICK)
 
 
 def main(args=None):

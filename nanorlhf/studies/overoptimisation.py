@@ -1,25 +1,33 @@
-"""The overoptimisation study on the embedded world: best-of-n and PPO, {one reward model, mean, WCO, UWO} x label noise x KL penalty.
+"""The overoptimisation study on the embedded world: best-of-n and PPO, {one reward
+model, mean, WCO, UWO} x label noise x KL penalty.
 
-    python -m nanorlhf.studies.overoptimisation             two runs side by side, one thread each; prints every command
-    python -m nanorlhf.studies.overoptimisation --quick     the same tables in minutes: one seed, short runs, noise and no KL penalty
+    two runs side by side, one thread each; prints every command:
+        python -m nanorlhf.studies.overoptimisation
+    the same tables in minutes: one seed, short runs, noise and no KL penalty:
+        python -m nanorlhf.studies.overoptimisation --quick
 
-One SFT policy. A seed of the study is five reward models of its own (their own 800 pairs and spurious cue, their own flipped labels,
-their own heads and data orders), of which "single" is the first, and a PPO run of its own for each cell. Runs that are done are not
-done again, so it goes on where it was stopped. At the end a table over seeds, as text and in summary.json, and the pictures.
+One SFT policy. A seed of the study is five reward models of its own (their own
+800 pairs and spurious cue, their own flipped labels, their own heads and data
+orders), of which "single" is the first, and a PPO run of its own for each cell.
+Runs that are done are not done again, so it goes on where it was stopped. At
+the end a table over seeds, as text and in summary.json, and the pictures.
 """
 
 import itertools
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from ..ensemble import OBJECTIVES
 from ..runtime.plots import comparison_figure
 from ..stats import t_interval
 from .common import (
+    StudyFlags,
     describe_numbers,
     draw_picture,
-    make_parser,
     print_title,
     read_flags,
     run_stage,
@@ -107,17 +115,27 @@ def show(cells):
         print(f"{name:10s}{start:7.2f}{peak}{at:16.1f}{end}{fall}{'' if name == 'single' else more}")
 
 
-def read_settings(args: list[str] | None = None):
+@dataclass
+class Settings(StudyFlags):
+    """What is compared: reward models, penalties, best-of-n and PPO"""
+
+    members: int = HfArg(default=5, help="reward models in an ensemble")
+    label_noise: list[float] = HfArg(
+        default_factory=lambda: [0, 0.25], help="shares of training labels that are flipped"
+    )
+    kl_coef: list[float] = HfArg(
+        default_factory=lambda: [0, 0.05], help="coefficients of PPO's KL penalty"
+    )
+    steps: int = HfArg(default=40, help="rollouts of each PPO run")
+    eval_every: int = HfArg(default=5, help="evaluate PPO every N rollouts")
+    n_answers: int = HfArg(default=512, help="answers to each prompt in the pool of best-of-n")
+    prompts: int = HfArg(default=30, help="prompts of the pool")
+    bon_flags: str = HfArg(default="", help="further flags of sample_bon.py")
+
+
+def read_settings(args: list[str] | None = None) -> Settings:
     """The study's flags, read from the command line or a list."""
-    parser = make_parser(__doc__, "runs/study", ("sft", "rm", "ppo", "bon"))
-    parser.add_argument("--members", type=int, default=5)
-    parser.add_argument("--label_noise", type=float, nargs="+", default=[0, 0.25])
-    parser.add_argument("--kl_coef", type=float, nargs="+", default=[0, 0.05])
-    parser.add_argument("--steps", type=int, default=40, help="PPO steps")
-    parser.add_argument("--eval_every", type=int, default=5)
-    parser.add_argument("--n_answers", type=int, default=512, help="answers to each prompt in the best-of-n pool")
-    parser.add_argument("--prompts", type=int, default=30, help="prompts of the pool")
-    return read_flags(parser, args, QUICK)
+    return read_flags(Settings, __doc__, args, QUICK)
 
 
 def main(args=None):

@@ -441,6 +441,11 @@ FLAGS = ("penalize_features", "tau", "alpha", "penalty", "clamp", "density_beta"
 ONE = {"penalize_features": [3], "tau": ["0.5"], "alpha": ["1"]}
 
 
+# Notes of a file of human latents that are none: {name: text}.
+NOTES = {"cut": "{", "null": "null", "empty": "{}", "deep": "[" * 10**5, "print": '{"complete": true, "fingerprint": []}',
+         "complete": '{"complete": 1, "fingerprint": {}}'}  # fmt: skip
+
+
 def changed_buffer(base, name, change):
     """A copy of the SARM's human latents, changed. -> its path"""
     with safe_open(base / "sarm.safetensors", "pt") as f:
@@ -458,6 +463,15 @@ def write_bad_files(base):
     first_five = lambda notes, tensors: tensors.update({name: tensors[name][:5].clone() for name in ("latents", "scores")})  # noqa: E731
     changed_buffer(base, "few.safetensors", first_five)
     changed_buffer(base, "flat.safetensors", lambda notes, tensors: tensors["scores"].fill_(0.1))
+    changed_buffer(base, "twice.safetensors", lambda notes, tensors: tensors["features"].fill_(3))
+    changed_buffer(base, "below.safetensors", lambda notes, tensors: tensors["features"].sub_(99))
+    for name in ("latents", "scores"):
+        to_int = lambda notes, tensors, name=name: tensors.update({name: tensors[name].int()})  # noqa: E731
+        changed_buffer(base, f"int_{name}.safetensors", to_int)
+    as_float = lambda notes, tensors: tensors.update(features=tensors["features"].float())  # noqa: E731
+    changed_buffer(base, "float.safetensors", as_float)
+    for name, text in NOTES.items():
+        changed_buffer(base, f"{name}.safetensors", lambda notes, tensors, text=text: notes.update(human_latents=text))
     (base / "text.safetensors").write_text("no tensors")
     save_sae(TopKSAE(D + 1, M, K, normalize="token"), base / "wide", model="rm", layer=0, site="residual")
     save_sae(TopKSAE(D, M, K, normalize="token", seed=9), base / "sae_2", model="rm", layer=0, site="residual")
@@ -481,7 +495,7 @@ def write_bad_files(base):
      ["--alpha 1std: the 70 scores in flat.safetensors have no spread to measure a price by"]),
     ({"density_beta": 0.1}, ["--density_beta compares with reference data"]),
     ({"density_beta": -0.1}, ["--density_beta must be at least 0"]),
-    ({"density_beta": math.inf, "human_latents": "sarm.safetensors"}, ["--density_beta must be finite"]),
+    ({"density_beta": math.inf, "human_latents": "sarm.safetensors"}, ["--density_beta must be a finite number"]),
     (ONE | {"human_latents": "sarm.safetensors"}, ["--human_latents is there for --tau qSHARE"]),
     ({"feature_sae": "sae"}, ["--feature_sae is there for --penalize_features"]),
     ({"clamp": ["3:max"]}, ["--clamp 3:max: it must be FEATURE:OP:VALUE"]),
@@ -504,8 +518,14 @@ def write_bad_files(base):
     ({"density_beta": 0.1, "human_latents": "no_scores.safetensors"}, ["no_scores.safetensors: not a file of human latents"]),
     ({"density_beta": 0.1, "human_latents": "sae/sae_weights.safetensors"}, ["sae_weights.safetensors: not a file of human latents"]),
     ({"density_beta": 0.1, "human_latents": "short.safetensors"}, ["short.safetensors: its tensors do not fit each other"]),
-    ({"density_beta": 0.1, "human_latents": "nan.safetensors"}, ["nan.safetensors: its tensors", "not finite"]),
+    ({"density_beta": 0.1, "human_latents": "nan.safetensors"}, ["nan.safetensors: latents holds numbers that are not finite"]),
     ({"density_beta": 0.1, "human_latents": "few.safetensors"}, ["few.safetensors: 5 texts", "too few"]),
+    *(({"density_beta": 0.1, "human_latents": f"{name}.safetensors"}, [f"{name}.safetensors", words]) for name, words in (
+        ("twice", "each of them once"), ("below", "whole numbers from 0"), ("float", "whole numbers from 0"),
+        ("int_latents", "latents holds int32"), ("int_scores", "scores holds int32"),
+        ("cut", "not JSON"), ("null", "not a JSON object"), ("empty", "complete is missing"), ("deep", "nested too deep"),
+        ("print", "fingerprint cannot be []"), ("complete", "complete cannot be 1"),
+    )),
     ({"density_beta": 0.1, "human_latents": "sarm.safetensors", "reward_model": ["other"]},
      ["sarm.safetensors: latents by another reward model than other"]),
     ({"density_beta": 0.1, "human_latents": "dense.safetensors"}, ["dense.safetensors: latents by another reward model than sarm"]),

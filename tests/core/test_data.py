@@ -81,6 +81,9 @@ GOOD = '{"prompt": "a", "response": "b"}'
     (f"{GOOD}\n" + '{"prompt": "a", "response": 5}', 2, ["'response'", "string", "int"]),
     (f"{GOOD}\n" + '{"prompt": null, "response": "b"}', 2, ["'prompt'", "NoneType"]),
     (f"\n{GOOD}\n[1, 2]", 3, ["object", "prompt, response"]),
+    (f"{GOOD}\n" + '{"prompt": "a", "response": "\\ud800"}', 2, ["half of a character"]),
+    (f"{GOOD}\n" + '{"prompt": "a", "response": "b", "note": NaN}', 2, ["NaN is no finite number"]),
+    (f"{GOOD}\n" + "[" * 10**5, 2, ["nested too deep"]),
 ])  # fmt: skip
 def test_a_bad_row_gives_its_file_and_line(tmp_path, text, line, words):
     (tmp_path / "a.jsonl").write_text(text)
@@ -333,3 +336,15 @@ def test_chat_template():
     rows = [{"prompt": "w5", "response": "w9"}]
     assert encode(tokenizer, rows, "response", chat=True) == ([[3, 5, 4]], [[9, EOS]], 0)
     assert ready_prompts(tokenizer, rows, SimpleNamespace(), 4, chat=True) == [[3, 5, 4]]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[" + GOOD.encode() + b"]")
+    for name in ("a.jsonl", "a.json"):
+        assert read_rows(str(tmp_path / name), "sft") == [{"prompt": "a", "response": "b"}]
+
+
+def test_seeds_of_the_world_that_are_no_numbers():
+    for seed in ("x", "\u00b2", "-1", "1.0", " 1"):  # isdigit() takes a superscript 2, and int() does not
+        refuses(read_rows, f"world:{seed}", "pairs", match=["must be a whole number"])

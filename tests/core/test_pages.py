@@ -380,15 +380,12 @@ def every_flag():
         if is_test or not file.endswith(".py"):
             continue
         source = read(REPO / file)
-        declared = r"(?:add_argument\(|addoption\(|\"aliases\": \[)\s*\"--([\w-]+)\""
+        declared = r"(?:add_argument\(|addoption\(|aliases=\[)\s*\"--([\w-]+)\""
         flags |= set(re.findall(declared, source))
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef) and node.decorator_list:
                 fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
                 flags |= {field.target.id for field in fields}
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "make_parser":
-                # A study has a flag --NAME_flags for each script that it runs.
-                flags |= {f"{name.value}_flags" for name in node.args[2].elts}
     return flags
 
 

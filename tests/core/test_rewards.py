@@ -282,7 +282,35 @@ def test_a_bad_lexicon(tmp_path, text, line):
 def test_lexicons_without_words(tmp_path):
     (tmp_path / "words.tsv").write_text("\n")
     refuses(check_reward, str(tmp_path / "words.tsv"), match=["empty"])
+    (tmp_path / "words.tsv").write_text("very good\t1\n\u5f88\u597d\t2\n", encoding="utf-8")
+    refuses(check_reward, str(tmp_path / "words.tsv"), match=["none of its 2 lines can match a word of a text"])
+    (tmp_path / "words.tsv").write_bytes(b"good\t1\ncaf\xe9\t2\n")
+    refuses(check_reward, str(tmp_path / "words.tsv"), match=["words.tsv: not UTF-8"])
+    (tmp_path / "folder.tsv").mkdir()
+    refuses(check_reward, str(tmp_path / "folder.tsv"), match=["folder.tsv: cannot be read"])
     refuses(check_reward, str(tmp_path / "none.tsv"), match=["none.tsv", "no such file"])
+
+
+@pytest.mark.parametrize("text, words", [
+    ("good\t1\nvery good\t5\n", ["of its lines 1 can match no word of a text, such as 'very good'"]),  # two words
+    ("\t5\ngood\t1\n", ["1 can match no word", "such as ''"]),
+    ("good\t1\ncaf\u00e9\t2\n4ever\t3\n", ["2 can match no word", "such as 'caf\u00e9'"]),
+    ("good\t1\nGood\t3\ngood\t1\n", ["2 name a word again, whose last value counts, such as 'good'"]),
+    ("good\t5\ngood\t1\n :)\t1\n", ["1 can match no word of a text, such as ':)', and 1 name a word again"]),
+])  # fmt: skip
+def test_lines_of_a_lexicon_without_effect(tmp_path, capsys, text, words):
+    path = tmp_path / "words.tsv"
+    path.write_text(text, encoding="utf-8")
+    same(score(path, answers(["p"], ["very good good"])), [0.4])
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 1 and all(word in printed for word in (str(path), *words)), printed
+
+
+def test_a_lexicon_with_a_byte_order_mark(tmp_path, capsys):
+    path = tmp_path / "words.tsv"
+    path.write_bytes(b"\xef\xbb\xbfgood\t5\nbad\t-5\n")
+    same(score(path, answers(["p", "p"], ["good", "bad"])), [1.0, -1.0])
+    assert not capsys.readouterr().out
 
 
 def test_the_gold_of_the_world():

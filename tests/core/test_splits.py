@@ -11,8 +11,8 @@ import nanorlhf.data
 import sample_bon
 from nanorlhf import splits, world
 from nanorlhf.data import read_rows
-from nanorlhf.runtime.cli import RunConfig
 from nanorlhf.runtime.distributed import Dist
+from nanorlhf.runtime.flags import RunConfig
 from nanorlhf.runtime.log import RunFolder
 from nanorlhf.splits import load, load_splits
 

@@ -236,7 +236,7 @@ def test_files_of_all_kinds(tmp_path):
     ({"prompt": "p", "responses": ["a", 3]}, "field 'responses' must be a list of at least one string", 0),
     ({"prompt": "p", "response": "a"}, "--best_of needs the field 'scores'", 2),
     ({"prompt": "p", "responses": ["a", "b"], "scores": {"x": [1]}}, "scores of 'x' must be finite numbers, one for each answer", 2),
-    ({"prompt": "p", "response": "a", "scores": {"x": math.nan}}, "scores of 'x' must be finite numbers", 2),
+    ({"prompt": "p", "response": "a", "scores": {"x": math.nan}}, "not JSON (NaN is no finite number)", 2),
 ])  # fmt: skip
 def test_bad_rows(tmp_path, row, words, best):
     good = {"prompt": "p", "responses": ["a", "b"], "scores": {"x": [1, 2]}}

@@ -21,10 +21,11 @@ from transformers import (
 
 from nanorlhf.errors import InputError
 from nanorlhf.hf.blocks import FrozenTrunk, blocks, freeze, sampling, speed_up, trainable
-from nanorlhf.models import Policy, context_length, load_reward_model, reference_of, save_policy
+from nanorlhf.hf.folders import context_length
+from nanorlhf.models import Policy, load_reward_model, reference_of, save_policy
 from nanorlhf.rollout import generate, left_pad
-from nanorlhf.runtime.cli import RunConfig
 from nanorlhf.runtime.distributed import fast_dtype
+from nanorlhf.runtime.flags import RunConfig
 
 EMBEDDINGS = {"neox": ("gpt_neox.embed_in.",), "llama": ("model.embed_tokens.",), "gpt2": ("transformer.wte.", "transformer.wpe.")}
 BLOCK = {"neox": "gpt_neox.layers.{}.", "llama": "model.layers.{}.", "gpt2": "transformer.h.{}."}

@@ -6,6 +6,7 @@
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -38,13 +39,14 @@ import nanorlhf.models
 import train_rm
 from nanorlhf import world
 from nanorlhf.errors import InputError
+from nanorlhf.hf import lora
 from nanorlhf.hf.adapters import load_adapter, save_adapter
 from nanorlhf.hf.blocks import trainable
+from nanorlhf.hf.folders import check_model
 from nanorlhf.hf.lora import LoRA, adapters, adapters_off, add_lora, matching, merge
 from nanorlhf.models import (
     Policy,
     WithoutAdapters,
-    check_model,
     fingerprint,
     load_policy,
     load_reward_model,
@@ -416,6 +418,15 @@ def config_error(**changes):
     return lambda folder, base: by_hand(folder, base, **changes)
 
 
+def notes_error(notes):
+    def write(folder, base):
+        by_hand(folder, base)
+        with open(os.path.join(folder, "nanorlhf.json"), "w") as f:
+            json.dump(notes, f)
+
+    return write
+
+
 def rewrite(change):
     """The adapter by hand, with its tensors changed."""
 
@@ -442,14 +453,14 @@ def spoil(name, content):
 
 NAME = "base_model.model.transformer.h.1.attn.c_attn."
 BROKEN = {  # {what: (how to write it, what the error says, whether it is found before any model is loaded)}
-    "not json": (spoil("adapter_config.json", lambda whole: whole[:99]), "adapter_config.json: not JSON", True),
+    "not json": (spoil("adapter_config.json", lambda whole: whole[:99]), "adapter_config.json:1: not JSON", True),
     "not an object": (spoil("adapter_config.json", lambda whole: b"[1]"), "not a JSON object", True),
     "another method": (config_error(peft_type="IA3"), "IA3", True),
-    "no rank": (config_error(r=None), ": r is missing or wrong", True),
-    "rank 0": (config_error(r=0), ": r is missing or wrong", True),
+    "no rank": (config_error(r=None), ": r cannot be None", True),
+    "rank 0": (config_error(r=0), ": r cannot be 0", True),
     "rank 3": (config_error(r=3), r"another model: .*c_attn.lora_A.weight is \[2, 32\], not \[3, 32\]", False),
-    "no layers": (config_error(target_modules=None), "target_modules is missing", True),
-    "no base": (config_error(base_model_name_or_path=None), "base_model_name_or_path is missing", True),
+    "no layers": (config_error(target_modules=None), "target_modules cannot be None", True),
+    "no base": (config_error(base_model_name_or_path=None), "base_model_name_or_path cannot be None", True),
     "base gone": (config_error(base_model_name_or_path="/no/such/base"), "/no/such/base is gone", True),
     "dora": (config_error(use_dora=True), "use_dora = True, which is not supported", True),
     "rslora": (config_error(use_rslora=True), "use_rslora", True),
@@ -459,6 +470,26 @@ BROKEN = {  # {what: (how to write it, what the error says, whether it is found 
     "some layers": (config_error(layers_to_transform=[0]), "layers_to_transform", True),
     "a base that was changed": (config_error(init_lora_weights="pissa"), "init_lora_weights = 'pissa'", True),
     "a whole module": (config_error(modules_to_save=["lm_head"]), "modules_to_save", True),
+    "rank a text": (config_error(r="2"), ": r cannot be '2'", True),
+    "rank true": (config_error(r=True), ": r cannot be True", True),
+    "alpha a text": (config_error(lora_alpha="x"), ": lora_alpha cannot be 'x'", True),
+    "alpha NaN": (config_error(lora_alpha=float("nan")), "NaN is no finite number", True),
+    "alpha beyond floats": (config_error(lora_alpha=10**400), "lora_alpha cannot be 1000", True),
+    "dropout 2": (config_error(lora_dropout=2), r"lora_dropout must lie in \[0, 1\)", True),
+    "dropout NaN": (config_error(lora_dropout=float("nan")), "NaN is no finite number", True),
+    "layers 5": (config_error(target_modules=5), "target_modules cannot be 5", True),
+    "layers of numbers": (config_error(target_modules=["c_attn", 5]), "target_modules cannot be", True),
+    "modules to save 5": (config_error(modules_to_save=5), "modules_to_save cannot be 5", True),
+    "base 5": (config_error(base_model_name_or_path=5), "base_model_name_or_path cannot be 5", True),
+    "base a note of 5": (notes_error({"base": 5}), "nanorlhf.json: base cannot be 5", True),
+    "a mean of text": (notes_error({"reward_mean": "0"}), "nanorlhf.json: reward_mean cannot be '0'", True),
+    "notes a list": (notes_error([]), "nanorlhf.json: not a JSON object", True),
+    "layers of another name": (config_error(target_modules=["c_proj"]), "are not among its target_modules", False),
+    "NaN": (rewrite(lambda t: t[NAME + "lora_B.weight"].fill_(float("nan"))), "lora_B.weight holds numbers that are not finite", False),
+    "whole numbers": (rewrite(lambda t: t.update({NAME + "lora_B.weight": torch.ones(96, 2, dtype=torch.int32)})), "int32", False),
+    "a head of no classifier": (rewrite(lambda t: t.update({"base_model.model.score.weight": torch.ones(1, 32)})),
+                                "score.weight has no place", False),
+    "a huge alpha": (config_error(lora_alpha=1e60), "holds numbers that are not finite", False),
     "a field of the future": (config_error(use_magic=True), "use_magic", True),
     "no tensors": (spoil("adapter_model.safetensors", None), "without adapter_model.safetensors", True),
     "half of the tensors": (spoil("adapter_model.safetensors", lambda whole: whole[: len(whole) // 2]), "safetensors: cannot be", False),
@@ -481,6 +512,36 @@ def test_broken_adapters(bases, tmp_path, what):
         with pytest.raises(InputError, match=message) as e:
             function(str(tmp_path))
         assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+@pytest.mark.parametrize("links", [{"a": "a"}, {"a": "b", "b": "a"}, {"a": "b", "b": "c", "c": "b"}, {"a": "a/."}, {"a": "run"}])
+def test_adapters_in_a_circle(bases, tmp_path, links):
+    """The base of the base of the base: it leads back, by other names of one folder too. Every door says so, and none goes round."""
+    for name, base in links.items():
+        by_hand(str(tmp_path / name), str(tmp_path / base))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model").symlink_to(tmp_path / "a")
+    for function in (check_model, load_tokenizer, load_policy, fingerprint):
+        with pytest.raises(InputError, match="leads back to") as e:
+            function(str(tmp_path / "a"))
+        assert "\n" not in str(e.value) and str(tmp_path / "a") in str(e.value)
+
+
+@pytest.mark.parametrize("pattern", [r"(((a|.)+)+)+!", r"(.*)*!", ".*" * 40 + "!", ".?" * 60 + "!"])
+def test_a_search_without_end(monkeypatch, pattern):
+    monkeypatch.setattr(lora, "SEARCH_SECONDS", 0.05)
+    lm = tiny_lm("neox")
+    for given in (pattern, [pattern]):
+        with pytest.raises(InputError, match="takes too long"):
+            add_lora(lm, given)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert not adapters(lm)
+
+
+def test_patterns_that_are_none():
+    for pattern in ("(", "a{1,99999999999999999999}", "(?P<a"):
+        with pytest.raises(InputError, match="not a regular expression"):
+            add_lora(tiny_lm("neox"), [pattern])
 
 
 def test_adapters_in_the_wrong_place(bases, tmp_path):

@@ -183,6 +183,9 @@ def test_a_model_of_unknown_words(material, tmp_path, capsys, pictures):
     tokenizer = world.tokenizer()
     tokenizer.add_tokens(["unheard-of"])
     tokenizer.save_pretrained(other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(other)
     run_probe(*flags("features", material, tmp_path / "out", model=other))
     found = summary(tmp_path / "out")["saes"][str(material / "sae")]
     assert len(found["features"]) == 3 and "concepts" not in found and "concepts" not in capsys.readouterr().out

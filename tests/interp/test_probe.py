@@ -185,12 +185,14 @@ def test_bad_input(material, tmp_path, capfd):
     assert "highest:K" in error(layers="top")
     assert "no such model folder" in error(policy=material / "nothing")
     assert "no such file" in error(dataset=tmp_path / "none.jsonl")
-    assert "--sites must be some of mlp, attention, residual" in error(sites=["head"])
+    assert "--sites must be one of mlp, attention, residual" in error(sites=["head"])
     assert "--kind must be one of" in error(kind="texts")
     words = world.tokenizer()
     words.add_tokens(["zebra"])
     folder = tmp_path / "zebra"
-    save_policy(load_policy(str(material / "policy"), value_head=False), words, str(folder))
+    policy = load_policy(str(material / "policy"), value_head=False)
+    policy.lm.resize_token_embeddings(len(words))
+    save_policy(policy, words, str(folder))
     assert "have different tokenizers" in error(policy=folder)
     assert not (tmp_path / "out").exists()
 
@@ -207,7 +209,7 @@ def test_commands_are_listed(capfd):
     with pytest.raises(SystemExit) as exit_:
         run_probe("divergence", "--help")
     shown = capfd.readouterr().out
-    assert exit_.value.code == 0 and "--policy" in shown and "How far a policy has moved" in shown and "divergence [-h]" in shown
+    assert exit_.value.code == 0 and "--policy" in shown and "How far a policy has moved" in shown and "divergence [flags]" in shown
     assert f"no command 'nothing'; there are {', '.join(probe.COMMANDS)}" in probe_refused(capfd, "nothing")
     assert "unrecognized arguments: --nothing" in probe_refused(capfd, "divergence", "--nothing", "1")
 
@@ -289,7 +291,7 @@ def test_latents_that_never_fire_are_left_out(autoencoders, tmp_path, capfd):
     table = cosines(directions["seed_0"], directions["seed_2"])
     assert row["mmcs"] == pytest.approx(sum(max(table[i]) for i in alive) / 10, abs=1e-5) and row["features_a"] == 10
     assert sorted(i for i, _, _ in row["best"]) == alive and all(table[i][j] == pytest.approx(x, abs=1e-5) for i, j, x in row["best"])
-    for tensors, words in (({"sparsity": torch.zeros(3)}, "[3] rates of 12 latents"), ({"x": torch.zeros(3)}, "cannot be read")):
+    for tensors, words in (({"sparsity": torch.zeros(3)}, "sparsity is [3], not [12]"), ({"x": torch.zeros(3)}, "sparsity is missing")):
         save_file(tensors, str(tmp_path / "seed_0" / "sparsity.safetensors"))
         assert words in probe_refused(capfd, "mmcs", "--a", tmp_path / "seed_0", "--b", tmp_path / "seed_2", "--output_dir", tmp_path / "new")
 

@@ -97,6 +97,12 @@ def change(path, **fields):
     (path / "cfg.json").write_text(json.dumps({**cfg, **fields}))
 
 
+def ours(path, **fields):
+    """Change what cfg.json says of our own standardisation."""
+    notes = json.loads((path / "cfg.json").read_text())["metadata"]
+    change(path, metadata={**notes, "nanorlhf": {**notes["nanorlhf"], **fields}})
+
+
 def weights(path, **tensors):
     save_file({**load_file(path / "sae_weights.safetensors"), **tensors}, path / "sae_weights.safetensors")
 
@@ -105,7 +111,7 @@ def weights(path, **tensors):
     "harm, match",
     [
         (lambda p: (p / "cfg.json").unlink(), "cfg.json is missing"), (lambda p: (p / "cfg.json").write_text("{"), "not JSON"),
-        (lambda p: (p / "cfg.json").write_text("[]"), "not the configuration"),
+        (lambda p: (p / "cfg.json").write_text("[]"), "not a JSON object"),
         (lambda p: change(p, architecture="gated"), "'gated' is not"),
         (lambda p: change(p, architecture="standard", activation_fn_str="topk"), "'topk' is not computed"),
         (lambda p: change(p, k=0), "k must be"),
@@ -116,6 +122,14 @@ def weights(path, **tensors):
         (lambda p: change(p, apply_b_dec_to_input=False), "apply_b_dec"),
         (lambda p: (p / "sae_weights.safetensors").unlink(), "safetensors is missing"),
         (lambda p: (p / "sae_weights.safetensors").write_bytes(b"12345678901"), "cannot be read"),
+        (lambda p: change(p, metadata="x"), "metadata cannot be 'x'"), (lambda p: change(p, architecture=3), "architecture cannot be 3"),
+        (lambda p: change(p, metadata={"layer": "1"}), "layer cannot be '1'"), (lambda p: change(p, metadata={"model": 5}), "model cannot be"),
+        (lambda p: change(p, metadata={"nanorlhf": "x"}), "nanorlhf cannot be 'x'"),
+        (lambda p: ours(p, scale="1"), "scale cannot be '1'"), (lambda p: ours(p, scale=torch.nan), "NaN is no finite number"),
+        (lambda p: ours(p, scale=0), "by a scale of 0"), (lambda p: ours(p, scale=-2.0), "by a scale of -2"),
+        (lambda p: ours(p, normalize="x"), "no standardisation 'x'"), (lambda p: ours(p, tied=1), "tied cannot be 1"),
+        (lambda p: change(p, k=True), "k must be"), (lambda p: change(p, d_sae=20.0), "d_sae must be"),
+        (lambda p: weights(p, W_enc=torch.ones(D, M, dtype=torch.int32)), "W_enc holds int32"),
         (lambda p: weights(p, b_enc=torch.full((M,), torch.nan)), "b_enc holds"), (lambda p: weights(p, W_dec=randn(3, D)), "W_dec is"),
     ],
 )  # fmt: skip

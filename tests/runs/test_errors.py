@@ -199,7 +199,7 @@ def bad_files(here):
     ("object.json", ["object.json", "one list of rows"]),
     ("none.json", ["none.json: no rows"]),
     ("broken.json", ["broken.json:3: not JSON"]),
-    ("latin.jsonl", ["latin.jsonl: cannot be read"]),
+    ("latin.jsonl", ["latin.jsonl:1: not UTF-8"]),
     ("not.jsonl.gz", ["not.jsonl.gz: cannot be read"]),
     ("one.jsonl", ["one.jsonl: 1 different prompts are too few"]),
 ])  # fmt: skip
@@ -249,7 +249,7 @@ def no_tokenizer():
     (lambda: os.rename("model/model.safetensors", "model/pytorch_model.bin"), ["model: no weights (*.safetensors)"]),  # pickle is never read
     (lambda: os.remove("model/config.json"), ["model: a folder without config.json is no model"]),
     (lambda: Path("model/config.json").write_text("{oops"), ["model: "]),
-    (half_the_weights, ["model: cannot be loaded"]),
+    (half_the_weights, ["model/model.safetensors: cannot be read"]),
     (no_tokenizer, ["model: ", "tokenizer"]),
 ], ids=["no EOS", "no weights", "pickle", "no config", "broken config", "half the weights", "no tokenizer"])  # fmt: skip
 def test_bad_models(here, capfd, kind, damage, words):

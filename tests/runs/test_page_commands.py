@@ -365,7 +365,7 @@ def parse(script, args):
 def flags_of(script, args):
     """The values of all flags, given or not, before anything is made of them."""
     config_class, _, args, _ = config_of(script, args)
-    return vars(cli.Parser(config_class).parse_args(args))
+    return vars(cli.Parser(script, "", config_class).parse_args(args))
 
 
 def size_flags(script, args):

@@ -795,7 +795,7 @@ GOOD = {"prompt": "p", "responses": ["a", "b"], "gold_scores": [1, 2]}
     ({"instruction": "p", "input": ["q"], "answers": ["a"]}, ["instruction and input must be strings"]),
     ({"instruction": "p", "input": "q"}, ["'responses'"]),
     ({**GOOD, "gold_scores": [1]}, ["1 gold_scores for 2 responses"]),
-    ({**GOOD, "gold_scores": [1, math.nan]}, ["'gold_scores' must be a list of finite numbers"]),
+    ({**GOOD, "gold_scores": [1, math.nan]}, ["NaN is no finite number"]),
     ({**GOOD, "gold_scores": [1, -math.inf]}, ["finite"]),
     ({**GOOD, "gold_scores": [1, 10**400]}, ["finite"]),
     ({**GOOD, "gold_scores": [1, True]}, ["finite"]),
@@ -931,7 +931,7 @@ def test_prompts(tmp_path):
     (["--model", "./lost"], ["./lost", "no such model folder"]),
     (["--pool", "lost.jsonl", "--reward_model", "good.py:the"], ["lost.jsonl", "no such file"]),
     (["--pool", "bad.jsonl", "--reward_model", "good.py:the"], ["bad.jsonl:2", "'responses'"]),
-    (["--device", "tpu"], ["--device must be auto, cpu or cuda"]),
+    (["--device", "tpu"], ["--device must be one of auto, cpu, cuda"]),
 ])  # fmt: skip
 def test_bad_flags(tmp_path, monkeypatch, capsys, args, words):
     """Exit code 2, one line that says what is wrong, and nothing on disk."""

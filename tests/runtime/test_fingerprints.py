@@ -126,7 +126,8 @@ def test_an_adapter_brings_the_models_below_it(tmp_path, monkeypatch):
         if base:
             Path(name, "adapter_config.json").write_text(json.dumps(adapter | {"base_model_name_or_path": base}))
     assert input_paths({"model": "second"}) == ["second", "first", "base"]
-    assert input_paths({"model": "circle"}) == ["circle"]
+    with pytest.raises(InputError, match="circle: an adapter whose base model leads back to"):
+        input_paths({"model": "circle"})
 
 
 # Settings that are texts and yet name no input of a run: choices, places for output, numbers as text.
