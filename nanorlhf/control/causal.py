@@ -31,9 +31,9 @@ from ..stats import mean_over_groups, percentiles
 from .feature_rewards import LatentFlags, load_feature_reward, parse_edits
 from .latent_texts import (
     PairFlags,
-    encoded,
+    encode_texts,
     groups_of,
-    opened,
+    open_run,
     read_all,
     read_answers,
 )
@@ -131,17 +131,17 @@ def causal(config):
     so that the same cap or floor does more or less to it.
     """
     edits = parse_edits("edits", config.edits)
-    dist, folder, tokenizer, max_length = opened(config, edits)
+    dist, folder, tokenizer, max_length = open_run(config, edits)
 
     # The texts: both sides of the held-out pairs, and all answers of the pool, row after row.
     _, pairs, _ = load(config, "pairs")
     pool_rows = read_pool(config)
     texts = {}
     for side in SIDES:
-        texts[side] = encoded(config, tokenizer, pairs, side, max_length)
+        texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
     if pool_rows:
         answers = flatten_pool(pool_rows)
-        texts["pool"] = encoded(config, tokenizer, answers, "response", max_length)
+        texts["pool"] = encode_texts(config, tokenizer, answers, "response", max_length)
     groups = groups_of([row["prompt"] for row in pairs])  # [N]
 
     reward = load_feature_reward(
@@ -378,17 +378,17 @@ def steer(config):
     edits = parse_edits("edits", config.edits) or parse_edits("weights", config.weights)
     if config.save:
         check_can_write(config.save)
-    dist, folder, tokenizer, max_length = opened(config, edits)
+    dist, folder, tokenizer, max_length = open_run(config, edits)
 
     # The texts: those of a file, or both sides of the held-out pairs.
     texts = {}
     if config.texts:
         answers = read_answers(config.texts)
-        texts["text"] = encoded(config, tokenizer, answers, "response", max_length)
+        texts["text"] = encode_texts(config, tokenizer, answers, "response", max_length)
     else:
         _, pairs, _ = load(config, "pairs")
         for side in SIDES:
-            texts[side] = encoded(config, tokenizer, pairs, side, max_length)
+            texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
 
     reward = load_feature_reward(
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype

@@ -33,10 +33,10 @@ from .feature_rewards import LatentFlags, load_feature_reward
 from .latent_stats import contrast, score_gaps, separation
 from .latent_texts import (
     PairFlags,
-    encoded,
+    encode_texts,
     groups_of,
-    matched,
-    opened,
+    match_answers,
+    open_run,
     read_all,
     read_answers,
 )
@@ -116,7 +116,7 @@ def latents(config):
     detects a thing, and reward the thing through others: compare score_gap.
     """
     named_ids = parse_ids(config.features)
-    dist, folder, tokenizer, max_length = opened(config, named_ids)
+    dist, folder, tokenizer, max_length = open_run(config, named_ids)
     check_explainer(config)
     texts, prompts = read_texts(config, tokenizer, max_length)
     reward = load_feature_reward(
@@ -193,16 +193,16 @@ def read_texts(config, tokenizer, max_length):
     if config.dataset:
         _, pairs, _ = load(config, "pairs")  # the held-out ones
         for side in SIDES["pairs"]:
-            texts[side] = encoded(config, tokenizer, pairs, side, max_length)
+            texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
         prompts["pairs"] = [row["prompt"] for row in pairs]
 
     if config.answers:
         files = (config.answers, config.against)
         after = read_answers(config.answers)
         before = read_answers(config.against)
-        after, before = matched(after, before, files)
-        texts["after"] = encoded(config, tokenizer, after, "response", max_length)
-        texts["before"] = encoded(config, tokenizer, before, "response", max_length)
+        before = match_answers(after, before, files)
+        texts["after"] = encode_texts(config, tokenizer, after, "response", max_length)
+        texts["before"] = encode_texts(config, tokenizer, before, "response", max_length)
         prompts["policy"] = [row["prompt"] for row in after]
     return texts, prompts
 
