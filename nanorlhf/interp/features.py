@@ -25,7 +25,7 @@ from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags
 from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import parse_ids, results_folder, save
-from .activation_store import Tokens, from_models, hold_out, opened, token_rows, where
+from .activation_store import Tokens, from_models, hold_out, open_autoencoder, token_rows, where
 from .concepts import encoded
 from .explainer import check_explainer, explain
 from .known_concepts import CONTROLS, SCORES, is_world_model, known_concepts
@@ -82,7 +82,7 @@ def features(config):
     folder = results_folder(config, dist)
     check_explainer(config)
     paths = folders(config.sae)
-    found = {path: opened(config, path) for path in paths}  # all errors of folders before any model is loaded
+    found = {path: open_autoencoder(config, path) for path in paths}  # all errors of folders before any model is loaded
     rows, lms, results = data.read_rows(config.dataset, config.kind, config.columns), {}, {}
     for path, (sae, model, place) in found.items():
         if model not in lms:
