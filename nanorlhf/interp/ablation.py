@@ -41,7 +41,7 @@ from ..runtime.rng import SPLIT
 from ..sae import SparseAutoencoder
 from ..splits import load
 from ..stats import bootstrap
-from .activation_store import Tokens, from_models, opened, where
+from .activation_store import Tokens, from_models, open_autoencoder, where
 from .concepts import alike, encoded, feature_aucs
 from .known_concepts import FEWEST, concept_table, is_world_model, next_ids
 from .probe_flags import PlaceFlags
@@ -166,7 +166,7 @@ def ablate(config):
     dist = setup(config.device)
     require(dist.world == 1, "probe.py ablate runs on one process")
     folder = results_folder(config, dist)
-    sae, model, place = opened(config, config.sae)
+    sae, model, place = open_autoencoder(config, config.sae)
     model_config, tokenizer = check_model(model), load_tokenizer(model)
     for spec in config.reward:
         check_reward(spec)

@@ -362,10 +362,10 @@ def test_features_of_sparse_autoencoders_stand_beside_activations(base, tmp_path
 def test_the_layers_are_those_that_have_autoencoders(tmp_path):
     for name in ("10_mlp", "3_mlp", "2_residual", "notes_mlp"):
         (tmp_path / "policy" / name).mkdir(parents=True)
-    assert implicit_reward.layers_of(RewardConfig(sae=str(tmp_path))) == "3,10"
-    assert implicit_reward.layers_of(RewardConfig(sae=str(tmp_path), site="residual")) == "2"
+    assert implicit_reward.list_layers(RewardConfig(sae=str(tmp_path))) == "3,10"
+    assert implicit_reward.list_layers(RewardConfig(sae=str(tmp_path), site="residual")) == "2"
     with pytest.raises(InputError, match="no autoencoder of a layer's attention"):
-        implicit_reward.layers_of(RewardConfig(sae=str(tmp_path), site="attention"))
+        implicit_reward.list_layers(RewardConfig(sae=str(tmp_path), site="attention"))
 
 
 def test_one_seed_has_no_interval(base, tmp_path):
