@@ -1,11 +1,17 @@
-"""Adapter folders in the format of PEFT: adapter_config.json and adapter_model.safetensors. The adapters are lora.py's.
+"""Adapter folders in PEFT's format. The adapters themselves are lora.py's.
 
-The adapter's base model stays where it is, and is named in the config. A reward model's mean, for which PEFT has no place, is in
-nanorlhf.json beside them.
+    adapter_config.json          rank, alpha, layers, and the name of the base model
+    adapter_model.safetensors    A and B of each layer, and a classifier's head
+    nanorlhf.json                what PEFT has no place for: a reward model's mean, and the base
+                                 model's folder as seen from this one
+
+The base model stays where it is: a folder names it and does not hold it.
 """
 
 import os
+from collections.abc import Callable
 
+import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -16,167 +22,282 @@ from ..runtime.tensors import check_tensors
 from ..runtime.tensors import read_tensors as read_file
 from .lora import HEADS, adapters, matching, merge, put_adapter, shape_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NOTES = "nanorlhf.json"  # what PEFT's two files have no place for: {"reward_mean": x, "base": path relative to the adapter folder}
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+NOTES = "nanorlhf.json"
 PREFIX = "base_model.model."  # of PEFT's tensor names
 
-# Fields of adapter_config.json that are understood here, or say nothing of what the adapter computes.
-UNDERSTOOD = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save",
-              "bias", "init_lora_weights", "fan_in_fan_out", "inference_mode", "peft_version", "auto_mapping", "megatron_core",
-              "qalora_group_size"}  # fmt: skip
+# Fields of adapter_config.json that are read here, or say nothing about what the adapter computes.
+UNDERSTOOD = {
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout",
+    "target_modules", "modules_to_save", "bias", "init_lora_weights", "fan_in_fan_out",
+    "inference_mode", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size",
+}  # fmt: skip
 
-
-FIELDS = {"r": int, "lora_alpha": float, "lora_dropout": float}
-FIELDS |= {"target_modules": str | list[str], "base_model_name_or_path": str}
-FIELDS |= {"task_type": str | None, "bias": str | None, "modules_to_save": list[str] | None}
+# The types of fields that are read here; see files.is_of_type.
+FIELDS = {
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float,
+    "target_modules": str | list[str],
+    "base_model_name_or_path": str,
+    "task_type": str | None,
+    "bias": str | None,
+    "modules_to_save": list[str] | None,
+}
 NOTE_FIELDS = {"base": str | None, "reward_mean": float | None}
 
 
-def resolve(path):
-    """A run folder stands for the model/ inside it; anything else is a model folder, an adapter folder or a hub name.
+# ------------------------------------------------------------------------------ names of models
 
-    Whatever opens a model's files (check_..., load_..., is_...) calls this itself: names are handed on as they were given.
+
+def resolve(path: str) -> str:
+    """A run folder stands for the model/ inside it; any other name is given back as it is.
+
+    Whatever opens a model's files (check_..., load_..., is_...) calls this itself: names are handed
+    on as they were given.
     """
     require(path, "a model without a name: '' is neither a folder nor a hub name")
     inner = os.path.join(path, "model")
-    return inner if os.path.isfile(os.path.join(inner, "config.json")) or is_adapter(inner) else path
+    has_model = os.path.isfile(os.path.join(inner, "config.json"))
+    if has_model or is_adapter(inner):
+        return inner
+    return path
 
 
-def is_adapter(path):
+def is_adapter(path: str) -> bool:
     """Whether this folder holds an adapter rather than a model."""
     return os.path.isfile(os.path.join(path, CONFIG))
 
 
-def save_model(lm, path):
-    """What a run trained: the adapter where there is one, else the whole model."""
-    if not adapters(lm):
-        return lm.save_pretrained(path)
-    save_adapter(lm, path, lm.name_or_path)
+# --------------------------------------------------------------------------------------- writing
 
 
-def save_adapter(lm, path, base):
-    """adapter_config.json and adapter_model.safetensors, as PEFT writes them; the model itself stays in `base`, a folder or hub name.
+def save_model(lm, path: str):
+    """Save what a run trained: the adapter where there is one, else the whole model."""
+    if adapters(lm):
+        save_adapter(lm, path, lm.name_or_path)
+    else:
+        lm.save_pretrained(path)
 
-    A folder's name is stored whole, and relative to `path` in nanorlhf.json: the two may be moved together. Pitfall: where `base` is
-    an adapter folder itself, load_policy() follows; for PEFT merge that one first.
+
+def save_adapter(lm, path: str, base: str):
+    """Write an adapter folder as PEFT does; the model itself stays in `base`, a folder or hub name.
+
+    A folder's name is stored whole, and in nanorlhf.json relative to `path`: the two may be moved
+    together. InputError: no base. Pitfall: `base` may be an adapter folder itself, which
+    load_policy() follows; for PEFT, merge that one first.
     """
     if not base:
-        raise InputError("an adapter needs a saved base model: this one was never loaded from anywhere")
+        raise InputError(
+            "an adapter needs a saved base model: this one was never loaded from anywhere"
+        )
     os.makedirs(path, exist_ok=True)
-    layers, local = adapters(lm), os.path.isdir(base)
-    tensors = {f"{PREFIX}{name}.lora_{x}.weight": getattr(layer, f"lora_{x}") for name, layer in layers.items() for x in "AB"}
-    heads = [head for head in HEADS if hasattr(lm, head)]
-    tensors |= {f"{PREFIX}{head}.{name}": p for head in heads for name, p in getattr(lm, head).named_parameters()}
-    save_file({name: p.detach().contiguous() for name, p in tensors.items()}, os.path.join(path, WEIGHTS), {"format": "pt"})
-    one = next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if heads else "CAUSAL_LM", "inference_mode": True, "revision": None,
-        "base_model_name_or_path": os.path.abspath(base) if local else base,
-        "r": len(one.lora_A), "lora_alpha": int(one.alpha) if one.alpha == int(one.alpha) else one.alpha, "lora_dropout": one.dropout.p,
-        "target_modules": sorted(layers), "modules_to_save": heads or None, "bias": "none", "init_lora_weights": True,
-        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
-        "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
-    }  # fmt: skip
-    notes = {"base": os.path.relpath(base, path)} if local else {}
+    save_file(tensors_to_save(lm), os.path.join(path, WEIGHTS), {"format": "pt"})
+
+    notes = {}
+    if os.path.isdir(base):
+        notes["base"] = os.path.relpath(base, path)
+        base = os.path.abspath(base)
     if hasattr(lm.config, "reward_mean"):
         notes["reward_mean"] = lm.config.reward_mean
-    write_json(os.path.join(path, CONFIG), config)
+    write_json(os.path.join(path, CONFIG), config_to_save(lm, base))
     write_json(os.path.join(path, NOTES), notes)
 
 
-def read_notes(path: str) -> dict:
-    """What nanorlhf.json says of an adapter folder; {} where there is none."""
-    file = os.path.join(path, NOTES)
-    return read_object(file, NOTE_FIELDS) if os.path.isfile(file) else {}
+def tensors_to_save(lm) -> dict[str, torch.Tensor]:
+    """A and B of each adapter, and the head of a classifier, by PEFT's names for them."""
+    parameters = {}
+    for name, layer in adapters(lm).items():
+        parameters[f"{name}.lora_A.weight"] = layer.lora_A
+        parameters[f"{name}.lora_B.weight"] = layer.lora_B
+    for head in heads_of(lm):
+        for name, p in getattr(lm, head).named_parameters():
+            parameters[f"{head}.{name}"] = p
+    return {PREFIX + name: p.detach().contiguous() for name, p in parameters.items()}
 
 
-def read_config(path):
-    """The adapter_config.json of a folder; an InputError names what is wrong with it or is not supported here.
+def config_to_save(lm, base: str) -> dict:
+    """The content of adapter_config.json. All adapters of a model have one rank and one alpha."""
+    layers = adapters(lm)
+    heads = heads_of(lm)
+    one = next(iter(layers.values()))
+    alpha = one.alpha
+    if alpha == int(alpha):
+        alpha = int(alpha)
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "inference_mode": True,
+        "revision": None,
+        "base_model_name_or_path": base,
+        "r": len(one.lora_A),
+        "lora_alpha": alpha,
+        "lora_dropout": one.dropout.p,
+        "target_modules": sorted(layers),
+        "modules_to_save": heads or None,
+        "bias": "none",
+        "init_lora_weights": True,
+        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
 
-    Its base model is looked for where it was when the adapter was saved, then where it was as seen from the adapter folder. A base
-    that is an adapter folder again must lead to a model in the end, not back.
+
+def heads_of(lm) -> list[str]:
+    """The names of a classifier's heads; none for a language model."""
+    return [head for head in HEADS if hasattr(lm, head)]
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def read_config(path: str) -> dict:
+    """The adapter_config.json of a folder. InputError: it is wrong, or asks for what is not here.
+
+    The base model is looked for where it was when the adapter was saved, then where it was as seen
+    from the adapter folder. A base that is an adapter folder again must lead to a model in the end,
+    not back.
     """
     config = read_one_config(path)
-    base, seen = config["base_model_name_or_path"], {os.path.realpath(path)}
-    while is_adapter(resolve(base)):
-        base = resolve(base)
+    base = resolve_base(config)
+    seen = {os.path.realpath(path)}
+    while is_adapter(base):
         is_new = os.path.realpath(base) not in seen
-        require(is_new, f"{path}: an adapter whose base model leads back to {base}, an adapter itself")
+        require(
+            is_new, f"{path}: an adapter whose base model leads back to {base}, an adapter itself"
+        )
         seen.add(os.path.realpath(base))
-        base = read_one_config(base)["base_model_name_or_path"]
+        base = resolve_base(read_one_config(base))
     return config
 
 
-def read_one_config(path):
-    """read_config(), but that the base model is not looked at."""
+def resolve_base(config: dict) -> str:
+    """The folder or hub name of the base model that an adapter_config.json names."""
+    return resolve(config["base_model_name_or_path"])
+
+
+def read_one_config(path: str) -> dict:
+    """The adapter_config.json of a folder, without a look at what the base model is."""
     file = os.path.join(path, CONFIG)
     config = read_object(file)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{file}: no LoRA adapter (its peft_type is {shorten(config.get('peft_type'))})")
+    check_adapter_config(config, file)
+    if not os.path.isfile(os.path.join(path, WEIGHTS)):
+        raise InputError(f"{path}: an adapter without {WEIGHTS}")
+
+    # A base model that is not in its old place may have been moved together with this folder.
+    notes = read_notes(path)
+    base = config["base_model_name_or_path"]
+    if not os.path.isdir(base):
+        beside = os.path.join(path, notes.get("base") or "?")
+        if os.path.isdir(beside):
+            config["base_model_name_or_path"] = os.path.normpath(beside)
+        elif os.path.isabs(base):
+            raise InputError(
+                f"{path}: its base model {base} is gone; write its new place into {CONFIG} "
+                "(base_model_name_or_path)"
+            )
+    return config
+
+
+def check_adapter_config(config: dict, file: str):
+    """InputError where adapter_config.json holds what no adapter can have, or is not supported."""
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise InputError(f"{file}: no LoRA adapter (its peft_type is {shorten(peft_type)})")
     check_fields(config, FIELDS, file)
     for name in ("r", "lora_alpha", "target_modules", "base_model_name_or_path"):
         require(config[name], f"{file}: {name} cannot be {config[name]!r}")
-    require(config["r"] > 0, f"{file}: r cannot be {config['r']}")
-    require(0 <= config["lora_dropout"] < 1, f"{file}: lora_dropout must lie in [0, 1), not be {config['lora_dropout']}")
-    odd = [name for name, value in config.items() if value and name not in UNDERSTOOD]
-    odd += ["bias"] * (config.get("bias", "none") != "none")
-    odd += ["init_lora_weights"] * (config.get("init_lora_weights", True) not in (True, False, "gaussian"))  # others change the base
-    odd += ["modules_to_save"] * (not set(config.get("modules_to_save") or []) <= set(HEADS))
-    if odd:
-        raise InputError(f"{file}: the adapter uses {odd[0]} = {shorten(config[odd[0]])}, which is not supported; merge it with PEFT first")
-    if not os.path.isfile(os.path.join(path, WEIGHTS)):
-        raise InputError(f"{path}: an adapter without {WEIGHTS}")
-    base, beside = config["base_model_name_or_path"], os.path.join(path, read_notes(path).get("base") or "?")
-    if not os.path.isdir(base) and os.path.isdir(beside):
-        config["base_model_name_or_path"] = os.path.normpath(beside)
-    elif os.path.isabs(base) and not os.path.isdir(base):
-        raise InputError(f"{path}: its base model {base} is gone; write its new place into {CONFIG} (base_model_name_or_path)")
-    return config
+    rank = config["r"]
+    require(rank > 0, f"{file}: r cannot be {rank}")
+    dropout = config["lora_dropout"]
+    require(0 <= dropout < 1, f"{file}: lora_dropout must lie in [0, 1), not be {dropout}")
+    name = find_unsupported(config)
+    if name:
+        raise InputError(
+            f"{file}: the adapter uses {name} = {shorten(config[name])}, which is not supported; "
+            "merge it with PEFT first"
+        )
 
 
-def read_tensors(path):
-    """The tensors of an adapter folder, by their names in the model: {"layers.0.mlp.lora_A.weight": [r, in], ...}."""
+def find_unsupported(config: dict) -> str | None:
+    """The first field of adapter_config.json that changes the adapter in ways unknown here."""
+    for name, value in config.items():
+        if value and name not in UNDERSTOOD:
+            return name
+    if config.get("bias", "none") != "none":
+        return "bias"
+    # Any other start, such as "pissa", changes the weights of the base model.
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        return "init_lora_weights"
+    saved_whole = config.get("modules_to_save") or []
+    if not set(saved_whole) <= set(HEADS):
+        return "modules_to_save"
+    return None
+
+
+def read_notes(path: str) -> dict:
+    """What nanorlhf.json says about an adapter folder; {} where there is none."""
+    file = os.path.join(path, NOTES)
+    if not os.path.isfile(file):
+        return {}
+    return read_object(file, NOTE_FIELDS)
+
+
+def read_tensors(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder, by their names in the model.
+
+    {"layers.0.mlp.lora_A.weight": [r, in], ...}. InputError: broken, or not supported.
+    """
     file = os.path.join(path, WEIGHTS)
     tensors = read_file(file)
-    check_tensors(tensors, dict.fromkeys(tensors), file)
-    for name in tensors:
-        known = name.endswith((".lora_A.weight", ".lora_B.weight")) or name.removeprefix(PREFIX).split(".")[0] in HEADS
-        if not (known and name.startswith(PREFIX)):
-            raise InputError(f"{file}: the tensor {name} is not supported")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    any_shape = dict.fromkeys(tensors)
+    check_tensors(tensors, any_shape, file)
+    by_name = {}
+    for full_name, tensor in tensors.items():
+        name = full_name.removeprefix(PREFIX)
+        of_adapter = name.endswith((".lora_A.weight", ".lora_B.weight"))
+        of_head = name.split(".")[0] in HEADS
+        if not full_name.startswith(PREFIX) or not (of_adapter or of_head):
+            raise InputError(f"{file}: the tensor {full_name} is not supported")
+        by_name[name] = tensor
+    return by_name
 
 
-def load_adapter(lm, path):
-    """Put the adapter of a folder on its base model, a classifier's head too. -> lm, whose adapters merge() folds in.
+# --------------------------------------------------------------------------------------- loading
 
-    InputError, before the model is touched: unsupported or broken files, an adapter that was made for another model.
+
+def load_adapter(lm, path: str):
+    """Put the adapter of a folder on its base model, and a classifier's head too. -> lm
+
+    merge() folds the adapters into the weights. InputError, before the model is touched: files that
+    are broken or not supported, or an adapter that was made for another model.
     """
-    config, tensors = read_config(path), read_tensors(path)
-    known, wanted, r = matching(lm, ".*"), set(matching(lm, config["target_modules"])), config["r"]
-    names = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
+    config = read_config(path)
+    tensors = read_tensors(path)
+    adapted = {layer_of(name) for name in tensors if ".lora_" in name}
     # A reward model has no LM head, and needs no adapter on it.
-    unused = {name for name in names if "." not in name and not hasattr(lm, name)}
-    names -= unused
-    expected = {}  # {tensor: its shape}
-    for name in sorted(names | wanted):
-        if name not in known:
-            raise InputError(f"{path}: an adapter for another model: {type(lm).__name__} has no linear layer {name}")
-        n_out, n_in = shape_of(known[name])
-        expected |= {f"{name}.lora_A.weight": (r, n_in), f"{name}.lora_B.weight": (n_out, r)}
-    others = sorted(names - wanted)
-    require(not others, f"{path}: {others[:1]} of its layers are not among its target_modules")
-    heads = {name: p for name, p in lm.named_parameters() if name.split(".")[0] in HEADS and config.get("task_type") == "SEQ_CLS"}
-    expected |= {name: tuple(p.shape) for name, p in heads.items()}
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise InputError(f"{path}: the adapter lacks {name}")
-        if tuple(tensors[name].shape) != shape:
-            raise InputError(f"{path}: an adapter for another model: {name} is {list(tensors[name].shape)}, not {list(shape)}")
+    unused = {layer for layer in adapted if "." not in layer and not hasattr(lm, layer)}
+    adapted -= unused
+    heads = {}
+    if config.get("task_type") == "SEQ_CLS":
+        heads = {name: p for name, p in lm.named_parameters() if name.split(".")[0] in HEADS}
+
+    # Each tensor that the config speaks of is there, in the shape that the model has room for.
+    expected = expected_shapes(lm, config, adapted, path)
+    for name, p in heads.items():
+        expected[name] = tuple(p.shape)
+    check_shapes(tensors, expected, path)
     for name in tensors:
-        known = name in expected or name.rpartition(".lora_")[0] in unused
-        require(known, f"{path}: the tensor {name} has no place in {type(lm).__name__}")
-    for name in sorted(names):
-        put_adapter(lm, name, tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], config["lora_alpha"], config["lora_dropout"])
+        has_place = name in expected or layer_of(name) in unused
+        require(has_place, f"{path}: the tensor {name} has no place in {type(lm).__name__}")
+
+    for layer in sorted(adapted):
+        lora_A = tensors[f"{layer}.lora_A.weight"]
+        lora_B = tensors[f"{layer}.lora_B.weight"]
+        put_adapter(lm, layer, lora_A, lora_B, config["lora_alpha"], config["lora_dropout"])
     for name, p in heads.items():
         p.data.copy_(tensors[name])
     mean = read_notes(path).get("reward_mean")
@@ -185,20 +306,66 @@ def load_adapter(lm, path):
     return lm
 
 
-def load_merged(load, auto, path, new_head, **kwargs):
-    """The base model of an adapter folder with the adapter merged into it: what comes next starts from a plain model.
+def layer_of(tensor: str) -> str:
+    """The layer that a tensor is for: layers.0.mlp.lora_A.weight -> layers.0.mlp; '' for a head."""
+    return tensor.rpartition(".lora_")[0]
 
-    load(auto, path, new_head, **kwargs) is models.pretrained, for the base model: an adapter folder itself, maybe.
+
+def expected_shapes(lm, config: dict, adapted: set[str], path: str) -> dict[str, tuple]:
+    """{tensor: its shape} of A and B for each layer that has an adapter, by the file or the config.
+
+    InputError: the model has no such layer, or the config does not name it.
+    """
+    linears = matching(lm, ".*")
+    targets = set(matching(lm, config["target_modules"]))
+    rank = config["r"]
+    expected = {}
+    for layer in sorted(adapted | targets):
+        if layer not in linears:
+            raise InputError(
+                f"{path}: an adapter for another model: {type(lm).__name__} has no linear layer "
+                f"{layer}"
+            )
+        n_out, n_in = shape_of(linears[layer])
+        expected[f"{layer}.lora_A.weight"] = (rank, n_in)
+        expected[f"{layer}.lora_B.weight"] = (n_out, rank)
+    others = sorted(adapted - targets)
+    require(not others, f"{path}: {others[:1]} of its layers are not among its target_modules")
+    return expected
+
+
+def check_shapes(tensors: dict[str, torch.Tensor], expected: dict[str, tuple], path: str):
+    """InputError where a tensor is missing or has another shape than it must have."""
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise InputError(f"{path}: the adapter lacks {name}")
+        found = tuple(tensors[name].shape)
+        if found != shape:
+            raise InputError(
+                f"{path}: an adapter for another model: {name} is {list(found)}, not {list(shape)}"
+            )
+
+
+def load_merged(load: Callable, auto: type, path: str, new_head: bool, **kwargs):
+    """The base model of an adapter folder with the adapter merged into it: a plain model.
+
+    load(auto, base, new_head, **kwargs) is models.pretrained. It loads the base model, which may be
+    an adapter folder itself. auto: the Auto class of transformers that is asked for.
     """
     config = read_config(path)
-    base, classifier = config["base_model_name_or_path"], config.get("task_type") == "SEQ_CLS"
-    if auto is AutoModel:  # a bare trunk, for a value model
-        return load_merged(load, AutoModelForSequenceClassification if classifier else AutoModelForCausalLM, path, new_head).base_model
-    if classifier and auto is AutoModelForCausalLM:
+    is_classifier = config.get("task_type") == "SEQ_CLS"
+    # A bare trunk, for a value model, comes out of the model that the adapter is for.
+    if auto is AutoModel:
+        whole = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        return load_merged(load, whole, path, new_head).base_model
+    if is_classifier and auto is AutoModelForCausalLM:
         raise InputError(f"{path}: the adapter of a reward model, not of a policy")
-    head = read_tensors(path).get("score.weight")
+
+    head = read_tensors(path).get("score.weight")  # [labels, D]
     if head is not None:
         kwargs = {"num_labels": len(head), **kwargs}
-    lm = merge(load_adapter(load(auto, base, new_head or classifier, **kwargs), path))
-    lm.name_or_path = path  # what an adapter of the next stage is an adapter of
+    base = load(auto, config["base_model_name_or_path"], new_head or is_classifier, **kwargs)
+    lm = merge(load_adapter(base, path))
+    # An adapter that is trained next has this folder for its base.
+    lm.name_or_path = path
     return lm
