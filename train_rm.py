@@ -357,7 +357,7 @@ class Pairs:
         return len(self.chosen)
 
     def lengths(self, index: list[int]) -> torch.Tensor:
-        """Tokens of the longer row of each of these pairs: [b]. More where its prompt is cut."""
+        """Tokens of the longer row of each of these pairs, or more where prompts are cut: [b]."""
         lengths = []
         for j in index:
             longer_answer = max(len(self.chosen[j]), len(self.rejected[j]))

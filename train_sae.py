@@ -246,10 +246,7 @@ def main(config):
             module_at(lm, place)  # an error before anything is computed
 
     # ------------------------------------------------------------------------------------ tokens
-    if config.texts != "dataset":
-        # Answers are kept in the folder: after a kill it must be known whose they are.
-        folder.write_config()
-    tokens, held_out = prepare_tokens(config, rows, model_configs["policy"], paths, dist)
+    tokens, held_out = prepare_tokens(config, rows, model_configs["policy"], paths, folder)
     dist.print(
         f"{tokens.total:,} tokens of {len(tokens.rows):,} texts, "
         f"{held_out.total:,} of {len(held_out.rows):,} held out"
@@ -401,8 +398,12 @@ def name_in_checkpoint(key: str) -> str:
 # ----------------------------------------------------------------------------------------- texts
 
 
-def prepare_tokens(config, rows, model_config, paths, dist):
-    """Rows of the data set -> Tokens to train on, Tokens held out."""
+def prepare_tokens(config, rows, model_config, paths, folder):
+    """Rows of the data set -> Tokens to train on, Tokens held out.
+
+    Answers that are sampled for them are kept in the RunFolder.
+    """
+    dist = folder.dist
     tokenizer = load_tokenizer(config.model, needs_eos=texts_end_with_eos(config))
     for path in paths.values():
         other = load_tokenizer(path, needs_eos=False)
@@ -425,6 +426,8 @@ def prepare_tokens(config, rows, model_config, paths, dist):
             config.max_new_tokens,
             chat=config.chat_template,
         )
+        # After a kill it must be known whose the answers in the folder are.
+        folder.write_config()
         sampling = replace(config, batch_size=256)  # answers at a time, not tokens
         texts = texts + rollout_rows(sampling, tokenizer, prompts, dist)
     parts = hold_out(texts, config.eval_size, tokenizer)

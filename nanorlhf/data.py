@@ -1,12 +1,18 @@
-"""Data sets and JSONL -> prompts, demonstrations and preference pairs as token lists, and the order in which they are visited.
+"""From data sets and JSONL files to token ids, and the order in which rows are visited.
 
-Kinds of rows: sft {prompt, response}; pairs {prompt, chosen, rejected}; prompts {prompt}. A bad row gives its file, line and
-reason; what is skipped or cut is counted and reported.
+    read_rows        what --dataset names -> rows {field: text}
+    encode           rows -> prompt and response token lists, cut to fit
+    batch_indices    a step -> the rows of its batch
+
+A row is of one of three kinds: sft {prompt, response}; pairs {prompt, chosen, rejected}; prompts
+{prompt}. A bad row gives its file, line and reason. Rows that are skipped and responses that are
+cut are counted and reported.
 """
 
 import logging
 import os
-from string import Formatter
+import re
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,132 +23,224 @@ from .hf.folders import context_length
 from .runtime.files import read_file
 from .runtime.rng import MINIBATCH, ORDER, SPLIT
 
-TURN = "\n\nAssistant:"
-FIELDS = {"sft": ("prompt", "response"), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
-WORLD_SIZES = {"sft": 16_000, "pairs": 800}  # rows of the embedded world's training data
+# The fields of each kind of row. The first is the prompt; the others are answers to it.
+FIELDS = {
+    "sft": ("prompt", "response"),
+    "pairs": ("prompt", "chosen", "rejected"),
+    "prompts": ("prompt",),
+}
+# The embedded world: rows for training (its prompts are all there are), and rows held out.
+WORLD_SIZES = {"sft": 16_000, "pairs": 800}
+WORLD_HELD_OUT = 512
 
-# --prompt_format: the prompt's text, and the column that holds the response.
+# --prompt_format: how a prompt is written from columns, and the column that holds the response.
 TLDR = "SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
 CNN_DM = "ARTICLE: {article}\nTL;DR:"
-FORMATS = {"": ("{prompt}", "response"), "tldr": (TLDR, "summary"), "cnn_dm": (CNN_DM, "highlights")}
+FORMATS = {
+    "": ("{prompt}", "response"),
+    "tldr": (TLDR, "summary"),
+    "cnn_dm": (CNN_DM, "highlights"),
+}
+# How an answer begins in the dialogues of HH-RLHF.
+TURN = "\n\nAssistant:"
 
 
-# ------------------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------- reading
 
 
-def read_any(spec):
-    """A --dataset argument other than the embedded world -> [(place, row)], one row at least."""
-    is_file = spec.removesuffix(".gz").endswith((".json", ".jsonl")) or os.path.isfile(spec) and not spec.endswith(".parquet")
-    rows = read_file(spec) if is_file else read_hub(spec)
+def read_rows(
+    spec: str, kind: str, columns=(), split: str = "train", prompt_format: str = ""
+) -> list[dict]:
+    """What --dataset names -> rows with the fields of their kind, all strings.
+
+    spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a file
+    (.json, .jsonl, either also as .gz, or .parquet), or a data set. columns: renamings
+    FIELD=COLUMN; pairs of whole dialogues need no prompt (split_dialogues). split: 'train', 'test'
+    or 'ood', of the embedded world alone. prompt_format: one of FORMATS, whose columns then take
+    the place of prompt and response.
+    """
+    if is_world(spec):
+        return read_world(spec, kind, split)
+    rows, _ = read_parts(spec, kind, columns, prompt_format)
+    return rows
+
+
+def is_world(spec: str) -> bool:
+    """Whether --dataset names the embedded world."""
+    return spec == "world" or spec.startswith("world:")
+
+
+def read_world(spec: str, kind: str, split: str) -> list[dict]:
+    """'world' or 'world:SEED' -> rows of a split of the embedded world."""
+    seed = spec.partition(":")[2] or "0"
+    is_number = seed.isdecimal() and len(seed) < 20
+    require(
+        is_number,
+        f"--dataset {spec[:60]}: the world's seed must be a whole number of at most 19 digits",
+    )
+    if kind == "prompts":
+        return world.prompts(split)
+    if kind == "pairs":
+        n_rows = WORLD_SIZES["pairs"] if split == "train" else WORLD_HELD_OUT
+        return world.preferences(n_rows, seed=int(seed), split=split)
+    if split == "ood":
+        # Reviews of held-out topics by the same writer. A seed of its own draws them, so that no
+        # training row is among them or shares its noise with one.
+        return world.demonstrations(WORLD_HELD_OUT, seed=1, split=split)
+    return world.demonstrations(WORLD_SIZES["sft"])
+
+
+def read_parts(
+    spec: str,
+    kind: str,
+    columns,
+    prompt_format: str,
+    in_distribution: Callable[[str, dict], bool] | None = None,
+) -> tuple[list[dict], list[dict]]:
+    """A file or data set -> its rows in distribution, and the others.
+
+    in_distribution(place, row) sees the data's own columns beside the fields. Where none is given
+    all rows are in distribution. InputError: a bad row, with its place.
+    """
+    names = dict(item.split("=", 1) for item in columns)
+    needed = columns_of(prompt_format, kind)
+    unknown = ", ".join(sorted(set(names) - set(needed)))
+    require(not unknown, f"--columns names {unknown}; the fields here are {', '.join(needed)}")
+
+    kept = []
+    left_out = []
+    for place, row in read_any(spec):
+        is_object = isinstance(row, dict)
+        require(is_object, f"{place}: a row must be an object with {', '.join(needed)}")
+        # Without a column for the prompt, the two answers may be whole dialogues that hold it.
+        if kind == "pairs" and not prompt_format and names.get("prompt", "prompt") not in row:
+            row = split_dialogues(
+                row, names.get("chosen", "chosen"), names.get("rejected", "rejected")
+            )
+        texts = read_texts(place, row, needed, names)
+        fields = fill_format(prompt_format, kind, texts)
+        if in_distribution is None or in_distribution(place, {**fields, **row}):
+            kept.append(fields)
+        else:
+            left_out.append(fields)
+    return kept, left_out
+
+
+def read_any(spec: str) -> list[tuple[str, dict]]:
+    """What --dataset names, other than the embedded world -> [(place, row)], one row at least."""
+    is_json = spec.removesuffix(".gz").endswith((".json", ".jsonl"))
+    is_other_file = os.path.isfile(spec) and not spec.endswith(".parquet")
+    if is_json or is_other_file:
+        rows = read_file(spec)
+    else:
+        rows = read_hub(spec)
     require(rows, f"{spec}: no rows")
     return rows
 
 
-def read_hub(spec):
-    """A datasets name[:split] (default train), a folder written by save_to_disk, or FILE.parquet -> [(place, row)]."""
-    import datasets  # imports for a second; JSONL does not need it
+def read_hub(spec: str) -> list[tuple[str, dict]]:
+    """A data set's name[:split], or a folder written by save_to_disk, or a .parquet file.
 
-    # It logs what it raises too, and an error is to be one line.
+    -> [(place, row)]. The split is 'train' unless one is named.
+    """
+    # The import takes a second, and JSONL does not need it.
+    import datasets
+
+    # The library logs what it raises too, and an error is to be one line.
     datasets.logging.set_verbosity(logging.CRITICAL)
     name, _, split = spec.partition(":")
+    split = split or "train"
     try:
         if name.endswith(".parquet"):
             data = datasets.Dataset.from_parquet(name, keep_in_memory=True)
+        elif os.path.isdir(name):
+            data = datasets.load_from_disk(name)
         else:
-            data = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name, split=split or "train")
-        data = data[split or "train"] if isinstance(data, dict) else data
+            data = datasets.load_dataset(name, split=split)
+        # A folder may hold several splits.
+        if isinstance(data, dict):
+            data = data[split]
         rows = list(data)
-    except Exception as e:  # the hub's errors are many, and all of them mean: this data set is not to be had
-        raise InputError(f"{spec}: neither a file nor a data set that can be loaded ({' '.join(str(e).split())[:150]})") from None
+    # The hub has many errors, and all of them mean that this data set is not to be had.
+    except Exception as e:
+        what = " ".join(str(e).split())[:150]
+        raise InputError(
+            f"{spec}: neither a file nor a data set that can be loaded ({what})"
+        ) from None
     return [(f"{spec}[{i}]", row) for i, row in enumerate(rows)]
 
 
-def read_rows(spec, kind, columns=(), split="train", prompt_format=""):
-    """A --dataset argument -> rows with the fields of their kind, all strings.
-
-    spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a .json/.jsonl[.gz]/.parquet file, or a data set.
-    columns: FIELD=COLUMN renamings; pairs of whole dialogues need no prompt (split_dialogues). split ('train', 'test', 'ood') is for
-    the embedded world only. prompt_format: one of FORMATS, whose columns then take the place of prompt and response.
-    """
-    if not is_world(spec):
-        return read_parts(spec, kind, columns, prompt_format)[0]
-    seed = spec.partition(":")[2] or "0"
-    require(seed.isdecimal(), f"--dataset {spec}: the world's seed must be a whole number")
-    if kind == "prompts":
-        return world.prompts(split)
-    if kind == "pairs":
-        return world.preferences(WORLD_SIZES[kind] if split == "train" else 512, seed=int(seed), split=split)
-    # Out of distribution: reviews of the held-out topics, in the same hand. No training row is one, nor drawn with the same noise.
-    return world.demonstrations(512, seed=1, split=split) if split == "ood" else world.demonstrations(WORLD_SIZES[kind])
-
-
-def read_parts(spec, kind, columns, prompt_format, in_distribution=None):
-    """A file or data set -> its rows in distribution, the others, each with the fields of their kind.
-
-    in_distribution(place, row) -> bool sees the data's own columns beside the fields; by default
-    all rows are in distribution. InputError: a bad row, with its place.
-    """
-    names = dict(c.split("=", 1) for c in columns)
-    fields = columns_of(prompt_format, FIELDS[kind])
-    unknown = set(names) - set(fields)
-    require(not unknown, f"--columns names {', '.join(sorted(unknown))}; the fields here are {', '.join(fields)}")
-    kept, left_out = [], []
-    for place, row in read_any(spec):
-        require(isinstance(row, dict), f"{place}: a row must be an object with {', '.join(fields)}")
-        if kind == "pairs" and not prompt_format and names.get("prompt", "prompt") not in row:
-            row = split_dialogues(row, names.get("chosen", "chosen"), names.get("rejected", "rejected"))
-        texts = checked_texts(place, row, fields, names)
-        new = written(prompt_format, FIELDS[kind], texts)
-        if in_distribution is None or in_distribution(place, {**new, **row}):
-            kept.append(new)
-        else:
-            left_out.append(new)
-    return kept, left_out
-
-
-def checked_texts(place, row, fields, names):
-    """The texts of a row: {field: text}. names: {field: column} where the data's names differ."""
+def read_texts(place: str, row: dict, needed: list[str], names: dict) -> dict[str, str]:
+    """The texts of a row: {needed name: text}. names: {needed name: column} where they differ."""
     texts = {}
-    for field in fields:
-        column = names.get(field, field)
-        hint = "" if field in names else f" (name another with --columns {field}=COLUMN)"
+    for name in needed:
+        column = names.get(name, name)
+        hint = "" if name in names else f" (name another with --columns {name}=COLUMN)"
         require(column in row, f"{place}: no field {column!r}{hint}")
-        found = type(row[column]).__name__
-        require(isinstance(row[column], str), f"{place}: field {column!r} must be a string, not {found}")
-        texts[field] = row[column]
+        text = row[column]
+        found = type(text).__name__
+        is_text = isinstance(text, str)
+        require(is_text, f"{place}: field {column!r} must be a string, not {found}")
+        texts[name] = text
     return texts
 
 
-def columns_of(prompt_format, fields):
-    """The columns that rows of a format need for `fields`: tldr, (prompt, response) -> [subreddit, title, post, summary]."""
-    require(prompt_format in FORMATS, f"--prompt_format must be one of {', '.join(filter(None, FORMATS))}, not {prompt_format!r}")
-    template, response = FORMATS[prompt_format]
-    return [name for _, name, *_ in Formatter().parse(template) if name] + [response if f == "response" else f for f in fields[1:]]
+def split_dialogues(row: dict, chosen: str, rejected: str) -> dict:
+    """A row of two whole dialogues (HH-RLHF) -> a row with the prompt that they share.
 
-
-def written(prompt_format, fields, texts):
-    """The texts of columns_of(), by column -> a row of `fields`. An answer to a format's prompt is a space and the text, stripped."""
-    if not prompt_format:
-        return texts
-    template, response = FORMATS[prompt_format]
-    answers = {f: " " + texts[response if f == "response" else f].strip() for f in fields[1:]}
-    return {"prompt": template.format(**texts), **answers}
-
-
-def split_dialogues(row, chosen, rejected):
-    """A row of two whole dialogues (HH-RLHF) -> a row with the prompt they share, up to their last common assistant turn.
-
-    A row that holds no such dialogues is given back as it is.
+    The prompt reaches to the last assistant turn that begins in both. chosen, rejected: the columns
+    of the dialogues. A row that holds no such dialogues is given back as it is.
     """
-    a, b = row.get(chosen), row.get(rejected)
+    a = row.get(chosen)
+    b = row.get(rejected)
     if not (isinstance(a, str) and isinstance(b, str)):
         return row
-    end = os.path.commonprefix([a, b]).rfind(TURN) + len(TURN)
-    return {**row, "prompt": a[:end], chosen: a[end:], rejected: b[end:]} if end >= len(TURN) else row
+    shared = os.path.commonprefix([a, b])
+    if TURN not in shared:
+        return row
+    end = shared.rfind(TURN) + len(TURN)
+    return {**row, "prompt": a[:end], chosen: a[end:], rejected: b[end:]}
 
 
-def is_world(spec):
-    return spec == "world" or spec.startswith("world:")
+# ---------------------------------------------------------------------------- formats of prompts
+
+
+def columns_of(prompt_format: str, kind: str) -> list[str]:
+    """The columns that a row is made from: tldr, sft -> [subreddit, title, post, summary]."""
+    known = ", ".join(filter(None, FORMATS))
+    require(
+        prompt_format in FORMATS, f"--prompt_format must be one of {known}, not {prompt_format!r}"
+    )
+    template, _ = FORMATS[prompt_format]
+    of_prompt = re.findall(r"{(\w+)}", template)
+    return [*of_prompt, *answer_columns(prompt_format, kind).values()]
+
+
+def answer_columns(prompt_format: str, kind: str) -> dict[str, str]:
+    """The column of each answer: tldr, sft -> {response: summary}.
+
+    Pairs have theirs in all formats: {chosen: chosen, rejected: rejected}.
+    """
+    _, response_column = FORMATS[prompt_format]
+    columns = {}
+    for field in FIELDS[kind][1:]:
+        columns[field] = response_column if field == "response" else field
+    return columns
+
+
+def fill_format(prompt_format: str, kind: str, texts: dict[str, str]) -> dict[str, str]:
+    """The texts of columns_of() -> a row with the fields of its kind."""
+    if not prompt_format:
+        return texts
+    template, _ = FORMATS[prompt_format]
+    fields = {"prompt": template.format(**texts)}
+    for field, column in answer_columns(prompt_format, kind).items():
+        # The prompt ends in "TL;DR:", and a space stands between it and the answer.
+        fields[field] = " " + texts[column].strip()
+    return fields
+
+
+# ----------------------------------------------------------------------------- choices of rows
 
 
 def canonical(text: str) -> str:
@@ -150,40 +248,94 @@ def canonical(text: str) -> str:
     return " ".join(text.split())
 
 
-def draw(rows, n):
+def draw(rows: list, n: int) -> list:
     """n random rows, always the same ones, in random order."""
-    return [rows[i] for i in np.random.default_rng(SPLIT).permutation(len(rows))[:n]]
+    order = np.random.default_rng(SPLIT).permutation(len(rows))
+    return [rows[i] for i in order[:n]]
 
 
-def subset(rows, n):
-    """n random rows, always the same ones, in their order; all for n = 0."""
-    return [rows[i] for i in sorted(np.random.default_rng(SPLIT).permutation(len(rows))[:n])] if n else rows
+def subset(rows: list, n: int) -> list:
+    """n random rows, always the same ones, in the order that they have in `rows`; n = 0: all."""
+    if n == 0:
+        return rows
+    order = np.random.default_rng(SPLIT).permutation(len(rows))
+    return [rows[i] for i in sorted(order[:n])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- tokenising
+# ---------------------------------------------------------------------------------- tokenising
 
 
-def encode_prompts(tokenizer, texts, chat=False):
-    """Texts -> token lists, with what the tokenizer puts in front (BOS), or as a user's turn in its chat template.
+def encode(
+    tokenizer, rows: list[dict], field: str, max_length: int | None = None, chat: bool = False
+) -> tuple[list[list[int]], list[list[int]], int]:
+    """Rows -> prompt token lists, response token lists, how many responses had to be cut.
 
-    A prompt without any token is an error.
+    field: the one that holds the response. max_length: of a prompt and its response together.
     """
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], chat)
+    responses = encode_responses(tokenizer, [row[field] for row in rows])
+    n_cut = 0
+    if max_length is not None:
+        for i in range(len(rows)):
+            prompts[i], responses[i], was_cut = fit(
+                prompts[i], responses[i], max_length, tokenizer.bos_token_id
+            )
+            n_cut += was_cut
+    return prompts, responses, n_cut
+
+
+def encode_prompts(tokenizer, texts, chat: bool = False) -> list[list[int]]:
+    """Texts -> token lists, which begin with what the tokenizer puts in front of a text (BOS).
+
+    chat: each text is a user's turn in the tokenizer's chat template. InputError: a prompt without
+    any token, and the tokenizer has no BOS.
+    """
+    texts = list(texts)
     if chat:
         require(tokenizer.chat_template, "--chat_template: this tokenizer has none")
         turns = [[{"role": "user", "content": text}] for text in texts]
-        texts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
+        texts = []
+        for turn in turns:
+            text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            texts.append(text)
+    # A tokenizer refuses an empty list.
+    if not texts:
+        return []
+
     # A chat template writes its own special tokens.
-    ids = [list(x) for x in tokenizer(list(texts), add_special_tokens=not chat).input_ids] if texts else []
-    if not all(ids) and tokenizer.bos_token_id is not None:
-        ids = [x or [tokenizer.bos_token_id] for x in ids]
-    require(all(ids), "an empty prompt, and the tokenizer has no BOS token to start from")
-    return ids
+    prompts = tokenizer(texts, add_special_tokens=not chat).input_ids
+    # The first token of a response is predicted from what stands before it: something must.
+    for i, ids in enumerate(prompts):
+        if not ids:
+            has_bos = tokenizer.bos_token_id is not None
+            require(has_bos, "an empty prompt, and the tokenizer has no BOS token to start from")
+            prompts[i] = [tokenizer.bos_token_id]
+    return prompts
 
 
-def encode_responses(tokenizer, texts):
-    """Texts -> token lists ending with EOS."""
-    ids = tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
-    return [[*x, tokenizer.eos_token_id] for x in ids]
+def encode_responses(tokenizer, texts) -> list[list[int]]:
+    """Texts -> token lists that end with EOS."""
+    texts = list(texts)
+    if not texts:
+        return []
+    responses = tokenizer(texts, add_special_tokens=False).input_ids
+    return [[*ids, tokenizer.eos_token_id] for ids in responses]
+
+
+def fit(
+    prompt: list[int], response: list[int], max_length: int, bos_token_id: int | None = None
+) -> tuple[list[int], list[int], bool]:
+    """Cut a prompt on its left (cut_left) and a response that is too long, so that both fit.
+
+    -> prompt, response, whether the response was cut. The prompt gives way first, but keeps at
+    least one token: something must predict the response's first.
+    """
+    require(max_length > 1, "--max_length must leave room for a prompt and a response")
+    room = max_length - 1
+    was_cut = len(response) > room
+    response = response[:room]
+    prompt = cut_left(prompt, max_length - len(response), bos_token_id)
+    return prompt, response, was_cut
 
 
 def cut_left(ids: list[int], room: int, bos_token_id: int | None = None) -> list[int]:
@@ -200,68 +352,65 @@ def cut_left(ids: list[int], room: int, bos_token_id: int | None = None) -> list
     return ids[-room:]
 
 
-def fit(prompt, response, max_length, bos_token_id=None):
-    """Left-truncate the prompt (cut_left) so that both fit; a response that is too long is cut.
+def ready_prompts(
+    tokenizer,
+    rows: list[dict],
+    model_config,
+    max_new_tokens: int,
+    max_prompt_length: int = 0,
+    chat: bool = False,
+) -> list[list[int]]:
+    """Rows -> the token lists of their prompts, for answers of max_new_tokens.
 
-    -> prompt, response, cut?
+    max_prompt_length: longer prompts are cut on the left; 0 leaves them whole. InputError: a prompt
+    that does not fit into the model's context together with its answer.
     """
-    require(max_length > 1, "--max_length must leave room for a prompt and a response")
-    # A prompt keeps at least one token: something must score the response's first.
-    room = max_length - 1
-    cut = len(response) > room
-    response = response[:room]
-    prompt = cut_left(prompt, max_length - len(response), bos_token_id)
-    return prompt, response, cut
-
-
-def encode(tokenizer, rows, field, max_length=None, chat=False):
-    """Rows -> prompt token lists, response token lists (of `field`), how many responses had to be cut."""
-    prompts = encode_prompts(tokenizer, [r["prompt"] for r in rows], chat)
-    responses = encode_responses(tokenizer, [r[field] for r in rows])
-    if max_length is None:
-        return prompts, responses, 0
-    fitted = [fit(p, r, max_length, tokenizer.bos_token_id) for p, r in zip(prompts, responses)]
-    return [p for p, _, _ in fitted], [r for _, r, _ in fitted], sum(c for _, _, c in fitted)
-
-
-def ready_prompts(tokenizer, rows, model_config, max_new_tokens, max_prompt_length=0, chat=False):
-    """Rows -> prompt token lists, left-truncated to max_prompt_length (0: whole).
-
-    InputError: a prompt that does not fit the context with its max_new_tokens.
-    """
-    prompts = encode_prompts(tokenizer, [r["prompt"] for r in rows], chat)
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], chat)
     if max_prompt_length:
-        prompts = [cut_left(prompt, max_prompt_length, tokenizer.bos_token_id) for prompt in prompts]
+        prompts = [cut_left(ids, max_prompt_length, tokenizer.bos_token_id) for ids in prompts]
     context = context_length(model_config)
-    for p, row in zip(prompts, rows):
+    if context is None:
+        return prompts
+    for ids, row in zip(prompts, rows):
         require(
-            context is None or len(p) + max_new_tokens <= context,
-            f"a prompt of {len(p)} tokens and {max_new_tokens} new ones are longer than the model's context of {context} "
-            f"(shorten it with --max_prompt_length): {row['prompt'][:40]!r}",
+            len(ids) + max_new_tokens <= context,
+            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones are longer than the "
+            f"model's context of {context} (shorten it with --max_prompt_length): "
+            f"{row['prompt'][:40]!r}",
         )
     return prompts
 
 
-# --------------------------------------------------------------------------------------------------------------------------- order
+# --------------------------------------------------------------------------------------- order
 
 
-def batch_indices(n, batch_size, step, seed):
-    """The indices of step's batch: epochs of n rows, each in an order keyed by (seed, epoch). No state, so resuming is exact."""
-    first = step * batch_size
-    index, orders = [], {}
-    for i in range(first, first + batch_size):
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The indices of a step's batch, as if epochs of n rows stood one behind the other.
+
+    Each epoch has an order of its own, keyed by (seed, epoch). There is no state, so that a run
+    which is resumed sees the same batches.
+    """
+    orders = {}
+    indices = []
+    start = step * batch_size
+    for i in range(start, start + batch_size):
         epoch = i // n
         if epoch not in orders:
             orders[epoch] = np.random.default_rng([ORDER, seed, epoch]).permutation(n)
-        index.append(int(orders[epoch][i % n]))
-    return index
+        indices.append(int(orders[epoch][i % n]))
+    return indices
 
 
-def minibatches(batch_size, minibatch_size, seed, step, epoch):
-    """The rows of one PPO epoch's minibatches, [batch_size / minibatch_size, minibatch_size], keyed by (seed, step, epoch).
+def minibatches(
+    batch_size: int, minibatch_size: int, seed: int, step: int, epoch: int
+) -> torch.Tensor:
+    """The rows of one PPO epoch's minibatches, keyed by (seed, step, epoch).
 
-    The global batch is cut into minibatch_size equal strata, and each minibatch takes one row from each: it is the same set of
-    rows on any number of processes, and a process only ever trains on rows that it sampled itself.
+    -> [batch_size / minibatch_size, minibatch_size]. The global batch is cut into minibatch_size
+    strata of one size, and each minibatch takes one row of each. So the minibatches are the same on
+    any number of processes, and a process trains only on rows that it sampled itself.
     """
     strata = np.arange(batch_size).reshape(minibatch_size, -1)
-    return torch.from_numpy(np.random.default_rng([MINIBATCH, seed, step, epoch]).permuted(strata, axis=1).T.copy())
+    generator = np.random.default_rng([MINIBATCH, seed, step, epoch])
+    shuffled = generator.permuted(strata, axis=1)  # each stratum in an order of its own
+    return torch.from_numpy(shuffled.T.copy())

@@ -40,6 +40,7 @@ from .hf.folders import (
     check_weights,
     count_embeddings,
     has_tokenizer,
+    read_longest_text,
 )
 from .hf.lora import adapters, adapters_off
 from .hf.weights import check_types
@@ -446,6 +447,7 @@ def load_tokenizer(path: str, needs_eos: bool = True):
     with library_call(f"{path}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a text")  # some settings are only looked at here
+    tokenizer.model_max_length = read_longest_text(path, tokenizer)
 
     n_embeddings = count_embeddings(path)
     if n_embeddings is not None:

@@ -1,15 +1,19 @@
-"""In and out of distribution: the rows that a run may learn from, the rows that are held out, and the named splits.
+"""In and out of distribution: which rows a run learns from, which are held out, and named splits.
 
     --in_distribution subreddit=tifu,AskReddit     rows whose column has one of these values
     --in_distribution "words:post<=245"            by a column's length in words (also <, >, >=)
-    --in_distribution my.py:is_short               by a Python function of the row (a dict) that returns True or False
-    --eval_splits test ood cnn=cnn_dm:cnn.jsonl    held out and in distribution; held out and not; a file, here in the format cnn_dm
+    --in_distribution my.py:is_short               by a Python function of the row, True or False
+    --eval_splits test ood cnn=cnn_dm:cnn.jsonl    three splits, all of them held out:
+                                                   rows in distribution; rows that are not; a file
+                                                   (here read in the format cnn_dm)
 
-Training rows and 'test' are in distribution. After Kirk et al. 2023 (2310.06452): generalisation gap = value on test - value on ood.
+Training rows and 'test' are in distribution. After Kirk et al. 2023 (2310.06452):
+generalisation gap = value on test - value on ood.
 """
 
 import operator
 import re
+from collections.abc import Callable
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -18,134 +22,132 @@ from .errors import require, user_code
 from .runtime.files import python_function
 
 COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-TAKEN = ("test", "ood", "eval", "score", "feature", "rate", "penalty")  # names that stand in metrics already
+# Names that metrics have already, so that no split can have them.
+TAKEN = ("test", "ood", "eval", "score", "feature", "rate", "penalty")
+# What holds for a command that does not have these flags.
+WITHOUT_FLAG = {"in_distribution": "", "prompt_format": "", "eval_splits": [], "max_rows": 0}
 
 
-# -------------------------------------------------------------------------------------------------------------------- distribution
+# ---------------------------------------------------------------- training rows and held-out rows
 
 
-def predicate(where):
-    """--in_distribution -> a function (place of a row, row) -> bool; '' is true of every row. Wrong rows are InputErrors with their place.
-
-    Pitfall: words are what stands between white space; the reference code counts blanks alone.
-    """
-    length = re.fullmatch(r"words:(.+?)(<=|>=|<|>)(\d+)", where)
-    column, _, values = where.partition("=")
-    if not where:
-        return lambda place, row: True
-    if re.fullmatch(r".+\.py:\w+", where):
-        column, function = None, python_function(where)
-        # The function gets a row of its own, which it may change.
-        holds = lambda row: function(deepcopy(row))  # noqa: E731
-    elif length:
-        column, sign, number = length.groups()
-        holds = lambda row: COMPARE[sign](len(row[column].split()), int(number))  # noqa: E731
-    else:
-        known = f"--in_distribution takes COLUMN=a,b,c, words:COLUMN<=N (or <, >, >=) or FILE.py:FUNCTION, not {where!r}"
-        require(column and values and not where.startswith("words:"), known)
-        values = {value.strip() for value in values.split(",")}
-        holds = lambda row: str(row[column]) in values  # noqa: E731
-
-    def inside(place, row):
-        require(column is None or column in row, f"{place}: no field {column!r}, which --in_distribution {where} reads")
-        require(not length or isinstance(row[column], str), f"{place}: field {column!r} must be a string to have words")
-        with user_code(f"{place}: --in_distribution {where} raised"):
-            answer = holds(row)
-            is_bool = answer in (True, False)  # of numpy too
-        require(is_bool, f"{place}: {where} must return True or False, not {answer!r}")
-        return bool(answer)
-
-    return inside
-
-
-# -------------------------------------------------------------------------------------------------------------------- named splits
-
-
-def labels(eval_splits):
-    """--eval_splits -> {label in the results: 'test', 'ood' or a file}. The first one's label is 'eval', the others' is their name."""
-    found, names = {}, []
-    for item in eval_splits:
-        name, is_file, path = item.partition("=")
-        good = re.fullmatch(r"[\w-]+", name) and path and name not in TAKEN if is_file else name in ("test", "ood")
-        require(good, f"--eval_splits takes test, ood and NAME=FILE (a NAME of letters and digits, not {', '.join(TAKEN)}), not {item!r}")
-        require(name not in names, f"--eval_splits names {name} twice")
-        names.append(name)
-        found[name if found else "eval"] = path or name
-    return found
-
-
-# ------------------------------------------------------------------------------------------------- training rows and held-out rows
-
-
-def load(config, kind):
-    """load_splits() for one split: training rows, held-out rows, a sentence on them."""
+def load(config, kind: str) -> tuple[list[dict], list[dict], str]:
+    """load_splits() for one split -> training rows, held-out rows, a sentence on them."""
     rows, held_out, note = load_splits(config, kind)
     return rows, held_out["eval"], note
 
 
-def load_splits(config, kind):
-    """-> training rows, {label: held-out rows} (splits.labels), a sentence on them. No split depends on --seed.
+def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], str]:
+    """The rows that a run's flags name -> training rows, {label: held-out rows}, a sentence.
 
-    Without --eval_dataset rows are held out by prompt, compared up to white space: none is on both
-    sides. 'ood' holds what is not --in_distribution, of --eval_dataset or else of --dataset, there
-    without prompts that are trained on; or it is the embedded world's own. The sentence also counts
-    the held-out prompts of other files that are trained on.
+    Without --eval_dataset, rows are held out by prompt: no prompt is on both sides, and prompts
+    that differ by white space alone are one. 'ood' holds rows that do not fit --in_distribution. It
+    takes them from --eval_dataset; or else from --dataset, without prompts that are trained on. The
+    embedded world has a split 'ood' of its own. The sentence counts the rows; it also counts
+    held-out prompts that are trained on, which another file may have. No split depends on --seed.
     """
-    lacking = {"in_distribution": "", "prompt_format": "", "eval_splits": [], "max_rows": 0}  # in probes
-    config = SimpleNamespace(**lacking | vars(config))
-    wanted, source, where = labels(config.eval_splits or ["test"]), config.eval_dataset or config.dataset, config.in_distribution
+    config = SimpleNamespace(**{**WITHOUT_FLAG, **vars(config)})
+    sources = labels(config.eval_splits or ["test"])
+    check_flags(config, kind, sources)
+    rows, test, outside, left_out = divide_rows(config, kind)
+    rows = subset(rows, config.max_rows)
+
+    # The splits that were asked for.
+    held_out = {}
+    for label, source in sources.items():
+        if source == "test":
+            held_out[label] = test
+        elif source == "ood":
+            held_out[label] = draw_ood(config, kind, outside)
+        else:
+            held_out[label] = draw(read_named(source, kind, config), config.eval_size)
+
+    remarks = []
+    if config.in_distribution:
+        remarks.append(left_out)
+    # A pair of two equal answers says nothing about which is better.
+    if kind == "pairs":
+        rows, n_skipped = drop_equal_pairs(rows, config.dataset)
+        for label, part in held_out.items():
+            held_out[label], n = drop_equal_pairs(part, config.dataset)
+            n_skipped += n
+        if n_skipped:
+            remarks.append(f"{n_skipped} with chosen == rejected skipped")
+
+    # The sentence: sizes first, then what is to be noted.
+    sizes = [f"{len(rows)} {kind} rows"]
+    for label, part in held_out.items():
+        place = name_place(label, sources[label])
+        sizes.append(f"{len(part)} {place}")
+        overlap = note_overlap(part, rows, place)
+        if overlap:
+            remarks.append(overlap)
+    return rows, held_out, ", ".join(sizes + remarks)
+
+
+def check_flags(config, kind: str, sources: dict[str, str]):
+    """InputError where flags contradict each other. sources: labels(--eval_splits)."""
+    with_world = is_world(config.dataset) or is_world(source_of_held_out(config))
     for flag in ("in_distribution", "prompt_format"):
-        clash = getattr(config, flag) and (is_world(config.dataset) or is_world(source))
-        require(not clash, f"--{flag} is for data of one's own: the embedded world has its texts and its split ood already")
-    require("ood" not in wanted.values() or where or is_world(source), "--eval_splits ood needs --in_distribution, which says what is in")
+        require(
+            not (with_world and getattr(config, flag)),
+            f"--{flag} is for data of one's own: the embedded world has its texts and its split "
+            "ood already",
+        )
+    has_ood = config.in_distribution or is_world(source_of_held_out(config))
+    require(
+        has_ood or "ood" not in sources.values(),
+        "--eval_splits ood needs --in_distribution, which says what is in",
+    )
+    require(
+        kind != "sft" or not is_world(config.eval_dataset),
+        "--eval_dataset world: its demonstrations are all for training; leave it out",
+    )
 
-    def read(spec, split="train"):
-        """A source -> its rows in and out of distribution; of the embedded world those of a split, and none."""
-        if is_world(spec):
-            return read_rows(spec, kind, split=split), []
-        inside, outside = read_parts(spec, kind, config.columns, config.prompt_format, predicate(where))
-        require(inside, f"{spec}: no row is in distribution (--in_distribution {where})")
-        return inside, outside
 
-    rows, outside = read(config.dataset)
-    note = f", {len(outside)} out of distribution left out" if where else ""
+def source_of_held_out(config) -> str:
+    """The data that 'test' and 'ood' are taken from."""
+    return config.eval_dataset or config.dataset
+
+
+def divide_rows(config, kind: str) -> tuple[list[dict], list[dict], list[dict], str]:
+    """-> training rows, the split 'test', the rows for 'ood', a remark on what was left out.
+
+    The rows for 'ood' are all that there are, unless the embedded world has its own.
+    """
+    rows, outside = read_source(config.dataset, kind, "train", config)
+    remark = f"{len(outside)} out of distribution left out"
     if config.eval_dataset or (is_world(config.dataset) and kind != "sft"):
-        require(not is_world(source) or kind != "sft", "--eval_dataset world: its demonstrations are all for training; leave it out")
-        test, outside = read(source, "test")
+        # Rows to evaluate on are there: in a data set of their own, or in the world, whose
+        # demonstrations alone are all for training.
+        test, outside = read_source(source_of_held_out(config), kind, "test", config)
         test = draw(test, config.eval_size)
     else:
         rows, test = hold_out_prompts(rows, config.eval_size, config.dataset)
+        # A prompt may have one row in distribution, which is trained on, and one that is not.
         trained = distinct_prompts(rows)
         unseen = [row for row in outside if canonical(row["prompt"]) not in trained]
-        seen = len(outside) - len(unseen)
+        n_seen = len(outside) - len(unseen)
+        if n_seen:
+            remark += (
+                f" ({n_seen} of them with prompts that are trained on, so they are not in ood "
+                "either)"
+            )
         outside = unseen
-        note += f" ({seen} of them with prompts that are trained on, so they are not in ood either)" if seen else ""
-    parts = {"": subset(rows, config.max_rows)}
-    for label, spec in wanted.items():
-        if spec == "test":
-            parts[label] = test
-        elif spec == "ood":
-            parts[label] = draw(read_rows(source, kind, split="ood") if is_world(source) else outside, config.eval_size)
-            require(parts[label], f"{source}: no held-out row is out of distribution (--in_distribution {where})")
-        else:
-            parts[label] = draw(read_named(spec, kind, config), config.eval_size)
-    if kind == "pairs":
-        n = sum(map(len, parts.values()))
-        parts = {label: [r for r in part if r["chosen"] != r["rejected"]] for label, part in parts.items()}
-        skipped = n - sum(map(len, parts.values()))
-        note += f", {skipped} with chosen == rejected skipped" if skipped else ""
-        require(all(parts.values()), f"{config.dataset}: no pair is left in which chosen and rejected differ")
-    rows = parts.pop("")
-    where_from = {label: "held out" if spec == "test" else f"in {spec if label == 'eval' else label}" for label, spec in wanted.items()}
-    sizes = ", ".join(f"{len(part)} {where_from[label]}" for label, part in parts.items())
-    for label, part in parts.items():
-        note += note_overlap(part, rows, where_from[label])
-    return rows, parts, f"{len(rows)} {kind} rows, {sizes}{note}"
+    return rows, test, outside, remark
 
 
-def distinct_prompts(rows: list[dict]) -> set[str]:
-    """The different prompts of rows, in their canonical form."""
-    return {canonical(row["prompt"]) for row in rows}
+def read_source(spec: str, kind: str, split: str, config) -> tuple[list[dict], list[dict]]:
+    """What --dataset or --eval_dataset names -> its rows in distribution, and the others.
+
+    Of the embedded world: the rows of `split`, and none.
+    """
+    if is_world(spec):
+        return read_rows(spec, kind, split=split), []
+    where = config.in_distribution
+    inside, outside = read_parts(spec, kind, config.columns, config.prompt_format, predicate(where))
+    require(inside, f"{spec}: no row is in distribution (--in_distribution {where})")
+    return inside, outside
 
 
 def hold_out_prompts(rows: list[dict], n: int, name: str) -> tuple[list[dict], list[dict]]:
@@ -153,11 +155,14 @@ def hold_out_prompts(rows: list[dict], n: int, name: str) -> tuple[list[dict], l
 
     At most a fifth of the prompts is held out. InputError: too few prompts in the data set `name`.
     """
-    prompts = list(dict.fromkeys(canonical(row["prompt"]) for row in rows))  # in their order
-    aside = set(draw(prompts, min(n, len(prompts) // 5)))
+    # Each prompt once, in the order of the rows.
+    prompts = list(dict.fromkeys(canonical(row["prompt"]) for row in rows))
+    n_aside = min(n, len(prompts) // 5)
+    aside = set(draw(prompts, n_aside))
     enough = 0 < len(aside) < len(prompts)
     require(enough, f"{name}: {len(prompts)} different prompts are too few to hold any out")
-    train, held_out = [], []
+    train = []
+    held_out = []
     for row in rows:
         if canonical(row["prompt"]) in aside:
             held_out.append(row)
@@ -166,22 +171,168 @@ def hold_out_prompts(rows: list[dict], n: int, name: str) -> tuple[list[dict], l
     return train, held_out[:n]
 
 
-def note_overlap(held_out: list[dict], rows: list[dict], where: str) -> str:
-    """How many held-out prompts are trained on too, for the sentence on the data; '' for none.
+def draw_ood(config, kind: str, outside: list[dict]) -> list[dict]:
+    """The split 'ood': the embedded world's own, or else --eval_size of the rows `outside`."""
+    source = source_of_held_out(config)
+    if is_world(source):
+        outside = read_rows(source, kind, split="ood")
+    part = draw(outside, config.eval_size)
+    where = config.in_distribution
+    require(part, f"{source}: no held-out row is out of distribution (--in_distribution {where})")
+    return part
 
-    where: 'held out', or 'in NAME' for a split of that name.
+
+def read_named(spec: str, kind: str, config) -> list[dict]:
+    """The [FORMAT:]FILE of an --eval_splits NAME=[FORMAT:]FILE -> its rows.
+
+    Without a format the file is read as --dataset is.
+    """
+    prompt_format, _, path = spec.partition(":")
+    if path and prompt_format in FORMATS:
+        rows, _ = read_parts(path, kind, (), prompt_format)
+    else:
+        rows, _ = read_parts(spec, kind, config.columns, config.prompt_format)
+    return rows
+
+
+def drop_equal_pairs(rows: list[dict], name: str) -> tuple[list[dict], int]:
+    """Pairs -> those whose answers differ, and how many are dropped. InputError: none is left."""
+    kept = [row for row in rows if row["chosen"] != row["rejected"]]
+    require(kept, f"{name}: no pair is left in which chosen and rejected differ")
+    return kept, len(rows) - len(kept)
+
+
+# ----------------------------------------------------------------------------------- the sentence
+
+
+def name_place(label: str, source: str) -> str:
+    """How the sentence on the data names a split: 'held out' for 'test', else 'in NAME'."""
+    if source == "test":
+        return "held out"
+    # 'eval' is the label of the first split, whichever it is.
+    name = source if label == "eval" else label
+    return f"in {name}"
+
+
+def note_overlap(held_out: list[dict], rows: list[dict], place: str) -> str:
+    """How many held-out prompts are trained on too, for the sentence; '' for none.
+
+    place: what name_place() says of the held-out rows.
     """
     prompts = distinct_prompts(held_out)
     shared = prompts & distinct_prompts(rows)
     if not shared:
         return ""
-    what = "held-out prompts" if where == "held out" else f"prompts {where}"
-    return f", {len(shared)} of {len(prompts)} {what} are trained on too"
+    what = "held-out prompts" if place == "held out" else f"prompts {place}"
+    return f"{len(shared)} of {len(prompts)} {what} are trained on too"
 
 
-def read_named(spec, kind, config):
-    """The [FORMAT:]FILE of an --eval_splits NAME=[FORMAT:]FILE -> its rows. Without a format it is read as --dataset is."""
-    prompt_format, _, path = spec.partition(":")
-    if path and prompt_format in FORMATS:
-        return read_parts(path, kind, (), prompt_format)[0]
-    return read_parts(spec, kind, config.columns, config.prompt_format)[0]
+def distinct_prompts(rows: list[dict]) -> set[str]:
+    """The different prompts of rows, in their canonical form."""
+    return {canonical(row["prompt"]) for row in rows}
+
+
+# ----------------------------------------------------------------------------------- named splits
+
+
+def labels(eval_splits: list[str]) -> dict[str, str]:
+    """--eval_splits -> {label of a split in the results: 'test', 'ood' or its file}.
+
+    The label of the first split is 'eval'; the label of any other is its name.
+    """
+    sources = {}
+    names = []
+    for item in eval_splits:
+        name, has_file, path = item.partition("=")
+        if has_file:
+            good = re.fullmatch(r"[\w-]+", name) and path and name not in TAKEN
+        else:
+            good = name in ("test", "ood")
+        require(
+            good,
+            "--eval_splits takes test, ood and NAME=FILE (a NAME of letters and digits, not "
+            f"{', '.join(TAKEN)}), not {item!r}",
+        )
+        require(name not in names, f"--eval_splits names {name} twice")
+        label = name if names else "eval"
+        names.append(name)
+        sources[label] = path or name
+    return sources
+
+
+# ----------------------------------------------------------------------------------- distribution
+
+
+def predicate(where: str) -> Callable[[str, dict], bool]:
+    """--in_distribution -> a function (place, row) -> whether the row is in distribution.
+
+    '' is true of every row. The function has InputErrors, with the place, for rows that cannot be
+    asked. Pitfall: words are what stands between white space; the reference code counts blanks
+    alone.
+    """
+    if not where:
+        return lambda place, row: True
+    if re.fullmatch(r".+\.py:\w+", where):
+        return function_predicate(where)
+    # 18 digits at most: Python refuses to read numbers that are thousands of digits long.
+    length = re.fullmatch(r"words:(.+?)(<=|>=|<|>)(\d{1,18})", where)
+    if length:
+        column, sign, number = length.groups()
+        return length_predicate(where, column, sign, int(number))
+    column, _, values = where.partition("=")
+    good = column and values and not where.startswith("words:")
+    require(
+        good,
+        "--in_distribution takes COLUMN=a,b,c, words:COLUMN<=N (or <, >, >=) or FILE.py:FUNCTION, "
+        f"not {where!r}",
+    )
+    return value_predicate(where, column, values)
+
+
+def value_predicate(where: str, column: str, values: str) -> Callable[[str, dict], bool]:
+    """COLUMN=a,b,c: the column has one of these values."""
+    wanted = {value.strip() for value in values.split(",")}
+
+    def inside(place, row):
+        require_column(place, row, column, where)
+        return str(row[column]) in wanted
+
+    return inside
+
+
+def length_predicate(
+    where: str, column: str, sign: str, number: int
+) -> Callable[[str, dict], bool]:
+    """words:COLUMN<=N, and other signs: the column's text has so many words."""
+    compare = COMPARE[sign]
+
+    def inside(place, row):
+        require_column(place, row, column, where)
+        is_text = isinstance(row[column], str)
+        require(is_text, f"{place}: field {column!r} must be a string to have words")
+        n_words = len(row[column].split())
+        return compare(n_words, number)
+
+    return inside
+
+
+def function_predicate(where: str) -> Callable[[str, dict], bool]:
+    """FILE.py:FUNCTION: the function returns True."""
+    function = python_function(where)
+
+    def inside(place, row):
+        with user_code(f"{place}: --in_distribution {where} raised"):
+            # The function gets a row of its own, which it may change.
+            answer = function(deepcopy(row))
+            # This lets numpy's True and False through too.
+            is_bool = answer in (True, False)
+        require(is_bool, f"{place}: {where} must return True or False, not {answer!r}")
+        return bool(answer)
+
+    return inside
+
+
+def require_column(place: str, row: dict, column: str, where: str):
+    """InputError where a row lacks the column that --in_distribution reads."""
+    has_column = column in row
+    require(has_column, f"{place}: no field {column!r}, which --in_distribution {where} reads")

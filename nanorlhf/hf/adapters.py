@@ -14,7 +14,7 @@ from ..errors import InputError, require
 from ..runtime.files import check_fields, read_object, shorten, write_json
 from ..runtime.tensors import check_tensors
 from ..runtime.tensors import read_tensors as read_file
-from .lora import HEADS, adapters, matching, merge, put, shape_of
+from .lora import HEADS, adapters, matching, merge, put_adapter, shape_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOTES = "nanorlhf.json"  # what PEFT's two files have no place for: {"reward_mean": x, "base": path relative to the adapter folder}
@@ -176,7 +176,7 @@ def load_adapter(lm, path):
         known = name in expected or name.rpartition(".lora_")[0] in unused
         require(known, f"{path}: the tensor {name} has no place in {type(lm).__name__}")
     for name in sorted(names):
-        put(lm, name, tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], config["lora_alpha"], config["lora_dropout"])
+        put_adapter(lm, name, tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], config["lora_alpha"], config["lora_dropout"])
     for name, p in heads.items():
         p.data.copy_(tensors[name])
     mean = read_notes(path).get("reward_mean")

@@ -4,6 +4,7 @@ Anybody may have written such a folder, a killed run may have left it half made,
 changed it. Whatever is wrong is an InputError: one line that says what and where. models.py loads.
 """
 
+import math
 import os
 
 import torch
@@ -172,6 +173,21 @@ def find_special_ids(tokenizer) -> set[int]:
         if token.special and token_id not in in_texts and not is_in_chats:
             special_ids.add(token_id)
     return special_ids
+
+
+def read_longest_text(path: str, tokenizer) -> int:
+    """The most tokens that a tokenizer gives a text: a whole number, 10^30 where nobody says it.
+
+    InputError: it is none.
+    """
+    longest = tokenizer.model_max_length
+    is_whole = is_of_type(longest, float) and math.isfinite(longest) and longest == int(longest) > 0
+    require(
+        is_whole,
+        f"{path}: the tokenizer's model_max_length must be a whole number above 0, "
+        f"not {shorten(longest)}",
+    )
+    return int(longest)
 
 
 # --------------------------------------------------------------------------------- the loaded model

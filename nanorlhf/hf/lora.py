@@ -1,16 +1,18 @@
-"""LoRA by hand: low-rank adapters on linear layers. Their folders, in PEFT's format, are adapters.py's.
+"""LoRA by hand: low-rank adapters on linear layers. adapters.py reads and writes their folders.
 
     y = W x + (alpha / r) B A dropout(x)        (Hu et al. 2021, 2106.09685, section 4.1)
 
-W [out, in] is frozen, A [r, in] starts random, B [out, r] starts at zero, so that training starts from the model as it is. An adapter
-replaces its layer in the model and holds it as `base_layer`; the rest of the model stays what it was. GPT-2's Conv1D is a linear
-layer whose weight is stored as [in, out]; A and B are the same for it.
+W [out, in] is frozen, A [r, in] starts random, and B [out, r] starts at zero, so that training
+starts from the model as it is. An adapter takes the place of its layer in the model and holds that
+layer as `base_layer`; the rest of the model stays as it was. GPT-2's Conv1D is a linear layer whose
+weight is stored as [in, out]; A and B are the same for it.
 """
 
 import contextlib
 import re
 import signal
 import threading
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +26,37 @@ SEARCH_SECONDS = 5  # for the layers that a regular expression names
 HEADS = ("score", "classifier")  # of sequence classifiers: trained in full and saved whole
 
 
-class LoRA(nn.Module):
-    """A linear layer with an adapter: y = W x + (alpha / r) B A dropout(x), [.., in] -> [.., out]; with `on` False y = W x.
+# ------------------------------------------------------------------------------------ one adapter
 
-    A and B are float32 parameters, computed with in the type of x; autocast does to them what it does to W.
+
+class LoRA(nn.Module):
+    """A linear layer with an adapter: y = W x + (alpha / r) B A dropout(x), [.., in] -> [.., out].
+
+    With `on` False, y = W x. A and B are float32 parameters, and are cast to the type of x to
+    compute with it; autocast does to them what it does to W.
     """
 
-    def __init__(self, base_layer, lora_A, lora_B, alpha, dropout):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        alpha: float,
+        dropout: float,
+    ):
         super().__init__()
         device = base_layer.weight.device
-        self.base_layer, self.alpha, self.on = base_layer, alpha, True
+        self.base_layer = base_layer
+        self.alpha = alpha
+        self.on = True
         self.lora_A = nn.Parameter(lora_A.to(device, torch.float32))  # [r, in]
         self.lora_B = nn.Parameter(lora_B.to(device, torch.float32))  # [out, r]
         self.dropout = nn.Dropout(dropout)
         self.scale = alpha / len(lora_A)
+        # A model that is evaluated stays so: without dropout.
         self.train(base_layer.training)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
         if not self.on:
             return y
@@ -48,47 +64,141 @@ class LoRA(nn.Module):
         return y + F.linear(self.scale * low, self.lora_B.to(x.dtype))
 
     @torch.no_grad()
-    def merged(self):
-        """The plain layer with W + (alpha / r) B A for its weight."""
+    def merged(self) -> nn.Module:
+        """The plain layer, with W + (alpha / r) B A for its weight."""
         delta = self.scale * self.lora_B @ self.lora_A  # [out, in]
-        self.base_layer.weight += delta.T if isinstance(self.base_layer, Conv1D) else delta
+        if isinstance(self.base_layer, Conv1D):
+            delta = delta.T
+        self.base_layer.weight += delta
         return self.base_layer
 
 
-def shape_of(layer):
+def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer."""
-    return tuple(layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape)
+    if isinstance(layer, Conv1D):
+        n_in, n_out = layer.weight.shape
+    else:
+        n_out, n_in = layer.weight.shape
+    return n_out, n_in
 
 
-def adapters(module):
-    """{name: LoRA} of the adapters in a module."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRA)}
+# ------------------------------------------------------------------------- adapters of a model
 
 
-def replace(lm, name, layer):
-    parent, _, child = name.rpartition(".")
-    setattr(lm.get_submodule(parent), child, layer)
+def add_lora(
+    lm,
+    pattern: str | list[str] = "all-linear",
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """Freeze an HF model, and put adapters on its linear layers that `pattern` names (matching).
+
+        A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0
+
+    That is kaiming_uniform with a = sqrt(5), as in the authors' code. The score head of a
+    classifier stays trained. `seed` alone decides A. -> a sentence on what was done. InputError:
+    rank < 1, a pattern that names nothing, a model that has adapters already, a layer that is tied
+    to the embeddings. Pitfall: new weights start small, so LoRA takes a larger learning rate than
+    full training, often ten times.
+    """
+    if rank < 1 or not 0 <= dropout < 1:
+        raise InputError(
+            f"LoRA takes a rank of at least 1 and a dropout in [0, 1), not {rank} and {dropout}"
+        )
+    if adapters(lm):
+        raise InputError("this model has adapters already: merge them first")
+    check_pattern(lm, pattern)
+    layers = matching(lm, pattern)
+
+    # All weights that are there already are frozen; those of the adapters come after.
+    lm.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in layers.items():
+        n_out, n_in = shape_of(layer)
+        uniform = 2 * torch.rand(rank, n_in, generator=generator) - 1  # in [-1, 1)
+        lora_A = uniform / n_in**0.5
+        lora_B = torch.zeros(n_out, rank)
+        put_adapter(lm, name, lora_A, lora_B, alpha, dropout)
+
+    # A classifier's head is new, and small enough to be trained in full.
+    heads = []
+    for head in HEADS:
+        if hasattr(lm, head):
+            getattr(lm, head).requires_grad_(True)
+            heads.append(head)
+
+    n_trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    also = f" and the {heads[0]} head" if heads else ""
+    return (
+        f"LoRA of rank {rank} on {len(layers)} linear layers ({', '.join(last_names(layers))})"
+        f"{also}: {n_trained:,} trained, the rest is frozen"
+    )
 
 
-def matching(lm, pattern):
+def check_pattern(lm, pattern: str | list[str]):
+    """InputError where a pattern, or one entry of its list, names no linear layer."""
+    # {entry: what matching() takes for it alone}; it reads a string differently from a list.
+    if isinstance(pattern, str):
+        entries = {pattern: pattern}
+    else:
+        entries = {entry: [entry] for entry in pattern}
+    for entry, alone in entries.items():
+        if not matching(lm, alone):
+            known = ", ".join(sorted(last_names(matching(lm, ".*"))))
+            raise InputError(
+                f"LoRA layers {entry}: no linear layer of {type(lm).__name__} has this name; "
+                f"there are {known}"
+            )
+
+
+def last_names(names: Iterable[str]) -> list[str]:
+    """The different last parts of names, in their order: layers.0.mlp.up_proj -> up_proj."""
+    return list(dict.fromkeys(name.split(".")[-1] for name in names))
+
+
+def matching(lm, pattern: str | list[str]) -> dict[str, nn.Module]:
     """{name: layer} of the linear layers that a pattern names; a classifier's head is none of them.
 
-    "all-linear": all but the output head. Another string: a regular expression for whole names. A list: names, or regular
-    expressions, for the ends of names ("q_proj", "layers.0.mlp.up_proj"). These are PEFT's rules.
+    "all-linear": all but the output head. Any other string: a regular expression for whole names. A
+    list: names, or regular expressions, for the ends of names ("q_proj", "layers.0.mlp.up_proj").
+    These are PEFT's rules.
     """
-    layers = {name: m for name, m in lm.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and name.split(".")[0] not in HEADS}
+    layers = linear_layers(lm)
     if pattern in ("all-linear", ["all-linear"]):
-        return {name: layer for name, layer in layers.items() if layer is not lm.get_output_embeddings()}
-    patterns = [pattern] if isinstance(pattern, str) else [rf"(?:.*\.)?(?:{end})" for end in pattern]
+        head = lm.get_output_embeddings()
+        return {name: layer for name, layer in layers.items() if layer is not head}
+
+    # An end of a name begins at its start or after a dot.
+    if isinstance(pattern, str):
+        expressions = [pattern]
+    else:
+        expressions = [rf"(?:.*\.)?(?:{end})" for end in pattern]
+    too_long = f"LoRA layers {pattern}: a search that takes too long; write a simpler one"
+    found = {}
     try:
-        with time_limit(SEARCH_SECONDS, f"LoRA layers {pattern}: a search that takes too long; write a simpler one"):
-            return {name: layer for name, layer in layers.items() if any(re.fullmatch(p, name) for p in patterns)}
+        with time_limit(SEARCH_SECONDS, too_long):
+            for name, layer in layers.items():
+                if any(re.fullmatch(expression, name) for expression in expressions):
+                    found[name] = layer
     except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"LoRA layers {pattern}: not a regular expression ({e})") from None
+    return found
+
+
+def linear_layers(lm) -> dict[str, nn.Module]:
+    """{name: layer} of all linear layers but a classifier's head."""
+    layers = {}
+    for name, module in lm.named_modules():
+        in_head = name.split(".")[0] in HEADS
+        if isinstance(module, (nn.Linear, Conv1D)) and not in_head:
+            layers[name] = module
+    return layers
 
 
 @contextlib.contextmanager
-def time_limit(seconds, message):
+def time_limit(seconds: float, message: str):
     """InputError where what is done in this context takes longer than so many seconds.
 
     Nobody can tell from a regular expression whether its search ends before the sun does: that of
@@ -96,7 +206,7 @@ def time_limit(seconds, message):
     main thread can set one; elsewhere there is no limit.
     """
 
-    def stop(*_):
+    def stop(signal_number, frame):
         raise InputError(message)
 
     if threading.current_thread() is not threading.main_thread():
@@ -111,57 +221,38 @@ def time_limit(seconds, message):
         signal.signal(signal.SIGALRM, before)
 
 
-def add_lora(lm, pattern="all-linear", rank=8, alpha=16.0, dropout=0.0, seed=0):
-    """Freeze an HF model and put adapters on the linear layers that `pattern` names (see matching). -> a sentence on what was done.
+def put_adapter(
+    lm, name: str, lora_A: torch.Tensor, lora_B: torch.Tensor, alpha: float, dropout: float
+):
+    """Put an adapter on the linear layer of this name.
 
-        A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0        (kaiming_uniform with a = sqrt(5), as in the authors' code)
-
-    The score head of a classifier stays trained. `seed` alone decides A. InputError: rank < 1, a pattern that names nothing, adapters
-    on a model that has some, a layer that is tied to the embeddings. Pitfall: new weights start small, so LoRA takes a larger
-    learning rate than full training, often ten times.
+    InputError: the layer is tied to the embeddings. Merging would change the embeddings too.
     """
-    if rank < 1 or not 0 <= dropout < 1:
-        raise InputError(f"LoRA takes a rank of at least 1 and a dropout in [0, 1), not {rank} and {dropout}")
-    if adapters(lm):
-        raise InputError("this model has adapters already: merge them first")
-    for entry in [pattern] if isinstance(pattern, str) else pattern:
-        if not matching(lm, pattern if isinstance(pattern, str) else [entry]):
-            ends = sorted({name.split(".")[-1] for name in matching(lm, ".*")})
-            raise InputError(f"LoRA layers {entry}: no linear layer of {type(lm).__name__} has this name; there are {', '.join(ends)}")
-    lm.requires_grad_(False)
-    generator, layers = torch.Generator().manual_seed(seed), matching(lm, pattern)
-    for name, layer in layers.items():
-        n_out, n_in = shape_of(layer)
-        lora_A = (2 * torch.rand(rank, n_in, generator=generator) - 1) / n_in**0.5
-        put(lm, name, lora_A, torch.zeros(n_out, rank), alpha, dropout)
-    heads = [head for head in HEADS if hasattr(lm, head)]
-    for head in heads:
-        getattr(lm, head).requires_grad_(True)
-    n = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    ends = ", ".join(dict.fromkeys(name.split(".")[-1] for name in layers))
-    also = f" and the {heads[0]} head" if heads else ""
-    return f"LoRA of rank {rank} on {len(layers)} linear layers ({ends}){also}: {n:,} trained, the rest is frozen"
-
-
-def choose_trained(lm, config):
-    """What a run trains of a model by its flags: adapters, the upper blocks, or everything. -> a sentence on what was done"""
-    if config.lora_rank:
-        return add_lora(lm, config.lora_layers, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
-    return freeze(lm, config.freeze_layers)
-
-
-def put(lm, name, lora_A, lora_B, alpha, dropout):
-    """An adapter on one layer. One that is tied to the embeddings could not be merged without changing them too."""
     layer = lm.get_submodule(name)
-    if any(layer.weight is m.weight for m in lm.modules() if isinstance(m, nn.Embedding)):
-        raise InputError(f"LoRA on {name}: it is tied to the embeddings, and an adapter on it could not be merged")
-    replace(lm, name, LoRA(layer, lora_A, lora_B, alpha, dropout))
+    for module in lm.modules():
+        if isinstance(module, nn.Embedding) and module.weight is layer.weight:
+            raise InputError(
+                f"LoRA on {name}: it is tied to the embeddings, and an adapter on it could not be "
+                "merged"
+            )
+    replace_layer(lm, name, LoRA(layer, lora_A, lora_B, alpha, dropout))
+
+
+def replace_layer(lm, name: str, layer: nn.Module):
+    """Put a layer in the place of the one of this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(lm.get_submodule(parent), child, layer)
+
+
+def adapters(module: nn.Module) -> dict[str, LoRA]:
+    """{name: LoRA} of the adapters in a module."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRA)}
 
 
 @contextlib.contextmanager
-def adapters_off(module):
+def adapters_off(module: nn.Module):
     """Within this context the module computes what it did before it had adapters, bit for bit."""
-    layers = list(adapters(module).values())
+    layers = adapters(module).values()
     before = [layer.on for layer in layers]
     for layer in layers:
         layer.on = False
@@ -173,7 +264,24 @@ def adapters_off(module):
 
 
 def merge(lm):
-    """Fold the adapters into the weights, W <- W + (alpha / r) B A, and put the plain layers back. -> lm"""
+    """Fold the adapters into the weights, W <- W + (alpha / r) B A. -> lm, with plain layers."""
     for name, layer in adapters(lm).items():
-        replace(lm, name, layer.merged())
+        replace_layer(lm, name, layer.merged())
     return lm
+
+
+def choose_trained(lm, config) -> str:
+    """Choose what a run trains of a model by its flags: adapters, the upper blocks, or everything.
+
+    -> a sentence on what was done
+    """
+    if not config.lora_rank:
+        return freeze(lm, config.freeze_layers)
+    return add_lora(
+        lm,
+        config.lora_layers,
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_dropout,
+        config.seed,
+    )

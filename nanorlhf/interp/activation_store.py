@@ -325,9 +325,10 @@ def opened(config, path):
     """An autoencoder's folder and the flags -> (sae, model, place); an InputError where they do not fit."""
     notes = read_config(path).get("metadata") or {}
     model = config.model or notes.get("model", "")
-    layer = config.layer if config.layer >= 0 else notes.get("layer", -1)
+    layer = config.layer if config.layer >= 0 else notes.get("layer")
     site = config.site or notes.get("site", "")
-    require(model and layer >= 0 and site, f"{path} does not say whose activations it reads: name --model, --layer and --site")
+    said = model and site and layer is not None and layer >= 0
+    require(said, f"{path} does not say whose activations it reads: name --model, --layer and --site")
     model_config = check_model(model).get_text_config()
     require(layer < model_config.num_hidden_layers, f"layer {layer}: {model} has the layers 0 to {model_config.num_hidden_layers - 1}")
     sae = load_sae(path, width=model_config.hidden_size)

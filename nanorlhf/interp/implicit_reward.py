@@ -40,7 +40,7 @@ from ..stats import t_interval
 from .activation_store import TOKENS_AT_ONCE
 from .linear_probes import fit_pairs, fit_reward
 from .probe_flags import SITE_HELP
-from .probe_texts import differences, pair_texts, sequence_texts, word_texts
+from .probe_texts import pair_texts, sequence_texts, subtract_neutral, word_texts
 from .sae_files import load_sae
 
 
@@ -157,7 +157,7 @@ def reward(config):
         texts = sequence_texts(config, tokenizer, rows, config.reward or "world:gold", max_length, dist)
     inputs, layers = all_inputs(config, texts, dist)
     if config.difference:
-        texts, inputs = differences(texts, inputs)
+        texts, inputs = subtract_neutral(texts, inputs)
     note = "Bag of words: no word of the test is in training, so it is at chance by construction." if by_word else ""
     return compare(config, folder, fit_reward, texts, inputs, layers, note)
 

@@ -106,7 +106,7 @@ def read_config(path):
     require(os.path.isfile(file), f"{path}: no sparse autoencoder here ({CONFIG} is missing)")
     config = read_object(file, {"architecture": str, "metadata": dict | None})
     notes = check_fields(config.get("metadata") or {}, NOTES, file)
-    if notes.get("nanorlhf"):
+    if notes.get("nanorlhf") is not None:
         ours = check_fields(notes["nanorlhf"], {"normalize": str, "scale": float, "tied": bool}, file)
         good = ours["normalize"] in NORMALIZE and 1e-20 < ours["scale"] < 1e20
         require(good, f"{file}: no standardisation {ours['normalize']!r} by a scale of {ours['scale']}")

@@ -77,6 +77,12 @@ class RunFolder:
             if changed:
                 raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
             self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
+            for name in os.listdir(self.path):
+                path = os.path.join(self.path, name)
+                if re.fullmatch(r"eval(_[\w-]+)?", name) and not os.path.isdir(path):
+                    raise InputError(f"{path} should be a folder; remove it, and give the same command again")
+                if name in ("summary.json", *LOGS) and os.path.isdir(path):
+                    raise InputError(f"{path} should be a file; remove it, and give the same command again")
         elif os.path.isdir(self.path) and set(os.listdir(self.path)) - BEFORE_A_RUN:
             raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
 
