@@ -291,7 +291,7 @@ def check_settings(config) -> list[str]:
     spec = config.gold_model
     path = os.path.join(run, "config.json")
     stored = read_settings(path, type(config))
-    require("dataset" in stored, f"{path}: no settings of a PPO run (they name no dataset)")
+    require("dataset" in stored, f"{path}: dataset is missing")
     # The world's own gold knows the world's prompts alone.
     is_known = kind_of(spec) != "gold" or is_world(stored["dataset"])
     require(spec and is_known, f"--score_gold {run}: name its gold reward with --gold_model")

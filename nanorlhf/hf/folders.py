@@ -154,21 +154,6 @@ def check_vocabulary(path: str, tokenizer, n_embeddings: int):
     )
 
 
-def read_longest_text(path: str, tokenizer) -> int:
-    """The most tokens that a tokenizer gives a text: a whole number, 10^30 where nobody says it.
-
-    InputError: it is none.
-    """
-    longest = tokenizer.model_max_length
-    is_whole = is_of_type(longest, float) and math.isfinite(longest) and longest == int(longest) > 0
-    require(
-        is_whole,
-        f"{path}: the tokenizer's model_max_length must be a whole number above 0, "
-        f"not {shorten(longest)}",
-    )
-    return int(longest)
-
-
 def find_special_ids(tokenizer) -> set[int]:
     """The ids of special tokens that texts do not hold, such as PAD.
 
@@ -188,6 +173,21 @@ def find_special_ids(tokenizer) -> set[int]:
         if token.special and token_id not in in_texts and not is_in_chats:
             special_ids.add(token_id)
     return special_ids
+
+
+def read_longest_text(path: str, tokenizer) -> int:
+    """The most tokens that a tokenizer gives a text: a whole number, 10^30 where nobody says it.
+
+    InputError: it is none.
+    """
+    longest = tokenizer.model_max_length
+    is_whole = is_of_type(longest, float) and math.isfinite(longest) and longest == int(longest) > 0
+    require(
+        is_whole,
+        f"{path}: the tokenizer's model_max_length must be a whole number above 0, "
+        f"not {shorten(longest)}",
+    )
+    return int(longest)
 
 
 # --------------------------------------------------------------------------------- the loaded model
