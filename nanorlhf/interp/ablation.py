@@ -344,7 +344,7 @@ def observe_features(
 ) -> Seen:
     """Let the policy answer the prompts, and see which features fire on prompts and answers."""
     lm = parts.policy.lm
-    # Step 0 is the noise of the arms: other answers have another.
+    # Step 0 is for the answers of the arms: these must have noise of their own.
     responses, _ = sample_answers(parts, prompts, step=1)
     texts = [prompt + response for prompt, response in zip(prompts, responses)]
     tokens = Tokens(texts, skip_bos)
@@ -435,7 +435,7 @@ def measure_answers(
         numbers[name] = score(reward, answers)
     numbers["length"] = torch.tensor([len(ids) for ids in responses])
 
-    # The embedded world knows which token is its spurious mark; world:SEED has its own.
+    # The spurious mark of the embedded world; world:SEED has a mark of its own.
     if data.is_world(config.dataset):
         seed = int(config.dataset.partition(":")[2] or 0)
         mark = tokenizer.convert_tokens_to_ids(world.cue(seed))
