@@ -270,7 +270,7 @@ def collect_inputs(config, texts: Texts, dist) -> tuple[dict[str, Tensor], list[
     places = [(layer, config.site) for layer in layers]
     module_at(policy, places[0])  # InputError: a site that this architecture lacks
 
-    # With --sae the features come first: what all else is compared with is the policy's features.
+    # With --sae the policy's features come first, and all else is compared with these.
     inputs = {}
     if config.sae:
         for name, lm in (("policy", policy), ("base", base)):
