@@ -37,7 +37,8 @@ from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
 from nanorlhf.ensemble import OBJECTIVES, combine, combine_all, objective_of
 from nanorlhf.errors import at_least, require
 from nanorlhf.evals import diversity_report
-from nanorlhf.models import check_model, load_tokenizer
+from nanorlhf.hf.folders import check_model
+from nanorlhf.models import load_tokenizer
 from nanorlhf.rewards import expand, reward_names
 from nanorlhf.rollout import SamplingFlags
 from nanorlhf.runtime import cli
@@ -159,155 +160,311 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
 @unlock_afterwards()
 def main(config):
     """Best of n on one split, or on each of several. -> its results, or {split: results}"""
-    # ------------------------------------------------------------------------------------------------------------------- set-up
+    # ------------------------------------------------------------------------------------ set-up
     dist = setup(config.device)
     check_name(config.output_dir)
     if config.from_files:
         return diversity_report.from_files(config, dist)
     diversity_report.check_models(config)
     if len(config.eval_splits) > 1:
-        note = load_splits(config, "prompts")[2]  # a split that is not there is an error before anything is sampled
-        dist.print(note)
-        named = {item.partition("=")[0]: item for item in config.eval_splits}
-        return {name: main(replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")) for name, item in named.items()}
+        return run_each_split(config, dist)
     folder = RunFolder(config, dist, FREE, written_again=True)
-    check_inputs(config, "reward_model", "gold_model", *([] if config.pool else ["model"]))
+    check_inputs(config, "reward_model", "gold_model")
+    if not config.pool:
+        check_inputs(config, "model")
 
-    # ------------------------------------------------------------------------------------------------------------------ answers
+    # ----------------------------------------------------------------------------------- answers
     if config.pool:
-        rows, tokenizer = pool.read(config.pool), None  # only the texts are known
+        tokenizer = None  # only the texts are known
+        rows = pool.read(config.pool)
     else:
-        rows, note = prompts_of(config)
+        prompt_rows, note = prompts_of(config)
         dist.print(note)
         train_what_is_missing(config, "model", "reward_model")
         tokenizer = load_tokenizer(config.model)
-        limits = (check_model(config.model), config.max_new_tokens, config.max_prompt_length, config.chat_template)
-        prompts = data.ready_prompts(tokenizer, rows, *limits)
+        prompts = data.ready_prompts(
+            tokenizer,
+            prompt_rows,
+            check_model(config.model),
+            config.max_new_tokens,
+            config.max_prompt_length,
+            config.chat_template,
+        )
+
+    # Answers are kept in the folder as they come: after a kill it must be known whose they are.
     if dist.main:
         os.makedirs(config.output_dir, exist_ok=True)
         write_json(os.path.join(config.output_dir, "config.json"), folder.config)
     if not config.pool:
         rows = pool.sample(config, tokenizer, prompts, dist)
-    counts = [len(row["responses"]) for row in rows]
+
+    counts = [len(row["responses"]) for row in rows]  # P
     N = min(counts)
-    ns = sorted(set(config.n)) or [n for n in DEFAULT_NS if n <= N]
-    require(ns[-1] <= N, f"--n {ns[-1]}: the prompt {rows[counts.index(N)]['prompt'][:40]!r} has only {N} answers")
+    ns = choose_ns(config, rows[counts.index(N)])
     has_gold = bool(config.gold_model) or "gold_scores" in rows[0]
     require(has_gold or not config.save_pairs, "--save_pairs needs gold scores: name --gold_model")
-    dist.print(f"{len(rows)} prompts, {N if N == max(counts) else f'{N} to {max(counts)}'} answers each")
+    answers_each = f"{N}" if N == max(counts) else f"{N} to {max(counts)}"
+    dist.print(f"{len(rows)} prompts, {answers_each} answers each")
 
-    # ------------------------------------------------------------------------------------------------------------------- scores
+    # ------------------------------------------------------------------------------------ scores
     scores = pool.score(rows, config.reward_model, tokenizer, config, dist)  # {name: P lists of N}
+    gold = None  # or P lists of N
     if config.gold_model:
         (gold,) = pool.score(rows, [config.gold_model], tokenizer, config, dist).values()
-    else:
-        gold = [row["gold_scores"] for row in rows] if has_gold else None
+    elif has_gold:
+        gold = [row["gold_scores"] for row in rows]
     if not dist.main:
-        return dist.barrier()  # what is left is arithmetic
+        dist.barrier()  # what is left is arithmetic
+        return None
 
     # Answer, proxies and gold stay in one place: [p, j] of every matrix is answer j to prompt p.
-    members = torch.stack([pool.matrix(member)[0] for member in scores.values()])  # [K, P, N]
-    values, mask = pool.matrix(gold or next(iter(scores.values())))  # [P, N]
-    mask = None if mask.all() else mask  # answers may differ in number
-    proxies = dict(zip(scores, members))
+    matrices = []
+    for member_scores in scores.values():
+        matrix, mask = pool.matrix(member_scores)  # all members have one mask
+        matrices.append(matrix)
+    members = torch.stack(matrices)  # [K, P, N]
+    if mask.all():
+        mask = None  # all prompts have the same number of answers
+    proxies = dict(zip(scores, members))  # {name: [P, N]}
     if len(members) > 1:
         proxies |= combine_all(members, config.uwo_lambda)
 
-    # ---------------------------------------------------------------------------------------------------------------- best of n
-    results, fits = {}, {}
-    for name, proxy in proxies.items():
-        proxy_curve = bon_estimate(proxy, proxy, ns, mask, per_prompt=True)  # [P, L]
-        gold_curve = bon_estimate(proxy, values, ns, mask, per_prompt=True) if gold else None
-        results[name] = curve(ns, proxy_curve, gold_curve)
-        if gold and ns[0] == 1 and len(ns) > 2 and len(rows) > 1:
-            fits[name] = fit_bon(torch.tensor([bon_kl(n) for n in ns]), gold_curve)._asdict()
+    # --------------------------------------------------------------------------------- best of n
+    gold_matrix = None
+    if gold is not None:
+        gold_matrix, _ = pool.matrix(gold)  # [P, N]
+    results, fits = estimate_curves(proxies, gold_matrix, ns, mask)
 
-    # --------------------------------------------------------------------------------------------------------------------- save
-    def out(name):
+    # -------------------------------------------------------------------------------------- save
+    def path_of(name):
         return os.path.join(config.output_dir, name)
 
-    write_json(out("bon_results.json"), results)
-    write_lines(out("pool.jsonl"), joined(rows, scores, gold))
+    scored_rows = join_scores(rows, scores, gold)
+    write_json(path_of("bon_results.json"), results)
+    write_lines(path_of("pool.jsonl"), scored_rows)
     if config.save_best:
-        best = combine(members, config.objective, config.uwo_lambda[0])  # [P, N]
-        split = None if config.pool else config.eval_splits[0].partition("=")[0] if config.eval_splits else config.split
-        chosen = [best_of(row, proxy, config.n[0], split) for row, proxy in zip(joined(rows, scores, gold), best)]
-        write_lines(out(f"best_of_{config.n[0]}.jsonl"), [row for part in chosen for row in part])
+        n = config.n[0]
+        objective = combine(members, config.objective, config.uwo_lambda[0])  # [P, N]
+        best_rows = []
+        for row, row_scores in zip(scored_rows, objective):
+            best_rows += choose_best(row, row_scores, n, name_of_split(config))
+        write_lines(path_of(f"best_of_{n}.jsonl"), best_rows)
     if config.save_pairs:
-        pairs = [pair for row in joined(rows, scores, gold) for pair in pairs_of(row)]
-        write_lines(out("pairs.jsonl"), pairs)
-        dist.print(f"{len(pairs)} pairs, {sum(n // 2 for n in counts) - len(pairs)} ties in gold left out")
+        pairs = []
+        for row in scored_rows:
+            pairs += make_pairs(row)
+        write_lines(path_of("pairs.jsonl"), pairs)
+        n_ties = sum(count // 2 for count in counts) - len(pairs)
+        dist.print(f"{len(pairs)} pairs, {n_ties} ties in gold left out")
+
     picture = plot_run(config.output_dir)
-    dist.print(table(results, gold), f"Written to {config.output_dir}: bon_results.json, pool.jsonl{', ' + picture if picture else ''}")
+    names_of_files = "bon_results.json, pool.jsonl"
+    if picture:
+        names_of_files += f", {picture}"
+    dist.print(table(results, has_gold), f"Written to {config.output_dir}: {names_of_files}")
     if config.diversity:
-        diversity_report.report(config, dist, {"answers": list(joined(rows, scores, gold))})
+        diversity_report.report(config, dist, {"answers": scored_rows})
     summary = {"prompts": len(rows), "answers": N, "fits": fits}
-    write_json(out("summary.json"), summary)
+    write_json(path_of("summary.json"), summary)
     dist.barrier()
+    return results
+
+
+def run_each_split(config, dist):
+    """Run main() on each of several --eval_splits, in a folder of its own. -> {split: results}"""
+    # A split that is not there is an error before anything is sampled.
+    _, _, note = load_splits(config, "prompts")
+    dist.print(note)
+    results = {}
+    for item in config.eval_splits:
+        name, _, _ = item.partition("=")
+        own = replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")
+        results[name] = main(own)
     return results
 
 
 def prompts_of(config):
     """The rows of the chosen split, and a sentence on them."""
     in_world = data.is_world(config.dataset)
-    if config.eval_splits or config.split in ("train", "test") or (config.split == "ood" and not in_world):
+
+    # load_splits() knows which prompts of a data set are held out.
+    is_whole = config.split == "all" or (config.split == "ood" and in_world)
+    if not is_whole:
         wanted = config.eval_splits or ["ood" if config.split == "ood" else "test"]
-        train, held_out, note = load_splits(replace(config, eval_splits=wanted, split="test"), "prompts")
-        return (train if config.split == "train" else held_out["eval"]), note
-    splits = ("train", "test", "ood") if config.split == "all" and in_world else (config.split,)
-    rows = [row for split in splits for row in data.read_rows(config.dataset, "prompts", config.columns, split, config.prompt_format)]
+        own = replace(config, eval_splits=wanted, split="test")
+        train, held_out, note = load_splits(own, "prompts")
+        rows = train if config.split == "train" else held_out["eval"]
+        return rows, note
+
+    # The rest is read as it is: the embedded world's ood, and all of any data set.
+    splits = (config.split,)
+    if config.split == "all" and in_world:
+        splits = ("train", "test", "ood")
+    rows = []
+    for split in splits:
+        rows += data.read_rows(
+            config.dataset, "prompts", config.columns, split, config.prompt_format
+        )
     return data.subset(rows, config.max_rows), f"{len(rows)} prompts rows in {config.split}"
 
 
-def curve(ns, proxy, gold):
-    """Estimates for each prompt [P, L] -> [{n, kl, proxy_score, proxy_se, proxy_interval, gold_score, ...}], one for each n."""
-    columns = {"n": ns, "kl": [bon_kl(n) for n in ns]}
-    for name, values in (("proxy", proxy), ("gold", gold)):
-        if values is None:
-            columns |= {f"{name}_{what}": [None] * len(ns) for what in ("score", "se", "interval")}
-            continue
-        se = values.std(0) / len(values) ** 0.5 if len(values) > 1 else torch.zeros(len(ns))
-        columns |= {f"{name}_score": values.mean(0).tolist(), f"{name}_se": se.tolist()}  # over prompts
-        columns[f"{name}_interval"] = torch.stack(bootstrap(values), 1).tolist()  # 95%, over prompts
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+def choose_ns(config, scarcest) -> list[int]:
+    """The values of n, ascending: --n, or by default those of DEFAULT_NS that the pool allows.
+
+    scarcest: the row of the pool that has the fewest answers. InputError: they are too few for --n.
+    """
+    N = len(scarcest["responses"])
+    ns = sorted(set(config.n))
+    if not ns:
+        ns = [n for n in DEFAULT_NS if n <= N]
+    prompt = scarcest["prompt"][:40]
+    require(ns[-1] <= N, f"--n {ns[-1]}: the prompt {prompt!r} has only {N} answers")
+    return ns
 
 
-def joined(rows, scores, gold):
-    """The scored pool: {prompt, responses: [N], scores: {name: [N]}, gold_scores: [N]}."""
+# ------------------------------------------------------------------------------------- estimates
+
+
+def estimate_curves(proxies, gold, ns, mask):
+    """Estimate for each proxy what the best of n by it is worth, in its own unit and in gold.
+
+    proxies: {name: [P, N]}; gold [P, N] or None; mask [P, N] or None: which entries are answers
+    -> {name: rows of describe_curve()}, {name: the fit of Gao et al.'s curve to gold}
+    """
+    kl = torch.tensor([bon_kl(n) for n in ns])  # [L]
+    # A fit needs a start at n = 1, two further points, and several prompts for its interval.
+    can_fit = gold is not None and ns[0] == 1 and len(ns) > 2 and len(gold) > 1
+    results = {}
+    fits = {}
+    for name, proxy in proxies.items():
+        proxy_curve = bon_estimate(proxy, proxy, ns, mask, per_prompt=True)  # [P, L]
+        gold_curve = None
+        if gold is not None:
+            gold_curve = bon_estimate(proxy, gold, ns, mask, per_prompt=True)  # [P, L]
+        results[name] = describe_curve(ns, proxy_curve, gold_curve)
+        if can_fit:
+            fits[name] = fit_bon(kl, gold_curve)._asdict()
+    return results, fits
+
+
+def describe_curve(ns, proxy, gold):
+    """Estimates for each prompt, [P, L] each -> a row for each n:
+
+        {n, kl, proxy_score, proxy_se, proxy_interval, gold_score, gold_se, gold_interval}
+
+    Means over prompts, their standard errors and their 95% intervals. Without gold its are None.
+    """
+    rows = [{"n": n, "kl": bon_kl(n)} for n in ns]
+    for name, estimates in (("proxy", proxy), ("gold", gold)):
+        means = ses = intervals = [None] * len(ns)
+        if estimates is not None:
+            means, ses, intervals = mean_over_prompts(estimates)
+        for row, mean, se, interval in zip(rows, means, ses, intervals):
+            row[f"{name}_score"] = mean
+            row[f"{name}_se"] = se
+            row[f"{name}_interval"] = interval
+    return rows
+
+
+def mean_over_prompts(estimates: torch.Tensor) -> tuple[list, list, list]:
+    """[P, L] -> means, standard errors (0 for one prompt) and 95% intervals, lists of L."""
+    P, L = estimates.shape
+    se = torch.zeros(L)
+    if P > 1:
+        se = estimates.std(0) / P**0.5
+    low, high = bootstrap(estimates)
+    intervals = torch.stack([low, high], 1)
+    return estimates.mean(0).tolist(), se.tolist(), intervals.tolist()
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def join_scores(rows, scores, gold) -> list[dict]:
+    """The scored pool: rows {prompt, responses: [N], scores: {name: [N]}[, gold_scores: [N]]}."""
+    scored_rows = []
     for p, row in enumerate(rows):
-        own = {name: part[p] for name, part in scores.items()}
-        yield {"prompt": row["prompt"], "responses": row["responses"], "scores": own, **({"gold_scores": gold[p]} if gold else {})}
+        scored = {
+            "prompt": row["prompt"],
+            "responses": row["responses"],
+            "scores": {name: by_prompt[p] for name, by_prompt in scores.items()},
+        }
+        if gold is not None:
+            scored["gold_scores"] = gold[p]
+        scored_rows.append(scored)
+    return scored_rows
 
 
-def best_of(row, proxy, n, split=None):
-    """The best of each n answers in turn by proxy [N]: rows {prompt, response, scores, gold, split, sample}, sample the answer's place
-    in the pool. A last group of fewer is left out. n = 1: every answer."""
-    groups = proxy[: len(row["responses"]) // n * n].view(-1, n)
-    out = []
-    for j in (groups.argmax(1) + torch.arange(len(groups)) * n).tolist():
-        scores, gold = {name: part[j] for name, part in row["scores"].items()}, row.get("gold_scores")
-        out.append({"prompt": row["prompt"], "response": row["responses"][j], "scores": scores, "gold": gold[j] if gold else None,
-                    "split": split, "sample": j})  # fmt: skip
-    return out
+def choose_best(row, scores: torch.Tensor, n: int, split: str | None) -> list[dict]:
+    """The best of each n answers in turn, by scores [N or more]; n = 1: every answer.
+
+    A last group of fewer than n answers is left out. -> rows {prompt, response, scores, gold,
+    split, sample}; `sample` is the answer's place in the pool
+    """
+    n_groups = len(row["responses"]) // n
+    groups = scores[: n_groups * n].view(n_groups, n)
+    first_places = torch.arange(n_groups) * n
+    places = first_places + groups.argmax(1)  # [n_groups]
+
+    best_rows = []
+    for j in places.tolist():
+        gold = row["gold_scores"][j] if "gold_scores" in row else None
+        best = {
+            "prompt": row["prompt"],
+            "response": row["responses"][j],
+            "scores": {name: own[j] for name, own in row["scores"].items()},
+            "gold": gold,
+            "split": split,
+            "sample": j,
+        }
+        best_rows.append(best)
+    return best_rows
 
 
-def pairs_of(row):
-    """Answers 0 and 1, 2 and 3, ... as preferences of gold: {prompt, chosen, rejected}; ties are left out."""
-    gold, responses = row["gold_scores"], row["responses"]
+def name_of_split(config) -> str | None:
+    """The split that the prompts are of; None where they come with their answers, from --pool."""
+    if config.pool:
+        return None
+    if config.eval_splits:
+        return config.eval_splits[0].partition("=")[0]
+    return config.split
+
+
+def make_pairs(row) -> list[dict]:
+    """Answers 0 and 1, 2 and 3, ... as preferences of gold: rows {prompt, chosen, rejected}.
+
+    Ties are left out.
+    """
+    gold = row["gold_scores"]
+    responses = row["responses"]
+    pairs = []
     for j in range(0, len(responses) - 1, 2):
-        if gold[j] != gold[j + 1]:
-            better = j if gold[j] > gold[j + 1] else j + 1
-            yield {"prompt": row["prompt"], "chosen": responses[better], "rejected": responses[2 * j + 1 - better]}
+        if gold[j] == gold[j + 1]:
+            continue
+        better = j
+        worse = j + 1
+        if gold[worse] > gold[better]:
+            better, worse = worse, better
+        texts = {"chosen": responses[better], "rejected": responses[worse]}
+        pairs.append({"prompt": row["prompt"], **texts})
+    return pairs
 
 
-def table(results, gold):
+def table(results, has_gold):
     """Proxy and gold against n, as readable text."""
+    shown_ns = (1, 4, 16, 64, 256, 1024, 4096)
     lines = ["\nExpected score of the best of n, mean over prompts +- standard error:"]
-    for what in ("proxy", "gold") if gold else ("proxy",):
+    for what in ("proxy", "gold"):
+        if what == "gold" and not has_gold:
+            continue
         for name, points in results.items():
-            shown = [p for p in points if p["n"] in (1, 4, 16, 64, 256, 1024, 4096, points[-1]["n"])]
-            text = "  ".join(f"n {p['n']}: {p[what + '_score']:.2f} +- {p[what + '_se']:.2f}" for p in shown)
-            lines.append(f"  {what:5s} {name:8s} {text}")
+            cells = []
+            for point in points:
+                if point["n"] in shown_ns or point is points[-1]:
+                    score = point[f"{what}_score"]
+                    se = point[f"{what}_se"]
+                    cells.append(f"n {point['n']}: {score:.2f} +- {se:.2f}")
+            lines.append(f"  {what:5s} {name:8s} " + "  ".join(cells))
     return "\n".join(lines)
 
 

@@ -27,8 +27,9 @@ from nanorlhf.ensemble import OBJECTIVES
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evaluation import PPOParts, evaluate, forward, sampled_outputs, score_gold
 from nanorlhf.hf.blocks import speed_up
+from nanorlhf.hf.folders import check_model
 from nanorlhf.hf.lora import choose_trained, merge
-from nanorlhf.models import check_model, load_policy, load_tokenizer, reference_of, save_policy
+from nanorlhf.models import load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rewards import expand, load_reward
 from nanorlhf.rollout import SamplingFlags, roll_out

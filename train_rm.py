@@ -35,15 +35,10 @@ from nanorlhf import data
 from nanorlhf.control import sarm_training
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.hf.blocks import speed_up
+from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.hf.lora import choose_trained, merge
-from nanorlhf.models import (
-    check_model,
-    context_length,
-    load_reward_model,
-    load_tokenizer,
-    save_reward_model,
-)
-from nanorlhf.packing import Answers, micro_batches, pack
+from nanorlhf.models import load_reward_model, load_tokenizer, save_reward_model
+from nanorlhf.packing import Answers, Packed, micro_batches, pack
 from nanorlhf.rewards import check_reward, load_reward, score
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
@@ -132,125 +127,157 @@ def main(config):
     dist = setup(config.device, config.distributed)
     if config.members == 1:
         return train(config, dist)
-    # Members are spread over the processes and each is trained by one alone: no gradients to exchange, the same bits on any number
-    # of processes. On one process they come one after another (tests/bench/ensemble.py: no slower than stacked by torch.func).
+    return train_members(config, dist)
+
+
+def train_members(config, dist):
+    """Train the members of an ensemble, spread over the processes. -> {folder: summary}
+
+    Each member is trained by one process alone: there are no gradients to exchange, and the bits
+    are the same on any number of processes. On one process the members come one after another
+    (tests/bench/ensemble.py: no slower than stacked by torch.func).
+    """
     members = []
     for i in range(config.members):
-        noise_seed = config.noise_seed + i * config.independent_noise
-        members.append(replace(config, members=1, seed=config.seed + i, noise_seed=noise_seed, independent_noise=False))
+        # Members share the flipped labels, unless each is to have its own.
+        noise_seed = config.noise_seed
+        if config.independent_noise:
+            noise_seed += i
+        member = replace(
+            config,
+            members=1,
+            seed=config.seed + i,
+            noise_seed=noise_seed,
+            independent_noise=False,
+        )
+        members.append(member)
     alone = Dist(0, 1, dist.device)
     mine = members[dist.rank :: dist.world]
+
     # Each process locks its members' folders: one that holds another run, or is in use, is an error
     # before anything is trained.
-    dist.together(lambda: [RunFolder(member, alone) for member in mine])
+    def lock_folders():
+        for member in mine:
+            RunFolder(member, alone)
+
+    dist.together(lock_folders)
+    # An autoencoder that does not fit is an error before anything is trained, too.
     sarm_training.check_autoencoder(config)
     train_what_is_missing(config, "model")  # by all processes together
     for member in mine:
         print(f"\nmember {member.output_dir}", flush=True)
         train(member, alone)
     dist.barrier()
+
+    # The other processes' summaries are read from their files.
     summaries = {}
+    dist.print(f"\n{config.members} members:")
     for member in members:
-        summaries[member.output_dir] = read_object(f"{member.output_dir}/summary.json", REPORTED, finite=False)
-    dist.print(f"\n{config.members} members:", *(f"  {folder}: {report(result)}" for folder, result in summaries.items()))
+        path = f"{member.output_dir}/summary.json"
+        summary = read_object(path, REPORTED, finite=False)
+        summaries[member.output_dir] = summary
+        dist.print(f"  {member.output_dir}: {report(summary)}")
     return summaries
 
 
 def train(config, dist):
-    """One reward model, from its data to its folder. -> its summary"""
-    # ------------------------------------------------------------------------------------------------------------------- set-up
+    """Train one reward model, from its data to its folder. -> its summary"""
+    # ------------------------------------------------------------------------------------ set-up
     divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
     if folder.state == "done":
         return folder.already_done()
 
-    # --------------------------------------------------------------------------------------------------------------------- data
-    rows, held_out, note = load_splits(config, "pairs")  # held_out: {label: rows}
+    # -------------------------------------------------------------------------------------- data
+    rows, held_out, note = load_splits(config, "pairs")  # held_out: {label of a split: rows}
     if config.gold_model:
         check_reward(config.gold_model)
     sarm_training.check_autoencoder(config)  # before anything is trained for it
     train_what_is_missing(config, "model")
-    flipped = np.random.default_rng([LABELS, config.noise_seed]).random(len(rows)) < config.label_noise  # training pairs only
-    rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if flip else r for r, flip in zip(rows, flipped)]
-    training = sarm_training.prepare(config, dist) or PlainTraining(config)  # None without --sarm
+    rows, n_flipped = flip_labels(rows, config.label_noise, config.noise_seed)
+
+    # A SARM is loaded and trained in its own way; without --sarm it prepares None.
+    training = sarm_training.prepare(config, dist) or PlainTraining(config)
     tokenizer = load_tokenizer(config.model)
     max_length = config.max_length or context_length(check_model(config.model))
-    prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length, config.chat_template)
-    rejected_prompts, rejected, more_cut = data.encode(tokenizer, rows, "rejected", max_length, config.chat_template)
-    note += f", {flipped.sum()} labels flipped, {n_cut + more_cut} responses cut to {max_length} tokens"
-    dist.print(f"reward model on {config.dataset}: {note}")
-    check_texts(config, held_out["eval"], prompts, chosen, rejected_prompts, rejected, tokenizer, max_length)
-    golds = gold_scores(held_out, tokenizer, max_length, config, dist) if config.gold_model else {}  # {label: [2, N]}, before any training
+    pairs, n_cut = encode_pairs(rows, tokenizer, max_length, config)
+    dist.print(
+        f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, "
+        f"{n_cut} responses cut to {max_length} tokens"
+    )
+    check_texts(pairs, held_out["eval"], tokenizer, max_length, config)
 
-    # -------------------------------------------------------------------------------------------------------------------- model
+    # Gold scores come before any training: a gold reward that fails then wastes none.
+    golds = {}
+    if config.gold_model:
+        golds = gold_scores(held_out, tokenizer, max_length, config, dist)  # {label: [2, N]}
+
+    # ------------------------------------------------------------------------------------- model
     reward_model, note = training.load(dist)
     lm = training.lm
     speed_up(lm, dist.device, config.dtype, config.compile)
-    dist.print(f"{sum(p.numel() for p in reward_model.parameters()):,} parameters, {note}")
+    n_parameters = sum(parameter.numel() for parameter in reward_model.parameters())
+    dist.print(f"{n_parameters:,} parameters, {note}")
     if config.checkpoint_activations:
         checkpoint_activations(reward_model)
-    example = pack(prompts[:1], chosen[:1]).to(dist.device)
 
-    def total(model):
+    # On several processes the reward model goes into DDP or is sharded (FSDP).
+    example = pack(pairs.chosen_prompts[:1], pairs.chosen[:1]).to(dist.device)
+
+    def sum_of_outputs(model):
         scores, further = training.score(model, example)
         return scores.sum() + sum(values.sum() for values in further.values())
 
-    model = dist.wrap(reward_model, total, config.dtype)
+    model = dist.wrap(reward_model, sum_of_outputs, config.dtype)
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
+
+    # A run that was killed goes on from its last checkpoint.
     state = checkpoint.load(config.output_dir, reward_model, optimizer, dist) or {"step": 0}
     folder.create(state)
 
-    # --------------------------------------------------------------------------------------------------------------------- loop
+    # -------------------------------------------------------------------------------------- loop
     progress = Progress(dist, "reward model", config.steps, state["step"])
     for step in range(state["step"] + 1, config.steps + 1):
         begun = time.perf_counter()
+
+        # 1. Every process takes its share of the global batch, and adds up gradients.
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
-        mine = dist.share(data.batch_indices(len(rows), config.batch_size, step - 1, config.seed))
+        index = data.batch_indices(len(pairs), config.batch_size, step - 1, config.seed)
         reward_model.train()
-        totals = defaultdict(lambda: torch.zeros((), device=dist.device))  # of the record
-        lengths = torch.tensor([max(len(chosen[j]), len(rejected[j])) + len(prompts[j]) for j in mine])  # of a pair's longer row
-        parts = dist.even(micro_batches(lengths, config.micro_batch_size, (config.tokens_per_micro_batch + 1) // 2))  # two rows a pair
-        for part in parts:
-            pairs = [mine[k] for k in sorted(part.tolist())]
-            # Row j holds the chosen answer of pair j, row b + j its rejected one: [2 b, T].
-            batch = pack(
-                [prompts[j] for j in pairs] + [rejected_prompts[j] for j in pairs],
-                [chosen[j] for j in pairs] + [rejected[j] for j in pairs],
-                tokenizer.pad_token_id,
-            ).to(dist.device)
-            with sync_on(model, last=part is parts[-1]):
-                with autocast(dist, config.dtype):
-                    scores, further = training.score(model, batch)  # [2 b], {further loss: [b]}
-                r_chosen, r_rejected = scores.chunk(2)  # [b], [b]
-                # loss = mean over pairs of -log sigmoid(r_c - r_r) + beta/2 (r_c^2 + r_r^2)
-                losses = -F.logsigmoid(r_chosen - r_rejected) + 0.5 * config.score_l2 * (r_chosen**2 + r_rejected**2)
-                losses = training.add_further(losses, further)  # there are none without --sarm
-                loss = losses.sum() / config.batch_size
-                (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
-            # This micro-batch's share of the step's numbers.
-            margin = r_chosen - r_rejected
-            wins = pair_wins(r_chosen, r_rejected).float()  # a tie is half a win
-            totals["loss"] += loss.detach()
-            for name, values in {"accuracy": wins, "margin": margin, **further}.items():
-                totals[name] += values.detach().sum() / config.batch_size
-        lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
+        totals = add_gradients(training, model, pairs, dist.share(index), config, dist)
+
+        # 2. One step of the optimizer.
+        lr = learning_rate(
+            step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr
+        )
         grad_norm = optimizer_step(optimizer, reward_model, lr, config.max_grad_norm, step)
         training.after_step()
-        numbers = dist.sum(torch.stack(list(totals.values()))).tolist()  # of all processes
-        record = {"step": step, **dict(zip(totals, numbers)), "grad_norm": grad_norm, "lr": lr}
-        record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+
+        # 3. What happened, on all processes together.
+        numbers = dist.sum(torch.stack(list(totals.values()))).tolist()
+        record = {
+            "step": step,
+            **dict(zip(totals, numbers)),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "seconds": time.perf_counter() - begun,
+            "peak_memory_mb": peak_memory_mb(dist),
+        }
+        is_last = step == config.steps  # it is evaluated below, with standardised scores
+        if config.eval_every and step % config.eval_every == 0 and not is_last:
             for label, part in held_out.items():
                 result, _ = evaluate(reward_model, part, tokenizer, max_length, config, dist)
-                record |= {f"{label}/{k}": v for k, v in result.items()}
+                record |= {f"{label}/{name}": value for name, value in result.items()}
                 dist.print(f"step {step}: {report(record, label)}")
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"loss {record['loss']:.3f}  margin {record['margin']:.2f}")
-        if step % config.checkpoint_every == 0 or step == config.steps:
+        if is_last or step % config.checkpoint_every == 0:
             folder.checkpoint(step, reward_model, optimizer, {}, config.keep_checkpoints)
     progress.close()
 
-    # -------------------------------------------------------------------------------------------- standardise, evaluate, save
+    # -------------------------------------------------------------- standardise, evaluate, save
+    # The loss sees differences alone, so a score's zero and unit are arbitrary: the held-out texts
+    # set them.
     _, scores = evaluate(reward_model, held_out["eval"], tokenizer, max_length, config, dist)
     require(
         varies(scores),
@@ -259,15 +286,18 @@ def train(config, dist):
         "nothing from its pairs",
     )
     reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
+
     summary = {}
     for label, part in held_out.items():
         result, scores = evaluate(reward_model, part, tokenizer, max_length, config, dist)
         if golds:
-            tau = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
-            result |= {"gold_kendall_tau": tau[0], "gold_kendall_p": tau[1], "n_texts": scores.numel()}
-        summary |= {f"{label}/{k}": v for k, v in result.items()}
+            tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
+            result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
+        summary |= {f"{label}/{name}": value for name, value in result.items()}
         dist.print(report(summary, label))
-    lm.should_save_on_this_rank = lambda is_main: is_main  # transformers asks torch's rank: not 0 for some members
+
+    # transformers saves where torch's rank is 0, and some members are trained on other ranks.
+    lm.should_save_on_this_rank = lambda is_main: is_main
     if config.merge:
         merge(lm)
     folder.save_model(training.save, reward_model, tokenizer)
@@ -296,33 +326,98 @@ class PlainTraining:
         return model(batch), {}
 
     def add_further(self, losses, further):
-        """Pairs' losses [b], with the further ones added: as they are."""
+        """Add the further losses to those of the pairs [b]: there are none."""
         return losses
 
     def after_step(self):
-        """What is to be done after each optimizer step: nothing."""
+        """Nothing has to be done after an optimizer step."""
 
     def save(self, reward_model, tokenizer, path):
         save_reward_model(reward_model, tokenizer, path)
 
 
-def check_texts(config, held_out, prompts, chosen, rejected_prompts, rejected, tokenizer, max_length):
+# ----------------------------------------------------------------------------------------- pairs
+
+
+@dataclass
+class Pairs:
+    """Preference pairs as token lists, an entry a pair.
+
+    The two answers to a prompt may have two prompts: a long one is cut on its left to make room
+    for the answer.
+    """
+
+    chosen_prompts: list[list[int]]
+    chosen: list[list[int]]
+    rejected_prompts: list[list[int]]
+    rejected: list[list[int]]
+    pad_id: int
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def lengths(self, index: list[int]) -> torch.Tensor:
+        """Tokens of the longer row of each of these pairs, or more where prompts are cut: [b]."""
+        lengths = []
+        for j in index:
+            longer_answer = max(len(self.chosen[j]), len(self.rejected[j]))
+            lengths.append(len(self.chosen_prompts[j]) + longer_answer)
+        return torch.tensor(lengths)
+
+    def pack(self, index: list[int]) -> Packed:
+        """The rows of b pairs: row j is the chosen answer of pair j, row b + j the rejected one."""
+        prompts = [self.chosen_prompts[j] for j in index]
+        prompts += [self.rejected_prompts[j] for j in index]
+        responses = [self.chosen[j] for j in index]
+        responses += [self.rejected[j] for j in index]
+        return pack(prompts, responses, self.pad_id)
+
+
+def encode_pairs(rows, tokenizer, max_length, config):
+    """Rows {prompt, chosen, rejected} -> Pairs, how many responses had to be cut."""
+    chat = config.chat_template
+    chosen_prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length, chat)
+    rejected_prompts, rejected, more_cut = data.encode(
+        tokenizer, rows, "rejected", max_length, chat
+    )
+    pairs = Pairs(chosen_prompts, chosen, rejected_prompts, rejected, tokenizer.pad_token_id)
+    return pairs, n_cut + more_cut
+
+
+def flip_labels(rows: list[dict], share: float, seed: int) -> tuple[list[dict], int]:
+    """Exchange chosen and rejected in each row with the probability `share`. -> rows, how many"""
+    flips = np.random.default_rng([LABELS, seed]).random(len(rows)) < share
+    noisy = []
+    for row, flip in zip(rows, flips):
+        if flip:
+            row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        noisy.append(row)
+    return noisy, flips.sum()
+
+
+def check_texts(pairs, held_out, tokenizer, max_length, config):
     """InputError where the texts decide before any training that scores can have no spread.
 
     Scores are standardised by their spread. Texts may be the same to a model once they are cut to
     max_length, or where the tokenizer knows none of their words.
     """
-    what = "as token ids" if max_length is None else f"as token ids, cut to {max_length},"
-    better = [prompt + response for prompt, response in zip(prompts, chosen)]
-    worse = [prompt + response for prompt, response in zip(rejected_prompts, rejected)]
+    what = "as token ids"
+    if max_length is not None:
+        what = f"as token ids, cut to {max_length},"
+
+    better = [p + r for p, r in zip(pairs.chosen_prompts, pairs.chosen)]
+    worse = [p + r for p, r in zip(pairs.rejected_prompts, pairs.rejected)]
     require(
         better != worse,
         f"{config.dataset}: {what} chosen and rejected of every training pair are the same",
     )
+
     texts = set()
     for side in ("chosen", "rejected"):
-        encoded = data.encode(tokenizer, held_out, side, max_length, config.chat_template)
-        for prompt, response in zip(*encoded[:2]):
+        prompts, responses, _ = data.encode(
+            tokenizer, held_out, side, max_length, config.chat_template
+        )
+        for prompt, response in zip(prompts, responses):
             texts.add(tuple(prompt + response))
     require(
         len(texts) > 1,
@@ -330,30 +425,88 @@ def check_texts(config, held_out, prompts, chosen, rejected_prompts, rejected, t
     )
 
 
+# ------------------------------------------------------------------------------------------ loss
+
+
+def add_gradients(training, model, pairs, mine, config, dist):
+    """Add up the gradients of this process's pairs `mine`, a list of indices.
+
+    -> their share of the global batch's means, {loss, accuracy, margin, further losses: scalar}
+    """
+    # A pair is two rows, so its longer one may have half of the tokens.
+    tokens = math.ceil(config.tokens_per_micro_batch / 2)
+    parts = micro_batches(pairs.lengths(mine), config.micro_batch_size, tokens)
+    parts = dist.even(parts)
+
+    totals = defaultdict(lambda: torch.zeros((), device=dist.device))
+    for i, part in enumerate(parts, 1):
+        places = sorted(part.tolist())  # in the order of the batch, not of their lengths
+        batch = pairs.pack([mine[k] for k in places]).to(dist.device)  # [2 b, T]
+        with sync_on(model, last=i == len(parts)):
+            with autocast(dist, config.dtype):
+                scores, further = training.score(model, batch)  # [2 b], {further loss: [b]}
+            r_chosen, r_rejected = scores.chunk(2)  # [b], [b]
+            losses = pair_losses(r_chosen, r_rejected, config.score_l2)
+            losses = training.add_further(losses, further)  # there are none without --sarm
+            loss = losses.sum() / config.batch_size
+            # DDP and FSDP average over ranks, and the loss is a sum.
+            (loss * dist.world).backward()
+
+        totals["loss"] += loss.detach()
+        of_pairs = {
+            "accuracy": pair_wins(r_chosen, r_rejected).float(),  # a tie is half a win
+            "margin": r_chosen - r_rejected,
+            **further,
+        }
+        for name, values in of_pairs.items():
+            totals[name] += values.detach().sum() / config.batch_size
+    return totals
+
+
+def pair_losses(r_c: torch.Tensor, r_r: torch.Tensor, beta: float) -> torch.Tensor:
+    """The loss of each pair, from the scores of its chosen and of its rejected answer.
+
+        loss = -log sigmoid(r_c - r_r) + beta / 2 (r_c^2 + r_r^2)
+
+    r_c, r_r [b] -> [b]. The first term is the Bradley-Terry loss (Stiennon et al. 2020, section
+    3.4), the second keeps scores near 0 (Coste et al. 2024).
+    """
+    preference = -F.logsigmoid(r_c - r_r)
+    penalty = 0.5 * beta * (r_c**2 + r_r**2)
+    return preference + penalty
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
 @torch.no_grad()
 def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
-    """Held-out pairs -> ({accuracy, ..., the length baselines}, scores [2, N] of chosen and rejected)."""
+    """Score held-out pairs. -> {accuracy, ..., the length baselines}, scores [2, N]
+
+    The first row of the scores is of the chosen answers, the second of the rejected ones.
+    """
     reward_model.eval()
     mine = [rows[i] for i in dist.part(len(rows))]
-    scores, lengths = [], []
-    for field_ in ("chosen", "rejected"):
-        prompts, responses, _ = data.encode(tokenizer, mine, field_, max_length, config.chat_template)
-        part = torch.zeros(len(mine), device=dist.device)
-        with gathered(reward_model), autocast(dist, config.dtype):
-            batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device) if mine else None
-            for index in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch) if mine else []:
-                part[index] = reward_model(batch.rows(index))
-        scores.append(dist.gather(part).cpu())
-        lengths.append(dist.gather(torch.tensor([len(r) for r in responses], dtype=torch.long, device=dist.device)).cpu())
-    scores, lengths = torch.stack(scores), torch.stack(lengths)  # [2, N]
+    scores = []
+    lengths = []
+    for side in ("chosen", "rejected"):
+        prompts, responses, _ = data.encode(tokenizer, mine, side, max_length, config.chat_template)
+        batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device)
+        own_scores = score_rows(reward_model, batch, config, dist)
+        scores.append(dist.gather(own_scores).cpu())
+        lengths.append(dist.gather(batch.response_lengths).cpu())
+    scores = torch.stack(scores)  # [2, N]
+    lengths = torch.stack(lengths)  # [2, N]
+
     margin = scores[0] - scores[1]
-    accuracy = mean_se(pair_wins(*scores))
+    accuracy = mean_se(pair_wins(scores[0], scores[1]))
     result = {
         "accuracy": accuracy["mean"],
         "accuracy_se": accuracy["se"],
         "n_pairs": accuracy["n"],
-        "longer_wins": ((lengths[0] > lengths[1]).double() + 0.5 * (lengths[0] == lengths[1])).mean().item(),
-        "shorter_wins": ((lengths[0] < lengths[1]).double() + 0.5 * (lengths[0] == lengths[1])).mean().item(),
+        # The accuracies of two rewards that know nothing but the answer's length.
+        "longer_wins": pair_wins(lengths[0], lengths[1]).mean().item(),
+        "shorter_wins": pair_wins(lengths[1], lengths[0]).mean().item(),
         "margin": margin.mean().item(),
         "margin_se": mean_se(margin)["se"],
         "score_mean": scores.mean().item(),
@@ -362,17 +515,42 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
     return result, scores
 
 
+def score_rows(reward_model, batch, config, dist):
+    """This process's packed rows, b of them -> their scores [b]. All processes call this."""
+    scores = torch.zeros(len(batch), device=dist.device)
+    with gathered(reward_model), autocast(dist, config.dtype):
+        if len(batch) == 0:  # there are fewer rows than processes
+            return scores
+        for rows in batch.micro_batches(
+            config.micro_batch_size, None, config.tokens_per_micro_batch
+        ):
+            scores[rows] = reward_model(batch.rows(rows))
+    return scores
+
+
 def gold_scores(held_out, tokenizer, max_length, config, dist):
-    """Gold of the held-out texts of each split: {label: [2, N]}, chosen and rejected."""
-    gold, out = load_reward(config.gold_model, tokenizer, dist), {}
+    """Score the held-out texts of each split by gold: {label: [2, N]}, chosen and rejected."""
+    gold = load_reward(config.gold_model, tokenizer, dist)
+    scores = {}
     for label, rows in held_out.items():
-        texts = [{"prompt": r["prompt"], "response": r[field_]} for field_ in ("chosen", "rejected") for r in rows]  # [2 N]
+        texts = []  # {prompt, response}, 2 N
+        for side in ("chosen", "rejected"):
+            for row in rows:
+                texts.append({"prompt": row["prompt"], "response": row[side]})
         mine = [texts[i] for i in dist.part(len(texts))]
-        prompts, responses, _ = data.encode(tokenizer, mine, "response", max_length, config.chat_template)
-        batch = pack(prompts, responses, tokenizer.pad_token_id)
-        answers = Answers([t["prompt"] for t in mine], [t["response"] for t in mine], batch)
-        out[label] = dist.gather(score(gold, [answers], dist)).view(2, -1)
-    return out
+
+        # A gold reward that is a model reads token ids, another one reads the texts.
+        prompts, responses, _ = data.encode(
+            tokenizer, mine, "response", max_length, config.chat_template
+        )
+        answers = Answers(
+            [text["prompt"] for text in mine],
+            [text["response"] for text in mine],
+            pack(prompts, responses, tokenizer.pad_token_id),
+        )
+        own_scores = score(gold, [answers], dist)
+        scores[label] = dist.gather(own_scores).view(2, -1)
+    return scores
 
 
 # What report() needs of a summary.
@@ -381,13 +559,21 @@ REPORTED = {f"eval/{name}": float for name in MEASURES}
 
 
 def report(record, label="eval"):
-    """What a summary, or a record with an evaluation, says on a split, in words."""
-    r = {name.removeprefix(f"{label}/"): value for name, value in record.items() if name.startswith(f"{label}/")}
+    """Say in words what a summary, or a record with an evaluation, holds on a split."""
+    r = {}
+    for name, value in record.items():
+        if name.startswith(f"{label}/"):
+            r[name.removeprefix(f"{label}/")] = value
     text = "" if label == "eval" else f"{label}: "
-    text += f"held-out pair accuracy {r['accuracy']:.3f} +- {r['accuracy_se']:.3f} (n = {r['n_pairs']}; "
-    text += f"longer wins {r['longer_wins']:.3f}, shorter wins {r['shorter_wins']:.3f}), margin {r['margin']:.2f} +- {r['margin_se']:.2f}"
-    if not math.isnan(r.get("gold_kendall_tau", math.nan)):
-        text += f"; Kendall's tau with gold {r['gold_kendall_tau']:.3f} (p {r['gold_kendall_p']:.3f}, n = {r['n_texts']} texts)"
+    text += f"held-out pair accuracy {r['accuracy']:.3f} +- {r['accuracy_se']:.3f} "
+    text += f"(n = {r['n_pairs']}; longer wins {r['longer_wins']:.3f}, "
+    text += f"shorter wins {r['shorter_wins']:.3f}), "
+    text += f"margin {r['margin']:.2f} +- {r['margin_se']:.2f}"
+    # Without --gold_model there is no tau, and of constant scores it is not a number.
+    tau = r.get("gold_kendall_tau", math.nan)
+    if not math.isnan(tau):
+        text += f"; Kendall's tau with gold {tau:.3f} "
+        text += f"(p {r['gold_kendall_p']:.3f}, n = {r['n_texts']} texts)"
     return text
 
 

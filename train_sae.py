@@ -33,6 +33,7 @@ from nanorlhf.divergence import layer_divergence, select_layers
 from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.activations import SITES, module_at, place_name, replaced
 from nanorlhf.hf.blocks import blocks, speed_up
+from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.interp.activation_store import (
     Stream,
     Tokens,
@@ -47,8 +48,6 @@ from nanorlhf.interp.activation_store import (
 from nanorlhf.interp.probe_flags import SITE_HELP, TokenFlags
 from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.models import (
-    check_model,
-    context_length,
     fingerprint,
     is_reward_model,
     load_policy,
@@ -217,144 +216,274 @@ class Config(
 
 @unlock_afterwards()
 def main(config):
-    # ------------------------------------------------------------------------------------------------------------------- set-up
+    # ------------------------------------------------------------------------------------ set-up
     dist = setup(config.device)
     divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist, free=(*PLACES, "cache"))
     if folder.state == "done":
         return folder.already_done()
+
+    # What is wrong with the cache, the texts or a model is said before anything is loaded.
     if config.cache:
-        dist.together(lambda: dist.main and check_cache(config.cache))
-    paths = {"policy": config.model} | ({"base": config.base} if config.base != "none" else {})
-    rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
+        dist.together(lambda: check_cache(config.cache) if dist.main else None)
+    paths = {"policy": config.model}
+    if config.base != "none":
+        paths["base"] = config.base
+    all_rows = data.read_rows(config.dataset, config.kind, config.columns)
+    rows = data.subset(all_rows, config.max_rows)
     train_what_is_missing(config, "model")
-    model_config = [check_model(path) for path in paths.values()][0]
+    model_configs = {name: check_model(path) for name, path in paths.items()}
     check_last_tokens(config)
 
-    # ------------------------------------------------------------------------------------------------------------------- models
+    # ------------------------------------------------------------------------------------ models
     lms = {name: load_lm(path, dist.device) for name, path in paths.items()}
     for lm in lms.values():
         lm.requires_grad_(False)
         speed_up(lm, dist.device, config.dtype)
-    layers = choose_layers(config, lms)
-    places = [(layer, config.site) for layer in layers]
+    places = [(layer, config.site) for layer in choose_layers(config, lms)]
     for lm in lms.values():
         for place in places:
             module_at(lm, place)  # an error before anything is computed
 
-    # ------------------------------------------------------------------------------------------------------------------- tokens
-    if config.texts != "dataset":
-        folder.write_config()  # the answers are kept there: after a kill it must be known whose they are
-    rows, held_out = texts(config, rows, model_config, paths, dist)
-    dist.print(f"{rows.total:,} tokens of {len(rows.rows):,} texts, {held_out.total:,} of {len(held_out.rows):,} held out")
-    source = from_models(rows, lms, places, dist, config.dtype)
+    # ------------------------------------------------------------------------------------ tokens
+    tokens, held_out = prepare_tokens(config, rows, model_configs["policy"], paths, folder)
+    dist.print(
+        f"{tokens.total:,} tokens of {len(tokens.rows):,} texts, "
+        f"{held_out.total:,} of {len(held_out.rows):,} held out"
+    )
     if config.cache:
         prints = {name: fingerprint(path) for name, path in paths.items()}
-        source = from_disk(config.cache, rows, prints, places, lambda: lms, dist, config.dtype)
-    stream = Stream(rows, source, config.batch_size, dist, config.seed, config.buffer_tokens)
+        source = from_disk(config.cache, tokens, prints, places, lambda: lms, dist, config.dtype)
+    else:
+        source = from_models(tokens, lms, places, dist, config.dtype)
+    stream = Stream(
+        tokens, source, config.batch_size, dist, config.seed, config.buffer_tokens
+    )  # of {"policy/3_mlp": [B, D], ...}
 
-    # ------------------------------------------------------------------------------------------------------------- autoencoders
-    # Mean and scale come from the first batches: a resumed run computes the same ones again, and its weights come from the checkpoint.
+    # ------------------------------------------------------------------------------ autoencoders
+    # Mean and scale come from the first batches. A resumed run computes the same ones again, and
+    # takes its weights from the checkpoint.
     dist.print("the first activations, for mean and scale ...")
-    first = [stream.batch(step) for step in range(-(-FIT_TOKENS // config.batch_size))]
-    saes = nn.ModuleDict()
-    for key in first[0]:  # "policy/3_mlp"
-        x = dist.gather(torch.cat([part[key] for part in first]))
-        saes[key.replace("/", ":")] = new_sae(config, x.shape[1]).to(dist.device).fit(x, config.bias)
-    del first
-    optimizer = adam(saes)
-    start = {"step": 0, "silent": {name: [0] * sae.m for name, sae in saes.items()}}
-    state = checkpoint.load(config.output_dir, saes, optimizer, dist) or start
-    folder.create(state)
-    silent = {name: torch.tensor(counts, device=dist.device) for name, counts in state["silent"].items()}
-    dist.print(f"{config.sae} autoencoders: {', '.join(f'{key} ({sae.m:,} latents)' for key, sae in saes.items())}")
-    options = {"l1": config.l1, "dead_after": config.dead_tokens(), "dtype": getattr(torch, config.dtype), "n_tokens": config.batch_size}
-    options["reduce"] = (lambda tensor: tensor.copy_(dist.sum(tensor))) if dist.world > 1 else None
+    saes = fit_saes(config, stream, dist)  # {"policy/3_mlp": autoencoder}
+    modules = nn.ModuleDict({name_in_checkpoint(key): sae for key, sae in saes.items()})
+    optimizer = adam(modules)
+    silent = {}  # for each latent the tokens since it fired last, [M]
+    for key, sae in saes.items():
+        silent[key] = torch.zeros(sae.m, dtype=torch.long, device=dist.device)
 
-    # --------------------------------------------------------------------------------------------------------------------- loop
-    progress = Progress(dist, "autoencoders", config.steps, state["step"])
-    for step in range(state["step"] + 1, config.steps + 1):
-        begun, lr, record = time.perf_counter(), config.rate(step - 1), {"step": step}
+    # A run that was killed goes on from its last checkpoint.
+    state = checkpoint.load(config.output_dir, modules, optimizer, dist)
+    if state:
+        for key in saes:
+            counts = state["silent"][name_in_checkpoint(key)]
+            silent[key] = torch.tensor(counts, device=dist.device)
+    folder.create(state)
+    sizes = [f"{key} ({sae.m:,} latents)" for key, sae in saes.items()]
+    dist.print(f"{config.sae} autoencoders: {', '.join(sizes)}")
+
+    def sum_over_processes(tensor):
+        tensor.copy_(dist.sum(tensor))
+
+    options = {
+        "l1": config.l1,
+        "dead_after": config.dead_tokens(),
+        "dtype": getattr(torch, config.dtype),
+        "n_tokens": config.batch_size,
+        "reduce": sum_over_processes if dist.world > 1 else None,
+    }
+
+    # -------------------------------------------------------------------------------------- loop
+    first_step = state["step"] + 1 if state else 1
+    progress = Progress(dist, "autoencoders", config.steps, first_step - 1)
+    for step in range(first_step, config.steps + 1):
+        begun = time.perf_counter()
+        record = {"step": step}
+
+        # 1. Every autoencoder gets gradients from the activations of its own place and model.
+        losses = []
         for key, x in stream.batch(step - 1).items():
-            name = key.replace("/", ":")
-            stats = gradients(saes[name], x, silent=silent[name], **options)
-            record |= {f"{key}/{k}": v for k, v in stats.items()}
-        loss = np.mean([v for k, v in record.items() if k.endswith("/loss")]).item()
+            stats = gradients(saes[key], x, silent=silent[key], **options)
+            losses.append(stats["loss"])
+            record |= {f"{key}/{name}": value for name, value in stats.items()}
+        loss = np.mean(losses).item()
         if not np.isfinite(loss):
-            raise FloatingPointError(f"step {step}: the loss is {loss}; the last checkpoint is kept; lower --lr")
+            raise FloatingPointError(
+                f"step {step}: the loss is {loss}; the last checkpoint is kept; lower --lr"
+            )
+
+        # 2. One step of the optimizer over all of them.
+        lr = config.rate(step - 1)
         update(saes.values(), optimizer, lr)
+
+        # 3. What happened.
         seconds = time.perf_counter() - begun
-        record |= {"loss": loss, "lr": lr, "seconds": seconds, "tokens_per_second": config.batch_size / seconds}
-        folder.append("metrics.jsonl", [record | {"peak_memory_mb": peak_memory_mb(dist)}])
+        record |= {
+            "loss": loss,
+            "lr": lr,
+            "seconds": seconds,
+            "tokens_per_second": config.batch_size / seconds,
+            "peak_memory_mb": peak_memory_mb(dist),
+        }
+        folder.append("metrics.jsonl", [record])
         progress.step(step, f"loss {loss:.3f}")
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            counts = {name: x.tolist() for name, x in silent.items()}
-            folder.checkpoint(step, saes, optimizer, {"silent": counts}, config.keep_checkpoints)
+        if step == config.steps or step % config.checkpoint_every == 0:
+            counts = {name_in_checkpoint(key): x.tolist() for key, x in silent.items()}
+            folder.checkpoint(step, modules, optimizer, {"silent": counts}, config.keep_checkpoints)
     progress.close()
 
-    # -------------------------------------------------------------------------------------------------------- measure and save
+    # -------------------------------------------------------------------------- measure and save
     dist.print(f"measuring on {held_out.total:,} held-out tokens ...")
     summary, densities = evaluate(config, saes, lms, held_out, places, dist)
     dist.print(report(summary))
     if dist.main:
-        for key, numbers in summary.items():
-            name, place = key.split("/")
-            notes = {"model": paths[name], "layer": int(place.split("_")[0]), "site": config.site, "tokens": config.tokens}
-            notes["held_out"] = numbers
-            save_sae(saes[key.replace("/", ":")], f"{config.output_dir}/{key}", densities[key], **notes)
+        for name, path in paths.items():
+            for place in places:
+                key = f"{name}/{place_name(place)}"
+                layer, site = place
+                save_sae(
+                    saes[key],
+                    f"{config.output_dir}/{key}",
+                    densities[key],
+                    model=path,
+                    layer=layer,
+                    site=site,
+                    tokens=config.tokens,
+                    held_out=summary[key],
+                )
     return folder.finish(summary)
 
 
 def load_lm(path, device):
-    """The HF model whose layers are read: a causal LM, or a reward model's classifier."""
-    return load_reward_model(path, device).model if is_reward_model(path) else load_policy(path, value_head=False, device=device).lm.eval()
+    """Load the HF model whose layers are read: a causal LM, or a reward model's classifier."""
+    if is_reward_model(path):
+        return load_reward_model(path, device).model
+    return load_policy(path, value_head=False, device=device).lm.eval()
 
 
 def check_last_tokens(config):
-    """Refuse --tokens last where a text's last token is an EOS that is left out because it has BOS's id."""
+    """Refuse --tokens last where a text's last token, EOS, has BOS's id and is left out with it."""
     tokenizer = load_tokenizer(config.model, needs_eos=False)
-    eos_is_bos = tokenizer.eos_token_id is not None and tokenizer.eos_token_id == tokenizer.bos_token_id
+    has_eos = tokenizer.eos_token_id is not None
+    eos_is_bos = has_eos and tokenizer.eos_token_id == tokenizer.bos_token_id
     is_left_out = eos_is_bos and not config.keep_bos
-    texts_end_with_eos = config.kind != "prompts" or config.texts != "dataset"
-    if config.tokens == "last" and is_left_out and texts_end_with_eos:
-        raise InputError(f"--tokens last: the EOS of {config.model} has BOS's id and is left out; name --keep_bos")
+    if config.tokens == "last" and is_left_out and texts_end_with_eos(config):
+        raise InputError(
+            f"--tokens last: the EOS of {config.model} has BOS's id and is left out; "
+            "name --keep_bos"
+        )
 
 
-def choose_layers(config, lms):
-    """The layers that --layers names. -> list of int"""
+def texts_end_with_eos(config) -> bool:
+    """Whether texts have an EOS: all but prompts, which are taken as they are."""
+    return config.kind != "prompts" or config.texts != "dataset"
+
+
+def choose_layers(config, lms) -> list[int]:
+    """The layers that --layers names."""
     try:
-        n = len(blocks(lms["policy"]))
-        divergences = layer_divergence(blocks(lms["base"]), blocks(lms["policy"])) if "base" in lms else [0.0] * n
+        policy_blocks = blocks(lms["policy"])
+        divergences = [0.0] * len(policy_blocks)
+        if "base" in lms:
+            divergences = layer_divergence(blocks(lms["base"]), policy_blocks)
         return select_layers(divergences, config.layers)
     except ValueError as e:
         raise InputError(str(e)) from None
 
 
-def texts(config, rows, model_config, paths, dist):
-    """Rows of the data set -> Tokens to train on, Tokens held out."""
-    tokenizer = load_tokenizer(config.model, needs_eos=config.kind != "prompts" or config.texts != "dataset")
+def name_in_checkpoint(key: str) -> str:
+    """The name of an autoencoder in the checkpoint, where names have no /: policy:3_mlp."""
+    return key.replace("/", ":")
+
+
+# ----------------------------------------------------------------------------------------- texts
+
+
+def prepare_tokens(config, rows, model_config, paths, folder):
+    """Rows of the data set -> Tokens to train on, Tokens held out.
+
+    Answers that are sampled for them are kept in the RunFolder.
+    """
+    dist = folder.dist
+    tokenizer = load_tokenizer(config.model, needs_eos=texts_end_with_eos(config))
     for path in paths.values():
-        same = load_tokenizer(path, needs_eos=False).get_vocab() == tokenizer.get_vocab()
-        require(same, f"{config.model} and {path} have different tokenizers")
-    out = []
+        other = load_tokenizer(path, needs_eos=False)
+        is_same = other.get_vocab() == tokenizer.get_vocab()
+        require(is_same, f"{config.model} and {path} have different tokenizers")
+
+    # The texts are those of the data set, the policy's answers to its prompts, or both.
+    texts = []  # token lists
     if config.texts != "rollouts":
-        out, cut = token_rows(tokenizer, rows, config.max_length or context_length(model_config), config.chat_template)
-        if cut:
-            dist.print(f"{cut} of {len(out)} texts cut")
+        max_length = config.max_length or context_length(model_config)
+        texts, n_cut = token_rows(tokenizer, rows, max_length, config.chat_template)
+        if n_cut:
+            dist.print(f"{n_cut} of {len(texts)} texts cut")
     if config.texts != "dataset":
-        prompts = list({data.canonical(row["prompt"]): row for row in rows}.values())
-        prompts = data.ready_prompts(tokenizer, prompts, model_config, config.max_new_tokens, 0, config.chat_template)
-        out = out + rollout_rows(replace(config, batch_size=256), tokenizer, prompts, dist)  # 256 answers at a time
-    parts = hold_out(out, config.eval_size, tokenizer)
-    require(all(parts), f"{config.dataset}: {len(out)} texts are too few to hold any out")
-    ends = {"all": None, "sentence_ends": sentence_ends(tokenizer), "last": []}[config.tokens]
-    skip_bos = None if config.keep_bos else tokenizer.bos_token_id
+        different = {data.canonical(row["prompt"]): row for row in rows}
+        prompts = data.ready_prompts(
+            tokenizer,
+            list(different.values()),
+            model_config,
+            config.max_new_tokens,
+            chat=config.chat_template,
+        )
+        # After a kill it must be known whose the answers in the folder are.
+        folder.write_config()
+        sampling = replace(config, batch_size=256)  # answers at a time, not tokens
+        texts = texts + rollout_rows(sampling, tokenizer, prompts, dist)
+    parts = hold_out(texts, config.eval_size, tokenizer)
+    require(all(parts), f"{config.dataset}: {len(texts)} texts are too few to hold any out")
+
+    # Which tokens count: all, or those with the ids `ends` and each text's last.
+    ends = None
+    if config.tokens == "sentence_ends":
+        ends = sentence_ends(tokenizer)
+    elif config.tokens == "last":
+        ends = []
+
+    # A BOS has a norm of its own, and counts only with --keep_bos.
+    skip_bos = None
+    if not config.keep_bos:
+        skip_bos = tokenizer.bos_token_id
     if skip_bos is not None and skip_bos == tokenizer.eos_token_id:
-        dist.print("EOS has BOS's id and is left out as well; --keep_bos keeps it (a SARM and a reward model's features are read there)")
+        dist.print(
+            "EOS has BOS's id and is left out as well; --keep_bos keeps it (a SARM and a reward "
+            "model's features are read there)"
+        )
     return [Tokens(part, skip_bos, ends) for part in parts]
 
 
-def new_sae(config, width):
+def rollout_rows(config, tokenizer, prompts, dist) -> list[list[int]]:
+    """Sample config.n_answers answers to each prompt, by the policy config.model.
+
+    prompts: token lists -> token lists of prompt + answer. They are cached by pool.sample().
+    """
+    texts = []
+    for row in sample(config, tokenizer, prompts, dist):
+        for response in row["response_ids"]:
+            texts.append(row["prompt_ids"] + response)
+    return texts
+
+
+# ---------------------------------------------------------------------------------- autoencoders
+
+
+def fit_saes(config, stream, dist) -> dict[str, SparseAutoencoder]:
+    """New autoencoders, with the mean and the scale of the stream's first batches.
+
+    -> {"policy/3_mlp": autoencoder}
+    """
+    n_batches = -(-FIT_TOKENS // config.batch_size)  # rounded up
+    batches = [stream.batch(step) for step in range(n_batches)]
+    saes = {}
+    for key in batches[0]:
+        x = torch.cat([batch[key] for batch in batches])
+        x = dist.gather(x)  # [n, D]
+        sae = new_sae(config, x.shape[1]).to(dist.device)
+        saes[key] = sae.fit(x, config.bias)
+    return saes
+
+
+def new_sae(config, width: int) -> SparseAutoencoder:
     """An autoencoder as the flags want it, before it has seen anything."""
     m = max(1, round(config.expansion * width))
     if config.sae == "topk":
@@ -363,59 +492,87 @@ def new_sae(config, width):
     return SparseAutoencoder(width, m, config.sae == "tied", config.normalize, config.seed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------ evaluation
 
 
 @torch.no_grad()
 def evaluate(config, saes, lms, held_out, places, dist):
-    """On held-out texts {"policy/3_mlp": {fvu, l0, dead, density: a histogram, loss, loss_sae, loss_zero, loss_recovered, n_tokens}},
-    and {"policy/3_mlp": density [M]}."""
-    totals = {}
-    for part in passes(held_out, from_models(held_out, lms, places, dist, config.dtype), dist, at_once=2**12):
+    """Measure the autoencoders on held-out texts.
+
+    -> {"policy/3_mlp": {fvu, l0, dead, n_tokens, density: a histogram, loss, loss_sae, loss_zero,
+    loss_recovered}}, {"policy/3_mlp": density [M]}
+    """
+    # Sums over this process's texts.
+    totals = {}  # {key: {name: tensor}}
+    source = from_models(held_out, lms, places, dist, config.dtype)
+    for part in passes(held_out, source, dist, at_once=2**12):
         for key, x in part.items():
-            found = tally(saes[key.replace("/", ":")], x)
-            totals[key] = {k: totals[key][k] + v for k, v in found.items()} if key in totals else found
-    summary, densities = {}, {}
-    for key in [f"{name}/{place_name(place)}" for name in lms for place in places]:
-        sae = saes[key.replace("/", ":")]
-        zero = {k: torch.zeros_like(v) for k, v in tally(sae, torch.zeros(1, sae.d, device=dist.device)).items()}
-        result = measures({k: dist.sum(v) for k, v in totals.get(key, zero).items()})  # a process may have no texts
-        density = densities[key] = result.pop("density")
-        logs = density[density > 0].log10().clamp(min=EDGES[0])
-        counts = torch.histogram(logs.float().cpu(), torch.tensor(EDGES))[0].int().tolist()
-        summary[key] = result | {"n_tokens": held_out.total, "density": {"log10_edges": EDGES, "latents": counts}}
+            sums = tally(saes[key], x)
+            if key in totals:
+                sums = {name: totals[key][name] + value for name, value in sums.items()}
+            totals[key] = sums
+
+    summary = {}
+    densities = {}
     for name, lm in lms.items():
         for place in places:
             key = f"{name}/{place_name(place)}"
-            summary[key] |= loss_recovered(config, lm, place, saes[key.replace("/", ":")], held_out, dist)
+            sae = saes[key]
+            own = totals.get(key) or no_sums(sae)  # a process may have no texts
+            result = measures({name: dist.sum(value) for name, value in own.items()})
+            densities[key] = result.pop("density")
+            summary[key] = {
+                **result,
+                "n_tokens": held_out.total,
+                "density": histogram(densities[key]),
+                **loss_recovered(config, lm, place, sae, held_out, dist),
+            }
     return summary, densities
 
 
+def no_sums(sae):
+    """What tally() gives for no activations at all."""
+    sums = tally(sae, torch.zeros(1, sae.d, device=sae.b_dec.device))
+    return {name: torch.zeros_like(value) for name, value in sums.items()}
+
+
+def histogram(density: torch.Tensor) -> dict:
+    """The latents by log10 of their density [M], those that never fired left out.
+
+    -> {log10_edges, latents: how many lie between two edges}
+    """
+    logs = density[density > 0].log10().clamp(min=EDGES[0])
+    counts, _ = torch.histogram(logs.float().cpu(), torch.tensor(EDGES))
+    return {"log10_edges": EDGES, "latents": counts.int().tolist()}
+
+
 def loss_recovered(config, lm, place, sae, held_out, dist):
-    """What the language model loses when a layer's output is replaced by its reconstruction, and when it is switched off.
+    """What the language model loses when a layer's output is reconstructed, or switched off.
 
         loss_recovered = (loss_zero - loss_sae) / (loss_zero - loss)          losses in nats a token
 
-    1: the reconstruction is as good as the layer; 0: as bad as none; None where the model does no worse without the layer, on these
-    texts; all None for a reward model, which has no such losses. Tokens that the autoencoder never saw (a BOS; what other --tokens than
-    all leave out) keep their activations when the layer is reconstructed and when it is switched off, so that the two differ in nothing
-    else. Pitfall: the loss of every token of a text counts, so in {prompt, response} data the prompt's too, which SFT and PPO never
+    1: the reconstruction is as good as the layer; 0: as bad as none; None where the model does no
+    worse without the layer, on these texts; all None for a reward model, which has no such losses.
+    Tokens that the autoencoder never saw (a BOS; what other --tokens than all leave out) keep their
+    activations in both cases, so that the two differ in nothing else. Pitfall: the loss of every
+    token of a text counts, so in {prompt, response} data the prompt's too, which SFT and PPO never
     trained on.
     """
     if lm.get_output_embeddings() is None:
         return dict.fromkeys(("loss", "loss_sae", "loss_zero", "loss_recovered"))
-    mine = np.array(dist.part(len(held_out.rows)), dtype=np.int64)
-    sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # plain, reconstructed, zero; tokens
-    for part in micro_batches(torch.from_numpy(held_out.lengths[mine]), None, 2**12):
-        rows = mine[part.numpy()]
-        ids, mask = (torch.from_numpy(x).to(dist.device) for x in held_out.batch(rows))  # [b, T]
-        real = torch.from_numpy(np.arange(ids.shape[1]) < held_out.lengths[rows][:, None]).to(dist.device)
-        targets, seen = ids.masked_fill(~real, -100)[:, 1:], mask[..., None]
 
-        def loss():
-            with autocast(dist, config.dtype):
-                logits = lm(input_ids=ids, use_cache=False).logits  # padding, on the right, may be any token
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum").double()
+    mine = np.array(dist.part(len(held_out.rows)), dtype=np.int64)
+    lengths = torch.from_numpy(held_out.lengths[mine])
+    sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # three losses, tokens
+    for part in micro_batches(lengths, None, 2**12):
+        rows = mine[part.numpy()]
+        if len(rows) == 0:  # this process has no texts
+            continue
+        ids, mask = held_out.batch(rows)
+        ids = torch.from_numpy(ids).to(dist.device)  # [b, T]
+        seen = torch.from_numpy(mask).to(dist.device)[..., None]  # [b, T, 1], by the autoencoder
+        real = np.arange(ids.shape[1]) < held_out.lengths[rows][:, None]
+        real = torch.from_numpy(real).to(dist.device)  # [b, T], no padding
 
         def reconstruct(x):
             return torch.where(seen, sae(x)[0].to(x.dtype), x)
@@ -423,32 +580,59 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
         def switch_off(x):
             return x.masked_fill(seen, 0.0)
 
-        sums[0] += loss()
+        sums[0] += sum_of_losses(lm, ids, real, config, dist)
         with replaced(lm, place, reconstruct):
-            sums[1] += loss()
+            sums[1] += sum_of_losses(lm, ids, real, config, dist)
         with replaced(lm, place, switch_off):
-            sums[2] += loss()
+            sums[2] += sum_of_losses(lm, ids, real, config, dist)
         sums[3] += real[:, 1:].sum()
+
+    # Means over the tokens of all processes.
     sums = dist.sum(sums)
-    plain, sae_loss, zero = (sums[:3] / sums[3]).tolist()
-    recovered = (zero - sae_loss) / (zero - plain) if zero > plain else None
-    return {"loss": plain, "loss_sae": sae_loss, "loss_zero": zero, "loss_recovered": recovered}
+    loss, loss_sae, loss_zero = (sums[:3] / sums[3]).tolist()
+    recovered = None
+    if loss_zero > loss:
+        recovered = (loss_zero - loss_sae) / (loss_zero - loss)
+    return {
+        "loss": loss,
+        "loss_sae": loss_sae,
+        "loss_zero": loss_zero,
+        "loss_recovered": recovered,
+    }
+
+
+def sum_of_losses(lm, ids, real, config, dist) -> torch.Tensor:
+    """The losses of all tokens of some texts, but for each one's first, in nats: a float64 scalar.
+
+    ids [b, T], padded on the right; real [b, T]: what is no padding
+    """
+    with autocast(dist, config.dtype):
+        logits = lm(input_ids=ids, use_cache=False).logits  # [b, T, V]
+    # Logits at t score token t + 1; targets of -100 do not count.
+    targets = ids.masked_fill(~real, -100)[:, 1:]
+    scores = logits[:, :-1].flatten(0, 1).float()
+    return F.cross_entropy(scores, targets.flatten(), reduction="sum").double()
 
 
 def report(summary):
     """The summary as a table."""
-    lines = [f"{'held out':22s}{'FVU':>8s}{'L0':>8s}{'dead':>8s}{'LM loss':>9s}{'with SAE':>10s}{'zero':>8s}{'recovered':>11s}"]
+    titles = f"{'held out':22s}{'FVU':>8s}{'L0':>8s}{'dead':>8s}"
+    titles += f"{'LM loss':>9s}{'with SAE':>10s}{'zero':>8s}{'recovered':>11s}"
+    lines = [titles]
     for key, r in summary.items():
-        cells = [(r["loss"], "9.3f"), (r["loss_sae"], "10.3f"), (r["loss_zero"], "8.3f"), (r["loss_recovered"], "11.1%")]
-        losses = "".join("-".rjust(int(form.split(".")[0])) if x is None else f"{x:{form}}" for x, form in cells)
-        lines.append(f"{key:22s}{r['fvu']:8.3f}{r['l0']:8.1f}{r['dead']:8.1%}{losses}")
+        line = f"{key:22s}{r['fvu']:8.3f}{r['l0']:8.1f}{r['dead']:8.1%}"
+        line += cell(r["loss"], 9, ".3f")
+        line += cell(r["loss_sae"], 10, ".3f")
+        line += cell(r["loss_zero"], 8, ".3f")
+        line += cell(r["loss_recovered"], 11, ".1%")
+        lines.append(line)
     return "\n".join(lines)
 
 
-def rollout_rows(config, tokenizer, prompts, dist):
-    """Prompts (token lists) -> token rows of config.n_answers answers to each, by the policy config.model; cached by pool.sample()."""
-    answers = sample(config, tokenizer, prompts, dist)
-    return [row["prompt_ids"] + response for row in answers for response in row["response_ids"]]
+def cell(value: float | None, width: int, form: str) -> str:
+    """A number in a format, or - for None, on the right of a cell."""
+    text = "-" if value is None else format(value, form)
+    return text.rjust(width)
 
 
 if __name__ == "__main__":

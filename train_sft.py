@@ -30,15 +30,9 @@ from nanorlhf import data, world
 from nanorlhf.dpo import ROUNDING, dpo_loss, pair_points
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.hf.blocks import sampling, speed_up
+from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.hf.lora import choose_trained, merge
-from nanorlhf.models import (
-    Policy,
-    check_model,
-    context_length,
-    load_policy,
-    load_tokenizer,
-    save_policy,
-)
+from nanorlhf.models import Policy, load_policy, load_tokenizer, save_policy
 from nanorlhf.packing import micro_batches, pack, response_mask_of
 from nanorlhf.rollout import generate, left_pad
 from nanorlhf.runtime import checkpoint, cli
@@ -51,7 +45,7 @@ from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.rng import key
 from nanorlhf.splits import load_splits
-from nanorlhf.stats import mean_se, ratio
+from nanorlhf.stats import mean_se, pair_wins, ratio
 
 # Of each loss: the kind of its data, the answers in a row of it, and defaults for the embedded world.
 KIND = {"sft": "sft", "dpo": "pairs"}
@@ -112,7 +106,7 @@ class Config(RunConfig):
 
 @unlock_afterwards()
 def main(config):
-    # ------------------------------------------------------------------------------------------------------------------- set-up
+    # ------------------------------------------------------------------------------------ set-up
     dist = setup(config.device, config.distributed)
     divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
@@ -120,137 +114,291 @@ def main(config):
         return folder.already_done()
     torch.manual_seed(config.seed)
 
-    # --------------------------------------------------------------------------------------------------------------------- data
+    # -------------------------------------------------------------------------------------- data
     rows, held_out, note = load_splits(config, KIND[config.loss])  # held_out: {label: rows}
-    model_config = world.model_config() if config.model == "world" else check_model(config.model)
-    tokenizer = world.tokenizer() if config.model == "world" else load_tokenizer(config.model)
+    if config.model == "world":
+        model_config = world.model_config()
+        tokenizer = world.tokenizer()
+    else:
+        model_config = check_model(config.model)
+        tokenizer = load_tokenizer(config.model)
     max_length = config.max_length or context_length(model_config)
 
-    def encoded(part):
-        """One (prompts, responses) for each answer of a row: a prompt may be cut differently before two answers."""
-        return [data.encode(tokenizer, part, name, max_length, config.chat_template) for name in ANSWERS[config.loss]]
+    answers, n_cut = encode_answers(rows, tokenizer, max_length, config)
+    held_out_answers = {}
+    for label, part in held_out.items():
+        held_out_answers[label], _ = encode_answers(part, tokenizer, max_length, config)
+    dist.print(
+        f"{config.loss.upper()} of {config.model} on {config.dataset}: {note}, "
+        f"{n_cut} responses cut to {max_length} tokens"
+    )
 
-    answers, held_out_answers = encoded(rows), {label: encoded(part) for label, part in held_out.items()}
-    n_cut = sum(cut for _, _, cut in answers)
-    dist.print(f"{config.loss.upper()} of {config.model} on {config.dataset}: {note}, {n_cut} responses cut to {max_length} tokens")
-
-    # -------------------------------------------------------------------------------------------------------------------- model
+    # ------------------------------------------------------------------------------------- model
     if config.model == "world":
-        policy = Policy(AutoModelForCausalLM.from_config(model_config, trust_remote_code=False), value_head=False).to(dist.load_device)
+        lm = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+        policy = Policy(lm, value_head=False).to(dist.load_device)
     else:
         policy = load_policy(config.model, value_head=False, device=dist.load_device)
     note = choose_trained(policy.lm, config)
     speed_up(policy.lm, dist.device, config.dtype, config.compile)
-    dist.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {note}")
+    n_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    dist.print(f"{n_parameters:,} parameters, {note}")
     if config.checkpoint_activations:
         checkpoint_activations(policy)
-    example = pack(answers[0][0][:1], answers[0][1][:1]).to(dist.device)
-    model = dist.wrap(policy, lambda model: model(example, response_mask_of(example))["logprobs"].sum(), config.dtype)
+
+    # On several processes the policy goes into DDP or is sharded (FSDP).
+    first = answers[0]
+    example = pack(first.prompts[:1], first.responses[:1]).to(dist.device)
+
+    def sum_of_logprobs(model):
+        return model(example, response_mask_of(example))["logprobs"].sum()
+
+    model = dist.wrap(policy, sum_of_logprobs, config.dtype)
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
+
+    # DPO's reference is the policy as it stands here, before a checkpoint is loaded. The data are
+    # fixed, so its log-probs are computed once, and no second model is kept.
+    reference = None
+    held_out_reference = {}
     if config.loss == "dpo":
-        # The reference is the policy as it stands here. The data are fixed, so its log-probs are needed once, and never a second model.
-        visited = data.batch_indices(len(rows), min(len(rows), config.steps * config.batch_size), 0, config.seed)  # what steps will read
-        reference = torch.zeros(2, len(rows), device=dist.device)  # log-probs of the chosen and the rejected answer of every pair
+        n_visited = min(len(rows), config.steps * config.batch_size)
+        visited = data.batch_indices(len(rows), n_visited, 0, config.seed)  # what steps will read
+        reference = torch.zeros(2, len(rows), device=dist.device)  # of chosen and rejected answers
         with gathered(policy):
-            reference[:, visited] = sequence_logprobs(policy, answers, visited, tokenizer, config, dist)
-            held_out_reference = {label: sequence_logprobs(policy, part, range(len(held_out[label])), tokenizer, config, dist)
-                                  for label, part in held_out_answers.items()}  # fmt: skip
+            reference[:, visited] = sequence_logprobs(
+                policy, answers, visited, tokenizer, config, dist
+            )
+            for label, part in held_out_answers.items():
+                held_out_reference[label] = sequence_logprobs(
+                    policy, part, range(len(held_out[label])), tokenizer, config, dist
+                )
+
+    # A run that was killed goes on from its last checkpoint.
     state = checkpoint.load(config.output_dir, policy, optimizer, dist) or {"step": 0}
     folder.create(state)
 
     def report(step):
+        """Evaluate, print the results and a few samples. -> the numbers, for metrics.jsonl"""
         record = {}
         with gathered(policy):
             for label, part in held_out_answers.items():
                 if config.loss == "sft":
                     result = evaluate(policy, part[0], tokenizer, config, dist)
                 else:
-                    result = evaluate_pairs(policy, part, held_out_reference[label], tokenizer, config, dist)
-                record |= {f"{label}/{k}": v for k, v in result.items()}
-                dist.print(f"step {step}: {'' if label == 'eval' else label + ': '}{in_words(result)}")
-            samples = [{"step": step, **row} for row in sample(policy, held_out["eval"], tokenizer, max_length, config, dist)]
+                    result = evaluate_pairs(
+                        policy, part, held_out_reference[label], tokenizer, config, dist
+                    )
+                record |= {f"{label}/{name}": value for name, value in result.items()}
+                split = "" if label == "eval" else f"{label}: "
+                dist.print(f"step {step}: {split}{in_words(result)}")
+            texts = sample(policy, held_out["eval"], tokenizer, max_length, config, dist)
+        samples = [{"step": step, **text} for text in texts]
         folder.append("samples.jsonl", samples)
         dist.print(sample_table(samples))
         return record
 
-    # --------------------------------------------------------------------------------------------------------------------- loop
+    # -------------------------------------------------------------------------------------- loop
     progress = Progress(dist, config.loss, config.steps, state["step"])
     for step in range(state["step"] + 1, config.steps + 1):
         begun = time.perf_counter()
+
+        # 1. Every process takes its share of the global batch, and adds up gradients.
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         index = data.batch_indices(len(rows), config.batch_size, step - 1, config.seed)
-        n_tokens = sum(len(r[i]) for _, r, _ in answers for i in index)  # of the whole batch: a loss does not depend on how it is split
-        mine = dist.share(index)
-        lengths = torch.tensor([max(len(p[i]) + len(r[i]) for p, r, _ in answers) for i in mine])  # of a row's longest sequence
-        parts = dist.even(micro_batches(lengths, config.micro_batch_size, -(-config.tokens_per_micro_batch // len(answers))))
-        policy.train(config.loss == "sft")  # the reference's log-probs know no dropout, so DPO's have none either
-        totals = defaultdict(lambda: torch.zeros((), device=dist.device))
-        for part in parts:
-            at = [mine[k] for k in part.tolist()]
-            # Of pairs row j holds the chosen answer of pair j, row b + j the rejected one: [S b, T].
-            batch = pack([p[i] for p, _, _ in answers for i in at], [r[i] for _, r, _ in answers for i in at], tokenizer.pad_token_id)
-            batch, stats = batch.to(dist.device), {}
-            with sync_on(model, last=part is parts[-1]):
-                with autocast(dist, config.dtype):
-                    logprobs = model(batch, response_mask_of(batch))["logprobs"]  # [S b, R]
-                if config.loss == "sft":
-                    # loss = -sum of log pi(response token) / number of response tokens
-                    loss = -logprobs.sum() / n_tokens
-                else:
-                    pi_c, pi_r = logprobs.sum(1).chunk(2)  # [b], [b]
-                    ref_c, ref_r = reference[:, at]
-                    loss, stats = dpo_loss(pi_c, pi_r, ref_c, ref_r, config.dpo_beta, config.batch_size, ROUNDING[config.dtype])
-                (loss * dist.world).backward()  # DDP and FSDP average over ranks; the loss is a sum
-            for name, value in {"loss": loss.detach(), **stats}.items():
-                totals[name] += value
-        lr = learning_rate(step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr)
+        n_tokens = count_tokens(answers, index)
+        policy.train(config.loss == "sft")  # the reference has no dropout, so DPO has none either
+        totals = add_gradients(
+            model, answers, dist.share(index), n_tokens, reference, tokenizer, config, dist
+        )
+
+        # 2. One step of the optimizer.
+        lr = learning_rate(
+            step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr
+        )
         grad_norm = optimizer_step(optimizer, policy, lr, config.max_grad_norm, step)
-        record = {"step": step, **{name: dist.sum(total).item() for name, total in totals.items()}}
-        record |= {"grad_norm": grad_norm, "lr": lr, "n_tokens": n_tokens}
-        record |= {"seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb(dist)}
-        if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+
+        # 3. What happened, on all processes together.
+        record = {
+            "step": step,
+            **{name: dist.sum(total).item() for name, total in totals.items()},
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "n_tokens": n_tokens,
+            "seconds": time.perf_counter() - begun,
+            "peak_memory_mb": peak_memory_mb(dist),
+        }
+        is_last = step == config.steps
+        if is_last or (config.eval_every and step % config.eval_every == 0):
             record |= report(step)
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"loss {record['loss']:.3f}")
-        if step % config.checkpoint_every == 0 or step == config.steps:
+        if is_last or step % config.checkpoint_every == 0:
             folder.checkpoint(step, policy, optimizer, {}, config.keep_checkpoints)
     progress.close()
 
-    # --------------------------------------------------------------------------------------------------------------------- save
+    # -------------------------------------------------------------------------------------- save
     if config.merge:
         merge(policy.lm)
     folder.save_model(save_policy, policy, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
-    kept = ("step", "loss", *(f"{label}/" for label in held_out))
-    return folder.finish({k: v for k, v in folder.records()[-1].items() if k.startswith(kept)})
+
+    # The summary is the last step's loss and evaluations.
+    prefixes = ("step", "loss", *(f"{label}/" for label in held_out))
+    summary = {}
+    for name, value in folder.records()[-1].items():
+        if name.startswith(prefixes):
+            summary[name] = value
+    return folder.finish(summary)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- answers
+
+
+@dataclass
+class Sequences:
+    """A prompt and its response for each row of a data set, as token lists."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def at(self, index) -> "Sequences":
+        """The sequences of these rows."""
+        return Sequences([self.prompts[i] for i in index], [self.responses[i] for i in index])
+
+    def length(self, i: int) -> int:
+        """Tokens of the prompt and the response of one row."""
+        return len(self.prompts[i]) + len(self.responses[i])
+
+    def response_lengths(self) -> torch.Tensor:
+        return torch.tensor([len(response) for response in self.responses])
+
+
+def encode_answers(rows, tokenizer, max_length, config):
+    """Rows of data -> a list of S Sequences, and how many responses had to be cut.
+
+    SFT has one answer in a row, DPO a chosen and a rejected one, in this order. Each answer has a
+    prompt of its own, since a long prompt is cut to make room for the answer.
+    """
+    answers = []
+    n_cut = 0
+    for answer in ANSWERS[config.loss]:
+        prompts, responses, cut = data.encode(
+            tokenizer, rows, answer, max_length, config.chat_template
+        )
+        answers.append(Sequences(prompts, responses))
+        n_cut += cut
+    return answers, n_cut
+
+
+def count_tokens(answers, index):
+    """The number of response tokens in these rows."""
+    n_tokens = 0
+    for sequences in answers:
+        for i in index:
+            n_tokens += len(sequences.responses[i])
+    return n_tokens
+
+
+def longest_of_rows(answers, index):
+    """Tokens of the longest sequence in each of these rows: [b]."""
+    lengths = []
+    for i in index:
+        lengths.append(max(sequences.length(i) for sequences in answers))
+    return torch.tensor(lengths)
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+
+def add_gradients(model, answers, mine, n_tokens, reference, tokenizer, config, dist):
+    """Add up the gradients of this process's rows `mine`, a list of indices.
+
+    n_tokens: response tokens of the global batch -> this process's share of the step's numbers,
+    {name: scalar}.
+    """
+    # A row is S sequences, so its longest one may have an S-th of the tokens.
+    tokens = math.ceil(config.tokens_per_micro_batch / len(answers))
+    lengths = longest_of_rows(answers, mine)
+    parts = dist.even(micro_batches(lengths, config.micro_batch_size, tokens))
+
+    totals = defaultdict(lambda: torch.zeros((), device=dist.device))
+    for i, part in enumerate(parts, 1):
+        index = [mine[k] for k in part.tolist()]
+        # For DPO, row j holds the chosen answer of pair j, row b + j the rejected one.
+        prompts = []
+        responses = []
+        for sequences in answers:
+            prompts += sequences.at(index).prompts
+            responses += sequences.at(index).responses
+        batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device)  # [S b, T]
+
+        with sync_on(model, last=i == len(parts)):
+            with autocast(dist, config.dtype):
+                logprobs = model(batch, response_mask_of(batch))["logprobs"]  # [S b, R]
+            if config.loss == "sft":
+                # loss = -sum of log pi(response token) / number of response tokens
+                loss = -logprobs.sum() / n_tokens
+                stats = {}
+            else:
+                pi_c, pi_r = logprobs.sum(1).chunk(2)  # [b], [b]
+                ref_c, ref_r = reference[:, index]
+                loss, stats = dpo_loss(
+                    pi_c,
+                    pi_r,
+                    ref_c,
+                    ref_r,
+                    config.dpo_beta,
+                    config.batch_size,
+                    ROUNDING[config.dtype],
+                )
+            # DDP and FSDP average over ranks, and the loss is a sum.
+            (loss * dist.world).backward()
+
+        totals["loss"] += loss.detach()
+        for name, value in stats.items():
+            totals[name] += value
+    return totals
+
+
+# ------------------------------------------------------------------------------------ evaluation
 
 
 @torch.no_grad()
-def token_sums(policy, prompts, responses, tokenizer, config, dist):
-    """Of each row, over its response tokens: the sums of log pi and of correct guesses, and how many there are. [N, 3], float64, on CPU."""
+def token_sums(policy, sequences, tokenizer, config, dist):
+    """Sum over the response tokens of each row: log pi, right guesses, ones. -> [N, 3], float64
+
+    A guess is right where the token is the likeliest one. All processes call this.
+    """
     policy.eval()
-    mine = list(dist.part(len(prompts)))
+    mine = sequences.at(dist.part(len(sequences)))
     sums = torch.zeros(len(mine), 3, dtype=torch.float64, device=dist.device)
-    if mine:
-        batch = pack([prompts[i] for i in mine], [responses[i] for i in mine], tokenizer.pad_token_id).to(dist.device)
-        for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
+    if len(mine):  # there may be fewer rows than processes
+        batch = pack(mine.prompts, mine.responses, tokenizer.pad_token_id).to(dist.device)
+        for rows in batch.micro_batches(
+            config.micro_batch_size, None, config.tokens_per_micro_batch
+        ):
             part = batch.rows(rows)
             mask = response_mask_of(part)  # [m, R]
             with autocast(dist, config.dtype):
                 out = policy(part, mask, correct=True)
-            sums[rows] = torch.stack([out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)], 1).double()
+            columns = [out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)]
+            sums[rows] = torch.stack(columns, 1).double()
     return dist.gather(sums).cpu()
 
 
-def evaluate(policy, answers, tokenizer, config, dist):
-    """Perplexity exp(-mean log pi) and the share of response tokens that are the most likely one, on held-out rows."""
-    logprobs, correct, n = token_sums(policy, *answers[:2], tokenizer, config, dist).T  # [N] each
-    (loss, loss_se), (accuracy, accuracy_se) = ratio(-logprobs, n), ratio(correct, n)
-    perplexity = math.exp(min(loss, 700))
+def evaluate(policy, sequences, tokenizer, config, dist):
+    """Evaluate on held-out demonstrations: perplexity, and accuracy over the response tokens.
+
+    perplexity = exp(-mean of log pi), accuracy = the share of tokens that are the likeliest one.
+    """
+    logprobs, correct, n = token_sums(policy, sequences, tokenizer, config, dist).T  # [N] each
+    loss, loss_se = ratio(-logprobs, n)
+    accuracy, accuracy_se = ratio(correct, n)
+    perplexity = math.exp(min(loss, 700))  # a float holds no e^710
     return {
         "perplexity": perplexity,
         "perplexity_se": perplexity * loss_se,
@@ -262,25 +410,35 @@ def evaluate(policy, answers, tokenizer, config, dist):
 
 
 def sequence_logprobs(policy, answers, index, tokenizer, config, dist):
-    """Log-probs of both answers of the pairs at `index`, summed over tokens and EOS: [2, n]."""
-    sums = [token_sums(policy, [p[i] for i in index], [r[i] for i in index], tokenizer, config, dist) for p, r, _ in answers]
-    return torch.stack(sums)[:, :, 0].float().to(dist.device)
+    """Log-probs of both answers of these pairs, summed over tokens and EOS: [2, len(index)]."""
+    logprobs = []
+    for sequences in answers:
+        sums = token_sums(policy, sequences.at(index), tokenizer, config, dist)  # [n, 3]
+        logprobs.append(sums[:, 0])
+    return torch.stack(logprobs).float().to(dist.device)
 
 
 def evaluate_pairs(policy, answers, reference, tokenizer, config, dist):
-    """Held-out pairs by the implicit reward: how often, and by how much, the chosen answer has the higher one; beside it, length."""
-    pi = sequence_logprobs(policy, answers, range(reference.shape[1]), tokenizer, config, dist)
+    """Evaluate on held-out pairs: how often the chosen answer has the higher implicit reward.
+
+    Also by how much. reference [2, N]: log-probs of both answers under the reference. `longer_wins`
+    is the accuracy of a reward that knows nothing but the answer's length.
+    """
+    chosen, rejected = answers
+    everything = range(len(chosen))
+    pi_c, pi_r = sequence_logprobs(policy, answers, everything, tokenizer, config, dist)  # [N] each
+    ref_c, ref_r = reference
     rounding = ROUNDING[config.dtype]
-    loss, stats = dpo_loss(*pi, *reference, config.dpo_beta, rounding=rounding)
-    points = pair_points(*pi, *reference, rounding).cpu()  # [N]
-    margin = (config.dpo_beta * ((pi[0] - reference[0]) - (pi[1] - reference[1]))).cpu()  # [N]
-    longer = torch.tensor([len(c) - len(r) for c, r in zip(answers[0][1], answers[1][1])]).sign()
+    loss, stats = dpo_loss(pi_c, pi_r, ref_c, ref_r, config.dpo_beta, rounding=rounding)
+    points = pair_points(pi_c, pi_r, ref_c, ref_r, rounding).cpu()  # [N]
+    margin = config.dpo_beta * ((pi_c - ref_c) - (pi_r - ref_r))  # [N]
+    longer_wins = pair_wins(chosen.response_lengths(), rejected.response_lengths())  # [N]
     return {
         "loss": loss.item(),
         **{name: value.item() for name, value in stats.items()},
         "accuracy_se": mean_se(points)["se"],
-        "margin_se": mean_se(margin)["se"],
-        "longer_wins": (longer / 2 + 0.5).mean().item(),
+        "margin_se": mean_se(margin.cpu())["se"],
+        "longer_wins": longer_wins.float().mean().item(),
         "n_pairs": len(margin),
     }
 
@@ -289,27 +447,47 @@ def in_words(r):
     """An evaluation as a sentence."""
     accuracy = f"accuracy {r['accuracy']:.3f} +- {r['accuracy_se']:.3f}"
     if "perplexity" in r:
-        return f"held-out perplexity {r['perplexity']:.3f} +- {r['perplexity_se']:.3f}, token {accuracy} ({r['n_tokens']} tokens)"
-    rewards = f"implicit reward of chosen {r['reward_chosen']:+.2f}, of rejected {r['reward_rejected']:+.2f}"
+        perplexity = f"perplexity {r['perplexity']:.3f} +- {r['perplexity_se']:.3f}"
+        return f"held-out {perplexity}, token {accuracy} ({r['n_tokens']} tokens)"
     wins = f"(n = {r['n_pairs']}; longer wins {r['longer_wins']:.3f})"
-    return f"held-out pair {accuracy} {wins}, margin {r['margin']:.2f} +- {r['margin_se']:.2f}, {rewards}"
+    margin = f"margin {r['margin']:.2f} +- {r['margin_se']:.2f}"
+    chosen = f"implicit reward of chosen {r['reward_chosen']:+.2f}"
+    rejected = f"of rejected {r['reward_rejected']:+.2f}"
+    return f"held-out pair {accuracy} {wins}, {margin}, {chosen}, {rejected}"
 
 
 def sample(policy, rows, tokenizer, max_length, config, dist):
-    """A few samples at temperature 1 for held-out prompts; prompts are cut on the left where context is short."""
+    """Sample an answer at temperature 1 to the first held-out prompts. -> rows {prompt, response}
+
+    A prompt is cut on the left where the context is too short for it and its answer.
+    """
     rows = rows[: config.n_samples]
     if not rows:
         return []
-    width = min(config.max_new_tokens, max_length - 1) if max_length else config.max_new_tokens
-    prompts = data.encode_prompts(tokenizer, [r["prompt"] for r in rows], config.chat_template)
+    texts = [row["prompt"] for row in rows]
+    prompts = data.encode_prompts(tokenizer, texts, config.chat_template)
+    longest = config.max_new_tokens
     if max_length:
-        prompts = [data.cut_left(prompt, max_length - width, tokenizer.bos_token_id) for prompt in prompts]
+        longest = min(longest, max_length - 1)  # a prompt keeps at least one token
+        room = max_length - longest
+        prompts = [data.cut_left(prompt, room, tokenizer.bos_token_id) for prompt in prompts]
+
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
     with sampling(policy.lm):
-        out = generate(policy, ids.to(dist.device), mask.to(dist.device), width, eos_token_id=tokenizer.eos_token_id,
-                       pad_token_id=tokenizer.pad_token_id, seed=config.seed)  # fmt: skip
-    texts = [tokenizer.decode(ids[m], skip_special_tokens=True) for ids, m in zip(out.response_ids, out.response_mask)]
-    return [{"prompt": row["prompt"], "response": text} for row, text in zip(rows, texts)]
+        rollout = generate(
+            policy,
+            ids.to(dist.device),
+            mask.to(dist.device),
+            longest,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            seed=config.seed,
+        )
+    samples = []
+    for text, response_ids, kept in zip(texts, rollout.response_ids, rollout.response_mask):
+        response = tokenizer.decode(response_ids[kept], skip_special_tokens=True)
+        samples.append({"prompt": text, "response": response})
+    return samples
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 
 from . import world
 from .errors import InputError, require
-from .models import context_length
+from .hf.folders import context_length
 from .runtime.files import read_file
 from .runtime.rng import MINIBATCH, ORDER, SPLIT
 
@@ -73,8 +73,11 @@ def is_world(spec: str) -> bool:
 def read_world(spec: str, kind: str, split: str) -> list[dict]:
     """'world' or 'world:SEED' -> rows of a split of the embedded world."""
     seed = spec.partition(":")[2] or "0"
-    is_number = seed.isdecimal()
-    require(is_number, f"--dataset {spec}: the world's seed must be a whole number")
+    is_number = seed.isdecimal() and len(seed) < 20
+    require(
+        is_number,
+        f"--dataset {spec[:60]}: the world's seed must be a whole number of at most 19 digits",
+    )
     if kind == "prompts":
         return world.prompts(split)
     if kind == "pairs":

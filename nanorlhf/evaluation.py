@@ -1,6 +1,7 @@
 """Answers of a policy: sampling them, their log-probs, and what they are worth on held-out prompts.
 
-    b sequences of this process, m of a micro-batch, R response tokens (R' of a micro-batch's longest), K rewards, N held-out prompts
+b sequences of this process, m of a micro-batch, n held-out prompts of this process, N of all
+R response tokens (R' of a micro-batch's longest), K rewards
 """
 
 import os
@@ -8,27 +9,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from . import ppo
 from .data import is_world
 from .diversity import distinct_n, distinct_n_se
 from .errors import require
-from .models import Policy, check_model, load_tokenizer
-from .packing import Answers, pack, response_mask_of
+from .hf.folders import check_model
+from .models import Policy, load_tokenizer
+from .packing import Answers, Packed, pack, response_mask_of
 from .rewards import check_reward, kind_of, load_reward, score
-from .rollout import Parts, roll_out
+from .rollout import Parts, Rollout, roll_out
 from .runtime.cli import read_settings
 from .runtime.distributed import Dist, autocast
 from .runtime.files import read_object, read_rows, write_json, write_lines
 from .runtime.fsdp import gathered
 from .runtime.locks import lock_folder
 from .runtime.log import eval_folder, read_eval
-from .scoring import Scoring
+from .scoring import Scored, Scoring
 from .splits import labels
 from .stats import mean_se
-
-# What score_gold() reads of a row of eval/step_N.jsonl.
-EVAL_ROW = {"prompt": str, "response": str, "prompt_ids": list[int], "response_ids": list[int]}
 
 
 @dataclass
@@ -41,17 +41,28 @@ class PPOParts(Parts):
     gold: Callable | None  # Answers -> scores [B], for evaluation only
 
 
+# ------------------------------------------------------------------- log-probs of sampled tokens
+
+
 @torch.no_grad()
-def forward(parts, policy, batch, **kwargs):
-    """The policy's or the reference's forward over micro-batches, without gradients: {name: [b, R]}."""
-    config, dist, out = parts.config, parts.dist, {}
+def forward(parts: PPOParts, policy: Policy, batch: Packed, **kwargs) -> dict[str, Tensor]:
+    """The forward of the policy or the reference over micro-batches, without gradients.
+
+    kwargs: of Policy.forward. -> {name: [b, R]}
+    """
+    config = parts.config
+    dist = parts.dist
+    outputs = {}
     for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
         part = batch.rows(rows)
         with autocast(dist, config.dtype):
             result = policy(part, response_mask_of(part), config.temperature, **kwargs)
-        for name, value in result.items():  # [m, R']
-            out.setdefault(name, torch.zeros(len(batch), config.max_new_tokens, device=dist.device))[rows, : value.shape[1]] = value
-    return out
+        for name, values in result.items():  # [m, R']
+            if name not in outputs:
+                outputs[name] = torch.zeros(len(batch), config.max_new_tokens, device=dist.device)
+            width = values.shape[1]
+            outputs[name][rows, :width] = values
+    return outputs
 
 
 # What is computed when. generate() has run the policy over every sampled token and kept log-probs
@@ -69,132 +80,273 @@ def forward(parts, policy, batch, **kwargs):
 # In bfloat16 a cached decode and a batch forward differ by about 1e-2.
 
 
-def sampled_logprobs(parts, rollout, batch) -> torch.Tensor:
+def sampled_logprobs(parts: PPOParts, rollout: Rollout, batch: Packed) -> Tensor:
     """Log-probs [b, R] of sampled tokens by the policy that sampled them."""
     if parts.config.dtype == "bfloat16":
         return forward(parts, parts.policy, batch)["logprobs"]
     return rollout.logprobs
 
 
-def sampled_outputs(parts, rollout, batch, kl_to=None) -> dict[str, torch.Tensor]:
+def sampled_outputs(
+    parts: PPOParts, rollout: Rollout, batch: Packed, kl_to: Policy | None = None
+) -> dict[str, Tensor]:
     """What PPO needs of the policy that sampled, {name: [b, R]}: logprobs and values.
 
     kl_to: the reference, for the exact KL to it over the whole vocabulary, `full_kl`.
     """
     has_values = parts.policy.shares_trunk
-    if parts.config.dtype == "bfloat16" or not has_values or kl_to:
+    if parts.config.dtype == "bfloat16" or not has_values or kl_to is not None:
         return forward(parts, parts.policy, batch, kl_to=kl_to)
     return {"logprobs": rollout.logprobs, "values": rollout.values}
 
 
-def evaluate(parts, prompts):
-    """Held-out prompts, always with the same noise -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold, ids} for each."""
-    tokenizer, dist = parts.tokenizer, parts.dist
-    local = held_out_answers(parts, prompts)
+# ----------------------------------------------------------------------------- held-out prompts
+
+
+def evaluate(parts: PPOParts, prompts: list[list[int]]) -> tuple[dict[str, dict], list[dict]]:
+    """Answer held-out prompts, N token lists, always with the same noise, and measure the answers.
+
+    -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold, ids} for each answer. All
+    processes call this, and all have the same results.
+    """
     # [N, ...], in the prompts' order. They lie in memory prompt by prompt, on any number of
     # processes, so that sums over the members are always added up in the same order.
-    g = {name: dist.gather(part).cpu().contiguous() for name, part in local.items()}
-    scored = parts.scoring.combine(g)
-    result = {"proxy": mean_se(scored.proxy)}
-    result |= {name: mean_se(x) for name, x in scored.terms.items()}
-    if parts.gold:
-        result["gold"] = mean_se(g["gold"])
-    if len(scored.members) > 1:
-        result["variance"] = mean_se(scored.variance)
-        result |= {f"score/{name}": mean_se(x) for name, x in scored.members.items()}
-    result |= {name: mean_se(g[name]) for name in ("kl", "kl_k3", "length", "eos_rate")}
-    response_ids = [ids[mask].tolist() for ids, mask in zip(g["ids"], g["mask"])]
-    responses = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-    result["distinct_2"] = {"mean": distinct_n(responses, 2), "se": distinct_n_se(responses, 2), "n": len(responses)}
-    texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    by_name = dict(scored.members)
-    if scored.scores is not scored.proxy:
-        by_name["controlled"] = scored.scores  # PPO maximises something else
-    columns = torch.stack(list(by_name.values()), 1).tolist()
-    rows = zip(texts, responses, columns, g["gold"].tolist(), prompts, response_ids)
-    return result, [
-        {"prompt": prompt, "response": response, "scores": dict(zip(by_name, row)), "gold": gold if parts.gold else None,
-         "prompt_ids": p, "response_ids": r}
-        for prompt, response, row, gold, p, r in rows
-    ]  # fmt: skip
+    answered = {}
+    for name, mine in answer_held_out(parts, prompts).items():
+        answered[name] = parts.dist.gather(mine).cpu().contiguous()
+    scored = parts.scoring.combine(answered)
+
+    response_ids = []
+    for ids, mask in zip(answered["ids"], answered["mask"]):
+        response_ids.append(ids[mask].tolist())
+    responses = parts.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+    prompt_texts = parts.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+
+    numbers = measure_answers(answered, scored, responses)
+    rows = list_answers(answered, scored, prompt_texts, responses)
+    for row, prompt, response in zip(rows, prompts, response_ids):
+        row["prompt_ids"] = prompt
+        row["response_ids"] = response
+    return numbers, rows
 
 
-def held_out_answers(parts, prompts):
-    """This process's share of the held-out prompts: {name: [n, ...]}. One model after the other: each is gathered once (FSDP)."""
+def answer_held_out(parts: PPOParts, prompts: list[list[int]]) -> dict[str, Tensor]:
+    """Answer this process's share of the held-out prompts: {name: [n, ...]}.
+
+    One model after the other has its turn: under FSDP each is gathered once.
+    """
+    config = parts.config
     dist = parts.dist
-    mine, size = dist.part(len(prompts)), parts.config.batch_size // dist.world
-    places = [mine[i : i + size] for i in range(0, len(mine), size)]
+    mine = dist.part(len(prompts))
+    batch_size = config.batch_size // dist.world
+
+    rollouts = []
+    answers = []
     with gathered(parts.policy):
-        rollouts, answers = zip(*(roll_out(parts, [prompts[j] for j in place], place, 0) for place in places))
-        logprobs = [sampled_logprobs(parts, r, a.batch) for r, a in zip(rollouts, answers)]
-        logprobs = torch.cat(logprobs)  # [n, R]
+        for start in range(0, len(mine), batch_size):
+            places = mine[start : start + batch_size]
+            rollout, part = roll_out(parts, [prompts[i] for i in places], places, 0)
+            rollouts.append(rollout)
+            answers.append(part)
+        logprobs = []
+        for rollout, part in zip(rollouts, answers):
+            logprobs.append(sampled_logprobs(parts, rollout, part.batch))
+    logprobs = torch.cat(logprobs)  # [n, R]
+
     with gathered(parts.reference):
-        ref_logprobs = torch.cat([forward(parts, parts.reference, a.batch)["logprobs"] for a in answers])  # [n, R]
-    for a in answers:
-        a.batch.trunk = None  # what the frozen blocks gave has served
+        ref_logprobs = []
+        for part in answers:
+            ref_logprobs.append(forward(parts, parts.reference, part.batch)["logprobs"])
+    ref_logprobs = torch.cat(ref_logprobs)  # [n, R]
+
+    for part in answers:
+        part.batch.trunk = None  # what the frozen blocks gave is not needed any more
     readings = parts.scoring.read(answers)
-    ids, mask, finished = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("response_ids", "response_mask", "finished"))
-    return {
+
+    ids = torch.cat([rollout.response_ids for rollout in rollouts])  # [n, R]
+    mask = torch.cat([rollout.response_mask for rollout in rollouts])  # [n, R]
+    finished = torch.cat([rollout.finished for rollout in rollouts])  # [n]
+    answered = {
         "kl": ppo.kl_estimate(logprobs, ref_logprobs, "k1").sum(1),
         "kl_k3": ppo.kl_estimate(logprobs, ref_logprobs, "k3").sum(1),
         "length": mask.sum(1).float(),
         "eos_rate": finished.float(),
         **readings,  # member_scores [n, K], and what else the scores are made of
-        "gold": score(parts.gold, answers, dist) if parts.gold else torch.full((len(mine),), torch.nan),
         "ids": torch.where(mask, ids, parts.tokenizer.pad_token_id),
         "mask": mask,
     }
+    if parts.gold is not None:
+        answered["gold"] = score(parts.gold, answers, dist)
+    return answered
 
 
-def score_gold(config, dist):
-    """Gold for a finished run that was not scored with it: into the rows of eval/ (of all splits), its metrics and its summary, once.
+def measure_answers(
+    answered: dict[str, Tensor], scored: Scored, responses: list[str]
+) -> dict[str, dict]:
+    """Means over the N held-out answers and their standard errors: {name: {mean, se, n}}."""
+    numbers = {"proxy": mean_se(scored.proxy)}
+    for name, term in scored.terms.items():
+        numbers[name] = mean_se(term)
+    if "gold" in answered:
+        numbers["gold"] = mean_se(answered["gold"])
+    if len(scored.members) > 1:
+        numbers["variance"] = mean_se(scored.variance)
+        for name, scores in scored.members.items():
+            numbers[f"score/{name}"] = mean_se(scores)
+    for name in ("kl", "kl_k3", "length", "eos_rate"):
+        numbers[name] = mean_se(answered[name])
+    numbers["distinct_2"] = {
+        "mean": distinct_n(responses, 2),
+        "se": distinct_n_se(responses, 2),
+        "n": len(responses),
+    }
+    return numbers
 
-    A kill leaves a run to which the same command adds what is missing. -> the summary
+
+def list_answers(
+    answered: dict[str, Tensor], scored: Scored, prompts: list[str], responses: list[str]
+) -> list[dict]:
+    """One row {prompt, response, scores: {name: x}, gold} for each of the N held-out answers."""
+    scores = {name: x.tolist() for name, x in scored.members.items()}
+    if scored.scores is not scored.proxy:
+        scores["controlled"] = scored.scores.tolist()  # PPO maximises something else
+    gold = [None] * len(responses)
+    if "gold" in answered:
+        gold = answered["gold"].tolist()
+
+    rows = []
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        own_scores = {name: column[i] for name, column in scores.items()}
+        rows.append({"prompt": prompt, "response": response, "scores": own_scores, "gold": gold[i]})
+    return rows
+
+
+# ------------------------------------------------------------------------ gold for a finished run
+
+
+def score_gold(config, dist: Dist) -> dict:
+    """Score the evaluations of a finished run with gold, once, if it ran without gold.
+
+    Gold goes into the rows of eval/ (of all splits), into metrics.jsonl and into summary.json.
+    After a kill the same command adds what is missing. config: train_ppo.Config -> the summary
     """
-    run, spec = config.score_gold, config.gold_model
-    paths = {name: os.path.join(run, name) for name in ("config.json", "metrics.jsonl", "summary.json")}
-    for path in paths.values():
-        require(os.path.isfile(path), f"{run}: no finished PPO run here (it has no {os.path.basename(path)})")
+    run = config.score_gold
+    lock_finished_run(run, dist)
+    summary = check_summary(run)
+    split_labels = check_settings(config)
+    dist.barrier()  # all have looked before one writes
+
+    if dist.main:
+        check_reward(config.gold_model)
+        tokenizer = load_tokenizer(run)
+        records = read_rows(os.path.join(run, "metrics.jsonl"), {"step": int})
+        # All answers are read before the first file is written: one that is damaged changes
+        # nothing.
+        sampled = read_evaluations(run, records, split_labels)
+        alone = Dist(0, 1, dist.device)
+        gold = load_reward(config.gold_model, tokenizer, alone, config.micro_batch_size)
+        for evaluation in sampled:
+            add_gold(evaluation, gold, tokenizer, dist)
+        # The summary comes last: by its gold a run counts as scored.
+        write_lines(os.path.join(run, "metrics.jsonl"), records)
+        write_summary(run, summary, sampled, split_labels, config.gold_model)
+    dist.barrier()
+    return read_object(os.path.join(run, "summary.json"), finite=False)
+
+
+@dataclass
+class Evaluation:
+    """The answers of one evaluation to the prompts of one split."""
+
+    record: dict  # the evaluation's line of metrics.jsonl, shared by its splits
+    label: str  # "eval", or the name of another split
+    path: str  # the file of the answers
+    rows: list[dict]  # what is in it
+
+
+def lock_finished_run(run: str, dist: Dist):
+    """Keep other processes from writing into a run's folder. InputError: it is no finished run."""
+    for name in ("config.json", "metrics.jsonl", "summary.json"):
+        is_there = os.path.isfile(os.path.join(run, name))
+        require(is_there, f"{run}: no finished PPO run here (it has no {name})")
     lock_folder(run, dist)
-    summary = read_object(
-        paths["summary.json"], {"before": dict | None, "after": dict | None}, finite=False
-    )
+
+
+def check_summary(run: str) -> dict:
+    """The summary of a finished PPO run without gold scores; else an InputError."""
+    fields = {"before": dict | None, "after": dict | None}
+    summary = read_object(os.path.join(run, "summary.json"), fields, finite=False)
     is_ppo = summary.get("before") and summary.get("after")
     require(is_ppo, f"{run}: no finished PPO run here (another script's)")
-    stored = read_settings(paths["config.json"], type(config))
-    known = kind_of(spec) != "gold" or is_world(stored.get("dataset", ""))
-    require(spec and known, f"--score_gold {run}: name its gold reward with --gold_model")
     require("gold" not in summary["after"], f"{run} has its gold scores already")
-    dist.barrier()  # all have looked before one writes
-    if dist.main:
-        check_reward(spec)
-        tokenizer = load_tokenizer(run)
-        records = read_rows(paths["metrics.jsonl"], {"step": int})
-        evaluations = [record for record in records if "eval/proxy" in record]
-        require(evaluations, f"{paths['metrics.jsonl']}: no evaluation in it")
-        named = labels(stored.get("eval_splits", ["test"]))
-        # All answers are read before the first file is written: one that is damaged changes nothing.
-        vocabulary = check_model(run).get_text_config().vocab_size
-        sampled = {}
-        for record in evaluations:
-            for label in named:
-                path = os.path.join(run, eval_folder(label), f"step_{record.get('step')}.jsonl")
-                sampled[path] = read_eval(path, record.get(f"{label}/proxy_n"), vocabulary)
-        gold = load_reward(spec, tokenizer, Dist(0, 1, dist.device), config.micro_batch_size)
-        for record in evaluations:
-            for label in named:
-                path = os.path.join(run, eval_folder(label), f"step_{record['step']}.jsonl")
-                rows = sampled[path]
-                batch = pack([r["prompt_ids"] for r in rows], [r["response_ids"] for r in rows], tokenizer.pad_token_id)
-                scores = gold(Answers([r["prompt"] for r in rows], [r["response"] for r in rows], batch))
-                write_lines(path, [{**row, "gold": score} for row, score in zip(rows, scores.tolist())])
-                record |= {f"{label}/gold{end}": value for end, value in zip(("", "_se", "_n"), mean_se(scores).values())}
-                split = "" if label == "eval" else f" ({label})"
-                dist.print(f"step {record['step']}{split}: gold {record[f'{label}/gold']:.3f} +- {record[f'{label}/gold_se']:.3f}")
-        write_lines(paths["metrics.jsonl"], records)
-        for part, record in (("before", evaluations[0]), ("after", evaluations[-1])):
-            names = [f"{label}/gold{end}" for label in named for end in ("", "_se", "_n")]
-            summary[part] |= {name.removeprefix("eval/"): record[name] for name in names}
-        write_json(paths["summary.json"], {**summary, "gold_model": spec})
-    dist.barrier()
-    return read_object(paths["summary.json"], finite=False)
+    return summary
+
+
+def check_settings(config) -> list[str]:
+    """The labels of the splits on which the run was evaluated.
+
+    InputError: settings that are no PPO run's, or a --gold_model that cannot score this run.
+    """
+    run = config.score_gold
+    spec = config.gold_model
+    path = os.path.join(run, "config.json")
+    stored = read_settings(path, type(config))
+    require("dataset" in stored, f"{path}: dataset is missing")
+    # The world's own gold knows the world's prompts alone.
+    is_known = kind_of(spec) != "gold" or is_world(stored["dataset"])
+    require(spec and is_known, f"--score_gold {run}: name its gold reward with --gold_model")
+    return list(labels(stored.get("eval_splits", ["test"])))
+
+
+def read_evaluations(run: str, records: list[dict], split_labels: list[str]) -> list[Evaluation]:
+    """All evaluations of a run, split by split. InputError: an answer is missing or damaged."""
+    vocab_size = check_model(run).get_text_config().vocab_size
+    sampled = []
+    for record in records:
+        if "eval/proxy" not in record:
+            continue
+        for label in split_labels:
+            path = os.path.join(run, eval_folder(label), f"step_{record['step']}.jsonl")
+            rows = read_eval(path, record.get(f"{label}/proxy_n"), vocab_size)
+            sampled.append(Evaluation(record, label, path, rows))
+    require(sampled, f"{os.path.join(run, 'metrics.jsonl')}: no evaluation in it")
+    return sampled
+
+
+def add_gold(evaluation: Evaluation, gold: Callable, tokenizer, dist: Dist):
+    """Score the answers of an evaluation: into its file, its record and one line of output."""
+    rows = evaluation.rows
+    batch = pack(
+        [row["prompt_ids"] for row in rows],
+        [row["response_ids"] for row in rows],
+        tokenizer.pad_token_id,
+    )
+    prompts = [row["prompt"] for row in rows]
+    responses = [row["response"] for row in rows]
+    scores = gold(Answers(prompts, responses, batch))  # [N]
+
+    for row, row_score in zip(rows, scores.tolist()):
+        row["gold"] = row_score
+    write_lines(evaluation.path, rows)
+
+    record = evaluation.record
+    label = evaluation.label
+    number = mean_se(scores)
+    record[f"{label}/gold"] = number["mean"]
+    record[f"{label}/gold_se"] = number["se"]
+    record[f"{label}/gold_n"] = number["n"]
+    split = "" if label == "eval" else f" ({label})"
+    dist.print(f"step {record['step']}{split}: gold {number['mean']:.3f} +- {number['se']:.3f}")
+
+
+def write_summary(
+    run: str, summary: dict, sampled: list[Evaluation], split_labels: list[str], spec: str
+):
+    """Write a run's summary with the gold scores of its first and its last evaluation."""
+    records = {"before": sampled[0].record, "after": sampled[-1].record}
+    for part, record in records.items():
+        for label in split_labels:
+            for name in (f"{label}/gold", f"{label}/gold_se", f"{label}/gold_n"):
+                summary[part][name.removeprefix("eval/")] = record[name]
+    summary["gold_model"] = spec
+    write_json(os.path.join(run, "summary.json"), summary)

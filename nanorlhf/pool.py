@@ -1,16 +1,20 @@
-"""Pools: many answers to each prompt, sampled or read from a file, and the scores of any number of rewards. Nothing is done twice.
+"""Pools: many answers to each prompt, sampled or read from a file, and their scores by any number
+of rewards.
 
     P prompts, N answers to a prompt, R response tokens
 
-Answers and scores are kept in cache/, in JSONL files with one line a prompt whose names are digests of what they depend on: the
-model's files and the data. So a run that was killed goes on at the prompt it had reached, another list of n scores nothing again,
-and scores of a model that has changed since are never read. Each line holds its prompt's index: a
-line out of its place is an error.
+Nothing is done twice. Answers and scores are kept in cache/, in JSONL files with one line a prompt.
+The names of the files are digests of what they depend on: the model's files and the data. So a run
+that was killed goes on at the prompt it had reached, another list of n scores nothing again, and
+scores of a model that has changed since are never read. Each line holds its prompt's index: a line
+out of its place is an error.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .data import read_hub
@@ -27,7 +31,7 @@ CHUNK = 4096  # answers that are scored before their scores are written
 LAYOUT = "lines with their index"  # goes into the files' names: older files, without, are not read
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the cache
+# ------------------------------------------------------------------------------------- the cache
 
 
 class Lines:
@@ -37,24 +41,30 @@ class Lines:
     that cannot. The folder is locked by its RunFolder: a second writer's lines would come between.
     """
 
-    def __init__(self, folder, key, dist, fits, remedy=""):
-        self.path, self.dist = os.path.join(folder, "cache", key + ".jsonl"), dist
-        remedy = remedy or f"delete {self.path}, it is made again"
-        dist.barrier()  # the first process has written what it was given before: a gold reward may be a member too
+    def __init__(
+        self, folder: str, key: str, dist, fits: Callable[[int, object], bool], remedy: str = ""
+    ):
+        self.path = os.path.join(folder, "cache", key + ".jsonl")
+        self.dist = dist
+        if not remedy:
+            remedy = f"delete {self.path}, it is made again"
+
+        # The first process has written what it was given before: a gold reward may be a member too.
+        dist.barrier()
         self.rows = dist.together(lambda: read_checked_lines(self.path, fits, remedy))
         dist.barrier()  # all have read before one writes
         if dist.main:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             drop_cut_line(self.path)
 
-    def append(self, rows):
+    def append(self, rows: list[dict]):
         """Add the next lines."""
         self.rows += rows
         if self.dist.main:
             append_lines(self.path, rows)
 
 
-def holds_answers(row, index, prompt_ids, N):
+def holds_answers(row, index: int, prompt_ids: list[int], N: int) -> bool:
     """Whether a row of the cache holds N answers to the prompt of this index, a token list."""
     if not isinstance(row, dict) or row.get("index") != index:
         return False
@@ -66,28 +76,30 @@ def holds_answers(row, index, prompt_ids, N):
     return all(response and is_list(response, len(response), int) for response in ids)
 
 
-def holds_scores(row, index, N):
+def holds_scores(row, index: int, N: int) -> bool:
     """Whether a row of the cache holds the scores of N answers to the prompt of this index."""
     if not isinstance(row, dict) or row.get("index") != index:
         return False
     return is_list(row.get("scores"), N, float)
 
 
-def is_list(value, length, kind):
+def is_list(value, length: int, kind: type) -> bool:
     """Whether a value from JSON is a list of this length, all of one type."""
-    return isinstance(value, list) and len(value) == length and all(type(x) is kind for x in value)
+    if not isinstance(value, list) or len(value) != length:
+        return False
+    return all(type(x) is kind for x in value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the answers
+# ----------------------------------------------------------------------------------- the answers
 
 
-def sample(config, tokenizer, prompts, dist):
-    """N answers to each prompt (token lists) -> one row a prompt:
+def sample(config, tokenizer, prompts: list[list[int]], dist) -> list[dict]:
+    """Sample N answers to each prompt, a token list. -> one row a prompt:
 
         {index, prompt, responses, prompt_ids, response_ids}
 
-    The noise of an answer is keyed by (seed, prompt, answer), in a stream of its own: neither the batch size nor the number of
-    processes changes it, and it is not the noise of any evaluation.
+    The noise of an answer is keyed by (seed, prompt, answer), in a stream of its own: neither the
+    batch size nor the number of processes changes it, and it is not the noise of any evaluation.
     """
     N = config.n_answers
     # The stream is part of the key: a pool that older noise began is not gone on with.
@@ -100,136 +112,276 @@ def sample(config, tokenizer, prompts, dist):
     lines = Lines(config.output_dir, key, dist, fits)
     if len(lines.rows) == len(prompts):
         return lines.rows
+
+    # As many prompts at once as their answers fit into a batch, and at least one.
     policy = load_policy(config.model, value_head=False, device=dist.device)
     parts = Parts(config, dist, tokenizer, policy)
-    at_once = max(1, config.batch_size // N)  # prompts
+    prompts_at_once = max(1, config.batch_size // N)
     progress = Progress(dist, "sampling, prompt", len(prompts), len(lines.rows))
-    for first in range(len(lines.rows), len(prompts), at_once):
-        chunk = range(first, min(first + at_once, len(prompts)))
-        pairs = [(i, j) for i in chunk for j in range(N)]
-        responses = []
-        for k in range(0, len(pairs), config.batch_size):
-            responses += sample_batch(parts, prompts, pairs[k : k + config.batch_size])
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        rows = []
-        for p, i in enumerate(chunk):
-            own = slice(p * N, (p + 1) * N)
-            prompt = tokenizer.decode(prompts[i], skip_special_tokens=True)
-            row = {"index": i, "prompt": prompt, "responses": texts[own]}
-            rows.append({**row, "prompt_ids": prompts[i], "response_ids": responses[own]})
-        lines.append(rows)
-        progress.step(chunk.stop, "")
+    for first in range(len(lines.rows), len(prompts), prompts_at_once):
+        last = min(first + prompts_at_once, len(prompts))
+        lines.append(sample_rows(parts, prompts, range(first, last)))
+        progress.step(last, "")
     progress.close()
     return lines.rows
 
 
-def sample_batch(parts, prompts, pairs):
-    """Answers (prompt i, answer j) -> their token lists, sampled by all processes together."""
-    dist, R = parts.dist, parts.config.max_new_tokens
+def sample_rows(parts: Parts, prompts: list[list[int]], index: range) -> list[dict]:
+    """Sample N answers to each of these prompts. -> their rows, as in sample()"""
+    config = parts.config
+    N = config.n_answers
 
-    def mine():
-        own = [pairs[k] for k in dist.part(len(pairs))]
-        if not own:  # fewer answers than processes
-            return torch.zeros(0, R, dtype=torch.long, device=dist.device), torch.zeros(0, dtype=torch.long, device=dist.device)
-        rollout, _ = roll_out(parts, [prompts[i] for i, _ in own], [i * 2**32 + j for i, j in own], 0, POOL)
+    # All answers of these prompts, (prompt i, answer j), one prompt after another. The answers of
+    # a single prompt may be too many for one batch.
+    pairs = []
+    for i in index:
+        for j in range(N):
+            pairs.append((i, j))
+    responses = []
+    for k in range(0, len(pairs), config.batch_size):
+        responses += sample_batch(parts, prompts, pairs[k : k + config.batch_size])
+    texts = parts.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    rows = []
+    for p, i in enumerate(index):
+        own = slice(p * N, (p + 1) * N)
+        row = {
+            "index": i,
+            "prompt": parts.tokenizer.decode(prompts[i], skip_special_tokens=True),
+            "responses": texts[own],
+            "prompt_ids": prompts[i],
+            "response_ids": responses[own],
+        }
+        rows.append(row)
+    return rows
+
+
+def sample_batch(
+    parts: Parts, prompts: list[list[int]], pairs: list[tuple[int, int]]
+) -> list[list[int]]:
+    """Sample the answers (prompt i, answer j), by all processes together. -> their token lists"""
+    dist = parts.dist
+
+    def sample_mine():
+        own_prompts = []
+        places = []  # one number for each answer keys its noise
+        for k in dist.part(len(pairs)):
+            i, j = pairs[k]
+            own_prompts.append(prompts[i])
+            places.append(i * 2**32 + j)
+        if not places:  # there are fewer answers than processes
+            shape = (0, parts.config.max_new_tokens)
+            no_ids = torch.zeros(shape, dtype=torch.long, device=dist.device)
+            return no_ids, no_ids.sum(1)
+        rollout, _ = roll_out(parts, own_prompts, places, 0, POOL)
         return rollout.response_ids, rollout.response_mask.sum(1)
 
-    ids, lengths = (dist.gather(x).tolist() for x in dist.together(mine))
+    own_ids, own_lengths = dist.together(sample_mine)  # [n, R], [n]
+    ids = dist.gather(own_ids).tolist()
+    lengths = dist.gather(own_lengths).tolist()
     return [row[:length] for row, length in zip(ids, lengths)]
 
 
-def read(spec):
-    """A pool that is there already -> rows {prompt, responses[, gold_scores]}; a bad row is an InputError with its place.
+# --------------------------------------------------------------------------- answers from a file
 
-    spec: a .json or .jsonl[.gz] file with {prompt, responses: [str], gold_scores: [float]}, or a data set; also with the columns
-    {instruction, input, answers, gold_scores}. gold_scores may be missing, then from all rows.
+
+def read(spec: str) -> list[dict]:
+    """Read a pool that is there already. -> rows {prompt, responses[, gold_scores]}
+
+    spec: a .json or .jsonl[.gz] file with {prompt, responses: [str], gold_scores: [float]}, or a
+    data set; also with the columns {instruction, input, answers, gold_scores}. gold_scores may be
+    missing, then from all rows. InputError: a bad row, with its place.
     """
-    is_file = spec.removesuffix(".gz").endswith((".json", ".jsonl")) or os.path.isfile(spec)
+    is_json = spec.removesuffix(".gz").endswith((".json", ".jsonl"))
+    is_file = is_json or os.path.isfile(spec)
     rows = []
-    for place, row in read_file(spec) if is_file else read_hub(spec):
-        require(isinstance(row, dict), f"{place}: a row must be an object with prompt and responses")
-        if "prompt" not in row and "instruction" in row:
-            parts = [row["instruction"], row.get("input") or ""]
-            require(all(isinstance(x, str) for x in parts), f"{place}: instruction and input must be strings")
-            row = {**row, "prompt": "\n".join(x for x in parts if x), "responses": row.get("answers", row.get("responses"))}
-        responses, gold = row.get("responses"), row.get("gold_scores")
-        require(isinstance(row.get("prompt"), str), f"{place}: field 'prompt' must be a string")
-        good = isinstance(responses, list) and responses and all(isinstance(x, str) for x in responses)
-        require(good, f"{place}: field 'responses' must be a list of at least one string")
-        new = {"prompt": row["prompt"], "responses": responses}
-        if gold is not None:
-            numbers = isinstance(gold, list) and all(type(x) in (int, float) and abs(x) < 1e38 for x in gold)
-            require(numbers, f"{place}: field 'gold_scores' must be a list of finite numbers")
-            require(len(gold) == len(responses), f"{place}: {len(gold)} gold_scores for {len(responses)} responses")
-            new["gold_scores"] = gold
-        require(not rows or ("gold_scores" in new) == ("gold_scores" in rows[0]), f"{place}: some rows have gold_scores, and some have not")
+    placed_rows = read_file(spec) if is_file else read_hub(spec)
+    for place, row in placed_rows:
+        new = read_row(place, row)
+        is_alike = not rows or ("gold_scores" in new) == ("gold_scores" in rows[0])
+        require(is_alike, f"{place}: some rows have gold_scores, and some have not")
         rows.append(new)
     require(rows, f"{spec}: no rows")
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------- the scores
+def read_row(place: str, row) -> dict:
+    """Check a row of a pool. -> {prompt, responses[, gold_scores]}
 
-
-def score(rows, specs, tokenizer, config, dist):
-    """Scores of all answers by each reward of `specs`: {name: [[N floats] for each prompt]}.
-
-    The answers of a chunk are tokenized and sorted by length once, for all members of an ensemble. A reward whose scores are all
-    there is not even loaded.
+    place: its file and line, for InputErrors.
     """
-    names = dict(zip(reward_names(specs), specs))
-    data = digest([digest(row["prompt"], row["responses"], row.get("response_ids")) for row in rows])
+    require(isinstance(row, dict), f"{place}: a row must be an object with prompt and responses")
+    if "prompt" not in row and "instruction" in row:
+        row = {**row, **rename_columns(place, row)}
+
+    prompt = row.get("prompt")
+    require(isinstance(prompt, str), f"{place}: field 'prompt' must be a string")
+    responses = row.get("responses")
+    are_texts = isinstance(responses, list) and all(isinstance(x, str) for x in responses)
+    require(
+        are_texts and responses,
+        f"{place}: field 'responses' must be a list of at least one string",
+    )
+    new = {"prompt": prompt, "responses": responses}
+
+    gold = row.get("gold_scores")
+    if gold is not None:
+        are_numbers = isinstance(gold, list) and all(is_finite_number(x) for x in gold)
+        require(are_numbers, f"{place}: field 'gold_scores' must be a list of finite numbers")
+        require(
+            len(gold) == len(responses),
+            f"{place}: {len(gold)} gold_scores for {len(responses)} responses",
+        )
+        new["gold_scores"] = gold
+    return new
+
+
+def rename_columns(place: str, row: dict) -> dict:
+    """A row {instruction, input, answers} -> {prompt, responses}."""
+    instruction = row["instruction"]
+    further = row.get("input") or ""
+    are_texts = isinstance(instruction, str) and isinstance(further, str)
+    require(are_texts, f"{place}: instruction and input must be strings")
+    prompt = instruction + further
+    if instruction and further:
+        prompt = f"{instruction}\n{further}"
+    return {"prompt": prompt, "responses": row.get("answers", row.get("responses"))}
+
+
+def is_finite_number(x) -> bool:
+    """Whether a value from JSON is a number, and one that a sum of a few can hold."""
+    return type(x) in (int, float) and abs(x) < 1e38
+
+
+# ------------------------------------------------------------------------------------ the scores
+
+
+def score(
+    rows: list[dict], specs: list[str], tokenizer, config, dist
+) -> dict[str, list[list[float]]]:
+    """Score all answers by each reward of `specs`. -> {name: [[N floats] for each prompt]}
+
+    The answers of a chunk are tokenized and sorted by length once, for all members of an ensemble.
+    """
+    specs = dict(zip(reward_names(specs), specs))  # by their names
+    lines = open_scores(rows, specs, config, dist)  # {name: Lines}
+
+    # A reward whose scores are all there is not even loaded.
+    rewards = {}
+    for name, spec in specs.items():
+        if len(lines[name].rows) < len(rows):
+            rewards[name] = load_reward(spec, tokenizer, dist, config.micro_batch_size)
+
+    progress = Progress(dist, "scoring, prompt", len(rows))
+    for first, last in split_into_chunks(rows):
+        missing = [name for name in rewards if len(lines[name].rows) < last]
+        if not missing:
+            continue
+        chunk = []  # (row, the place of an answer in it)
+        for row in rows[first:last]:
+            for j in range(len(row["responses"])):
+                chunk.append((row, j))
+        mine = [chunk[k] for k in dist.part(len(chunk))]
+        answers = collect_answers(mine)
+
+        for name in missing:
+            scores = score_chunk(rewards[name], answers, dist)
+            scored = group_by_prompt(scores, rows, first, last)
+            # A kill may have come in the middle of a chunk, with a part of its lines written.
+            n_there = len(lines[name].rows) - first
+            lines[name].append(scored[n_there:])
+        progress.step(last, f"{len(missing)} reward(s)")
+    progress.close()
+
+    scores_of = {}
+    for name in specs:
+        scores_of[name] = [row["scores"] for row in lines[name].rows]
+    return scores_of
+
+
+def open_scores(rows, specs: dict[str, str], config, dist) -> dict[str, Lines]:
+    """Open the file of each reward's scores of these rows: {name: Lines}.
+
+    Copies of a model share one file.
+    """
+    texts = []
+    for row in rows:
+        texts.append(digest(row["prompt"], row["responses"], row.get("response_ids")))
+    data = digest(texts)
 
     def fits(i, row):
         return i < len(rows) and holds_scores(row, i, len(rows[i]["responses"]))
 
-    # The scores of each reward; copies of a model share one file.
-    files, lines = {}, {}
-    for name, spec in names.items():
+    files = {}
+    lines = {}
+    for name, spec in specs.items():
         key = "scores_" + digest(LAYOUT, fingerprint_reward(spec), data)
         if key not in files:
             files[key] = Lines(config.output_dir, key, dist, fits)
         lines[name] = files[key]
-    unfinished = [spec for name, spec in names.items() if len(lines[name].rows) < len(rows)]
-    rewards = {spec: load_reward(spec, tokenizer, dist, config.micro_batch_size) for spec in unfinished}
-    progress, first = Progress(dist, "scoring, prompt", len(rows)), 0
-    while first < len(rows):
-        last, count = first, 0
-        while last < len(rows) and count < CHUNK:
-            count += len(rows[last]["responses"])
-            last += 1
-        missing = [name for name in names if len(lines[name].rows) < last]
-        if missing:
-            chunk = [(row, j) for row in rows[first:last] for j in range(len(row["responses"]))]
-            answers = answers_of([chunk[k] for k in dist.part(len(chunk))])
-            for name in missing:
-                scores = iter(score_chunk(rewards[names[name]], answers, dist))
-                by_prompt = []
-                for i in range(first, last):
-                    own = [next(scores) for _ in rows[i]["responses"]]
-                    by_prompt.append({"index": i, "scores": own})
-                lines[name].append(by_prompt[len(lines[name].rows) - first :])
-            progress.step(last, f"{len(missing)} reward(s)")
-        first = last
-    progress.close()
-    return {name: [row["scores"] for row in lines[name].rows] for name in names}
+    return lines
 
 
-def score_chunk(reward, answers, dist):
-    """This process's answers -> the scores of all processes' answers, in order."""
-    return dist.gather(dist.together(lambda: reward(answers) if len(answers) else torch.zeros(0))).tolist()
+def split_into_chunks(rows: list[dict]) -> list[tuple[int, int]]:
+    """Divide rows into chunks of about CHUNK answers: (its first row, the one after its last)."""
+    chunks = []
+    first = 0
+    n_answers = 0
+    for i, row in enumerate(rows):
+        n_answers += len(row["responses"])
+        if n_answers >= CHUNK or i == len(rows) - 1:
+            chunks.append((first, i + 1))
+            first = i + 1
+            n_answers = 0
+    return chunks
 
 
-def answers_of(chunk):
-    """[(row, j)] -> Answers, by the sampled ids where the rows have them."""
-    batch = None
-    if chunk and "response_ids" in chunk[0][0]:
-        batch = pack([row["prompt_ids"] for row, _ in chunk], [row["response_ids"][j] for row, j in chunk])
-    return Answers([row["prompt"] for row, _ in chunk], [row["responses"][j] for row, j in chunk], batch)
+def score_chunk(reward, answers: Answers, dist) -> list[float]:
+    """Score this process's answers. -> the scores of all processes' answers, in order"""
+
+    def score_mine():
+        if len(answers) == 0:  # there are fewer answers than processes
+            return torch.zeros(0)
+        return reward(answers)
+
+    return dist.gather(dist.together(score_mine)).tolist()
 
 
-def matrix(rows):
-    """Lists of N numbers for each prompt, N may differ -> float64 [P, max N] with 0 in the padding, mask [P, max N] bool."""
-    scores = [torch.tensor(row, dtype=torch.float64) for row in rows]
-    is_answer = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return pad_sequence(scores, batch_first=True), pad_sequence(is_answer, batch_first=True)
+def group_by_prompt(scores: list[float], rows: list[dict], first: int, last: int) -> list[dict]:
+    """Divide the scores of all answers to the prompts first .. last - 1. -> a line a prompt"""
+    lines = []
+    start = 0
+    for i in range(first, last):
+        end = start + len(rows[i]["responses"])
+        lines.append({"index": i, "scores": scores[start:end]})
+        start = end
+    return lines
+
+
+def collect_answers(chunk: list[tuple[dict, int]]) -> Answers:
+    """(row, place of an answer in it) -> Answers, with the sampled ids where rows have them."""
+    prompts = []
+    responses = []
+    prompt_ids = []
+    response_ids = []
+    for row, j in chunk:
+        prompts.append(row["prompt"])
+        responses.append(row["responses"][j])
+        if "response_ids" in row:
+            prompt_ids.append(row["prompt_ids"])
+            response_ids.append(row["response_ids"][j])
+    batch = pack(prompt_ids, response_ids) if prompt_ids else None
+    return Answers(prompts, responses, batch)
+
+
+def matrix(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """Lists of N numbers for each prompt, N may differ -> numbers [P, max N], mask [P, max N].
+
+    The numbers are float64, with 0 in the padding; the mask says which of them are no padding.
+    """
+    numbers = []
+    is_answer = []
+    for row in rows:
+        numbers.append(torch.tensor(row, dtype=torch.float64))
+        is_answer.append(torch.ones(len(row), dtype=torch.bool))
+    return pad_sequence(numbers, batch_first=True), pad_sequence(is_answer, batch_first=True)

@@ -1,44 +1,47 @@
 """The reward stack: anything that gives a text a number.
 
 A reward is named by one string, which kind_of() understands:
-    FOLDER or hub name       a reward model of train_rm.py, a SARM, or any HF sequence classifier (its positive logit)
-    FILE.py:FUNCTION         a Python function of (prompts, responses), two lists of texts, that returns one float for each
-    FILE.tsv or FILE.txt     a lexicon, WORD<TAB>VALUE...: the sum of the response's words' values / 5, clipped to +-10
+    FOLDER or hub name       a reward model of train_rm.py, a SARM, or any HF sequence classifier
+                             (its positive logit)
+    FILE.py:FUNCTION         a Python function of (prompts, responses), two lists of texts, that
+                             returns one float for each
+    FILE.tsv or FILE.txt     a lexicon, WORD<TAB>VALUE...: the sum of the response's words' values
+                             / 5, clipped to +-10
     world:gold               the embedded world's gold reward
 
-load_reward() turns it into a function Answers -> scores [B]. Several rewards side by side, the members of an ensemble, are scores
-[K, B] (load_rewards, score_all); ensemble.py makes one of them.
+load_reward() turns the name into a function Answers -> scores [B]. Several rewards side by side,
+the members of an ensemble, are scores [K, B] (load_rewards, score_all); ensemble.py makes one of
+them.
+
+    B answers, K rewards, T tokens
 """
 
 import inspect
 import math
 import os
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from numbers import Real
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from . import world
 from .data import encode_prompts, encode_responses
-from .errors import InputError, require, user_code
-from .models import (
-    RewardModel,
-    check_model,
-    context_length,
-    fingerprint,
-    load_tokenizer,
-    pretrained,
-)
-from .packing import pack
-from .runtime.distributed import autocast
+from .errors import require, user_code
+from .hf.folders import check_model, context_length
+from .models import RewardModel, fingerprint, load_tokenizer, pretrained
+from .packing import Answers, Packed, micro_batches, pack
+from .runtime.distributed import Dist, autocast
 from .runtime.files import decode_text, digest, digest_file, python_function, read_bytes
 from .runtime.fsdp import gathered
 from .sarm import SARM, check_sarm, is_sarm
 
+Reward = Callable[[Answers], Tensor]
 
-def score_all(rewards, parts, dist=None):
+
+def score_all(rewards: dict[str, Reward], parts: list[Answers], dist: Dist | None = None) -> Tensor:
     """{name: reward}, a list of Answers, B in all -> scores [K, B] in float32 on the CPU.
 
     One row a reward. See score() for `dist`.
@@ -46,45 +49,89 @@ def score_all(rewards, parts, dist=None):
     return torch.stack([score(reward, parts, dist) for reward in rewards.values()])
 
 
-def score(reward, parts, dist=None):
+def score(reward: Reward, parts: list[Answers], dist: Dist | None = None) -> Tensor:
     """A list of Answers -> their scores [B].
 
     With `dist` all processes call this: a model in shards is gathered for it, once, and an
     InputError on one process is raised on all. A process without a text asks for no scores.
     """
 
-    def mine():
+    def score_mine() -> Tensor:
         scores = []
         for answers in parts:
-            scores.append(reward(answers) if len(answers) else torch.zeros(0))
+            if len(answers) > 0:
+                scores.append(reward(answers))
+            else:
+                scores.append(torch.zeros(0))
         return torch.cat(scores)
 
-    with gathered(getattr(reward, "module", None)):
-        return dist.together(mine) if dist else mine()
+    module = getattr(reward, "module", None)
+    with gathered(module):
+        if dist is None:
+            return score_mine()
+        return dist.together(score_mine)
 
 
-def reward_names(specs):
-    """What rewards are called in records: the last parts of their paths, or the whole paths where two would be the same."""
+# ------------------------------------------------------------------------------ names of rewards
+
+
+def reward_names(specs: list[str]) -> list[str]:
+    """What rewards are called in records: the last parts of their paths.
+
+    Where two of these would be the same, all are called by their whole paths.
+    """
     names = [os.path.basename(os.path.normpath(spec)) for spec in specs]
-    return names if len(set(names)) == len(names) else list(specs)
+    if len(set(names)) < len(names):
+        return list(specs)
+    return names
 
 
-def expand(specs):
-    """Specs (or one) in which {seed} stands for the folders that exist -> all specs, in the order of their seeds."""
-    out = []
-    for spec in [specs] if isinstance(specs, str) else specs:
-        head, placeholder, _ = spec.partition("{seed}")
-        folder, start = os.path.split(head)
-        entries = os.listdir(folder or ".") if placeholder and os.path.isdir(folder or ".") else []
-        found = [re.match(re.escape(start) + r"(\d+)", name) for name in entries]
-        paths = [spec.replace("{seed}", seed) for seed in sorted({m[1] for m in found if m}, key=int)]
-        paths = [path for path in paths if os.path.exists(path)] if placeholder else [spec]
-        require(paths, f"{spec}: no such folder for any seed (python train_rm.py --members 5 trains runs/rm/seed_0 to runs/rm/seed_4)")
-        out += paths
-    require(out, "--reward_model names no reward")
-    twice = [spec for spec in out if out.count(spec) > 1]
-    require(not twice, f"--reward_model names {twice[0] if twice else ''} twice")
-    return out
+def expand(specs: str | list[str]) -> list[str]:
+    """Names of rewards, or one, in which {seed} stands for the folders that exist -> all names.
+
+    InputError: no folder for a {seed}, no name at all, or the same name twice.
+    """
+    if isinstance(specs, str):
+        specs = [specs]
+    expanded = []
+    for spec in specs:
+        if "{seed}" in spec:
+            expanded += expand_seeds(spec)
+        else:
+            expanded.append(spec)
+
+    require(expanded, "--reward_model names no reward")
+    for spec in expanded:
+        require(expanded.count(spec) == 1, f"--reward_model names {spec} twice")
+    return expanded
+
+
+def expand_seeds(spec: str) -> list[str]:
+    """A path with {seed} in it -> the paths that exist, in the order of their seeds."""
+    before_seed = spec.partition("{seed}")[0]
+    folder, start = os.path.split(before_seed)
+    folder = folder or "."
+
+    # Numbers that stand in the place of {seed} in names beside it. The rest of the path may still
+    # be missing.
+    seeds = set()
+    if os.path.isdir(folder):
+        for name in os.listdir(folder):
+            match = re.match(re.escape(start) + r"(\d+)", name)
+            if match:
+                seeds.add(match[1])
+
+    paths = []
+    for seed in sorted(seeds, key=int):
+        path = spec.replace("{seed}", seed)
+        if os.path.exists(path):
+            paths.append(path)
+    require(
+        paths,
+        f"{spec}: no such folder for any seed "
+        "(python train_rm.py --members 5 trains runs/rm/seed_0 to runs/rm/seed_4)",
+    )
+    return paths
 
 
 def kind_of(spec: str) -> str:
@@ -101,7 +148,7 @@ def kind_of(spec: str) -> str:
     return "model"
 
 
-def check_reward(spec):
+def check_reward(spec: str):
     """Look at what a reward's name stands for before any model is loaded; errors in one line."""
     kind = kind_of(spec)
     if kind == "function":
@@ -115,7 +162,7 @@ def check_reward(spec):
 
 
 def fingerprint_reward(spec: str) -> str:
-    """What a reward's name stands for at this moment: a digest of its files, of a hub model its commit.
+    """What a reward's name stands for now: a digest of its files, or of a hub model's commit.
 
     Pitfall: of FILE.py:FUNCTION it is that file alone, not what it imports.
     """
@@ -128,15 +175,27 @@ def fingerprint_reward(spec: str) -> str:
     return fingerprint(spec)
 
 
-def load_rewards(specs, tokenizer, dist, micro_batch_size=64, dtype="float32"):
+# --------------------------------------------------------------------------------------- loading
+
+
+def load_rewards(
+    specs: list[str], tokenizer, dist: Dist, micro_batch_size: int = 64, dtype: str = "float32"
+) -> dict[str, Reward]:
     """Rewards by their names in records: {name: function Answers -> scores [B]}."""
-    return {name: load_reward(spec, tokenizer, dist, micro_batch_size, dtype) for name, spec in zip(reward_names(specs), specs)}
+    rewards = {}
+    for name, spec in zip(reward_names(specs), specs):
+        rewards[name] = load_reward(spec, tokenizer, dist, micro_batch_size, dtype)
+    return rewards
 
 
-def load_reward(spec, tokenizer, dist, micro_batch_size=64, dtype="float32"):
-    """A reward's name -> function Answers -> scores [B] (float32, CPU). `tokenizer` is the policy's; None: there is only text.
+def load_reward(
+    spec: str, tokenizer, dist: Dist, micro_batch_size: int = 64, dtype: str = "float32"
+) -> Reward:
+    """A reward's name -> function Answers -> scores [B] (float32, CPU).
 
-    dtype: of a model's matrix products. In bfloat16 a score moves by about 1e-2 of its unit; the score head stays in float32.
+    tokenizer: the policy's, whose sampled ids a reward model may read as they are. None: there is
+    only text. dtype: of a model's matrix products. In bfloat16 a score moves by about 1e-2 of its
+    unit; the score head stays in float32.
     """
     kind = kind_of(spec)
     if kind == "gold":
@@ -151,13 +210,14 @@ def load_reward(spec, tokenizer, dist, micro_batch_size=64, dtype="float32"):
     return model_reward(spec, tokenizer, dist, micro_batch_size, dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ on texts
+# -------------------------------------------------------------------------------------- on texts
 
 
-def text_reward(name, function):
-    """A function of (prompts, responses) -> a reward that checks what it returns."""
+def text_reward(name: str, function: Callable) -> Reward:
+    """A function of (prompts, responses) -> a reward that checks what the function returns."""
+    largest = torch.finfo(torch.float32).max
 
-    def reward(answers):
+    def reward(answers: Answers) -> Tensor:
         # The function gets lists of its own: it may sort or empty them, and the next reward
         # reads the same answers.
         prompts = list(answers.prompts)
@@ -166,9 +226,15 @@ def text_reward(name, function):
             returned = function(prompts, responses)
         with user_code(f"the reward {name} must return one float for each response:"):
             scores = read_scores(returned)
-        require(len(scores) == len(answers), f"the reward {name} returned {len(scores)} scores for {len(answers)} responses")
+
+        n_scores = len(scores)
+        n_answers = len(answers)
+        require(
+            n_scores == n_answers,
+            f"the reward {name} returned {n_scores} scores for {n_answers} responses",
+        )
         for score, response in zip(scores, answers.responses):
-            fits = abs(score) <= torch.finfo(torch.float32).max  # of nan and inf it is False
+            fits = abs(score) <= largest  # False for nan and inf
             require(fits, f"the reward {name} returned {score} for the response {response[:60]!r}")
         return torch.tensor(scores)
 
@@ -178,178 +244,270 @@ def text_reward(name, function):
 def read_scores(returned) -> list[float]:
     """The scores that a function returned, in any iterable that keeps their order, as floats.
 
-    Each is a real number of Python, numpy or torch. TypeError: anything else, such as digits in text.
+    Each is a real number of Python, numpy or torch. TypeError: anything else, such as text.
     """
     if inspect.iscoroutine(returned):
         returned.close()  # else Python warns that nobody has waited for it
         raise TypeError("an async function cannot be a reward")
     if isinstance(returned, (str, bytes, bytearray, Mapping, Set)):
         raise TypeError(f"it returned a {type(returned).__name__}")
+
     scores = []
     for x in returned:
-        number = x.item() if hasattr(x, "item") else x
+        number = x
+        if hasattr(x, "item"):  # numpy's and torch's numbers
+            number = x.item()
         if not isinstance(number, Real):
             raise TypeError(f"{number!r:.60} is of type {type(number).__name__}")
         scores.append(float(number))
     return scores
 
 
-def read_lexicon(path):
-    """WORD<TAB>VALUE[<TAB>anything] a line -> {word: value}, a sentence on lines without effect or "".
+def lexicon_reward(lexicon: dict[str, float]) -> Callable:
+    """Controlled sentiment: the sum of the response's words' values / 5, clipped to +-10."""
 
-    A word that cannot be one of find_words() never matches: "very good", say, which is two.
-    """
-    lexicon, lost, again = {}, [], []
-    for number, line in enumerate(decode_text(read_bytes(path), path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            word, value = line.split("\t")[:2]
-            value = float(value)
-            require(math.isfinite(value), "not finite")
-        except ValueError:
-            raise InputError(f"{path}:{number}: not WORD<TAB>VALUE: {line[:40]!r}") from None
-        word = word.strip().lower()
-        if find_words(word) != [word]:
-            lost.append(word)
-            continue
-        if word in lexicon:
-            again.append(word)
-        lexicon[word] = value
-    require(lexicon or lost, f"{path}: the lexicon is empty")
-    require(lexicon, f"{path}: none of its {len(lost)} lines can match a word of a text, such as {lost[:1]}")
-    notes = []
-    if lost:
-        notes.append(f"{len(lost)} can match no word of a text, such as {lost[0]!r}")
-    if again:
-        notes.append(f"{len(again)} name a word again, whose last value counts, such as {again[0]!r}")
-    return lexicon, f"{path}: of its lines {', and '.join(notes)}" if notes else ""
-
-
-def find_words(text):
-    """The words of a text, in small letters, as lexicons have them."""
-    return re.findall(r"[a-z][a-z'-]*", text.lower())
-
-
-def lexicon_reward(lexicon):
-    """Controlled sentiment: sum over the words of the response of their values / 5, clipped to +-10."""
-
-    def reward(prompts, responses):
-        totals = (sum(lexicon.get(word, 0.0) for word in find_words(text)) for text in responses)
-        return [max(-10.0, min(10.0, total / 5)) for total in totals]
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        scores = []
+        for response in responses:
+            total = sum(lexicon.get(word, 0.0) for word in find_words(response))
+            scores.append(max(-10.0, min(10.0, total / 5)))
+        return scores
 
     return reward
 
 
-# ----------------------------------------------------------------------------------------------------------------------- by a model
+def find_words(text: str) -> list[str]:
+    """The words of a text, in small letters, as lexicons have them."""
+    return re.findall(r"[a-z][a-z'-]*", text.lower())
 
 
-def model_reward(path, tokenizer, dist, micro_batch_size, dtype):
-    """A reward model, a SARM, or any other sequence classifier by its positive logit, as a reward."""
+def read_lexicon(path: str) -> tuple[dict[str, float], str]:
+    """WORD<TAB>VALUE[<TAB>anything] a line -> {word: value}, a sentence on lines without effect.
+
+    The sentence is "" where every line has an effect. A word that cannot be one of find_words()
+    never matches: "very good", say, which is two. InputError: a line of another form, or no word.
+    """
+    lexicon = {}
+    no_match = []
+    repeated = []
+    lines = decode_text(read_bytes(path), path).split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        word, value = parse_entry(f"{path}:{number}", line)
+        if find_words(word) != [word]:
+            no_match.append(word)
+            continue
+        if word in lexicon:
+            repeated.append(word)
+        lexicon[word] = value
+
+    require(lexicon or no_match, f"{path}: the lexicon is empty")
+    require(
+        lexicon,
+        f"{path}: none of its {len(no_match)} lines can match a word of a text, "
+        f"such as {no_match[:1]}",
+    )
+    notes = []
+    if no_match:
+        notes.append(f"{len(no_match)} can match no word of a text, such as {no_match[0]!r}")
+    if repeated:
+        notes.append(
+            f"{len(repeated)} name a word again, whose last value counts, such as {repeated[0]!r}"
+        )
+    if not notes:
+        return lexicon, ""
+    return lexicon, f"{path}: of its lines {', and '.join(notes)}"
+
+
+def parse_entry(place: str, line: str) -> tuple[str, float]:
+    """A line of a lexicon -> its word, in small letters, and its value. InputError: no entry."""
+    columns = line.split("\t")
+    try:
+        value = float(columns[1])
+    except (IndexError, ValueError):
+        value = math.nan
+    require(math.isfinite(value), f"{place}: not WORD<TAB>VALUE: {line[:40]!r}")
+    return columns[0].strip().lower(), value
+
+
+# ------------------------------------------------------------------------------------ by a model
+
+
+def model_reward(path: str, tokenizer, dist: Dist, micro_batch_size: int, dtype: str) -> Reward:
+    """A reward model, a SARM, or any other sequence classifier (its positive logit) -> a reward."""
+    # Reward models and SARMs read packed rows: Packed -> scores [B]. Other classifiers read what
+    # their own tokenizer makes of the texts.
     if is_sarm(path):
-        module = model = SARM.from_pretrained(path)
+        model = SARM.from_pretrained(path)
+        module = model
+        reads_packed = True
     else:
         model = pretrained(AutoModelForSequenceClassification, path)
-        module = RewardModel(model).eval() if model.config.num_labels == 1 and hasattr(model, "score") else model
-    is_scalar = isinstance(module, (RewardModel, SARM))
+        module = model
+        reads_packed = model.config.num_labels == 1 and hasattr(model, "score")
+        if reads_packed:
+            module = RewardModel(model).eval()
+
     module = dist.wrap(module.to(dist.load_device).requires_grad_(False), dtype=dtype)
-    if is_scalar:
-        scores_of = scalar_scorer(module, model.config, path, tokenizer, dist, micro_batch_size)
+    if reads_packed:
+        score_answers = packed_scorer(module, model.config, path, tokenizer, dist, micro_batch_size)
     else:
-        scores_of = classifier_scorer(module, path, dist, micro_batch_size)
+        score_answers = classifier_scorer(module, path, dist, micro_batch_size)
 
     @torch.no_grad()
-    def reward(answers):
+    def reward(answers: Answers) -> Tensor:
         with autocast(dist, dtype):
-            scores = scores_of(answers).cpu()
-        require(bool(scores.isfinite().all()), f"the reward model {path} gave a score that is not finite")
+            scores = score_answers(answers).cpu()
+        is_finite = bool(scores.isfinite().all())
+        require(is_finite, f"the reward model {path} gave a score that is not finite")
         return scores
 
     reward.module = module  # for score(), which gathers its shards
     return reward
 
 
-def identity(tokenizer):
-    """Equal for tokenizers that do the same to any text."""
-    words = hash(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else id(tokenizer)
-    return words, tokenizer.bos_token_id, tokenizer.eos_token_id  # a base and a chat model may differ in EOS alone
-
-
-def packed_reader(config, path, tokenizer, dist, micro_batch_size):
-    """-> a function Answers -> [(rows, Packed)], of similar length each, as the model of this config in `path` reads them.
-
-    With the policy's own tokenizer the sampled ids are read as they are: never decoded and tokenised again.
-    """
-    own = load_tokenizer(path)
-    same = tokenizer is not None and own.get_vocab() == tokenizer.get_vocab()
-    context, rows = context_length(config), config.get_text_config().vocab_size
-    key = ("sampled ids" if same else identity(own), micro_batch_size)
-
-    def prepare(answers):
-        """What all members with this tokenizer read."""
-        batch = answers.batch
-        if not same:
-            responses = encode_responses(own, answers.responses)
-            if batch is not None:  # one that was cut off has no EOS
-                last = batch.ids[torch.arange(len(batch)), (batch.lengths - 1).cpu()].tolist()
-                responses = [r if i == tokenizer.eos_token_id else r[:-1] or r for r, i in zip(responses, last)]
-            batch = pack(encode_prompts(own, answers.prompts), responses, own.pad_token_id)
-        batch = batch.to(dist.device)
-        return [(rows, batch.rows(rows)) for rows in batch.micro_batches(micro_batch_size)]
-
-    def read(answers):
-        if key not in answers.micro_batches:
-            answers.micro_batches[key] = prepare(answers)
-        longest = max(part.ids.shape[1] for _, part in answers.micro_batches[key])
-        require(not context or longest <= context, f"{path}: a text of {longest} tokens, a context of {context}")
-        for _, part in answers.micro_batches[key]:
-            low, high = (int(x) for x in part.ids.aminmax())
-            odd = low if low < 0 else high
-            require(0 <= low and high < rows, f"{path}: a text holds the token {odd}, and the model has embeddings 0 to {rows - 1} alone")
-        return answers.micro_batches[key]
-
-    return read
-
-
-def scalar_scorer(module, config, path, tokenizer, dist, micro_batch_size):
-    """The scores of a module Packed -> scores, on packed rows."""
+def packed_scorer(
+    module, config, path: str, tokenizer, dist: Dist, micro_batch_size: int
+) -> Reward:
+    """The scores of a module Packed -> scores [B], a RewardModel or a SARM."""
     read = packed_reader(config, path, tokenizer, dist, micro_batch_size)
 
-    def score(answers):
+    def score_answers(answers: Answers) -> Tensor:
         scores = torch.zeros(len(answers), device=dist.device)
         for rows, part in read(answers):
             scores[rows] = module(part)
         return scores
 
-    return score
+    return score_answers
 
 
-def classifier_scorer(model, path, dist, micro_batch_size):
-    """The positive logit on "prompt response": the label that is called positive (or pos), else the last one."""
+def packed_reader(
+    config, path: str, tokenizer, dist: Dist, micro_batch_size: int
+) -> Callable[[Answers], list[tuple[Tensor, Packed]]]:
+    """-> a function Answers -> [(rows, Packed)]: micro-batches as the model in `path` reads them.
+
+    config: the model's. With the policy's own tokenizer the sampled ids are read as they are: never
+    decoded and tokenised again. InputError, of the function: a text that is too long for the model,
+    or that holds a token without an embedding.
+    """
+    own_tokenizer = load_tokenizer(path)
+    reads_ids = tokenizer is not None and own_tokenizer.get_vocab() == tokenizer.get_vocab()
+    context = context_length(config)
+    n_embeddings = config.get_text_config().vocab_size
+    # Members of an ensemble that read the same rows share them: Answers keep them by this key.
+    key = (key_of(own_tokenizer), micro_batch_size)
+    if reads_ids:
+        key = ("sampled ids", micro_batch_size)
+
+    def prepare(answers: Answers) -> list[tuple[Tensor, Packed]]:
+        batch = answers.batch
+        if not reads_ids:
+            batch = encode_again(answers, tokenizer, own_tokenizer)
+        batch = batch.to(dist.device)
+        parts = []
+        for rows in batch.micro_batches(micro_batch_size):
+            parts.append((rows, batch.rows(rows)))
+        return parts
+
+    def read(answers: Answers) -> list[tuple[Tensor, Packed]]:
+        if key not in answers.micro_batches:
+            answers.micro_batches[key] = prepare(answers)
+        parts = answers.micro_batches[key]
+
+        longest = max(part.ids.shape[1] for _, part in parts)
+        require(
+            not context or longest <= context,
+            f"{path}: a text of {longest} tokens, a context of {context}",
+        )
+        for _, part in parts:
+            check_ids(path, part.ids, n_embeddings)
+        return parts
+
+    return read
+
+
+def key_of(tokenizer) -> tuple:
+    """Equal for tokenizers that do the same to any text."""
+    if tokenizer.is_fast:
+        words = hash(tokenizer.backend_tokenizer.to_str())
+    else:
+        words = id(tokenizer)
+    # A base and a chat model may differ in EOS alone.
+    return words, tokenizer.bos_token_id, tokenizer.eos_token_id
+
+
+def encode_again(answers: Answers, tokenizer, own_tokenizer) -> Packed:
+    """The texts of answers as another tokenizer encodes them. tokenizer: the policy's."""
+    prompts = encode_prompts(own_tokenizer, answers.prompts)
+    responses = encode_responses(own_tokenizer, answers.responses)
+    if answers.batch is None:
+        return pack(prompts, responses, own_tokenizer.pad_token_id)
+
+    # Every response ends with an EOS now. One that was cut off was sampled without it: its last
+    # sampled token is another. It loses the EOS again, unless it has no other token.
+    batch = answers.batch
+    last_columns = (batch.lengths - 1).cpu()
+    last_ids = batch.ids[torch.arange(len(batch)), last_columns].tolist()
+    for i, last_id in enumerate(last_ids):
+        was_cut_off = last_id != tokenizer.eos_token_id
+        if was_cut_off and len(responses[i]) > 1:
+            responses[i] = responses[i][:-1]
+    return pack(prompts, responses, own_tokenizer.pad_token_id)
+
+
+def check_ids(path: str, ids: Tensor, n_embeddings: int):
+    """InputError where token ids [B, T] hold one for which the model has no embedding."""
+    lowest, highest = ids.aminmax()
+    for token_id in (int(lowest), int(highest)):
+        require(
+            0 <= token_id < n_embeddings,
+            f"{path}: a text holds the token {token_id}, and the model has embeddings "
+            f"0 to {n_embeddings - 1} alone",
+        )
+
+
+def classifier_scorer(model, path: str, dist: Dist, micro_batch_size: int) -> Reward:
+    """The positive logit on "prompt response" of any sequence classifier.
+
+    It is that of the label that is called positive (or pos), else of the last one.
+    """
     tokenizer = load_tokenizer(path, needs_eos=False)
-    require(tokenizer.pad_token_id is not None, f"{path}: the tokenizer has neither a padding nor an EOS token")
+    require(
+        tokenizer.pad_token_id is not None,
+        f"{path}: the tokenizer has neither a padding nor an EOS token",
+    )
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.truncation_side = "left"  # the response must stay
-    context = min(tokenizer.model_max_length, context_length(model.config) or tokenizer.model_max_length, 2**20)
+    # Tokenizers without a limit of their own have one of 1e30.
+    longest = tokenizer.model_max_length
+    context = min(longest, context_length(model.config) or longest, 2**20)
+
     labels = {name.lower(): i for i, name in model.config.id2label.items()}
-    label = labels.get("positive", labels.get("pos", model.config.num_labels - 1))
+    last_label = model.config.num_labels - 1
+    label = labels.get("positive", labels.get("pos", last_label))
+    key = ("text", key_of(tokenizer), context, micro_batch_size)
 
-    key = ("text", identity(tokenizer), context, micro_batch_size)
-
-    def prepare(answers):
-        """What all members with this tokenizer read: (rows, padded inputs) of similar length each."""
+    def prepare(answers: Answers) -> list[tuple]:
+        """What all members with this tokenizer read: (rows, padded inputs) of similar length."""
         texts = [f"{p} {r}" for p, r in zip(answers.prompts, answers.responses)]
         encoded = tokenizer(texts, truncation=True, max_length=context)
-        order = torch.tensor([len(ids) for ids in encoded.input_ids]).argsort(stable=True)
-        parts = [{name: [values[i] for i in rows] for name, values in encoded.items()} for rows in order.split(micro_batch_size)]
-        return [(rows, tokenizer.pad(part, return_tensors="pt")) for rows, part in zip(order.split(micro_batch_size), parts)]
+        lengths = torch.tensor([len(ids) for ids in encoded.input_ids])
+        parts = []
+        for rows in micro_batches(lengths, micro_batch_size):
+            inputs = {}
+            for name, values in encoded.items():
+                inputs[name] = [values[i] for i in rows]
+            parts.append((rows, tokenizer.pad(inputs, return_tensors="pt")))
+        return parts
 
-    def score(answers):
+    def score_answers(answers: Answers) -> Tensor:
         if key not in answers.micro_batches:
             answers.micro_batches[key] = prepare(answers)
         scores = torch.zeros(len(answers))
         for rows, inputs in answers.micro_batches[key]:
-            scores[rows] = model(**inputs.to(dist.device)).logits[:, label].float().cpu()
+            logits = model(**inputs.to(dist.device)).logits  # [b, labels]
+            scores[rows] = logits[:, label].float().cpu()
         return scores
 
-    return score
+    return score_answers

@@ -13,7 +13,7 @@ import os
 
 from . import data
 from .errors import InputError
-from .models import check_model
+from .hf.folders import check_model
 from .rewards import check_reward
 from .runtime.cli import read_settings
 from .runtime.distributed import setup

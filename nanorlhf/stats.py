@@ -125,11 +125,18 @@ def means_of_resamples(values: Tensor, drawn_rows: Tensor) -> Tensor:
 
     values [N, ...], drawn_rows [r, N] -> [r, ...]
     """
-    r, n = drawn_rows.shape
-    times_drawn = torch.zeros(r, n, dtype=torch.float64)
-    times_drawn.scatter_add_(1, drawn_rows, torch.ones_like(times_drawn))
-    means = times_drawn @ values.reshape(n, -1) / n
+    n = len(values)
+    means = count_draws(drawn_rows) @ values.reshape(n, -1) / n
     return means.reshape(-1, *values.shape[1:])
+
+
+def count_draws(drawn_rows: Tensor) -> Tensor:
+    """How often each of n rows was drawn in each resample.
+
+    drawn_rows [r, n], the rows of n draws -> [r, n], float64
+    """
+    counts = torch.zeros(drawn_rows.shape, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn_rows, torch.ones_like(counts))
 
 
 def percentiles(draws: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:

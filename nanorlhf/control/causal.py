@@ -1,10 +1,11 @@
-"""Bodies of `probe.py causal` and `probe.py steer`: what a reward model's scores become when latents, or head weights, are edited.
+"""Bodies of `probe.py causal` and `probe.py steer`: scores after an edit of features or of weights.
 
-    N pairs, P prompts of a pool, n answers of which the best is taken, M latents
+    N pairs, P prompts of a pool, n answers of which the best is taken, M features
 
-Edits are FEATURE:OP:VALUE with the ops of penalties.edit_latents: 17:set:0 switches latent 17 off, 17:max:0.5 caps it, 17:min:0 is a floor,
-17:*:2 and 17:+:1 steer it. All that are named make one arm. Its controls are arms of as many random latents that fire about equally
-often, under the same ops and values: what these do too, is no matter of the latents that were chosen.
+An edit is FEATURE:OP:VALUE with the ops of penalties.edit_latents. 17:set:0 switches feature 17
+off, 17:max:0.5 caps it, 17:min:0 is a floor; 17:*:2 and 17:+:1 steer it. All edits that are named
+make one arm. Its controls are arms of as many random features that fire about equally often, under
+the same ops and values. What the controls do too is no property of the features that were chosen.
 """
 
 import os
@@ -30,9 +31,9 @@ from ..stats import mean_over_groups, percentiles
 from .feature_rewards import LatentFlags, load_feature_reward, parse_edits
 from .latent_texts import (
     PairFlags,
-    encoded,
+    encode_texts,
     groups_of,
-    opened,
+    open_run,
     read_all,
     read_answers,
 )
@@ -46,7 +47,8 @@ class CausalConfig(LatentFlags, PairFlags, TextFlags, ResultFlags):
 
     edits: list[str] = HfArg(
         default_factory=list,
-        help=f"changes of features, all of them at once: FEATURE:OP:VALUE, OP one of {', '.join(OPS)}",
+        help="changes of features, all of them at once: FEATURE:OP:VALUE, OP one of "
+        f"{', '.join(OPS)}",
     )
     draws: int = HfArg(default=5, help="how often random features are drawn for comparison")
     pool: str = HfArg(
@@ -93,18 +95,28 @@ class SteerConfig(LatentFlags, PairFlags, TextFlags, ResultFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.edits) != bool(self.weights), "name --edits of latents or --weights of the head, one of both")
-        require(not self.weights or not self.sae, "--weights edits a SARM's head; what --sae names has none on its latents")
-        require(self.weights or not self.save, "--save writes a SARM with edited --weights: edits of latents are no part of a model")
+        require(
+            bool(self.edits) != bool(self.weights),
+            "name --edits of latents or --weights of the head, one of both",
+        )
+        require(
+            not self.weights or not self.sae,
+            "--weights edits a SARM's head; what --sae names has none on its latents",
+        )
+        require(
+            self.weights or not self.save,
+            "--save writes a SARM with edited --weights: edits of latents are no part of a model",
+        )
         if self.save:
             require(not os.path.lexists(self.save), f"--save {self.save}: it is there already")
             # A model and results both have a config.json: one would write over the other's.
-            apart = os.path.realpath(self.save) != os.path.realpath(self.output_dir)
-            require(apart, "--save needs a folder of its own, not --output_dir")
-        parse_edits("edits", self.edits), parse_edits("weights", self.weights)
+            is_apart = os.path.realpath(self.save) != os.path.realpath(self.output_dir)
+            require(is_apart, "--save needs a folder of its own, not --output_dir")
+        parse_edits("edits", self.edits)
+        parse_edits("weights", self.weights)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- causal
+# ------------------------------------------------------------------------------------- causal
 
 
 @unlock_afterwards()
@@ -119,119 +131,238 @@ def causal(config):
     so that the same cap or floor does more or less to it.
     """
     edits = parse_edits("edits", config.edits)
-    dist, folder, tokenizer, max_length = opened(config, edits)
-    pairs = load(config, "pairs")[1]
-    rows = []
-    if config.pool:
-        check_made(config.pool)
-        rows = pool.read(config.pool)
-    for row in rows:
-        require(len(row["responses"]) >= config.n, f"--n {config.n}: {config.pool} has {len(row['responses'])} answers to a prompt")
-    texts = {side: encoded(config, tokenizer, pairs, side, max_length) for side in SIDES}
-    groups = groups_of([row["prompt"] for row in pairs])
-    if rows:
-        flat = [{"prompt": row["prompt"], "response": text} for row in rows for text in row["responses"]]
-        texts["pool"] = encoded(config, tokenizer, flat, "response", max_length)
-    reward = load_feature_reward(config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype)
+    dist, folder, tokenizer, max_length = open_run(config, edits)
 
-    before, fired = {}, torch.zeros(reward.m)
-    for side, answers in texts.items():
-        before[side], z, _ = read_all(reward, answers, None if side in SIDES else [])  # [N], sparse [N, M] or [N, 0]
-        fired += z.indices()[1].bincount(minlength=reward.m)
-    rates = fired.double() / (2 * len(pairs))  # [M], over both sides
-    arms, drawn = {"edits": edits}, []
-    for i in range(config.draws):
-        others = alike(rates, list(edits), np.random.default_rng([SPLIT, config.seed, i]), but=drawn)
-        arms[f"random {i}"], drawn = dict(zip(others, edits.values())), drawn + others
-    found = {}
-    for name, arm in arms.items():
-        after = {side: read_all(reward, answers, list(arm), arm)[2] for side, answers in texts.items()}
-        found[name] = {"features": list(arm), "rates": rates[list(arm)].tolist(), **on_pairs(before, after, groups)}
-        if rows:
-            found[name]["pool"] = on_pool(before["pool"], after["pool"], rows, config.n)
-    summary = {"reward_model": config.reward_model, "sae": config.sae, "edits": config.edits, "pairs": len(pairs),
-               "prompts": int(groups.max()) + 1, "pool": config.pool, "n": config.n if rows else None, "arms": found}  # fmt: skip
-    save(config, folder, summary, causal_table(summary), draw_causal)
+    # The texts: both sides of the held-out pairs, and all answers of the pool, row after row.
+    _, pairs, _ = load(config, "pairs")
+    pool_rows = read_pool(config)
+    texts = {}
+    for side in SIDES:
+        texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
+    if pool_rows:
+        answers = flatten_pool(pool_rows)
+        texts["pool"] = encode_texts(config, tokenizer, answers, "response", max_length)
+    groups = groups_of([row["prompt"] for row in pairs])  # [N]
+
+    reward = load_feature_reward(
+        config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
+    )
+
+    # Before any edit: the scores, and on what share of the pairs' texts each feature fires.
+    before = {}  # {side: [N]}
+    n_fires = torch.zeros(reward.m)
+    for side in SIDES:
+        before[side], z, _ = read_all(reward, texts[side])  # z: sparse [N, M]
+        n_fires += z.indices()[1].bincount(minlength=reward.m)
+    rates = n_fires.double() / (2 * len(pairs))  # [M]
+    if pool_rows:
+        before["pool"], _, _ = read_all(reward, texts["pool"], [])
+
+    # Every arm scores every text again.
+    results = {}
+    for name, arm in choose_arms(config, edits, rates).items():
+        ids = list(arm)
+        after = {}
+        for side, answers in texts.items():
+            _, _, after[side] = read_all(reward, answers, ids, arm)
+        results[name] = {"features": ids, "rates": rates[ids].tolist()}
+        results[name] |= on_pairs(before, after, groups)
+        if pool_rows:
+            results[name]["pool"] = on_pool(before["pool"], after["pool"], pool_rows, config.n)
+
+    summary = {
+        "reward_model": config.reward_model,
+        "sae": config.sae,
+        "edits": config.edits,
+        "pairs": len(pairs),
+        "prompts": int(groups.max()) + 1,
+        "pool": config.pool,
+        "n": config.n if pool_rows else None,
+        "arms": results,
+    }
+    save(config, folder, summary, format_arms(summary), draw_arms)
     return summary
 
 
+def read_pool(config):
+    """The rows of --pool, or none. InputError: a prompt with fewer answers than --n."""
+    if not config.pool:
+        return []
+    check_made(config.pool)
+    rows = pool.read(config.pool)
+    for row in rows:
+        n_answers = len(row["responses"])
+        require(
+            n_answers >= config.n,
+            f"--n {config.n}: {config.pool} has {n_answers} answers to a prompt",
+        )
+    return rows
+
+
+def flatten_pool(rows):
+    """Rows of a pool {prompt, responses} -> rows {prompt, response}, in the same order."""
+    answers = []
+    for row in rows:
+        for response in row["responses"]:
+            answers.append({"prompt": row["prompt"], "response": response})
+    return answers
+
+
+def choose_arms(config, edits, rates):
+    """The edits that are named, and controls: {name of the arm: {feature: (op, value)}}.
+
+    A control has the same ops and values on random features whose rates of firing are about those
+    of the named ones. Controls share no feature with each other while there are enough of them.
+    """
+    arms = {"edits": edits}
+    drawn = []
+    for i in range(config.draws):
+        rng = np.random.default_rng([SPLIT, config.seed, i])
+        others = alike(rates, list(edits), rng, but=drawn)
+        arms[f"random {i}"] = dict(zip(others, edits.values()))
+        drawn += others
+    return arms
+
+
 def on_pairs(before, after, groups):
-    """Scores {side: [N]} before and after an edit, groups [N] of pairs with one prompt -> what it did to the pairs, with intervals."""
-    margins = [(x["chosen"] - x["rejected"]).double() for x in (before, after)]  # [N] each
-    right = [(m > 0).double() + 0.5 * (m == 0) for m in margins]
-    changes = {side: (after[side] - before[side]).double() for side in SIDES}
-    columns = {"chosen": changes["chosen"], "rejected": changes["rejected"], "accuracy_before": right[0], "accuracy_after": right[1],
-               "accuracy_change": right[1] - right[0]}  # fmt: skip
-    changed = torch.cat([after[side] != before[side] for side in SIDES])
-    return {"changed": changed.double().mean().item(), "reordered": int((margins[0].sign() != margins[1].sign()).sum()),
-            **intervals(columns, groups)}  # fmt: skip
+    """What an edit does to N pairs, with intervals over prompts.
+
+    before, after {"chosen" and "rejected": scores [N]}, groups [N]: equal where pairs have one
+    prompt -> {changed: the share of texts whose score changes; reordered: how many pairs change
+    their order, a tie is an order of its own; chosen, rejected: the change of scores; accuracy_...:
+    how often the chosen one is higher}.
+    """
+    margins_before = (before["chosen"] - before["rejected"]).double()  # [N]
+    margins_after = (after["chosen"] - after["rejected"]).double()
+    right_before = (margins_before > 0).double() + 0.5 * (margins_before == 0)
+    right_after = (margins_after > 0).double() + 0.5 * (margins_after == 0)
+    is_changed = torch.cat([after[side] != before[side] for side in SIDES])  # [2 N]
+    is_reordered = margins_before.sign() != margins_after.sign()  # [N]
+    columns = {
+        "chosen": (after["chosen"] - before["chosen"]).double(),
+        "rejected": (after["rejected"] - before["rejected"]).double(),
+        "accuracy_before": right_before,
+        "accuracy_after": right_after,
+        "accuracy_change": right_after - right_before,
+    }
+    return {
+        "changed": is_changed.double().mean().item(),
+        "reordered": int(is_reordered.sum()),
+        **intervals(columns, groups),
+    }
 
 
 def on_pool(before, after, rows, n):
-    """Scores of all answers of a pool, [answers] in the order of its rows -> which of the best of n change, and what gold says to that."""
-    flipped, gold, prompt, start = [], [], [], 0
+    """Which of the best of n an edit turns over, and what gold says to that, with intervals.
+
+    The answers of a prompt are taken n at a time, in their order. before, after: scores of all
+    answers of the pool, row after row -> {groups: choices in all, flipped: how many have another
+    best, flip_rate, and where the pool has gold_scores gold_before, gold_after, gold_change: those
+    of the best}.
+    """
+    is_flipped = []  # [groups] of each prompt
+    gold_before = []
+    gold_after = []
+    prompts = []  # of each group: the number of its prompt
+    start = 0
     for p, row in enumerate(rows):
-        N = len(row["responses"])
-        size = N // n * n  # a last group of fewer is left out
-        best = [x[start : start + size].view(-1, n).argmax(1) + torch.arange(0, size, n) for x in (before, after)]  # [groups] each
-        start += N
-        flipped.append(best[0] != best[1])
-        prompt += [p] * (size // n)
+        n_answers = len(row["responses"])
+        n_groups = n_answers // n  # a last group of fewer is left out
+        own = slice(start, start + n_groups * n)
+        best_before = best_of_groups(before[own], n)
+        best_after = best_of_groups(after[own], n)
+        start += n_answers
+
+        is_flipped.append(best_before != best_after)
+        prompts += [p] * n_groups
         if "gold_scores" in row:
-            gold.append(torch.tensor(row["gold_scores"], dtype=torch.float64)[torch.stack(best, 1)])  # [groups, 2]
-    flipped, prompt = torch.cat(flipped), torch.tensor(prompt)
-    columns = {"flip_rate": flipped.double()}
-    if gold:
-        gold = torch.cat(gold)
-        columns |= {"gold_before": gold[:, 0], "gold_after": gold[:, 1], "gold_change": gold[:, 1] - gold[:, 0]}
-    return {"groups": len(flipped), "flipped": int(flipped.sum()), **intervals(columns, prompt)}
+            gold = torch.tensor(row["gold_scores"], dtype=torch.float64)
+            gold_before.append(gold[best_before])
+            gold_after.append(gold[best_after])
+
+    is_flipped = torch.cat(is_flipped)
+    columns = {"flip_rate": is_flipped.double()}
+    if gold_before:
+        columns["gold_before"] = torch.cat(gold_before)
+        columns["gold_after"] = torch.cat(gold_after)
+        columns["gold_change"] = columns["gold_after"] - columns["gold_before"]
+    return {
+        "groups": len(is_flipped),
+        "flipped": int(is_flipped.sum()),
+        **intervals(columns, torch.tensor(prompts)),
+    }
+
+
+def best_of_groups(scores, n):
+    """Scores [G n] of one prompt's answers -> the place of the best answer of each n: [G]."""
+    best_in_group = scores.view(-1, n).argmax(1)
+    return best_in_group + torch.arange(0, len(scores), n)
 
 
 def intervals(columns, groups):
-    """{name: [N]} -> {name: {mean, low, high}}"""
-    mean, draws = mean_over_groups(torch.stack(list(columns.values()), 1), groups)
+    """Means with 95% intervals over groups: {name: [N]} -> {name: {mean, low, high}}."""
+    means, draws = mean_over_groups(torch.stack(list(columns.values()), 1), groups)
     low, high = percentiles(draws)
-    return {name: dict(zip(("mean", "low", "high"), row)) for name, *row in zip(columns, mean.tolist(), low.tolist(), high.tolist())}
+    rows = {}
+    for i, name in enumerate(columns):
+        rows[name] = {"mean": means[i].item(), "low": low[i].item(), "high": high[i].item()}
+    return rows
 
 
-def causal_table(summary):
-    """One line an arm."""
+def format_arms(summary):
+    """One line an arm: what it does to the pairs, then what to the best of n."""
     arms = summary["arms"]
-    accuracy = cell(next(iter(arms.values()))["accuracy_before"]).replace("+", "")
-    lines = [f"\n{summary['reward_model']}, {' '.join(summary['edits'])}; {summary['pairs']} held-out pairs of {summary['prompts']} "
-             f"prompts, accuracy before {accuracy}:"]  # fmt: skip
-    lines += [f"  {'':10s}{'rate':>7s}{'changed':>9s}" + "".join(f"{name:>26s}" for name in ("chosen change by", "rejected by"))
-              + f"{'reordered':>11s}{'accuracy by':>26s}   features"]  # fmt: skip
+    any_arm = arms["edits"]
+    accuracy = cell(any_arm["accuracy_before"]).replace("+", "")
+    lines = [
+        f"\n{summary['reward_model']}, {' '.join(summary['edits'])}; {summary['pairs']} held-out "
+        f"pairs of {summary['prompts']} prompts, accuracy before {accuracy}:",
+        f"  {'':10s}{'rate':>7s}{'changed':>9s}{'chosen change by':>26s}{'rejected by':>26s}"
+        f"{'reordered':>11s}{'accuracy by':>26s}   features",
+    ]
     for name, arm in arms.items():
-        rate = f"{np.mean(arm['rates']):7.1%}{arm['changed']:9.1%}"
-        cells = f"{cell(arm['chosen']):>26s}{cell(arm['rejected']):>26s}{arm['reordered']:11d}{cell(arm['accuracy_change']):>26s}"
-        lines.append(f"  {name:10s}{rate}{cells}   {' '.join(map(str, arm['features']))}")
+        lines.append(
+            f"  {name:10s}{np.mean(arm['rates']):7.1%}{arm['changed']:9.1%}"
+            f"{cell(arm['chosen']):>26s}{cell(arm['rejected']):>26s}{arm['reordered']:11d}"
+            f"{cell(arm['accuracy_change']):>26s}   {' '.join(map(str, arm['features']))}"
+        )
+
     if summary["pool"]:
-        groups = next(iter(arms.values()))["pool"]["groups"]
-        lines += [f"\n  best of {summary['n']} of {summary['pool']}, {groups} choices:"]
-        lines += [f"  {'':10s}{'flipped':>9s}{'gold before':>26s}{'gold by':>26s}"]
+        n_groups = any_arm["pool"]["groups"]
+        lines.append(f"\n  best of {summary['n']} of {summary['pool']}, {n_groups} choices:")
+        lines.append(f"  {'':10s}{'flipped':>9s}{'gold before':>26s}{'gold by':>26s}")
         for name, arm in arms.items():
             part = arm["pool"]
-            lines.append(f"  {name:10s}{part['flipped']:9d}{cell(part.get('gold_before')):>26s}{cell(part.get('gold_change')):>26s}")
+            gold_before = cell(part.get("gold_before"))
+            gold_change = cell(part.get("gold_change"))
+            lines.append(f"  {name:10s}{part['flipped']:9d}{gold_before:>26s}{gold_change:>26s}")
     return "\n".join(lines)
 
 
-def draw_causal(figure, summary):
+def draw_arms(figure, summary):
     """Changes of scores and of accuracy by arm, with 95% intervals over prompts."""
-    panels = {"chosen": "change of chosen", "rejected": "change of rejected", "accuracy_change": "change of accuracy"}
+    titles = {
+        "chosen": "change of chosen",
+        "rejected": "change of rejected",
+        "accuracy_change": "change of accuracy",
+    }
+    arms = summary["arms"]
     figure.set_size_inches(8, 3)
-    for i, (key, title) in enumerate(panels.items()):
-        axis = figure.add_subplot(1, len(panels), i + 1)
-        for j, (name, arm) in enumerate(summary["arms"].items()):
+    for i, (key, title) in enumerate(titles.items()):
+        axis = figure.add_subplot(1, len(titles), i + 1)
+        for j, arm in enumerate(arms.values()):
             x = arm[key]
-            error = [[max(0, x["mean"] - x["low"])], [max(0, x["high"] - x["mean"])]]  # 0 by rounding where nothing changes
-            axis.errorbar(j, x["mean"], error, fmt="o", color="grey" if j else "C3")
+            # Where nothing changes, an end may lie on the wrong side of the mean by rounding.
+            below = max(0, x["mean"] - x["low"])
+            above = max(0, x["high"] - x["mean"])
+            color = "C3" if j == 0 else "grey"
+            axis.errorbar(j, x["mean"], [[below], [above]], fmt="o", color=color)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(title=title, xticks=range(len(summary["arms"])))
-        axis.set_xticklabels(list(summary["arms"]), rotation=70)
+        axis.set(title=title, xticks=range(len(arms)))
+        axis.set_xticklabels(list(arms), rotation=70)
 
 
-# -------------------------------------------------------------------------------------------------------------------------- steer
+# -------------------------------------------------------------------------------------- steer
 
 
 @unlock_afterwards()
@@ -247,26 +378,49 @@ def steer(config):
     edits = parse_edits("edits", config.edits) or parse_edits("weights", config.weights)
     if config.save:
         check_can_write(config.save)
-    dist, folder, tokenizer, max_length = opened(config, edits)
-    if config.texts:
-        texts = {"text": encoded(config, tokenizer, read_answers(config.texts), "response", max_length)}
-    else:
-        pairs = load(config, "pairs")[1]
-        texts = {side: encoded(config, tokenizer, pairs, side, max_length) for side in SIDES}
-    reward = load_feature_reward(config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype)
-    require(not config.weights or reward.weights is not None, f"--weights: {config.reward_model} has no head on its latents")
+    dist, folder, tokenizer, max_length = open_run(config, edits)
 
+    # The texts: those of a file, or both sides of the held-out pairs.
+    texts = {}
+    if config.texts:
+        answers = read_answers(config.texts)
+        texts["text"] = encode_texts(config, tokenizer, answers, "response", max_length)
+    else:
+        _, pairs, _ = load(config, "pairs")
+        for side in SIDES:
+            texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
+
+    reward = load_feature_reward(
+        config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
+    )
+    require(
+        not config.weights or reward.weights is not None,
+        f"--weights: {config.reward_model} has no head on its latents",
+    )
+
+    # The scores before and after, and the features that are edited, before any edit.
     rows = []
     for side, answers in texts.items():
-        before, z, after = read_all(reward, answers, list(edits), edits if config.edits else None)  # z sparse [N, E]
-        if config.weights:
+        if config.edits:
+            before, z, after = read_all(reward, answers, list(edits), edits)  # z: sparse [N, E]
+        else:
+            before, z, _ = read_all(reward, answers, list(edits))
             with reweighted(reward.module, edits):
-                after = read_all(reward, answers, [])[0]
-        own = zip(answers.prompts, answers.responses, before.tolist(), after.tolist(), z.to_dense().tolist())
-        rows += [{"side": side, "prompt": p, "response": r, "before": x, "after": y, "latents": dict(zip(map(str, edits), values))}
-                 for p, r, x, y, values in own]  # fmt: skip
-    summary = {"reward_model": config.reward_model, "sae": config.sae, "edits": config.edits, "weights": config.weights, **counts(rows)}
-    save(config, folder, summary, steer_table(summary, rows), lambda figure, _: draw_steer(figure, rows))
+                after, _, _ = read_all(reward, answers, [])
+        rows += make_rows(side, answers, edits, before, after, z.to_dense())
+
+    summary = {
+        "reward_model": config.reward_model,
+        "sae": config.sae,
+        "edits": config.edits,
+        "weights": config.weights,
+        **count_texts(rows),
+    }
+
+    def draw(figure, summary):
+        draw_texts(figure, rows)
+
+    save(config, folder, summary, format_texts(summary, rows), draw)
     write_lines(os.path.join(config.output_dir, "texts.jsonl"), rows)
     if config.save:
         with reweighted(reward.module, edits):
@@ -275,36 +429,81 @@ def steer(config):
     return summary
 
 
-def counts(rows):
-    """How many texts have an edited latent, change, and do one without the other; the mean change of those that change."""
-    has = np.array([any(row["latents"].values()) for row in rows])
-    moves = np.array([row["after"] - row["before"] for row in rows])
-    changed = moves != 0
+def make_rows(side, answers, edits, before, after, z):
+    """Rows of texts.jsonl: {side, prompt, response, before, after, latents: {feature: z}}.
+
+    before, after: scores [N]; z [N, E]: the latents of the E features that are edited.
+    """
+    names = [str(feature) for feature in edits]
+    rows = []
+    for i in range(len(answers)):
+        row = {
+            "side": side,
+            "prompt": answers.prompts[i],
+            "response": answers.responses[i],
+            "before": before[i].item(),
+            "after": after[i].item(),
+            "latents": dict(zip(names, z[i].tolist())),
+        }
+        rows.append(row)
+    return rows
+
+
+def count_texts(rows):
+    """How many texts have an edited feature, and change, and do one without the other.
+
+    mean_change: the mean change of the scores of those texts that change.
+    """
+    has_feature = np.array([any(row["latents"].values()) for row in rows])
+    changes = np.array([row["after"] - row["before"] for row in rows])
+    is_changed = changes != 0
+    mean_change = 0.0
+    if is_changed.any():
+        mean_change = float(changes[is_changed].mean())
     return {
-        "texts": len(rows), "with_feature": int(has.sum()), "changed": int(changed.sum()),
-        "changed_without": int((changed & ~has).sum()), "unchanged_with": int((has & ~changed).sum()),
-        "mean_change": float(moves[changed].mean()) if changed.any() else 0.0,
-    }  # fmt: skip
+        "texts": len(rows),
+        "with_feature": int(has_feature.sum()),
+        "changed": int(is_changed.sum()),
+        "changed_without": int((is_changed & ~has_feature).sum()),
+        "unchanged_with": int((has_feature & ~is_changed).sum()),
+        "mean_change": mean_change,
+    }
 
 
-def steer_table(summary, rows, shown=8):
+def format_texts(summary, rows, shown=8):
     """The counts, then the texts that change most."""
-    what = "latents " + " ".join(summary["edits"]) if summary["edits"] else "head weights " + " ".join(summary["weights"])
-    lines = [f"\n{summary['reward_model']}, {what}:",
-             f"  {summary['changed']} of {summary['texts']} texts change, by {summary['mean_change']:+.3f} on average; "
-             f"{summary['with_feature']} have the feature, {summary['unchanged_with']} of them do not change; "
-             f"{summary['changed_without']} change without it",
-             f"  {'':8s}{'before':>8s}{'after':>8s}   {'z':10s} text"]  # fmt: skip
-    for row in sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))[:shown]:
+    if summary["edits"]:
+        what = f"latents {' '.join(summary['edits'])}"
+    else:
+        what = f"head weights {' '.join(summary['weights'])}"
+    lines = [
+        f"\n{summary['reward_model']}, {what}:",
+        f"  {summary['changed']} of {summary['texts']} texts change, by "
+        f"{summary['mean_change']:+.3f} on average; {summary['with_feature']} have the feature, "
+        f"{summary['unchanged_with']} of them do not change; {summary['changed_without']} change "
+        "without it",
+        f"  {'':8s}{'before':>8s}{'after':>8s}   {'z':10s} text",
+    ]
+    most_changed = sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))
+    for row in most_changed[:shown]:
         z = " ".join(f"{x:.2f}" for x in row["latents"].values())
-        lines.append(f"  {row['side']:8s}{row['before']:8.3f}{row['after']:8.3f}   {z[:10]:10s} {' '.join(row['response'].split())[-98:]}")
+        text = " ".join(row["response"].split())
+        lines.append(
+            f"  {row['side']:8s}{row['before']:8.3f}{row['after']:8.3f}   {z[:10]:10s} {text[-98:]}"
+        )
     return "\n".join(lines)
 
 
-def draw_steer(figure, rows):
-    """Each text's score before and after."""
+def draw_texts(figure, rows):
+    """Each text's score before and after; red where the text has an edited feature."""
+    before = []
+    after = []
+    colors = []
+    for row in rows:
+        before.append(row["before"])
+        after.append(row["after"])
+        has_feature = any(row["latents"].values())
+        colors.append("C3" if has_feature else "lightgrey")
     axis = figure.add_subplot()
-    before, after = ([row[key] for row in rows] for key in ("before", "after"))
-    has = ["C3" if any(row["latents"].values()) else "lightgrey" for row in rows]
-    axis.scatter(before, after, c=has, s=8)
+    axis.scatter(before, after, c=colors, s=8)
     axis.set(xlabel="score before", ylabel="score after (red: texts that have the feature)")

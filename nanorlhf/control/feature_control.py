@@ -1,13 +1,18 @@
-r"""Control of PPO's reward by features of its reward model: the flags --penalize_features, --clamp and --density_beta of train_ppo.py.
+r"""Control of PPO's reward by features of its reward model.
 
-    python probe.py human_latents                                           the reference data, of runs/sarm
-    python train_ppo.py --reward_model runs/sarm --penalize_features 17 --tau q0.95 --alpha 0.5std \
+The flags --penalize_features, --clamp and --density_beta of train_ppo.py. First the reference data,
+features of people's texts, for runs/sarm; then PPO:
+
+    python probe.py human_latents
+    python train_ppo.py --reward_model runs/sarm \
+        --penalize_features 17 --tau q0.95 --alpha 0.5std \
         --human_latents runs/human_latents.safetensors
 
     R = score(clamp(z)) - sum_i penalty_i(z_i) - beta clip(log p_policy(z) / p_human(z))
 
-R takes the score's place before anything else happens to it: rules on endings and length, score scaling and clipping, the KL. z are the
-latents of the finished answer at its last token, before any clamp: penalties and density see what the policy wrote, not what was scored.
+R takes the score's place before anything else happens to it: rules on endings and length, score
+scaling and clipping, the KL. z are the latents of the finished answer at its last token, before any
+clamp: penalties and density see what the policy wrote, not what was scored.
 
 train_ppo.py meets this file in one place: its Config has the Flags, and where they are given
 prepare() makes a ControlledScoring, which stands in for scoring.Scoring.
@@ -18,6 +23,7 @@ prepare() makes a ControlledScoring, which stands in for scoring.Scoring.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers.hf_argparser import HfArg
@@ -36,17 +42,21 @@ from . import human_latents
 from .feature_rewards import check_feature_reward, load_feature_reward, parse_edits
 
 CLAMPS = ("set", "min", "max")
-LOGGED = 8  # features of the density that are logged one by one; with more of them none is
-# The density ratio. Where policy and people hardly overlap its logit grows without end; a ratio of e^5 says all there is to say.
-LR, UPDATES, BATCH = 1e-4, 16, 256  # AdamW's; optimizer steps a rollout; latents of each class in one
+LOGGED = 8  # so many features of the density at most are logged one by one; with more, none is
+
+# The density ratio, learned by AdamW.
+LR = 1e-4
+UPDATES = 16  # optimizer steps a rollout
+BATCH = 256  # texts of the policy in a step, and as many of people
 REPLAY = 8  # rollouts that are learned from: the last ones, since the policy moves
 WARM_UP = 10  # rollouts until the ratio counts
+# Where policy and people hardly overlap, the logit grows without end: a ratio of e^5 says it all.
 CLIP = 5.0  # nats
 HELD_OUT = 0.2  # share of the human texts that only the AUC sees
 FEWEST = 20  # human texts
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the flags
+# ---------------------------------------------------------------------------------- the flags
 
 
 @dataclass
@@ -98,19 +108,31 @@ class Flags(FlagGroup):
 
 def check_flags(config):
     """What can be wrong with the flags by themselves; InputErrors."""
-    n, n_tau, n_alpha = len(config.penalize_features), len(config.tau), len(config.alpha)
-    require(n == n_tau == n_alpha, f"--penalize_features names {n} features, --tau {n_tau} thresholds and --alpha {n_alpha} prices: "
-            "there must be one of each for a feature")  # fmt: skip
+    n = len(config.penalize_features)
+    n_tau = len(config.tau)
+    n_alpha = len(config.alpha)
+    require(
+        n == n_tau == n_alpha,
+        f"--penalize_features names {n} features, --tau {n_tau} thresholds and --alpha {n_alpha} "
+        "prices: there must be one of each for a feature",
+    )
     require(len(set(config.penalize_features)) == n, "--penalize_features names a feature twice")
     at_least(config, 0, "density_beta")
     parse_edits("clamp", config.clamp, CLAMPS)
-    tau, alpha = parse_tau(config.tau), parse_alpha(config.alpha)
-    relative = [f"--tau {x}" for x, (_, r) in zip(config.tau, tau) if r] + [f"--alpha {x}" for x, (_, r) in zip(config.alpha, alpha) if r]
-    relative += ["--density_beta"] if config.density_beta else []
-    if relative:
-        require(config.human_latents, f"{relative[0]} compares with reference data: name --human_latents (probe.py human_latents)")
+
+    comparing = flags_that_compare(config)
+    if comparing:
+        require(
+            config.human_latents,
+            f"{comparing[0]} compares with reference data: name --human_latents "
+            "(probe.py human_latents)",
+        )
     else:
-        require(not config.human_latents, "--human_latents is there for --tau qSHARE, --alpha Xstd and --density_beta: name one of them")
+        require(
+            not config.human_latents,
+            "--human_latents is there for --tau qSHARE, --alpha Xstd and --density_beta: "
+            "name one of them",
+        )
     require(
         wanted(config) or not config.feature_sae,
         "--feature_sae is there for --penalize_features, --clamp and --density_beta: "
@@ -118,38 +140,76 @@ def check_flags(config):
     )
 
 
+def flags_that_compare(config):
+    """The flags that are given in units of human texts, as on the command line: ["--tau q0.95"]."""
+    flags = []
+    for text, (_, is_quantile) in zip(config.tau, parse_tau(config.tau)):
+        if is_quantile:
+            flags.append(f"--tau {text}")
+    for text, (_, is_in_std) in zip(config.alpha, parse_alpha(config.alpha)):
+        if is_in_std:
+            flags.append(f"--alpha {text}")
+    if config.density_beta:
+        flags.append("--density_beta")
+    return flags
+
+
 def wanted(config):
+    """Whether any control is asked for."""
     return bool(config.penalize_features or config.clamp or config.density_beta)
 
 
 def parse_tau(texts):
-    """["0.5", "q0.95"] -> [(0.5, False), (0.95, True)]: a latent's value, or a quantile of the human texts' values."""
-    out = [number("tau", text, text.removeprefix("q"), "a number such as 0.5 or a quantile such as q0.95") for text in texts]
-    for text, (value, relative) in zip(texts, out):
-        require(not relative or 0 <= value <= 1, f"--tau {text}: a quantile lies between q0 and q1")
-    return out
+    """["0.5", "q0.95"] -> [(0.5, False), (0.95, True)]: (number, whether it is a quantile).
+
+    A threshold is a value of z, or a quantile of the values on human texts.
+    """
+    expected = "a number such as 0.5 or a quantile such as q0.95"
+    thresholds = []
+    for text in texts:
+        bare = text.removeprefix("q")
+        is_quantile = bare != text
+        value = parse_number("tau", text, bare, expected)
+        thresholds.append((value, is_quantile))
+    for text, (value, is_quantile) in zip(texts, thresholds):
+        in_range = not is_quantile or 0 <= value <= 1
+        require(in_range, f"--tau {text}: a quantile lies between q0 and q1")
+    return thresholds
 
 
 def parse_alpha(texts):
-    """["1.0", "0.5std"] -> [(1.0, False), (0.5, True)]: units of the score, or standard deviations of the human texts' scores."""
-    out = [number("alpha", text, text.removesuffix("std"), "a number such as 1.0 or in units such as 0.5std") for text in texts]
-    for text, (value, _) in zip(texts, out):
+    """["1.0", "0.5std"] -> [(1.0, False), (0.5, True)]: (number, whether it is in std).
+
+    A price is in units of the score, or in standard deviations of the scores of human texts.
+    """
+    expected = "a number such as 1.0 or in units such as 0.5std"
+    prices = []
+    for text in texts:
+        bare = text.removesuffix("std")
+        is_in_std = bare != text
+        value = parse_number("alpha", text, bare, expected)
+        prices.append((value, is_in_std))
+    for text, (value, _) in zip(texts, prices):
         require(value >= 0, f"--alpha {text}: a price must be at least 0")
-    return out
+    return prices
 
 
-def number(flag, text, bare, expected):
-    """A flag's text, and it without its unit -> its value, and whether there was a unit. InputError, which says what was expected."""
+def parse_number(flag, text, bare, expected):
+    """A flag's text, and the text without its unit -> the number.
+
+    InputError, which says what was expected: no number, or none that float32 holds.
+    """
     try:
         value = float(bare)
     except ValueError:
         value = math.nan
-    fits = abs(value) <= torch.finfo(torch.float32).max  # of nan it is False
+    # A comparison with nan is False.
+    fits = abs(value) <= torch.finfo(torch.float32).max
     require(fits, f"--{flag} {text}: it must be {expected}")
-    return value, bare != text
+    return value
 
 
-# -------------------------------------------------------------------------------------------------------------------- the control
+# ------------------------------------------------------------------------------ from the flags
 
 
 def prepare(config):
@@ -164,25 +224,62 @@ def prepare(config):
         members == 1,
         f"features are those of one reward model, and --reward_model names {members}",
     )
-    (spec,), clamps = config.reward_model, parse_edits("clamp", config.clamp, CLAMPS)
+    (spec,) = config.reward_model
+    clamps = parse_edits("clamp", config.clamp, CLAMPS)
     check_feature_reward(spec, config.feature_sae, [*config.penalize_features, *clamps])
-    human = human_latents.load(config.human_latents, spec, config.feature_sae) if config.human_latents else None
-    tau = [human.column(i).quantile(x).item() if r else x for i, (x, r) in zip(config.penalize_features, parse_tau(config.tau))]
-    alpha = []
-    for text, (value, is_relative) in zip(config.alpha, parse_alpha(config.alpha)):
-        if is_relative:
-            n = len(human.scores)
+
+    human = None
+    if config.human_latents:
+        human = human_latents.load(config.human_latents, spec, config.feature_sae)
+    thresholds = find_thresholds(config, human)
+    alphas = find_alphas(config, human)
+    prices = {}
+    for feature, tau, alpha in zip(config.penalize_features, thresholds, alphas):
+        prices[feature] = Price(tau, alpha)
+
+    if config.density_beta:
+        n_texts = len(human.latents)
+        n_features = len(human.features)
+        require(
+            n_texts >= FEWEST and n_features > 0,
+            f"{human.path}: {n_texts} texts, {n_features} features: too few for a density",
+        )
+    return ControlledScoring(config, prices, clamps, human)
+
+
+class Price(NamedTuple):
+    """What a feature costs, and above which activation: see penalties.feature_penalty."""
+
+    tau: float  # in units of z
+    alpha: float  # in units of the score
+
+
+def find_thresholds(config, human):
+    """--tau as values of z. InputError: a quantile of a feature that the human texts lack."""
+    thresholds = []
+    for feature, (value, is_quantile) in zip(config.penalize_features, parse_tau(config.tau)):
+        if is_quantile:
+            value = human.column(feature).quantile(value).item()
+        thresholds.append(value)
+    return thresholds
+
+
+def find_alphas(config, human):
+    """--alpha in units of the score. InputError: std of human scores that are all the same."""
+    alphas = []
+    for text, (value, is_in_std) in zip(config.alpha, parse_alpha(config.alpha)):
+        if is_in_std:
             require(
                 varies(human.scores),
-                f"--alpha {text}: the {n} scores in {human.path} "
+                f"--alpha {text}: the {len(human.scores)} scores in {human.path} "
                 "have no spread to measure a price by",
             )
             value = value * human.scores.std().item()  # ddof 1
-        alpha.append(value)
-    if config.density_beta:
-        n = len(human.latents)
-        require(n >= FEWEST and human.features, f"{human.path}: {n} texts, {len(human.features)} features: too few for a density")
-    return ControlledScoring(config, tau, alpha, clamps, human)
+        alphas.append(value)
+    return alphas
+
+
+# -------------------------------------------------------------------------------- the scoring
 
 
 class ControlledScoring:
@@ -191,26 +288,41 @@ class ControlledScoring:
     The one thing that it learns is the density ratio.
     """
 
-    def __init__(self, config, tau, alpha, clamps, human):
-        self.config, self.clamps = config, clamps
-        self.prices = {i: (t, a) for i, t, a in zip(config.penalize_features, tau, alpha)}  # feature: its tau and alpha
-        of_density = human.features if config.density_beta else []
-        self.features = list(dict.fromkeys([*self.prices, *clamps, *of_density]))  # [F]: the columns of `latents` everywhere below
-        self.column = {i: f for f, i in enumerate(self.features)}
-        self.of_density = [self.column[i] for i in of_density]  # [d] columns
-        named = self.features if len(of_density) <= LOGGED else [*self.prices, *clamps]
-        self.named = list(dict.fromkeys(named))  # are logged one by one
-        self.density = Density(human.latents, config.seed) if config.density_beta else None
-        self.summary_names = ("proxy", "controlled", *(f"rate/{i}" for i in self.named))
+    def __init__(self, config, prices, clamps, human):
+        self.config = config
+        self.prices = prices  # {feature: Price}
+        self.clamps = clamps  # {feature: (op, value)}
+        density_features = []
+        self.density = None
+        if config.density_beta:
+            density_features = human.features
+            self.density = Density(human.latents, config.seed)
+
+        # The features that are read [F], each once: the columns of `latents` everywhere below.
+        self.features = list(dict.fromkeys([*prices, *clamps, *density_features]))
+        self.column = {feature: f for f, feature in enumerate(self.features)}
+        self.of_density = [self.column[feature] for feature in density_features]  # [d] columns
+        # Those that are logged one by one.
+        self.named = self.features
+        if len(density_features) > LOGGED:
+            self.named = list(dict.fromkeys([*prices, *clamps]))
+        rates = [f"rate/{feature}" for feature in self.named]
+        self.summary_names = ("proxy", "controlled", *rates)
 
     def load(self, tokenizer, dist):
         """Load the reward model, and its autoencoder."""
-        config, self.dist = self.config, dist
+        config = self.config
+        self.dist = dist
         (spec,) = config.reward_model
         (self.name,) = reward_names([spec])
-        self.reward = load_feature_reward(spec, config.feature_sae, tokenizer, dist, config.micro_batch_size, config.dtype)
-        for i, (tau, alpha) in self.prices.items():
-            dist.print(f"feature {i}: {config.penalty} penalty above {tau:.4g}, alpha {alpha:.4g}")
+        self.reward = load_feature_reward(
+            spec, config.feature_sae, tokenizer, dist, config.micro_batch_size, config.dtype
+        )
+        for feature, price in self.prices.items():
+            dist.print(
+                f"feature {feature}: {config.penalty} penalty above {price.tau:.4g}, "
+                f"alpha {price.alpha:.4g}"
+            )
 
     def read(self, parts: list[Answers]) -> dict[str, torch.Tensor]:
         """A list of Answers, b in all -> {member_scores [b, 1], latents [b, F], clamped [b]}.
@@ -218,9 +330,18 @@ class ControlledScoring:
         `clamped` are the scores with clamped latents. Each answer is read once, for all of these.
         All processes call this.
         """
+
+        def read_parts():
+            readings = []
+            for part in parts:
+                readings.append(self.reward.read_gathered(part, self.features, self.clamps))
+            return readings
+
         with gathered(self.reward.module):
-            found = self.dist.together(lambda: [self.reward.read_gathered(part, self.features, self.clamps) for part in parts])
-        scores, latents, clamped = (torch.cat(values) for values in zip(*found))
+            readings = self.dist.together(read_parts)
+        scores = torch.cat([reading.scores for reading in readings])
+        latents = torch.cat([reading.latents for reading in readings])
+        clamped = torch.cat([reading.edited for reading in readings])
         return {"member_scores": scores[:, None], "latents": latents, "clamped": clamped}
 
     def combine(self, readings: dict[str, torch.Tensor]) -> Scored:
@@ -237,24 +358,47 @@ class ControlledScoring:
 
     def terms(self, latents, clamped):
         """Latents [B, F], clamped scores [B] -> {name: [B]}: R as `controlled`, then its parts."""
-        terms, total = {"clamped": clamped} if self.clamps else {}, clamped
-        for i in self.named:
-            z = latents[:, self.column[i]]  # [B]
-            terms[f"feature/{i}"] = z
-            terms[f"rate/{i}"] = (z > self.prices[i][0] if i in self.prices else z != 0).float()
-        for i, (tau, alpha) in self.prices.items():
-            terms[f"penalty/{i}"] = feature_penalty(latents, [self.column[i]], [tau], [alpha], self.config.penalty)
-            total = total - terms[f"penalty/{i}"]
+        parts = {}
+        if self.clamps:
+            parts["clamped"] = clamped
+
+        # For the record: each feature, and whether it is above its threshold, or fires.
+        for feature in self.named:
+            z = latents[:, self.column[feature]]  # [B]
+            if feature in self.prices:
+                is_active = z > self.prices[feature].tau
+            else:
+                is_active = z != 0
+            parts[f"feature/{feature}"] = z
+            parts[f"rate/{feature}"] = is_active.float()
+
+        # R: the clamped score, less a penalty for each feature that has a price, less the density.
+        controlled = clamped
+        for feature, price in self.prices.items():
+            column = self.column[feature]
+            penalty = feature_penalty(
+                latents, [column], [price.tau], [price.alpha], self.config.penalty
+            )
+            parts[f"penalty/{feature}"] = penalty
+            controlled = controlled - penalty
         if self.density:
-            terms["log_ratio"] = self.log_ratio(latents)
-            terms["density"] = self.config.density_beta * terms["log_ratio"] * self.density.counts
-            total = total - terms["density"]
-        return {"controlled": total, **terms}
+            log_ratio = self.log_ratio(latents)
+            # In warm-up `counts` is False, and the price 0.
+            density = self.config.density_beta * log_ratio * self.density.counts
+            parts["log_ratio"] = log_ratio
+            parts["density"] = density
+            controlled = controlled - density
+        return {"controlled": controlled, **parts}
 
     def log_ratio(self, latents):
-        """Clipped log p_policy / p_human, [B], of latents [B, F]: the first process's numbers, so that all have the same bits."""
-        x = self.density.log_ratio(latents[:, self.of_density].cpu())
-        return self.dist.gather((x if self.dist.main else x[:0]).to(latents.device))
+        """Clipped log p_policy / p_human of latents [B, F]: [B].
+
+        All processes take the first one's numbers, so that all have the same bits.
+        """
+        log_ratio = self.density.log_ratio(latents[:, self.of_density].cpu())
+        if not self.dist.main:
+            log_ratio = log_ratio[:0]
+        return self.dist.gather(log_ratio.to(latents.device))
 
     def learn(self, readings: dict[str, torch.Tensor]) -> dict[str, float]:
         """Let the density ratio learn from the readings of a rollout, once it has been judged.
@@ -265,70 +409,107 @@ class ControlledScoring:
             return {}
         return self.density.learn(readings["latents"][:, self.of_density].cpu())
 
-    def tensors(self):
-        """What a checkpoint must keep, {name: tensor}; restore() takes it back."""
-        return self.density.tensors() if self.density else {}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must keep; restore() takes it back."""
+        if not self.density:
+            return {}
+        return self.density.tensors()
 
-    def restore(self, tensors):
+    def restore(self, tensors: dict[str, torch.Tensor]):
         if self.density:
             self.density.restore(tensors)
 
 
-class Density:
-    """log p_policy(z) / p_human(z), learned while the policy moves, on the CPU: from past rollouts alone, never from the one it judges.
+# -------------------------------------------------------------------------- the density ratio
 
-    All processes see the whole batch's latents and make the same updates, whose draws are keyed by (seed, rollouts so far).
+
+class Density:
+    """log p_policy(z) / p_human(z), learned while the policy moves, on the CPU.
+
+    It learns from past rollouts alone, never from the one that it judges. All processes see the
+    whole batch's latents and make the same updates, whose draws are keyed by (seed, rollouts so
+    far). human [N, d]: the latents of people's texts.
     """
 
     def __init__(self, human, seed):
-        order = torch.randperm(len(human), generator=torch.Generator().manual_seed(key(DENSITY, seed)))
-        self.held_out, self.human = human[order].tensor_split([math.ceil(HELD_OUT * len(human))])  # [.., d]
-        self.net, self.seed = DensityRatio(human.shape[1], seed).fit(self.human), seed
+        self.seed = seed
+        self.rollouts = 0  # so many were learned from
+        self.replay = []  # latents [B, d] of the last REPLAY rollouts
+
+        # A part of the human texts, drawn by the seed, is never learned from.
+        generator = torch.Generator().manual_seed(key(DENSITY, seed))
+        order = torch.randperm(len(human), generator=generator)
+        n_held_out = math.ceil(HELD_OUT * len(human))
+        self.held_out, self.human = human[order].tensor_split([n_held_out])
+
+        self.net = DensityRatio(human.shape[1], seed).fit(self.human)
         self.optimizer = adamw(self.net, LR, (0.9, 0.999), 0.0)
-        self.rollouts, self.replay = 0, []  # up to REPLAY tensors [B, d]
 
     @property
-    def counts(self):
+    def counts(self) -> bool:
         """Whether warm-up is over."""
         return self.rollouts >= WARM_UP
 
     @torch.no_grad()
     def log_ratio(self, z):
-        """z [B, d] -> [B], within +-CLIP"""
+        """z [B, d] -> [B], within +-CLIP."""
         return self.net(z).clamp(-CLIP, CLIP)
 
     def learn(self, z):
-        """A fresh rollout z [B, d] -> {density_auc, density_loss}: how well it is told from held-out texts, before anything is learned from
-        it, and the mean loss of the UPDATES from the replay, which it has then joined."""
+        """Learn from a fresh rollout's latents z [B, d]. -> {density_auc, density_loss}
+
+        density_auc: how well z is told from the held-out texts, before anything is learned from it.
+        density_loss: the mean loss of the UPDATES from the replay, which z has then joined.
+        """
         with torch.no_grad():
             logits = torch.cat([self.net(z), self.net(self.held_out)])
-        labels = torch.arange(len(logits)) < len(z)
-        record = {"density_auc": auc(logits, labels)}
+        is_policy = torch.arange(len(logits)) < len(z)
+        density_auc = auc(logits, is_policy)
+
         self.replay = [*self.replay, z][-REPLAY:]
-        past, losses = torch.cat(self.replay), []
+        past = torch.cat(self.replay)
         generator = torch.Generator().manual_seed(key(DENSITY, self.seed, self.rollouts))
+        losses = []
         for _ in range(UPDATES):
-            policy, human = (x[torch.randint(len(x), (BATCH,), generator=generator)] for x in (past, self.human))  # [BATCH, d] each
-            logits = self.net(torch.cat([policy, human]))
-            loss = density_loss(*logits.chunk(2))
+            policy = draw_rows(past, generator)  # [BATCH, d]
+            human = draw_rows(self.human, generator)  # [BATCH, d]
+            policy_logits, human_logits = self.net(torch.cat([policy, human])).chunk(2)
+            loss = density_loss(policy_logits, human_logits)
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             losses.append(loss.item())
         self.rollouts += 1
-        return record | {"density_loss": sum(losses) / UPDATES}
+        return {"density_auc": density_auc, "density_loss": sum(losses) / UPDATES}
 
     def tensors(self):
-        """Weights, optimizer, replay and count: {name: tensor}."""
+        """Weights, the optimizer's moments, replay and count: {name: tensor}."""
+        tensors = dict(self.net.state_dict())
         names = {p: name for name, p in self.net.named_parameters()}
-        moments = {f"{slot}/{names[p]}": x for p, state in self.optimizer.state.items() for slot, x in state.items()}
-        replay = {f"replay/{i}": z.contiguous() for i, z in enumerate(self.replay)}
-        return self.net.state_dict() | moments | replay | {"rollouts": torch.tensor(self.rollouts)}
+        for p, state in self.optimizer.state.items():
+            for slot, moment in state.items():  # "step", "exp_avg", "exp_avg_sq"
+                tensors[f"{slot}/{names[p]}"] = moment
+        for i, z in enumerate(self.replay):
+            tensors[f"replay/{i}"] = z.contiguous()
+        tensors["rollouts"] = torch.tensor(self.rollouts)
+        return tensors
 
     def restore(self, tensors):
-        self.net.load_state_dict({name: tensors[name] for name in self.net.state_dict()})
+        """Take back what tensors() gave."""
+        weights = {name: tensors[name] for name in self.net.state_dict()}
+        self.net.load_state_dict(weights)
         for name, p in self.net.named_parameters():
-            slots = {key_: x for key_, x in tensors.items() if key_.endswith(f"/{name}")}
-            self.optimizer.state[p] = {key_.split("/")[0]: x for key_, x in slots.items()}
+            state = {}
+            for key_of_tensor, tensor in tensors.items():
+                slot, _, parameter = key_of_tensor.partition("/")
+                if parameter == name:
+                    state[slot] = tensor
+            self.optimizer.state[p] = state
         self.rollouts = int(tensors["rollouts"])
-        self.replay = [tensors[f"replay/{i}"] for i in range(min(self.rollouts, REPLAY))]
+        n_replay = min(self.rollouts, REPLAY)
+        self.replay = [tensors[f"replay/{i}"] for i in range(n_replay)]
+
+
+def draw_rows(rows, generator):
+    """BATCH rows of [N, d], drawn with replacement."""
+    return rows[torch.randint(len(rows), (BATCH,), generator=generator)]

@@ -1,8 +1,10 @@
-"""Reward models whose latents can be read: a SARM, or a reward model of train_rm.py with an autoencoder on one of its layers.
+"""Reward models whose features can be read.
 
-    B answers, F chosen features, M latents
+A SARM, or a reward model of train_rm.py with an autoencoder on one of its layers. Everything that
+works on features in a reward (penalties in PPO, probes, steering) goes through one function,
+FeatureReward.read.
 
-Everything that works on latents in a reward (penalties in PPO, probes, steering) goes through one function, FeatureReward.read.
+    B answers, F chosen features, E edited features, M features in all, D hidden
 """
 
 import math
@@ -15,9 +17,10 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
 from ..hf.activations import SITES, captured, replaced
+from ..hf.folders import check_model
 from ..interp import sae_files
 from ..interp.sae_files import the_one_sae
-from ..models import check_model, fingerprint, is_reward_model, load_reward_model
+from ..models import fingerprint, is_reward_model, load_reward_model
 from ..packing import pack
 from ..penalties import OPS, edit_latents
 from ..rewards import kind_of, packed_reader, reward_names
@@ -53,168 +56,262 @@ class LatentFlags(FlagGroup):
 
 
 def check_feature_reward(spec, sae="", features=()):
-    """Look at a reward model and its autoencoder (a folder; a SARM has its own: "") before any of them is loaded. -> M
+    """Look at a reward model and its autoencoder before any of them is loaded. -> M
 
-    InputError, in one line: no reward model; one without latents; an autoencoder of another width, or of no layer of it; a feature that
-    is not there.
+    sae: a folder; "" for a SARM, which has its own. InputError, in one line: no reward model; one
+    without features; an autoencoder of another width, or of no layer of it; a feature that is not
+    there.
     """
     require(kind_of(spec) == "model", f"{spec} is no reward model, so it has no features")
     check_made(spec)
     if is_sarm(spec):
-        require(not sae, f"{spec} is a SARM, which scores with an autoencoder of its own: name no other ({sae})")
+        require(
+            not sae,
+            f"{spec} is a SARM, which scores with an autoencoder of its own: name no other ({sae})",
+        )
         m = check_sarm(spec).sarm_param["sae_latent_size"]
     else:
         require(is_reward_model(spec), f"{spec} is no reward model of train_rm.py")
-        require(sae, f"{spec} is no SARM: name an autoencoder on one of its layers (train_sae.py --model {spec})")
-        sae = the_one_sae(sae)
-        found, config = sae_files.read_config(sae), check_model(spec)
-        width = config.get_text_config().hidden_size
-        require(found["d_in"] == width, f"{sae}: an autoencoder for activations of width {found['d_in']}; {spec} has {width}")
-        layer, site = place_of(sae)
-        n = config.num_hidden_layers
-        require(layer in range(n), f"{sae}: an autoencoder on layer {layer}; {spec} has the layers 0 to {n - 1}")
-        m = found["d_sae"]
+        require(
+            sae,
+            f"{spec} is no SARM: name an autoencoder on one of its layers "
+            f"(train_sae.py --model {spec})",
+        )
+        m = check_autoencoder(spec, the_one_sae(sae))
     checked(features, None, m)
     return m
 
 
+def check_autoencoder(spec, sae):
+    """InputError where the autoencoder in folder `sae` does not fit the reward model. -> M"""
+    sae_config = sae_files.read_config(sae)
+    config = check_model(spec)
+    d_in = sae_config["d_in"]
+    width = config.get_text_config().hidden_size
+    require(
+        d_in == width, f"{sae}: an autoencoder for activations of width {d_in}; {spec} has {width}"
+    )
+    layer, _ = read_place(sae)
+    n_layers = config.num_hidden_layers
+    require(
+        layer in range(n_layers),
+        f"{sae}: an autoencoder on layer {layer}; {spec} has the layers 0 to {n_layers - 1}",
+    )
+    return sae_config["d_sae"]
+
+
+def read_place(sae):
+    """(layer, site) of an autoencoder's folder, by its metadata. InputError: it does not say."""
+    notes = sae_files.read_config(sae).get("metadata") or {}
+    layer = notes.get("layer")
+    site = notes.get("site")
+    require(
+        type(layer) is int and site in SITES,
+        f"{sae}: its metadata do not say which layer and site it is on",
+    )
+    return layer, site
+
+
 def parse_edits(flag, texts, ops=OPS):
-    """["17:set:0", "23:max:0.5"] -> {17: ("set", 0.0), 23: ("max", 0.5)}"""
+    """["17:set:0", "23:max:0.5"] -> {17: ("set", 0.0), 23: ("max", 0.5)}
+
+    flag: its name, for errors. InputError: another form, an op that is not among `ops`, a number
+    that float32 does not hold, a feature that is named twice.
+    """
     edits = {}
     for text in texts:
-        i, op, value = text.split(":") if text.count(":") == 2 else ("", "", "")
+        feature, op, value = "", "", ""
+        if text.count(":") == 2:
+            feature, op, value = text.split(":")
         try:
             number = float(value)
         except ValueError:
             number = math.nan
-        # Of nan every comparison is False. An id of more digits than 64 bits hold is none.
-        fits = abs(number) <= MOST_FLOAT and len(i) < 19
-        good = i.isdecimal() and op in ops and fits
-        require(good, f"--{flag} {text}: it must be FEATURE:OP:VALUE with OP one of {', '.join(ops)}, such as 17:set:0")
-        require(int(i) not in edits, f"--{flag} names feature {i} twice")
-        edits[int(i)] = (op, number)
+        is_id = feature.isdecimal() and len(feature) < 19  # fits 64 bits
+        is_number = abs(number) <= MOST_FLOAT  # nan is not
+        require(
+            is_id and op in ops and is_number,
+            f"--{flag} {text}: it must be FEATURE:OP:VALUE with OP one of {', '.join(ops)}, "
+            "such as 17:set:0",
+        )
+        require(int(feature) not in edits, f"--{flag} names feature {int(feature)} twice")
+        edits[int(feature)] = (op, number)
     return edits
 
 
-def place_of(sae):
-    """(layer, site) of an autoencoder's folder, by its metadata."""
-    notes = sae_files.read_config(sae).get("metadata") or {}
-    layer, site = notes.get("layer"), notes.get("site")
-    require(type(layer) is int and site in SITES, f"{sae}: its metadata do not say which layer and site it is on")
-    return layer, site
-
-
 def latents_fingerprint(spec, sae=""):
-    """What the latents are those of, at this moment: {"reward_model": digest, "sae": digest, or "" for a SARM}."""
-    return {"reward_model": fingerprint(spec), "sae": fingerprint(the_one_sae(sae)) if sae else ""}
+    """Digests of what makes the latents, as it is at this moment: {"reward_model", "sae"}.
+
+    That of the autoencoder is "" for a SARM, which has its own.
+    """
+    fingerprint_of_sae = ""
+    if sae:
+        fingerprint_of_sae = fingerprint(the_one_sae(sae))
+    return {"reward_model": fingerprint(spec), "sae": fingerprint_of_sae}
 
 
 def load_feature_reward(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="float32"):
-    """Load what check_feature_reward looked at. -> FeatureReward. `tokenizer` is the policy's; None: there is only text."""
+    """Load what check_feature_reward looked at. -> FeatureReward
+
+    tokenizer: the policy's, whose ids are read as they are; None: there is only text.
+    """
     check_feature_reward(spec, sae)
     if sae:
         sae = the_one_sae(sae)
         width = check_model(spec).get_text_config().hidden_size
-        module = WithSAE(load_reward_model(spec), sae_files.load_sae(sae, width), place_of(sae)).eval()
+        autoencoder = sae_files.load_sae(sae, width)
+        module = WithSAE(load_reward_model(spec), autoencoder, read_place(sae)).eval()
     else:
         module = SARM.from_pretrained(spec)
     module.to(dist.load_device).requires_grad_(False)
-    return FeatureReward(module, spec, reward_names([os.path.normpath(spec)])[0], tokenizer, dist, micro_batch_size, dtype)
+    (name,) = reward_names([os.path.normpath(spec)])
+    return FeatureReward(module, spec, name, tokenizer, dist, micro_batch_size, dtype)
 
 
 class FeatureReward:
-    """A reward model that also tells its latents. It is a reward function itself: Answers -> scores [B], as rewards.load_reward gives.
+    """A reward model that also tells its features.
 
-    m: the number of latents; weights: [M], the head's weight on each, or None where the head does not read them; name: in records.
+    It is a reward function itself: Answers -> scores [B], as rewards.load_reward gives. m: the
+    number of features; weights [M]: the head's weight on each, or None where the head does not read
+    them; name: in records.
     """
 
     def __init__(self, module, path, name, tokenizer, dist, micro_batch_size, dtype):
-        self.path, self.name, self.dist, self.dtype, self.m = path, name, dist, dtype, module.sae.m
-        self.weights = module.score.weight[0].float().cpu() if isinstance(module, SARM) else None
+        self.path = path
+        self.name = name
+        self.dist = dist
+        self.dtype = dtype
+        self.m = module.sae.m
+        self.weights = None
+        if isinstance(module, SARM):
+            self.weights = module.score.weight[0].float().cpu()
         self.packed = packed_reader(module.config, path, tokenizer, dist, micro_batch_size)
         self.module = dist.wrap(module, dtype=dtype)
-        if dist.sharded:  # FSDP wants its first pass through the root, which read() is not
+        # FSDP wants its first pass through the root, which read() is not.
+        if dist.sharded:
             with gathered(self.module), torch.no_grad():
                 self.module(pack([[1]], [[2]]).to(dist.device))
 
     def __call__(self, answers):
-        """Scores [B] in float32 on the CPU. A model in shards is gathered by the caller (rewards.score)."""
+        """Scores [B] in float32 on the CPU.
+
+        A model in shards is gathered by the caller (rewards.score).
+        """
         return self.read_gathered(answers, []).scores
 
     def read(self, answers, features=None, edits=None):
-        """Answers -> Reading(scores [B], latents [B, F] or [B, M], edited [B]) in float32 on the CPU: see SARM.read.
+        """Answers -> Reading(scores [B], latents [B, F] or [B, M], edited [B]): see SARM.read.
 
-        All processes call it equally often: a model in shards is gathered for it.
+        In float32 on the CPU. All processes call it equally often: a model in shards is gathered
+        for it.
         """
         with gathered(self.module):
             return self.read_gathered(answers, features, edits)
 
     def read_gathered(self, answers, features=None, edits=None):
+        """read() of a model that the caller has gathered: without collective calls."""
         n_features = self.m if features is None else len(features)
-        out = Reading(torch.zeros(len(answers)), torch.zeros(len(answers), n_features), torch.zeros(len(answers)))
-        for rows, part in self.packed(answers) if len(answers) else []:
+        readings = Reading(
+            scores=torch.zeros(len(answers)),
+            latents=torch.zeros(len(answers), n_features),
+            edited=torch.zeros(len(answers)),
+        )
+        # A process may have no answers, and none cannot be packed.
+        micro_batches = []
+        if len(answers):
+            micro_batches = self.packed(answers)
+        for rows, part in micro_batches:
             with autocast(self.dist, self.dtype):
-                found = self.module.read(part, features, edits)
-            for whole, values in zip(out, found):
-                whole[rows.cpu()] = values.float().cpu()
-        require(bool(out.scores.isfinite().all()), f"the reward model {self.path} gave a score that is not finite")
-        moved = bool(out.edited.isfinite().all())
-        require(moved, f"an edit makes a score of the reward model {self.path} that is not finite")
-        return out
+                reading = self.module.read(part, features, edits)
+            rows = rows.cpu()
+            readings.scores[rows] = reading.scores.float().cpu()
+            readings.latents[rows] = reading.latents.float().cpu()
+            readings.edited[rows] = reading.edited.float().cpu()
+
+        require(
+            bool(readings.scores.isfinite().all()),
+            f"the reward model {self.path} gave a score that is not finite",
+        )
+        require(
+            bool(readings.edited.isfinite().all()),
+            f"an edit makes a score of the reward model {self.path} that is not finite",
+        )
+        return readings
 
 
-# ------------------------------------------------------------------------------------------------ an ordinary reward model's latents
+# --------------------------------------------------------- an ordinary reward model's features
 
 
 class WithSAE(nn.Module):
-    """A models.RewardModel and an autoencoder on what it puts out at `place` (layer, site): the same readings as a SARM's.
+    """A models.RewardModel and an autoencoder at `place` (layer, site): a SARM's readings.
 
-    An edit works on the activation x at the pooled token, in a second forward, and the layers above see it:
+    An edit works on the activation x at the pooled token, in a second forward, and the layers above
+    see it. s leads from standardised units to the model's:
 
-        x' = x + s sum_i (edit(z_i) - z_i) d_i          s: from standardised to the model's units
+        x' = x + s sum_i (edit(z_i) - z_i) d_i
 
-    At that token only, so that there is one z of a text, the one that is reported, penalised and edited. Pitfall: at other tokens the
-    feature is still there, and attention above may read it.
+    At that token only, so that there is one z of a text, the one that is reported, penalised and
+    edited. Pitfall: at other tokens the feature is still there, and attention above may read it.
     """
 
     def __init__(self, reward_model, sae, place):
         super().__init__()
-        self.reward_model, self.sae, self.place = reward_model, sae, place
+        self.reward_model = reward_model
+        self.sae = sae
+        self.place = place
         self.config = reward_model.model.config
 
     def forward(self, batch):
         return self.reward_model(batch)
 
     def encode(self, x):
-        """x [B, D] -> z [B, M]"""
+        """x [B, D] -> z [B, M]; in float32, also under autocast."""
         with torch.autocast(x.device.type, enabled=False):
             return self.sae.encode(x.float())
 
     @torch.no_grad()
     def read(self, batch, features=None, edits=None):
-        """As SARM.read; edited = scores exactly where no latent changes."""
+        """Packed rows -> Reading, as SARM.read; edited is scores exactly where nothing changes."""
         features, edits = checked(features, edits, self.sae.m)
-        at = torch.arange(len(batch), device=batch.ids.device), batch.lengths - 1
-        lm, chosen = self.reward_model.model, list(edits)
-        with captured(lm, [self.place]) as kept:
-            scores = self.reward_model(batch)
-        x = kept[self.place][at].to(self.sae.mean.dtype)  # [B, D]
-        z = self.encode(x)
+        with captured(self.reward_model.model, [self.place]) as kept:
+            scores = self.reward_model(batch)  # [B]
+        x = kept[self.place][pooled_tokens(batch)].to(self.sae.mean.dtype)  # [B, D]
+        z = self.encode(x)  # [B, M]
         edited = scores
         if edits:
+            edited = self.score_edited(batch, scores, x, z, edits)
+        latents = z if features is None else z[:, features]
+        return Reading(scores, latents, edited)
+
+    def score_edited(self, batch, scores, x, z, edits):
+        """The scores [B] after edits, from the scores, x [B, D] and z [B, M] before them."""
+        # How far each x moves.
+        chosen = list(edits)
+        change = edit_latents(z[:, chosen], list(edits.values())) - z[:, chosen]  # [B, E]
+        steps = change @ self.sae.W_dec[chosen]  # [B, D]
+        if self.sae.normalize != "none":
             _, scale = self.sae.moments(x)
-            change = edit_latents(z[:, chosen], list(edits.values())) - z[:, chosen]  # [B, E]
-            steps = change @ self.sae.W_dec[chosen] * (1.0 if self.sae.normalize == "none" else scale)  # [B, D]
+            steps = steps * scale
 
-            def moved(output):
-                new = output.clone()
-                new[at] += steps.to(output.dtype)
-                return new
+        # Texts whose features do not change keep their scores, without a second forward.
+        rows = (change != 0).any(1).nonzero()[:, 0]
+        if not len(rows):
+            return scores
+        part = batch.rows(rows)
+        pooled = pooled_tokens(part)
 
-            rows = (change != 0).any(1).nonzero()[:, 0]  # the others need no second forward
-            if len(rows):
-                part, steps, edited = batch.rows(rows), steps[rows], scores.clone()
-                at = torch.arange(len(rows), device=rows.device), part.lengths - 1
-                with replaced(lm, self.place, moved):
-                    edited[rows] = self.reward_model(part)
-        return Reading(scores, z if features is None else z[:, features], edited)
+        def move(output):  # [rows, T, D]
+            moved = output.clone()
+            moved[pooled] += steps[rows].to(output.dtype)
+            return moved
+
+        edited = scores.clone()
+        with replaced(self.reward_model.model, self.place, move):
+            edited[rows] = self.reward_model(part)
+        return edited
+
+
+def pooled_tokens(batch):
+    """The index of each row's last real token: (rows [B], positions [B])."""
+    rows = torch.arange(len(batch), device=batch.ids.device)
+    return rows, batch.lengths - 1

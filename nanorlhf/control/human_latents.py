@@ -1,12 +1,16 @@
-"""What people's texts look like to a reward model's features: the reference data of penalties in train_ppo.py, in one file.
+"""What people's texts look like to a reward model's features, in one file.
 
-    N texts, M latents, F of them in the file
+It is the reference data of penalties in train_ppo.py.
 
-FILE.safetensors holds  latents [N, F] at each text's last token, features [F] (their ids), scores [N] of the same texts by the same
-reward model, and says whose latents they are (fingerprints of the reward model and of its autoencoder). With `complete` it holds all
-latents that fire on any of the texts, so that any other is known to be 0 on all of them.
+    N texts, n of them read by this process, M features, F of them in the file
 
-Pitfall: a whole text ends with EOS, and that is where its latents are read. Those of one that was cut off are of another token.
+FILE.safetensors holds latents [N, F] at each text's last token, features [F] (their ids), scores
+[N] of the same texts by the same reward model, and says whose latents they are (fingerprints of the
+reward model and of its autoencoder). With `complete` it holds all features that fire on any of the
+texts, so that any other is known to be 0 on all of them.
+
+Pitfall: a whole text ends with EOS, and that is where its latents are read. A text that was cut off
+is read at another token.
 """
 
 import json
@@ -35,33 +39,49 @@ from .feature_rewards import (
     load_feature_reward,
 )
 
-NAMES, NOTES = ("latents", "features", "scores"), "human_latents"
+NAMES = ("latents", "features", "scores")
+NOTES = "human_latents"  # where a file's notes stand among its metadata
 WHOSE = {"reward_model": "reward model", "sae": "autoencoder"}
+# Numbers of a file are smaller than this: float32 holds their squares.
+MOST = 1e18
 CHUNK = 1024  # texts that are read before what fires in them is put aside
 
 
 class HumanLatents(NamedTuple):
+    """A file of human latents."""
+
     path: str
     latents: torch.Tensor  # [N, F], float32
     features: list[int]  # [F]
     scores: torch.Tensor  # [N], float32
-    complete: bool  # the file has all latents that fire on any of its texts
+    complete: bool  # the file has all features that fire on any of its texts
 
     def column(self, feature):
         """The feature's latents on all texts, [N]. InputError: the file does not know them."""
         if feature in self.features:
             return self.latents[:, self.features.index(feature)]
-        require(self.complete, f"{self.path} holds no latents of feature {feature} (probe.py human_latents --features chooses them)")
+        require(
+            self.complete,
+            f"{self.path} holds no latents of feature {feature} "
+            "(probe.py human_latents --features chooses them)",
+        )
         return torch.zeros(len(self.latents))
 
 
 def save(path, human, fingerprint):
-    """Write a file of human latents, under a temporary name first. fingerprint: a dict, feature_rewards.latents_fingerprint."""
-    tensors = {"latents": human.latents.contiguous(), "features": torch.tensor(human.features), "scores": human.scores.contiguous()}
+    """Write a file of human latents, under a temporary name first.
+
+    fingerprint: a dictionary, feature_rewards.latents_fingerprint.
+    """
+    tensors = {
+        "latents": human.latents.contiguous(),
+        "features": torch.tensor(human.features),
+        "scores": human.scores.contiguous(),
+    }
+    notes = {"complete": human.complete, "fingerprint": fingerprint}
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     # A name of its own: of two processes at once the last one's file stays, whole.
     temporary = f"{path}.{os.getpid()}.tmp"
-    notes = {"complete": human.complete, "fingerprint": fingerprint}
     save_file(tensors, temporary, {NOTES: json.dumps(notes)})
     os.replace(temporary, path)
 
@@ -77,33 +97,68 @@ def is_human_latents(path):
 def load(path, spec, sae):
     """A file of human latents, for the reward model `spec` and its autoencoder -> HumanLatents.
 
-    InputError: no such file, another kind of file, latents of another reward model or autoencoder. Loads no model.
+    InputError: no such file, another kind of file, latents of another reward model or autoencoder.
+    Loads no model.
     """
     command = f"python probe.py human_latents --reward_model {spec} --output {path}"
     if sae:
         command += f" --sae {sae}"
     require(os.path.isfile(path), f"{path}: no human latents here; this makes them: {command}")
+
     notes = read_notes(path).get(NOTES)
     tensors = read_tensors(path)
-    require(notes and set(NAMES) <= set(tensors), f"{path}: not a file of human latents (probe.py human_latents)")
-    latents, features, scores = (tensors[name] for name in NAMES)
-    fits = latents.ndim == 2 and scores.shape == latents.shape[:1] and features.shape == latents.shape[1:]
-    require(fits and len(scores) > 0, f"{path}: its tensors do not fit each other")
-    check_tensors(tensors, {"latents": None, "scores": None}, path)
-    largest = max(latents.abs().max().item() if latents.numel() else 0.0, scores.abs().max().item())
-    require(largest < 1e18, f"{path}: it holds {largest:.3g}, whose square float32 cannot hold")
-    ids = features.tolist()
-    good = features.dtype == torch.int64 and len(set(ids)) == len(ids) and min(ids, default=0) >= 0
-    require(good, f"{path}: its features must be whole numbers from 0, each of them once")
+    require(
+        notes and set(NAMES) <= set(tensors),
+        f"{path}: not a file of human latents (probe.py human_latents)",
+    )
+    check_human_tensors(tensors, path)
     notes = check_fields(parse_json(notes, path), {"complete": bool, "fingerprint": dict}, path)
+    check_fingerprint(notes["fingerprint"], path, spec, sae)
+    return HumanLatents(
+        path,
+        tensors["latents"].float(),
+        tensors["features"].tolist(),
+        tensors["scores"].float(),
+        notes["complete"],
+    )
+
+
+def check_human_tensors(tensors, path):
+    """InputError where the tensors of a file do not fit each other, or hold impossible numbers."""
+    latents = tensors["latents"]
+    features = tensors["features"]
+    scores = tensors["scores"]
+    fits = (
+        latents.ndim == 2
+        and scores.shape == latents.shape[:1]
+        and features.shape == latents.shape[1:]
+    )
+    require(fits and len(scores) > 0, f"{path}: its tensors do not fit each other")
+
+    check_tensors(tensors, {"latents": None, "scores": None}, path)
+    largest = scores.abs().max().item()
+    if latents.numel():
+        largest = max(latents.abs().max().item(), largest)
+    require(largest < MOST, f"{path}: it holds {largest:.3g}, whose square float32 cannot hold")
+
+    ids = features.tolist()
+    is_once = len(set(ids)) == len(ids)
+    are_ids = features.dtype == torch.int64 and is_once and min(ids, default=0) >= 0
+    require(are_ids, f"{path}: its features must be whole numbers from 0, each of them once")
+
+
+def check_fingerprint(stored, path, spec, sae):
+    """InputError where a file's latents are of another reward model or autoencoder than these."""
     what = f"{spec} with {sae}" if sae else spec
     for name, value in latents_fingerprint(spec, sae).items():
-        same = notes["fingerprint"].get(name) == value
-        require(same, f"{path}: latents by another {WHOSE[name]} than {what} (write them again: probe.py human_latents)")
-    return HumanLatents(path, latents.float(), ids, scores.float(), notes["complete"])
+        require(
+            stored.get(name) == value,
+            f"{path}: latents by another {WHOSE[name]} than {what} "
+            "(write them again: probe.py human_latents)",
+        )
 
 
-# ------------------------------------------------------------------------------------------------------ body of the probe.py command
+# ----------------------------------------------------------------- body of the probe.py command
 
 
 @dataclass
@@ -146,39 +201,86 @@ def human_latents(config):
     with: the features of a SARM, or of an autoencoder on one of a reward
     model's layers, at the last token of each text, and the texts' scores.
     """
-    dist, ids = setup(config.device), parse_ids(config.features)
+    # All that can be wrong with flags and files, before the model is loaded.
+    dist = setup(config.device)
+    ids = parse_ids(config.features)
     check_output(config.output, is_human_latents, "a file of human latents")
-    dist.together(lambda: dist.main and check_can_write(config.output))
+
+    def check_place():
+        if dist.main:
+            check_can_write(config.output)
+
+    dist.together(check_place)
     check_feature_reward(config.reward_model, config.sae, ids)
-    rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
-    tokenizer, side = load_tokenizer(config.reward_model), "response" if config.kind == "sft" else "chosen"
-    prompts, responses, cut = data.encode(tokenizer, rows, side, config.max_length or None, config.chat_template)
-    reward = load_feature_reward(config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype)
 
-    def answers(places):
-        batch = pack([prompts[i] for i in places], [responses[i] for i in places], tokenizer.pad_token_id)
-        return Answers([rows[i]["prompt"] for i in places], [rows[i][side] for i in places], batch)
+    # The texts.
+    rows = data.read_rows(config.dataset, config.kind, config.columns)
+    rows = data.subset(rows, config.max_rows)
+    side = "response" if config.kind == "sft" else "chosen"
+    tokenizer = load_tokenizer(config.reward_model)
+    max_length = config.max_length or None
+    prompts, responses, n_cut = data.encode(tokenizer, rows, side, max_length, config.chat_template)
+    reward = load_feature_reward(
+        config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
+    )
 
-    def mine():
-        places, found, scores = dist.part(len(rows)), [torch.zeros(0, len(ids) or reward.m).to_sparse()], [torch.zeros(0)]
-        progress = Progress(dist, "human latents, text", len(places))
-        for first in range(places.start, places.stop, CHUNK):
-            reading = reward.read(answers(range(first, min(first + CHUNK, places.stop))), ids or None)
-            found.append(reading.latents.to_sparse())
-            scores.append(reading.scores)
-            progress.step(first - places.start + len(reading.scores), "")
-        progress.close()
-        return torch.cat(found).coalesce(), torch.cat(scores)
+    def pack_texts(first, last):
+        part = rows[first:last]
+        batch = pack(prompts[first:last], responses[first:last], tokenizer.pad_token_id)
+        return Answers([row["prompt"] for row in part], [row[side] for row in part], batch)
 
-    latents, scores = dist.together(mine)  # sparse [n, M] of this process's texts, [n]
-    chosen = torch.arange(len(ids)) if ids else dist.gather(latents.indices()[1].unique()).unique()  # columns
-    latents = dist.gather(latents.index_select(1, chosen).to_dense())  # [N, F]
-    human = HumanLatents(config.output, latents, ids or chosen.tolist(), dist.gather(scores), not ids)
+    # Each process reads its part of them.
+    def read_own():
+        return read_texts(dist, reward, len(rows), pack_texts, ids)
+
+    latents, scores = dist.together(read_own)  # sparse [n, F] or [n, M], [n]
+
+    # Without --features: all features that fire on any text of any process.
+    if ids:
+        columns = torch.arange(len(ids))
+        features = ids
+    else:
+        own_columns = latents.indices()[1].unique()
+        columns = dist.gather(own_columns).unique()
+        features = columns.tolist()
+    latents = dist.gather(latents.index_select(1, columns).to_dense())  # [N, F]
+    scores = dist.gather(scores)  # [N]
+
+    human = HumanLatents(config.output, latents, features, scores, complete=not ids)
     if dist.main:
         save(config.output, human, latents_fingerprint(config.reward_model, config.sae))
     dist.barrier()
-    summary = {"texts": len(rows), "cut": cut, "features": len(human.features), "score_mean": human.scores.mean().item(),
-               "score_std": human.scores.std().item()}  # fmt: skip
-    dist.print("{texts} texts ({cut} cut), {features} features, score {score_mean:.3f} with a std of {score_std:.3f}".format(**summary))
-    dist.print(f"Written to {config.output}")
+    summary = {
+        "texts": len(rows),
+        "cut": n_cut,
+        "features": len(features),
+        "score_mean": scores.mean().item(),
+        "score_std": scores.std().item(),
+    }
+    dist.print(
+        f"{len(rows)} texts ({n_cut} cut), {len(features)} features, score "
+        f"{summary['score_mean']:.3f} with a std of {summary['score_std']:.3f}",
+        f"Written to {config.output}",
+    )
     return summary
+
+
+def read_texts(dist, reward, n_texts, pack_texts, ids):
+    """Read this process's part of N texts, CHUNK at a time. -> latents, scores [n]
+
+    pack_texts(first, last): Answers of the texts in between. The latents are sparse, [n, F] of the
+    features `ids`, or [n, M] of all where none is named: most of them are 0.
+    """
+    n_features = len(ids) or reward.m
+    latents = [torch.zeros(0, n_features).to_sparse()]
+    scores = [torch.zeros(0)]
+    own = dist.part(n_texts)
+    progress = Progress(dist, "human latents, text", len(own))
+    for first in range(own.start, own.stop, CHUNK):
+        last = min(first + CHUNK, own.stop)
+        reading = reward.read(pack_texts(first, last), ids or None)
+        latents.append(reading.latents.to_sparse())
+        scores.append(reading.scores)
+        progress.step(last - own.start, "")
+    progress.close()
+    return torch.cat(latents).coalesce(), torch.cat(scores)

@@ -8,11 +8,13 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..errors import at_least, require
-from ..models import check_model, context_length, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..runtime.files import read_file
@@ -39,63 +41,110 @@ class PairFlags(FlagGroup):
         at_least(self, 1, "eval_size")
 
 
-def opened(config, features):
-    """All that can be wrong with the folders, before any model is loaded. -> dist, run folder, tokenizer, longest text"""
+def open_run(config, features) -> tuple:
+    """Find all that can be wrong with the folders, before any model is loaded.
+
+    features: the latents that flags name, by their ids -> dist, run folder, tokenizer, the longest
+    text in tokens. InputError: something is wrong.
+    """
     dist = setup(config.device)
     require(dist.world == 1, "this command runs on one process")
     folder = results_folder(config, dist)
     check_feature_reward(config.reward_model, config.sae, features)
     max_length = config.max_length or context_length(check_model(config.reward_model))
-    return dist, folder, load_tokenizer(config.reward_model), max_length
+    tokenizer = load_tokenizer(config.reward_model)
+    return dist, folder, tokenizer, max_length
 
 
-def encoded(config, tokenizer, rows, side, max_length):
-    """Rows {prompt, `side`} -> Answers, packed. What was sampled in these words is taken as it was: a cut answer has no EOS."""
+# ------------------------------------------------------------------------------------- the texts
+
+
+def encode_texts(config, tokenizer, rows: list[dict], side: str, max_length: int) -> Answers:
+    """Rows {"prompt", `side`} -> Answers, packed.
+
+    `side` is the field of the response: response, chosen or rejected.
+    """
     prompts, responses, cut = data.encode(tokenizer, rows, side, max_length, config.chat_template)
     if cut:
         print(f"{cut} of {len(rows)} texts ({side}) cut to {max_length} tokens", flush=True)
+    # A text that was sampled is read by its sampled ids, if they are still the ids of these words:
+    # an answer that was cut off has no EOS.
     for i, row in enumerate(rows):
-        own = [row.get("prompt_ids"), row.get("response_ids")]
-        if all(own) and tokenizer.batch_decode(own, skip_special_tokens=True) == [row["prompt"], row[side]]:
-            prompts[i], responses[i] = own
-    return Answers([row["prompt"] for row in rows], [row[side] for row in rows], pack(prompts, responses))
+        sampled = [row.get("prompt_ids"), row.get("response_ids")]
+        if not all(sampled):
+            continue
+        if tokenizer.batch_decode(sampled, skip_special_tokens=True) == [row["prompt"], row[side]]:
+            prompts[i], responses[i] = sampled
+    prompt_texts = [row["prompt"] for row in rows]
+    response_texts = [row[side] for row in rows]
+    return Answers(prompt_texts, response_texts, pack(prompts, responses))
 
 
-def read_answers(path):
-    """A file of answers -> rows {prompt, response}, also with the sampled ids where train_ppo.py wrote them."""
+def read_answers(path: str) -> list[dict]:
+    """Read a file of answers: rows {"prompt", "response"}.
+
+    Where train_ppo.py wrote the file, each row also has the sampled "prompt_ids" and
+    "response_ids".
+    """
     check_made(path)
     rows = data.read_rows(path, "sft")
     if os.path.isfile(path):
         for row, (_, whole) in zip(rows, read_file(path)):
-            row |= {name: whole.get(name) for name in ("prompt_ids", "response_ids")}
+            row["prompt_ids"] = whole.get("prompt_ids")
+            row["response_ids"] = whole.get("response_ids")
     return rows
 
 
-def matched(after, before, names):
-    """Answers to the same prompts side by side: the k-th to a prompt beside the k-th to it in the other file. -> two lists of rows"""
-    rest, other = {}, []
+def match_answers(after: list[dict], before: list[dict], names: tuple[str, str]) -> list[dict]:
+    """Order the rows of `before` so that each stands beside the row of `after` to its prompt.
+
+    The k-th answer to a prompt stands beside the k-th to it in the other file. names: of the two
+    files. InputError: one of them has fewer answers to a prompt than the other.
+    """
+    rest = {}  # {prompt: rows of `before` that have no partner yet}
     for row in before:
         rest.setdefault(row["prompt"], []).append(row)
+
+    partners = []
     for row in after:
-        require(rest.get(row["prompt"]), f"{names[1]} has fewer answers to {row['prompt'][:60]!r} than {names[0]}")
-        other.append(rest[row["prompt"]].pop(0))
-    more = next((prompt for prompt, rows in rest.items() if rows), None)
-    require(more is None, f"{names[0]} has fewer answers to {(more or '')[:60]!r} than {names[1]}")
-    return after, other
+        prompt = row["prompt"]
+        require(
+            rest.get(prompt),
+            f"{names[1]} has fewer answers to {prompt[:60]!r} than {names[0]}",
+        )
+        partners.append(rest[prompt].pop(0))
+    for prompt, rows in rest.items():
+        require(not rows, f"{names[0]} has fewer answers to {prompt[:60]!r} than {names[1]}")
+    return partners
 
 
-def read_all(reward, answers, features=None, edits=None):
-    """FeatureReward.read in parts -> scores [N], latents as a sparse [N, M] or [N, F], edited scores [N]; dense for AT_ONCE texts alone."""
-    parts = []
+def groups_of(prompts: list[str]) -> Tensor:
+    """A label for each prompt: [N], equal where prompts are the same up to white space."""
+    label_of = {}
+    labels = []
+    for prompt in prompts:
+        label = label_of.setdefault(data.canonical(prompt), len(label_of))
+        labels.append(label)
+    return torch.tensor(labels)
+
+
+# ----------------------------------------------------------------------------------- the latents
+
+
+def read_all(reward, answers: Answers, features=None, edits=None) -> tuple[Tensor, Tensor, Tensor]:
+    """FeatureReward.read for any number of texts; the latents of AT_ONCE texts alone are dense.
+
+    -> scores [N], latents, a sparse [N, M] or [N, F] of the features, edited scores [N]
+    """
+    scores = []
+    latents = []
+    edited_scores = []
     for rows in torch.arange(len(answers)).split(AT_ONCE):
-        part = Answers(*([texts[i] for i in rows] for texts in (answers.prompts, answers.responses)), answers.batch.rows(rows))
-        scores, latents, edited = reward.read(part, features, edits)
-        parts.append((scores, latents.to_sparse(), edited))
-    scores, latents, edited = map(torch.cat, zip(*parts))
-    return scores, latents.coalesce(), edited
-
-
-def groups_of(prompts):
-    """[N] labels: equal where the prompt is, up to white space."""
-    first = {}
-    return torch.tensor([first.setdefault(data.canonical(prompt), len(first)) for prompt in prompts])
+        prompts = [answers.prompts[i] for i in rows]
+        responses = [answers.responses[i] for i in rows]
+        part = Answers(prompts, responses, answers.batch.rows(rows))
+        found = reward.read(part, features, edits)
+        scores.append(found.scores)
+        latents.append(found.latents.to_sparse())
+        edited_scores.append(found.edited)
+    return torch.cat(scores), torch.cat(latents).coalesce(), torch.cat(edited_scores)

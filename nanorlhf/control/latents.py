@@ -1,14 +1,18 @@
-"""Body of `probe.py latents`: what the latents of a reward model are worth, and what they stand for.
+"""Body of `probe.py latents`: what the features of a reward model are worth, what they stand for.
 
-    N texts of a side, M latents, V vocabulary, C tokens that are common enough
+    N texts of a side, M features, M' of them that are looked at, F of these that are described,
+    V tokens that stand in any text, C of these that are common enough
 
-Two kinds of evidence, on either the same numbers (latent_stats.py):
+Two kinds of evidence, each by the same numbers (latent_stats.py):
 
-    pairs     chosen against rejected answers of preference data       what people's preferences say of a latent
-    policy    a policy's answers after against before training         what the policy has made of it: a large contribution is an exploit
+    pairs     chosen against rejected answers of preference data:
+              what people's preferences say of a feature
+    policy    a policy's answers after against before training:
+              what the policy has made of the feature; a large contribution is an exploit
 
-A latent lives at the pooled token, so it says something of a text as a whole: its contexts are texts, and what it stands for is looked
-for among the tokens whose presence goes with it. Nothing here looks up what is known of the embedded world.
+A feature is read once for a text, at its pooled token, so it says something of the text as a whole:
+its contexts are texts, and what it stands for is looked for among the tokens whose presence in a
+text goes with it. Nothing here looks up what is known of the embedded world.
 """
 
 import os
@@ -29,25 +33,31 @@ from .feature_rewards import LatentFlags, load_feature_reward
 from .latent_stats import contrast, score_gaps, separation
 from .latent_texts import (
     PairFlags,
-    encoded,
+    encode_texts,
     groups_of,
-    matched,
-    opened,
+    match_answers,
+    open_run,
     read_all,
     read_answers,
 )
 
 BY = ("contribution", "differential", "weight")
+# The two sides of each kind of evidence; numbers are of the first side less the second.
 SIDES = {"pairs": ("chosen", "rejected"), "policy": ("after", "before")}
-SHOWN, FEWEST = 8, 10  # tokens of a description; texts that have, and that lack, a token which can describe
-QUESTION = """A feature of a reward model is a number that it computes once for a whole text, where the text ends. Below are the texts on \
-which one feature is largest; after the last token of each stands its strength from 1 to 10, in double brackets.
+SHOWN = 8  # tokens in the description of a feature
+FEWEST = 10  # a token can describe if at least so many texts have it, and so many lack it
+WIDTH = 140  # columns of the table
+
+QUESTION = """A feature of a reward model is a number that it computes once for a whole text, \
+where the text ends. Below are the texts on which one feature is largest; after the last token of \
+each stands its strength from 1 to 10, in double brackets.
 
 {contexts}
 
 Tokens whose presence in a text goes most with the feature: {tokens}
 
-Say in one sentence what the feature stands for, and whether that has to do with {task}. Answer with one line of JSON and nothing else:
+Say in one sentence what the feature stands for, and whether that has to do with {task}. Answer \
+with one line of JSON and nothing else:
 {{"description": "...", "related": true or false}}"""
 
 
@@ -80,9 +90,16 @@ class LatentsConfig(LatentFlags, PairFlags, DescribeFlags, TextFlags, EndpointFl
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.answers) == bool(self.against), "--answers and --against go together: after and before")
+        require(
+            bool(self.answers) == bool(self.against),
+            "--answers and --against go together: after and before",
+        )
         require(self.dataset or self.answers, "name --dataset, or --answers and --against")
-        require(not self.sae or self.by in ("", "differential"), f"--by {self.by}: with --sae there are no head weights")
+        needs_no_weights = self.by in ("", "differential")
+        require(
+            not self.sae or needs_no_weights,
+            f"--by {self.by}: with --sae there are no head weights",
+        )
 
 
 @unlock_afterwards()
@@ -98,176 +115,412 @@ def latents(config):
     Pitfall: reward training may leave hardly any weight on the feature that
     detects a thing, and reward the thing through others: compare score_gap.
     """
-    asked = parse_ids(config.features)
-    dist, folder, tokenizer, max_length = opened(config, asked)
+    named_ids = parse_ids(config.features)
+    dist, folder, tokenizer, max_length = open_run(config, named_ids)
     check_explainer(config)
-    texts, prompts = {}, {}  # {side: Answers}, {"pairs" or "policy": the prompts}
-    if config.dataset:
-        pairs = load(config, "pairs")[1]
-        texts |= {side: encoded(config, tokenizer, pairs, side, max_length) for side in SIDES["pairs"]}
-        prompts["pairs"] = [row["prompt"] for row in pairs]
-    if config.answers:
-        files = config.answers, config.against
-        rows = matched(*map(read_answers, files), files)
-        texts |= {side: encoded(config, tokenizer, part, "response", max_length) for side, part in zip(SIDES["policy"], rows)}
-        prompts["policy"] = [row["prompt"] for row in rows[0]]
-    reward = load_feature_reward(config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype)
+    texts, prompts = read_texts(config, tokenizer, max_length)
+    reward = load_feature_reward(
+        config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
+    )
 
-    scores, sparse = {}, {}
+    # Each text is read once: its score, and all features at its last token.
+    scores = {}  # {side: [N]}
+    sparse = {}  # {side: sparse [N, M]}
     for side, answers in texts.items():
-        scores[side], sparse[side], _ = read_all(reward, answers)  # [N], sparse [N, M]
-    ids = torch.cat([*(z.indices()[1] for z in sparse.values()), torch.tensor(asked, dtype=torch.long)]).unique()  # all that fire
+        scores[side], sparse[side], _ = read_all(reward, answers)
+
+    # A feature that fires on none of the texts is left out, unless it is named.
+    ids = find_firing(sparse, named_ids)  # [M']
     require(len(ids), f"{config.reward_model}: no latent fires on any of these texts")
-    z = {side: x.index_select(1, ids).to_dense() for side, x in sparse.items()}  # [N, M'], the M' that fire
-    weights = None if reward.weights is None else reward.weights[ids]
-    found = {kind: contrast(*(z[side] for side in SIDES[kind]), weights, groups_of(p), reward.m) for kind, p in prompts.items()}
-    kind, by = list(found)[-1], config.by or ("differential" if weights is None else "contribution")
-    size = weights if by == "weight" else getattr(found[kind], by)
-    order = size.abs().argsort(descending=True, stable=True).tolist()
-    gaps = score_gaps([(z[side], scores[side]) for side in z])  # [M']
-    rows = [numbers(k, int(ids[k]), weights, gaps, found) for k in order]
-    shown = [next(row for row in rows if row["id"] == i) for i in asked] or rows[: config.top]
-    describe(config, shown, ids, z, texts, tokenizer)
+    z = {}  # {side: [N, M']}
+    for side, rows_of_side in sparse.items():
+        z[side] = rows_of_side.index_select(1, ids).to_dense()
+    weights = None
+    if reward.weights is not None:
+        weights = reward.weights[ids]  # [M']
+
+    # What each kind of evidence says of each feature, and how texts score on which it fires.
+    contrasts = {}  # {"pairs" or "policy": Contrast}
+    for kind, prompts_of_kind in prompts.items():
+        first, second = SIDES[kind]
+        groups = groups_of(prompts_of_kind)
+        contrasts[kind] = contrast(z[first], z[second], weights, groups, reward.m)
+    gaps = score_gaps(list(zip(z.values(), scores.values())))  # [M']
+
+    # The results, largest features first.
+    by = config.by
+    if not by:
+        by = "differential" if weights is None else "contribution"
+    rows = []
+    for k in rank_features(contrasts, weights, by):
+        rows.append(make_row(k, int(ids[k]), weights, gaps, contrasts))
+    # The features that were named, or the first few, are also described by tokens and contexts.
+    described = choose_rows(rows, named_ids, config.top)
+    z_described = take_columns(z, ids, described)  # {side: [N, F]}
+    add_tokens(described, z_described, texts, tokenizer)
+    add_contexts(described, z_described, texts, tokenizer, config.contexts)
+
     summary = {
-        "reward_model": config.reward_model, "sae": config.sae, "m": reward.m, "firing": len(ids), "by": by,
-        "answers": config.answers, "against": config.against, "described": [row["id"] for row in shown],
-        **{kind: margin(scores, p, kind, found) for kind, p in prompts.items()}, "latents": rows,
-    }  # fmt: skip
-    save(config, folder, summary, table(summary, shown, bool(asked)), draw)
-    missing = explain(config, {config.reward_model: {"features": shown}}, QUESTION) if config.explainer else None
-    write_json(os.path.join(config.output_dir, "summary.json"), summary)
+        "reward_model": config.reward_model,
+        "sae": config.sae,
+        "m": reward.m,
+        "firing": len(ids),
+        "by": by,
+        "answers": config.answers,
+        "against": config.against,
+        "described": [row["id"] for row in described],
+    }
+    for kind, prompts_of_kind in prompts.items():
+        summary[kind] = compare_scores(scores, prompts_of_kind, kind, contrasts[kind])
+    summary["latents"] = rows
+    save(config, folder, summary, format_table(summary, described, bool(named_ids)), draw)
+    # An explainer may take long, or fail: what was found by then is in the files already.
     if config.explainer:
-        described = [row for row in shown if "description" in row]
-        print(*(f"  {row['id']:6d} {'*' if row['related'] else ' '} {row['description']}" for row in described), sep="\n")
-    require(not missing, missing)
+        add_descriptions(config, described, summary)
     return summary
 
 
-# ----------------------------------------------------------------------------------------------------------------------- the results
+# ------------------------------------------------------------------------- texts, and features
 
 
-def numbers(k, id, weights, gaps, found):
-    """What is said of the k-th latent that fires: {id, weight, raises, score_gap, pairs: {...}, policy: {...}}
+def read_texts(config, tokenizer, max_length):
+    """The texts of all sides, side by side to the same prompts.
 
-    raises: whether its weight is above 0, so that firing raises the reward; None without head weights, as the contribution.
-    score_gap: how much higher the texts score on which it fires, None where it fires on all or none.
+    -> {side: Answers}, and {"pairs" or "policy": the prompts of its two sides}
     """
-    weight = None if weights is None else weights[k].item()
-    row = {"id": id, "weight": weight, "raises": None if weights is None else weight > 0, "score_gap": finite(gaps[k].item())}
-    for kind, c in found.items():
+    texts = {}
+    prompts = {}
+    if config.dataset:
+        _, pairs, _ = load(config, "pairs")  # the held-out ones
+        for side in SIDES["pairs"]:
+            texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
+        prompts["pairs"] = [row["prompt"] for row in pairs]
+
+    if config.answers:
+        files = (config.answers, config.against)
+        after = read_answers(config.answers)
+        before = read_answers(config.against)
+        before = match_answers(after, before, files)
+        texts["after"] = encode_texts(config, tokenizer, after, "response", max_length)
+        texts["before"] = encode_texts(config, tokenizer, before, "response", max_length)
+        prompts["policy"] = [row["prompt"] for row in after]
+    return texts, prompts
+
+
+def find_firing(sparse, named_ids):
+    """The features that fire on any text, {side: sparse [N, M]}, and those that are named: [M']."""
+    ids = [torch.tensor(named_ids, dtype=torch.long)]
+    for rows_of_side in sparse.values():
+        ids.append(rows_of_side.indices()[1])
+    return torch.cat(ids).unique()
+
+
+def rank_features(contrasts, weights, by):
+    """The places of M' features, by the absolute size of a measure, largest first.
+
+    Where there is a policy, the size is that of its answers: it shows what has been exploited.
+    """
+    if by == "weight":
+        sizes = weights
+    else:
+        last_kind = list(contrasts)[-1]
+        sizes = getattr(contrasts[last_kind], by)
+    return sizes.abs().argsort(descending=True, stable=True).tolist()
+
+
+def choose_rows(rows, named_ids, top):
+    """The rows of the features that are named, in that order; where none is, the first `top`."""
+    if not named_ids:
+        return rows[:top]
+    by_id = {row["id"]: row for row in rows}
+    return [by_id[i] for i in named_ids]
+
+
+def take_columns(z, ids, rows):
+    """The latents of the features in rows alone: {side: [N, M']}, ids [M'] -> {side: [N, F]}."""
+    place_of = {feature: k for k, feature in enumerate(ids.tolist())}
+    columns = [place_of[row["id"]] for row in rows]
+    taken = {}
+    for side, values in z.items():
+        taken[side] = values[:, columns]
+    return taken
+
+
+# ----------------------------------------------------------------------------------- numbers
+
+
+def make_row(k, feature, weights, gaps, contrasts):
+    """The numbers of one feature, the k-th of M': {id, weight, raises, score_gap, pairs, policy}.
+
+    raises: whether its weight is above 0, so that firing raises the reward. Without head weights
+    there is no weight, no raises and no contribution: None. score_gap: how much higher the texts
+    score on which it fires; None where it fires on all or none. pairs, policy: {rate_SIDE,
+    differential, contribution}, the last two with intervals.
+    """
+    row = {"id": feature, "weight": None, "raises": None, "score_gap": finite(gaps[k].item())}
+    if weights is not None:
+        weight = weights[k].item()
+        row["weight"] = weight
+        row["raises"] = weight > 0
+    for kind, numbers in contrasts.items():
         first, second = SIDES[kind]
-        row[kind] = {f"rate_{first}": c.rate_chosen[k].item(), f"rate_{second}": c.rate_rejected[k].item()}
-        for name in ("differential", "contribution"):
-            value, ends = getattr(c, name), getattr(c, f"{name}_interval")
-            three = None if value is None else dict(zip(("mean", "low", "high"), (x[k].item() for x in (value, *ends))))
-            row[kind][name] = three
+        row[kind] = {
+            f"rate_{first}": numbers.rate_chosen[k].item(),
+            f"rate_{second}": numbers.rate_rejected[k].item(),
+            "differential": at_place(k, numbers.differential, numbers.differential_interval),
+            "contribution": at_place(k, numbers.contribution, numbers.contribution_interval),
+        }
     return row
 
 
-def margin(scores, prompts, kind, found):
-    """How many pairs, from how many prompts; how much higher the first side scores; how much of that all contributions add up to."""
-    first, second = (scores[side].double() for side in SIDES[kind])
-    total = found[kind].contribution
-    return {"pairs": len(prompts), "prompts": len(set(prompts)), "margin": (first - second).mean().item(),
-            "accuracy": ((first > second).double() + 0.5 * (first == second)).mean().item(),
-            "contributions": None if total is None else total.sum().item()}  # fmt: skip
+def at_place(k, values, interval):
+    """The k-th of values [M'] and of interval [2, M']: {mean, low, high}; None without values."""
+    if values is None:
+        return None
+    low, high = interval
+    return {"mean": values[k].item(), "low": low[k].item(), "high": high[k].item()}
 
 
-def describe(config, rows, ids, z, texts, tokenizer):
-    """Put into rows of latents what they follow and where they are largest.
+def compare_scores(scores, prompts, kind, numbers):
+    """How the two sides of a kind of evidence score: {pairs, prompts, margin, accuracy, ...}.
 
-    tokens: [token, AUC, texts that have it, share of these on which the latent fires, share of the others], those first whose presence
-    in a text goes most with the latent's size, or (AUC below .5) whose absence does: latent_stats.separation. contexts: {side, z, tokens,
-    values}; values are 0 but at the pooled token.
+    margin: how much higher the first side scores on average; accuracy: how often it scores higher,
+    a tie counts half; contributions: how much of the margin the contributions of all features add
+    up to, None without head weights.
     """
-    columns = [ids.tolist().index(row["id"]) for row in rows]
-    z = {side: x[:, columns] for side, x in z.items()}  # [N, F]
-    vocabulary = torch.cat([answers.batch.ids.flatten() for answers in texts.values()]).unique()
-    present = {side: presence(answers.batch, vocabulary) for side, answers in texts.items()}  # [N, V']
-    counts = sum(p.sum(0) for p in present.values())
-    common = (counts >= FEWEST) & (sum(map(len, present.values())) - counts >= FEWEST)
-    present, counts = {side: p[:, common] for side, p in present.items()}, counts[common]  # [N, C], [C]
-    words = [tokenizer.decode([i]) for i in vocabulary[common].tolist()]
-    auc = separation([(z[side], present[side]) for side in z]).nan_to_num(0.5)  # [F, C]
-    fires = [torch.cat([(x != 0).double() for x in z.values()]).T, torch.cat(list(present.values())).double()]  # [F, N], [N, C]
-    both = fires[0] @ fires[1]  # [F, C]
-    with_it, without = both / counts, (fires[0].sum(1, keepdim=True) - both) / (fires[1].shape[0] - counts)
-    largest = torch.cat(list(z.values())).max(0).values.clamp(min=1e-9)  # [F]
-    where = [(side, i) for side, x in z.items() for i in range(len(x))]
-    peaks = torch.cat(list(z.values())).T  # [F, N]
+    first_side, second_side = SIDES[kind]
+    first = scores[first_side].double()
+    second = scores[second_side].double()
+    wins = (first > second).double() + 0.5 * (first == second)
+    contributions = None
+    if numbers.contribution is not None:
+        contributions = numbers.contribution.sum().item()
+    return {
+        "pairs": len(prompts),
+        "prompts": len(set(prompts)),
+        "margin": (first - second).mean().item(),
+        "accuracy": wins.mean().item(),
+        "contributions": contributions,
+    }
+
+
+# ------------------------------------------------------------------------------ descriptions
+
+
+def add_tokens(rows, z, texts, tokenizer):
+    """Put into rows of features, as "tokens", the SHOWN tokens that each follows best.
+
+    A token is [token, AUC, texts that have it, share of these on which the feature fires, share of
+    the others]. First come those whose presence in a text goes most with a large feature, or (AUC
+    below .5) with a small one: latent_stats.separation. z {side: [N, F]}, texts {side: Answers}.
+    """
+    # Which tokens each text has.
+    all_ids = torch.cat([answers.batch.ids.flatten() for answers in texts.values()])
+    vocabulary = all_ids.unique()  # [V]
+    present = {}  # {side: [N, V]}
+    for side, answers in texts.items():
+        present[side] = find_tokens(answers.batch, vocabulary)
+    has_token = torch.cat(list(present.values()))  # [N, V] of all sides
+
+    # A token that nearly all or nearly no texts have tells nothing.
+    n_texts = len(has_token)
+    counts = has_token.sum(0)  # [V]
+    is_common = (counts >= FEWEST) & (n_texts - counts >= FEWEST)
+    counts = counts[is_common]  # [C]
+    words = [tokenizer.decode([i]) for i in vocabulary[is_common].tolist()]
+
+    # How well the presence of each token goes with each feature, within each side.
+    parts = [(z[side], present[side][:, is_common]) for side in z]
+    auc = separation(parts).nan_to_num(0.5)  # [F, C]
+
+    # How often each feature fires on texts with the token, and on the others.
+    fires = (torch.cat(list(z.values())) != 0).double()  # [N, F] of all sides
+    both = fires.T @ has_token[:, is_common].double()  # [F, C]
+    rate_with = both / counts
+    rate_without = (fires.sum(0)[:, None] - both) / (n_texts - counts)
+
     for f, row in enumerate(rows):
+        row["tokens"] = []
         best = (auc[f] - 0.5).abs().topk(min(SHOWN, len(words))).indices.tolist()
-        row["tokens"] = [[words[c], auc[f, c].item(), int(counts[c]), with_it[f, c].item(), without[f, c].item()] for c in best]
+        for c in best:
+            rates = [rate_with[f, c].item(), rate_without[f, c].item()]
+            row["tokens"].append([words[c], auc[f, c].item(), int(counts[c]), *rates])
+
+
+def find_tokens(batch, vocabulary):
+    """Which tokens of a sorted vocabulary [V] each text of a packed batch has: [N, V] bool."""
+    is_real = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]  # [N, T]
+    text_of_token = is_real.nonzero()[:, 0]  # [tokens of all texts]
+    place_in_vocabulary = torch.searchsorted(vocabulary, batch.ids[is_real])
+    has_token = torch.zeros(len(batch), len(vocabulary), dtype=torch.bool)
+    has_token[text_of_token, place_in_vocabulary] = True
+    return has_token
+
+
+def add_contexts(rows, z, texts, tokenizer, at_most):
+    """Put into rows of features, as "contexts", the texts on which each is largest, `at_most`.
+
+    A context is {side, z, tokens, values}. values are one a token: 0, but at the last, the only one
+    where features are read, z as a share of the largest. z {side: [N, F]}, texts {side: Answers}.
+    """
+    all_z = torch.cat(list(z.values()))  # [N, F] of all sides
+    largest = all_z.max(0).values.clamp(min=1e-9)  # [F]
+    places = []  # of each row of all_z: its side, and its row there
+    for side, values in z.items():
+        for i in range(len(values)):
+            places.append((side, i))
+
+    for f, row in enumerate(rows):
         row["contexts"] = []
-        for n in peaks[f].topk(min(config.contexts, len(where))).indices.tolist():
-            if peaks[f, n] > 0:
-                side, i = where[n]
-                batch = texts[side].batch
-                tokens = [tokenizer.decode([j]) for j in batch.ids[i, : batch.lengths[i]].tolist()]
-                values = [0.0] * (len(tokens) - 1) + [round((peaks[f, n] / largest[f]).item(), 4)]
-                row["contexts"].append({"side": side, "z": peaks[f, n].item(), "tokens": tokens, "values": values})
+        strongest = all_z[:, f].topk(min(at_most, len(places))).indices.tolist()
+        for n in strongest:
+            if all_z[n, f] <= 0:
+                continue
+            side, i = places[n]
+            batch = texts[side].batch
+            ids = batch.ids[i, : batch.lengths[i]].tolist()
+            share = (all_z[n, f] / largest[f]).item()
+            context = {
+                "side": side,
+                "z": all_z[n, f].item(),
+                "tokens": [tokenizer.decode([token]) for token in ids],
+                "values": [0.0] * (len(ids) - 1) + [round(share, 4)],
+            }
+            row["contexts"].append(context)
 
 
-def presence(batch, vocabulary):
-    """Which tokens of a sorted vocabulary [V'] each text has: [N, V'] bool."""
-    real = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]  # [N, T]
-    row, column = real.nonzero()[:, 0], torch.searchsorted(vocabulary, batch.ids[real])
-    found = torch.zeros(len(batch), len(vocabulary), dtype=torch.bool)
-    found[row, column] = True
-    return found
+def add_descriptions(config, rows, summary):
+    """Ask the explainer what the features in rows stand for, write the summary again, print them.
 
-
-# ------------------------------------------------------------------------------------------------------------------ table, picture
-
-
-
-
-def table(summary, rows, in_full):
-    """One line a latent; with their contexts, the ends of texts, where they were asked for by name."""
-    kinds, by_policy = [kind for kind in SIDES if kind in summary], "policy" in summary and summary["by"] != "weight"
-    lines = [f"\n{summary['reward_model']}{' with ' + summary['sae'] if summary['sae'] else ''}: {summary['firing']} of {summary['m']} "
-             f"latents fire; by {summary['by']}{' of the policy' if by_policy else ''}:"]  # fmt: skip
-    for kind in kinds:
-        what = summary[kind]
-        made = "" if what["contributions"] is None else f", of which {what['contributions']:+.3f} by latents above 0"
-        lines.append(f"  {' against '.join(SIDES[kind])}: {what['pairs']} pairs of {what['prompts']} prompts, "
-                     f"first higher in {what['accuracy']:.1%}, margin {what['margin']:+.3f}{made}")  # fmt: skip
-    shown = "contribution" if rows and rows[0]["weight"] is not None and summary["by"] != "differential" else "differential"
-    head, over = f"  {'id':>6s}{'weight':>8s}{'score':>7s}", " " * 23
-    for kind in kinds:
-        first, second = SIDES[kind]
-        over += f"{'fires on':>18s}{'':25s}"
-        head += f"{first:>9s}{second:>9s}{shown:>25s}"
-    lines += [over, head + "   goes with (AUC)"]
+    InputError: some descriptions are missing; those that came are kept, and asked for no more.
+    """
+    problem = explain(config, {config.reward_model: {"features": rows}}, QUESTION)
+    write_json(os.path.join(config.output_dir, "summary.json"), summary)
+    lines = []
     for row in rows:
-        weight = f"{row['weight']:8.3f}" if row["weight"] is not None else f"{'-':>8s}"
-        line = f"  {row['id']:6d}{weight}" + (f"{'-':>7s}" if row["score_gap"] is None else f"{row['score_gap']:+7.2f}")
-        for kind in kinds:
-            part = row[kind]
-            line += "".join(f"{part['rate_' + side]:9.1%}" for side in SIDES[kind]) + f"{cell(part[shown]):>25s}"
-        room, goes = 140 - len(line) - 3, ""
-        for token, auc, *_ in row["tokens"]:
-            more = f"{' ' if goes else ''}{token.strip()} {auc:.2f}".replace("0.", ".")
-            goes += more if len(goes) + len(more) <= room else ""
-        lines.append(f"{line}   {goes}")
-        for context in row["contexts"] if in_full else ():
-            text = " ".join(t.strip() for t in context["tokens"])
-            lines.append(f"          > {context['side']:8s} z {context['z']:6.2f}  {text[-105:]}")
-    lines.append("  weight below 0: punished already; score: of texts on which it fires, less others of their side; "
-                 "AUC below .50: the token is absent")  # fmt: skip
+        if "description" in row:
+            mark = "*" if row["related"] else " "
+            lines.append(f"  {row['id']:6d} {mark} {row['description']}")
+    print("\n".join(lines))
+    require(not problem, problem)
+
+
+# ---------------------------------------------------------------------------- table, picture
+
+
+def format_table(summary, rows, with_contexts):
+    """One line a feature; with_contexts also the ends of the texts on which it is largest."""
+    kinds = kinds_in(summary)
+    measure = "differential"
+    if rows and rows[0]["weight"] is not None and summary["by"] != "differential":
+        measure = "contribution"
+
+    lines = [f"\n{format_title(summary)}"]
+    for kind in kinds:
+        lines.append(format_sides(kind, summary[kind]))
+    lines += format_head(kinds, measure)
+    for row in rows:
+        lines.append(format_row(row, kinds, measure))
+        if with_contexts:
+            for context in row["contexts"]:
+                text = " ".join(token.strip() for token in context["tokens"])
+                lines.append(
+                    f"          > {context['side']:8s} z {context['z']:6.2f}  {text[-105:]}"
+                )
+    lines.append(
+        "  weight below 0: punished already; score: of texts on which it fires, less others of "
+        "their side; AUC below .50: the token is absent"
+    )
     return "\n".join(lines)
 
 
+def kinds_in(summary):
+    """The kinds of evidence that there were: "pairs", "policy" or both."""
+    return [kind for kind in SIDES if kind in summary]
+
+
+def format_title(summary):
+    """Whose features these are, how many of them fire, and how they are sorted."""
+    whose = summary["reward_model"]
+    if summary["sae"]:
+        whose += f" with {summary['sae']}"
+    order = summary["by"]
+    if "policy" in summary and order != "weight":
+        order += " of the policy"
+    return f"{whose}: {summary['firing']} of {summary['m']} latents fire; by {order}:"
+
+
+def format_sides(kind, numbers):
+    """How the two sides of a kind of evidence score: compare_scores as a line."""
+    sides = " against ".join(SIDES[kind])
+    line = (
+        f"  {sides}: {numbers['pairs']} pairs of {numbers['prompts']} prompts, "
+        f"first higher in {numbers['accuracy']:.1%}, margin {numbers['margin']:+.3f}"
+    )
+    if numbers["contributions"] is not None:
+        line += f", of which {numbers['contributions']:+.3f} by latents above 0"
+    return line
+
+
+def format_head(kinds, measure):
+    """The two lines above the columns: what belongs together, and each column's name."""
+    over = " " * 23
+    head = f"  {'id':>6s}{'weight':>8s}{'score':>7s}"
+    for kind in kinds:
+        first, second = SIDES[kind]
+        over += f"{'fires on':>18s}{'':25s}"
+        head += f"{first:>9s}{second:>9s}{measure:>25s}"
+    return [over, head + "   goes with (AUC)"]
+
+
+def format_row(row, kinds, measure):
+    """A feature's numbers, and as many of the tokens that it follows as fit into the line."""
+    line = f"  {row['id']:6d}"
+    line += f"{'-':>8s}" if row["weight"] is None else f"{row['weight']:8.3f}"
+    line += f"{'-':>7s}" if row["score_gap"] is None else f"{row['score_gap']:+7.2f}"
+    for kind in kinds:
+        numbers = row[kind]
+        for side in SIDES[kind]:
+            line += f"{numbers[f'rate_{side}']:9.1%}"
+        line += f"{cell(numbers[measure]):>25s}"
+
+    line += "  "
+    for token, auc, *_ in row["tokens"]:
+        area = f"{auc:.2f}".replace("0.", ".")
+        addition = f" {token.strip()} {area}"
+        # A shorter token after one that is too long may still fit.
+        if len(line) + len(addition) <= WIDTH:
+            line += addition
+    return line
+
+
 def draw(figure, summary):
-    """Each latent: its contribution on the pairs against that on the policy's answers; or, with one of both, its weight against it."""
-    kinds = [kind for kind in SIDES if kind in summary]
-    name = "contribution" if summary["latents"] and summary["latents"][0]["weight"] is not None else "differential"
-    x, y = (kinds + kinds)[:2]
+    """A dot a feature: its contribution on the pairs against that on the policy's answers.
+
+    With one of both kinds alone: its head weight against its contribution. Without head weights it
+    is the differential in the place of the contribution. Features that are described are red.
+    """
+    rows = summary["latents"]
+    kinds = kinds_in(summary)
+    last_kind = kinds[-1]
+    measure = "differential" if rows[0]["weight"] is None else "contribution"
+
+    points = []
+    colors = []
+    for row in rows:
+        if len(kinds) == 2:
+            x = row["pairs"][measure]["mean"]
+        else:
+            x = row["weight"] or 0.0
+        points.append((x, row[last_kind][measure]["mean"]))
+        colors.append("C3" if row["id"] in summary["described"] else "lightgrey")
+
     axis = figure.add_subplot()
-    rows, first = summary["latents"], summary["described"]
-    points = [((row["weight"] or 0.0) if x == y else row[x][name]["mean"], row[y][name]["mean"]) for row in rows]
-    axis.scatter(*zip(*points), c=["C3" if row["id"] in first else "lightgrey" for row in rows], s=12)
+    axis.scatter(*zip(*points), c=colors, s=12)
     for row, point in zip(rows, points):
-        if row["id"] in first[:10]:
+        if row["id"] in summary["described"][:10]:
             axis.annotate(str(row["id"]), point, fontsize=8)
-    axis.set(xlabel="head weight" if x == y else f"{name}: {', '.join(SIDES[x])}", ylabel=f"{name}: {', '.join(SIDES[y])}")
+    x_label = "head weight"
+    if len(kinds) == 2:
+        x_label = f"{measure}: {', '.join(SIDES['pairs'])}"
+    axis.set(xlabel=x_label, ylabel=f"{measure}: {', '.join(SIDES[last_kind])}")

@@ -3,14 +3,16 @@
 train_rm.py meets this file in one place: its Config has the Flags, and with --sarm prepare() makes
 a SarmTraining, which stands in for train_rm.PlainTraining.
 
-    b pairs, D hidden, L blocks
+    b pairs, D hidden, L blocks, M latents, k of them kept
 
-What the preference loss trains in each mode; the decoder W_d, which the score does not use, is never among it:
+What is trained in each mode. w is the head; W_e, b_e are the encoder's, W_d, b_d the decoder's. The
+score does not use W_d, so the preference loss never trains it:
 
     frozen            the head w
     encoder_frozen    w and the LM (the paper's)
     joint             w, the LM and the encoder (W_e, b_e, b_d)
-    detached          the same; and the autoencoder's reconstruction of h, which the LM gets no gradient of, trains W_e, b_e, b_d and W_d
+    detached          the same; and the reconstruction of h trains W_e, b_e, b_d and W_d, without a
+                      gradient to the LM
 
 w starts at zero. In `detached` the loss of a pair is
 
@@ -26,9 +28,10 @@ from transformers import AutoModel
 from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
+from ..hf.folders import check_model
 from ..hf.lora import choose_trained
 from ..interp import sae_files
-from ..models import check_model, pretrained, resolve
+from ..models import pretrained, resolve
 from ..runtime.flags import FlagGroup
 from ..runtime.hints import check_made
 from ..sarm import SARM, save_sarm
@@ -92,7 +95,10 @@ def check_flags(config):
 
 
 def check_autoencoder(config):
-    """InputError, with the commands that make it, if --sarm names the default autoencoder and it is missing."""
+    """InputError where --sarm names the default autoencoder and it is missing.
+
+    The error tells the commands that make it.
+    """
     if config.sarm:
         check_made(config.sarm)
 
@@ -108,7 +114,8 @@ class SarmTraining:
     """What train_rm.train() asks of a SARM; its functions are those of train_rm.PlainTraining."""
 
     def __init__(self, config, sarm_config):
-        self.config, self.sarm_config = config, sarm_config
+        self.config = config
+        self.sarm_config = sarm_config
         self.detached = config.sarm_mode == "detached"
 
     def load(self, dist):
@@ -125,7 +132,8 @@ class SarmTraining:
         if not self.detached:
             return model(batch), {}
         scores, errors = model(batch, reconstruct=True)  # [2 b], [2 b]
-        return scores, {"reconstruction": sum(errors.chunk(2)) / 2}
+        chosen_errors, rejected_errors = errors.chunk(2)  # [b] each
+        return scores, {"reconstruction": (chosen_errors + rejected_errors) / 2}
 
     def add_further(self, losses, further):
         """Pairs' losses [b] plus lambda times the further ones."""
@@ -143,37 +151,81 @@ class SarmTraining:
 
 
 def check_start(config, dist):
-    """Look at --model and --sarm before anything is loaded. -> the config of the SARM to be"""
-    path, model = sae_files.the_one_sae(config.sarm), check_model(config.model)  # of the model the config alone
-    found = sae_files.read_config(path)
-    notes, m = found.get("metadata") or {}, found["d_sae"]
-    right = found["architecture"] == "nanorlhf_topk_without_relu" and found.get("normalize_activations") == "layer_norm"
+    """Look at --model and --sarm before anything is loaded. -> the config of the SARM to be
+
+    InputError: an autoencoder of another kind, place or width than a SARM on --model needs. A
+    warning where it was trained on another model.
+    """
+    path = sae_files.the_one_sae(config.sarm)
+    sae_config = sae_files.read_config(path)
+    notes = sae_config.get("metadata") or {}
+    sarm_config = check_model(config.model)
+
+    # The kind of autoencoder.
+    is_right_kind = (
+        sae_config["architecture"] == "nanorlhf_topk_without_relu"
+        and sae_config.get("normalize_activations") == "layer_norm"
+    )
     flags = "train_sae.py --sae topk --normalize token --relu False --site residual"
-    require(right, f"{path}: a SARM needs a TopK autoencoder without ReLU on standardised tokens ({flags})")
-    layer, n = notes.get("layer"), model.num_hidden_layers
-    require(notes.get("site") == "residual", f"{path}: an autoencoder of {notes.get('site')}, not of the residual stream ({flags})")
-    require(type(layer) is int and layer in range(n), f"{path}: of layer {layer}, and {config.model} has the layers 0 to {n - 1}")
-    width = model.get_text_config().hidden_size
-    require(found["d_in"] == width, f"{path}: an autoencoder for activations of width {found['d_in']}; {config.model} has {width}")
-    if os.path.abspath(resolve(str(notes.get("model")))) != os.path.abspath(resolve(config.model)):
-        dist.print(f"warning: {path} was trained on {notes.get('model')}, not on {config.model}")
-    model.num_labels = 1
-    model.architectures = ["SARM"]
-    model.sarm_param = {
-        "sae_source_layer": layer + 1, "sae_latent_size": m, "sae_k": found["k"],
-        "sae_use_sequence_level": notes.get("tokens") in ("sentence_ends", "last"), "sarm_use_activation": True,
-    }  # fmt: skip
-    return model
+    require(
+        is_right_kind,
+        f"{path}: a SARM needs a TopK autoencoder without ReLU on standardised tokens ({flags})",
+    )
+
+    # What it was trained on: the residual stream after one of the model's blocks.
+    site = notes.get("site")
+    layer = notes.get("layer")
+    n_layers = sarm_config.num_hidden_layers
+    require(
+        site == "residual",
+        f"{path}: an autoencoder of {site}, not of the residual stream ({flags})",
+    )
+    require(
+        type(layer) is int and layer in range(n_layers),
+        f"{path}: of layer {layer}, and {config.model} has the layers 0 to {n_layers - 1}",
+    )
+    d_in = sae_config["d_in"]
+    width = sarm_config.get_text_config().hidden_size
+    require(
+        d_in == width,
+        f"{path}: an autoencoder for activations of width {d_in}; {config.model} has {width}",
+    )
+    trained_on = str(notes.get("model"))
+    if os.path.abspath(resolve(trained_on)) != os.path.abspath(resolve(config.model)):
+        dist.print(f"warning: {path} was trained on {trained_on}, not on {config.model}")
+
+    # The model's config becomes the SARM's, in the public checkpoints' words.
+    sarm_config.num_labels = 1
+    sarm_config.architectures = ["SARM"]
+    sarm_config.sarm_param = {
+        "sae_source_layer": layer + 1,
+        "sae_latent_size": sae_config["d_sae"],
+        "sae_k": sae_config["k"],
+        "sae_use_sequence_level": notes.get("tokens") in ("sentence_ends", "last"),
+        "sarm_use_activation": True,
+    }
+    return sarm_config
 
 
 def start(config, sarm_config, device):
-    """The LM of --model and the autoencoder of --sarm -> a SARM whose head is zero, ready to be trained, and a sentence on that."""
-    sarm = SARM(pretrained(AutoModel, config.model), sae_files.load_sae(sae_files.the_one_sae(config.sarm)), sarm_config)
+    """The LM of --model and the autoencoder of --sarm -> a SARM, and a sentence on what is trained.
+
+    Its head is zero, and what --sarm_mode trains is chosen.
+    """
+    lm = pretrained(AutoModel, config.model)
+    sae = sae_files.load_sae(sae_files.the_one_sae(config.sarm))
+    sarm = SARM(lm, sae, sarm_config)
+
     note = choose_trained(sarm.trunk, config)
-    sarm.sae.requires_grad_(config.sarm_mode in ("joint", "detached"))
-    sarm.sae.W_dec.requires_grad_(config.sarm_mode == "detached")
     if config.sarm_mode == "frozen":
         sarm.trunk.requires_grad_(False)
         note = "the LM is frozen"
-    L, m, k = sarm_config.sarm_param["sae_source_layer"], sarm.sae.m, sarm.sae.k
-    return sarm.to(device), f"{note}; SARM on {L} of {sarm_config.num_hidden_layers} blocks, {m:,} latents, k {k}, {config.sarm_mode}"
+    sarm.sae.requires_grad_(config.sarm_mode in ("joint", "detached"))
+    sarm.sae.W_dec.requires_grad_(config.sarm_mode == "detached")
+
+    n_blocks = sarm_config.sarm_param["sae_source_layer"]
+    note += (
+        f"; SARM on {n_blocks} of {sarm_config.num_hidden_layers} blocks, {sae.m:,} latents, "
+        f"k {sae.k}, {config.sarm_mode}"
+    )
+    return sarm.to(device), note

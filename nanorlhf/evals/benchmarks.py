@@ -1,20 +1,26 @@
-"""Body of `probe.py evaluate`: how good rewards are at telling better answers from worse, on pairs, RewardBench 2 and RM-Bench.
+"""Body of `probe.py evaluate`: how well rewards tell better answers from worse.
+
+It measures them on pairs, RewardBench 2 or RM-Bench. Beside the rewards stands what the length of
+an answer alone is worth.
 
     K rewards side by side, N answers in all, A to one prompt, U units, G subsets or domains
 
-An interval is the bootstrap's over units within their subset or domain: a unit is what belongs together, the pairs of one prompt or the
-two halves of a Ties prompt. Beside the rewards stands what an answer's length alone is worth. Maths: benchmark_scores.py; the files
-and their rows: benchmark_files.py.
+A unit is what belongs together: the pairs of one prompt, or the two halves of a Ties prompt. An
+interval is the bootstrap's over units, drawn within their subset or domain. benchmark_scores.py has
+the maths, benchmark_files.py the files and their rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..errors import at_least, require
-from ..models import check_model, context_length, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..rewards import check_reward, expand, kind_of, load_reward, reward_names, score
 from ..runtime import plots
@@ -23,7 +29,7 @@ from ..runtime.flags import ResultFlags, TextFlags
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import results_folder, save
 from ..stats import bootstrap, pair_wins
-from .benchmark_files import READ, TIES
+from .benchmark_files import READ, TIES, Item
 from .benchmark_scores import (
     hard_normal_easy,
     mean_of_groups,
@@ -35,6 +41,12 @@ from .benchmark_scores import (
 
 BASELINES = {"longer wins": 1, "shorter wins": -1}  # times the number of characters
 STYLES = ("concise", "detailed", "markdown")
+
+# What belongs together, with the scores [K, A] of each prompt's answers.
+Unit = list[tuple[Item, Tensor]]
+# What a measure_*() function returns: the names of its metrics, and a function that computes them
+# for some units: their places [u] -> [K, metrics].
+Measure = tuple[list[str], Callable[[Tensor], Tensor]]
 
 
 @dataclass
@@ -86,11 +98,12 @@ class EvaluateConfig(TextFlags, ResultFlags):
         super().__post_init__()
         at_least(self, 0, "eval_size", "max_rows", "max_length", "seed")
         at_least(self, 1, "micro_batch_size")
-        require(self.benchmark == "pairs" or not data.is_world(self.dataset), f"--benchmark {self.benchmark}: name its file as --dataset")
+        has_file = self.benchmark == "pairs" or not data.is_world(self.dataset)
+        require(has_file, f"--benchmark {self.benchmark}: name its file as --dataset")
 
 
 @unlock_afterwards()
-def evaluate(config):
+def evaluate(config: EvaluateConfig) -> dict:
     """How often rewards prefer the better of two answers.
 
     Accuracy and margin on pairs, RewardBench 2 or RM-Bench, with intervals
@@ -105,145 +118,306 @@ def evaluate(config):
     specs = expand(config.reward_model)
     for spec in specs:
         check_reward(spec)
+
+    # The answers of all prompts, one after the other.
     items = data.subset(READ[config.benchmark](config), config.max_rows)
-    rows = [{"prompt": item.prompt, "response": answer} for item in items for answer in item.answers]
-    scores, cut = {}, {}
+    rows = []
+    for item in items:
+        for answer in item.answers:
+            rows.append({"prompt": item.prompt, "response": answer})
+
+    # What each reward, and then each baseline, says of them.
+    scores = {}  # {name: [N]}
+    cut = {}  # {name: how many answers were too long for the reward}
     for name, spec in zip(reward_names(specs), specs):
         scores[name], cut[name] = scores_of(spec, rows, config, dist)
     lengths = torch.tensor([len(row["response"]) for row in rows])
-    scores |= {name: sign * lengths for name, sign in BASELINES.items()}
-    parts = torch.stack([x.double() for x in scores.values()]).split([len(item.answers) for item in items], 1)  # [K, A] each
-    units = {}
-    for item, part in zip(items, parts):
-        units.setdefault((item.group, item.unit), []).append((item, part))
-    results = with_intervals(config, list(scores), list(units.values()), [group for group, _ in units])
-    summary = {"benchmark": config.benchmark, "dataset": config.dataset, "prompts": len({item.prompt for item in items}),
-               "answers": len(rows), "units": len(units), "cut": cut, **results}  # fmt: skip
+    for name, sign in BASELINES.items():
+        scores[name] = sign * lengths
+
+    units = collect_units(items, scores)
+    results = with_intervals(config, list(scores), units)
+    summary = {
+        "benchmark": config.benchmark,
+        "dataset": config.dataset,
+        "prompts": len({item.prompt for item in items}),
+        "answers": len(rows),
+        "units": len(units),
+        "cut": cut,
+        **results,
+    }
     save(config, folder, summary, table(summary), draw)
     dist.barrier()
     return summary
 
 
-def scores_of(spec, rows, config, dist):
-    """A reward's name and N rows {prompt, response} -> scores [N], and how many responses had to be cut for it."""
+def scores_of(spec: str, rows: list[dict], config, dist) -> tuple[Tensor, int]:
+    """A reward's name and N rows {prompt, response} -> scores [N], and how many responses were cut.
+
+    All processes call this; each one scores a part of the rows.
+    """
     mine = [rows[i] for i in dist.part(len(rows))]
-    batch, cut = None, 0
-    tokenizer = load_tokenizer(spec, needs_eos=False) if kind_of(spec) == "model" else None
-    if tokenizer and tokenizer.eos_token_id is not None:  # a classifier without EOS reads, and cuts, plain text
+    tokenizer = None
+    if kind_of(spec) == "model":
+        tokenizer = load_tokenizer(spec, needs_eos=False)
+
+    # A reward model reads tokens that fit. Other rewards read plain text, and so does a classifier
+    # without EOS, which cuts it itself.
+    batch = None
+    n_cut = 0
+    if tokenizer and tokenizer.eos_token_id is not None:
         longest = config.max_length or context_length(check_model(spec))
-        prompts, responses, cut = data.encode(tokenizer, mine, "response", longest, config.chat_template)
+        prompts, responses, n_cut = data.encode(
+            tokenizer, mine, "response", longest, config.chat_template
+        )
         batch = pack(prompts, responses, tokenizer.pad_token_id)
+
     reward = load_reward(spec, tokenizer, dist, config.micro_batch_size, config.dtype)
-    answers = Answers([row["prompt"] for row in mine], [row["response"] for row in mine], batch)
-    return dist.gather(score(reward, [answers], dist)), int(dist.sum(torch.tensor(cut)))
+    prompts = [row["prompt"] for row in mine]
+    responses = [row["response"] for row in mine]
+    scores = score(reward, [Answers(prompts, responses, batch)], dist)
+    return dist.gather(scores), int(dist.sum(torch.tensor(n_cut)))
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the measures
+def collect_units(items: list[Item], scores: dict[str, Tensor]) -> dict[tuple[str, str], Unit]:
+    """Items and the scores {reward: [N]} of all their answers -> {(group, name): unit}."""
+    by_reward = torch.stack([values.double() for values in scores.values()])  # [K, N]
+    by_item = by_reward.split([len(item.answers) for item in items], 1)  # [K, A] each
+    units = {}
+    for item, item_scores in zip(items, by_item):
+        units.setdefault((item.group, item.unit), []).append((item, item_scores))
+    return units
 
 
-def with_intervals(config, rewards, units, groups):
-    """{metrics, rewards: {name: {metric: [value, low, high]}}, differences: the same, less the first reward's}"""
+# ------------------------------------------------------------------------------------ the measures
+
+
+def with_intervals(config, rewards: list[str], units: dict[tuple[str, str], Unit]) -> dict:
+    """The metrics of all rewards, each with its interval.
+
+    Returns {metrics: their names, rewards: {name: {metric: [value, low, high]}}, differences: the
+    same of each reward but the first, less the first}.
+    """
+    # The group of each unit, by its number.
+    groups = [group for group, _ in units]
     names = sorted(set(groups))
     index = torch.tensor([names.index(group) for group in groups])  # [U]
-    measure = {"pairs": measure_pairs, "rewardbench2": measure_rewardbench2, "rm_bench": measure_rm_bench}[config.benchmark]
-    metrics, statistic = measure(units, names, index)
 
-    def both(rows):
-        x = statistic(rows.long())  # [K, metrics]
-        return torch.cat([x, x - x[:1]])
+    measures = {
+        "pairs": measure_pairs,
+        "rewardbench2": measure_rewardbench2,
+        "rm_bench": measure_rm_bench,
+    }
+    measure = measures[config.benchmark]
+    metrics, statistic = measure(list(units.values()), names, index)
 
-    everything, k = torch.arange(len(units)), len(rewards)
-    cells = torch.stack([both(everything), *bootstrap(everything, both, seed=config.seed, strata=index)], -1)  # [2 K, metrics, 3]
-    found = [dict(zip(metrics, row)) for row in cells.tolist()]
-    return {"metrics": metrics, "rewards": dict(zip(rewards, found)), "differences": dict(zip(rewards[1:], found[k + 1 :]))}
+    def values_and_differences(rows: Tensor) -> Tensor:
+        """[2 K, metrics]. Both come from the same draw, so what rewards have in common cancels."""
+        values = statistic(rows.long())  # [K, metrics]
+        return torch.cat([values, values - values[:1]])
+
+    everything = torch.arange(len(units))
+    values = values_and_differences(everything)
+    low, high = bootstrap(everything, values_and_differences, seed=config.seed, strata=index)
+    cells = torch.stack([values, low, high], -1)  # [2 K, metrics, 3]
+
+    results = [dict(zip(metrics, row)) for row in cells.tolist()]
+    k = len(rewards)
+    return {
+        "metrics": metrics,
+        "rewards": dict(zip(rewards, results)),
+        "differences": dict(zip(rewards[1:], results[k + 1 :])),
+    }
 
 
-# A measure: units [U], each a list of (Item, scores [K, A]), the groups' names [G] and each unit's group [U] -> the names of its metrics,
-# and a function of rows [u], places of units, that gives them: [K, metrics].
+def measure_pairs(units: list[Unit], names: list[str], index: Tensor) -> Measure:
+    """Accuracy, a tie counting half, and the mean margin in the reward's own unit.
+
+    units U, the groups' names G, and the number of each unit's group [U] -> a measure.
+    """
+    sums = []
+    for unit in units:
+        pairs = []
+        for _, scores in unit:
+            chosen, rejected = scores.T  # [K] each
+            pairs.append(torch.stack([pair_wins(chosen, rejected), chosen - rejected], -1))
+        sums.append(sum(pairs))  # [K, 2]
+    sums = torch.stack(sums)  # [U, K, 2]
+    counts = torch.tensor([len(unit) for unit in units]).double()  # [U]
+
+    def statistic(rows: Tensor) -> Tensor:
+        return sums[rows].sum(0) / counts[rows].sum()
+
+    return ["accuracy", "margin"], statistic
 
 
-def measure_pairs(units, names, index):
-    """Accuracy, a tie counting half, and the mean margin in the reward's own unit."""
-    sums = torch.stack([sum(torch.stack([pair_wins(*s.T), s[:, 0] - s[:, 1]], -1) for _, s in unit) for unit in units])  # [U, K, 2]
-    counts = torch.tensor([len(unit) for unit in units]).double()
-    return ["accuracy", "margin"], lambda rows: sums[rows].sum(0) / counts[rows].sum()
+def measure_rewardbench2(units: list[Unit], names: list[str], index: Tensor) -> Measure:
+    """The mean of the subsets' scores, and where there are several subsets each score.
 
+    units U, the groups' names G, and the number of each unit's group [U] -> a measure.
+    """
+    first_unit = units[0]
+    _, scores = first_unit[0]
+    n_rewards = len(scores)
 
-def measure_rewardbench2(units, names, index):
-    """The mean of the subsets' scores, and where there are several each of them."""
-    of_ties = [names[g] == TIES for g in index]
-    k = len(units[0][0][1])
-    credit, terms, known = torch.zeros(len(units), k).double(), *torch.zeros(2, len(units), k, 5).double()
+    # A unit of the subset Ties has terms, any other one has credit; the rest of both stays 0.
+    credit = torch.zeros(len(units), n_rewards).double()  # [U, K]
+    terms = torch.zeros(len(units), n_rewards, 5).double()  # [U, K, 5]
+    known = torch.zeros(len(units), n_rewards, 5).double()  # [U, K, 5]
     for u, unit in enumerate(units):
-        if of_ties[u]:
-            terms[u], known[u] = ties_terms(**{item.half: halves(item, s) for item, s in unit})
+        if names[index[u]] == TIES:
+            halves = {}
+            for item, scores in unit:
+                halves[item.half] = split_scores(item, scores)
+            terms[u], known[u] = ties_terms(**halves)
         else:
-            credit[u] = shared_credit(unit[0][1])
+            _, scores = unit[0]
+            credit[u] = shared_credit(scores)
 
-    def statistic(rows):
+    def statistic(rows: Tensor) -> Tensor:
         columns = []
-        for g, name in enumerate(names):
-            some = rows[index[rows] == g]
-            columns.append(ties_score(terms[some], known[some]) if name == TIES else credit[some].mean(0))  # [K]
-        return torch.stack([torch.stack(columns).mean(0), *(columns if len(names) > 1 else [])], -1)
+        for group, name in enumerate(names):
+            own = rows[index[rows] == group]
+            if name == TIES:
+                columns.append(ties_score(terms[own], known[own]))  # [K]
+            else:
+                columns.append(credit[own].mean(0))  # [K]
+        overall = torch.stack(columns).mean(0)
+        if len(names) == 1:
+            return torch.stack([overall], -1)
+        return torch.stack([overall, *columns], -1)
 
-    return ["overall", *(names if len(names) > 1 else [])], statistic
+    if len(names) == 1:
+        return ["overall"], statistic
+    return ["overall", *names], statistic
 
 
-def measure_rm_bench(units, names, index):
-    """Average, hard, normal and easy over domains, the nine cells, and each domain's average."""
-    wins = torch.stack([style_wins(*halves(*unit[0])) for unit in units])  # [U, K, 3, 3]
+def measure_rm_bench(units: list[Unit], names: list[str], index: Tensor) -> Measure:
+    """Average, hard, normal and easy over domains, the nine cells, and each domain's average.
 
-    def statistic(rows):
+    units U, the groups' names G, and the number of each unit's group [U] -> a measure.
+    """
+    wins = []
+    for unit in units:
+        item, scores = unit[0]
+        chosen, rejected = split_scores(item, scores)  # [K, 3] each: one answer in each style
+        wins.append(style_wins(chosen, rejected))
+    wins = torch.stack(wins)  # [U, K, 3, 3]
+
+    def statistic(rows: Tensor) -> Tensor:
         mean, by_domain = mean_of_groups(wins[rows], index[rows])  # [K, 3, 3], [G, K, 3, 3]
         levels = hard_normal_easy(mean)  # [K, 3]
-        return torch.cat([levels.mean(1, keepdim=True), levels, mean.flatten(1), hard_normal_easy(by_domain).mean(-1).T], 1)
+        average = levels.mean(1, keepdim=True)  # [K, 1]
+        domains = hard_normal_easy(by_domain).mean(-1)  # [G, K]
+        return torch.cat([average, levels, mean.flatten(1), domains.T], 1)
 
-    cells = [f"{a} > {b}" for a in STYLES for b in STYLES]
-    return ["average", "hard", "normal", "easy", *cells, *(f"domain {name}" for name in names)], statistic
+    metrics = ["average", "hard", "normal", "easy"]
+    for chosen_style in STYLES:
+        for rejected_style in STYLES:
+            metrics.append(f"{chosen_style} > {rejected_style}")
+    for name in names:
+        metrics.append(f"domain {name}")
+    return metrics, statistic
 
 
-def halves(item, scores):
+def split_scores(item: Item, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Scores [K, A] -> those of the correct and of the incorrect answers."""
     return scores[:, : item.correct], scores[:, item.correct :]
 
 
-# ------------------------------------------------------------------------------------------------------------------- table and picture
+# ------------------------------------------------------------------------------- table and picture
 
 
-def shown(summary):
+def choose_metrics(summary: dict) -> list[str]:
     """The metrics that a line of the table has room for."""
-    return [name for name in summary["metrics"] if " > " not in name and not name.startswith("domain ")]
+    metrics = []
+    for name in summary["metrics"]:
+        if " > " not in name and not name.startswith("domain "):
+            metrics.append(name)
+    return metrics
 
 
-def table(summary):
-    """One line a reward, with intervals and the difference from the first; and RM-Bench's matrices."""
-    names, rows, first = shown(summary), summary["rewards"], next(iter(summary["rewards"]))
-    cells = [["", *names, f"{names[0]} less {first}'s"]]
-    for name, row in rows.items():
-        less = "" if name == first else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*summary["differences"][name][names[0]])
-        cells.append([name, *("{:.3f} [{:.3f}, {:.3f}]".format(*row[metric]) for metric in names), less])
+def table(summary: dict) -> str:
+    """One line a reward, with intervals and the difference from the first; RM-Bench's matrices."""
+    metrics = choose_metrics(summary)
+    rewards = summary["rewards"]
+    first = next(iter(rewards))
+    cells = [["", *metrics, f"{metrics[0]} less {first}'s"]]
+    for name, row in rewards.items():
+        line = [name]
+        for metric in metrics:
+            line.append("{:.3f} [{:.3f}, {:.3f}]".format(*row[metric]))
+        difference = ""
+        if name != first:
+            numbers = summary["differences"][name][metrics[0]]
+            difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*numbers)
+        cells.append([*line, difference])
+
+    lines = [
+        f"\n{summary['benchmark']}, {summary['dataset']}: {summary['prompts']} prompts, "
+        f"{summary['answers']} answers; value [95% interval over prompts]:"
+    ]
+    lines += align_columns(cells)
+    if summary["benchmark"] == "rm_bench":
+        for name, row in rewards.items():
+            lines += lines_of_styles(name, row)
+
+    cut = [f"{name} {n}" for name, n in summary["cut"].items() if n]
+    if cut:
+        lines.append(f"  Responses cut to fit: {', '.join(cut)}")
+    return "\n".join(lines)
+
+
+def align_columns(cells: list[list[str]]) -> list[str]:
+    """Rows of cells -> lines in which each column is as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = [f"\n{summary['benchmark']}, {summary['dataset']}: {summary['prompts']} prompts, {summary['answers']} answers; "
-             "value [95% interval over prompts]:"]  # fmt: skip
-    lines += ["  " + "   ".join(f"{cell:{width}s}" for cell, width in zip(line, widths)).rstrip() for line in cells]
-    for name, row in rows.items() if summary["benchmark"] == "rm_bench" else ():
-        lines.append(f"  {name}: how often a chosen style (rows) beats a rejected one ({', '.join(STYLES)})")
-        lines += [f"    {a:10s}" + "".join(f"{row[f'{a} > {b}'][0]:8.3f}" for b in STYLES) for a in STYLES]
-    cut = ", ".join(f"{name} {n}" for name, n in summary["cut"].items() if n)
-    return "\n".join(lines + [f"  Responses cut to fit: {cut}"] * bool(cut))
+    lines = []
+    for row in cells:
+        padded = [f"{cell:{width}s}" for cell, width in zip(row, widths)]
+        lines.append("  " + "   ".join(padded).rstrip())
+    return lines
 
 
-def draw(figure, summary):
-    """Every reward's metrics with their intervals; a margin, which has a unit of its own, is left out."""
-    names, rewards = [name for name in shown(summary) if name != "margin"], summary["rewards"]
-    axis, short = figure.add_subplot(), plots.without_common_ends(set(rewards))
+def lines_of_styles(name: str, row: dict) -> list[str]:
+    """RM-Bench's matrix of styles for one reward."""
+    styles = ", ".join(STYLES)
+    lines = [f"  {name}: how often a chosen style (rows) beats a rejected one ({styles})"]
+    for chosen_style in STYLES:
+        line = f"    {chosen_style:10s}"
+        for rejected_style in STYLES:
+            value = row[f"{chosen_style} > {rejected_style}"][0]
+            line += f"{value:8.3f}"
+        lines.append(line)
+    return lines
+
+
+def draw(figure, summary: dict):
+    """Every reward's metrics with their intervals.
+
+    A margin is left out: it has a unit of its own.
+    """
+    metrics = [name for name in choose_metrics(summary) if name != "margin"]
+    rewards = summary["rewards"]
+    short_names = plots.without_common_ends(set(rewards))
+    axis = figure.add_subplot()
     for i, (name, row) in enumerate(rewards.items()):
-        value, low, high = zip(*(row[metric] for metric in names))
-        x = [j + 0.8 * ((i + 0.5) / len(rewards) - 0.5) for j in range(len(names))]
-        ends = [[v - a for v, a in zip(value, low)], [b - v for v, b in zip(value, high)]]
-        colour = "grey" if name in BASELINES else f"C{i % 10}"
-        axis.errorbar(x, value, yerr=ends, fmt="s" if name == "longer wins" else "o", capsize=2, color=colour, label=short[name] or name)
-    axis.set_xticks(range(len(names)), names)
+        # The rewards stand beside each other, around the place of the metric.
+        shift = 0.8 * ((i + 0.5) / len(rewards) - 0.5)
+        places = [place + shift for place in range(len(metrics))]
+        values, low, high = zip(*(row[metric] for metric in metrics))
+        below = [value - end for value, end in zip(values, low)]
+        above = [end - value for value, end in zip(values, high)]
+
+        colour = f"C{i % 10}"
+        if name in BASELINES:
+            colour = "grey"
+        marker = "o"
+        if name == "longer wins":
+            marker = "s"
+        label = short_names[name] or name
+        axis.errorbar(
+            places, values, yerr=[below, above], fmt=marker, capsize=2, color=colour, label=label
+        )
+    axis.set_xticks(range(len(metrics)), metrics)
     axis.set(ylabel="accuracy", ylim=(0, 1.02))
     axis.legend()

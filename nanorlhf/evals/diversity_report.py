@@ -1,11 +1,14 @@
-"""How diverse the outputs of one or several systems are: sets of equal size, one vocabulary, lengths beside every figure.
+"""How diverse the outputs of one or several systems are.
+
+Systems are compared on sets of equal size, with one vocabulary, and the lengths of texts stand
+beside every figure. measure() is the plain call, for outputs that are at hand; report() is what
+sample_bon.py prints and writes into diversity.json.
 
     P prompts, K outputs to each; G sets of S texts, R partners of a text
-
-measure() is the plain call, for outputs that are at hand; report() is what sample_bon.py prints and writes into diversity.json.
 """
 
 import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -25,7 +28,8 @@ from ..diversity import (
 )
 from ..ensemble import combine
 from ..errors import at_least, require
-from ..models import check_model, load_tokenizer
+from ..hf.folders import check_model
+from ..models import load_tokenizer
 from ..runtime.files import check_output, read_file, read_json, write_json
 from ..runtime.flags import FlagGroup
 from ..runtime.locks import LOCK_FILE, lock_folder
@@ -33,7 +37,14 @@ from ..runtime.plots import without_common_ends
 from .encoders import check_nli, nli_scorer, sentence_encoder
 
 FILE = "diversity.json"
-SHOWN = {"length": "length", "distinct": "distinct-n", "ead": "EAD", "embedding": "embeddings", "nli": "NLI"}  # of the metrics, in tables
+# The metrics that tables show, and how these call them.
+SHOWN = {
+    "length": "length",
+    "distinct": "distinct-n",
+    "ead": "EAD",
+    "embedding": "embeddings",
+    "nli": "NLI",
+}
 
 
 @dataclass
@@ -88,13 +99,23 @@ class Flags(FlagGroup):
         super().__post_init__()
         at_least(self, 0, "vocab_size", "nli_sentences", "best_of")
         at_least(self, 1, "nli_partners")
-        good = self.truncate in ("", "median") or self.truncate.isdecimal() and int(self.truncate) > 0
-        require(good, f"--truncate takes a number of tokens or median, not {self.truncate!r}")
-        own = [f.name for f in fields(Flags)[2:] if getattr(self, f.name) != f.default]
-        require(self.diversity or self.from_files or not own, f"--{(own or [''])[0]} is about diversity: it needs --diversity or --from")
+        is_number = self.truncate.isdecimal() and int(self.truncate) > 0
+        require(
+            self.truncate in ("", "median") or is_number,
+            f"--truncate takes a number of tokens or median, not {self.truncate!r}",
+        )
+
+        # A flag that says how to measure is a mistake where nothing is measured.
+        if not self.diversity and not self.from_files:
+            for flag in fields(Flags):
+                if flag.name in ("diversity", "from_files"):
+                    continue
+                is_default = getattr(self, flag.name) == flag.default
+                message = f"--{flag.name} is about diversity: it needs --diversity or --from"
+                require(is_default, message)
 
 
-def check_models(config):
+def check_models(config: Flags):
     """InputErrors of the models that are named, before anything is loaded."""
     if config.encoder:
         check_model(config.encoder)
@@ -104,178 +125,376 @@ def check_models(config):
         load_tokenizer(config.tokenizer, needs_eos=False)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------- reading
 
 
-def read_outputs(path, columns=(), scores=False):
-    """A JSONL file -> rows {prompt, responses: [K][, scores: {name: [K]}]}, one a prompt, in the order in which prompts come.
+def read_outputs(path: str, columns: Sequence[str] = (), scores: bool = False) -> list[dict]:
+    """A JSONL file -> rows {prompt, responses: [K][, scores: {name: [K]}]}, in the file's order.
 
-    Its rows hold one answer, {prompt, response[, scores: {name: x}]}, as best_of_{n}.jsonl and a PPO run's eval/step_{N}.jsonl do, or
-    several, {prompt, responses: [K][, scores: {name: [K]}]}; answers to one prompt come together. columns: FIELD=COLUMN renamings.
+    A row of the file holds one answer, {prompt, response[, scores: {name: x}]}, as those of
+    best_of_{n}.jsonl and of a PPO run's eval/step_{N}.jsonl do, or several answers, {prompt,
+    responses: [K][, scores: {name: [K]}]}. columns: FIELD=COLUMN renamings. InputError: a row is no
+    such object.
     """
     names = dict(column.split("=", 1) for column in columns)
-    prompt, one, many = (names.get(name, name) for name in ("prompt", "response", "responses"))
+    prompt = names.get("prompt", "prompt")
+    one = names.get("response", "response")
+    many = names.get("responses", "responses")
+
     rows = []
     for place, row in read_file(path):
-        require(isinstance(row, dict), f"{place}: a row must be an object with {prompt} and {one} or {many}")
+        require(
+            isinstance(row, dict),
+            f"{place}: a row must be an object with {prompt} and {one} or {many}",
+        )
         require(isinstance(row.get(prompt), str), f"{place}: field {prompt!r} must be a string")
-        texts = row[many] if many in row else [row.get(one)]
-        good = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-        wanted = f"field {many!r} must be a list of at least one string" if many in row else f"field {one!r} must be a string"
-        require(good, f"{place}: {wanted}")
-        rows.append({"prompt": row[prompt], "responses": texts})
+        has_several = many in row
+        if has_several:
+            responses = row[many]
+            wanted = f"field {many!r} must be a list of at least one string"
+        else:
+            responses = [row.get(one)]
+            wanted = f"field {one!r} must be a string"
+        require(are_texts(responses), f"{place}: {wanted}")
+
+        outputs = {"prompt": row[prompt], "responses": responses}
         if scores:
-            rows[-1]["scores"] = scores_of(row, len(texts), many in row, place)
+            outputs["scores"] = scores_of(row, len(responses), has_several, place)
+        rows.append(outputs)
     return rows
 
 
-def scores_of(row, n, several, place):
-    """{name: [n]} of a row's scores; an InputError where there are none."""
+def are_texts(value) -> bool:
+    """Whether a value is a list of at least one string."""
+    is_list = isinstance(value, list) and len(value) > 0
+    return is_list and all(isinstance(text, str) for text in value)
+
+
+def scores_of(row: dict, n: int, has_several: bool, place: str) -> dict[str, list[float]]:
+    """{name: [n]} of a row's scores. InputError: there are none, or they are no n numbers."""
     scores = row.get("scores")
-    require(isinstance(scores, dict) and scores, f"{place}: --best_of needs the field 'scores', an object {{reward: score}}")
-    scores = scores if several else {name: [score] for name, score in scores.items()}
+    require(
+        isinstance(scores, dict) and scores,
+        f"{place}: --best_of needs the field 'scores', an object {{reward: score}}",
+    )
+    if not has_several:
+        scores = {name: [score] for name, score in scores.items()}
     for name, values in scores.items():
-        good = isinstance(values, list) and len(values) == n and all(type(x) in (int, float) and abs(x) < 1e300 for x in values)
-        require(good, f"{place}: scores of {name!r} must be finite numbers, one for each answer")
+        is_list = isinstance(values, list) and len(values) == n
+        require(
+            is_list and all(type(x) in (int, float) and abs(x) < 1e300 for x in values),
+            f"{place}: scores of {name!r} must be finite numbers, one for each answer",
+        )
     return scores
 
 
-def grouped(rows):
+def group_by_prompt(rows: list[dict]) -> dict[str, dict]:
     """Rows of one prompt become one row: {prompt: {prompt, responses, scores}}."""
-    out = {}
+    grouped = {}
     for row in rows:
-        whole = out.setdefault(row["prompt"], {"prompt": row["prompt"], "responses": [], "scores": {}})
-        whole["responses"] = whole["responses"] + row["responses"]
+        prompt = row["prompt"]
+        whole = grouped.setdefault(prompt, {"prompt": prompt, "responses": [], "scores": {}})
+        whole["responses"] += row["responses"]
         for name, values in row.get("scores", {}).items():
-            whole["scores"][name] = whole["scores"].get(name, []) + values
-    return out
+            whole["scores"].setdefault(name, []).extend(values)
+    return grouped
 
 
-def best_of(rows, n, objective, uwo_lambda, seed):
-    """Rows with scores -> rows of simulated best-of-n outputs, by the scores' mean, WCO or UWO (ensemble.combine)."""
-    rows = list(grouped(rows).values())
-    names, N = list(rows[0]["scores"]), min(len(row["responses"]) for row in rows)
-    for row in rows:
-        complete = all(len(row["scores"].get(name, ())) == len(row["responses"]) for name in names)
-        require(complete, f"--best_of: not all answers to {row['prompt'][:40]!r} have scores of {', '.join(names)}")
-    require(n < N, f"--best_of {n} needs more than {n} answers to every prompt, and one has {N}")
-    scores = torch.tensor([[row["scores"][name][:N] for row in rows] for name in names], dtype=torch.float64)  # [members, P, N]
-    chosen = simulated_best_of_n(combine(scores, objective, uwo_lambda), n, seed=seed)  # [P, repeats]
-    return [{"prompt": row["prompt"], "responses": [row["responses"][j] for j in places]} for row, places in zip(rows, chosen)]
+def best_of(rows: list[dict], n: int, objective: str, uwo_lambda: float, seed: int) -> list[dict]:
+    """Rows with scores -> rows of simulated best-of-n outputs.
 
-
-def equal_sets(systems):
-    """{name: {prompt: row}} -> {name: texts, P rows of K}: the prompts that all systems have, and of each the first K outputs.
-
-    K is the smallest number of outputs to a prompt. Systems with a single output to some prompt have K = 1 and do not cut the others'.
-    Systems without a common prompt (in and out of distribution, say) are compared on their first P ones.
+    What is best is decided by the scores' mean, WCO or UWO (ensemble.combine). InputError: answers
+    without scores, or no more than n answers to a prompt.
     """
-    shared = [p for p in next(iter(systems.values())) if all(p in rows for rows in systems.values())]
-    P = min(map(len, systems.values()))
-    rows = {name: [rows[p] for p in shared] or list(rows.values())[:P] for name, rows in systems.items()}
-    least = {name: min(len(row["responses"]) for row in part) for name, part in rows.items()}
-    K = min((k for k in least.values() if k > 1), default=1)
-    return {name: [row["responses"][: K if least[name] > 1 else 1] for row in part] for name, part in rows.items()}
+    rows = list(group_by_prompt(rows).values())
+    names = list(rows[0]["scores"])
+    for row in rows:
+        prompt = row["prompt"]
+        for name in names:
+            require(
+                len(row["scores"].get(name, ())) == len(row["responses"]),
+                f"--best_of: not all answers to {prompt[:40]!r} have scores of {', '.join(names)}",
+            )
+
+    # All pools are cut to the smallest one.
+    N = min(len(row["responses"]) for row in rows)
+    require(n < N, f"--best_of {n} needs more than {n} answers to every prompt, and one has {N}")
+    members = []
+    for name in names:
+        members.append([row["scores"][name][:N] for row in rows])
+    scores = torch.tensor(members, dtype=torch.float64)  # [members, P, N]
+    chosen = simulated_best_of_n(combine(scores, objective, uwo_lambda), n, seed=seed)
+
+    best = []
+    for row, places in zip(rows, chosen):  # places [repeats]
+        responses = [row["responses"][j] for j in places]
+        best.append({"prompt": row["prompt"], "responses": responses})
+    return best
 
 
-# ----------------------------------------------------------------------------------------------------------------------- measuring
+def equal_sets(systems: dict[str, dict[str, dict]]) -> dict[str, list[list[str]]]:
+    """{name: {prompt: row}} -> {name: texts, P rows of K}: sets of equal size for all systems.
+
+    They hold the prompts that all systems have, and the first K outputs to each. K is the smallest
+    number of outputs to a prompt. Systems with a single output to some prompt have K = 1, and do
+    not cut the outputs of the others. Systems without a common prompt (in and out of distribution,
+    say) are compared on their first P ones.
+    """
+    first_system = next(iter(systems.values()))
+    shared = []
+    for prompt in first_system:
+        if all(prompt in rows for rows in systems.values()):
+            shared.append(prompt)
+
+    P = min(len(rows) for rows in systems.values())
+    chosen = {}
+    smallest = {}  # number of outputs to a prompt
+    for name, rows in systems.items():
+        if shared:
+            chosen[name] = [rows[prompt] for prompt in shared]
+        else:
+            chosen[name] = list(rows.values())[:P]
+        smallest[name] = min(len(row["responses"]) for row in chosen[name])
+    K = min((count for count in smallest.values() if count > 1), default=1)
+
+    texts = {}
+    for name, rows in chosen.items():
+        size = min(K, smallest[name])  # K, or 1 for a system that has no more
+        texts[name] = [row["responses"][:size] for row in rows]
+    return texts
 
 
-def measure(outputs, vocab_size=None, tokenizer=None, truncate=0, encode=None, nli=None, n_sentences=1, n_partners=15, seed=0,
-            per_input=True):
-    """All metrics of P x K outputs: {"per_input": {metric: Spread(mean, std, interval)}, "across_input": {...}}.
+# --------------------------------------------------------------------------------------- measuring
 
-    outputs: P rows of K strings. vocab_size: V of EAD, by default the tokenizer's or the number of different words. truncate: count
-    only the first so many tokens of each text. encode, nli: encoders.sentence_encoder(...), encoders.nli_scorer(...).
-    Metrics: length (tokens), distinct and ead (means over n = 1 .. 5), distinct_1 ..., ead_1 ..., embedding, nli.
-    per_input is None for K = 1 (and on request), across_input for P = 1. An empty output has no n-grams; to the other metrics it is a
-    text like any other.
-    ValueError: rows of unequal size. Pitfall: a figure means nothing but beside another with the same P, K, V and similar length.
+
+def measure(
+    outputs: list[list[str]],
+    vocab_size: int | None = None,
+    tokenizer=None,
+    truncate: int = 0,
+    encode: Callable | None = None,
+    nli: Callable | None = None,
+    n_sentences: int = 1,
+    n_partners: int = 15,
+    seed: int = 0,
+    per_input: bool = True,
+) -> dict[str, dict | None]:
+    """All metrics of P x K outputs, over the outputs to a prompt and across prompts.
+
+    Returns {"per_input": {metric: Spread(mean, std, interval)}, "across_input": {...}}. The metrics
+    are length (tokens), distinct and ead (means over n = 1 .. 5), distinct_1 ..., ead_1 ...,
+    embedding, nli. per_input is None for K = 1 (and on request), across_input is None for P = 1.
+
+    outputs: P rows of K strings. vocab_size: V of EAD, by default the tokenizer's, or the number of
+    different words. truncate: count only the first so many tokens of each text. encode, nli:
+    encoders.sentence_encoder(...), encoders.nli_scorer(...). An empty output has no n-grams; to the
+    other metrics it is a text like any other. ValueError: rows of unequal size.
+    Pitfall: a figure says something only beside another one with the same P, K and V, and with
+    texts of similar length.
     """
     counts = sorted({len(row) for row in outputs})
     if len(counts) != 1 or not counts[0]:
         raise ValueError(f"rows of {counts} outputs: they must be equally many, and not none")
-    P, K = len(outputs), counts[0]
-    cut, join = tokenising(tokenizer)
-    tokens = [[cut(text) for text in row] for row in outputs]
-    vocab_size = vocab_size or (len(tokenizer) if tokenizer else max(count_vocabulary([text for row in tokens for text in row]), 1))
+    P = len(outputs)
+    K = counts[0]
+
+    # V counts the words of whole texts, also where these are cut afterwards.
+    tokens = [[tokenise(text, tokenizer) for text in row] for row in outputs]
+    if not vocab_size:
+        vocab_size = default_vocabulary(flatten(tokens), tokenizer)
     if truncate:
         tokens = [[text[:truncate] for text in row] for row in tokens]
-        outputs = [[join(text) for text in row] for row in tokens]
-    embeddings = encode([text for row in outputs for text in row]).view(P, K, -1) if encode else None  # [P, K, D]
-    parts = [[split_sentences(text, n_sentences, seed) for text in row] for row in outputs] if nli else None
+        outputs = [[join_tokens(text, tokenizer) for text in row] for row in tokens]
 
-    def metrics(across):
-        """{metric: (values [G], without each text [S])} of the sets of one protocol."""
-        found = ngram_diversity(transposed(tokens) if across else tokens, vocab_size)
-        if encode:
-            found["embedding"] = embedding_diversity(embeddings.transpose(0, 1) if across else embeddings)
-        if nli:
-            partner = draw_partners(P if across else K, n_partners, seed)
-            found["nli"] = nli_diversity(nli_of_pairs(transposed(parts) if across else parts, partner, nli), partner)
-        return found
+    # What the models read: each text once for both protocols.
+    embeddings = None
+    if encode is not None:
+        embeddings = encode(flatten(outputs)).view(P, K, -1)  # [P, K, D]
+    sentences = None
+    if nli is not None:
+        sentences = []
+        for row in outputs:
+            sentences.append([split_sentences(text, n_sentences, seed) for text in row])
 
-    return {
-        "per_input": {name: spread_over_inputs(values) for name, (values, _) in metrics(False).items()} if K > 1 and per_input else None,
-        "across_input": {name: spread_across_inputs(*both) for name, both in metrics(True).items()} if P > 1 else None,
-    }
-
-
-def transposed(rows):
-    return [list(column) for column in zip(*rows)]
-
-
-def tokenising(tokenizer):
-    """text -> tokens, tokens -> text"""
-    if tokenizer is None:
-        return str.split, " ".join
-    return lambda text: tokenizer(text, add_special_tokens=False).input_ids, tokenizer.decode
-
-
-def nli_of_pairs(sets, partner, nli):
-    """G sets of S texts, each a list of sentences -> [G, S, R], the mean NLI score over the sentence pairs of a text and its partner."""
-    pairs = [(texts[i], texts[j]) for texts in sets for i, others in enumerate(partner.tolist()) for j in others]
-    scores = nli([(a, b) for premise, hypothesis in pairs for a in premise for b in hypothesis]).double().numpy()
-    counts = np.array([len(premise) * len(hypothesis) for premise, hypothesis in pairs])
-    return (np.add.reduceat(scores, counts.cumsum() - counts) / counts).reshape(len(sets), *partner.shape)
-
-
-def compare(systems, vocab_size=0, tokenizer=None, truncate="", simulated=(), **how):
-    """measure() for {name: rows} at equal set sizes, with one V -> what diversity.json holds. how: measure's other arguments.
-
-    truncate: "", a number or "median", for a second list in which every text is cut to that many tokens: lengths are matched as far as
-    cutting can, since texts that are shorter stay so. Their lengths are measured after the cut. simulated: systems whose outputs to a
-    prompt come from one pool again and again, so that they are alike for no fault of their own: these have no per-input figures.
-    """
-    given = {name: sum(len(row["responses"]) for row in rows) for name, rows in systems.items()}
-    outputs = equal_sets({name: grouped(rows) for name, rows in systems.items()})
-    P, K = len(next(iter(outputs.values()))), max(len(rows[0]) for rows in outputs.values())
-    require(P * K > 1, "one output to one prompt differs from nothing")
-    cut, _ = tokenising(tokenizer)
-    tokens = {name: [cut(text) for row in rows for text in row] for name, rows in outputs.items()}
-    different = max(count_vocabulary([text for texts in tokens.values() for text in texts]), 1)
-    V = vocab_size or (len(tokenizer) if tokenizer else different)
-    require(V >= different, f"--vocab_size {V}: there are {different} different words (or ids) in the outputs")
-
-    def each(length=0):
-        how_each = dict(how, vocab_size=V, tokenizer=tokenizer, truncate=length)
-        measured = {name: measure(rows, per_input=name not in simulated, **how_each) for name, rows in outputs.items()}
-        return {name: {"outputs": len(outputs[name][0]), **as_json(found)} for name, found in measured.items()}
-
-    used = {name: f"{P * len(rows[0])} of {given[name]}" for name, rows in outputs.items()}
-    result = {"prompts": P, "outputs": K, "vocab_size": V, "used": used, "systems": each()}
-    if truncate:
-        shortest = min(np.median([len(text) for text in texts]) for texts in tokens.values())
-        length = max(int(shortest), 1) if truncate == "median" else int(truncate)
-        result["truncated"] = {"length": length, "systems": each(length)}
+    result = {"per_input": None, "across_input": None}
+    how = (vocab_size, nli, n_partners, seed)
+    if K > 1 and per_input:
+        found = measure_sets(tokens, embeddings, sentences, *how)
+        result["per_input"] = {name: spread_over_inputs(x) for name, (x, _) in found.items()}
+    if P > 1:
+        # The same outputs as K sets of P: the first outputs to all prompts, the second ones, ...
+        tokens = transpose(tokens)
+        if embeddings is not None:
+            embeddings = embeddings.transpose(0, 1)
+        if sentences is not None:
+            sentences = transpose(sentences)
+        found = measure_sets(tokens, embeddings, sentences, *how)
+        result["across_input"] = {name: spread_across_inputs(*x) for name, x in found.items()}
     return result
 
 
-def as_json(measured):
-    return {protocol: {k: v._asdict() for k, v in part.items()} if part else None for protocol, part in measured.items()}
+def measure_sets(
+    tokens: list[list],
+    embeddings: torch.Tensor | None,
+    sentences: list[list[list[str]]] | None,
+    vocab_size: int,
+    nli: Callable | None,
+    n_partners: int,
+    seed: int,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{metric: (values [G], without each text [S])} of G sets of S texts.
+
+    tokens and sentences: G lists of S; embeddings [G, S, D].
+    """
+    found = ngram_diversity(tokens, vocab_size)
+    if embeddings is not None:
+        found["embedding"] = embedding_diversity(embeddings)
+    if sentences is not None:
+        partner = draw_partners(len(sentences[0]), n_partners, seed)  # [S, R]
+        found["nli"] = nli_diversity(nli_of_pairs(sentences, partner, nli), partner)
+    return found
 
 
-# ------------------------------------------------------------------------------------------------------------------------- the script
+def nli_of_pairs(sets: list[list[list[str]]], partner: np.ndarray, nli: Callable) -> np.ndarray:
+    """The mean NLI score over the pairs of a text's sentences and its partner's sentences.
+
+    sets: G sets of S texts, each a list of sentences; partner [S, R] -> [G, S, R].
+    """
+    sentence_pairs = []
+    counts = []  # sentence pairs of each pair of texts
+    for texts in sets:
+        for premise, partners in zip(texts, partner.tolist()):
+            for j in partners:
+                hypothesis = texts[j]
+                counts.append(len(premise) * len(hypothesis))
+                for a in premise:
+                    for b in hypothesis:
+                        sentence_pairs.append((a, b))
+
+    # The sum of each pair of texts begins where the pairs before it end.
+    scores = nli(sentence_pairs).double().numpy()
+    counts = np.array(counts)
+    starts = counts.cumsum() - counts
+    means = np.add.reduceat(scores, starts) / counts
+    return means.reshape(len(sets), *partner.shape)
+
+
+def tokenise(text: str, tokenizer=None) -> list:
+    """A text -> its ids, or its words where there is no tokenizer."""
+    if tokenizer is None:
+        return text.split()
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def join_tokens(tokens: list, tokenizer=None) -> str:
+    """What tokenise() returned, or a part of it -> text."""
+    if tokenizer is None:
+        return " ".join(tokens)
+    return tokenizer.decode(tokens)
+
+
+def default_vocabulary(texts: list, tokenizer=None) -> int:
+    """The tokenizer's vocabulary, or the number of different words in the texts."""
+    if tokenizer is not None:
+        return len(tokenizer)
+    return max(count_vocabulary(texts), 1)
+
+
+def flatten(rows: list[list]) -> list:
+    """The items of all rows, one row after the other."""
+    return [item for row in rows for item in row]
+
+
+def transpose(rows: list[list]) -> list[list]:
+    """P rows of K items -> K rows of P."""
+    return [list(column) for column in zip(*rows)]
+
+
+def compare(
+    systems: dict[str, list[dict]],
+    vocab_size: int = 0,
+    tokenizer=None,
+    truncate: str = "",
+    simulated: Collection[str] = (),
+    **how,
+) -> dict:
+    """measure() for {name: rows} at equal set sizes, with one V -> what diversity.json holds.
+
+    how: measure's other arguments. truncate: "", a number or "median", for a second list in which
+    every text is cut to that many tokens. Lengths are matched as far as cutting can, since texts
+    that are shorter stay so; they are measured after the cut. simulated: systems whose outputs to a
+    prompt come from one pool again and again, so that they are alike for no fault of their own:
+    these have no per-input figures. InputError: a single output, too small a vocabulary.
+    """
+    given = {}  # {name: outputs in the file}
+    grouped = {}
+    for name, rows in systems.items():
+        given[name] = sum(len(row["responses"]) for row in rows)
+        grouped[name] = group_by_prompt(rows)
+    outputs = equal_sets(grouped)
+    sizes = {name: len(rows[0]) for name, rows in outputs.items()}  # outputs to a prompt
+    first_rows = next(iter(outputs.values()))
+    P = len(first_rows)
+    K = max(sizes.values())
+    require(P * K > 1, "one output to one prompt differs from nothing")
+
+    # One vocabulary for all systems.
+    tokens = {}  # {name: the tokens of each of its texts}
+    for name, rows in outputs.items():
+        tokens[name] = [tokenise(text, tokenizer) for text in flatten(rows)]
+    n_different = max(count_vocabulary(flatten(list(tokens.values()))), 1)
+    if not vocab_size:
+        vocab_size = n_different
+        if tokenizer is not None:
+            vocab_size = len(tokenizer)
+    require(
+        vocab_size >= n_different,
+        f"--vocab_size {vocab_size}: there are {n_different} different words (or ids) in the "
+        "outputs",
+    )
+
+    how = dict(how, vocab_size=vocab_size, tokenizer=tokenizer)
+    result = {
+        "prompts": P,
+        "outputs": K,
+        "vocab_size": vocab_size,
+        "used": {name: f"{P * size} of {given[name]}" for name, size in sizes.items()},
+        "systems": measure_each(outputs, simulated, how),
+    }
+    if truncate:
+        length = truncated_length(truncate, tokens)
+        cut = measure_each(outputs, simulated, dict(how, truncate=length))
+        result["truncated"] = {"length": length, "systems": cut}
+    return result
+
+
+def measure_each(
+    outputs: dict[str, list], simulated: Collection[str], how: dict
+) -> dict[str, dict]:
+    """measure() of each system, as JSON. how: its arguments."""
+    systems = {}
+    for name, rows in outputs.items():
+        measured = measure(rows, per_input=name not in simulated, **how)
+        systems[name] = {"outputs": len(rows[0])}
+        for protocol, spreads in measured.items():
+            systems[name][protocol] = None
+            if spreads is not None:
+                as_dicts = {metric: spread._asdict() for metric, spread in spreads.items()}
+                systems[name][protocol] = as_dicts
+    return systems
+
+
+def truncated_length(truncate: str, tokens: dict[str, list[list]]) -> int:
+    """--truncate, a number or "median": the smallest of the systems' median lengths."""
+    if truncate != "median":
+        return int(truncate)
+    medians = []
+    for texts in tokens.values():
+        medians.append(np.median([len(text) for text in texts]))
+    return max(int(min(medians)), 1)
+
+
+# -------------------------------------------------------------------------------------- the script
 
 
 def from_files(config, dist):
@@ -286,11 +505,13 @@ def from_files(config, dist):
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
     lock_folder(config.output_dir, dist)
-    systems = {names[path]: read_outputs(path, config.columns, scores=config.best_of > 0) for path in config.from_files}
+    systems = {}
+    for path in config.from_files:
+        systems[names[path]] = read_outputs(path, config.columns, scores=config.best_of > 0)
     return dist.together(lambda: report(config, dist, systems) if dist.main else None)
 
 
-def is_our_folder(path):
+def is_our_folder(path: str) -> bool:
     """Whether a folder is empty, or holds the results of sample_bon.py --from.
 
     Those of a run with --diversity are that run's: their from_files is empty.
@@ -304,20 +525,39 @@ def is_our_folder(path):
     return isinstance(stored, dict) and bool(stored.get("from_files")) and "systems" in stored
 
 
-def report(config, dist, systems):
+def report(config, dist, systems: dict[str, list[dict]]) -> dict:
     """Measure {name: rows}, write OUTPUT_DIR/diversity.json and print the tables."""
     simulated = {}
     if config.best_of:
-        how = (config.best_of, config.objective, config.uwo_lambda[0], config.seed)
-        simulated = {f"{name}, best of {config.best_of}": best_of(rows, *how) for name, rows in systems.items()}
+        for name, rows in systems.items():
+            simulated[f"{name}, best of {config.best_of}"] = best_of(
+                rows, config.best_of, config.objective, config.uwo_lambda[0], config.seed
+            )
+
+    tokenizer = None
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer, needs_eos=False)
+    encode = None
+    if config.encoder:
+        encode = sentence_encoder(config.encoder, dist.device)
+    nli = None
+    if config.nli_model:
+        nli = nli_scorer(config.nli_model, dist.device)
     result = compare(
-        systems | simulated, config.vocab_size, load_tokenizer(config.tokenizer, needs_eos=False) if config.tokenizer else None,
-        config.truncate, simulated=set(simulated),
-        encode=sentence_encoder(config.encoder, dist.device) if config.encoder else None,
-        nli=nli_scorer(config.nli_model, dist.device) if config.nli_model else None,
-        n_sentences=config.nli_sentences, n_partners=config.nli_partners, seed=config.seed,
-    )  # fmt: skip
-    settings = {f.name: getattr(config, f.name) for f in fields(Flags)} | {"seed": config.seed}
+        systems | simulated,
+        config.vocab_size,
+        tokenizer,
+        config.truncate,
+        simulated=set(simulated),
+        encode=encode,
+        nli=nli,
+        n_sentences=config.nli_sentences,
+        n_partners=config.nli_partners,
+        seed=config.seed,
+    )
+
+    settings = {flag.name: getattr(config, flag.name) for flag in fields(Flags)}
+    settings["seed"] = config.seed
     os.makedirs(config.output_dir, exist_ok=True)
     path = os.path.join(config.output_dir, FILE)
     write_json(path, {**settings, **result})
@@ -325,26 +565,58 @@ def report(config, dist, systems):
     return result
 
 
-def table(result, tokenizer=""):
+def table(result: dict, tokenizer: str = "") -> str:
     """What compare() found, as readable text."""
-    unit = f"ids of {tokenizer}" if tokenizer else "words"
-    P, K, V = (result[name] for name in ("prompts", "outputs", "vocab_size"))
-    lines = [f"\nDiversity of {P} prompts x {K} outputs: n-grams and lengths in {unit}, V = {V}; means and 95% intervals over prompts"]
-    lines.append("outputs used: " + "; ".join(f"{name}: {used}" for name, used in result["used"].items()))
-    truncated = result.get("truncated", {"systems": {}})
-    parts = {"": result["systems"], f", of the first {truncated.get('length')} {unit} of each output": truncated["systems"]}
-    titles = {"per_input": f"per input, the {K} outputs to one prompt", "across_input": f"across inputs, one output to each of {P} prompts"}
-    for end, systems in parts.items():
-        for protocol, title in titles.items():
-            rows = {name: system[protocol] for name, system in systems.items() if system[protocol]}
-            if rows:
-                shown = [name for name in SHOWN if name in next(iter(rows.values()))]
-                width = max(map(len, rows)) + 2
-                lines += [f"{title}{end}", " " * (width + 2) + "".join(f"{SHOWN[name]:26s}" for name in shown)]
-                lines += [f"  {name:{width}s}" + "".join(f"{in_words(row[metric]):26s}" for metric in shown) for name, row in rows.items()]
+    unit = "words"
+    if tokenizer:
+        unit = f"ids of {tokenizer}"
+    P = result["prompts"]
+    K = result["outputs"]
+    lines = [
+        f"\nDiversity of {P} prompts x {K} outputs: n-grams and lengths in {unit}, "
+        f"V = {result['vocab_size']}; means and 95% intervals over prompts"
+    ]
+    used = [f"{name}: {count}" for name, count in result["used"].items()]
+    lines.append("outputs used: " + "; ".join(used))
+
+    per_input = f"per input, the {K} outputs to one prompt"
+    across_input = f"across inputs, one output to each of {P} prompts"
+    lines += lines_of_protocol("per_input", per_input, result["systems"])
+    lines += lines_of_protocol("across_input", across_input, result["systems"])
+    if "truncated" in result:
+        cut = f", of the first {result['truncated']['length']} {unit} of each output"
+        systems = result["truncated"]["systems"]
+        lines += lines_of_protocol("per_input", per_input + cut, systems)
+        lines += lines_of_protocol("across_input", across_input + cut, systems)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def in_words(spread):
-    interval = "" if spread["interval"] is None else " [{:.3f}, {:.3f}]".format(*spread["interval"])
-    return f"{spread['mean']:.3f}{interval}"
+def lines_of_protocol(protocol: str, title: str, systems: dict[str, dict]) -> list[str]:
+    """A title, a header and a line for each system that the protocol could measure, if any."""
+    rows = {name: system[protocol] for name, system in systems.items() if system[protocol]}
+    if not rows:
+        return []
+
+    first_row = next(iter(rows.values()))
+    metrics = [name for name in SHOWN if name in first_row]
+    width = max(len(name) for name in rows) + 2
+    header = " " * (width + 2)
+    for metric in metrics:
+        header += f"{SHOWN[metric]:26s}"
+
+    lines = [title, header]
+    for name, row in rows.items():
+        line = f"  {name:{width}s}"
+        for metric in metrics:
+            line += f"{in_words(row[metric]):26s}"
+        lines.append(line)
+    return lines
+
+
+def in_words(spread: dict) -> str:
+    """'0.123 [0.100, 0.150]'; the mean alone where there is no interval."""
+    mean = f"{spread['mean']:.3f}"
+    if spread["interval"] is None:
+        return mean
+    low, high = spread["interval"]
+    return f"{mean} [{low:.3f}, {high:.3f}]"

@@ -1,19 +1,23 @@
 """Judges of pairs of answers: rewards by their scores, language models by their choices.
 
-A language model is asked which of two answers is better, twice, each standing first once. Its choices are kept in cache/choices.jsonl,
-one line a question, as they come: what is there is never asked again. A question without a choice (a refusal, a reply that is none)
-is no tie: its pair is not judged, and the same command asks it again.
+    N pairs of answers, A's and B's
 
-    N pairs of answers
+A language model is asked twice which of two answers is better, so that each answer stands first
+once. Its choices are kept in cache/choices.jsonl as they come, one line a question: what is there
+is never asked again. A reply without a choice (a refusal, or another text) is no tie: its pair is
+not judged, and the same command asks the question again.
 """
 
 import re
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from .. import pool
 from ..errors import require
-from ..models import check_model, fingerprint, load_policy, load_tokenizer
+from ..hf.folders import check_model
+from ..models import fingerprint, load_policy, load_tokenizer
 from ..rewards import check_reward, reward_names
 from ..rollout import ask_locally
 from ..runtime import files
@@ -34,89 +38,151 @@ PROMPT = """Here are a prompt and two answers to it.
 {second}
 [End of answer 2]
 
-Which of the two answers is better? Go by {criterion}; neither their order nor their length counts. \
-Reply with the number of the better answer, 1 or 2, and nothing else."""
-# The whole of a reply: 2, "2.", **Answer:** 2; what a model thinks aloud before it is left out.
+Which of the two answers is better? Go by {criterion}; neither their order nor their length \
+counts. Reply with the number of the better answer, 1 or 2, and nothing else."""
+# The whole of a reply: 2, "2.", **Answer:** 2. What a model thinks aloud before it is left out.
 CHOICE = re.compile(r"""[\s*"'(\[]*(answer[\s:*]*)?([12])[\s*"')\].]*""", re.IGNORECASE)
+# The name of a judge that is a causal LM: llm:FOLDER.
 LOCAL = "llm:"
 
 
-def is_language_model(spec):
+def is_language_model(spec: str) -> bool:
+    """Whether a judge is a language model; else it is a reward."""
     return spec.startswith(LOCAL) or is_endpoint(spec)
 
 
-def check_judge(config, spec):
+def check_judge(config, spec: str):
     """InputError for a judge that cannot be asked, before anything is computed."""
     if is_endpoint(spec):
         require(config.judge_model, f"--judge {spec}: name its model with --judge_model")
     elif spec.startswith(LOCAL):
-        check_model(spec.removeprefix(LOCAL))
-        load_tokenizer(spec.removeprefix(LOCAL))
+        path = spec.removeprefix(LOCAL)
+        check_model(path)
+        load_tokenizer(path)
     else:
         check_reward(spec)
 
 
-def by_rewards(specs, rows, config, dist):
-    """{spec: (scores of A's answers [N], of B's [N])}, kept by pool.py: what has been scored is not scored again."""
-    texts = [list(dict.fromkeys(row["a"] + row["b"])) for row in rows]  # each once: the same text twice is a tie
-    both = [{"prompt": row["prompt"], "responses": own} for row, own in zip(rows, texts)]
-    scores, out = pool.score(both, specs, None, config, dist) if specs else {}, {}
+# --------------------------------------------------------------------------------------- rewards
+
+
+def by_rewards(specs: list[str], rows: list[dict], config, dist) -> dict[str, list[Tensor]]:
+    """Score all answers: {spec: [scores of A's answers [N], of B's [N]]}, float64.
+
+    rows: {"prompt", "a": texts, "b": texts}. pool.py keeps the scores: what has been scored is not
+    scored again.
+    """
+    if not specs:
+        return {}
+    # Each text is scored once, so that the same text twice is a tie whatever its rounding.
+    texts = []
+    to_score = []
+    for row in rows:
+        different = list(dict.fromkeys(row["a"] + row["b"]))
+        texts.append(different)
+        to_score.append({"prompt": row["prompt"], "responses": different})
+    scores = pool.score(to_score, specs, None, config, dist)
+
+    found = {}
     for spec, name in zip(specs, reward_names(specs)):
-        found = [dict(zip(own, part)) for own, part in zip(texts, scores[name])]
-        parts = ([score[text] for row, score in zip(rows, found) for text in row[side]] for side in "ab")
-        out[spec] = [torch.tensor(part, dtype=torch.float64) for part in parts]
-    return out
+        sides = {"a": [], "b": []}
+        for row, different, own_scores in zip(rows, texts, scores[name]):
+            score_of = dict(zip(different, own_scores))
+            for side, side_scores in sides.items():
+                for text in row[side]:
+                    side_scores.append(score_of[text])
+        found[spec] = [torch.tensor(part, dtype=torch.float64) for part in sides.values()]
+    return found
 
 
-def by_language_model(spec, pairs, config, dist):
-    """Pairs (prompt, A's answer, B's) -> verdicts [N] (1: A, -1: B, 0: a tie, nan: not judged), notes, why the asking stopped or ""."""
-    who = [spec.rstrip("/"), config.judge_model] if is_endpoint(spec) else [fingerprint(spec.removeprefix(LOCAL))]
-    questions, asked = {}, []  # {key: (prompt, first, second)}; of each pair (key with A first, key with B first)
-    for prompt, a, b in pairs:
-        orders = [(prompt, a, b), (prompt, b, a)] if a != b else []  # the same text twice is a tie
-        asked.append([files.digest(who, question_of(config, *order)) for order in orders])
-        questions |= zip(asked[-1], orders)
-    # A line says itself what it answers: its place does not matter, and it can be deleted alone.
+# ------------------------------------------------------------------------------- language models
+
+
+def by_language_model(
+    spec: str, pairs: list[tuple[str, str, str]], config, dist
+) -> tuple[Tensor, dict, str]:
+    """Ask a language model which answer of each pair is better, in both orders.
+
+    pairs: (prompt, A's answer, B's) -> verdicts [N] (1: A, -1: B, 0: a tie, nan: not judged), notes
+    for the summary, and why the asking stopped, or "".
+    """
+    questions, keys_of_pairs = make_questions(spec, pairs, config)
+
+    # Ask what has no choice yet. A line says itself what it answers: its place does not matter, and
+    # it can be deleted alone.
     remedy = "delete this line, its question is asked again"
     kept = pool.Lines(config.output_dir, "choices", dist, is_kept_choice, remedy)
-    known = {row["key"]: row["choice"] for row in kept.rows}
-    missing = [key for key in questions if key not in known]
-    failures, problem = collect(spec, {key: questions[key] for key in missing}, config, dist, kept) if missing else ([], "")
-    known = {row["key"]: row["choice"] for row in kept.rows}
+    known = choices_by_key(kept)
+    missing = {}
+    for key, question in questions.items():
+        if key not in known:
+            missing[key] = question
+    failures = []
+    problem = ""
+    if missing:
+        failures, problem = collect(spec, missing, config, dist, kept)
+
+    # What the choices say of each pair. The same text twice has no questions, and is a tie.
+    known = choices_by_key(kept)
+    verdicts = []
+    for keys in keys_of_pairs:
+        verdicts.append(verdict([known.get(key) for key in keys]))
+
+    # What the summary and the last line of the run tell of the asking.
     choices = [known[key] for key in questions if key in known]
-    left = len(questions) - len(choices)
+    n_left = len(questions) - len(choices)
     if questions and not choices and not problem:
         problem = f"no reply was a choice, the first one: {failures[0]}"
-    notes = {"questions": len(questions), "unanswered": left, "identical": asked.count([]),
-             "reasons": list(dict.fromkeys(text[:200] for text in (*failures, problem) if text))[:3],
-             "first_chosen": choices.count(1) / len(choices) if choices else None}  # fmt: skip
+    first_chosen = None
+    if choices:
+        first_chosen = choices.count(1) / len(choices)
+    notes = {
+        "questions": len(questions),
+        "unanswered": n_left,
+        "identical": keys_of_pairs.count([]),
+        "reasons": shorten_reasons([*failures, problem]),
+        "first_chosen": first_chosen,
+    }
     if problem:
-        problem = f"--judge {spec}: {problem}; {len(choices)} of {len(questions)} choices are kept in {kept.path}, the same command asks " \
-                  f"for the other {left} again"  # fmt: skip
-    return torch.tensor([verdict([known.get(key) for key in keys]) for keys in asked], dtype=torch.float64), notes, problem
+        problem = (
+            f"--judge {spec}: {problem}; {len(choices)} of {len(questions)} choices are kept in "
+            f"{kept.path}, the same command asks for the other {n_left} again"
+        )
+    return torch.tensor(verdicts, dtype=torch.float64), notes, problem
 
 
-def collect(spec, questions, config, dist, kept):
-    """Ask {key: question} and keep each choice as it comes. -> why some replies were none, why the asking stopped or "" """
-    keys, failures = list(questions), []
-    progress = Progress(dist, "asking, question", len(keys))
-    try:
-        for count, (i, reply) in enumerate(ask(config, spec, [question_of(config, *q) for q in questions.values()], dist), 1):
-            found = choice_of(reply) if isinstance(reply, str) else None
-            if found:
-                what = dict(zip(("prompt", "first", "second"), questions[keys[i]]))
-                kept.append([{"key": keys[i], "judge": spec, "choice": found, **what}])
-            else:
-                failures.append(f"not a choice: {' '.join(reply.split())[:60]!r}" if isinstance(reply, str) else str(reply))
-            progress.step(count, f"{len(failures)} without a choice")
-    except Unreachable as e:
-        return failures, str(e)
-    finally:
-        progress.close()
-    return failures, ""
+def make_questions(spec: str, pairs: list[tuple[str, str, str]], config) -> tuple[dict, list]:
+    """The questions about the pairs, and which two of them are about each pair.
+
+    -> {key: (prompt, first, second)}, and for each pair [key with A first, key with B first], which
+    is empty for the same text twice
+    """
+    judge = name_judge(spec, config)
+    questions = {}
+    keys_of_pairs = []
+    for prompt, a, b in pairs:
+        keys = []
+        if a != b:
+            for first, second in ((a, b), (b, a)):
+                key = files.digest(judge, question_of(config, prompt, first, second))
+                questions[key] = (prompt, first, second)
+                keys.append(key)
+        keys_of_pairs.append(keys)
+    return questions, keys_of_pairs
 
 
-def is_kept_choice(line, row):
+def name_judge(spec: str, config) -> list[str]:
+    """What the choices of a judge are kept under: another model has other choices."""
+    if is_endpoint(spec):
+        return [spec.rstrip("/"), config.judge_model]
+    return [fingerprint(spec.removeprefix(LOCAL))]
+
+
+def question_of(config, prompt: str, first: str, second: str) -> str:
+    return PROMPT.format(prompt=prompt, first=first, second=second, criterion=config.criterion)
+
+
+def is_kept_choice(line: int, row) -> bool:
     """Whether a line of cache/choices.jsonl, the first or any other, is {key, choice: 1 or 2}."""
     if not isinstance(row, dict) or not isinstance(row.get("key"), str):
         return False
@@ -124,28 +190,104 @@ def is_kept_choice(line, row):
     return type(choice) is int and choice in (1, 2)
 
 
-def choice_of(reply):
-    """A reply -> 1 or 2, or None where it is neither."""
-    found = CHOICE.fullmatch(reply.rpartition("</think>")[2])
-    return int(found[2]) if found else None
+def choices_by_key(kept: pool.Lines) -> dict[str, int]:
+    """The choices that are kept, by the keys of their questions."""
+    return {row["key"]: row["choice"] for row in kept.rows}
 
 
-def question_of(config, prompt, first, second):
-    return PROMPT.format(prompt=prompt, first=first, second=second, criterion=config.criterion)
+def shorten_reasons(texts: list[str]) -> list[str]:
+    """The first three different texts, none of them long; "" is none."""
+    reasons = []
+    for text in texts:
+        if text and text[:200] not in reasons:
+            reasons.append(text[:200])
+    return reasons[:3]
 
 
-def verdict(choices):
-    """The choices with A first and with B first -> 1: A both times, -1: B both times, 0: a tie, nan: one of them is missing."""
+def verdict(choices: list[int | None]) -> float:
+    """The choices with A first and with B first -> what they say together.
+
+    1: A both times, -1: B both times, 0: a tie, nan: one of them is missing.
+    """
     if None in choices:
         return float("nan")
-    return {(1, 2): 1.0, (2, 1): -1.0}.get(tuple(choices), 0.0)
+    if choices == [1, 2]:
+        return 1.0
+    if choices == [2, 1]:
+        return -1.0
+    return 0.0
 
 
-def ask(config, spec, questions, dist):
-    """(i, answer) of all questions as they come: see endpoint.ask_all."""
+# ---------------------------------------------------------------------------------------- asking
+
+
+def collect(
+    spec: str, questions: dict[str, tuple[str, str, str]], config, dist, kept: pool.Lines
+) -> tuple[list[str], str]:
+    """Ask {key: (prompt, first, second)} and keep each choice as it comes.
+
+    -> why some replies were no choices, and why the asking stopped, or ""
+    """
+    keys = list(questions)
+    texts = [question_of(config, *question) for question in questions.values()]
+    failures = []
+    problem = ""
+    progress = Progress(dist, "asking, question", len(keys))
+    try:
+        replies = ask(config, spec, texts, dist)
+        for count, (i, reply) in enumerate(replies, start=1):
+            choice = None
+            if isinstance(reply, str):
+                choice = choice_of(reply)
+            if choice is not None:
+                prompt, first, second = questions[keys[i]]
+                line = {
+                    "key": keys[i],
+                    "judge": spec,
+                    "choice": choice,
+                    "prompt": prompt,
+                    "first": first,
+                    "second": second,
+                }
+                kept.append([line])
+            elif isinstance(reply, str):
+                in_one_line = " ".join(reply.split())
+                failures.append(f"not a choice: {in_one_line[:60]!r}")
+            else:
+                failures.append(str(reply))
+            progress.step(count, f"{len(failures)} without a choice")
+    except Unreachable as e:
+        problem = str(e)
+    finally:
+        progress.close()
+    return failures, problem
+
+
+def ask(config, spec: str, questions: list[str], dist) -> Iterator[tuple[int, str | Exception]]:
+    """Ask a language model -> (i, reply to question i) as they come.
+
+    An exception stands in the place of a reply where there is none: see endpoint.ask_all.
+    """
     if is_endpoint(spec):
-        limits = (config.answer_tokens, config.pause, config.timeout, config.requests_per_minute)
-        return ask_all(asker(spec, config.judge_model, *limits), questions, config.parallel)
+        ask_one = asker(
+            spec,
+            config.judge_model,
+            config.answer_tokens,
+            config.pause,
+            config.timeout,
+            config.requests_per_minute,
+        )
+        return ask_all(ask_one, questions, config.parallel)
     path = spec.removeprefix(LOCAL)
     policy = load_policy(path, value_head=False, device=dist.device)
-    return ask_locally(policy, load_tokenizer(path), questions, config.answer_tokens, config.micro_batch_size)
+    tokenizer = load_tokenizer(path)
+    return ask_locally(policy, tokenizer, questions, config.answer_tokens, config.micro_batch_size)
+
+
+def choice_of(reply: str) -> int | None:
+    """A reply -> 1 or 2, or None where it is neither."""
+    _, _, after_thinking = reply.rpartition("</think>")
+    found = CHOICE.fullmatch(after_thinking)
+    if found is None:
+        return None
+    return int(found[2])

@@ -1,14 +1,18 @@
-"""Body of `probe.py judge`: how often the answers of one system, A, are better than those of another, B, to the same prompts.
+"""Body of `probe.py judge`: how often the answers of one system, A, beat those of another, B.
 
-    rows of A, rows of B -> pairs of answers to one prompt -> judge (judges.py) -> A's points: 1 a win, 1/2 a tie, 0 a loss
+    rows of A, rows of B -> pairs of answers to one prompt -> judge (judges.py)
+                         -> A's points: 1 a win, 1/2 a tie, 0 a loss
 
     N pairs of answers
+
+Both systems have answered the same prompts.
 """
 
 import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
@@ -79,11 +83,16 @@ class JudgeConfig(EndpointFlags):
         for spec in self.judge:
             if is_endpoint(spec):
                 check_endpoint("--judge", spec)
-        self.judge = list(dict.fromkeys(spec for given in self.judge for spec in expand([given])))
+
+        # {seed} in a judge's name stands for all that exist. One that is named twice judges once.
+        judges = []
+        for given in self.judge:
+            judges += expand([given])
+        self.judge = list(dict.fromkeys(judges))
 
 
 @unlock_afterwards()
-def judge(config):
+def judge(config: JudgeConfig) -> dict:
     """How often A's answers are better than B's.
 
     Ties count half; the 95% interval is the bootstrap's over prompts. Beside
@@ -103,138 +112,322 @@ def judge(config):
     folder = results_folder(config, dist)
     for spec in config.judge:
         check_judge(config, spec)
-    rows, counts = match(*(read_answers(files, config.answers) for files in (config.a, config.b)))
+
+    answers_a = read_answers(config.a, config.answers)
+    answers_b = read_answers(config.b, config.answers)
+    rows, counts = match_answers(answers_a, answers_b)
     os.makedirs(config.output_dir, exist_ok=True)
     write_json(os.path.join(config.output_dir, "config.json"), folder.config)
 
-    pairs = [(row["prompt"], a, b) for row in rows for a, b in zip(row["a"], row["b"])]  # N
-    prompts = torch.tensor([i for i, row in enumerate(rows) for _ in row["a"]])  # [N]
-    splits = [row["split"] for row in rows for _ in row["a"]]  # [N]
-    lengths = [torch.tensor([len(pair[side].split()) for pair in pairs]) for side in (1, 2)]  # [N], in words
-    scores = by_rewards([spec for spec in config.judge if not is_language_model(spec)], rows, config, dist)
-    judges, problems = {LONGER: results(*lengths, lengths, prompts, splits)}, []
-    for spec in config.judge:
-        if is_language_model(spec):
-            verdicts, notes, problem = by_language_model(spec, pairs, config, dist)
-            problems += [problem] if problem else []
-            judges[spec] = results(verdicts, torch.zeros(len(pairs)), lengths, prompts, splits) | notes
-        else:
-            judges[spec] = results(*scores[spec], lengths, prompts, splits, scored=True)
-    summary = {"a": config.a, "b": config.b, **counts, "pairs": len(pairs), "judges": judges}
+    judges, problems = ask_judges(config, rows, dist)
+    n_pairs = sum(len(row["a"]) for row in rows)
+    summary = {"a": config.a, "b": config.b, **counts, "pairs": n_pairs, "judges": judges}
     save(config, folder, summary, table(summary), draw)
+    # What has been judged is written first: a judge that failed spoils no other.
     require(not problems, "; ".join(problems))
     return summary
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the pairs
+def ask_judges(config: JudgeConfig, rows: list[dict], dist) -> tuple[dict, list[str]]:
+    """Have the rows of match_answers() judged.
+
+    Returns {judge: what summarise_judge() says, and a language model's notes}, and why language
+    models stopped answering: no text for one that did not stop.
+    """
+    # From here on there is one row for each pair of answers.
+    pairs = []  # (prompt, A's answer, B's answer)
+    prompts = []  # the number of its prompt
+    splits = []
+    for number, row in enumerate(rows):
+        for a, b in zip(row["a"], row["b"]):
+            pairs.append((row["prompt"], a, b))
+            prompts.append(number)
+            splits.append(row["split"])
+    prompts = torch.tensor(prompts)  # [N]
+    words_a = torch.tensor([len(a.split()) for _, a, _ in pairs])  # [N]
+    words_b = torch.tensor([len(b.split()) for _, _, b in pairs])  # [N]
+    lengths = [words_a, words_b]
+
+    # All rewards score in one go, which keeps what they have scored.
+    rewards = [spec for spec in config.judge if not is_language_model(spec)]
+    scores = by_rewards(rewards, rows, config, dist)
+
+    judges = {LONGER: summarise_judge(words_a, words_b, lengths, prompts, splits)}
+    problems = []
+    for spec in config.judge:
+        if is_language_model(spec):
+            verdicts, notes, problem = by_language_model(spec, pairs, config, dist)
+            # A verdict is above 0 where A is better, so B's score is 0.
+            zeros = torch.zeros(len(pairs))
+            judges[spec] = summarise_judge(verdicts, zeros, lengths, prompts, splits) | notes
+            if problem:
+                problems.append(problem)
+        else:
+            a, b = scores[spec]
+            judges[spec] = summarise_judge(a, b, lengths, prompts, splits, scored=True)
+    return judges, problems
 
 
-def read_answers(files, limit):
-    """Files of rows {prompt, response[, split]} -> {prompt: {split, responses}}, at most `limit` answers each, in the files' order."""
-    found = {}
+# --------------------------------------------------------------------------------------- the pairs
+
+
+def read_answers(files: list[str], limit: int) -> dict[str, dict]:
+    """Files of rows {prompt, response[, split]} -> {prompt: {split, responses}}.
+
+    A prompt keeps its first `limit` answers in the files' order; 0: all. SPLIT=FILE names the split
+    of all rows of a file. InputError: a row is no such object, or a prompt is in two splits.
+    """
+    answers = {}
     for spec in files:
-        name, _, path = ("", "", spec) if os.path.isfile(spec) else spec.rpartition("=")
+        # A file whose own name has a = in it is that file.
+        split_of_file = ""
+        path = spec
+        if not os.path.isfile(spec):
+            split_of_file, _, path = spec.rpartition("=")
         check_made(path)
+
         for place, row in read_file(path):
-            good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("prompt", "response"))
-            require(good, f"{place}: a row must be an object with prompt and response, both strings")
-            split = name or str(row.get("split") or "")
-            entry = found.setdefault(row["prompt"], {"split": split, "responses": []})
-            same = entry["split"] == split
-            require(same, f"{place}: the prompt {row['prompt'][:40]!r} is in the splits {entry['split']!r} and {split!r}")
+            is_answer = (
+                isinstance(row, dict)
+                and isinstance(row.get("prompt"), str)
+                and isinstance(row.get("response"), str)
+            )
+            require(
+                is_answer,
+                f"{place}: a row must be an object with prompt and response, both strings",
+            )
+            prompt = row["prompt"]
+            split = split_of_file or str(row.get("split") or "")
+            entry = answers.setdefault(prompt, {"split": split, "responses": []})
+            require(
+                entry["split"] == split,
+                f"{place}: the prompt {prompt[:40]!r} is in the splits "
+                f"{entry['split']!r} and {split!r}",
+            )
             entry["responses"].append(row["response"])
-    return {prompt: {**entry, "responses": entry["responses"][: limit or None]} for prompt, entry in found.items()}
+
+    if limit:
+        for entry in answers.values():
+            entry["responses"] = entry["responses"][:limit]
+    return answers
 
 
-def match(a, b):
-    """The prompts that both have answered: [{prompt, split, a: [answers], b: [as many]}], and counts of those and the others."""
+def match_answers(a: dict[str, dict], b: dict[str, dict]) -> tuple[list[dict], dict[str, int]]:
+    """Answers of A and of B, as read_answers() returns them -> the prompts that both have answered.
+
+    Returns rows {prompt, split, a: [answers], b: [as many]}, and how many prompts were answered by
+    both systems, by A alone and by B alone. InputError: a prompt has more answers by one system, or
+    is in two splits; no prompt was answered by both.
+    """
     rows = []
-    for prompt in (prompt for prompt in a if prompt in b):
-        answers = [side[prompt]["responses"] for side in (a, b)]
-        splits = {side[prompt]["split"] for side in (a, b)} - {""}
-        n_a, n_b = map(len, answers)
-        require(n_a == n_b, f"the prompt {prompt[:40]!r} has {n_a} answers in --a and {n_b} in --b (limit them: --answers)")
-        require(len(splits) < 2, f"the prompt {prompt[:40]!r} is in the splits {' and '.join(sorted(splits))}")
-        rows.append({"prompt": prompt, "split": "".join(splits) or "all", "a": answers[0], "b": answers[1]})
-    require(rows, f"no prompt of --a is in --b: they begin with {next(iter(a))[:40]!r} and {next(iter(b))[:40]!r}")
-    return rows, {"prompts": len(rows), "only_a": len(a) - len(rows), "only_b": len(b) - len(rows)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------- the results
-
-
-def results(a, b, lengths, prompts, splits, scored=False):
-    """Scores of A and B [N], nan where not judged -> {"splits": {name: win rates and more}, "gap": {other split: first less other}}."""
-    judged, longer = ~(a.isnan() | b.isnan()), win_points(*lengths)
-    out, draws = {"splits": {}, "gap": {}}, {}
-    for seed, split in enumerate(dict.fromkeys(splits)):
-        own = (judged & torch.tensor([name == split for name in splits])).nonzero()[:, 0]
-        row = out["splits"][split] = {"pairs": len(own)}
-        if not len(own):
+    for prompt in a:
+        if prompt not in b:
             continue
-        points, groups = win_points(a[own], b[own]), prompts[own]
-        rate, draws[split] = mean_over_groups(points, groups, seed=seed)
-        row |= {"win_rate": rate.item(), "interval": low_and_high(draws[split]), "prompts": len(groups.unique())}
-        row |= {name: (points == x).double().mean().item() for name, x in (("wins", 1), ("ties", 0.5), ("losses", 0))}
-        row["length"] = [x[own].double().mean().item() for x in lengths]
-        of_longer = torch.where(longer[own] == 1, points, 1 - points)[longer[own] != 0.5]  # its points, where one is
-        row["longer_won"] = of_longer.mean().item() if len(of_longer) else None
+        answers_a = a[prompt]["responses"]
+        answers_b = b[prompt]["responses"]
+        require(
+            len(answers_a) == len(answers_b),
+            f"the prompt {prompt[:40]!r} has {len(answers_a)} answers in --a and "
+            f"{len(answers_b)} in --b (limit them: --answers)",
+        )
+        # It is enough that one of the two names the split.
+        splits = {a[prompt]["split"], b[prompt]["split"]} - {""}
+        require(
+            len(splits) < 2,
+            f"the prompt {prompt[:40]!r} is in the splits {' and '.join(sorted(splits))}",
+        )
+        split = "".join(splits) or "all"
+        rows.append({"prompt": prompt, "split": split, "a": answers_a, "b": answers_b})
+
+    require(
+        rows,
+        f"no prompt of --a is in --b: they begin with {next(iter(a))[:40]!r} "
+        f"and {next(iter(b))[:40]!r}",
+    )
+    counts = {"prompts": len(rows), "only_a": len(a) - len(rows), "only_b": len(b) - len(rows)}
+    return rows, counts
+
+
+# ------------------------------------------------------------------------------------- the results
+
+
+def summarise_judge(
+    a: Tensor,
+    b: Tensor,
+    lengths: list[Tensor],
+    prompts: Tensor,
+    splits: list[str],
+    scored: bool = False,
+) -> dict:
+    """Win rates of A over B by one judge, for each split, and the gaps between splits.
+
+    a, b [N]: scores of A's and B's answers, nan where a pair is not judged; lengths: words of A's
+    and of B's answers [N] each; prompts [N]: which pairs have the same prompt; splits: N names.
+    scored: whether the scores have a unit, so that their mean difference says something.
+
+    Returns {"splits": {split: win rate and more}, "gap": {other split: first less other}}. A split
+    without a judged pair has its number of pairs, 0, and no gap.
+    """
+    judged = ~(a.isnan() | b.isnan())
+    rows = {}
+    draws = {}  # of a split's win rate: [resamples]
+    for seed, split in enumerate(dict.fromkeys(splits)):
+        in_split = torch.tensor([name == split for name in splits])
+        own = (judged & in_split).nonzero()[:, 0]
+        rows[split] = {"pairs": len(own)}
+        if len(own) == 0:
+            continue
+        own_lengths = [words[own] for words in lengths]
+        # Each split has a seed of its own: the gap is between two independent samples.
+        row, draws[split] = summarise_split(a[own], b[own], own_lengths, prompts[own], seed)
+        rows[split] |= row
         if scored:
-            difference, moved = mean_over_groups(a[own] - b[own], groups, seed=seed)
-            row |= {"difference": difference.item(), "difference_interval": low_and_high(moved)}
-    first = next(iter(out["splits"]))
-    for other in draws if first in draws else ():
-        if other != first:
-            gap = out["splits"][first]["win_rate"] - out["splits"][other]["win_rate"]
-            out["gap"][other] = {"gap": gap, "interval": low_and_high(draws[first] - draws[other])}
-    return out
+            mean, draws_of_mean = mean_over_groups(a[own] - b[own], prompts[own], seed=seed)
+            rows[split]["difference"] = mean.item()
+            rows[split]["difference_interval"] = low_and_high(draws_of_mean)
+
+    gaps = {}
+    first = next(iter(rows))
+    if first in draws:
+        for other in draws:
+            if other != first:
+                gap = rows[first]["win_rate"] - rows[other]["win_rate"]
+                interval = low_and_high(draws[first] - draws[other])
+                gaps[other] = {"gap": gap, "interval": interval}
+    return {"splits": rows, "gap": gaps}
 
 
-def low_and_high(draws):
-    return [x.item() for x in percentiles(draws)]
+def summarise_split(
+    a: Tensor, b: Tensor, lengths: list[Tensor], prompts: Tensor, seed: int
+) -> tuple[dict, Tensor]:
+    """The judged pairs of one split -> its win rate and more, and draws of the win rate."""
+    points = win_points(a, b)  # [N]
+    rate, draws = mean_over_groups(points, prompts, seed=seed)
+    row = {
+        "win_rate": rate.item(),
+        "interval": low_and_high(draws),
+        "prompts": len(prompts.unique()),
+        "wins": share_of(points, 1),
+        "ties": share_of(points, 0.5),
+        "losses": share_of(points, 0),
+        "length": [words.double().mean().item() for words in lengths],
+    }
+
+    # The points of the longer answer, in pairs of which one is longer.
+    a_longer = win_points(*lengths)  # [N]: 1 where A's is longer, 1/2 where both are as long
+    points_of_longer = torch.where(a_longer == 1, points, 1 - points)[a_longer != 0.5]
+    row["longer_won"] = None
+    if len(points_of_longer) > 0:
+        row["longer_won"] = points_of_longer.mean().item()
+    return row, draws
 
 
-def table(summary):
+def share_of(points: Tensor, value: float) -> float:
+    return (points == value).double().mean().item()
+
+
+def low_and_high(draws: Tensor) -> list[float]:
+    return [end.item() for end in percentiles(draws)]
+
+
+# ------------------------------------------------------------------------------- table and picture
+
+
+def table(summary: dict) -> str:
     """One line for each judge and split, and the gaps."""
-    lines = [f"\nA {' '.join(summary['a'])}, B {' '.join(summary['b'])}: {summary['pairs']} pairs, {summary['prompts']} prompts"]
-    lines[0] += "".join(f", {summary[key]} prompts only in {side}" for key, side in (("only_a", "A"), ("only_b", "B")) if summary[key])
+    systems = f"A {' '.join(summary['a'])}, B {' '.join(summary['b'])}"
+    title = f"\n{systems}: {summary['pairs']} pairs, {summary['prompts']} prompts"
+    for key, side in (("only_a", "A"), ("only_b", "B")):
+        if summary[key]:
+            title += f", {summary[key]} prompts only in {side}"
+
     width = max(len(spec) for spec in summary["judges"])
-    lines.append(f"  {'judge':{width}s}  {'split':12s}{'A over B':>8s}  {'95%':14s}   A won    tie  B won   A - B  longer won")
+    header = f"  {'judge':{width}s}  {'split':12s}{'A over B':>8s}  {'95%':14s}"
+    lines = [title, header + "   A won    tie  B won   A - B  longer won"]
     for spec, found in summary["judges"].items():
-        for split, row in found["splits"].items():
-            text = f"  {spec:{width}s}  {split[:11]:12s}"
-            if not row["pairs"]:
-                lines.append(text + "     no pair judged")
-                continue
-            low, high = row["interval"]
-            shares = "".join(f"{row[name]:7.1%}" for name in ("wins", "ties", "losses"))
-            score = f"{row['difference']:+8.2f}" if "difference" in row else f"{'':8s}"
-            longer = "" if row["longer_won"] is None else f"{row['longer_won']:12.1%}"
-            lines.append(f"{text}{row['win_rate']:8.1%}  {low:6.1%} {high:6.1%}  {shares}{score}{longer}")
-        for other, row in found["gap"].items():
-            first, (low, high) = next(iter(found["splits"])), row["interval"]
-            lines.append(f"  {spec:{width}s}  gap: {first} less {other} {row['gap']:+.1%} ({low:+.1%} to {high:+.1%})")
-        if found.get("first_chosen") is not None:
-            lines.append(f"  {spec:{width}s}  chose the first answer to {found['first_chosen']:.1%} of {found['questions']} questions")
-        if found.get("unanswered"):
-            lines.append(f"  {spec:{width}s}  NOT JUDGED: {found['unanswered']} questions without a choice ({found['reasons'][0]})")
-    by_length = summary["judges"][LONGER]["splits"].values()
-    words = [sum(row["length"][side] * row["pairs"] for row in by_length) / summary["pairs"] for side in (0, 1)]
-    return "\n".join([*lines, f"  mean length in words: A {words[0]:.1f}, B {words[1]:.1f}"])
+        lines += lines_of_judge(f"  {spec:{width}s}  ", found)
+
+    # The judge of length has judged all pairs, so its splits say how long all answers are.
+    splits = summary["judges"][LONGER]["splits"].values()
+    means = []
+    for side in (0, 1):
+        words = sum(row["length"][side] * row["pairs"] for row in splits)
+        means.append(words / summary["pairs"])
+    lines.append(f"  mean length in words: A {means[0]:.1f}, B {means[1]:.1f}")
+    return "\n".join(lines)
 
 
-def draw(figure, summary):
+def lines_of_judge(start: str, found: dict) -> list[str]:
+    """The lines of one judge's results; each begins with `start`, the judge's name."""
+    lines = []
+    for split, row in found["splits"].items():
+        lines.append(start + line_of_split(split, row))
+    first = next(iter(found["splits"]))
+    for other, row in found["gap"].items():
+        low, high = row["interval"]
+        lines.append(
+            f"{start}gap: {first} less {other} {row['gap']:+.1%} ({low:+.1%} to {high:+.1%})"
+        )
+
+    # Notes that a language model alone has.
+    if found.get("first_chosen") is not None:
+        share = f"{found['first_chosen']:.1%} of {found['questions']} questions"
+        lines.append(f"{start}chose the first answer to {share}")
+    if found.get("unanswered"):
+        reason = found["reasons"][0]
+        lines.append(
+            f"{start}NOT JUDGED: {found['unanswered']} questions without a choice ({reason})"
+        )
+    return lines
+
+
+def line_of_split(split: str, row: dict) -> str:
+    """A split and its numbers, in the columns of table()."""
+    line = f"{split[:11]:12s}"
+    if not row["pairs"]:
+        return line + "     no pair judged"
+
+    low, high = row["interval"]
+    line += f"{row['win_rate']:8.1%}  {low:6.1%} {high:6.1%}  "
+    for name in ("wins", "ties", "losses"):
+        line += f"{row[name]:7.1%}"
+    if "difference" in row:
+        line += f"{row['difference']:+8.2f}"
+    else:
+        line += " " * 8
+    if row["longer_won"] is not None:
+        line += f"{row['longer_won']:12.1%}"
+    return line
+
+
+def draw(figure, summary: dict):
     """Win rates with their intervals, one colour a split."""
-    axis, splits = figure.add_subplot(), list(summary["judges"][LONGER]["splits"])
+    axis = figure.add_subplot()
+    judges = summary["judges"]
+    splits = list(judges[LONGER]["splits"])
     for k, split in enumerate(splits):
-        rows = {spec: found["splits"][split] for spec, found in summary["judges"].items()}
-        rows = {spec: row for spec, row in rows.items() if row["pairs"]}
-        height = [list(summary["judges"]).index(spec) + 0.2 * (k - (len(splits) - 1) / 2) for spec in rows]
-        rates = torch.tensor([row["win_rate"] for row in rows.values()])
-        low, high = torch.tensor([row["interval"] for row in rows.values()]).view(-1, 2).T
+        # The splits of a judge stand closely below each other, around the judge's own height.
+        shift = 0.2 * (k - (len(splits) - 1) / 2)
+        heights = []
+        rates = []
+        intervals = []
+        for height, found in enumerate(judges.values()):
+            row = found["splits"][split]
+            if row["pairs"]:
+                heights.append(height + shift)
+                rates.append(row["win_rate"])
+                intervals.append(row["interval"])
+        rates = torch.tensor(rates)
+        low, high = torch.tensor(intervals).view(-1, 2).T
         errors = torch.stack([rates - low, high - rates]).clamp(min=0)
-        axis.errorbar(rates, height, xerr=errors, fmt="o", color=f"C{k % 10}", label=split)
+        axis.errorbar(rates, heights, xerr=errors, fmt="o", color=f"C{k % 10}", label=split)
+
     axis.axvline(0.5, color="grey", linewidth=0.8)
-    axis.set(xlim=(0, 1), xlabel="win rate of A over B", yticks=range(len(summary["judges"])), yticklabels=list(summary["judges"]))
+    axis.set(
+        xlim=(0, 1),
+        xlabel="win rate of A over B",
+        yticks=range(len(judges)),
+        yticklabels=list(judges),
+    )
     axis.invert_yaxis()
     axis.legend()

@@ -1,77 +1,126 @@
 """The two decode loops behind rollout.generate(), which write the same responses.
 
-    B sequences (b still being written), P prompt tokens (left-padded), R response tokens, t of them so far, C columns of a cache
+    B sequences (b still being written), P prompt tokens (left-padded), R response tokens, t of them
+    written so far, C columns of a cache, D hidden
 
-On a CPU arithmetic is dear: attention reads only the columns written so far, and finished rows are dropped. On a GPU launching
-kernels is dear: the shapes stay, finished rows run on, and one decode step is captured as a CUDA graph, replayed for every token.
+On a CPU arithmetic is dear: decode() lets attention read only the columns written so far, and drops
+rows that have finished. On a GPU launching kernels is dear: decode_static() keeps all shapes, lets
+finished rows run on, and captures one decode step as a CUDA graph that is replayed for every token.
 """
 
+import math
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from ..errors import InputError, first_line
 
-WARM_UP = 3  # decode steps before one is captured: what torch's documentation asks for
-warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # of capture(); a filter set there would repeat warnings
-CHECK_EVERY = 16  # decode steps between two looks, each a wait for the GPU, at whether all rows have finished
+# Decode steps before one is captured: as many as torch's documentation asks for.
+WARM_UP = 3
+# Decode steps between two looks at whether all rows have finished: each look waits for the GPU.
+CHECK_EVERY = 16
+# Attention kernels want masks whose width is a multiple of this.
+ALIGNMENT = 16
+
+# The mode that capture() uses warns that it is a prototype. The filter stands here because a filter
+# that is set at every rollout makes Python show its other warnings again.
+warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+
+
+# ---------------------------------------------------------------------------------------- caches
 
 
 class RoomyLayer(DynamicLayer):
-    """A growing layer of a cache that has room for all `length` tokens from the start, where transformers' own copies itself whole
-    at every token. Same keys, same values: views of what is written."""
+    """A growing layer of a cache that has room for all `length` tokens from the start.
 
-    def __init__(self, length):
+    transformers' own layer copies itself whole at every token. This one writes into its room, and
+    its keys and values are views of the columns that have been written: the same numbers.
+    """
+
+    def __init__(self, length: int):
         super().__init__()
         self.length = length
 
     def update(self, key_states, value_states, *args, **kwargs):
-        begun = self.get_seq_length()  # columns written so far
+        """Write the keys and values of new tokens, and return those of all tokens so far."""
+        begin = self.get_seq_length()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.room = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states)]  # [b, heads, C, D / heads]
-        end = begun + key_states.shape[2]
-        for room, new in zip(self.room, (key_states, value_states)):
-            room[:, :, begun:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
+            self.key_room = self.make_room(key_states)
+            self.value_room = self.make_room(value_states)
+        end = begin + key_states.shape[2]
+        self.key_room[:, :, begin:end] = key_states
+        self.value_room[:, :, begin:end] = value_states
+        self.show_columns(end)
         return self.keys, self.values
 
+    def make_room(self, states):
+        """An empty tensor for the keys or the values of all tokens: [b, heads, length, D/heads]."""
+        b, heads, _, head_size = states.shape
+        return states.new_empty(b, heads, self.length, head_size)
+
+    def show_columns(self, end):
+        """Let keys and values be views of the first `end` columns."""
+        self.keys = self.key_room[:, :, :end]
+        self.values = self.value_room[:, :, :end]
+
     def batch_select_indices(self, indices):
+        """Keep these rows alone."""
         end = self.get_seq_length()
-        self.room = [room[indices] for room in self.room]
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        self.key_room = self.key_room[indices]
+        self.value_room = self.value_room[indices]
+        self.show_columns(end)
 
 
 class KeyValueCache(Cache):
-    """Keys and values in autocast's type. Rotary embeddings make bfloat16 keys float32, and attention would cast all of them back
-    at every token; it sees the same numbers if each is cast once."""
+    """A cache that holds keys and values in autocast's type.
+
+    Rotary embeddings make bfloat16 keys float32, and attention would cast all of them back at every
+    token. It sees the same numbers if each key is cast once, when it is written.
+    """
 
     def update(self, key_states, value_states, *args, **kwargs):
         dtype = autocast_dtype(key_states.device.type) or key_states.dtype
         return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
 
 
-def autocast_dtype(device_type):
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type that autocast casts to on this kind of device; None where it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+# --------------------------------------------------------------------------- around both loops
 
 
 @contextmanager
-def decoding(model, device_type):
-    """Dropout off; every weight cast once a rollout, not once a token; little overhead for an operator.
+def decoding(model, device_type: str):
+    """The mode for sampling: dropout off, each weight cast once a rollout rather than once a token,
+    and little overhead for an operator.
 
-    Autocast keeps the bfloat16 copy of a weight for the length of its context, but only if the weight requires grad: so all do here.
-    Inference mode makes decoding on a CPU some 5 % faster. What it makes can never be trained on: neither autocast's copies nor
+    Autocast keeps the bfloat16 copy of a weight for the length of its context, but only if the
+    weight requires grad: so all weights do in here. Inference mode makes decoding on a CPU some 5 %
+    faster.
+    Pitfall: what is made in inference mode can never be trained on. Neither autocast's copies nor
     what FSDP gathers may be made in it.
     """
-    was_training, parameters, frozen = model.training, list(model.lm.parameters()), []
+    was_training = model.training
+    parameters = list(model.lm.parameters())
+    frozen = []
     mode = torch.no_grad()
     if autocast_dtype(device_type):
-        frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
-    elif device_type == "cpu" and all(type(p) is torch.nn.Parameter for p in parameters):  # not in shards
+        for p in parameters:
+            if p.is_floating_point() and not p.requires_grad:
+                frozen.append(p)
+    elif device_type == "cpu" and not any_sharded(parameters):
         mode = torch.inference_mode()
+
     try:
         model.eval()
         for p in frozen:
@@ -84,82 +133,167 @@ def decoding(model, device_type):
         model.train(was_training)
 
 
-def can_shrink(cache):
-    """Whether rows can be dropped from a cache: linear-attention layers keep a state that transformers does not index by row."""
-    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+def any_sharded(parameters) -> bool:
+    """Whether any parameter is FSDP's, of which this process holds a shard, and no plain one."""
+    return any(type(p) is not torch.nn.Parameter for p in parameters)
 
 
-def reads_plain_mask(lm, cache):
-    """Whether attention asks only which columns are real. Sliding windows, linear layers and ALiBi ask for more, and eager attention
-    for another kind of mask: transformers makes theirs at every token."""
-    plain = lm.config._attn_implementation == "sdpa" and all(type(layer) is RoomyLayer for layer in cache.layers)
-    return plain and hasattr(lm.base_model, "rotary_emb") and not getattr(lm.config, "alibi", False)
+# ------------------------------------------------------------------------------- the loop of CPUs
 
 
-def decode(sampler, ids, mask, u, out, finished):
-    """Write responses to the prompts ids [B, P] into out {name: [B, R]}, dropping the rows that are finished [B]."""
-    live = torch.arange(len(ids), device=ids.device)  # [b] rows in the running batch
-    lm, eos = sampler.model.lm, sampler.eos_token_id
-    padded, P, R = not mask.all(), mask.shape[1], u.shape[1]
-    layers = DynamicCache(config=lm.config).layers  # other kinds of layers (sliding windows, linear attention) stay as they are
-    cache = KeyValueCache(layers=[RoomyLayer(P + R) if type(layer) is DynamicLayer else layer for layer in layers])
+def decode(
+    sampler,
+    ids: Tensor,
+    mask: Tensor,
+    u: Tensor,
+    out: dict[str, Tensor],
+    finished: Tensor,
+):
+    """Write one response to each prompt, with a cache that grows; finished rows are dropped.
+
+    ids, mask [B, P]; u [B, R], the uniform numbers that choose the tokens. out {name: [B, R]} and
+    finished [B] are written in place. InputError: an architecture without a key-value cache.
+    """
+    live = torch.arange(len(ids), device=ids.device)  # [b]: the rows that are still being written
+    lm = sampler.model.lm
+    eos = sampler.eos_token_id
+    has_padding = not mask.all()
+    P = mask.shape[1]
+    R = u.shape[1]
+    cache = growing_cache(lm, P + R)
+
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [b, P]; then [b, 1]
     mask = torch.cat([mask, mask.new_ones(len(ids), R)], 1)  # [b, P + R]
-    visible = mask  # [b, P + R]; additive [b, 1, 1, P + R] where that will do
+    visible = mask  # [b, P + R]; additive [b, 1, 1, P + R] where the model can read that
     for t in range(R):
+        # The first step reads the whole prompt, every other one the token before.
+        attention_mask = None
+        if has_padding:
+            attention_mask = visible[..., : P + t]
         trunk = lm.base_model(
-            input_ids=ids, attention_mask=visible[..., : P + t] if padded else None, position_ids=positions, past_key_values=cache,
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
             use_cache=True,
-        )  # fmt: skip
-        hidden, cache = trunk.last_hidden_state[:, -1], getattr(trunk, "past_key_values", None)  # [b, D]
+        )
+        hidden = trunk.last_hidden_state[:, -1]  # [b, D]
+        cache = getattr(trunk, "past_key_values", None)
         if cache is None:
-            raise InputError(f"{type(lm).__name__} keeps no key-value cache that rollouts could use")
-        if t == 0 and padded and reads_plain_mask(lm, cache):
-            visible = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, -torch.inf)[:, None, None]
+            raise InputError(
+                f"{type(lm).__name__} keeps no key-value cache that rollouts could use"
+            )
+        # From here on a query is one token, which may see every real column. Such a mask is made
+        # once here; transformers would make it anew in every step.
+        if t == 0 and has_padding and reads_plain_mask(lm, cache):
+            visible = torch.zeros(mask.shape, device=ids.device)
+            visible = visible.masked_fill(~mask, -torch.inf)[:, None, None]
+
+        # Choose a token for each row.
         new = sampler(hidden, u[live, t])
         for name, value in new.items():
             out[name][live, t] = value
-        ids, positions = new["response_ids"][:, None], positions[:, -1:] + 1
-        if eos is not None:
-            finished[live] |= ids[:, 0] == eos
-            going = (~finished[live]).nonzero()[:, 0]
-            if len(going) == 0:
-                break
-            # Shrinking copies the whole cache, which costs about a step: wait until a quarter of its rows are done.
-            if len(going) <= 0.75 * len(live) and can_shrink(cache):
-                cache.batch_select_indices(going)
-                live, ids, positions, visible = live[going], ids[going], positions[going], visible[going]
+        ids = new["response_ids"][:, None]  # [b, 1]
+        positions = positions[:, -1:] + 1
+
+        # Without an EOS no row ever finishes.
+        if eos is None:
+            continue
+        finished[live] |= ids[:, 0] == eos
+        going = (~finished[live]).nonzero()[:, 0]  # places in the running batch
+        if len(going) == 0:
+            break
+        # Dropping rows copies the whole cache, which costs about as much as a step: wait until a
+        # quarter of its rows have finished.
+        if len(going) <= 0.75 * len(live) and can_shrink(cache):
+            cache.batch_select_indices(going)
+            live = live[going]
+            ids = ids[going]
+            positions = positions[going]
+            visible = visible[going]
 
 
-def static_cache(lm, length):
-    """A cache of fixed size whose position is a tensor, or None where transformers has none for this architecture.
+def growing_cache(lm, length: int) -> KeyValueCache:
+    """An empty cache with room for `length` tokens.
 
-    Sliding windows are left to the mask: transformers' own sliding layers count in Python, which a graph would not replay.
-    Other kinds of layers keep more than keys and values (an indexer's keys, a linear attention's state).
+    Only plain layers are replaced; sliding windows and linear attention keep transformers' own.
     """
-    layers = StaticCache(config=lm.config, max_cache_len=length).layers
-    known = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
-    if not known or not getattr(lm, "_can_compile_fullgraph", False):
-        return None
-    return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
+    layers = []
+    for layer in DynamicCache(config=lm.config).layers:
+        if type(layer) is DynamicLayer:
+            layer = RoomyLayer(length)
+        layers.append(layer)
+    return KeyValueCache(layers=layers)
 
 
-def decode_static(sampler, ids, mask, u, out, finished):
-    """decode() with shapes that never change: C columns of cache, all B rows to the end. RuntimeError where that cannot be done."""
-    (B, P), R, lm, eos = ids.shape, u.shape[1], sampler.model.lm, sampler.eos_token_id
-    C = -(-(P + R) // 16) * 16  # attention kernels want aligned masks
+def reads_plain_mask(lm, cache: Cache) -> bool:
+    """Whether attention asks only which columns are real.
+
+    Sliding windows, linear layers and ALiBi ask for more, and eager attention asks for another kind
+    of mask: transformers makes theirs at every token.
+    """
+    if lm.config._attn_implementation != "sdpa":
+        return False
+    if any(type(layer) is not RoomyLayer for layer in cache.layers):
+        return False
+    has_rotary = hasattr(lm.base_model, "rotary_emb")
+    has_alibi = getattr(lm.config, "alibi", False)
+    return has_rotary and not has_alibi
+
+
+def can_shrink(cache: Cache) -> bool:
+    """Whether rows can be dropped from a cache.
+
+    Linear-attention layers keep a state that transformers does not index by row.
+    """
+    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+
+
+# ------------------------------------------------------------------------------- the loop of GPUs
+
+
+def decode_static(
+    sampler,
+    ids: Tensor,
+    mask: Tensor,
+    u: Tensor,
+    out: dict[str, Tensor],
+    finished: Tensor,
+):
+    """Write one response to each prompt, as decode() does, with shapes that never change.
+
+    The cache has C columns, and all B rows run to the end. RuntimeError: an architecture for which
+    that cannot be done. Pitfall: `out` and `finished` then hold what was written until the error.
+    """
+    B, P = ids.shape
+    R = u.shape[1]
+    lm = sampler.model.lm
+    eos = sampler.eos_token_id
+    C = math.ceil((P + R) / ALIGNMENT) * ALIGNMENT
     cache = static_cache(lm, C)
     if cache is None:
         raise NotImplementedError("no static cache")
+
+    # The prompts go through the model outside the graph: their shape is their own.
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [B, P]
-    prefill = lm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    prefill = lm.base_model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
 
     # All that a step reads and writes, in place: a graph replays kernels on these addresses.
-    column = torch.zeros(1, dtype=torch.long, device=ids.device)
-    token, position = ids[:, -1:].clone(), positions[:, -1:].clone()  # [B, 1]
-    columns = torch.cat([mask, mask.new_ones(B, C - P)], 1)  # [B, C]; transformers hides those right of the cache's own position
+    column = torch.zeros(1, dtype=torch.long, device=ids.device)  # of the response, to be written
+    token = ids[:, -1:].clone()  # [B, 1]
+    position = positions[:, -1:].clone()  # [B, 1]
+    # transformers hides the columns to the right of the cache's own position.
+    columns = torch.cat([mask, mask.new_ones(B, C - P)], 1)  # [B, C]
 
-    def write(hidden):  # [B, D]
+    def write(hidden):
+        """Sample the next token of each row from hidden [B, D], and write it."""
+        # `column` is no Python number, so nothing here waits for the GPU.
         new = sampler(hidden, u.index_select(1, column)[:, 0])
         for name, value in new.items():
             out[name].index_copy_(1, column, value[:, None])
@@ -170,31 +304,68 @@ def decode_static(sampler, ids, mask, u, out, finished):
         column.add_(1)
 
     def step():
-        trunk = lm.base_model(input_ids=token, attention_mask=columns, position_ids=position, past_key_values=cache, use_cache=True)
+        """Read the tokens that were written last, and write the next ones."""
+        trunk = lm.base_model(
+            input_ids=token,
+            attention_mask=columns,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
         write(trunk.last_hidden_state[:, -1])
 
     write(prefill.last_hidden_state[:, -1])
-    sharded = any(hasattr(module, "unshard") for module in lm.modules())  # FSDP's hooks wait for streams of their own
-    step, t = (step, 1) if sharded else capture(step, R, ids.device)
-    while t < R and not (eos is not None and t % CHECK_EVERY == 0 and finished.all()):
-        step()
+    # FSDP's hooks wait for streams of their own, which a capture does not allow.
+    is_sharded = any(hasattr(module, "unshard") for module in lm.modules())
+    if is_sharded:
+        take_step = step
+        t = 1
+    else:
+        take_step, t = capture(step, R, ids.device)
+
+    while t < R:
+        if eos is not None and t % CHECK_EVERY == 0 and finished.all():
+            break
+        take_step()
         t += 1
 
 
-def capture(step, R, device):
-    """A decode step -> a function that replays it as a CUDA graph (elsewhere the step itself), and the next token to write.
-    RuntimeError where the step waits for the GPU.
+def static_cache(lm, length: int) -> KeyValueCache | None:
+    """A cache of fixed size whose position is a tensor; None where an architecture has none.
 
-    Nothing of the warm-up is lost: its steps write tokens 1 to WARM_UP. A graph is not kept from one rollout to the next: it would
-    hold the cache's memory while PPO updates, and must not outlive the weights' addresses, which FSDP's gathering and autocast's
-    copies change. Capturing anew costs about as much as WARM_UP + 1 steps without a graph.
+    Sliding windows are left to the mask: transformers' own sliding layers count in Python, which a
+    graph would not replay. Other kinds of layers keep more than keys and values (an indexer's keys,
+    a linear attention's state).
+    """
+    layers = StaticCache(config=lm.config, max_cache_len=length).layers
+    for layer in layers:
+        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
+            return None
+    if not getattr(lm, "_can_compile_fullgraph", False):
+        return None
+    return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
+
+
+def capture(step: Callable, R: int, device: torch.device) -> tuple[Callable, int]:
+    """Capture a decode step as a CUDA graph.
+
+    -> a function that replays the step (without a GPU the step itself), and the index of the next
+    token to write. RuntimeError: the step waits for the GPU.
+
+    The steps of the warm-up are not lost: they write tokens 1 to WARM_UP. A graph is not kept from
+    one rollout to the next. It would hold the cache's memory while PPO updates, and it must not
+    outlive the weights' addresses, which FSDP's gathering and autocast's copies change. Capturing
+    anew costs about as much as WARM_UP + 1 steps without a graph.
     """
     if device.type != "cuda" or R <= 1 + WARM_UP:
         return step, 1
+
+    # torch asks for a warm-up on a stream beside the current one.
     current = torch.cuda.current_stream(device)
     side = torch.cuda.Stream(device)
     side.wait_stream(current)
-    # A model that looks at its numbers while it decodes is found here: a capture that fails leaves torch's allocator out of order.
+    # A capture that fails leaves torch's allocator out of order. So a model that looks at its
+    # numbers while it decodes is found here, where waiting for the GPU is an error.
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -204,12 +375,20 @@ def capture(step, R, device):
     finally:
         torch.cuda.set_sync_debug_mode(mode)
         current.wait_stream(side)
+
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as that of NCCL, may go on
-            step()  # launches nothing: it is written down
+        # Thread-local: other threads, such as that of NCCL, may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # This step launches nothing: it is written down.
+            step()
     except RuntimeError as e:
-        torch.cuda.set_stream(current)  # a capture that failed leaves its own in place
-        warnings.warn(f"rollouts decode without a CUDA graph, which is slower ({first_line(e)})", RuntimeWarning, stacklevel=2)
+        # A capture that failed leaves its own stream in place.
+        torch.cuda.set_stream(current)
+        warnings.warn(
+            f"rollouts decode without a CUDA graph, which is slower ({first_line(e)})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return step, 1 + WARM_UP
     return graph.replay, 1 + WARM_UP

@@ -1,35 +1,44 @@
-"""Body of `probe.py ablate`: what a policy writes when some features of one of its layers are switched off, and what that is worth.
+"""Body of `probe.py ablate`: what a policy writes when some features of one of its layers are
+switched off, and what that is worth.
 
-    P prompts, N answers to each, M features, F of them switched off, C concepts, V vocabulary
+    P prompts, N answers to each, n tokens, M features, F of them switched off, C concepts
+    V vocabulary
 
-While the policy samples, a layer's output x becomes that of its autoencoder with the chosen features at zero, plus what the
-autoencoder did not explain, so that nothing else changes:
+While the policy samples, a layer's output x becomes that of its autoencoder with the chosen
+features at zero, plus what the autoencoder did not explain. So nothing else changes:
 
-    x' = x^(f without the chosen) + (x - x^(f)) = x - sum over the chosen of f_i d_i        d_i: decoder directions, in the model's units
+    x' = x^(f without the chosen) + (x - x^(f)) = x - sum over the chosen of f_i d_i
+    d_i: decoder directions, in the model's units
 
-All arms answer the same held-out prompts with the same noise, so differences are taken prompt by prompt. Controls:
+All arms answer the same held-out prompts with the same noise, so differences are taken prompt by
+prompt. Controls:
 
     nothing     no feature: x' = x, and every token the same
     random      as many random features that fire equally often
-    strong      as many random features as near in mean square as there are: those that fire equally often may be much weaker
+    strong      as many random features, as near in mean square as there are: those that fire
+                equally often may be much weaker
 
-Where the chosen features are the strongest of all, no others are as strong: compare the variance that each arm removes.
-
-Features are chosen, and rates and mean squares counted, on the policy's answers to training prompts.
+Where the chosen features are the strongest of all, no others are as strong: compare the variance
+that each arm removes. Features are chosen, and rates and mean squares counted, on the policy's
+answers to training prompts.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from .. import data, world
 from ..diversity import distinct_n
 from ..errors import at_least, require
 from ..hf.activations import module_at, place_name, replaced, running_ids
-from ..models import check_model, load_policy, load_tokenizer
+from ..hf.folders import check_model
+from ..models import load_policy, load_tokenizer
+from ..packing import Answers
 from ..rewards import check_reward, load_rewards, score
 from ..rollout import Parts, SamplingFlags, roll_out
 from ..runtime.distributed import setup
@@ -40,7 +49,7 @@ from ..runtime.rng import SPLIT
 from ..sae import SparseAutoencoder
 from ..splits import load
 from ..stats import bootstrap
-from .activation_store import Tokens, from_models, opened, where
+from .activation_store import Tokens, from_models, open_autoencoder, where
 from .concepts import alike, encoded, feature_aucs
 from .known_concepts import FEWEST, concept_table, is_world_model, next_ids
 from .probe_flags import PlaceFlags
@@ -108,7 +117,9 @@ class AblateConfig(PlaceFlags, SamplingFlags, TextFlags, ResultFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "eval_size", "n_answers", "batch_size", "micro_batch_size", "top", "draws")
+        at_least(
+            self, 1, "eval_size", "n_answers", "batch_size", "micro_batch_size", "top", "draws"
+        )
         at_least(self, 0, "max_rows", "seed")
         parse_ids(self.features)
         if not self.reward:
@@ -116,25 +127,36 @@ class AblateConfig(PlaceFlags, SamplingFlags, TextFlags, ResultFlags):
             self.reward = ["world:gold", "runs/rm/seed_0"]
 
 
-def removed(sae, ids, x):
-    """What the features `ids` [F] add to activations x [.., D], in the model's units: sum_i f_i d_i, [.., D]."""
+# ------------------------------------------------------------------------------- switching off
+
+
+def removed(sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
+    """What the features `ids` [F] add to activations x [.., D]: sum_i f_i d_i, [.., D].
+
+    In the model's units.
+    """
     _, scale = sae.moments(x)
     part = sae.encode(x)[..., ids] @ sae.W_dec[ids]
-    return part if sae.normalize == "none" else part * scale
+    if sae.normalize == "none":
+        return part
+    return part * scale
 
 
-def without(sae, ids):
-    """The function x [B, T, D] -> x' for activations.replaced: x minus what the features `ids` [F] add to it."""
+def without(sae: SparseAutoencoder, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function x [B, T, D] -> x' for activations.replaced: x minus what the features `ids` [F]
+    add to it."""
     return lambda x: x - removed(sae, ids, x)
 
 
 @contextlib.contextmanager
 def switched_off(
-    lm, place: tuple[int, str], sae: SparseAutoencoder, ids: torch.Tensor, skip_bos: int | None
+    lm, place: tuple[int, str], sae: SparseAutoencoder, ids: Tensor, skip_bos: int | None
 ):
-    """A context in which the layer at `place` puts out x' in every forward: without the features `ids` [F].
+    """A context in which the layer at `place` puts out x' in every forward: without the features
+    `ids` [F].
 
-    Tokens with the id skip_bos keep their x, as in training (activation_store.Tokens); None: no token does.
+    Tokens with the id skip_bos keep their x, as in training (activation_store.Tokens); None: no
+    token does.
     """
     remove_features = without(sae, ids)
     with running_ids(lm) as token_ids:
@@ -148,6 +170,9 @@ def switched_off(
 
         with replaced(lm, place, remove_where_trained):
             yield
+
+
+# ----------------------------------------------------------------------------------- the command
 
 
 @unlock_afterwards()
@@ -165,171 +190,374 @@ def ablate(config):
     dist = setup(config.device)
     require(dist.world == 1, "probe.py ablate runs on one process")
     folder = results_folder(config, dist)
-    sae, model, place = opened(config, config.sae)
-    model_config, tokenizer = check_model(model), load_tokenizer(model)
+
+    # What can be wrong is found before any model is loaded.
+    sae, model, place = open_autoencoder(config, config.sae)
+    model_config = check_model(model)
+    tokenizer = load_tokenizer(model)
     for spec in config.reward:
         check_reward(spec)
-    in_world = is_world_model(tokenizer)
-    names, labels = concept_table(tokenizer) if in_world else ([], None)
-    require(in_world or config.features, f"{model} does not speak the embedded world's words: name --features")
-    require(config.features or config.concept in names, f"--concept {config.concept}: it must be one of {', '.join(names)}")
-    rows, held_out, _ = load(config, "prompts")
-    lengths = config.max_new_tokens, config.max_prompt_length
-    train, test = (data.ready_prompts(tokenizer, part, model_config, *lengths, config.chat_template) for part in (rows, held_out))
-    test = [prompt for prompt in test for _ in range(config.n_answers)]
+    concept = find_concept(config, model, tokenizer)
+    train, test = read_prompts(config, tokenizer, model_config)
 
+    # The policy, its autoencoder, and what the answers are worth.
     policy = load_policy(model, value_head=False, device=dist.device)
     rewards = load_rewards(config.reward, tokenizer, dist, config.micro_batch_size, config.dtype)
     module_at(policy.lm, place)
-    require(config.features or config.top <= sae.m, f"--top {config.top} is more than the {sae.m} features")
+    require(
+        config.features or config.top <= sae.m,
+        f"--top {config.top} is more than the {sae.m} features",
+    )
     sae = sae.to(dist.device).requires_grad_(False)
     parts = Parts(config, dist, tokenizer, policy)
 
-    # ------------------------------------------------------------------------------------------ features, on other answers
+    # Features are chosen on answers to other prompts than those of the arms.
     skip_bos = None if config.keep_bos else tokenizer.bos_token_id
-    seen = Tokens([p + r for p, r in zip(train, sampled(parts, train, step=1)[0])], skip_bos)
-    x = from_models(seen, {"m": policy.lm}, [place], dist, config.dtype)(np.arange(len(seen.rows)))[f"m/{place_name(place)}"]
-    f = encoded(sae, x)  # [M, N]
-    rates, squares = ((v @ torch.ones(f.shape[1], 1, device=f.device))[:, 0].cpu() / f.shape[1] for v in (f.bool().float(), f * f))  # [M]
-    concept = labels[:, names.index(config.concept)] if in_world and config.concept in names else None  # [V]
-    ids = parse_ids(config.features) or features_of(config, f, concept, seen, sae, policy.lm)
-    arms = {"plain": None, "nothing": [], "features": ids}
-    for control, size in (("random", rates), ("strong", squares)):
-        arms |= {f"{control} {i}": alike(size, ids, np.random.default_rng([SPLIT, config.seed, i])) for i in range(config.draws)}
+    seen = observe_features(parts, sae, place, train, skip_bos)
+    ids = parse_ids(config.features)
+    if not ids:
+        ids = choose_features(config, seen.f, concept, seen.tokens, sae, policy.lm)
+    arms = draw_arms(config, ids, seen)
 
-    # ------------------------------------------------------------------------------------------------------------ the arms
-    found, tokens = {}, {}
+    # Every arm answers the held-out prompts: step 0 has the same noise for all of them.
+    responses = {}  # {arm: token lists}
+    numbers = {}  # {arm: {number: [P N]}}
     for name, chosen in arms.items():
         if chosen is None:
-            tokens[name], answers = sampled(parts, test, step=0)
+            responses[name], answers = sample_answers(parts, test, step=0)
         else:
             feature_ids = torch.tensor(chosen, dtype=torch.long, device=dist.device)
             with switched_off(policy.lm, place, sae, feature_ids, skip_bos):
-                tokens[name], answers = sampled(parts, test, step=0)
-        found[name] = measured(config, tokenizer, rewards, tokens[name], answers, concept)
-        dist.print(f"{name}: " + ", ".join(f"{key} {value.mean():.3f}" for key, value in found[name].items()))
-    variance = (x - x.mean(0)).square().sum()
+                responses[name], answers = sample_answers(parts, test, step=0)
+        numbers[name] = measure_answers(
+            config, tokenizer, rewards, responses[name], answers, concept
+        )
+        means = [f"{key} {values.mean():.3f}" for key, values in numbers[name].items()]
+        dist.print(f"{name}: " + ", ".join(means))
+
+    # What each arm took away, and what came of it.
+    described_arms = {}
+    for name, chosen in arms.items():
+        texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
+        arm = describe_features(chosen or [], seen, sae)
+        arm["distinct_2"] = distinct_n(texts, 2)
+        for key, values in numbers[name].items():
+            arm[key] = mean_with_interval(values, config.n_answers)
+        described_arms[name] = arm
     summary = {
-        "sae": config.sae, "model": model, "layer": place[0], "site": place[1], "prompts": len(test) // config.n_answers,
-        "n_answers": config.n_answers, "concept": None if concept is None else config.concept,
+        "sae": config.sae,
+        "model": model,
+        "layer": place[0],
+        "site": place[1],
+        "prompts": len(test) // config.n_answers,
+        "n_answers": config.n_answers,
+        "concept": None if concept is None else config.concept,
         "by": None if config.features else config.by,
-        "nothing_is_plain": tokens["nothing"] == tokens["plain"],
-        "arms": {name: {
-            "features": chosen or [], "rates": rates[chosen or []].tolist(),
-            "removed": (removed(sae, torch.tensor(chosen, device=dist.device), x).square().sum() / variance).item() if chosen else 0.0,
-            "distinct_2": distinct_n(tokenizer.batch_decode(tokens[name], skip_special_tokens=True), 2),
-            **{key: mean_with_interval(value, config.n_answers) for key, value in found[name].items()},
-        } for name, chosen in arms.items()},
-        "differences": differences(found, config.n_answers),
-    }  # fmt: skip
-    save(config, folder, summary, table(summary), draw)
+        "nothing_is_plain": responses["nothing"] == responses["plain"],
+        "arms": described_arms,
+        "differences": compare_arms(numbers, config.n_answers),
+    }
+    save(config, folder, summary, format_table(summary), draw)
     return summary
 
 
-def sampled(parts, prompts, step):
-    """One answer to each prompt (token lists) -> their token lists, [Answers]. `step` keys the noise."""
-    size, responses, answers = parts.config.batch_size, [], []
+def find_concept(config, model: str, tokenizer) -> Tensor | None:
+    """The words of --concept, as a mask [V]; None where --features are named and there is none.
+
+    InputError: neither features are named, nor a concept that the model's tokens have.
+    """
+    if not is_world_model(tokenizer):
+        require(
+            config.features,
+            f"{model} does not speak the embedded world's words: name --features",
+        )
+        return None
+    names, labels = concept_table(tokenizer)
+    if config.concept in names:
+        return labels[:, names.index(config.concept)]
+    require(
+        config.features,
+        f"--concept {config.concept}: it must be one of {', '.join(names)}",
+    )
+    return None
+
+
+def read_prompts(config, tokenizer, model_config) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompts to choose features on, and the held-out ones, each N times: token lists."""
+    rows, held_out, _ = load(config, "prompts")
+    prompts = []
+    for part in (rows, held_out):
+        part_prompts = data.ready_prompts(
+            tokenizer,
+            part,
+            model_config,
+            config.max_new_tokens,
+            config.max_prompt_length,
+            config.chat_template,
+        )
+        prompts.append(part_prompts)
+    train, held_out_prompts = prompts
+
+    # The answers to a prompt stand one after another: see mean_with_interval().
+    test = []
+    for prompt in held_out_prompts:
+        test.extend([prompt] * config.n_answers)
+    return train, test
+
+
+def sample_answers(
+    parts: Parts, prompts: list[list[int]], step: int
+) -> tuple[list[list[int]], list[Answers]]:
+    """One answer to each prompt -> their token lists, [Answers]. `step` keys the noise."""
+    size = parts.config.batch_size
+    responses = []
+    answers = []
     for first in range(0, len(prompts), size):
-        rollout, part = roll_out(parts, prompts[first : first + size], list(range(first, min(first + size, len(prompts)))), step)
-        responses += [ids[mask].tolist() for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu())]
-        answers.append(part)
+        batch = prompts[first : first + size]
+        places = list(range(first, first + len(batch)))
+        rollout, batch_answers = roll_out(parts, batch, places, step)
+        answers.append(batch_answers)
+        for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu()):
+            responses.append(ids[mask].tolist())
     return responses, answers
 
 
-def features_of(config, f, concept, seen, sae, lm):
-    """The config.top features of a concept [V] by AUC on its words or on what comes before them, or by the logits they raise."""
+# ---------------------------------------------------------------------------------- the features
+
+
+@dataclass
+class Seen:
+    """The features of an autoencoder on the tokens of some texts."""
+
+    tokens: Tokens
+    x: Tensor  # [n, D]: the activations
+    f: Tensor  # sparse [M, n]: the features
+    rates: Tensor  # [M]: the share of tokens that each feature fires on
+    squares: Tensor  # [M]: the mean square of each feature
+
+
+def observe_features(
+    parts: Parts,
+    sae: SparseAutoencoder,
+    place: tuple[int, str],
+    prompts: list[list[int]],
+    skip_bos: int | None,
+) -> Seen:
+    """Let the policy answer the prompts, and see which features fire on prompts and answers."""
+    lm = parts.policy.lm
+    # Step 0 is for the answers of the arms: these must have noise of their own.
+    responses, _ = sample_answers(parts, prompts, step=1)
+    texts = [prompt + response for prompt, response in zip(prompts, responses)]
+    tokens = Tokens(texts, skip_bos)
+    source = from_models(tokens, {"m": lm}, [place], parts.dist, parts.config.dtype)
+    x = source(np.arange(len(texts)))[f"m/{place_name(place)}"]  # [n, D]
+    f = encoded(sae, x)  # [M, n]
+    n = f.shape[1]
+    rates = sum_over_tokens(f.bool().float()).cpu() / n
+    squares = sum_over_tokens(f * f).cpu() / n
+    return Seen(tokens, x, f, rates, squares)
+
+
+def sum_over_tokens(f: Tensor) -> Tensor:
+    """The sums of the rows of a sparse [M, n]: [M]."""
+    ones = torch.ones(f.shape[1], 1, device=f.device)
+    return (f @ ones)[:, 0]
+
+
+def choose_features(
+    config, f: Tensor, concept: Tensor, seen: Tokens, sae: SparseAutoencoder, lm
+) -> list[int]:
+    """The config.top features of a concept [V], by what --by says.
+
+    f: a sparse [M, n], the features on the n tokens `seen`. InputError: the policy hardly writes
+    the concept's words.
+    """
     if config.by == "logits":
-        unembedding = lm.get_output_embeddings().weight.float()  # [V, D]
-        effects = sae.decoder_directions().float() @ unembedding.T  # [M, V]
-        fires = (f @ torch.ones(f.shape[1], 1, device=f.device))[:, 0] != 0
-        share = concept.to(effects) / concept.sum() - (~concept).to(effects) / (~concept).sum()
-        scores = torch.where(fires, effects @ share, -torch.inf)  # mean over the concept's words - mean over the others
+        scores = score_by_logits(f, concept, sae, lm)
     else:
         if config.by == "before":
             following, goes_on = next_ids(seen)
-            truth = concept[following] & goes_on  # [N]; a text's last token comes before nothing
+            truth = concept[following] & goes_on  # [n]; a text's last token comes before nothing
         else:
             _, ids = where(seen)
-            truth = concept[ids]  # [N]
-        require(FEWEST <= truth.sum() < len(truth), f"--concept {config.concept}: the policy hardly writes such words; name --features")
+            truth = concept[ids]  # [n]
+        require(
+            FEWEST <= truth.sum() < len(truth),
+            f"--concept {config.concept}: the policy hardly writes such words; name --features",
+        )
         scores = feature_aucs(f, truth[:, None].to(f.device))[:, 0]
     return scores.topk(config.top).indices.tolist()
 
 
+def score_by_logits(f: Tensor, concept: Tensor, sae: SparseAutoencoder, lm) -> Tensor:
+    """How much each feature's direction raises the logits of a concept's words: [M].
 
-
-def measured(config, tokenizer, rewards, responses, answers, concept):
-    """{reward name: [P N], length, cue: 1 where the answer has the spurious mark, concept: its share of the answer's tokens}
-
-    Of the embedded world's gold also its parts, "gold: sentiment", ...: what breaks the grammar lowers the gold as well.
+    The mean over the words of the concept [V], minus the mean over all others. A feature that never
+    fires cannot be switched off, and comes last.
     """
-    numbers = {name: score(reward, answers) for name, reward in rewards.items()}
+    unembedding = lm.get_output_embeddings().weight.float()  # [V, D]
+    effects = sae.decoder_directions().float() @ unembedding.T  # [M, V]
+    others = ~concept
+    weights = concept.to(effects) / concept.sum() - others.to(effects) / others.sum()  # [V]
+    fires = sum_over_tokens(f) != 0
+    return torch.where(fires, effects @ weights, -torch.inf)
+
+
+def draw_arms(config, ids: list[int], seen: Seen) -> dict[str, list[int] | None]:
+    """The features that each arm switches off; None: the policy as it is, without any hook."""
+    arms = {"plain": None, "nothing": [], "features": ids}
+    for control, sizes in (("random", seen.rates), ("strong", seen.squares)):
+        for i in range(config.draws):
+            rng = np.random.default_rng([SPLIT, config.seed, i])
+            arms[f"{control} {i}"] = alike(sizes, ids, rng)
+    return arms
+
+
+# ----------------------------------------------------------------------------------- the numbers
+
+
+def measure_answers(
+    config,
+    tokenizer,
+    rewards: dict,
+    responses: list[list[int]],
+    answers: list[Answers],
+    concept: Tensor | None,
+) -> dict[str, Tensor]:
+    """{number: [P N], one of each answer}, float64.
+
+    The numbers are the rewards, length in tokens, cue: 1 where the answer has the spurious mark,
+    and the concept: its share of the answer's tokens. Where one of the rewards is the embedded
+    world's gold there are also its parts, "gold: sentiment", ...: what breaks the grammar lowers
+    the gold as well.
+    """
+    numbers = {}
+    for name, reward in rewards.items():
+        numbers[name] = score(reward, answers)
     numbers["length"] = torch.tensor([len(ids) for ids in responses])
+
+    # The spurious mark of the embedded world; world:SEED has a mark of its own.
     if data.is_world(config.dataset):
-        mark = tokenizer.convert_tokens_to_ids(world.cue(int(config.dataset.partition(":")[2] or 0)))
+        seed = int(config.dataset.partition(":")[2] or 0)
+        mark = tokenizer.convert_tokens_to_ids(world.cue(seed))
         numbers["cue"] = torch.tensor([mark in ids for ids in responses])
+
     if concept is not None:
-        numbers[config.concept] = torch.tensor([concept[ids].float().mean().item() for ids in responses])
+        shares = [concept[ids].float().mean().item() for ids in responses]
+        numbers[config.concept] = torch.tensor(shares)
+
     if "world:gold" in rewards:
-        terms = [world.gold_parts(prompt, response) for part in answers for prompt, response in zip(part.prompts, part.responses)]
-        numbers |= {f"gold: {name}": torch.tensor([term[name] for term in terms]) for name in terms[0]}
-    return {name: x.double() for name, x in numbers.items()}
+        gold_parts = {}  # {part: one number of each answer}
+        for batch in answers:
+            for prompt, response in zip(batch.prompts, batch.responses):
+                for name, value in world.gold_parts(prompt, response).items():
+                    gold_parts.setdefault(name, []).append(value)
+        for name, values in gold_parts.items():
+            numbers[f"gold: {name}"] = torch.tensor(values)
+    return {name: values.double() for name, values in numbers.items()}
 
 
-def mean_with_interval(values, n_answers):
-    """Mean and 95% interval over prompts of numbers [P N], an answer's each: {mean, low, high}"""
-    values = values.view(-1, n_answers).mean(1)  # [P]
-    low, high = bootstrap(values)
-    return {"mean": values.mean().item(), "low": low.item(), "high": high.item()}
+def describe_features(ids: list[int], seen: Seen, sae: SparseAutoencoder) -> dict:
+    """The features that an arm switches off, how often they fire, and the share of the layer's
+    variance that they hold."""
+    share = 0.0
+    if ids:
+        variance = (seen.x - seen.x.mean(0)).square().sum()
+        part = removed(sae, torch.tensor(ids, device=seen.x.device), seen.x)
+        share = (part.square().sum() / variance).item()
+    return {"features": ids, "rates": seen.rates[ids].tolist(), "removed": share}
 
 
-def differences(found, n_answers):
-    """{number: {"features - nothing": {mean, low, high}, ...}}, paired by prompt; of a control the mean over its draws."""
-    out = {}
-    for key in found["nothing"]:
-        arms = {name: [x[key] for arm, x in found.items() if arm.split()[0] == name] for name in ("nothing", "features", *CONTROLS)}
-        mean = {name: torch.stack(values).mean(0) for name, values in arms.items()}
-        pairs = [("features", "nothing"), *((c, "nothing") for c in CONTROLS), *(("features", c) for c in CONTROLS)]
-        out[key] = {f"{a} - {b}": mean_with_interval(mean[a] - mean[b], n_answers) for a, b in pairs}
-    return out
+def mean_with_interval(values: Tensor, n_answers: int) -> dict[str, float]:
+    """Mean and 95% interval over prompts of one number of each answer: {mean, low, high}.
+
+    values [P N], the answers to a prompt one after another.
+    """
+    means = values.view(-1, n_answers).mean(1)  # [P]
+    low, high = bootstrap(means)
+    return {"mean": means.mean().item(), "low": low.item(), "high": high.item()}
 
 
-# ------------------------------------------------------------------------------------------------------------------ table, picture
+def compare_arms(numbers: dict[str, dict[str, Tensor]], n_answers: int) -> dict[str, dict]:
+    """{number: {"features - nothing": {mean, low, high}, ...}}, paired by prompt.
+
+    A control's number is the mean over its draws.
+    """
+    pairs = [("features", "nothing")]
+    pairs += [(control, "nothing") for control in CONTROLS]
+    pairs += [("features", control) for control in CONTROLS]
+
+    differences = {}
+    for key in numbers["nothing"]:
+        draws = {}  # {kind of arm: [P N] of each draw}
+        for arm, values in numbers.items():
+            kind = arm.split()[0]  # "random 3" is a draw of "random"
+            draws.setdefault(kind, []).append(values[key])
+        means = {kind: torch.stack(values).mean(0) for kind, values in draws.items()}
+        differences[key] = {}
+        for a, b in pairs:
+            difference = mean_with_interval(means[a] - means[b], n_answers)
+            differences[key][f"{a} - {b}"] = difference
+    return differences
 
 
-def columns(summary):
+# -------------------------------------------------------------------------------- table, picture
+
+
+def list_shown_numbers(summary: dict) -> list[str]:
     """The numbers that are shown arm by arm; the parts of the gold are among the differences."""
     return [key for key in summary["differences"] if not key.startswith("gold: ")]
 
 
-def table(summary):
+def format_table(summary: dict) -> str:
     """One line an arm, then the differences."""
-    arms, keys = summary["arms"], columns(summary)
-    what = f"features of {summary['concept']!r} (by {summary['by']})" if summary["by"] else "the named features"
-    lines = [f"\n{summary['model']}, layer {summary['layer']}, {summary['site']}, {what} switched off; {summary['prompts']} prompts, "
-             f"{summary['n_answers']} answers to each:"]  # fmt: skip
-    lines.append(f"  {'':10s}{'rate':>8s}{'removed':>9s}{'distinct-2':>12s}" + "".join(f"{key[-11:]:>12s}" for key in keys) + "   features")
-    for name, arm in arms.items():
-        rate = f"{np.mean(arm['rates']):8.2%}{arm['removed']:9.2%}" if arm["features"] else " " * 17
+    keys = list_shown_numbers(summary)
+    what = "the named features"
+    if summary["by"]:
+        what = f"features of {summary['concept']!r} (by {summary['by']})"
+    head = "".join(f"{key[-11:]:>12s}" for key in keys)
+    lines = [
+        f"\n{summary['model']}, layer {summary['layer']}, {summary['site']}, {what} switched off; "
+        f"{summary['prompts']} prompts, {summary['n_answers']} answers to each:",
+        f"  {'':10s}{'rate':>8s}{'removed':>9s}{'distinct-2':>12s}{head}   features",
+    ]
+    for name, arm in summary["arms"].items():
+        rate = " " * 17
+        if arm["features"]:
+            rate = f"{np.mean(arm['rates']):8.2%}{arm['removed']:9.2%}"
         numbers = "".join(f"{arm[key]['mean']:12.3f}" for key in keys)
-        lines.append(f"  {name:10s}{rate}{arm['distinct_2']:12.3f}{numbers}   {' '.join(map(str, arm['features']))}")
-    lines.append(f"  'nothing' wrote {'the same tokens as' if summary['nothing_is_plain'] else 'OTHER TOKENS THAN'} the plain policy")
-    lines.append(f"\n  {'':16s}" + "".join(f"{name:>26s}" for name in summary["differences"][keys[0]]))
-    for key, rows in summary["differences"].items():
-        cells = [f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in rows.values()]
-        lines.append(f"  {key[-16:]:16s}" + "".join(f"{cell:>26s}" for cell in cells))
+        ids = " ".join(map(str, arm["features"]))
+        lines.append(f"  {name:10s}{rate}{arm['distinct_2']:12.3f}{numbers}   {ids}")
+    same = "OTHER TOKENS THAN"
+    if summary["nothing_is_plain"]:
+        same = "the same tokens as"
+    lines.append(f"  'nothing' wrote {same} the plain policy")
+
+    names = "".join(f"{name:>26s}" for name in summary["differences"][keys[0]])
+    lines.append(f"\n  {'':16s}{names}")
+    for key, row in summary["differences"].items():
+        line = f"  {key[-16:]:16s}"
+        for d in row.values():
+            interval = f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+            line += f"{interval:>26s}"
+        lines.append(line)
     return "\n".join(lines)
 
 
-def draw(figure, summary):
+def draw(figure, summary: dict):
     """Each reward and number by arm, with 95% intervals over prompts."""
-    arms, keys = {name: arm for name, arm in summary["arms"].items() if name != "plain"}, columns(summary)
+    arms = dict(summary["arms"])
+    del arms["plain"]  # 'nothing' writes the same
+    keys = list_shown_numbers(summary)
+    colours = {"nothing": "black", "features": "C3"}
     figure.set_size_inches(2.6 * len(keys), 3)
     for i, key in enumerate(keys):
         axis = figure.add_subplot(1, len(keys), i + 1)
-        mean, low, high = (np.array([arm[key][end] for arm in arms.values()]) for end in ("mean", "low", "high"))
-        colours = ["black" if name == "nothing" else "C3" if name == "features" else "grey" for name in arms]
-        for j, name in enumerate(arms):
-            axis.errorbar(j, mean[j], [[mean[j] - low[j]], [high[j] - mean[j]]], fmt="o", color=colours[j])
+        for j, (name, arm) in enumerate(arms.items()):
+            mean = arm[key]["mean"]
+            below = mean - arm[key]["low"]
+            above = arm[key]["high"] - mean
+            colour = colours.get(name, "grey")
+            axis.errorbar(j, mean, [[below], [above]], fmt="o", color=colour)
         axis.set(title=key, xticks=range(len(arms)))
         axis.set_xticklabels(list(arms), rotation=70)

@@ -1,29 +1,35 @@
-"""Activations of texts for training sparse autoencoders: of one or several models, at several places, always of the same tokens.
+"""Activations of texts for training sparse autoencoders: of one or several models, at several
+places, always of the same tokens.
 
     N texts, E tokens of them that count (an epoch), T of a row, b rows of a forward pass, D hidden
-    B tokens of a global batch, S batches of a buffer, W processes
+    n tokens of some texts, B tokens of a global batch, S batches of a buffer, W processes
 
-Texts become Tokens; a *source* turns texts into activations, {"base/3_mlp": [n, D]}, either with the models (from_models) or from a
-disk that was filled once (from_disk); a Stream asks a source for buffers and deals shuffled batches from them:
+Texts become Tokens. A *source* turns indices of texts into activations {"base/3_mlp": [n, D]},
+either with the models (from_models) or from a disk that was filled once (from_disk). A Stream asks
+a source for buffers, and deals shuffled batches from them:
 
-    rows of a dataset, rollouts -> Tokens -> from_models | from_disk -> Stream(...).batch(step) -> {"base/3_mlp": [B / W, D], ...}
-                                                                    `-> passes(...): everything once, in order, for held-out texts
+    rows of a dataset, rollouts -> Tokens -> from_models or from_disk: a source
+    source -> Stream(...).batch(step)   shuffled, without end, for training: [B / W, D]
+           -> passes(...)               everything once, in order, for held-out texts: [n, D]
 
-Nothing has a state that could be lost. Which tokens are in a batch is a function of (seed, step), the same for both sources and for any
-number of processes, so a run that is resumed at step n computes the buffer of step n and goes on.
+Nothing has a state that could be lost. Which tokens are in a batch is a function of (seed, step),
+the same for both sources and for any number of processes. So a run that is resumed at step n
+computes the buffer of step n and goes on.
 """
 
 import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..data import canonical, encode, encode_prompts
 from ..errors import require
 from ..hf.activations import activations, place_name
-from ..models import check_model
+from ..hf.folders import check_model
 from ..packing import micro_batches
 from ..runtime.distributed import autocast
 from ..runtime.files import check_can_write, check_name, digest, read_object, write_json
@@ -33,29 +39,45 @@ from ..runtime.rng import MINIBATCH, ORDER, SPLIT
 from ..runtime.tensors import read_tensors
 from .sae_files import load_sae, read_config
 
-TOKENS_AT_ONCE = 2**13  # of a forward pass, padding counted
+# Tokens of a forward pass, padding counted.
+TOKENS_AT_ONCE = 2**13
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+Activations = dict[str, Tensor]  # {"name/layer_site": [n, D]}
+Source = Callable[[np.ndarray], Activations]  # of indices of texts
+Place = tuple[int, str]  # a layer and a site
 
-# --------------------------------------------------------------------------------------------------------------------------- texts
+
+# ----------------------------------------------------------------------------------------- texts
 
 
-def token_rows(tokenizer, rows, max_length=None, chat=False):
-    """Rows of a dataset (data.read_rows), of any kind -> token rows, at most max_length tokens each, and how many were cut.
+def token_rows(
+    tokenizer, rows: list[dict], max_length: int | None = None, chat: bool = False
+) -> tuple[list[list[int]], int]:
+    """Rows of a dataset (data.read_rows), of any kind -> token rows, and how many were cut.
 
-    A demonstration is prompt + response + EOS, a pair is two such rows, a prompt is the text as it is.
+    A demonstration is prompt + response + EOS, a pair is two such rows, a prompt is the text as it
+    is. Each has at most max_length tokens.
     """
     fields = [field for field in ("response", "chosen", "rejected") if field in rows[0]]
+    texts = []
+    n_cut = 0
     if not fields:
-        whole = encode_prompts(tokenizer, [row["prompt"] for row in rows], chat)
-        return [row[:max_length] for row in whole], sum(len(row) > (max_length or len(row)) for row in whole)
-    parts = [encode(tokenizer, rows, field, max_length, chat) for field in fields]
-    return [p + r for prompts, responses, _ in parts for p, r in zip(prompts, responses)], sum(cut for *_, cut in parts)
+        prompts = [row["prompt"] for row in rows]
+        for ids in encode_prompts(tokenizer, prompts, chat):
+            text = ids[:max_length]
+            texts.append(text)
+            if len(text) < len(ids):
+                n_cut += 1
+    for field in fields:
+        prompts, responses, n_cut_of_field = encode(tokenizer, rows, field, max_length, chat)
+        for prompt, response in zip(prompts, responses):
+            texts.append(prompt + response)
+        n_cut += n_cut_of_field
+    return texts, n_cut
 
 
-
-
-def hold_out(rows, n, tokenizer):
+def hold_out(rows: list[list[int]], n: int, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
     """Token rows -> rows to train on, and the rows of n texts that are kept apart, at most a fifth.
 
     No text is on both sides. Texts that differ by white space alone are one text.
@@ -63,8 +85,11 @@ def hold_out(rows, n, tokenizer):
     texts = [canonical(text) for text in tokenizer.batch_decode(rows)]
     different = list(dict.fromkeys(texts))  # in their order
     n = min(n, len(different) // 5)
-    aside = {different[i] for i in np.random.default_rng(SPLIT).permutation(len(different))[:n]}
-    train, held_out = [], []
+    order = np.random.default_rng(SPLIT).permutation(len(different))
+    aside = {different[i] for i in order[:n]}
+
+    train = []
+    held_out = []
     for text, row in zip(texts, rows):
         if text in aside:
             held_out.append(row)
@@ -73,27 +98,39 @@ def hold_out(rows, n, tokenizer):
     return train, held_out
 
 
-def sentence_ends(tokenizer):
+def sentence_ends(tokenizer) -> list[int]:
     """The ids of the tokens whose text ends in . ! or ? (white space after it aside)."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return [i for i, text in enumerate(texts) if text.rstrip().endswith((".", "!", "?"))]
+    every_id = [[i] for i in range(len(tokenizer))]
+    ends = []
+    for i, text in enumerate(tokenizer.batch_decode(every_id)):
+        if text.rstrip().endswith((".", "!", "?")):
+            ends.append(i)
+    return ends
 
 
 class Tokens:
     """Token rows, and which of their tokens count: those whose activations are kept, and changed.
 
-    All count, or, given `ends`, those with these ids and each row's last. Given skip_bos, the id of a BOS, no token with that id counts,
-    wherever it stands: an EOS that shares the id has the BOS's huge norm too (two thirds of the variance of a story model's MLP). An EOS
-    with an id of its own counts, and so do ids that also serve as padding: what counts is known from ids at places within a text's length.
-    InputError: no token counts.
+    All tokens count; or, given `ends`, those with these ids and the last one of each row. Given
+    skip_bos, the id of a BOS, no token with that id counts, wherever it stands: an EOS that shares
+    the id has the BOS's huge norm too (two thirds of the variance of a story model's MLP). An EOS
+    with an id of its own counts, and so do ids that also serve as padding: what counts is known
+    from ids at places within a text's length. InputError: no token counts.
     """
 
-    def __init__(self, rows, skip_bos=None, ends=None):
+    def __init__(
+        self,
+        rows: list[list[int]],
+        skip_bos: int | None = None,
+        ends: Sequence[int] | None = None,
+    ):
         self.rows = rows
         self.skip_bos = skip_bos
         self.ends = None if ends is None else sorted(ends)
         self.lengths = np.array([len(row) for row in rows])  # [N]
-        ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])  # of all rows, one after another
+
+        # One mask of all rows, one after another, is cut into rows at the end.
+        ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
         row_ends = self.lengths.cumsum()  # [N]
         if ends is None:
             mask = np.full(len(ids), True)
@@ -102,108 +139,187 @@ class Tokens:
             mask[row_ends[self.lengths > 0] - 1] = True
         if skip_bos is not None:
             mask[ids == skip_bos] = False
+
         self.masks = np.split(mask, row_ends[:-1])  # which tokens of each row count
-        self.counts = np.array([own.sum() for own in self.masks])  # [N]
+        self.counts = np.array([own_mask.sum() for own_mask in self.masks])  # [N]
         self.total = int(self.counts.sum())  # E
-        require(self.total, "no text has a token whose activations could be kept (--keep_bos keeps BOS, and an EOS that shares its id)")
+        require(
+            self.total,
+            "no text has a token whose activations could be kept (--keep_bos keeps BOS, and an EOS "
+            "that shares its id)",
+        )
 
     def columns(self) -> np.ndarray:
         """Where in its text each token that counts stands, text by text: [E]."""
         return np.concatenate([np.flatnonzero(mask) for mask in self.masks])
 
-    def batch(self, texts):
+    def batch(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Indices of texts -> their ids and masks [b, T], 0 and False in the padding."""
         T = self.lengths[texts].max()
-        ids, mask = np.zeros((len(texts), T), dtype=np.int64), np.zeros((len(texts), T), dtype=bool)
+        ids = np.zeros((len(texts), T), dtype=np.int64)
+        mask = np.zeros((len(texts), T), dtype=bool)
         for i, text in enumerate(texts):
-            ids[i, : self.lengths[text]], mask[i, : self.lengths[text]] = self.rows[text], self.masks[text]
+            length = self.lengths[text]
+            ids[i, :length] = self.rows[text]
+            mask[i, :length] = self.masks[text]
         return ids, mask
 
-    def places(self, texts):
-        """The places of the texts' tokens among all N texts' tokens: [n]."""
-        first = (self.counts.cumsum() - self.counts)[texts]
-        return spans(first, self.counts[texts])
+    def places(self, texts: np.ndarray) -> np.ndarray:
+        """Where the tokens of these texts stand among the E tokens of all texts: [n]."""
+        first = self.counts.cumsum() - self.counts  # [N]
+        return join_ranges(first[texts], self.counts[texts])
 
-    def digest(self):
-        return digest([digest(row) for row in self.rows], self.skip_bos, *([] if self.ends is None else [self.ends]))
+    def digest(self) -> str:
+        """What tells these tokens from others, for a cache on disk."""
+        parts = [[digest(row) for row in self.rows], self.skip_bos]
+        # Where all tokens count, nothing is said of ends.
+        if self.ends is not None:
+            parts.append(self.ends)
+        return digest(*parts)
 
 
-def spans(first, counts):
+def where(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Find each of the N tokens that count. -> its text and its id, [N] each"""
+    text_of = np.repeat(np.arange(len(tokens.rows)), tokens.counts)
+    ids = []
+    for text, column in zip(text_of, tokens.columns()):
+        ids.append(tokens.rows[text][column])
+    return torch.from_numpy(text_of), torch.tensor(ids)
+
+
+def join_ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[f, f + 1, .., f + c - 1] for each f of `first` and c of `counts`, one after another."""
-    return np.arange(counts.sum()) + np.repeat(first - (counts.cumsum() - counts), counts)
+    starts = counts.cumsum() - counts  # where each range begins in the result
+    return np.arange(counts.sum()) + np.repeat(first - starts, counts)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- sources
+# --------------------------------------------------------------------------------------- sources
 
 
-def from_models(tokens, lms, places, dist, dtype="float32"):
-    """A source that runs the models {name: lm}, whole on each process and in eval mode. InputError: a place that one of them lacks."""
+def from_models(
+    tokens: Tokens, lms: dict, places: list[Place], dist, dtype: str = "float32"
+) -> Source:
+    """A source that runs the models {name: lm}, whole on each process and in eval mode.
+
+    InputError, when it is asked: a place that one of the models lacks.
+    """
     return partial(run_models, tokens, lms, places, dist, dtype)
 
 
-def run_models(tokens, lms, places, dist, dtype, texts):
-    """Indices of texts -> {"name/layer_site": [n, D]} float32, the texts' tokens one after another."""
+def run_models(
+    tokens: Tokens, lms: dict, places: list[Place], dist, dtype: str, texts: np.ndarray
+) -> Activations:
+    """Indices of texts -> {"name/layer_site": [n, D]} float32, the tokens text after text."""
     counts = tokens.counts[texts]
-    first, out = counts.cumsum() - counts, {}
-    for part in micro_batches(torch.from_numpy(tokens.lengths[texts]), None, TOKENS_AT_ONCE):
+    first = counts.cumsum() - counts  # where each text's tokens begin in the result
+    lengths = torch.from_numpy(tokens.lengths[texts])
+    out = {}
+    # Texts of similar length share a forward pass.
+    for part in micro_batches(lengths, None, TOKENS_AT_ONCE):
         part = part.numpy()
-        ids, mask = (torch.from_numpy(x).to(dist.device) for x in tokens.batch(texts[part]))  # [b, T]; none looks to its right
-        to = torch.from_numpy(spans(first[part], counts[part])).to(dist.device)  # [n of this part]
+        # No attention mask is needed: a causal model does not look to its right, at padding.
+        ids, mask = tokens.batch(texts[part])  # [b, T]
+        ids = torch.from_numpy(ids).to(dist.device)
+        mask = torch.from_numpy(mask).to(dist.device)
+        rows = torch.from_numpy(join_ranges(first[part], counts[part])).to(dist.device)
         for name, lm in lms.items():
             with autocast(dist, dtype):
-                found = activations(lm, ids, places)
-            for place, x in found.items():  # [b, T, D]
+                outputs = activations(lm, ids, places)
+            for place, x in outputs.items():  # [b, T, D]
                 key = f"{name}/{place_name(place)}"
                 if key not in out:
                     out[key] = torch.empty(counts.sum(), x.shape[-1], device=dist.device)
-                out[key][to] = x[mask].float()
+                out[key][rows] = x[mask].float()
     return out
 
 
-def from_disk(folder, tokens, fingerprints, places, load, dist, dtype="float32", store="float32", shard_tokens=2**17):
-    """A source that reads shards of activations, mapped into memory; those not there yet are computed first, each process its own.
+def from_disk(
+    folder: str,
+    tokens: Tokens,
+    fingerprints: dict[str, str],
+    places: list[Place],
+    load: Callable[[], dict],
+    dist,
+    dtype: str = "float32",
+    store: str = "float32",
+    shard_tokens: int = 2**17,
+) -> Source:
+    """A source that reads shards of activations, mapped into memory. Those not there yet are
+    computed first, each process its own.
 
         folder/cache.json             what the activations are of: models, data, places
-               00000.safetensors ...  whole texts, about shard_tokens tokens: {"name/layer_site": [n, D]}
+               00000.safetensors ...  whole texts, about shard_tokens tokens: Activations
 
-    fingerprints: {name: models.fingerprint(path)}; load() -> {name: lm} is only called if a shard is missing; dtype: of the forward;
-    store: float32, float16 or bfloat16, of what is kept. A shard is there whole or not at all, so a killed run goes on where it was.
-    InputError: the folder holds something else, another program fills it, a number that `store`
-    cannot hold. Pitfall: all processes must see the folder.
+    fingerprints: {name: models.fingerprint(path)}; load() -> {name: lm} is only called if a shard
+    is missing; dtype: of the forward; store: float32, float16 or bfloat16, of what is kept.
+    A shard is there whole or not at all, so a killed run goes on where it was. InputError: the
+    folder holds something else, another program fills it, a number that `store` cannot hold.
+    Pitfall: all processes must see the folder.
     """
-    require(store in DTYPES, f"activations can be stored as {', '.join(DTYPES)}, not {store!r}")
-    shard_of = (tokens.counts.cumsum() - 1) // shard_tokens  # [N]
-    edges = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(tokens.rows)]  # shard i holds the texts edges[i] .. edges[i + 1] - 1
-    content = {
-        "models": fingerprints, "places": [list(place) for place in places], "data": tokens.digest(), "dtype": dtype, "store": store,
-        "tokens": tokens.total, "shard_texts": edges,
-    }  # fmt: skip
-    dist.together(lambda: check_folder(folder, content))
+    require(
+        store in DTYPES,
+        f"activations can be stored as {', '.join(DTYPES)}, not {store!r}",
+    )
+    # Shard i holds the texts edges[i] .. edges[i + 1] - 1.
+    edges = find_shard_edges(tokens, shard_tokens)
     paths = [os.path.join(folder, f"{i:05d}.safetensors") for i in range(len(edges) - 1)]
+    content = {
+        "models": fingerprints,
+        "places": [list(place) for place in places],
+        "data": tokens.digest(),
+        "dtype": dtype,
+        "store": store,
+        "tokens": tokens.total,
+        "shard_texts": edges,
+    }
 
-    def missing():
-        return [i for i, path in enumerate(paths) if not os.path.exists(path)]
+    def lock_for_filling():
+        if dist.main and find_missing(paths):
+            lock(folder)
 
-    def fill(shards):
+    def fill(missing: list[int]):
         source = from_models(tokens, load(), places, dist, dtype)
-        for i in shards[dist.rank :: dist.world]:
-            write_shard(paths[i], source(np.arange(edges[i], edges[i + 1])), store)
+        for i in missing[dist.rank :: dist.world]:
+            texts = np.arange(edges[i], edges[i + 1])
+            write_shard(paths[i], source(texts), store)
 
+    dist.together(lambda: check_folder(folder, content))
     with unlock_afterwards():
         # A folder in which nothing is missing is only read, by any number of runs at once.
-        dist.together(lambda: lock(folder) if dist.main and missing() else None)
+        dist.together(lock_for_filling)
         # The folder is looked at again: another program may have filled it before it was locked.
         dist.together(lambda: check_folder(folder, content))
-        shards = missing()
+        missing = find_missing(paths)
         dist.barrier()  # all have looked before one writes
-        if shards:
+        if missing:
             if dist.main:
                 write_json(os.path.join(folder, "cache.json"), content)
-            dist.together(lambda: fill(shards))
-    keys = {f"{name}/{place_name(place)}" for name in fingerprints for place in places}
-    n_tokens = [int(tokens.counts[first:last].sum()) for first, last in zip(edges, edges[1:])]
-    shards = [mapped(path, keys, n) for path, n in zip(paths, n_tokens)]
+            dist.together(lambda: fill(missing))
+
+    keys = set()
+    for name in fingerprints:
+        for place in places:
+            keys.add(f"{name}/{place_name(place)}")
+    shards = []
+    for path, first, last in zip(paths, edges, edges[1:]):
+        n = int(tokens.counts[first:last].sum())
+        shards.append(map_shard(path, keys, n))
     return partial(read_shards, tokens, dist, shards)
+
+
+def find_shard_edges(tokens: Tokens, shard_tokens: int) -> list[int]:
+    """Divide the texts into shards of about shard_tokens tokens.
+
+    -> the first text of each shard, and the number of all texts at the end
+    """
+    shard_of = (tokens.counts.cumsum() - 1) // shard_tokens  # [N]
+    inner_edges = np.flatnonzero(np.diff(shard_of)) + 1
+    return [0, *inner_edges.tolist(), len(tokens.rows)]
+
+
+def find_missing(paths: list[str]) -> list[int]:
+    """Which of the shards are not there."""
+    return [i for i, path in enumerate(paths) if not os.path.exists(path)]
 
 
 def check_cache(folder: str):
@@ -214,74 +330,117 @@ def check_cache(folder: str):
         check_can_write(notes)
 
 
-def check_folder(folder, content):
-    """An InputError where the folder holds other activations, or something else."""
-    stored = os.path.join(folder, "cache.json")
-    if os.path.isfile(stored):
-        old = read_object(stored)
-        changed = [key for key in content if old.get(key) != content[key]]
-        require(not changed, f"{folder} already holds other activations (they differ in {', '.join(changed)}); choose another folder")
-    else:
-        is_file = os.path.exists(folder) and not os.path.isdir(folder)
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        empty = set(names) <= {"cache.json.tmp", LOCK_FILE}
-        require(not is_file and empty, f"{folder} is not empty and holds no activations; choose another folder")
+def check_folder(folder: str, content: dict):
+    """InputError where the folder holds other activations, or something else."""
+    notes = os.path.join(folder, "cache.json")
+    if os.path.isfile(notes):
+        stored = read_object(notes)
+        changed = [key for key in content if stored.get(key) != content[key]]
+        require(
+            not changed,
+            f"{folder} already holds other activations (they differ in {', '.join(changed)}); "
+            "choose another folder",
+        )
+        return
+
+    # A folder of our own may hold what an interrupted run has left there.
+    is_free = not os.path.exists(folder)
+    if os.path.isdir(folder):
+        is_free = set(os.listdir(folder)) <= {"cache.json.tmp", LOCK_FILE}
+    require(
+        is_free,
+        f"{folder} is not empty and holds no activations; choose another folder",
+    )
 
 
-def write_shard(path, found, store):
-    """Under a temporary name, then renamed."""
-    found = {key: x.to(DTYPES[store]).cpu() for key, x in found.items()}
+def write_shard(path: str, found: Activations, store: str):
+    """Write a shard under a temporary name, then rename it: a file of that name is whole."""
+    stored = {}
     for key, x in found.items():
-        require(x.isfinite().all(), f"{path}: {key} has a number that {store} cannot hold; store bfloat16 or float32")
-    save_file(found, path + ".tmp")
+        stored[key] = x.to(DTYPES[store]).cpu()
+        require(
+            stored[key].isfinite().all(),
+            f"{path}: {key} has a number that {store} cannot hold; store bfloat16 or float32",
+        )
+    save_file(stored, path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
-def mapped(path, keys, n):
-    """A shard's tensors {key: [n, D]}, mapped: what is not indexed is not read."""
+def map_shard(path: str, keys: set[str], n: int) -> Activations:
+    """A shard's tensors {key: [n, D]}, mapped into memory: what is not indexed is not read.
+
+    InputError: it holds other keys, or another number of tokens.
+    """
     shard = read_tensors(path)
     fits = shard.keys() == keys and all(x.ndim == 2 and len(x) == n for x in shard.values())
     require(fits, f"{path}: not the activations that belong here; delete it, it is made again")
     return shard
 
 
-def read_shards(tokens, dist, shards, texts):
+def read_shards(tokens: Tokens, dist, shards: list[Activations], texts: np.ndarray) -> Activations:
     """Indices of texts -> {"name/layer_site": [n, D]} float32, as run_models()."""
-    ends = np.cumsum([len(next(iter(shard.values()))) for shard in shards])
-    at = tokens.places(texts)  # [n]
-    shard_of, out = np.searchsorted(ends, at, side="right"), {}
+    sizes = [len(next(iter(shard.values()))) for shard in shards]
+    ends = np.cumsum(sizes)  # where each shard's tokens end among all E
+    places = tokens.places(texts)  # [n]
+    shard_of = np.searchsorted(ends, places, side="right")  # [n]
+    out = {}
     for i in np.unique(shard_of):
-        to = np.flatnonzero(shard_of == i)
-        own = torch.from_numpy(at[to] - (ends[i - 1] if i else 0))
+        rows = np.flatnonzero(shard_of == i)
+        first = ends[i] - sizes[i]
+        rows_of_shard = torch.from_numpy(places[rows] - first)
+        rows = torch.from_numpy(rows)
         for key, x in shards[i].items():
-            out.setdefault(key, torch.empty(len(at), x.shape[1]))[torch.from_numpy(to)] = x[own].float()
+            if key not in out:
+                out[key] = torch.empty(len(places), x.shape[1])
+            out[key][rows] = x[rows_of_shard].float()
     return {key: x.to(dist.device) for key, x in out.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------- batches
 
 
 class Stream:
-    """Shuffled batches of activations. batch(step) is a function of (seed, step), whatever was asked before.
+    """Shuffled batches of activations. batch(step) is a function of (seed, step), whatever was
+    asked before.
 
-    The texts, every epoch in an order keyed by (seed, epoch), make one endless row of tokens. A buffer is the next S B of them, cut into
-    B strata of S neighbours, and each of its S batches takes one token of every stratum, in orders keyed by (seed, buffer):
+    The texts, every epoch in an order keyed by (seed, epoch), make one endless row of tokens.
+    A buffer is the next S B of them, cut into B strata of S neighbours. Each of its S batches takes
+    one token of every stratum, in orders keyed by (seed, buffer):
 
         S = 2, B = 3        tokens  0 1 | 2 3 | 4 5        batch 0: 1 2 4, batch 1: 0 3 5
 
-    So every token comes once an epoch; a batch has hardly two of one text; and a process, which has the same share B / W of every
-    batch, computes its own strata alone and needs nothing from the others. At most two texts a process and buffer are computed twice.
+    So every token comes once an epoch, and a batch has hardly two of one text. A process has the
+    same share B / W of every batch: it computes its own strata alone, and needs nothing from the
+    others. At most two texts a process and buffer are computed twice.
 
-    buffer_tokens: about S B, what all processes hold together, in float32 for each model and place. InputError: B is not a multiple of W.
+    buffer_tokens: about S B, what all processes hold together, in float32 for each model and place.
+    InputError: B is not a multiple of W.
     """
 
-    def __init__(self, tokens, source, batch_size, dist, seed=0, buffer_tokens=2**16):
-        require(batch_size % dist.world == 0, f"{batch_size} tokens a batch are not a multiple of {dist.world} processes")
-        self.tokens, self.source, self.dist, self.seed, self.B = tokens, source, dist, seed, batch_size
+    def __init__(
+        self,
+        tokens: Tokens,
+        source: Source,
+        batch_size: int,
+        dist,
+        seed: int = 0,
+        buffer_tokens: int = 2**16,
+    ):
+        require(
+            batch_size % dist.world == 0,
+            f"{batch_size} tokens a batch are not a multiple of {dist.world} processes",
+        )
+        self.tokens = tokens
+        self.source = source
+        self.dist = dist
+        self.seed = seed
+        self.B = batch_size
         self.S = max(1, min(buffer_tokens, tokens.total) // batch_size)
-        self.loaded, self.buffer, self.order = None, {}, None
+        self.loaded = None  # the number of the buffer that is held
+        self.buffer = {}  # this process's strata: {key: [S B / W, D]}
+        self.order = None  # [B / W, S]: the row of the buffer that each batch takes of a stratum
 
-    def batch(self, step):
+    def batch(self, step: int) -> Activations:
         """This process's share of a step's batch: {"name/layer_site": [B / W, D]}."""
         buffer, j = divmod(step, self.S)
         if self.loaded != buffer:
@@ -289,57 +448,87 @@ class Stream:
         rows = self.order[:, j].to(self.dist.device)  # [B / W]
         return {key: x[rows] for key, x in self.buffer.items()}
 
-    def load(self, buffer):
-        """Compute this process's strata of a buffer."""
+    def load(self, buffer: int):
+        """Compute this process's strata of a buffer, and the orders in which batches take them."""
         self.buffer = {}  # before the next one takes memory
-        orders = np.random.default_rng([MINIBATCH, self.seed, buffer]).permuted(np.tile(np.arange(self.S), (self.B, 1)), axis=1)  # [B, S]
-        strata = self.dist.share(np.arange(self.B))
-        self.order = torch.from_numpy(orders[strata] + self.S * np.arange(len(strata))[:, None])  # [B / W, S]
+        # All processes draw the orders of all strata, and keep those of their own.
+        rng = np.random.default_rng([MINIBATCH, self.seed, buffer])
+        places = np.tile(np.arange(self.S), (self.B, 1))  # [B, S]
+        orders = rng.permuted(places, axis=1)  # [B, S]
+        strata = self.dist.share(np.arange(self.B))  # [B / W], neighbours
+        first_rows = self.S * np.arange(len(strata))[:, None]
+        self.order = torch.from_numpy(orders[strata] + first_rows)  # [B / W, S]
+
         first = (buffer * self.B + strata[0]) * self.S
-        parts = list(self.stretch(first, first + len(strata) * self.S))
-        self.buffer = {key: torch.cat([part[key] for part in parts]) if len(parts) > 1 else parts[0][key] for key in parts[0]}
+        last = first + len(strata) * self.S
+        parts = list(self.read_stretch(first, last))
+        if len(parts) == 1:
+            self.buffer = parts[0]
+        else:
+            for key in parts[0]:
+                self.buffer[key] = torch.cat([part[key] for part in parts])
         self.loaded = buffer
 
-    def stretch(self, first, last):
-        """The activations of tokens first .. last - 1 of the endless row, one part for each epoch it touches: {key: [n, D]}."""
+    def read_stretch(self, first: int, last: int) -> Iterator[Activations]:
+        """The activations of tokens first .. last - 1 of the endless row: {key: [n, D]}, one part
+        for each epoch that they touch."""
         E = self.tokens.total
         for epoch in range(first // E, (last - 1) // E + 1):
-            order = np.random.default_rng([ORDER, self.seed, epoch]).permutation(len(self.tokens.rows))
+            rng = np.random.default_rng([ORDER, self.seed, epoch])
+            order = rng.permutation(len(self.tokens.rows))  # [N]
             ends = self.tokens.counts[order].cumsum()  # [N]
-            low, high = max(first - epoch * E, 0), min(last - epoch * E, E)
-            texts = order[np.searchsorted(ends, low, side="right") : np.searchsorted(ends, high, side="left") + 1]
-            start = int(ends[np.searchsorted(ends, low, side="right")] - self.tokens.counts[texts[0]])
+
+            # The tokens low .. high - 1 of this epoch, and the texts that they lie in.
+            low = max(first - epoch * E, 0)
+            high = min(last - epoch * E, E)
+            first_text = np.searchsorted(ends, low, side="right")
+            last_text = np.searchsorted(ends, high, side="left")
+            texts = order[first_text : last_text + 1]
+
+            # The first text may begin before low, and the last one end after high.
+            start = int(ends[first_text] - self.tokens.counts[texts[0]])
             yield {key: x[low - start : high - start] for key, x in self.source(texts).items()}
 
 
-def passes(tokens, source, dist, at_once=2**16):
-    """All tokens once, in order, about at_once at a time: {key: [n, D]}. Each process goes through its own part of the texts."""
-    mine = np.array(dist.part(len(tokens.rows)), dtype=np.int64)
-    mine = mine[tokens.counts[mine] > 0]  # a text of a BOS alone has nothing to pass on
-    group = (tokens.counts[mine].cumsum() - 1) // at_once
+def passes(tokens: Tokens, source: Source, dist, at_once: int = 2**16) -> Iterator[Activations]:
+    """All tokens once, in order, about at_once at a time: {key: [n, D]}.
+
+    Each process goes through its own part of the texts.
+    """
+    texts = np.array(dist.part(len(tokens.rows)), dtype=np.int64)
+    texts = texts[tokens.counts[texts] > 0]  # a text of a BOS alone has nothing to pass on
+    group = (tokens.counts[texts].cumsum() - 1) // at_once
     for i in np.unique(group):
-        yield source(mine[group == i])
+        yield source(texts[group == i])
 
 
-def opened(config, path):
-    """An autoencoder's folder and the flags -> (sae, model, place); an InputError where they do not fit."""
+# ------------------------------------------------------------------ what an autoencoder reads
+
+
+def open_autoencoder(config, path: str) -> tuple[torch.nn.Module, str, Place]:
+    """An autoencoder's folder and the flags -> (autoencoder, model, place).
+
+    The folder says whose activations the autoencoder reads, unless flags say otherwise. InputError:
+    neither says it, or model, layer, autoencoder and --features do not fit.
+    """
     notes = read_config(path).get("metadata") or {}
     model = config.model or notes.get("model", "")
-    layer = config.layer if config.layer >= 0 else notes.get("layer", -1)
+    layer = config.layer
+    if layer < 0:
+        layer = notes.get("layer")
     site = config.site or notes.get("site", "")
-    require(model and layer >= 0 and site, f"{path} does not say whose activations it reads: name --model, --layer and --site")
+    require(
+        model and site and layer is not None and layer >= 0,
+        f"{path} does not say whose activations it reads: name --model, --layer and --site",
+    )
+
     model_config = check_model(model).get_text_config()
-    require(layer < model_config.num_hidden_layers, f"layer {layer}: {model} has the layers 0 to {model_config.num_hidden_layers - 1}")
+    last_layer = model_config.num_hidden_layers - 1
+    require(layer <= last_layer, f"layer {layer}: {model} has the layers 0 to {last_layer}")
     sae = load_sae(path, width=model_config.hidden_size)
     beyond = [i for i in parse_ids(config.features) if i >= sae.m]
-    require(not beyond, f"--features {', '.join(map(str, beyond))}: {path} has the features 0 to {sae.m - 1}")
+    require(
+        not beyond,
+        f"--features {', '.join(map(str, beyond))}: {path} has the features 0 to {sae.m - 1}",
+    )
     return sae, model, (layer, site)
-
-
-def where(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find each of the N tokens that count. -> its text and its id, [N] each"""
-    text_of = np.repeat(np.arange(len(tokens.rows)), tokens.counts)
-    ids = []
-    for text, column in zip(text_of, tokens.columns()):
-        ids.append(tokens.rows[text][column])
-    return torch.from_numpy(text_of), torch.tensor(ids)

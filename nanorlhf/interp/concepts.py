@@ -1,99 +1,182 @@
-"""How well the features of a sparse autoencoder single out known concepts: AUC and correlation of all pairs at once.
+"""How well the features of a sparse autoencoder single out known concepts: AUC and correlation of
+all pairs at once.
 
-    N tokens, M features, C concepts, n activations that are not 0
+    N tokens, D hidden, M features, C concepts, n activations that are not 0
 
-Features come as one sparse matrix [M, N], so a pair of a feature and a concept costs the tokens on which the feature fires.
+The activations of features are one sparse matrix [M, N]. So a pair of a feature and a concept costs
+as much as the tokens on which the feature fires.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import require
 
+# A random feature is drawn from this many features that are most like the chosen one.
+NEAREST = 10
 
-def sparse(x):
-    """Activations [N, M] -> a sparse [M, N]; sorted by feature."""
+
+# ------------------------------------------------------------------- features as a sparse matrix
+
+
+def encoded(sae, x: Tensor, at_once: int = 4096) -> Tensor:
+    """Activations [N, D] -> features, a sparse [M, N]. Only `at_once` tokens are held dense."""
+    parts = []
+    for part in x.split(at_once):
+        features = sae.encode(part)  # [at_once, M]
+        parts.append(sparse(features.float()))
+    return torch.cat(parts, 1).coalesce()
+
+
+def sparse(x: Tensor) -> Tensor:
+    """Features [N, M] -> a sparse [M, N], its entries sorted by feature."""
     return x.detach().T.to_sparse().coalesce()
 
 
-def coo(feature, token, values, shape):
-    """A sparse [M, N] by its entries."""
-    return torch.sparse_coo_tensor(torch.stack([feature, token]), values, shape, check_invariants=False)
+def matrix_of(feature: Tensor, token: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The places and the values of n entries, [n] each -> a sparse [M, N]."""
+    places = torch.stack([feature, token])  # [2, n]
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=False)
 
 
-def on_tokens(f, tokens):
-    """The columns of a sparse [M, N] that a mask [N] names: [M, sum of the mask]."""
-    (feature, token), new = f.indices(), tokens.cumsum(0) - 1
-    kept = tokens[token]
-    return coo(feature[kept], new[token[kept]], f.values()[kept], (f.shape[0], int(tokens.sum()))).coalesce()
-
-
-def feature_aucs(f, labels):
-    """How often a token of the concept has a larger activation than one that is not of it, ties counting half: Mann and Whitney's U.
-
-        AUC = (sum over the concept's tokens of rank - n1 (n1 + 1) / 2) / (n1 n0)          ranks 1 .. N, the mean rank for ties
-
-    f sparse [M, N], labels [N, C] of 0 and 1 -> [M, C], float64; nan for a concept of no token or of all. A feature that never fires
-    has 0.5. Pitfall: the largest of M is above 0.5 by chance alone: choose a feature on some tokens, and measure it on others.
-    """
-    (m, n), y = f.shape, labels.double()
+def on_tokens(f: Tensor, mask: Tensor) -> Tensor:
+    """The columns of a sparse [M, N] that a mask [N] names: a sparse [M, sum of the mask]."""
     feature, token = f.indices()
-    order = f.values().argsort(stable=True)
-    order = order[feature[order].argsort(stable=True)]  # by feature, then by value
-    feature, token, value = feature[order], token[order], f.values()[order]
+    new_column = mask.cumsum(0) - 1  # [N]: where a column that is kept will stand
+    is_kept = mask[token]  # [n]
+    part = matrix_of(
+        feature[is_kept],
+        new_column[token[is_kept]],
+        f.values()[is_kept],
+        (f.shape[0], int(mask.sum())),
+    )
+    return part.coalesce()
 
-    # Mean place of each value among its feature's nonzero ones, 1 .. : tied values share a group.
+
+# ---------------------------------------------------------------------------------------- scores
+
+
+def feature_aucs(f: Tensor, labels: Tensor) -> Tensor:
+    """How often a token of the concept has a larger activation than a token that is not of it, ties
+    counting half: Mann and Whitney's U.
+
+        AUC = (sum over the concept's tokens of rank - n1 (n1 + 1) / 2) / (n1 n0)
+
+    Ranks go from 1 to N and are mean ranks for ties; the concept has n1 tokens, the others are n0.
+    f: a sparse [M, N]; labels [N, C] of 0 and 1 -> [M, C], float64. It is nan for a concept of no
+    token or of all, and 0.5 for a feature that never fires.
+    Pitfall: the largest of M is above 0.5 by chance alone. Choose a feature on some tokens, and
+    measure it on others.
+    """
+    M, N = f.shape
+    y = labels.double()  # [N, C]
+    feature, token, value = sort_entries(f)  # [n] each
+    place = mean_places(feature, value)  # [n]: rank among the feature's activations that are not 0
+
+    # All tokens on which a feature is silent tie at 0. In the ranking of all N tokens they stand
+    # behind the feature's negative values and before its positive ones.
+    n_silent = N - feature.bincount(minlength=M)  # [M]
+    n_negative = feature[value < 0].bincount(minlength=M)  # [M]
+    rank = place.double() + torch.where(value > 0, n_silent[feature], 0)  # [n]
+    rank_silent = n_negative + (n_silent + 1) / 2  # [M]
+
+    # The sum of ranks over a concept's tokens: those on which the feature fires, and the others.
+    n1 = y.sum(0)  # [C]
+    n0 = N - n1
+    n1_fired = matrix_of(feature, token, torch.ones_like(rank), (M, N)) @ y  # [M, C]
+    ranks_fired = matrix_of(feature, token, rank, (M, N)) @ y
+    ranks = ranks_fired + rank_silent[:, None] * (n1 - n1_fired)
+    return (ranks - n1 * (n1 + 1) / 2) / (n1 * n0)
+
+
+def sort_entries(f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of a sparse [M, N], by feature and then by value: feature, token, value [n]."""
+    feature, token = f.indices()
+    by_value = f.values().argsort(stable=True)
+    by_feature = feature[by_value].argsort(stable=True)
+    order = by_value[by_feature]
+    return feature[order], token[order], f.values()[order]
+
+
+def mean_places(feature: Tensor, value: Tensor) -> Tensor:
+    """The place of each value among those of its feature, from 1 on; tied values share their mean.
+
+    feature, value [n], sorted -> [n]
+    """
+    # Equal values of one feature are a group.
     begins = torch.ones_like(feature, dtype=torch.bool)
     begins[1:] = (value[1:] != value[:-1]) | (feature[1:] != feature[:-1])
-    group = begins.cumsum(0) - 1
+    group = begins.cumsum(0) - 1  # [n]
     size = group.bincount()
-    fired = feature.bincount(minlength=m)
-    place = ((size.cumsum(0) - size) + (size + 1) / 2)[group] - (fired.cumsum(0) - fired)[feature]
-
-    # All tokens on which a feature is silent tie at 0: after its negative values, before its positive ones.
-    silent, negative = n - fired, feature[value < 0].bincount(minlength=m)
-    rank = place.double() + torch.where(value > 0, silent[feature], 0)  # [n]
-    rank_silent = negative + (silent + 1) / 2  # [M]
-    n1 = y.sum(0)  # [C]
-    hits = coo(feature, token, torch.ones_like(rank), (m, n)) @ y  # [M, C]: the concept's tokens on which it fires
-    ranks = coo(feature, token, rank, (m, n)) @ y + rank_silent[:, None] * (n1 - hits)
-    return (ranks - n1 * (n1 + 1) / 2) / (n1 * (n - n1))
+    # Places among the values of all features, less the number of values of earlier features.
+    n_before_group = size.cumsum(0) - size
+    mean_place = n_before_group + (size + 1) / 2
+    n_values = feature.bincount()
+    n_before_feature = n_values.cumsum(0) - n_values
+    return mean_place[group] - n_before_feature[feature]
 
 
-def feature_correlations(f, labels):
-    """Pearson's correlation of all pairs: f sparse [M, N], labels [N, C] -> [M, C], float64; 0 where one of the two is constant."""
-    f, y, n = f.double(), labels.double(), f.shape[1]
-    ones = torch.ones(n, 1, dtype=torch.float64, device=y.device)
-    mean_f, mean_y = f @ ones / n, y.mean(0)  # [M, 1], [C]
-    covariance = f @ y / n - mean_f * mean_y  # [M, C]
-    variances = ((f * f) @ ones / n - mean_f.square()) * (y.square().mean(0) - mean_y.square())  # [M, C]
-    return covariance / torch.where(variances > 1e-24, variances, torch.inf).sqrt()
+def feature_correlations(f: Tensor, labels: Tensor) -> Tensor:
+    """Pearson's correlation of all pairs of a feature and a concept.
 
-
-def best_features(chosen_on, measured_on):
-    """The best feature of each concept by scores [M, C], and its score among others [M, C] -> ids [C], scores [C]."""
-    ids = chosen_on.argmax(0)
-    return ids, measured_on.gather(0, ids[None])[0]
-
-
-NEAREST = 10  # a random feature is one of so many that are most like the chosen one
-
-
-def alike(sizes, ids, rng, but=()):
-    """For each of the features `ids` another one that is about as large: one of the NEAREST, by the ratio of sizes [M]. -> ids
-
-    but: features that are not taken either, such as those of earlier draws, while there are others.
+    f: a sparse [M, N]; labels [N, C] -> [M, C], float64; 0 where one of the two is constant.
     """
-    require(len(sizes) >= 2 * len(ids), f"{len(ids)} of {len(sizes)} features leave too few others to compare them with")
-    logs, taken = sizes.clamp(min=1e-9).log(), [*ids, *(but if len(sizes) >= 2 * len(ids) + len(but) else ())]
-    first = len(taken)
+    f = f.double()
+    y = labels.double()  # [N, C]
+    N = f.shape[1]
+    ones = torch.ones(N, 1, dtype=torch.float64, device=y.device)
+    mean_f = f @ ones / N  # [M, 1]
+    mean_y = y.mean(0)  # [C]
+    covariance = f @ y / N - mean_f * mean_y  # [M, C]
+    variance_f = (f * f) @ ones / N - mean_f.square()  # [M, 1]
+    variance_y = y.square().mean(0) - mean_y.square()  # [C]
+    variances = variance_f * variance_y  # [M, C]
+    # A product that is tiny is the rounding of 0: such a pair gets covariance / inf = 0.
+    variances = torch.where(variances > 1e-24, variances, torch.inf)
+    return covariance / variances.sqrt()
+
+
+# --------------------------------------------------------------------------------------- choices
+
+
+def best_features(chosen_on: Tensor, measured_on: Tensor) -> tuple[Tensor, Tensor]:
+    """The best feature of each concept by some scores, and its score among others.
+
+    chosen_on, measured_on [M, C] -> ids [C], scores [C]
+    """
+    ids = chosen_on.argmax(0)
+    scores = measured_on.gather(0, ids[None])[0]
+    return ids, scores
+
+
+def alike(
+    sizes: Tensor, ids: Sequence[int], rng: np.random.Generator, but: Sequence[int] = ()
+) -> list[int]:
+    """Draw another feature for each of the features `ids`, one that is about as large.
+
+    It is one of the NEAREST by the ratio of sizes [M], and no feature is drawn twice. `but`:
+    features that are not taken either, such as those of earlier draws; where too few would be left,
+    they may be taken again. InputError: fewer features than twice those of `ids`.
+    """
+    require(
+        len(sizes) >= 2 * len(ids),
+        f"{len(ids)} of {len(sizes)} features leave too few others to compare them with",
+    )
+    taken = list(ids)
+    if len(sizes) >= 2 * len(ids) + len(but):
+        taken.extend(but)
+
+    logs = sizes.clamp(min=1e-9).log()  # [M]
+    drawn = []
     for i in ids:
-        distance = (logs - logs[i]).abs()
+        distance = (logs - logs[i]).abs()  # [M]
         distance[taken] = torch.inf
-        near = distance.topk(min(NEAREST, len(sizes) - len(taken)), largest=False).indices.tolist()
-        taken.append(near[rng.integers(len(near))])
-    return taken[first:]
-
-
-def encoded(sae, x, at_once=4096):
-    """Activations [N, D] -> features, a sparse [M, N]."""
-    return torch.cat([sparse(sae.encode(part).float()) for part in x.split(at_once)], 1).coalesce()
+        n_near = min(NEAREST, len(sizes) - len(taken))
+        near = distance.topk(n_near, largest=False).indices.tolist()
+        other = near[rng.integers(n_near)]
+        taken.append(other)
+        drawn.append(other)
+    return drawn

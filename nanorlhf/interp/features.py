@@ -1,23 +1,29 @@
 """Body of `probe.py features`: what the features of sparse autoencoders stand for.
 
-    N tokens of held-out texts, D hidden, M features, F of them described, V vocabulary
+    N tokens of held-out texts, n of them on which a feature fires, D hidden
+    M features, F of them described, V vocabulary
 
-Each of the chosen features is described: where it is largest, the tokens it fires on, what it adds to the logits. In the embedded world
-the truth is known, so all features are also set against all its concepts (known_concepts.py).
+Each of the chosen features is described: where it is largest, the tokens it fires on, what it adds
+to the logits. In the embedded world the truth is known, so all features are also set against all
+its concepts (known_concepts.py).
 """
 
+import functools
 import glob
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..errors import at_least, require
 from ..hf.activations import module_at, place_name
-from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_policy, load_tokenizer
 from ..runtime import plots
 from ..runtime.distributed import setup
 from ..runtime.files import write_json
@@ -25,7 +31,7 @@ from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags
 from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import parse_ids, results_folder, save
-from .activation_store import Tokens, from_models, hold_out, opened, token_rows, where
+from .activation_store import Tokens, from_models, hold_out, open_autoencoder, token_rows, where
 from .concepts import encoded
 from .explainer import check_explainer, explain
 from .known_concepts import CONTROLS, SCORES, is_world_model, known_concepts
@@ -64,8 +70,6 @@ class FeaturesConfig(PlaceFlags, DescribeFlags, TokenFlags, TextFlags, EndpointF
         at_least(self, 1, "eval_size")
 
 
-
-
 @unlock_afterwards()
 def features(config):
     """What the features of autoencoders fire on, and what they do.
@@ -81,175 +85,386 @@ def features(config):
     require(dist.world == 1, "probe.py features runs on one process")
     folder = results_folder(config, dist)
     check_explainer(config)
-    paths = folders(config.sae)
-    found = {path: opened(config, path) for path in paths}  # all errors of folders before any model is loaded
-    rows, lms, results = data.read_rows(config.dataset, config.kind, config.columns), {}, {}
-    for path, (sae, model, place) in found.items():
+    # What is wrong with one of the folders is found before any model is loaded.
+    opened = {path: open_autoencoder(config, path) for path in find_folders(config.sae)}
+    rows = data.read_rows(config.dataset, config.kind, config.columns)
+
+    lms = {}  # {model: its language model}, each loaded once
+    results = {}
+    for path, (sae, model, place) in opened.items():
         if model not in lms:
             lms[model] = load_policy(model, value_head=False, device=dist.device).lm
-        tokenizer, lm = load_tokenizer(model, needs_eos=config.kind != "prompts"), lms[model]
-        module_at(lm, place)
-        tokens = texts_of(config, rows, model, tokenizer)
-        x = from_models(tokens, {"m": lm}, [place], dist, config.dtype)(np.arange(len(tokens.rows)))[f"m/{place_name(place)}"]
-        with torch.no_grad():
-            f = encoded(sae.to(dist.device), x)  # [M, N]
-            result = {"model": model, "layer": place[0], "site": place[1], "m": sae.m, "texts": len(tokens.rows), "tokens": tokens.total}
-            result |= known_concepts(sae, x, f, tokens, tokenizer) if is_world_model(tokenizer) else {}
-            ids = parse_ids(config.features) or top_features(f, config.top)
-            result["features"] = describe(config, ids, sae, f, tokens, tokenizer, lm)
-        results[path] = result
+        tokenizer = load_tokenizer(model, needs_eos=config.kind != "prompts")
+        tokens = read_tokens(config, rows, model, tokenizer)
+        results[path] = {"model": model, "layer": place[0], "site": place[1]}
+        results[path] |= look_at_features(config, sae, lms[model], place, tokens, tokenizer, dist)
+
+    # The results are written before the explainer is asked, which takes long and may fail.
     summary = {"saes": results}
-    save(config, folder, summary, table(results, bool(config.features)), draw)
-    missing = explain(config, results) if config.explainer else None
+    text = format_table(results, in_full=bool(config.features))
+    save(config, folder, summary, text, draw)
+    missing = None
+    if config.explainer:
+        missing = explain(config, results)
     write_json(os.path.join(config.output_dir, "summary.json"), summary)
     if config.explainer:
-        print(*explanations(results), sep="\n")
+        print("\n".join(format_explanations(results)))
     require(not missing, missing)
     return summary
 
 
-def folders(patterns):
-    """The folders of autoencoders that are named, by themselves or with * and {seed}."""
-    out = []
+def find_folders(patterns: list[str]) -> list[str]:
+    """The folders of autoencoders that are named, by themselves or with * and {seed}.
+
+    InputError: a name of none.
+    """
+    folders = []
     for pattern in patterns:
         check_made(pattern)
-        some = [path for path in sorted(glob.glob(pattern.replace("{seed}", "*"))) if os.path.isfile(os.path.join(path, CONFIG))]
-        found = [pattern] if os.path.isdir(pattern) else some
+        if os.path.isdir(pattern):
+            found = [pattern]
+        else:
+            found = []
+            for path in sorted(glob.glob(pattern.replace("{seed}", "*"))):
+                if os.path.isfile(os.path.join(path, CONFIG)):
+                    found.append(path)
         require(found, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")
-        out += found
-    return list(dict.fromkeys(out))
+        folders.extend(found)
+    return list(dict.fromkeys(folders))
 
 
+def read_tokens(config, rows: list[dict], model: str, tokenizer) -> Tokens:
+    """The Tokens of the texts that are looked at: those that train_sae.py holds out."""
+    max_length = config.max_length or context_length(check_model(model))
+    texts, _ = token_rows(tokenizer, rows, max_length, config.chat_template)
+    _, held_out = hold_out(texts, config.eval_size, tokenizer)
+    require(len(held_out) > 1, f"{config.dataset}: too few texts to hold two of them out")
+    if config.keep_bos:
+        return Tokens(held_out)
+    return Tokens(held_out, skip_bos=tokenizer.bos_token_id)
 
 
-def texts_of(config, rows, model, tokenizer):
-    """The Tokens of the texts that are looked at."""
-    rows, _ = token_rows(tokenizer, rows, config.max_length or context_length(check_model(model)), config.chat_template)
-    rows = hold_out(rows, config.eval_size, tokenizer)[1]
-    require(len(rows) > 1, f"{config.dataset}: too few texts to hold two of them out")
-    return Tokens(rows, None if config.keep_bos else tokenizer.bos_token_id)
+@torch.no_grad()
+def look_at_features(
+    config, sae, lm, place: tuple[int, str], tokens: Tokens, tokenizer, dist
+) -> dict:
+    """Run one autoencoder on the tokens -> what summary.json says of its features.
+
+    InputError: the model has no such place.
+    """
+    module_at(lm, place)
+    source = from_models(tokens, {"m": lm}, [place], dist, config.dtype)
+    every_text = np.arange(len(tokens.rows))
+    x = source(every_text)[f"m/{place_name(place)}"]  # [N, D]
+    f = encoded(sae.to(dist.device), x)  # sparse [M, N]
+
+    result = {"m": sae.m, "texts": len(tokens.rows), "tokens": tokens.total}
+    if is_world_model(tokenizer):
+        result |= known_concepts(sae, x, f, tokens, tokenizer)
+    ids = parse_ids(config.features) or top_features(f, config.top)
+    result["features"] = describe_features(config, ids, sae, f, tokens, tokenizer, lm)
+    return result
 
 
-def top_features(f, n):
-    """The n features with the largest mean activation over all tokens: how often times how strongly."""
-    means = (f @ torch.ones(f.shape[1], 1, device=f.device))[:, 0]
-    return means.topk(min(n, len(means))).indices.tolist()
+def top_features(f: Tensor, n: int) -> list[int]:
+    """The n features with the largest mean activation over all tokens: how often times how
+    strongly. f: a sparse [M, N]."""
+    ones = torch.ones(f.shape[1], 1, device=f.device)
+    sums = (f @ ones)[:, 0]  # [M]
+    return sums.topk(min(n, len(sums))).indices.tolist()
 
 
-# -------------------------------------------------------------------------------------------------------------------- descriptions
+# ---------------------------------------------------------------------------------- descriptions
 
 
-def describe(config, ids, sae, f, tokens, tokenizer, lm):
+def describe_features(
+    config, ids: list[int], sae, f: Tensor, tokens: Tokens, tokenizer, lm
+) -> list[dict]:
     """Features -> [{id, rate, mean, max, tokens, contexts, up, down}]
 
-    tokens: [token, its share of all that the feature adds up to, on how many of its occurrences it fires]. contexts: the texts in which it
-    is largest, with its values / its largest value. up, down: [token, logits for each unit along the feature's direction], over the mean.
+    f: a sparse [M, N]. tokens: [token, its share of all that the feature adds up to, on how many of
+    its occurrences it fires]. contexts: the texts in which the feature is largest, with its values
+    divided by its largest value. up, down: [token, logits for each unit along the feature's
+    direction], over the mean of all tokens.
     """
-    text_of, token_ids = where(tokens)
+    text_of, token_ids = where(tokens)  # [N] each
+
+    # The direct path: what a feature's direction adds to the logits of all tokens.
     unembedding = lm.get_output_embeddings().weight.float()  # [V, D]
     effects = sae.decoder_directions()[ids].float() @ unembedding.T  # [F, V]
-    effects = (effects - effects.mean(1, keepdim=True)).cpu()  # softmax does not see the mean over the vocabulary
-    seen = token_ids.bincount(minlength=effects.shape[1])
-    written = {}
+    # Softmax does not see the mean over the vocabulary.
+    effects = (effects - effects.mean(1, keepdim=True)).cpu()
+    n_occurrences = token_ids.bincount(minlength=effects.shape[1])  # [V]
 
-    def text(i):
-        return written.setdefault(i, tokenizer.decode([i]))
+    @functools.cache
+    def decode_token(i: int) -> str:
+        return tokenizer.decode([i])
 
-    (feature, token), values, out = f.cpu().indices(), f.cpu().values(), []
-    for row, i in zip(effects, ids):
+    # The entries of f: which feature fires on which token.
+    f = f.cpu()
+    feature, token = f.indices()
+    descriptions = []
+    for effects_of_feature, i in zip(effects, ids):
         fires = feature == i
-        at, value = token[fires], values[fires]
-        total = torch.zeros(len(seen)).index_add(0, token_ids[at], value)  # [V]
-        often = token_ids[at].bincount(minlength=len(seen))
-        largest = value.abs().max().item() if len(at) else 0.0
-        order = total.abs().topk(min(SHOWN, len(total))).indices.tolist()
-        up, down = ([[text(j), row[j].item()] for j in row.topk(SHOWN, largest=big).indices.tolist()] for big in (True, False))
-        out.append({
-            "id": i, "rate": len(at) / tokens.total, "mean": value.mean().item() if len(at) else 0.0, "max": largest,
-            "tokens": [[text(j), (total[j] / total.sum()).item(), (often[j] / seen[j]).item()] for j in order if often[j]],
-            "up": up, "down": down,
-            "contexts": top_contexts(config, tokens, text_of, at, value, largest, text),
-        })  # fmt: skip
-    return out
+        at = token[fires]  # [n]
+        value = f.values()[fires]  # [n]
+        # A feature that never fires on these texts has neither.
+        mean = 0.0
+        largest = 0.0
+        if len(at):
+            mean = value.mean().item()
+            largest = value.abs().max().item()
+        descriptions.append(
+            {
+                "id": i,
+                "rate": len(at) / tokens.total,
+                "mean": mean,
+                "max": largest,
+                "tokens": find_top_tokens(token_ids[at], value, n_occurrences, decode_token),
+                "up": find_effects(effects_of_feature, decode_token, largest=True),
+                "down": find_effects(effects_of_feature, decode_token, largest=False),
+                "contexts": top_contexts(config, tokens, text_of, at, value, largest, decode_token),
+            }
+        )
+    return descriptions
 
 
-def top_contexts(config, tokens, text_of, at, value, largest, text):
-    """The texts in which a feature, `value` [n] on the tokens `at` [n], is largest: [{text, tokens, values}]"""
-    peak = torch.zeros(len(tokens.rows)).scatter_reduce(0, text_of[at], value, "amax")
+def find_top_tokens(
+    token_ids: Tensor, value: Tensor, n_occurrences: Tensor, decode_token: Callable
+) -> list[list]:
+    """The tokens that a feature fires on most, all their occurrences together.
+
+    token_ids, value [n]: where it fires; n_occurrences [V], whether it fires or not
+    -> [[token, its share of all that the feature adds up to, share of occurrences it fires on]]
+    """
+    V = len(n_occurrences)
+    total = torch.zeros(V).index_add(0, token_ids, value)  # [V]
+    n_fired = token_ids.bincount(minlength=V)  # [V]
+    rows = []
+    for i in total.abs().topk(min(SHOWN, V)).indices.tolist():
+        if n_fired[i] > 0:
+            share = (total[i] / total.sum()).item()
+            how_often = (n_fired[i] / n_occurrences[i]).item()
+            rows.append([decode_token(i), share, how_often])
+    return rows
+
+
+def find_effects(effects: Tensor, decode_token: Callable, largest: bool) -> list[list]:
+    """The tokens whose logits a feature raises most, or lowers most.
+
+    effects [V], of the feature -> [[token, effect]]
+    """
+    rows = []
+    for i in effects.topk(SHOWN, largest=largest).indices.tolist():
+        rows.append([decode_token(i), effects[i].item()])
+    return rows
+
+
+def top_contexts(
+    config,
+    tokens: Tokens,
+    text_of: Tensor,
+    at: Tensor,
+    value: Tensor,
+    largest: float,
+    decode_token: Callable,
+) -> list[dict]:
+    """The texts in which a feature is largest: [{text, tokens, values}]
+
+    text_of [N]: the text of each token; value [n]: the feature's, on the tokens `at` [n]. Values
+    are given as shares of `largest`, the feature's largest anywhere.
+    """
+    n_texts = len(tokens.rows)
+    peak = torch.zeros(n_texts).scatter_reduce(0, text_of[at], value, "amax")  # [texts]
     columns = torch.from_numpy(tokens.columns())  # [N]
-    out = []
-    for i in peak.topk(min(config.contexts, len(peak))).indices.tolist():
+    contexts = []
+    for i in peak.topk(min(config.contexts, n_texts)).indices.tolist():
         if peak[i] > 0:
+            # Tokens that do not count, such as BOS, are shown with 0.
             here = text_of[at] == i
             values = torch.zeros(len(tokens.rows[i]))
             values[columns[at[here]]] = value[here] / largest
-            out.append({"text": i, "tokens": [text(j) for j in tokens.rows[i]], "values": [round(v, 4) for v in values.tolist()]})
-    return out
+            context = {
+                "text": i,
+                "tokens": [decode_token(j) for j in tokens.rows[i]],
+                "values": [round(v, 4) for v in values.tolist()],
+            }
+            contexts.append(context)
+    return contexts
 
 
-# ------------------------------------------------------------------------------------------------------------------ table, picture
+# -------------------------------------------------------------------------------- table, picture
 
 
-def marked(context, before=8, after=12):
-    """A context in a line, around its peak: after each token on which the feature fires its value, 10 being its largest anywhere."""
-    parts = [t.strip() + (f"[{round(10 * v)}]" if v else "") for t, v in zip(context["tokens"], context["values"])]
-    peak = max(range(len(parts)), key=lambda i: abs(context["values"][i]))
-    return " ".join(parts[max(0, peak - before) : peak + after])
-
-
-def table(results, in_full):
-    """Each concept's best feature in every autoencoder, the counts, and the described features: in a line each, or with their contexts."""
-    lines, short = [], plots.without_common_ends(set(results))
-    matched = {path: r for path, r in results.items() if "concepts" in r}
-    if matched:
-        names = list(dict.fromkeys(name for r in matched.values() for name in r["concepts"]))
-        lines = ["\nAUC of the best feature of each concept, chosen on one half of the texts and measured on the other:"]
-        lines += [f"  {'concept':12s}{'words':>6s}" + "".join(f"{short[path] or path:>18s}" for path in matched)]
-        for name in names:
-            rows = [r["concepts"].get(name) for r in matched.values()]
-            cells = [f"{row['auc']['features']:9.3f} ({row['auc']['feature']:5d}) " if row else "-" for row in rows]
-            lines.append(f"  {name:12s}{next(row['words'] for row in rows if row):6d}" + "".join(f"{cell:>18s}" for cell in cells))
-        for kind, title in (("concept", "concepts"), ("next", "concepts of the next token"), ("word", "single words")):
-            found = [r["found"][kind] for r in matched.values()]
-            for score, (_, good) in SCORES.items():
-                lines.append(f"  {title} with {score} > {good}".ljust(20) + "  of " + ", ".join(str(row["of"]) for row in found))
-                for name in (name for name in ("features", *CONTROLS) if name in found[0][score]):
-                    lines.append(f"    {name:16s}" + "".join(f"{row[score][name]:18.3g}" for row in found))
-    for path, r in results.items():
-        lines.append(f"\n{path}: {r['model']}, layer {r['layer']}, {r['site']}, {r['tokens']} tokens; its largest features:")
-        lines.append(f"  {'id':>6s}{'rate':>8s}{'mean':>8s}  {'fires on':44s}{'raises':30s}lowers")
-        for feature in r["features"]:
-            on, up, down = (" ".join(t.strip() for t, *_ in feature[key]) for key in ("tokens", "up", "down"))
-            lines.append(f"  {feature['id']:6d}{feature['rate']:8.2%}{feature['mean']:8.2f}  {on[:42]:44s}{up[:28]:30s}{down[:28]}")
-            lines += [f"          > {marked(context)}" for context in feature["contexts"] if in_full]
+def format_table(results: dict[str, dict], in_full: bool) -> str:
+    """The best feature of each concept in every autoencoder, the counts, and the described
+    features, one line each; in_full: with the texts in which they are largest."""
+    lines = []
+    with_concepts = find_results_with_concepts(results)
+    if with_concepts:
+        short_names = shorten_names(results)
+        names = [short_names[path] for path in with_concepts]
+        lines += format_concepts(list(with_concepts.values()), names)
+        lines += format_counts(list(with_concepts.values()))
+    for path, result in results.items():
+        lines += format_features(path, result, in_full)
     return "\n".join(lines)
 
 
-def explanations(results):
-    """What the explainer said."""
-    found = [(path, feature) for path, r in results.items() for feature in r["features"] if "description" in feature]
-    return [f"  {path} {f['id']:5d} {'*' if f['related'] else ' '} {f['description']}" for path, f in found]
+def find_results_with_concepts(results: dict[str, dict]) -> dict[str, dict]:
+    """The results of models that speak the embedded world's words."""
+    return {path: result for path, result in results.items() if "concepts" in result}
 
 
-def draw(figure, summary):
-    """AUC by concept; or, where no concepts are known, firing rate against mean strength of the described features."""
+def shorten_names(results: dict[str, dict]) -> dict[str, str]:
+    """{path: what tells it from the others}; a path alone stays as it is."""
+    short_names = plots.without_common_ends(set(results))
+    return {path: name or path for path, name in short_names.items()}
+
+
+def format_concepts(results: list[dict], names: list[str]) -> list[str]:
+    """One line for each concept, with its best feature in each of the autoencoders."""
+    lines = [
+        "\nAUC of the best feature of each concept, chosen on one half of the texts and measured "
+        "on the other:",
+        f"  {'concept':12s}{'words':>6s}" + "".join(f"{name:>18s}" for name in names),
+    ]
+    # A concept may be too rare on the texts of some of the models.
+    concepts = {}  # {concept: its number of words}
+    for result in results:
+        for concept, row in result["concepts"].items():
+            concepts.setdefault(concept, row["words"])
+    for concept, n_words in concepts.items():
+        line = f"  {concept:12s}{n_words:6d}"
+        for result in results:
+            cell = "-"
+            if concept in result["concepts"]:
+                auc = result["concepts"][concept]["auc"]
+                cell = f"{auc['features']:9.3f} ({auc['feature']:5d}) "
+            line += f"{cell:>18s}"
+        lines.append(line)
+    return lines
+
+
+def format_counts(results: list[dict]) -> list[str]:
+    """How many concepts have a good feature, or a good control, by each score."""
+    titles = {
+        "concept": "concepts",
+        "next": "concepts of the next token",
+        "word": "single words",
+    }
+    lines = []
+    for kind, title in titles.items():
+        found = [result["found"][kind] for result in results]
+        all_concepts = ", ".join(str(row["of"]) for row in found)
+        for score, (_, good) in SCORES.items():
+            head = f"  {title} with {score} > {good}"
+            lines.append(f"{head:20s}  of {all_concepts}")
+            for name in ("features", *CONTROLS):
+                if name in found[0][score]:  # not every control suits every kind
+                    numbers = "".join(f"{row[score][name]:18.3g}" for row in found)
+                    lines.append(f"    {name:16s}{numbers}")
+    return lines
+
+
+def format_features(path: str, result: dict, in_full: bool) -> list[str]:
+    """One line for each described feature of an autoencoder."""
+    lines = [
+        f"\n{path}: {result['model']}, layer {result['layer']}, {result['site']}, "
+        f"{result['tokens']} tokens; its largest features:",
+        f"  {'id':>6s}{'rate':>8s}{'mean':>8s}  {'fires on':44s}{'raises':30s}lowers",
+    ]
+    for feature in result["features"]:
+        fires_on = join_tokens(feature["tokens"])
+        raises = join_tokens(feature["up"])
+        lowers = join_tokens(feature["down"])
+        lines.append(
+            f"  {feature['id']:6d}{feature['rate']:8.2%}{feature['mean']:8.2f}"
+            f"  {fires_on[:42]:44s}{raises[:28]:30s}{lowers[:28]}"
+        )
+        if in_full:
+            for context in feature["contexts"]:
+                lines.append(f"          > {mark_context(context)}")
+    return lines
+
+
+def join_tokens(rows: list[list]) -> str:
+    """Rows that begin with a token -> the tokens, in a line."""
+    return " ".join(token.strip() for token, *_ in rows)
+
+
+def mark_context(context: dict, before: int = 8, after: int = 12) -> str:
+    """A context in a line, around its peak.
+
+    After each token on which the feature fires stands its value, 10 being its largest anywhere.
+    """
+    parts = []
+    sizes = []
+    for token, value in zip(context["tokens"], context["values"]):
+        mark = f"[{round(10 * value)}]" if value else ""
+        parts.append(token.strip() + mark)
+        sizes.append(abs(value))
+    peak = sizes.index(max(sizes))
+    return " ".join(parts[max(0, peak - before) : peak + after])
+
+
+def format_explanations(results: dict[str, dict]) -> list[str]:
+    """What the explainer said, one line a feature; * where it is related to --task."""
+    lines = []
+    for path, result in results.items():
+        for feature in result["features"]:
+            if "description" in feature:
+                mark = "*" if feature["related"] else " "
+                lines.append(f"  {path} {feature['id']:5d} {mark} {feature['description']}")
+    return lines
+
+
+def draw(figure, summary: dict):
+    """AUC by concept. Where no concepts are known: how often and how strongly the described
+    features fire."""
     results = summary["saes"]
-    short, axis = plots.without_common_ends(set(results)), figure.add_subplot()
-    matched = {path: r for path, r in results.items() if "concepts" in r}
-    if not matched:
-        for path, r in results.items():
-            axis.loglog([f["rate"] for f in r["features"]], [f["mean"] for f in r["features"]], "o", label=short[path] or path)
-        axis.set(xlabel="share of the tokens on which it fires", ylabel="mean activation where it fires")
-    for i, (path, r) in enumerate(matched.items()):
-        names = list(r["concepts"])
+    with_concepts = find_results_with_concepts(results)
+    axis = figure.add_subplot()
+    if with_concepts:
         figure.set_size_inches(8, 4)
-        axis.plot(names, [row["auc"]["features"] for row in r["concepts"].values()], "o", color=f"C{i % 10}", label=short[path] or path)
-    if matched:
-        for control, marker in zip(CONTROLS, "x+."):
-            rows = [[r["concepts"][name]["auc"][control] for r in matched.values() if name in r["concepts"]] for name in names]
-            means = [np.mean([x for x in row if x is not None] or [np.nan]) for row in rows]
-            axis.plot(names, means, marker, color="grey", label=control)
-        axis.axhline(SCORES["auc"][1], color="grey", linewidth=0.8)
-        axis.tick_params(axis="x", rotation=70)
-        axis.set_ylabel("AUC of the best, on the other half")
+        draw_concepts(axis, with_concepts, shorten_names(results))
+    else:
+        draw_strengths(axis, results, shorten_names(results))
     axis.legend()
+
+
+def draw_strengths(axis, results: dict[str, dict], names: dict[str, str]):
+    """One point for each described feature."""
+    for path, result in results.items():
+        rates = [feature["rate"] for feature in result["features"]]
+        means = [feature["mean"] for feature in result["features"]]
+        axis.loglog(rates, means, "o", label=names[path])
+    axis.set(
+        xlabel="share of the tokens on which it fires", ylabel="mean activation where it fires"
+    )
+
+
+def draw_concepts(axis, results: dict[str, dict], names: dict[str, str]):
+    """The best feature of each concept in every autoencoder, and the mean of each control."""
+    for i, (path, result) in enumerate(results.items()):
+        concepts = list(result["concepts"])
+        aucs = [row["auc"]["features"] for row in result["concepts"].values()]
+        axis.plot(concepts, aucs, "o", color=f"C{i % 10}", label=names[path])
+
+    # The concepts of the last autoencoder, over all autoencoders that have them.
+    for control, marker in zip(CONTROLS, "x+."):
+        means = []
+        for concept in concepts:
+            values = []
+            for result in results.values():
+                if concept in result["concepts"]:
+                    value = result["concepts"][concept]["auc"][control]
+                    if value is not None:
+                        values.append(value)
+            means.append(np.mean(values or [np.nan]))
+        axis.plot(concepts, means, marker, color="grey", label=control)
+
+    _, good = SCORES["auc"]
+    axis.axhline(good, color="grey", linewidth=0.8)
+    axis.tick_params(axis="x", rotation=70)
+    axis.set_ylabel("AUC of the best, on the other half")

@@ -1,25 +1,34 @@
-"""Bodies of `probe.py reward` and `probe.py pairs`: can the reward that a policy was trained on be read from what is inside it?
+"""Bodies of `probe.py reward` and `probe.py pairs`: can the reward that a policy was trained on be
+read from what is inside it?
 
-    texts -> a model's places, averaged over the tokens of interest -> inputs [N, F] -> ridge: their reward           (reward)
-             (or the features of their sparse autoencoders)                         `-> logistic: which was chosen    (pairs)
+    texts -> activations at a model's places (or the features of their sparse autoencoders),
+             averaged over the tokens of interest: inputs [N, F]
+          -> ridge regression: their reward (reward), or
+             logistic regression: which of two answers was chosen (pairs)
 
-A probe is tested on words and prompts that it was not fitted to, and stands beside the same probe on inputs that know nothing of the
-policy's training: what these reach too, reinforcement learning did not put there. Intervals are over splits.
+A probe is tested on words and prompts that it was not fitted to. It stands beside the same probe on
+inputs that know nothing of the policy's training. What such a control reaches too was not put there
+by reinforcement learning. Intervals are over splits.
 
-Pitfall: the reverse does not follow. What a policy has beyond its base may come from any further training. The control for that is the
-base trained on without a reward (train_sft.py --model BASE --seed 1), probed as --policy in its turn.
+Pitfall: the reverse does not follow. What a policy has beyond its base may come from any further
+training. The control for that is the base trained on without a reward (train_sft.py --model BASE
+--seed 1), probed as --policy in its turn.
 
-Method: Marks et al. 2023 (2310.08164), but for the target, which is the true reward and no function of the inputs.
+Method: Marks et al. 2023 (2310.08164), but for the target, which is the true reward and no function
+of the inputs.
 
-    N texts, T tokens, D hidden, M features of an SAE, F inputs of a probe: D or M for each selected layer
+    N texts, b of them in a forward pass, T tokens, D hidden, M features of an SAE
+    F inputs of a probe: D or M for each selected layer
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from .. import data, world
@@ -27,20 +36,36 @@ from ..divergence import layer_divergence, select_layers
 from ..errors import at_least, require
 from ..hf.activations import SITES, activations, module_at, place_name
 from ..hf.blocks import blocks
-from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_policy, load_tokenizer
 from ..packing import micro_batches
 from ..rewards import check_reward, read_lexicon
-from ..runtime.distributed import autocast, setup
+from ..runtime.distributed import Dist, autocast, setup
 from ..runtime.flags import FlagGroup, ResultFlags, TextFlags
 from ..runtime.locks import unlock_afterwards
+from ..runtime.log import RunFolder
 from ..runtime.results import finite, in_one_line, results_folder, save
 from ..runtime.rng import SPLIT, key
 from ..stats import t_interval
 from .activation_store import TOKENS_AT_ONCE
 from .linear_probes import fit_pairs, fit_reward
 from .probe_flags import SITE_HELP
-from .probe_texts import differences, pair_texts, sequence_texts, word_texts
+from .probe_texts import Texts, pair_texts, sequence_texts, subtract_neutral, word_texts
 from .sae_files import load_sae
+
+# A control: the first inputs, with the rewards of the training side exchanged.
+SHUFFLED = "shuffled labels"
+# What the metrics of the probes are called in the table.
+TITLES = {
+    "tau": "Kendall's tau",
+    "r2": "R^2",
+    "sign": "sign right",
+    "accuracy": "accuracy",
+    "auc": "AUC",
+}
+
+
+# ----------------------------------------------------------------------------------------- flags
 
 
 @dataclass
@@ -119,7 +144,10 @@ class RewardConfig(ProbeFlags, TextFlags, ResultFlags):
         at_least(self, 3, "triples")
         require(self.neutral > 0, "--neutral must be positive")
         require(self.task == "word" or not self.difference, "--difference is for --task word")
-        require(self.reward or data.is_world(self.dataset), "--reward names the target: a lexicon .tsv, or with --task sequence any reward")
+        require(
+            self.reward or data.is_world(self.dataset),
+            "--reward names the target: a lexicon .tsv, or with --task sequence any reward",
+        )
 
 
 @dataclass
@@ -131,7 +159,7 @@ class PairsConfig(ProbeFlags, TextFlags, ResultFlags):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the commands
+# ---------------------------------------------------------------------------------- the commands
 
 
 @unlock_afterwards()
@@ -141,24 +169,25 @@ def reward(config):
     The reward of words or of answers, from a policy's activations or from
     its features, beside controls.
     """
-    dist, folder, tokenizer, max_length = start(config)
-    by_word = config.task == "word"
-    if by_word:
-        lexicon, note = read_lexicon(config.reward) if config.reward else (world.LEXICON, "")
-        if note:
-            dist.print(note)
+    run = check_and_set_up(config)
+    spec = config.reward or "world:gold"
+    if config.task == "word":
+        lexicon = open_lexicon(config, run.dist)
+        rows = read_rows(config, "sft")
+        texts = word_texts(config, run.tokenizer, rows, lexicon, run.max_length)
+        note = (
+            "Bag of words: no word of the test is in training, so it is at chance by construction."
+        )
     else:
-        check_reward(config.reward or "world:gold")
-    rows = data.subset(data.read_rows(config.dataset, "sft", config.columns), config.max_rows)
-    if by_word:
-        texts = word_texts(config, tokenizer, rows, lexicon, max_length)
-    else:
-        texts = sequence_texts(config, tokenizer, rows, config.reward or "world:gold", max_length, dist)
-    inputs, layers = all_inputs(config, texts, dist)
+        check_reward(spec)
+        rows = read_rows(config, "sft")
+        texts = sequence_texts(config, run.tokenizer, rows, spec, run.max_length, run.dist)
+        note = ""
+
+    inputs, layers = collect_inputs(config, texts, run.dist)
     if config.difference:
-        texts, inputs = differences(texts, inputs)
-    note = "Bag of words: no word of the test is in training, so it is at chance by construction." if by_word else ""
-    return compare(config, folder, fit_reward, texts, inputs, layers, note)
+        texts, inputs = subtract_neutral(texts, inputs)
+    return compare_inputs(config, run.folder, fit_reward, texts, inputs, layers, note)
 
 
 @unlock_afterwards()
@@ -168,161 +197,363 @@ def pairs(config):
     From the difference of the two answers' activations, or features, beside
     controls.
     """
-    dist, folder, tokenizer, max_length = start(config)
-    rows = data.subset(data.read_rows(config.dataset, "pairs", config.columns), config.max_rows)
+    run = check_and_set_up(config)
+    rows = read_rows(config, "pairs")
+    # Two answers that are the same have no difference to read from.
     different = [row for row in rows if row["chosen"] != row["rejected"]]
-    dist.print(f"{len(rows)} pairs, {len(rows) - len(different)} with chosen == rejected skipped")
-    texts = pair_texts(config, tokenizer, different, max_length, dist)
-    inputs, layers = all_inputs(config, texts, dist)
-    return compare(config, folder, fit_pairs, texts, inputs, layers, "")
+    n_same = len(rows) - len(different)
+    run.dist.print(f"{len(rows)} pairs, {n_same} with chosen == rejected skipped")
+    texts = pair_texts(config, run.tokenizer, different, run.max_length, run.dist)
+    inputs, layers = collect_inputs(config, texts, run.dist)
+    return compare_inputs(config, run.folder, fit_pairs, texts, inputs, layers, note="")
 
 
-def start(config):
-    """What can be wrong is found before any model is loaded. -> dist, run folder, tokenizer, longest text"""
+@dataclass
+class Setup:
+    """What a command has before any model is loaded."""
+
+    dist: Dist
+    folder: RunFolder
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int  # of a text, in tokens; 0: no limit
+
+
+def check_and_set_up(config) -> Setup:
+    """Find what can be wrong before any model is loaded, as InputErrors."""
     dist = setup(config.device)
     folder = results_folder(config, dist)
     model_config = check_model(config.policy)
     check_model(config.model)
-    tokenizer, other = load_tokenizer(config.policy), load_tokenizer(config.model)
-    require(tokenizer.get_vocab() == other.get_vocab(), f"{config.model} and {config.policy} have different tokenizers")
-    for name in ("policy", "base") if config.sae else ():
-        require(os.path.isdir(os.path.join(config.sae, name)), f"{config.sae}: no folder {name}/ of sparse autoencoders in it")
-    return dist, folder, tokenizer, config.max_length or context_length(model_config) or 0
+    tokenizer = load_tokenizer(config.policy)
+    other = load_tokenizer(config.model)
+    require(
+        tokenizer.get_vocab() == other.get_vocab(),
+        f"{config.model} and {config.policy} have different tokenizers",
+    )
+    if config.sae:
+        for name in ("policy", "base"):
+            require(
+                os.path.isdir(os.path.join(config.sae, name)),
+                f"{config.sae}: no folder {name}/ of sparse autoencoders in it",
+            )
+    max_length = config.max_length or context_length(model_config) or 0
+    return Setup(dist, folder, tokenizer, max_length)
 
 
-def layers_of(config):
-    """The layers that --sae holds autoencoders of, such as "2,3"."""
-    names = os.listdir(os.path.join(config.sae, "policy"))
-    found = sorted(int(name.split("_")[0]) for name in names if name.endswith(f"_{config.site}") and name.split("_")[0].isdecimal())
-    require(found, f"{config.sae}/policy: no autoencoder of a layer's {config.site}")
-    return ",".join(map(str, found))
+def open_lexicon(config, dist) -> dict[str, float]:
+    """{word: value} of the lexicon that --reward names; by default the embedded world's."""
+    if not config.reward:
+        return world.LEXICON
+    lexicon, note = read_lexicon(config.reward)
+    if note:
+        dist.print(note)
+    return lexicon
 
 
-# -------------------------------------------------------------------------------------------------------------------------- the inputs
+def read_rows(config, kind: str) -> list[dict]:
+    """A random subset of the data set's rows, as many as --max_rows says."""
+    rows = data.read_rows(config.dataset, kind, config.columns)
+    return data.subset(rows, config.max_rows)
 
 
-def all_inputs(config, texts, dist):
-    """{name: inputs [N, F]} of the policy (first) and of the controls, and the selected layers."""
-    policy, base = (load_policy(path, value_head=False, device=dist.device).lm for path in (config.policy, config.model))
-    selection = config.layers or (layers_of(config) if config.sae else "highest:5")
-    layers = in_one_line(select_layers, in_one_line(layer_divergence, blocks(base), blocks(policy)), selection)
+# ------------------------------------------------------------------------------------ the inputs
+
+
+def collect_inputs(config, texts: Texts, dist) -> tuple[dict[str, Tensor], list[int]]:
+    """Compute the inputs of all probes: {name: [N, F]}, and the selected layers.
+
+    The policy's come first, those of the controls afterwards.
+    """
+    policy = load_policy(config.policy, value_head=False, device=dist.device).lm
+    base = load_policy(config.model, value_head=False, device=dist.device).lm
+    layers = choose_layers(config, base, policy)
     places = [(layer, config.site) for layer in layers]
-    module_at(policy, places[0])  # a site that this architecture lacks
+    module_at(policy, places[0])  # InputError: a site that this architecture lacks
+
+    # With --sae the policy's features come first, and all else is compared with these.
     inputs = {}
     if config.sae:
-        width = policy.config.get_text_config().hidden_size
         for name, lm in (("policy", policy), ("base", base)):
-            saes = {place: load_sae(os.path.join(config.sae, name, place_name(place)), width, dist.device) for place in places}
-            inputs[f"{name}, SAE features"] = mean_inputs(lm, texts, places, dist, config.dtype, saes)
-    torch.manual_seed(key(SPLIT))
-    untrained = AutoModelForCausalLM.from_config(policy.config, trust_remote_code=False)
-    untrained = untrained.to(dist.device).eval()
-    for name, lm in (("policy, activations", policy), ("base, activations", base), ("random model, activations", untrained)):
-        inputs[name] = mean_inputs(lm, texts, places, dist, config.dtype)
+            saes = load_saes(os.path.join(config.sae, name), places, policy, dist)
+            features = mean_inputs(lm, texts, places, dist, config.dtype, saes)
+            inputs[f"{name}, SAE features"] = features
+
+    # The same activations of a model that has learned something else, and of one that has not
+    # learned at all.
+    lms = {"policy": policy, "base": base, "random model": make_untrained(policy, dist)}
+    for name, lm in lms.items():
+        inputs[f"{name}, activations"] = mean_inputs(lm, texts, places, dist, config.dtype)
+    # What can be said of the texts without any model.
     inputs["bag of words"] = bag_of_words(texts)
     inputs["length"] = texts.lengths[:, None].float()
     return inputs, layers
 
 
+def choose_layers(config, base, policy) -> list[int]:
+    """The layers that --layers names; by default those in --sae, or the five that moved most."""
+    choice = config.layers
+    if not choice and config.sae:
+        choice = list_layers(config)
+    elif not choice:
+        choice = "highest:5"
+    moved = in_one_line(layer_divergence, blocks(base), blocks(policy))
+    return in_one_line(select_layers, moved, choice)
+
+
+def list_layers(config) -> str:
+    """The layers for which --sae holds an autoencoder of the policy at --site, such as "2,3"."""
+    layers = []
+    for name in os.listdir(os.path.join(config.sae, "policy")):
+        layer = name.split("_")[0]
+        if layer.isdecimal() and name.endswith(f"_{config.site}"):
+            layers.append(int(layer))
+    require(layers, f"{config.sae}/policy: no autoencoder of a layer's {config.site}")
+    return ",".join(map(str, sorted(layers)))
+
+
+def load_saes(folder: str, places: list[tuple[int, str]], lm, dist) -> dict:
+    """The autoencoders LAYER_SITE in a folder, for activations of lm: {place: autoencoder}."""
+    width = lm.config.get_text_config().hidden_size
+    saes = {}
+    for place in places:
+        saes[place] = load_sae(os.path.join(folder, place_name(place)), width, dist.device)
+    return saes
+
+
+def make_untrained(lm, dist):
+    """A model of the same architecture as lm, with random weights, always the same ones."""
+    torch.manual_seed(key(SPLIT))
+    untrained = AutoModelForCausalLM.from_config(lm.config, trust_remote_code=False)
+    return untrained.to(dist.device).eval()
+
+
 @torch.no_grad()
-def mean_inputs(lm, texts, places, dist, dtype, saes=None):
-    """Activations (or features) at the places, averaged over each text's tokens from texts.first on: [N, F], float32, on the CPU."""
-    mine = dist.part(len(texts.ids))
-    ids, out = [texts.ids[i] for i in mine], [None] * len(mine)
-    first = torch.tensor([texts.first[i] for i in mine])
-    lengths = torch.tensor([len(row) for row in ids])
-    for part in micro_batches(lengths, None, TOKENS_AT_ONCE):
-        batch = pad_sequence([torch.tensor(ids[i]) for i in part], batch_first=True)  # [b, T]; padding may be any token
+def mean_inputs(
+    lm, texts: Texts, places: list[tuple[int, str]], dist, dtype: str, saes: dict | None = None
+) -> Tensor:
+    """Average activations, or features, over the tokens of each text from texts.first on.
+
+    saes: {place: autoencoder}, for features. -> [N, F], float32, on the CPU; F is D or M for each
+    place, one after another. Each process runs its own part of the texts.
+    """
+    own_texts = dist.part(len(texts.ids))
+    # Texts of similar length share a forward pass.
+    ids = [texts.ids[i] for i in own_texts]
+    first = torch.tensor([texts.first[i] for i in own_texts])  # [n]
+    lengths = torch.tensor([len(row) for row in ids])  # [n]
+    means = [None] * len(ids)  # [n] of [F]
+    for rows in micro_batches(lengths, None, TOKENS_AT_ONCE):
+        batch = pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)  # [b, T]
         column = torch.arange(batch.shape[1])
-        mask = ((column >= first[part, None]) & (column < lengths[part, None])).to(dist.device)  # [b, T]
+        # The padding may be any token: it stands behind all that counts.
+        mask = (column >= first[rows, None]) & (column < lengths[rows, None])  # [b, T]
+        mask = mask.to(dist.device)
         with autocast(dist, dtype):
-            found = activations(lm, batch.to(dist.device), places)
-        columns = []
+            outputs = activations(lm, batch.to(dist.device), places)  # {place: [b, T, D]}
+
+        # The tokens of all rows stand one after another in x: each adds to its own row's sum.
+        row_of_token = mask.nonzero()[:, 0]
+        means_of_places = []
         for place in places:
-            x = found[place][mask].float()  # [n, D], row by row
-            x = saes[place].encode(x) if saes else x  # [n, F]
-            total = torch.zeros(len(part), x.shape[1], device=x.device).index_add(0, mask.nonzero()[:, 0], x)
-            columns.append(total / mask.sum(1, keepdim=True))
-        for i, x in zip(part, torch.cat(columns, 1).cpu()):
-            out[i] = x
-    return dist.gather(torch.stack(out))
+            x = outputs[place][mask].float()  # [tokens, D], row by row
+            if saes:
+                x = saes[place].encode(x)  # [tokens, M]
+            sums = torch.zeros(len(rows), x.shape[1], device=x.device)
+            sums = sums.index_add(0, row_of_token, x)
+            means_of_places.append(sums / mask.sum(1, keepdim=True))
+        means_of_rows = torch.cat(means_of_places, 1).cpu()  # [b, F]
+        for i, mean in zip(rows.tolist(), means_of_rows):
+            means[i] = mean
+    return dist.gather(torch.stack(means))
 
 
-def bag_of_words(texts):
-    """How often each token is in the text, of those that are in any: [N, tokens]."""
-    row = torch.tensor([i for i, ids in enumerate(texts.ids) for _ in ids])
-    _, column = torch.tensor([token for ids in texts.ids for token in ids]).unique(return_inverse=True)
-    return torch.zeros(len(texts.ids), int(column.max()) + 1).index_put((row, column), torch.ones(len(row)), accumulate=True)
+def bag_of_words(texts: Texts) -> Tensor:
+    """Count the tokens of each text: [N, the different tokens of all texts]."""
+    text_of = []
+    tokens = []
+    for i, ids in enumerate(texts.ids):
+        text_of.extend([i] * len(ids))
+        tokens.extend(ids)
+    # Only tokens that occur somewhere have a column: a vocabulary may hold a hundred thousand.
+    different, column = torch.tensor(tokens).unique(return_inverse=True)
+    counts = torch.zeros(len(texts.ids), len(different))
+    ones = torch.ones(len(tokens))
+    return counts.index_put((torch.tensor(text_of), column), ones, accumulate=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- the results
+# ----------------------------------------------------------------------------------- the results
 
 
-def compare(config, folder, fit, texts, inputs, layers, note):
-    """Fit a probe on every input and split -> the summary, printed and written down; the main process does it alone."""
+def compare_inputs(
+    config,
+    folder: RunFolder,
+    fit: Callable,
+    texts: Texts,
+    inputs: dict[str, Tensor],
+    layers: list[int],
+    note: str,
+) -> dict | None:
+    """Fit a probe on every input and split, print the summary and write it down.
+
+    fit: fit_reward or fit_pairs of linear_probes. The main process does it alone; the others get
+    None.
+    """
     if not folder.dist.main:
-        return folder.dist.barrier()
+        folder.dist.barrier()
+        return None
+
+    # The first inputs are the policy's: the others are compared with them.
     policy = next(iter(inputs))
-    found = {name: [fit(x, texts, split) for split in texts.splits] for name, x in inputs.items()}
-    found["shuffled labels"] = [fit(inputs[policy], texts, split, shuffle=seed) for seed, split in enumerate(texts.splits)]
-    metrics, first = list(found[policy][0][0]), found[policy][0][1]
+    results = {}  # {name: [(numbers, more) of each split]}
+    for name, x in inputs.items():
+        results[name] = [fit(x, texts, split) for split in texts.splits]
+    results[SHUFFLED] = []
+    for seed, split in enumerate(texts.splits):
+        results[SHUFFLED].append(fit(inputs[policy], texts, split, shuffle=seed))
+
+    numbers_of_first_split, more_of_first_split = results[policy][0]
+    metrics = list(numbers_of_first_split)
     rows = {}
-    for name, results in found.items():
-        rows[name] = {metric: mean_and_half_width([numbers[metric] for numbers, _ in results]) for metric in metrics}
-        less = [mine[metrics[0]] - other[metrics[0]] for (mine, _), (other, _) in zip(found[policy], results)]  # paired by split
-        rows[name] |= {"policy_less": mean_and_half_width(less), "largest_p": max(more.get("p", 1.0) for _, more in results)}
-        rows[name]["seeds"] = [{**numbers, **{k: v for k, v in more.items() if k != "predictions"}} for numbers, more in results]
+    for name, own_results in results.items():
+        rows[name] = summarize_splits(own_results, results[policy], metrics)
     summary = {
-        "policy": config.policy, "model": config.model, "layers": layers, "site": config.site, "sae": config.sae, "texts": len(texts.ids),
-        "metrics": metrics, "rows": rows, "predictions": first.get("predictions", []), "note": note,
-    }  # fmt: skip
-    save(config, folder, summary, table(summary), draw)
+        "policy": config.policy,
+        "model": config.model,
+        "layers": layers,
+        "site": config.site,
+        "sae": config.sae,
+        "texts": len(texts.ids),
+        "metrics": metrics,
+        "rows": rows,
+        "predictions": more_of_first_split.get("predictions", []),
+        "note": note,
+    }
+    save(config, folder, summary, format_table(summary), draw)
     folder.dist.barrier()
     return summary
 
 
-def mean_and_half_width(values):
-    """[mean, half-width of the 95% t interval or None]"""
-    return [finite(x) for x in t_interval(values)]
+def summarize_splits(
+    results: list[tuple[dict, dict]], policy_results: list[tuple[dict, dict]], metrics: list[str]
+) -> dict:
+    """The results of one input, split by split -> its row of summary.json.
+
+    "policy_less" is how much more of the first metric the policy's inputs reach, split by split, so
+    that what makes a split easy or hard for both drops out.
+    """
+    row = {}
+    for metric in metrics:
+        row[metric] = mean_and_half_width([numbers[metric] for numbers, _ in results])
+
+    differences = []
+    p_values = []
+    seeds = []
+    for (numbers, more), (policy_numbers, _) in zip(results, policy_results):
+        differences.append(policy_numbers[metrics[0]] - numbers[metrics[0]])
+        p_values.append(more.get("p", 1.0))
+        seed = {**numbers, **more}
+        seed.pop("predictions", None)
+        seeds.append(seed)
+    row["policy_less"] = mean_and_half_width(differences)
+    row["largest_p"] = max(p_values)
+    row["seeds"] = seeds
+    return row
 
 
-def table(summary):
+def mean_and_half_width(values: list[float]) -> list[float | None]:
+    """[mean, half-width of the 95% t interval]; None stands for what is not finite."""
+    mean, half_width = t_interval(values)
+    return [finite(mean), finite(half_width)]
+
+
+def format_table(summary: dict) -> str:
     """One line for each input: means over splits +- half-widths."""
-    metrics, rows = summary["metrics"], summary["rows"]
-    first, n = next(iter(rows)), len(next(iter(rows.values()))["seeds"])
-    sizes = rows[first]["seeds"][0]
-    p, named = "tau" in metrics, {"tau": "Kendall's tau", "r2": "R^2", "sign": "sign right", "accuracy": "accuracy", "auc": "AUC"}
+    metrics = summary["metrics"]
+    rows = summary["rows"]
+    policy = next(iter(rows))
+    seeds = rows[policy]["seeds"]
+    n_train = seeds[0]["n_train"]
+    n_test = seeds[0]["n_test"]
+    layers = ", ".join(map(str, summary["layers"]))
 
-    def pm(pair):
-        return f"{pair[0]:7.3f} +- " + ("  nan" if pair[1] is None else f"{pair[1]:.3f}")
+    head = f"  {'':27s}"
+    for metric in metrics:
+        head += f"{TITLES[metric]:>17s}"
+        if metric == "tau":
+            head += "  largest p"
+    lines = [
+        f"\n{summary['policy']} (base {summary['model']}), {summary['site']} of layers {layers}; "
+        f"{len(seeds)} splits, {n_train} for training and {n_test} for the test; "
+        "95% intervals over splits:",
+        f"{head}   policy's {TITLES[metrics[0]]} less",
+    ]
 
-    head = "".join(f"{named[metric]:>17s}" + ("  largest p" if metric == "tau" else "") for metric in metrics)
-    lines = [f"\n{summary['policy']} (base {summary['model']}), {summary['site']} of layers {', '.join(map(str, summary['layers']))}; "
-             f"{n} splits, {sizes['n_train']} for training and {sizes['n_test']} for the test; 95% intervals over splits:",
-             f"  {'':27s}{head}   policy's {named[metrics[0]]} less"]  # fmt: skip
     for name, row in rows.items():
-        cells = "".join(f"  {pm(row[metric])}" + (f"     {row['largest_p']:.3f}" if metric == "tau" else "") for metric in metrics)
-        lines.append(f"  {name:27s}{cells}" + ("" if name == first else f"      {pm(row['policy_less'])}"))
-    if p:
-        share = sum(seed["positive"] for seed in rows[first]["seeds"]) / n
-        lines.append(f"  Always the commoner sign is right for {max(share, 1 - share):.3f}. p: the worst split's, by permutation of the "
-                     "test; a random direction can have a small one too, as shuffled labels show.")  # fmt: skip
-    return "\n".join(lines + [f"  {summary['note']}"] * bool(summary["note"]))
+        line = f"  {name:27s}"
+        for metric in metrics:
+            line += f"  {format_interval(row[metric])}"
+            if metric == "tau":
+                line += f"     {row['largest_p']:.3f}"
+        if name != policy:
+            line += f"      {format_interval(row['policy_less'])}"
+        lines.append(line)
+
+    if "tau" in metrics:
+        positive = sum(seed["positive"] for seed in seeds) / len(seeds)
+        share = max(positive, 1 - positive)
+        lines.append(
+            f"  Always the commoner sign is right for {share:.3f}. p: the worst split's, by "
+            "permutation of the test; a random direction can have a small one too, as shuffled "
+            "labels show."
+        )
+    if summary["note"]:
+        lines.append(f"  {summary['note']}")
+    return "\n".join(lines)
 
 
-def draw(figure, summary):
-    """The first metric of each input with its interval, and the first split's predictions against the truth."""
-    rows, metric = summary["rows"], summary["metrics"][0]
-    figure.set_size_inches(10 if summary["predictions"] else 6, 3.4)
-    axis = figure.add_subplot(1, 2 if summary["predictions"] else 1, 1)
-    means, halves = zip(*(row[metric] for row in rows.values()))
+def format_interval(mean_and_half_width: list[float | None]) -> str:
+    """[mean, half-width] -> 17 characters; a single split has no half-width."""
+    mean, half_width = mean_and_half_width
+    if half_width is None:
+        return f"{mean:7.3f} +-   nan"
+    return f"{mean:7.3f} +- {half_width:.3f}"
+
+
+def draw(figure, summary: dict):
+    """The first metric of each input with its interval, and the first split's predictions against
+    the truth."""
+    rows = summary["rows"]
+    metric = summary["metrics"][0]
+    predictions = summary["predictions"]
+    n_panels = 2 if predictions else 1
+    width = 10 if predictions else 6
+    figure.set_size_inches(width, 3.4)
+
+    means = []
+    half_widths = []
+    for row in rows.values():
+        mean, half_width = row[metric]
+        means.append(mean)
+        half_widths.append(half_width or 0)
+    if metric == "tau":
+        chance = 0
+        label = "Kendall's tau on held-out words or responses"
+    else:
+        chance = 0.5
+        label = "accuracy on held-out pairs"
     colors = ["C0"] + ["lightgrey"] * (len(rows) - 1)
-    axis.barh(list(rows), means, xerr=[half or 0 for half in halves], color=colors, ecolor="black", capsize=2)
+    axis = figure.add_subplot(1, n_panels, 1)
+    axis.barh(list(rows), means, xerr=half_widths, color=colors, ecolor="black", capsize=2)
     axis.invert_yaxis()
-    axis.axvline(0 if metric == "tau" else 0.5, color="black", linewidth=0.8)
-    axis.set(xlabel={"tau": "Kendall's tau on held-out words or responses"}.get(metric, "accuracy on held-out pairs"))
-    if summary["predictions"]:
-        axis = figure.add_subplot(1, 2, 2)
-        _, true, predicted = zip(*summary["predictions"])
+    axis.axvline(chance, color="black", linewidth=0.8)
+    axis.set(xlabel=label)
+
+    if predictions:
+        _, true, predicted = zip(*predictions)
+        axis = figure.add_subplot(1, n_panels, 2)
         axis.plot(true, predicted, ".")
-        axis.set(xlabel="true reward", ylabel=f"read from {next(iter(rows))}", title="first split's test")
+        axis.set(
+            xlabel="true reward",
+            ylabel=f"read from {next(iter(rows))}",
+            title="first split's test",
+        )

@@ -1,9 +1,11 @@
-"""Bodies of probe.py's commands: what changed between a base model and its policy, and how alike two sets of features are.
+"""Bodies of two commands of probe.py: divergence, what changed between a base model and its policy,
+and mmcs, how alike two sets of features are.
 
-    L blocks, N tokens, D hidden, M features of a sparse autoencoder (Ma of A, Mb of B)
+    L blocks, N tokens, n of them in one part, D hidden
+    M features of a sparse autoencoder (Ma of A, Mb of B)
 
-Every command writes <output_dir>/config.json, summary.json and a picture, and prints a table. It computes everything again when it is
-called again, since the models in a folder may have changed.
+Every command writes <output_dir>/config.json, summary.json and a picture, and prints a table. It
+computes everything again when it is called again, since the models in a folder may have changed.
 """
 
 import glob
@@ -12,6 +14,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from .. import data
@@ -27,7 +30,8 @@ from ..divergence import (
 from ..errors import at_least, require
 from ..hf.activations import SITES, module_at, place_name
 from ..hf.blocks import blocks
-from ..models import check_model, context_length, load_policy, load_tokenizer
+from ..hf.folders import check_model, context_length
+from ..models import load_policy, load_tokenizer
 from ..runtime import plots
 from ..runtime.distributed import setup
 from ..runtime.flags import FlagGroup, ResultFlags, TextFlags
@@ -39,7 +43,7 @@ from .activation_store import Tokens, from_models, passes, token_rows
 from .probe_flags import TokenFlags
 from .sae_files import SPARSITY, load_sae
 
-# ---------------------------------------------------------------------------------------------------------------------- divergence
+# ------------------------------------------------------------------------------------ divergence
 
 
 @dataclass
@@ -87,86 +91,161 @@ def divergence(config):
     folder = results_folder(config, dist)
     model_config = check_model(config.model)
     check_model(config.policy)
-    in_one_line(select_layers, [0.0] * model_config.get_text_config().num_hidden_layers, config.layers)
-    tokens = texts_of(config, model_config, dist)
-    lms = {name: load_policy(path, False, device=dist.device).lm for name, path in (("base", config.model), ("policy", config.policy))}
-    table = in_one_line(parameter_divergence, blocks(lms["base"]), blocks(lms["policy"]))
-    frobenius, shares = add_up(table), add_up(table, "relative")
-    selected = in_one_line(select_layers, frobenius, config.layers)
-    moved = compare_activations(config, lms, tokens, dist)
+    # A wrong --layers is found here, before any model is loaded: for this, any L numbers will do.
+    n_layers = model_config.get_text_config().num_hidden_layers
+    in_one_line(select_layers, [0.0] * n_layers, config.layers)
+    tokens = read_tokens(config, model_config, dist)
 
-    layers = [
-        {"layer": layer, "frobenius": frobenius[layer], "relative": finite(shares[layer]), "selected": layer in selected,
-         "activations": {site: moved[layer, site] for site in config.sites},
-         "parameters": {name: {**p, "relative": finite(relative(p))} for name, p in table[layer].items()}}
-        for layer in range(len(table))
-    ]  # fmt: skip
-    summary = {"model": config.model, "policy": config.policy, "texts": len(tokens.rows), "tokens": tokens.total, "selected": selected,
-               "layers": layers}  # fmt: skip
-    save(config, folder, summary, divergence_table(summary, config.sites), draw_divergence)
+    # Weights, block by block and parameter by parameter.
+    base = load_policy(config.model, False, device=dist.device).lm
+    policy = load_policy(config.policy, False, device=dist.device).lm
+    table = in_one_line(parameter_divergence, blocks(base), blocks(policy))
+    frobenius = add_up(table)
+    selected = in_one_line(select_layers, frobenius, config.layers)
+
+    # Activations, on the same texts.
+    moved = compare_activations(config, {"base": base, "policy": policy}, tokens, dist)
+
+    layers = []
+    for layer, relative_divergence in enumerate(add_up(table, "relative")):
+        row = {
+            "layer": layer,
+            "frobenius": frobenius[layer],
+            "relative": finite(relative_divergence),
+            "selected": layer in selected,
+            "activations": {site: moved[layer, site] for site in config.sites},
+            "parameters": describe_parameters(table[layer]),
+        }
+        layers.append(row)
+    summary = {
+        "model": config.model,
+        "policy": config.policy,
+        "texts": len(tokens.rows),
+        "tokens": tokens.total,
+        "selected": selected,
+        "layers": layers,
+    }
+    text = format_divergence(summary, config.sites)
+    save(config, folder, summary, text, draw_divergence)
     dist.barrier()
     return summary
 
 
-def texts_of(config, model_config, dist):
-    """The Tokens of the texts; an InputError where base and policy do not read the same tokens."""
-    rows = data.subset(data.read_rows(config.dataset, config.kind, config.columns), config.max_rows)
+def read_tokens(config, model_config, dist) -> Tokens:
+    """The Tokens of the texts that both models read. InputError: they have different tokenizers."""
+    rows = data.read_rows(config.dataset, config.kind, config.columns)
+    rows = data.subset(rows, config.max_rows)
     tokenizer = load_tokenizer(config.model, needs_eos=config.kind != "prompts")
     other = load_tokenizer(config.policy, needs_eos=False)
-    require(tokenizer.get_vocab() == other.get_vocab(), f"{config.model} and {config.policy} have different tokenizers")
-    rows, cut = token_rows(tokenizer, rows, config.max_length or context_length(model_config), config.chat_template)
-    if cut:
-        dist.print(f"{cut} of {len(rows)} texts cut")
-    return Tokens(rows, None if config.keep_bos else tokenizer.bos_token_id)
+    require(
+        tokenizer.get_vocab() == other.get_vocab(),
+        f"{config.model} and {config.policy} have different tokenizers",
+    )
+
+    max_length = config.max_length or context_length(model_config)
+    texts, n_cut = token_rows(tokenizer, rows, max_length, config.chat_template)
+    if n_cut:
+        dist.print(f"{n_cut} of {len(texts)} texts cut")
+    if config.keep_bos:
+        return Tokens(texts)
+    return Tokens(texts, skip_bos=tokenizer.bos_token_id)
 
 
-def compare_activations(config, lms, tokens, dist):
-    """{place: {cosine, squared}} at the config's sites of every block."""
-    places = [(layer, site) for layer in range(len(blocks(lms["base"]))) for site in config.sites]
+def compare_activations(
+    config, lms: dict, tokens: Tokens, dist
+) -> dict[tuple[int, str], dict[str, float]]:
+    """Compare what the models {"base", "policy"} put out at config.sites of every block.
+
+    -> {(layer, site): {"cosine", "squared"}}, as divergence.activation_divergence() has them, over
+    the tokens of all processes. InputError: a site that one of the models lacks.
+    """
+    places = []
+    for layer in range(len(blocks(lms["base"]))):
+        for site in config.sites:
+            places.append((layer, site))
+    if not places:
+        return {}
+    # A site that is not there is an error before anything is computed.
     for lm in lms.values():
         for place in places:
-            module_at(lm, place)  # an error before anything is computed
+            module_at(lm, place)
+
+    # The sums over parts of the tokens simply add up, and so do those of processes.
     size = lms["base"].config.get_text_config().hidden_size
-    sums = {place: torch.zeros(4 + size, dtype=torch.float64, device=dist.device) for place in places}
-    for part in passes(tokens, from_models(tokens, lms, places, dist, config.dtype), dist, at_once=2**12) if places else ():
+    sums = {}
+    for place in places:
+        sums[place] = torch.zeros(4 + size, dtype=torch.float64, device=dist.device)
+    source = from_models(tokens, lms, places, dist, config.dtype)
+    for part in passes(tokens, source, dist, at_once=2**12):
         for place in places:
-            x, y = (part[f"{name}/{place_name(place)}"] for name in ("base", "policy"))  # [n, D]
+            x = part[f"base/{place_name(place)}"]  # [n, D]
+            y = part[f"policy/{place_name(place)}"]  # [n, D]
             sums[place] += divergence_sums(x, y)
-    return {place: in_one_line(from_sums, dist.sum(total)) for place, total in sums.items()}
+
+    moved = {}
+    for place in places:
+        moved[place] = in_one_line(from_sums, dist.sum(sums[place]))
+    return moved
 
 
+def describe_parameters(table_row: dict[str, dict]) -> dict[str, dict]:
+    """One block of a parameter_divergence(), with the relative divergence of each parameter."""
+    parameters = {}
+    for name, norms in table_row.items():
+        parameters[name] = {**norms, "relative": finite(relative(norms))}
+    return parameters
 
 
-def divergence_table(summary, sites):
+def format_divergence(summary: dict, sites: list[str]) -> str:
     """One line a block, * where it is selected, and the parameters that moved most."""
-    lines = [f"\n{summary['policy']} against {summary['model']}, on {summary['texts']} texts, {summary['tokens']} tokens:"]
-    lines += [f"  {'':8s}{'weights':>19s}   " + "".join(f"{site:>19s}   " for site in sites)]
-    lines += ["  layer  Frobenius  relative" + "     1 - cos   squared" * len(sites)]
+    site_names = "".join(f"{site:>19s}   " for site in sites)
+    lines = [
+        f"\n{summary['policy']} against {summary['model']}, on {summary['texts']} texts, "
+        f"{summary['tokens']} tokens:",
+        f"  {'':8s}{'weights':>19s}   {site_names}",
+        "  layer  Frobenius  relative" + "     1 - cos   squared" * len(sites),
+    ]
+    moved = []  # of all parameters: (how far, name)
     for row in summary["layers"]:
-        numbers = [row["activations"][site][kind] for site in sites for kind in ("cosine", "squared")]
-        weights = f"{row['frobenius']:9.3f} {math.inf if row['relative'] is None else row['relative']:9.3f}"
-        text = "".join(f"{cosine:12.4f}{squared:10.4f}" for cosine, squared in zip(numbers[::2], numbers[1::2]))
-        lines.append(f"{'*' if row['selected'] else ' ':>2s}{row['layer']:5d}  {weights}{text}")
-    parameters = [(p["frobenius"], f"{row['layer']}.{name}") for row in summary["layers"] for name, p in row["parameters"].items()]
-    most = ", ".join(f"{name} {moved:.3f}" for moved, name in sorted(parameters, reverse=True)[:4])
-    return "\n".join([*lines, f"  selected (*): {', '.join(map(str, summary['selected']))}; parameters that moved most: {most}"])
+        mark = "*" if row["selected"] else " "
+        relative_divergence = row["relative"]
+        if relative_divergence is None:
+            relative_divergence = math.inf
+        line = f"{mark:>2s}{row['layer']:5d}  {row['frobenius']:9.3f} {relative_divergence:9.3f}"
+        for site in sites:
+            numbers = row["activations"][site]
+            line += f"{numbers['cosine']:12.4f}{numbers['squared']:10.4f}"
+        lines.append(line)
+        for name, norms in row["parameters"].items():
+            moved.append((norms["frobenius"], f"{row['layer']}.{name}"))
+
+    selected = ", ".join(map(str, summary["selected"]))
+    most = ", ".join(f"{name} {how_far:.3f}" for how_far, name in sorted(moved, reverse=True)[:4])
+    lines.append(f"  selected (*): {selected}; parameters that moved most: {most}")
+    return "\n".join(lines)
 
 
-def draw_divergence(figure, summary):
+def draw_divergence(figure, summary: dict):
     """Weights and activations, one bar a block; selected blocks are darker."""
-    layers = summary["layers"]
-    panels = {"weights: Frobenius": [row["frobenius"] for row in layers], "weights: relative": [row["relative"] or 0 for row in layers]}
-    for site in layers[0]["activations"]:
-        panels[f"{site}: 1 - cosine"] = [row["activations"][site]["cosine"] for row in layers]
+    rows = summary["layers"]
+    colors = ["C0" if row["selected"] else "lightgrey" for row in rows]
+    panels = {
+        "weights: Frobenius": [row["frobenius"] for row in rows],
+        # Infinite (None) where a zero parameter moved: no bar can show it.
+        "weights: relative": [row["relative"] or 0 for row in rows],
+    }
+    for site in rows[0]["activations"]:
+        panels[f"{site}: 1 - cosine"] = [row["activations"][site]["cosine"] for row in rows]
+
     figure.set_size_inches(3 * len(panels), 2.6)
     for i, (name, values) in enumerate(panels.items()):
         axis = figure.add_subplot(1, len(panels), i + 1)
-        axis.bar([row["layer"] for row in layers], values, color=["C0" if row["selected"] else "lightgrey" for row in layers])
+        axis.bar([row["layer"] for row in rows], values, color=colors)
         axis.set(title=name, xlabel="block")
         axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- mmcs
+# ------------------------------------------------------------------------------------------ mmcs
 
 
 @dataclass
@@ -191,21 +270,30 @@ class MmcsConfig(FlagGroup):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 0, "top")
-        self.a, self.b = existing(self.a), existing(self.b)
+        self.a = find_folders(self.a)
+        self.b = find_folders(self.b)
         require(self.pairs(), "--a names one folder: name others to compare it with, as --b")
 
-    def pairs(self):
-        """(A, B) to compare: --a with --b, or with one another."""
-        return [(a, b) for a in self.a for b in self.b or self.a if a != b]
+    def pairs(self) -> list[tuple[str, str]]:
+        """(A, B) to compare: each of --a with each of --b, or with the others of --a."""
+        pairs = []
+        for a in self.a:
+            for b in self.b or self.a:
+                if a != b:
+                    pairs.append((a, b))
+        return pairs
 
 
-def existing(paths):
-    """Folders, {seed} expanded; one that is not there is an InputError."""
-    found = {path: sorted(glob.glob(glob.escape(path).replace("{seed}", "*"))) for path in paths}
-    for path in paths:
-        check_made(path)
-        require(found[path], f"{path}: no such sparse autoencoder (train_sae.py trains them)")
-    return [path for part in found.values() for path in part]
+def find_folders(patterns: list[str]) -> list[str]:
+    """Folders, {seed} expanded to all that exist. InputError: none is there."""
+    folders = []
+    for pattern in dict.fromkeys(patterns):
+        check_made(pattern)
+        # Only {seed} is a pattern: a folder's name may hold a * or a [ of its own.
+        found = sorted(glob.glob(glob.escape(pattern).replace("{seed}", "*")))
+        require(found, f"{pattern}: no such sparse autoencoder (train_sae.py trains them)")
+        folders.extend(found)
+    return folders
 
 
 @unlock_afterwards()
@@ -226,56 +314,95 @@ def mmcs(config):
     """
     dist = setup("cpu")
     folder = results_folder(config, dist)
-    ids = {path: None for path in config.a + config.b}
-    features = {path: load_sae(path).decoder_directions().detach() for path in ids}  # [M, D]
-    for path, directions in features.items():
-        ids[path] = firing(path, len(directions))  # of the latents that are left
-        features[path] = directions[ids[path]]
+    ids = {}  # {path: the features that fire: [M]}
+    directions = {}  # {path: their decoder directions: [M, D]}
+    for path in dict.fromkeys(config.a + config.b):
+        all_directions = load_sae(path).decoder_directions().detach()
+        ids[path] = find_live_features(path, len(all_directions))
+        directions[path] = all_directions[ids[path]]
+
     rows = []
     for a, b in config.pairs():
-        found, of_b, cosines = in_one_line(matches, features[a], features[b], config.one_to_one)
-        generator = torch.Generator().manual_seed(0)
-        noise = [torch.randn(features[path].shape, generator=generator) for path in (a, b)]
-        best = cosines.argsort(descending=True)[: config.top]
-        rows.append({
-            "a": a, "b": b, "features_a": len(features[a]), "features_b": len(features[b]), "mmcs": cosines.double().mean().item(),
-            "chance": matches(*noise, config.one_to_one)[2].mean().item(), "above_0.9": (cosines > 0.9).double().mean().item(),
-            "best": [[ids[a][found[i]].item(), ids[b][of_b[i]].item(), cosines[i].item()] for i in best.tolist()],
-            "histogram": torch.histc(cosines.clamp(0, 1), 20, 0, 1).long().tolist(),
-        })  # fmt: skip
+        row = {"a": a, "b": b}
+        row |= compare_directions(config, directions[a], directions[b], ids[a], ids[b])
+        rows.append(row)
     summary = {"one_to_one": config.one_to_one, "pairs": rows}
-    save(config, folder, summary, mmcs_table(summary), draw_mmcs)
+    save(config, folder, summary, format_mmcs(summary), draw_mmcs)
     return summary
 
 
-def firing(path, m):
-    """The ids of an autoencoder's latents, without those that its folder knows never to have fired."""
-    file = os.path.join(path, SPARSITY)  # log10(rate + 1e-10)
+def compare_directions(
+    config, directions_a: Tensor, directions_b: Tensor, ids_a: Tensor, ids_b: Tensor
+) -> dict:
+    """Match directions [Ma, D] with directions [Mb, D] -> what summary.json says of the pair.
+
+    ids_a [Ma], ids_b [Mb]: the features whose directions they are.
+    """
+    a, b, cosines = in_one_line(matches, directions_a, directions_b, config.one_to_one)
+
+    # What as many random directions of the same width would have.
+    generator = torch.Generator().manual_seed(0)
+    noise_a = torch.randn(directions_a.shape, generator=generator)
+    noise_b = torch.randn(directions_b.shape, generator=generator)
+    _, _, chance = matches(noise_a, noise_b, config.one_to_one)
+
+    best = []
+    for i in cosines.argsort(descending=True)[: config.top].tolist():
+        best.append([ids_a[a[i]].item(), ids_b[b[i]].item(), cosines[i].item()])
+    return {
+        "features_a": len(directions_a),
+        "features_b": len(directions_b),
+        "mmcs": cosines.double().mean().item(),
+        "chance": chance.mean().item(),
+        "above_0.9": (cosines > 0.9).double().mean().item(),
+        "best": best,
+        "histogram": torch.histc(cosines.clamp(0, 1), 20, 0, 1).long().tolist(),
+    }
+
+
+def find_live_features(path: str, m: int) -> Tensor:
+    """The ids of an autoencoder's m features, without those of which its folder says that they
+    never fired."""
+    file = os.path.join(path, SPARSITY)
     if not os.path.lexists(file):
         return torch.arange(m)
     tensors = read_tensors(file)
     check_tensors(tensors, {"sparsity": [m]}, file)
+    # The file holds log10(rate + 1e-10): -10 where a feature never fired, up to rounding.
     return (tensors["sparsity"] > -9.99).nonzero()[:, 0]
 
 
-def mmcs_table(summary):
+def format_mmcs(summary: dict) -> str:
     """One line a pair."""
-    width = max(len(row[side]) for row in summary["pairs"] for side in "ab")
-    lines = [f"\nMean max cosine similarity{', one to one' if summary['one_to_one'] else ''}:"]
-    lines += [f"  {'A':{width}s}  {'B':{width}s}   features A, B    MMCS  chance  above 0.9"]
+    width = 0
     for row in summary["pairs"]:
-        names, sizes = (f"{row[side]:{width}s}" for side in "ab"), f"{row['features_a']:7d}{row['features_b']:8d}"
-        lines.append("  ".join(["", *names, sizes, f" {row['mmcs']:.3f}   {row['chance']:.3f}      {row['above_0.9']:.3f}"]))
+        width = max(width, len(row["a"]), len(row["b"]))
+    how = ", one to one" if summary["one_to_one"] else ""
+    lines = [
+        f"\nMean max cosine similarity{how}:",
+        f"  {'A':{width}s}  {'B':{width}s}   features A, B    MMCS  chance  above 0.9",
+    ]
+    for row in summary["pairs"]:
+        lines.append(
+            f"  {row['a']:{width}s}  {row['b']:{width}s}"
+            f"  {row['features_a']:7d}{row['features_b']:8d}"
+            f"   {row['mmcs']:.3f}   {row['chance']:.3f}      {row['above_0.9']:.3f}"
+        )
     return "\n".join(lines)
 
 
-def draw_mmcs(figure, summary):
-    """Of each pair how A's features' best cosines are spread."""
+def draw_mmcs(figure, summary: dict):
+    """How the best cosines of A's features are spread, one line for each of the first ten pairs."""
     axis = figure.add_subplot()
-    names = plots.without_common_ends({row[side] for row in summary["pairs"] for side in "ab"})
+    paths = set()
+    for row in summary["pairs"]:
+        paths.update((row["a"], row["b"]))
+    names = plots.without_common_ends(paths)
     edges = [i / 20 for i in range(21)]
     for row in summary["pairs"][:10]:
+        n = sum(row["histogram"])
+        shares = [count / n for count in row["histogram"]]
         label = f"{names[row['a']]} in {names[row['b']]}: {row['mmcs']:.2f}"
-        axis.stairs([n / sum(row["histogram"] or [1]) for n in row["histogram"]], edges, label=label)
+        axis.stairs(shares, edges, label=label)
     axis.set(xlabel="largest cosine with a feature of B", ylabel="share of A's features")
     axis.legend()

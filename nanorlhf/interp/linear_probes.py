@@ -1,48 +1,79 @@
 """Linear probes, fitted to the training side of a split and measured on its test side.
 
-    N rows, F inputs, n rows of one side, U units: what counts as one observation (probe_texts.Texts)
+    N rows, n rows of one side, F inputs, U units: what counts as one observation, see
+    probe_texts.Texts
+
+Each probe returns its numbers, which are averaged over seeds, and more about it that is not.
 """
+
+import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..runtime.rng import SPLIT
 from ..stats import auc, kendall_tau, logistic, r_squared, ridge
+from .probe_texts import Texts
 
-PENALTIES = [10.0**k for k in range(-1, 6)]  # of inputs with standard deviation 1
+# For inputs with standard deviation 1.
+PENALTIES = [10.0**k for k in range(-1, 6)]
 
 
-def rng(seed):
+def make_rng(seed: int) -> np.random.Generator:
     return np.random.default_rng([SPLIT, seed, 1])
 
 
-def fit_reward(x, texts, split, shuffle=None):
-    """One probe of inputs [N, F] -> its numbers on the test rows. With `shuffle`, a seed, it is fitted to the values of other units.
+# ------------------------------------------------------------------------------------- single texts
 
-    A unit (a word, in all its contexts) is one observation: predictions are averaged over its rows. A constant prediction has tau 0.
+
+def fit_reward(
+    x: Tensor, texts: Texts, split: tuple[Tensor, Tensor], shuffle: int | None = None
+) -> tuple[dict, dict]:
+    """Fit one probe of the reward by ridge regression.
+
+    x [N, F]; split: training rows and test rows; shuffle: a seed, with which the probe is fitted to
+    the values of other units -> its numbers on the test rows, and more. A unit (a word, in all its
+    contexts) is one observation: values and predictions are averaged over its rows. A constant
+    prediction has a tau of 0.
     """
-    (train, test), values = split, texts.values.double()
+    train, test = split
+    values = texts.values.double()  # [N]
+    train_values = values[train]
     if shuffle is not None:
-        units, at = texts.units[train].unique(return_inverse=True)
-        values = values.index_put((train,), by_unit(values[train], at)[torch.from_numpy(rng(shuffle).permutation(len(units)))][at])
-    scale = x[train].double().std(0)
-    x = (x / torch.where(scale > 0, scale, 1)).double()
-    weight, bias, penalty = ridge(x[train], values[train], PENALTIES, texts.groups[train])
-    units, at = texts.units[test].unique(return_inverse=True)
-    predicted = by_unit(x[test] @ weight + bias, at).round(decimals=9)  # what differs by rounding alone is one number
-    true = by_unit(texts.values[test].double(), at)
+        train_values = exchange_values(train_values, texts.units[train], shuffle)
+
+    scale = x[train].double().std(0)  # [F]
+    scale = torch.where(scale > 0, scale, 1)
+    x = x.double() / scale
+    weight, bias, penalty = ridge(x[train], train_values, PENALTIES, texts.groups[train])
+
+    # Predictions that differ by rounding alone are one number.
+    units, unit_of = texts.units[test].unique(return_inverse=True)  # [U], [n]
+    predicted = average_by_unit(x[test] @ weight + bias, unit_of).round(decimals=9)  # [U]
+    true = average_by_unit(values[test], unit_of)  # [U]
     tau, p = kendall_tau(predicted, true)
-    signed = true != 0
+    if math.isnan(tau):
+        tau = 0.0
+    if math.isnan(p):
+        p = 1.0
+    # A unit of value 0 has no sign that could be predicted.
+    has_sign = true != 0
+    is_right = (predicted.sign() == true.sign())[has_sign]
+    is_positive = (true > 0)[has_sign]
     numbers = {
-        "tau": 0.0 if tau != tau else tau,
+        "tau": tau,
         "r2": r_squared(true, predicted),
-        "sign": (predicted.sign() == true.sign())[signed].double().mean().item(),
+        "sign": is_right.double().mean().item(),
     }
-    names = [texts.names[unit] for unit in units] if texts.names else [""] * len(units)
+
+    names = [""] * len(units)
+    if texts.names:
+        names = [texts.names[unit] for unit in units]
     more = {
-        "p": 1.0 if p != p else p,
-        "positive": (true > 0)[signed].double().mean().item(),
+        "p": p,
+        "positive": is_positive.double().mean().item(),
         "penalty": penalty,
         "n_train": len(texts.units[train].unique()),
         "n_test": len(units),
@@ -51,35 +82,79 @@ def fit_reward(x, texts, split, shuffle=None):
     return numbers, more
 
 
-def by_unit(x, at):
-    """Means of x [n] over the rows of each unit, `at` [n] being their numbers."""
-    return torch.zeros(int(at.max()) + 1).double().index_add(0, at, x) / at.bincount()
+def exchange_values(values: Tensor, units: Tensor, seed: int) -> Tensor:
+    """Give the rows of each unit the mean value of another unit, drawn without replacement.
 
-
-def fit_pairs(x, texts, split, shuffle=None):
-    """One probe of inputs [2 N, F] (all chosen, then all rejected) -> its numbers on the test pairs.
-
-    x_c - x_r goes into a logistic regression without an intercept; its penalty is chosen on a third of the training prompts.
+    values, units [n] -> [n]
     """
-    (train, test), (chosen, rejected) = split, x.double().chunk(2)
-    difference = chosen - rejected  # [N, F]
-    scale = difference[train].square().mean(0).sqrt()
+    different, unit_of = units.unique(return_inverse=True)  # [U], [n]
+    unit_values = average_by_unit(values, unit_of)  # [U]
+    order = torch.from_numpy(make_rng(seed).permutation(len(different)))
+    return unit_values[order][unit_of]
+
+
+def average_by_unit(x: Tensor, unit_of: Tensor) -> Tensor:
+    """The mean of x [n] over the rows of each unit.
+
+    unit_of [n]: the number of each row's unit, from 0 on -> [U], float64
+    """
+    counts = unit_of.bincount()  # [U]
+    sums = torch.zeros(len(counts)).double().index_add(0, unit_of, x)
+    return sums / counts
+
+
+# -------------------------------------------------------------------------------------------- pairs
+
+
+def fit_pairs(
+    x: Tensor, texts: Texts, split: tuple[Tensor, Tensor], shuffle: int | None = None
+) -> tuple[dict, dict]:
+    """Fit one probe of which response is preferred: logistic regression without an intercept.
+
+        P(the chosen response is preferred) = sigmoid(w . (x_c - x_r))
+
+    x [2 N, F]: all chosen responses, then all rejected ones; split: training pairs and test pairs;
+    shuffle: a seed, with which the probe is fitted to labels by chance -> its numbers on the test
+    pairs, and more.
+    """
+    train, test = split
+    chosen, rejected = x.double().chunk(2)  # [N, F]
+    difference = chosen - rejected
+    scale = difference[train].square().mean(0).sqrt()  # [F]
     scale = torch.where(scale > 0, scale, 1)
-    labels = torch.ones(len(train)) if shuffle is None else torch.from_numpy(rng(shuffle).random(len(train)) < 0.5)
-    prompts = texts.groups[train].unique()
-    inner = torch.isin(texts.groups[train], prompts[torch.from_numpy(rng(0).permutation(len(prompts)))[: len(prompts) // 3]])
+    labels = torch.ones(len(train))
+    if shuffle is not None:
+        labels = torch.from_numpy(make_rng(shuffle).random(len(train)) < 0.5)
+
+    scaled = (difference / scale)[train]  # [n, F]
+    penalty = choose_penalty(scaled, labels, texts.groups[train])
+    weight = logistic(scaled, labels, penalty, intercept=False).weight
+    weight = weight / scale  # of inputs as they are
+
+    # Margins that differ by rounding alone are one number; a margin of 0 is half right.
+    margin = difference[test] @ weight  # [n]
+    margin = margin.round(decimals=9)
+    accuracy = (0.5 + margin.sign() / 2).mean().item()
+    # The AUC is of single responses, to whatever prompt.
+    scores = torch.cat([chosen[test], rejected[test]]) @ weight  # [2 n]
+    is_chosen = torch.tensor([1, 0]).repeat_interleave(len(test))
+    numbers = {"accuracy": accuracy, "auc": auc(scores, is_chosen)}
+    return numbers, {"penalty": penalty, "n_train": len(train), "n_test": len(test)}
+
+
+def choose_penalty(x: Tensor, labels: Tensor, groups: Tensor) -> float:
+    """The penalty whose fit makes the pairs of a third of the prompts most likely.
+
+    x [n, F], labels [n], groups [n]: the pairs' prompts. That third is left out of the fit.
+    """
+    prompts = groups.unique()
+    order = torch.from_numpy(make_rng(0).permutation(len(prompts)))
+    left_out_prompts = prompts[order[: len(prompts) // 3]]
+    is_left_out = torch.isin(groups, left_out_prompts)  # [n]
+    sign = labels[is_left_out].double() * 2 - 1
 
     def log_likelihood(l2):
-        weight = logistic((difference / scale)[train[~inner]], labels[~inner], l2, intercept=False).weight
-        sign = labels[inner].double() * 2 - 1
-        return F.logsigmoid(sign * ((difference / scale)[train[inner]] @ weight)).sum().item()
+        weight = logistic(x[~is_left_out], labels[~is_left_out], l2, intercept=False).weight
+        return F.logsigmoid(sign * (x[is_left_out] @ weight)).sum().item()
 
-    penalty = max(PENALTIES, key=log_likelihood)
-    weight = logistic((difference / scale)[train], labels, penalty, intercept=False).weight / scale
-    margin = (difference[test] @ weight).round(decimals=9)
-    scores = torch.cat([chosen[test], rejected[test]]) @ weight
-    numbers = {
-        "accuracy": (0.5 + margin.sign() / 2).mean().item(),
-        "auc": auc(scores, torch.tensor([1, 0]).repeat_interleave(len(test))),  # of single responses, to whatever prompt
-    }
-    return numbers, {"penalty": penalty, "n_train": len(train), "n_test": len(test)}
+    return max(PENALTIES, key=log_likelihood)

@@ -1,20 +1,26 @@
-"""The texts of the reward probes, with what of each text counts, its true reward, and the splits into training and test.
+"""The texts of the reward probes: which tokens of a text count, what its true reward is, and the
+splits into training and test.
 
-Contrastive triples: the same context with a positive, a neutral and a negative word. A causal model has not read what follows a word when
-it reads the word, so a text ends there:
+A probe of words is fitted to contrastive triples: the same context with a positive, a neutral and a
+negative word. A causal model has not read what follows a word when it reads the word, so a text
+ends there:
 
-    review of the cafe today : | we found the menu  lovely   (+3)     context: a prompt, and a response up to a word of known value,
-                                                    simple   ( 0)     whose place the three words take
-                                                    gloomy   (-2)
+    review of the cafe today : | we found the menu  lovely   (+3)     context: a prompt, and a
+                                                    simple   ( 0)     response up to a word of known
+                                                    gloomy   (-2)     value, whose place is taken
 
-    N texts
+A probe of answers is fitted to whole responses, a probe of pairs to both responses of each pair.
+
+    N texts, or rows; F inputs of a probe
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import data
 from ..errors import require
@@ -23,133 +29,320 @@ from ..rewards import load_reward, score
 from ..runtime.rng import SPLIT
 from ..stats import varies
 
-WORD = re.compile(r"(?<![\w'-])[a-z][a-z'-]*(?![\w'-])")  # in lower case: a capital would tell where it stood
+# A word in lower case: a capital would tell where in a sentence the word stood.
+WORD = re.compile(r"(?<![\w'-])[a-z][a-z'-]*(?![\w'-])")
 SIGNS = ("positive", "neutral", "negative")
-FEWEST = 6  # word families of each sign, or prompts
-TRAINING = 3  # prompts of the training side: the penalty is chosen on one part of them
-STEM = 4  # letters: words that begin alike (smile, smiled, smiling) are a family
+# This many families of words of each sign are needed, and this many prompts.
+FEWEST = 6
+# The training side needs this many prompts: the penalty is chosen on one part of them.
+TRAINING = 3
+# Words that begin with the same letters, as many as this, are one family: smile, smiled, smiling.
+STEM = 4
 
 
 @dataclass
 class Texts:
     """N texts. Rows of one group are left out together, and never on both sides of a split."""
 
-    ids: list  # [N] token lists
-    first: list  # [N]: inputs are means over the tokens from here on
-    lengths: torch.Tensor  # [N], response tokens
-    values: torch.Tensor  # [N], the true reward
-    groups: torch.Tensor  # [N]: families of words, or prompts
-    units: torch.Tensor  # [N]: what counts as one observation: a word, whatever the number of its contexts, or a response
-    names: list  # of the units
-    splits: list  # one a seed: (training rows, test rows)
+    ids: list[list[int]]  # [N] token lists
+    first: list[int]  # [N]: inputs are means over the tokens from here on
+    lengths: Tensor  # [N], response tokens
+    values: Tensor  # [N], the true reward
+    groups: Tensor  # [N]: families of words, or prompts
+    units: Tensor  # [N]: one observation each: a word, in however many contexts, or a response
+    names: list[str]  # of the units
+    splits: list[tuple[Tensor, Tensor]]  # one a seed: (training rows, test rows)
 
 
-def word_texts(config, tokenizer, rows, lexicon, max_length):
-    """Demonstrations and {word: value} -> Texts: config.triples triples a seed, each three rows. No word and no prompt is on two sides,
-    and no family of words, for who knows what smiled is worth knows it of smiling.
+# ----------------------------------------------------------------------------------------- words
 
-    Words are those of the lexicon that the responses hold somewhere and that the tokenizer can write; of several tokens the last one
-    counts. InputError: too few families of one sign, or contexts from fewer than two prompts.
+
+@dataclass
+class PlacedWord:
+    """One row of a triple: a word in the place where a context ends."""
+
+    prompt: str
+    before: str  # the response up to the word
+    word: str
+
+
+def word_texts(
+    config, tokenizer, rows: list[dict], lexicon: dict[str, float], max_length: int
+) -> Texts:
+    """Demonstrations and {word: value} -> Texts: config.triples triples a seed, three rows each.
+
+    No word, no family of words and no prompt is on two sides: a probe that saw *smiled* has learned
+    *smiling*. The words are those of the lexicon that some response holds and that the tokenizer
+    can write. Where a word has several tokens its last one counts. max_length is in tokens; 0: no
+    limit. InputError: too few families of one sign, or contexts from fewer than two prompts.
     """
-    words = placeable(tokenizer, sorted({word for row in rows for word in WORD.findall(row["response"]) if word in lexicon}))
-    sign = {word: SIGNS[1] if abs(lexicon[word]) < config.neutral else SIGNS[0] if lexicon[word] > 0 else SIGNS[2] for word in words}
-    families = {}
+    words = find_words(tokenizer, rows, lexicon)
+    sign_of = {}
+    families = {}  # {the first letters of words: these words}
     for word in words:
+        sign_of[word] = find_sign(lexicon[word], config.neutral)
         families.setdefault(word[:STEM], []).append(word)
-    by_sign = [[family for family in families.values() if sign[family[0]] == s] for s in SIGNS]  # so that all signs are on both sides
-    counts = ", ".join(f"{len(found)} {s}" for s, found in zip(SIGNS, by_sign))
-    require(
-        min(map(len, by_sign)) >= FEWEST,
-        f"{config.dataset}: triples need {FEWEST} families of words of each sign that the lexicon knows, the responses hold and the "
-        f"tokenizer can write; there are {counts}",
-    )
-    contexts = {}  # prompt -> the responses up to a word
-    spelled = {}  # canonical form -> the prompt as it is written first
-    for row in rows:
-        before = [row["response"][: match.start()] for match in WORD.finditer(row["response"]) if match[0] in lexicon]
-        prompt = spelled.setdefault(data.canonical(row["prompt"]), row["prompt"])
-        contexts.setdefault(prompt, []).extend(before)
-    contexts = {prompt: before for prompt, before in contexts.items() if before}
-    require(len(contexts) > 1, f"{config.dataset}: words of the lexicon stand after {len(contexts)} prompts only; splits need several")
 
-    chosen, splits = [], []  # (prompt, context, word)
+    # Families are split sign by sign, so that both sides of a split have words of all signs.
+    families_of = sort_by_sign(families.values(), sign_of)
+    check_families(config, families_of)
+
+    contexts = find_contexts(rows, lexicon)
+    require(
+        len(contexts) > 1,
+        f"{config.dataset}: words of the lexicon stand after {len(contexts)} prompts only; splits "
+        "need several",
+    )
+
+    # Every seed has triples of its own, so that no row is in two splits.
+    placed = []
+    splits = []
     for seed in range(config.seeds):
-        rng, sides = np.random.default_rng([SPLIT, seed]), []
-        parts = list(zip(*(halves(rng, found, config.test_share) for found in by_sign)))  # families: [side][sign]
-        for side, prompts in enumerate(halves(rng, list(contexts), config.test_share)):
-            n = max(1, round(config.triples * (config.test_share if side else 1 - config.test_share)))
-            mine = [word for found in parts[side] for family in found for word in family]
-            columns = [dealt(rng, [word for word in mine if sign[word] == s], n) for s in SIGNS]
-            sides.append(len(chosen) + torch.arange(3 * n))
-            for prompt, *triple in zip(dealt(rng, prompts, n), *columns):
-                before = contexts[prompt][rng.integers(len(contexts[prompt]))]
-                chosen += [(prompt, before, word) for word in triple]
+        rng = np.random.default_rng([SPLIT, seed])
+        sides = []
+        for side in draw_triples(config, rng, families_of, sign_of, contexts):
+            sides.append(len(placed) + torch.arange(len(side)))
+            placed.extend(side)
         splits.append(tuple(sides))
 
-    prompts = dict(zip(contexts, data.encode_prompts(tokenizer, list(contexts), config.chat_template)))
-    responses = tokenizer([before + word for _, before, word in chosen], add_special_tokens=False).input_ids
+    ids, lengths = tokenize_placed_words(config, tokenizer, list(contexts), placed, max_length)
+    number_of_word = {word: i for i, word in enumerate(words)}
+    number_of_stem = {stem: i for i, stem in enumerate(families)}
+    values = []
+    groups = []
+    units = []
+    for row in placed:
+        values.append(lexicon[row.word])
+        groups.append(number_of_stem[row.word[:STEM]])
+        units.append(number_of_word[row.word])
+    return Texts(
+        ids=ids,
+        first=[len(row) - 1 for row in ids],
+        lengths=lengths,
+        values=torch.tensor(values, dtype=torch.float64),
+        groups=torch.tensor(groups),
+        units=torch.tensor(units),
+        names=words,
+        splits=splits,
+    )
+
+
+def find_words(tokenizer, rows: list[dict], lexicon: dict[str, float]) -> list[str]:
+    """The words of the lexicon that a response holds and that the tokenizer can write, sorted."""
+    held = set()
+    for row in rows:
+        held.update(WORD.findall(row["response"]))
+    words = sorted(held & lexicon.keys())
+    if not words:
+        return []
+
+    # A word that the tokenizer does not give back as it is would be another word to the model.
+    ids = tokenizer(words, add_special_tokens=False).input_ids
+    texts = tokenizer.batch_decode(ids)
+    can_be_written = []
+    for word, word_ids, text in zip(words, ids, texts):
+        if text.strip() == word and tokenizer.unk_token_id not in word_ids:
+            can_be_written.append(word)
+    return can_be_written
+
+
+def find_sign(value: float, neutral: float) -> str:
+    """Which of SIGNS a word's value has: closer to 0 than `neutral` is neutral."""
+    if abs(value) < neutral:
+        return "neutral"
+    if value > 0:
+        return "positive"
+    return "negative"
+
+
+def sort_by_sign(
+    families: Iterable[list[str]], sign_of: dict[str, str]
+) -> dict[str, list[list[str]]]:
+    """Families -> {sign: families}, by the sign of the first word of each.
+
+    A family may hold words of other signs as well.
+    """
+    families_of = {}
+    for sign in SIGNS:
+        families_of[sign] = []
+    for family in families:
+        families_of[sign_of[family[0]]].append(family)
+    return families_of
+
+
+def check_families(config, families_of: dict[str, list[list[str]]]):
+    """InputError where there are too few families of one sign to split."""
+    counts = []
+    counts_in_words = []
+    for sign, families in families_of.items():
+        counts.append(len(families))
+        counts_in_words.append(f"{len(families)} {sign}")
+    require(
+        min(counts) >= FEWEST,
+        f"{config.dataset}: triples need {FEWEST} families of words of each sign that the lexicon "
+        "knows, the responses hold and the tokenizer can write; there are "
+        f"{', '.join(counts_in_words)}",
+    )
+
+
+def find_contexts(rows: list[dict], lexicon: dict[str, float]) -> dict[str, list[str]]:
+    """Demonstrations -> {prompt: the responses to it, each up to a word of the lexicon}.
+
+    Prompts that differ by white space alone are one prompt, written as it is written first. Prompts
+    without any such word are left out.
+    """
+    contexts = {}
+    first_spelling = {}  # {canonical form: the prompt as it is written first}
+    for row in rows:
+        prompt = first_spelling.setdefault(data.canonical(row["prompt"]), row["prompt"])
+        own_contexts = contexts.setdefault(prompt, [])
+        for match in WORD.finditer(row["response"]):
+            if match[0] in lexicon:
+                own_contexts.append(row["response"][: match.start()])
+    return {prompt: own_contexts for prompt, own_contexts in contexts.items() if own_contexts}
+
+
+def draw_triples(
+    config,
+    rng: np.random.Generator,
+    families_of: dict[str, list[list[str]]],
+    sign_of: dict[str, str],
+    contexts: dict[str, list[str]],
+) -> tuple[list[PlacedWord], list[PlacedWord]]:
+    """Split words and prompts into two sides, and draw the triples of each.
+
+    -> the rows of the training side and of the test side, three a triple, in the order of SIGNS
+    """
+    # Families of each sign, then prompts: the order of the draws is part of what a seed means.
+    train_families = []
+    test_families = []
+    for sign in SIGNS:
+        train, test = split_things(rng, families_of[sign], config.test_share)
+        train_families.extend(train)
+        test_families.extend(test)
+    train_prompts, test_prompts = split_things(rng, list(contexts), config.test_share)
+    n_train = max(1, round(config.triples * (1 - config.test_share)))
+    n_test = max(1, round(config.triples * config.test_share))
+
+    def draw_side(families: list[list[str]], prompts: list[str], n: int) -> list[PlacedWord]:
+        words_of = find_words_of_signs(families, sign_of)
+        # One word of each sign for each triple, a prompt for it, and one of the prompt's contexts.
+        words_in_turn = []
+        for sign in SIGNS:
+            words_in_turn.append(deal(rng, words_of[sign], n))
+        prompts_in_turn = deal(rng, prompts, n)
+        side = []
+        for prompt, *triple in zip(prompts_in_turn, *words_in_turn):
+            before = contexts[prompt][rng.integers(len(contexts[prompt]))]
+            for word in triple:
+                side.append(PlacedWord(prompt, before, word))
+        return side
+
+    train_side = draw_side(train_families, train_prompts, n_train)
+    test_side = draw_side(test_families, test_prompts, n_test)
+    return train_side, test_side
+
+
+def find_words_of_signs(families: list[list[str]], sign_of: dict[str, str]) -> dict[str, list[str]]:
+    """All words of the families -> {sign: words}."""
+    words_of = {}
+    for family in families:
+        for word in family:
+            words_of.setdefault(sign_of[word], []).append(word)
+    return words_of
+
+
+def tokenize_placed_words(
+    config, tokenizer, prompts: list[str], placed: list[PlacedWord], max_length: int
+) -> tuple[list[list[int]], Tensor]:
+    """All prompts, and N rows of triples -> their token lists, and the responses' lengths [N].
+
+    A text that is too long is cut on its left; the last token of its word is always kept.
+    """
+    encoded_prompts = data.encode_prompts(tokenizer, prompts, config.chat_template)
+    prompt_ids = dict(zip(prompts, encoded_prompts))
+    response_texts = [row.before + row.word for row in placed]
+    responses = tokenizer(response_texts, add_special_tokens=False).input_ids
+
     ids = []
-    for (prompt, _, _), response in zip(chosen, responses):
-        before = prompts[prompt] + response[:-1]
-        word = response[-1:]  # of a word's several tokens the last one counts
+    lengths = []
+    for row, response in zip(placed, responses):
+        before = prompt_ids[row.prompt] + response[:-1]
+        last = response[-1:]
         if max_length:
-            before, word, _ = data.fit(before, word, max_length, tokenizer.bos_token_id)
-        ids.append(before + word)
-    unit, group = ({name: i for i, name in enumerate(names)} for names in (words, families))
-    units, groups = torch.tensor([(unit[word], group[word[:STEM]]) for *_, word in chosen]).T
-    values = torch.tensor([lexicon[word] for *_, word in chosen], dtype=torch.float64)
-    lengths = torch.tensor([len(r) for r in responses])
-    return Texts(ids, [len(row) - 1 for row in ids], lengths, values, groups, units, words, splits)
+            before, last, _ = data.fit(before, last, max_length, tokenizer.bos_token_id)
+        ids.append(before + last)
+        lengths.append(len(response))
+    return ids, torch.tensor(lengths)
 
 
-def placeable(tokenizer, words):
-    """The words that the tokenizer gives back as they are."""
-    ids = tokenizer(words, add_special_tokens=False).input_ids if words else []
-    texts = tokenizer.batch_decode(ids) if words else []
-    return [word for word, row, text in zip(words, ids, texts) if text.strip() == word and tokenizer.unk_token_id not in row]
+def subtract_neutral(texts: Texts, inputs: dict[str, Tensor]) -> tuple[Texts, dict[str, Tensor]]:
+    """Triples -> two rows each, the positive and the negative one less the neutral one.
 
+    Texts of N rows and inputs {name: [N, F]} -> Texts of 2 N / 3 rows and {name: [2 N / 3, F]}.
+    Values are differences too; all else is that of the positive and of the negative word.
+    """
 
-def halves(rng, things, share):
-    """Things -> most of them for training, a share of them for the test, at least one each."""
-    order = rng.permutation(len(things))
-    n = min(max(1, round(share * len(things))), len(things) - 1)
-    return [things[i] for i in order[n:]], [things[i] for i in order[:n]]
-
-
-def dealt(rng, things, n):
-    """n of the things, each as often as the others, in random order."""
-    rounds = [rng.permutation(len(things)) for _ in range(-(-n // len(things)))]
-    return [things[i] for i in np.concatenate(rounds)[:n]]
-
-
-def differences(texts, inputs):
-    """Of triples, the positive and the negative row less the neutral one: Texts and inputs {name: [N, F]} with two rows for each three."""
-
-    def less(x):  # [N, ...] -> [2 N / 3, ...]
+    def subtract(x: Tensor) -> Tensor:  # [N, ...] -> [2 N / 3, ...]
         triples = x.unflatten(0, (-1, 3))
         return (triples[:, [0, 2]] - triples[:, [1]]).flatten(0, 1)
 
-    keep = torch.arange(len(texts.ids)).view(-1, 3)[:, [0, 2]].flatten()  # the rows whose words the differences are of
-    place = {row: i for i, row in enumerate(keep.tolist())}
-    splits = [tuple(torch.tensor([place[i] for i in side.tolist() if i in place]) for side in split) for split in texts.splits]
-    kept = [[texts.ids[i] for i in keep], [texts.first[i] for i in keep], texts.lengths[keep]]
-    texts = Texts(*kept, less(texts.values), texts.groups[keep], texts.units[keep], texts.names, splits)
-    return texts, {name: less(x) for name, x in inputs.items()}
+    # The rows that stay, and where each of them will stand.
+    rows = torch.arange(len(texts.ids)).view(-1, 3)
+    kept = rows[:, [0, 2]].flatten()  # [2 N / 3]
+    new_place = torch.zeros(len(texts.ids), dtype=torch.long)  # [N]
+    new_place[kept] = torch.arange(len(kept))
+
+    splits = []
+    for split in texts.splits:
+        sides = []
+        for side in split:
+            kept_of_side = side[torch.isin(side, kept)]
+            sides.append(new_place[kept_of_side])
+        splits.append(tuple(sides))
+
+    new_texts = Texts(
+        ids=[texts.ids[row] for row in kept],
+        first=[texts.first[row] for row in kept],
+        lengths=texts.lengths[kept],
+        values=subtract(texts.values),
+        groups=texts.groups[kept],
+        units=texts.units[kept],
+        names=texts.names,
+        splits=splits,
+    )
+    return new_texts, {name: subtract(x) for name, x in inputs.items()}
 
 
-def sequence_texts(config, tokenizer, rows, spec, max_length, dist):
-    """Demonstrations and a reward's name -> Texts: the tokens of whole responses (and EOS), valued by the reward, split by prompt."""
-    prompts, responses, n_cut = data.encode(tokenizer, rows, "response", max_length or None, config.chat_template)
+# --------------------------------------------------------------------------- responses and pairs
+
+
+def sequence_texts(config, tokenizer, rows: list[dict], spec: str, max_length: int, dist) -> Texts:
+    """Demonstrations and a reward's name -> Texts of whole responses (with EOS), split by prompt.
+
+    InputError: too few prompts, or a side of a split on which the reward is constant.
+    """
+    prompts, responses, n_cut = data.encode(
+        tokenizer, rows, "response", max_length or None, config.chat_template
+    )
     dist.print(f"{n_cut} of {len(rows)} responses cut to {max_length} tokens")
-    mine = [rows[i] for i in dist.part(len(rows))]
-    answers = Answers([row["prompt"] for row in mine], [row["response"] for row in mine], None)
-    values = dist.gather(score(load_reward(spec, None, dist), [answers], dist))
-    groups, splits = by_prompt(config, rows)
+
+    # Each process scores its own part of the rows.
+    own_prompts = []
+    own_responses = []
+    for i in dist.part(len(rows)):
+        own_prompts.append(rows[i]["prompt"])
+        own_responses.append(rows[i]["response"])
+    answers = Answers(own_prompts, own_responses, None)
+    reward = load_reward(spec, None, dist)
+    values = dist.gather(score(reward, [answers], dist))  # [N]
+
+    groups, splits = split_by_prompt(config, rows)
     check_spread(values, splits, spec)
-    return responses_of(prompts, responses, values, groups, splits)
+    return join_responses(prompts, responses, values, groups, splits)
 
 
-def check_spread(values, splits, spec):
+def check_spread(values: Tensor, splits: list[tuple[Tensor, Tensor]], spec: str):
     """InputError where a side of a split has one value throughout.
 
     Nothing is there to be learned then, or nothing to be told apart.
@@ -164,32 +357,105 @@ def check_spread(values, splits, spec):
             )
 
 
-def pair_texts(config, tokenizer, rows, max_length, dist):
-    """N pairs -> Texts of 2 N rows, all chosen responses before all rejected ones; groups and splits are of the N pairs."""
-    sides = [data.encode(tokenizer, rows, side, max_length or None, config.chat_template) for side in ("chosen", "rejected")]
-    dist.print(f"{sum(n_cut for *_, n_cut in sides)} of {2 * len(rows)} responses cut to {max_length} tokens")
-    prompts, responses = (sum((side[i] for side in sides), []) for i in (0, 1))
-    return responses_of(prompts, responses, torch.tensor([1.0, 0.0]).repeat_interleave(len(rows)), *by_prompt(config, rows))
+def pair_texts(config, tokenizer, rows: list[dict], max_length: int, dist) -> Texts:
+    """N pairs -> Texts of 2 N rows, all chosen responses before all rejected ones.
+
+    Their values are 1 and 0. Pitfall: groups and splits are of the N pairs, not of the 2 N rows.
+    """
+    prompts = []
+    responses = []
+    n_cut = 0
+    for side in ("chosen", "rejected"):
+        side_prompts, side_responses, side_cut = data.encode(
+            tokenizer, rows, side, max_length or None, config.chat_template
+        )
+        prompts.extend(side_prompts)
+        responses.extend(side_responses)
+        n_cut += side_cut
+    dist.print(f"{n_cut} of {2 * len(rows)} responses cut to {max_length} tokens")
+
+    values = torch.tensor([1.0, 0.0]).repeat_interleave(len(rows))  # [2 N]
+    groups, splits = split_by_prompt(config, rows)
+    return join_responses(prompts, responses, values, groups, splits)
 
 
-def responses_of(prompts, responses, values, groups, splits):
-    """Texts whose tokens of interest are the responses'."""
-    ids = [prompt + response for prompt, response in zip(prompts, responses)]
-    lengths = torch.tensor([len(response) for response in responses])
-    return Texts(ids, [len(prompt) for prompt in prompts], lengths, values, groups, torch.arange(len(ids)), [], splits)
+def join_responses(
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    values: Tensor,
+    groups: Tensor,
+    splits: list[tuple[Tensor, Tensor]],
+) -> Texts:
+    """Token lists of prompts and responses -> Texts in which the tokens of the responses count."""
+    ids = []
+    first = []
+    lengths = []
+    for prompt, response in zip(prompts, responses):
+        ids.append(prompt + response)
+        first.append(len(prompt))
+        lengths.append(len(response))
+    return Texts(
+        ids=ids,
+        first=first,
+        lengths=torch.tensor(lengths),
+        values=values,
+        groups=groups,
+        units=torch.arange(len(ids)),
+        names=[],
+        splits=splits,
+    )
 
 
-def by_prompt(config, rows):
-    """The prompt of each row as a number [N], and splits in which no prompt is on both sides."""
-    prompts = [data.canonical(row["prompt"]) for row in rows]
-    names = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    require(len(names) >= FEWEST, f"{config.dataset}: {len(names)} different prompts are too few to split ({FEWEST} at least)")
-    groups, splits = torch.tensor([names[prompt] for prompt in prompts]), []
+# ---------------------------------------------------------------------------------------- splits
+
+
+def split_by_prompt(config, rows: list[dict]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Number the prompts of N rows, and split the rows so that no prompt is on both sides.
+
+    -> the prompt of each row as a number [N], and (training rows, test rows) for each seed.
+    Prompts that differ by white space alone are one prompt. InputError: too few prompts.
+    """
+    number_of = {}  # {prompt: its number}, numbers being given in the order of the rows
+    numbers = []
+    for row in rows:
+        prompt = data.canonical(row["prompt"])
+        numbers.append(number_of.setdefault(prompt, len(number_of)))
+    groups = torch.tensor(numbers)
+    n = len(number_of)
+    require(
+        n >= FEWEST,
+        f"{config.dataset}: {n} different prompts are too few to split ({FEWEST} at least)",
+    )
+
+    splits = []
     for seed in range(config.seeds):
-        _, test = halves(np.random.default_rng([SPLIT, seed]), list(range(len(names))), config.test_share)
-        n = len(names) - len(test)
-        enough = f"--test_share {config.test_share} leaves {n} prompts for training ({TRAINING} at least)"
-        require(n >= TRAINING, enough)
+        rng = np.random.default_rng([SPLIT, seed])
+        train, test = split_things(rng, list(range(n)), config.test_share)
+        require(
+            len(train) >= TRAINING,
+            f"--test_share {config.test_share} leaves {len(train)} prompts for training "
+            f"({TRAINING} at least)",
+        )
         is_test = torch.isin(groups, torch.tensor(test))
-        splits.append(((~is_test).nonzero()[:, 0], is_test.nonzero()[:, 0]))
+        train_rows = (~is_test).nonzero()[:, 0]
+        test_rows = is_test.nonzero()[:, 0]
+        splits.append((train_rows, test_rows))
     return groups, splits
+
+
+def split_things(rng: np.random.Generator, things: list, share: float) -> tuple[list, list]:
+    """Things -> most of them for training, a share of them for the test, at least one each."""
+    order = rng.permutation(len(things))
+    n_test = max(1, round(share * len(things)))
+    n_test = min(n_test, len(things) - 1)
+    train = [things[i] for i in order[n_test:]]
+    test = [things[i] for i in order[:n_test]]
+    return train, test
+
+
+def deal(rng: np.random.Generator, things: list, n: int) -> list:
+    """n of the things, each as often as the others (to within one), in random order."""
+    order = []
+    while len(order) < n:
+        order.extend(rng.permutation(len(things)))
+    return [things[i] for i in order[:n]]

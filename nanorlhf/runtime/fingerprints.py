@@ -20,6 +20,7 @@ import re
 
 from transformers.utils import cached_file
 
+from ..errors import InputError, require
 from ..hf.adapters import is_adapter, read_config
 from .files import digest, digest_file
 
@@ -28,6 +29,7 @@ MODELS = ("model", "base", "value_model", "reward_model", "gold_model")
 DATA = ("dataset", "eval_dataset", "eval_splits", "in_distribution")
 FEATURES = ("human_latents", "feature_sae", "sarm")
 FINGERPRINT = {"digest": str, "size": int, "mtime": int}
+MOST_FILES = 10_000  # in a folder; one with more is no model and no data set, but / or a home, say
 
 
 # ------------------------------------------------------------------------------- from names to files
@@ -104,13 +106,18 @@ def hub_names(config: dict) -> list[str]:
 
 
 def files_in(path: str) -> list[str]:
-    """The files in a folder and in the folders inside it, but for hidden ones; of a file itself."""
+    """The files in a folder and in the folders inside it, but for hidden ones; of a file itself.
+
+    InputError: the folder holds more than MOST_FILES.
+    """
     if os.path.isfile(path):
         return [path]
     files = []
     for folder, subfolders, names in os.walk(path):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        enough = f"{path}: more than {MOST_FILES:,} files are in this folder, so it is no model or data set"
+        require(len(files) <= MOST_FILES, enough)
     return sorted(file for file in files if os.path.isfile(file))
 
 
@@ -125,13 +132,17 @@ def fingerprint_path(path: str, known: dict | None = None) -> dict:
     """{digest, size, mtime} of a file or folder.
 
     known: an earlier fingerprint. Where size and mtime are still its own, so is the digest.
+    InputError: a file cannot be read.
     """
-    stats = [os.stat(file) for file in files_in(path)]
-    size = sum(stat.st_size for stat in stats)
-    mtime = max((stat.st_mtime_ns for stat in stats), default=0)
-    if known and (known["size"], known["mtime"]) == (size, mtime):
-        return known
-    return {"digest": digest_path(path), "size": size, "mtime": mtime}
+    try:
+        stats = [os.stat(file) for file in files_in(path)]
+        size = sum(stat.st_size for stat in stats)
+        mtime = max((stat.st_mtime_ns for stat in stats), default=0)
+        if known and (known["size"], known["mtime"]) == (size, mtime):
+            return known
+        return {"digest": digest_path(path), "size": size, "mtime": mtime}
+    except OSError as e:
+        raise InputError(f"{e.filename or path}: cannot be read ({e.strerror})") from None
 
 
 def fingerprint_hub(name: str) -> dict | None:

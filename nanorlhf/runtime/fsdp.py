@@ -1,69 +1,101 @@
-"""FSDP2: models that do not fit. Every process holds a shard of each weight, of its gradient and of its Adam state.
+"""FSDP2: models that do not fit. Every process holds a shard of each weight, of its gradient and of
+its Adam state.
 
-    weight [n, ...]  ->  rows [ceil(n / world), ...] on each process: parameters, gradients and Adam's two moments are DTensors
+    weight [n, ...]  ->  rows [ceil(n / world), ...] on each process
 
-A unit (one decoder block, or what is left of the model) is gathered right before its forward or backward pass and freed right
-after it, so the whole model is on no device at any time in training. Without gradients that would be wasteful: a rollout of 500
-tokens would gather everything 500 times. So each phase without gradients (a rollout, old log-probs, scores, an evaluation) gathers
-once, inside `with gathered(model):`. In there nothing is sent: processes may make different numbers of forward passes.
+Parameters, gradients and Adam's two moments are then DTensors. A unit (one decoder block, or what
+is left of the model) is gathered right before its forward or backward pass and freed right after
+it, so the whole model is on no device at any time in training.
+
+Without gradients that would be wasteful: a rollout of 500 tokens would gather everything 500 times.
+So each phase without gradients (a rollout, old log-probs, scores, an evaluation) gathers once,
+inside `with gathered(model):`. In there nothing is sent: processes may make different numbers of
+forward passes.
 """
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..hf.blocks import blocks, trainable
 
-
-def all_blocks(module):
-    """The decoder blocks of every HF model inside a module: of the policy's LM, of a separate value trunk, of a reward model."""
-    found = [block for m in module.modules() if hasattr(m, "base_model") for block in blocks(m)]
-    return list({id(block): block for block in found}.values())  # an LM and its trunk have the same ones
+# Parts of a model that are units of their own, by name; they are never gathered in bfloat16.
+FLOAT32_UNITS = ("value_head", "score", "sae")
 
 
-def shard(module, dist, dtype="float32"):
-    """Shard a module in place over all processes and return it; its weights must be the same on all of them.
+def all_blocks(module: nn.Module) -> list[nn.Module]:
+    """The decoder blocks of every HF model inside a module, each once.
 
-    Each decoder block is a unit. So are the value and score heads, which stay in float32 (see models.scalar), and a SARM's autoencoder.
-    The rest is the root.
-    bfloat16: weights and moments are float32 shards, what is gathered is bfloat16, and gradients are added up in float32.
+    These are the policy's LM, a separate value trunk, a reward model.
     """
-    from torch.distributed.device_mesh import (
-        init_device_mesh,  # here, because to import them takes more than a second
-    )
+    found = {}
+    for model in module.modules():
+        if hasattr(model, "base_model"):
+            # An LM and its trunk have the same blocks.
+            for block in blocks(model):
+                found[id(block)] = block
+    return list(found.values())
+
+
+# ------------------------------------------------------------------------------------- in shards
+
+
+def shard(module: nn.Module, dist, dtype: str = "float32") -> nn.Module:
+    """Shard a module in place over all processes and return it.
+
+    Its weights must be the same on all processes. Each decoder block is a unit. So are the value
+    and score heads, which stay in float32 (see models.scalar), and a SARM's autoencoder. The rest
+    is the root. With bfloat16 the weights and moments are float32 shards, what is gathered is
+    bfloat16, and gradients are added up in float32.
+    """
+    # Here, because to import them takes more than a second.
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(dist.device.type, (dist.world,))
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
-    for name, head in module.named_modules():
-        if name.split(".")[-1] in ("value_head", "score", "sae"):
-            fully_shard(head, mesh=mesh)
+    precision = MixedPrecisionPolicy()
+    if dtype == "bfloat16":
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for name, part in module.named_modules():
+        if name.split(".")[-1] in FLOAT32_UNITS:
+            fully_shard(part, mesh=mesh)
     for block in all_blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=precision)
     return fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
-def is_sharded(module):
+def is_sharded(module) -> bool:
     """Whether shard() was here: it makes any module an FSDPModule, which has this method."""
     return hasattr(module, "set_reshard_after_forward")
 
 
-def is_dtensor(tensor):
+def is_dtensor(tensor) -> bool:
     """Whether this process holds only a shard of a tensor."""
     return hasattr(tensor, "full_tensor")
 
 
-@contextlib.contextmanager
-def gathered(*modules):
-    """All weights of the modules on every process, once for many forward passes without gradients; in shards again afterwards.
+# ----------------------------------------------------------------------------------- whole again
 
-    Nothing happens to a module that is not sharded. Entering is a collective call, the forward passes inside and the exit are not.
-    Pitfall: the gathered weights lie elsewhere each time, so a CUDA graph captured inside is worth nothing outside.
+
+@contextlib.contextmanager
+def gathered(*modules: nn.Module | None):
+    """All weights of the modules on every process, once for many forward passes without gradients.
+
+    Afterwards they are in shards again. Nothing happens to a module that is not sharded. Entering
+    is a collective call; the forward passes inside and the exit are not.
+    Pitfall: the gathered weights lie elsewhere each time, so a CUDA graph captured inside is worth
+    nothing outside.
     """
-    units = list(dict.fromkeys(unit for module in modules if module is not None for unit in module.modules() if is_sharded(unit)))
+    units = []
+    for module in modules:
+        if module is not None:
+            units.extend(unit for unit in module.modules() if is_sharded(unit))
+    units = list(dict.fromkeys(units))  # each once: modules may share some
+
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -76,52 +108,84 @@ def gathered(*modules):
 
 
 @contextlib.contextmanager
-def whole(module=None, main=True):
-    """Inside, the main process finds plain tensors on the CPU in place of the shards, in float32: any code can save the module.
+def whole(module: nn.Module | None = None, main: bool = True):
+    """Plain float32 tensors on the CPU in place of the shards, on the main process: any code can
+    save the module.
 
-    The other processes find empty tensors. The shards are back afterwards. Entering is a collective call.
+    The other processes find empty tensors. The shards are back afterwards. Entering is a collective
+    call.
     """
-    places = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None] if is_sharded(module) else []
-    full = {}  # a tied weight is gathered once, and stays tied
+    places = []  # (module, name, parameter)
+    if is_sharded(module):
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    places.append((part, name, p))
+
+    # A tied weight is gathered once, and stays tied.
+    full = {}  # {id of a parameter: the whole of it}
     for _, _, p in places:
         if id(p) not in full:
-            tensor = p.detach().full_tensor() if is_dtensor(p) else p.detach()
-            full[id(p)] = nn.Parameter(tensor.cpu() if main else tensor.new_empty(0), p.requires_grad)
+            tensor = p.detach()
+            if is_dtensor(p):
+                tensor = tensor.full_tensor()
+            held = tensor.cpu() if main else tensor.new_empty(0)
+            full[id(p)] = nn.Parameter(held, p.requires_grad)
+
     try:
-        for m, name, p in places:
-            m._parameters[name] = full[id(p)]
+        for part, name, p in places:
+            part._parameters[name] = full[id(p)]
         yield
     finally:
-        for m, name, p in places:
-            m._parameters[name] = p
+        for part, name, p in places:
+            part._parameters[name] = p
 
 
-def checkpoint_activations(module):
-    """Keep only each block's input for the backward pass, which computes the block again: same gradients, a third more work.
+# ---------------------------------------------------------------------------------------- memory
 
-    Ours rather than transformers', which is off in eval mode, where PPO trains. Names of parameters stay as they are.
+
+def checkpoint_activations(module: nn.Module):
+    """Keep only each block's input for the backward pass, which computes the block again.
+
+    The gradients are the same, for a third more work. This is ours rather than transformers', which
+    is off in eval mode, where PPO trains. Names of parameters stay as they are.
     """
     for block in all_blocks(module):
-        block.forward = functools.partial(recomputed, block.forward)  # a partial of a bound method survives deepcopy
+        # A partial of a bound method survives deepcopy.
+        block.forward = functools.partial(recomputed, block.forward)
 
 
-def recomputed(forward, *args, **kwargs):
-    """forward(*args, **kwargs), again in the backward pass; dropout draws the same noise both times."""
-    if not torch.is_grad_enabled():  # a rollout, with its cache
+def recomputed(forward: Callable, *args, **kwargs):
+    """forward(*args, **kwargs), which the backward pass computes again.
+
+    Dropout draws the same noise both times.
+    """
+    # A rollout, with its cache, has no backward pass.
+    if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def local_bytes(module, optimizer=None):
-    """Bytes on this process: {parameters, gradients, optimizer}. In shards they are about 1 / world of the whole."""
+def local_bytes(module: nn.Module, optimizer=None) -> dict[str, int]:
+    """Bytes on this process: {parameters, gradients, optimizer}.
 
-    def size(tensor):
-        tensor = tensor.to_local() if is_dtensor(tensor) else tensor
-        return tensor.numel() * tensor.element_size()
+    In shards they are about 1 / world of the whole.
+    """
+    sizes = {"parameters": 0, "gradients": 0, "optimizer": 0}
+    for p in module.parameters():
+        sizes["parameters"] += count_bytes(p)
+        if p.grad is not None:
+            sizes["gradients"] += count_bytes(p.grad)
+    if optimizer is not None:
+        for _, p in trainable(module):
+            # Before its first step Adam holds nothing.
+            for value in optimizer.state.get(p, {}).values():
+                sizes["optimizer"] += count_bytes(value)
+    return sizes
 
-    states = [optimizer.state.get(p, {}) for _, p in trainable(module)] if optimizer else []
-    return {
-        "parameters": sum(size(p) for p in module.parameters()),
-        "gradients": sum(size(p.grad) for p in module.parameters() if p.grad is not None),
-        "optimizer": sum(size(value) for state in states for value in state.values()),
-    }
+
+def count_bytes(tensor: Tensor) -> int:
+    """The bytes of what this process holds of a tensor."""
+    if is_dtensor(tensor):
+        tensor = tensor.to_local()
+    return tensor.numel() * tensor.element_size()

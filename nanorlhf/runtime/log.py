@@ -1,4 +1,9 @@
-"""Run folders: config.json, metrics.jsonl, samples.jsonl, eval/, summary.json; a progress line and sample tables on rank 0."""
+"""What a run leaves behind and shows while it runs.
+
+RunFolder is the folder of a run: config.json, metrics.jsonl, samples.jsonl, eval/, summary.json
+and, while the run is unfinished, checkpoint/. Progress is its progress line; the functions at the
+end make its tables. Only the main process, rank 0, writes and prints.
+"""
 
 import dataclasses
 import json
@@ -28,8 +33,16 @@ from .fingerprints import FINGERPRINT, changed_inputs, fingerprint_inputs
 from .fsdp import is_sharded, whole
 from .locks import LOCK_FILE, lock
 
-# Fields that do not make it another run: results are the same, some up to float error.
-PLACES = ("output_dir", "resume", "device", "distributed", "checkpoint_activations", "micro_batch_size", "tokens_per_micro_batch")
+# Settings that do not make it another run: results are the same, some up to float error.
+PLACES = (
+    "output_dir",
+    "resume",
+    "device",
+    "distributed",
+    "checkpoint_activations",
+    "micro_batch_size",
+    "tokens_per_micro_batch",
+)
 LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow by rows {step, ...}
 
 # What a kill leaves in the folder of a run that had not begun.
@@ -37,25 +50,33 @@ BEFORE_A_RUN = {"config.json.tmp", LOCK_FILE}
 
 
 class RunFolder:
-    """One run's folder. `state` is 'new', 'unfinished' (it will be continued) or 'done'; another config in it is an error.
+    """One run's folder. Its `state` is 'new', 'unfinished' (the run will be continued) or 'done'.
 
-    Fields in `free` may differ. No other process can write into the folder until the function ends
-    that locks.unlock_afterwards() decorates; a new folder that is still empty then is removed. A
-    run that is done is only read, and not locked, unless it is `written_again`. InputError: another
-    process is working in the folder.
+    The settings named in `free` may differ from those of the run that is in the folder. No other
+    process can write into the folder until the function ends that locks.unlock_afterwards()
+    decorates; a new folder that is still empty then is removed. A run that is done is only read,
+    and not locked, unless it is `written_again`. InputError: the folder holds a run with other
+    settings, or something else, or another process is working in it.
     """
 
     def __init__(self, config, dist, free=PLACES, written_again=False):
-        self.path, self.dist = config.output_dir, dist
-        self.config = json.loads(json.dumps(dataclasses.asdict(config)))
-        self.named = {k: v for k, v in self.config.items() if k not in free}
+        self.path = config.output_dir
+        self.dist = dist
+        self.config = as_json(config)
+        # Settings that make it this run; files that they name must not change.
+        self.named = {}
+        for name, value in self.config.items():
+            if name not in free:
+                self.named[name] = value
 
         def claim():
+            if not dist.main:
+                return
             self.find_state(config, free)
             if self.state != "done" or written_again:
                 lock(self.path)
 
-        dist.together(lambda: claim() if dist.main else None)
+        dist.together(claim)
         # Once more, on all processes: another run may have ended between the look and the lock.
         dist.together(lambda: self.find_state(config, free))
         if self.state == "new" and getattr(config, "resume", False):
@@ -68,17 +89,39 @@ class RunFolder:
         check_name(self.path)
         self.state = "new"
         self.inputs = {}  # fingerprints of what `named` names
-        stored = os.path.join(self.path, "config.json")
-        if os.path.exists(self.path) and not os.path.isdir(self.path):
+        if not os.path.exists(self.path):
+            return
+        if not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
+
+        stored = os.path.join(self.path, "config.json")
         if os.path.isfile(stored):
             self.inputs = read_config(stored)["inputs"]
             changed = settings_that_differ(stored, config, free)
             if changed:
-                raise InputError(f"{self.path} already holds another run (it differs in {', '.join(changed)}); choose another --output_dir")
-            self.state = "done" if os.path.isfile(os.path.join(self.path, "summary.json")) else "unfinished"
-        elif os.path.isdir(self.path) and set(os.listdir(self.path)) - BEFORE_A_RUN:
-            raise InputError(f"{self.path} is not empty and holds no run; choose another --output_dir")
+                raise InputError(
+                    f"{self.path} already holds another run (it differs in {', '.join(changed)}); "
+                    "choose another --output_dir"
+                )
+            self.state = "unfinished"
+            if os.path.isfile(os.path.join(self.path, "summary.json")):
+                self.state = "done"
+            self.check_entries()
+        elif set(os.listdir(self.path)) - BEFORE_A_RUN:
+            raise InputError(
+                f"{self.path} is not empty and holds no run; choose another --output_dir"
+            )
+
+    def check_entries(self):
+        """InputError where a file of the run is a folder, or the other way round."""
+        again = "remove it, and give the same command again"
+        for name in os.listdir(self.path):
+            path = os.path.join(self.path, name)
+            is_folder = os.path.isdir(path)
+            if re.fullmatch(r"eval(_[\w-]+)?", name) and not is_folder:
+                raise InputError(f"{path} should be a folder; {again}")
+            if name in ("summary.json", *LOGS) and is_folder:
+                raise InputError(f"{path} should be a file; {again}")
 
     def check_inputs(self):
         """An error where a file that the settings name has another content than at an earlier look.
@@ -87,6 +130,8 @@ class RunFolder:
         """
 
         def look():
+            if not self.dist.main:
+                return
             now = fingerprint_inputs(self.named, self.inputs)
             for name in changed_inputs(self.inputs, now):
                 raise InputError(
@@ -96,10 +141,10 @@ class RunFolder:
                 )
             self.inputs |= now
 
-        self.dist.together(look if self.dist.main else lambda: None)
+        self.dist.together(look)
 
     def write_config(self):
-        """Make the folder, and put into it what the run is: its settings, and fingerprints of inputs."""
+        """Make the folder, and put the run's settings and fingerprints of its inputs into it."""
         # Once more: a default model may have been trained since the first look, a hub model loaded.
         self.check_inputs()
         if self.dist.main:
@@ -107,7 +152,7 @@ class RunFolder:
             content = {**self.config, "inputs": self.inputs}
             write_json(os.path.join(self.path, "config.json"), content)
 
-    def create(self, state=None):
+    def create(self, state: dict | None = None):
         """Make the folder; in an unfinished run drop what was logged after its checkpoint, `state`.
 
         Without a checkpoint, which is None or step 0, that is everything.
@@ -117,28 +162,34 @@ class RunFolder:
             return
         state = state or {"step": 0}
         step = state["step"]
+
+        # A checkpoint knows how long the logs were; one that is older than this knows its step.
         logs = state.get("logs", {})
         for name in LOGS:
             path = os.path.join(self.path, name)
             if name in logs:
                 os.truncate(path, logs[name]["size"])
-            elif step > 0:  # a checkpoint that is older than these sizes
+            elif step > 0:
                 write_lines(path, rows_until(path, step))
             else:
                 write_lines(path, [])
+
+        # The resumed run makes later evaluations again.
         for name in os.listdir(self.path):
             if name == "eval" or name.startswith("eval_"):  # eval_folder() of each split
                 remove_later(os.path.join(self.path, name), step)
 
-    def append(self, name, rows):
+    def append(self, name: str, rows):
         """Append JSON rows to a .jsonl file of the run."""
         if self.dist.main:
             append_lines(os.path.join(self.path, name), rows)
 
-    def write_eval(self, step, rows, label="eval"):
-        """eval/step_{N}.jsonl: one row {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids} for each held-out prompt.
+    def write_eval(self, step: int, rows, label: str = "eval"):
+        """Write eval/step_{N}.jsonl: one row for the answer to each held-out prompt.
 
-        Of a further split (splits.labels) eval_{label}/step_{N}.jsonl.
+            {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids}
+
+        The file of a further split (splits.labels) is eval_{label}/step_{N}.jsonl.
         """
         if self.dist.main:
             folder = os.path.join(self.path, eval_folder(label))
@@ -146,8 +197,12 @@ class RunFolder:
             write_lines(os.path.join(folder, f"step_{step}.jsonl"), rows)
 
     def checkpoint(self, step, module, optimizer, state, keep, more=None):
-        """An atomic checkpoint, after the metrics of its step are on disk; see checkpoint.py. All processes call it."""
+        """Write an atomic checkpoint, after the metrics of its step; see checkpoint.py.
+
+        All processes call this.
+        """
         if self.dist.main:
+            # The logs must be on disk before a checkpoint says how long they are.
             logs = {}
             for name in LOGS:
                 path = os.path.join(self.path, name)
@@ -160,41 +215,51 @@ class RunFolder:
             checkpoint.save(self.path, step, module, optimizer, state, keep, self.dist, more)
         self.dist.barrier()
 
-    def records(self):
+    def records(self) -> list[dict]:
         """The rows of metrics.jsonl."""
         self.dist.barrier()
         return read_rows(os.path.join(self.path, "metrics.jsonl"), {"step": int})
 
-    def before_and_after(self, labels):
+    def before_and_after(self, labels: list[str]) -> dict:
         """The evaluations of the first and of the last step: a run's summary.
 
-        labels: of the splits, "eval" first; the names of further splits stay in front.
+        labels: the names of the splits, "eval" first. A metric of the first split is called "kl",
+        say, that of a further one "ood/kl".
         """
         records = self.records()
         prefixes = tuple(f"{label}/" for label in labels)
         summary = {"steps": records[-1]["step"]}
         for name, record in (("before", records[0]), ("after", records[-1])):
-            summary[name] = {
-                key.removeprefix("eval/"): value
-                for key, value in record.items()
-                if key.startswith(prefixes)
-            }
+            evaluations = {}
+            for key, value in record.items():
+                if key.startswith(prefixes):
+                    evaluations[key.removeprefix("eval/")] = value
+            summary[name] = evaluations
         return summary
 
-    def already_done(self):
-        self.dist.print(f"{self.path}: this run is done already (for another one choose another --output_dir)")
+    def already_done(self) -> dict:
+        """Say that the run is done. Returns its summary."""
+        self.dist.print(
+            f"{self.path}: this run is done already (for another one choose another --output_dir)"
+        )
         self.remove_checkpoints()  # a kill may have left them
         return read_object(os.path.join(self.path, "summary.json"), finite=False)
 
     def save_model(self, save, *args):
-        """save(module, ..., folder) into model/, atomically; on all processes, since shards must be gathered first."""
+        """save(module, ..., folder) into model/, atomically.
+
+        All processes call this, since shards must be gathered first.
+        """
         with whole(*args[:1], main=self.dist.main):
             if self.dist.main:
                 replace_folder(os.path.join(self.path, "model"), lambda path: save(*args, path))
         self.dist.barrier()
 
-    def finish(self, summary):
-        """summary.json makes the run done; its checkpoints are no longer needed. Returns the summary."""
+    def finish(self, summary: dict) -> dict:
+        """Write summary.json, which makes the run done, and remove its checkpoints.
+
+        Returns the summary.
+        """
         if self.dist.main:
             write_json(os.path.join(self.path, "summary.json"), summary)
         self.remove_checkpoints()
@@ -202,9 +267,14 @@ class RunFolder:
         return summary
 
     def remove_checkpoints(self):
-        """What a finished run has no use for."""
+        """Remove the checkpoints: a finished run has no use for them."""
         if self.dist.main:
             shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
+
+
+def as_json(config) -> dict:
+    """The settings of a Config as they are when they have been written to JSON and read again."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def read_config(stored: str) -> dict:
@@ -223,13 +293,18 @@ def settings_that_differ(stored: str, config, free=()) -> list[str]:
     """
     run = read_config(stored)
     run.pop("inputs", None)
-    own = json.loads(json.dumps(dataclasses.asdict(config)))
+    own = as_json(config)
     for field in dataclasses.fields(config):
         if field.default is not dataclasses.MISSING:
             run.setdefault(field.name, field.default)
         elif field.default_factory is not dataclasses.MISSING:
             run.setdefault(field.name, field.default_factory())
-    return [name for name in {**run, **own} if name not in free and run.get(name) != own.get(name)]
+
+    names = []
+    for name in {**run, **own}:
+        if name not in free and run.get(name) != own.get(name):
+            names.append(name)
+    return names
 
 
 def rows_until(path: str, step: int) -> list[dict]:
@@ -241,19 +316,26 @@ def rows_until(path: str, step: int) -> list[dict]:
 
 def remove_later(folder: str, last: int):
     """Remove the evaluations of steps after `last`: the resumed run makes them again."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+    if not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
         step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", name)
         if step and int(step[1]) > last:
             os.remove(os.path.join(folder, name))
 
 
-def eval_folder(label):
-    """The folder of a split's answers, in a run's: eval of the first one, eval_{label} of another."""
-    return "eval" if label == "eval" else f"eval_{label}"
+def eval_folder(label: str) -> str:
+    """The folder of a split's answers: eval of the first split, eval_{label} of a further one."""
+    if label == "eval":
+        return "eval"
+    return f"eval_{label}"
 
 
 def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
-    """The n answers in a file of RunFolder.write_eval(). InputError: they are others, or damaged."""
+    """The n answers in a file of RunFolder.write_eval().
+
+    InputError: the file has another number of answers, or is damaged.
+    """
     require(os.path.isfile(path), f"{path}: no such file")
 
     def are_ids(value):
@@ -261,8 +343,9 @@ def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
         return is_list and all(type(i) is int and 0 <= i < vocabulary for i in value)
 
     def is_answer(i, row):
-        texts = [row.get("prompt"), row.get("response")] if isinstance(row, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
+        if not isinstance(row, dict):
+            return False
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
             return False
         return are_ids(row.get("prompt_ids")) and are_ids(row.get("response_ids"))
 
@@ -272,44 +355,87 @@ def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line every few seconds, so that log files stay readable."""
+    """A tqdm bar on a terminal.
 
-    def __init__(self, dist, name, steps, start=0):
-        self.name, self.steps, self.begun, self.last = name, steps, time.time(), 0.0
-        self.quiet, self.tty = not dist.main, sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=start, desc=name, disable=self.quiet or not self.tty, dynamic_ncols=True)
+    Elsewhere it is a plain line every few seconds, so that log files stay readable.
+    """
 
-    def step(self, step, text):
+    def __init__(self, dist, name: str, steps: int, start: int = 0):
+        self.name = name
+        self.steps = steps
+        self.begun = time.time()
+        self.last = 0.0  # when the last plain line was printed
+        self.quiet = not dist.main
+        self.tty = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            desc=name,
+            disable=self.quiet or not self.tty,
+            dynamic_ncols=True,
+        )
+
+    def step(self, step: int, text: str):
         """Show that `step` is done."""
         if self.tty:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
-        elif not self.quiet and (time.time() - self.last > 5 or step == self.steps):
-            self.last = time.time()
-            print(f"{self.name} {step}/{self.steps} [{self.last - self.begun:.0f} s] {text}", file=sys.stderr, flush=True)
+            return
+        if self.quiet:
+            return
+
+        # The last step is printed at once.
+        now = time.time()
+        if now - self.last > 5 or step == self.steps:
+            self.last = now
+            seconds = f"{now - self.begun:.0f} s"
+            line = f"{self.name} {step}/{self.steps} [{seconds}] {text}"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self):
         self.bar.close()
 
 
-def sample_table(rows, width=110):
+def sample_table(rows: list[dict], width: int = 110) -> str:
     """Rows {prompt, response, **numbers} as readable text."""
-    out = []
+    lines = []
     for row in rows:
-        numbers = "  ".join(f"{k} {v:+.2f}" for k, v in row.items() if isinstance(v, float))
-        more = "..." if len(row["response"]) > width else ""
-        out += [f"  > {row['prompt'][-width:]}", f"    {row['response'][:width]}{more}"] + ([f"    {numbers}"] if numbers else [])
-    return "\n".join(out)
+        prompt = row["prompt"][-width:]  # its end, to which the response is an answer
+        response = row["response"][:width]
+        if len(row["response"]) > width:
+            response += "..."
+        lines.append(f"  > {prompt}")
+        lines.append(f"    {response}")
 
-
-def before_and_after_table(summary, names):
-    """What RunFolder.before_and_after() found, as readable text."""
-    n = summary["after"][names[0] + "_n"]
-    lines = [f"\nBefore and after {summary['steps']} steps, on {n} held-out prompts (mean +- standard error):"]
-    for name in names:
-        if name in summary["after"]:
-            before, after = (f"{part[name]:6.2f} +- {part[name + '_se']:.2f}" for part in (summary["before"], summary["after"]))
-            lines.append(f"  {name:11s}{before}  ->  {after}")
+        numbers = []
+        for name, value in row.items():
+            if isinstance(value, float):
+                numbers.append(f"{name} {value:+.2f}")
+        if numbers:
+            lines.append("    " + "  ".join(numbers))
     return "\n".join(lines)
 
 
+def before_and_after_table(summary: dict, names: list[str]) -> str:
+    """What RunFolder.before_and_after() found, as readable text: one line for each of the names."""
+    before = summary["before"]
+    after = summary["after"]
+    n = after[f"{names[0]}_n"]
+    lines = [
+        f"\nBefore and after {summary['steps']} steps, on {n} held-out prompts "
+        "(mean +- standard error):"
+    ]
+    for name in names:
+        if name not in after:
+            continue
+        first = with_error(before, name)
+        last = with_error(after, name)
+        lines.append(f"  {name:11s}{first}  ->  {last}")
+    return "\n".join(lines)
+
+
+def with_error(evaluation: dict[str, float], name: str) -> str:
+    """A metric and its standard error."""
+    value = evaluation[name]
+    error = evaluation[f"{name}_se"]
+    return f"{value:6.2f} +- {error:.2f}"

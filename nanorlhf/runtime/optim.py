@@ -1,44 +1,82 @@
 """AdamW and its learning-rate schedule, the same for all training scripts."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from ..hf.blocks import trainable
 from .fsdp import is_dtensor
 
 
-def adamw(module, lr, betas, weight_decay):
-    """AdamW over what is trained; no decay on vectors (biases, norms). Fused: one kernel for all parameters, on CPU too."""
-    matrices = [p for _, p in trainable(module) if p.dim() >= 2]
-    vectors = [p for _, p in trainable(module) if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), fused=True)
+def adamw(
+    module: nn.Module, lr: float, betas: Sequence[float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over what is trained. Vectors (biases, norms) do not decay."""
+    matrices = []
+    vectors = []
+    for _, p in trainable(module):
+        if p.dim() >= 2:
+            matrices.append(p)
+        else:
+            vectors.append(p)
+    groups = []
+    if matrices:
+        groups.append({"params": matrices, "weight_decay": weight_decay})
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    # Fused: one kernel for all parameters, on a CPU too.
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=True)
 
 
-def learning_rate(step, steps, lr, schedule, warmup=0, final=0.0):
-    """The rate of step 0 .. steps-1: linear warm-up over `warmup` steps, then constant, linear or cosine towards final * lr."""
+def learning_rate(
+    step: int, steps: int, lr: float, schedule: str, warmup: int = 0, final: float = 0.0
+) -> float:
+    """The learning rate of a step, of 0 .. steps - 1.
+
+    It rises linearly over `warmup` steps. Then it is constant, or it falls to final * lr, linearly
+    or along a cosine. schedule: constant, linear or cosine.
+    """
     if step < warmup:
         return lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
     if schedule == "constant":
         return lr
-    left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
+    if schedule == "linear":
+        left = 1 - done
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * done))
     return lr * (final + (1 - final) * left)
 
 
-def optimizer_step(optimizer, module, lr, max_grad_norm, step):
-    """Clip, check, step. -> gradient norm before clipping. A gradient that is not finite stops the run before it does harm.
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    lr: float,
+    max_grad_norm: float,
+    step: int,
+) -> float:
+    """Clip the gradients, check them and make a step. -> the gradient norm before clipping
 
-    The norm is of the gradients after their exchange: all ranks see the same one and stop together.
+    FloatingPointError: a gradient that is not finite; the run ends before it does harm. The norm is
+    of the gradients after their exchange, so all ranks see the same one and stop together.
     """
     parameters = [p for _, p in trainable(module)]
-    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = total.full_tensor() if is_dtensor(total) else total  # of all shards
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    norm = total
+    if is_dtensor(total):
+        norm = total.full_tensor()  # of all shards
     if not torch.isfinite(norm):
-        raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}; the last checkpoint is kept; lower --lr")
-    if norm > max_grad_norm:  # else clipping would read and write every gradient to multiply it by 1
+        raise FloatingPointError(
+            f"step {step}: the gradient norm is {norm.item()}; the last checkpoint is kept; "
+            "lower --lr"
+        )
+    # Without this condition clipping would read and write every gradient to multiply it by 1.
+    if norm > max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total)
+
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

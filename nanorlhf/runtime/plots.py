@@ -1,10 +1,17 @@
 """Pictures of runs, with matplotlib where it is installed.
 
-    python -m nanorlhf.runtime.plots RUN...                      RUN/curves.png for each; RUN/bon.png for a best-of-n run
-    python -m nanorlhf.runtime.plots --compare FILE.png RUN...   proxy and gold of PPO runs, or of best-of-n runs, in one picture
+The curves of each run, in RUN/curves.png; of a best-of-n run in RUN/bon.png:
 
-A comparison averages runs that differ in nothing but seeds (seed_<digits> in a path is one). Ensemble objectives are colours, and
-whatever else differs between the runs makes a row of panels; without several objectives there is one row, and it makes a colour.
+    python -m nanorlhf.runtime.plots RUN...
+
+Proxy and gold of PPO runs, or of best-of-n runs, in one picture:
+
+    python -m nanorlhf.runtime.plots --compare FILE.png RUN...
+
+A comparison averages runs that differ in nothing but seeds (seed_<digits> in a path is one).
+Objectives of an ensemble are colours, and whatever else differs between the runs makes a row of
+panels. Where all runs have the same objective there is one row, and whatever else differs makes a
+colour.
 
     S runs that differ in seed, K members of an ensemble, L points of a curve
 """
@@ -14,6 +21,8 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,36 +34,106 @@ from .log import PLACES
 
 # What the curves of a run show, if its metrics have it: name -> the metric's label.
 PANELS = {
-    "proxy": "proxy reward, held out", "controlled": "controlled reward, held out", "gold": "gold reward, held out",
+    "proxy": "proxy reward, held out",
+    "controlled": "controlled reward, held out",
+    "gold": "gold reward, held out",
     "kl": "KL to the SFT policy, held out (nats)",
-    "variance": "variance over reward models", "perplexity": "perplexity, held out", "score_mean": "score of rollouts", "loss": "loss",
-    "accuracy": "accuracy (of pairs; SFT: of tokens)", "entropy": "entropy (nats a token)", "length": "response length (tokens)",
-    "clip_fraction": "clip fraction", "explained_variance": "explained variance", "value_loss": "value loss", "grad_norm": "gradient norm",
-}  # fmt: skip
-BEST_OF_N, PPO = "bon_results.json", "metrics.jsonl"  # the file that tells the kind of a run
+    "variance": "variance over reward models",
+    "perplexity": "perplexity, held out",
+    "score_mean": "score of rollouts",
+    "loss": "loss",
+    "accuracy": "accuracy (of pairs; SFT: of tokens)",
+    "entropy": "entropy (nats a token)",
+    "length": "response length (tokens)",
+    "clip_fraction": "clip fraction",
+    "explained_variance": "explained variance",
+    "value_loss": "value loss",
+    "grad_norm": "gradient norm",
+}
+
+# The file in a run's folder that tells which kind of run it is.
+BEST_OF_N = "bon_results.json"
+PPO = "metrics.jsonl"
+
 # What must be numbers in a point of bon_results.json.
-POINT = dict.fromkeys(("kl", "proxy_score", "proxy_se", "gold_score", "gold_se"), float | None)
-POINT["n"] = float
-# Of a comparison: labels of the x-axes, scale of the first, band of a single run, x where KL is 0, fit of gold over d.
+POINT = {
+    "kl": float | None,
+    "proxy_score": float | None,
+    "proxy_se": float | None,
+    "gold_score": float | None,
+    "gold_se": float | None,
+    "n": float,
+}
+
+
+class Look(NamedTuple):
+    """How a comparison of one kind of run is drawn."""
+
+    x_label: str  # of the left panels
+    d_label: str  # of the right panels
+    scale: str  # of x in the left panels
+    band: str  # what the band of a single run is
+    start: float  # the x of the policy that a run starts from, where KL is 0
+    fit: Callable  # fits gold over d
+    curve: Callable  # the fitted curve
+    formula: str
+
+
 LOOK = {
-    BEST_OF_N: ("n, best of n", "d = sqrt(KL of best-of-n in nats)", "log", "bootstrap interval over prompts (mean of members: range)",
-                1, fit_bon, bon_curve, "R = d (a - b d)"),
-    PPO: ("PPO steps", "d = sqrt(KL to the SFT policy in nats)", "linear", "+- 1 standard error over prompts",
-          0, fit_rl, rl_curve, "R = d (a - b log d)"),
-}  # fmt: skip
-STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-         "legend.fontsize": 9, "legend.frameon": False, "figure.labelsize": 8, "lines.markersize": 4}  # fmt: skip
+    BEST_OF_N: Look(
+        x_label="n, best of n",
+        d_label="d = sqrt(KL of best-of-n in nats)",
+        scale="log",
+        band="bootstrap interval over prompts (mean of members: range)",
+        start=1,
+        fit=fit_bon,
+        curve=bon_curve,
+        formula="R = d (a - b d)",
+    ),
+    PPO: Look(
+        x_label="PPO steps",
+        d_label="d = sqrt(KL to the SFT policy in nats)",
+        scale="linear",
+        band="+- 1 standard error over prompts",
+        start=0,
+        fit=fit_rl,
+        curve=rl_curve,
+        formula="R = d (a - b log d)",
+    ),
+}
+
+STYLE = {
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "figure.labelsize": 8,
+    "lines.markersize": 4,
+}
+
+LEGEND_WIDTH = 130  # letters that fit beside each other above a comparison
+LEGEND_HANDLE = 8  # letters' room that the line before each text takes
 
 
-def plot_run(run):
-    """Draw a run folder: its metrics into curves.png, or its best-of-n results into bon.png. -> the path, or None without matplotlib."""
+# ----------------------------------------------------------------------------------------- files
+
+
+def plot_run(run: str) -> str | None:
+    """Draw a run: its metrics into curves.png, or its best-of-n results into bon.png.
+
+    Returns the picture's path, or None without matplotlib.
+    """
     if kind_of(run) == BEST_OF_N:
         return save(comparison_figure, [run], os.path.join(run, "bon.png"))
     return save(curves_figure, run, os.path.join(run, "curves.png"))
 
 
-def save(draw, what, path):
-    """draw(figure, what) into a file. -> its path, or None without matplotlib"""
+def save(draw: Callable, what, path: str) -> str | None:
+    """draw(figure, what) into a file. Returns its path, or None without matplotlib."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -66,8 +145,8 @@ def save(draw, what, path):
     return path
 
 
-def is_picture(path):
-    """Whether a file is a picture that matplotlib drew: PNG, PDF and SVG begin so and name it."""
+def is_picture(path: str) -> bool:
+    """Whether a file is a picture that matplotlib drew: PNG, PDF or SVG that names matplotlib."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as f:
@@ -75,16 +154,16 @@ def is_picture(path):
     return content.startswith((b"\x89PNG", b"%PDF", b"<?xml")) and b"Matplotlib" in content
 
 
-def kind_of(run):
-    """The file that tells what kind of run a folder holds; an InputError where there is none."""
+def kind_of(run: str) -> str:
+    """The file that tells what kind of run a folder holds. InputError: the folder holds none."""
     for kind in (BEST_OF_N, PPO):
         if os.path.isfile(os.path.join(run, kind)):
             return kind
     raise InputError(f"{run}: no run here (no {PPO}, no {BEST_OF_N})")
 
 
-def read_records(run):
-    """The rows of a run's metrics.jsonl, whose evaluations must be numbers."""
+def read_records(run: str) -> list[dict]:
+    """The rows of a run's metrics.jsonl. InputError: an evaluation is not a number."""
     path = os.path.join(run, PPO)
     records = read_rows(path, {"step": int})
     for number, record in enumerate(records, 1):
@@ -93,154 +172,369 @@ def read_records(run):
     return records
 
 
-def curves_figure(figure, run):
-    """One panel a metric, against the step, of held-out metrics a line for each split; bands are +- 1 standard error."""
+def read_config(run: str) -> dict:
+    """A run's config.json with a list of reward models; of a best-of-n run also their number."""
+    path = os.path.join(run, "config.json")
+    config = read_object(path, {"reward_model": str | list[str] | None}, finite=False)
+    config.pop("inputs", None)  # fingerprints, no settings
+
+    # Runs of before there were ensembles name one reward model.
+    reward_models = config.get("reward_model", "")
+    if isinstance(reward_models, str):
+        reward_models = [reward_models]
+    config["reward_model"] = reward_models
+
+    if kind_of(run) == BEST_OF_N:
+        config["members"] = len(reward_models)
+    return config
+
+
+# --------------------------------------------------------------------------- the curves of one run
+
+
+def curves_figure(figure, run: str):
+    """One panel a metric, against the step; bands are +- 1 standard error.
+
+    A held-out metric has a line for each split. InputError: the run has no metric to draw.
+    """
     records = read_records(run)
-    logged = {key for record in records for key in record}
-    splits = sorted({key.partition("/")[0] for key in logged if "/" in key} - {"eval", "score"})
-    keys = {name: key for name in PANELS for key in (f"score_{name}", name, f"eval/{name}") if key in logged}  # the last one stays
-    if not keys:
+    logged = set()
+    for record in records:
+        logged |= set(record)
+    panels = choose_panels(logged)
+    if not panels:
         raise InputError(f"{run}: nothing to draw in its {PPO}")
-    columns = min(3, len(keys))
-    rows = -(-len(keys) // columns)
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)  # rounded up
     figure.set_size_inches(4 * columns, 2.6 * rows)
-    for i, (name, key) in enumerate(keys.items()):
+    for i, (name, key) in enumerate(panels.items()):
         axis = figure.add_subplot(rows, columns, i + 1)
-        further = {label: f"{label}/{name}" for label in splits if key.startswith("eval/") and f"{label}/{name}" in logged}
-        for label, k in {"first split": key, **further}.items():
-            steps, values, errors = np.array([(r["step"], r[k], r.get(f"{k}_se", 0.0)) for r in records if k in r], dtype=float).T
-            axis.plot(steps, values, marker="o" if len(steps) < 15 else None, label=label)
-            axis.fill_between(steps, values - errors, values + errors, alpha=0.25)
-        if further:
+        lines = lines_of_panel(name, key, logged)
+        for label, line_key in lines.items():
+            draw_metric(axis, records, line_key, label)
+        if len(lines) > 1:
             axis.legend()
         axis.set_title(PANELS[name])
         axis.set_xlabel("step")
 
 
-def read_config(run):
-    """config.json, with a list of reward models (older runs name one), and of a best-of-n run their number."""
-    path = os.path.join(run, "config.json")
-    config = read_object(path, {"reward_model": str | list[str] | None}, finite=False)
-    config.pop("inputs", None)  # fingerprints, no settings
-    paths = [path] if isinstance(path := config.get("reward_model", ""), str) else path
-    return {**config, "reward_model": paths} | ({"members": len(paths)} if kind_of(run) == BEST_OF_N else {})
+def choose_panels(logged: set[str]) -> dict[str, str]:
+    """Keys of metrics.jsonl -> {name in PANELS: the key that its panel shows}."""
+    panels = {}
+    for name in PANELS:
+        # A metric that is measured on held-out prompts too is shown on these.
+        for key in (f"score_{name}", name, f"eval/{name}"):
+            if key in logged:
+                panels[name] = key
+    return panels
 
 
-def cells_of(configs):
-    """What differs between configs, seeds and objectives aside: for each a title such as "kl_coef 0.0, reward_model noise0.25"."""
-    same = []
-    for config in configs:
-        config = json.loads(re.sub(r"seed_\d+", "seed_*", json.dumps(config)))
-        config["reward_model"] = " + ".join(sorted(set(config["reward_model"])))
-        same.append({k: str(v) for k, v in config.items() if k not in ("seed", "objective", "uwo_lambda", *PLACES)})
-    names = dict.fromkeys(name for config in same for name in config)
-    short = {name: without_common_ends({str(config.get(name)) for config in same}) for name in names}
-    return [", ".join(f"{name} {short[name][str(config.get(name))]}" for name in names if len(short[name]) > 1) for config in same]
+def lines_of_panel(name: str, key: str, logged: set[str]) -> dict[str, str]:
+    """{label: key} of the lines in a metric's panel: the first split, then further ones."""
+    lines = {"first split": key}
+    if not key.startswith("eval/"):
+        return lines
+
+    # Further splits have keys such as "ood/gold".
+    prefixes = set()
+    for logged_key in logged:
+        if "/" in logged_key:
+            prefixes.add(logged_key.partition("/")[0])
+    for split in sorted(prefixes - {"eval", "score"}):
+        if f"{split}/{name}" in logged:
+            lines[split] = f"{split}/{name}"
+    return lines
 
 
-def without_common_ends(texts):
-    """{text: what stays of it without the parts, between / and _, that all texts begin or end with}; something stays of each."""
+def draw_metric(axis, records: list[dict], key: str, label: str):
+    """The line of one metric, with a band of its standard error where there is one."""
+    points = []
+    for record in records:
+        if key in record:
+            points.append((record["step"], record[key], record.get(f"{key}_se", 0.0)))
+    steps, values, errors = np.array(points, dtype=float).T  # [L] each; None becomes nan
+
+    marker = None
+    if len(steps) < 15:
+        marker = "o"
+    axis.plot(steps, values, marker=marker, label=label)
+    axis.fill_between(steps, values - errors, values + errors, alpha=0.25)
+
+
+# --------------------------------------------------------------------- which runs belong together
+
+
+def arrange(runs: list[str]) -> dict[str, dict[str, list[dict]]]:
+    """Runs of one kind -> {title of a row of panels: {label of a colour: [each run's curve]}}."""
+    # A run that is named twice is not two seeds.
+    runs = list(dict.fromkeys(os.path.realpath(run) for run in runs))
+    configs = [read_config(run) for run in runs]
+
+    rows = {}
+    labels = set()
+    for run, cell, objective in zip(runs, cells_of(configs), objectives_of(configs), strict=True):
+        for label, curve in curves_of(run, objective).items():
+            labels.add(label)
+            rows.setdefault(cell, {}).setdefault(label, []).append(curve)
+    if len(labels) > 1:
+        return rows
+
+    # The runs do not differ in their objective: one row, in which a cell is a colour.
+    colours = {}
+    for cell, row in rows.items():
+        for label, group in row.items():
+            colours[cell or label] = group
+    return {"": colours}
+
+
+def cells_of(configs: list[dict]) -> list[str]:
+    """What differs between configs, seeds and objectives aside.
+
+    Returns a title for each config, such as "kl_coef 0.0, reward_model noise0.25".
+    """
+    settings = [comparable_settings(config) for config in configs]
+    names = {}  # a set that keeps the order
+    for setting in settings:
+        names |= dict.fromkeys(setting)
+
+    # {name: {value: its short form}} of the settings that differ; one that is missing is None.
+    short_values = {}
+    for name in names:
+        values = {str(setting.get(name)) for setting in settings}
+        if len(values) > 1:
+            short_values[name] = without_common_ends(values)
+
+    titles = []
+    for setting in settings:
+        parts = []
+        for name, short in short_values.items():
+            value = str(setting.get(name))
+            parts.append(f"{name} {short[value]}")
+        titles.append(", ".join(parts))
+    return titles
+
+
+def comparable_settings(config: dict) -> dict[str, str]:
+    """The settings that make a config another cell, as text: no seeds, objectives or places."""
+    # A seed in a path is a seed too.
+    config = json.loads(re.sub(r"seed_\d+", "seed_*", json.dumps(config)))
+    config["reward_model"] = " + ".join(sorted(set(config["reward_model"])))
+    left_out = ("seed", "objective", "uwo_lambda", *PLACES)
+    return {name: str(value) for name, value in config.items() if name not in left_out}
+
+
+def without_common_ends(texts: set[str]) -> dict[str, str]:
+    """{text: what stays of it without the parts that all texts begin or end with}.
+
+    Parts are what stands between / and _. Something stays of each text.
+    """
     parts = {text: re.split(r"([/_])", text) for text in texts}  # "a/b_c" -> a / b _ c
     for end in (0, -1):
-        while len({part[end] for part in parts.values()}) == 1 and all(len(part) > 1 for part in parts.values()):
+        while ends_are_common(list(parts.values()), end):
             for part in parts.values():
                 del part[end]
     return {text: "".join(part).strip("/_") for text, part in parts.items()}
 
 
-def objectives_of(configs):
-    """PPO configs -> "single" for one reward model, or the objective, with lambda and members where the ensembles differ in them."""
-    ensembles = [c for c in configs if len(c["reward_model"]) > 1]
-    lambdas, sizes = {str(c["uwo_lambda"]) for c in ensembles if c.get("objective") == "uwo"}, {len(c["reward_model"]) for c in ensembles}
+def ends_are_common(parts: list[list[str]], end: int) -> bool:
+    """Whether all lists have the same item at an end (0 or -1), and none has only that item."""
+    items = {part[end] for part in parts}
+    return len(items) == 1 and all(len(part) > 1 for part in parts)
+
+
+def objectives_of(configs: list[dict]) -> list[str]:
+    """The objective of each PPO config; "single" for one reward model.
+
+    An objective is named with lambda and the number of members where ensembles differ in them.
+    """
+    lambdas = set()
+    sizes = set()
+    for config in configs:
+        members = len(config["reward_model"])
+        if members > 1:
+            sizes.add(members)
+            if config.get("objective") == "uwo":
+                lambdas.add(str(config["uwo_lambda"]))
+
     labels = []
     for config in configs:
-        label = config.get("objective", "mean") if config in ensembles else "single"
-        label += f" {config['uwo_lambda']}" if label == "uwo" and len(lambdas) > 1 else ""
-        labels.append(label + (f" of {len(config['reward_model'])}" if label != "single" and len(sizes) > 1 else ""))
+        members = len(config["reward_model"])
+        label = "single"
+        if members > 1:
+            label = config.get("objective", "mean")
+            if label == "uwo" and len(lambdas) > 1:
+                label += f" {config['uwo_lambda']}"
+            if len(sizes) > 1:
+                label += f" of {members}"
+        labels.append(label)
     return labels
 
 
-def arrange(runs):
-    """Run folders of one kind -> {title of a row of panels: {label of a colour: [the curve of each run]}}."""
-    runs = list(dict.fromkeys(os.path.realpath(run) for run in runs))  # one named twice is not two seeds
-    configs, rows = [read_config(run) for run in runs], {}
-    for run, cell, objective in zip(runs, cells_of(configs), objectives_of(configs), strict=True):
-        for label, curve in curves_of(run, objective).items():
-            rows.setdefault(cell, {}).setdefault(label, []).append(curve)
-    if len({label for row in rows.values() for label in row}) > 1:
-        return rows
-    return {"": {cell or label: group for cell, row in rows.items() for label, group in row.items()}}
+# ---------------------------------------------------------------------------- the curves of a run
 
 
-def curve_of(points):
-    """Points {x, kl, proxy, proxy_se, maybe proxy_interval, gold, ...} -> arrays [L] x, kl, proxy, proxy_low, proxy_high, gold, ..."""
-    curve = {name: np.array([p.get(name) for p in points], dtype=float) for name in ("x", "kl", "proxy", "gold")}  # None becomes nan
+def curves_of(run: str, objective: str) -> dict[str, dict]:
+    """{label: curve} of a run: {objective: curve} of PPO, or what bon_curves() returns."""
+    if kind_of(run) == PPO:
+        return {objective: ppo_curve(run)}
+    return bon_curves(run)
+
+
+def ppo_curve(run: str) -> dict[str, np.ndarray]:
+    """The curve of a PPO run's evaluations. InputError: the run has none."""
+    points = []
+    for record in read_records(run):
+        if "eval/proxy" not in record:
+            continue
+        point = {"x": record["step"]}
+        for key, value in record.items():
+            if key.startswith("eval/"):
+                point[key.removeprefix("eval/")] = value
+        points.append(point)
+    if not points:
+        raise InputError(f"{run}: no PPO run here (no eval/proxy in its {PPO})")
+    return curve_of(points)
+
+
+def bon_curves(run: str) -> dict[str, dict]:
+    """{label: curve} of a best-of-n run: single reward models first, then each objective.
+
+    Several members are one curve, "single (mean of K members)": their mean, with a band from the
+    lowest to the highest member.
+    """
+    path = os.path.join(run, BEST_OF_N)
+    members = []
+    objectives = {}
+    for name, points in read_object(path, finite=False).items():
+        curve = read_bon_curve(points, name, path)
+        if objective_of(name) is None:
+            members.append(curve)
+        else:
+            objectives[name] = curve
+    if len(members) == 1:
+        return {"single": members[0], **objectives}
+
+    stacked = over_runs(members)  # [K, L]
+    single = {name: values.mean(0) for name, values in stacked.items()}
+    for score in ("proxy", "gold"):
+        single[f"{score}_low"] = stacked[score].min(0)
+        single[f"{score}_high"] = stacked[score].max(0)
+    return {f"single (mean of {len(stacked['x'])} members)": single, **objectives}
+
+
+def read_bon_curve(points, name: str, path: str) -> dict[str, np.ndarray]:
+    """The points under one name of bon_results.json as a curve. InputError: they are damaged."""
+    if not is_of_type(points, list[dict]) or not points:
+        raise InputError(f"{path}: {name} is no list of points")
+    renamed = []
+    for point in points:
+        check_fields(point, POINT, f"{path}: {name}")
+        # "proxy_score" is called "proxy", as in the evaluations of PPO.
+        own = {key.replace("_score", ""): value for key, value in point.items()}
+        renamed.append({"x": point["n"], **own})
+    return curve_of(renamed)
+
+
+def curve_of(points: list[dict]) -> dict[str, np.ndarray]:
+    """L points -> arrays [L] x, kl, proxy, proxy_low, proxy_high, gold, gold_low, gold_high.
+
+    A point has x, kl, proxy, proxy_se and perhaps proxy_interval, and the same of gold. The ends of
+    the band, low and high, are those of the interval, or one standard error away.
+    """
+    curve = {}
+    for name in ("x", "kl", "proxy", "gold"):
+        curve[name] = np.array([point.get(name) for point in points], dtype=float)  # None: nan
+
     for name in ("proxy", "gold"):
-        error = np.array([p.get(f"{name}_se") or 0.0 for p in points])
-        low, high = curve[name] - error, curve[name] + error
-        if all(p.get(f"{name}_interval") for p in points):
-            low, high = np.array([p[f"{name}_interval"] for p in points], dtype=float).T
-        curve |= {f"{name}_low": low, f"{name}_high": high}
+        intervals = [point.get(f"{name}_interval") for point in points]
+        if all(intervals):
+            low, high = np.array(intervals, dtype=float).T
+        else:
+            error = np.array([point.get(f"{name}_se") or 0.0 for point in points])
+            low = curve[name] - error
+            high = curve[name] + error
+        curve[f"{name}_low"] = low
+        curve[f"{name}_high"] = high
     return curve
 
 
-def curves_of(run, objective):
-    """{objective: curve} of a PPO run; of best-of-n {"single (mean of K members)": from the lowest to the highest, "mean": ..., ...}."""
-    if kind_of(run) == PPO:
-        records = [row for row in read_records(run) if "eval/proxy" in row]
-        if not records:
-            raise InputError(f"{run}: no PPO run here (no eval/proxy in its {PPO})")
-        return {objective: curve_of([{"x": r["step"]} | {k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in records])}
-    curves = {}
-    path = os.path.join(run, BEST_OF_N)
-    for name, points in read_object(path, finite=False).items():
-        if not is_of_type(points, list[dict]) or not points:
-            raise InputError(f"{path}: {name} is no list of points")
-        for point in points:
-            check_fields(point, POINT, f"{path}: {name}")
-        curves[name] = curve_of([{"x": p["n"]} | {k.replace("_score", ""): v for k, v in p.items()} for p in points])
-    members = [curves.pop(name) for name in list(curves) if objective_of(name) is None]
-    if len(members) == 1:
-        return {"single": members[0]} | curves
-    members = over_runs(members)  # [K, L]
-    single = {name: values.mean(0) for name, values in members.items()}
-    for score in ("proxy", "gold"):
-        single |= {f"{score}_low": members[score].min(0), f"{score}_high": members[score].max(0)}
-    return {f"single (mean of {len(members['x'])} members)": single} | curves
-
-
-def over_runs(curves):
-    """Curves -> {"x": [S, L], "kl": [S, L], ...} at the x that all of them have."""
+def over_runs(curves: list[dict]) -> dict[str, np.ndarray]:
+    """S curves -> {"x": [S, L], "kl": [S, L], ...} at the x that all of them have."""
     shared = functools.reduce(np.intersect1d, [curve["x"] for curve in curves])
-    return {name: np.stack([curve[name][np.isin(curve["x"], shared)] for curve in curves]) for name in curves[0]}
+    stacked = {}
+    for name in curves[0]:
+        at_shared = [curve[name][np.isin(curve["x"], shared)] for curve in curves]
+        stacked[name] = np.stack(at_shared)
+    return stacked
 
 
-def comparison_figure(figure, runs):
-    """Rows of two panels, against n or the step and against sqrt(KL): gold solid with a band, proxy dashed, the fit of gold dotted."""
-    kind, *others = {kind_of(run) for run in runs}
-    if others:
-        raise InputError("best-of-n runs and PPO runs do not share a picture: compare each kind on its own")
-    rows, (x_label, d_label, scale, band, *_, formula) = arrange(runs), LOOK[kind]
-    colours, handles = colours_of([label for row in rows.values() for label in row]), {}
-    figure.set_size_inches(9, 1 + (2.2 if len(rows) > 1 else 3.2) * len(rows))
+# -------------------------------------------------------------------------- the comparison of runs
+
+
+def comparison_figure(figure, runs: list[str]):
+    """Rows of two panels: rewards against n or the step, and against sqrt(KL).
+
+    Gold is solid with a band, proxy dashed, the fit of gold dotted. InputError: runs of two kinds.
+    """
+    kinds = {kind_of(run) for run in runs}
+    if len(kinds) > 1:
+        raise InputError(
+            "best-of-n runs and PPO runs do not share a picture: compare each kind on its own"
+        )
+    look = LOOK[kinds.pop()]
+    rows = arrange(runs)
+    labels = []
+    most_runs = 1  # of one colour in a row of panels
+    for row in rows.values():
+        for label, group in row.items():
+            labels.append(label)
+            most_runs = max(most_runs, len(group))
+    colours = colours_of(labels)
+
+    row_height = 3.2
+    if len(rows) > 1:
+        row_height = 2.2
+    figure.set_size_inches(9, 1 + row_height * len(rows))
     axes = figure.subplots(len(rows), 2, sharex="col", sharey=True, squeeze=False)
-    for pair, title in zip(axes, rows, strict=True):
-        for label in (label for label in colours if label in rows[title]):
-            handles[label] = draw_group(pair, over_runs(rows[title][label]), colours[label], kind)
+
+    # A row of panels is a cell, a colour in it the runs of that cell that differ in seed.
+    handles = {}
+    for pair, (title, row) in zip(axes, rows.items(), strict=True):
+        for label, colour in colours.items():
+            if label in row:
+                handles[label] = draw_group(pair, over_runs(row[label]), colour, look)
         pair[0].set_title(title, loc="left")
-    axes[-1, 0].set(xlabel=x_label, xscale=scale)
-    axes[-1, 1].set(xlabel=d_label)
+
+    axes[-1, 0].set(xlabel=look.x_label, xscale=look.scale)
+    axes[-1, 1].set(xlabel=look.d_label)
     figure.supylabel("reward (proxy: in standard deviations)", fontsize=9)
-    counts = {label: sorted({len(row[label]) for row in rows.values() if label in row}) for label in colours}
-    text = [label + (f", {'-'.join(map(str, counts[label]))} runs" if counts[label] != [1] else "") for label in colours]
-    width = sum(map(len, text)) + 8 * len(text)  # in letters: 130 fit
-    columns = len(text) if width < 130 else max(1, 130 // (max(map(len, text)) + 8))
-    figure.legend([handles[label] for label in colours], text, loc="outside upper center", ncols=columns)
-    band = "+- 1 standard error over runs" if max(map(max, counts.values())) > 1 else band
-    figure.supxlabel(f"gold solid, proxy dashed, fit of gold {formula} dotted; band: {band}")
+    band = look.band
+    if most_runs > 1:
+        band = "+- 1 standard error over runs"
+    figure.supxlabel(f"gold solid, proxy dashed, fit of gold {look.formula} dotted; band: {band}")
+    draw_legend(figure, rows, [(label, handles[label]) for label in colours])
 
 
-def colours_of(labels):
+def draw_legend(figure, rows: dict, handles: list[tuple]):
+    """Put labels with their numbers of runs above a comparison, in as many columns as fit."""
+    texts = []
+    for label, _ in handles:
+        counts = sorted({len(row[label]) for row in rows.values() if label in row})
+        text = label
+        if counts != [1]:
+            text += f", {'-'.join(map(str, counts))} runs"
+        texts.append(text)
+
+    widths = [len(text) + LEGEND_HANDLE for text in texts]
+    columns = len(texts)
+    if sum(widths) >= LEGEND_WIDTH:
+        columns = max(1, LEGEND_WIDTH // max(widths))
+    lines = [line for _, line in handles]
+    figure.legend(lines, texts, loc="outside upper center", ncols=columns)
+
+
+def colours_of(labels: list[str]) -> dict[str, str]:
     """Labels -> {label: colour}, in the order of the legend.
 
     "single" and the objectives have the same colours in all pictures. uwo has none of its own: its
@@ -257,41 +551,89 @@ def colours_of(labels):
     return {label: f"C{order.index(names[label]) % 10}" for label in in_order}
 
 
-def draw_group(axes, s, colour, kind):
-    """The mean of the curves [S, L] of runs that differ in seed, with a band -> its line for the legend."""
-    mean = {name: values.mean(0) for name, values in s.items()}
-    main = "gold" if np.isfinite(mean["gold"]).any() else "proxy"  # the one with the band
-    low, high = mean[f"{main}_low"], mean[f"{main}_high"]
-    if len(s["x"]) > 1:
-        error = s[main].std(0, ddof=1) / len(s["x"]) ** 0.5
-        low, high = mean[main] - error, mean[main] + error
-    for axis, x, marker in ((axes[0], mean["x"], ""), (axes[1], np.sqrt(s["kl"].clip(0)).mean(0), "o")):
+def draw_group(axes, curves: dict[str, np.ndarray], colour: str, look: Look):
+    """The mean of the curves [S, L] of runs that differ in seed. Returns its line for the legend.
+
+    The band is the runs' standard error, or a single run's own band. It stands around gold, or
+    around proxy where gold is not known.
+    """
+    mean = {name: values.mean(0) for name, values in curves.items()}  # [L] each
+    main = "proxy"
+    if np.isfinite(mean["gold"]).any():
+        main = "gold"
+
+    low = mean[f"{main}_low"]
+    high = mean[f"{main}_high"]
+    n_runs = len(curves["x"])
+    if n_runs > 1:
+        error = curves[main].std(0, ddof=1) / n_runs**0.5
+        low = mean[main] - error
+        high = mean[main] + error
+
+    d = np.sqrt(curves["kl"].clip(0)).mean(0)
+    for axis, x, marker in ((axes[0], mean["x"], ""), (axes[1], d, "o")):
         axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         (proxy,) = axis.plot(x, mean["proxy"], "--", color=colour, linewidth=1)
         (gold,) = axis.plot(x, mean["gold"], "-", color=colour, linewidth=2, marker=marker)
-    # Gao et al.'s curve through the gold of all runs, where it is known at the start and at two more KL.
-    *_, start, fit, curve, _ = LOOK[kind]
-    known = np.isfinite(s["gold"]).all(0)
-    kl, golds = s["kl"][:, known].clip(0), s["gold"][:, known]
-    if known[0] and s["x"][0, 0] == start and len(np.unique(kl[:, 1:][kl[:, 1:] > 1e-6])) > 1:
-        kl[:, 0] = 0.0  # the policy that one starts from, whatever bfloat16 says
-        a, b, *_ = fit(kl, golds)
-        d = np.linspace(0, np.sqrt(kl).mean(0).max(), 200)
-        axes[1].plot(d, golds[:, 0].mean() + curve(d**2, a, b).numpy(), ":", color="black", linewidth=1.2)
-    return gold if main == "gold" else proxy
+    draw_fit(axes[1], curves, look)
+    if main == "gold":
+        return gold
+    return proxy
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def draw_fit(axis, curves: dict[str, np.ndarray], look: Look):
+    """Gao et al.'s curve through the gold of all runs, over d = sqrt(KL).
+
+    It is drawn where gold is known at the start and at two more KL at least.
+    """
+    known = np.isfinite(curves["gold"]).all(0)  # [L]
+    kl = curves["kl"][:, known].clip(0)  # [S, known points]
+    gold = curves["gold"][:, known]
+    knows_start = known[0] and curves["x"][0, 0] == look.start
+    if not knows_start:
+        return
+    later_kl = kl[:, 1:]
+    if len(np.unique(later_kl[later_kl > 1e-6])) < 2:
+        return
+
+    # The KL of the policy that a run starts from is 0, whatever bfloat16 says.
+    kl[:, 0] = 0.0
+    fit = look.fit(kl, gold)
+    d = np.linspace(0, np.sqrt(kl).mean(0).max(), 200)
+    fitted = gold[:, 0].mean() + look.curve(d**2, fit.a, fit.b).numpy()
+    axis.plot(d, fitted, ":", color="black", linewidth=1.2)
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+def main():
+    """Draw what the command line names, and print the pictures' paths."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--compare", metavar="FILE.png", help="one picture of all these runs instead")
+    parser.add_argument(
+        "--compare", metavar="FILE.png", help="one picture of all these runs instead"
+    )
     args = parser.parse_args()
     try:
+        # Nothing is drawn before all folders are known to hold runs.
         for run in args.runs:
             kind_of(run)
         if args.compare:
             check_output(args.compare, is_picture, "a picture of matplotlib's")
-        for picture in [save(comparison_figure, args.runs, args.compare)] if args.compare else map(plot_run, args.runs):
-            print(picture or "matplotlib is not installed: pip install matplotlib")
+            print_path(save(comparison_figure, args.runs, args.compare))
+        else:
+            for run in args.runs:
+                print_path(plot_run(run))
     except (InputError, OSError) as e:
         parser.exit(2, f"plots.py: error: {e}\n")
+
+
+def print_path(picture: str | None):
+    print(picture or "matplotlib is not installed: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    main()

@@ -35,6 +35,7 @@ from ..errors import require
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
+from ..runtime.files import write_lines
 from ..stats import auc, t_interval
 from .common import (
     StudyFlags,
@@ -47,48 +48,109 @@ from .common import (
     write_summary,
 )
 
-SAES = {"sae": "--tokens all", "sae_ends": "--tokens sentence_ends", "sae_random": "--tokens all --steps 1 --lr 0"}  # of the SFT policy
-SARMS = {  # name: its autoencoder and its mode; reward_first: a head on the dense reward model, and an autoencoder of its last tokens
-    "frozen": ("sae", "frozen"), "encoder_frozen": ("sae", "encoder_frozen"), "joint": ("sae", "joint"), "detached": ("sae", "detached"),
-    "sentence_ends": ("sae_ends", "joint"), "random_sae": ("sae_random", "joint"), "reward_first": ("", "frozen"),
-}  # fmt: skip
+# The autoencoders on the SFT policy, by their flags.
+SAES = {
+    "sae": "--tokens all",
+    "sae_ends": "--tokens sentence_ends",
+    "sae_random": "--tokens all --steps 1 --lr 0",
+}
+# The kinds of SARM: the autoencoder and --sarm_mode of each. reward_first is a head on the dense
+# reward model, with an autoencoder of its own last tokens.
+SARMS = {
+    "frozen": ("sae", "frozen"),
+    "encoder_frozen": ("sae", "encoder_frozen"),
+    "joint": ("sae", "joint"),
+    "detached": ("sae", "detached"),
+    "sentence_ends": ("sae_ends", "joint"),
+    "random_sae": ("sae_random", "joint"),
+    "reward_first": ("", "frozen"),
+}
 DENSE = "dense"
 CONTROLLED = ("indicator", "hinge", "clamp", "density")
 CONTROLS = ("random", "negative", "kl_0.1", "kl_0.2")
 METRICS = ("gold", "proxy", "cue", "length", "kl", "distinct_2")
-FOLLOWS, MOST = 0.7, 5  # AUC from which on a latent follows a token; latents that are penalised
 DEMONSTRATIONS = 4000  # beside the pairs, to fit a reward model's autoencoder
-RARE, NEAREST = 0.02, 10  # share of the texts on which a latent must fire to be a control; a random one is one of so many nearest
-TAU, ALPHA, KL = "q0.9", 1.0, 0.05  # of the latent on human texts; std of their scores; --kl_coef of all arms but two
-# What --quick puts in the place of the flags' defaults: a seed whose policy comes to exploit the cue.
+
+# The rule.
+FOLLOWS = 0.7  # AUC from which on a feature follows a token
+MOST = 5  # features that are penalised
+RARE = 0.02  # share of the texts on which a feature must fire to be a control
+NEAREST = 10  # a random control is one of so many that fire about equally often
+
+# The strengths.
+TAU = "q0.9"  # of the feature on human texts
+ALPHA = 1.0  # std of the scores of human texts
+KL = 0.05  # --kl_coef of all arms but those in LARGER_KL
+LARGER_KL = (0.1, 0.2)
+
+# What --quick puts in the place of the flags' defaults: a seed whose policy comes to exploit the
+# cue.
 QUICK = {"seeds": 1, "first_seed": 202, "sarms": ["reward_first"], "steps": 20}
 
 
+# In all functions a are the study's Settings, and s is a seed.
+
+# ---------------------------------------------------------------------------------- the commands
+
+
 def first_commands(a):
-    """What can be known before any latent is, as lists of command lines: those of one list can run side by side."""
-    out, sft = a.output_dir, f"{a.output_dir}/sft"
+    """The commands that can be known before any feature is: lists that can run side by side."""
+    out = a.output_dir
+    sft = f"{out}/sft"
     shape = f"--base none --site residual --layers {a.layer} --normalize token --relu False"
-    stages = [[f"train_sft.py --output_dir {sft} {a.sft_flags}"], [], [], [], [], []]
+
+    # On the SFT policy: the autoencoders that the SARMs start from.
+    saes = []
     for name, flags in SAES.items():
-        if name in (SARMS[sarm][0] for sarm in a.sarms):
-            stages[1].append(f"train_sae.py --model {sft} {shape} --output_dir {out}/{name} {a.sae_flags} {flags}")
+        if any(SARMS[sarm][0] == name for sarm in a.sarms):
+            saes.append(
+                f"train_sae.py --model {sft} {shape} --output_dir {out}/{name} {a.sae_flags} "
+                f"{flags}"
+            )
+
+    dense_models = []
+    rm_saes = []
+    sarms = []
+    policies = []
+    probes = []
     for s in seeds(a):
-        dense, rm_sae, answers = f"{out}/rm/dense/seed_{s}", f"{out}/rm_sae/seed_{s}", f"{out}/ppo/plain/seed_{s}/eval"
+        dense = f"{out}/rm/{DENSE}/seed_{s}"
+        rm_sae = f"{out}/rm_sae/seed_{s}"
         train = f"train_rm.py --dataset world:{s} --seed {s}"
-        stages[1].append(f"{train} --model {sft} --output_dir {dense} {a.rm_flags}")
-        texts = f"--tokens last --dataset {texts_of(a, s)} --seed {s}"
-        stages[2].append(f"train_sae.py --model {dense} {shape} {texts} --cache {rm_sae}_cache --output_dir {rm_sae} {a.rm_sae_flags}")
+        dense_models.append(f"{train} --model {sft} --output_dir {dense} {a.rm_flags}")
+        rm_saes.append(
+            f"train_sae.py --model {dense} {shape} --tokens last --dataset {texts_of(a, s)} "
+            f"--seed {s} --cache {rm_sae}_cache --output_dir {rm_sae} {a.rm_sae_flags}"
+        )
         for name in a.sarms:
             sae, mode = SARMS[name]
-            start = f"--model {sft} --sarm {out}/{sae}" if sae else f"--model {dense} --sarm {rm_sae} {a.head_flags}"
-            stages[3].append(f"{train} {start} --sarm_mode {mode} --output_dir {out}/rm/{name}/seed_{s} {a.rm_flags}")
-        stages[4] += [ppo(a, s, "plain", target(a, s))] + [ppo(a, s, DENSE, dense)] * (a.against != DENSE)
-        stages[5].append(
-            f"probe.py latents {latents_of(a, s)} --dataset world:{s} --answers {answers}/step_{a.steps}.jsonl "
-            f"--against {answers}/step_0.jsonl --by differential --top 1000 --output_dir {out}/latents/seed_{s} {a.probe_flags}"
+            start = f"--model {sft} --sarm {out}/{sae}"
+            if not sae:
+                start = f"--model {dense} --sarm {rm_sae} {a.head_flags}"
+            sarms.append(
+                f"{train} {start} --sarm_mode {mode} --output_dir {out}/rm/{name}/seed_{s} "
+                f"{a.rm_flags}"
+            )
+
+        # PPO without control; and what it did to the features.
+        policies.append(ppo(a, s, "plain", target(a, s)))
+        if a.against != DENSE:
+            policies.append(ppo(a, s, DENSE, dense))
+        answers = f"{out}/ppo/plain/seed_{s}/eval"
+        probes.append(
+            f"probe.py latents {latents_of(a, s)} --dataset world:{s} "
+            f"--answers {answers}/step_{a.steps}.jsonl --against {answers}/step_0.jsonl "
+            f"--by differential --top 1000 --output_dir {out}/latents/seed_{s} {a.probe_flags}"
         )
-        stages[5].append(f"probe.py human_latents {latents_of(a, s)} --output {human(a, s)} {a.human_flags}")
-    return stages
+        probes.append(
+            f"probe.py human_latents {latents_of(a, s)} --output {human_file(a, s)} {a.human_flags}"
+        )
+    first = [f"train_sft.py --output_dir {sft} {a.sft_flags}"]
+    return [first, saes + dense_models, rm_saes, sarms, policies, probes]
+
+
+def seeds(a):
+    return range(a.first_seed, a.first_seed + a.seeds)
 
 
 def texts_of(a, s):
@@ -97,16 +159,18 @@ def texts_of(a, s):
 
 
 def write_texts(a, s):
-    """Both sides of the pairs that the reward model is trained on, and DEMONSTRATIONS, as rows {prompt, response}."""
-    pairs = world.preferences(data.WORLD_SIZES["pairs"], s)
-    rows = [{"prompt": row["prompt"], "response": row[side]} for row in pairs for side in ("chosen", "rejected")]
+    """Write texts_of(a, s), rows {prompt, response}.
+
+    Both sides of the pairs that the reward model is trained on, and DEMONSTRATIONS.
+    """
+    rows = []
+    for pair in world.preferences(data.WORLD_SIZES["pairs"], s):
+        for side in ("chosen", "rejected"):
+            rows.append({"prompt": pair["prompt"], "response": pair[side]})
+    rows += world.demonstrations(DEMONSTRATIONS)
     path = Path(texts_of(a, s))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows + world.demonstrations(DEMONSTRATIONS)))
-
-
-def seeds(a):
-    return range(a.first_seed, a.first_seed + a.seeds)
+    write_lines(str(path), rows)
 
 
 def target(a, s):
@@ -115,218 +179,449 @@ def target(a, s):
 
 
 def feature_sae(a, s):
-    """The autoencoder whose latents are controlled; "" for a SARM, which has its own."""
-    return f"{a.output_dir}/rm_sae/seed_{s}" if a.against == DENSE else ""
+    """The autoencoder whose features are controlled; "" for a SARM, which has its own."""
+    if a.against == DENSE:
+        return f"{a.output_dir}/rm_sae/seed_{s}"
+    return ""
 
 
 def latents_of(a, s):
-    return f"--reward_model {target(a, s)}" + (f" --sae {feature_sae(a, s)}" if feature_sae(a, s) else "")
+    """The flags of probe.py that say whose features are read."""
+    flags = f"--reward_model {target(a, s)}"
+    if feature_sae(a, s):
+        flags += f" --sae {feature_sae(a, s)}"
+    return flags
 
 
-def human(a, s):
+def human_file(a, s):
+    """The human latents of all features that fire: reference data of the penalties."""
     return f"{a.output_dir}/human/seed_{s}.safetensors"
 
 
-def few(a, s):
-    return f"{a.output_dir}/human/seed_{s}_{'truth' if a.truth else 'identified'}.safetensors"
-
-
-def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
-    return (
-        f"train_ppo.py --model {a.output_dir}/sft --reward_model {reward_model} --dataset world:{s} --seed {s} --kl_coef {kl_coef:g} "
-        f"--steps {a.steps} --eval_every {a.eval_every} --output_dir {a.output_dir}/ppo/{arm}/seed_{s} {a.ppo_flags} {flags}"
-    ).strip()
-
-
-# -------------------------------------------------------------------------------------------------------------- blind identification
-
-
-def identify(summary, s):
-    """The rule. summary.json of `probe.py latents` -> what is penalised, and the latents of the controls.
-
-    1. Exploited: after training the policy's answers have more of the latent than before; the interval of its differential is above 0.
-    2. Suspicious: what it follows is no word. Of the tokens whose presence in a text goes with it, the first, with an AUC of FOLLOWS or
-       more, has no letter in it: a review is good for what it says.
-    3. Of these tokens the one whose latents have the largest differential; of its latents at most MOST, the largest first.
-
-    The head's weight is not asked: a model may reward a cue through other latents than the one that tells it best.
-    Controls: for each of them a random latent that fires about equally often on the answers before training; and, of a SARM, as many with
-    the most negative weights, which it punishes already. (A latent may be both, and a random one may follow the token less closely.)
-    """
-    suspects = {}
-    for row in summary["latents"]:
-        gain, (token, area, *_) = row["policy"]["differential"], (row.get("tokens") or [["word", 0.0]])[0]
-        if gain["low"] > 0 and area >= FOLLOWS and not any(c.isalpha() for c in token):
-            suspects.setdefault(token, []).append((gain["mean"], row["id"]))
-    if not suspects:
-        return {"token": None, "features": []}
-    token = max(suspects, key=lambda token: max(suspects[token]))
-    ids = [i for _, i in sorted(suspects[token], reverse=True)[:MOST]]
-    rows = {row["id"]: row for row in summary["latents"]}
-    others = {i: row for i, row in rows.items() if i not in ids and row["policy"]["rate_before"] >= RARE}
-    rng, alike = random.Random(s), []
-    for i in ids:
-        order = sorted(set(others) - set(alike), key=lambda j: abs(others[j]["policy"]["rate_before"] - rows[i]["policy"]["rate_before"]))
-        alike.append(rng.choice(order[:NEAREST]))
-    weighted = [i for i in others if others[i]["weight"] is not None]
-    negative = sorted(weighted, key=lambda i: others[i]["weight"])[: len(ids)]
-    numbers = {i: {"weight": rows[i]["weight"], **rows[i]["policy"]} for i in (*ids, *alike, *negative)}
-    return {"token": token, "features": ids, "random": alike, "negative": negative, "suspects": suspects, "numbers": numbers}
-
-
-def by_truth(summary, s):
-    """In the rule's place, where the truth is not to be found but used: the MOST latents that follow the cue best."""
-    cue, areas = world.cue(s), {}
-    for row in summary["latents"]:
-        areas |= {row["id"]: area for token, area, *_ in row.get("tokens") or [] if token.strip() == cue}
-    return {"token": cue, "features": sorted(areas, key=areas.get, reverse=True)[:MOST]}
-
-
-def identified(a, s):
-    """identify(), or by_truth(), once: its answer is a file, which is never written again."""
-    path = Path(a.output_dir, "identified", f"{'truth_' if a.truth else ''}seed_{s}.json")
-    if not path.exists():
-        summary = json.loads(Path(a.output_dir, "latents", f"seed_{s}", "summary.json").read_text())
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps((by_truth if a.truth else identify)(summary, s), indent=2) + "\n")
-    return json.loads(path.read_text())
-
-
-def arms(a, s, found):
-    """The PPO runs under control, {arm: command line}; only those of larger KL coefficients where no latent was found.
-
-    indicator   ALPHA std of the human texts' scores, shared by the latents, where a latent is above what TAU of the human texts have
-    hinge       above the same threshold as much for each standard deviation of the latent on human texts (for each 1 where it has none)
-    clamp       the latent is 0 for the score
-    density     0.2 of the log ratio (clipped at 5 nats: at most 1) of the latents, those of people from the human texts;
-                it charges nothing in the first ten rollouts and less than the indicator and the hinge after, so it is not ranked
-    random, negative       the indicator on the latents of the controls
-
-    With --truth only the first four, as truth_indicator, ...
-    """
-    ids, model, flags = found["features"], target(a, s), {}
-    if ids:
-        n, texts = len(ids), human_latents.load(human(a, s), model, feature_sae(a, s))
-
-        def penalty(ids, alpha, kind="indicator"):
-            chosen = f"--penalize_features {' '.join(map(str, ids))} --tau {' '.join([TAU] * n)} --alpha {' '.join(alpha)}"
-            return f"{chosen} --penalty {kind} --human_latents {human(a, s)}"
-
-        share = [f"{ALPHA / n:.4g}std"] * n
-        flags = {
-            "indicator": penalty(ids, share),
-            "hinge": penalty(ids, [f"{ALPHA / n / (texts.column(i).std().item() or 1):.4g}std" for i in ids], "hinge"),
-            "clamp": "--clamp " + " ".join(f"{i}:set:0" for i in ids),
-            "density": f"--density_beta {ALPHA / 5:g} --human_latents {few(a, s)}",
-        }  # fmt: skip
-        flags |= {control: penalty(found[control], share) for control in ("random", "negative") if found.get(control)}
-    own = f" --feature_sae {feature_sae(a, s)}" if feature_sae(a, s) else ""
-    commands = {named(a, arm): ppo(a, s, named(a, arm), model, flags[arm] + own) for arm in flags}
-    return commands if a.truth else commands | {f"kl_{kl}": ppo(a, s, f"kl_{kl}", model, kl_coef=kl) for kl in (0.1, 0.2)}
-
-
-def named(a, arm):
-    """Arms (and results) of a run with --truth stand beside the others under names of their own."""
-    return f"truth_{arm}" if a.truth else arm
+def density_file(a, s):
+    """The human latents of the features alone that were found: reference data of the density."""
+    how = "truth" if a.truth else "identified"
+    return f"{a.output_dir}/human/seed_{s}_{how}.safetensors"
 
 
 def density_texts(a, s, found):
-    """Human texts again, with the latents alone that the density compares: those that were identified."""
+    """The command that writes density_file(a, s)."""
     ids = ",".join(map(str, found["features"]))
-    return f"probe.py human_latents {latents_of(a, s)} --features {ids} --output {few(a, s)} {a.human_flags}"
+    return (
+        f"probe.py human_latents {latents_of(a, s)} --features {ids} "
+        f"--output {density_file(a, s)} {a.human_flags}"
+    )
 
 
-def truth(a, s, found):
-    """Only now the truth: is the token the cue, and how well does the sum of the latents tell texts with the cue from others?"""
-    cue, auc_ = world.cue(s), None
+def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
+    """The command of one PPO run."""
+    out = a.output_dir
+    command = (
+        f"train_ppo.py --model {out}/sft --reward_model {reward_model} --dataset world:{s} "
+        f"--seed {s} --kl_coef {kl_coef:g} --steps {a.steps} --eval_every {a.eval_every} "
+        f"--output_dir {out}/ppo/{arm}/seed_{s} {a.ppo_flags} {flags}"
+    )
+    return command.strip()
+
+
+# ------------------------------------------------------------------------- blind identification
+
+
+def identify(summary, s):
+    """The rule. summary.json of `probe.py latents` -> what is penalised, and its controls.
+
+    1. Exploited: after training the policy's answers have more of the feature than before; the
+       interval of its differential is above 0.
+    2. Suspicious: what it follows is no word. Of the tokens whose presence in a text goes with the
+       feature, the first, with an AUC of FOLLOWS or more, has no letter in it: a review is good for
+       what it says.
+    3. Of these tokens the one whose features have the largest differential; of its features at most
+       MOST, the largest first.
+
+    The head's weight is not asked: a model may reward a cue through other features than the one
+    that tells it best.
+    -> {token, features, random, negative (see choose_controls), suspects, numbers}; where nothing
+    is suspicious {token: None, features: []}.
+    """
+    suspects = find_suspects(summary)
+    if not suspects:
+        return {"token": None, "features": []}
+    token = max(suspects, key=lambda token: max(suspects[token]))
+    largest_first = sorted(suspects[token], reverse=True)
+    ids = [feature for _, feature in largest_first[:MOST]]
+
+    rows = {row["id"]: row for row in summary["latents"]}
+    random_ids, negative_ids = choose_controls(rows, ids, s)
+    numbers = {}
+    for i in (*ids, *random_ids, *negative_ids):
+        numbers[i] = {"weight": rows[i]["weight"], **rows[i]["policy"]}
+    return {
+        "token": token,
+        "features": ids,
+        "random": random_ids,
+        "negative": negative_ids,
+        "suspects": suspects,
+        "numbers": numbers,
+    }
+
+
+def find_suspects(summary):
+    """Steps 1 and 2 of the rule: {token: [(mean differential, feature)]}."""
+    suspects = {}
+    for row in summary["latents"]:
+        # A feature that was not described follows nothing.
+        if not row.get("tokens"):
+            continue
+        token, area, *_ = row["tokens"][0]
+        gain = row["policy"]["differential"]
+        is_exploited = gain["low"] > 0
+        has_letter = any(character.isalpha() for character in token)
+        if is_exploited and area >= FOLLOWS and not has_letter:
+            suspects.setdefault(token, []).append((gain["mean"], row["id"]))
+    return suspects
+
+
+def choose_controls(rows, ids, s):
+    """Other features to penalise: for each of `ids` a random and a negative one. -> two lists
+
+    A random one fires about equally often on the answers before training. The negative ones are
+    those with the most negative weights, which a SARM punishes already; none without head weights.
+    A feature may be both, and a random one may follow the token less closely. rows {id: row}.
+    """
+    rates = {}
+    others = {}
+    for i, row in rows.items():
+        rates[i] = row["policy"]["rate_before"]
+        if i not in ids and rates[i] >= RARE:
+            others[i] = row
+
+    # Of equally near ones those count as nearer that come first in the set: the answers that were
+    # written down depend on that order.
+    rng = random.Random(s)
+    random_ids = []
+    for i in ids:
+        candidates = set(others) - set(random_ids)
+        nearest = sorted(candidates, key=lambda j: abs(rates[j] - rates[i]))
+        random_ids.append(rng.choice(nearest[:NEAREST]))
+
+    weighted = [i for i, row in others.items() if row["weight"] is not None]
+    most_negative = sorted(weighted, key=lambda i: rows[i]["weight"])
+    return random_ids, most_negative[: len(ids)]
+
+
+def by_truth(summary, s):
+    """In the rule's place, where the truth is used: the MOST features that follow the cue best."""
+    cue = world.cue(s)
+    areas = {}  # {feature: AUC}
+    for row in summary["latents"]:
+        for token, area, *_ in row.get("tokens") or []:
+            if token.strip() == cue:
+                areas[row["id"]] = area
+    best_first = sorted(areas, key=areas.get, reverse=True)
+    return {"token": cue, "features": best_first[:MOST]}
+
+
+def find_features(a, s):
+    """identify(), or by_truth(), once: its answer is a file, which is never written again."""
+    path = Path(a.output_dir, "identified", named(a, f"seed_{s}.json"))
+    if not path.exists():
+        summary = read_json(a.output_dir, "latents", f"seed_{s}", "summary.json")
+        rule = by_truth if a.truth else identify
+        found = rule(summary, s)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    return read_json(path)
+
+
+def read_json(*path):
+    return json.loads(Path(*path).read_text())
+
+
+# -------------------------------------------------------------------------------------- the arms
+
+
+def arms(a, s, found):
+    """The PPO runs under control: {arm: command line}. Where no feature was found, kl_... alone.
+
+    indicator  ALPHA std of the scores of human texts, shared by the features, where a feature is
+               above what TAU of the human texts have
+    hinge      above the same threshold as much for each standard deviation of the feature on human
+               texts (for each 1 where it has none)
+    clamp      the feature is 0 for the score
+    density    0.2 of the log ratio (clipped at 5 nats: at most 1) of the features, those of people
+               from the human texts; it charges nothing in the first ten rollouts and less than the
+               indicator and the hinge after, so it is not ranked
+    random, negative
+               the indicator on the features of the controls
+    kl_0.1, kl_0.2
+               a larger KL coefficient, and no control by features
+
+    With --truth the first four only, as truth_indicator, ...
+    """
+    flags = {}
     if found["features"]:
-        rows = [{"prompt": p["prompt"], "response": p[side]} for p in world.preferences(512, s, "test") for side in ("chosen", "rejected")]
-        tokenizer = load_tokenizer(target(a, s))
-        prompts, responses, _ = data.encode(tokenizer, rows, "response")
-        reward = load_feature_reward(target(a, s), feature_sae(a, s), tokenizer, setup("cpu"))
-        answers = Answers([r["prompt"] for r in rows], [r["response"] for r in rows], pack(prompts, responses))
-        z = reward.read(answers, found["features"]).latents  # [N, F]
-        auc_ = auc(z.clamp(min=0).sum(1), [cue in row["response"].split() for row in rows])
-    return {"cue": cue, "token": found["token"], "right": found["token"] is not None and found["token"].strip() == cue, "auc": auc_}
+        flags = control_flags(a, s, found)
+    own_sae = ""
+    if feature_sae(a, s):
+        own_sae = f" --feature_sae {feature_sae(a, s)}"
+
+    commands = {}
+    for arm, flags_of_arm in flags.items():
+        name = named(a, arm)
+        commands[name] = ppo(a, s, name, target(a, s), flags_of_arm + own_sae)
+    if not a.truth:
+        for kl_coef in LARGER_KL:
+            name = f"kl_{kl_coef}"
+            commands[name] = ppo(a, s, name, target(a, s), kl_coef=kl_coef)
+    return commands
 
 
-# --------------------------------------------------------------------------------------------------------------------------- results
+def control_flags(a, s, found):
+    """The flags of train_ppo.py in each arm that controls features: {arm: flags}."""
+    ids = found["features"]
+    n = len(ids)
+    indicator_alphas = [f"{ALPHA / n:.4g}std"] * n
+    texts = human_latents.load(human_file(a, s), target(a, s), feature_sae(a, s))
+    hinge_alphas = []
+    for feature in ids:
+        spread = texts.column(feature).std().item() or 1
+        hinge_alphas.append(f"{ALPHA / n / spread:.4g}std")
+    clamps = [f"{feature}:set:0" for feature in ids]
+
+    flags = {
+        "indicator": penalty_flags(a, s, ids, indicator_alphas),
+        "hinge": penalty_flags(a, s, ids, hinge_alphas, "hinge"),
+        "clamp": f"--clamp {' '.join(clamps)}",
+        "density": f"--density_beta {ALPHA / 5:g} --human_latents {density_file(a, s)}",
+    }
+    for control in ("random", "negative"):
+        if found.get(control):
+            flags[control] = penalty_flags(a, s, found[control], indicator_alphas)
+    return flags
 
 
-def outcome(a, s, arm, when="after"):
-    """{metric: number} of a PPO run's last evaluation, or of the one before its first step. cue: the share of answers that have the cue."""
-    folder, step = Path(a.output_dir, "ppo", arm, f"seed_{s}"), a.steps if when == "after" else 0
-    numbers = json.loads((folder / "summary.json").read_text())[when]
-    answers = [json.loads(line)["response"].split() for line in open(folder / "eval" / f"step_{step}.jsonl")]
-    return {**{name: numbers[name] for name in METRICS if name in numbers}, "cue": sum(world.cue(s) in x for x in answers) / len(answers)}
+def penalty_flags(a, s, ids, alphas, kind="indicator"):
+    """A penalty of this kind on features, each above TAU and at its own price."""
+    features = " ".join(map(str, ids))
+    taus = " ".join([TAU] * len(alphas))
+    return (
+        f"--penalize_features {features} --tau {taus} --alpha {' '.join(alphas)} "
+        f"--penalty {kind} --human_latents {human_file(a, s)}"
+    )
 
 
-def over_seeds(rows, base=None):
-    """[{metric: number}], one a seed -> {metric: [mean, half-width of its 95% interval]}; with `base` of differences, seed by seed."""
-    less = [{name: x - other[name] for name, x in row.items()} for row, other in zip(rows, base)] if base else rows
-    return {name: t_interval([row[name] for row in less]) for name in rows[0]}
+def named(a, name):
+    """Arms and files of a run with --truth stand beside the others under names of their own."""
+    return f"truth_{name}" if a.truth else name
 
 
-def accuracy_table(a):
-    """{reward model: {accuracy, Kendall's tau with gold, and accuracy less the dense one's}} on the held-out pairs."""
-    found = {}
-    for name in (DENSE, *a.sarms):
-        summaries = [json.loads(Path(a.output_dir, "rm", name, f"seed_{s}", "summary.json").read_text()) for s in seeds(a)]
-        found[name] = [{"accuracy": x["eval/accuracy"], "tau": x["eval/gold_kendall_tau"]} for x in summaries]
-    less = {name: over_seeds(rows, found[DENSE])["accuracy"] for name, rows in found.items() if name != DENSE}
-    return {name: over_seeds(rows) | ({"less dense": less[name]} if name in less else {}) for name, rows in found.items()}
+def compare_with_truth(a, s, found):
+    """Only now the truth: is the token the cue, and how well do the features tell its texts?
+
+    -> {cue, token, right, auc}; auc is that of the sum of the features, for texts with the cue
+    against others, on both sides of held-out pairs; None where no feature was found.
+    """
+    cue = world.cue(s)
+    token = found["token"]
+    is_right = token is not None and token.strip() == cue
+    area = None
+    if found["features"]:
+        area = measure_auc(a, s, found["features"], cue)
+    return {"cue": cue, "token": token, "right": is_right, "auc": area}
+
+
+def measure_auc(a, s, features, cue):
+    """The AUC of the sum of features, for texts that have the cue against those that lack it."""
+    rows = []
+    for pair in world.preferences(512, s, "test"):
+        for side in ("chosen", "rejected"):
+            rows.append({"prompt": pair["prompt"], "response": pair[side]})
+    texts = [row["response"] for row in rows]
+
+    tokenizer = load_tokenizer(target(a, s))
+    prompts, responses, _ = data.encode(tokenizer, rows, "response")
+    reward = load_feature_reward(target(a, s), feature_sae(a, s), tokenizer, setup("cpu"))
+    answers = Answers([row["prompt"] for row in rows], texts, pack(prompts, responses))
+    z = reward.read(answers, features).latents  # [N, F]
+    has_cue = [cue in text.split() for text in texts]
+    return auc(z.clamp(min=0).sum(1), has_cue)
+
+
+# ----------------------------------------------------------------------------------- the results
+
+
+def read_outcome(a, s, arm, when="after"):
+    """{metric: number} of a PPO run's last evaluation, or of the one before its first step.
+
+    cue: the share of answers that have the cue.
+    """
+    folder = Path(a.output_dir, "ppo", arm, f"seed_{s}")
+    numbers = read_json(folder, "summary.json")[when]
+    outcome = {name: numbers[name] for name in METRICS if name in numbers}
+
+    step = a.steps if when == "after" else 0
+    has_cue = []
+    with open(folder / "eval" / f"step_{step}.jsonl") as f:
+        for line in f:
+            words = json.loads(line)["response"].split()
+            has_cue.append(world.cue(s) in words)
+    outcome["cue"] = sum(has_cue) / len(has_cue)
+    return outcome
 
 
 def outcomes_of(a, found):
-    """{arm: {seed: outcome()}}, "before" among them; arms that need latents have the seeds that found some."""
-    found_some, out = [s for s in seeds(a) if found[s]["features"]], {"before": {s: outcome(a, s, "plain", "before") for s in seeds(a)}}
-    for arm in ("plain", *(named(a, arm) for arm in CONTROLLED), *(CONTROLS if not a.truth else ()), DENSE):
-        some = list(seeds(a)) if arm in ("plain", DENSE) or arm.startswith("kl_") else found_some
-        if some and Path(a.output_dir, "ppo", arm).exists():  # a dense model has no negative weights
-            out[arm] = {s: outcome(a, s, arm) for s in some}
-    return out
+    """{arm: {seed: outcome}}, "before" among the arms.
+
+    Arms that need features have the seeds that found some. An arm that no seed has is left out,
+    such as that of negative weights where there are no head weights.
+    """
+    all_seeds = list(seeds(a))
+    seeds_with_features = [s for s in all_seeds if found[s]["features"]]
+    arms_to_read = ["plain", *(named(a, arm) for arm in CONTROLLED)]
+    if not a.truth:
+        arms_to_read += CONTROLS
+    arms_to_read.append(DENSE)
+
+    outcomes = {"before": {}}
+    for s in all_seeds:
+        outcomes["before"][s] = read_outcome(a, s, "plain", "before")
+    for arm in arms_to_read:
+        needs_no_features = arm in ("plain", DENSE) or arm.startswith("kl_")
+        own_seeds = all_seeds if needs_no_features else seeds_with_features
+        if own_seeds and Path(a.output_dir, "ppo", arm).exists():
+            outcomes[arm] = {}
+            for s in own_seeds:
+                outcomes[arm][s] = read_outcome(a, s, arm)
+    return outcomes
+
+
+def over_seeds(rows, base=None):
+    """[{metric: number}], one a seed -> {metric: (mean, half-width of its 95% interval)}.
+
+    base: such rows of the same seeds, which are subtracted seed by seed.
+    """
+    table = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if base:
+            values = [value - other[name] for value, other in zip(values, base)]
+        table[name] = t_interval(values)
+    return table
+
+
+def accuracy_table(a):
+    """{reward model: {accuracy, tau, less dense}} on the held-out pairs.
+
+    tau is Kendall's with gold; `less dense` is the accuracy less the dense model's.
+    """
+    rows = {}  # {reward model: [one row a seed]}
+    for name in (DENSE, *a.sarms):
+        rows[name] = []
+        for s in seeds(a):
+            summary = read_json(a.output_dir, "rm", name, f"seed_{s}", "summary.json")
+            tau = summary["eval/gold_kendall_tau"]
+            rows[name].append({"accuracy": summary["eval/accuracy"], "tau": tau})
+
+    table = {}
+    for name in rows:
+        table[name] = over_seeds(rows[name])
+        if name != DENSE:
+            table[name]["less dense"] = over_seeds(rows[name], rows[DENSE])["accuracy"]
+    return table
 
 
 def control_tables(outcomes):
-    """{arm: {metric: ..}} at the end of PPO, over all seeds and over those that found latents; and there less the plain run's."""
-    every = len(outcomes["plain"])
-    titles = {"at the end": {arm: over_seeds(list(rows.values())) for arm, rows in outcomes.items() if len(rows) == every}}
-    some = set.intersection(*(set(rows) for rows in outcomes.values()))
-    if some and len(outcomes) > len(titles["at the end"]):
-        titles["at the end, seeds with latents"] = {arm: over_seeds([rows[s] for s in some]) for arm, rows in outcomes.items()}
-    plain = [outcomes["plain"][s] for s in some]
-    less = {arm: over_seeds([rows[s] for s in some], plain) for arm, rows in outcomes.items() if arm not in ("before", "plain")}
-    less.get(DENSE, {}).pop("proxy", None)  # of another reward model
-    return titles | {"less plain, the same seeds": less}
+    """{title: {arm: {metric: (mean, half-width)}}} at the end of PPO.
+
+    Over all seeds; over those that found features, where not all did; and there less the plain
+    run's.
+    """
+    n_seeds = len(outcomes["plain"])
+    of_all_seeds = {}
+    for arm, rows in outcomes.items():
+        if len(rows) == n_seeds:
+            of_all_seeds[arm] = over_seeds(list(rows.values()))
+    tables = {"at the end": of_all_seeds}
+
+    shared_seeds = seeds_of_all_arms(outcomes)
+    shared = {}
+    for arm, rows in outcomes.items():
+        shared[arm] = [rows[s] for s in shared_seeds]
+    if shared_seeds and len(of_all_seeds) < len(outcomes):
+        of_shared_seeds = {}
+        for arm, rows in shared.items():
+            of_shared_seeds[arm] = over_seeds(rows)
+        tables["at the end, seeds with latents"] = of_shared_seeds
+
+    less_plain = {}
+    for arm, rows in shared.items():
+        if arm not in ("before", "plain"):
+            less_plain[arm] = over_seeds(rows, shared["plain"])
+    # The dense model's own scores are on another scale than the SARM's.
+    if DENSE in less_plain:
+        less_plain[DENSE].pop("proxy", None)
+    tables["less plain, the same seeds"] = less_plain
+    return tables
 
 
-def show(table):
-    """Rows of {name: (mean, half-width)} as text."""
-    names = list(dict.fromkeys(name for row in table.values() for name in row))
-    print(f"{'':16s}" + "".join(f"{name:>18s}" for name in names))
+def seeds_of_all_arms(outcomes):
+    """The seeds that every arm has: those that found features."""
+    return set.intersection(*(set(rows) for rows in outcomes.values()))
+
+
+def print_table(table):
+    """Rows of {name: (mean, half-width)} as text; a row may lack columns."""
+    columns = {}  # a dictionary keeps their order
+    for row in table.values():
+        columns |= dict.fromkeys(row)
+    print(f"{'':16s}" + "".join(f"{column:>18s}" for column in columns))
     for name, row in table.items():
-        cells = (with_interval(*row[column]) if column in row else "" for column in names)
-        print(f"{name:16s}" + "".join(f"{cell:>18s}" for cell in cells))
+        line = f"{name:16s}"
+        for column in columns:
+            cell = with_interval(*row[column]) if column in row else ""
+            line += f"{cell:>18s}"
+        print(line)
 
 
 def draw(figure, outcomes):
-    """Gold and the rate of the cue, arm by arm: a dot a seed (hollow where no latents were found), and a bar at their mean."""
+    """Gold and the rate of the cue, arm by arm.
+
+    A dot a seed (hollow where no features were found), and a bar at the mean of the filled ones.
+    """
+    labels = {"cue": "share of held-out answers with the cue", "gold": "gold reward, held out"}
+    shared_seeds = seeds_of_all_arms(outcomes)
     figure.set_size_inches(9, 3.6)
-    found = set.intersection(*(set(rows) for rows in outcomes.values()))
-    for i, (metric, label) in enumerate((("cue", "share of held-out answers with the cue"), ("gold", "gold reward, held out"))):
+    for i, (metric, label) in enumerate(labels.items()):
         axis = figure.add_subplot(1, 2, i + 1)
         for y, (arm, rows) in enumerate(outcomes.items()):
-            kind = arm.removeprefix("truth_")
-            color = "black" if kind == "before" else "C3" if kind in ("plain", DENSE) else "C0" if kind in CONTROLLED else "grey"
+            color = color_of(arm)
+            # The dots of an arm lie one above the other, in the order of the seeds.
             for j, (s, row) in enumerate(rows.items()):
-                height, fill = y + 0.5 * (j / max(1, len(rows) - 1) - 0.5), color if s in found else "white"
+                height = y + 0.5 * (j / max(1, len(rows) - 1) - 0.5)
+                fill = color if s in shared_seeds else "white"
                 axis.plot(row[metric], height, "o", ms=4, color=color, mfc=fill)
-            of_found = [row[metric] for s, row in rows.items() if s in found]
-            if of_found:
-                axis.plot([sum(of_found) / len(of_found)] * 2, [y - 0.4, y + 0.4], color=color)
+            values = [row[metric] for s, row in rows.items() if s in shared_seeds]
+            if values:
+                mean = sum(values) / len(values)
+                axis.plot([mean, mean], [y - 0.4, y + 0.4], color=color)
         axis.set_yticks(range(len(outcomes)), list(outcomes))
         axis.invert_yaxis()
         axis.set_xlabel(label)
+
+
+def color_of(arm):
+    """Black before PPO, red without control, blue with it, grey for the controls."""
+    kind = arm.removeprefix("truth_")
+    if kind == "before":
+        return "black"
+    if kind in ("plain", DENSE):
+        return "C3"
+    if kind in CONTROLLED:
+        return "C0"
+    return "grey"
+
+
+# ------------------------------------------------------------------------------- flags, and main
 
 
 @dataclass
@@ -369,8 +664,8 @@ class Settings(StudyFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        among = self.against in (DENSE, *self.sarms)
-        require(among, f"--against {self.against}: it is not among --sarms")
+        is_trained = self.against in (DENSE, *self.sarms)
+        require(is_trained, f"--against {self.against}: it is not among --sarms")
 
 
 def read_settings(args: list[str] | None = None) -> Settings:
@@ -385,23 +680,54 @@ def main(args=None):
         write_texts(a, s)
     for stage in first_commands(a):
         run_stage(stage, a.jobs)
-    found = {s: identified(a, s) for s in seeds(a)}
-    run_stage([density_texts(a, s, found[s]) for s in seeds(a) if found[s]["features"]], a.jobs)
-    run_stage([command for s in seeds(a) for command in arms(a, s, found[s]).values()], a.jobs)
 
-    truths = {s: truth(a, s, found[s]) for s in seeds(a)}
-    for s, row in truths.items():
-        area = "" if row["auc"] is None else f", AUC of the latents for it {row['auc']:.3f}"
-        how = "by the truth" if a.truth else "identified"
-        print(f"seed {s}: {how} {row['token']!r} (latents {found[s]['features']}); the cue is {row['cue']!r}{area}")
+    # The answer is written down before the truth is read.
+    found = {}
+    for s in seeds(a):
+        found[s] = find_features(a, s)
+
+    # PPO under control; arms() reads what the other runs wrote.
+    densities = []
+    for s in seeds(a):
+        if found[s]["features"]:
+            densities.append(density_texts(a, s, found[s]))
+    run_stage(densities, a.jobs)
+    controlled = []
+    for s in seeds(a):
+        controlled += arms(a, s, found[s]).values()
+    run_stage(controlled, a.jobs)
+
+    truths = {}
+    for s in seeds(a):
+        truths[s] = compare_with_truth(a, s, found[s])
+        print_answer(a, s, found[s], truths[s])
     outcomes = outcomes_of(a, found)
     tables = {"reward models": accuracy_table(a), **control_tables(outcomes)}
     for title, table in tables.items():
         print_title(f"{title}: {describe_numbers(a)}", a)
-        show(table)
-    summary = {"settings": vars(a), "identified": {s: found[s] | truths[s] for s in found}, "outcomes": outcomes, "tables": tables}
+        print_table(table)
+
+    summary = {
+        "settings": vars(a),
+        "identified": {s: found[s] | truths[s] for s in seeds(a)},
+        "outcomes": outcomes,
+        "tables": tables,
+    }
     write_summary(Path(a.output_dir, named(a, "summary.json")), summary)
-    draw_picture(draw, outcomes, a.picture or f"{a.output_dir}/{named(a, 'control.png')}")
+    picture = a.picture or f"{a.output_dir}/{named(a, 'control.png')}"
+    draw_picture(draw, outcomes, picture)
+
+
+def print_answer(a, s, found, truth):
+    """What was found, and whether it is the cue."""
+    how = "by the truth" if a.truth else "identified"
+    line = (
+        f"seed {s}: {how} {truth['token']!r} (latents {found['features']}); "
+        f"the cue is {truth['cue']!r}"
+    )
+    if truth["auc"] is not None:
+        line += f", AUC of the latents for it {truth['auc']:.3f}"
+    print(line)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ feedback_patterns.md has it.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,8 @@ from .common import (
     write_summary,
 )
 
-PROBES = {  # name: what it adds to the command
+# The probes: {name: what it adds to the command}.
+PROBES = {
     "words, activations": "reward --site mlp",
     "words, less the neutral word": "reward --site mlp --difference true",
     "words, residual stream": "reward --site residual",
@@ -46,12 +48,15 @@ PROBES = {  # name: what it adds to the command
     "responses, activations": "reward --site mlp --task sequence",
     "pairs, activations": "pairs --site mlp",
 }
-ABLATIONS = {  # of the last layer's residual stream: in its MLP the features of a concept carry half of the variance
+# Which features are ablated, in the last layer's residual stream: in the MLP of that layer the
+# features of a concept carry half of the variance.
+ABLATIONS = {
     "fire before positive words": "--concept positive --by before",
     "fire on positive words": "--concept positive --by on",
     "fire before the spurious cue": "--concept mark --by before",
 }
-# How the picture marks what a probe reads from: the policy, its base, and inputs that know nothing of PPO.
+# How the picture marks what a probe reads from: the policy, its base, and inputs that know nothing
+# of PPO.
 MARKERS = {
     "policy": dict(marker="o", color="C3"),
     "base": dict(marker="o", color="C0"),
@@ -68,98 +73,6 @@ QUICK = {
     "probe_flags": "--seeds 2",
     "ablate_flags": "--draws 2 --n_answers 1",
 }
-
-
-def commands(a):
-    """The study as lists of command lines: what stands in one list can run side by side."""
-    out, stages = a.output_dir, [[f"train_sft.py --output_dir {a.output_dir}/sft {a.sft_flags}"], [], [], [], [], [], []]
-    for s in range(a.seeds):
-        model, policy = f"{out}/sft", f"{out}/ppo/seed_{s}"
-        sae, residual = f"{out}/sae/seed_{s}", f"{out}/sae_residual/seed_{s}"
-        rm, world = f"{out}/rm/seed_{s}", f"--dataset world:{s}"
-        both = f"--model {model} --policy {policy}"
-        stages[1].append(f"train_rm.py --model {model} {world} --seed {s} --output_dir {rm} {a.rm_flags}")
-        stages[2].append(f"train_ppo.py --model {model} --reward_model {rm} {world} --seed {s} --output_dir {policy} {a.ppo_flags}")
-        stages[3].append(f"probe.py divergence {both} --output_dir {out}/divergence/seed_{s}")
-        for flags, folder in (("", sae), ("--site residual --layers 3", residual)):
-            stages[3].append(f"train_sae.py --model {policy} --base {model} --seed {s} {flags} --output_dir {folder} {a.sae_flags}")
-        for i, flags in enumerate(PROBES.values()):
-            stages[4].append(f"probe.py {flags.format(sae=sae)} {both} {a.probe_flags} --output_dir {out}/probe_{i}/seed_{s}")
-        stages[5].append(f"probe.py features --sae {sae}/*/* {residual}/*/* --top 5 --output_dir {out}/features/seed_{s}")
-        for i, flags in enumerate(ABLATIONS.values()):
-            stages[6].append(
-                f"probe.py ablate --sae {residual}/policy/3_residual {flags} --top 10 {world} --reward world:gold {rm} "
-                f"{a.ablate_flags} --output_dir {out}/ablate_{i}/seed_{s}"
-            )
-    return stages
-
-
-def over_seeds(a, name, read):
-    """read(summary) -> {key: number} of each seed's summary.json in a folder -> {key: (mean, half-width)}"""
-    rows = [read(json.loads(Path(a.output_dir, name, f"seed_{s}", "summary.json").read_text())) for s in range(a.seeds)]
-    return {key: t_interval([row[key] for row in rows]) for key in rows[0] if all(key in row for row in rows)}
-
-
-def divergences(summary):
-    return {f"layer {row['layer']}": row["frobenius"] for row in summary["layers"]}
-
-
-def probe_rows(summary):
-    """The first metric (tau, or accuracy) of every row, and how far the policy is above it."""
-    metric = summary["metrics"][0]
-    rows = {name: row[metric][0] for name, row in summary["rows"].items()}
-    less = {name: row["policy_less"][0] for name, row in summary["rows"].items() if "policy" not in name}
-    return {f"{metric}: {name}": x for name, x in rows.items()} | {f"policy less {name}": x for name, x in less.items()}
-
-
-def concepts(summary):
-    """How many known concepts have a feature: {"policy 3_mlp, concept: features": number}"""
-    out = {}
-    for path, result in summary["saes"].items():
-        for kind, row in result["found"].items():
-            out |= {f"{' '.join(path.split('/')[-2:])}, {kind} (of {row['of']}): {name}": x for name, x in row["auc"].items()}
-    return out
-
-
-def effects(summary):
-    """Differences between arms of every number, the reward model under one name."""
-    names = {key: "proxy" if key.startswith("seed_") else key.removeprefix("world:") for key in summary["differences"]}
-    return {f"{names[key]}: {pair}": row["mean"] for key, rows in summary["differences"].items() for pair, row in rows.items()}
-
-
-def probe_lines(tables):
-    """The tables of the probes -> the lines of the picture: {label: {input: (mean, half-width)}}"""
-    lines = {}
-    for probe in PROBES:
-        for name, interval in tables[f"probe, {probe}"].items():
-            if name.startswith("policy less"):
-                continue
-            # "tau: policy, SAE features" -> what is read, and which of its numbers.
-            source, _, inputs = name.partition(": ")[2].partition(", ")
-            # A probe of features has the activations of the same layers beside it: a line of their own.
-            beside = probe == "words, features" and inputs == "activations"
-            label = "words, the same two layers" if beside else probe
-            lines.setdefault(label, {})[source] = interval
-    return lines
-
-
-def draw(figure, lines):
-    """What each probe reaches on the policy, on its base and on controls; bars are 95% intervals over seeds."""
-    figure.set_size_inches(8, 3.6)
-    axis = figure.add_subplot()
-    for source, style in MARKERS.items():
-        heights = [height for height, inputs in enumerate(lines.values()) if source in inputs]
-        intervals = [inputs[source] for inputs in lines.values() if source in inputs]
-        means = [mean for mean, _ in intervals]
-        half_widths = [half_width for _, half_width in intervals]
-        # The policy is drawn last, above what it is compared with.
-        order = 3 if source == "policy" else 2
-        axis.errorbar(means, heights, xerr=half_widths, linestyle="", label=source, zorder=order, **style)
-    axis.set_yticks(range(len(lines)), list(lines))
-    axis.invert_yaxis()
-    axis.axvline(0, color="grey", linewidth=0.8)
-    axis.set_xlabel("Kendall's tau with the true reward; of pairs the accuracy, where chance is 0.5")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 @dataclass
@@ -179,20 +92,254 @@ def read_settings(args: list[str] | None = None) -> Settings:
     return read_flags(Settings, __doc__, args, QUICK)
 
 
+# ---------------------------------------------------------------------------------------- commands
+
+
+def commands(a) -> list[list[str]]:
+    """The study as lists of command lines: what stands in one list can run side by side."""
+    stages = [[f"train_sft.py --output_dir {sft_of(a)} {a.sft_flags}"]]
+    for commands_of_seed in (
+        reward_commands,
+        ppo_commands,
+        autoencoder_commands,
+        probe_commands,
+        concept_commands,
+        ablation_commands,
+    ):
+        stage = []
+        for seed in range(a.seeds):
+            stage += commands_of_seed(a, seed)
+        stages.append(stage)
+    return stages
+
+
+def sft_of(a) -> str:
+    """The folder of the SFT policy, the base of all that PPO trains."""
+    return f"{a.output_dir}/sft"
+
+
+def folder_of(a, name: str, seed: int) -> str:
+    """The folder of a seed's run."""
+    return f"{a.output_dir}/{name}/seed_{seed}"
+
+
+def reward_commands(a, seed: int) -> list[str]:
+    """A reward model on pairs with the seed's own spurious cue."""
+    return [
+        f"train_rm.py --model {sft_of(a)} --dataset world:{seed} --seed {seed} "
+        f"--output_dir {folder_of(a, 'rm', seed)} {a.rm_flags}"
+    ]
+
+
+def ppo_commands(a, seed: int) -> list[str]:
+    """A PPO run against the seed's reward model."""
+    return [
+        f"train_ppo.py --model {sft_of(a)} --reward_model {folder_of(a, 'rm', seed)} "
+        f"--dataset world:{seed} --seed {seed} --output_dir {folder_of(a, 'ppo', seed)} "
+        f"{a.ppo_flags}"
+    ]
+
+
+def autoencoder_commands(a, seed: int) -> list[str]:
+    """The divergence of policy and base, and autoencoders of MLPs and of the residual stream."""
+    policy = folder_of(a, "ppo", seed)
+    divergence = (
+        f"probe.py divergence --model {sft_of(a)} --policy {policy} "
+        f"--output_dir {folder_of(a, 'divergence', seed)}"
+    )
+    autoencoder = f"train_sae.py --model {policy} --base {sft_of(a)} --seed {seed}"
+    # Without --site and --layers it is the MLPs of the two layers that moved most.
+    return [
+        divergence,
+        f"{autoencoder} --output_dir {folder_of(a, 'sae', seed)} {a.sae_flags}",
+        f"{autoencoder} --site residual --layers 3 "
+        f"--output_dir {folder_of(a, 'sae_residual', seed)} {a.sae_flags}",
+    ]
+
+
+def probe_commands(a, seed: int) -> list[str]:
+    """All probes of the reward."""
+    lines = []
+    for number, flags in enumerate(PROBES.values()):
+        flags = flags.format(sae=folder_of(a, "sae", seed))
+        lines.append(
+            f"probe.py {flags} --model {sft_of(a)} --policy {folder_of(a, 'ppo', seed)} "
+            f"{a.probe_flags} --output_dir {folder_of(a, f'probe_{number}', seed)}"
+        )
+    return lines
+
+
+def concept_commands(a, seed: int) -> list[str]:
+    """Known concepts among the features of all autoencoders."""
+    mlp = folder_of(a, "sae", seed)
+    residual = folder_of(a, "sae_residual", seed)
+    return [
+        f"probe.py features --sae {mlp}/*/* {residual}/*/* --top 5 "
+        f"--output_dir {folder_of(a, 'features', seed)}"
+    ]
+
+
+def ablation_commands(a, seed: int) -> list[str]:
+    """What the policy writes without some features: all ablations."""
+    lines = []
+    for number, flags in enumerate(ABLATIONS.values()):
+        lines.append(
+            f"probe.py ablate --sae {folder_of(a, 'sae_residual', seed)}/policy/3_residual "
+            f"{flags} --top 10 --dataset world:{seed} "
+            f"--reward world:gold {folder_of(a, 'rm', seed)} {a.ablate_flags} "
+            f"--output_dir {folder_of(a, f'ablate_{number}', seed)}"
+        )
+    return lines
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def read_tables(a) -> dict[str, dict[str, tuple[float, float]]]:
+    """All tables of the study: {title: {row: (mean, half-width)}}."""
+    divergence = over_seeds(a, "divergence", read_divergences)
+    tables = {"divergence, sum of Frobenius norms": divergence}
+    for number, name in enumerate(PROBES):
+        tables[f"probe, {name}"] = over_seeds(a, f"probe_{number}", read_probe)
+    tables["concepts with an AUC above .95"] = over_seeds(a, "features", read_concepts)
+    for number, name in enumerate(ABLATIONS):
+        title = f"ablation of features that {name}"
+        tables[title] = over_seeds(a, f"ablate_{number}", read_effects)
+    return tables
+
+
+def over_seeds(
+    a, name: str, read: Callable[[dict], dict[str, float]]
+) -> dict[str, tuple[float, float]]:
+    """The numbers of all seeds' summaries -> {key: (mean, half-width)}.
+
+    read(summary) -> {key: number} of one seed. A key that a seed lacks is left out.
+    """
+    rows = []
+    for seed in range(a.seeds):
+        path = Path(folder_of(a, name, seed), "summary.json")
+        rows.append(read(json.loads(path.read_text())))
+
+    intervals = {}
+    for key in rows[0]:
+        if all(key in row for row in rows):
+            intervals[key] = t_interval([row[key] for row in rows])
+    return intervals
+
+
+def read_divergences(summary: dict) -> dict[str, float]:
+    """How far each layer of the policy is from the base's."""
+    return {f"layer {row['layer']}": row["frobenius"] for row in summary["layers"]}
+
+
+def read_probe(summary: dict) -> dict[str, float]:
+    """The first metric of every row, tau or accuracy, and how far the policy is above the row."""
+    metric = summary["metrics"][0]
+    numbers = {}
+    for name, row in summary["rows"].items():
+        numbers[f"{metric}: {name}"] = row[metric][0]
+    for name, row in summary["rows"].items():
+        if "policy" not in name:
+            numbers[f"policy less {name}"] = row["policy_less"][0]
+    return numbers
+
+
+def read_concepts(summary: dict) -> dict[str, float]:
+    """How many known concepts have a feature.
+
+    A row is called "policy 3_mlp, concept (of 9): features".
+    """
+    numbers = {}
+    for path, result in summary["saes"].items():
+        autoencoder = " ".join(path.split("/")[-2:])  # of which model, and of which layer
+        for kind, row in result["found"].items():
+            for name, count in row["auc"].items():
+                numbers[f"{autoencoder}, {kind} (of {row['of']}): {name}"] = count
+    return numbers
+
+
+def read_effects(summary: dict) -> dict[str, float]:
+    """The differences between arms of every number."""
+    numbers = {}
+    for key, differences in summary["differences"].items():
+        # The seeds' reward models have one name, so that their numbers stand in one row.
+        name = key.removeprefix("world:")
+        if key.startswith("seed_"):
+            name = "proxy"
+        for pair, row in differences.items():
+            numbers[f"{name}: {pair}"] = row["mean"]
+    return numbers
+
+
+# ----------------------------------------------------------------------------------------- picture
+
+
+def probe_lines(tables: dict[str, dict]) -> dict[str, dict[str, tuple[float, float]]]:
+    """The tables of the probes -> the picture's lines: {label: {input: (mean, half-width)}}."""
+    lines = {}
+    for probe in PROBES:
+        for name, interval in tables[f"probe, {probe}"].items():
+            if name.startswith("policy less"):
+                continue
+            # "tau: policy, SAE features" -> what is read, and which of its numbers.
+            _, _, read_from = name.partition(": ")
+            source, _, inputs = read_from.partition(", ")
+            # Beside a probe of features stand the activations of the same layers: they are a line
+            # of their own.
+            label = probe
+            if probe == "words, features" and inputs == "activations":
+                label = "words, the same two layers"
+            lines.setdefault(label, {})[source] = interval
+    return lines
+
+
+def draw(figure, lines: dict[str, dict[str, tuple[float, float]]]):
+    """What each probe reaches on the policy, on its base and on controls.
+
+    The bars are 95% intervals over seeds.
+    """
+    figure.set_size_inches(8, 3.6)
+    axis = figure.add_subplot()
+    for source, style in MARKERS.items():
+        means = []
+        heights = []
+        half_widths = []
+        for height, inputs in enumerate(lines.values()):
+            if source in inputs:
+                mean, half_width = inputs[source]
+                means.append(mean)
+                heights.append(height)
+                half_widths.append(half_width)
+        # The policy is drawn last, above what it is compared with.
+        order = 2
+        if source == "policy":
+            order = 3
+        axis.errorbar(
+            means, heights, xerr=half_widths, linestyle="", label=source, zorder=order, **style
+        )
+    axis.set_yticks(range(len(lines)), list(lines))
+    axis.invert_yaxis()
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_xlabel(
+        "Kendall's tau with the true reward; of pairs the accuracy, where chance is 0.5"
+    )
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+# --------------------------------------------------------------------------------------- the study
+
+
 def main(args=None):
-    """Run what is not done yet, then print the tables."""
+    """Run what is not done yet, then print the tables and draw the picture."""
     a = read_settings(args)
     for stage in commands(a):
         run_stage(stage, a.jobs)
 
-    tables = {"divergence, sum of Frobenius norms": over_seeds(a, "divergence", divergences)}
-    tables |= {f"probe, {name}": over_seeds(a, f"probe_{i}", probe_rows) for i, name in enumerate(PROBES)}
-    tables["concepts with an AUC above .95"] = over_seeds(a, "features", concepts)
-    tables |= {f"ablation of features that {name}": over_seeds(a, f"ablate_{i}", effects) for i, name in enumerate(ABLATIONS)}
+    tables = read_tables(a)
     for title, table in tables.items():
         print_title(f"{title}: {describe_numbers(a)}", a)
-        for name, (mean, half) in table.items():
-            print(f"  {name:60s}{with_interval(mean, half):>17s}")
+        for name, (mean, half_width) in table.items():
+            print(f"  {name:60s}{with_interval(mean, half_width):>17s}")
     write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "tables": tables})
     draw_picture(draw, probe_lines(tables), f"{a.output_dir}/probes.png")
 

@@ -33,6 +33,7 @@ from shlex import quote, split
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from ..bon import bon_kl
@@ -51,212 +52,13 @@ from .common import (
     write_summary,
 )
 
-SFT, BON, KINDS = "sft", "best_of_n", ("k1", "k2")
-DIVERSITY = {"ead": "EAD", "embedding": "emb", "distinct": "dist"}  # of diversity.json, and how the tables call it
+SFT = "sft"
+BON = "best_of_n"
+KINDS = ("k1", "k2")
+# The metrics of diversity.json that are compared, and how the tables call them.
+DIVERSITY = {"ead": "EAD", "embedding": "emb", "distinct": "dist"}
 # What --quick puts in the place of the flags' defaults: the two ends of the KL coefficients.
 QUICK = {"seeds": 1, "kl_coef": [0.02, 0.2], "steps": 15, "prompts": 20, "answers": 8, "n": 8}
-
-
-def systems(a):
-    """{name: (kind of KL, coefficient) of PPO's cells, None of the other two}"""
-    return {SFT: None, BON: None} | {f"{kind}_{coef:g}": (kind, coef) for kind in a.kinds for coef in a.kl_coef}
-
-
-def names_of_splits(a):
-    return [item.partition("=")[0] for item in a.splits]
-
-
-def answers_of(a, name, s, part):
-    """The file with a system's K answers to each prompt of a split, as rows {prompt, response, scores, gold}."""
-    return f"{a.output_dir}/answers/{name}/seed_{s}/{part}/best_of_{a.n if name == BON else 1}.jsonl"
-
-
-def commands(a):
-    """The study as lists of command lines: what stands in one list can run side by side."""
-    out, sft = a.output_dir, a.model or f"{a.output_dir}/sft"
-    where = f"{a.data_flags} --eval_splits {' '.join(map(quote, a.splits))}"
-    sampling = f"{where} --eval_size {a.prompts} {a.bon_flags}"
-    first = [] if a.model else [f"train_sft.py --output_dir {sft} {a.sft_flags}"]
-    pool = f"--reward_model {a.reward_model or 'world:gold'} --n_answers {a.n * a.answers} {sampling} --seed 2000 --output_dir {out}/pool"
-    members, ppo, answers, diversity = [], [], [], []
-    for s in range(a.seeds):
-        reward = a.reward_model or f"{out}/rm/seed_{s}"
-        if not a.reward_model:
-            members.append(f"train_rm.py --model {sft} --dataset world:{s} --seed {s} --output_dir {reward} {a.rm_flags}")
-        for name, cell in systems(a).items():
-            policy, folder = f"{out}/ppo/{name}/seed_{s}", f"{out}/answers/{name}/seed_{s}"
-            if cell:
-                ppo.append(
-                    f"train_ppo.py --model {sft} --reward_model {reward} --kl_kind {cell[0]} --kl_coef {cell[1]:g} --seed {s} "
-                    f"--steps {a.steps} {where} --output_dir {policy} {a.ppo_flags}"
-                )
-            if name == BON:
-                answers += [
-                    f"sample_bon.py --pool {out}/pool/{part}/pool.jsonl --reward_model {reward} --n {a.n} --save_best "
-                    f"--output_dir {folder}/{part}"
-                    for part in names_of_splits(a)
-                ]
-                continue
-            answers.append(
-                f"sample_bon.py --model {policy if cell else sft} --reward_model {reward} --n_answers {a.answers} --n 1 --save_best "
-                f"{sampling} --seed {s if cell else 1000 + s} --output_dir {folder}"
-            )
-        for part in names_of_splits(a):
-            files = " ".join(answers_of(a, name, s, part) for name in systems(a))
-            measures = f"--encoder {a.encoder or sft} {a.diversity_flags}"
-            diversity.append(f"sample_bon.py --from {files} {measures} --output_dir {out}/diversity/seed_{s}/{part}")
-    return [first, members, [f"sample_bon.py --model {sft} {pool}", *ppo], answers, diversity]
-
-
-def finished(a, command):
-    """is_finished() of sample_bon.py too, which ends with a summary for each split, or with the diversity of the files that it names."""
-    words = split(command)
-    folder = Path(words[words.index("--output_dir") + 1])
-    if "--from" in words:
-        found = json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else {}
-        i, j = words.index("--from"), words.index("--encoder")
-        return (found.get("from_files"), found.get("encoder")) == (words[i + 1 : j], words[j + 1])
-    return is_finished(command) or ("--eval_splits" in words and (folder / names_of_splits(a)[-1] / "summary.json").is_file())
-
-
-# ----------------------------------------------------------------------------------------------------------------------- one seed
-
-
-def measured(a, s):
-    """All that is read of one seed: {split: {system: {column: number}}}"""
-    out = {}
-    for part in names_of_splits(a):
-        rows, sft = {}, scores(answers_of(a, SFT, s, part))
-        for name in systems(a):
-            own = scores(answers_of(a, name, s, part))
-            row = {"KL": kl_of(a, name, s, part), **{key: x.mean().item() for key, x in own.items()}}
-            row |= {f"win {key}": win_rate(x, sft[key]) for key, x in own.items()}
-            rows[name] = row
-        found = json.loads(Path(a.output_dir, f"diversity/seed_{s}/{part}", FILE).read_text())
-        for end, table in (("", found), (", cut", found.get("truncated", {"systems": {}}))):
-            for name, system in zip(rows, table["systems"].values(), strict=not end):  # in the order of the files
-                rows[name]["length" + end] = system["per_input"]["length"]["mean"]
-                for protocol, short in (("per_input", "in"), ("across_input", "across")):
-                    rows[name] |= {f"{short} {label}{end}": system[protocol][key]["mean"] for key, label in DIVERSITY.items()}
-        out[part] = rows
-    return out
-
-
-def scores(path):
-    """A file of answers -> {"proxy": [P, K], "gold": [P, K] where there is gold}, float64."""
-    found = {}
-    for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
-        row = json.loads(line)
-        (proxy,) = row["scores"].values()
-        own = {"proxy": proxy} | ({} if row["gold"] is None else {"gold": row["gold"]})
-        for key, x in own.items():
-            found.setdefault(key, {}).setdefault(row["prompt"], []).append(x)
-    return {key: torch.tensor(list(by_prompt.values()), dtype=torch.float64) for key, by_prompt in found.items()}
-
-
-def win_rate(a, b):
-    """Scores [P, K] and [P, J] of answers to the same prompts -> the share of the pairs of a prompt that A wins, ties half."""
-    a, b = torch.broadcast_tensors(a[:, :, None], b[:, None])  # [P, K, J]
-    return win_points(a.flatten(), b.flatten()).mean().item()
-
-
-def kl_of(a, name, s, part):
-    """The KL to SFT in nats: of PPO over its own prompts of a split, after training; of best-of-n by its formula."""
-    if name in (SFT, BON):
-        return bon_kl(a.n) if name == BON else 0.0
-    after = json.loads(Path(a.output_dir, f"ppo/{name}/seed_{s}/summary.json").read_text())["after"]
-    return after["kl" if part == names_of_splits(a)[0] else f"{part}/kl"]
-
-
-def at_kl(rows, kind, kl, column):
-    """What a kind of KL has at some KL: between its cells (and SFT, at 0) along a straight line in sqrt(KL); None beyond them."""
-    points = sorted((row["KL"], row[column]) for name, row in rows.items() if name == SFT or name.startswith(f"{kind}_"))
-    x, y = np.array(points).T
-    d, kl = np.sqrt(x.clip(0)), max(kl, 0.0)  # a KL that is estimated may come out a little below 0
-    return np.interp(kl**0.5, d, y).item() if kl <= d[-1] ** 2 else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------- all seeds
-
-
-def compared(a, seeds):
-    """measured() of all seeds -> {title: {row: {column: [one number a seed that has one]}}}"""
-    first, *others = names_of_splits(a)
-    tables = {}
-    for part in (first, *others):
-        rows = [seed[part] for seed in seeds]
-        tables[part] = {name: collect(r[name] for r in rows) for name in systems(a)}
-        tables[f"{part}, less SFT"] = {name: collect(less(r[name], r[SFT]) for r in rows) for name in systems(a) if name != SFT}
-        tables[f"{part}, largest less smallest coefficient"] = {
-            kind: collect(less(r[f"{kind}_{max(a.kl_coef):g}"], r[f"{kind}_{min(a.kl_coef):g}"]) for r in rows) for kind in a.kinds
-        }
-        if set(KINDS) <= set(a.kinds):
-            pairs = [(f"k1_{coef:g}", f"k2_{coef:g}") for coef in a.kl_coef]
-            tables[f"{part}, k2 less k1 at the same coefficient"] = {k2: collect(less(r[k2], r[k1]) for r in rows) for k1, k2 in pairs}
-            tables[f"{part}, k2 less k1 at k2's KL"] = {k2: collect(less_at_its_kl(r, k2) for r in rows) for _, k2 in pairs}
-    judged = [c for c in ("proxy", "gold", "win proxy", "win gold") if c in tables[first][SFT]]
-    for other in others:
-        gaps = {name: [{c: r[first][name][c] - r[other][name][c] for c in judged} for r in seeds] for name in systems(a)}
-        tables[f"gap, {first} less {other}"] = {name: collect(rows) for name, rows in gaps.items()}
-        rest = {name: [less(x, y) for x, y in zip(rows, gaps[SFT])] for name, rows in gaps.items() if name != SFT}
-        tables[f"gap, {first} less {other}, less SFT's"] = {name: collect(rows) for name, rows in rest.items()}
-    return tables
-
-
-def collect(rows):
-    """[{column: number or None}] of the seeds -> {column: [numbers]}"""
-    out = {}
-    for row in rows:
-        for column, x in row.items():
-            out.setdefault(column, []).extend([] if x is None else [x])
-    return out
-
-
-def less(a, b):
-    return {column: a[column] - b[column] for column in a}
-
-
-def less_at_its_kl(rows, name):
-    """A cell of k2 less what k1 has at that cell's KL, so that how far the policy has moved is the same."""
-    there = {column: at_kl(rows, "k1", rows[name]["KL"], column) for column in rows[name] if column != "KL"}
-    return {column: None if y is None else rows[name][column] - y for column, y in there.items()}
-
-
-def show(rows):
-    """A table of mean +- half-width, a line for each column of the rows; in brackets how many seeds have one, where not all do."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    most = max(len(values) for row in rows.values() for values in row.values())
-    print(f"{'':18s}" + "".join(f"{name:>20s}" for name in rows))
-    for column in columns:
-        print(f"{column:18s}" + "".join(f"{as_text(row[column], most):>20s}" for row in rows.values()))
-
-
-def as_text(values, most):
-    if not values:
-        return "-"
-    return with_interval(*t_interval(values)) + (f" ({len(values)})" if len(values) < most else "")
-
-
-def draw(figure, tables):
-    """Win rate over SFT against per-input EAD, a panel for each split: one marker a system, 95% intervals over seeds."""
-    parts = [title for title in tables if "," not in title]
-    figure.set_size_inches(4.6 * len(parts), 4.2)
-    axes = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, part in zip(axes, parts):
-        won = "win gold" if "win gold" in tables[part][SFT] else "win proxy"
-        groups = {}
-        for name, row in tables[part].items():
-            groups.setdefault(name.split("_")[0] if name[:2] in KINDS else name, {})[name] = row
-        for i, (group, rows) in enumerate(groups.items()):
-            (x, dx), (y, dy) = (zip(*(t_interval(row[c]) for row in rows.values())) for c in ("in EAD", won))
-            label = {SFT: "SFT", BON: "best-of-n"}.get(group, f"PPO, {group}")
-            axis.errorbar(x, y, dy, dx, marker="osD^v"[i % 5], color=f"C{i}", linewidth=1, elinewidth=0.7, label=label)
-            for name, *at in zip(rows, x, y):
-                axis.annotate(name.partition("_")[2] if name[:2] in KINDS else "", at, (4, 4), textcoords="offset points", fontsize=7)
-        axis.axhline(0.5, color="grey", linewidth=0.8)
-        axis.set(title=part, xlabel="diversity: EAD of the answers to one prompt")
-    axes[0].set_ylabel(f"win rate over SFT ({won.removeprefix('win ')})")
-    axes[-1].legend()
 
 
 @dataclass
@@ -310,17 +112,506 @@ def read_settings(args: list[str] | None = None) -> Settings:
     return read_flags(Settings, __doc__, args, QUICK)
 
 
+# ----------------------------------------------------------------------------------------- systems
+
+
+def list_systems(a) -> dict[str, tuple[str, float] | None]:
+    """{name: (kind of KL, coefficient) of a PPO cell, None of SFT and best-of-n}."""
+    systems = {SFT: None, BON: None}
+    for kind in a.kinds:
+        for coefficient in a.kl_coef:
+            systems[name_cell(kind, coefficient)] = (kind, coefficient)
+    return systems
+
+
+def name_cell(kind: str, coefficient: float) -> str:
+    """("k1", 0.05) -> "k1_0.05"."""
+    return f"{kind}_{coefficient:g}"
+
+
+def names_of_splits(a) -> list[str]:
+    """The names in --splits: "ood" of "ood=FILE"."""
+    return [item.partition("=")[0] for item in a.splits]
+
+
+def answers_of(a, name: str, seed: int, part: str) -> str:
+    """The file with a system's K answers to each prompt of a split.
+
+    Its rows are {prompt, response, scores, gold}.
+    """
+    n = 1
+    if name == BON:
+        n = a.n
+    return f"{a.output_dir}/answers/{name}/seed_{seed}/{part}/best_of_{n}.jsonl"
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def commands(a) -> list[list[str]]:
+    """The study as lists of command lines: what stands in one list can run side by side."""
+    # A policy and a reward that are there need no training.
+    policies = []
+    if not a.model:
+        policies.append(f"train_sft.py --output_dir {sft_of(a)} {a.sft_flags}")
+    rewards = []
+    if not a.reward_model:
+        for seed in range(a.seeds):
+            rewards.append(
+                f"train_rm.py --model {sft_of(a)} --dataset world:{seed} --seed {seed} "
+                f"--output_dir {reward_of(a, seed)} {a.rm_flags}"
+            )
+
+    runs = [pool_command(a)]
+    answers = []
+    diversity = []
+    for seed in range(a.seeds):
+        for name, cell in list_systems(a).items():
+            if cell is not None:
+                runs.append(ppo_command(a, name, cell, seed))
+            answers += answer_commands(a, name, seed)
+        for part in names_of_splits(a):
+            diversity.append(diversity_command(a, seed, part))
+    return [policies, rewards, runs, answers, diversity]
+
+
+def sft_of(a) -> str:
+    """The folder of the SFT policy."""
+    return a.model or f"{a.output_dir}/sft"
+
+
+def reward_of(a, seed: int) -> str:
+    """The reward of a seed."""
+    return a.reward_model or f"{a.output_dir}/rm/seed_{seed}"
+
+
+def ppo_folder(a, name: str, seed: int) -> str:
+    """The folder of a cell's PPO run."""
+    return f"{a.output_dir}/ppo/{name}/seed_{seed}"
+
+
+def data_flags_of(a) -> str:
+    """The flags of the data that everything is evaluated on."""
+    splits = " ".join(quote(item) for item in a.splits)
+    return f"{a.data_flags} --eval_splits {splits}"
+
+
+def sampling_flags_of(a) -> str:
+    """The flags of everything that is sampled for the tables."""
+    return f"{data_flags_of(a)} --eval_size {a.prompts} {a.bon_flags}"
+
+
+def pool_command(a) -> str:
+    """Sample the n K answers of SFT that all seeds choose their best-of-n answers from."""
+    return (
+        f"sample_bon.py --model {sft_of(a)} --reward_model {a.reward_model or 'world:gold'} "
+        f"--n_answers {a.n * a.answers} {sampling_flags_of(a)} --seed 2000 "
+        f"--output_dir {a.output_dir}/pool"
+    )
+
+
+def ppo_command(a, name: str, cell: tuple[str, float], seed: int) -> str:
+    """Train the PPO policy of a cell."""
+    kind, coefficient = cell
+    return (
+        f"train_ppo.py --model {sft_of(a)} --reward_model {reward_of(a, seed)} "
+        f"--kl_kind {kind} --kl_coef {coefficient:g} --seed {seed} --steps {a.steps} "
+        f"{data_flags_of(a)} --output_dir {ppo_folder(a, name, seed)} {a.ppo_flags}"
+    )
+
+
+def answer_commands(a, name: str, seed: int) -> list[str]:
+    """Have a system answer the prompts of all splits."""
+    folder = f"{a.output_dir}/answers/{name}/seed_{seed}"
+    reward = reward_of(a, seed)
+
+    # Best-of-n chooses from the pool, in which each split has a folder of its own.
+    if name == BON:
+        lines = []
+        for part in names_of_splits(a):
+            lines.append(
+                f"sample_bon.py --pool {a.output_dir}/pool/{part}/pool.jsonl "
+                f"--reward_model {reward} --n {a.n} --save_best --output_dir {folder}/{part}"
+            )
+        return lines
+
+    # Seeds of sampling are different for SFT and PPO, so that all systems have their own noise.
+    policy = ppo_folder(a, name, seed)
+    sampling_seed = seed
+    if name == SFT:
+        policy = sft_of(a)
+        sampling_seed = 1000 + seed
+    return [
+        f"sample_bon.py --model {policy} --reward_model {reward} --n_answers {a.answers} --n 1 "
+        f"--save_best {sampling_flags_of(a)} --seed {sampling_seed} --output_dir {folder}"
+    ]
+
+
+def diversity_command(a, seed: int, part: str) -> str:
+    """Measure the diversity of all systems' answers to the prompts of a split."""
+    files = " ".join(answers_of(a, name, seed, part) for name in list_systems(a))
+    encoder = a.encoder or sft_of(a)
+    return (
+        f"sample_bon.py --from {files} --encoder {encoder} {a.diversity_flags} "
+        f"--output_dir {a.output_dir}/diversity/seed_{seed}/{part}"
+    )
+
+
+def finished(a, command: str) -> bool:
+    """Whether a command has run already: common.is_finished(), and what it cannot tell.
+
+    sample_bon.py ends with a summary for each split, or with the diversity of the files that it
+    names. It is measured again where the files or the encoder have changed.
+    """
+    words = split(command)
+    folder = Path(words[words.index("--output_dir") + 1])
+    if "--from" in words:
+        stored = {}
+        if (folder / FILE).is_file():
+            stored = json.loads((folder / FILE).read_text())
+        first = words.index("--from") + 1
+        last = words.index("--encoder")
+        same_files = stored.get("from_files") == words[first:last]
+        same_encoder = stored.get("encoder") == words[last + 1]
+        return same_files and same_encoder
+
+    if is_finished(command):
+        return True
+    last_split = names_of_splits(a)[-1]
+    return "--eval_splits" in words and (folder / last_split / "summary.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------- one seed
+
+
+def measure_seed(a, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """All that is read of one seed: {split: {system: {column: number}}}."""
+    tables = {}
+    for part in names_of_splits(a):
+        sft = read_scores(answers_of(a, SFT, seed, part))
+        rows = {}
+        for name in list_systems(a):
+            own = read_scores(answers_of(a, name, seed, part))
+            row = {"KL": kl_of(a, name, seed, part)}
+            for key, scores in own.items():
+                row[key] = scores.mean().item()
+            for key, scores in own.items():
+                row[f"win {key}"] = win_rate(scores, sft[key])
+            rows[name] = row
+        add_diversity(rows, Path(a.output_dir, f"diversity/seed_{seed}/{part}", FILE))
+        tables[part] = rows
+    return tables
+
+
+def add_diversity(rows: dict[str, dict[str, float]], path: Path):
+    """Add the columns of a diversity.json to the rows of the systems."""
+    found = json.loads(path.read_text())
+    add_metrics(rows, found["systems"], "")
+    if "truncated" in found:
+        add_metrics(rows, found["truncated"]["systems"], ", cut")
+
+
+def add_metrics(rows: dict[str, dict[str, float]], systems: dict[str, dict], end: str):
+    """Add the columns of one list of diversity.json, whose names all have the same end."""
+    # The systems of diversity.json stand in the order of the files, which is that of the rows.
+    for row, system in zip(rows.values(), systems.values(), strict=True):
+        per_input = system["per_input"]
+        across_input = system["across_input"]
+        row[f"length{end}"] = per_input["length"]["mean"]
+        for key, label in DIVERSITY.items():
+            row[f"in {label}{end}"] = per_input[key]["mean"]
+        for key, label in DIVERSITY.items():
+            row[f"across {label}{end}"] = across_input[key]["mean"]
+
+
+def read_scores(path: str) -> dict[str, Tensor]:
+    """A file of answers -> {"proxy": [P, K], "gold": [P, K] where there is gold}, float64."""
+    found = {}  # {"proxy": {prompt: [K numbers]}, ...}
+    for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
+        row = json.loads(line)
+        (proxy,) = row["scores"].values()
+        found.setdefault("proxy", {}).setdefault(row["prompt"], []).append(proxy)
+        if row["gold"] is not None:
+            found.setdefault("gold", {}).setdefault(row["prompt"], []).append(row["gold"])
+
+    scores = {}
+    for key, by_prompt in found.items():
+        scores[key] = torch.tensor(list(by_prompt.values()), dtype=torch.float64)
+    return scores
+
+
+def win_rate(a: Tensor, b: Tensor) -> float:
+    """The share of the pairs of answers to one prompt that A wins, ties half.
+
+    a [P, K], b [P, J]: scores of A's and of B's answers to the same prompts.
+    """
+    a, b = torch.broadcast_tensors(a[:, :, None], b[:, None])  # [P, K, J]
+    return win_points(a.flatten(), b.flatten()).mean().item()
+
+
+def kl_of(a, name: str, seed: int, part: str) -> float:
+    """The KL to SFT in nats.
+
+    That of best-of-n is its formula's; that of PPO was measured on the run's own prompts of a
+    split, after training.
+    """
+    if name == SFT:
+        return 0.0
+    if name == BON:
+        return bon_kl(a.n)
+    summary = json.loads(Path(ppo_folder(a, name, seed), "summary.json").read_text())
+    key = "kl"
+    if part != names_of_splits(a)[0]:
+        key = f"{part}/kl"
+    return summary["after"][key]
+
+
+def at_kl(rows: dict[str, dict], kind: str, kl: float, column: str) -> float | None:
+    """What a kind of KL has in a column at some KL.
+
+    It lies between the kind's cells (and SFT, at 0) on straight lines in sqrt(KL). None for a KL
+    beyond them.
+    """
+    points = []
+    for name, row in rows.items():
+        if name == SFT or name.startswith(f"{kind}_"):
+            points.append((row["KL"], row[column]))
+    x, y = np.array(sorted(points)).T
+
+    # A KL that is estimated may come out a little below 0.
+    d = np.sqrt(x.clip(0))
+    kl = max(kl, 0.0)
+    if kl > d[-1] ** 2:
+        return None
+    return np.interp(kl**0.5, d, y).item()
+
+
+# --------------------------------------------------------------------------------------- all seeds
+
+
+def compare_seeds(a, seeds: list[dict]) -> dict[str, dict]:
+    """measure_seed() of all seeds -> tables {title: {row: {column: [one number a seed]}}}.
+
+    A seed that has no number for a cell of a table is left out there. All comparisons are made
+    within a seed.
+    """
+    first, *others = names_of_splits(a)
+    tables = {}
+    for part in (first, *others):
+        tables |= tables_of_split(a, part, [seed[part] for seed in seeds])
+    for other in others:
+        tables |= tables_of_gap(a, first, other, seeds)
+    return tables
+
+
+def tables_of_split(a, part: str, seeds: list[dict]) -> dict[str, dict]:
+    """The tables of one split. seeds: {system: {column: number}} of each."""
+    names = list(list_systems(a))
+    whole = {}
+    less_sft = {}
+    for name in names:
+        whole[name] = collect(seed[name] for seed in seeds)
+        if name != SFT:
+            less_sft[name] = collect(subtract(seed[name], seed[SFT]) for seed in seeds)
+
+    # What the coefficient does: the strongest penalty less the weakest one.
+    ends = {}
+    for kind in a.kinds:
+        strongest = name_cell(kind, max(a.kl_coef))
+        weakest = name_cell(kind, min(a.kl_coef))
+        ends[kind] = collect(subtract(seed[strongest], seed[weakest]) for seed in seeds)
+    tables = {
+        part: whole,
+        f"{part}, less SFT": less_sft,
+        f"{part}, largest less smallest coefficient": ends,
+    }
+    if not set(KINDS) <= set(a.kinds):
+        return tables
+
+    # What the kind of KL does, at the same coefficient and at the same distance from SFT.
+    same_coefficient = {}
+    same_kl = {}
+    for coefficient in a.kl_coef:
+        k1 = name_cell("k1", coefficient)
+        k2 = name_cell("k2", coefficient)
+        same_coefficient[k2] = collect(subtract(seed[k2], seed[k1]) for seed in seeds)
+        same_kl[k2] = collect(less_at_its_kl(seed, k2) for seed in seeds)
+    tables[f"{part}, k2 less k1 at the same coefficient"] = same_coefficient
+    tables[f"{part}, k2 less k1 at k2's KL"] = same_kl
+    return tables
+
+
+def tables_of_gap(a, first: str, other: str, seeds: list[dict]) -> dict[str, dict]:
+    """The generalisation gap, the first split less another one, and what it is beyond SFT's gap."""
+    columns = []
+    for column in ("proxy", "gold", "win proxy", "win gold"):
+        if column in seeds[0][first][SFT]:
+            columns.append(column)
+
+    gaps = {}  # {system: the gaps of each seed}
+    for name in list_systems(a):
+        gaps[name] = []
+        for seed in seeds:
+            inside = {column: seed[first][name][column] for column in columns}
+            gaps[name].append(subtract(inside, seed[other][name]))
+
+    whole = {}
+    less_sft = {}
+    for name, own in gaps.items():
+        whole[name] = collect(own)
+        if name != SFT:
+            less_sft[name] = collect(subtract(x, y) for x, y in zip(own, gaps[SFT]))
+    title = f"gap, {first} less {other}"
+    return {title: whole, f"{title}, less SFT's": less_sft}
+
+
+def collect(rows) -> dict[str, list[float]]:
+    """Rows {column: number or None} of the seeds -> {column: the numbers}."""
+    columns = {}
+    for row in rows:
+        for column, number in row.items():
+            numbers = columns.setdefault(column, [])
+            if number is not None:
+                numbers.append(number)
+    return columns
+
+
+def subtract(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """a less b, for each column of a."""
+    return {column: a[column] - b[column] for column in a}
+
+
+def less_at_its_kl(rows: dict[str, dict], name: str) -> dict[str, float | None]:
+    """A cell of k2 less what k1 has at that cell's KL.
+
+    So both policies have moved as far from SFT. None where k1 has not moved so far.
+    """
+    own = rows[name]
+    differences = {}
+    for column, number in own.items():
+        if column == "KL":
+            continue
+        k1 = at_kl(rows, "k1", own["KL"], column)
+        differences[column] = None
+        if k1 is not None:
+            differences[column] = number - k1
+    return differences
+
+
+# ------------------------------------------------------------------------------ tables and picture
+
+
+def print_table(rows: dict[str, dict[str, list[float]]]):
+    """A table of mean +- half-width: a line for each column of the rows.
+
+    In brackets it says how many seeds have a number, where not all do.
+    """
+    columns = {}  # a set that keeps the order
+    most = 0  # seeds
+    for row in rows.values():
+        columns |= dict.fromkeys(row)
+        for numbers in row.values():
+            most = max(most, len(numbers))
+
+    header = "".join(f"{name:>20s}" for name in rows)
+    print(f"{'':18s}{header}")
+    for column in columns:
+        line = f"{column:18s}"
+        for row in rows.values():
+            line += f"{as_text(row[column], most):>20s}"
+        print(line)
+
+
+def as_text(numbers: list[float], most: int) -> str:
+    """Mean +- half-width of the seeds' numbers, with their count where it is less than `most`."""
+    if not numbers:
+        return "-"
+    mean, half_width = t_interval(numbers)
+    text = with_interval(mean, half_width)
+    if len(numbers) < most:
+        text += f" ({len(numbers)})"
+    return text
+
+
+def draw(figure, tables: dict[str, dict]):
+    """Win rate over SFT against per-input EAD: a panel a split, a marker a system.
+
+    The bars are 95% intervals over seeds.
+    """
+    parts = [title for title in tables if "," not in title]
+    figure.set_size_inches(4.6 * len(parts), 4.2)
+    axes = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, part in zip(axes, parts):
+        won = "win proxy"
+        if "win gold" in tables[part][SFT]:
+            won = "win gold"
+        for i, (group, rows) in enumerate(group_cells(tables[part]).items()):
+            draw_group(axis, group, rows, won, i)
+        axis.axhline(0.5, color="grey", linewidth=0.8)
+        axis.set(title=part, xlabel="diversity: EAD of the answers to one prompt")
+    axes[0].set_ylabel(f"win rate over SFT ({won.removeprefix('win ')})")
+    axes[-1].legend()
+
+
+def group_cells(table: dict[str, dict]) -> dict[str, dict]:
+    """{system: row} -> {group: {system: row}}: the cells of a kind of KL are one group."""
+    groups = {}
+    for name, row in table.items():
+        group = name
+        if is_cell(name):
+            group = name.partition("_")[0]
+        groups.setdefault(group, {})[name] = row
+    return groups
+
+
+def is_cell(name: str) -> bool:
+    """Whether a system is a cell of PPO."""
+    return name.startswith(KINDS)
+
+
+def draw_group(axis, group: str, rows: dict[str, dict], won: str, number: int):
+    """The systems of a group: a line through their markers, and at each cell its coefficient."""
+    diversity = [t_interval(row["in EAD"]) for row in rows.values()]
+    wins = [t_interval(row[won]) for row in rows.values()]
+    x, x_half_widths = zip(*diversity)
+    y, y_half_widths = zip(*wins)
+
+    names = {SFT: "SFT", BON: "best-of-n"}
+    axis.errorbar(
+        x,
+        y,
+        yerr=y_half_widths,
+        xerr=x_half_widths,
+        marker="osD^v"[number % 5],
+        color=f"C{number}",
+        linewidth=1,
+        elinewidth=0.7,
+        label=names.get(group, f"PPO, {group}"),
+    )
+    for name, *place in zip(rows, x, y):
+        coefficient = ""
+        if is_cell(name):
+            coefficient = name.partition("_")[2]
+        axis.annotate(coefficient, place, (4, 4), textcoords="offset points", fontsize=7)
+
+
+# --------------------------------------------------------------------------------------- the study
+
+
 def main(args=None):
     """Run what is not done yet, then print the tables and draw the picture."""
     a = read_settings(args)
     for stage in commands(a):
         run_stage(stage, a.jobs, lambda command: finished(a, command))
 
-    tables = compared(a, [measured(a, s) for s in range(a.seeds)])
-    print(f"\nNumbers: {describe_numbers(a)}; {a.prompts} prompts a split, {a.answers} answers to each.")
+    tables = compare_seeds(a, [measure_seed(a, seed) for seed in range(a.seeds)])
+    print(
+        f"\nNumbers: {describe_numbers(a)}; {a.prompts} prompts a split, {a.answers} answers to "
+        "each."
+    )
     for title, rows in tables.items():
         print_title(title, a)
-        show(rows)
+        print_table(rows)
     write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "tables": tables})
     draw_picture(draw, tables, a.picture or f"{a.output_dir}/generalisation.png")
 

@@ -13,7 +13,6 @@ Runs that are done are not done again, so it goes on where it was stopped. At
 the end a table over seeds, as text and in summary.json, and the pictures.
 """
 
-import itertools
 import json
 import statistics
 from dataclasses import dataclass
@@ -35,61 +34,116 @@ from .common import (
     write_summary,
 )
 
-METHODS = ("single", *OBJECTIVES)  # PPO against one reward model, and against all by each objective
+SINGLE = "single"  # one reward model
+METHODS = (SINGLE, *OBJECTIVES)  # of PPO: against one reward model, or all by each objective
 BON_LAMBDAS = (0.1, 0.5, 1)
-# What --quick puts in the place of the flags' defaults: noisy labels and no penalty, where gold falls soonest.
-QUICK = {"seeds": 1, "members": 3, "label_noise": [0.25], "kl_coef": [0], "steps": 15, "n_answers": 64}
+# What --quick puts in the place of the flags' defaults: noisy labels and no penalty, where gold
+# falls soonest.
+QUICK = {
+    "seeds": 1,
+    "members": 3,
+    "label_noise": [0.25],
+    "kl_coef": [0],
+    "steps": 15,
+    "n_answers": 64,
+}
+
+
+# In all functions a are the study's Settings, and s is a seed.
+
+# ---------------------------------------------------------------------------------- the commands
 
 
 def commands(a):
     """The study as lists of command lines: what stands in one list can run side by side."""
-    out, lambdas = a.output_dir, " ".join(map(str, BON_LAMBDAS))
+    out = a.output_dir
     sft = f"train_sft.py --output_dir {out}/sft {a.sft_flags}"
-    answers = f"--n_answers {a.n_answers} --eval_size {a.prompts}"
-    pool = f"sample_bon.py --model {out}/sft --reward_model world:gold {answers} --output_dir {out}/pool {a.bon_flags}"
-    members, bon, ppo = [], [], []
-    for s, noise in itertools.product(range(a.seeds), a.label_noise):
-        first, folder = s * a.members, f"{out}/rm_noise{noise:g}/seed_{s}"
-        all_of_them = f"{folder}/seed_{{seed}}"
-        members.append(
-            f"train_rm.py --members {a.members} --model {out}/sft --dataset world:{s} --seed {first} --label_noise {noise:g} "
-            f"--noise_seed {s} --output_dir {all_of_them} {a.rm_flags}"
-        )
-        bon.append(
-            f"sample_bon.py --pool {out}/pool/pool.jsonl --reward_model {all_of_them} --uwo_lambda {lambdas} --seed {s} "
-            f"--output_dir {out}/bon_noise{noise:g}/seed_{s} {a.bon_flags}"
-        )
-        for kl_coef, objective in itertools.product(a.kl_coef, METHODS):
-            one = objective == "single"
-            ppo.append(
-                f"train_ppo.py --model {out}/sft --reward_model {f'{folder}/seed_{first}' if one else all_of_them} "
-                f"--objective {'mean' if one else objective} --kl_coef {kl_coef:g} --seed {s} --steps {a.steps} "
-                f"--eval_every {a.eval_every} --output_dir {out}/ppo_noise{noise:g}_kl{kl_coef:g}/{objective}/seed_{s} {a.ppo_flags}"
-            )
-    return [[sft], [pool, *members], ppo, bon]
+    pool = (
+        f"sample_bon.py --model {out}/sft --reward_model world:gold --n_answers {a.n_answers} "
+        f"--eval_size {a.prompts} --output_dir {out}/pool {a.bon_flags}"
+    )
+    reward_models = []
+    best_of_n = []
+    policies = []
+    for s in range(a.seeds):
+        for noise in a.label_noise:
+            reward_models.append(train_members(a, s, noise))
+            best_of_n.append(choose_best(a, s, noise))
+            for kl_coef in a.kl_coef:
+                for method in METHODS:
+                    policies.append(train_policy(a, s, noise, kl_coef, method))
+    return [[sft], [pool, *reward_models], policies, best_of_n]
 
 
-def cell_of(curves):
-    """Curves [(x, gold)] of the seeds -> what the table shows of them; `fall` is peak - end: what going on cost."""
-    best = [max(curve, key=lambda point: point[1]) for curve in curves]
-    return {
-        "start": [curve[0][1] for curve in curves],
-        "peak": [gold for _, gold in best],
-        "at": [x for x, _ in best],
-        "end": [curve[-1][1] for curve in curves],
-        "fall": [gold - curve[-1][1] for (_, gold), curve in zip(best, curves)],
-    }
+def members_of(a, s, noise):
+    """The folders of a seed's reward models: {seed} stands for their own seeds."""
+    return f"{a.output_dir}/rm_noise{noise:g}/seed_{s}/seed_{{seed}}"
+
+
+def first_member(a, s):
+    """The own seed of the first of a seed's reward models: no two seeds share a member."""
+    return s * a.members
+
+
+def bon_folder(a, s, noise):
+    return f"{a.output_dir}/bon_noise{noise:g}/seed_{s}"
+
+
+def ppo_folder(a, s, noise, kl_coef, method):
+    return f"{a.output_dir}/ppo_noise{noise:g}_kl{kl_coef:g}/{method}/seed_{s}"
+
+
+def train_members(a, s, noise):
+    """The command that trains a seed's reward models."""
+    return (
+        f"train_rm.py --members {a.members} --model {a.output_dir}/sft --dataset world:{s} "
+        f"--seed {first_member(a, s)} --label_noise {noise:g} --noise_seed {s} "
+        f"--output_dir {members_of(a, s, noise)} {a.rm_flags}"
+    )
+
+
+def choose_best(a, s, noise):
+    """The command that takes the best of n by a seed's reward models."""
+    lambdas = " ".join(map(str, BON_LAMBDAS))
+    return (
+        f"sample_bon.py --pool {a.output_dir}/pool/pool.jsonl "
+        f"--reward_model {members_of(a, s, noise)} --uwo_lambda {lambdas} --seed {s} "
+        f"--output_dir {bon_folder(a, s, noise)} {a.bon_flags}"
+    )
+
+
+def train_policy(a, s, noise, kl_coef, method):
+    """The command of one PPO run."""
+    reward_model = members_of(a, s, noise)
+    objective = method
+    if method == SINGLE:
+        reward_model = reward_model.replace("{seed}", str(first_member(a, s)))
+        objective = "mean"  # of one
+    return (
+        f"train_ppo.py --model {a.output_dir}/sft --reward_model {reward_model} "
+        f"--objective {objective} --kl_coef {kl_coef:g} --seed {s} --steps {a.steps} "
+        f"--eval_every {a.eval_every} --output_dir {ppo_folder(a, s, noise, kl_coef, method)} "
+        f"{a.ppo_flags}"
+    )
+
+
+# ----------------------------------------------------------------------------------- the results
 
 
 def ppo_curve(run):
     """[(step, gold on held-out prompts)] of a PPO run."""
-    rows = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
-    return [(row["step"], row["eval/gold"]) for row in rows if "eval/gold" in row]
+    curve = []
+    with open(f"{run}/metrics.jsonl") as f:
+        for line in f:
+            row = json.loads(line)
+            if "eval/gold" in row:
+                curve.append((row["step"], row["eval/gold"]))
+    return curve
 
 
 def bon_names() -> list[str]:
     """What best-of-n compares, by its names in bon_results.json: UWO once for each lambda."""
-    names = ["single"]
+    names = [SINGLE]
     for objective in OBJECTIVES:
         if objective == "uwo":
             names += [f"uwo_{uwo_lambda:g}" for uwo_lambda in BON_LAMBDAS]
@@ -100,19 +154,85 @@ def bon_names() -> list[str]:
 
 def bon_curve(run, name):
     """[(n, gold)] of a best-of-n run; "single" is the mean over its members' curves."""
-    results = json.load(open(f"{run}/bon_results.json"))
-    curves = [points for key, points in results.items() if key.startswith("seed_")] if name == "single" else [results[name]]
-    return [(points[0]["n"], statistics.mean(p["gold_score"] for p in points)) for points in zip(*curves)]
+    with open(f"{run}/bon_results.json") as f:
+        results = json.load(f)
+    if name == SINGLE:
+        curves = [points for key, points in results.items() if key.startswith("seed_")]
+    else:
+        curves = [results[name]]
+
+    mean_curve = []
+    for points in zip(*curves):  # of all curves at the same n
+        gold = statistics.mean(point["gold_score"] for point in points)
+        mean_curve.append((points[0]["n"], gold))
+    return mean_curve
 
 
-def show(cells):
-    """A table of cells that belong together; their ends are compared with that of "single" seed by seed."""
-    print(f"{'':10s}{'start':>7s}" + "".join(f"{name:>16s}" for name in ("peak", "at", "end", "fall", "end - single")))
+def cell_of(curves):
+    """Curves [(n or step, gold)], one a seed -> what the table shows: {column: [one a seed]}.
+
+    `at` is the n or step of the peak; `fall` is peak - end: what going on cost.
+    """
+    cell = {"start": [], "peak": [], "at": [], "end": [], "fall": []}
+    for curve in curves:
+        _, start = curve[0]
+        _, end = curve[-1]
+        at, peak = max(curve, key=lambda point: point[1])
+        cell["start"].append(start)
+        cell["peak"].append(peak)
+        cell["at"].append(at)
+        cell["end"].append(end)
+        cell["fall"].append(peak - end)
+    return cell
+
+
+def read_tables(a):
+    """{title: {method: cell}}: best-of-n at each label noise, PPO also at each KL coefficient."""
+    seeds = range(a.seeds)
+    tables = {}
+    for noise in a.label_noise:
+        cells = {}
+        for name in bon_names():
+            cells[name] = cell_of([bon_curve(bon_folder(a, s, noise), name) for s in seeds])
+        tables[f"best-of-n, label noise {noise:g}"] = cells
+
+    for noise in a.label_noise:
+        for kl_coef in a.kl_coef:
+            cells = {}
+            for method in METHODS:
+                folders = [ppo_folder(a, s, noise, kl_coef, method) for s in seeds]
+                cells[method] = cell_of([ppo_curve(folder) for folder in folders])
+            tables[f"PPO, label noise {noise:g}, kl_coef {kl_coef:g}"] = cells
+    return tables
+
+
+def print_cells(cells):
+    """A table of cells that belong together.
+
+    Their ends are compared with that of "single" seed by seed.
+    """
+    print(
+        f"{'':10s}{'start':>7s}{'peak':>16s}{'at':>16s}{'end':>16s}{'fall':>16s}"
+        f"{'end - single':>16s}"
+    )
     for name, cell in cells.items():
-        columns = (cell["peak"], cell["end"], cell["fall"], [e - s for e, s in zip(cell["end"], cells["single"]["end"])])
-        peak, end, fall, more = (f"{with_interval(*t_interval(values), digits=2):>16s}" for values in columns)
-        start, at = statistics.mean(cell["start"]), statistics.mean(cell["at"])
-        print(f"{name:10s}{start:7.2f}{peak}{at:16.1f}{end}{fall}{'' if name == 'single' else more}")
+        start = statistics.mean(cell["start"])
+        at = statistics.mean(cell["at"])
+        line = f"{name:10s}{start:7.2f}{interval_of(cell['peak'])}{at:16.1f}"
+        line += interval_of(cell["end"]) + interval_of(cell["fall"])
+        if name != SINGLE:
+            ends = zip(cell["end"], cells[SINGLE]["end"])
+            line += interval_of([end - single_end for end, single_end in ends])
+        print(line)
+
+
+def interval_of(values):
+    """The mean of numbers, one a seed, with its interval: a column of the table."""
+    mean, half_width = t_interval(values)
+    return f"{with_interval(mean, half_width, digits=2):>16s}"
+
+
+# ------------------------------------------------------------------------------- flags, and main
 
 
 @dataclass
@@ -144,22 +264,16 @@ def main(args=None):
     for stage in commands(a):
         run_stage(stage, a.jobs)
 
-    tables = {}
-    for noise in a.label_noise:
-        runs = [f"{a.output_dir}/bon_noise{noise:g}/seed_{s}" for s in range(a.seeds)]
-        tables[f"best-of-n, label noise {noise:g}"] = {name: cell_of([bon_curve(run, name) for run in runs]) for name in bon_names()}
-    for noise, kl_coef in itertools.product(a.label_noise, a.kl_coef):
-        folder = f"{a.output_dir}/ppo_noise{noise:g}_kl{kl_coef:g}"
-        tables[f"PPO, label noise {noise:g}, kl_coef {kl_coef:g}"] = {
-            name: cell_of([ppo_curve(f"{folder}/{name}/seed_{s}") for s in range(a.seeds)]) for name in METHODS
-        }
+    tables = read_tables(a)
     print(f"\nGold on held-out prompts: {describe_numbers(a)}; 'at': the peak's n or step, mean.")
     for title, cells in tables.items():
         print_title(title, a)
-        show(cells)
+        print_cells(cells)
     write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "gold": tables})
+
     for kind, log in (("bon", "bon_results.json"), ("ppo", "metrics.jsonl")):
-        runs = sorted(str(path.parent) for path in Path(a.output_dir).glob(f"{kind}_*/**/{log}"))
+        logs = Path(a.output_dir).glob(f"{kind}_*/**/{log}")
+        runs = sorted(str(path.parent) for path in logs)
         draw_picture(comparison_figure, runs, f"{a.output_dir}/{kind}.png")
 
 

@@ -25,7 +25,7 @@ from support import SARM_M as M
 
 from nanorlhf import world
 from nanorlhf.control import latents
-from nanorlhf.control.latent_texts import matched
+from nanorlhf.control.latent_texts import match_answers
 
 
 def fires_on(lm, sarm, prompt, response):
@@ -130,7 +130,7 @@ def test_answers_after_against_before_are_matched_by_prompt(sarm_material, tmp_p
 def test_the_kth_answer_stands_beside_the_kth():
     after = [{"prompt": p, "response": f"{p}{i}"} for i, p in enumerate("abab")]
     before = [{"prompt": r[0], "response": r} for r in ("b1", "b2", "a1", "a2")]
-    assert [row["response"] for row in matched(after, before, ("after", "before"))[1]] == ["a1", "b1", "a2", "b2"]
+    assert [row["response"] for row in match_answers(after, before, ("after", "before"))] == ["a1", "b1", "a2", "b2"]
 
 
 def test_answers_that_were_cut_off_are_read_without_eos(sarm_material, tmp_path):

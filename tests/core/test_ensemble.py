@@ -1,4 +1,7 @@
-"""Ensemble objectives against loops in exact arithmetic."""
+"""Ensemble objectives against loops in exact arithmetic.
+
+K members, each with a score for every answer: a column of scores [K, ...] is one answer.
+"""
 
 from fractions import Fraction
 
@@ -7,63 +10,105 @@ import torch
 
 from nanorlhf.ensemble import combine, variance
 
+OBJECTIVES = ["mean", "wco", "uwo"]
 
-def by_hand(column, objective, lam):
-    """One answer's K scores, as fractions."""
-    r = [Fraction(x) for x in column]
+
+def combine_by_hand(answer_scores, objective, uwo_lambda):
+    """One answer's K scores -> its combined score, in fractions, which do not round.
+
+    mu = (1/k) sum_i r_i; wco: min_i r_i; uwo: mu - lambda (1/k) sum_i (r_i - mu)^2
+    (Coste et al. 2024).
+    """
+    r = [Fraction(x) for x in answer_scores]
+    mu = sum(r) / len(r)
+    spread = Fraction(0)
+    for x in r:
+        spread += (x - mu) ** 2 / len(r)  # ddof 0
+    if objective == "mean":
+        return float(mu)
     if objective == "wco":
         return float(min(r))
-    mu = sum(r) / len(r)
-    spread = sum((x - mu) ** 2 for x in r) / len(r)  # ddof 0
-    return float(mu - (Fraction(lam) * spread if objective == "uwo" else 0))
+    return float(mu - Fraction(uwo_lambda) * spread)
 
 
-@pytest.mark.parametrize("objective", ["mean", "wco", "uwo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("shape", [(1, 4), (5, 7), (3, 2, 6), (4,)])
-@pytest.mark.parametrize("lam", [0, 0.1, 2.5])
-def test_combine_equals_fractions(objective, shape, lam):
-    scores = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
-    got = combine(scores, objective, lam)
-    assert got.shape == scores.shape[1:]
-    expected = [by_hand(column.tolist(), objective, lam) for column in scores.reshape(shape[0], -1).T]
-    assert torch.allclose(got.flatten(), torch.tensor(expected, dtype=torch.float64), atol=1e-14, rtol=0)
+@pytest.mark.parametrize("uwo_lambda", [0, 0.1, 2.5])
+def test_combine_equals_fractions(objective, shape, uwo_lambda):
+    generator = torch.Generator().manual_seed(len(shape))
+    scores = torch.randn(shape, dtype=torch.float64, generator=generator)  # [K, ...]
+    expected = []
+    answers = scores.reshape(shape[0], -1).T  # [N, K]
+    for answer_scores in answers.tolist():
+        expected.append(combine_by_hand(answer_scores, objective, uwo_lambda))
+    expected = torch.tensor(expected, dtype=torch.float64)
+
+    combined = combine(scores, objective, uwo_lambda)
+    assert combined.shape == scores.shape[1:]
+    assert torch.allclose(combined.flatten(), expected, atol=1e-14, rtol=0)
 
 
 def test_variance_is_the_populations():
-    assert variance(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).tolist() == [1.0, 0.0]  # ddof 1 would give 2
-    assert variance(torch.tensor([[1.0, 2.0]])).tolist() == [0.0, 0.0]  # one member: no NaN
+    # Answer 0 has the scores 1 and 3, answer 1 has 5 twice. ddof 1 would give 2 and 0.
+    two_members = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    assert variance(two_members).tolist() == [1.0, 0.0]
 
 
-def test_a_single_member_is_its_own_ensemble():
+def test_variance_of_a_single_member_is_0():
+    one_member = torch.tensor([[1.0, 2.0]])
+    assert variance(one_member).tolist() == [0.0, 0.0]  # no NaN
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_single_member_is_its_own_ensemble(objective):
     scores = torch.randn(1, 9)
-    assert all(combine(scores, objective, 7.0).equal(scores[0]) for objective in ("mean", "wco", "uwo"))
+    assert combine(scores, objective, 7.0).equal(scores[0])
 
 
-def test_lambda_zero_is_the_mean_and_half_is_the_default():
+def test_lambda_zero_is_the_mean():
     scores = torch.randn(4, 9)
-    assert combine(scores, "uwo", 0).equal(combine(scores, "mean"))
-    assert combine(scores, "uwo").equal(combine(scores, "uwo", 0.5))
+    mean = combine(scores, "mean")
+    assert combine(scores, "uwo", 0).equal(mean)
+
+
+def test_lambda_is_a_half_by_default():
+    scores = torch.randn(4, 9)
+    half = combine(scores, "uwo", 0.5)
+    assert combine(scores, "uwo").equal(half)
 
 
 def test_an_ensemble_never_scores_above_its_mean():
     scores = torch.randn(5, 100)
-    assert (combine(scores, "wco") <= combine(scores, "mean")).all() and (combine(scores, "uwo") < combine(scores, "mean")).all()
+    mean = combine(scores, "mean")
+    worst = combine(scores, "wco")
+    lowered = combine(scores, "uwo")
+    assert (worst <= mean).all()
+    assert (lowered < mean).all()
 
 
 def test_whole_numbers_and_lists():
-    assert combine([[1, 2], [2, 4]], "mean").tolist() == [1.5, 3.0]
-    assert combine([[1, 2], [2, 4]], "uwo", 1).tolist() == [1.25, 2.0]
+    scores = [[1, 2], [2, 4]]
+    assert combine(scores, "mean").tolist() == [1.5, 3.0]
+    assert combine(scores, "uwo", 1).tolist() == [1.25, 2.0]
 
 
-@pytest.mark.parametrize("scores, objective, lam, words", [
-    (torch.zeros(2, 3), "median", 0.5, "must be one of mean, wco, uwo"),
-    (torch.zeros(2, 3), "uwo", -0.1, "at least 0"),
-    (torch.zeros(2, 3), "uwo", float("nan"), "at least 0"),
-    (torch.zeros(0, 3), "mean", 0.5, "at least one member"),
-    (torch.tensor(1.0), "mean", 0.5, "at least one member"),
-    (torch.tensor([[1.0, float("nan")]]), "wco", 0.5, "not finite"),
-    (torch.tensor([[1.0, float("inf")]]), "mean", 0.5, "not finite"),
-])  # fmt: skip
-def test_errors(scores, objective, lam, words):
+ZEROS = torch.zeros(2, 3)
+NAN = float("nan")
+INF = float("inf")
+MISTAKES = {
+    "unknown objective": (ZEROS, "median", 0.5, "must be one of mean, wco, uwo"),
+    "negative lambda": (ZEROS, "uwo", -0.1, "at least 0"),
+    "lambda NaN": (ZEROS, "uwo", NAN, "at least 0"),
+    "no member": (torch.zeros(0, 3), "mean", 0.5, "at least one member"),
+    "no dimension": (torch.tensor(1.0), "mean", 0.5, "at least one member"),
+    "score NaN": (torch.tensor([[1.0, NAN]]), "wco", 0.5, "not finite"),
+    "score infinite": (torch.tensor([[1.0, INF]]), "mean", 0.5, "not finite"),
+}
+
+
+@pytest.mark.parametrize(
+    "scores, objective, uwo_lambda, words", MISTAKES.values(), ids=MISTAKES.keys()
+)
+def test_errors(scores, objective, uwo_lambda, words):
     with pytest.raises(ValueError, match=words):
-        combine(scores, objective, lam)
+        combine(scores, objective, uwo_lambda)

@@ -1,9 +1,13 @@
-"""nanorlhf.models against Hugging Face's own forward of one row at a time, loops, and round trips through folders.
+"""nanorlhf.models and packing against Hugging Face's own forward of one row at a time, loops, and
+round trips through folders.
 
     B sequences, R response tokens, T tokens of a packed row, D hidden, V vocabulary
+
+PROMPTS and RESPONSES are five random token lists each, BATCH the same packed, MASK its responses.
 """
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -41,9 +45,9 @@ from transformers import (
 
 import nanorlhf.models
 from nanorlhf.errors import InputError
+from nanorlhf.hf.folders import check_model
 from nanorlhf.models import (
     Policy,
-    check_model,
     load_policy,
     load_reward_model,
     load_tokenizer,
@@ -53,10 +57,6 @@ from nanorlhf.models import (
 from nanorlhf.packing import Packed, micro_batches, pack, response_mask_of
 
 TEMPERATURE = 0.7
-
-
-RESPONSES[1][-1] = RESPONSES[3][-1] = EOS
-RESPONSES[4][1] = EOS  # within a response
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -70,93 +70,178 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """{architecture: policy}, {architecture: the folder it was saved in}"""
+def policies():
+    """{architecture: policy}"""
+    return {name: tiny_policy(name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module")
+def folders(policies, tmp_path_factory):
+    """{architecture: the folder that its policy was saved in}"""
     root = tmp_path_factory.mktemp("policies")
-    policies = {name: tiny_policy(name) for name in ARCHITECTURES}
+    paths = {}
     for name, policy in policies.items():
-        save_policy(policy, word_tokenizer(), str(root / name))
-    return policies, {name: str(root / name) for name in ARCHITECTURES}
+        paths[name] = str(root / name)
+        save_policy(policy, word_tokenizer(), paths[name])
+    return paths
 
 
-def alone(lm, prompt, response):
-    """HF's own forward of one row: logits [T, V] and the trunk's last hidden states [T, D]."""
-    out = lm(input_ids=torch.tensor([prompt + response]), output_hidden_states=True)
-    return out.logits[0], out.hidden_states[-1][0]
+# ------------------------------------------------------------------------------------ packed rows
 
 
-def expected(policy, name, other=None):
-    """[B, R] by a loop over rows and tokens."""
-    out = torch.zeros(B, R)
-    for b, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
-        logits, hidden = alone(policy.lm, prompt, response)
-        for j, token in enumerate(response):
-            at = len(prompt) + j - 1
-            p = (logits[at] / TEMPERATURE).softmax(-1)
-            if name == "logprobs":
-                out[b, j] = (logits[at] / TEMPERATURE).log_softmax(-1)[token]
-            elif name == "entropies":
-                out[b, j] = -sum(x * math.log(x) for x in p.tolist())
-            elif name == "full_kl":
-                q = (alone(other.lm, prompt, response)[0][at] / TEMPERATURE).softmax(-1)
-                out[b, j] = sum(x * math.log(x / y) for x, y in zip(p.tolist(), q.tolist()))
-            else:
-                out[b, j] = hidden[at] @ policy.value_head.weight[0] + policy.value_head.bias[0]
-    return out
+def test_a_packed_row_is_prompt_response_and_padding():
+    rows = BATCH.ids.tolist()
+    assert rows[2] == PROMPTS[2] + RESPONSES[2]  # the longest row
+    assert rows[3] == PROMPTS[3] + RESPONSES[3] + [0, 0]
+    assert BATCH.lengths.tolist() == [7, 7, 8, 6, 7]
+    assert len(BATCH) == 5
 
 
-# ------------------------------------------------------------------------------------------------------------------ the packed forward
+@pytest.mark.parametrize("width", [6, 9])
+def test_the_response_mask_holds_as_many_tokens_as_the_response(width):
+    expected = []
+    for response in RESPONSES:
+        expected.append([j < len(response) for j in range(width)])
+    assert response_mask_of(BATCH, width).tolist() == expected
 
 
-def test_pack_and_its_mask():
-    assert BATCH.ids.tolist()[2] == PROMPTS[2] + RESPONSES[2] and BATCH.ids.tolist()[3] == PROMPTS[3] + RESPONSES[3] + [0, 0]
-    assert BATCH.lengths.tolist() == [7, 7, 8, 6, 7] and len(BATCH) == 5
-    assert MASK.tolist() == [[j < len(r) for j in range(6)] for r in RESPONSES]
-    assert response_mask_of(BATCH, 9).tolist() == [[j < len(r) for j in range(9)] for r in RESPONSES]
+def test_the_response_mask_is_as_wide_as_the_longest_response():
+    assert torch.equal(MASK, response_mask_of(BATCH, 6))
+
+
+def test_chosen_rows_are_trimmed_to_their_own_longest():
     part = BATCH.rows(torch.tensor([3, 0]))
-    assert part.ids.tolist() == [PROMPTS[3] + RESPONSES[3] + [0], PROMPTS[0] + RESPONSES[0]]
+    first, second = part.ids.tolist()
+    assert first == PROMPTS[3] + RESPONSES[3] + [0]
+    assert second == PROMPTS[0] + RESPONSES[0]
+
+
+def test_micro_batches_are_of_similar_length():
+    # The lengths are 7, 7, 8, 6, 7: by length, ties in their order.
     parts = BATCH.micro_batches(2)
-    assert [p.tolist() for p in parts] == [[3, 0], [1, 4], [2]]  # by length, ties in their order
-    assert [p.tolist() for p in BATCH.micro_batches(2, torch.tensor([2, 4, 3]))] == [[3, 4], [2]]
+    assert [rows.tolist() for rows in parts] == [[3, 0], [1, 4], [2]]
+    some_rows = torch.tensor([2, 4, 3])
+    parts = BATCH.micro_batches(2, some_rows)
+    assert [rows.tolist() for rows in parts] == [[3, 4], [2]]
+
+
+TOKEN_BUDGET = 40
+
+
+def test_a_micro_batch_may_fill_its_token_budget():
+    lengths = torch.tensor([20, 20])
+    [rows] = micro_batches(lengths, 64, TOKEN_BUDGET)
+    assert rows.tolist() == [0, 1]
+
+
+def fits(lengths):
+    """Whether rows of these lengths, padded to the longest, stay within the budget, or one row."""
+    return len(lengths) == 1 or len(lengths) * max(lengths) <= TOKEN_BUDGET
+
+
+def fewest_parts(lengths):
+    """The fewest parts of any cut of a sorted list into parts that fit, by trying all 2^(n-1)."""
+    n = len(lengths)
+    fewest = n
+    for n_cuts in range(n):
+        for cuts in itertools.combinations(range(1, n), n_cuts):
+            ends = [0, *cuts, n]
+            parts = [lengths[i:j] for i, j in itertools.pairwise(ends)]
+            if all(fits(part) for part in parts):
+                fewest = min(fewest, len(parts))
+    return fewest
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_micro_batches_within_a_token_budget(seed):
-    """Every row once; no part above the budget but a row that is alone; and as few parts as any cut of the sorted rows allows."""
+    """Every row once, no part above the budget but a single row, and as few parts as possible."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 30, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
-    n, tokens = len(lengths), 40
-    parts = micro_batches(lengths, 64, tokens)
+    n = int(torch.randint(1, 9, (), generator=generator))
+    lengths = torch.randint(1, 30, (n,), generator=generator)
+    parts = micro_batches(lengths, 64, TOKEN_BUDGET)
+
     order = lengths.argsort(stable=True)
     assert torch.cat(parts).tolist() == order.tolist()
-
-    def fits(rows):
-        return len(rows) == 1 or len(rows) * int(lengths[rows].max()) <= tokens
-
-    assert all(fits(part) for part in parts)
-    cuts = [[i for i in range(1, n) if bits >> i & 1] for bits in range(0, 2**n, 2)]  # every way to cut the sorted rows
-    fewest = min(len(cut) + 1 for cut in cuts if all(fits(part) for part in order.tensor_split(cut)))
-    assert len(parts) == fewest
+    for rows in parts:
+        assert fits(lengths[rows].tolist())
+    assert len(parts) == fewest_parts(lengths[order].tolist())
 
 
-def test_forward_is_that_of_the_hf_model(policy):
+# ------------------------------------------------------------------------------ the packed forward
+
+
+def forward_alone(lm, prompt, response):
+    """HF's own forward of one row: logits [T, V] and the trunk's last hidden states [T, D]."""
+    ids = torch.tensor([prompt + response])
+    out = lm(input_ids=ids, output_hidden_states=True)
+    return out.logits[0], out.hidden_states[-1][0]
+
+
+def value_of(policy, hidden):
+    """The value head at one hidden state [D], or at several [.., D]."""
+    return hidden @ policy.value_head.weight[0] + policy.value_head.bias[0]
+
+
+def entropy_by_a_loop(p):
+    total = 0.0
+    for p_v in p.tolist():
+        total -= p_v * math.log(p_v)
+    return total
+
+
+def kl_by_a_loop(p, q):
+    total = 0.0
+    for p_v, q_v in zip(p.tolist(), q.tolist()):
+        total += p_v * math.log(p_v / q_v)
+    return total
+
+
+def expected_output(policy, name, reference=None):
+    """One of the outputs of a policy, [B, R], by a loop over rows and tokens."""
+    expected = torch.zeros(B, R)
+    for b in range(B):
+        prompt = PROMPTS[b]
+        response = RESPONSES[b]
+        logits, hidden = forward_alone(policy.lm, prompt, response)
+        if reference is not None:
+            ref_logits, _ = forward_alone(reference.lm, prompt, response)
+        for j, token in enumerate(response):
+            # The position to the left of the token scores it.
+            t = len(prompt) + j - 1
+            scaled = logits[t] / TEMPERATURE
+            if name == "logprobs":
+                expected[b, j] = scaled.log_softmax(-1)[token]
+            elif name == "values":
+                expected[b, j] = value_of(policy, hidden[t])
+            elif name == "entropies":
+                expected[b, j] = entropy_by_a_loop(scaled.softmax(-1))
+            elif name == "full_kl":
+                ref_scaled = ref_logits[t] / TEMPERATURE
+                expected[b, j] = kl_by_a_loop(scaled.softmax(-1), ref_scaled.softmax(-1))
+    return expected
+
+
+@pytest.mark.parametrize("name", ["logprobs", "values"])
+def test_forward_is_that_of_the_hf_model(policy, name):
+    """Values and gradients."""
     out = policy(BATCH, MASK, TEMPERATURE)
     assert set(out) == {"logprobs", "values"}
+    expected = expected_output(policy, name)
+    assert expected[MASK].std() > 0.5  # far from flat
+    same(out[name], expected)
+    assert (out[name][~MASK] == 0).all()
+
     weights = torch.randn(B, R, generator=torch.Generator().manual_seed(3))
-    for name in ("logprobs", "values"):
-        oracle = expected(policy, name)
-        assert oracle[MASK].std() > 0.5  # far from flat
-        same(out[name], oracle)
-        assert (out[name][~MASK] == 0).all()
-        for mine, theirs in zip(gradients(policy, (out[name] * weights).sum()), gradients(policy, (oracle * weights).sum())):
-            same(mine, theirs, 2e-4)
-        out = policy(BATCH, MASK, TEMPERATURE)
+    found_gradients = gradients(policy, (out[name] * weights).sum())
+    expected_gradients = gradients(policy, (expected * weights).sum())
+    for found, expected in zip(found_gradients, expected_gradients):
+        same(found, expected, 2e-4)
 
 
 def test_entropies_and_full_kl_by_loops(policy, reference):
     out = policy(BATCH, MASK, TEMPERATURE, entropy=True, kl_to=reference)
-    same(out["entropies"], expected(policy, "entropies"))
-    same(out["full_kl"], expected(policy, "full_kl", reference))
+    same(out["entropies"], expected_output(policy, "entropies"))
+    same(out["full_kl"], expected_output(policy, "full_kl", reference))
     assert out["full_kl"][MASK].min() > 0.1
 
 
@@ -165,70 +250,118 @@ def test_entropy_at_a_low_temperature(policy):
     temperature = 0.02
     with torch.no_grad():
         hidden, _ = policy.hidden(BATCH, MASK)
-        assert ((policy.logits(hidden) / temperature).softmax(-1) == 0).any()  # they do
-    mine = gradients(policy, policy(BATCH, MASK, temperature, entropy=True)["entropies"].sum())
+        probs = (policy.logits(hidden) / temperature).softmax(-1)
+    assert (probs == 0).any()  # they do
+    out = policy(BATCH, MASK, temperature, entropy=True)
+    found = gradients(policy, out["entropies"].sum())
 
+    # In float64, over the probabilities that it still tells from 0.
     exact = copy.deepcopy(policy).double()
     hidden, _ = exact.hidden(BATCH, MASK)
     logits = exact.lm.get_output_embeddings()(hidden)
     logp = (logits / temperature).log_softmax(-1)
-    held = logp > -700
-    theirs = gradients(exact, -(logp.exp()[held] * logp[held]).sum())
-    for a, b in zip(mine, theirs, strict=True):
+    logp = logp[logp > -700]
+    entropy = -(logp.exp() * logp).sum()
+    expected = gradients(exact, entropy)
+
+    for a, b in zip(found, expected, strict=True):
         assert a.isfinite().all()
-        assert (a.double() - b).norm() <= 1e-3 * b.norm() + 1e-6
+        error = (a.double() - b).norm()
+        assert error <= 1e-3 * b.norm() + 1e-6
 
 
 def test_the_reference_gets_no_gradient(policy, reference):
     out = policy(BATCH, MASK, TEMPERATURE, kl_to=reference)
     out["full_kl"].sum().backward()
-    assert all(p.grad is None for p in reference.parameters())
+    for parameter in reference.parameters():
+        assert parameter.grad is None
     assert policy.lm.get_output_embeddings().weight.grad.abs().max() > 0
     policy.zero_grad()
 
 
-def test_padding_its_id_order_and_micro_batches_do_not_matter(policy):
-    base = policy(BATCH, MASK, TEMPERATURE)
-    for pad, extra in ((EOS, 0), (7, 5), (0, 3)):
-        wide = pack([*PROMPTS, [9]], [*RESPONSES, [pad] * (7 + extra)], pad)  # a longer row makes the padding
-        wide = Packed(wide.ids[:B], wide.prompt_lengths[:B], wide.response_lengths[:B])
-        assert wide.ids.shape[1] == 8 + extra
-        for name, value in policy(wide, MASK, TEMPERATURE).items():
-            same(value, base[name])
+def pad_wider(pad_id, extra):
+    """BATCH with `extra` columns more of padding, all padding of the id pad_id."""
+    # A longer row makes the padding, and is left out again.
+    longest = [pad_id] * (7 + extra)
+    wide = pack([*PROMPTS, [9]], [*RESPONSES, longest], pad_id)
+    assert wide.ids.shape[1] == 8 + extra
+    return Packed(wide.ids[:B], wide.prompt_lengths[:B], wide.response_lengths[:B])
+
+
+@pytest.mark.parametrize("pad_id, extra", [(EOS, 0), (7, 5), (0, 3)])
+def test_padding_and_its_id_do_not_matter(policy, pad_id, extra):
+    expected = policy(BATCH, MASK, TEMPERATURE)
+    padded = policy(pad_wider(pad_id, extra), MASK, TEMPERATURE)
+    for name in expected:
+        same(padded[name], expected[name])
+
+
+def test_the_order_of_rows_does_not_matter(policy):
+    expected = policy(BATCH, MASK, TEMPERATURE)
     order = torch.tensor([4, 2, 0, 3, 1])
-    for name, value in policy(BATCH.rows(order), MASK[order], TEMPERATURE).items():
-        same(value, base[name][order])
-    for size in (1, 2, 3):
-        for rows in BATCH.micro_batches(size):
-            part = BATCH.rows(rows)
-            mask = response_mask_of(part)
-            for name, value in policy(part, mask, TEMPERATURE).items():
-                same(value, base[name][rows, : mask.shape[1]])
+    reordered = policy(BATCH.rows(order), MASK[order], TEMPERATURE)
+    for name in expected:
+        same(reordered[name], expected[name][order])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_micro_batches_do_not_matter(policy, size):
+    expected = policy(BATCH, MASK, TEMPERATURE)
+    for rows in BATCH.micro_batches(size):
+        part = BATCH.rows(rows)
+        mask = response_mask_of(part)
+        width = mask.shape[1]
+        out = policy(part, mask, TEMPERATURE)
+        for name in expected:
+            same(out[name], expected[name][rows, :width])
+
+
+@pytest.fixture
+def chunk_sizes(monkeypatch):
+    """At how many positions at once the LM head has been called: a list that grows."""
+    sizes = []
+    logits = Policy.logits
+
+    def watched(policy, hidden):
+        sizes.append(len(hidden))
+        return logits(policy, hidden)
+
+    monkeypatch.setattr(Policy, "logits", watched)
+    return sizes
+
+
+def run_with_all_outputs(policy, reference):
+    """All outputs, detached, and the gradients of a weighted sum of them."""
+    out = policy(BATCH, MASK, TEMPERATURE, entropy=True, kl_to=reference)
+    weights = {"entropies": 1.0, "full_kl": -0.5, "logprobs": 2.0, "values": 0.3}
+    loss = 0.0
+    for name, weight in weights.items():
+        loss = loss + (out[name] * weight).sum()
+    outputs = {name: value.detach() for name, value in out.items()}
+    return outputs, gradients(policy, loss)
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_chunks_of_logits_change_nothing(policy, reference, monkeypatch, size):
-    def run():
-        out = policy(BATCH, MASK, TEMPERATURE, entropy=True, kl_to=reference)
-        loss = sum((out[name] * w).sum() for name, w in zip(sorted(out), (1.0, -0.5, 2.0, 0.3)))
-        return {k: v.detach() for k, v in out.items()}, gradients(policy, loss)
+def test_chunks_of_logits_change_nothing(policy, reference, monkeypatch, chunk_sizes, size):
+    whole, whole_gradients = run_with_all_outputs(policy, reference)
+    n_tokens = int(MASK.sum())
+    assert max(chunk_sizes) == n_tokens
 
-    widths = []
-    monkeypatch.setattr(Policy, "logits", lambda self, h, plain=Policy.logits: widths.append(len(h)) or plain(self, h))
-    whole, whole_gradients = run()
-    assert max(widths) == MASK.sum()
-    widths.clear()
+    chunk_sizes.clear()
     monkeypatch.setattr(nanorlhf.models, "MAX_LOGITS", {"cpu": V * size})
-    chunked, chunked_gradients = run()
-    assert max(widths) == size and len(widths) == 4 * -(-int(MASK.sum()) // size)  # policy and reference, forward and again in backward
+    chunked, chunked_gradients = run_with_all_outputs(policy, reference)
+    assert max(chunk_sizes) == size
+    # Policy and reference, forward and again in backward.
+    assert len(chunk_sizes) == 4 * math.ceil(n_tokens / size)
+
     with torch.no_grad():
         without = policy(BATCH, MASK, TEMPERATURE, entropy=True, kl_to=reference)
-    assert max(widths) == size
+    assert max(chunk_sizes) == size
     for name in whole:
         same(chunked[name], whole[name])
         same(without[name], whole[name])
-    for a, b in zip(chunked_gradients, whole_gradients):
-        same(a, b, 2e-4)
+    for found, expected in zip(chunked_gradients, whole_gradients):
+        same(found, expected, 2e-4)
 
 
 def test_soft_capped_logits():
@@ -239,7 +372,13 @@ def test_soft_capped_logits():
     same(policy.logits(hidden), 1.5 * (plain / 1.5).tanh())
 
 
-@pytest.mark.parametrize("config", [GraniteConfig(**SIZE, logits_scaling=8.0), CohereConfig(**SIZE, logit_scale=0.1)], ids=["granite", "cohere"])
+SCALERS = {
+    "granite": GraniteConfig(**SIZE, logits_scaling=8.0),
+    "cohere": CohereConfig(**SIZE, logit_scale=0.1),
+}
+
+
+@pytest.mark.parametrize("config", SCALERS.values(), ids=SCALERS.keys())
 def test_a_model_that_scales_its_logits_is_refused(config, tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -247,166 +386,251 @@ def test_a_model_that_scales_its_logits_is_refused(config, tmp_path):
         load_policy(str(tmp_path))
 
 
-# -------------------------------------------------------------------------------------------------------------------------- values
+# ----------------------------------------------------------------------------------------- values
 
 
 def test_a_new_value_head_says_zero():
     policy = Policy(tiny_lm("neox"))
     assert (policy(BATCH, MASK)["values"] == 0).all()
-    assert "values" not in Policy(tiny_lm("neox"), value_head=False)(BATCH, MASK)
+
+
+def test_without_a_value_head_there_are_no_values():
+    policy = Policy(tiny_lm("neox"), value_head=False)
+    assert "values" not in policy(BATCH, MASK)
 
 
 def test_final_values(policy):
-    last = [alone(policy.lm, p, r)[1][-1] @ policy.value_head.weight[0] + policy.value_head.bias[0] for p, r in zip(PROMPTS, RESPONSES)]
-    same(policy.final_values(BATCH), torch.stack(last))
+    """The value after the last token of each row."""
+    expected = []
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        _, hidden = forward_alone(policy.lm, prompt, response)
+        expected.append(value_of(policy, hidden[-1]))
+    same(policy.final_values(BATCH), torch.stack(expected))
 
 
 def test_a_separate_value_trunk():
     other = tiny_lm("gpt2", seed=3)
     policy = tiny_policy("neox", value_trunk=other.base_model)
+    out = policy(BATCH, MASK, TEMPERATURE)
+    final_values = policy.final_values(BATCH)
+    for b, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        _, hidden = forward_alone(other, prompt, response)
+        values = value_of(policy, hidden)
+        same(out["values"][b, : len(response)], values[len(prompt) - 1 : -1])
+        same(final_values[b], values[-1])
+
+
+def test_a_separate_value_trunk_leaves_the_logprobs_alone():
+    policy = tiny_policy("neox", value_trunk=tiny_lm("gpt2", seed=3).base_model)
     shared = tiny_policy("neox")
     shared.value_head.load_state_dict(policy.value_head.state_dict())
-    out = policy(BATCH, MASK, TEMPERATURE)
-    same(out["logprobs"], shared(BATCH, MASK, TEMPERATURE)["logprobs"])
-    for b, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
-        hidden = alone(other, prompt, response)[1]
-        values = hidden @ policy.value_head.weight[0] + policy.value_head.bias
-        same(out["values"][b, : len(response)], values[len(prompt) - 1 : -1])
-        same(policy.final_values(BATCH)[b], values[-1])
+    found = policy(BATCH, MASK, TEMPERATURE)
+    expected = shared(BATCH, MASK, TEMPERATURE)
+    same(found["logprobs"], expected["logprobs"])
 
 
 def test_a_value_trunk_of_another_width():
-    trunk = AutoModelForCausalLM.from_config(GPT2Config(**SPECIAL, n_embd=48, n_layer=2, n_head=4, n_positions=64)).base_model
-    assert Policy(tiny_lm("neox"), value_trunk=trunk)(BATCH, MASK)["values"].shape == MASK.shape
+    config = GPT2Config(**SPECIAL, n_embd=48, n_layer=2, n_head=4, n_positions=64)
+    trunk = AutoModelForCausalLM.from_config(config).base_model
+    policy = Policy(tiny_lm("neox"), value_trunk=trunk)
+    assert policy(BATCH, MASK)["values"].shape == MASK.shape
 
 
-# -------------------------------------------------------------------------------------------------------------- policies in folders
+# ---------------------------------------------------------------------------- policies in folders
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_saved_policy_loads_whole(folders, architecture):
-    policy, path = folders[0][architecture], folders[1][architecture]
+def test_a_saved_policy_loads_whole(policies, folders, architecture):
+    policy = policies[architecture]
+    loaded = load_policy(folders[architecture]).eval()
+    with torch.no_grad():
+        old = policy(BATCH, MASK, TEMPERATURE)
+        new = loaded(BATCH, MASK, TEMPERATURE)
+    assert torch.equal(old["logprobs"], new["logprobs"])
+    assert torch.equal(old["values"], new["values"])
+    assert old["values"].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_policy_is_a_plain_hf_model(policies, folders, architecture):
+    path = folders[architecture]
     plain = AutoModelForCausalLM.from_pretrained(path).eval()
     with torch.no_grad():
-        assert torch.equal(plain(BATCH.ids).logits, policy.lm(BATCH.ids).logits)
-        old, new = policy(BATCH, MASK, TEMPERATURE), load_policy(path).eval()(BATCH, MASK, TEMPERATURE)
-    assert torch.equal(old["logprobs"], new["logprobs"]) and torch.equal(old["values"], new["values"])
-    assert old["values"].abs().max() > 0.5
+        expected = policies[architecture].lm(BATCH.ids).logits
+        assert torch.equal(plain(BATCH.ids).logits, expected)
     assert load_policy(path, value_head=False).value_head is None
     assert load_tokenizer(path).get_vocab() == word_tokenizer().get_vocab()
 
 
-def test_a_run_folder_stands_for_its_model(folders, tmp_path):
-    shutil.copytree(folders[1]["neox"], tmp_path / "run" / "model")
-    assert check_model(str(tmp_path / "run")).model_type == "gpt_neox"
-    assert load_tokenizer(str(tmp_path / "run")).eos_token_id == EOS
-    assert torch.equal(load_policy(str(tmp_path / "run")).value_head.weight, folders[0]["neox"].value_head.weight)
+def test_a_run_folder_stands_for_its_model(policies, folders, tmp_path):
+    run = str(tmp_path / "run")
+    shutil.copytree(folders["neox"], f"{run}/model")
+    assert check_model(run).model_type == "gpt_neox"
+    assert load_tokenizer(run).eos_token_id == EOS
+    head = load_policy(run).value_head
+    assert torch.equal(head.weight, policies["neox"].value_head.weight)
 
 
 def test_a_separate_value_model_survives_the_round_trip(folders, tmp_path):
-    policy = load_policy(folders[1]["llama"], value_model=folders[1]["gpt2"]).eval()
+    policy = load_policy(folders["llama"], value_model=folders["gpt2"]).eval()
     policy.value_head.weight.data.normal_()
-    save_policy(policy, word_tokenizer(), str(tmp_path / "p"))
-    again = load_policy(str(tmp_path / "p")).eval()
-    old, new = policy(BATCH, MASK), again(BATCH, MASK)
-    assert torch.equal(old["values"], new["values"]) and torch.equal(old["logprobs"], new["logprobs"])
-    assert again.value_trunk.config.model_type == "gpt2" and policy.value_trunk is not None
-    assert load_policy(str(tmp_path / "p"), value_head=False).value_trunk is None
-    assert check_model(str(tmp_path / "p")).model_type == "llama"
+    path = str(tmp_path / "p")
+    save_policy(policy, word_tokenizer(), path)
+    again = load_policy(path).eval()
+
+    old = policy(BATCH, MASK)
+    new = again(BATCH, MASK)
+    assert torch.equal(old["values"], new["values"])
+    assert torch.equal(old["logprobs"], new["logprobs"])
+    assert policy.value_trunk is not None
+    assert again.value_trunk.config.model_type == "gpt2"
+    assert load_policy(path, value_head=False).value_trunk is None
+    assert check_model(path).model_type == "llama"
 
 
 def test_a_given_value_model_does_not_get_the_saved_head(folders):
-    assert (load_policy(folders[1]["neox"], value_model=folders[1]["gpt2"]).value_head.weight == 0).all()
+    policy = load_policy(folders["neox"], value_model=folders["gpt2"])
+    assert (policy.value_head.weight == 0).all()
 
 
-# -------------------------------------------------------------------------------------------------------------- reward models
+# ---------------------------------------------------------------------------------- reward models
 
 
-def pooled(rm, prompt, response):
-    """The score of one row alone: its last hidden state times the head, less the mean."""
-    hidden = rm.model(input_ids=torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0, -1]
-    return (hidden @ rm.model.score.weight[0] - getattr(rm.model.config, "reward_mean", 0.0)).item()
+def scores_by_hand(rm):
+    """The score of each row alone: its last hidden state times the head, less the mean."""
+    scores = []
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        ids = torch.tensor([prompt + response])
+        out = rm.model(input_ids=ids, output_hidden_states=True)
+        last_hidden = out.hidden_states[-1][0, -1]
+        scores.append(last_hidden @ rm.model.score.weight[0])
+    mean = getattr(rm.model.config, "reward_mean", 0.0)
+    return torch.stack(scores) - mean
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_reward_model(folders, architecture, tmp_path):
-    rm = load_reward_model(folders[1][architecture], seed=0).eval().requires_grad_(False)
-    raw = torch.tensor([pooled(rm, p, r) for p, r in zip(PROMPTS, RESPONSES)])
-    assert raw.std() > 0.1
-    same(rm(BATCH), raw)
-    same(rm(pack(PROMPTS, RESPONSES, pad_id=EOS)), raw)  # BATCH has EOS inside and at the end of rows
+@pytest.fixture(params=ARCHITECTURES)
+def rm(folders, request):
+    """A reward model with a fresh head."""
+    return load_reward_model(folders[request.param], seed=0).eval().requires_grad_(False)
+
+
+def test_a_reward_model_scores_the_last_token(rm):
+    expected = scores_by_hand(rm)
+    assert expected.std() > 0.1
+    same(rm(BATCH), expected)
+    # BATCH has EOS inside and at the end of rows: as padding it changes nothing.
+    same(rm(pack(PROMPTS, RESPONSES, pad_id=EOS)), expected)
     order = torch.tensor([3, 1])
-    same(rm(BATCH.rows(order)), raw[order])  # trimmed
+    same(rm(BATCH.rows(order)), expected[order])  # trimmed
 
+
+def test_standardised_scores(rm):
+    raw = scores_by_hand(rm)
     rm.standardise(raw.mean().item(), raw.std().item())
     once = rm(BATCH)
     same(once, (raw - raw.mean()) / raw.std())
-    rm.standardise(0.5, 3.0)  # as if other data had this mean and std
-    twice = rm(BATCH)
-    same(twice, (once - 0.5) / 3.0)
+    # Again, as if other data had this mean and std.
+    rm.standardise(0.5, 3.0)
+    same(rm(BATCH), (once - 0.5) / 3.0)
 
+
+def test_a_saved_reward_model_is_a_plain_hf_model_up_to_its_mean(rm, tmp_path):
+    raw = scores_by_hand(rm)
+    rm.standardise(raw.mean().item(), raw.std().item())
+    rm.standardise(0.5, 3.0)
+    expected = rm(BATCH)
     path = str(tmp_path / "rm")
     save_reward_model(rm, word_tokenizer(), path)
+
     again = load_reward_model(path).eval()
-    assert torch.equal(again(BATCH), twice)
+    assert torch.equal(again(BATCH), expected)
     mean = again.model.config.reward_mean
     assert abs(mean) > 1e-3
-    plain = AutoModelForSequenceClassification.from_pretrained(path).eval()  # finds the last token as `ids != pad`, pad is 0
+    # HF finds the last token as the last one that is not the padding's id, 0.
+    plain = AutoModelForSequenceClassification.from_pretrained(path).eval()
     assert plain.config.num_labels == 1
-    same(plain(BATCH.ids).logits[:, 0] - mean, twice)
+    same(plain(BATCH.ids).logits[:, 0] - mean, expected)
 
 
 def test_the_seed_draws_the_score_head(folders):
-    heads = [load_reward_model(folders[1]["neox"], seed=s).model.score.weight for s in (0, 0, 1)]
-    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-    assert abs(heads[0].std().item() * math.sqrt(D + 1) - 1) < 0.4
-    trunk = load_reward_model(folders[1]["neox"], seed=1).model.gpt_neox.state_dict()
-    assert all(torch.equal(v, trunk[k]) for k, v in folders[0]["neox"].lm.gpt_neox.state_dict().items())
+    first = load_reward_model(folders["neox"], seed=0).model.score.weight
+    again = load_reward_model(folders["neox"], seed=0).model.score.weight
+    other = load_reward_model(folders["neox"], seed=1).model.score.weight
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    # Its standard deviation is about 1 / sqrt(D + 1).
+    assert abs(first.std().item() * math.sqrt(D + 1) - 1) < 0.4
 
 
-# -------------------------------------------------------------------------------------------------------------- errors, one line each
+def test_a_new_reward_model_has_the_trunk_of_the_policy(policies, folders):
+    trunk = load_reward_model(folders["neox"], seed=1).model.gpt_neox.state_dict()
+    for name, tensor in policies["neox"].lm.gpt_neox.state_dict().items():
+        assert torch.equal(tensor, trunk[name])
 
 
-def one_line(function, path, *words):
-    with pytest.raises(InputError) as e:
+# --------------------------------------------------------------------------- errors, one line each
+
+
+def check_error(function, path, *words):
+    """The function refuses the path, in one line that names it and says these words."""
+    with pytest.raises(InputError) as error:
         function(str(path))
-    message = str(e.value)
-    assert "\n" not in message and message.startswith(str(path)) and all(w in message for w in words), message
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(str(path))
+    for word in words:
+        assert word in message
 
 
-def test_folders_that_are_no_models(folders, tmp_path):
-    one_line(check_model, tmp_path / "missing", "no such")
-    one_line(check_model, "./missing", "no such")
-    (tmp_path / "empty").mkdir()
-    one_line(check_model, tmp_path / "empty", "config.json")
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(folders[1]["neox"] + "/config.json", bare)
-    one_line(check_model, bare, "no weights")
-    (bare / "value_head.safetensors").write_bytes(b"")
-    one_line(check_model, bare, "no weights")
-    torch.save(folders[0]["neox"].lm.state_dict(), bare / "pytorch_model.bin")  # a pickle: never read
-    one_line(check_model, bare, "no weights")
-    one_line(load_policy, bare)
-    (bare / "model.safetensors").write_bytes(b"not tensors")
-    (bare / "config.json").write_text("{ not json")
-    one_line(check_model, bare)
-    assert check_model(folders[1]["neox"]).vocab_size == V
+def test_folders_that_are_not_there(tmp_path):
+    check_error(check_model, tmp_path / "missing", "no such")
+    check_error(check_model, "./missing", "no such")
+
+
+def test_an_empty_folder(tmp_path):
+    check_error(check_model, tmp_path, "config.json")
+
+
+def test_a_folder_without_weights(policies, folders, tmp_path):
+    shutil.copy(folders["neox"] + "/config.json", tmp_path)
+    check_error(check_model, tmp_path, "no weights")
+    (tmp_path / "value_head.safetensors").write_bytes(b"")
+    check_error(check_model, tmp_path, "no weights")
+    # A pickle is never read.
+    torch.save(policies["neox"].lm.state_dict(), tmp_path / "pytorch_model.bin")
+    check_error(check_model, tmp_path, "no weights")
+    check_error(load_policy, tmp_path)
+
+
+def test_a_config_that_cannot_be_read(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
+    (tmp_path / "config.json").write_text("{ not json")
+    check_error(check_model, tmp_path)
+
+
+def test_a_good_folder(folders):
+    assert check_model(folders["neox"]).vocab_size == V
 
 
 def test_weights_that_cannot_be_read(folders, tmp_path):
     broken = tmp_path / "broken"
-    shutil.copytree(folders[1]["neox"], broken)
+    shutil.copytree(folders["neox"], broken)
     (broken / "model.safetensors").write_bytes(b"not tensors")
-    one_line(load_policy, broken)
+    check_error(load_policy, broken)
 
 
-def test_tokenizers(tmp_path):
-    one_line(load_tokenizer, tmp_path, "tokenizer")
-    word_tokenizer(eos_token=None).save_pretrained(tmp_path / "no_eos")
-    one_line(load_tokenizer, tmp_path / "no_eos", "EOS")
-    word_tokenizer(pad_token=None).save_pretrained(tmp_path / "no_pad")
-    assert load_tokenizer(str(tmp_path / "no_pad")).pad_token_id == EOS
+def test_a_folder_without_a_tokenizer(tmp_path):
+    check_error(load_tokenizer, tmp_path, "tokenizer")
+
+
+def test_a_tokenizer_without_eos(tmp_path):
+    word_tokenizer(eos_token=None).save_pretrained(tmp_path)
+    check_error(load_tokenizer, tmp_path, "EOS")
+
+
+def test_a_tokenizer_without_padding_pads_with_eos(tmp_path):
+    word_tokenizer(pad_token=None).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token_id == EOS
 
 
 # -------------------------------------------------------------------------------------------- damaged folders
@@ -480,6 +704,33 @@ def test_tokens_without_embeddings(damaged):
     word_tokenizer().save_pretrained(folder)
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<the end>"}))
     with pytest.raises(InputError, match="the tokenizer's token '<the end>' has the id"):
+        load_tokenizer(folder)
+
+
+def test_a_padding_token_without_an_embedding(damaged):
+    """Padding is never read, so EOS takes its place: also where the token is left in a tokenizer that was saved so."""
+    folder = damaged()
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == V
+    for _ in range(2):
+        tokenizer.save_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.pad_token_id == EOS and tokenizer.get_vocab()["[PAD]"] == V
+
+
+@pytest.mark.parametrize("role", ["bos_token", "unk_token", "chat_template"])
+def test_special_tokens_of_texts_without_embeddings(damaged, role):
+    """Texts hold them, so they are refused, other than a padding token."""
+    folder = damaged()
+    tokenizer = word_tokenizer()
+    if role == "chat_template":
+        tokenizer.add_special_tokens({"pad_token": "<new>"})
+        tokenizer.chat_template = "<new> {{ messages[0]['content'] }}"
+    else:
+        tokenizer.add_special_tokens({role: "<new>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=f"the tokenizer's token '<new>' has the id {V}"):
         load_tokenizer(folder)
 
 

@@ -1,6 +1,6 @@
 """The plan of the house: which file may import which. It is read from the files, imports inside functions too.
 
-    errors and equations < runtime/{rng, files, tensors} < hf/ < the rest of runtime/ < spine < interp/, evals/ < control/ < studies/, show/ < scripts
+    errors and equations < runtime/{rng, files, tensors, hints} < hf/ < the rest of runtime/ < spine < interp/, evals/ < control/ < studies/, show/ < scripts
 
 A file imports from its own room and from the rooms below it. control/ knows interp/, but not evals/. No script imports a script:
 stages.py calls them by name. There are no circles.
@@ -13,7 +13,7 @@ from support import REPO
 
 SCRIPTS = {"train_sft", "train_rm", "train_ppo", "sample_bon", "train_sae", "probe"}
 EQUATIONS = {"ppo", "dpo", "ensemble", "bon", "sae", "sparse", "penalties", "divergence", "diversity", "stats"}
-LOWEST_OF_RUNTIME = {"runtime.rng", "runtime.files", "runtime.tensors"}
+LOWEST_OF_RUNTIME = {"runtime.rng", "runtime.files", "runtime.tensors", "runtime.hints"}
 FLOORS = {"hf": 2, "runtime": 3, "spine": 4, "interp": 5, "evals": 5, "control": 6, "studies": 7, "show": 7, "scripts": 8}
 MOST_LEVELS = 12
 MOST_FILES = 26

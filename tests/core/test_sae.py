@@ -1,4 +1,7 @@
-"""Sparse autoencoders against loops in float64, dense autograd, and data whose dictionary is known."""
+"""Sparse autoencoders against loops in float64, dense autograd, and data whose dictionary is known.
+
+N tokens, D hidden, M latents, K latents kept
+"""
 
 import pytest
 import torch
@@ -25,146 +28,294 @@ from nanorlhf.sparse import dots, dots_in_place, dots_of_copies, scattered, top_
 D, M, K, N = 12, 40, 5, 30
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    """Random normal numbers, the same at every call."""
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
 
 
-def make(kind, normalize="dataset", relu=True, dtype=torch.float64, fit=True):
-    """An autoencoder whose parameters are all different from where they start."""
-    sae = TopKSAE(D, M, K, normalize, relu) if kind == "topk" else SparseAutoencoder(D, M, kind == "tied", normalize)
+def doubles(numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def make_activations(n=N, seed=1):
+    """Activations [n, D] around a mean far from 0."""
+    return 3 * randn(n, D, seed=seed) + 5 + randn(D, seed=2)
+
+
+def make(kind, normalize="dataset", relu=True, dtype=torch.float64):
+    """An autoencoder whose parameters are all different from where they start.
+
+    kind: "vanilla", "tied" or "topk".
+    """
+    if kind == "topk":
+        sae = TopKSAE(D, M, K, normalize, relu)
+    else:
+        sae = SparseAutoencoder(D, M, kind == "tied", normalize)
     sae = sae.to(dtype)
-    if fit:
-        sae.fit(acts())
-    for i, p in enumerate(sae.parameters()):
-        p.data += 0.1 * randn(*p.shape, seed=10 + i)
+    sae.fit(make_activations())
+    for i, parameter in enumerate(sae.parameters()):
+        parameter.data += 0.1 * randn(*parameter.shape, seed=10 + i)
     sae.normalise()
     return sae
 
 
-def acts(n=N, seed=1):
-    return 3 * randn(n, D, seed=seed) + 5 + randn(D, seed=2)
+# ---------------------------------------------------------------------------------- the equations
 
 
-# ------------------------------------------------------------------------------------------------------------------ the equations
+def moments_by_hand(row, normalize):
+    """The mean [D] and the scale that a token (a list of D numbers) is standardised by."""
+    if normalize == "token":
+        mean = sum(row) / D
+        squares = sum((v - mean) ** 2 for v in row)
+        return [mean] * D, (squares / (D - 1)) ** 0.5 + 1e-6
+    if normalize == "none":
+        return [0.0] * D, 1.0
+    # "dataset": a mean for each coordinate, one scale for all of them.
+    rows = make_activations().tolist()
+    means = [sum(column) / N for column in zip(*rows)]
+    squares = 0.0
+    for other in rows:
+        for i in range(D):
+            squares += (other[i] - means[i]) ** 2
+    return means, (squares / (N * D)) ** 0.5
 
 
-def by_hand(sae, kind, x, normalize, relu):
-    """One token at a time, one number at a time. -> x^, f"""
+def codes_by_hand(sae, kind, z, relu):
+    """f of one standardised token z: relu(W_e (z - b_d) + b_e), or the K largest of these."""
+    W_e = sae.W_dec.tolist() if kind == "tied" else sae.W_enc.tolist()
+    b_e = sae.b_enc.tolist()
+    b_d = sae.b_dec.tolist()
+    pre = []
+    for j in range(M):
+        total = b_e[j]
+        for i in range(D):
+            total += W_e[j][i] * (z[i] - b_d[i])
+        pre.append(total)
+
+    kept = range(M)
+    if kind == "topk":
+        kept = sorted(range(M), key=lambda j: -pre[j])[:K]
+    f = [0.0] * M
+    for j in kept:
+        f[j] = max(pre[j], 0) if relu else pre[j]
+    return f
+
+
+def decode_by_hand(sae, f):
+    """z^ = sum_j f_j W_d[j] + b_d."""
     W_d = sae.W_dec.tolist()
-    W_e = W_d if kind == "tied" else sae.W_enc.tolist()
-    b_e, b_d = sae.b_enc.tolist(), sae.b_dec.tolist()
-    outs, codes = [], []
+    z_hat = sae.b_dec.tolist()
+    for j in range(M):
+        for i in range(D):
+            z_hat[i] += f[j] * W_d[j][i]
+    return z_hat
+
+
+def forward_by_hand(sae, kind, x, normalize, relu):
+    """One token at a time, one number at a time: x [n, D] -> x^ [n, D], f [n, M]."""
+    reconstructions = []
+    codes = []
     for row in x.tolist():
-        if normalize == "token":
-            mu = [sum(row) / D] * D
-            s = (sum((v - mu[0]) ** 2 for v in row) / (D - 1)) ** 0.5 + 1e-6
-        elif normalize == "dataset":
-            rows = acts().tolist()
-            mu = [sum(r[i] for r in rows) / N for i in range(D)]
-            s = (sum((r[i] - mu[i]) ** 2 for r in rows for i in range(D)) / (N * D)) ** 0.5
-        else:
-            mu, s = [0.0] * D, 1.0
-        z = [(v - m) / s for v, m in zip(row, mu)]
-        pre = [sum(w[i] * (z[i] - b_d[i]) for i in range(D)) + b for w, b in zip(W_e, b_e)]
-        if kind == "topk":
-            kept = sorted(range(M), key=lambda j: -pre[j])[:K]
-            f = [(max(p, 0) if relu else p) if j in kept else 0.0 for j, p in enumerate(pre)]
-        else:
-            f = [max(p, 0) for p in pre]
-        z_hat = [sum(f[j] * W_d[j][i] for j in range(M)) + b_d[i] for i in range(D)]
-        outs.append([v * s + m for v, m in zip(z_hat, mu)])
+        mean, scale = moments_by_hand(row, normalize)
+        z = [(v - m) / scale for v, m in zip(row, mean)]
+        f = codes_by_hand(sae, kind, z, relu)
+        z_hat = decode_by_hand(sae, f)
+        reconstructions.append([v * scale + m for v, m in zip(z_hat, mean)])
         codes.append(f)
-    return torch.tensor(outs, dtype=torch.float64), torch.tensor(codes, dtype=torch.float64)
+    return doubles(reconstructions), doubles(codes)
 
 
-@pytest.mark.parametrize("normalize", ["dataset", "token", "none"])
-@pytest.mark.parametrize("kind, relu", [("vanilla", True), ("tied", True), ("topk", True), ("topk", False)])
+def example(kind, normalize, relu):
+    """An autoencoder and seven tokens."""
+    sae = make(kind, normalize, relu)
+    if kind == "topk":
+        # So that some of the K largest are negative.
+        sae.b_enc.data -= 10 if normalize == "none" else 2
+    return sae, make_activations(7, seed=3)
+
+
+every_normalisation = pytest.mark.parametrize("normalize", ["dataset", "token", "none"])
+KINDS = [("vanilla", True), ("tied", True), ("topk", True), ("topk", False)]
+
+
+@every_normalisation
+@pytest.mark.parametrize("kind, relu", KINDS)
 def test_equations(kind, relu, normalize):
-    sae, x = make(kind, normalize, relu), acts(7, seed=3)
-    if kind == "topk":
-        sae.b_enc.data -= 2 if normalize != "none" else 10  # so that some of the k largest are negative
+    sae, x = example(kind, normalize, relu)
+    expected_x_hat, expected_f = forward_by_hand(sae, kind, x, normalize, relu)
     x_hat, f = sae(x)
-    expected, code = by_hand(sae, kind, x, normalize, relu)
-    torch.testing.assert_close(f, code, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(x_hat, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(sae.decode(f, sae.moments(x)), expected)
-    assert sae(x.view(1, 7, 1, D))[0].shape == (1, 7, 1, D)
-    if kind == "topk" and not relu:
-        assert (f != 0).sum(1).tolist() == [K] * 7 and (f < 0).any()
-    if kind == "topk":
-        values, ids = sae.encode_topk(x.view(7, 1, D))
-        torch.testing.assert_close(torch.zeros(7, 1, M).double().scatter(2, ids, values)[:, 0], code, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(sae.decode_topk(values, ids, sae.moments(x[:, None]))[:, 0], expected, rtol=1e-9, atol=1e-9)
+    close(f, expected_f)
+    close(x_hat, expected_x_hat)
+    torch.testing.assert_close(sae.decode(f, sae.moments(x)), expected_x_hat)
+    # Leading dimensions may be any.
+    reshaped, _ = sae(x.view(1, 7, 1, D))
+    assert reshaped.shape == (1, 7, 1, D)
 
 
-def test_fit():
-    """After fitting, the sample has mean 0 and, over all coordinates, variance 1; b_dec is its mean or geometric median."""
-    sae = SparseAutoencoder(D, M).double().fit(acts())
-    z = sae.standardise(acts(), *sae.moments(acts()))
-    assert z.mean(0).abs().max() < 1e-12 and z.square().mean().item() == pytest.approx(1)
-    torch.testing.assert_close(SparseAutoencoder(D, M, normalize="none").double().fit(acts()).b_dec.data, acts().mean(0))
-    median = TopKSAE(D, M, K, normalize="none").double().fit(acts(), bias="median").b_dec.data
-    pulls = (acts() - median) / (acts() - median).norm(dim=1, keepdim=True)  # the gradient of the sum of distances
+@every_normalisation
+@pytest.mark.parametrize("relu", [True, False])
+def test_the_sparse_equations(relu, normalize):
+    """encode_topk gives the K values and their places, from which decode_topk works."""
+    sae, x = example("topk", normalize, relu)
+    expected_x_hat, expected_f = forward_by_hand(sae, "topk", x, normalize, relu)
+    x = x[:, None]  # [7, 1, D]
+    values, ids = sae.encode_topk(x)  # [7, 1, K]
+    f = torch.zeros(7, 1, M).double().scatter(2, ids, values)
+    close(f[:, 0], expected_f)
+    x_hat = sae.decode_topk(values, ids, sae.moments(x))
+    close(x_hat[:, 0], expected_x_hat)
+
+
+@every_normalisation
+def test_without_relu_negative_latents_are_kept(normalize):
+    sae, x = example("topk", normalize, relu=False)
+    f = sae.encode(x)
+    assert (f != 0).sum(1).tolist() == [K] * 7
+    assert (f < 0).any()
+
+
+def test_fitted_activations_have_mean_0_and_variance_1():
+    """The variance is that over all coordinates."""
+    x = make_activations()
+    sae = SparseAutoencoder(D, M).double().fit(x)
+    z = sae.standardise(x, *sae.moments(x))
+    assert z.mean(0).abs().max() < 1e-12
+    assert z.square().mean().item() == pytest.approx(1)
+
+
+def test_b_dec_starts_at_the_mean():
+    x = make_activations()
+    sae = SparseAutoencoder(D, M, normalize="none").double().fit(x)
+    torch.testing.assert_close(sae.b_dec.data, x.mean(0))
+
+
+def test_b_dec_may_start_at_the_geometric_median():
+    """There the gradient of the sum of distances vanishes: all tokens pull with the same force."""
+    x = make_activations()
+    sae = TopKSAE(D, M, K, normalize="none").double().fit(x, bias="median")
+    difference = x - sae.b_dec.data
+    pulls = difference / difference.norm(dim=1, keepdim=True)
     assert pulls.sum(0).norm() < 1e-4
-    assert geometric_median(torch.tensor([[0.0, 0], [0, 0], [0, 0], [9, 9]])).norm() < 1e-3  # an outlier does not move it
 
 
-@pytest.mark.parametrize(
-    "make_it, match",
-    [
-        (lambda: SparseAutoencoder(0, 4), "needs a width"), (lambda: TopKSAE(4, 8, 9), "k must lie"),
-        (lambda: TopKSAE(4, 8, 0), "k must lie"),
-        (lambda: TopKSAE(4, 8, 2, normalize="batch"), "normalize"), (lambda: SparseAutoencoder(4, 8)(torch.ones(2, 5)), "width 5"),
-        (lambda: SparseAutoencoder(4, 8).fit(torch.full((2, 4), torch.nan)), "finite"),
-        (lambda: TopKSAE(4, 8, 2).fit(torch.ones(0, 4)), "fit"),
-        (lambda: SparseAutoencoder(4, 8).fit(torch.ones(2, 4), bias="mode"), "mean or the median"),
-    ],
-)  # fmt: skip
-def test_errors(make_it, match):
-    with pytest.raises(ValueError, match=match):
-        make_it()
+def test_an_outlier_does_not_move_the_geometric_median():
+    x = torch.tensor([[0.0, 0], [0, 0], [0, 0], [9, 9]])
+    assert geometric_median(x).norm() < 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------------- the sparse path
+def refuses(words):
+    """What stands below it must raise a ValueError that says these words."""
+    return pytest.raises(ValueError, match=words)
 
 
-@pytest.mark.parametrize("m, k", [(64, 3), (64, 4), (64, 8), (4096, 32), (2048, 7), (40, 5), (61, 1), (96, 96)])  # in groups or not
+def test_sizes_that_cannot_be():
+    with refuses("needs a width"):
+        SparseAutoencoder(0, 4)
+    with refuses("k must lie"):
+        TopKSAE(4, 8, 9)
+    with refuses("k must lie"):
+        TopKSAE(4, 8, 0)
+    with refuses("normalize"):
+        TopKSAE(4, 8, 2, normalize="batch")
+
+
+def test_activations_of_another_width():
+    with refuses("width 5"):
+        SparseAutoencoder(4, 8)(torch.ones(2, 5))
+
+
+def test_activations_that_cannot_be_fitted():
+    with refuses("finite"):
+        SparseAutoencoder(4, 8).fit(torch.full((2, 4), torch.nan))
+    with refuses("fit"):
+        TopKSAE(4, 8, 2).fit(torch.ones(0, 4))
+    with refuses("mean or the median"):
+        SparseAutoencoder(4, 8).fit(torch.ones(2, 4), bias="mode")
+
+
+# -------------------------------------------------------------------------------- the sparse path
+
+# Some are found in groups of latents, some not.
+SIZES = [(64, 3), (64, 4), (64, 8), (4096, 32), (2048, 7), (40, 5), (61, 1), (96, 96)]
+
+
+@pytest.mark.parametrize("m, k", SIZES)
 def test_top_k(m, k):
     pre = randn(50, m).round(decimals=2)  # with ties
     values, ids = top_k(pre, k)
-    assert torch.equal(pre.gather(1, ids), values) and all(len(set(row)) == k for row in ids.tolist())
-    assert torch.equal(values.sort(1).values, pre.sort(1).values[:, -k:])
+    assert torch.equal(pre.gather(1, ids), values)
+    for row in ids.tolist():
+        assert len(set(row)) == k
+    largest = pre.sort(1).values[:, -k:]
+    assert torch.equal(values.sort(1).values, largest)
 
 
-def test_sparse_products():
-    values, W, y = randn(N, K), randn(M, D, seed=1), randn(N, D, seed=2)
-    ids = torch.randint(M, (N, K), generator=torch.Generator().manual_seed(0))
+def sparse_example():
+    """K values of each of N rows and the latents that they belong to: values, ids, and S [N, M].
+
+    S is the same as a matrix; an id may repeat within a row.
+    """
+    values = randn(N, K)
+    ids = torch.randint(M, (N, K), generator=seeded(0))
     S = torch.zeros(N, M).double()
     for n in range(N):
-        for j in range(K):  # ids of a row may repeat here
-            S[n, ids[n, j]] += values[n, j]
+        for k in range(K):
+            S[n, ids[n, k]] += values[n, k]
+    return values, ids, S
+
+
+def test_sparse_products_are_those_of_the_matrix():
+    values, ids, S = sparse_example()
+    W = randn(M, D, seed=1)
+    y = randn(N, D, seed=2)
     torch.testing.assert_close(weighted_rows(values, ids, W), S @ W)
     torch.testing.assert_close(scattered(values, ids, y, M), S.T @ y)
-    for function in (dots, dots_in_place, dots_of_copies):
-        torch.testing.assert_close(function(y, W, ids), (y @ W.T).gather(1, ids))
+
+
+@pytest.mark.parametrize("function", [dots, dots_in_place, dots_of_copies])
+def test_sparse_dots_are_those_of_the_matrix(function):
+    _, ids, _ = sparse_example()
+    W = randn(M, D, seed=1)
+    y = randn(N, D, seed=2)
+    expected = (y @ W.T).gather(1, ids)
+    torch.testing.assert_close(function(y, W, ids), expected)
+
+
+def value_and_gradients(sparse, normalize, relu):
+    """x^ and every gradient, that of the activations too, by the sparse or the dense path."""
+    x = randn(200, 16, dtype=torch.float32)
+    sae = TopKSAE(16, 2048, 8, normalize, relu).fit(x)
+    sae.b_dec.data += 0.1 * randn(16, seed=3).float()
+    sae.b_enc.data += 0.1 * randn(2048, seed=4).float()
+    x.requires_grad_()
+    if sparse:
+        values, ids = sae.encode_topk(x)
+        x_hat = sae.decode_topk(values, ids, sae.moments(x))
+    else:
+        x_hat, _ = sae(x)
+    weight = randn(200, 16, seed=5, dtype=torch.float32)
+    (x_hat * weight).sum().backward()
+    parameter_gradients = [p.grad for p in sae.parameters()]
+    return [x_hat.detach(), x.grad, *parameter_gradients]
 
 
 @pytest.mark.parametrize("normalize, relu", [("dataset", True), ("token", False)])
 def test_sparse_is_dense(normalize, relu):
-    """Value and every gradient, that of the activations too, to 1e-5 in float32, with latents in groups for top_k."""
-    x, weight, results = randn(200, 16, dtype=torch.float32), randn(200, 16, seed=5, dtype=torch.float32), []
-    for sparse in (False, True):
-        sae = TopKSAE(16, 2048, 8, normalize, relu).fit(x)
-        sae.b_dec.data += 0.1 * randn(16, seed=3).float()
-        sae.b_enc.data += 0.1 * randn(2048, seed=4).float()
-        leaf = x.clone().requires_grad_()
-        x_hat = sae.decode_topk(*sae.encode_topk(leaf), sae.moments(leaf)) if sparse else sae(leaf)[0]
-        (x_hat * weight).sum().backward()
-        results.append([x_hat.detach(), leaf.grad, *(p.grad for p in sae.parameters())])
-    assert len(results[0]) == 6
-    for dense, sparse in zip(*results, strict=True):
-        assert dense.abs().max() > 0
-        torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-5)
+    """To 1e-5 in float32, with so many latents that top_k looks at them in groups."""
+    dense = value_and_gradients(False, normalize, relu)
+    sparse = value_and_gradients(True, normalize, relu)
+    assert len(dense) == 6
+    for expected, found in zip(dense, sparse, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_for_the_product():
@@ -173,99 +324,210 @@ def test_bfloat16_is_for_the_product():
     values, ids = sae.encode_topk(x)
     with torch.autocast("cpu", torch.bfloat16):
         rounded, rounded_ids = sae.encode_topk(x)
-    assert rounded.dtype == torch.float32 and not torch.equal(rounded, values)
-    shared = sum(len(set(a) & set(b)) for a, b in zip(ids.tolist(), rounded_ids.tolist()))
-    assert shared > 0.97 * ids.numel() and (rounded.sum() / values.sum() - 1).abs() < 1e-2
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, values)
+
+    # Almost the same latents fire, with almost the same sum.
+    n_shared = 0
+    for row, rounded_row in zip(ids.tolist(), rounded_ids.tolist()):
+        n_shared += len(set(row) & set(rounded_row))
+    assert n_shared > 0.97 * ids.numel()
+    assert (rounded.sum() / values.sum() - 1).abs() < 1e-2
 
 
-# --------------------------------------------------------------------------------------------------------------------- the losses
+# -------------------------------------------------------------------------------------- the losses
 
 
-def test_losses():
-    x = acts(9, seed=3)
+def squared_error(sae, x):
+    """mean over 9 tokens and D coordinates of ((x - x^) / scale)^2."""
+    x_hat, _ = sae(x)
+    return ((x - x_hat) / sae.scale).square().sum() / (9 * D)
+
+
+def test_the_l1_loss():
+    x = make_activations(9, seed=3)
     sae = make("vanilla")
-    x_hat, f = sae(x)
-    error = ((x - x_hat) / sae.scale).square().sum() / (9 * D)
+    _, f = sae(x)
+    error = squared_error(sae, x)
+    expected = error + 0.3 * f.sum() / 9
     loss, stats = sae_loss(sae, x, l1=0.3)
-    assert loss.item() == pytest.approx((error + 0.3 * f.sum() / 9).item()) and stats["mse"].item() == pytest.approx(error.item())
-    assert stats["l0"].item() == pytest.approx((f > 0).sum().item() / 9) and stats["fired"].tolist() == (f > 0).sum(0).tolist()
-    parts = [sae_loss(sae, part, l1=0.3, n_tokens=9)[0] for part in x.split(4)]  # of one batch in three parts
-    assert sum(parts).item() == pytest.approx(loss.item())
+    assert loss.item() == pytest.approx(expected.item())
+    assert stats["mse"].item() == pytest.approx(error.item())
+    n_active = (f > 0).sum().item()
+    assert stats["l0"].item() == pytest.approx(n_active / 9)
+    assert stats["fired"].tolist() == (f > 0).sum(0).tolist()
+
+
+def test_losses_of_parts_of_a_batch_add_up():
+    x = make_activations(9, seed=3)
+    sae = make("vanilla")
+    loss, _ = sae_loss(sae, x, l1=0.3)
+    total = 0.0
+    for part in x.split(4):  # three parts
+        part_loss, _ = sae_loss(sae, part, l1=0.3, n_tokens=9)
+        total += part_loss.item()
+    assert total == pytest.approx(loss.item())
+
+
+def test_the_topk_loss_is_the_error_alone():
+    x = make_activations(9, seed=3)
     sae = make("topk")
-    assert sae_loss(sae, x)[0].item() == pytest.approx(((x - sae(x)[0]) / sae.scale).square().sum().item() / (9 * D))
+    loss, _ = sae_loss(sae, x)
+    assert loss.item() == pytest.approx(squared_error(sae, x).item())
 
 
-@pytest.mark.parametrize("n_dead, k_aux", [(6, 512), (20, 3)])
-def test_auxiliary_loss(monkeypatch, n_dead, k_aux):
-    monkeypatch.setattr(sae_module, "AUX_K", k_aux)
-    sae, x = make("topk"), acts(9, seed=3)
-    dead = torch.zeros(M, dtype=torch.bool)
-    dead[torch.randperm(M, generator=torch.Generator().manual_seed(0))[:n_dead]] = True
+def standardised_error(sae, x):
+    """z [9, D], and z - z^: what the autoencoder leaves."""
     z = (x - sae.mean) / sae.scale
-    error = z - (sae(x)[0] - sae.mean) / sae.scale
-    loss = auxiliary_loss(sae, z, error, dead)
-    expected = 0.0
+    z_hat = (sae(x)[0] - sae.mean) / sae.scale
+    return z, z - z_hat
+
+
+def choose_dead(n_dead):
+    """n_dead latents at random, as a mask [M]."""
+    dead = torch.zeros(M, dtype=torch.bool)
+    order = torch.randperm(M, generator=seeded(0))
+    dead[order[:n_dead]] = True
+    return dead
+
+
+def auxiliary_loss_by_hand(sae, z, error, dead, k_aux):
+    """|e - e^|^2 over the variance of e, e^ from the k_aux strongest dead latents, token by token.
+
+    Gao et al. 2024, appendix A.2; the variance is that of all numbers of e (their code).
+    """
+    total = 0.0
     for t in range(9):
-        pre = {j: (sae.W_enc[j] @ (z[t] - sae.b_dec) + sae.b_enc[j]) for j in range(M) if dead[j]}
-        best = sorted(pre, key=lambda j: -pre[j])[:k_aux]
-        e_hat = sum(pre[j].clamp(min=0) * sae.W_dec[j] for j in best)
-        expected += (error[t] - e_hat).square().sum() / D / 9
+        pre = {}
+        for j in range(M):
+            if dead[j]:
+                pre[j] = sae.W_enc[j] @ (z[t] - sae.b_dec) + sae.b_enc[j]
+        strongest = sorted(pre, key=lambda j: -pre[j])[:k_aux]
+        e_hat = torch.zeros(D).double()
+        for j in strongest:
+            e_hat = e_hat + pre[j].clamp(min=0) * sae.W_dec[j]
+        total += (error[t] - e_hat).square().sum().item()
+
     numbers = error.flatten().tolist()
     mean = sum(numbers) / len(numbers)
     variance = sum((number - mean) ** 2 for number in numbers) / len(numbers)
-    assert loss.item() == pytest.approx(expected.item() / variance)
-    base, total = sae_loss(sae, x)[0], sae_loss(sae, x, dead=dead)[0]
-    assert (total - base).item() == pytest.approx(loss.item() / 32)
-    error = z - (sae(x)[0] - sae.mean) / sae.scale
-    auxiliary_loss(sae, z, error, dead).backward()  # what the living leave is a constant to it
-    assert (sae.W_dec.grad[~dead] == 0).all() and (sae.W_dec.grad[dead] != 0).any() and (sae.W_enc.grad[~dead] == 0).all()
+    return total / D / 9 / variance
 
 
-def all_dead() -> torch.Tensor:
-    return torch.ones(M, dtype=torch.bool)
+every_death = pytest.mark.parametrize("n_dead, k_aux", [(6, 512), (20, 3)])
 
 
-def test_auxiliary_loss_is_a_share_of_the_error():
+@every_death
+def test_auxiliary_loss(monkeypatch, n_dead, k_aux):
+    monkeypatch.setattr(sae_module, "AUX_K", k_aux)
+    sae = make("topk")
+    x = make_activations(9, seed=3)
+    dead = choose_dead(n_dead)
+    z, error = standardised_error(sae, x)
+    expected = auxiliary_loss_by_hand(sae, z, error, dead, k_aux)
+    loss = auxiliary_loss(sae, z, error, dead).item()
+    assert loss == pytest.approx(expected)
+
+    # A 32nd of it is added to the loss.
+    without, _ = sae_loss(sae, x)
+    with_it, _ = sae_loss(sae, x, dead=dead)
+    assert (with_it - without).item() == pytest.approx(loss / 32)
+
+
+@every_death
+def test_the_auxiliary_loss_moves_dead_latents_alone(monkeypatch, n_dead, k_aux):
+    """What the living leave is a constant to it."""
+    monkeypatch.setattr(sae_module, "AUX_K", k_aux)
+    sae = make("topk")
+    dead = choose_dead(n_dead)
+    z, error = standardised_error(sae, make_activations(9, seed=3))
+    auxiliary_loss(sae, z, error, dead).backward()
+    assert (sae.W_dec.grad[~dead] == 0).all()
+    assert (sae.W_dec.grad[dead] != 0).any()
+    assert (sae.W_enc.grad[~dead] == 0).all()
+
+
+ALL_DEAD = torch.ones(M, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+def test_auxiliary_loss_is_a_share_of_the_error(size):
     """An error that no dead latent explains costs about 1, whatever its size."""
-    sae, z = make("topk"), randn(9, D, seed=3)
+    sae = make("topk")
     sae.b_enc.data -= 100  # no latent fires: e^ = 0
+    z = randn(9, D, seed=3)
     error = randn(9, D, seed=4)
     error -= error.mean()
-    for size in (1.0, 1e-3, 1e-6):
-        assert auxiliary_loss(sae, z, size * error, all_dead()).item() == pytest.approx(1)
+    assert auxiliary_loss(sae, z, size * error, ALL_DEAD).item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 3e-5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_auxiliary_loss_of_an_error_without_variance(constant, dtype):
     """It is 0 and so are its gradients, also where rounding would leave a variance of 1e-17."""
-    sae, z = make("topk", dtype=dtype), randn(9, D, seed=3, dtype=dtype)
-    loss = auxiliary_loss(sae, z, torch.full_like(z, constant), all_dead())
+    sae = make("topk", dtype=dtype)
+    z = randn(9, D, seed=3, dtype=dtype)
+    error = torch.full_like(z, constant)
+    loss = auxiliary_loss(sae, z, error, ALL_DEAD)
     loss.backward()
     assert loss.item() == 0
-    assert all((p.grad == 0).all() for p in (sae.W_enc, sae.W_dec, sae.b_enc))
+    for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
+        assert (parameter.grad == 0).all()
 
 
-def test_measures():
-    """FVU, L0, density and dead latents of all batches, against plain loops; FVU of the mean is 1."""
-    x = acts(50, seed=7)
-    for kind in ("vanilla", "topk"):
-        sae = make(kind)
-        sae.b_enc.data[:4] -= 100  # these never fire
-        parts = [tally(sae, part) for part in x.split(16)]
-        result = measures({name: sum(part[name] for part in parts) for name in parts[0]})
-        x_hat, f = (v.detach() for v in sae(x))
-        mean = [sum(x[:, i].tolist()) / 50 for i in range(D)]
-        residual = sum((x[t, i] - x_hat[t, i]).item() ** 2 for t in range(50) for i in range(D))
-        total = sum((x[t, i].item() - mean[i]) ** 2 for t in range(50) for i in range(D))
-        counts = [sum(f[t, j].item() != 0 for t in range(50)) for j in range(M)]
-        assert result["fvu"] == pytest.approx(residual / total) and fvu(x, x_hat) == pytest.approx(residual / total)
-        assert result["l0"] == pytest.approx(sum(counts) / 50) and result["density"].tolist() == pytest.approx([c / 50 for c in counts])
-        assert result["dead"] == pytest.approx(sum(c == 0 for c in counts) / M) and result["dead"] >= 0.1
-    assert fvu(x, x) == 0 and fvu(x, x.mean(0).expand_as(x)) == pytest.approx(1)
+def measures_by_hand(x, x_hat, f):
+    """FVU, L0, density and the share of dead latents of 50 tokens, number by number."""
+    means = [sum(column) / 50 for column in x.T.tolist()]
+    residual = 0.0
+    total = 0.0
+    for t in range(50):
+        for i in range(D):
+            residual += (x[t, i] - x_hat[t, i]).item() ** 2
+            total += (x[t, i].item() - means[i]) ** 2
+    counts = [0] * M  # how often each latent fires
+    for t in range(50):
+        for j in range(M):
+            if f[t, j].item() != 0:
+                counts[j] += 1
+    return {
+        "fvu": residual / total,
+        "l0": sum(counts) / 50,
+        "density": [count / 50 for count in counts],
+        "dead": counts.count(0) / M,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("kind", ["vanilla", "topk"])
+def test_measures(kind):
+    """Sums over batches of unequal size make the measures of all tokens."""
+    x = make_activations(50, seed=7)
+    sae = make(kind)
+    sae.b_enc.data[:4] -= 100  # these never fire
+    x_hat, f = sae(x)
+    x_hat = x_hat.detach()
+    expected = measures_by_hand(x, x_hat, f)
+
+    sums = {}
+    for part in x.split(16):
+        for name, value in tally(sae, part).items():
+            sums[name] = sums.get(name, 0) + value
+    found = measures(sums)
+    assert found["fvu"] == pytest.approx(expected["fvu"])
+    assert fvu(x, x_hat) == pytest.approx(expected["fvu"])
+    assert found["l0"] == pytest.approx(expected["l0"])
+    assert found["density"].tolist() == pytest.approx(expected["density"])
+    assert found["dead"] == pytest.approx(expected["dead"])
+    assert found["dead"] >= 0.1
+
+
+def test_fvu_of_the_perfect_and_of_the_mean():
+    x = make_activations(50, seed=7)
+    assert fvu(x, x) == 0
+    mean = x.mean(0).expand_as(x)
+    assert fvu(x, mean) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "tied", "topk"])
@@ -273,38 +535,63 @@ def test_unit_norm_after_every_step(kind):
     sae = make(kind)
     optimizer = adam(sae)
     for step in range(5):
-        train_step(sae, optimizer, acts(seed=step), lr=0.05, l1=0.01)
-        assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-12
+        train_step(sae, optimizer, make_activations(seed=step), lr=0.05, l1=0.01)
+        norms = sae.W_dec.norm(dim=1)
+        assert (norms - 1).abs().max() < 1e-12
         assert torch.equal(sae.decoder_directions(), F.normalize(sae.W_dec.detach()))
 
 
 def test_parallel_gradient_is_removed():
     sae = make("vanilla")
-    sae_loss(sae, acts())[0].backward()
+    loss, _ = sae_loss(sae, make_activations())
+    loss.backward()
     before = sae.W_dec.grad.clone()
     sae.remove_parallel()
-    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-12 < (before * sae.W_dec).sum(1).abs().max()
-    moved = before - sae.W_dec.grad  # what was taken out is parallel to the direction
-    torch.testing.assert_close(moved, (moved * sae.W_dec).sum(1, keepdim=True) * sae.W_dec.detach())
+    directions = sae.W_dec.detach()
+    parallel_before = (before * directions).sum(1).abs().max()
+    parallel_after = (sae.W_dec.grad * directions).sum(1).abs().max()
+    assert parallel_after < 1e-12 < parallel_before
+
+    # What was taken out is parallel to the direction.
+    removed = before - sae.W_dec.grad
+    lengths = (removed * directions).sum(1, keepdim=True)
+    torch.testing.assert_close(removed, lengths * directions)
 
 
-def test_dead_latents_are_counted_and_come_back():
-    """A latent that no token moves is dead after `dead_after` tokens, and then AuxK gives it a gradient."""
-    sae, silent = make("topk", dtype=torch.float32), torch.zeros(M, dtype=torch.long)
+def latents_that_fire(sae, x):
+    """The latents with a value above 0 at any token."""
+    values, ids = sae.encode_topk(x)
+    return set(ids[values > 0].tolist())
+
+
+def test_dead_latents_are_counted():
+    """A latent that no token moves is dead after `dead_after` tokens: here, two batches."""
+    sae = make("topk", dtype=torch.float32)
     sae.b_enc.data[3] = -30
-    optimizer, x = adam(sae), acts().float()
+    optimizer = adam(sae)
+    x = make_activations().float()
+    silent = torch.zeros(M, dtype=torch.long)
     for step in range(1, 4):
-        values, ids = sae.encode_topk(x)
-        fires = {i for i, v in zip(ids.flatten().tolist(), values.flatten().tolist()) if v > 0}
+        expected = [step * N] * M
+        for j in latents_that_fire(sae, x):
+            expected[j] = 0
         stats = train_step(sae, optimizer, x, lr=0.0, silent=silent, dead_after=2 * N)
-        assert silent.tolist() == [0 if j in fires else step * N for j in range(M)] and 3 not in fires
-        assert (stats["dead"] > 0) == (step == 3)  # silent for two batches before the third
+        assert silent.tolist() == expected
+        assert silent[3] == step * N
+        # It was silent for two batches before the third.
+        assert (stats["dead"] > 0) == (step == 3)
+
+
+def test_dead_latents_get_a_gradient():
+    """AuxK moves them again."""
+    sae = make("topk", dtype=torch.float32)
     sae.b_enc.data[3] = -1
-    silent.zero_()
+    silent = torch.zeros(M, dtype=torch.long)
     silent[3] = 10**6
-    row = sae.W_enc.detach()[3].clone()
-    train_step(sae, optimizer, x, lr=0.1, silent=silent, dead_after=2 * N)
-    assert not torch.equal(row, sae.W_enc[3])
+    before = sae.W_enc.detach()[3].clone()
+    x = make_activations().float()
+    train_step(sae, adam(sae), x, lr=0.1, silent=silent, dead_after=2 * N)
+    assert not torch.equal(before, sae.W_enc[3])
 
 
 def with_a_lost_latent() -> tuple[TopKSAE, torch.Tensor, torch.Tensor]:
@@ -314,7 +601,7 @@ def with_a_lost_latent() -> tuple[TopKSAE, torch.Tensor, torch.Tensor]:
     the first and 1 along axis 5, of which only latent 4 has something, .3: less than latent 0 has.
     -> autoencoder with k = 1, x [400, 8], and x with much more for latent 4 and its neighbours
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     n, d = 400, 8
     x = torch.zeros(n, d)
     x[torch.arange(n), torch.arange(n) % 4] = 5 + torch.rand(n, generator=generator)
@@ -324,32 +611,45 @@ def with_a_lost_latent() -> tuple[TopKSAE, torch.Tensor, torch.Tensor]:
     early_x = x.clone()
     early_x[:, 6] += 2 * torch.rand(n, generator=generator)
     early_x[:, 7] += torch.randn(n, generator=generator)
+    axes = torch.eye(d)
     sae = TopKSAE(d, 5, 1, normalize="none")
-    sae.W_dec.data[:4] = torch.eye(d)[:4]
-    sae.W_dec.data[4] = 0.3 * torch.eye(d)[5] + 0.91**0.5 * torch.eye(d)[6]
+    sae.W_dec.data[:4] = axes[:4]
+    sae.W_dec.data[4] = 0.3 * axes[5] + 0.91**0.5 * axes[6]
     sae.W_enc.data.copy_(sae.W_dec.data)
     return sae, x, early_x
 
 
-@pytest.mark.parametrize("dead_after, comes_back", [(10**5, True), (float("inf"), False)])
-def test_a_dead_latent_comes_back_where_little_is_left_to_explain(dead_after, comes_back):
-    """With AuxK a latent fires again on what the others leave, 0.1% of the variance; without it never.
+def train_with_a_lost_latent(dead_after):
+    """Train on x after latent 4 has died -> at which of the 400 tokens it fires then."""
+    sae, x, early_x = with_a_lost_latent()
+    optimizer = adam(sae)
+    silent = torch.zeros(5, dtype=torch.long)
+    # Nothing moves but Adam's memory, of large gradients.
+    for _ in range(5):
+        train_step(sae, optimizer, early_x, lr=0.0)
+    silent[4] = 10**6
+    x_hat, f = sae(x)
+    assert fvu(x, x_hat) < 1e-3
+    assert not f[:, 4].any()
+    for _ in range(100):
+        train_step(sae, optimizer, x, lr=2e-3, silent=silent, dead_after=dead_after)
+    return sae.encode(x)[:, 4] > 0
+
+
+def test_a_dead_latent_comes_back_where_little_is_left_to_explain():
+    """With AuxK a latent fires again on what the others leave, 0.1% of the variance.
 
     Adam remembers the large gradients of the time when the latent was alive, so that a pull in
     proportion to the error, which is small now, would hardly move it.
     """
-    sae, x, early_x = with_a_lost_latent()
-    optimizer, silent = adam(sae), torch.zeros(5, dtype=torch.long)
-    for _ in range(5):
-        train_step(sae, optimizer, early_x, lr=0.0)  # nothing moves but Adam's memory
-    silent[4] = 10**6
-    assert fvu(x, sae(x)[0]) < 1e-3 and not sae.encode(x)[:, 4].any()
-    for _ in range(100):
-        train_step(sae, optimizer, x, lr=2e-3, silent=silent, dead_after=dead_after)
-    fires = sae.encode(x)[:, 4] > 0
     rare = torch.zeros(400, dtype=torch.bool)
     rare[::50] = True
-    assert torch.equal(fires, rare if comes_back else torch.zeros_like(rare))
+    assert torch.equal(train_with_a_lost_latent(dead_after=10**5), rare)
+
+
+def test_without_auxk_a_dead_latent_stays_dead():
+    fires = train_with_a_lost_latent(dead_after=float("inf"))
+    assert not fires.any()
 
 
 def dead_latents() -> torch.Tensor:
@@ -361,7 +661,7 @@ def dead_latents() -> torch.Tensor:
 
 def uneven_batch() -> torch.Tensor:
     """Activations [N, D] that vary ten times as much in their second half."""
-    x = acts()
+    x = make_activations()
     x[N // 2 :] = 10 * x[N // 2 :]
     return x
 
@@ -371,51 +671,93 @@ def write_share_of_gradients(path):
     dist = setup("cpu")
     sae = make("topk")
     x = dist.share(uneven_batch())
+
+    def add_over_processes(tensor):
+        tensor.copy_(dist.sum(tensor))
+
     stats = gradients(
-        sae, x, silent=dead_latents(), dead_after=10**5, n_tokens=N,
-        reduce=lambda tensor: tensor.copy_(dist.sum(tensor)),
-    )  # fmt: skip
+        sae,
+        x,
+        silent=dead_latents(),
+        dead_after=10**5,
+        n_tokens=N,
+        reduce=add_over_processes,
+    )
     if dist.main:
-        torch.save({"loss": stats["loss"], "grads": [p.grad for p in sae.parameters()]}, path)
+        grads = [p.grad for p in sae.parameters()]
+        torch.save({"loss": stats["loss"], "grads": grads}, path)
 
 
 @pytest.mark.slow
 def test_ranks(tmp_path):
-    """With dead latents, two processes have the loss and the gradients of one, though the errors of their shares differ in size."""
-    join(*ranks(2, write_share_of_gradients, tmp_path / "two.pt"))
+    """Two processes have the loss and the gradients of one, with dead latents.
+
+    The errors of their shares differ in size.
+    """
+    processes = ranks(2, write_share_of_gradients, tmp_path / "two.pt")
+    join(*processes)
     two = torch.load(tmp_path / "two.pt")
     sae = make("topk")
     stats = gradients(sae, uneven_batch(), silent=dead_latents(), dead_after=10**5)
     assert two["loss"] == pytest.approx(stats["loss"], rel=1e-9)
-    for p, grad in zip(sae.parameters(), two["grads"], strict=True):
-        torch.testing.assert_close(grad, p.grad, rtol=1e-9, atol=1e-9)
+    for parameter, grad in zip(sae.parameters(), two["grads"], strict=True):
+        close(grad, parameter.grad)
 
 
-def test_reduce():
-    """Two shares of a batch, their gradients summed, give the step of the whole batch."""
-    x, saes = acts(), [make("topk") for _ in range(3)]
-    train_step(saes[0], adam(saes[0]), x, lr=0.01)
-    heard = []
-    train_step(saes[1], adam(saes[1]), x[:10], lr=0.0, n_tokens=N, reduce=lambda t: heard.append(t.clone()))
-    answers = iter(heard)
-    stats = train_step(saes[2], adam(saes[2]), x[10:], lr=0.01, n_tokens=N, reduce=lambda t: t.add_(next(answers)))
-    for a, b in zip(saes[0].parameters(), saes[2].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+def test_gradients_of_two_shares_add_up_to_the_step_of_the_whole_batch():
+    x = make_activations()
+    whole = make("topk")
+    train_step(whole, adam(whole), x, lr=0.01)
+
+    # The first share's sums are written down, and added to the second's.
+    first = make("topk")
+    sums_of_first = []
+
+    def write_down(tensor):
+        sums_of_first.append(tensor.clone())
+
+    train_step(first, adam(first), x[:10], lr=0.0, n_tokens=N, reduce=write_down)
+    second = make("topk")
+    answers = iter(sums_of_first)
+
+    def add_first(tensor):
+        tensor.add_(next(answers))
+
+    stats = train_step(second, adam(second), x[10:], lr=0.01, n_tokens=N, reduce=add_first)
+    for expected, found in zip(whole.parameters(), second.parameters(), strict=True):
+        close(expected, found)
     assert stats["l0"] == pytest.approx(K, abs=1.0)
+
+
+def known_dictionary(generator):
+    """64 directions [64, 32], and 20,000 tokens [20000, 32] that are sums of about 3 of them."""
+    dictionary = F.normalize(torch.randn(64, 32, generator=generator))
+    is_active = torch.rand(20_000, 64, generator=generator) < 3 / 64
+    codes = is_active * (0.5 + torch.rand(20_000, 64, generator=generator))
+    noise = 0.02 * torch.randn(20_000, 32, generator=generator)
+    return dictionary, 7 * (codes @ dictionary + noise) + 2
 
 
 @pytest.mark.parametrize("kind", ["topk", "l1"])
 def test_known_dictionary(kind):
-    """Data from 64 directions in 32 dimensions, 3 of them active: at least 90% are found with a cosine above 0.9."""
-    generator = torch.Generator().manual_seed(0)
-    dictionary = F.normalize(torch.randn(64, 32, generator=generator))
-    codes = (torch.rand(20_000, 64, generator=generator) < 3 / 64) * (0.5 + torch.rand(20_000, 64, generator=generator))
-    x = 7 * (codes @ dictionary + 0.02 * torch.randn(20_000, 32, generator=generator)) + 2
-    sae = (TopKSAE(32, 128, 4) if kind == "topk" else SparseAutoencoder(32, 128)).fit(x)
-    optimizer, silent = adam(sae), torch.zeros(128, dtype=torch.long)
+    """At least 90% of the directions are found with a cosine above 0.9."""
+    generator = seeded(0)
+    dictionary, x = known_dictionary(generator)
+    if kind == "topk":
+        sae = TopKSAE(32, 128, 4)
+    else:
+        sae = SparseAutoencoder(32, 128)
+    sae.fit(x)
+    optimizer = adam(sae)
+    silent = torch.zeros(128, dtype=torch.long)
     for step in range(400):
         index = torch.randint(20_000, (512,), generator=generator)
-        train_step(sae, optimizer, x[index], 5e-3 * (1 - step / 400), l1=0.03, silent=silent, dead_after=20_000)
-    found = (dictionary @ sae.decoder_directions().T).amax(1) > 0.9
+        lr = 5e-3 * (1 - step / 400)
+        train_step(sae, optimizer, x[index], lr, l1=0.03, silent=silent, dead_after=20_000)
+
+    cosines = dictionary @ sae.decoder_directions().T  # [64, 128]
+    is_found = cosines.amax(1) > 0.9
+    assert is_found.float().mean() >= 0.9
     result = measures(tally(sae, x[:4000]))
-    assert found.float().mean() >= 0.9 and result["fvu"] < 0.15 and result["l0"] < 8
+    assert result["fvu"] < 0.15
+    assert result["l0"] < 8

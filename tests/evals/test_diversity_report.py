@@ -23,7 +23,7 @@ from nanorlhf.evals.diversity_report import (
     best_of,
     compare,
     equal_sets,
-    grouped,
+    group_by_prompt,
     measure,
     read_outputs,
 )
@@ -158,16 +158,16 @@ def test_long_outputs_are_compared_by_sentences():
 def test_equal_sets():
     a, b, c = some_texts(6, 5), some_texts(6, 3, seed=1), some_texts(6, 1, seed=2)
     systems = {"a": rows_of(a)[1:], "b": rows_of(b)[:-1][::-1], "c": rows_of(c)}
-    found = equal_sets({name: grouped(rows) for name, rows in systems.items()})
+    found = equal_sets({name: group_by_prompt(rows) for name, rows in systems.items()})
     assert found == {"a": [row[:3] for row in a[1:5]], "b": b[1:5], "c": c[1:5]}  # c has K = 1 and does not cut the others
     other = [{**row, "prompt": "q" + row["prompt"]} for row in rows_of(b)[:4]]
-    found = equal_sets({"a": grouped(rows_of(a)), "other": grouped(other)})
+    found = equal_sets({"a": group_by_prompt(rows_of(a)), "other": group_by_prompt(other)})
     assert found == {"a": [row[:3] for row in a[:4]], "other": b[:4]}  # no common prompt: as many of each
     ragged = rows_of(a)
     ragged[2]["responses"] = ragged[2]["responses"][:2]
-    assert equal_sets({"a": grouped(ragged)}) == {"a": [row[:2] for row in a]}
+    assert equal_sets({"a": group_by_prompt(ragged)}) == {"a": [row[:2] for row in a]}
     ragged[4]["responses"] = ragged[4]["responses"][:1]
-    assert equal_sets({"a": grouped(ragged), "b": grouped(rows_of(b))}) == {"a": [row[:1] for row in a], "b": b}
+    assert equal_sets({"a": group_by_prompt(ragged), "b": group_by_prompt(rows_of(b))}) == {"a": [row[:1] for row in a], "b": b}
 
 
 def test_compare():
@@ -215,17 +215,17 @@ def test_files_of_all_kinds(tmp_path):
     single = [{"prompt": "p", "response": "a", "scores": {"x": 1}, "gold": None}, {"prompt": "q", "response": ""},
               {"prompt": "p", "response": "b", "scores": {"x": 2.5}}]  # fmt: skip
     write_rows(tmp_path / "single.jsonl", single)
-    found = grouped(read_outputs(f"{tmp_path}/single.jsonl"))
+    found = group_by_prompt(read_outputs(f"{tmp_path}/single.jsonl"))
     assert {p: row["responses"] for p, row in found.items()} == {"p": ["a", "b"], "q": [""]}
     write_rows(tmp_path / "pool.jsonl", [{"prompt": "p", "responses": ["a", "b"], "scores": {"x": [1, 2]}, "gold_scores": [0, 1]}])
     for file, kept in (("single", single[::2]), ("pool", None)):
         if kept:
             write_rows(tmp_path / f"{file}.jsonl", kept)
-        rows = list(grouped(read_outputs(f"{tmp_path}/{file}.jsonl", scores=True)).values())
+        rows = list(group_by_prompt(read_outputs(f"{tmp_path}/{file}.jsonl", scores=True)).values())
         assert rows == [{"prompt": "p", "responses": ["a", "b"], "scores": {"x": [1, 2.5 if kept else 2]}}]
     write_rows(tmp_path / "other.jsonl", [{"question": "p", "answer": "a"}, {"question": "p", "many": ["b", "c"]}])
     columns = ["prompt=question", "response=answer", "responses=many"]
-    assert grouped(read_outputs(f"{tmp_path}/other.jsonl", columns))["p"]["responses"] == ["a", "b", "c"]
+    assert group_by_prompt(read_outputs(f"{tmp_path}/other.jsonl", columns))["p"]["responses"] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("row, words, best", [

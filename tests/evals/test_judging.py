@@ -99,7 +99,7 @@ def test_how_often_the_longer_answer_won():
     """By hand: A longer and wins, A longer and loses, B longer and a tie, B longer and wins, as long as each other, not judged."""
     a, b = torch.tensor([1.0, 0, 2, 0, 5, float("nan")]), torch.tensor([0.0, 1, 2, 3, 0, 0])
     lengths = [torch.tensor([5, 5, 1, 1, 3, 9]), torch.tensor([2, 4, 2, 3, 3, 1])]
-    row = judging.results(a, b, lengths, torch.arange(6), ["all"] * 6)["splits"]["all"]
+    row = judging.summarise_judge(a, b, lengths, torch.arange(6), ["all"] * 6)["splits"]["all"]
     assert row["longer_won"] == pytest.approx((1 + 0 + 0.5 + 1) / 4) and row["pairs"] == 5
     assert row["win_rate"] == pytest.approx((1 + 0 + 0.5 + 0 + 1) / 5) and row["length"] == [3, 2.8]
 
@@ -133,7 +133,7 @@ def test_splits_and_their_gap(files, capsys):
 def test_the_picture(files, capsys):
     """With two splits, one of them without a judged pair."""
     lengths, some = [torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])], torch.tensor([1.0, 0, float("nan")])
-    found = {spec: judging.results(x, torch.zeros(3), lengths, torch.arange(3), ["test", "test", "ood"])
+    found = {spec: judging.summarise_judge(x, torch.zeros(3), lengths, torch.arange(3), ["test", "test", "ood"])
              for spec, x in ((judging.LONGER, lengths[0]), ("llm:x", some))}  # fmt: skip
     assert found["llm:x"]["splits"]["ood"] == {"pairs": 0} and list(found[judging.LONGER]["gap"]) == ["ood"] and not found["llm:x"]["gap"]
     summary = {"a": ["a"], "b": ["b"], "prompts": 3, "only_a": 0, "only_b": 0, "pairs": 3, "judges": found}

@@ -21,7 +21,8 @@ from transformers import (
 
 from nanorlhf.errors import InputError
 from nanorlhf.hf.blocks import FrozenTrunk, blocks, freeze, sampling, speed_up, trainable
-from nanorlhf.models import Policy, context_length, load_reward_model, reference_of, save_policy
+from nanorlhf.hf.folders import context_length
+from nanorlhf.models import Policy, load_reward_model, reference_of, save_policy
 from nanorlhf.rollout import generate, left_pad
 from nanorlhf.runtime.distributed import fast_dtype
 from nanorlhf.runtime.flags import RunConfig

@@ -42,11 +42,11 @@ from nanorlhf.errors import InputError
 from nanorlhf.hf import lora
 from nanorlhf.hf.adapters import load_adapter, save_adapter
 from nanorlhf.hf.blocks import trainable
+from nanorlhf.hf.folders import check_model
 from nanorlhf.hf.lora import LoRA, adapters, adapters_off, add_lora, matching, merge
 from nanorlhf.models import (
     Policy,
     WithoutAdapters,
-    check_model,
     fingerprint,
     load_policy,
     load_reward_model,

@@ -303,7 +303,7 @@ def test_several_processes_fill_one_folder(tmp_path, monkeypatch):
     tokens, filled = Tokens(ROWS, BOS), []
     monkeypatch.setattr(Dist, "barrier", lambda self: None)
     monkeypatch.setattr(Dist, "together", lambda self, function: function())
-    monkeypatch.setattr(activation_store, "mapped", lambda path, keys, n: None)
+    monkeypatch.setattr(activation_store, "map_shard", lambda path, keys, n: None)
     listed = os.path.exists
     for rank in (1, 0):  # one after the other, each as if no shard was there when it looked
         monkeypatch.setattr(os.path, "exists", lambda path: listed(path) and not path.endswith(".safetensors"))
@@ -350,7 +350,7 @@ def test_shards_are_mapped_not_read(tmp_path):
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("no /proc")
     before = pages()
-    shard = activation_store.mapped(path, {"x"}, 2**16)
+    shard = activation_store.map_shard(path, {"x"}, 2**16)
     assert shard["x"].shape == (2**16, 256) and pages() - before < 2**24
 
 

@@ -485,7 +485,7 @@ def test_concept_features(material):
     sae.W_dec.data[7] = unembedding[concept].mean(0) - unembedding[~concept].mean(0)
     for by, planted in (("on", 9), ("before", 8), ("logits", 7)):
         config = ablation.AblateConfig(by=by, top=1)
-        assert ablation.features_of(config, concepts.sparse(f), concept, seen, sae, lm) == [planted]
+        assert ablation.choose_features(config, concepts.sparse(f), concept, seen, sae, lm) == [planted]
 
 
 @pytest.mark.parametrize(

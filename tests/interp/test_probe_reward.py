@@ -20,11 +20,11 @@ from nanorlhf.interp.implicit_reward import PairsConfig, RewardConfig, bag_of_wo
 from nanorlhf.interp.linear_probes import fit_pairs, fit_reward
 from nanorlhf.interp.probe_texts import (
     Texts,
-    by_prompt,
-    dealt,
-    differences,
-    halves,
+    deal,
     pair_texts,
+    split_by_prompt,
+    split_things,
+    subtract_neutral,
     word_texts,
 )
 from nanorlhf.interp.sae_files import save_sae
@@ -152,7 +152,7 @@ def test_prompts_that_differ_by_white_space_are_on_one_side():
     for i, row in enumerate(world.demonstrations(120)):
         blank = " " * (1 + i % 3)
         rows.append({**row, "prompt": f"review{blank}the{blank}{topics[i % 8]} :"})
-    groups, splits = by_prompt(SimpleNamespace(dataset="data", seeds=3, test_share=0.3), rows)
+    groups, splits = split_by_prompt(SimpleNamespace(dataset="data", seeds=3, test_share=0.3), rows)
     assert groups.tolist() == [i % 8 for i in range(120)]
     assert all(not set(groups[train].tolist()) & set(groups[test].tolist()) for train, test in splits)
     assert groups_of([row["prompt"] for row in rows]).tolist() == groups.tolist()
@@ -167,24 +167,24 @@ def test_prompts_that_differ_by_white_space_are_on_one_side():
 def test_a_test_share_that_leaves_nothing_to_fit():
     rows = [{"prompt": f"prompt {i}"} for i in range(10)]
     config = SimpleNamespace(dataset="data", seeds=1, test_share=0.7)
-    assert len(by_prompt(config, rows)[1][0][0]) == 3
+    assert len(split_by_prompt(config, rows)[1][0][0]) == 3
     config.test_share = 0.9
     with pytest.raises(InputError, match="--test_share 0.9 leaves 1 prompts for training"):
-        by_prompt(config, rows)
+        split_by_prompt(config, rows)
 
 
-def test_halves_and_dealt():
+def test_split_things_and_deal():
     rng = np.random.default_rng(0)
     for n, share, expected in ((10, 0.3, 3), (3, 0.01, 1), (3, 0.99, 2)):
-        train, test = halves(rng, list(range(n)), share)
+        train, test = split_things(rng, list(range(n)), share)
         assert sorted(train + test) == list(range(n)) and len(test) == expected
-    assert sorted(Counter(dealt(rng, "abc", 7)).values()) == [2, 2, 3]
+    assert sorted(Counter(deal(rng, "abc", 7)).values()) == [2, 2, 3]
 
 
 def test_differences_to_the_neutral_word():
     texts = triples_of(world.tokenizer(), world.demonstrations(100), world.LEXICON, triples=9)
     x = randn(len(texts.ids), 4)
-    new, inputs = differences(texts, {"x": x})
+    new, inputs = subtract_neutral(texts, {"x": x})
     at = 0
     for i in range(0, len(texts.ids), 3):
         for j in (0, 2):
@@ -362,10 +362,10 @@ def test_features_of_sparse_autoencoders_stand_beside_activations(base, tmp_path
 def test_the_layers_are_those_that_have_autoencoders(tmp_path):
     for name in ("10_mlp", "3_mlp", "2_residual", "notes_mlp"):
         (tmp_path / "policy" / name).mkdir(parents=True)
-    assert implicit_reward.layers_of(RewardConfig(sae=str(tmp_path))) == "3,10"
-    assert implicit_reward.layers_of(RewardConfig(sae=str(tmp_path), site="residual")) == "2"
+    assert implicit_reward.list_layers(RewardConfig(sae=str(tmp_path))) == "3,10"
+    assert implicit_reward.list_layers(RewardConfig(sae=str(tmp_path), site="residual")) == "2"
     with pytest.raises(InputError, match="no autoencoder of a layer's attention"):
-        implicit_reward.layers_of(RewardConfig(sae=str(tmp_path), site="attention"))
+        implicit_reward.list_layers(RewardConfig(sae=str(tmp_path), site="attention"))
 
 
 def test_one_seed_has_no_interval(base, tmp_path):

@@ -91,12 +91,16 @@ def place(material, tmp_path_factory):
     return root
 
 
+class WorkHasBegun(BaseException):
+    """No error of a library, which would be made a line of."""
+
+
 @pytest.fixture
 def no_work(place, monkeypatch):
     """The material as the working directory; loading a model, or starting a process, fails."""
 
     def fail(*args, **kwargs):
-        raise AssertionError("work has begun")
+        raise WorkHasBegun
 
     monkeypatch.chdir(place)
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", fail)
@@ -140,8 +144,8 @@ def test_the_doors_are_open(no_work, tmp_path, monkeypatch, door):
     monkeypatch.chdir(tmp_path / "copy")
     try:
         launch(DOORS[door], "new/x")
-    except AssertionError as e:
-        assert "work has begun" in str(e)
+    except WorkHasBegun:
+        pass
     else:
         assert door in ("from", "evaluate", "judge")  # which need no model here
         assert len(content("new/x")) > 0

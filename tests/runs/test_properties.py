@@ -2,15 +2,18 @@
 The kinds of runs stand in support.RUNS; kills at random moments in test_kills.py; flags and --help in runtime/test_flags.py.
 """
 
+import ast
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import (
+    ALL_SCRIPTS,
     ENV,
     RUNS,
     SCRIPTS,
@@ -35,6 +38,14 @@ from support import (
 )
 
 from nanorlhf.runtime import cli, log
+
+
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
+def test_a_script_calls_main_at_its_end(name):
+    """A function that stands below the call does not exist yet when the script is run from a shell."""
+    source = Path(ALL_SCRIPTS[name].__file__).read_text()
+    last = ast.parse(source).body[-1]
+    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
 
 
 def weights_error(kind):

@@ -795,7 +795,7 @@ GOOD = {"prompt": "p", "responses": ["a", "b"], "gold_scores": [1, 2]}
     ({"instruction": "p", "input": ["q"], "answers": ["a"]}, ["instruction and input must be strings"]),
     ({"instruction": "p", "input": "q"}, ["'responses'"]),
     ({**GOOD, "gold_scores": [1]}, ["1 gold_scores for 2 responses"]),
-    ({**GOOD, "gold_scores": [1, math.nan]}, ["'gold_scores' must be a list of finite numbers"]),
+    ({**GOOD, "gold_scores": [1, math.nan]}, ["NaN is no finite number"]),
     ({**GOOD, "gold_scores": [1, -math.inf]}, ["finite"]),
     ({**GOOD, "gold_scores": [1, 10**400]}, ["finite"]),
     ({**GOOD, "gold_scores": [1, True]}, ["finite"]),

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_sae
 from nanorlhf import world
 from nanorlhf.control.feature_rewards import check_feature_reward
-from nanorlhf.data import encode
+from nanorlhf.data import encode, encode_prompts
 from nanorlhf.errors import InputError
-from nanorlhf.interp.activation_store import hold_out
+from nanorlhf.interp.activation_store import Tokens, hold_out
 from nanorlhf.interp.sae_files import load_sae
 from nanorlhf.models import Policy, RewardModel, save_policy, save_reward_model
+from nanorlhf.runtime.distributed import Dist
 from nanorlhf.sae import fvu
+from train_sae import load_lm, loss_recovered
 
 KEYS = ["policy/1_mlp", "base/1_mlp"]
 
@@ -269,6 +272,27 @@ def assert_close(a, b):
     for x, y in zip(tensors(a).values(), tensors(b).values(), strict=True):
         for name in x:
             torch.testing.assert_close(x[name], y[name], rtol=1e-3, atol=1e-4)
+
+
+class OneOfTwo(Dist):
+    """A process that is told only what it has itself."""
+
+    def sum(self, tensor):
+        return tensor
+
+
+@torch.no_grad()
+def test_a_process_may_have_no_held_out_text(base):
+    config = settings(base, "x")
+    lm = load_lm(f"{base}/policy", "cpu")
+    sae = load_sae(str(base / "run/policy/1_mlp"))
+    held_out = Tokens(encode_prompts(world.tokenizer(), ["review the hotel :"]))
+    cpu = torch.device("cpu")
+    shares = []
+    for rank in range(2):
+        shares.append(loss_recovered(config, lm, (1, "mlp"), sae, held_out, OneOfTwo(rank, 2, cpu)))
+    whole = loss_recovered(config, lm, (1, "mlp"), sae, held_out, Dist(0, 1, cpu))
+    assert math.isnan(shares[0]["loss"]) and shares[1] == whole  # no token there, all of them here
 
 
 @pytest.mark.slow

@@ -36,8 +36,9 @@ from transformers import (
 from nanorlhf import world
 from nanorlhf.errors import InputError
 from nanorlhf.evals.encoders import check_nli, nli_scorer, sentence_encoder
+from nanorlhf.hf.folders import check_model
 from nanorlhf.interp.explainer import local_asker
-from nanorlhf.models import check_model, load_policy, load_reward_model, load_tokenizer, save_policy
+from nanorlhf.models import load_policy, load_reward_model, load_tokenizer, save_policy
 from nanorlhf.rewards import check_reward, load_reward
 from nanorlhf.runtime.distributed import Dist
 from nanorlhf.sarm import SARM

@@ -188,7 +188,7 @@ def test_choices(name):
     """All of them are taken as far as one flag goes; any other is refused, in Python and from the command line."""
     kinds, with_choices = kinds_of(CONFIGS[name]), 0
     for field in dataclasses.fields(CONFIGS[name]):
-        choices = field.metadata.get("choices")
+        choices = flags.choices_of(field)
         if choices:
             with_choices += 1
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

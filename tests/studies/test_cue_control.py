@@ -172,10 +172,10 @@ def test_latents_by_the_truth(study, ran):
     rows = [latent(i, 0.1, 0.1, 0.1, 0.1, ["room", 0.9, 4], [cue, 0.6 + 0.01 * i, 4]) for i in range(8)] + [latent(9, 0.1, 0.1, 0.1, 0.1)]
     found = study.by_truth({"latents": rows}, 0)
     assert found == {"token": cue, "features": [7, 6, 5, 4, 3]}
-    Path(study.human(a, 0)).unlink(missing_ok=True)
+    Path(study.human_file(a, 0)).unlink(missing_ok=True)
     main, config = parse_command(study.density_texts(a, 0, found))
     main(config)
-    Path(study.few(a, 0)).rename(study.human(a, 0))
+    Path(study.density_file(a, 0)).rename(study.human_file(a, 0))
     commands = study.arms(a, 0, found)
     assert list(commands) == ["truth_indicator", "truth_hinge", "truth_clamp", "truth_density"]
     assert all(f"/ppo/{arm}/seed_0" in command for arm, command in commands.items())
@@ -193,8 +193,8 @@ def test_against_a_dense_model_with_an_autoencoder(study, ran):
     assert all(f"--reward_model {dense} --sae {sae} " in command for command in stages[5])
     found = {"features": [0, 1], "random": [2, 3], "negative": []}  # as the rule finds it
     few = study.density_texts(a, 0, found)
-    for command in (few, few.replace(study.few(a, 0), study.human(a, 0)).replace(" --features 0,1", "")):
-        Path(study.human(a, 0)).unlink(missing_ok=True)
+    for command in (few, few.replace(study.density_file(a, 0), study.human_file(a, 0)).replace(" --features 0,1", "")):
+        Path(study.human_file(a, 0)).unlink(missing_ok=True)
         main, config = parse_command(command)
         main(config)
     commands = study.arms(a, 0, found)

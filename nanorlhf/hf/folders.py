@@ -1,0 +1,222 @@
+"""Model folders and hub names, looked at before anything is loaded from them.
+
+Anybody may have written such a folder, a killed run may have left it half made, and a disk may have
+changed it. Whatever is wrong is an InputError: one line that says what and where. models.py loads.
+"""
+
+import math
+import os
+
+import torch
+from transformers import AutoConfig
+
+from ..errors import InputError, library_call, require
+from ..runtime.files import is_of_type, shorten
+from ..runtime.hints import check_made
+from ..runtime.tensors import check_tensors
+from .adapters import is_adapter, read_config, resolve
+from .weights import check_config, has_weights, weight_names
+
+# The folder of a separate value model, inside its policy's.
+VALUE_MODEL = "value_model"
+# The sizes that a model can have, lowest and highest.
+SIZES = {"vocab_size": (3, 10**7), "hidden_size": (1, 10**6), "num_hidden_layers": (1, 10**4)}
+# The files of which a tokenizer needs one.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+# ------------------------------------------------------------------------ the folder and its config
+
+
+def check_model(path: str):
+    """The HF config of a model folder, run folder, adapter folder or hub name.
+
+    An adapter folder has the config of its base model. The names of the weight files are looked at
+    too (weights.py), and so is a separate value model inside the folder. InputError: no such model,
+    or one that cannot be loaded.
+    """
+    path = resolve(path)
+    check_made(path)
+    value_model = os.path.join(path, VALUE_MODEL)
+    if os.path.isdir(value_model):
+        check_model(value_model)
+    if is_adapter(path):
+        base = read_config(path)["base_model_name_or_path"]
+        return check_model(base)
+
+    check_place(path)
+    with library_call(f"{path}: neither a model folder nor a model that the hub gives"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_config(path, config)
+    check_sizes(path, config)
+    weight_names(path)  # refuses an index that leads to a pickle, or out of the folder
+    return config
+
+
+def check_place(path: str):
+    """InputError for a folder that holds no model, and for a path where there is no folder.
+
+    What is left is a model folder, or a name that only the hub can know.
+    """
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise InputError(f"{path}: a folder without config.json is no model")
+        if not has_weights(path):
+            hint = ""
+            if os.path.isdir(os.path.join(path, "checkpoint")):
+                hint = "; the run has not finished"
+            raise InputError(f"{path}: no weights (*.safetensors) in this model folder{hint}")
+        return
+
+    # A name on the hub is NAME or OWNER/NAME. Anything else with a separator was meant as a path.
+    has_separator = os.path.sep in os.path.normpath(path)
+    is_path = has_separator and path.count("/") != 1
+    if is_path or path.startswith((".", "~", "/")):
+        raise InputError(f"{path}: no such model folder")
+    if path.startswith("runs/"):
+        raise InputError(f"{path}: no such run yet")
+
+
+def context_length(config) -> int | None:
+    """The most tokens a model can read, or None where its config names no limit."""
+    length = getattr(config, "max_position_embeddings", None)
+    return length or getattr(config, "n_positions", None)
+
+
+def check_sizes(path: str, config):
+    """InputError where a config's sizes, its context or its reward_mean cannot be."""
+    text_config = config.get_text_config()
+    for name, (low, high) in SIZES.items():
+        size = getattr(text_config, name, low)
+        require(
+            type(size) is int and low <= size <= high,
+            f"{path}: config.json's {name} must be a whole number from {low} to {high}, "
+            f"not {shorten(size)}",
+        )
+
+    context = context_length(text_config)
+    require(
+        is_of_type(context, int | None),
+        f"{path}: config.json's context must be a whole number, not {shorten(context)}",
+    )
+
+    # It is in units of the scores' standard deviation, so a large one means a damaged file.
+    mean = getattr(config, "reward_mean", 0.0)
+    require(
+        is_of_type(mean, float) and abs(mean) < 1e9,
+        f"{path}: config.json's reward_mean cannot be {shorten(mean)}",
+    )
+
+
+# ------------------------------------------------------------------------------------ the tokenizer
+
+
+def has_tokenizer(path: str) -> bool:
+    """Whether a folder holds a tokenizer's files. A hub name counts as having one."""
+    if not os.path.isdir(path):
+        return True
+    return any(os.path.isfile(os.path.join(path, name)) for name in TOKENIZER_FILES)
+
+
+def count_embeddings(path: str) -> int | None:
+    """How many token ids the model beside a tokenizer has embeddings for.
+
+    None: the folder holds a tokenizer alone.
+    """
+    if os.path.isdir(path) and not has_weights(path) and not is_adapter(path):
+        return None
+    return check_model(path).get_text_config().vocab_size
+
+
+def check_vocabulary(path: str, tokenizer, n_embeddings: int):
+    """InputError where a token of texts has an id for which the model has no embedding.
+
+    Special tokens that texts do not hold, such as PAD, may lie beyond the embeddings.
+    """
+    special_ids = find_special_ids(tokenizer)
+    last_token = ""
+    last_id = -1
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id > last_id and token_id not in special_ids:
+            last_token = token
+            last_id = token_id
+    require(
+        last_id < n_embeddings,
+        f"{path}: the tokenizer's token {last_token!r} has the id {last_id}, and the model has "
+        f"embeddings 0 to {n_embeddings - 1} alone; give it more (resize_token_embeddings), "
+        "or take the token out of the tokenizer",
+    )
+
+
+def find_special_ids(tokenizer) -> set[int]:
+    """The ids of special tokens that texts do not hold, such as PAD.
+
+    A folder saved after load_tokenizer() has put EOS in the place of PAD still holds the token
+    that was PAD: a special one without a role. So the role alone does not tell. Pitfall: a text
+    that spells such a token out holds it.
+    """
+    # Special tokens that texts do hold: those that the tokenizer puts around a text, UNK in the
+    # place of an unknown word, and BOS and EOS, which data.py adds.
+    in_texts = set(tokenizer("a text").input_ids)
+    in_texts |= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    template = str(tokenizer.chat_template)
+
+    special_ids = set()
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        is_in_chats = token.content in template
+        if token.special and token_id not in in_texts and not is_in_chats:
+            special_ids.add(token_id)
+    return special_ids
+
+
+def read_longest_text(path: str, tokenizer) -> int:
+    """The most tokens that a tokenizer gives a text: a whole number, 10^30 where nobody says it.
+
+    InputError: it is none.
+    """
+    longest = tokenizer.model_max_length
+    is_whole = is_of_type(longest, float) and math.isfinite(longest) and longest == int(longest) > 0
+    require(
+        is_whole,
+        f"{path}: the tokenizer's model_max_length must be a whole number above 0, "
+        f"not {shorten(longest)}",
+    )
+    return int(longest)
+
+
+# --------------------------------------------------------------------------------- the loaded model
+
+
+def check_complete(path: str, model, missing: list[str], new_head: bool):
+    """InputError where the folder of a model lacks weights: `missing` are their names.
+
+    new_head: a score head is new, and a pooler is not used, so that these may be missing.
+    """
+    lacking = []
+    for name in missing:
+        is_optional = new_head and name.startswith(("score.", "pooler."))
+        if not is_optional:
+            lacking.append(name)
+    if lacking:
+        names = ", ".join(sorted(lacking)[:3])
+        raise InputError(f"{path}: as {type(model).__name__} it lacks the weights {names}")
+
+
+def check_weights(path: str, model):
+    """InputError where a weight is not finite: a run that went wrong saved it."""
+    weights = dict(model.named_parameters())
+    any_shape = dict.fromkeys(weights)
+    check_tensors(weights, any_shape, path)
+
+
+@torch.no_grad()
+def check_run(path: str, model):
+    """InputError where a model cannot read two tokens: some wrong settings only show there."""
+    with library_call(f"{path}: cannot be run"):
+        model.base_model(input_ids=torch.tensor([[1, 2]]))
