@@ -1,15 +1,21 @@
-"""The one exception that means 'your input', not 'our bug': scripts print it in one line and exit with code 2."""
+"""The one exception that means 'your input', not 'our bug', and checks that raise it.
+
+Scripts print an InputError in one line, without a traceback, and exit with code 2.
+"""
 
 import argparse
 import contextlib
 
 
 class InputError(ValueError):
-    pass
+    """Something that a user gave is wrong: a flag, a file, a model, a function."""
+
+
+# ------------------------------------------------------------------- errors of other people's code
 
 
 @contextlib.contextmanager
-def user_code(what):
+def user_code(what: str):
     """A context for code that a user wrote: whatever it raises becomes an InputError.
 
     The message is `what`, then the error's name and text. sys.exit(), quit() and argparse would end
@@ -33,7 +39,7 @@ def user_code(what):
 
 
 @contextlib.contextmanager
-def library_call(what):
+def library_call(what: str):
     """A context for one call of a library on files that a user brought, and for nothing of ours.
 
     Broken files make libraries raise errors of any kind: KeyError, ZeroDivisionError, bare
@@ -45,28 +51,42 @@ def library_call(what):
         raise InputError(f"{what} ({type(e).__name__}: {first_line(e)})") from None
 
 
-def first_line(error):
-    """What an error says, in one line; its type's name where it says nothing or fails to."""
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; the name of its type where it says nothing."""
     try:
         lines = str(error).strip().splitlines()
-    except Exception:  # a class of the user's, whose __str__ is wrong
+    # The error may be of a user's class, whose __str__ is wrong.
+    except Exception:
         lines = []
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0]
 
 
-def require(condition, message):
+# ------------------------------------------------------------------------------------------ checks
+
+
+def require(condition, message: str):
+    """InputError, with this message, unless the condition holds."""
     if not condition:
         raise InputError(message)
 
 
-def at_least(config, low, *names):
+def at_least(config, low, *names: str):
+    """InputError unless each of these flags has the value `low` or more."""
     for name in names:
-        require(getattr(config, name) >= low, f"--{name} must be at least {low}, not {getattr(config, name)}")
+        value = getattr(config, name)
+        require(value >= low, f"--{name} must be at least {low}, not {value}")
 
 
-def one_of(config, name, *choices):
-    require(getattr(config, name) in choices, f"--{name} must be one of {', '.join(map(str, choices))}, not {getattr(config, name)!r}")
+def one_of(config, name: str, *choices):
+    """InputError unless the flag has one of these values."""
+    value = getattr(config, name)
+    known = ", ".join(map(str, choices))
+    require(value in choices, f"--{name} must be one of {known}, not {value!r}")
 
 
-def divides(config, name, divisor, what):
-    require(getattr(config, name) % divisor == 0, f"--{name} {getattr(config, name)} is not a multiple of {what} ({divisor})")
+def divides(config, name: str, divisor: int, what: str):
+    """InputError unless the flag's value is a multiple of the divisor, which is called `what`."""
+    value = getattr(config, name)
+    require(value % divisor == 0, f"--{name} {value} is not a multiple of {what} ({divisor})")

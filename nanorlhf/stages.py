@@ -1,10 +1,11 @@
 """Which script trains which default folder, and what a run needs to be there before it starts.
 
-    runs/sft  <--  train_sft.py              the SFT policy
-    runs/rm/seed_0  <--  train_rm.py         the reward model, from runs/sft
-    runs/ppo  <--  train_ppo.py              the PPO policy, from both
+    runs/sft          by train_sft.py    the SFT policy
+    runs/rm/seed_0    by train_rm.py     the reward model, from runs/sft
+    runs/ppo          by train_ppo.py    the PPO policy, from both
 
-A script asks only for what it starts from itself. What that needs in turn its own script asks for.
+A script asks only for the models that it starts from. If one of them is missing, the script that
+trains it runs, and asks in turn for what that model starts from.
 """
 
 import importlib
@@ -23,20 +24,23 @@ SCRIPT_OF = {"runs/sft": "train_sft", "runs/rm/seed_0": "train_rm", "runs/ppo": 
 
 
 def check_inputs(config, *names: str) -> None:
-    """Look at the models and rewards that these settings name, before any is loaded or trained.
+    """Check the models and rewards that these settings name, before any is loaded or trained.
 
-    What the scripts train themselves need not be there yet. InputError: something is wrong.
+    Models that the scripts train themselves need not be there yet. InputError: a model or a reward
+    cannot be used.
     """
     for name in names:
         if is_default(config, name):
             continue
-        check = check_model if name in ("model", "value_model") else check_reward
         for path in paths_in(config, name):
-            check(path)
+            if name in ("model", "value_model"):
+                check_model(path)
+            else:
+                check_reward(path)
 
 
 def train_what_is_missing(config, *names: str) -> None:
-    """Train the models of these settings that are the scripts' own and not there yet."""
+    """Train those models in these settings that are the scripts' own and are not there yet."""
     for name in names:
         if is_default(config, name):
             for folder in paths_in(config, name):
@@ -45,30 +49,34 @@ def train_what_is_missing(config, *names: str) -> None:
 
 def is_default(config, name: str) -> bool:
     """Whether a setting names models that the scripts train themselves on the embedded world."""
-    answers_from_a_file = getattr(config, "pool", "")
-    if answers_from_a_file or not data.is_world(config.dataset):
+    # sample_bon.py's --pool: the answers are there already, in a file.
+    if getattr(config, "pool", "") or not data.is_world(config.dataset):
         return False
-    return getattr(config, name) == getattr(type(config)(), name)
+    defaults = type(config)()
+    return getattr(config, name) == getattr(defaults, name)
 
 
 def paths_in(config, name: str) -> list[str]:
     """The names of models in a setting, which holds one, several or none."""
-    value = getattr(config, name)
-    paths = [value] if isinstance(value, str) else value
+    paths = getattr(config, name)
+    if isinstance(paths, str):
+        paths = [paths]
     return [path for path in paths if path]
 
 
 def train_default(folder: str, config) -> None:
     """Train the model of a default folder by its script, or use what is there already.
 
-    The script runs in this process, since another one would not be in torchrun's group. It computes
-    in float32, whatever the run that needs the model computes in: there is one model of each kind.
+    The script runs in this process: a process of its own would not be in torchrun's group. It
+    computes in float32, whatever the run that needs the model computes in, so that there is one
+    model of each kind.
     """
-    # By its name, when it is needed: no module imports a script.
+    # The script is imported here, by its name, when it is needed: no module imports a script.
     script = importlib.import_module(SCRIPT_OF[folder])
     wanted = script.Config(device=config.device)
     if folder == "runs/rm/seed_0":
-        wanted = script.Config(device=config.device, dataset=config.dataset)  # the cue's seed is in it
+        # The name of the embedded world may hold the seed of the cue, which is in the pairs alone.
+        wanted = script.Config(device=config.device, dataset=config.dataset)
     if not use_what_is_there(folder, wanted):
         script.main(wanted)
 
@@ -76,15 +84,17 @@ def train_default(folder: str, config) -> None:
 def use_what_is_there(folder: str, wanted) -> bool:
     """Whether the run in a default folder is done. It may be a user's own, with other settings.
 
-    It is used as it is, and what is different about it is printed: settings, and inputs that have
-    changed since, such as the SFT policy below a reward model. InputError: a run with other settings
-    that is not finished. It is the user's to finish: it may be running, or have hours to go.
+    A run that is done is used as it is. What is different about it is printed: settings, and inputs
+    that have changed since, such as the SFT policy that a reward model was trained from.
+    InputError: a run with other settings that is not finished. It is left to its user, since it may
+    be running, or have hours to go.
     """
     stored = os.path.join(folder, "config.json")
     if not os.path.isfile(stored):
         return False
     differing = settings_that_differ(stored, wanted, PLACES)
     finished = os.path.isfile(os.path.join(folder, "summary.json"))
+    # The run that the script would start was interrupted: the script goes on with it.
     if not differing and not finished:
         return False
 
@@ -92,12 +102,16 @@ def use_what_is_there(folder: str, wanted) -> bool:
     own = [f"{name} {settings.get(name)}" for name in differing]
     if not finished:
         raise InputError(
-            f"{folder} holds a run that is not finished, with settings of its own ({', '.join(own)}): "
-            f"finish it with its script and --resume --output_dir {folder}, or name other models"
+            f"{folder} holds a run that is not finished, with settings of its own "
+            f"({', '.join(own)}): finish it with its script and --resume --output_dir {folder}, "
+            "or name other models"
         )
     inputs = read_config(stored)["inputs"]
-    for name in changed_inputs(inputs, fingerprint_inputs(settings, inputs)):
+    inputs_now = fingerprint_inputs(settings, inputs)
+    for name in changed_inputs(inputs, inputs_now):
         own.append(f"{name} has changed since")
     note = f": {', '.join(own)}" if own else ""
-    setup(wanted.device).print(f"{folder} is done already and used as it is{note}")
+    # All processes come here, and one of them prints.
+    dist = setup(wanted.device)
+    dist.print(f"{folder} is done already and used as it is{note}")
     return True

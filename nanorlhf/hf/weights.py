@@ -1,7 +1,7 @@
 """Which files a model's weights are read from: safetensors in the model's own folder, no others.
 
-A folder holds model.safetensors, or several files and model.safetensors.index.json, whose
-weight_map says {tensor: its file}. The index is a text that anyone can write: it may name a pickle,
+A model folder holds model.safetensors; or else several files and model.safetensors.index.json,
+whose weight_map says {tensor: its file}. Anyone can write such an index: it may name a pickle,
 which runs code when it is read, or a file outside the folder.
 """
 
@@ -13,18 +13,21 @@ from ..errors import InputError, first_line
 from ..runtime.files import read_object
 from ..runtime.tensors import read_shapes
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 def has_weights(folder: str) -> bool:
     """Whether a model folder holds weights that can be read."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in (WEIGHTS, INDEX))
+    has_one_file = os.path.isfile(os.path.join(folder, WEIGHTS))
+    has_index = os.path.isfile(os.path.join(folder, INDEX))
+    return has_one_file or has_index
 
 
 def weight_names(path: str) -> list[str]:
     """The names of the weight files of a model folder or hub name, by its index where it has one.
 
-    InputError: an index that is none, that names anything but a safetensors file beside it, or a
+    InputError: the index is broken, names anything but a safetensors file beside it, or names a
     file that is missing. Pitfall: a symbolic link is followed wherever it leads, since the hub's
     own cache consists of links. What it leads to is read as safetensors all the same.
     """
@@ -32,7 +35,7 @@ def weight_names(path: str) -> list[str]:
     if index is None:
         return [WEIGHTS]
 
-    # The index is looked at even where model.safetensors stands beside it and is read instead.
+    # A bad index is refused even where model.safetensors stands beside it and is read instead.
     weight_map = read_object(index, {"weight_map": dict})["weight_map"]
     if not weight_map:
         raise InputError(f"{index}: its weight_map is empty")
@@ -42,9 +45,11 @@ def weight_names(path: str) -> list[str]:
     if os.path.isfile(os.path.join(path, WEIGHTS)):
         return [WEIGHTS]
     names = sorted(set(weight_map.values()))
-    for name in names:
-        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, name)):
-            raise InputError(f"{index}: it names {name}, and there is no such file")
+    # A hub model's files need not be here yet.
+    if os.path.isdir(path):
+        for name in names:
+            if not os.path.isfile(os.path.join(path, name)):
+                raise InputError(f"{index}: it names {name}, and there is no such file")
     return names
 
 
@@ -62,10 +67,11 @@ def check_name(index: str, tensor: str, name):
 
 
 def check_config(path: str, config):
-    """InputError where a model's config, or that of a part of it, names the file of its weights.
+    """InputError where a model's config names the file of its weights.
 
-    transformers would read that file in the place of model.safetensors, even a pickle.
+    transformers would read that file in the place of model.safetensors, even if it is a pickle.
     """
+    # A model of several parts, such as text and images, has a config for each.
     parts = [config]
     for name in config.sub_configs:
         parts.append(getattr(config, name, None))
@@ -86,19 +92,21 @@ def weight_files(path: str) -> list[str]:
 def check_types(path: str):
     """InputError where a model's weights are no floating-point numbers.
 
-    transformers would turn them into some. Buffers, such as masks, may be what they are.
+    transformers would turn them into some without a word. Buffers, such as masks, may have any
+    type.
     """
     for file in weight_files(path):
         for name, (dtype, _) in read_shapes(file).items():
+            # safetensors' names of floating-point types have an F: F32, BF16, F8_E4M3.
             if name.endswith(".weight") and "F" not in dtype:
                 raise InputError(f"{file}: {name} holds {dtype}, not floating-point numbers")
 
 
 def find_file(path: str, name: str, must: bool = True) -> str | None:
-    """The path of a file of a model folder or hub name; None where it need not be there and is not.
+    """The path of a file of a model folder or hub name. must: InputError where it is not there.
 
-    Offline the hub cannot say that a file is missing: one that need not be there then counts as
-    missing.
+    Without `must` it is None where the file is missing. Offline, the hub cannot say whether a file
+    is missing: it then counts as missing.
     """
     try:
         return cached_file(

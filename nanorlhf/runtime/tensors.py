@@ -1,4 +1,7 @@
-"""Tensors in safetensors files, which anybody may have written, or which were damaged since."""
+"""Tensors in safetensors files, which anybody may have written, or which were damaged since.
+
+What is wrong with a file is an InputError: one line that names it.
+"""
 
 import torch
 from safetensors import safe_open
@@ -14,34 +17,38 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
 
 
 def read_shapes(path: str) -> dict[str, tuple[str, list[int]]]:
-    """{name: its type, such as F32, and its shape}; no tensor is loaded. InputError: as above."""
+    """{name of a tensor: its type, such as F32, and its shape}, without loading any tensor.
+
+    InputError: the file cannot be read.
+    """
+    shapes = {}
     with library_call(f"{path}: cannot be read"), safe_open(path, "pt") as f:
-        slices = {name: f.get_slice(name) for name in f.keys()}
-        return {name: (x.get_dtype(), list(x.get_shape())) for name, x in slices.items()}
+        for name in f.keys():
+            tensor = f.get_slice(name)
+            shapes[name] = (tensor.get_dtype(), list(tensor.get_shape()))
+    return shapes
 
 
 def read_notes(path: str) -> dict[str, str]:
-    """The texts in a safetensors file's header, by their names. InputError: as above."""
+    """The texts in a safetensors file's header, by their names. InputError: it cannot be read."""
     with library_call(f"{path}: cannot be read"), safe_open(path, "pt") as f:
         return f.metadata() or {}
 
 
 def check_tensors(tensors: dict, shapes: dict, place: str):
-    """InputError where tensors are not those that are expected: {name: shape}, or None for any shape.
+    """InputError where tensors are not those that are expected: {name: shape}, or None for any.
 
-    Each must hold floating-point numbers, and all of them finite in float32.
+    Each must hold floating-point numbers, and all of them must be finite in float32.
     """
     for name, shape in shapes.items():
         require(name in tensors, f"{place}: the tensor {name} is missing")
-        found = list(tensors[name].shape)
-        require(
-            shape is None or found == list(shape),
-            f"{place}: {name} is {found}, not {list(shape or [])}",
-        )
-        dtype = str(tensors[name].dtype).removeprefix("torch.")
-        require(
-            tensors[name].is_floating_point(),
-            f"{place}: {name} holds {dtype}, not floating-point numbers",
-        )
-        finite = bool(tensors[name].detach().float().isfinite().all())
-        require(finite, f"{place}: {name} holds numbers that are not finite")
+        tensor = tensors[name]
+        if shape is not None:
+            wanted = list(shape)
+            found = list(tensor.shape)
+            require(found == wanted, f"{place}: {name} is {found}, not {wanted}")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        is_float = tensor.is_floating_point()
+        require(is_float, f"{place}: {name} holds {dtype}, not floating-point numbers")
+        is_finite = bool(tensor.detach().float().isfinite().all())
+        require(is_finite, f"{place}: {name} holds numbers that are not finite")
