@@ -115,7 +115,10 @@ class Dist:
         trained = any(p.requires_grad for p in module.parameters())
         if self.world == 1 or not (trained or self.sharded):
             return module
-        model = fsdp.shard(module, self, dtype) if self.sharded else DistributedDataParallel(module, gradient_as_bucket_view=True)
+        if self.sharded:
+            model = fsdp.shard(module, self, dtype)
+        else:
+            model = DistributedDataParallel(module, gradient_as_bucket_view=True)
         with torch.set_grad_enabled(trained):
             value = total(model) if total else None
         if trained:
@@ -166,7 +169,8 @@ def setup(device="auto", distributed="ddp"):
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not td.is_initialized():
-        a_day = datetime.timedelta(days=1)  # a process without a member of an ensemble waits for those that have one
+        # A process without a member of an ensemble waits for those that have one.
+        a_day = datetime.timedelta(days=1)
         store = find_the_others(a_day)
         if device.startswith("cuda"):
             td.init_process_group("nccl", None, a_day, world, rank, store, device_id=torch.device(device))
@@ -248,7 +252,9 @@ def sync_on(module, last):
 
     FSDP does so in each of them: waiting would need the whole model's gradients on every process.
     """
-    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext()
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return contextlib.nullcontext()
 
 
 def autocast(dist, dtype):
@@ -267,4 +273,6 @@ def peak_memory_mb(dist):
     """Peak memory of this process in MiB: of the GPU where there is one, else resident."""
     if dist.device.type == "cuda":
         return torch.cuda.max_memory_allocated(dist.device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    # macOS counts in bytes, Linux in KiB.
+    units_in_a_mb = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_in_a_mb

@@ -11,14 +11,17 @@ from .log import RunFolder
 
 def parse_ids(text):
     """ "3,17" -> [3, 17] """
-    are_numbers = all(part.strip().isdecimal() and len(part) < 19 for part in text.split(","))  # fits 64 bits
+    # Fewer than 19 digits fit 64 bits.
+    are_numbers = all(part.strip().isdecimal() and len(part) < 19 for part in text.split(","))
     require(are_numbers or not text, f"--features {text}: it must be numbers, such as 3,17")
     return list(dict.fromkeys(int(part) for part in text.split(",") if part))
 
 
 def cell(x, digits=3):
     """A number with its interval."""
-    return "-" if x is None else f"{x['mean']:+.{digits}f} [{x['low']:+.{digits}f}, {x['high']:+.{digits}f}]"
+    if x is None:
+        return "-"
+    return f"{x['mean']:+.{digits}f} [{x['low']:+.{digits}f}, {x['high']:+.{digits}f}]"
 
 
 def in_one_line(function, *args):
