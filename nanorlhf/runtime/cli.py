@@ -201,5 +201,3 @@ def run_command(commands, args=None):
         require(name in commands, f"no command {name!r}; there are {', '.join(commands)}")
         config_class, function = commands[name]
         function(parse(config_class, rest, name, inspect.getdoc(function)))
-
-

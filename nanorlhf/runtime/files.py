@@ -405,7 +405,9 @@ def python_function(spec):
         function = getattr(module, name, None)
     require(callable(function), f"{path}: it defines no function {name!r}")
     is_async = inspect.iscoroutinefunction(function)
-    require(not is_async, f"{path}: {name} is an async function, which returns no value when called")
+    require(
+        not is_async, f"{path}: {name} is an async function, which returns no value when called"
+    )
     return function
 
 
