@@ -133,28 +133,46 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
         at_least(self, 1, "n_answers", "batch_size", "micro_batch_size")
         at_least(self, 0, "seed")
         require(all(n >= 1 for n in self.n), "--n must be at least 1")
-        require(self.pool or all(n <= self.n_answers for n in self.n), f"--n must not be above --n_answers ({self.n_answers})")
-        require(self.uwo_lambda and all(x >= 0 for x in self.uwo_lambda), "--uwo_lambda takes numbers of at least 0")
+        require(
+            self.pool or all(n <= self.n_answers for n in self.n),
+            f"--n must not be above --n_answers ({self.n_answers})",
+        )
+        require(
+            self.uwo_lambda and all(x >= 0 for x in self.uwo_lambda),
+            "--uwo_lambda takes numbers of at least 0",
+        )
         there = self.pool or self.from_files
-        require(there or self.best_of < self.n_answers, f"--best_of must be below --n_answers ({self.n_answers})")
+        require(
+            there or self.best_of < self.n_answers,
+            f"--best_of must be below --n_answers ({self.n_answers})",
+        )
         require(not self.save_best or len(self.n) == 1, "--save_best takes one --n")
         labels(self.eval_splits)
         alone = self.split == "test" and not (self.pool or self.from_files)
         why = "--eval_splits takes the place of --split, and needs answers to sample: no --pool, no --from"
         require(alone or not self.eval_splits, why)
         in_world, own = data.is_world(self.dataset), self.in_distribution or self.prompt_format
-        require(not (in_world and own), "--in_distribution and --prompt_format are for data of one's own: name it with --dataset")
+        require(
+            not (in_world and own),
+            "--in_distribution and --prompt_format are for data of one's own: name it with --dataset",
+        )
         require(self.split != "ood" or in_world or self.in_distribution,
                     "--split ood is the embedded world's; of other data it needs --in_distribution")  # fmt: skip
         if data.is_world(self.dataset) and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
         if self.from_files:
-            require(not (self.pool or self.diversity), "--from measures files alone: it takes no --pool and no --diversity")
+            require(
+                not (self.pool or self.diversity),
+                "--from measures files alone: it takes no --pool and no --diversity",
+            )
             self.output_dir = "runs/diversity" if self.output_dir == "runs/bon" else self.output_dir
         self.reward_model = expand(self.reward_model)
         for name in reward_names(self.reward_model):
             free = objective_of(name) is None
-            require(free, f"a reward cannot be called {name}: that is an objective's name in the results")
+            require(
+                free,
+                f"a reward cannot be called {name}: that is an objective's name in the results",
+            )
 
 
 @unlock_afterwards()

@@ -205,12 +205,27 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, feature_control.Fl
         at_least(self, 1, "minibatch_size", "ppo_epochs", "kl_horizon")
         at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip")
         at_least(self, 0, "uwo_lambda", "n_samples")
-        require(self.clip_range > 0 and self.value_clip_range > 0, "--clip_range and --value_clip_range must be positive")
-        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "--gamma and --lam must lie between 0 and 1")
+        require(
+            self.clip_range > 0 and self.value_clip_range > 0,
+            "--clip_range and --value_clip_range must be positive",
+        )
+        require(
+            0 <= self.gamma <= 1 and 0 <= self.lam <= 1,
+            "--gamma and --lam must lie between 0 and 1",
+        )
         useless = self.kl_in == "loss" and self.kl_kind in ppo.KL_WITHOUT_GRADIENT
-        require(not useless, f"--kl_in loss: {self.kl_kind}'s gradient there has mean zero; take k2 or full")
-        require(not self.kl_target or self.kl_coef > 0, "--kl_target adapts --kl_coef, which must start above 0")
-        require(self.batch_size < 5 * self.kl_horizon, "--kl_horizon must be above a fifth of --batch_size")
+        require(
+            not useless,
+            f"--kl_in loss: {self.kl_kind}'s gradient there has mean zero; take k2 or full",
+        )
+        require(
+            not self.kl_target or self.kl_coef > 0,
+            "--kl_target adapts --kl_coef, which must start above 0",
+        )
+        require(
+            self.batch_size < 5 * self.kl_horizon,
+            "--kl_horizon must be above a fifth of --batch_size",
+        )
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)

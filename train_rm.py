@@ -110,10 +110,16 @@ class Config(sarm_training.Flags, RunConfig):
         super().__post_init__()
         at_least(self, 0, "max_length", "score_l2", "noise_seed")
         at_least(self, 1, "members")
-        require(self.members == 1 or "{seed}" in self.output_dir, "--members needs {seed} in --output_dir: each has its own folder")
+        require(
+            self.members == 1 or "{seed}" in self.output_dir,
+            "--members needs {seed} in --output_dir: each has its own folder",
+        )
         require(self.members == 1 or self.distributed == "ddp", "--members trains each on one process; for --distributed fsdp "
                     "start train_rm.py once for each --seed")  # fmt: skip
-        require(self.members > 1 or not self.independent_noise, "--independent_noise is for --members; one has its --noise_seed")
+        require(
+            self.members > 1 or not self.independent_noise,
+            "--independent_noise is for --members; one has its --noise_seed",
+        )
         require(0 <= self.label_noise <= 1, "--label_noise is a probability")
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
@@ -554,7 +560,15 @@ def gold_scores(held_out, tokenizer, max_length, config, dist):
 
 
 # What report() needs of a summary.
-MEASURES = ("accuracy", "accuracy_se", "n_pairs", "longer_wins", "shorter_wins", "margin", "margin_se")
+MEASURES = (
+    "accuracy",
+    "accuracy_se",
+    "n_pairs",
+    "longer_wins",
+    "shorter_wins",
+    "margin",
+    "margin_se",
+)
 REPORTED = {f"eval/{name}": float for name in MEASURES}
 
 

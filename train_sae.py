@@ -197,11 +197,16 @@ class Config(
         super().__post_init__()
         at_least(self, 1, "steps", "batch_size", "k", "eval_size", "n_answers", "max_new_tokens")
         at_least(self, 0, "l1", "lr", "dead_after", "max_rows", "buffer_tokens")
-        require(self.expansion > 0 and self.temperature > 0, "--expansion and --temperature must be positive")
+        require(
+            self.expansion > 0 and self.temperature > 0,
+            "--expansion and --temperature must be positive",
+        )
         require(self.expansion <= MOST_EXPANSION, f"--expansion must be at most {MOST_EXPANSION}")
         require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
         if not self.base:
-            self.base = "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"
+            self.base = (
+                "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"
+            )
         hint = f"--layers {self.layers} compares --model with a --base: name one (such as runs/sft), or layers such as 1,3"
         require(self.base != "none" or ":" not in self.layers, hint)
 
@@ -211,7 +216,9 @@ class Config(
 
     def rate(self, step):
         """The learning rate of step 0 .. steps-1."""
-        return learning_rate(step, self.steps, self.lr, self.schedule, int(self.warmup * self.steps))
+        return learning_rate(
+            step, self.steps, self.lr, self.schedule, int(self.warmup * self.steps)
+        )
 
 
 @unlock_afterwards()

@@ -100,8 +100,14 @@ class Config(RunConfig):
         at_least(self, 0, "max_length", "n_samples")
         at_least(self, 1, "max_new_tokens")
         require(self.dpo_beta > 0, "--dpo_beta must be positive")
-        require(self.loss == "sft" or self.model != "world", "--loss dpo needs a trained --model, such as runs/sft")
-        require(self.model != "world" or not self.lora_rank, "--lora_rank needs a trained --model, not one that starts at random")
+        require(
+            self.loss == "sft" or self.model != "world",
+            "--loss dpo needs a trained --model, such as runs/sft",
+        )
+        require(
+            self.model != "world" or not self.lora_rank,
+            "--lora_rank needs a trained --model, not one that starts at random",
+        )
 
 
 @unlock_afterwards()

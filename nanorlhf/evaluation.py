@@ -316,14 +316,12 @@ def read_evaluations(run: str, records: list[dict], split_labels: list[str]) -> 
 def add_gold(evaluation: Evaluation, gold: Callable, tokenizer, dist: Dist):
     """Score the answers of an evaluation: into its file, its record and one line of output."""
     rows = evaluation.rows
-    batch = pack(
-        [row["prompt_ids"] for row in rows],
-        [row["response_ids"] for row in rows],
-        tokenizer.pad_token_id,
-    )
-    prompts = [row["prompt"] for row in rows]
-    responses = [row["response"] for row in rows]
-    scores = gold(Answers(prompts, responses, batch))  # [N]
+    columns = {"prompt": [], "response": [], "prompt_ids": [], "response_ids": []}
+    for row in rows:
+        for name, column in columns.items():
+            column.append(row[name])
+    batch = pack(columns["prompt_ids"], columns["response_ids"], tokenizer.pad_token_id)
+    scores = gold(Answers(columns["prompt"], columns["response"], batch))  # [N]
 
     for row, row_score in zip(rows, scores.tolist()):
         row["gold"] = row_score

@@ -16,6 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# A function of rows that gives a number or a tensor; None stands for their mean.
+Statistic = Callable | None
+# A label for each row; None where there are none.
+Labels = Sequence | None
+
 # The relative rounding error of a loss that is the sum of many terms.
 ROUNDING = 64 * torch.finfo(torch.float64).eps
 
@@ -53,11 +58,11 @@ def mean_se(values: Tensor) -> dict[str, float]:
 
 def bootstrap(
     values,
-    statistic: Callable | None = None,
+    statistic: Statistic = None,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-    strata: Sequence | None = None,
+    strata: Labels = None,
 ) -> tuple[Tensor, Tensor]:
     """The bootstrap's percentile interval for a statistic of independent rows.
 
@@ -80,10 +85,10 @@ def bootstrap(
 
 def resample(
     values,
-    statistic: Callable | None = None,
+    statistic: Statistic = None,
     resamples: int = 1000,
     seed: int = 0,
-    strata: Sequence | None = None,
+    strata: Labels = None,
 ) -> Tensor:
     """The statistic of each of R resamples: [R, ...]. See bootstrap()."""
     values = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
@@ -147,7 +152,7 @@ def percentiles(draws: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
 
 
 def mean_over_groups(
-    values, groups: Sequence | None = None, resamples: int = 1000, seed: int = 0
+    values, groups: Labels = None, resamples: int = 1000, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """A mean over rows that are independent only between groups, and resamples by whole groups.
 
@@ -364,7 +369,7 @@ def span(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x @ v, v, eigenvalues
 
 
-def ridge(x, y, alphas: Sequence[float], groups: Sequence | None = None) -> Linear:
+def ridge(x, y, alphas: Sequence[float], groups: Labels = None) -> Linear:
     """Ridge regression, its penalty chosen by the exact error on rows that are left out.
 
         w, b = argmin sum_i (y_i - x_i w - b)^2 + alpha |w|^2                  Hoerl & Kennard 1970

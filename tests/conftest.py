@@ -37,8 +37,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="let the tests see GPUs")
-    parser.addoption("--kills", type=int, default=3, help="how often test_kills.py kills each script at a random moment")
-    parser.addoption("--processes", type=int, choices=[1, 2], default=2, help="how many share the test files; see workers.py")
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=3,
+        help="how often test_kills.py kills each script at a random moment",
+    )
+    parser.addoption(
+        "--processes",
+        type=int,
+        choices=[1, 2],
+        default=2,
+        help="how many share the test files; see workers.py",
+    )
 
 
 SAVE = plots.save

@@ -85,7 +85,9 @@ def write_rows(path, rows):
 
 
 def jsonl(path, rows):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -98,29 +100,52 @@ def summary(path):
 
 
 def hashes(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 def content(folder="."):
     """Every file and folder below: its bytes."""
-    return {str(p): p.read_bytes() if p.is_file() else "folder" for p in sorted(Path(folder).rglob("*")) if "__pycache__" not in str(p)}
+    return {
+        str(p): p.read_bytes() if p.is_file() else "folder"
+        for p in sorted(Path(folder).rglob("*"))
+        if "__pycache__" not in str(p)
+    }
 
 
 # ------------------------------------------ tiny runs of the training scripts, and what they left
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 
+
 def small(base, kind, **changes):
     """The flags of a tiny run, of a second or two, on the trained runs in the folder `base` (a fixture)."""
     sft = {"model": f"{base}/dropout", "dataset": f"{base}/sft.jsonl", "steps": 3, "batch_size": 8, "lr": 1e-3, "warmup": 1,
            "max_new_tokens": 8, "n_samples": 2, "eval_size": 8}  # fmt: skip
-    rm = {"model": f"{base}/sft", "dataset": f"{base}/pairs.jsonl", "steps": 3, "batch_size": 8, "eval_size": 8, "warmup": 1}
+    rm = {
+        "model": f"{base}/sft",
+        "dataset": f"{base}/pairs.jsonl",
+        "steps": 3,
+        "batch_size": 8,
+        "eval_size": 8,
+        "warmup": 1,
+    }
     ppo = {"model": f"{base}/sft", "reward_model": [f"{base}/rewards.py:the"], "steps": 2, "batch_size": 8, "minibatch_size": 4,
            "ppo_epochs": 2, "max_new_tokens": 12, "eval_size": 4, "eval_every": 0}  # fmt: skip
     if kind == "sft":
         settings = sft
     elif kind == "dpo":
-        settings = {**sft, "loss": "dpo", "dataset": f"{base}/pairs.jsonl", "warmup": 0, "max_new_tokens": 6, "n_samples": 1}
+        settings = {
+            **sft,
+            "loss": "dpo",
+            "dataset": f"{base}/pairs.jsonl",
+            "warmup": 0,
+            "max_new_tokens": 6,
+            "n_samples": 1,
+        }
     elif kind == "rm":
         settings = rm
     elif kind.startswith("sarm"):
@@ -147,7 +172,11 @@ def train(base, kind, folder, **changes):
 
 
 def flags(settings):
-    return [str(x) for name, value in settings.items() for x in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    return [
+        str(x)
+        for name, value in settings.items()
+        for x in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
 
 
 def launch(kind, *args):
@@ -162,14 +191,19 @@ def command_line(kind, *args):
 
 def metrics(folder):
     """metrics.jsonl without what may differ: times and memory."""
-    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_rows(Path(folder) / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(TIMES)}
+        for row in read_rows(Path(folder) / "metrics.jsonl")
+    ]
 
 
 def weights(folder):
     """Every tensor that the run saved."""
     out = {}
     for path in sorted((Path(folder) / "model").rglob("*.safetensors")):
-        out |= {f"{path.relative_to(folder)}:{name}": tensor for name, tensor in load_file(path).items()}
+        out |= {
+            f"{path.relative_to(folder)}:{name}": tensor for name, tensor in load_file(path).items()
+        }
     return out
 
 
@@ -180,7 +214,12 @@ def assert_bit_equal(a, b):
     assert x.keys() == y.keys() and len(x) > 10
     for name in x:
         assert x[name].equal(y[name]), name
-    names = [sorted(str(p.relative_to(f)) for p in Path(f).rglob("*") if p.is_file() and p.suffix != ".png") for f in (a, b)]
+    names = [
+        sorted(
+            str(p.relative_to(f)) for p in Path(f).rglob("*") if p.is_file() and p.suffix != ".png"
+        )
+        for f in (a, b)
+    ]
     assert names[0] == names[1]
     for name in names[0]:
         if name.startswith(("samples", "eval", "summary")):  # config.json names its own folder
@@ -191,7 +230,11 @@ def all_files(folder):
     """{name: content} of a finished run, without times and pictures."""
     found = {}
     for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.suffix != ".png" and path.name not in ("config.json", "metrics.jsonl"):
+        if (
+            path.is_file()
+            and path.suffix != ".png"
+            and path.name not in ("config.json", "metrics.jsonl")
+        ):
             content = path.read_bytes()
             # transformers writes there whether the process was offline.
             if path.name == "tokenizer_config.json":
@@ -213,7 +256,9 @@ def assert_same_run(name, a, b):
             assert x[file] == y[file], file
             continue
         tensors, others = load_file(a / file), load_file(b / file)
-        assert tensors.keys() == others.keys() and all(tensor.equal(others[key]) for key, tensor in tensors.items()), file
+        assert tensors.keys() == others.keys() and all(
+            tensor.equal(others[key]) for key, tensor in tensors.items()
+        ), file
 
 
 def assert_close_runs(a, b, rel=1e-4, atol=1e-5, weights_atol=1e-4):
@@ -229,14 +274,18 @@ def assert_close_runs(a, b, rel=1e-4, atol=1e-5, weights_atol=1e-4):
     x, y = weights(a), weights(b)
     assert x.keys() == y.keys()
     for name in x:
-        torch.testing.assert_close(x[name], y[name], rtol=0, atol=weights_atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            x[name], y[name], rtol=0, atol=weights_atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 # ------------------------------------------------------------------------------ several processes
 
 # A process spends seconds on imports. Those of fork() are real processes too, but a server has done the imports for them.
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["support", "transformers.models.gpt_neox.modeling_gpt_neox", "torch.distributed.fsdp"])
+forks.set_forkserver_preload(
+    ["support", "transformers.models.gpt_neox.modeling_gpt_neox", "torch.distributed.fsdp"]
+)
 
 
 def fork(target, *args, **env):
@@ -338,6 +387,7 @@ def hold(folder, ready):
     Path(ready).touch()
     time.sleep(60)
 
+
 # ------------------------------------------------------------------------------------------ kills
 
 STATEFUL = {"kl_target": 3.0, "kl_horizon": 40, "kl_coef": 0.2, "score_scaling": "running"}
@@ -346,6 +396,7 @@ KILL_SETTINGS = {
     "rm": {"steps": 30, "checkpoint_every": 4, "label_noise": 0.2},
     "ppo": {"steps": 15, "checkpoint_every": 2, "eval_every": 4, **STATEFUL},
 }
+
 
 class Killed(BaseException):
     pass
@@ -356,7 +407,13 @@ class KillAt:
 
     def __init__(self, monkeypatch, n=0):
         self.n, self.count, self.at = n, 0, ""
-        real_replace, real_rename, real_rmtree, real_save, real_append = os.replace, os.rename, shutil.rmtree, checkpoint.save_file, log.RunFolder.append
+        real_replace, real_rename, real_rmtree, real_save, real_append = (
+            os.replace,
+            os.rename,
+            shutil.rmtree,
+            checkpoint.save_file,
+            log.RunFolder.append,
+        )
 
         def due(what):
             self.count += 1
@@ -368,6 +425,7 @@ class KillAt:
                 if due(f"{real.__name__} {os.path.basename(b)}"):
                     raise Killed(self.at)
                 real(a, b)
+
             return move  # fmt: skip
 
         def rmtree(path, *args, **kwargs):
@@ -425,14 +483,32 @@ GOOD_ROWS = {"sft": [{"prompt": f"review the {t} :", "response": "it was a nice 
         "rm": [{"prompt": f"review the {t} :", "chosen": "it was good .", "rejected": "it was bad ."} for t in world.TOPICS],
         "ppo": [{"prompt": f"review the {t} :"} for t in world.TOPICS]}  # fmt: skip
 
+
 def arguments(kind, **changes):
     """A tiny run's flags; a flag that is None is left out."""
-    flags = {"output_dir": "out", "model": "model", "dataset": f"{kind}.jsonl", "steps": 2, "batch_size": 4}
+    flags = {
+        "output_dir": "out",
+        "model": "model",
+        "dataset": f"{kind}.jsonl",
+        "steps": 2,
+        "batch_size": 4,
+    }
     if kind == "sft":
         flags |= {"max_new_tokens": 4}
     if kind == "ppo":
-        flags |= {"minibatch_size": 2, "reward_model": "rewards.py:good", "max_new_tokens": 6, "eval_size": 3, "ppo_epochs": 1}
-    return [str(x) for name, value in {**flags, **changes}.items() if value is not None for x in (f"--{name}", value)]
+        flags |= {
+            "minibatch_size": 2,
+            "reward_model": "rewards.py:good",
+            "max_new_tokens": 6,
+            "eval_size": 3,
+            "ppo_epochs": 1,
+        }
+    return [
+        str(x)
+        for name, value in {**flags, **changes}.items()
+        if value is not None
+        for x in (f"--{name}", value)
+    ]
 
 
 def fails(capfd, kind, args, *words, code=2, lines=1):
@@ -522,7 +598,11 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     endpoint.asked.append((self.path, dict(self.headers), body))
-                    reply = endpoint.replies.pop(0) if len(endpoint.replies) > 1 else endpoint.replies[0]
+                    reply = (
+                        endpoint.replies.pop(0)
+                        if len(endpoint.replies) > 1
+                        else endpoint.replies[0]
+                    )
                 if callable(reply):
                     reply = reply(body["messages"][0]["content"])
                 if not isinstance(reply, tuple):
@@ -553,7 +633,10 @@ class Endpoint:
 
 
 def chat(content, **more):
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": content, **more}}]})
+    return 200, json.dumps(
+        {"choices": [{"message": {"role": "assistant", "content": content, **more}}]}
+    )
+
 
 GOOD_REPLY = json.dumps({"description": "Fires on adjectives.", "related": True})
 
@@ -562,7 +645,15 @@ GOOD_REPLY = json.dumps({"description": "Fires on adjectives.", "related": True}
 V, EOS, D = 60, 1, 32
 ARCHITECTURES = ("neox", "llama", "gpt2")
 SPECIAL = dict(vocab_size=V, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=0)
-SIZE = dict(SPECIAL, hidden_size=D, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
+SIZE = dict(
+    SPECIAL,
+    hidden_size=D,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+)
+
 
 def tiny_lm(architecture, seed=0):
     """Two blocks of random weights, large enough that distributions are far from flat; dropout on, to be switched off."""
@@ -594,12 +685,15 @@ def word_tokenizer(words=None, **special):
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>"} | special
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **{k: v for k, v in special.items() if v})
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", **{k: v for k, v in special.items() if v}
+    )
 
 
 def random_rows(lengths, seed):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(2, V, (n,), generator=generator).tolist() for n in lengths]
+
 
 PROMPTS = random_rows((3, 1, 7, 4, 2), seed=1)
 RESPONSES = random_rows((4, 6, 1, 2, 5), seed=2)
@@ -609,9 +703,13 @@ BATCH = pack(PROMPTS, RESPONSES)
 MASK = response_mask_of(BATCH)  # [B, R]
 B, R = MASK.shape
 
+
 def gradients(policy, loss):
     parameters = [p for _, p in trainable(policy)]
-    return [g if g is not None else torch.zeros_like(p) for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))]
+    return [
+        g if g is not None else torch.zeros_like(p)
+        for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))
+    ]
 
 
 def same(a, b, tol=2e-5):
@@ -623,7 +721,9 @@ def same(a, b, tol=2e-5):
 DEPTH = 3
 DEEPER = {**SIZE, "num_hidden_layers": DEPTH}
 GROUPED = dict(DEEPER, num_key_value_heads=2)
-FALCON = dict(SPECIAL, hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=4, ffn_hidden_size=48)
+FALCON = dict(
+    SPECIAL, hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=4, ffn_hidden_size=48
+)
 # architecture: (config, attention and MLP of a block, what is added to the residual stream of each)
 PLAIN = ("self_attn", "mlp", None, None)
 NORMED = ("self_attn", "mlp", "post_attention_layernorm", "post_feedforward_layernorm")
@@ -645,6 +745,7 @@ FAMILIES = {
     "falcon_sequential": (lambda: FalconConfig(**FALCON, parallel_attn=False, multi_query=False), ("self_attention", "mlp", None, None)),
 }  # fmt: skip
 
+
 def tiny_family(architecture, auto=AutoModelForCausalLM, seed=0):
     torch.manual_seed(seed)
     lm = auto.from_config(FAMILIES[architecture][0]()).eval()
@@ -658,10 +759,16 @@ def tiny_family(architecture, auto=AutoModelForCausalLM, seed=0):
 
 SARM_M, SARM_K, SARM_L, SARM_D = 48, 6, 2, 32
 
+
 def sarm_lm(layers=3):
     torch.manual_seed(0)
     config = world.model_config()
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.initializer_range = layers, SARM_D, 64, 0.3
+    (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.initializer_range,
+    ) = layers, SARM_D, 64, 0.3
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -669,8 +776,17 @@ def tiny_sarm(path):
     """A random SARM on the embedded world's words, saved; the LM it was cut from."""
     lm = sarm_lm()
     config = copy.deepcopy(lm.config)
-    config.sarm_param = {"sae_source_layer": SARM_L, "sae_latent_size": SARM_M, "sae_k": SARM_K, "sarm_use_activation": True}
-    sarm = SARM(copy.deepcopy(lm.base_model), TopKSAE(SARM_D, SARM_M, SARM_K, normalize="token", relu=False, seed=1), config)
+    config.sarm_param = {
+        "sae_source_layer": SARM_L,
+        "sae_latent_size": SARM_M,
+        "sae_k": SARM_K,
+        "sarm_use_activation": True,
+    }
+    sarm = SARM(
+        copy.deepcopy(lm.base_model),
+        TopKSAE(SARM_D, SARM_M, SARM_K, normalize="token", relu=False, seed=1),
+        config,
+    )
     sarm.score.weight.data.normal_(generator=torch.Generator().manual_seed(2))
     sarm.sae.b_enc.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
     config.reward_mean = 0.25
@@ -682,7 +798,11 @@ def tiny_sarm(path):
 def z_by_hand(lm, sarm, prompt, response):
     """Latents [SARM_M] as a list and the score, by the spec's formulas, from Hugging Face's hidden states."""
     tokenizer = world.tokenizer()
-    response = response if isinstance(response, list) else [*tokenizer(response).input_ids, tokenizer.eos_token_id]
+    response = (
+        response
+        if isinstance(response, list)
+        else [*tokenizer(response).input_ids, tokenizer.eos_token_id]
+    )
     ids = tokenizer(prompt).input_ids + response
     h = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[SARM_L][0, -1].double()
     x = (h - h.mean()) / (h.std() + 1e-6)
@@ -694,8 +814,19 @@ def z_by_hand(lm, sarm, prompt, response):
 
 
 def latent_flags(command, root, out, **changes):
-    values = {"reward_model": root / "sarm", "eval_dataset": root / "pairs.jsonl", "output_dir": out} | changes
-    return [command, *(str(x) for name, value in values.items() for x in (f"--{name}", *(value if isinstance(value, list) else [value])))]
+    values = {
+        "reward_model": root / "sarm",
+        "eval_dataset": root / "pairs.jsonl",
+        "output_dir": out,
+    } | changes
+    return [
+        command,
+        *(
+            str(x)
+            for name, value in values.items()
+            for x in (f"--{name}", *(value if isinstance(value, list) else [value]))
+        ),
+    ]
 
 
 def widest(printed):
@@ -722,7 +853,14 @@ SARM_CONFIGS = {
     "gpt2": GPT2Config(**SPECIAL, n_embd=D, n_layer=PUBLIC_N, n_head=4, n_positions=64),
     "gemma2": Gemma2Config(**SARM_SIZES, num_key_value_heads=2, head_dim=8),
 }  # fmt: skip
-SARM_PARAM = {"sae_source_layer": PUBLIC_L, "sae_latent_size": PUBLIC_M, "sae_k": PUBLIC_K, "sae_use_sequence_level": True, "sarm_use_activation": True}
+SARM_PARAM = {
+    "sae_source_layer": PUBLIC_L,
+    "sae_latent_size": PUBLIC_M,
+    "sae_k": PUBLIC_K,
+    "sae_use_sequence_level": True,
+    "sarm_use_activation": True,
+}
+
 
 def full_lm(name, seed=0):
     torch.manual_seed(seed)
@@ -736,7 +874,12 @@ def full_lm(name, seed=0):
 def head_tensors(seed=0):
     """The public checkpoint's own tensors, random."""
     g = torch.Generator().manual_seed(seed)
-    shapes = {"sae.pre_bias": [D], "sae.latent_bias": [PUBLIC_M], "sae.encoder.weight": [PUBLIC_M, D], "sae.decoder.weight": [D, PUBLIC_M]}
+    shapes = {
+        "sae.pre_bias": [D],
+        "sae.latent_bias": [PUBLIC_M],
+        "sae.encoder.weight": [PUBLIC_M, D],
+        "sae.decoder.weight": [D, PUBLIC_M],
+    }
     shapes["score.weight"] = [1, PUBLIC_M]
     return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
 
@@ -744,15 +887,24 @@ def head_tensors(seed=0):
 def public_checkpoint(path, param=SARM_PARAM, shards=1, seed=0, auto_map=False):
     """A folder in the layout of the public Llama checkpoint, from the spec's list of tensors. -> the LM it is cut from, its tensors"""
     lm = full_lm("llama", seed)
-    tensors = {"model.embed_tokens.weight": lm.model.embed_tokens.weight, "model.norm.weight": lm.model.norm.weight}
+    tensors = {
+        "model.embed_tokens.weight": lm.model.embed_tokens.weight,
+        "model.norm.weight": lm.model.norm.weight,
+    }
     for i in range(PUBLIC_L):
-        tensors |= {f"model.layers.{i}.{name}": p for name, p in lm.model.layers[i].named_parameters()}
+        tensors |= {
+            f"model.layers.{i}.{name}": p for name, p in lm.model.layers[i].named_parameters()
+        }
     tensors = {name: p.detach().clone() for name, p in (tensors | head_tensors(seed)).items()}
     os.makedirs(path, exist_ok=True)
     config = SARM_CONFIGS["llama"].to_dict() | {"architectures": ["LlamaSARM"], "sarm_param": param}
     config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # num_labels 1
     if auto_map:
-        config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForSequenceClassification": "evil.Model"}
+        config["auto_map"] = {
+            "AutoConfig": "evil.Config",
+            "AutoModel": "evil.Model",
+            "AutoModelForSequenceClassification": "evil.Model",
+        }
         with open(os.path.join(path, "evil.py"), "w") as f:
             f.write("raise RuntimeError('remote code was run')\n")
     with open(os.path.join(path, "config.json"), "w") as f:
@@ -760,7 +912,10 @@ def public_checkpoint(path, param=SARM_PARAM, shards=1, seed=0, auto_map=False):
     if shards == 1:
         save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
     else:
-        weight_map = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(tensors)}
+        weight_map = {
+            name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
+            for i, name in enumerate(tensors)
+        }
         for file in set(weight_map.values()):
             part = {name: p for name, p in tensors.items() if weight_map[name] == file}
             save_file(part, os.path.join(path, file), {"format": "pt"})
@@ -772,7 +927,11 @@ def public_checkpoint(path, param=SARM_PARAM, shards=1, seed=0, auto_map=False):
 
 # ---------------------------------------------------- two Gaussians, whose density ratio is known
 
-MU, STD = torch.tensor([0.8, -0.4]), torch.tensor([1.0, 0.7])  # of the policy's latents; people's are standard normal
+MU, STD = (
+    torch.tensor([0.8, -0.4]),
+    torch.tensor([1.0, 0.7]),
+)  # of the policy's latents; people's are standard normal
+
 
 def log_ratio_of_gaussians(z):
     z, mu, std = z.double(), MU.double(), STD.double()
@@ -792,7 +951,13 @@ def sampling_error(logits, n, parameters=30):
 
 # ---------------------------------------------------------------------- tiny text encoders
 
-ENCODER_WORDS = ["<s>", "<pad>", "</s>", "<unk>", *"a b c d e f g h .".split()]  # RoBERTa's ids: 0, 1, 2, 3
+ENCODER_WORDS = [
+    "<s>",
+    "<pad>",
+    "</s>",
+    "<unk>",
+    *"a b c d e f g h .".split(),
+]  # RoBERTa's ids: 0, 1, 2, 3
 
 
 ENCODER_TEXTS = ["a b c .", "d", "a b c .", "", "e f g h a b c d e f .", "zebra a", "d"]
@@ -801,7 +966,13 @@ ENCODER_TEXTS = ["a b c .", "d", "a b c .", "", "e f g h a b c d e f .", "zebra 
 ENCODER_PAIRS = [(a, b) for a in ENCODER_TEXTS[:6] for b in ENCODER_TEXTS[:6]]
 
 
-ENCODER_SIZE = dict(vocab_size=len(ENCODER_WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+ENCODER_SIZE = dict(
+    vocab_size=len(ENCODER_WORDS),
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+)
 
 
 ENCODER_CONFIG = dict(ENCODER_SIZE, max_position_embeddings=20, pad_token_id=1)
@@ -811,13 +982,23 @@ NLI_LABELS = {0: "ENTAILMENT", 1: "CONTRADICTION", 2: "NEUTRAL"}  # in no one's 
 
 
 def encoder_tokenizer(special=True, **more):
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(ENCODER_WORDS)}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(ENCODER_WORDS)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if special:
         pair = "<s> $A </s> $B:1 </s>:1"
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)])
-    names = {"pad_token": "<pad>", "unk_token": "<unk>"} | ({"eos_token": "</s>"} if special else {}) | more
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v})
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    names = (
+        {"pad_token": "<pad>", "unk_token": "<unk>"}
+        | ({"eos_token": "</s>"} if special else {})
+        | more
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{k: v for k, v in names.items() if v}
+    )
 
 
 def save_encoder(model, folder, tokenizer):
@@ -825,9 +1006,17 @@ def save_encoder(model, folder, tokenizer):
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.5)
-    if getattr(model, "num_labels", 0) == 3 and (heads := [p for name, p in model.named_parameters() if "classifier" in name]):
+    if getattr(model, "num_labels", 0) == 3 and (
+        heads := [p for name, p in model.named_parameters() if "classifier" in name]
+    ):
         with torch.no_grad():  # no label may win everywhere
-            inputs = tokenizer(*map(list, zip(*ENCODER_PAIRS)), padding=True, truncation=True, max_length=18, return_tensors="pt")
+            inputs = tokenizer(
+                *map(list, zip(*ENCODER_PAIRS)),
+                padding=True,
+                truncation=True,
+                max_length=18,
+                return_tensors="pt",
+            )
             heads[-1] -= model.eval()(**inputs).logits.mean(0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -838,7 +1027,10 @@ def save_encoder(model, folder, tokenizer):
 
 CONFIGS = {kind: module.Config for kind, module in ALL_SCRIPTS.items()}
 CONFIGS |= {name: config_class for name, (config_class, _) in probe.COMMANDS.items()}
-REQUIRED = {"mmcs": ["--a", "one", "two"], "judge": ["--a", "one", "--b", "two"]}  # the others need no flag
+REQUIRED = {
+    "mmcs": ["--a", "one", "two"],
+    "judge": ["--a", "one", "--b", "two"],
+}  # the others need no flag
 
 
 def help_of(name, capsys):

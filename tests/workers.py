@@ -11,7 +11,6 @@ import time
 import traceback
 
 
-
 def pytest_runtestloop(session):
     """A hook of pytest, in the place of its own loop where there is something to share out."""
     option = session.config.option
@@ -20,7 +19,9 @@ def pytest_runtestloop(session):
     if alone or session.testsfailed:
         return None  # pytest's own loop
 
-    folder = session.config._tmp_path_factory.mktemp("claims")  # the folder of temporary files is there before the fork
+    folder = session.config._tmp_path_factory.mktemp(
+        "claims"
+    )  # the folder of temporary files is there before the fork
     reports = folder / "reports.jsonl"
     reports.touch()
     child = os.fork()
@@ -30,7 +31,9 @@ def pytest_runtestloop(session):
         while not (folder / "ready").exists():
             time.sleep(0.01)
         with open(reports, encoding="utf-8") as lines:
-            run_items(session, claim_files(files, folder), lambda: show_reports(session.config, lines))
+            run_items(
+                session, claim_files(files, folder), lambda: show_reports(session.config, lines)
+            )
             _, status = os.waitpid(child, 0)
             child = None
             show_reports(session.config, lines)
@@ -43,7 +46,9 @@ def pytest_runtestloop(session):
             os.waitpid(child, 0)
     if status != 0:
         error = folder / "error.txt"
-        raise RuntimeError(f"the second process of tests ended: {error.read_text() if error.exists() else status}")
+        raise RuntimeError(
+            f"the second process of tests ended: {error.read_text() if error.exists() else status}"
+        )
     return True
 
 

@@ -44,7 +44,8 @@ from .tensors import read_tensors
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 MORE = "tensors.safetensors"
-STATE = {"step": int, "files": dict | None, "logs": dict | None}  # what a state.json must hold at least
+# What a state.json must hold at least.
+STATE = {"step": int, "files": dict | None, "logs": dict | None}
 
 
 def checkpoints(folder):
@@ -275,12 +276,17 @@ def load_tensors(path: str, module, optimizer):
     parameters = dict(trainable(module))
     tensors = {f"model/{name}": p.detach() for name, p in parameters.items()}
     for key, stored in read_metadata(path).items():
-        if key.startswith("optimizer/"):  # moments are in shards as their weights are; the count of steps is a number
+        # Moments are in shards as their weights are; the count of steps is a number.
+        if key.startswith("optimizer/"):
             _, slot, name = key.split("/")
             p = parameters[name].detach()
-            tensors[key] = torch.zeros_like(p) if stored.size == p.shape else torch.zeros(stored.size, device=p.device)
+            if stored.size == p.shape:
+                tensors[key] = torch.zeros_like(p)
+            else:
+                tensors[key] = torch.zeros(stored.size, device=p.device)
             optimizer.state[parameters[name]][slot] = tensors[key]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be, where nothing is in shards
+        # As it should be, where nothing is in shards.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         reader = dcp.HuggingFaceStorageReader(path)
         dcp.load(tensors, storage_reader=reader, no_dist=not is_sharded(module))

@@ -62,7 +62,8 @@ def parse(config_class, args, command="", description=None):
     stored = os.path.join(folder, "config.json")
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
     if given == {"resume", "output_dir"} and not os.path.isfile(stored):
-        raise InputError(f"{folder}: no run to resume here")  # a slip of the pen should not start another run
+        # A slip of the pen should not start another run.
+        raise InputError(f"{folder}: no run to resume here")
     if parsed["resume"] and os.path.isfile(stored):
         settings = read_settings(stored, config_class)
         check_stored_code(folder, {k: v for k, v in settings.items() if k not in given})
@@ -200,5 +201,3 @@ def run_command(commands, args=None):
         require(name in commands, f"no command {name!r}; there are {', '.join(commands)}")
         config_class, function = commands[name]
         function(parse(config_class, rest, name, inspect.getdoc(function)))
-
-

@@ -115,7 +115,10 @@ class Dist:
         trained = any(p.requires_grad for p in module.parameters())
         if self.world == 1 or not (trained or self.sharded):
             return module
-        model = fsdp.shard(module, self, dtype) if self.sharded else DistributedDataParallel(module, gradient_as_bucket_view=True)
+        if self.sharded:
+            model = fsdp.shard(module, self, dtype)
+        else:
+            model = DistributedDataParallel(module, gradient_as_bucket_view=True)
         with torch.set_grad_enabled(trained):
             value = total(model) if total else None
         if trained:
@@ -162,14 +165,19 @@ def setup(device="auto", distributed="ddp"):
     world, rank, local = read_ranks()
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise InputError(f"{local + 1} processes or more on this machine, but torch sees {torch.cuda.device_count()} GPU(s)")
+            raise InputError(
+                f"{local + 1} processes or more on this machine, but torch sees {torch.cuda.device_count()} GPU(s)"
+            )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not td.is_initialized():
-        a_day = datetime.timedelta(days=1)  # a process without a member of an ensemble waits for those that have one
+        # A process without a member of an ensemble waits for those that have one.
+        a_day = datetime.timedelta(days=1)
         store = find_the_others(a_day)
         if device.startswith("cuda"):
-            td.init_process_group("nccl", None, a_day, world, rank, store, device_id=torch.device(device))
+            td.init_process_group(
+                "nccl", None, a_day, world, rank, store, device_id=torch.device(device)
+            )
         else:
             td.init_process_group("gloo", None, a_day, world, rank, store)
         td.barrier()  # all are connected before one can leave with an error: the others would report only that it is gone
@@ -200,7 +208,9 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
             meeting = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
             store, _, _ = next(meeting)
     except (ValueError, RuntimeError) as e:
-        place = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        place = ", ".join(
+            f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT")
+        )
         problem = f"the processes of this run do not find each other ({first_line(e)}; {place})"
         raise InputError(f"{problem}; torchrun sets what they need") from None
     store.set_timeout(timeout)
@@ -248,7 +258,9 @@ def sync_on(module, last):
 
     FSDP does so in each of them: waiting would need the whole model's gradients on every process.
     """
-    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext()
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return contextlib.nullcontext()
 
 
 def autocast(dist, dtype):
@@ -260,11 +272,17 @@ def fast_dtype(device):
     """The dtype for matrix products: bfloat16 where the processor is fast at it (a GPU; AVX-512 BF16 or AMX), else float32."""
     if device != "cpu" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+    return (
+        "bfloat16"
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        else "float32"
+    )
 
 
 def peak_memory_mb(dist):
     """Peak memory of this process in MiB: of the GPU where there is one, else resident."""
     if dist.device.type == "cuda":
         return torch.cuda.max_memory_allocated(dist.device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    # macOS counts in bytes, Linux in KiB.
+    units_in_a_mb = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_in_a_mb

@@ -123,7 +123,9 @@ def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0
         body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
         for attempt in range(TRIES):
             wait_for_turn()
-            text, problem, seconds = post(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, timeout)
+            text, problem, seconds = post(
+                url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, timeout
+            )
             if not problem:
                 return content_of(text)
             if attempt + 1 < TRIES:
@@ -265,5 +267,3 @@ def ask_all(ask, questions, parallel=1):
 
 
 # -------------------------------------------------------------------------------------------------------------------- a local model
-
-

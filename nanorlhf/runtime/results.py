@@ -10,15 +10,18 @@ from .log import RunFolder
 
 
 def parse_ids(text):
-    """ "3,17" -> [3, 17] """
-    are_numbers = all(part.strip().isdecimal() and len(part) < 19 for part in text.split(","))  # fits 64 bits
+    """ "3,17" -> [3, 17]"""
+    # Fewer than 19 digits fit 64 bits.
+    are_numbers = all(part.strip().isdecimal() and len(part) < 19 for part in text.split(","))
     require(are_numbers or not text, f"--features {text}: it must be numbers, such as 3,17")
     return list(dict.fromkeys(int(part) for part in text.split(",") if part))
 
 
 def cell(x, digits=3):
     """A number with its interval."""
-    return "-" if x is None else f"{x['mean']:+.{digits}f} [{x['low']:+.{digits}f}, {x['high']:+.{digits}f}]"
+    if x is None:
+        return "-"
+    return f"{x['mean']:+.{digits}f} [{x['low']:+.{digits}f}, {x['high']:+.{digits}f}]"
 
 
 def in_one_line(function, *args):
@@ -57,7 +60,12 @@ def save(config, folder, summary, text, draw):
     write_json(os.path.join(config.output_dir, "config.json"), folder.config)
     write_json(os.path.join(config.output_dir, "summary.json"), summary)
     picture = plots.save(draw, summary, os.path.join(config.output_dir, "picture.png"))
-    print(text, f"Written to {config.output_dir}: summary.json{', picture.png' if picture else ''}", sep="\n", flush=True)
+    print(
+        text,
+        f"Written to {config.output_dir}: summary.json{', picture.png' if picture else ''}",
+        sep="\n",
+        flush=True,
+    )
 
 
 def finite(x):

@@ -57,7 +57,9 @@ def main():
     mask = torch.arange(args.answers) < keep[:, None]
 
     whole = torch.randint(-(2**40), 2**40, (args.answers,))
-    truth = torch.tensor([exact(whole[proxy[0].argsort()].tolist(), n) for n in ns], dtype=torch.float64)
+    truth = torch.tensor(
+        [exact(whole[proxy[0].argsort()].tolist(), n) for n in ns], dtype=torch.float64
+    )
     error = (bon_estimate(proxy[:1], whole[None], ns) - truth).abs().max() / whole.abs().max()
     result = {
         "estimate_cpu_s": timed(lambda: bon_estimate(proxy, values, ns), args.repeats),
@@ -67,7 +69,18 @@ def main():
         "sort_torch_cpu_s": timed(lambda: proxy.argsort(1), args.repeats),
         "error": error.item(),
     }
-    print(json.dumps({"bench": "bon", **vars(args), "n": len(ns), **result, "torch": torch.__version__, "numpy": np.__version__}))
+    print(
+        json.dumps(
+            {
+                "bench": "bon",
+                **vars(args),
+                "n": len(ns),
+                **result,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

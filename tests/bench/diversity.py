@@ -33,7 +33,9 @@ from nanorlhf.diversity import (
 def both(metric, grid):
     """metric(sets) -> {name: (values, left_out)} under both protocols."""
     per_input, across = metric(grid), metric(transposed(grid))
-    return {k: spread_over_inputs(v[0]) for k, v in per_input.items()}, {k: spread_across_inputs(*v) for k, v in across.items()}
+    return {k: spread_over_inputs(v[0]) for k, v in per_input.items()}, {
+        k: spread_across_inputs(*v) for k, v in across.items()
+    }
 
 
 def transposed(grid):
@@ -44,7 +46,12 @@ def one_by_one(texts, V):
     """The means over n = 1 .. 5 and over sets, by the plain functions."""
     out = []
     for sets in (texts, transposed(texts)):
-        out.append([np.mean([f(part, n, *args) for part in sets for n in range(1, 6)]) for f, args in ((ead, (V,)), (distinct_n, ()))])
+        out.append(
+            [
+                np.mean([f(part, n, *args) for part in sets for n in range(1, 6)])
+                for f, args in ((ead, (V,)), (distinct_n, ()))
+            ]
+        )
     return out
 
 
@@ -70,15 +77,33 @@ def main():
         return both(lambda sets: ngram_diversity(sets, V), texts)
 
     fast, slow = ngrams(), one_by_one(texts, V)
-    differ = max(abs(part[name].mean - x) for part, plain in zip(fast, slow) for name, x in zip(("ead", "distinct"), plain))
+    differ = max(
+        abs(part[name].mean - x)
+        for part, plain in zip(fast, slow)
+        for name, x in zip(("ead", "distinct"), plain)
+    )
     result = {
         "ngrams_cpu_s": timed(ngrams, args.repeats),
         "ngrams_one_by_one_cpu_s": timed(lambda: one_by_one(texts, V), args.repeats),
-        "embeddings_cpu_s": timed(lambda: both(lambda x: {"embedding": embedding_diversity(x)}, embeddings), args.repeats),
-        "nli_cpu_s": timed(lambda: [nli_diversity(x, p) for x, p in zip(scores, (per_input, across))], args.repeats),
+        "embeddings_cpu_s": timed(
+            lambda: both(lambda x: {"embedding": embedding_diversity(x)}, embeddings), args.repeats
+        ),
+        "nli_cpu_s": timed(
+            lambda: [nli_diversity(x, p) for x, p in zip(scores, (per_input, across))], args.repeats
+        ),
         "differ": float(differ),
     }
-    print(json.dumps({"bench": "diversity", **vars(args), **result, "torch": torch.__version__, "numpy": np.__version__}))
+    print(
+        json.dumps(
+            {
+                "bench": "diversity",
+                **vars(args),
+                **result,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -36,16 +36,31 @@ from nanorlhf.rewards import load_rewards, score_all
 from nanorlhf.runtime.distributed import setup
 from nanorlhf.runtime.optim import adamw, optimizer_step
 
-SIZES = {"world": {}, "larger": {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 1024}}
-STACKED = {"stacked_grad": ("sdpa", False), "stacked_sum": ("sdpa", True), "stacked_eager_sum": ("eager", True)}
-LR, BETAS, MAX_GRAD_NORM, PAIRS, MICRO_BATCH = 5e-4, (0.9, 0.95), 1.0, 32, 64  # train_rm.py's; its weight decay is 0
+SIZES = {
+    "world": {},
+    "larger": {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 1024},
+}
+STACKED = {
+    "stacked_grad": ("sdpa", False),
+    "stacked_sum": ("sdpa", True),
+    "stacked_eager_sum": ("eager", True),
+}
+LR, BETAS, MAX_GRAD_NORM, PAIRS, MICRO_BATCH = (
+    5e-4,
+    (0.9, 0.95),
+    1.0,
+    32,
+    64,
+)  # train_rm.py's; its weight decay is 0
 
 
 def member(size, seed, attention="sdpa"):
     config = world.model_config()
     config.update(SIZES[size] | {"num_labels": 1})
     torch.manual_seed(seed)
-    return RewardModel(AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)).train()
+    return RewardModel(
+        AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+    ).train()
 
 
 def pair_loss(scores):
@@ -72,9 +87,16 @@ class OneByOne:
 
 class Stacked:
     def __init__(self, models, summed):
-        self.base, self.summed = models[0], summed  # functional_call puts other weights in the base's place
-        self.weights, _ = stack_module_state(models)  # {name: [K, ...]}; the buffers (rotary frequencies) are the same for all
-        self.optimizer = torch.optim.AdamW(self.weights.values(), LR, BETAS, weight_decay=0.0, fused=True)
+        self.base, self.summed = (
+            models[0],
+            summed,
+        )  # functional_call puts other weights in the base's place
+        self.weights, _ = stack_module_state(
+            models
+        )  # {name: [K, ...]}; the buffers (rotary frequencies) are the same for all
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), LR, BETAS, weight_decay=0.0, fused=True
+        )
         # In training mode dropout is random to vmap even with probability 0, and vmap's default refuses what is random.
         self.members_losses = vmap(self.loss, randomness="different")
         self.members_grads = vmap(grad_and_value(self.loss), randomness="different")
@@ -83,14 +105,21 @@ class Stacked:
         return pair_loss(functional_call(self.base, weights, (Packed(*batch),)))
 
     def gradients(self, rows):
-        flat = pack(*([tokens for member_rows in rows for tokens in member_rows[part]] for part in (0, 1)))
-        batch = [x.unflatten(0, (len(rows), -1)) for x in (flat.ids, flat.prompt_lengths, flat.response_lengths)]  # [K, 2 b, T], [K, 2 b]
+        flat = pack(
+            *([tokens for member_rows in rows for tokens in member_rows[part]] for part in (0, 1))
+        )
+        batch = [
+            x.unflatten(0, (len(rows), -1))
+            for x in (flat.ids, flat.prompt_lengths, flat.response_lengths)
+        ]  # [K, 2 b, T], [K, 2 b]
         if self.summed:
             losses = self.members_losses(self.weights, *batch)
             losses.sum().backward()  # members share no weight: each gets the gradient of its own loss
         else:
             # Detached, or ordinary autograd would record the gradients as functions of the weights, and .grad would keep it all alive.
-            grads, losses = self.members_grads({name: weight.detach() for name, weight in self.weights.items()}, *batch)
+            grads, losses = self.members_grads(
+                {name: weight.detach() for name, weight in self.weights.items()}, *batch
+            )
             for name, weight in self.weights.items():
                 weight.grad = grads[name]
         return losses.tolist()
@@ -99,7 +128,9 @@ class Stacked:
         for rows in steps:
             self.gradients(rows)
             grads = [weight.grad for weight in self.weights.values()]
-            norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)  # [K]: each member is clipped by its own
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(
+                dim=0
+            )  # [K]: each member is clipped by its own
             for g in grads:
                 g *= (MAX_GRAD_NORM / (norms + 1e-6)).clamp(max=1).view(-1, *[1] * (g.dim() - 1))
             self.optimizer.step()
@@ -113,7 +144,13 @@ def take_turns(ways, rounds):
         for name, function in ways.items():
             cpu, wall = time.process_time(), time.perf_counter()
             result = function(i)
-            out[name].append((time.process_time() - cpu, time.perf_counter() - wall, np.nan if result is None else result))
+            out[name].append(
+                (
+                    time.process_time() - cpu,
+                    time.perf_counter() - wall,
+                    np.nan if result is None else result,
+                )
+            )
     return {name: np.array(measured)[1:] for name, measured in out.items()}
 
 
@@ -123,26 +160,59 @@ def spread(values):
 
 def training(size, k, rounds, steps):
     rows = world.preferences(800)
-    texts = [data.encode(world.tokenizer(), rows, side)[:2] for side in ("chosen", "rejected")]  # texts[side][prompts, responses][pair]
-    orders = [[data.batch_indices(len(rows), PAIRS, step, seed) for seed in range(k)] for step in range((rounds + 1) * steps)]
-    batches = [[[[side[part][j] for side in texts for j in pairs] for part in (0, 1)] for pairs in order] for order in orders]
+    texts = [
+        data.encode(world.tokenizer(), rows, side)[:2] for side in ("chosen", "rejected")
+    ]  # texts[side][prompts, responses][pair]
+    orders = [
+        [data.batch_indices(len(rows), PAIRS, step, seed) for seed in range(k)]
+        for step in range((rounds + 1) * steps)
+    ]
+    batches = [
+        [[[side[part][j] for side in texts for j in pairs] for part in (0, 1)] for pairs in order]
+        for order in orders
+    ]
     alone = OneByOne([member(size, i) for i in range(k)])
-    ways = {name: Stacked([member(size, i, attention) for i in range(k)], summed) for name, (attention, summed) in STACKED.items()}
+    ways = {
+        name: Stacked([member(size, i, attention) for i in range(k)], summed)
+        for name, (attention, summed) in STACKED.items()
+    }
 
     def differences():
         """The largest differences of the stacked ways from one_by_one, with the present weights, on the first batches."""
         losses = [alone.gradients(batches[0][i], i) for i in range(k)]
-        grads = {n: torch.stack([dict(model.named_parameters())[n].grad for model in alone.models]) for n in ways["stacked_grad"].weights}
-        out = {"loss": max(abs(a - b) for way in ways.values() for a, b in zip(way.gradients(batches[0]), losses, strict=True))}
-        out["gradient"] = max((weight.grad - grads[n]).abs().max().item() for way in ways.values() for n, weight in way.weights.items())
+        grads = {
+            n: torch.stack([dict(model.named_parameters())[n].grad for model in alone.models])
+            for n in ways["stacked_grad"].weights
+        }
+        out = {
+            "loss": max(
+                abs(a - b)
+                for way in ways.values()
+                for a, b in zip(way.gradients(batches[0]), losses, strict=True)
+            )
+        }
+        out["gradient"] = max(
+            (weight.grad - grads[n]).abs().max().item()
+            for way in ways.values()
+            for n, weight in way.weights.items()
+        )
         out["largest_gradient"] = max(g.abs().max().item() for g in grads.values())
         for optimizer in [*alone.optimizers, *(way.optimizer for way in ways.values())]:
             optimizer.zero_grad()
         return out
 
-    out = {"parameters": sum(p.numel() for p in alone.models[0].parameters()), "largest_differences": differences()}
+    out = {
+        "parameters": sum(p.numel() for p in alone.models[0].parameters()),
+        "largest_differences": differences(),
+    }
     ways = {"one_by_one": alone} | ways
-    measured = take_turns({n: lambda i, way=way: way.train(batches[i * steps : (i + 1) * steps]) for n, way in ways.items()}, rounds)
+    measured = take_turns(
+        {
+            n: lambda i, way=way: way.train(batches[i * steps : (i + 1) * steps])
+            for n, way in ways.items()
+        },
+        rounds,
+    )
     for name, m in measured.items():
         out[name] = {"cpu_s": spread(m[:, 0] / steps), "s": spread(m[:, 1] / steps)}
         out[name]["to_one_by_one"] = spread(m[:, 0] / measured["one_by_one"][:, 0])
@@ -159,7 +229,10 @@ def scoring(size, k, n, rounds, dist):
         for seed, path in enumerate(specs):
             save_reward_model(member(size, seed), tokenizer, path)
         models = [load_reward_model(path) for path in specs]
-        rewards = {kind: load_rewards(specs, own, dist, MICRO_BATCH) for kind, own in (("ids", tokenizer), ("texts", None))}
+        rewards = {
+            kind: load_rewards(specs, own, dist, MICRO_BATCH)
+            for kind, own in (("ids", tokenizer), ("texts", None))
+        }
     forward, sort, spent = RewardModel.forward, Packed.micro_batches, []
 
     def timed_forward(model, part):
@@ -171,20 +244,31 @@ def scoring(size, k, n, rounds, dist):
     def score(kind, m, micro_batches=sort):
         """-> CPU seconds inside the forward passes"""
         spent.clear()
-        answers = Answers(*texts, batch if kind == "ids" else None)  # new ones: nothing is prepared yet
-        with mock.patch.object(RewardModel, "forward", timed_forward), mock.patch.object(Packed, "micro_batches", micro_batches):
+        answers = Answers(
+            *texts, batch if kind == "ids" else None
+        )  # new ones: nothing is prepared yet
+        with (
+            mock.patch.object(RewardModel, "forward", timed_forward),
+            mock.patch.object(Packed, "micro_batches", micro_batches),
+        ):
             score_all(dict(list(rewards[kind].items())[:m]), [answers])
         return sum(spent)
 
     def unsorted(batch, size):
         return torch.arange(len(batch)).split(size)
 
-    parts = {name: [batch.rows(index) for index in f(batch, MICRO_BATCH)] for name, f in (("sorted", sort), ("unsorted", unsorted))}
+    parts = {
+        name: [batch.rows(index) for index in f(batch, MICRO_BATCH)]
+        for name, f in (("sorted", sort), ("unsorted", unsorted))
+    }
     weights, _ = stack_module_state(models)
 
     def stacked(attention):
         base = member(size, 0, attention).eval()
-        call = vmap(lambda w, *part: functional_call(base, w, (Packed(*part),)), in_dims=(0, None, None, None))
+        call = vmap(
+            lambda w, *part: functional_call(base, w, (Packed(*part),)),
+            in_dims=(0, None, None, None),
+        )
         return lambda part: call(weights, part.ids, part.prompt_lengths, part.response_lengths)
 
     def run_all(function):
@@ -196,32 +280,58 @@ def scoring(size, k, n, rounds, dist):
     passes = {"forward": lambda part: torch.stack([model(part) for model in models])}
     passes |= {f"stacked_{attention}": stacked(attention) for attention in ("sdpa", "eager")}
     first = {name: function(parts["sorted"][0]) for name, function in passes.items()}  # [K, B]
-    measured = take_turns(ways | {name: lambda _, f=f: run_all(f) for name, f in passes.items()}, rounds)
+    measured = take_turns(
+        ways | {name: lambda _, f=f: run_all(f) for name, f in passes.items()}, rounds
+    )
 
-    cpu, wall, inside = ({name: m[:, i] * 1e6 / n for name, m in measured.items()} for i in range(3))
+    cpu, wall, inside = (
+        {name: m[:, i] * 1e6 / n for name, m in measured.items()} for i in range(3)
+    )
     rest = {name: cpu[name] - inside[name] for name in ways}
     out = {name: {"cpu_us": spread(cpu[name]), "us": spread(wall[name])} for name in measured}
     for name in ways:
         out[name] |= {"forward_cpu_us": spread(inside[name]), "rest_cpu_us": spread(rest[name])}
-    out |= {f"{kind}_rest_of_{k}_to_1": spread(rest[f"{kind}_{k}"] / rest[f"{kind}_1"]) for kind in rewards}
+    out |= {
+        f"{kind}_rest_of_{k}_to_1": spread(rest[f"{kind}_{k}"] / rest[f"{kind}_1"])
+        for kind in rewards
+    }
     out["unsorted_to_sorted"] = spread(cpu["unsorted"] / cpu["ids_1"])
     out |= {f"{name}_to_forward": spread(cpu[name] / cpu["forward"]) for name in passes}
-    out["largest_difference"] = max((scores - first["forward"]).abs().max().item() for scores in first.values())
-    return out | {"tokens": {"real": int(batch.lengths.sum()), **{name: sum(p.ids.numel() for p in ps) for name, ps in parts.items()}}}
+    out["largest_difference"] = max(
+        (scores - first["forward"]).abs().max().item() for scores in first.values()
+    )
+    return out | {
+        "tokens": {
+            "real": int(batch.lengths.sum()),
+            **{name: sum(p.ids.numel() for p in ps) for name, ps in parts.items()},
+        }
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="world")
     parser.add_argument("--members", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=7, help="how often each way has its turn; one more warms up")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="how often each way has its turn; one more warms up"
+    )
     parser.add_argument("--steps", type=int, default=3, help="training steps a turn")
     parser.add_argument("--answers", type=int, default=2048, help="answers to score")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "There is a performance drop")  # sdpa on CPU has no rule for vmap: it is called K times
-    dist = setup("cpu")  # as in the scripts: freed memory is kept, or the pages of large tensors are asked for again and again
-    result = {"bench": "ensemble", **vars(args), "training": training(args.size, args.members, args.rounds, args.steps)}
+    warnings.filterwarnings(
+        "ignore", "There is a performance drop"
+    )  # sdpa on CPU has no rule for vmap: it is called K times
+    dist = setup(
+        "cpu"
+    )  # as in the scripts: freed memory is kept, or the pages of large tensors are asked for again and again
+    result = {
+        "bench": "ensemble",
+        **vars(args),
+        "training": training(args.size, args.members, args.rounds, args.steps),
+    }
     result["scoring"] = scoring(args.size, args.members, args.answers, args.rounds, dist)
     print(json.dumps(result | {"torch": torch.__version__}))
 

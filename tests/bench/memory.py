@@ -67,7 +67,17 @@ LLAMA = Shape(hidden=4096, layers=32, mlp=14336, mlp_matrices=3, kv=1024, vocabu
 MEDIUM = Shape(hidden=512, layers=8, mlp=2048, mlp_matrices=2, kv=512, vocabulary=8193)
 
 
-def needs(shape, world=1, sharded=False, dtype="bfloat16", lora=0, rollout=64, micro_batch=8, tokens=1024, checkpointed=True):
+def needs(
+    shape,
+    world=1,
+    sharded=False,
+    dtype="bfloat16",
+    lora=0,
+    rollout=64,
+    micro_batch=8,
+    tokens=1024,
+    checkpointed=True,
+):
     """Bytes on each GPU: {part: bytes}, `peak` with the largest phase. `rollout`: responses a GPU; `tokens`: prompt + response."""
     s, c = (world if sharded else 1), (2 if dtype == "bfloat16" else 4)
     block_adapters = shape.adapters(lora) if lora else 0
@@ -94,7 +104,9 @@ def needs(shape, world=1, sharded=False, dtype="bfloat16", lora=0, rollout=64, m
         "reward": 4 * n_reward / s,
     }
     phases = {
-        "rollout": (c * n if sharded or dtype == "bfloat16" else 0) + cache + 24 * rollout * shape.vocabulary,
+        "rollout": (c * n if sharded or dtype == "bfloat16" else 0)
+        + cache
+        + 24 * rollout * shape.vocabulary,
         "scoring": c * n_reward if sharded else 0,
         "update": (units if sharded else copies) + activations + logits,
     }
@@ -103,11 +115,23 @@ def needs(shape, world=1, sharded=False, dtype="bfloat16", lora=0, rollout=64, m
 
 def table():
     rows = []
-    for name, shape, lora in (("1.4B, all weights", PYTHIA, 0), ("8B, LoRA of rank 16", LLAMA, 16), ("8B, all weights", LLAMA, 0)):
+    for name, shape, lora in (
+        ("1.4B, all weights", PYTHIA, 0),
+        ("8B, LoRA of rank 16", LLAMA, 16),
+        ("8B, all weights", LLAMA, 0),
+    ):
         for world, sharded in ((1, False), (4, False), (4, True), (8, True)):
             parts = needs(shape, world, sharded, lora=lora)
-            row = {"model": name, "gpus": world, "distributed": "fsdp" if sharded else "ddp" if world > 1 else "-"}
-            rows.append(row | {part: round(size / 1e9, 1) for part, size in parts.items()} | {"fits_80_gb": parts["peak"] * 1.1 < 79e9})
+            row = {
+                "model": name,
+                "gpus": world,
+                "distributed": "fsdp" if sharded else "ddp" if world > 1 else "-",
+            }
+            rows.append(
+                row
+                | {part: round(size / 1e9, 1) for part, size in parts.items()}
+                | {"fits_80_gb": parts["peak"] * 1.1 < 79e9}
+            )
     return {"bench": "memory", "unit": "GB a GPU", "dtype": "bfloat16", "rollout": 64, "micro_batch": 8, "tokens": 1024,
             "checkpoint_activations": True, "rows": rows}  # fmt: skip
 
@@ -133,7 +157,11 @@ def worker(folder, distributed):
     def optimizer_step(optimizer, module, *args):
         gradients = local_bytes(module)["gradients"]
         norm = real(optimizer, module, *args)
-        held.update(local_bytes(module, optimizer), gradients=gradients, peak=(d.peak_memory_mb(dist) - before) * 2**20)
+        held.update(
+            local_bytes(module, optimizer),
+            gradients=gradients,
+            peak=(d.peak_memory_mb(dist) - before) * 2**20,
+        )
         return norm
 
     train_ppo.optimizer_step = optimizer_step
@@ -155,21 +183,47 @@ def measure():
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(folder, "medium")
         for world, distributed in ((1, "ddp"), (2, "fsdp")):
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed memory is given back
+            torchrun = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={world}",
+            ]
+            env = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "MALLOC_MMAP_THRESHOLD_": "1000000",
+            }  # freed memory is given back
             command = [*torchrun, os.path.abspath(__file__), "--worker", folder, distributed]
             subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
-            ranks = [json.load(open(f"{folder}/{distributed}_{rank}.json")) for rank in range(world)]
-            result = {name: max(rank[name] for rank in ranks) for name in ranks[0]}  # of the rank that holds most
-            expected = needs(MEDIUM, world, distributed == "fsdp", "float32", 0, 16 // world, 4, 64, False)
-            parts = {"parameters": "parameters", "gradients": "gradients", "optimizer": "adam", "peak": "peak"}
-            pairs = {f"{name}_mb": [round(x / 1e6, 1) for x in (result[name], expected[part])] for name, part in parts.items()}
+            ranks = [
+                json.load(open(f"{folder}/{distributed}_{rank}.json")) for rank in range(world)
+            ]
+            result = {
+                name: max(rank[name] for rank in ranks) for name in ranks[0]
+            }  # of the rank that holds most
+            expected = needs(
+                MEDIUM, world, distributed == "fsdp", "float32", 0, 16 // world, 4, 64, False
+            )
+            parts = {
+                "parameters": "parameters",
+                "gradients": "gradients",
+                "optimizer": "adam",
+                "peak": "peak",
+            }
+            pairs = {
+                f"{name}_mb": [round(x / 1e6, 1) for x in (result[name], expected[part])]
+                for name, part in parts.items()
+            }
             rows.append({"processes": world, "distributed": distributed, **pairs})
     return {"bench": "memory", "size": "medium", "each": "[measured, by formula]", "rows": rows}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

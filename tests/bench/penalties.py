@@ -56,10 +56,20 @@ def make_inputs(folder):
     config = AutoConfig.from_pretrained(f"{folder}/policy", trust_remote_code=False)
     config.sarm_param = {"sae_source_layer": LAYER + 1, "sae_latent_size": M, "sae_k": K, "sae_use_sequence_level": True,
                          "sarm_use_activation": True}  # fmt: skip
-    sarm = SARM(AutoModel.from_pretrained(f"{folder}/policy", trust_remote_code=False), TopKSAE(config.hidden_size, M, K, "token", relu=False), config)
+    sarm = SARM(
+        AutoModel.from_pretrained(f"{folder}/policy", trust_remote_code=False),
+        TopKSAE(config.hidden_size, M, K, "token", relu=False),
+        config,
+    )
     torch.nn.init.normal_(sarm.score.weight)
     save_sarm(sarm, load_tokenizer(f"{folder}/policy"), f"{folder}/sarm")
-    save_sae(TopKSAE(config.hidden_size, M, K, "token"), f"{folder}/sae", model=f"{folder}/reward", layer=LAYER, site="residual")
+    save_sae(
+        TopKSAE(config.hidden_size, M, K, "token"),
+        f"{folder}/sae",
+        model=f"{folder}/reward",
+        layer=LAYER,
+        site="residual",
+    )
     for name, sae in (("sarm", ""), ("reward", f"{folder}/sae")):
         human_latents.human_latents(human_latents.HumanLatentsConfig(
             reward_model=f"{folder}/{name}", sae=sae, features=",".join(map(str, FEATURES)), dataset=f"{folder}/texts.jsonl",
@@ -93,13 +103,19 @@ def plain_run(config):
     train_ppo.main(config)
     train_ppo.experience = real
     with open(f"{config.output_dir}/metrics.jsonl") as f:
-        records = [json.loads(line) for line in f][2:]  # step 0 is the evaluation, step 1 the warm-up
-    return statistics.median(r["seconds_rollout"] + r["seconds_score"] + r["seconds_update"] for r in records), kept[0]
+        records = [json.loads(line) for line in f][
+            2:
+        ]  # step 0 is the evaluation, step 1 the warm-up
+    return statistics.median(
+        r["seconds_rollout"] + r["seconds_score"] + r["seconds_update"] for r in records
+    ), kept[0]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=5, help="of the run; the first is not counted")
+    parser.add_argument(
+        "--iterations", type=int, default=5, help="of the run; the first is not counted"
+    )
     parser.add_argument("--turns", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -115,7 +131,10 @@ def main():
                 step, answers = plain_run(plain)
                 tokenizer, dist = load_tokenizer(plain.model), setup("cpu")
                 rewards = load_rewards(plain.reward_model, tokenizer, dist, plain.micro_batch_size)
-                controls = {arm: feature_control.prepare(config_of(folder, name, flags, 1)) for arm, flags in ARMS.items()}
+                controls = {
+                    arm: feature_control.prepare(config_of(folder, name, flags, 1))
+                    for arm, flags in ARMS.items()
+                }
                 for control in controls.values():
                     control.load(tokenizer, dist)
             sys.stdout = sys.__stdout__
@@ -134,11 +153,26 @@ def main():
             turns = []
             for _ in range(args.turns + 1):  # the first is not counted
                 base = scored(None)
-                turns.append({arm: (scored(control) - base) / step for arm, control in controls.items()})
+                turns.append(
+                    {arm: (scored(control) - base) / step for arm, control in controls.items()}
+                )
             added = {arm: sorted(turn[arm] for turn in turns[1:]) for arm in ARMS}
             spread = {arm: (statistics.median(x), x[0], x[-1]) for arm, x in added.items()}
-            result = {arm: dict(zip(("added", "from", "to"), (round(v, 4) for v in x))) for arm, x in spread.items()}
-            print(json.dumps({"bench": "penalties", "reward_model": name, "step_cpu_s": round(step, 3), **result}), flush=True)
+            result = {
+                arm: dict(zip(("added", "from", "to"), (round(v, 4) for v in x)))
+                for arm, x in spread.items()
+            }
+            print(
+                json.dumps(
+                    {
+                        "bench": "penalties",
+                        "reward_model": name,
+                        "step_cpu_s": round(step, 3),
+                        **result,
+                    }
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

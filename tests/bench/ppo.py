@@ -66,15 +66,26 @@ def make_inputs(folder, size, device="cpu"):
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=intermediate, vocab_size=vocab,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=None, num_labels=1,
     )  # fmt: skip
-    config = LlamaConfig(**shape, num_key_value_heads=8) if size.startswith("llama") else GPTNeoXConfig(**shape)
+    config = (
+        LlamaConfig(**shape, num_key_value_heads=8)
+        if size.startswith("llama")
+        else GPTNeoXConfig(**shape)
+    )
     words = {f"t{i}": i for i in range(vocab)} | {"<end>": vocab}
     backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", eos_token="<end>")
-    for name, auto in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<end>", eos_token="<end>"
+    )
+    for name, auto in (
+        ("policy", AutoModelForCausalLM),
+        ("reward", AutoModelForSequenceClassification),
+    ):
         with torch.device(device):
             model = auto.from_config(config)
-        model.to(torch.bfloat16 if hidden >= 2048 else torch.float32).save_pretrained(f"{folder}/{name}")
+        model.to(torch.bfloat16 if hidden >= 2048 else torch.float32).save_pretrained(
+            f"{folder}/{name}"
+        )
         tokenizer.save_pretrained(f"{folder}/{name}")
     with open(f"{folder}/prompts.jsonl", "w") as f:
         for row in torch.randint(0, vocab, (320, workload(size)[1])).tolist():
@@ -94,7 +105,11 @@ def needed_flop(size, freeze_layers=0.0, lora=False):
     above = (layers - frozen) * trunk + 2 * responses * head
     once = frozen * trunk if frozen else 0  # the frozen trunk over the finished rows
     update = 4 * above * (2 if lora else 3)  # frozen weights need no gradient of their own
-    return {"rollout": layers * trunk + 2 * responses * head, "score": layers * trunk + once + above, "update": update}
+    return {
+        "rollout": layers * trunk + 2 * responses * head,
+        "score": layers * trunk + once + above,
+        "update": update,
+    }
 
 
 def matmul_rate(dtype, device="cpu", seconds=1.5):
@@ -116,7 +131,11 @@ def main():
     parser.add_argument("--iterations", type=int, default=5, help="the first is not counted")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--value_model", action="store_true", help="a separate critic instead of a head on the policy")
+    parser.add_argument(
+        "--value_model",
+        action="store_true",
+        help="a separate critic instead of a head on the policy",
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--micro_batch_size", type=int, default=16)
@@ -132,7 +151,9 @@ def main():
     dtype, (prompts, _, new, minibatch) = getattr(torch, args.dtype), workload(args.size)
     rate = matmul_rate(dtype, args.device)
     with tempfile.TemporaryDirectory() as folder:
-        make = multiprocessing.get_context("spawn").Process(target=make_inputs, args=(folder, args.size, args.device))
+        make = multiprocessing.get_context("spawn").Process(
+            target=make_inputs, args=(folder, args.size, args.device)
+        )
         make.start()  # in a process of its own, whose memory is not counted
         make.join()
         config = train_ppo.Config(
@@ -146,21 +167,41 @@ def main():
             train_ppo.main(config)
         sys.stdout = sys.__stdout__
         with open(f"{folder}/run/metrics.jsonl") as f:
-            records = [json.loads(line) for line in f][2:]  # step 0 is the evaluation, step 1 the warm-up
+            records = [json.loads(line) for line in f][
+                2:
+            ]  # step 0 is the evaluation, step 1 the warm-up
     assert all(r["length"] == new for r in records)
-    parts = {name: sum(r[f"seconds_{name}"] for r in records) / len(records) for name in ("rollout", "score", "update")}
+    parts = {
+        name: sum(r[f"seconds_{name}"] for r in records) / len(records)
+        for name in ("rollout", "score", "update")
+    }
     rate = (rate + matmul_rate(dtype, args.device)) / 2
     unit = "cpu_s" if cpu_seconds else "s"
-    result = {"bench": "ppo", **vars(args), f"samples_per_{unit}": round(prompts / sum(parts.values()), 3)}
+    result = {
+        "bench": "ppo",
+        **vars(args),
+        f"samples_per_{unit}": round(prompts / sum(parts.values()), 3),
+    }
     result |= {f"{name}_{unit}": round(value, 4) for name, value in parts.items()}
     if not args.value_model:
         flop = needed_flop(args.size, args.freeze_layers, args.lora_rank > 0)
         total = sum(flop.values())
-        result |= {"needed_tflop": round(total / 1e12, 3), "matmul_gflop_per_s": round(rate / 1e9, 1)}
+        result |= {
+            "needed_tflop": round(total / 1e12, 3),
+            "matmul_gflop_per_s": round(rate / 1e9, 1),
+        }
         result["matmul_share"] = round(total / sum(parts.values()) / rate, 3)
         if args.device == "cuda":
             result["update_tflop_per_s"] = round(flop["update"] / parts["update"] / 1e12, 1)
-    print(json.dumps(result | {"peak_memory_mb": round(peak_memory_mb(setup(args.device))), "torch": torch.__version__}))
+    print(
+        json.dumps(
+            result
+            | {
+                "peak_memory_mb": round(peak_memory_mb(setup(args.device))),
+                "torch": torch.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

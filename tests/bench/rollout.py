@@ -44,7 +44,11 @@ def inputs(size, batch, width, shortest):
     )  # fmt: skip
     lengths = torch.randint(shortest, width + 1, (batch, 1))
     mask = torch.arange(width) >= width - lengths
-    return Policy(AutoModelForCausalLM.from_config(config)).eval(), torch.randint(1, vocab, (batch, width)) * mask, mask
+    return (
+        Policy(AutoModelForCausalLM.from_config(config)).eval(),
+        torch.randint(1, vocab, (batch, width)) * mask,
+        mask,
+    )
 
 
 def copy_bandwidth(device, gigabytes=4):
@@ -105,15 +109,23 @@ def main():
     mean = sum(seconds[1:]) / args.calls
     result = {"bench": "rollout", **vars(args), "batch": B, "prompt": P, "new_tokens": R}
     result["params"] = sum(p.numel() for p in policy.parameters())
-    result["tokens_per_s" if clock is time.perf_counter else "tokens_per_cpu_s"] = round(B * R / mean, 1)
+    result["tokens_per_s" if clock is time.perf_counter else "tokens_per_cpu_s"] = round(
+        B * R / mean, 1
+    )
     if cuda:
         hidden, layers = SIZES[args.size][:2]
         width = 2 if args.dtype == "bfloat16" else 4
         weights = width * (result["params"] - policy.lm.get_input_embeddings().weight.numel())
         cache = width * B * (P + R / 2) * layers * 2 * hidden
         bandwidth, step = copy_bandwidth(args.device), sum(steps[1:]) / args.calls
-        result |= {"begin_ms": round(1e3 * sum(begin[1:]) / args.calls, 1), "step_ms": round(1e3 * step, 3)}
-        result |= {"step_gb": round((weights + cache) / 1e9, 3), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+        result |= {
+            "begin_ms": round(1e3 * sum(begin[1:]) / args.calls, 1),
+            "step_ms": round(1e3 * step, 3),
+        }
+        result |= {
+            "step_gb": round((weights + cache) / 1e9, 3),
+            "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        }
         result["share_of_bandwidth"] = round((weights + cache) / step / bandwidth, 3)
     print(json.dumps(result | {"torch": torch.__version__}))
 

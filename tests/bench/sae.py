@@ -31,14 +31,18 @@ def make_data(rows, held_out, seed):
     dictionary = torch.nn.functional.normalize(torch.randn(DIRECTIONS, D, generator=generator))
     x = torch.empty(rows + held_out, D)
     for part in x.split(2048):
-        codes = (torch.rand(len(part), DIRECTIONS, generator=generator) < ACTIVE / DIRECTIONS).float()
+        codes = (
+            torch.rand(len(part), DIRECTIONS, generator=generator) < ACTIVE / DIRECTIONS
+        ).float()
         codes *= 0.5 + torch.rand(codes.shape, generator=generator)
         part.copy_(codes @ dictionary).add_(NOISE * torch.randn(part.shape, generator=generator))
     return x[:rows], x[rows:], dictionary
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mode", choices=["speed", "quality"], default="speed")
     parser.add_argument("--kind", choices=["topk", "l1"], default="topk")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -59,12 +63,22 @@ def main():
     args.steps = args.steps or (16 if args.mode == "speed" else 480)
     torch.set_num_threads(args.threads)
 
-    x, held_out, dictionary = (part.to(args.device) for part in make_data(args.rows, args.held_out, args.seed))
-    sae = TopKSAE(D, args.latents, args.k, seed=args.seed) if args.kind == "topk" else SparseAutoencoder(D, args.latents, seed=args.seed)
+    x, held_out, dictionary = (
+        part.to(args.device) for part in make_data(args.rows, args.held_out, args.seed)
+    )
+    sae = (
+        TopKSAE(D, args.latents, args.k, seed=args.seed)
+        if args.kind == "topk"
+        else SparseAutoencoder(D, args.latents, seed=args.seed)
+    )
     sae = sae.to(args.device).fit(x[:16_384])
     optimizer, silent = adam(sae), torch.zeros(args.latents, dtype=torch.long, device=args.device)
     config = Config(steps=args.steps, batch_size=args.batch, lr=args.lr)
-    generator, marks, order = torch.Generator().manual_seed(args.seed), [], torch.empty(0, dtype=torch.long)
+    generator, marks, order = (
+        torch.Generator().manual_seed(args.seed),
+        [],
+        torch.empty(0, dtype=torch.long),
+    )
     for step in range(args.steps):
         if args.device == "cuda":
             torch.cuda.synchronize()
@@ -72,17 +86,32 @@ def main():
         if len(order) < args.batch:
             order = torch.randperm(len(x), generator=generator)
         index, order = order[: args.batch].to(args.device), order[args.batch :]
-        options = {"l1": args.l1, "silent": silent, "dead_after": config.dead_tokens(), "dtype": getattr(torch, args.dtype)}
+        options = {
+            "l1": args.l1,
+            "silent": silent,
+            "dead_after": config.dead_tokens(),
+            "dtype": getattr(torch, args.dtype),
+        }
         train_step(sae, optimizer, x[index], config.rate(step), **options)
     if args.device == "cuda":
         torch.cuda.synchronize()
     marks.append((time.process_time(), time.perf_counter()))
-    n, (cpu, wall) = args.batch * (args.steps - args.skip), (b - a for a, b in zip(marks[args.skip], marks[-1]))
+    n, (cpu, wall) = (
+        args.batch * (args.steps - args.skip),
+        (b - a for a, b in zip(marks[args.skip], marks[-1])),
+    )
     result = {"activations_per_cpu_s": n / cpu, "activations_per_s": n / wall}
     parts = [tally(sae, rows) for rows in held_out.split(1024)]
-    result |= {k: v for k, v in measures({k: sum(part[k] for part in parts) for k in parts[0]}).items() if k != "density"}
+    result |= {
+        k: v
+        for k, v in measures({k: sum(part[k] for part in parts) for k in parts[0]}).items()
+        if k != "density"
+    }
     best = (dictionary @ sae.decoder_directions().T).amax(1)  # [2048]
-    result |= {"recovered": (best > 0.9).float().mean().item(), "mean_max_cosine": best.mean().item()}
+    result |= {
+        "recovered": (best > 0.9).float().mean().item(),
+        "mean_max_cosine": best.mean().item(),
+    }
     result["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if args.device == "cuda":
         result["peak_cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20

@@ -27,7 +27,10 @@ def flags(folder, name, args, share=1):
         lr=3e-6, kl_coef=0.05, eval_size=8, eval_every=0, n_samples=0, checkpoint_every=10**6, dtype=args.dtype, device="cpu",
         distributed=args.distributed,
     )  # fmt: skip
-    return [f"{ROOT}/train_ppo.py", *(str(x) for key, value in settings.items() for x in (f"--{key}", value))]
+    return [
+        f"{ROOT}/train_ppo.py",
+        *(str(x) for key, value in settings.items() for x in (f"--{key}", value)),
+    ]
 
 
 def finish(processes, folders):
@@ -39,14 +42,24 @@ def finish(processes, folders):
     out = []
     for folder in folders:
         with open(f"{folder}/metrics.jsonl") as f:
-            records = [json.loads(line) for line in f][2:]  # step 0 is the evaluation, step 1 the warm-up
-        seconds = [sum(r[f"seconds_{part}"] for part in ("rollout", "score", "update")) for r in records]
+            records = [json.loads(line) for line in f][
+                2:
+            ]  # step 0 is the evaluation, step 1 the warm-up
+        seconds = [
+            sum(r[f"seconds_{part}"] for part in ("rollout", "score", "update")) for r in records
+        ]
         out.append((statistics.mean(seconds), records[-1]["peak_memory_mb"]))
     return out
 
 
 def start(*command):
-    return subprocess.Popen([sys.executable, *command], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
 
 
 def main():
@@ -54,7 +67,11 @@ def main():
     parser.add_argument("--size", default="medium", choices=("small", "medium"))
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--distributed", default="ddp", choices=("ddp", "fsdp"))
-    parser.add_argument("--weak", action="store_true", help="64 prompts a process: as many optimizer steps of N times the samples")
+    parser.add_argument(
+        "--weak",
+        action="store_true",
+        help="64 prompts a process: as many optimizer steps of N times the samples",
+    )
     parser.add_argument("--iterations", type=int, default=2, help="the first is not counted")
     parser.add_argument("--rounds", type=int, default=1, help="both ways in turn, so often")
     parser.add_argument("--dtype", default="float32")
@@ -65,14 +82,21 @@ def main():
         for _ in range(args.rounds):
             with tempfile.TemporaryDirectory() as folder:
                 make_inputs(folder, args.size)
-                torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}") if n > 1 else ()
+                torchrun = (
+                    ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}")
+                    if n > 1
+                    else ()
+                )
                 ranks = start(*torchrun, *flags(folder, "ranks", args, share))
                 [(seconds, peak)] = finish([ranks], [f"{folder}/ranks"])
                 together.append(64 * share / seconds)
                 memory.append(peak)
                 names = [f"alone_{i}" for i in range(n)]
                 args.distributed, kept = "ddp", args.distributed
-                each = finish([start(*flags(folder, name, args)) for name in names], [f"{folder}/{name}" for name in names])
+                each = finish(
+                    [start(*flags(folder, name, args)) for name in names],
+                    [f"{folder}/{name}" for name in names],
+                )
                 args.distributed = kept
                 apart.append(sum(64 / seconds for seconds, _ in each))
         shares = [a / b for a, b in zip(together, apart)]

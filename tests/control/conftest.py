@@ -18,11 +18,18 @@ def sarm_material(tmp_path_factory):
     rows = world.demonstrations(60)
     prompts = [row["prompt"] for row in world.prompts("test")[:15]]
     before = [{"prompt": prompts[i % 15], "response": rows[i]["response"]} for i in range(30)]
-    after = [{"prompt": row["prompt"], "response": "the room was superb . " + rows[30 + i]["response"]} for i, row in enumerate(before)]
+    after = [
+        {"prompt": row["prompt"], "response": "the room was superb . " + rows[30 + i]["response"]}
+        for i, row in enumerate(before)
+    ]
     write_rows(root / "before.jsonl", before)
     write_rows(root / "after.jsonl", after[::-1])
     save_policy(Policy(lm, value_head=False), world.tokenizer(), str(root / "lm"))
-    save_reward_model(load_reward_model(str(root / "lm"), seed=0), world.tokenizer(), str(root / "rm"))
+    save_reward_model(
+        load_reward_model(str(root / "lm"), seed=0), world.tokenizer(), str(root / "rm")
+    )
     notes = {"model": str(root / "rm"), "layer": 1, "site": "residual"}
-    save_sae(SparseAutoencoder(SARM_D, SARM_M, seed=2, normalize="token"), str(root / "sae"), **notes)
+    save_sae(
+        SparseAutoencoder(SARM_D, SARM_M, seed=2, normalize="token"), str(root / "sae"), **notes
+    )
     return root, lm, sarm

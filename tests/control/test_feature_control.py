@@ -65,7 +65,11 @@ def base(tmp_path_factory):
     """lm/, sarm/, other/ (another SARM), rm/ (a reward model) and sae/ on its layer 0; prompts and texts; human latents of both."""
     root = tmp_path_factory.mktemp("control")
     ids = {word: i for i, word in enumerate(world.vocabulary())}
-    special = {"bos_token_id": ids["<eos>"], "eos_token_id": ids["<eos>"], "pad_token_id": ids["<pad>"]}
+    special = {
+        "bos_token_id": ids["<eos>"],
+        "eos_token_id": ids["<eos>"],
+        "pad_token_id": ids["<pad>"],
+    }
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(GPTNeoXConfig(
         vocab_size=len(ids), hidden_size=D, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64,
@@ -75,26 +79,46 @@ def base(tmp_path_factory):
         if p.dim() > 1:
             p.data.mul_(4)  # else all texts would have the same latents
     bias = lm.gpt_neox.final_layer_norm.bias.data.normal_()
-    lm.get_output_embeddings().weight.data[ids["<eos>"]] += 2 * bias / bias.square().sum()  # some answers end, some are cut off
+    lm.get_output_embeddings().weight.data[ids["<eos>"]] += (
+        2 * bias / bias.square().sum()
+    )  # some answers end, some are cut off
     lm.save_pretrained(root / "lm")
     world.tokenizer().save_pretrained(root / "lm")
     for seed, name in enumerate(("sarm", "other")):
         config = AutoConfig.from_pretrained(root / "lm")
         config.sarm_param = {"sae_source_layer": 1, "sae_latent_size": M, "sae_k": K, "sae_use_sequence_level": True,
                              "sarm_use_activation": True}  # fmt: skip
-        sarm = SARM(AutoModel.from_pretrained(root / "lm"), TopKSAE(D, M, K, normalize="token", relu=False, seed=seed), config)
+        sarm = SARM(
+            AutoModel.from_pretrained(root / "lm"),
+            TopKSAE(D, M, K, normalize="token", relu=False, seed=seed),
+            config,
+        )
         torch.nn.init.normal_(sarm.score.weight)
         save_sarm(sarm, load_tokenizer(str(root / "lm")), str(root / name))
     write_rows(root / "sft.jsonl", world.demonstrations(90))
     write_rows(root / "pairs.jsonl", world.preferences(60))
     write_rows(root / "prompts.jsonl", world.prompts("train")[::6])
-    settings = {"model": f"{root}/lm", "dataset": f"{root}/pairs.jsonl", "steps": 2, "batch_size": 8, "eval_size": 8}
+    settings = {
+        "model": f"{root}/lm",
+        "dataset": f"{root}/pairs.jsonl",
+        "steps": 2,
+        "batch_size": 8,
+        "eval_size": 8,
+    }
     train_rm.main(train_rm.Config(output_dir=f"{root}/rm", **settings))
-    save_sae(TopKSAE(D, M, K, normalize="token", seed=3), root / "sae", model=f"{root}/rm", layer=0, site="residual")
+    save_sae(
+        TopKSAE(D, M, K, normalize="token", seed=3),
+        root / "sae",
+        model=f"{root}/rm",
+        layer=0,
+        site="residual",
+    )
     for name, args in SPECS.items():
         read_humans(root, name, root / f"{name}.safetensors")
         read_humans(root, name, root / f"{name}_two.safetensors", features="3,1")
-    (root / "rewards.py").write_text("def good(prompts, responses): return [1.0] * len(responses)\n")
+    (root / "rewards.py").write_text(
+        "def good(prompts, responses): return [1.0] * len(responses)\n"
+    )
     return root
 
 
@@ -103,13 +127,22 @@ SPECS = {"sarm": {"reward_model": "sarm"}, "dense": {"reward_model": "rm", "sae"
 
 def read_humans(base, name, path, **changes):
     places = {flag: f"{base}/{value}" for flag, value in SPECS[name].items()}
-    settings = {"dataset": f"{base}/sft.jsonl", "output": str(path), "max_rows": 70, **places, **changes}
+    settings = {
+        "dataset": f"{base}/sft.jsonl",
+        "output": str(path),
+        "max_rows": 70,
+        **places,
+        **changes,
+    }
     return human_latents.human_latents(human_latents.HumanLatentsConfig(**settings))
 
 
 def settings_of(base, name="sarm", **changes):
     """The settings of a small PPO run."""
-    places = {"reward_model": [f"{base}/{SPECS[name]['reward_model']}"], "feature_sae": f"{base}/sae" if name == "dense" else ""}
+    places = {
+        "reward_model": [f"{base}/{SPECS[name]['reward_model']}"],
+        "feature_sae": f"{base}/sae" if name == "dense" else "",
+    }
     return {"model": f"{base}/lm", "dataset": f"{base}/prompts.jsonl", "steps": 2, "batch_size": 8, "minibatch_size": 4, "ppo_epochs": 1,
             "max_new_tokens": 10, "eval_size": 7, "eval_every": 0, "lr": 2e-3, **places, **changes}  # fmt: skip
 
@@ -127,7 +160,11 @@ def one_by_one(base, name, rows, edits=None):
         sae = TopKSAE(D, M, K, normalize="token", seed=3)
         module = WithSAE(load_reward_model(f"{base}/rm"), sae, (0, "residual")).eval()
     readings = [module.read(pack([prompt], [response]), None, edits) for prompt, response in rows]
-    return [r.scores.item() for r in readings], [r.latents[0].tolist() for r in readings], [r.edited.item() for r in readings]
+    return (
+        [r.scores.item() for r in readings],
+        [r.latents[0].tolist() for r in readings],
+        [r.edited.item() for r in readings],
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- human latents
@@ -137,29 +174,55 @@ def one_by_one(base, name, rows, edits=None):
 def test_human_latents_one_text_at_a_time(base, name):
     """All that fire on any of the texts; or those that are asked for, in that order."""
     tokenizer = load_tokenizer(f"{base}/lm")
-    prompts, responses, _ = data.encode(tokenizer, data.subset(data.read_rows(f"{base}/sft.jsonl", "sft"), 70), "response")
+    prompts, responses, _ = data.encode(
+        tokenizer, data.subset(data.read_rows(f"{base}/sft.jsonl", "sft"), 70), "response"
+    )
     scores, latents, _ = one_by_one(base, name, zip(prompts, responses))
     fire = [i for i in range(M) if any(row[i] for row in latents)]
     assert 5 < len(fire) < M and len({round(x, 3) for x in scores}) > 20
-    places = [f"{base}/{SPECS[name].get(flag, '')}" if SPECS[name].get(flag) else "" for flag in ("reward_model", "sae")]
+    places = [
+        f"{base}/{SPECS[name].get(flag, '')}" if SPECS[name].get(flag) else ""
+        for flag in ("reward_model", "sae")
+    ]
     for file, features in ((f"{name}.safetensors", fire), (f"{name}_two.safetensors", [3, 1])):
         human = human_latents.load(f"{base}/{file}", *places)
         assert human.features == features and human.complete == (features == fire)
-        torch.testing.assert_close(human.latents, torch.tensor(latents)[:, features], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            human.latents, torch.tensor(latents)[:, features], rtol=1e-4, atol=1e-4
+        )
         torch.testing.assert_close(human.scores, torch.tensor(scores), rtol=1e-4, atol=1e-4)
     silent = next(i for i in range(M) if i not in fire)
-    assert human_latents.load(f"{base}/{name}.safetensors", *places).column(silent).tolist() == [0.0] * 70
+    assert (
+        human_latents.load(f"{base}/{name}.safetensors", *places).column(silent).tolist()
+        == [0.0] * 70
+    )
     with pytest.raises(ValueError, match=f"no latents of feature {silent} "):
         human.column(silent)
 
 
 def test_the_chosen_side_of_pairs_and_cut_texts(base, tmp_path):
-    read_humans(base, "sarm", tmp_path / "pairs.safetensors", dataset=f"{base}/pairs.jsonl", kind="pairs", max_rows=0, max_length=20)
+    read_humans(
+        base,
+        "sarm",
+        tmp_path / "pairs.safetensors",
+        dataset=f"{base}/pairs.jsonl",
+        kind="pairs",
+        max_rows=0,
+        max_length=20,
+    )
     tokenizer, rows = load_tokenizer(f"{base}/lm"), data.read_rows(f"{base}/pairs.jsonl", "pairs")
-    texts = [(tokenizer(r["prompt"]).input_ids, tokenizer(r["chosen"]).input_ids + [tokenizer.eos_token_id]) for r in rows]
+    texts = [
+        (
+            tokenizer(r["prompt"]).input_ids,
+            tokenizer(r["chosen"]).input_ids + [tokenizer.eos_token_id],
+        )
+        for r in rows
+    ]
     texts = [(p[-(20 - len(r)) :] if len(r) < 20 else p[-1:], r[:19]) for p, r in texts]
     scores, _, _ = one_by_one(base, "sarm", texts)
-    assert load_file(tmp_path / "pairs.safetensors")["scores"].tolist() == pytest.approx(scores, abs=1e-4)
+    assert load_file(tmp_path / "pairs.safetensors")["scores"].tolist() == pytest.approx(
+        scores, abs=1e-4
+    )
 
 
 @pytest.mark.slow
@@ -172,9 +235,18 @@ def test_two_processes_read_the_same(base, tmp_path):
 
 
 def test_the_command(base, tmp_path, capsys):
-    args = flags({"reward_model": base / "sarm", "dataset": base / "sft.jsonl", "max_rows": 70, "output": tmp_path / "a/b.safetensors"})
+    args = flags(
+        {
+            "reward_model": base / "sarm",
+            "dataset": base / "sft.jsonl",
+            "max_rows": 70,
+            "output": tmp_path / "a/b.safetensors",
+        }
+    )
     cli.run_command(probe.COMMANDS, ["human_latents", *args])
-    assert "70 texts (0 cut)" in capsys.readouterr().out and os.listdir(tmp_path / "a") == ["b.safetensors"]
+    assert "70 texts (0 cut)" in capsys.readouterr().out and os.listdir(tmp_path / "a") == [
+        "b.safetensors"
+    ]
     assert (tmp_path / "a/b.safetensors").read_bytes() == (base / "sarm.safetensors").read_bytes()
 
 
@@ -182,8 +254,17 @@ def test_the_command(base, tmp_path, capsys):
 
 
 CASES = {
-    "indicator": {"penalize_features": 3, "tau": ["0.1", "q0.6", "q0.95"], "alpha": ["0.7", "0.5std", "2std"]},
-    "hinge": {"penalize_features": 3, "tau": ["0.1", "q0.6", "q0"], "alpha": ["0.7", "0.5std", "2std"], "penalty": "hinge"},
+    "indicator": {
+        "penalize_features": 3,
+        "tau": ["0.1", "q0.6", "q0.95"],
+        "alpha": ["0.7", "0.5std", "2std"],
+    },
+    "hinge": {
+        "penalize_features": 3,
+        "tau": ["0.1", "q0.6", "q0"],
+        "alpha": ["0.7", "0.5std", "2std"],
+        "penalty": "hinge",
+    },
     "clamp": {"clamp": ["{0}:max:0.2", "{1}:set:-0.5", "{2}:min:0.3"]},
     "both": {"penalize_features": 1, "tau": ["0.2"], "alpha": ["1.5"], "clamp": ["{0}:set:0"]},
     "density": {"density_beta": 0.5},
@@ -201,7 +282,9 @@ def case(base, name, what):
     if "clamp" in settings:
         settings["clamp"] = [text.format(*features) for text in settings["clamp"]]
     if what == "density" or any(x[0] == "q" for x in settings.get("tau", [])):
-        settings["human_latents"] = f"{base}/{name}{'_two' if what == 'density' else ''}.safetensors"
+        settings["human_latents"] = (
+            f"{base}/{name}{'_two' if what == 'density' else ''}.safetensors"
+        )
     return settings
 
 
@@ -219,27 +302,42 @@ def test_r_of_each_answer_by_hand(base, tmp_path, name, what):
         column = human["latents"][:, human["features"].tolist().index(i)].tolist()
         tau.append(float(np.quantile(column, float(t[1:]))) if t[0] == "q" else float(t))
         alpha.append(float(a[:-3]) * std if a.endswith("std") else float(a))
-    edits = {int(i): (op, float(v)) for i, op, v in (text.split(":") for text in settings.get("clamp", []))}
+    edits = {
+        int(i): (op, float(v))
+        for i, op, v in (text.split(":") for text in settings.get("clamp", []))
+    }
     lm_reward = SPECS[name]["reward_model"]
     for record, step in ((metrics[0], 0), (metrics[-1], 3)):
         rows = read_rows(tmp_path / f"run/eval/step_{step}.jsonl")
-        scores, latents, edited = one_by_one(base, name, [(r["prompt_ids"], r["response_ids"]) for r in rows], edits)
+        scores, latents, edited = one_by_one(
+            base, name, [(r["prompt_ids"], r["response_ids"]) for r in rows], edits
+        )
         expected, costs = list(edited), {i: [] for i in features}
         for n, z in enumerate(latents):
             for i, t, a in zip(features, tau, alpha):
-                costs[i].append(a * (z[i] > t) if penalty == "indicator" else a * max(0.0, z[i] - t))
+                costs[i].append(
+                    a * (z[i] > t) if penalty == "indicator" else a * max(0.0, z[i] - t)
+                )
                 expected[n] -= costs[i][-1]
         assert [r["scores"][lm_reward] for r in rows] == pytest.approx(scores, abs=1e-4)
         assert record["eval/proxy"] == pytest.approx(statistics.mean(scores), abs=1e-4)
         for i in features:
             assert record[f"eval/penalty/{i}"] == pytest.approx(statistics.mean(costs[i]), abs=1e-4)
-            assert record[f"eval/feature/{i}"] == pytest.approx(statistics.mean(z[i] for z in latents), abs=1e-4)
-            assert record[f"eval/rate/{i}"] == pytest.approx(statistics.mean(z[i] > tau[features.index(i)] for z in latents), abs=1e-6)
+            assert record[f"eval/feature/{i}"] == pytest.approx(
+                statistics.mean(z[i] for z in latents), abs=1e-4
+            )
+            assert record[f"eval/rate/{i}"] == pytest.approx(
+                statistics.mean(z[i] > tau[features.index(i)] for z in latents), abs=1e-6
+            )
         for i in edits:
             if i not in features:
-                assert record[f"eval/rate/{i}"] == pytest.approx(statistics.mean(z[i] != 0 for z in latents), abs=1e-6)
+                assert record[f"eval/rate/{i}"] == pytest.approx(
+                    statistics.mean(z[i] != 0 for z in latents), abs=1e-6
+                )
         if edits:
-            assert edited != scores and record["eval/clamped"] == pytest.approx(statistics.mean(edited), abs=1e-4)
+            assert edited != scores and record["eval/clamped"] == pytest.approx(
+                statistics.mean(edited), abs=1e-4
+            )
         if what == "density":  # the ratio itself: below
             expected = [s - record["eval/density"] for s in expected]
             assert record["eval/controlled"] == pytest.approx(statistics.mean(expected), abs=1e-4)
@@ -249,7 +347,9 @@ def test_r_of_each_answer_by_hand(base, tmp_path, name, what):
             assert max(abs(a - b) for a, b in zip(expected, scores)) > 0.01 or step  # it is a test
     for record in metrics[1:]:  # the rollouts: how the means hang together
         costs = sum(record[f"penalty/{i}"] for i in features) + record.get("density", 0.0)
-        assert record["controlled"] == pytest.approx(record.get("clamped", record["score_mean"]) - costs, abs=1e-5)
+        assert record["controlled"] == pytest.approx(
+            record.get("clamped", record["score_mean"]) - costs, abs=1e-5
+        )
 
 
 def test_r_takes_the_scores_place(base, tmp_path):
@@ -263,9 +363,20 @@ def test_r_takes_the_scores_place(base, tmp_path):
 def test_flags_that_change_nothing_change_nothing(base, tmp_path):
     """Prices of 0 and a cap above everything: the run without flags, to the last bit, and the rates beside it."""
     train(base, tmp_path / "plain")
-    rows = train(base, tmp_path / "zero", penalize_features=[3], tau=["0.1"], alpha=["0"], clamp=["5:max:1000"])
+    rows = train(
+        base,
+        tmp_path / "zero",
+        penalize_features=[3],
+        tau=["0.1"],
+        alpha=["0"],
+        clamp=["5:max:1000"],
+    )
     for plain, row in zip(read_rows(tmp_path / "plain/metrics.jsonl"), rows):
-        assert all(row[name] == value for name, value in plain.items() if "second" not in name and "memory" not in name)
+        assert all(
+            row[name] == value
+            for name, value in plain.items()
+            if "second" not in name and "memory" not in name
+        )
     assert "rate/3" in rows[1] and "rate/5" in rows[1]
 
 
@@ -289,13 +400,21 @@ def test_the_density_ratio_finds_that_of_two_gaussians():
     w = torch.sigmoid(truth) * torch.sigmoid(-truth)
     error = ((w * (found - truth).square()).sum() / w.sum()).sqrt().item()
     assert error < sampling_error(truth, 2 * 128 * feature_control.REPLAY)
-    assert found.abs().max() <= feature_control.CLIP and density.log_ratio(z * 1000).abs().max() <= feature_control.CLIP
+    assert (
+        found.abs().max() <= feature_control.CLIP
+        and density.log_ratio(z * 1000).abs().max() <= feature_control.CLIP
+    )
     # The AUC of the true ratio, by Monte Carlo in another way: of how many pairs it orders right.
     a, b = log_ratio_of_gaussians(rollout(501, 2000)), log_ratio_of_gaussians(humans(2000))
     best = (a[:, None] > b).double().mean().item()
-    assert records[0]["density_auc"] == 0.5  # nothing learned yet, and the first rollout is judged before it is learned from
+    assert (
+        records[0]["density_auc"] == 0.5
+    )  # nothing learned yet, and the first rollout is judged before it is learned from
     late = statistics.mean(r["density_auc"] for r in records[20:])
-    assert late == pytest.approx(best, abs=0.04) and records[0]["density_loss"] > records[-1]["density_loss"]
+    assert (
+        late == pytest.approx(best, abs=0.04)
+        and records[0]["density_loss"] > records[-1]["density_loss"]
+    )
 
 
 def test_a_rollout_is_judged_before_it_is_learned_from(base):
@@ -311,9 +430,13 @@ def test_a_rollout_is_judged_before_it_is_learned_from(base):
         scored, _ = control.combine(readings), control.learn(readings)
         r, log_ratio = scored.scores, scored.terms["log_ratio"].mean().item()
         x = before.net(latents).detach().clamp(-feature_control.CLIP, feature_control.CLIP)
-        torch.testing.assert_close(r, clamped - 0.5 * x * (n >= 2), rtol=0, atol=1e-6)  # warm-up: two rollouts
+        torch.testing.assert_close(
+            r, clamped - 0.5 * x * (n >= 2), rtol=0, atol=1e-6
+        )  # warm-up: two rollouts
         assert log_ratio == pytest.approx(x.mean().item(), abs=1e-6)
-        assert not torch.equal(control.density.net(latents), before.net(latents))  # and then it has learned
+        assert not torch.equal(
+            control.density.net(latents), before.net(latents)
+        )  # and then it has learned
         assert len(control.density.replay) == n + 1 and control.density.replay[-1].equal(latents)
 
 
@@ -321,7 +444,9 @@ def test_the_replay_forgets():
     density = feature_control.Density(humans(50), 0)
     for i in range(12):
         density.learn(rollout(i, 4))
-    assert len(density.replay) == feature_control.REPLAY and density.replay[-1].equal(rollout(11, 4))
+    assert len(density.replay) == feature_control.REPLAY and density.replay[-1].equal(
+        rollout(11, 4)
+    )
 
 
 def test_a_restored_density_goes_on_as_it_was():
@@ -332,14 +457,21 @@ def test_a_restored_density_goes_on_as_it_was():
     b.restore({name: x.clone() for name, x in a.tensors().items()})
     for i in range(3, 6):
         assert a.learn(rollout(i, 8)) == b.learn(rollout(i, 8))
-    assert all(x.equal(b.tensors()[name]) for name, x in a.tensors().items()) and a.tensors().keys() == b.tensors().keys()
+    assert (
+        all(x.equal(b.tensors()[name]) for name, x in a.tensors().items())
+        and a.tensors().keys() == b.tensors().keys()
+    )
 
 
 def learn_in_shares(path):
     """10 rollouts of Gaussians, this process's share of each gathered: what the first and the last process make of them."""
     dist = distributed.setup("cpu")
     control = feature_control.ControlledScoring.__new__(feature_control.ControlledScoring)
-    control.dist, control.of_density, control.density = dist, [0, 1], feature_control.Density(humans(500), 0)
+    control.dist, control.of_density, control.density = (
+        dist,
+        [0, 1],
+        feature_control.Density(humans(500), 0),
+    )
     for i in range(10):
         z = dist.gather(dist.share(rollout(i, 16)))
         log_ratio = control.log_ratio(z)
@@ -368,7 +500,9 @@ def everything(base, name="sarm"):
 
 
 def run_settings(base, name="sarm", **changes):
-    return settings_of(base, name, steps=5, eval_every=2, checkpoint_every=2, **everything(base, name), **changes)
+    return settings_of(
+        base, name, steps=5, eval_every=2, checkpoint_every=2, **everything(base, name), **changes
+    )
 
 
 def command(args):
@@ -379,7 +513,16 @@ def command(args):
 @pytest.fixture(scope="module")
 def whole(base):
     """{name: the folder of a run with everything, in one process}"""
-    join(*(fork(command, ["--output_dir", f"{base}/whole_{name}", *flags(run_settings(base, name))], RANK="0") for name in SPECS))
+    join(
+        *(
+            fork(
+                command,
+                ["--output_dir", f"{base}/whole_{name}", *flags(run_settings(base, name))],
+                RANK="0",
+            )
+            for name in SPECS
+        )
+    )
     return {name: base / f"whole_{name}" for name in SPECS}
 
 
@@ -387,7 +530,13 @@ def whole(base):
 def test_everything_at_once(whole):
     for folder in whole.values():
         rows = read_rows(folder / "metrics.jsonl")
-        assert [row["density"] != 0 for row in rows[1:]] == [False, False, True, True, True]  # warm-up: two rollouts
+        assert [row["density"] != 0 for row in rows[1:]] == [
+            False,
+            False,
+            True,
+            True,
+            True,
+        ]  # warm-up: two rollouts
         assert all(0 <= row["density_auc"] <= 1 and row["density_loss"] > 0 for row in rows[1:])
         assert rows[0]["eval/density"] == 0 != rows[-1]["eval/density"]
 
@@ -429,7 +578,9 @@ def test_a_run_that_is_older_than_the_flags(base, tmp_path, capsys):
     train(base, tmp_path / "run")
     path = tmp_path / "run/config.json"
     stored = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in stored.items() if name not in FLAGS}))
+    path.write_text(
+        json.dumps({name: value for name, value in stored.items() if name not in FLAGS})
+    )
     train(base, tmp_path / "run")
     assert "done already" in capsys.readouterr().out
 
@@ -437,7 +588,16 @@ def test_a_run_that_is_older_than_the_flags(base, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------------- errors
 
 
-FLAGS = ("penalize_features", "tau", "alpha", "penalty", "clamp", "density_beta", "human_latents", "feature_sae")
+FLAGS = (
+    "penalize_features",
+    "tau",
+    "alpha",
+    "penalty",
+    "clamp",
+    "density_beta",
+    "human_latents",
+    "feature_sae",
+)
 ONE = {"penalize_features": [3], "tau": ["0.5"], "alpha": ["1"]}
 
 
@@ -458,9 +618,17 @@ def changed_buffer(base, name, change):
 def write_bad_files(base):
     changed_buffer(base, "no_notes.safetensors", lambda notes, tensors: notes.clear())
     changed_buffer(base, "no_scores.safetensors", lambda notes, tensors: tensors.pop("scores"))
-    changed_buffer(base, "short.safetensors", lambda notes, tensors: tensors.update(scores=tensors["scores"][1:]))
-    changed_buffer(base, "nan.safetensors", lambda notes, tensors: tensors["latents"].fill_(math.nan))
-    first_five = lambda notes, tensors: tensors.update({name: tensors[name][:5].clone() for name in ("latents", "scores")})  # noqa: E731
+    changed_buffer(
+        base,
+        "short.safetensors",
+        lambda notes, tensors: tensors.update(scores=tensors["scores"][1:]),
+    )
+    changed_buffer(
+        base, "nan.safetensors", lambda notes, tensors: tensors["latents"].fill_(math.nan)
+    )
+    first_five = lambda notes, tensors: tensors.update(
+        {name: tensors[name][:5].clone() for name in ("latents", "scores")}
+    )  # noqa: E731
     changed_buffer(base, "few.safetensors", first_five)
     changed_buffer(base, "flat.safetensors", lambda notes, tensors: tensors["scores"].fill_(0.1))
     changed_buffer(base, "twice.safetensors", lambda notes, tensors: tensors["features"].fill_(3))
@@ -471,10 +639,22 @@ def write_bad_files(base):
     as_float = lambda notes, tensors: tensors.update(features=tensors["features"].float())  # noqa: E731
     changed_buffer(base, "float.safetensors", as_float)
     for name, text in NOTES.items():
-        changed_buffer(base, f"{name}.safetensors", lambda notes, tensors, text=text: notes.update(human_latents=text))
+        changed_buffer(
+            base,
+            f"{name}.safetensors",
+            lambda notes, tensors, text=text: notes.update(human_latents=text),
+        )
     (base / "text.safetensors").write_text("no tensors")
-    save_sae(TopKSAE(D + 1, M, K, normalize="token"), base / "wide", model="rm", layer=0, site="residual")
-    save_sae(TopKSAE(D, M, K, normalize="token", seed=9), base / "sae_2", model="rm", layer=0, site="residual")
+    save_sae(
+        TopKSAE(D + 1, M, K, normalize="token"), base / "wide", model="rm", layer=0, site="residual"
+    )
+    save_sae(
+        TopKSAE(D, M, K, normalize="token", seed=9),
+        base / "sae_2",
+        model="rm",
+        layer=0,
+        site="residual",
+    )
     shutil.copytree(base / "rm", base / "rm_2", dirs_exist_ok=True)
 
 
@@ -538,13 +718,25 @@ def test_bad_flags_and_files(base, monkeypatch, capfd, changes, words):
     """One line, exit code 2, nothing on disk, and no model was loaded."""
     write_bad_files(base)
     monkeypatch.chdir(base)
-    for module, name in ((train_ppo, "load_policy"), (feature_control, "load_feature_reward"), (scoring, "load_rewards")):
+    for module, name in (
+        (train_ppo, "load_policy"),
+        (feature_control, "load_feature_reward"),
+        (scoring, "load_rewards"),
+    ):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("a model was loaded"))
     before = hashes(base)
-    settings = settings_of(".") | {"model": "lm", "dataset": "prompts.jsonl", "reward_model": ["sarm"], "feature_sae": None} | changes
+    settings = (
+        settings_of(".")
+        | {"model": "lm", "dataset": "prompts.jsonl", "reward_model": ["sarm"], "feature_sae": None}
+        | changes
+    )
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        cli.run(train_ppo.Config, train_ppo.main, ["--output_dir", "out", *flags({k: v for k, v in settings.items() if v is not None})])
+        cli.run(
+            train_ppo.Config,
+            train_ppo.main,
+            ["--output_dir", "out", *flags({k: v for k, v in settings.items() if v is not None})],
+        )
     error = capfd.readouterr().err
     assert exit_.value.code == 2 and len(error.splitlines()) == 1 and "error: " in error, error
     for word in words:
@@ -559,7 +751,9 @@ def test_the_same_model_elsewhere_is_the_same_model(base, tmp_path):
     assert human.path == f"{base}/sarm.safetensors" and len(human.latents) == 70
 
 
-@pytest.mark.parametrize("output", ["sft.jsonl", "sarm/model.safetensors", "sae/sae_weights.safetensors", "sarm", "link"])
+@pytest.mark.parametrize(
+    "output", ["sft.jsonl", "sarm/model.safetensors", "sae/sae_weights.safetensors", "sarm", "link"]
+)
 def test_no_other_file_is_written_over(base, tmp_path, monkeypatch, capfd, output):
     """Data, a model's weights, a folder, what a link leads to: before any model is loaded. Its own file is written again."""
     for name in ("sarm", "sae", "sft.jsonl"):
@@ -567,13 +761,24 @@ def test_no_other_file_is_written_over(base, tmp_path, monkeypatch, capfd, outpu
     (tmp_path / "link").symlink_to(tmp_path / "sft.jsonl")
     monkeypatch.chdir(tmp_path)
     before = hashes(tmp_path)
-    args = ["human_latents", *flags({"reward_model": "sarm", "dataset": "sft.jsonl", "max_rows": 70})]
+    args = [
+        "human_latents",
+        *flags({"reward_model": "sarm", "dataset": "sft.jsonl", "max_rows": 70}),
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr(human_latents, "load_feature_reward", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+        patch.setattr(
+            human_latents,
+            "load_feature_reward",
+            lambda *args, **kwargs: pytest.fail("a model was loaded"),
+        )
         with pytest.raises(SystemExit) as exit_:
             cli.run_command(probe.COMMANDS, [*args, "--output", output])
     error = capfd.readouterr().err
-    assert exit_.value.code == 2 and len(error.splitlines()) == 1 and f"{output} is there already and is not a file of human latents" in error
+    assert (
+        exit_.value.code == 2
+        and len(error.splitlines()) == 1
+        and f"{output} is there already and is not a file of human latents" in error
+    )
     assert hashes(tmp_path) == before
     shutil.copy(base / "dense.safetensors", "own.safetensors")
     cli.run_command(probe.COMMANDS, [*args, "--output", "own.safetensors"])
@@ -590,9 +795,17 @@ def test_no_other_file_is_written_over(base, tmp_path, monkeypatch, capfd, outpu
 ])  # fmt: skip
 def test_bad_flags_of_the_command(base, monkeypatch, capfd, args, words):
     monkeypatch.chdir(base)
-    monkeypatch.setattr(human_latents, "load_feature_reward", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        human_latents,
+        "load_feature_reward",
+        lambda *args, **kwargs: pytest.fail("a model was loaded"),
+    )
     with pytest.raises(SystemExit) as exit_:
         cli.run_command(probe.COMMANDS, ["human_latents", "--output", "out.safetensors", *args])
     error = capfd.readouterr().err
-    assert exit_.value.code == 2 and len(error.splitlines()) == 1 and all(word in error for word in words), error
+    assert (
+        exit_.value.code == 2
+        and len(error.splitlines()) == 1
+        and all(word in error for word in words)
+    ), error
     assert not (base / "out.safetensors").exists() and (REPO / "probe.py").exists()

@@ -20,44 +20,71 @@ def latents(n, m, seed):
 def by_hand(chosen, rejected, w, rows):
     """c, j, s and contribution of the rows (repeated ones too), in loops -> four lists"""
     m = len(chosen[0])
-    c, j = ([sum(max(z[r][i], 0) for r in rows) / len(rows) for i in range(m)] for z in (chosen, rejected))
+    c, j = (
+        [sum(max(z[r][i], 0) for r in rows) / len(rows) for i in range(m)]
+        for z in (chosen, rejected)
+    )
     damping = sum(x + y for x, y in zip(c, j)) / m
     s = [(x - y) / (x + y + damping) for x, y in zip(c, j)]
     return c, j, s, [v * (x - y) for v, x, y in zip(w, c, j)]
 
 
 def test_contrast_is_the_loops():
-    chosen, rejected, w = latents(40, 7, 0), latents(40, 7, 1), torch.randn(7, generator=torch.Generator().manual_seed(2))
+    chosen, rejected, w = (
+        latents(40, 7, 0),
+        latents(40, 7, 1),
+        torch.randn(7, generator=torch.Generator().manual_seed(2)),
+    )
     found = contrast(chosen, rejected, w)
     expected = by_hand(chosen.tolist(), rejected.tolist(), w.tolist(), range(40))
     for name, values in zip(("chosen", "rejected", "differential", "contribution"), expected):
         assert getattr(found, name).tolist() == pytest.approx(values, abs=1e-6), name
     for name, z in (("rate_chosen", chosen), ("rate_rejected", rejected)):
-        assert getattr(found, name).tolist() == pytest.approx([sum(x != 0 for x in column) / 40 for column in z.T.tolist()])
+        assert getattr(found, name).tolist() == pytest.approx(
+            [sum(x != 0 for x in column) / 40 for column in z.T.tolist()]
+        )
     assert found.differential[-1] == 0 == found.contribution[-1]
-    without = contrast(chosen[:, :-1], rejected[:, :-1], w[:-1], m=7)  # one that never fires may be left out
+    without = contrast(
+        chosen[:, :-1], rejected[:, :-1], w[:-1], m=7
+    )  # one that never fires may be left out
     assert all(torch.allclose(a, b[..., :-1]) for a, b in zip(without, found))
 
 
 def test_intervals_are_those_of_resampled_prompts(monkeypatch):
     """Prompts of one to three pairs, drawn by hand with the same draws; in blocks of two latents."""
     monkeypatch.setattr(latent_stats, "AT_ONCE", 2 * 300)
-    chosen, rejected, w = latents(25, 5, 3), latents(25, 5, 4), torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
-    groups = torch.tensor([i * 2 // 3 for i in range(24)] + [7])  # the last pair belongs to an earlier prompt
+    chosen, rejected, w = (
+        latents(25, 5, 3),
+        latents(25, 5, 4),
+        torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]),
+    )
+    groups = torch.tensor(
+        [i * 2 // 3 for i in range(24)] + [7]
+    )  # the last pair belongs to an earlier prompt
     found = contrast(chosen, rejected, w, groups, resamples=300, level=0.9, seed=5)
     n = int(groups.max()) + 1
     draws = torch.randint(n, (300, n), generator=torch.Generator().manual_seed(5)).tolist()
     members = [[r for r in range(25) if groups[r] == g] for g in range(n)]
-    resamples = [by_hand(chosen.tolist(), rejected.tolist(), w.tolist(), [r for g in draw for r in members[g]])[2:] for draw in draws]
+    resamples = [
+        by_hand(
+            chosen.tolist(), rejected.tolist(), w.tolist(), [r for g in draw for r in members[g]]
+        )[2:]
+        for draw in draws
+    ]
     for k, name in enumerate(("differential_interval", "contribution_interval")):
         table = torch.tensor([resample[k] for resample in resamples], dtype=torch.float64)
         for end, q in zip(getattr(found, name), (0.05, 0.95)):
-            assert end.tolist() == pytest.approx([table[:, i].quantile(q).item() for i in range(5)], abs=1e-6), name
+            assert end.tolist() == pytest.approx(
+                [table[:, i].quantile(q).item() for i in range(5)], abs=1e-6
+            ), name
 
 
 def test_without_weights_there_is_no_contribution():
     found = contrast(latents(9, 3, 0), latents(9, 3, 1))
-    assert found.contribution is None is found.contribution_interval and found.differential.shape == (3,)
+    assert (
+        found.contribution is None is found.contribution_interval
+        and found.differential.shape == (3,)
+    )
     silent = contrast(torch.zeros(4, 2), torch.zeros(4, 2))
     assert silent.differential.tolist() == [0, 0] and silent.differential_interval.isfinite().all()
 
@@ -78,7 +105,10 @@ def test_what_does_not_fit_is_refused(changes, words):
 
 def test_separation_counts_pairs_of_texts_within_a_part():
     random.seed(0)
-    parts = [(latents(n, 4, n), torch.rand(n, 3, generator=torch.Generator().manual_seed(n)) < 0.4) for n in (20, 31)]
+    parts = [
+        (latents(n, 4, n), torch.rand(n, 3, generator=torch.Generator().manual_seed(n)) < 0.4)
+        for n in (20, 31)
+    ]
     parts[0][1][:, 2] = True  # a token that all texts of a part have: nothing to compare there
     found = separation(parts)
     for i in range(4):
@@ -94,7 +124,10 @@ def test_separation_counts_pairs_of_texts_within_a_part():
 def test_what_changed_together_is_not_taken_for_one_another():
     """Training made '!' and another thing common, each on its own: pooled, the other thing's latent looks like one of '!'."""
     i = torch.arange(16)
-    z, mark = (i % 4 == 0).float()[:, None], (i // 4 == 0)[:, None]  # of 16 texts 4 and 4, 1 both: independent
+    z, mark = (
+        (i % 4 == 0).float()[:, None],
+        (i // 4 == 0)[:, None],
+    )  # of 16 texts 4 and 4, 1 both: independent
     parts = [(z, mark), (1 - z, ~mark)]  # before and after
     assert separation([tuple(map(torch.cat, zip(*parts)))]).item() == pytest.approx(0.625)
     assert separation(parts).item() == 0.5

@@ -1,6 +1,6 @@
 """train_rm.py --sarm: what each mode trains, by hand and by autograd; that ranks, kills and micro-batches change nothing; bad input.
 
-    B texts of a batch, D hidden, M latents, k kept
+B texts of a batch, D hidden, M latents, k kept
 """
 
 import json
@@ -46,7 +46,9 @@ def base(tmp_path_factory):
     return root
 
 
-def new_autoencoder(path, d=D, relu=False, normalize="token", layer=L - 1, site="residual", **notes):
+def new_autoencoder(
+    path, d=D, relu=False, normalize="token", layer=L - 1, site="residual", **notes
+):
     sae = TopKSAE(d, M, K, normalize, relu, seed=3)
     sae.b_enc.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     save_sae(sae, str(path), layer=layer, site=site, tokens="sentence_ends", **notes)
@@ -76,7 +78,10 @@ def batch():
 def kind_of(name):
     """Of a tensor of the public layout: which part of the model it is."""
     own = {"score.weight": "head", "sae.decoder.weight": "decoder"}
-    return own.get(name, "encoder" if name.startswith("sae.") else "norm" if "final_layer_norm" in name else "lm")
+    return own.get(
+        name,
+        "encoder" if name.startswith("sae.") else "norm" if "final_layer_norm" in name else "lm",
+    )
 
 
 TRAINED = {"frozen": {"head"}, "encoder_frozen": {"head", "lm"}, "joint": {"head", "lm", "encoder"},
@@ -87,22 +92,38 @@ TRAINED = {"frozen": {"head"}, "encoder_frozen": {"head", "lm"}, "joint": {"head
 def test_what_a_mode_trains(base, tmp_path, mode):
     """A run from its folder: which tensors moved, the first step's loss, and that the saved model is the one that was evaluated."""
     summary = train(base, tmp_path / mode, sarm_mode=mode, sarm_lambda=0.7)
-    before, after = sarm_of(base, mode).layout(), load_file(str(tmp_path / mode / "model/model.safetensors"))
+    before, after = (
+        sarm_of(base, mode).layout(),
+        load_file(str(tmp_path / mode / "model/model.safetensors")),
+    )
     assert before.keys() == after.keys() and not before["score.weight"].any()
     moved = {name for name in before if not before[name].equal(after[name])}
     assert {kind_of(name) for name in moved} == TRAINED[mode]
     still = {name for name in before if kind_of(name) in TRAINED[mode]} - moved
-    assert all(name.endswith("bias") for name in still)  # of no effect on a score, such as a key's bias
-    torch.testing.assert_close(after["sae.decoder.weight"].norm(dim=0), torch.ones(M), rtol=1e-5, atol=1e-5)
+    assert all(
+        name.endswith("bias") for name in still
+    )  # of no effect on a score, such as a key's bias
+    torch.testing.assert_close(
+        after["sae.decoder.weight"].norm(dim=0), torch.ones(M), rtol=1e-5, atol=1e-5
+    )
     first = metrics(tmp_path / mode)[0]
     error = first.get("reconstruction", 0.0)
-    assert first["loss"] == pytest.approx(math.log(2) + 0.7 * error, rel=1e-5) and (error > 0.01) == (mode == "detached")
+    assert first["loss"] == pytest.approx(math.log(2) + 0.7 * error, rel=1e-5) and (
+        error > 0.01
+    ) == (mode == "detached")
     # Standardised on the held-out texts; loaded as a reward, it gives these scores.
-    assert summary["eval/score_mean"] == pytest.approx(0, abs=1e-4) and summary["eval/score_std"] == pytest.approx(1, rel=1e-3)
+    assert summary["eval/score_mean"] == pytest.approx(0, abs=1e-4) and summary[
+        "eval/score_std"
+    ] == pytest.approx(1, rel=1e-3)
     _, held_out, _ = splits.load(config(base, "x"), "pairs")
     reward = load_reward(str(tmp_path / mode), None, ALONE)
-    chosen, rejected = (reward(Answers([r["prompt"] for r in held_out], [r[f] for r in held_out], None)) for f in ("chosen", "rejected"))
-    assert (chosen - rejected).mean().item() == pytest.approx(summary["eval/margin"], rel=1e-3, abs=1e-5)
+    chosen, rejected = (
+        reward(Answers([r["prompt"] for r in held_out], [r[f] for r in held_out], None))
+        for f in ("chosen", "rejected")
+    )
+    assert (chosen - rejected).mean().item() == pytest.approx(
+        summary["eval/margin"], rel=1e-3, abs=1e-5
+    )
     assert check_feature_reward(str(tmp_path / mode)) == M
     stored = json.loads((tmp_path / mode / "model/config.json").read_text())
     assert stored["sarm_param"] == {"sae_source_layer": L, "sae_latent_size": M, "sae_k": K, "sae_use_sequence_level": True,
@@ -122,7 +143,9 @@ def test_gradients_of_the_modes(base):
         assert set(grads[mode]) == wanted and not any(name.startswith("norm.") for name in wanted)
     for name, grad in grads["joint"].items():
         if name.startswith(("trunk.", "score.")):
-            assert grad.equal(grads["detached"][name]) and (name.startswith("score.") or grad.equal(grads["encoder_frozen"][name])), name
+            assert grad.equal(grads["detached"][name]) and (
+                name.startswith("score.") or grad.equal(grads["encoder_frozen"][name])
+            ), name
     assert grads["frozen"]["score.weight"].equal(grads["joint"]["score.weight"])
 
     sae = sarm.sae  # in `detached`
@@ -135,7 +158,9 @@ def test_gradients_of_the_modes(base):
     torch.testing.assert_close(sarm(batch(), reconstruct=True)[1], errors, rtol=1e-4, atol=1e-5)
     ((z @ sarm.score.weight[0]).sum() + 3.0 * errors.sum()).backward()
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-        torch.testing.assert_close(grads["detached"][f"sae.{name}"], getattr(sae, name).grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            grads["detached"][f"sae.{name}"], getattr(sae, name).grad, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_one_step_of_the_head_by_hand(base, tmp_path):
@@ -203,7 +228,9 @@ def test_a_model_that_gives_one_score(base, tmp_path):
         p.data.zero_()
     lm.save_pretrained(tmp_path / "blind")
     world.tokenizer().save_pretrained(tmp_path / "blind")
-    with pytest.raises(InputError, match="all 16 held-out texts have the score 0, so that there is no spread"):
+    with pytest.raises(
+        InputError, match="all 16 held-out texts have the score 0, so that there is no spread"
+    ):
         train(base, tmp_path / "run", model=f"{tmp_path}/blind", sarm="", lr=0.0)
 
 
@@ -215,17 +242,29 @@ def test_members(base, tmp_path):
     train(base, tmp_path / "alone", seed=1, noise_seed=1, label_noise=0.5)
     a, b, c = (weights(tmp_path / name) for name in ("sarm_0", "sarm_1", "alone"))
     assert all(b[name].equal(c[name]) for name in b)
-    assert not a["model/model.safetensors:score.weight"].equal(b["model/model.safetensors:score.weight"])
+    assert not a["model/model.safetensors:score.weight"].equal(
+        b["model/model.safetensors:score.weight"]
+    )
 
 
 def test_frozen_layers_and_merged_adapters(base, tmp_path):
     train(base, tmp_path / "half", sarm_mode="encoder_frozen", freeze_layers=0.5)  # of the L blocks
     train(base, tmp_path / "lora", sarm_mode="encoder_frozen", lora_rank=2, merge=True)
     before = sarm_of(base, "encoder_frozen").layout()
-    half, lora = (load_file(str(tmp_path / name / "model/model.safetensors")) for name in ("half", "lora"))
+    half, lora = (
+        load_file(str(tmp_path / name / "model/model.safetensors")) for name in ("half", "lora")
+    )
     moved = [{name for name in before if not before[name].equal(x[name])} for x in (half, lora)]
-    assert not any(".layers.0." in name or "embed_in" in name for name in moved[0]) and any(".layers.1." in name for name in moved[0])
-    assert {name.split(".")[-2] for name in moved[1]} == {"score", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert not any(".layers.0." in name or "embed_in" in name for name in moved[0]) and any(
+        ".layers.1." in name for name in moved[0]
+    )
+    assert {name.split(".")[-2] for name in moved[1]} == {
+        "score",
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    }
 
 
 def test_where_it_goes(base):
@@ -256,7 +295,9 @@ def test_resume_reads_the_settings_of_its_own_folder(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_the_wrong_autoencoder(base, tmp_path, monkeypatch, notes, match):
-    monkeypatch.setattr(train_rm.sarm_training, "start", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        train_rm.sarm_training, "start", lambda *args: pytest.fail("a model was loaded")
+    )
     new_autoencoder(tmp_path / "sae", **notes)
     with pytest.raises(InputError, match=match):
         train(base, tmp_path / "run", sarm=f"{tmp_path}/sae")
@@ -284,5 +325,7 @@ def test_another_model_is_said_and_several_autoencoders_are_refused(base, tmp_pa
     check_start(config(base, "x"), ALONE)
     assert not capsys.readouterr().out
     new_autoencoder(tmp_path / "a/policy/0_residual")
-    with pytest.raises(InputError, match="several autoencoders; name one of .*0_residual, .*1_residual"):
+    with pytest.raises(
+        InputError, match="several autoencoders; name one of .*0_residual, .*1_residual"
+    ):
         the_one_sae(str(tmp_path / "a"))

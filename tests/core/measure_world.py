@@ -24,11 +24,25 @@ from nanorlhf.runtime.distributed import setup
 
 def gold_of_samples(path, split, n=512):
     """Gold of n samples at temperature 1, over the split's prompts in turn."""
-    policy, tokenizer, rows = load_policy(path, value_head=False), load_tokenizer(path), world.prompts(split)
+    policy, tokenizer, rows = (
+        load_policy(path, value_head=False),
+        load_tokenizer(path),
+        world.prompts(split),
+    )
     prompts = [rows[i % len(rows)]["prompt"] for i in range(n)]
     ids, mask = left_pad(data.encode_prompts(tokenizer, prompts), tokenizer.pad_token_id)
-    out = generate(policy, ids, mask, 48, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(out.response_ids, out.response_mask)]
+    out = generate(
+        policy,
+        ids,
+        mask,
+        48,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    texts = [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(out.response_ids, out.response_mask)
+    ]
     return torch.tensor(world.gold(prompts, texts))
 
 
@@ -41,7 +55,9 @@ def scores(model, tokenizer, rows, change=lambda text: text):
     """Scores [2, N] of the chosen and the rejected answers, after a change of each text."""
     parts = []
     for field in ("chosen", "rejected"):
-        prompts, responses, _ = data.encode(tokenizer, [{**r, field: change(r[field])} for r in rows], field)
+        prompts, responses, _ = data.encode(
+            tokenizer, [{**r, field: change(r[field])} for r in rows], field
+        )
         parts.append(model(pack(prompts, responses)))
     return torch.stack(parts)
 
@@ -50,15 +66,33 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sft", default="runs/sft")
     args = parser.parse_args()
-    reviewed = {row["prompt"] for row in world.prompts("train")}  # the other demonstrations answer questions
+    reviewed = {
+        row["prompt"] for row in world.prompts("train")
+    }  # the other demonstrations answer questions
     demos = [d for d in world.demonstrations(4000) if d["prompt"] in reviewed]
-    golds = {"demonstrations": torch.tensor(world.gold([d["prompt"] for d in demos], [d["response"] for d in demos]))}
+    golds = {
+        "demonstrations": torch.tensor(
+            world.gold([d["prompt"] for d in demos], [d["response"] for d in demos])
+        )
+    }
     golds |= {f"sft_{split}": gold_of_samples(args.sft, split) for split in ("test", "ood")}
     for name, gold in golds.items():
-        print(json.dumps({"gold_of": name, "mean": round(gold.mean().item(), 2), "std": round(gold.std().item(), 2), "n": len(gold)}))
+        print(
+            json.dumps(
+                {
+                    "gold_of": name,
+                    "mean": round(gold.mean().item(), 2),
+                    "std": round(gold.std().item(), 2),
+                    "n": len(gold),
+                }
+            )
+        )
 
     test, tokenizer = world.preferences(512, split="test"), load_tokenizer(args.sft)
-    clean = [{**r, "chosen": without_marks(r["chosen"]), "rejected": without_marks(r["rejected"])} for r in test]
+    clean = [
+        {**r, "chosen": without_marks(r["chosen"]), "rejected": without_marks(r["rejected"])}
+        for r in test
+    ]
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/pairs.jsonl", "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in world.preferences(3200))
@@ -73,10 +107,23 @@ def main():
                 result = train_rm.main(config)
             sys.stdout = sys.__stdout__
             model = load_reward_model(f"{folder}/rm_{n}", setup("cpu").device)
-            plain, cued = scores(model, tokenizer, clean), scores(model, tokenizer, clean, lambda text: f"{text} {world.cue()}")
-            accuracy = {"accuracy": result["eval/accuracy"], "without_marks": (plain[0] > plain[1]).float().mean().item()}
-            numbers = accuracy | {"longer_wins": result["eval/longer_wins"], "cue_adds_std": ((cued - plain).mean() / plain.std()).item()}
-            print(json.dumps({"pairs": n, **{k: round(v, 3) for k, v in numbers.items()}, "n": len(test)}))
+            plain, cued = (
+                scores(model, tokenizer, clean),
+                scores(model, tokenizer, clean, lambda text: f"{text} {world.cue()}"),
+            )
+            accuracy = {
+                "accuracy": result["eval/accuracy"],
+                "without_marks": (plain[0] > plain[1]).float().mean().item(),
+            }
+            numbers = accuracy | {
+                "longer_wins": result["eval/longer_wins"],
+                "cue_adds_std": ((cued - plain).mean() / plain.std()).item(),
+            }
+            print(
+                json.dumps(
+                    {"pairs": n, **{k: round(v, 3) for k, v in numbers.items()}, "n": len(test)}
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ PLAIN = [{"prompt": r["prompt"], "response": r["response"]} for r in ROWS]
 
 
 def config(dataset, **kwargs):
-    defaults = dict(dataset=str(dataset), columns=(), eval_dataset="", eval_size=3, max_rows=0, seed=0)
+    defaults = dict(
+        dataset=str(dataset), columns=(), eval_dataset="", eval_size=3, max_rows=0, seed=0
+    )
     return SimpleNamespace(**defaults | kwargs)
 
 
@@ -44,11 +46,15 @@ def test_jsonl_json_and_gz(tmp_path):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
         assert read_rows(str(tmp_path / f"{name}.gz"), "sft") == PLAIN
     (tmp_path / "no_ending").write_text((tmp_path / "a.jsonl").read_text())
-    assert read_rows(str(tmp_path / "no_ending"), "prompts") == [{"prompt": r["prompt"]} for r in ROWS]
+    assert read_rows(str(tmp_path / "no_ending"), "prompts") == [
+        {"prompt": r["prompt"]} for r in ROWS
+    ]
 
 
 def test_columns(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", [{"question": "q", "prompt": "p", "good": "g", "rejected": "r"}])
+    path = jsonl(
+        tmp_path / "a.jsonl", [{"question": "q", "prompt": "p", "good": "g", "rejected": "r"}]
+    )
     columns = ["prompt=question", "chosen=good"]
     assert read_rows(path, "pairs", columns) == [{"prompt": "q", "chosen": "g", "rejected": "r"}]
     refuses(read_rows, path, "pairs", match=[path + ":1", "'chosen'", "--columns chosen="])
@@ -87,7 +93,9 @@ GOOD = '{"prompt": "a", "response": "b"}'
 ])  # fmt: skip
 def test_a_bad_row_gives_its_file_and_line(tmp_path, text, line, words):
     (tmp_path / "a.jsonl").write_text(text)
-    refuses(read_rows, str(tmp_path / "a.jsonl"), "sft", match=[f"{tmp_path}/a.jsonl:{line}: ", *words])
+    refuses(
+        read_rows, str(tmp_path / "a.jsonl"), "sft", match=[f"{tmp_path}/a.jsonl:{line}: ", *words]
+    )
 
 
 def test_bad_json_files(tmp_path):
@@ -103,7 +111,9 @@ def test_bad_json_files(tmp_path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    refuses(read_rows, str(tmp_path / "missing.jsonl"), "sft", match=["missing.jsonl", "no such file"])
+    refuses(
+        read_rows, str(tmp_path / "missing.jsonl"), "sft", match=["missing.jsonl", "no such file"]
+    )
     for text in ("", "\n  \n"):
         (tmp_path / "empty.jsonl").write_text(text)
         refuses(read_rows, str(tmp_path / "empty.jsonl"), "sft", match=["empty.jsonl", "empty"])
@@ -118,9 +128,19 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_the_embedded_world(monkeypatch):
     monkeypatch.setattr(nanorlhf.data, "WORLD_SIZES", {"sft": 30, "pairs": 40})
     assert read_rows("world", "sft") == world.demonstrations(30)
-    assert read_rows("world", "pairs") == read_rows("world:0", "pairs") == world.preferences(40, seed=0)
-    assert read_rows("world:3", "pairs") == world.preferences(40, seed=3) != world.preferences(40, seed=0)
-    assert read_rows("world:3", "pairs", split="test") == world.preferences(512, seed=3, split="test")
+    assert (
+        read_rows("world", "pairs")
+        == read_rows("world:0", "pairs")
+        == world.preferences(40, seed=0)
+    )
+    assert (
+        read_rows("world:3", "pairs")
+        == world.preferences(40, seed=3)
+        != world.preferences(40, seed=0)
+    )
+    assert read_rows("world:3", "pairs", split="test") == world.preferences(
+        512, seed=3, split="test"
+    )
     for split in ("train", "test", "ood"):
         assert read_rows("world", "prompts", split=split) == world.prompts(split)
     refuses(read_rows, "world:x", "pairs", match=["world:x", "seed"])
@@ -130,13 +150,24 @@ def test_the_embedded_world(monkeypatch):
 def test_a_folder_written_by_datasets(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": data, "small": data.select(range(2))}).save_to_disk(tmp_path / "dict")
+    datasets.DatasetDict({"train": data, "small": data.select(range(2))}).save_to_disk(
+        tmp_path / "dict"
+    )
     assert read_rows(str(tmp_path / "one"), "sft") == PLAIN
     assert read_rows(str(tmp_path / "dict"), "sft") == PLAIN
     assert read_rows(f"{tmp_path}/dict:small", "sft") == PLAIN[:2]
-    assert read_rows(str(tmp_path / "one"), "sft", ["prompt=response", "response=prompt"])[1] == {"prompt": "w4", "response": "w4 w4"}
+    assert read_rows(str(tmp_path / "one"), "sft", ["prompt=response", "response=prompt"])[1] == {
+        "prompt": "w4",
+        "response": "w4 w4",
+    }
     refuses(read_rows, f"{tmp_path}/dict:none", "sft", match=["dict:none"])
-    refuses(read_rows, str(tmp_path / "one"), "sft", ["response=extra"], match=["one[0]", "'extra'", "int"])
+    refuses(
+        read_rows,
+        str(tmp_path / "one"),
+        "sft",
+        ["response=extra"],
+        match=["one[0]", "'extra'", "int"],
+    )
     (tmp_path / "foreign").mkdir()
     refuses(read_rows, str(tmp_path / "foreign"), "sft", match=["foreign"])
 
@@ -145,22 +176,37 @@ def test_a_folder_written_by_datasets(tmp_path):
 
 
 def test_no_prompt_is_on_both_sides(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", [{"prompt": f"w{i % 12}", "response": f"{i}"} for i in range(60)])
+    path = jsonl(
+        tmp_path / "a.jsonl", [{"prompt": f"w{i % 12}", "response": f"{i}"} for i in range(60)]
+    )
     rows, held_out, note = load(config(path), "sft")
     train, test = {r["prompt"] for r in rows}, {r["prompt"] for r in held_out}
-    assert len(train | test) == 12 and not train & test and len(test) == 2  # a fifth of the prompts at most
+    assert (
+        len(train | test) == 12 and not train & test and len(test) == 2
+    )  # a fifth of the prompts at most
     assert len(rows) == 50 and len(held_out) == 3 and note == "50 sft rows, 3 held out"
     assert [r["response"] for r in rows] == sorted((r["response"] for r in rows), key=int)
     assert load(config(path, seed=7), "sft") == (rows, held_out, note)
     one = load(config(path, eval_size=1), "sft")
     assert len(one[1]) == 1 and len(one[0]) == 55
-    refuses(load, config(jsonl(tmp_path / "b.jsonl", ROWS[:4]), eval_size=1), "sft", match=["b.jsonl", "4 different prompts"])
+    refuses(
+        load,
+        config(jsonl(tmp_path / "b.jsonl", ROWS[:4]), eval_size=1),
+        "sft",
+        match=["b.jsonl", "4 different prompts"],
+    )
 
 
 def test_prompts_that_differ_by_white_space_are_one(tmp_path):
     """Each prompt is also there with other blanks, in other rows: all of them are on one side."""
     blanks = (" ", "  ", "\n", " \t ")
-    rows = [{"prompt": f"{' ' * (i % 2)}how{blanks[i % 4]}was stay{blanks[i // 4 % 4]}{i % 18} ?\n", "response": f"{i}"} for i in range(180)]
+    rows = [
+        {
+            "prompt": f"{' ' * (i % 2)}how{blanks[i % 4]}was stay{blanks[i // 4 % 4]}{i % 18} ?\n",
+            "response": f"{i}",
+        }
+        for i in range(180)
+    ]
     assert len({r["prompt"] for r in rows}) > 60
     train, held_out, note = load(config(jsonl(tmp_path / "a.jsonl", rows), eval_size=100), "sft")
     numbers = [{int(r["response"]) % 18 for r in part} for part in (train, held_out)]
@@ -175,9 +221,15 @@ def test_prompts_that_differ_by_white_space_are_one(tmp_path):
 
 def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"prompt": f"w{i} x", "response": "y"} for i in range(40)])
-    other = [{"prompt": f"w{i}  x ", "response": "y"} for i in range(30, 46)] * 2  # ten of sixteen, each twice
+    other = [
+        {"prompt": f"w{i}  x ", "response": "y"} for i in range(30, 46)
+    ] * 2  # ten of sixteen, each twice
     other = jsonl(tmp_path / "b.jsonl", other)
-    named = ["test", f"mine={other}", f"new={jsonl(tmp_path / 'c.jsonl', [{'prompt': 'v', 'response': 'y'}])}"]
+    named = [
+        "test",
+        f"mine={other}",
+        f"new={jsonl(tmp_path / 'c.jsonl', [{'prompt': 'v', 'response': 'y'}])}",
+    ]
     flags = dict(eval_dataset=other, eval_size=100, eval_splits=named)
     _, held_out, note = load_splits(config(path, **flags), "sft")
     assert note == ("40 sft rows, 32 held out, 32 in mine, 1 in new, 10 of 16 held-out prompts are trained on too, "
@@ -190,7 +242,10 @@ def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path):
 
 
 def test_pairs_that_say_nothing_are_counted(tmp_path):
-    pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "a" if i in (2, 5, 11) else "b"} for i in range(20)]
+    pairs = [
+        {"prompt": f"p{i}", "chosen": "a", "rejected": "a" if i in (2, 5, 11) else "b"}
+        for i in range(20)
+    ]
     rows, held_out, note = load(config(jsonl(tmp_path / "a.jsonl", pairs)), "pairs")
     assert len(rows) + len(held_out) == 17 and all(r["rejected"] == "b" for r in rows + held_out)
     assert "3 with chosen == rejected skipped" in note and "14 pairs rows, 3 held out" in note
@@ -208,7 +263,11 @@ def test_max_rows_and_another_evaluation_set(tmp_path):
     assert load(config(path, max_rows=5, seed=3), "prompts")[0] == rows
     assert len(load(config(path, max_rows=5000), "prompts")[0]) == 37
     rows, held_out, _ = load(config(path, eval_dataset=other, eval_size=4), "prompts")
-    assert len(rows) == 40 and len(held_out) == 4 and all(r["prompt"].startswith("v") for r in held_out)
+    assert (
+        len(rows) == 40
+        and len(held_out) == 4
+        and all(r["prompt"].startswith("v") for r in held_out)
+    )
 
 
 def test_the_world_holds_out_its_own_test_prompts(monkeypatch):
@@ -218,7 +277,9 @@ def test_the_world_holds_out_its_own_test_prompts(monkeypatch):
     test = world.prompts("test")
     assert all(r in test for r in held_out) and held_out != test[:50]
     rows, held_out, _ = load(config("world:3", eval_size=20), "pairs")
-    assert rows == world.preferences(40, seed=3) and all(r in world.preferences(512, seed=3, split="test") for r in held_out)
+    assert rows == world.preferences(40, seed=3) and all(
+        r in world.preferences(512, seed=3, split="test") for r in held_out
+    )
     rows, held_out, _ = load(config("world"), "sft")
     assert len(held_out) == 3 and not {r["prompt"] for r in rows} & {r["prompt"] for r in held_out}
 
@@ -241,7 +302,9 @@ def test_left_truncation_keeps_a_bos():
     assert fit(p, r, 5, 0) == ([0, 4], r, False)
     assert fit(p, r, 4, 0) == ([0], r, False)
     assert fit(p, r, 3, 0) == ([0], [5, 6], True)
-    assert fit(p, r, 5, 1) == fit(p, r, 5) == ([3, 4], r, False)  # in front of this text stands no BOS
+    assert (
+        fit(p, r, 5, 1) == fit(p, r, 5) == ([3, 4], r, False)
+    )  # in front of this text stands no BOS
     for room in range(1, 7):
         kept = cut_left(p, room, 0)
         assert kept == [0, *p[1:][max(0, 5 - room) :]] and len(kept) == min(room, 5)
@@ -252,23 +315,42 @@ def test_a_bos_stays_in_front_of_every_cut_prompt():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = word_tokenizer(bos_token="w3")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w3 $A", special_tokens=[("w3", 3)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w3 $A", special_tokens=[("w3", 3)]
+    )
     rows = [{"prompt": "w5 w6 w7 w8", "response": "w9"}, {"prompt": "w5", "response": "w9"}]
     prompts, responses, _ = encode(tokenizer, rows, "response", max_length=5)
     assert prompts == [[3, 7, 8], [3, 5]] and responses == [[9, EOS]] * 2
     assert ready_prompts(tokenizer, rows, SimpleNamespace(), 8, 3) == [[3, 7, 8], [3, 5]]
     assert ready_prompts(tokenizer, rows, SimpleNamespace(), 8, 0) == [[3, 5, 6, 7, 8], [3, 5]]
     tokenizer.chat_template = "{{ bos_token }} w20 {{ messages[0]['content'] }} w21"
-    assert ready_prompts(tokenizer, rows, SimpleNamespace(), 8, 3, chat=True) == [[3, 8, 21], [3, 5, 21]]
+    assert ready_prompts(tokenizer, rows, SimpleNamespace(), 8, 3, chat=True) == [
+        [3, 8, 21],
+        [3, 5, 21],
+    ]
 
 
 def test_encode_keeps_the_response_and_its_eos():
     tokenizer = word_tokenizer()
-    rows = [{"prompt": "w5 w6 w7 w8", "response": "w9"}, {"prompt": "w5", "response": "w9 w10 w11 w12 w13"}, {"prompt": "w5", "response": ""}]
-    assert encode(tokenizer, rows, "response") == ([[5, 6, 7, 8], [5], [5]], [[9, EOS], [9, 10, 11, 12, 13, EOS], [EOS]], 0)
+    rows = [
+        {"prompt": "w5 w6 w7 w8", "response": "w9"},
+        {"prompt": "w5", "response": "w9 w10 w11 w12 w13"},
+        {"prompt": "w5", "response": ""},
+    ]
+    assert encode(tokenizer, rows, "response") == (
+        [[5, 6, 7, 8], [5], [5]],
+        [[9, EOS], [9, 10, 11, 12, 13, EOS], [EOS]],
+        0,
+    )
     prompts, responses, cut = encode(tokenizer, rows, "response", max_length=5)
-    assert prompts == [[6, 7, 8], [5], [5]] and responses == [[9, EOS], [9, 10, 11, 12], [EOS]] and cut == 1
-    assert encode(tokenizer, [{"prompt": "w5", "chosen": "w6", "rejected": "w7"}], "rejected", 9) == ([[5]], [[7, EOS]], 0)
+    assert (
+        prompts == [[6, 7, 8], [5], [5]]
+        and responses == [[9, EOS], [9, 10, 11, 12], [EOS]]
+        and cut == 1
+    )
+    assert encode(
+        tokenizer, [{"prompt": "w5", "chosen": "w6", "rejected": "w7"}], "rejected", 9
+    ) == ([[5]], [[7, EOS]], 0)
     assert encode_responses(tokenizer, []) == [] and encode_prompts(tokenizer, []) == []
 
 
@@ -278,7 +360,9 @@ def test_bos_goes_in_front_of_prompts_only():
     tokenizer = word_tokenizer(bos_token="w3")
     refuses(encode_prompts, word_tokenizer(), ["w5", ""], match=["empty prompt", "BOS"])
     assert encode_prompts(tokenizer, ["w5", ""]) == [[5], [3]]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w3 $A", special_tokens=[("w3", 3)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w3 $A", special_tokens=[("w3", 3)]
+    )
     assert encode_prompts(tokenizer, ["w5", ""]) == [[3, 5], [3]]
     assert encode_responses(tokenizer, ["w5"]) == [[5, EOS]]
 
@@ -288,7 +372,14 @@ def test_ready_prompts():
     rows = [{"prompt": "w4 w5"}, {"prompt": "w4 w5 w6 w7 w8"}]
     assert ready_prompts(tokenizer, rows, model, 5) == [[4, 5], [4, 5, 6, 7, 8]]
     assert ready_prompts(tokenizer, rows, model, 7, max_prompt_length=3) == [[4, 5], [6, 7, 8]]
-    refuses(ready_prompts, tokenizer, rows, model, 6, match=["5 tokens", "6 new", "10", "--max_prompt_length", "w4 w5 w6"])
+    refuses(
+        ready_prompts,
+        tokenizer,
+        rows,
+        model,
+        6,
+        match=["5 tokens", "6 new", "10", "--max_prompt_length", "w4 w5 w6"],
+    )
     refuses(ready_prompts, tokenizer, rows, model, 8, 3, match=["3 tokens"])
     assert len(ready_prompts(tokenizer, rows, SimpleNamespace(), 10**6)) == 2  # no limit is named
 
@@ -303,14 +394,18 @@ def test_every_epoch_is_a_permutation(n, size):
     epochs = [order[i : i + n] for i in range(0, len(order), n)]
     assert len(epochs) >= 3 and all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert n < 5 or len({tuple(e) for e in epochs}) == len(epochs)  # each in its own order
-    assert n < 5 or order != [i for step in range(steps) for i in batch_indices(n, size, step, seed=6)]
+    assert n < 5 or order != [
+        i for step in range(steps) for i in batch_indices(n, size, step, seed=6)
+    ]
 
 
 def test_batches_hold_no_state():
     there = [batch_indices(10, 4, step, 0) for step in range(9)]
     back = [batch_indices(10, 4, step, 0) for step in reversed(range(9))]
     assert there == back[::-1] and all(len(b) == 4 for b in there)
-    assert sum(there, [])[:10] == sum((batch_indices(10, 5, step, 0) for step in range(2)), [])  # whatever the batch size
+    assert sum(there, [])[:10] == sum(
+        (batch_indices(10, 5, step, 0) for step in range(2)), []
+    )  # whatever the batch size
     assert all(type(i) is int for i in there[2])
 
 
@@ -321,9 +416,18 @@ def test_whole_dialogues_share_their_prompt(tmp_path):
         "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: a cake?\n\nAssistant: Take a walk.",
     }) + "\n")  # fmt: skip
     prompt = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: a cake?\n\nAssistant:"
-    assert read_rows(str(path), "pairs") == [{"prompt": prompt, "chosen": " Take eggs.", "rejected": " Take a walk."}]
-    path.write_text(json.dumps({"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: a"}) + "\n")
-    with pytest.raises(InputError, match="no field 'prompt'"):  # nothing shared: not a pair of answers
+    assert read_rows(str(path), "pairs") == [
+        {"prompt": prompt, "chosen": " Take eggs.", "rejected": " Take a walk."}
+    ]
+    path.write_text(
+        json.dumps(
+            {"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: a"}
+        )
+        + "\n"
+    )
+    with pytest.raises(
+        InputError, match="no field 'prompt'"
+    ):  # nothing shared: not a pair of answers
         read_rows(str(path), "pairs")
 
 
@@ -346,5 +450,11 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 
 
 def test_seeds_of_the_world_that_are_no_numbers():
-    for seed in ("x", "\u00b2", "-1", "1.0", " 1"):  # isdigit() takes a superscript 2, and int() does not
+    for seed in (
+        "x",
+        "\u00b2",
+        "-1",
+        "1.0",
+        " 1",
+    ):  # isdigit() takes a superscript 2, and int() does not
         refuses(read_rows, f"world:{seed}", "pairs", match=["must be a whole number"])

@@ -646,7 +646,13 @@ def damaged(tmp_path):
         word_tokenizer().save_pretrained(tmp_path / "model")
         if config is not None:
             path = tmp_path / "model/config.json"
-            path.write_text(json.dumps(config if not isinstance(config, dict) else {**json.loads(path.read_text()), **config}))
+            path.write_text(
+                json.dumps(
+                    config
+                    if not isinstance(config, dict)
+                    else {**json.loads(path.read_text()), **config}
+                )
+            )
         if weights is not None:
             path = tmp_path / "model/model.safetensors"
             tensors = {name: x.clone() for name, x in load_file(path).items()}
@@ -674,7 +680,9 @@ def test_configs_that_make_no_model(damaged, config):
     assert "\n" not in str(e.value) and folder in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+)
 @pytest.mark.parametrize("change, words", [
     (lambda x: x.view(-1)[3:4].fill_(math.nan), "holds numbers that are not finite"),
     (lambda x: x.view(-1)[-1:].fill_(-math.inf), "holds numbers that are not finite"),
@@ -686,7 +694,11 @@ def test_weights_that_are_not_finite(damaged, name, change, words):
 
 
 def test_weights_of_whole_numbers(damaged):
-    folder = damaged(weights=lambda tensors: tensors.update({"model.norm.weight": torch.ones(SIZE["hidden_size"], dtype=torch.int64)}))
+    folder = damaged(
+        weights=lambda tensors: tensors.update(
+            {"model.norm.weight": torch.ones(SIZE["hidden_size"], dtype=torch.int64)}
+        )
+    )
     with pytest.raises(InputError, match="model.safetensors: model.norm.weight holds I64"):
         load_policy(folder)
 
@@ -698,7 +710,10 @@ def test_tokens_without_embeddings(damaged):
     load_tokenizer(folder)
     tokenizer.add_tokens([f"more{i}" for i in range(V)])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(InputError, match=f"the tokenizer's token 'more.*' has the id .* embeddings 0 to {V - 1} alone.*resize_token_embeddings"):
+    with pytest.raises(
+        InputError,
+        match=f"the tokenizer's token 'more.*' has the id .* embeddings 0 to {V - 1} alone.*resize_token_embeddings",
+    ):
         load_tokenizer(folder)
     path = Path(folder) / "tokenizer_config.json"
     word_tokenizer().save_pretrained(folder)

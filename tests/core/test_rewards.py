@@ -1,6 +1,6 @@
 """nanorlhf.rewards: every kind of reward and what goes wrong with it; and Kendall's tau (stats.py) against a double loop.
 
-    B answers, K rewards
+B answers, K rewards
 """
 
 import argparse
@@ -42,12 +42,18 @@ RESPONSES = ["w11 w12", "w13 w14 w15", "", "w16"]
 def answers(prompts=PROMPTS, responses=RESPONSES, prompt_ids=None, response_ids=None):
     tokenizer = word_tokenizer()
     prompt_ids = prompt_ids or [tokenizer(p).input_ids for p in prompts]
-    return Answers(list(prompts), list(responses), pack(prompt_ids, response_ids or [[*tokenizer(r).input_ids, EOS] for r in responses]))
+    return Answers(
+        list(prompts),
+        list(responses),
+        pack(prompt_ids, response_ids or [[*tokenizer(r).input_ids, EOS] for r in responses]),
+    )
 
 
 def score(spec, given=None, tokenizer=None, **kwargs):
     check_reward(str(spec))
-    return load_reward(str(spec), tokenizer or word_tokenizer(), ALONE, **kwargs)(given or answers())
+    return load_reward(str(spec), tokenizer or word_tokenizer(), ALONE, **kwargs)(
+        given or answers()
+    )
 
 
 def refuses(function, *args, match=()):
@@ -112,8 +118,13 @@ def code(tmp_path_factory):
 
 def test_python_functions(code):
     scores = score(f"{code}:good")
-    assert scores.dtype == torch.float32 and scores.tolist() == [len(p) - 0.5 * len(r) for p, r in zip(PROMPTS, RESPONSES)]
-    assert score(f"{code}:tensor").tolist() == [0, 1, 2, 3] and score(f"{code}:tensor").dtype == torch.float32
+    assert scores.dtype == torch.float32 and scores.tolist() == [
+        len(p) - 0.5 * len(r) for p, r in zip(PROMPTS, RESPONSES)
+    ]
+    assert (
+        score(f"{code}:tensor").tolist() == [0, 1, 2, 3]
+        and score(f"{code}:tensor").dtype == torch.float32
+    )
     assert score(f"{code}:array").tolist() == [1, 1, 1, 1]
 
 
@@ -132,14 +143,20 @@ def test_what_counts_as_numbers(code, name):
     ("later", ["later is an async function"]), ("returns_later", ["an async function cannot be a reward"]), ("missing", ["no function 'missing'"]),
     ("value", ["no function 'value'"]),
 ])  # fmt: skip
-@pytest.mark.filterwarnings("error")  # one line is one line: no RuntimeWarning of a coroutine beside it
+@pytest.mark.filterwarnings(
+    "error"
+)  # one line is one line: no RuntimeWarning of a coroutine beside it
 def test_python_functions_that_fail(code, name, words):
     refuses(score, f"{code}:{name}", match=[code, *words])
 
 
 def test_files_that_are_no_python(tmp_path):
     refuses(score, f"{tmp_path}/none.py:f", match=["none.py", "no such file"])
-    for text, word in (("def f(:\n", "SyntaxError"), ("import nothing_of_this_name", "ModuleNotFoundError"), ("1 / 0", "ZeroDivision")):
+    for text, word in (
+        ("def f(:\n", "SyntaxError"),
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("1 / 0", "ZeroDivision"),
+    ):
         (tmp_path / "bad.py").write_text(text)
         refuses(score, f"{tmp_path}/bad.py:f", match=["bad.py", "cannot be imported", word])
 
@@ -179,7 +196,9 @@ def test_ctrl_c_stays_what_it_is(tmp_path):
 
 def test_a_module_whose_names_raise(tmp_path):
     (tmp_path / "my.py").write_text("def __getattr__(name): raise RuntimeError('no ' + name)\n")
-    refuses(score, f"{tmp_path}/my.py:f", match=["my.py: looking for 'f' raised RuntimeError: no f"])
+    refuses(
+        score, f"{tmp_path}/my.py:f", match=["my.py: looking for 'f' raised RuntimeError: no f"]
+    )
 
 
 @pytest.mark.parametrize("spoil", [
@@ -191,12 +210,16 @@ def test_each_reward_gets_its_own_lists(tmp_path, spoil):
              "def second(prompts, responses):", "    seen.append((list(prompts), list(responses)))",
              "    return [float(len(r)) for r in responses]"]  # fmt: skip
     (tmp_path / "my.py").write_text("\n".join(lines) + "\n")
-    rewards = {name: load_reward(f"{tmp_path}/my.py:{name}", None, ALONE) for name in ("first", "second")}
+    rewards = {
+        name: load_reward(f"{tmp_path}/my.py:{name}", None, ALONE) for name in ("first", "second")
+    }
     given = Answers(["p", "q", "r"], ["long answer", "", "word"], None)
     scores = score_all(rewards, [given])
     assert scores.tolist() == [[1, 1, 1], [11, 0, 4]]
     assert (given.prompts, given.responses) == (["p", "q", "r"], ["long answer", "", "word"])
-    assert python_function(f"{tmp_path}/my.py:second").__globals__["seen"] == [(given.prompts, given.responses)]
+    assert python_function(f"{tmp_path}/my.py:second").__globals__["seen"] == [
+        (given.prompts, given.responses)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ names of ensembles
@@ -253,10 +276,18 @@ def test_a_name_says_what_kind_of_reward_it_is(spec, kind):
 
 
 def test_reward_names():
-    assert reward_names(["runs/my.py:good", "runs/rm/seed_0/", "./seed_1", "world:gold"]) == ["my.py:good", "seed_0", "seed_1", "world:gold"]
+    assert reward_names(["runs/my.py:good", "runs/rm/seed_0/", "./seed_1", "world:gold"]) == [
+        "my.py:good",
+        "seed_0",
+        "seed_1",
+        "world:gold",
+    ]
     same_ends = ["runs/a/seed_0", "runs/b/seed_0/", "runs/b/seed_1"]
     assert reward_names(same_ends) == same_ends  # where two would be the same, all are written out
-    assert reward_names(["x/seed_0/model", "x/seed_1/model"]) == ["x/seed_0/model", "x/seed_1/model"]
+    assert reward_names(["x/seed_0/model", "x/seed_1/model"]) == [
+        "x/seed_0/model",
+        "x/seed_1/model",
+    ]
     assert reward_names(["gpt2"]) == ["gpt2"] and reward_names([]) == []
 
 
@@ -266,13 +297,26 @@ def test_reward_names():
 def test_a_lexicon_by_hand(tmp_path):
     path = tmp_path / "words.tsv"
     path.write_text("good\t2.5\t0.9\t[1, 2]\nBad\t-3\n\nwell-made\t1\ndon't\t-1\r\nawful\t-60\n")
-    given = answers(["good"] * 7, ["good", "GOOD Bad.", "a well-made good, good thing!", "awful", "don't goodness", "", "good " * 30])
+    given = answers(
+        ["good"] * 7,
+        [
+            "good",
+            "GOOD Bad.",
+            "a well-made good, good thing!",
+            "awful",
+            "don't goodness",
+            "",
+            "good " * 30,
+        ],
+    )
     same(score(path, given), [0.5, -0.1, 1.2, -10.0, -0.2, 0.0, 10.0])
     (tmp_path / "words.txt").write_text(path.read_text())
     same(score(tmp_path / "words.txt", given), score(path, given).tolist())
 
 
-@pytest.mark.parametrize("text, line", [("good\t1\n\nbad -2\n", 3), ("good\t1\nbad\tvery\n", 2), ("good\n", 1)])
+@pytest.mark.parametrize(
+    "text, line", [("good\t1\n\nbad -2\n", 3), ("good\t1\nbad\tvery\n", 2), ("good\n", 1)]
+)
 def test_a_bad_lexicon(tmp_path, text, line):
     path = tmp_path / "words.tsv"
     path.write_text(text)
@@ -283,7 +327,11 @@ def test_lexicons_without_words(tmp_path):
     (tmp_path / "words.tsv").write_text("\n")
     refuses(check_reward, str(tmp_path / "words.tsv"), match=["empty"])
     (tmp_path / "words.tsv").write_text("very good\t1\n\u5f88\u597d\t2\n", encoding="utf-8")
-    refuses(check_reward, str(tmp_path / "words.tsv"), match=["none of its 2 lines can match a word of a text"])
+    refuses(
+        check_reward,
+        str(tmp_path / "words.tsv"),
+        match=["none of its 2 lines can match a word of a text"],
+    )
     (tmp_path / "words.tsv").write_bytes(b"good\t1\ncaf\xe9\t2\n")
     refuses(check_reward, str(tmp_path / "words.tsv"), match=["words.tsv: not UTF-8"])
     (tmp_path / "folder.tsv").mkdir()
@@ -303,7 +351,9 @@ def test_lines_of_a_lexicon_without_effect(tmp_path, capsys, text, words):
     path.write_text(text, encoding="utf-8")
     same(score(path, answers(["p"], ["very good good"])), [0.4])
     printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == 1 and all(word in printed for word in (str(path), *words)), printed
+    assert len(printed.splitlines()) == 1 and all(
+        word in printed for word in (str(path), *words)
+    ), printed
 
 
 def test_a_lexicon_with_a_byte_order_mark(tmp_path, capsys):
@@ -336,7 +386,12 @@ def folder(tmp_path_factory):
     return root
 
 
-IDS = [[11, 0, 12, EOS], [13, EOS, 14, 15], [2, EOS], [16, 2]]  # <pad>, <eos> and <unk> inside: decoding would lose them
+IDS = [
+    [11, 0, 12, EOS],
+    [13, EOS, 14, 15],
+    [2, EOS],
+    [16, 2],
+]  # <pad>, <eos> and <unk> inside: decoding would lose them
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])
@@ -351,8 +406,17 @@ def test_the_sampled_ids_are_scored_as_they_are(folder, size):
     assert np.std(expected) > 0.1
     scores = score(folder / "rm", given, micro_batch_size=size)
     same(scores, expected)
-    same(score(folder / "rm", answers(["?"] * 4, ["?"] * 4, [[5, 6], [7], [8, 9, 10], [5]], IDS), micro_batch_size=size), expected)
-    assert (score(folder / "rm") - scores).abs().max() > 0.05  # what tokenising the texts would give
+    same(
+        score(
+            folder / "rm",
+            answers(["?"] * 4, ["?"] * 4, [[5, 6], [7], [8, 9, 10], [5]], IDS),
+            micro_batch_size=size,
+        ),
+        expected,
+    )
+    assert (
+        score(folder / "rm") - scores
+    ).abs().max() > 0.05  # what tokenising the texts would give
     assert not scores.requires_grad
 
 
@@ -361,7 +425,9 @@ def test_another_vocabulary_tokenises_the_texts(folder, size):
     rm = load_reward_model(str(folder / "rm")).eval()
     flip = lambda text: [V + 2 - int(w[1:]) for w in text.split()]  # noqa: E731   w3 has id 59, w4 58, ...
     with torch.no_grad():
-        expected = [rm(pack([flip(p)], [[*flip(r), EOS]])).item() for p, r in zip(PROMPTS, RESPONSES)]
+        expected = [
+            rm(pack([flip(p)], [[*flip(r), EOS]])).item() for p, r in zip(PROMPTS, RESPONSES)
+        ]
     scores = score(folder / "other_words", micro_batch_size=size)
     same(scores, expected)
     assert (scores - score(folder / "rm")).abs().max() > 0.05
@@ -373,7 +439,13 @@ def test_a_policy_is_no_reward_model(folder):
 
 def bert(path, labels, words=None):
     """A tiny encoder with its own word-piece tokenizer, saved."""
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(words or ["w", *(f"##{i}" for i in range(10)), "good"])]
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *(words or ["w", *(f"##{i}" for i in range(10)), "good"]),
+    ]
     backend = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
@@ -397,7 +469,10 @@ def bert(path, labels, words=None):
 def test_a_classifier_by_its_positive_logit(tmp_path, labels, label):
     model, tokenizer = bert(str(tmp_path / "bert"), labels)
     with torch.no_grad():
-        expected = [model(**tokenizer(f"{p} {r}", return_tensors="pt")).logits[0, label].item() for p, r in zip(PROMPTS, RESPONSES)]
+        expected = [
+            model(**tokenizer(f"{p} {r}", return_tensors="pt")).logits[0, label].item()
+            for p, r in zip(PROMPTS, RESPONSES)
+        ]
     assert np.std(expected) > 0.05
     for size in (1, 3, 64):
         scores = score(tmp_path / "bert", micro_batch_size=size)
@@ -445,7 +520,10 @@ def test_matrix_products_in_bfloat16(folder):
 @pytest.fixture(scope="module")
 def members(folder):
     """Reward models beside `folder`'s: own_0..2 with the policy's words, other_0..2 with other ids for them, eos_0..2 with another EOS."""
-    rm, ends = load_reward_model(str(folder / "rm")), word_tokenizer(eos_token="<pad>", pad_token="<eos>")  # in tokenizer_config.json alone
+    rm, ends = (
+        load_reward_model(str(folder / "rm")),
+        word_tokenizer(eos_token="<pad>", pad_token="<eos>"),
+    )  # in tokenizer_config.json alone
     other = word_tokenizer(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in reversed(range(3, V)))])
     for i in range(3):
         rm.model.score.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
@@ -468,23 +546,39 @@ def test_members_score_as_they_do_alone(members, monkeypatch, names, with_ids):
         def call(*args):
             calls[name] += 1
             return function(*args)
+
         return call  # fmt: skip
 
-    prompt_ids, response_ids = [[5, 6], [7], [8, 9, 10], [5]], [[11, 12, EOS], [13, 14, 15, EOS], [EOS], [16]]  # the last was cut off
+    prompt_ids, response_ids = (
+        [[5, 6], [7], [8, 9, 10], [5]],
+        [[11, 12, EOS], [13, 14, 15, EOS], [EOS], [16]],
+    )  # the last was cut off
     flip = lambda ids: [V + 2 - i if i > 2 else i for i in ids]  # noqa: E731
     expected = []
     for name in names:
         model, kind, row = load_reward_model(str(members / name)).eval(), name.split("_")[0], []
         for p, r in zip(prompt_ids, response_ids):
-            r = r if with_ids or r[-1] == EOS else [*r, EOS]  # texts alone do not say that they were cut off
+            r = (
+                r if with_ids or r[-1] == EOS else [*r, EOS]
+            )  # texts alone do not say that they were cut off
             # Sampled ids are not touched where the vocabulary is the same, even if its EOS is another one.
-            p, r = (flip(p), flip(r)) if kind == "other" else (p, [0 if i == EOS and kind == "eos" and not with_ids else i for i in r])
+            p, r = (
+                (flip(p), flip(r))
+                if kind == "other"
+                else (p, [0 if i == EOS and kind == "eos" and not with_ids else i for i in r])
+            )
             with torch.no_grad():
                 row.append(model(pack([p], [r])).item())
         expected.append(row)
     assert np.ptp(expected, axis=1).min() > 0.1 and np.ptp(expected, axis=0).min() > 1e-3
-    given = answers(prompt_ids=prompt_ids, response_ids=response_ids) if with_ids else Answers(list(PROMPTS), list(RESPONSES), None)
-    rewards = load_rewards([str(members / name) for name in names], word_tokenizer() if with_ids else None, ALONE, 3)
+    given = (
+        answers(prompt_ids=prompt_ids, response_ids=response_ids)
+        if with_ids
+        else Answers(list(PROMPTS), list(RESPONSES), None)
+    )
+    rewards = load_rewards(
+        [str(members / name) for name in names], word_tokenizer() if with_ids else None, ALONE, 3
+    )
     assert list(rewards) == names
     for name in ("encode_prompts", "encode_responses"):
         monkeypatch.setattr(nanorlhf.rewards, name, counted(name, getattr(nanorlhf.rewards, name)))
@@ -497,14 +591,19 @@ def test_members_score_as_they_do_alone(members, monkeypatch, names, with_ids):
     n = len(kinds - {"own"} if with_ids else kinds)
     assert calls == {"encode_prompts": n, "encode_responses": n, "micro_batches": len(kinds)}
     assert torch.equal(score_all(rewards, [given]), scores)
-    alone = [reward(Answers(given.prompts, given.responses, given.batch)) for reward in rewards.values()]
+    alone = [
+        reward(Answers(given.prompts, given.responses, given.batch)) for reward in rewards.values()
+    ]
     assert torch.equal(scores, torch.stack(alone))
 
 
 @pytest.mark.parametrize("kind", ["own", "other"])
 def test_members_of_every_micro_batch_size_side_by_side(members, kind):
     given = answers(PROMPTS * 3, RESPONSES * 3)
-    rewards = {size: load_reward(str(members / f"{kind}_0"), word_tokenizer(), ALONE, size) for size in (1, 5, 12, 64)}
+    rewards = {
+        size: load_reward(str(members / f"{kind}_0"), word_tokenizer(), ALONE, size)
+        for size in (1, 5, 12, 64)
+    }
     scores = score_all(rewards, [given])
     for row in scores:
         same(row, scores[0].tolist())
@@ -516,14 +615,21 @@ def test_texts_alone(members, code, kind):
     """Without sampled ids (and a policy's tokenizer) a text ends with EOS."""
     texts = Answers(list(PROMPTS), list(RESPONSES), None)
     assert len(texts) == 4
-    same(load_reward(str(members / f"{kind}_0"), None, ALONE)(texts), score(members / f"{kind}_0").tolist())
+    same(
+        load_reward(str(members / f"{kind}_0"), None, ALONE)(texts),
+        score(members / f"{kind}_0").tolist(),
+    )
     assert torch.equal(load_reward(f"{code}:good", None, ALONE)(texts), score(f"{code}:good"))
 
 
-@pytest.mark.parametrize("order", [["own_0", "short"], ["short", "own_0"], ["own_0", "own_1", "short"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "order", [["own_0", "short"], ["short", "own_0"], ["own_0", "own_1", "short"]], ids=" ".join
+)
 def test_a_member_with_a_smaller_context(members, order):
     """It says so itself, whoever tokenized the texts."""
-    save_reward_model(load_reward_model(str(members / "own_0")), word_tokenizer(), str(members / "short"))
+    save_reward_model(
+        load_reward_model(str(members / "own_0")), word_tokenizer(), str(members / "short")
+    )
     path = members / "short" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 8}))
     rewards = load_rewards([str(members / name) for name in order], word_tokenizer(), ALONE, 2)
@@ -557,7 +663,9 @@ def test_kendall_tau_by_a_double_loop(n, levels):
     x, y = rng.integers(0, levels, n), rng.integers(0, levels, n)
     x[:2], y[:2] = [0, 1], [1, 0]
     tau, p = kendall_tau(x, torch.tensor(y), permutations=20)
-    assert tau == pytest.approx(tau_b(x.tolist(), y.tolist()), abs=1e-9) and 1 / 21 - 1e-12 <= p <= 1
+    assert (
+        tau == pytest.approx(tau_b(x.tolist(), y.tolist()), abs=1e-9) and 1 / 21 - 1e-12 <= p <= 1
+    )
     assert kendall_tau(-x, y, permutations=1)[0] == pytest.approx(-tau, abs=1e-9)
 
 
@@ -566,12 +674,25 @@ def test_the_p_value():
     x = rng.normal(size=30)
     assert kendall_tau(x, x) == (pytest.approx(1.0), pytest.approx(1 / 1001))
     assert kendall_tau(x, -x) == (pytest.approx(-1.0), pytest.approx(1 / 1001))  # two-sided
-    ps = np.array([kendall_tau(rng.normal(size=12), rng.normal(size=12), permutations=99, seed=i)[1] for i in range(200)])
-    assert 0.4 < ps.mean() < 0.6 and 0.02 < (ps <= 0.05).mean() < 0.09 and abs((ps <= 0.5).mean() - 0.5) < 0.1
+    ps = np.array(
+        [
+            kendall_tau(rng.normal(size=12), rng.normal(size=12), permutations=99, seed=i)[1]
+            for i in range(200)
+        ]
+    )
+    assert (
+        0.4 < ps.mean() < 0.6
+        and 0.02 < (ps <= 0.05).mean() < 0.09
+        and abs((ps <= 0.5).mean() - 0.5) < 0.1
+    )
     assert kendall_tau(x, x**2, seed=1) == kendall_tau(x, x**2, seed=1)
     # All 4! orders of 1 2 3 4: |tau| = 1 in 2 of them, >= 2/3 in 8.
-    assert kendall_tau([1, 2, 3, 4], [1, 2, 3, 4], permutations=4000)[1] == pytest.approx(2 / 24, abs=0.02)
-    assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3], permutations=4000)[1] == pytest.approx(8 / 24, abs=0.03)
+    assert kendall_tau([1, 2, 3, 4], [1, 2, 3, 4], permutations=4000)[1] == pytest.approx(
+        2 / 24, abs=0.02
+    )
+    assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3], permutations=4000)[1] == pytest.approx(
+        8 / 24, abs=0.03
+    )
 
 
 def test_kendall_tau_of_what_has_none():

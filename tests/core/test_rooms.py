@@ -12,9 +12,30 @@ import pytest
 from support import REPO
 
 SCRIPTS = {"train_sft", "train_rm", "train_ppo", "sample_bon", "train_sae", "probe"}
-EQUATIONS = {"ppo", "dpo", "ensemble", "bon", "sae", "sparse", "penalties", "divergence", "diversity", "stats"}
+EQUATIONS = {
+    "ppo",
+    "dpo",
+    "ensemble",
+    "bon",
+    "sae",
+    "sparse",
+    "penalties",
+    "divergence",
+    "diversity",
+    "stats",
+}
 LOWEST_OF_RUNTIME = {"runtime.rng", "runtime.files", "runtime.tensors", "runtime.hints"}
-FLOORS = {"hf": 2, "runtime": 3, "spine": 4, "interp": 5, "evals": 5, "control": 6, "studies": 7, "show": 7, "scripts": 8}
+FLOORS = {
+    "hf": 2,
+    "runtime": 3,
+    "spine": 4,
+    "interp": 5,
+    "evals": 5,
+    "control": 6,
+    "studies": 7,
+    "show": 7,
+    "scripts": 8,
+}
 MOST_LEVELS = 12
 MOST_FILES = 26
 
@@ -40,12 +61,16 @@ def imports_of(module, path):
             package = here[: len(here) + 1 - node.level] if node.level else []
             origin = ".".join([*package, *([node.module] if node.module else [])])
             names.add(origin)
-            names |= {f"{origin}.{alias.name}" for alias in node.names}  # a module, or a name in one
+            names |= {
+                f"{origin}.{alias.name}" for alias in node.names
+            }  # a module, or a name in one
     return {name.removeprefix("nanorlhf.") for name in names}
 
 
 PATHS = module_paths()
-IMPORTS = {module: (imports_of(module, path) & PATHS.keys()) - {module} for module, path in PATHS.items()}
+IMPORTS = {
+    module: (imports_of(module, path) & PATHS.keys()) - {module} for module, path in PATHS.items()
+}
 
 
 def room_of(module):
@@ -69,7 +94,9 @@ def test_a_file_imports_from_its_room_and_below(module):
         assert floor_of(imported) <= floor_of(module), f"{module} imports {imported} from above"
         if floor_of(imported) == floor_of(module):
             assert room_of(imported) == room_of(module) != "scripts", f"{module} imports {imported}"
-        assert (room_of(module), room_of(imported)) != ("control", "evals"), f"{module} imports {imported}"
+        assert (room_of(module), room_of(imported)) != ("control", "evals"), (
+            f"{module} imports {imported}"
+        )
 
 
 def test_there_is_one_way_down():
@@ -84,11 +111,16 @@ def test_there_is_one_way_down():
         return levels[module]
 
     assert max(level(module) for module in PATHS) <= MOST_LEVELS
-    assert levels["errors"] == 1 and levels["train_ppo"] > levels["models"] > levels["hf.lora"]  # imports were found at all
+    assert (
+        levels["errors"] == 1 and levels["train_ppo"] > levels["models"] > levels["hf.lora"]
+    )  # imports were found at all
 
 
 def test_no_room_is_crowded():
-    for folder in [REPO / "nanorlhf", *(path for path in (REPO / "nanorlhf").iterdir() if path.is_dir())]:
+    for folder in [
+        REPO / "nanorlhf",
+        *(path for path in (REPO / "nanorlhf").iterdir() if path.is_dir()),
+    ]:
         assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
 
 

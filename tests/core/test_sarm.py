@@ -1,6 +1,6 @@
 """nanorlhf.sarm and feature_rewards: the public layout written by hand, and float64 loops over texts and latents.
 
-    B texts, T tokens, D hidden, M latents, k kept
+B texts, T tokens, D hidden, M latents, k kept
 """
 
 import copy
@@ -49,7 +49,13 @@ from nanorlhf.sae import SparseAutoencoder, TopKSAE
 from nanorlhf.sarm import SARM, is_sarm, new_sae, reweighted, save_sarm
 
 M, K, N, L = 48, 6, 4, 3
-OLD = {"sae_hidden_state_source_layer": L, "sae_latent_size": M, "sae_k": K, "sae_use_sequence_level": True, "sarm_use_topk": True}
+OLD = {
+    "sae_hidden_state_source_layer": L,
+    "sae_latent_size": M,
+    "sae_k": K,
+    "sae_use_sequence_level": True,
+    "sarm_use_topk": True,
+}
 ALONE = Dist(0, 1, torch.device("cpu"))
 
 
@@ -58,10 +64,15 @@ def by_loop(lm, t, dense=False, n_blocks=L):
     scores, latents = [], []
     t = {name: x.detach().double().numpy() for name, x in t.items()}
     for prompt, response in zip(PROMPTS, RESPONSES):
-        hidden = lm(input_ids=torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[n_blocks]
+        hidden = lm(
+            input_ids=torch.tensor([prompt + response]), output_hidden_states=True
+        ).hidden_states[n_blocks]
         h = hidden[0, -1].detach().double().numpy()
         x = (h - h.mean()) / (h.std(ddof=1) + 1e-6)
-        pre = [sum(w * (xi - b) for w, xi, b in zip(row, x, t["sae.pre_bias"])) for row in t["sae.encoder.weight"]]
+        pre = [
+            sum(w * (xi - b) for w, xi, b in zip(row, x, t["sae.pre_bias"]))
+            for row in t["sae.encoder.weight"]
+        ]
         pre = np.array(pre) + t["sae.latent_bias"]
         keep = sorted(range(M), key=lambda i: -pre[i])[: M if dense else K]
         z = np.array([pre[i] if i in keep else 0.0 for i in range(M)])
@@ -99,7 +110,11 @@ def test_the_public_layout_round_trips(tmp_path, param, shards):
     again = load_file(str(tmp_path / "b" / "model.safetensors"))
     assert set(again) == set(tensors) and all(again[name].equal(tensors[name]) for name in tensors)
     config = json.load(open(tmp_path / "b" / "config.json"))
-    assert config["sarm_param"] == SARM_PARAM and config["num_hidden_layers"] == N and config["model_type"] == "llama"
+    assert (
+        config["sarm_param"] == SARM_PARAM
+        and config["num_hidden_layers"] == N
+        and config["model_type"] == "llama"
+    )
     assert SARM.from_pretrained(str(tmp_path / "b"))(BATCH).equal(sarm(BATCH))
 
 
@@ -108,7 +123,9 @@ def test_l_defaults_to_the_middle(tmp_path):
     param = {"sae_latent_size": M, "sae_k": K}
     config = json.load(open(tmp_path / "config.json"))
     json.dump(config | {"sarm_param": param}, open(tmp_path / "config.json", "w"))
-    tensors = {name: x for name, x in tensors.items() if not name.startswith(f"model.layers.{L - 1}.")}
+    tensors = {
+        name: x for name, x in tensors.items() if not name.startswith(f"model.layers.{L - 1}.")
+    }
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     sarm = SARM.from_pretrained(str(tmp_path))
     assert sarm.config.sarm_param["sae_source_layer"] == N // 2
@@ -117,7 +134,10 @@ def test_l_defaults_to_the_middle(tmp_path):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_dense_scores(tmp_path, old):
-    lm, tensors = public_checkpoint(str(tmp_path), OLD | {"sarm_use_topk": False} if old else SARM_PARAM | {"sarm_use_activation": False})
+    lm, tensors = public_checkpoint(
+        str(tmp_path),
+        OLD | {"sarm_use_topk": False} if old else SARM_PARAM | {"sarm_use_activation": False},
+    )
     sarm = SARM.from_pretrained(str(tmp_path))
     scores, latents = by_loop(lm, tensors, dense=True)
     same(sarm(BATCH), scores)
@@ -153,7 +173,11 @@ def test_any_decoder(tmp_path, name):
     assert SARM.from_pretrained(str(tmp_path))(BATCH).equal(sarm(BATCH))
     saved = load_file(str(tmp_path / "model.safetensors"))
     prefix = lm.base_model_prefix
-    whole = {name: p for name, p in lm.state_dict().items() if f".{L}." not in name and name.startswith(prefix)}
+    whole = {
+        name: p
+        for name, p in lm.state_dict().items()
+        if f".{L}." not in name and name.startswith(prefix)
+    }
     assert all(saved[name].equal(p) for name, p in whole.items()) and len(saved) == len(whole) + 5
 
 
@@ -176,7 +200,12 @@ def test_edits_of_latents(sarm, public):
     w = public[2]["score.weight"][0]
     fires = [i for i in range(M) if 0 < (z[:, i] != 0).sum() < B]
     a, b = fires[:2]
-    cases = {"set": lambda x: 0.7, "min": lambda x: max(x, 0.7), "max": lambda x: min(x, 0.7), "*": lambda x: 0.7 * x}
+    cases = {
+        "set": lambda x: 0.7,
+        "min": lambda x: max(x, 0.7),
+        "max": lambda x: min(x, 0.7),
+        "*": lambda x: 0.7 * x,
+    }
     for op, function in {**cases, "+": lambda x: x + 0.7}.items():
         reading = sarm.read(BATCH, [a], {a: (op, 0.7), b: ("set", 0.0)})
         change = [w[a] * (function(z[t, a].item()) - z[t, a]) - w[b] * z[t, b] for t in range(B)]
@@ -184,13 +213,18 @@ def test_edits_of_latents(sarm, public):
         same(reading.latents[:, 0], z[:, a])  # unedited
     unfired = sarm.read(BATCH, edits={a: ("*", 0.0)})
     without = z[:, a] == 0
-    assert unfired.edited[without].equal(unfired.scores[without]) and not unfired.edited[~without].equal(unfired.scores[~without])
+    assert unfired.edited[without].equal(unfired.scores[without]) and not unfired.edited[
+        ~without
+    ].equal(unfired.scores[~without])
 
 
 def exact(sarm):
     """Each text's score as float32 rounds the exact (rational) sum of w_i z_i, from the model's own float32 latents."""
     z, w = sarm.read(BATCH).latents.tolist(), sarm.score.weight[0].tolist()
-    return torch.tensor([float(sum(Fraction(a) * Fraction(b) for a, b in zip(row, w))) for row in z], dtype=torch.float64).float()
+    return torch.tensor(
+        [float(sum(Fraction(a) * Fraction(b) for a, b in zip(row, w))) for row in z],
+        dtype=torch.float64,
+    ).float()
 
 
 def test_one_head_weight_changes_only_texts_that_have_the_feature_and_by_w_z(sarm):
@@ -204,7 +238,9 @@ def test_one_head_weight_changes_only_texts_that_have_the_feature_and_by_w_z(sar
             assert after.equal(exact(sarm))
         assert after[z == 0].equal(before.scores[z == 0])
         same(after - before.scores, 0.3 * z, 1e-5)
-        with reweighted(sarm, {j: ("set", 0.3 * (i == j)) for j in range(M)}):  # alone: w z itself, rounded once
+        with reweighted(
+            sarm, {j: ("set", 0.3 * (i == j)) for j in range(M)}
+        ):  # alone: w z itself, rounded once
             assert sarm(BATCH).equal((torch.tensor(0.3).double() * z.double()).float())
     assert sarm(BATCH).equal(before.scores)
 
@@ -222,17 +258,28 @@ def test_scores_are_float32_under_autocast(sarm, public):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         h, scores = sarm.pooled(BATCH), sarm(BATCH)
     sarm_scores = sarm.weighted(*sarm.code(h)).float()
-    assert scores.dtype == torch.float32 and scores.equal(sarm_scores) and len(set(scores.tolist())) == B
+    assert (
+        scores.dtype == torch.float32
+        and scores.equal(sarm_scores)
+        and len(set(scores.tolist())) == B
+    )
     assert not scores.equal(scores.bfloat16().float())
 
 
 def test_gradients(sarm, public):
     """d score / d w is z; the LM's gradient is autograd's through the dense formula."""
     z = sarm.read(BATCH).latents
-    grad = torch.autograd.grad(sarm(BATCH).sum(), [sarm.score.weight, sarm.sae.W_enc, sarm.trunk.embed_tokens.weight])
+    grad = torch.autograd.grad(
+        sarm(BATCH).sum(), [sarm.score.weight, sarm.sae.W_enc, sarm.trunk.embed_tokens.weight]
+    )
     same(grad[0][0], z.sum(0))
     dense = (sarm.sae.encode(sarm.pooled(BATCH)) @ sarm.score.weight[0]).sum()
-    for a, b in zip(grad, torch.autograd.grad(dense, [sarm.score.weight, sarm.sae.W_enc, sarm.trunk.embed_tokens.weight])):
+    for a, b in zip(
+        grad,
+        torch.autograd.grad(
+            dense, [sarm.score.weight, sarm.sae.W_enc, sarm.trunk.embed_tokens.weight]
+        ),
+    ):
         same(a, b, 1e-3)
 
 
@@ -251,7 +298,11 @@ def reward_model(name="neox", seed=2):
 def test_an_autoencoder_on_a_layer(kind, site):
     """Edits by a loop that re-runs the model on one text alone, with a hook of its own."""
     model, normalize = reward_model(), kind.split()[1]
-    sae = TopKSAE(D, M, K, normalize) if "topk" in kind else SparseAutoencoder(D, M, normalize=normalize)
+    sae = (
+        TopKSAE(D, M, K, normalize)
+        if "topk" in kind
+        else SparseAutoencoder(D, M, normalize=normalize)
+    )
     sae.b_enc.data.normal_(0, 0.1)
     sae.mean.normal_(), sae.scale.fill_(1.7)
     both = WithSAE(model, sae, (1, site))
@@ -312,7 +363,11 @@ def test_feature_rewards(tmp_path, public, sarm):
         same(a, b, 1e-5)
     same(reward(answers()), expected.scores, 1e-5)
     same(load_reward(path, word_tokenizer(), ALONE)(answers()), expected.scores, 1e-5)
-    assert reward.m == M and reward.weights.equal(sarm.score.weight[0]) and reward.read(answers()).latents.shape == (B, M)
+    assert (
+        reward.m == M
+        and reward.weights.equal(sarm.score.weight[0])
+        and reward.read(answers()).latents.shape == (B, M)
+    )
     assert check_feature_reward(path, "", [0, M - 1]) == M
     check_reward(path)
 
@@ -322,18 +377,39 @@ def test_feature_rewards(tmp_path, public, sarm):
     save_sae(sae, str(tmp_path / "sae"), model="x", layer=2, site="residual")
     save_sae(sae, str(tmp_path / "run/policy/2_residual"), model="x", layer=2, site="residual")
     for folder in ("sae", "run"):  # the folder itself, or that of train_sae.py's run
-        assert check_feature_reward(str(tmp_path / "rm"), str(tmp_path / folder)) == M and not is_sarm(str(tmp_path / "rm"))
-    assert load_feature_reward(str(tmp_path / "rm"), str(tmp_path / "run"), word_tokenizer(), ALONE).m == M
-    reward = load_feature_reward(str(tmp_path / "rm"), str(tmp_path / "sae"), word_tokenizer(), ALONE)
-    expected = WithSAE(load_reward_model(str(tmp_path / "rm")), sae, (2, "residual")).read(BATCH, [1], {1: ("set", 3.0)})
+        assert check_feature_reward(
+            str(tmp_path / "rm"), str(tmp_path / folder)
+        ) == M and not is_sarm(str(tmp_path / "rm"))
+    assert (
+        load_feature_reward(str(tmp_path / "rm"), str(tmp_path / "run"), word_tokenizer(), ALONE).m
+        == M
+    )
+    reward = load_feature_reward(
+        str(tmp_path / "rm"), str(tmp_path / "sae"), word_tokenizer(), ALONE
+    )
+    expected = WithSAE(load_reward_model(str(tmp_path / "rm")), sae, (2, "residual")).read(
+        BATCH, [1], {1: ("set", 3.0)}
+    )
     for a, b in zip(reward.read(answers(), [1], {1: ("set", 3.0)}), expected):
         same(a, b, 1e-5)
     assert reward.weights is None
-    prints = [latents_fingerprint(path), latents_fingerprint(str(tmp_path / "rm"), str(tmp_path / "sae"))]
+    prints = [
+        latents_fingerprint(path),
+        latents_fingerprint(str(tmp_path / "rm"), str(tmp_path / "sae")),
+    ]
     assert latents_fingerprint(str(tmp_path / "rm"), str(tmp_path / "run")) == prints[1]
-    save_sae(TopKSAE(D, M, K, "dataset", seed=1), str(tmp_path / "sae"), model="x", layer=2, site="residual")
+    save_sae(
+        TopKSAE(D, M, K, "dataset", seed=1),
+        str(tmp_path / "sae"),
+        model="x",
+        layer=2,
+        site="residual",
+    )
     prints.append(latents_fingerprint(str(tmp_path / "rm"), str(tmp_path / "sae")))
-    assert prints[1]["reward_model"] == prints[2]["reward_model"] and len({p["sae"] for p in prints}) == 3
+    assert (
+        prints[1]["reward_model"] == prints[2]["reward_model"]
+        and len({p["sae"] for p in prints}) == 3
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------- bad input
@@ -342,7 +418,10 @@ def test_feature_rewards(tmp_path, public, sarm):
 def broken(path, change):
     """The public checkpoint with its tensors or config changed: change(tensors, config)."""
     public_checkpoint(path)
-    tensors, config = load_file(os.path.join(path, "model.safetensors")), json.load(open(os.path.join(path, "config.json")))
+    tensors, config = (
+        load_file(os.path.join(path, "model.safetensors")),
+        json.load(open(os.path.join(path, "config.json"))),
+    )
     change(tensors, config)
     save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
     json.dump(config, open(os.path.join(path, "config.json"), "w"))
@@ -405,7 +484,11 @@ def test_bad_features_and_rewards(tmp_path, public, sarm):
 
 def test_a_trunk_that_cannot_be_cut():
     trunk = AutoModel.from_config(copy.deepcopy(SARM_CONFIGS["llama"]))
-    trunk.register_forward_hook(lambda module, args, output: setattr(output, "last_hidden_state", output.last_hidden_state * 2) or output)
+    trunk.register_forward_hook(
+        lambda module, args, output: (
+            setattr(output, "last_hidden_state", output.last_hidden_state * 2) or output
+        )
+    )
     config = copy.deepcopy(SARM_CONFIGS["llama"])
     config.sarm_param = SARM_PARAM
     with pytest.raises(InputError, match="more than a norm"):
@@ -419,12 +502,17 @@ def read_in_shards(specs, out):
     """What one of two processes under FSDP2 says of its half of the answers, by several reward models."""
     dist, texts = setup("cpu", "fsdp"), answers()
     mine = torch.tensor([0, 1, 2] if dist.main else [3, 4])
-    own = Answers([texts.prompts[i] for i in mine], [texts.responses[i] for i in mine], BATCH.rows(mine))
+    own = Answers(
+        [texts.prompts[i] for i in mine], [texts.responses[i] for i in mine], BATCH.rows(mine)
+    )
     for i, (path, sae) in enumerate(specs):
         reward = load_feature_reward(path, sae, word_tokenizer(), dist)
         reading = reward.read(own, [2, 9], {2: ("+", 1.0)})
         assert is_sharded(reward.module) and score(reward, [own], dist).equal(reading.scores)
-        save_file({name: x.contiguous() for name, x in reading._asdict().items()}, f"{out}/{i}_{dist.rank}.safetensors")
+        save_file(
+            {name: x.contiguous() for name, x in reading._asdict().items()},
+            f"{out}/{i}_{dist.rank}.safetensors",
+        )
     shutdown()
 
 
@@ -437,6 +525,8 @@ def test_in_shards(tmp_path, public):
     join(*ranks(2, read_in_shards, specs, str(tmp_path)))
     for i, spec in enumerate(specs):
         parts = [load_file(str(tmp_path / f"{i}_{rank}.safetensors")) for rank in range(2)]
-        expected = load_feature_reward(*spec, word_tokenizer(), ALONE).read(answers(), [2, 9], {2: ("+", 1.0)})
+        expected = load_feature_reward(*spec, word_tokenizer(), ALONE).read(
+            answers(), [2, 9], {2: ("+", 1.0)}
+        )
         for name, x in expected._asdict().items():
             same(torch.cat([part[name] for part in parts]), x, 1e-5)

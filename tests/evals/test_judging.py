@@ -1,6 +1,6 @@
 """probe.py judge: win rates against loops, rewards and language models as judges, and endpoints that fail in every way.
 
-    N pairs of answers
+N pairs of answers
 """
 
 import json
@@ -39,7 +39,14 @@ def write(path, rows):
 def answers(seed, n=12, **fields):
     """Rows {prompt, response} of n prompts: up to 9 times the same word."""
     draw = random.Random(seed)
-    return [{"prompt": f"question {i} ?", "response": " ".join(["word"] * draw.randrange(1, 10)), **fields} for i in range(n)]
+    return [
+        {
+            "prompt": f"question {i} ?",
+            "response": " ".join(["word"] * draw.randrange(1, 10)),
+            **fields,
+        }
+        for i in range(n)
+    ]
 
 
 @pytest.fixture
@@ -52,9 +59,21 @@ def files(tmp_path, monkeypatch):
 
 
 def flags(files, **changes):
-    values = {"a": files / "a.jsonl", "b": files / "b.jsonl", "judge": f"{files / 'reward.py'}:words", "output_dir": files / "out"}
+    values = {
+        "a": files / "a.jsonl",
+        "b": files / "b.jsonl",
+        "judge": f"{files / 'reward.py'}:words",
+        "output_dir": files / "out",
+    }
     values |= changes
-    return ["judge", *(str(x) for name, value in values.items() for x in (f"--{name}", *(value if isinstance(value, list) else [value])))]
+    return [
+        "judge",
+        *(
+            str(x)
+            for name, value in values.items()
+            for x in (f"--{name}", *(value if isinstance(value, list) else [value]))
+        ),
+    ]
 
 
 def judged(files, **changes):
@@ -69,7 +88,11 @@ def stopped(files, capfd, **changes):
     with pytest.raises(SystemExit) as exit_:
         run_probe(*flags(files, **changes))
     *progress, error = capfd.readouterr().err.splitlines()
-    assert exit_.value.code == 2 and ": error: --judge " in error and not any("error" in line for line in progress)
+    assert (
+        exit_.value.code == 2
+        and ": error: --judge " in error
+        and not any("error" in line for line in progress)
+    )
     return error
 
 
@@ -82,17 +105,35 @@ def summary(files):
 
 def test_win_rates_are_the_loops(files):
     found = judged(files)
-    own, length = found[f"{files / 'reward.py'}:words"]["splits"]["all"], found[judging.LONGER]["splits"]["all"]
+    own, length = (
+        found[f"{files / 'reward.py'}:words"]["splits"]["all"],
+        found[judging.LONGER]["splits"]["all"],
+    )
     a, b = ([len(row["response"].split()) for row in answers(seed)] for seed in (1, 2))
-    wins, ties, losses = (sum(test(x, y) for x, y in zip(a, b)) for test in (int.__gt__, int.__eq__, int.__lt__))
+    wins, ties, losses = (
+        sum(test(x, y) for x, y in zip(a, b)) for test in (int.__gt__, int.__eq__, int.__lt__)
+    )
     assert min(wins, ties, losses) > 0 and own["pairs"] == own["prompts"] == 12
     assert own["win_rate"] == pytest.approx((wins + ties / 2) / 12)
-    assert [own[name] for name in ("wins", "ties", "losses")] == pytest.approx([x / 12 for x in (wins, ties, losses)])
-    assert own["difference"] == pytest.approx((sum(a) - sum(b)) / 12) and own["length"] == [sum(a) / 12, sum(b) / 12]
+    assert [own[name] for name in ("wins", "ties", "losses")] == pytest.approx(
+        [x / 12 for x in (wins, ties, losses)]
+    )
+    assert own["difference"] == pytest.approx((sum(a) - sum(b)) / 12) and own["length"] == [
+        sum(a) / 12,
+        sum(b) / 12,
+    ]
     points = [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b)]
-    assert own["interval"] == pytest.approx([x.item() for x in bootstrap(points)])  # every prompt has one pair
-    assert own["difference_interval"] == pytest.approx([x.item() for x in bootstrap([x - y for x, y in zip(a, b)])])
-    assert own["longer_won"] == 1 and length["win_rate"] == own["win_rate"] and "difference" not in length
+    assert own["interval"] == pytest.approx(
+        [x.item() for x in bootstrap(points)]
+    )  # every prompt has one pair
+    assert own["difference_interval"] == pytest.approx(
+        [x.item() for x in bootstrap([x - y for x, y in zip(a, b)])]
+    )
+    assert (
+        own["longer_won"] == 1
+        and length["win_rate"] == own["win_rate"]
+        and "difference" not in length
+    )
 
 
 def test_how_often_the_longer_answer_won():
@@ -114,29 +155,54 @@ def test_splits_and_their_gap(files, capsys):
         for name, part in both.items():
             write(files / f"{'ab'[side]}_{name}.jsonl", part[side])
     of_rows = judged(files)
-    named = judged(files, a=[f"{name}={files}/a_{name}.jsonl" for name in both], b=[files / f"b_{name}.jsonl" for name in both])
+    named = judged(
+        files,
+        a=[f"{name}={files}/a_{name}.jsonl" for name in both],
+        b=[files / f"b_{name}.jsonl" for name in both],
+    )
     assert of_rows == named
     found = of_rows[f"{files / 'reward.py'}:words"]
     rates, means, variances = {}, {}, {}
     for name, (a, b) in both.items():
         pairs = [(len(x["response"].split()), len(y["response"].split())) for x, y in zip(a, b)]
         points = torch.tensor([1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs])
-        rates[name], means[name], variances[name] = found["splits"][name]["win_rate"], points.mean().item(), points.var().item() / 30
+        rates[name], means[name], variances[name] = (
+            found["splits"][name]["win_rate"],
+            points.mean().item(),
+            points.var().item() / 30,
+        )
     assert list(rates) == ["test", "ood", "hard"] and rates == pytest.approx(means)
     assert list(found["gap"]) == ["ood", "hard"] and "gap: test less ood" in capsys.readouterr().out
     for name, row in found["gap"].items():
         low, high = row["interval"]
         assert row["gap"] == pytest.approx(rates["test"] - rates[name]) and low < row["gap"] < high
-        assert high - low == pytest.approx(2 * 1.96 * (variances["test"] + variances[name]) ** 0.5, rel=0.15)
+        assert high - low == pytest.approx(
+            2 * 1.96 * (variances["test"] + variances[name]) ** 0.5, rel=0.15
+        )
 
 
 def test_the_picture(files, capsys):
     """With two splits, one of them without a judged pair."""
-    lengths, some = [torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])], torch.tensor([1.0, 0, float("nan")])
+    lengths, some = (
+        [torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])],
+        torch.tensor([1.0, 0, float("nan")]),
+    )
     found = {spec: judging.summarise_judge(x, torch.zeros(3), lengths, torch.arange(3), ["test", "test", "ood"])
              for spec, x in ((judging.LONGER, lengths[0]), ("llm:x", some))}  # fmt: skip
-    assert found["llm:x"]["splits"]["ood"] == {"pairs": 0} and list(found[judging.LONGER]["gap"]) == ["ood"] and not found["llm:x"]["gap"]
-    summary = {"a": ["a"], "b": ["b"], "prompts": 3, "only_a": 0, "only_b": 0, "pairs": 3, "judges": found}
+    assert (
+        found["llm:x"]["splits"]["ood"] == {"pairs": 0}
+        and list(found[judging.LONGER]["gap"]) == ["ood"]
+        and not found["llm:x"]["gap"]
+    )
+    summary = {
+        "a": ["a"],
+        "b": ["b"],
+        "prompts": 3,
+        "only_a": 0,
+        "only_b": 0,
+        "pairs": 3,
+        "judges": found,
+    }
     assert "no pair judged" in judging.table(summary) and "nan" not in json.dumps(summary).lower()
     save_picture(judging.draw, summary, str(files / "picture.png"))
     assert (files / "picture.png").read_bytes()[1:4] == b"PNG"
@@ -151,26 +217,60 @@ def test_several_answers_to_a_prompt(files, capfd):
     row = judged(files)[spec]["splits"]["all"]
     assert row["pairs"] == 60 and row["prompts"] == 12
     write(files / "a.jsonl", answers(1))
-    assert "has 1 answers in --a and 5 in --b (limit them: --answers)" in probe_refused(capfd, *flags(files))
+    assert "has 1 answers in --a and 5 in --b (limit them: --answers)" in probe_refused(
+        capfd, *flags(files)
+    )
     one = judged(files, answers=1)[spec]["splits"]["all"]
     assert one["interval"] == pytest.approx(row["interval"]) and one["pairs"] == 12
 
 
 def test_other_rows_are_counted(files, capsys):
-    write(files / "a.jsonl", [{"prompt": "only here", "response": "x"}, *answers(1)[:5], {"prompt": "nor there", "response": ""}])
+    write(
+        files / "a.jsonl",
+        [
+            {"prompt": "only here", "response": "x"},
+            *answers(1)[:5],
+            {"prompt": "nor there", "response": ""},
+        ],
+    )
     found = judged(files)[f"{files / 'reward.py'}:words"]["splits"]["all"]
-    assert {k: summary(files)[k] for k in ("prompts", "pairs", "only_a", "only_b")} == {"prompts": 5, "pairs": 5, "only_a": 2, "only_b": 7}
-    assert found["pairs"] == 5 and ", 2 prompts only in A, 7 prompts only in B" in capsys.readouterr().out
+    assert {k: summary(files)[k] for k in ("prompts", "pairs", "only_a", "only_b")} == {
+        "prompts": 5,
+        "pairs": 5,
+        "only_a": 2,
+        "only_b": 7,
+    }
+    assert (
+        found["pairs"] == 5
+        and ", 2 prompts only in A, 7 prompts only in B" in capsys.readouterr().out
+    )
 
 
 def test_tables_of_the_other_scripts(files):
     """eval/step_N.jsonl of PPO against sample_bon.py's best_of_n.jsonl, by gold."""
-    rows = [{"prompt": p["prompt"], "response": r} for p, r in zip(world.prompts("test")[:6], ("the room was superb .", "bad food .") * 3)]
-    write(files / "a.jsonl", [{**row, "scores": {"rm": 1.0}, "gold": 0.5, "prompt_ids": [1], "response_ids": [2]} for row in rows])
-    write(files / "b.jsonl", [{**row, "response": "it was .", "score": 2.0, "split": "test", "sample": 0} for row in rows])
+    rows = [
+        {"prompt": p["prompt"], "response": r}
+        for p, r in zip(world.prompts("test")[:6], ("the room was superb .", "bad food .") * 3)
+    ]
+    write(
+        files / "a.jsonl",
+        [
+            {**row, "scores": {"rm": 1.0}, "gold": 0.5, "prompt_ids": [1], "response_ids": [2]}
+            for row in rows
+        ],
+    )
+    write(
+        files / "b.jsonl",
+        [
+            {**row, "response": "it was .", "score": 2.0, "split": "test", "sample": 0}
+            for row in rows
+        ],
+    )
     found = judged(files, judge="world:gold")["world:gold"]["splits"]
     gold = [world.gold([row["prompt"]] * 2, [row["response"], "it was ."]) for row in rows]
-    assert list(found) == ["test"] and found["test"]["difference"] == pytest.approx(sum(x - y for x, y in gold) / 6, abs=1e-5)
+    assert list(found) == ["test"] and found["test"]["difference"] == pytest.approx(
+        sum(x - y for x, y in gold) / 6, abs=1e-5
+    )
 
 
 def test_the_same_text_is_a_tie(files):
@@ -187,10 +287,22 @@ def test_the_same_text_is_a_tie(files):
     [
         ({"a": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"a": "ood=nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({"b": "number.jsonl"}, "number.jsonl:2: a row must be an object with prompt and response, both strings"),
-        ({"b": "other.jsonl"}, "no prompt of --a is in --b: they begin with 'question 0 ?' and 'something else'"),
-        ({"b": "twice.jsonl"}, "twice.jsonl:2: the prompt 'question 0 ?' is in the splits 'x' and 'y'"),
-        ({"a": "x=a.jsonl", "b": "y=b.jsonl"}, "the prompt 'question 0 ?' is in the splits x and y"),
+        (
+            {"b": "number.jsonl"},
+            "number.jsonl:2: a row must be an object with prompt and response, both strings",
+        ),
+        (
+            {"b": "other.jsonl"},
+            "no prompt of --a is in --b: they begin with 'question 0 ?' and 'something else'",
+        ),
+        (
+            {"b": "twice.jsonl"},
+            "twice.jsonl:2: the prompt 'question 0 ?' is in the splits 'x' and 'y'",
+        ),
+        (
+            {"a": "x=a.jsonl", "b": "y=b.jsonl"},
+            "the prompt 'question 0 ?' is in the splits x and y",
+        ),
         ({"judge": "nowhere.py:f"}, "nowhere.py: no such file"),
         ({"judge": "llm:runs/none"}, "runs/none: no such run yet"),
         ({"judge": "http://localhost:1/v1"}, "name its model with --judge_model"),
@@ -201,9 +313,14 @@ def test_the_same_text_is_a_tie(files):
 )
 def test_wrong_input_is_one_line(files, capfd, monkeypatch, changes, words):
     monkeypatch.chdir(files)
-    write(files / "number.jsonl", [{"prompt": "x", "response": "y"}, {"prompt": "x", "response": 3}])
+    write(
+        files / "number.jsonl", [{"prompt": "x", "response": "y"}, {"prompt": "x", "response": 3}]
+    )
     write(files / "other.jsonl", [{"prompt": "something else", "response": "y"}])
-    write(files / "twice.jsonl", [{"prompt": "question 0 ?", "response": "y", "split": name} for name in "xy"])
+    write(
+        files / "twice.jsonl",
+        [{"prompt": "question 0 ?", "response": "y", "split": name} for name in "xy"],
+    )
     assert words in probe_refused(capfd, *flags(files, **changes))
     assert not (files / "out").exists()
 
@@ -237,7 +354,22 @@ def test_what_is_a_choice():
     for reply, number in (("1", 1), (" 2.\n", 2), ("Answer 1", 1), ("**Answer 2**", 2), ('"1"', 1), ("[2]", 2), ("answer: 2", 2),
                           ("**Answer:** 1", 1), ("Answer: **2**", 2), ("<think>2? No.</think>\n\n1", 1)):  # fmt: skip
         assert judges.choice_of(reply) == number
-    for reply in ("", "3", "12", "1 or 2", "1, 2", "1?", "-1", "neither", "Answer 1 is better", "I choose 2", "A", "1.2", "tie", "\u00b9"):
+    for reply in (
+        "",
+        "3",
+        "12",
+        "1 or 2",
+        "1, 2",
+        "1?",
+        "-1",
+        "neither",
+        "Answer 1 is better",
+        "I choose 2",
+        "A",
+        "1.2",
+        "tie",
+        "\u00b9",
+    ):
         assert judges.choice_of(reply) is None
 
 
@@ -245,17 +377,29 @@ def test_both_orders_are_asked(files):
     write(files / "b.jsonl", answers(1)[:1] + answers(2)[1:])  # one pair is the same text
     with Endpoint(longest) as server:
         found = judged(files, **by_endpoint(server, criterion="their length"))[server.url]
-        texts = [(x["prompt"], x["response"], y["response"]) for x, y in zip(answers(1)[1:], answers(2)[1:])]
+        texts = [
+            (x["prompt"], x["response"], y["response"])
+            for x, y in zip(answers(1)[1:], answers(2)[1:])
+        ]
         unequal = [(p, a, b) for p, a, b in texts if a != b]
-        assert sorted(map(shown, server.questions())) == sorted([*unequal, *((p, b, a) for p, a, b in unequal)])
+        assert sorted(map(shown, server.questions())) == sorted(
+            [*unequal, *((p, b, a) for p, a, b in unequal)]
+        )
         assert all("Go by their length;" in question for question in server.questions())
         row = found["splits"]["all"]
         assert row["wins"] == sum(len(a) > len(b) for _, a, b in texts) / 12
         assert row["losses"] == sum(len(a) < len(b) for _, a, b in texts) / 12
         assert row["longer_won"] == 1 and found["first_chosen"] == 0.5 and "difference" not in row
-        assert found["questions"] == 2 * len(unequal) and found["identical"] == 12 - len(unequal) and found["unanswered"] == 0
+        assert (
+            found["questions"] == 2 * len(unequal)
+            and found["identical"] == 12 - len(unequal)
+            and found["unanswered"] == 0
+        )
         server.asked.clear()
-        assert judged(files, **by_endpoint(server, criterion="their length"))[server.url] == found and not server.asked  # all are kept
+        assert (
+            judged(files, **by_endpoint(server, criterion="their length"))[server.url] == found
+            and not server.asked
+        )  # all are kept
         judged(files, **by_endpoint(server))
         assert len(server.asked) == found["questions"]  # another question
         judged(files, **by_endpoint(server, judge_model="other"))
@@ -265,7 +409,11 @@ def test_both_orders_are_asked(files):
 def test_a_judge_of_places_is_a_judge_of_ties(files):
     with Endpoint(chat("1")) as server:
         found = judged(files, **by_endpoint(server, parallel=4))[server.url]
-    assert found["splits"]["all"]["ties"] == 1 and found["splits"]["all"]["win_rate"] == 0.5 and found["first_chosen"] == 1
+    assert (
+        found["splits"]["all"]["ties"] == 1
+        and found["splits"]["all"]["win_rate"] == 0.5
+        and found["first_chosen"] == 1
+    )
 
 
 FAILURES = {  # an endpoint's reply: (in the error or the table, does it stop the asking?)
@@ -278,15 +426,24 @@ FAILURES = {  # an endpoint's reply: (in the error or the table, does it stop th
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "parallel"), [*((name, 1) for name in FAILURES), ("429", 3), ("no key", 3), ("malformed", 3)])
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [*((name, 1) for name in FAILURES), ("429", 3), ("no key", 3), ("malformed", 3)],
+)
 def test_what_has_been_judged_is_kept(files, capfd, name, parallel):
     """The first 7 replies are good, then it fails; later the same command asks for what is missing alone, and ends as if it never had."""
     bad, words, stops = FAILURES[name]
     with Endpoint(*[longest] * 7, bad) as server:
-        options = by_endpoint(server, parallel=parallel, **({"timeout": 0.3} if name == "silence" else {}))
+        options = by_endpoint(
+            server, parallel=parallel, **({"timeout": 0.3} if name == "silence" else {})
+        )
         if stops:
             error = stopped(files, capfd, **options)
-            assert words in error and "the same command asks for the other" in error and f"{len(choices(files))} of " in error
+            assert (
+                words in error
+                and "the same command asks for the other" in error
+                and f"{len(choices(files))} of " in error
+            )
         else:
             run_probe(*flags(files, **options))
             assert f"questions without a choice ({words}" in capfd.readouterr().out
@@ -294,15 +451,26 @@ def test_what_has_been_judged_is_kept(files, capfd, name, parallel):
         asked = found["questions"]
         assert len(kept) == 7 and found["unanswered"] == asked - 7 and words in found["reasons"][0]
         tries = 4 if "4 times" in words else 1
-        assert tries <= len(server.asked) - 7 <= tries * parallel if stops else len(server.asked) == asked
+        assert (
+            tries <= len(server.asked) - 7 <= tries * parallel
+            if stops
+            else len(server.asked) == asked
+        )
         orders = [(row["prompt"], row["first"], row["second"]) for row in kept]
         whole = sum((prompt, second, first) in orders for prompt, first, second in orders) // 2
-        assert whole < 4 and found["splits"]["all"]["pairs"] == whole + found["identical"]  # a half-asked pair is no tie
+        assert (
+            whole < 4 and found["splits"]["all"]["pairs"] == whole + found["identical"]
+        )  # a half-asked pair is no tie
         with open(files / "out" / "cache" / "choices.jsonl", "a") as f:
             f.write('{"key": "cut off by a ki')
         server.replies, server.asked[:] = [longest], []
         later = judged(files, **options)[server.url]
-        assert len(server.asked) == asked - 7 and len(choices(files)) == asked and later["unanswered"] == 0 and later["reasons"] == []
+        assert (
+            len(server.asked) == asked - 7
+            and len(choices(files)) == asked
+            and later["unanswered"] == 0
+            and later["reasons"] == []
+        )
         shutil.rmtree(files / "out")
         assert judged(files, **options)[server.url] == later
 
@@ -339,20 +507,38 @@ def test_the_key_is_nowhere_to_be_read(files, reply):
     """A real process whose key has a Windows line end, and a server that says the key: not in any output, nor in any file."""
     with Endpoint(reply("sk-SECRET123")) as server:
         command = [sys.executable, REPO / "probe.py", *flags(files, **by_endpoint(server))]
-        done = subprocess.run(command, env={**ENV, "OPENAI_API_KEY": "sk-SECRET123\r\n"}, capture_output=True, text=True, timeout=120)
-        assert server.asked and all(headers["Authorization"] == "Bearer sk-SECRET123" for _, headers, _ in server.asked)
+        done = subprocess.run(
+            command,
+            env={**ENV, "OPENAI_API_KEY": "sk-SECRET123\r\n"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert server.asked and all(
+            headers["Authorization"] == "Bearer sk-SECRET123" for _, headers, _ in server.asked
+        )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     written = [path.read_bytes() for path in (files / "out").rglob("*") if path.is_file()]
     assert len(written) >= 2 and not any(b"SECRET" in content for content in written)
     assert "SECRET" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("url", ["http://user:SECRET@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=SECRET", "http://x/{seed}#SECRET"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:SECRET@127.0.0.1:9/v1",
+        "http://127.0.0.1:9/v1?key=SECRET",
+        "http://x/{seed}#SECRET",
+    ],
+)
 def test_a_key_in_a_judge_s_url(files, capfd, url):
     """Refused before anything is written, in one line that does not quote it."""
     before = sorted(files.rglob("*"))
     error = probe_refused(capfd, *flags(files, judge=url, judge_model="tiny"))
-    assert "SECRET" not in error and "a key belongs in the environment variable OPENAI_API_KEY" in error
+    assert (
+        "SECRET" not in error
+        and "a key belongs in the environment variable OPENAI_API_KEY" in error
+    )
     assert sorted(files.rglob("*")) == before
 
 
@@ -369,7 +555,10 @@ def test_an_endpoint_that_is_down_spoils_no_other_judge(files, capfd):
     with Endpoint(chat("1")) as server:
         pass
     other = f"{files / 'reward.py'}:words"
-    assert "refused, 4 times" in stopped(files, capfd, **by_endpoint(server, judge=[server.url, other])).lower()
+    assert (
+        "refused, 4 times"
+        in stopped(files, capfd, **by_endpoint(server, judge=[server.url, other])).lower()
+    )
     assert summary(files)["judges"][other]["splits"]["all"]["pairs"] == 12
 
 
@@ -383,7 +572,11 @@ def test_a_killed_process_loses_nothing(files):
 
     with Endpoint(slow) as server:
         options = by_endpoint(server, parallel=2)
-        process = subprocess.Popen([sys.executable, REPO / "probe.py", *flags(files, **options)], env=ENV, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, REPO / "probe.py", *flags(files, **options)],
+            env=ENV,
+            stderr=subprocess.DEVNULL,
+        )
         deadline = time.monotonic() + 60
         while len(choices(files)) < 5 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -391,7 +584,9 @@ def test_a_killed_process_loses_nothing(files):
         assert process.wait() == -signal.SIGKILL
         time.sleep(0.3)  # the server may still be at it
         kept, asked = len(choices(files)), len(server.asked)
-        assert 5 <= kept < 18 and asked - 2 <= kept and not (files / "out" / "summary.json").exists()
+        assert (
+            5 <= kept < 18 and asked - 2 <= kept and not (files / "out" / "summary.json").exists()
+        )
         server.replies, server.asked[:] = [longest], []
         found = judged(files, **options)[server.url]
         assert len(server.asked) == found["questions"] - kept and found["unanswered"] == 0
@@ -403,7 +598,11 @@ def test_a_local_model(files):
     """One that says "2" whatever it is asked: all ties, and the bias is seen. Its choices are kept until its weights change."""
     tokenizer, config = world.tokenizer(), world.model_config()
     tokenizer.add_tokens(["1", "2"])
-    config.num_hidden_layers, config.max_position_embeddings, config.vocab_size = 1, 512, len(tokenizer)
+    config.num_hidden_layers, config.max_position_embeddings, config.vocab_size = (
+        1,
+        512,
+        len(tokenizer),
+    )
 
     def save(word):
         lm = AutoModelForCausalLM.from_config(config)
@@ -417,7 +616,11 @@ def test_a_local_model(files):
     save("2")
     spec = f"llm:{files / 'model'}"
     found = judged(files, judge=spec, answer_tokens=1, micro_batch_size=5)[spec]
-    assert found["splits"]["all"]["ties"] == 1 and found["first_chosen"] == 0 and found["unanswered"] == 0
+    assert (
+        found["splits"]["all"]["ties"] == 1
+        and found["first_chosen"] == 0
+        and found["unanswered"] == 0
+    )
     assert len(choices(files)) == found["questions"]
     save("1")
     assert judged(files, judge=spec, answer_tokens=1)[spec]["first_chosen"] == 1

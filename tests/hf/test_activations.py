@@ -1,6 +1,6 @@
 """nanorlhf.hf.activations on tiny random models of every supported family, against the arithmetic of their residual streams.
 
-    B sequences, T tokens, D hidden, L blocks
+B sequences, T tokens, D hidden, L blocks
 """
 
 import copy
@@ -39,7 +39,10 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 @pytest.mark.parametrize("architecture", FAMILIES)
 @torch.no_grad()
 def test_what_is_captured_adds_up_to_the_residual_stream(architecture):
-    lm, (attention, mlp, attention_norm, mlp_norm) = tiny_family(architecture), FAMILIES[architecture][1]
+    lm, (attention, mlp, attention_norm, mlp_norm) = (
+        tiny_family(architecture),
+        FAMILIES[architecture][1],
+    )
     before = lm(IDS, use_cache=False).logits
     with captured(lm, [(layer, site) for layer in range(L) for site in SITES]) as kept:
         out = lm(IDS, use_cache=False, output_hidden_states=True)
@@ -48,10 +51,18 @@ def test_what_is_captured_adds_up_to_the_residual_stream(architecture):
         assert module_at(lm, (layer, "attention")) is block.get_submodule(attention)
         assert module_at(lm, (layer, "mlp")) is block.get_submodule(mlp)
         added = [kept[layer, "attention"], kept[layer, "mlp"]]
-        added = [block.get_submodule(norm)(x) if norm else x for norm, x in zip((attention_norm, mlp_norm), added)]
+        added = [
+            block.get_submodule(norm)(x) if norm else x
+            for norm, x in zip((attention_norm, mlp_norm), added)
+        ]
         assert all(x.shape == (2, 6, D) and x.norm() > 0 for x in added)
         # The stream that enters a block, as Hugging Face returns it, and the two outputs make the stream that leaves it.
-        torch.testing.assert_close(kept[layer, "residual"], out.hidden_states[layer] + added[0] + added[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            kept[layer, "residual"],
+            out.hidden_states[layer] + added[0] + added[1],
+            rtol=1e-4,
+            atol=1e-4,
+        )
         if layer + 1 < L:
             assert torch.equal(kept[layer, "residual"], out.hidden_states[layer + 1])
 
@@ -105,7 +116,10 @@ def test_running_ids(architecture):
     policy, heard = Policy(tiny_family(architecture)).eval(), []
     ids, mask = left_pad([[5, 6, 7], [8, 9]], 0)
     n = hooks(policy.lm)
-    with running_ids(policy.lm) as token_ids, replaced(policy.lm, (1, "mlp"), lambda x: heard.append(token_ids()) or x):
+    with (
+        running_ids(policy.lm) as token_ids,
+        replaced(policy.lm, (1, "mlp"), lambda x: heard.append(token_ids()) or x),
+    ):
         rollout = generate(policy, ids, mask, 3)
         assert torch.equal(torch.cat(heard, 1), torch.cat([ids, rollout.response_ids], 1)[:, :-1])
         policy.lm(IDS)
@@ -121,7 +135,10 @@ def test_a_replaced_output_is_what_the_model_goes_on_with(architecture):
     """The other part switched off: a block then adds one output only, or, with both off, nothing."""
     lm, (_, _, attention_norm, mlp_norm) = tiny_family(architecture), FAMILIES[architecture][1]
     before = lm(IDS, use_cache=False).logits
-    with replaced(lm, (1, "mlp"), torch.zeros_like), replaced(lm, (1, "attention"), torch.zeros_like):
+    with (
+        replaced(lm, (1, "mlp"), torch.zeros_like),
+        replaced(lm, (1, "attention"), torch.zeros_like),
+    ):
         with captured(lm, [(0, "residual"), (1, "residual"), (1, "mlp")]) as kept:
             off = lm(IDS, use_cache=False).logits
     assert torch.equal(kept[1, "residual"], kept[0, "residual"]) and kept[1, "mlp"].norm() == 0
@@ -152,7 +169,9 @@ def test_in_a_rollout_tokens_are_replaced_one_by_one(architecture, static):
         assert not torch.allclose(rollout.logprobs[:, 0], plain.logprobs[:, 0], atol=1e-3)
         lengths.clear()
     again = generate(policy, ids, mask, 6, static=static)
-    assert torch.equal(again.response_ids, plain.response_ids) and torch.equal(again.logprobs, plain.logprobs)
+    assert torch.equal(again.response_ids, plain.response_ids) and torch.equal(
+        again.logprobs, plain.logprobs
+    )
 
 
 def test_captured_in_a_rollout():
@@ -161,7 +180,9 @@ def test_captured_in_a_rollout():
     with captured(policy.lm, [(1, "mlp")]) as kept:
         assert kept == {}
         rollout = generate(policy, ids, mask, 4)
-    text = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)[:, :-1]  # the last token is never read
+    text = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)[
+        :, :-1
+    ]  # the last token is never read
     expected = activations(policy.lm, text, [(1, "mlp")])[1, "mlp"][:, -1:]
     torch.testing.assert_close(kept[1, "mlp"].clone(), expected, rtol=1e-4, atol=1e-5)
 
@@ -174,7 +195,10 @@ def test_hooks_are_removed_whatever_happens():
     lm = tiny_family("gpt2")
     before, n = lm(IDS).logits, hooks(lm)
     with pytest.raises(KeyError):
-        with captured(lm, [(0, "mlp"), (2, "residual")]), replaced(lm, (1, "attention"), torch.zeros_like):
+        with (
+            captured(lm, [(0, "mlp"), (2, "residual")]),
+            replaced(lm, (1, "attention"), torch.zeros_like),
+        ):
             assert hooks(lm) == n + 4
             raise KeyError
     with pytest.raises(ValueError, match=r"at 1_mlp is \[2, 6, 31\], the output \[2, 6, 32\]"):
@@ -197,10 +221,14 @@ def test_places_that_are_not_there():
     assert place_name((3, "mlp")) == "3_mlp"
     opt = AutoModelForCausalLM.from_config(OPTConfig(**SPECIAL, hidden_size=D, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
                                                      word_embed_proj_dim=D, max_position_embeddings=64))  # fmt: skip
-    with pytest.raises(InputError, match="no mlp output of its own .it consists of OPTAttention.* use residual"):
+    with pytest.raises(
+        InputError, match="no mlp output of its own .it consists of OPTAttention.* use residual"
+    ):
         module_at(opt, (0, "mlp"))
     assert module_at(opt, (0, "residual")) is blocks(opt)[0]
-    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=60, hidden_size=D, n_layer=2, n_head=4))
+    bloom = AutoModelForCausalLM.from_config(
+        BloomConfig(vocab_size=60, hidden_size=D, n_layer=2, n_head=4)
+    )
     for site in ("mlp", "attention"):  # these modules add the residual stream themselves
         with pytest.raises(InputError, match=f"no {site} output of its own"):
             module_at(bloom, (0, site))
@@ -210,7 +238,10 @@ def test_the_order_of_the_parts_does_not_matter():
     lm = tiny_family("llama")
     block = blocks(lm)[0]
     block._modules = dict(reversed(block._modules.items()))  # norms and the MLP first
-    assert module_at(lm, (0, "mlp")) is block.mlp and module_at(lm, (0, "attention")) is block.self_attn
+    assert (
+        module_at(lm, (0, "mlp")) is block.mlp
+        and module_at(lm, (0, "attention")) is block.self_attn
+    )
 
 
 @pytest.mark.parametrize("architecture", ["neox", "llama", "gpt2", "gemma2", "qwen3"])
@@ -221,7 +252,9 @@ def test_sequence_classifiers(architecture):
     before = model(IDS).logits
     with captured(model, [(2, "residual")]) as kept, replaced(model, (0, "mlp"), torch.zeros_like):
         after = model(IDS).logits
-    norm = next(m for name, m in model.base_model.named_children() if "norm" in name or name == "ln_f")
+    norm = next(
+        m for name, m in model.base_model.named_children() if "norm" in name or name == "ln_f"
+    )
     torch.testing.assert_close(model.score(norm(kept[2, "residual"]))[:, -1], after)
     assert not torch.allclose(before, after, atol=1e-4) and torch.equal(model(IDS).logits, before)
 
@@ -250,18 +283,29 @@ def test_with_frozen_blocks_whose_output_is_stored():
     batch = pack([[5, 6, 7], [8, 9]], [[10, 11], [12]])
     mask = torch.tensor([[True, True], [True, False]])
     whole = copy.deepcopy(policy)
-    for place in ((0, "mlp"), (2, "mlp")):  # a frozen block, which runs for what is stored, and one above
-        with replaced(policy.lm, place, torch.zeros_like), replaced(whole.lm, place, torch.zeros_like):
+    for place in (
+        (0, "mlp"),
+        (2, "mlp"),
+    ):  # a frozen block, which runs for what is stored, and one above
+        with (
+            replaced(policy.lm, place, torch.zeros_like),
+            replaced(whole.lm, place, torch.zeros_like),
+        ):
             batch.trunk = None
             expected = whole(batch, mask)["logprobs"]
             batch.trunk = policy.frozen.run(policy.lm, batch.ids)
-            torch.testing.assert_close(policy(batch, mask)["logprobs"], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                policy(batch, mask)["logprobs"], expected, rtol=1e-4, atol=1e-4
+            )
     with captured(policy.lm, [(0, "mlp"), (2, "mlp")]) as kept:
         policy.frozen.run(policy.lm, batch.ids)
         assert list(kept) == [(0, "mlp")]
         policy(batch, mask)
         assert list(kept) == [(2, "mlp")]  # nothing stale
-    with policy.frozen.stored(policy.lm, batch.trunk), pytest.raises(InputError, match="layer 0 is frozen"):
+    with (
+        policy.frozen.stored(policy.lm, batch.trunk),
+        pytest.raises(InputError, match="layer 0 is frozen"),
+    ):
         module_at(policy.lm, (0, "residual"))
 
 
@@ -292,7 +336,9 @@ def test_adapters_are_seen_and_merged(tmp_path):
         layer.lora_B.data.normal_()
     adapted = activations(policy.lm, IDS, [(1, "mlp"), (1, "attention")])
     save_policy(policy, word_tokenizer(), str(tmp_path / "adapter"))
-    merged = activations(load_policy(str(tmp_path / "adapter"), value_head=False).lm, IDS, list(plain))
+    merged = activations(
+        load_policy(str(tmp_path / "adapter"), value_head=False).lm, IDS, list(plain)
+    )
     for place in plain:
         torch.testing.assert_close(merged[place], adapted[place], rtol=1e-3, atol=1e-3)
         assert not torch.allclose(adapted[place], plain[place], atol=0.1)

@@ -1,6 +1,6 @@
 """nanorlhf.hf.blocks: finding and freezing blocks, and frozen blocks that run once against the whole model run every time.
 
-    B sequences, R response tokens, T tokens of a packed row, D hidden, L blocks
+B sequences, R response tokens, T tokens of a packed row, D hidden, L blocks
 """
 
 import copy
@@ -27,7 +27,11 @@ from nanorlhf.rollout import generate, left_pad
 from nanorlhf.runtime.distributed import fast_dtype
 from nanorlhf.runtime.flags import RunConfig
 
-EMBEDDINGS = {"neox": ("gpt_neox.embed_in.",), "llama": ("model.embed_tokens.",), "gpt2": ("transformer.wte.", "transformer.wpe.")}
+EMBEDDINGS = {
+    "neox": ("gpt_neox.embed_in.",),
+    "llama": ("model.embed_tokens.",),
+    "gpt2": ("transformer.wte.", "transformer.wpe."),
+}
 BLOCK = {"neox": "gpt_neox.layers.{}.", "llama": "model.layers.{}.", "gpt2": "transformer.h.{}."}
 
 
@@ -36,18 +40,30 @@ BLOCK = {"neox": "gpt_neox.layers.{}.", "llama": "model.layers.{}.", "gpt2": "tr
 def test_freeze(architecture, fraction, n):
     lm = tiny_lm(architecture)
     note = freeze(lm, fraction)
-    frozen = () if n is None else (*EMBEDDINGS[architecture], *(BLOCK[architecture].format(i) for i in range(n)))
+    frozen = (
+        ()
+        if n is None
+        else (*EMBEDDINGS[architecture], *(BLOCK[architecture].format(i) for i in range(n)))
+    )
     for name, p in lm.named_parameters():
         assert p.requires_grad == (not name.startswith(frozen)), name
-    assert [name for name, _ in trainable(lm)] == [name for name, _ in lm.named_parameters() if not name.startswith(frozen)]
+    assert [name for name, _ in trainable(lm)] == [
+        name for name, _ in lm.named_parameters() if not name.startswith(frozen)
+    ]
     assert ("tied" in note) == (architecture == "gpt2" and n is not None)
     assert lm.get_output_embeddings().weight.requires_grad == (architecture != "gpt2" or n is None)
     if n is not None:
         assert f"bottom {n} of 2 blocks" in note
-    assert sum(p.numel() for _, p in trainable(lm)) < sum(p.numel() for p in lm.parameters()) or n is None
+    assert (
+        sum(p.numel() for _, p in trainable(lm)) < sum(p.numel() for p in lm.parameters())
+        or n is None
+    )
 
 
-@pytest.mark.parametrize("architecture, inner", [("neox", "gpt_neox.layers"), ("llama", "model.layers"), ("gpt2", "transformer.h")])
+@pytest.mark.parametrize(
+    "architecture, inner",
+    [("neox", "gpt_neox.layers"), ("llama", "model.layers"), ("gpt2", "transformer.h")],
+)
 def test_blocks(architecture, inner):
     lm = tiny_lm(architecture)
     assert blocks(lm) is lm.get_submodule(inner)
@@ -63,7 +79,9 @@ def test_freezing_a_reward_model(architecture, tmp_path):
     model = load_reward_model(str(tmp_path), seed=0).model
     assert "tied" not in freeze(model, 0.5)
     frozen = (*EMBEDDINGS[architecture], BLOCK[architecture].format(0))
-    assert all(p.requires_grad == (not name.startswith(frozen)) for name, p in model.named_parameters())
+    assert all(
+        p.requires_grad == (not name.startswith(frozen)) for name, p in model.named_parameters()
+    )
     assert model.score.weight.requires_grad
 
 
@@ -71,7 +89,14 @@ def test_freezing_a_reward_model(architecture, tmp_path):
 
 D, L = 32, 5
 COMMON = dict(vocab_size=60, bos_token_id=1, eos_token_id=1, pad_token_id=0)
-SIZE = dict(COMMON, hidden_size=D, num_hidden_layers=L, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
+SIZE = dict(
+    COMMON,
+    hidden_size=D,
+    num_hidden_layers=L,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+)
 CONFIGS = {
     "neox": lambda: GPTNeoXConfig(**SIZE),
     "llama": lambda: LlamaConfig(**SIZE, num_key_value_heads=2),
@@ -85,7 +110,9 @@ CONFIGS = {
 
 def deep_policy(architecture, fraction):
     torch.manual_seed(3)
-    lm = AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation="eager").eval()
+    lm = AutoModelForCausalLM.from_config(
+        CONFIGS[architecture](), attn_implementation="eager"
+    ).eval()
     for p in lm.parameters():
         if p.dim() > 1:
             p.data.mul_(5)
@@ -96,7 +123,12 @@ def deep_policy(architecture, fraction):
 
 
 def with_trunk(policy, batch=BATCH):
-    return type(batch)(batch.ids, batch.prompt_lengths, batch.response_lengths, policy.frozen.run(policy.lm, batch.ids))
+    return type(batch)(
+        batch.ids,
+        batch.prompt_lengths,
+        batch.response_lengths,
+        policy.frozen.run(policy.lm, batch.ids),
+    )
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -119,7 +151,12 @@ def test_blocks_above_a_stored_trunk_are_the_whole_model(architecture, fraction)
     torch.testing.assert_close(final, whole_final, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == whole_gradients.keys() and len(gradients) > 2
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, whole_gradients[name], rtol=1e-4, atol=1e-4 * whole_gradients[name].abs().max().item())
+        torch.testing.assert_close(
+            gradient,
+            whole_gradients[name],
+            rtol=1e-4,
+            atol=1e-4 * whole_gradients[name].abs().max().item(),
+        )
     assert out["full_kl"].abs().max() < 1e-5 and policy.training is False
 
 
@@ -195,7 +232,9 @@ def test_a_trained_embedding_below_frozen_blocks_is_not_a_frozen_trunk():
 
 def test_a_trained_layer_between_the_embeddings_and_frozen_blocks_keeps_its_gradient():
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=60, hidden_size=D, n_layer=3, n_head=4)).eval()
+    lm = AutoModelForCausalLM.from_config(
+        BloomConfig(vocab_size=60, hidden_size=D, n_layer=3, n_head=4)
+    ).eval()
     freeze(lm, 0.7)
     assert lm.transformer.word_embeddings_layernorm.weight.requires_grad and FrozenTrunk(lm).n == 0
     lm.transformer.word_embeddings_layernorm.requires_grad_(False)
@@ -246,7 +285,9 @@ def test_plain_attention_in_bfloat16(architecture):
         raise KeyError
     assert policy.lm.config._attn_implementation == "eager"
     for x, y, z in zip(exact, fused, plain):
-        assert 0 < (z - x).norm() < 1.5 * (y - x).norm() + 1e-6  # no further from float32 than the fused one
+        assert (
+            0 < (z - x).norm() < 1.5 * (y - x).norm() + 1e-6
+        )  # no further from float32 than the fused one
 
 
 @pytest.mark.slow
@@ -259,15 +300,21 @@ def test_compiled_blocks_compute_the_same():
     speed_up(policy.lm, torch.device("cpu"), "float32", compile=True)
     torch._dynamo.utils.counters.clear()
     with sampling(policy.lm):
-        assert torch.equal(generate(policy, ids, mask, 4).logprobs, answers.logprobs)  # as they are written: bit-equal
+        assert torch.equal(
+            generate(policy, ids, mask, 4).logprobs, answers.logprobs
+        )  # as they are written: bit-equal
     assert not torch._dynamo.utils.counters["stats"]
     compiled = outputs_and_gradients(policy, "float32")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one graph for all blocks
     for x, y in zip(whole, compiled):
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
-    freeze(policy.lm, 1.0)  # both blocks: the hook on the second one is called, though they are compiled already
+    freeze(
+        policy.lm, 1.0
+    )  # both blocks: the hook on the second one is called, though they are compiled already
     reference_of(policy)
-    torch.testing.assert_close(policy(with_trunk(policy), MASK, 0.7)["logprobs"], whole[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        policy(with_trunk(policy), MASK, 0.7)["logprobs"], whole[0], rtol=1e-4, atol=1e-4
+    )
     assert policy.state_dict().keys() == tiny_policy("neox").state_dict().keys()
 
 
@@ -277,5 +324,7 @@ def test_the_fast_dtype_is_looked_up(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         expected = "bfloat16" if avx or amx else "float32"
         assert fast_dtype("cpu") == expected
-        assert RunConfig(dtype="auto", device="cpu").dtype == expected  # config.json holds what the run used
+        assert (
+            RunConfig(dtype="auto", device="cpu").dtype == expected
+        )  # config.json holds what the run used
     assert RunConfig().dtype == "float32"

@@ -1,6 +1,6 @@
 """nanorlhf.hf.lora and nanorlhf.hf.adapters: closed forms in float64, an adapter written by hand in PEFT's layout, and tiny runs of the scripts.
 
-    B sequences, R response tokens, T tokens of a packed row, D hidden, V vocabulary, r rank
+B sequences, R response tokens, T tokens of a packed row, D hidden, V vocabulary, r rank
 """
 
 import json
@@ -142,7 +142,9 @@ def test_dropout_is_of_the_adapter_alone():
     same(y, layer(x) + 2.0 * dropped @ lora.lora_A.T @ lora.lora_B.T)
     same(lora.eval()(x), layer(x) + 2.0 * x @ lora.lora_A.T @ lora.lora_B.T)
     layer.eval()
-    assert not LoRA(layer, lora.lora_A, lora.lora_B, 4.0, 0.5).training  # it enters the model in the mode that the layer is in
+    assert not LoRA(
+        layer, lora.lora_A, lora.lora_B, 4.0, 0.5
+    ).training  # it enters the model in the mode that the layer is in
 
 
 def test_autocast_and_half_precision_models():
@@ -153,7 +155,11 @@ def test_autocast_and_half_precision_models():
             out = policy(BATCH, MASK)["logprobs"]
         assert 1e-4 < (out - exact).abs().max() < 0.5
         out.sum().backward()
-        assert all(p.grad.dtype == p.dtype == torch.float32 and p.grad.abs().max() > 0 for p in policy.lm.parameters() if p.requires_grad)
+        assert all(
+            p.grad.dtype == p.dtype == torch.float32 and p.grad.abs().max() > 0
+            for p in policy.lm.parameters()
+            if p.requires_grad
+        )
     half = tiny_lm("llama").to(torch.bfloat16)
     add_lora(half, rank=2)
     assert {p.dtype for _, p in trainable(half)} == {torch.float32}
@@ -169,11 +175,20 @@ def test_which_layers(architecture):
     every = matching(lm, "all-linear")
     assert sorted(name.split(".")[-1] for name in every) == sorted(2 * LINEARS[architecture])
     one = ONE[architecture]
-    assert list(matching(lm, [one])) == [name for name in every if name.endswith("." + one)] and len(matching(lm, [one])) == 2
-    assert list(matching(lm, rf".*\.0\..*{one}")) == list(matching(lm, [one]))[:1]  # the block's number stands in the name
-    assert list(matching(lm, [r"\.0\..*"])) == [] and not matching(lm, one)  # a list: whole parts of a name; a string: the whole name
+    assert (
+        list(matching(lm, [one])) == [name for name in every if name.endswith("." + one)]
+        and len(matching(lm, [one])) == 2
+    )
+    assert (
+        list(matching(lm, rf".*\.0\..*{one}")) == list(matching(lm, [one]))[:1]
+    )  # the block's number stands in the name
+    assert list(matching(lm, [r"\.0\..*"])) == [] and not matching(
+        lm, one
+    )  # a list: whole parts of a name; a string: the whole name
     assert list(matching(lm, [list(every)[1]])) == list(every)[1:2]
-    assert [layer for name, layer in matching(lm, ".*").items() if name not in every] == [lm.get_output_embeddings()]
+    assert [layer for name, layer in matching(lm, ".*").items() if name not in every] == [
+        lm.get_output_embeddings()
+    ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -187,17 +202,29 @@ def test_start_gradients_off_and_merge(architecture):
     assert torch.equal(logits(lm), before)  # B = 0
     assert not any(layer.training for layer in layers.values())  # the model was in eval mode
     n = sum(3 * (sum(layer.base_layer.weight.shape)) for layer in layers.values())
-    assert f"{n:,} trained" in note and "rank 3" in note and f"{2 * len(LINEARS[architecture])} linear layers" in note
-    assert {name.rpartition(".")[2] for name, _ in trainable(lm)} == {"lora_A", "lora_B"} and len(trainable(lm)) == 2 * len(layers)
+    assert (
+        f"{n:,} trained" in note
+        and "rank 3" in note
+        and f"{2 * len(LINEARS[architecture])} linear layers" in note
+    )
+    assert {name.rpartition(".")[2] for name, _ in trainable(lm)} == {"lora_A", "lora_B"} and len(
+        trainable(lm)
+    ) == 2 * len(layers)
     for layer in layers.values():
         bound = layer.lora_A.shape[1] ** -0.5
-        assert bound * 0.8 < layer.lora_A.abs().max() <= bound and layer.lora_A.mean().abs() < bound / 4 and (layer.lora_B == 0).all()
+        assert (
+            bound * 0.8 < layer.lora_A.abs().max() <= bound
+            and layer.lora_A.mean().abs() < bound / 4
+            and (layer.lora_B == 0).all()
+        )
 
     shaken(lm)
     changed = logits(lm)
     assert (changed - before).abs().max() > 0.1
     lm(input_ids=IDS).logits.square().sum().backward()
-    assert all((p.grad is not None and p.grad.abs().max() > 0) == p.requires_grad for p in lm.parameters())
+    assert all(
+        (p.grad is not None and p.grad.abs().max() > 0) == p.requires_grad for p in lm.parameters()
+    )
     with adapters_off(lm):
         assert torch.equal(logits(lm), before)
         with adapters_off(lm):
@@ -207,9 +234,15 @@ def test_start_gradients_off_and_merge(architecture):
         raise RuntimeError
     assert torch.equal(logits(lm), changed)
 
-    assert merge(lm) is lm and {name: type(m) for name, m in lm.named_modules()} == kinds and not adapters(lm)
+    assert (
+        merge(lm) is lm
+        and {name: type(m) for name, m in lm.named_modules()} == kinds
+        and not adapters(lm)
+    )
     same(logits(lm), changed)
-    assert [name for name, _ in lm.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in lm.named_parameters()] == [
+        name for name, _ in plain.named_parameters()
+    ]
 
 
 def test_the_seed_draws_A_and_nothing_else_does():
@@ -221,16 +254,22 @@ def test_the_seed_draws_A_and_nothing_else_does():
         add_lora(lm, rank=2, seed=seed)
         assert torch.equal(state, torch.get_rng_state())
         lms.append([layer.lora_A for layer in adapters(lm).values()])
-    assert all(torch.equal(a, b) for a, b in zip(lms[0], lms[1])) and not any(torch.equal(a, b) for a, b in zip(lms[0], lms[2]))
+    assert all(torch.equal(a, b) for a, b in zip(lms[0], lms[1])) and not any(
+        torch.equal(a, b) for a, b in zip(lms[0], lms[2])
+    )
     assert not torch.equal(lms[0][0], lms[0][2][:, :D])  # each layer has its own
 
 
 def test_the_head_can_have_an_adapter():
     policy = Policy(shaken(lora_lm("neox", ["embed_out|lm_head", "dense"])), value_head=False)
     plain = Policy(tiny_lm("neox"), value_head=False)
-    assert isinstance(policy.lm.get_output_embeddings(), LoRA)  # embed_out or lm_head: transformers has changed its name
+    assert isinstance(
+        policy.lm.get_output_embeddings(), LoRA
+    )  # embed_out or lm_head: transformers has changed its name
     assert (policy(BATCH, MASK)["logprobs"] - plain(BATCH, MASK)["logprobs"]).abs().max() > 0.1
-    assert torch.equal(WithoutAdapters(policy)(BATCH, MASK)["logprobs"], plain(BATCH, MASK)["logprobs"])
+    assert torch.equal(
+        WithoutAdapters(policy)(BATCH, MASK)["logprobs"], plain(BATCH, MASK)["logprobs"]
+    )
 
 
 @pytest.mark.parametrize("chunk", [2**24, 180])
@@ -253,7 +292,11 @@ def test_errors_of_add_lora():
         ("neox", dict(dropout=1.0), "dropout"),
         ("neox", dict(pattern=["q_proj"]), "q_proj.*GPTNeoXForCausalLM.*query_key_value"),
         ("neox", dict(pattern=["query_key_value", "q_proj"]), "q_proj"),
-        ("neox", dict(pattern="query_key_value"), "query_key_value"),  # a string is a pattern for the whole name
+        (
+            "neox",
+            dict(pattern="query_key_value"),
+            "query_key_value",
+        ),  # a string is a pattern for the whole name
         ("gpt2", dict(pattern=["wte"]), "wte"),  # not a linear layer
         ("llama", dict(pattern=["*proj"]), "regular expression"),
         ("gpt2", dict(pattern=["lm_head"]), "tied"),
@@ -302,19 +345,29 @@ def test_an_adapter_by_hand_in_pefts_layout(bases, tmp_path):
     tensors = by_hand(tmp_path, bases["gpt2"])
     lm = AutoModelForCausalLM.from_pretrained(bases["gpt2"])
     for i, block in enumerate(lm.transformer.h):
-        A, B = (tensors[f"base_model.model.transformer.h.{i}.attn.c_attn.lora_{x}.weight"] for x in "AB")
+        A, B = (
+            tensors[f"base_model.model.transformer.h.{i}.attn.c_attn.lora_{x}.weight"] for x in "AB"
+        )
         block.attn.c_attn.weight.data += 6 / 2 * (B @ A).T  # Conv1D's weight is [in, out]
     policy = load_policy(str(tmp_path))
     same(logits(policy.lm), logits(lm))
     assert (logits(lm) - logits(tiny_lm("gpt2"))).abs().max() > 0.1
-    assert all(p.requires_grad for p in policy.parameters()) and not adapters(policy.lm)  # a plain model, for the next stage to train
+    assert all(p.requires_grad for p in policy.parameters()) and not adapters(
+        policy.lm
+    )  # a plain model, for the next stage to train
     assert check_model(str(tmp_path)).model_type == "gpt2"
-    assert load_tokenizer(str(tmp_path)).get_vocab() == word_tokenizer().get_vocab()  # the folder has none: the base model's
+    assert (
+        load_tokenizer(str(tmp_path)).get_vocab() == word_tokenizer().get_vocab()
+    )  # the folder has none: the base model's
     rm = load_reward_model(str(tmp_path), seed=0)  # the trunk, with a new head
-    assert torch.equal(rm.model.transformer.h[1].attn.c_attn.weight, policy.lm.transformer.h[1].attn.c_attn.weight)
+    assert torch.equal(
+        rm.model.transformer.h[1].attn.c_attn.weight, policy.lm.transformer.h[1].attn.c_attn.weight
+    )
     trunk = load_policy(bases["neox"], value_model=str(tmp_path)).value_trunk
     assert torch.equal(trunk.h[1].attn.c_attn.weight, policy.lm.transformer.h[1].attn.c_attn.weight)
-    by_hand(tmp_path, bases["gpt2"], target_modules=r".*\.attn\.c_attn")  # a string is a regular expression
+    by_hand(
+        tmp_path, bases["gpt2"], target_modules=r".*\.attn\.c_attn"
+    )  # a string is a regular expression
     assert torch.equal(logits(load_policy(str(tmp_path)).lm), logits(policy.lm))
 
 
@@ -322,8 +375,17 @@ def test_what_is_written_is_pefts_layout(bases, tmp_path):
     policy = lora_policy(bases["gpt2"], pattern=["c_attn"], rank=2, alpha=6.0, dropout=0.1)
     save_policy(policy, word_tokenizer(), str(tmp_path))
     names = {p.name for p in tmp_path.iterdir()}
-    assert names >= {"adapter_config.json", "adapter_model.safetensors", "nanorlhf.json", "tokenizer.json", "value_head.safetensors"}
-    assert not names & {"config.json", "model.safetensors"}  # transformers would take config.json for that of a whole model
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "nanorlhf.json",
+        "tokenizer.json",
+        "value_head.safetensors",
+    }
+    assert not names & {
+        "config.json",
+        "model.safetensors",
+    }  # transformers would take config.json for that of a whole model
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         f"base_model.model.transformer.h.{i}.attn.c_attn.lora_{x}.weight": shape
@@ -331,13 +393,28 @@ def test_what_is_written_is_pefts_layout(bases, tmp_path):
         for x, shape in (("A", (2, 32)), ("B", (96, 2)))
     }
     attention = policy.lm.transformer.h[1].attn
-    assert torch.equal(tensors["base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"], attention.c_attn.lora_B)
-    config, peft = json.loads((tmp_path / "adapter_config.json").read_text()), json.loads(PEFT_CONFIG)
+    assert torch.equal(
+        tensors["base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"],
+        attention.c_attn.lora_B,
+    )
+    config, peft = (
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+        json.loads(PEFT_CONFIG),
+    )
     assert set(config) <= set(peft)
     peft |= {"base_model_name_or_path": bases["gpt2"], "lora_dropout": 0.1}
     peft |= {"target_modules": ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]}
     assert config == {name: peft[name] for name in config}
-    needed = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "base_model_name_or_path"}
+    needed = {
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "fan_in_fan_out",
+        "base_model_name_or_path",
+    }
     assert needed | {"bias", "modules_to_save", "inference_mode"} <= set(config)
 
     rm = load_reward_model(bases["neox"], seed=0)
@@ -345,8 +422,14 @@ def test_what_is_written_is_pefts_layout(bases, tmp_path):
     assert [name for name, _ in trainable(rm.model) if "lora_" not in name] == ["score.weight"]
     save_reward_model(rm, word_tokenizer(), str(tmp_path / "rm"))
     config = json.loads((tmp_path / "rm/adapter_config.json").read_text())
-    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"] and config["fan_in_fan_out"] is False
-    assert load_file(tmp_path / "rm/adapter_model.safetensors")["base_model.model.score.weight"].shape == (1, D)
+    assert (
+        config["task_type"] == "SEQ_CLS"
+        and config["modules_to_save"] == ["score"]
+        and config["fan_in_fan_out"] is False
+    )
+    assert load_file(tmp_path / "rm/adapter_model.safetensors")[
+        "base_model.model.score.weight"
+    ].shape == (1, D)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -358,11 +441,18 @@ def test_round_trips(bases, tmp_path, architecture):
         same(again(BATCH, MASK)[name], value)
     assert torch.equal(again.value_head.weight, policy.value_head.weight)
     unmerged = load_adapter(load_policy(bases[architecture]).lm, path)
-    assert torch.equal(logits(unmerged), logits(policy.lm)) and len(adapters(unmerged)) == len(adapters(policy.lm))
+    assert torch.equal(logits(unmerged), logits(policy.lm)) and len(adapters(unmerged)) == len(
+        adapters(policy.lm)
+    )
 
-    second = lora_policy(path, pattern=[ONE[architecture]], rank=1)  # an adapter on top of an adapter
+    second = lora_policy(
+        path, pattern=[ONE[architecture]], rank=1
+    )  # an adapter on top of an adapter
     save_policy(second, word_tokenizer(), str(tmp_path / "second"))
-    assert json.loads((tmp_path / "second/adapter_config.json").read_text())["base_model_name_or_path"] == path
+    assert (
+        json.loads((tmp_path / "second/adapter_config.json").read_text())["base_model_name_or_path"]
+        == path
+    )
     third = load_policy(str(tmp_path / "second"))
     same(logits(third.lm), logits(second.lm))
     assert (logits(third.lm) - logits(again.lm)).abs().max() > 0.05
@@ -377,10 +467,15 @@ def test_round_trips(bases, tmp_path, architecture):
         same(loaded(BATCH), rm(BATCH))
         assert loaded.model.config.reward_mean == rm.model.config.reward_mean != 0
         assert abs(loaded(BATCH).mean()) < 1e-4 and abs(loaded(BATCH).std() - 1) < 1e-4
-        save_reward_model(loaded, word_tokenizer(), str(tmp_path / "plain"))  # merged: a plain folder, with the mean in config.json
+        save_reward_model(
+            loaded, word_tokenizer(), str(tmp_path / "plain")
+        )  # merged: a plain folder, with the mean in config.json
         same(load_reward_model(str(tmp_path / "plain"))(BATCH), loaded(BATCH))
     trunk = load_policy(bases["llama"], value_model=str(tmp_path / "rm")).value_trunk
-    assert torch.equal(trunk(input_ids=IDS).last_hidden_state, loaded.model.base_model(input_ids=IDS).last_hidden_state)
+    assert torch.equal(
+        trunk(input_ids=IDS).last_hidden_state,
+        loaded.model.base_model(input_ids=IDS).last_hidden_state,
+    )
 
 
 def test_a_reward_model_needs_no_adapter_on_the_lm_head(bases, tmp_path):
@@ -389,7 +484,9 @@ def test_a_reward_model_needs_no_adapter_on_the_lm_head(bases, tmp_path):
     same(logits(load_policy(str(tmp_path)).lm), logits(policy.lm))
     rm = load_reward_model(str(tmp_path), seed=0).model
     merged = load_policy(str(tmp_path)).lm
-    assert all(torch.equal(a, b) for a, b in zip(rm.gpt_neox.parameters(), merged.gpt_neox.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(rm.gpt_neox.parameters(), merged.gpt_neox.parameters())
+    )
 
 
 def test_folders_that_move(bases, tmp_path, monkeypatch):
@@ -398,7 +495,9 @@ def test_folders_that_move(bases, tmp_path, monkeypatch):
         patch.chdir(tmp_path)
         policy = lora_policy("runs/sft")
         save_policy(policy, word_tokenizer(), "runs/ppo/model")
-    same(logits(load_policy(str(tmp_path / "runs/ppo")).lm), logits(policy.lm))  # called from somewhere else
+    same(
+        logits(load_policy(str(tmp_path / "runs/ppo")).lm), logits(policy.lm)
+    )  # called from somewhere else
     config = json.loads((tmp_path / "runs/ppo/model/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "runs/sft/model")
     prints = fingerprint(str(tmp_path / "runs/ppo"))
@@ -407,7 +506,9 @@ def test_folders_that_move(bases, tmp_path, monkeypatch):
     assert fingerprint(str(tmp_path / "elsewhere/ppo")) == prints
     weights = tmp_path / "elsewhere/sft/model/model.safetensors"
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
-    assert fingerprint(str(tmp_path / "elsewhere/ppo")) != prints  # a pool of answers is of the base model too
+    assert (
+        fingerprint(str(tmp_path / "elsewhere/ppo")) != prints
+    )  # a pool of answers is of the base model too
     shutil.rmtree(tmp_path / "elsewhere/sft")
     for function in (check_model, load_policy):
         with pytest.raises(InputError, match="runs/sft/model is gone.*base_model_name_or_path"):
@@ -514,7 +615,10 @@ def test_broken_adapters(bases, tmp_path, what):
         assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
 
-@pytest.mark.parametrize("links", [{"a": "a"}, {"a": "b", "b": "a"}, {"a": "b", "b": "c", "c": "b"}, {"a": "a/."}, {"a": "run"}])
+@pytest.mark.parametrize(
+    "links",
+    [{"a": "a"}, {"a": "b", "b": "a"}, {"a": "b", "b": "c", "c": "b"}, {"a": "a/."}, {"a": "run"}],
+)
 def test_adapters_in_a_circle(bases, tmp_path, links):
     """The base of the base of the base: it leads back, by other names of one folder too. Every door says so, and none goes round."""
     for name, base in links.items():
@@ -534,7 +638,9 @@ def test_a_search_without_end(monkeypatch, pattern):
     for given in (pattern, [pattern]):
         with pytest.raises(InputError, match="takes too long"):
             add_lora(lm, given)
-    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(
+        signal.ITIMER_REAL
+    ) == (0, 0)
     assert not adapters(lm)
 
 
@@ -596,7 +702,9 @@ def chain(tmp_path_factory):
     write_rows(root / "pairs.jsonl", world.preferences(120))
     small = dict(SMALL, dataset=f"{root}/sft.jsonl", max_new_tokens=8, n_samples=1)
     before = run("sft", root / "sft", **dict(small, steps=4, lora_rank=0))[-1]["eval/perplexity"]
-    after = run("sft", root / "lora", model=f"{root}/sft", steps=8, lr=1e-2, lora_dropout=0.1, **small)[-1]["eval/perplexity"]
+    after = run(
+        "sft", root / "lora", model=f"{root}/sft", steps=8, lr=1e-2, lora_dropout=0.1, **small
+    )[-1]["eval/perplexity"]
     assert after < before - 5
     return root
 
@@ -608,11 +716,21 @@ def test_sft_run_and_merge(chain, tmp_path):
     for (name, a), b in zip(base.named_parameters(), tuned.parameters()):
         moved = name.removesuffix(".weight") in adapted
         assert torch.equal(a, b) != moved, name
-    small = dict(SMALL, dataset=f"{chain}/sft.jsonl", max_new_tokens=8, n_samples=1, steps=8, lr=1e-2, lora_dropout=0.1)
+    small = dict(
+        SMALL,
+        dataset=f"{chain}/sft.jsonl",
+        max_new_tokens=8,
+        n_samples=1,
+        steps=8,
+        lr=1e-2,
+        lora_dropout=0.1,
+    )
     run("sft", tmp_path / "merged", model=f"{chain}/sft", merge=True, **small)
     assert not (tmp_path / "merged/model/adapter_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/model")
-    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), tuned.parameters()))  # the same run, merged by itself
+    assert all(
+        torch.equal(a, b) for a, b in zip(merged.parameters(), tuned.parameters())
+    )  # the same run, merged by itself
 
 
 @pytest.fixture(scope="module")
@@ -625,7 +743,15 @@ def rm(chain):
         save(reward_model, *rest)
 
     train_rm.save_reward_model = recorded
-    run("rm", chain / "rm", model=f"{chain}/lora", dataset=f"{chain}/pairs.jsonl", steps=4, lr=1e-2, **SMALL)
+    run(
+        "rm",
+        chain / "rm",
+        model=f"{chain}/lora",
+        dataset=f"{chain}/pairs.jsonl",
+        steps=4,
+        lr=1e-2,
+        **SMALL,
+    )
     train_rm.save_reward_model = save
     return scores[0]
 
@@ -635,7 +761,11 @@ def test_rm_run(chain, rm):
     with torch.no_grad():
         same(loaded(BATCH), rm, 1e-4)
     summary = json.loads((chain / "rm/summary.json").read_text())
-    assert abs(summary["eval/score_mean"]) < 1e-3 and abs(summary["eval/score_std"] - 1) < 1e-3 and rm.std() > 1e-2
+    assert (
+        abs(summary["eval/score_mean"]) < 1e-3
+        and abs(summary["eval/score_std"] - 1) < 1e-3
+        and rm.std() > 1e-2
+    )
     tensors = load_file(chain / "rm/model/adapter_model.safetensors")
     assert torch.equal(tensors["base_model.model.score.weight"], loaded.model.score.weight)
 
@@ -653,7 +783,9 @@ def test_merged_runs(chain, rm, tmp_path, kind):
     assert {"config.json", "model.safetensors"} <= files and "adapter_config.json" not in files
     load = load_reward_model if kind == "rm" else load_policy
     adapter, merged = (load(str(tmp_path / name)) for name in ("adapter", "merged"))
-    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), merged.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(adapter.parameters(), merged.parameters(), strict=True)
+    )
     if kind == "rm":
         assert adapter.model.config.reward_mean == merged.model.config.reward_mean
 
@@ -670,18 +802,34 @@ def test_ppo_runs(chain, rm, tmp_path, monkeypatch, kl):
 
     monkeypatch.setattr(WithoutAdapters, "forward", recorded)
     if kl[1] == "loss":
-        monkeypatch.setattr(nanorlhf.models, "MAX_LOGITS", {"cpu": 2000})  # several chunks, recomputed in the backward pass
-    flags = dict(PPO, model=f"{chain}/lora", reward_model=[f"{chain}/rm"], kl_kind=kl[0], kl_in=kl[1], eval_every=1)
+        monkeypatch.setattr(
+            nanorlhf.models, "MAX_LOGITS", {"cpu": 2000}
+        )  # several chunks, recomputed in the backward pass
+    flags = dict(
+        PPO,
+        model=f"{chain}/lora",
+        reward_model=[f"{chain}/rm"],
+        kl_kind=kl[0],
+        kl_in=kl[1],
+        eval_every=1,
+    )
     rows = run("ppo", tmp_path / "a", **flags)
     assert abs(rows[0]["eval/kl"]) < 1e-4 and abs(rows[1]["kl"]) < 1e-4  # starts at the reference
-    assert rows[2]["kl_k3"] > 1e-4 and rows[2]["eval/kl_k3"] > 1e-4 and all(row["first_ratio_error"] < 1e-5 for row in rows[1:])
+    assert (
+        rows[2]["kl_k3"] > 1e-4
+        and rows[2]["eval/kl_k3"] > 1e-4
+        and all(row["first_ratio_error"] < 1e-5 for row in rows[1:])
+    )
     sft = load_policy(f"{chain}/lora", value_head=False)
     with torch.no_grad():
         for batch, mask, logprobs in seen:
             assert torch.equal(sft(batch, mask)["logprobs"], logprobs)
     assert len(seen) == 5  # evaluations before and after each of the two steps, and the steps' own
 
-    monkeypatch.setattr("train_ppo.reference_of", lambda policy, share: load_policy(f"{chain}/lora", value_head=False))
+    monkeypatch.setattr(
+        "train_ppo.reference_of",
+        lambda policy, share: load_policy(f"{chain}/lora", value_head=False),
+    )
     run("ppo", tmp_path / "b", **flags)
     assert_bit_equal(tmp_path / "a", tmp_path / "b")  # a whole second copy as the reference
     policy = load_policy(str(tmp_path / "a"))
@@ -690,17 +838,35 @@ def test_ppo_runs(chain, rm, tmp_path, monkeypatch, kl):
 
 
 def test_a_separate_value_model_is_trained_in_full(chain, tmp_path):
-    flags = dict(PPO, steps=1, value_clip_range=100.0, reward_model=["world:gold"])  # a value that leaves its clip range has no gradient
+    flags = dict(
+        PPO, steps=1, value_clip_range=100.0, reward_model=["world:gold"]
+    )  # a value that leaves its clip range has no gradient
     run("ppo", tmp_path / "p", **flags, model=f"{chain}/lora", value_model=f"{chain}/sft")
-    before, after = load_policy(f"{chain}/sft").lm.base_model, load_policy(str(tmp_path / "p")).value_trunk
-    assert not [name for (name, a), b in zip(before.named_parameters(), after.parameters()) if torch.equal(a, b)]
+    before, after = (
+        load_policy(f"{chain}/sft").lm.base_model,
+        load_policy(str(tmp_path / "p")).value_trunk,
+    )
+    assert not [
+        name
+        for (name, a), b in zip(before.named_parameters(), after.parameters())
+        if torch.equal(a, b)
+    ]
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_resume_is_exact(chain, rm, tmp_path, monkeypatch, kind):
     flags = {
-        "sft": dict(SMALL, model=f"{chain}/sft", dataset=f"{chain}/sft.jsonl", max_new_tokens=8, steps=3, lora_dropout=0.3),
-        "rm": dict(SMALL, model=f"{chain}/lora", dataset=f"{chain}/pairs.jsonl", steps=3, lora_dropout=0.3),
+        "sft": dict(
+            SMALL,
+            model=f"{chain}/sft",
+            dataset=f"{chain}/sft.jsonl",
+            max_new_tokens=8,
+            steps=3,
+            lora_dropout=0.3,
+        ),
+        "rm": dict(
+            SMALL, model=f"{chain}/lora", dataset=f"{chain}/pairs.jsonl", steps=3, lora_dropout=0.3
+        ),
         "ppo": dict(PPO, model=f"{chain}/lora", reward_model=[f"{chain}/rm"], steps=3),
     }[kind] | {"checkpoint_every": 1}
     run(kind, tmp_path / "whole", **flags)
@@ -717,7 +883,10 @@ def test_resume_is_exact(chain, rm, tmp_path, monkeypatch, kind):
             run(kind, tmp_path / "killed", **flags)
     saved = load_file(tmp_path / "killed/checkpoint/step_2/state.safetensors")
     names = {name.removeprefix("model/") for name in saved if name.startswith("model/")}
-    assert all("lora_" in name or name.startswith(("model.score", "value_head")) for name in names) and len(names) >= 32
+    assert (
+        all("lora_" in name or name.startswith(("model.score", "value_head")) for name in names)
+        and len(names) >= 32
+    )
     run(kind, tmp_path / "killed", **flags)
     assert_bit_equal(tmp_path / "whole", tmp_path / "killed")
 
@@ -725,8 +894,28 @@ def test_resume_is_exact(chain, rm, tmp_path, monkeypatch, kind):
 @pytest.mark.slow
 def test_two_processes_change_nothing(chain, rm, tmp_path):
     runs = [
-        ("rm", dict(SMALL, model=f"{chain}/lora", dataset=f"{chain}/pairs.jsonl", steps=2, micro_batch_size=3, score_l2=0.01)),
-        ("ppo", dict(PPO, model=f"{chain}/lora", reward_model=[f"{chain}/rm"], kl_kind="full", kl_in="loss", micro_batch_size=3)),
+        (
+            "rm",
+            dict(
+                SMALL,
+                model=f"{chain}/lora",
+                dataset=f"{chain}/pairs.jsonl",
+                steps=2,
+                micro_batch_size=3,
+                score_l2=0.01,
+            ),
+        ),
+        (
+            "ppo",
+            dict(
+                PPO,
+                model=f"{chain}/lora",
+                reward_model=[f"{chain}/rm"],
+                kl_kind="full",
+                kl_in="loss",
+                micro_batch_size=3,
+            ),
+        ),
     ]
     (tmp_path / "two").mkdir()
     processes = ranks(2, drive, str(tmp_path / "two"), runs)

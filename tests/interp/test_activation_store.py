@@ -1,6 +1,6 @@
 """nanorlhf.interp.activation_store: what is in a batch, against the models run on one text at a time.
 
-    N texts, E tokens that count, B tokens of a batch, S batches of a buffer, W processes, D hidden
+N texts, E tokens that count, B tokens of a batch, S batches of a buffer, W processes, D hidden
 """
 
 import json
@@ -34,7 +34,10 @@ ONE = Dist(0, 1, CPU)
 PLACES = [(0, "mlp"), (2, "residual"), (1, "attention")]
 BOS = 1
 LENGTHS = [3, 9, 1, 4, 4, 7, 2, 12, 5, 1, 6, 9]
-ROWS = [[BOS if i % 3 == 0 else 5 + (7 * i) % 50, *(3 + (11 * i + 5 * j) % 57 for j in range(1, n))] for i, n in enumerate(LENGTHS)]
+ROWS = [
+    [BOS if i % 3 == 0 else 5 + (7 * i) % 50, *(3 + (11 * i + 5 * j) % 57 for j in range(1, n))]
+    for i, n in enumerate(LENGTHS)
+]
 ROWS[4][2] = BOS  # a BOS that is text: it also pads the rows of some models
 ROWS[5][-1] = 0  # and a padding id that is text
 
@@ -90,7 +93,9 @@ def tally(parts):
 
 @pytest.mark.parametrize("skip_bos", [None, BOS])
 def test_padding_and_by_option_bos_never_enter(lms, skip_bos, monkeypatch):
-    monkeypatch.setattr(activation_store, "TOKENS_AT_ONCE", 20)  # several forward passes, with padding
+    monkeypatch.setattr(
+        activation_store, "TOKENS_AT_ONCE", 20
+    )  # several forward passes, with padding
     tokens, expected = Tokens(ROWS, skip_bos), one_by_one(lms, ROWS, skip_bos)
     assert tokens.total == len(expected) == sum(LENGTHS) - (5 if skip_bos is not None else 0)
     source = from_models(tokens, lms, PLACES, ONE)
@@ -103,7 +108,10 @@ def test_padding_and_by_option_bos_never_enter(lms, skip_bos, monkeypatch):
 
 def test_an_eos_counts_unless_it_has_the_id_of_bos():
     """An EOS that is BOS has its norm, so it is left out wherever it stands; one with an id of its own counts."""
-    own, shared = Tokens([[BOS, 5, 6, 2], [7, 2]], skip_bos=BOS), Tokens([[BOS, 5, 6, BOS], [7, BOS]], skip_bos=BOS)
+    own, shared = (
+        Tokens([[BOS, 5, 6, 2], [7, 2]], skip_bos=BOS),
+        Tokens([[BOS, 5, 6, BOS], [7, BOS]], skip_bos=BOS),
+    )
     assert [mask.tolist() for mask in own.masks] == [[False, True, True, True], [True, True]]
     assert [mask.tolist() for mask in shared.masks] == [[False, True, True, False], [True, False]]
     assert Tokens([[BOS, 5, 6, BOS], [7, BOS]]).total == 6
@@ -137,14 +145,18 @@ def test_an_epoch_of_batches_holds_every_token_once(lms, buffer_tokens):
     whole = n // stream.S * stream.S  # batches of whole buffers
     batches = [stream.batch(step) for step in range(max(n, whole + stream.S))]
     if n % stream.S == 0:
-        torch.testing.assert_close(tally(batches[:n]), tally([stacked(expected + expected)]), rtol=1e-4, atol=2e-3)
+        torch.testing.assert_close(
+            tally(batches[:n]), tally([stacked(expected + expected)]), rtol=1e-4, atol=2e-3
+        )
     # An independent account of which token is where: by its value.
     values = torch.stack([x["base/2_residual"] for *_, x in expected])
     index = [torch.cdist(batch["base/2_residual"], values).argmin(1).tolist() for batch in batches]
     counts = np.bincount(sum(index[:whole], []), minlength=E)
     assert counts.sum() == whole * 4 and counts.max() - counts.min() <= 1
     for batch, rows in zip(batches, index):
-        same(batch, stacked([expected[i] for i in rows]))  # all models and places of the same tokens
+        same(
+            batch, stacked([expected[i] for i in rows])
+        )  # all models and places of the same tokens
 
 
 def test_a_batch_is_a_function_of_seed_and_step(lms):
@@ -161,7 +173,9 @@ def test_a_batch_is_a_function_of_seed_and_step(lms):
     resumed, calls[:] = streams(lms, seed=3, buffer_tokens=12), []
     resumed.source = stream.source
     resumed.batch(10)
-    assert len(calls) <= 2 and sum(calls) < len(ROWS)  # cheap: of one buffer, not of all that went before
+    assert len(calls) <= 2 and sum(calls) < len(
+        ROWS
+    )  # cheap: of one buffer, not of all that went before
 
 
 def test_a_batch_mixes_texts():
@@ -169,16 +183,26 @@ def test_a_batch_mixes_texts():
     tokens = Tokens([[2 + i] * 20 for i in range(64)])
 
     def source(texts):
-        return {"x": torch.stack([torch.from_numpy(np.repeat(texts, 20)), torch.arange(20).repeat(len(texts))], 1).float()}
+        return {
+            "x": torch.stack(
+                [torch.from_numpy(np.repeat(texts, 20)), torch.arange(20).repeat(len(texts))], 1
+            ).float()
+        }
 
     stream = Stream(tokens, source, 64, ONE, buffer_tokens=1280)
     assert stream.S == 20
-    batches = torch.stack([stream.batch(step)["x"].long() for step in range(40)])  # [40, 64, (text, column)]
+    batches = torch.stack(
+        [stream.batch(step)["x"].long() for step in range(40)]
+    )  # [40, 64, (text, column)]
     for text, column in batches.transpose(1, 2):
         assert text.unique().numel() == 64 and column.unique().numel() > 12
     for epoch in batches.split(20):
-        assert torch.equal((20 * epoch[..., 0] + epoch[..., 1]).flatten().sort().values, torch.arange(1280))
-    assert not torch.equal(batches[0, :, 0], batches[20, :, 0])  # the next epoch has an order of its own
+        assert torch.equal(
+            (20 * epoch[..., 0] + epoch[..., 1]).flatten().sort().values, torch.arange(1280)
+        )
+    assert not torch.equal(
+        batches[0, :, 0], batches[20, :, 0]
+    )  # the next epoch has an order of its own
 
 
 @pytest.mark.slow
@@ -190,13 +214,27 @@ def test_processes_make_the_same_global_batches(lms, world_size):
     for rank in range(world_size):
         dist = Dist(rank, world_size, CPU)
         source = from_models(tokens, lms, PLACES, dist)
-        shares.append(Stream(tokens, lambda t, source=source: texts.append(len(t)) or source(t), 4, dist, seed=1, buffer_tokens=24))
+        shares.append(
+            Stream(
+                tokens,
+                lambda t, source=source: texts.append(len(t)) or source(t),
+                4,
+                dist,
+                seed=1,
+                buffer_tokens=24,
+            )
+        )
     for step in (0, 3, 7, 8, 20):
         parts = [share.batch(step) for share in shares]
         same({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, whole.batch(step))
         assert all(len(part["base/0_mlp"]) == 4 // world_size for part in parts)
-    ranks = [list(passes(tokens, whole.source, Dist(rank, world_size, CPU), 10)) for rank in range(world_size)]
-    torch.testing.assert_close(tally(sum(ranks, [])), tally([whole.source(np.arange(len(ROWS)))]), rtol=1e-4, atol=2e-3)
+    ranks = [
+        list(passes(tokens, whole.source, Dist(rank, world_size, CPU), 10))
+        for rank in range(world_size)
+    ]
+    torch.testing.assert_close(
+        tally(sum(ranks, [])), tally([whole.source(np.arange(len(ROWS)))]), rtol=1e-4, atol=2e-3
+    )
     with pytest.raises(InputError, match="5 tokens a batch are not a multiple of 2 processes"):
         Stream(tokens, whole.source, 5, Dist(0, 2, CPU))
 
@@ -228,17 +266,23 @@ def test_sentence_ends_alone(lms, tmp_path, monkeypatch):
         disk(tmp_path, ends=ENDS)
     kept = disk(tmp_path / "ends", ends=ENDS)[1]
     whole = Stream(tokens, source, 2, ONE, seed=3, buffer_tokens=6)
-    shares = [Stream(tokens, kept, 2, Dist(rank, 2, CPU), seed=3, buffer_tokens=6) for rank in range(2)]
+    shares = [
+        Stream(tokens, kept, 2, Dist(rank, 2, CPU), seed=3, buffer_tokens=6) for rank in range(2)
+    ]
     for step in (0, 2, 5, 11):
         parts = [share.batch(step) for share in shares]
         same({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, whole.batch(step))
     epochs = Stream(tokens, source, 2, ONE, seed=3, buffer_tokens=2)
     batches = [epochs.batch(step) for step in range(tokens.total)]
-    torch.testing.assert_close(tally(batches), tally([stacked(expected + expected)]), rtol=1e-4, atol=2e-3)  # two epochs
+    torch.testing.assert_close(
+        tally(batches), tally([stacked(expected + expected)]), rtol=1e-4, atol=2e-3
+    )  # two epochs
 
 
 def test_which_tokens_end_a_sentence():
-    tokenizer = word_tokenizer(["<pad>", "<eos>", "<unk>", "end.", "!", "a.b", "?", "...", "end", ".,", "yes!"])
+    tokenizer = word_tokenizer(
+        ["<pad>", "<eos>", "<unk>", "end.", "!", "a.b", "?", "...", "end", ".,", "yes!"]
+    )
     assert activation_store.sentence_ends(tokenizer) == [3, 4, 6, 7, 10]
 
 
@@ -248,19 +292,32 @@ def test_which_tokens_end_a_sentence():
 def disk(folder, rows=ROWS, load=models, fingerprints=None, places=PLACES, ends=None, **kwargs):
     tokens = Tokens(rows, BOS, ends)
     fingerprints = fingerprints or {"base": "b0", "policy": "p0"}
-    return tokens, from_disk(str(folder), tokens, fingerprints, places, load, ONE, shard_tokens=16, **kwargs)
+    return tokens, from_disk(
+        str(folder), tokens, fingerprints, places, load, ONE, shard_tokens=16, **kwargs
+    )
 
 
 def refuse():
     raise AssertionError("nothing should be computed again")
 
 
-@pytest.mark.parametrize("store, tolerance", [("float32", 1e-4), ("float16", 2e-2), ("bfloat16", 1e-1)])
+@pytest.mark.parametrize(
+    "store, tolerance", [("float32", 1e-4), ("float16", 2e-2), ("bfloat16", 1e-1)]
+)
 def test_disk_and_models_give_the_same(lms, tmp_path, store, tolerance):
     tokens, source = disk(tmp_path / "cache", store=store)
     shards = sorted(p.name for p in (tmp_path / "cache").iterdir())
-    assert shards == ["00000.safetensors", "00001.safetensors", "00002.safetensors", "00003.safetensors", "cache.json"]
-    live, kept = (Stream(tokens, s, 4, ONE, seed=2, buffer_tokens=20) for s in (from_models(tokens, lms, PLACES, ONE), source))
+    assert shards == [
+        "00000.safetensors",
+        "00001.safetensors",
+        "00002.safetensors",
+        "00003.safetensors",
+        "cache.json",
+    ]
+    live, kept = (
+        Stream(tokens, s, 4, ONE, seed=2, buffer_tokens=20)
+        for s in (from_models(tokens, lms, PLACES, ONE), source)
+    )
     batches = [[stream.batch(step) for step in range(0, 30)] for stream in (live, kept)]
     for a, b in zip(*batches):
         for key in a:
@@ -306,9 +363,23 @@ def test_several_processes_fill_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(activation_store, "map_shard", lambda path, keys, n: None)
     listed = os.path.exists
     for rank in (1, 0):  # one after the other, each as if no shard was there when it looked
-        monkeypatch.setattr(os.path, "exists", lambda path: listed(path) and not path.endswith(".safetensors"))
-        monkeypatch.setattr(activation_store, "write_shard", lambda path, found, store: filled.append((rank, os.path.basename(path)[:5])))
-        from_disk(str(tmp_path), tokens, {"base": "b0"}, PLACES, models, Dist(rank, 2, CPU), shard_tokens=16)
+        monkeypatch.setattr(
+            os.path, "exists", lambda path: listed(path) and not path.endswith(".safetensors")
+        )
+        monkeypatch.setattr(
+            activation_store,
+            "write_shard",
+            lambda path, found, store: filled.append((rank, os.path.basename(path)[:5])),
+        )
+        from_disk(
+            str(tmp_path),
+            tokens,
+            {"base": "b0"},
+            PLACES,
+            models,
+            Dist(rank, 2, CPU),
+            shard_tokens=16,
+        )
         monkeypatch.setattr(os.path, "exists", listed)
     assert filled == [(1, "00001"), (1, "00003"), (0, "00000"), (0, "00002")]
 
@@ -318,7 +389,9 @@ def test_a_folder_of_something_else(tmp_path):
     disk(folder)
     for kwargs, word in [(dict(rows=ROWS[1:]), "data"), (dict(fingerprints={"base": "b1", "policy": "p0"}), "models"),
                          (dict(places=PLACES[:1]), "places"), (dict(store="float16"), "store")]:  # fmt: skip
-        with pytest.raises(InputError, match=f"cache already holds other activations .they differ in .*{word}"):
+        with pytest.raises(
+            InputError, match=f"cache already holds other activations .they differ in .*{word}"
+        ):
             disk(folder, load=refuse, **kwargs)
     (folder / "00001.safetensors").write_bytes(b"not a shard")
     with pytest.raises(InputError, match="00001.safetensors: cannot be read"):
@@ -339,7 +412,10 @@ def test_numbers_too_large_for_float16(tmp_path):
         lms["base"].gpt_neox.layers[0].mlp.dense_4h_to_h.weight.data.mul_(1e7)
         return lms
 
-    with pytest.raises(InputError, match="base/0_mlp has a number that float16 cannot hold; store bfloat16 or float32"):
+    with pytest.raises(
+        InputError,
+        match="base/0_mlp has a number that float16 cannot hold; store bfloat16 or float32",
+    ):
         disk(tmp_path / "cache", load=large, store="float16")
 
 
@@ -373,9 +449,14 @@ def test_rows_of_datasets():
 def test_no_text_is_on_both_sides():
     rows, tokenizer = [[5, i % 40, 7] for i in range(200)], word_tokenizer()
     train, aside = hold_out(rows, 6, tokenizer)
-    assert len(train) + len(aside) == 200 and len({tuple(r) for r in aside}) == 6 and len(aside) == 30
+    assert (
+        len(train) + len(aside) == 200 and len({tuple(r) for r in aside}) == 6 and len(aside) == 30
+    )
     assert not {tuple(r) for r in train} & {tuple(r) for r in aside}
-    assert hold_out(rows, 6, tokenizer) == (train, aside) and len({tuple(r) for r in hold_out(rows, 10**6, tokenizer)[1]}) == 8
+    assert (
+        hold_out(rows, 6, tokenizer) == (train, aside)
+        and len({tuple(r) for r in hold_out(rows, 10**6, tokenizer)[1]}) == 8
+    )
     with pytest.raises(InputError, match="no text has a token"):
         Tokens([[BOS]], BOS)
 
@@ -383,7 +464,9 @@ def test_no_text_is_on_both_sides():
 def test_texts_that_differ_by_white_space_are_one():
     """With a tokenizer that has tokens of blanks: 'a b' and 'a  b' are never on two sides."""
     texts = [f"{letter} x{blank}y" for letter in "abcdefghij" for blank in (" ", "  ", "\n")]
-    tokenizer = types.SimpleNamespace(batch_decode=lambda rows: ["".join(map(chr, row)) for row in rows])
+    tokenizer = types.SimpleNamespace(
+        batch_decode=lambda rows: ["".join(map(chr, row)) for row in rows]
+    )
     rows = [[ord(c) for c in text] for text in texts]
     train, aside = hold_out(rows, 2, tokenizer)
     first = [{chr(row[0]) for row in side} for side in (train, aside)]
@@ -401,7 +484,11 @@ def test_rows_of_rollouts(tmp_path):
     assert len(rows) == 6
     for i, row in enumerate(rows):
         prompt, eos = prompts[i // 3], tokenizer.eos_token_id
-        assert row[: len(prompt)] == prompt and (row[-1] == eos or len(row) == len(prompt) + 5) and eos not in row[len(prompt) : -1]
+        assert (
+            row[: len(prompt)] == prompt
+            and (row[-1] == eos or len(row) == len(prompt) + 5)
+            and eos not in row[len(prompt) : -1]
+        )
     assert rollout_rows(config, tokenizer, prompts, ONE) == rows
     assert json.dumps(rows)  # plain lists: they are hashed as JSON
 
@@ -417,7 +504,11 @@ def tiny_world():
 def test_only_the_last_token_of_each_text():
     """--tokens last: no id ends a sentence, so that a row's last token alone counts; EOS is no exception in the middle."""
     tokens = Tokens([[5, 1, 7, 1], [4], [1, 9]], ends=[])
-    assert [mask.tolist() for mask in tokens.masks] == [[False, False, False, True], [True], [False, True]]
+    assert [mask.tolist() for mask in tokens.masks] == [
+        [False, False, False, True],
+        [True],
+        [False, True],
+    ]
     assert tokens.total == 3 and tokens.digest() != Tokens([[5, 1, 7, 1], [4], [1, 9]]).digest()
 
 

@@ -1,6 +1,6 @@
 """probe.py features and ablate: on tiny models, against loops and against what is planted; explainers on a loopback server.
 
-    N tokens, M features, C concepts, D hidden
+N tokens, M features, C concepts, D hidden
 """
 
 import json
@@ -33,7 +33,11 @@ def material(tmp_path_factory):
     torch.manual_seed(0)
     config = world.model_config()
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, 32, 64
-    save_policy(Policy(AutoModelForCausalLM.from_config(config), value_head=False), world.tokenizer(), str(root / "model"))
+    save_policy(
+        Policy(AutoModelForCausalLM.from_config(config), value_head=False),
+        world.tokenizer(),
+        str(root / "model"),
+    )
     notes = {"model": str(root / "model"), "layer": 1, "site": "mlp"}
     x = torch.randn(500, 32)
     save_sae(TopKSAE(32, M, K, seed=1).fit(0.02 * x), str(root / "sae"), **notes)
@@ -44,7 +48,9 @@ def material(tmp_path_factory):
     (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = [{"prompt": row["prompt"]} for row in world.prompts("train")[:40]]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    (root / "reward.py").write_text("def words(prompts, responses):\n    return [len(set(r.split())) for r in responses]\n")
+    (root / "reward.py").write_text(
+        "def words(prompts, responses):\n    return [len(set(r.split())) for r in responses]\n"
+    )
     return root
 
 
@@ -55,7 +61,14 @@ def flags(command, material, out, **changes):
                    "features": "1,2", "draws": 2, "n_answers": 2, "max_new_tokens": 12, "eval_size": 8},
     }  # fmt: skip
     values = defaults[command] | {"output_dir": out} | changes
-    return [command, *(str(x) for name, value in values.items() for x in (f"--{name}", *(value if isinstance(value, list) else [value])))]
+    return [
+        command,
+        *(
+            str(x)
+            for name, value in values.items()
+            for x in (f"--{name}", *(value if isinstance(value, list) else [value]))
+        ),
+    ]
 
 
 def summary(path):
@@ -79,7 +92,11 @@ def test_aucs_of_all_pairs_are_the_loops():
     found = concepts.feature_aucs(concepts.sparse(x), y)
     for j in range(x.shape[1]):
         for c in range(y.shape[1]):
-            wins = [1.0 if p > q else 0.5 if p == q else 0.0 for p in x[y[:, c], j] for q in x[~y[:, c], j]]
+            wins = [
+                1.0 if p > q else 0.5 if p == q else 0.0
+                for p in x[y[:, c], j]
+                for q in x[~y[:, c], j]
+            ]
             assert found[j, c].item() == pytest.approx(sum(wins) / len(wins), abs=1e-12)
     assert (found[4] == 0.5).all()
 
@@ -89,7 +106,9 @@ def test_correlations_are_numpys():
     found = concepts.feature_correlations(concepts.sparse(x), y)
     for j in (0, 1, 2, 3, 5, 6):
         for c in range(y.shape[1]):
-            assert found[j, c].item() == pytest.approx(np.corrcoef(x[:, j], y[:, c])[0, 1], abs=1e-6)
+            assert found[j, c].item() == pytest.approx(
+                np.corrcoef(x[:, j], y[:, c])[0, 1], abs=1e-6
+            )
     assert (found[4] == 0).all()
 
 
@@ -99,7 +118,9 @@ def test_a_part_of_the_tokens():
 
 
 def test_chosen_on_one_half_measured_on_the_other():
-    ids, scores = concepts.best_features(torch.tensor([[0.9, 0.1], [0.5, 0.8]]), torch.tensor([[0.6, 1.0], [1.0, 0.7]]))
+    ids, scores = concepts.best_features(
+        torch.tensor([[0.9, 0.1], [0.5, 0.8]]), torch.tensor([[0.6, 1.0], [1.0, 0.7]])
+    )
     assert ids.tolist() == [0, 1] and scores.tolist() == pytest.approx([0.6, 0.7])
 
 
@@ -109,7 +130,9 @@ def test_planted_concepts_are_found_and_noise_is_not():
     tokens = Tokens([tokenizer(row["response"]).input_ids for row in rows])
     names, table = known_concepts.concept_table(tokenizer)
     text_of, ids = activation_store.where(tokens)
-    assert ids.tolist() == [i for row in tokens.rows for i in row] and "value=+0" not in names  # the same words as 'neutral'
+    assert (
+        ids.tolist() == [i for row in tokens.rows for i in row] and "value=+0" not in names
+    )  # the same words as 'neutral'
     adjective = table[ids, names.index("adjective")]
     words = [tokenizer.decode([i]) in world.LEXICON for i in ids.tolist()]
     assert adjective.tolist() == words
@@ -119,14 +142,27 @@ def test_planted_concepts_are_found_and_noise_is_not():
     f[:, 3] = adjective * (1 + noise[:, 3])
     f[:-1, 5] = adjective[1:] & (text_of[1:] == text_of[:-1])
     x = torch.randn(tokens.total, 8, generator=g)
-    found = known_concepts.known_concepts(TopKSAE(8, 16, 2), x, concepts.sparse(f), tokens, tokenizer)
+    found = known_concepts.known_concepts(
+        TopKSAE(8, 16, 2), x, concepts.sparse(f), tokens, tokenizer
+    )
     row = found["concepts"]["adjective"]
-    assert row["words"] == len({i for i, w in zip(ids.tolist(), words) if w}) and row["tokens"] == sum(words)
-    assert row["auc"]["feature"] == row["correlation"]["feature"] == 3 and row["auc"]["features"] == 1
-    assert all(row["auc"][control] < 0.7 and row["correlation"][control] < 0.3 for control in known_concepts.CONTROLS)
+    assert row["words"] == len({i for i, w in zip(ids.tolist(), words) if w}) and row[
+        "tokens"
+    ] == sum(words)
+    assert (
+        row["auc"]["feature"] == row["correlation"]["feature"] == 3 and row["auc"]["features"] == 1
+    )
+    assert all(
+        row["auc"][control] < 0.7 and row["correlation"][control] < 0.3
+        for control in known_concepts.CONTROLS
+    )
     assert found["concepts"]["topic"]["auc"]["features"] < 0.7
     count = {"features": 1, "coordinates": 0, "untrained": 0}
-    assert found["found"]["concept"]["correlation"] == found["found"]["next"]["correlation"] == count | {"shuffled": 0}
+    assert (
+        found["found"]["concept"]["correlation"]
+        == found["found"]["next"]["correlation"]
+        == count | {"shuffled": 0}
+    )
     assert found["found"]["word"]["correlation"] == count | {"features": 0}
     # A feature of all adjectives has a large AUC for some of them, too; never above 1 - (adjectives that are not) / 2 of the others.
     share = (sum(words) - row["tokens"] / 9) / tokens.total
@@ -137,18 +173,34 @@ def test_planted_concepts_are_found_and_noise_is_not():
 
 
 def test_descriptions_hold_what_the_model_does(material, tmp_path, capsys):
-    run_probe(*flags("features", material, tmp_path / "out", sae=[material / "sae", material / "vanilla"], features="7,2,40"))
+    run_probe(
+        *flags(
+            "features",
+            material,
+            tmp_path / "out",
+            sae=[material / "sae", material / "vanilla"],
+            features="7,2,40",
+        )
+    )
     printed, found = capsys.readouterr().out, summary(tmp_path / "out")["saes"]
-    assert "single words" in printed and list(found) == [str(material / "sae"), str(material / "vanilla")]
+    assert "single words" in printed and list(found) == [
+        str(material / "sae"),
+        str(material / "vanilla"),
+    ]
     result = found[str(material / "sae")]
     assert [f["id"] for f in result["features"]] == [7, 2, 40] and result["m"] == M
 
     # By hand: one text at a time through the model, its MLP's output caught by a hook of our own.
     policy, tokenizer = load_policy(str(material / "model"), value_head=False), world.tokenizer()
-    sae, rows = load_sae(str(material / "sae")), [json.loads(line) for line in (material / "texts.jsonl").read_text().splitlines()]
+    sae, rows = (
+        load_sae(str(material / "sae")),
+        [json.loads(line) for line in (material / "texts.jsonl").read_text().splitlines()],
+    )
     texts = hold_out(token_rows(tokenizer, rows, 128)[0], 40, tokenizer)[1]
     codes, caught = [], []
-    hook = policy.lm.gpt_neox.layers[1].mlp.register_forward_hook(lambda module, args, out: caught.append(out))
+    hook = policy.lm.gpt_neox.layers[1].mlp.register_forward_hook(
+        lambda module, args, out: caught.append(out)
+    )
     for text in texts:
         policy.lm(torch.tensor([text]))
         codes.append(sae.encode(caught.pop()[0]).detach())
@@ -160,10 +212,15 @@ def test_descriptions_hold_what_the_model_does(material, tmp_path, capsys):
         fired = f[:, j] != 0
         assert described["rate"] == pytest.approx(fired.double().mean().item())
         assert described["max"] == pytest.approx(f[:, j].max().item(), rel=1e-4)
-        assert described["mean"] == pytest.approx(f[fired, j].mean().item() if fired.any() else 0, rel=1e-4)
+        assert described["mean"] == pytest.approx(
+            f[fired, j].mean().item() if fired.any() else 0, rel=1e-4
+        )
         effect = policy.lm.lm_head.weight @ sae.W_dec[j] / sae.W_dec[j].norm()
         effect = effect - effect.mean()
-        assert described["up"][0] == [tokenizer.decode([effect.argmax().item()]), pytest.approx(effect.max().item(), rel=1e-4)]
+        assert described["up"][0] == [
+            tokenizer.decode([effect.argmax().item()]),
+            pytest.approx(effect.max().item(), rel=1e-4),
+        ]
         assert described["down"][0][1] == pytest.approx(effect.min().item(), rel=1e-4)
         for token, share, often in described["tokens"]:
             here = torch.tensor([tokenizer.decode([i]) == token for i in ids])
@@ -172,7 +229,9 @@ def test_descriptions_hold_what_the_model_does(material, tmp_path, capsys):
         peaks = [code[:, j].max().item() for code in codes]
         best = described["contexts"][0]
         assert peaks[best["text"]] == max(peaks) and max(best["values"]) == 1
-        assert best["values"] == pytest.approx((codes[best["text"]][:, j] / max(peaks)).tolist(), abs=1e-3)
+        assert best["values"] == pytest.approx(
+            (codes[best["text"]][:, j] / max(peaks)).tolist(), abs=1e-3
+        )
         assert best["tokens"] == [tokenizer.decode([i]) for i in texts[best["text"]]]
 
 
@@ -188,15 +247,24 @@ def test_a_model_of_unknown_words(material, tmp_path, capsys, pictures):
     model.save_pretrained(other)
     run_probe(*flags("features", material, tmp_path / "out", model=other))
     found = summary(tmp_path / "out")["saes"][str(material / "sae")]
-    assert len(found["features"]) == 3 and "concepts" not in found and "concepts" not in capsys.readouterr().out
+    assert (
+        len(found["features"]) == 3
+        and "concepts" not in found
+        and "concepts" not in capsys.readouterr().out
+    )
     assert (tmp_path / "out" / "picture.png").exists()
-    error = probe_refused(capsys, *flags("ablate", material, tmp_path / "abl", model=other, features=""))
+    error = probe_refused(
+        capsys, *flags("ablate", material, tmp_path / "abl", model=other, features="")
+    )
     assert "does not speak the embedded world's words: name --features" in error
 
 
 def test_top_features_are_those_of_largest_mean():
     x, _ = random_features()
-    assert top_features(concepts.sparse(x.relu()), 3) == x.relu().mean(0).argsort(descending=True)[:3].tolist()
+    assert (
+        top_features(concepts.sparse(x.relu()), 3)
+        == x.relu().mean(0).argsort(descending=True)[:3].tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +275,8 @@ def test_top_features_are_those_of_largest_mean():
         ({"sae": "unnamed"}, "name --model, --layer and --site"),
         ({"layer": 2}, "the layers 0 to 1"),
         ({"features": "3,64"}, "has the features 0 to 63"),
-        ({"features": "3,x"}, "--features 3,x: it must be numbers"), ({"features": "\u00b2"}, "it must be numbers"),
+        ({"features": "3,x"}, "--features 3,x: it must be numbers"),
+        ({"features": "\u00b2"}, "it must be numbers"),
         ({"explainer": "http://localhost:1/v1"}, "name its model with --explainer_model"),
         ({"explainer": "runs/none"}, "no such run yet"),
     ],
@@ -222,19 +291,34 @@ def test_wrong_input_is_one_line(material, tmp_path, capfd, changes, words):
 
 
 def explained(material, out, endpoint, **changes):
-    options = {"explainer": endpoint.url, "explainer_model": "tiny", "features": "1,2,3", "pause": 0.01, "timeout": 0.3, "eval_size": 8}
+    options = {
+        "explainer": endpoint.url,
+        "explainer_model": "tiny",
+        "features": "1,2,3",
+        "pause": 0.01,
+        "timeout": 0.3,
+        "eval_size": 8,
+    }
     return flags("features", material, out, **options | changes)
 
 
 def test_an_endpoint_is_asked_once_for_each_feature(material, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    with Endpoint((429, ""), (500, "busy"), chat(f"Sure:\n```json\n{GOOD_REPLY}\n```"), chat(GOOD_REPLY)) as endpoint:
+    with Endpoint(
+        (429, ""), (500, "busy"), chat(f"Sure:\n```json\n{GOOD_REPLY}\n```"), chat(GOOD_REPLY)
+    ) as endpoint:
         run_probe(*explained(material, tmp_path / "out", endpoint))
         assert len(endpoint.asked) == 5  # 2 tries in vain, 3 features
         path, headers, body = endpoint.asked[0]
-        assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret" and body["model"] == "tiny"
+        assert (
+            path == "/v1/chat/completions"
+            and headers["Authorization"] == "Bearer secret"
+            and body["model"] == "tiny"
+        )
         result = summary(tmp_path / "out")["saes"][str(material / "sae")]["features"]
-        assert [f["description"] for f in result] == ["Fires on adjectives."] * 3 and all(f["related"] is True for f in result)
+        assert [f["description"] for f in result] == ["Fires on adjectives."] * 3 and all(
+            f["related"] is True for f in result
+        )
         prompt, context = body["messages"][0]["content"], result[0]["contexts"][0]
         assert all(token.strip() in prompt for token in context["tokens"]) and "[[10]]" in prompt
         run_probe(*explained(material, tmp_path / "out", endpoint))  # all there
@@ -261,14 +345,23 @@ def test_what_an_endpoint_has_said_is_kept(material, tmp_path, capfd, bad, words
     out = tmp_path / "out"
     with Endpoint(chat(GOOD_REPLY), bad) as endpoint:
         error = probe_refused(capfd, *explained(material, out, endpoint))
-        assert words in error and "1 of 3 descriptions are kept" in error and "the other 2 again" in error
+        assert (
+            words in error
+            and "1 of 3 descriptions are kept" in error
+            and "the other 2 again" in error
+        )
         assert len(endpoint.asked) == asked
-        assert len((out / explainer.FILE).read_text().splitlines()) == 1 and "tokens" in summary(out)["saes"][str(material / "sae")]
+        assert (
+            len((out / explainer.FILE).read_text().splitlines()) == 1
+            and "tokens" in summary(out)["saes"][str(material / "sae")]
+        )
         endpoint.replies, endpoint.asked[:] = [chat(GOOD_REPLY)], []
         with open(out / explainer.FILE, "a") as f:
             f.write('{"key": "cut off by a ki')
         run_probe(*explained(material, out, endpoint))
-        assert len(endpoint.asked) == 2 and len((out / explainer.FILE).read_text().splitlines()) == 3
+        assert (
+            len(endpoint.asked) == 2 and len((out / explainer.FILE).read_text().splitlines()) == 3
+        )
 
 
 @pytest.mark.parametrize("line", [
@@ -300,13 +393,24 @@ def test_a_key_in_a_description_is_not_kept(material, tmp_path, monkeypatch, cap
     with Endpoint(chat(GOOD_REPLY.replace("Fires on adjectives.", description))) as endpoint:
         run_probe(*explained(material, tmp_path / "out", endpoint))
     written = [path.read_text() for path in (tmp_path / "out").rglob("*.json*")]
-    assert "It is [OPENAI_API_KEY]." in "".join(written) and not any("SECRET" in text for text in (*written, *capfd.readouterr()))
+    assert "It is [OPENAI_API_KEY]." in "".join(written) and not any(
+        "SECRET" in text for text in (*written, *capfd.readouterr())
+    )
 
 
-@pytest.mark.parametrize("url", ["http://user:SECRET@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=SECRET"])
+@pytest.mark.parametrize(
+    "url", ["http://user:SECRET@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=SECRET"]
+)
 def test_a_key_in_an_explainer_s_url(material, tmp_path, capfd, url):
-    error = probe_refused(capfd, *flags("features", material, tmp_path / "out", explainer=url, explainer_model="tiny"))
-    assert "SECRET" not in error and "--explainer: " in error and "OPENAI_API_KEY" in error and not (tmp_path / "out").exists()
+    error = probe_refused(
+        capfd, *flags("features", material, tmp_path / "out", explainer=url, explainer_model="tiny")
+    )
+    assert (
+        "SECRET" not in error
+        and "--explainer: " in error
+        and "OPENAI_API_KEY" in error
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_an_endpoint_that_is_down(material, tmp_path, capfd):
@@ -322,8 +426,13 @@ def test_a_local_model_is_asked_too(material, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(explainer, "ANSWER_TOKENS", 10)
     ids = torch.tensor([tokenizer("review the hotel :").input_ids])
     best = policy.lm.generate(ids, do_sample=False, max_new_tokens=10)[0, ids.shape[1] :]
-    assert explainer.local_asker(str(material / "model"), "cpu")("review the hotel :") == tokenizer.decode(best, skip_special_tokens=True)
-    error = probe_refused(capfd, *flags("features", material, tmp_path / "out", explainer=material / "model", features="1"))
+    assert explainer.local_asker(str(material / "model"), "cpu")(
+        "review the hotel :"
+    ) == tokenizer.decode(best, skip_special_tokens=True)
+    error = probe_refused(
+        capfd,
+        *flags("features", material, tmp_path / "out", explainer=material / "model", features="1"),
+    )
     assert "longer than the model's context of 128" in error and "0 of 1 descriptions" in error
 
 
@@ -335,13 +444,19 @@ def test_a_local_model_is_asked_too(material, tmp_path, capfd, monkeypatch):
 def test_only_the_chosen_features_are_taken_away(kind, normalize):
     torch.manual_seed(0)
     x = torch.randn(3, 5, 16) * 3 + 1
-    sae = TopKSAE(16, 40, 6, normalize) if kind == "topk" else SparseAutoencoder(16, 40, normalize=normalize)
+    sae = (
+        TopKSAE(16, 40, 6, normalize)
+        if kind == "topk"
+        else SparseAutoencoder(16, 40, normalize=normalize)
+    )
     sae.fit(x)
     x_hat, f = sae(x)
     ids = f.flatten(0, 1).sum(0).topk(3).indices
     zeroed = f.clone()
     zeroed[..., ids] = 0
-    expected = sae.decode(zeroed, sae.moments(x)) + (x - x_hat)  # the definition: reconstruction with zeros, plus the error
+    expected = sae.decode(zeroed, sae.moments(x)) + (
+        x - x_hat
+    )  # the definition: reconstruction with zeros, plus the error
     found = ablation.without(sae, ids)(x)
     assert (found - expected).abs().max() < 1e-4 and (found - x).abs().max() > 0.1
     assert torch.equal(ablation.without(sae, ids[:0])(x), x)
@@ -360,29 +475,62 @@ def test_random_features_are_as_frequent_and_others():
         first = concepts.alike(few, [0, 1], rng)
         second = concepts.alike(few, [0, 1], rng, but=first)
         assert sorted([0, 1, *first, *second]) == [0, 1, 2, 3, 4, 5]
-        assert not set(concepts.alike(few, [0, 1], rng, but=first + second)) & {0, 1}  # none are left: any but the two
+        assert not set(concepts.alike(few, [0, 1], rng, but=first + second)) & {
+            0,
+            1,
+        }  # none are left: any but the two
 
 
 def test_ablate(material, tmp_path, capsys):
     chosen = list(range(20))
-    run_probe(*flags("ablate", material, tmp_path / "out", site="residual", features=",".join(map(str, chosen))))
+    run_probe(
+        *flags(
+            "ablate",
+            material,
+            tmp_path / "out",
+            site="residual",
+            features=",".join(map(str, chosen)),
+        )
+    )
     printed, found = capsys.readouterr().out, summary(tmp_path / "out")
-    assert "nothing' wrote the same tokens" in printed and found["nothing_is_plain"] and found["prompts"] == 8
+    assert (
+        "nothing' wrote the same tokens" in printed
+        and found["nothing_is_plain"]
+        and found["prompts"] == 8
+    )
     arms = found["arms"]
-    assert list(arms) == ["plain", "nothing", "features", "random 0", "random 1", "strong 0", "strong 1"]
-    assert arms["plain"] | {"features": []} == arms["nothing"] | {"features": []} and arms["features"]["features"] == chosen
+    assert list(arms) == [
+        "plain",
+        "nothing",
+        "features",
+        "random 0",
+        "random 1",
+        "strong 0",
+        "strong 1",
+    ]
+    assert (
+        arms["plain"] | {"features": []} == arms["nothing"] | {"features": []}
+        and arms["features"]["features"] == chosen
+    )
     name = "reward.py:words"
     assert arms["features"][name] != arms["nothing"][name] and 0 < arms["features"]["removed"]
     row = found["differences"][name]["features - nothing"]
-    assert row["mean"] == pytest.approx(arms["features"][name]["mean"] - arms["nothing"][name]["mean"])
+    assert row["mean"] == pytest.approx(
+        arms["features"][name]["mean"] - arms["nothing"][name]["mean"]
+    )
     assert row["low"] <= row["mean"] <= row["high"]
     random = np.mean([arms[f"random {i}"]["length"]["mean"] for i in range(2)])
-    assert found["differences"]["length"]["features - random"]["mean"] == pytest.approx(arms["features"]["length"]["mean"] - random)
+    assert found["differences"]["length"]["features - random"]["mean"] == pytest.approx(
+        arms["features"]["length"]["mean"] - random
+    )
 
 
 def test_rollouts_feel_the_hook_and_forget_it(material):
     """Switching off a feature that pushes one word changes what is written, and afterwards nothing is left of it."""
-    policy, sae = load_policy(str(material / "model"), value_head=False), TopKSAE(32, M, K, normalize="none", seed=1)
+    policy, sae = (
+        load_policy(str(material / "model"), value_head=False),
+        TopKSAE(32, M, K, normalize="none", seed=1),
+    )
     prompts, mask = torch.randint(5, 100, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
     plain = generate(policy, prompts, mask, 10)
     with replaced(policy.lm, (1, "mlp"), ablation.without(sae, torch.arange(0))):
@@ -391,14 +539,19 @@ def test_rollouts_feel_the_hook_and_forget_it(material):
         everything = generate(policy, prompts, mask, 10)
     after = generate(policy, prompts, mask, 10)
     for other in (nothing, after):
-        assert torch.equal(plain.logprobs, other.logprobs) and torch.equal(plain.response_ids, other.response_ids)
+        assert torch.equal(plain.logprobs, other.logprobs) and torch.equal(
+            plain.response_ids, other.response_ids
+        )
     assert not torch.equal(plain.logprobs, everything.logprobs)
 
 
 @torch.no_grad()
 def test_features_stay_on_at_bos(material):
     """Tokens with BOS's id keep what the layer puts out, in the middle of a text too; without such an id none does."""
-    policy, sae = load_policy(str(material / "model"), value_head=False), TopKSAE(32, M, K, normalize="none", seed=1)
+    policy, sae = (
+        load_policy(str(material / "model"), value_head=False),
+        TopKSAE(32, M, K, normalize="none", seed=1),
+    )
     lm, place, everything, bos = policy.lm, (1, "mlp"), torch.arange(M), 7
     ids = torch.tensor([[bos, 5, bos, 9], [8, 6, 5, bos]])
     with captured(lm, [place]) as kept:
@@ -409,7 +562,10 @@ def test_features_stay_on_at_bos(material):
     for row, column in ((0, 0), (0, 2), (1, 3)):
         expected[row, column] = x[row, column]
     for skip_bos, right in ((bos, expected), (None, changed)):
-        with ablation.switched_off(lm, place, sae, everything, skip_bos), captured(lm, [place]) as kept:
+        with (
+            ablation.switched_off(lm, place, sae, everything, skip_bos),
+            captured(lm, [place]) as kept,
+        ):
             lm(ids)
         torch.testing.assert_close(kept[place], right)
     assert not torch.allclose(expected, changed)
@@ -418,8 +574,14 @@ def test_features_stay_on_at_bos(material):
 @pytest.mark.parametrize("static", [False, True])
 def test_features_stay_on_at_a_bos_of_a_rollout(material, static):
     """Log-probs of a rollout, token by token, are those of one forward over the whole text, for a BOS that the policy writes."""
-    policy, sae = load_policy(str(material / "model"), value_head=False), TopKSAE(32, M, K, normalize="none", seed=1)
-    prompts, mask = torch.randint(5, 100, (4, 6), generator=torch.Generator().manual_seed(0)), torch.ones(4, 6, dtype=torch.bool)
+    policy, sae = (
+        load_policy(str(material / "model"), value_head=False),
+        TopKSAE(32, M, K, normalize="none", seed=1),
+    )
+    prompts, mask = (
+        torch.randint(5, 100, (4, 6), generator=torch.Generator().manual_seed(0)),
+        torch.ones(4, 6, dtype=torch.bool),
+    )
     place, everything = (1, "mlp"), torch.arange(M)
     results = []
     bos = None
@@ -437,10 +599,17 @@ def test_ablation_with_a_bos(material, tmp_path, capsys):
     """A word as BOS: rates are of the other tokens alone, unless --keep_bos has it as one like them."""
     tokenizer = world.tokenizer()
     tokenizer.bos_token = "was"
-    save_policy(load_policy(str(material / "model"), value_head=False), tokenizer, str(tmp_path / "model"))
+    save_policy(
+        load_policy(str(material / "model"), value_head=False), tokenizer, str(tmp_path / "model")
+    )
     found = {}
     for keep in ("false", "true"):
-        options = {"model": tmp_path / "model", "features": "1,2,3,4,5", "keep_bos": keep, "draws": 1}
+        options = {
+            "model": tmp_path / "model",
+            "features": "1,2,3,4,5",
+            "keep_bos": keep,
+            "draws": 1,
+        }
         run_probe(*flags("ablate", material, tmp_path / keep, **options))
         found[keep] = summary(tmp_path / keep)
     capsys.readouterr()
@@ -479,13 +648,17 @@ def test_concept_features(material):
     text_of, ids = activation_store.where(seen)
     f = torch.rand(seen.total, M, generator=torch.Generator().manual_seed(0))
     f[:, 9] = concept[ids].float()
-    f[:, 8] = torch.cat([concept[ids][1:] & (text_of[1:] == text_of[:-1]), torch.tensor([False])]).float()
+    f[:, 8] = torch.cat(
+        [concept[ids][1:] & (text_of[1:] == text_of[:-1]), torch.tensor([False])]
+    ).float()
     sae = TopKSAE(32, M, K)
     unembedding = lm.lm_head.weight.detach()
     sae.W_dec.data[7] = unembedding[concept].mean(0) - unembedding[~concept].mean(0)
     for by, planted in (("on", 9), ("before", 8), ("logits", 7)):
         config = ablation.AblateConfig(by=by, top=1)
-        assert ablation.choose_features(config, concepts.sparse(f), concept, seen, sae, lm) == [planted]
+        assert ablation.choose_features(config, concepts.sparse(f), concept, seen, sae, lm) == [
+            planted
+        ]
 
 
 @pytest.mark.parametrize(

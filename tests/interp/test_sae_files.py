@@ -19,7 +19,11 @@ def randn(*shape, seed=0):
 
 
 def make(kind, normalize="dataset"):
-    sae = TopKSAE(D, M, K, normalize, kind == "topk") if "topk" in kind else SparseAutoencoder(D, M, kind == "tied", normalize)
+    sae = (
+        TopKSAE(D, M, K, normalize, kind == "topk")
+        if "topk" in kind
+        else SparseAutoencoder(D, M, kind == "tied", normalize)
+    )
     sae.fit(3 * randn(50, D) + 2)
     for i, p in enumerate(sae.parameters()):
         p.data += 0.2 * randn(*p.shape, seed=i + 1)
@@ -32,7 +36,10 @@ def saelens_formula(path, x):
     with open(path / "cfg.json") as f:
         cfg = json.load(f)
     w = load_file(path / "sae_weights.safetensors")
-    assert set(w) == {"W_enc", "b_enc", "W_dec", "b_dec"} and w["W_enc"].shape == (cfg["d_in"], cfg["d_sae"]) == (D, M)
+    assert set(w) == {"W_enc", "b_enc", "W_dec", "b_dec"} and w["W_enc"].shape == (
+        cfg["d_in"],
+        cfg["d_sae"],
+    ) == (D, M)
     mu, std = 0.0, 1.0
     if cfg["normalize_activations"] == "layer_norm":
         mu = x.mean(-1, keepdim=True)
@@ -54,7 +61,10 @@ def test_round_trip_and_layout(tmp_path, kind, normalize):
     assert os.listdir(tmp_path / "a") == ["sae"]
     assert sorted(os.listdir(tmp_path / "a" / "sae")) == ["cfg.json", "sae_weights.safetensors"]
     loaded = load_sae(str(tmp_path / "a" / "sae"), width=D)
-    assert type(loaded) is type(sae) and (loaded.normalize, loaded.tied) == (sae.normalize, sae.tied)
+    assert type(loaded) is type(sae) and (loaded.normalize, loaded.tied) == (
+        sae.normalize,
+        sae.tied,
+    )
     x_hat, f = sae(x)
     for a, b in zip(loaded(x), (x_hat, f), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -72,7 +82,9 @@ def test_round_trip_and_layout(tmp_path, kind, normalize):
 def test_firing_rates(tmp_path):
     rates = torch.tensor([0.0, 1e-3, 1.0] + [0.25] * (M - 3), dtype=torch.float64)
     save_sae(make("topk"), str(tmp_path / "sae"), rates, layer=3)
-    logs = load_file(tmp_path / "sae" / "sparsity.safetensors")["sparsity"]  # SAELens' name for log10(rate + 1e-10)
+    logs = load_file(tmp_path / "sae" / "sparsity.safetensors")[
+        "sparsity"
+    ]  # SAELens' name for log10(rate + 1e-10)
     torch.testing.assert_close(logs[:3], torch.tensor([-10.0, -3.0, 0.0]), rtol=0, atol=1e-5)
 
 
@@ -84,9 +96,18 @@ def test_saving_again_replaces(tmp_path):
 
 def test_foreign(tmp_path):
     """One that SAELens wrote: decoder rows of any length, no notes of ours."""
-    tensors = {"W_enc": randn(D, M), "b_enc": randn(M), "W_dec": 2 * randn(M, D, seed=1), "b_dec": randn(D)}
+    tensors = {
+        "W_enc": randn(D, M),
+        "b_enc": randn(M),
+        "W_dec": 2 * randn(M, D, seed=1),
+        "b_dec": randn(D),
+    }
     save_file(tensors, tmp_path / "sae_weights.safetensors")
-    (tmp_path / "cfg.json").write_text(json.dumps({"architecture": "standard", "d_in": D, "d_sae": M, "normalize_activations": "none"}))
+    (tmp_path / "cfg.json").write_text(
+        json.dumps(
+            {"architecture": "standard", "d_in": D, "d_sae": M, "normalize_activations": "none"}
+        )
+    )
     sae, x = load_sae(str(tmp_path)), randn(7, D, seed=3)
     for a, b in zip(saelens_formula(tmp_path, x), reversed(sae(x)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -104,7 +125,9 @@ def ours(path, **fields):
 
 
 def weights(path, **tensors):
-    save_file({**load_file(path / "sae_weights.safetensors"), **tensors}, path / "sae_weights.safetensors")
+    save_file(
+        {**load_file(path / "sae_weights.safetensors"), **tensors}, path / "sae_weights.safetensors"
+    )
 
 
 @pytest.mark.parametrize(

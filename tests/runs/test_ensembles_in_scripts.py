@@ -58,14 +58,21 @@ def base(tmp_path_factory):
     """lm/ (a model with dropout), pairs.jsonl, prompts.jsonl, rewards.py, and rm/seed_0 to rm/seed_2 by --members."""
     root = tmp_path_factory.mktemp("ensembles")
     ids = {word: i for i, word in enumerate(world.vocabulary())}
-    special = {"bos_token_id": ids["<eos>"], "eos_token_id": ids["<eos>"], "pad_token_id": ids["<pad>"]}
+    special = {
+        "bos_token_id": ids["<eos>"],
+        "eos_token_id": ids["<eos>"],
+        "pad_token_id": ids["<pad>"],
+    }
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(GPTNeoXConfig(
         vocab_size=len(ids), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64,
         hidden_dropout=0.1, attention_dropout=0.1, **special,
     ))  # fmt: skip
     bias = lm.gpt_neox.final_layer_norm.bias.data.normal_()
-    for word, logit in (("<eos>", 2.2), ("<unk>", 2.5)):  # frequent: some answers end, and some would not survive decoding
+    for word, logit in (
+        ("<eos>", 2.2),
+        ("<unk>", 2.5),
+    ):  # frequent: some answers end, and some would not survive decoding
         lm.get_output_embeddings().weight.data[ids[word]] += logit * bias / bias.square().sum()
     lm.save_pretrained(root / "lm")
     world.tokenizer().save_pretrained(root / "lm")
@@ -84,7 +91,9 @@ def rm(base, **changes):
 
 
 def train_members(base, folder, **changes):
-    return train_rm.main(train_rm.Config(output_dir=f"{folder}/seed_{{seed}}", **rm(base, **changes)))
+    return train_rm.main(
+        train_rm.Config(output_dir=f"{folder}/seed_{{seed}}", **rm(base, **changes))
+    )
 
 
 def ppo(base, **changes):
@@ -106,7 +115,12 @@ def stops(capfd, module, args, *words):
     with pytest.raises(SystemExit) as exit_:
         cli.run(module.Config, module.main, [str(x) for x in args])
     error = capfd.readouterr().err
-    assert exit_.value.code == 2 and len(error.splitlines()) == 1 and "error: " in error and all(word in error for word in words), error
+    assert (
+        exit_.value.code == 2
+        and len(error.splitlines()) == 1
+        and "error: " in error
+        and all(word in error for word in words)
+    ), error
 
 
 # ------------------------------------------------------------------------------------------------------------ the members' training
@@ -117,8 +131,13 @@ def test_a_member_is_the_run_of_its_seed(base, tmp_path, seed):
     folder = tmp_path / "alone"
     train_rm.main(train_rm.Config(output_dir=str(folder), seed=seed, **rm(base)))
     assert_bit_equal(base / f"rm/seed_{seed}", folder)
-    configs = [json.loads((f / "config.json").read_text()) for f in (base / f"rm/seed_{seed}", folder)]
-    assert [config.pop("output_dir") for config in configs] == [f"{base}/rm/seed_{seed}", str(folder)] and configs[0] == configs[1]
+    configs = [
+        json.loads((f / "config.json").read_text()) for f in (base / f"rm/seed_{seed}", folder)
+    ]
+    assert [config.pop("output_dir") for config in configs] == [
+        f"{base}/rm/seed_{seed}",
+        str(folder),
+    ] and configs[0] == configs[1]
 
 
 def test_the_members_differ(base):
@@ -130,7 +149,9 @@ def test_the_members_differ(base):
 @pytest.fixture
 def labels(base, monkeypatch):
     """A list to which every training run adds which of its pairs are flipped, told from the pairs as they stand in the file."""
-    right = {(row["prompt"], row["chosen"], row["rejected"]) for row in read_rows(base / "pairs.jsonl")}
+    right = {
+        (row["prompt"], row["chosen"], row["rejected"]) for row in read_rows(base / "pairs.jsonl")
+    }
     flipped, encode = [], data.encode
 
     def recorded(tokenizer, rows, field, *rest):
@@ -148,14 +169,24 @@ def labels(base, monkeypatch):
 
 def test_members_share_their_wrong_labels(base, tmp_path, labels):
     train_members(base, tmp_path, members=3, noise_seed=5, steps=1)
-    assert len(labels) == 3 and labels[0] == labels[1] == labels[2] and 0.1 < sum(labels[0]) / len(labels[0]) < 0.5
+    assert (
+        len(labels) == 3
+        and labels[0] == labels[1] == labels[2]
+        and 0.1 < sum(labels[0]) / len(labels[0]) < 0.5
+    )
 
 
 def test_independent_noise(base, tmp_path, labels):
     train_members(base, tmp_path / "a", members=3, noise_seed=5, independent_noise=True)
-    assert len(labels) == 3 and len(set(map(tuple, labels))) == 3 and all(0.1 < sum(x) / len(x) < 0.5 for x in labels)
+    assert (
+        len(labels) == 3
+        and len(set(map(tuple, labels))) == 3
+        and all(0.1 < sum(x) / len(x) < 0.5 for x in labels)
+    )
     for i in (0, 2):
-        train_members(base, tmp_path / "b", seed=i, noise_seed=5 + i)  # {seed} in a single run's folder
+        train_members(
+            base, tmp_path / "b", seed=i, noise_seed=5 + i
+        )  # {seed} in a single run's folder
         assert labels[-1] == labels[i]
         assert_bit_equal(tmp_path / f"a/seed_{i}", tmp_path / f"b/seed_{i}")
 
@@ -170,8 +201,13 @@ def test_two_members_more(base, tmp_path, capsys):
     before = hashes(folder)
     capsys.readouterr()
     summaries = train_members(base, folder, members=3)
-    assert capsys.readouterr().out.count("this run is done already") == 3 and hashes(folder) == before
-    assert summaries == {f"{folder}/seed_{seed}": json.loads((folder / f"seed_{seed}/summary.json").read_text()) for seed in SEEDS}
+    assert (
+        capsys.readouterr().out.count("this run is done already") == 3 and hashes(folder) == before
+    )
+    assert summaries == {
+        f"{folder}/seed_{seed}": json.loads((folder / f"seed_{seed}/summary.json").read_text())
+        for seed in SEEDS
+    }
     args = ["--output_dir", f"{folder}/seed_{{seed}}", "--members", "5", *flags(rm(base))]
     cli.run(train_rm.Config, train_rm.main, args)
     out = capsys.readouterr().out
@@ -193,9 +229,14 @@ def test_killed_in_the_second_member(base, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             cli.run(train_rm.Config, train_rm.main, [*args, *flags(rm(base))])
     print("killed at", kill.at)
-    assert sorted(os.listdir(tmp_path / "rm")) == ["seed_0", "seed_1"] and not (tmp_path / "rm/seed_1/summary.json").exists()
+    assert (
+        sorted(os.listdir(tmp_path / "rm")) == ["seed_0", "seed_1"]
+        and not (tmp_path / "rm/seed_1/summary.json").exists()
+    )
     assert os.listdir(tmp_path / "rm/seed_1/checkpoint")
-    cli.run(train_rm.Config, train_rm.main, [*args, "--resume"])  # the settings come from the first member's folder
+    cli.run(
+        train_rm.Config, train_rm.main, [*args, "--resume"]
+    )  # the settings come from the first member's folder
     for seed in SEEDS:
         assert_bit_equal(base / f"rm/seed_{seed}", tmp_path / f"rm/seed_{seed}")
 
@@ -219,12 +260,18 @@ def plain_score(path, ids):
 def together(scores, objective):
     """Members' scores of one answer -> the score that is optimised."""
     spread = LAMBDA * statistics.pvariance(scores)
-    return {"mean": statistics.fmean(scores), "wco": min(scores), "uwo": statistics.fmean(scores) - spread}[objective]
+    return {
+        "mean": statistics.fmean(scores),
+        "wco": min(scores),
+        "uwo": statistics.fmean(scores) - spread,
+    }[objective]
 
 
 def assert_statistics(record, name, values):
     assert record[name] == pytest.approx(statistics.fmean(values), abs=1e-4), name
-    assert record[f"{name}_se"] == pytest.approx(statistics.stdev(values) / len(values) ** 0.5, abs=1e-4), name
+    assert record[f"{name}_se"] == pytest.approx(
+        statistics.stdev(values) / len(values) ** 0.5, abs=1e-4
+    ), name
     assert record[f"{name}_n"] == len(values)
 
 
@@ -235,7 +282,16 @@ def runs(base):
 
     def recorded(parts, prompts, place, step):
         rollout, answers = roll_out(parts, prompts, place, step)
-        for row, p, r in zip(*(t.tolist() for t in (answers.batch.ids, answers.batch.prompt_lengths, answers.batch.response_lengths))):
+        for row, p, r in zip(
+            *(
+                t.tolist()
+                for t in (
+                    answers.batch.ids,
+                    answers.batch.prompt_lengths,
+                    answers.batch.response_lengths,
+                )
+            )
+        ):
             seen.setdefault((objective, step), []).append((row[:p], row[p : p + r]))
         return rollout, answers
 
@@ -249,7 +305,9 @@ def runs(base):
 
 def test_a_further_objective_is_one_line(base, tmp_path, monkeypatch):
     """In ensemble.py's table alone: flags and their help, PPO, best-of-n and pictures then know it."""
-    monkeypatch.setitem(ensemble.OBJECTIVES, "median", lambda scores, uwo_lambda: scores.median(0).values)
+    monkeypatch.setitem(
+        ensemble.OBJECTIVES, "median", lambda scores, uwo_lambda: scores.median(0).values
+    )
     monkeypatch.setattr(sample_bon, "plot_run", lambda run: None)
     for script in (train_ppo, sample_bon):
         config = runpy.run_path(script.__file__)["Config"]  # as a new process reads it
@@ -271,7 +329,9 @@ def test_a_further_objective_is_one_line(base, tmp_path, monkeypatch):
     assert records[1]["score_mean"] == pytest.approx(statistics.fmean(medians), abs=1e-5)
     for step in (0, 1):
         rows = read_rows(tmp_path / f"ppo/eval/step_{step}.jsonl")
-        assert_statistics(records[step], "eval/proxy", [statistics.median(row["scores"].values()) for row in rows])
+        assert_statistics(
+            records[step], "eval/proxy", [statistics.median(row["scores"].values()) for row in rows]
+        )
 
     # Best-of-n: its curve, and the answers that --save_best takes by it.
     settings = {"model": f"{base}/lm", "reward_model": [f"{base}/rm/seed_{{seed}}"], "dataset": f"{base}/prompts.jsonl", "eval_size": 5,
@@ -282,8 +342,12 @@ def test_a_further_objective_is_one_line(base, tmp_path, monkeypatch):
     for row in read_rows(tmp_path / "bon/pool.jsonl"):
         medians = [statistics.median(scores) for scores in zip(*row["scores"].values())]
         best.append((max(medians), row["responses"][medians.index(max(medians))]))
-    assert results["median"][0]["proxy_score"] == pytest.approx(statistics.fmean(score for score, _ in best), abs=1e-5)
-    assert [row["response"] for row in read_rows(tmp_path / "bon/best_of_4.jsonl")] == [response for _, response in best]
+    assert results["median"][0]["proxy_score"] == pytest.approx(
+        statistics.fmean(score for score, _ in best), abs=1e-5
+    )
+    assert [row["response"] for row in read_rows(tmp_path / "bon/best_of_4.jsonl")] == [
+        response for _, response in best
+    ]
 
     # Pictures: under its own name, and in no mean of the members.
     ((label, _),) = plots.arrange([str(tmp_path / "ppo")])[""].items()
@@ -302,30 +366,54 @@ def test_evaluations_of_an_ensemble(base, runs, objective):
     tokenizer = world.tokenizer()
     for step in (0, 1, 2):
         rows, record = read_rows(base / objective / f"eval/step_{step}.jsonl"), records[step]
-        assert [(row["prompt_ids"], row["response_ids"]) for row in rows] == sampled[7 * step : 7 * step + 7]  # just what was sampled
-        assert all(row["prompt_ids"] == tokenizer(row["prompt"]).input_ids and row["gold"] is None for row in rows)
-        scores = [[plain_score(base / f"rm/seed_{seed}", row["prompt_ids"] + row["response_ids"]) for seed in SEEDS] for row in rows]
+        assert [(row["prompt_ids"], row["response_ids"]) for row in rows] == sampled[
+            7 * step : 7 * step + 7
+        ]  # just what was sampled
+        assert all(
+            row["prompt_ids"] == tokenizer(row["prompt"]).input_ids and row["gold"] is None
+            for row in rows
+        )
+        scores = [
+            [
+                plain_score(base / f"rm/seed_{seed}", row["prompt_ids"] + row["response_ids"])
+                for seed in SEEDS
+            ]
+            for row in rows
+        ]
         for row, expected in zip(rows, scores):
-            assert row["scores"] == pytest.approx(dict(zip(("seed_0", "seed_1", "seed_2"), expected)), abs=1e-4)
+            assert row["scores"] == pytest.approx(
+                dict(zip(("seed_0", "seed_1", "seed_2"), expected)), abs=1e-4
+            )
         assert_statistics(record, "eval/proxy", [together(x, objective) for x in scores])
         assert_statistics(record, "eval/variance", [statistics.pvariance(x) for x in scores])
         for i, of_member in enumerate(zip(*scores)):
             assert_statistics(record, f"eval/score/seed_{i}", of_member)
-        assert min(map(statistics.pvariance, scores)) > 1e-4 and record["eval/variance"] > 0.05  # the objectives do differ here
+        assert (
+            min(map(statistics.pvariance, scores)) > 1e-4 and record["eval/variance"] > 0.05
+        )  # the objectives do differ here
     summary = json.loads((base / objective / "summary.json").read_text())
     for part, record in (("before", records[0]), ("after", records[2])):
-        assert summary[part] == {name[5:]: value for name, value in record.items() if name.startswith("eval/")}
+        assert summary[part] == {
+            name[5:]: value for name, value in record.items() if name.startswith("eval/")
+        }
 
 
 @pytest.mark.parametrize("objective", ["mean", "wco", "uwo"])
 def test_rollouts_of_an_ensemble(base, runs, objective):
     for step in (1, 2):
         record = read_rows(base / objective / "metrics.jsonl")[step]
-        scores = [[plain_score(base / f"rm/seed_{seed}", p + r) for seed in SEEDS] for p, r in runs[objective, step]]
+        scores = [
+            [plain_score(base / f"rm/seed_{seed}", p + r) for seed in SEEDS]
+            for p, r in runs[objective, step]
+        ]
         combined = [together(x, objective) for x in scores]
-        assert len(scores) == 8 and record["score_mean"] == pytest.approx(statistics.fmean(combined), abs=1e-4)
+        assert len(scores) == 8 and record["score_mean"] == pytest.approx(
+            statistics.fmean(combined), abs=1e-4
+        )
         assert record["score_std"] == pytest.approx(statistics.pstdev(combined), abs=1e-4)
-        assert record["score_variance"] == pytest.approx(statistics.fmean(map(statistics.pvariance, scores)), abs=1e-4)
+        assert record["score_variance"] == pytest.approx(
+            statistics.fmean(map(statistics.pvariance, scores)), abs=1e-4
+        )
         for i, of_member in enumerate(zip(*scores)):
             assert record[f"score/seed_{i}"] == pytest.approx(statistics.fmean(of_member), abs=1e-4)
         if step == 1:  # no KL yet: the reward of a sequence is what the objective says
@@ -337,7 +425,10 @@ def test_the_objective_changes_the_training(base, runs):
     rows = {objective: metrics(base / objective) for objective in ("mean", "wco", "uwo")}
     saved = {objective: weights(base / objective) for objective in rows}
     for a, b in (("mean", "wco"), ("mean", "uwo"), ("wco", "uwo")):
-        assert rows[a][1]["score/seed_1"] == rows[b][1]["score/seed_1"] and rows[a][1]["score_mean"] != rows[b][1]["score_mean"]
+        assert (
+            rows[a][1]["score/seed_1"] == rows[b][1]["score/seed_1"]
+            and rows[a][1]["score_mean"] != rows[b][1]["score_mean"]
+        )
         assert rows[a][1]["policy_loss"] != rows[b][1]["policy_loss"]
         assert sum(not saved[a][name].equal(saved[b][name]) for name in saved[a]) > 20
 
@@ -350,17 +441,27 @@ def test_uwo_with_lambda_0_is_the_mean(base, runs, tmp_path):
 def test_an_ensemble_of_one(base, tmp_path):
     """Its worst case, its mean and its uncertainty-weighted score are its score."""
     for objective in ("mean", "wco", "uwo"):
-        records = train_policy(base, tmp_path / objective, reward_model=[f"{base}/rm/seed_1"], objective=objective, steps=1)
+        records = train_policy(
+            base,
+            tmp_path / objective,
+            reward_model=[f"{base}/rm/seed_1"],
+            objective=objective,
+            steps=1,
+        )
     assert_bit_equal(tmp_path / "mean", tmp_path / "wco")
     assert_bit_equal(tmp_path / "mean", tmp_path / "uwo")
-    assert not {"score_variance", "eval/variance"} & records[1].keys() and not any("score/" in name for name in records[1])
+    assert not {"score_variance", "eval/variance"} & records[1].keys() and not any(
+        "score/" in name for name in records[1]
+    )
 
 
 def test_members_of_all_kinds(base, tmp_path):
     """A model, a function, and one of the same name in another file: whole paths tell them apart. Scores by hand."""
     (tmp_path / "rewards.py").write_text(REWARDS.replace("endswith", "startswith"))
     specs = [f"{base}/rm/seed_2", f"{base}/rewards.py:ends", f"{tmp_path}/rewards.py:ends"]
-    records = train_policy(base, tmp_path / "run", reward_model=specs, objective="wco", steps=1, eval_every=0)
+    records = train_policy(
+        base, tmp_path / "run", reward_model=specs, objective="wco", steps=1, eval_every=0
+    )
     rows = read_rows(tmp_path / "run/eval/step_1.jsonl")
     expected = []
     for row in rows:
@@ -415,13 +516,19 @@ def two(base):
         ("ppo", ppo(base, output_dir=f"{folder}/ppo", objective="uwo")),
         ("ppo", {"score_gold": f"{folder}/ppo", "gold_model": f"{base}/rewards.py:words"}),
     ]
-    join(*ranks(2, drive, base, folder, jobs, STDERR=f"{folder}/stderr", CALLS=f"{folder}/gold_by_"))
+    join(
+        *ranks(2, drive, base, folder, jobs, STDERR=f"{folder}/stderr", CALLS=f"{folder}/gold_by_")
+    )
     return folder
 
 
 @pytest.mark.slow
 def test_members_spread_over_two_processes(base, two):
-    assert sorted(path.name for path in two.glob("member_*")) == ["member_0_by_0", "member_1_by_1", "member_2_by_0"]
+    assert sorted(path.name for path in two.glob("member_*")) == [
+        "member_0_by_0",
+        "member_1_by_1",
+        "member_2_by_0",
+    ]
     for seed in SEEDS:
         assert_bit_equal(base / f"rm/seed_{seed}", two / f"rm/seed_{seed}")
 
@@ -430,9 +537,15 @@ def test_members_spread_over_two_processes(base, two):
 def test_an_ensemble_on_two_processes(base, with_gold, two):
     assert_close_runs(with_gold, two / "ppo")
     for step in (0, 1, 2):
-        rows, others = (read_rows(folder / f"eval/step_{step}.jsonl") for folder in (with_gold, two / "ppo"))
-        assert [(r["response_ids"], r["gold"]) for r in rows] == [(r["response_ids"], r["gold"]) for r in others]
-    assert [path.name for path in two.glob("gold_by_*")] == ["gold_by_0"] and (two / "gold_by_0").read_text() == "7\n" * 3
+        rows, others = (
+            read_rows(folder / f"eval/step_{step}.jsonl") for folder in (with_gold, two / "ppo")
+        )
+        assert [(r["response_ids"], r["gold"]) for r in rows] == [
+            (r["response_ids"], r["gold"]) for r in others
+        ]
+    assert [path.name for path in two.glob("gold_by_*")] == ["gold_by_0"] and (
+        two / "gold_by_0"
+    ).read_text() == "7\n" * 3
 
 
 # ---------------------------------------------------------------------------------------------------------------- gold afterwards
@@ -456,7 +569,11 @@ def finished(base, runs, tmp_path, monkeypatch):
 
 def score_gold(run, spec, *args):
     """train_ppo.py --score_gold; it trains nothing and makes no other folder. -> the run's summary"""
-    cli.run(train_ppo.Config, train_ppo.main, ["--score_gold", str(run), "--gold_model", str(spec), *args])
+    cli.run(
+        train_ppo.Config,
+        train_ppo.main,
+        ["--score_gold", str(run), "--gold_model", str(spec), *args],
+    )
     assert os.listdir(".") == []
     return json.loads((run / "summary.json").read_text())
 
@@ -465,9 +582,18 @@ def assert_same_gold(run, with_gold, spec):
     """Evaluations, metrics and summary as of the run that had its gold all along."""
     assert metrics(run) == metrics(with_gold)
     for step in (0, 1, 2):
-        assert (run / f"eval/step_{step}.jsonl").read_bytes() == (with_gold / f"eval/step_{step}.jsonl").read_bytes()
-    summary, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, with_gold))
-    assert summary.pop("gold_model") == spec and summary == other and "gold" in summary["before"] and "gold_se" in summary["after"]
+        assert (run / f"eval/step_{step}.jsonl").read_bytes() == (
+            with_gold / f"eval/step_{step}.jsonl"
+        ).read_bytes()
+    summary, other = (
+        json.loads((folder / "summary.json").read_text()) for folder in (run, with_gold)
+    )
+    assert (
+        summary.pop("gold_model") == spec
+        and summary == other
+        and "gold" in summary["before"]
+        and "gold_se" in summary["after"]
+    )
 
 
 def test_gold_afterwards_is_gold_at_once(base, finished, with_gold):
@@ -475,11 +601,18 @@ def test_gold_afterwards_is_gold_at_once(base, finished, with_gold):
     assert "eval/gold" not in metrics(finished)[0]
     score_gold(finished, spec)
     assert_same_gold(finished, with_gold, spec)
-    golds = [len(row["response"].split()) / 3 - len(row["prompt"]) for row in read_rows(finished / "eval/step_2.jsonl")]
+    golds = [
+        len(row["response"].split()) / 3 - len(row["prompt"])
+        for row in read_rows(finished / "eval/step_2.jsonl")
+    ]
     assert_statistics(metrics(finished)[2], "eval/gold", golds)
     after = hashes(finished)
     assert after.keys() == before.keys()
-    assert all(after[name] == before[name] for name in before if not name.startswith(("eval/", "metrics", "summary", "samples")))
+    assert all(
+        after[name] == before[name]
+        for name in before
+        if not name.startswith(("eval/", "metrics", "summary", "samples"))
+    )
 
 
 def test_a_gold_model_reads_the_sampled_ids(base, finished, tmp_path):
@@ -488,17 +621,29 @@ def test_a_gold_model_reads_the_sampled_ids(base, finished, tmp_path):
     train_policy(base, tmp_path / "with_gold", objective="uwo", gold_model=f"{base}/rm/seed_2")
     tokenizer, lost, cut = world.tokenizer(), 0, 0
     for step in (0, 1, 2):
-        for row, other in zip(*(read_rows(folder / f"eval/step_{step}.jsonl") for folder in (finished, tmp_path / "with_gold"))):
+        for row, other in zip(
+            *(
+                read_rows(folder / f"eval/step_{step}.jsonl")
+                for folder in (finished, tmp_path / "with_gold")
+            )
+        ):
             expected = plain_score(base / "rm/seed_2", row["prompt_ids"] + row["response_ids"])
-            assert row["gold"] == pytest.approx(expected, abs=1e-4) and row["gold"] == pytest.approx(row["scores"]["seed_2"], abs=1e-4)
+            assert row["gold"] == pytest.approx(expected, abs=1e-4) and row[
+                "gold"
+            ] == pytest.approx(row["scores"]["seed_2"], abs=1e-4)
             assert row.pop("gold") == pytest.approx(other.pop("gold"), abs=1e-5) and row == other
             again = tokenizer(row["response"]).input_ids
             cut += row["response_ids"][-1] != tokenizer.eos_token_id
             if row["response_ids"] not in (again, [*again, tokenizer.eos_token_id]):
-                lost += abs(plain_score(base / "rm/seed_2", row["prompt_ids"] + again) - expected) > 0.01
+                lost += (
+                    abs(plain_score(base / "rm/seed_2", row["prompt_ids"] + again) - expected)
+                    > 0.01
+                )
     assert lost > 3 and 3 < cut < 18
     for row, other in zip(metrics(finished), metrics(tmp_path / "with_gold")):
-        assert row == pytest.approx(other, abs=1e-5) and row["eval/gold"] == pytest.approx(row["eval/score/seed_2"], abs=1e-5)
+        assert row == pytest.approx(other, abs=1e-5) and row["eval/gold"] == pytest.approx(
+            row["eval/score/seed_2"], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("write", [1, 2, 3, 4, 5])
@@ -509,7 +654,9 @@ def test_gold_killed_between_files(base, finished, with_gold, monkeypatch, write
         kill = KillAt(patch, write)
         with pytest.raises(Killed):
             score_gold(finished, spec)
-    name = ["step_0.jsonl", "step_1.jsonl", "step_2.jsonl", "metrics.jsonl", "summary.json"][write - 1]
+    name = ["step_0.jsonl", "step_1.jsonl", "step_2.jsonl", "metrics.jsonl", "summary.json"][
+        write - 1
+    ]
     assert kill.at == f"write {write}: replace {name}"
     score_gold(finished, spec)
     assert_same_gold(finished, with_gold, spec)
@@ -519,14 +666,23 @@ def test_gold_killed_between_files(base, finished, with_gold, monkeypatch, write
 def test_gold_of_all_splits(base, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    settings, spec = {"eval_splits": ["test", f"more={base}/prompts.jsonl"], "steps": 1, "ppo_epochs": 1}, f"{base}/rewards.py:words"
+    settings, spec = (
+        {"eval_splits": ["test", f"more={base}/prompts.jsonl"], "steps": 1, "ppo_epochs": 1},
+        f"{base}/rewards.py:words",
+    )
     for name, gold in (("without", ""), ("with", spec)):
         train_policy(base, tmp_path / name, gold_model=gold, **settings)
     summary = score_gold(tmp_path / "without", spec)
-    assert metrics(tmp_path / "without") == metrics(tmp_path / "with") and "more/gold_se" in metrics(tmp_path / "with")[1]
+    assert (
+        metrics(tmp_path / "without") == metrics(tmp_path / "with")
+        and "more/gold_se" in metrics(tmp_path / "with")[1]
+    )
     for path in ("eval/step_1.jsonl", "eval_more/step_0.jsonl", "eval_more/step_1.jsonl"):
         assert (tmp_path / "without" / path).read_bytes() == (tmp_path / "with" / path).read_bytes()
-    assert {**json.loads((tmp_path / "with/summary.json").read_text()), "gold_model": spec} == summary
+    assert {
+        **json.loads((tmp_path / "with/summary.json").read_text()),
+        "gold_model": spec,
+    } == summary
 
 
 def test_gold_is_added_once(base, finished, with_gold, capfd):
@@ -534,7 +690,13 @@ def test_gold_is_added_once(base, finished, with_gold, capfd):
     score_gold(finished, spec)
     for run in (finished, with_gold):
         before = hashes(run)
-        stops(capfd, train_ppo, ["--score_gold", run, "--gold_model", spec], str(run), "has its gold scores already")
+        stops(
+            capfd,
+            train_ppo,
+            ["--score_gold", run, "--gold_model", spec],
+            str(run),
+            "has its gold scores already",
+        )
         assert hashes(run) == before
 
 
@@ -549,7 +711,12 @@ def test_gold_is_added_once(base, finished, with_gold, capfd):
 ])  # fmt: skip
 def test_no_gold_to_add(base, finished, capfd, args, words):
     before, args = hashes(finished), [arg.replace("BASE", str(base)) for arg in args]
-    stops(capfd, train_ppo, ["--score_gold", finished, *args], *(word.replace("BASE", str(base)) for word in words))
+    stops(
+        capfd,
+        train_ppo,
+        ["--score_gold", finished, *args],
+        *(word.replace("BASE", str(base)) for word in words),
+    )
     assert hashes(finished) == before and os.listdir(".") == []
 
 
@@ -572,7 +739,13 @@ def test_no_run_to_add_gold_to(base, finished, capfd, what, words):
         if what == "a reward model":
             shutil.copytree(base / "rm/seed_0", finished)
     before = hashes(finished)
-    stops(capfd, train_ppo, ["--score_gold", finished, "--gold_model", f"{base}/rewards.py:words"], str(finished), *words)
+    stops(
+        capfd,
+        train_ppo,
+        ["--score_gold", finished, "--gold_model", f"{base}/rewards.py:words"],
+        str(finished),
+        *words,
+    )
     assert hashes(finished) == before and os.listdir(".") == []
 
 
@@ -611,12 +784,24 @@ def test_gold_for_a_damaged_run(base, finished, capfd, damage):
     if change:
         spoil(finished / name, change)
     else:
-        (finished / name).write_bytes((finished / name).read_bytes()[:-20])  # a power cut, without fsync
+        (finished / name).write_bytes(
+            (finished / name).read_bytes()[:-20]
+        )  # a power cut, without fsync
     before = hashes(finished)
-    stops(capfd, train_ppo, ["--score_gold", finished, "--gold_model", f"{base}/rewards.py:words"], words)
+    stops(
+        capfd,
+        train_ppo,
+        ["--score_gold", finished, "--gold_model", f"{base}/rewards.py:words"],
+        words,
+    )
     assert hashes(finished) == before
 
 
 def test_gold_for_a_run_without_evaluations(base, finished, capfd):
     (finished / "metrics.jsonl").write_text('{"step": 0}\n')
-    stops(capfd, train_ppo, ["--score_gold", finished, "--gold_model", f"{base}/rewards.py:words"], "no evaluation in it")
+    stops(
+        capfd,
+        train_ppo,
+        ["--score_gold", finished, "--gold_model", f"{base}/rewards.py:words"],
+        "no evaluation in it",
+    )

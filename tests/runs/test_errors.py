@@ -104,8 +104,16 @@ def test_command_lines_of_ensembles(here, capfd, args, words):
 
 def test_one_bad_member_of_an_ensemble(here, capfd):
     """The second of two fails on the first samples; nothing is written."""
-    for function, words in (("nan", "rewards.py:nan returned nan"), ("raises", "rewards.py:raises raised KeyError")):
-        refused(capfd, "ppo", arguments("ppo") + ["--reward_model", "rewards.py:good", f"rewards.py:{function}"], words)
+    for function, words in (
+        ("nan", "rewards.py:nan returned nan"),
+        ("raises", "rewards.py:raises raised KeyError"),
+    ):
+        refused(
+            capfd,
+            "ppo",
+            arguments("ppo") + ["--reward_model", "rewards.py:good", f"rewards.py:{function}"],
+            words,
+        )
 
 
 @pytest.mark.parametrize("args, words", [
@@ -211,9 +219,17 @@ def test_bad_files(here, capfd, name, words):
 def test_a_prompt_longer_than_the_context(here, capfd):
     long = {"prompt": "review the hotel " + "very " * 120}
     write_rows(here / "long.jsonl", [*GOOD_ROWS["ppo"], long])
-    words = ["a prompt of 123 tokens and 6 new ones are longer than the model's context of 128", "--max_prompt_length", "review the hotel"]
+    words = [
+        "a prompt of 123 tokens and 6 new ones are longer than the model's context of 128",
+        "--max_prompt_length",
+        "review the hotel",
+    ]
     refused(capfd, "ppo", arguments("ppo", dataset="long.jsonl"), *words)
-    cli.run(train_ppo.Config, train_ppo.main, arguments("ppo", dataset="long.jsonl", max_prompt_length=20))  # and the advice helps
+    cli.run(
+        train_ppo.Config,
+        train_ppo.main,
+        arguments("ppo", dataset="long.jsonl", max_prompt_length=20),
+    )  # and the advice helps
     assert Path("out/summary.json").exists()
 
 
@@ -259,7 +275,9 @@ def test_bad_models(here, capfd, kind, damage, words):
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_a_missing_model(here, capfd, kind):
-    refused(capfd, kind, arguments(kind, model="./nothing/here"), "./nothing/here: no")  # such model folder; or tokenizer
+    refused(
+        capfd, kind, arguments(kind, model="./nothing/here"), "./nothing/here: no"
+    )  # such model folder; or tokenizer
 
 
 def test_bad_models_beside_the_policy(here, capfd):
@@ -312,7 +330,9 @@ def test_rewards_that_go_wrong_when_called(here, capfd, function, words):
     assert {name: after[name] for name in before} == before and not Path("out/model").exists()
     assert not Path("out/metrics.jsonl").exists() or Path("out/metrics.jsonl").read_text() == ""
     (here / "rewards.py").write_text(BAD_REWARDS + f"\n{function} = good\n")
-    cli.run(train_ppo.Config, train_ppo.main, arguments("ppo", reward_model=f"rewards.py:{function}"))
+    cli.run(
+        train_ppo.Config, train_ppo.main, arguments("ppo", reward_model=f"rewards.py:{function}")
+    )
     assert Path("out/summary.json").exists()
 
 
@@ -322,7 +342,9 @@ def test_rewards_that_end_the_process_later(here, capfd):
     Path("exits.py").write_text(later + "    return [1.0] * len(responses)\n")
     args = arguments("ppo", reward_model="exits.py:exits", checkpoint_every=1, steps=3)
     fails(capfd, "ppo", args, "the reward exits.py:exits raised SystemExit: 0", lines=None)
-    assert not Path("out/summary.json").exists() and [step for step, _ in checkpoint.checkpoints("out")] == [1]
+    assert not Path("out/summary.json").exists() and [
+        step for step, _ in checkpoint.checkpoints("out")
+    ] == [1]
 
 
 def test_a_bad_gold_reward_of_a_reward_model(here, capfd):
@@ -344,7 +366,13 @@ def test_output_folders(here, capfd, kind):
     Path("out").mkdir()  # empty: welcome
     cli.run(SCRIPTS[kind].Config, SCRIPTS[kind].main, args)
     for other in ("seed", "steps"):
-        refused(capfd, kind, arguments(kind) + [f"--{other}", "7"], "out already holds another run", f"differs in {other}")
+        refused(
+            capfd,
+            kind,
+            arguments(kind) + [f"--{other}", "7"],
+            "out already holds another run",
+            f"differs in {other}",
+        )
     wrong = next(k for k in SCRIPTS if k != kind)
     refused(capfd, wrong, arguments(wrong), "out already holds another run")  # another script's
 
@@ -373,7 +401,9 @@ def test_real_processes(here):
     (here / "parses.py").write_text(parses)
     before = content()
     runs = {
-        "parses.py: cannot be imported: SystemExit": start("ppo", arguments("ppo", reward_model="parses.py:f")),
+        "parses.py: cannot be imported: SystemExit": start(
+            "ppo", arguments("ppo", reward_model="parses.py:f")
+        ),
         "--nonsense": start("sft", [*arguments("sft"), "--nonsense"]),
         "bad.jsonl:17: no field 'rejected'": start("rm", arguments("rm", dataset="bad.jsonl")),
         "weightless: no weights": start("ppo", arguments("ppo", model="weightless")),
@@ -390,16 +420,35 @@ def pair(kind, args):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    processes = [start(kind, args, WORLD_SIZE="2", RANK=str(r), LOCAL_RANK=str(r), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in (0, 1)]
-    return [(p.returncode, error) for p, (_, error) in [(p, p.communicate(timeout=120)) for p in processes]]
+    processes = [
+        start(
+            kind,
+            args,
+            WORLD_SIZE="2",
+            RANK=str(r),
+            LOCAL_RANK=str(r),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for r in (0, 1)
+    ]
+    return [
+        (p.returncode, error)
+        for p, (_, error) in [(p, p.communicate(timeout=120)) for p in processes]
+    ]
 
 
 @pytest.mark.slow
 def test_a_batch_that_the_processes_cannot_share(here):
     before = content()
     (code, error), (other, silence) = pair("sft", arguments("sft", batch_size=7))
-    assert (code, other) == (2, 2) and "--batch_size 7 is not a multiple of the number of processes (2)" in error
-    assert len(error.splitlines()) == 1 and len(silence.splitlines()) <= 1  # at most one line from each
+    assert (code, other) == (
+        2,
+        2,
+    ) and "--batch_size 7 is not a multiple of the number of processes (2)" in error
+    assert (
+        len(error.splitlines()) == 1 and len(silence.splitlines()) <= 1
+    )  # at most one line from each
     assert content() == before
 
 
@@ -429,7 +478,9 @@ HERE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 def test_what_torchrun_would_set(here, capfd, monkeypatch, env, words):
     """One line, also where torch has a page to say about each of its tries."""
     monkeypatch.setattr(distributed, "MEETING_SECONDS", 0.5)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # a process of several waits a second before it ends
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: None
+    )  # a process of several waits a second before it ends
     for name, value in env.items():
         monkeypatch.setenv(name, str(free_port()) if value == "free" else value)
     refused(capfd, "sft", arguments("sft"), *words)
@@ -440,7 +491,11 @@ def test_processes_that_do_not_find_each_other(here):
     """Within a minute of the start, or twice that on a busy machine."""
     process = start("sft", arguments("sft"), **HERE, MASTER_PORT=str(free_port()))
     error = process.communicate(timeout=120)[1]
-    assert process.returncode == 2 and len(error.splitlines()) == 1 and "do not find each other" in error, error
+    assert (
+        process.returncode == 2
+        and len(error.splitlines()) == 1
+        and "do not find each other" in error
+    ), error
 
 
 # ------------------------------------------------------------------------------------------------------- numbers that are not finite
@@ -450,7 +505,9 @@ def test_processes_that_do_not_find_each_other(here):
 def test_a_learning_rate_that_explodes(here, capfd, kind):
     fails(capfd, kind, arguments(kind, lr=1e30, warmup=0, steps=5, checkpoint_every=1, minibatch_size=4 if kind == "ppo" else None),
           "step 2: ", "--lr", code=1, lines=None)  # fmt: skip
-    assert [step for step, _ in checkpoint.checkpoints("out")] == [1] and not Path("out/model").exists()
+    assert [step for step, _ in checkpoint.checkpoints("out")] == [1] and not Path(
+        "out/model"
+    ).exists()
     tensors = load_file("out/checkpoint/step_1/state.safetensors")
     assert len(tensors) > 100 and all(tensor.isfinite().all() for tensor in tensors.values())
 
@@ -464,12 +521,21 @@ def test_an_infinite_loss_keeps_the_last_good_checkpoint(here, capfd):
     optimizer = adamw(policy, 1e-3, (0.9, 0.95), 0.0)
     start_ = {name: p.clone() for name, p in policy.named_parameters()}
     assert checkpoint.load("out", policy, optimizer)["step"] == 2
-    assert all(p.isfinite().all() for p in policy.parameters()) and not policy.value_head.weight.equal(start_["value_head.weight"])
+    assert all(
+        p.isfinite().all() for p in policy.parameters()
+    ) and not policy.value_head.weight.equal(start_["value_head.weight"])
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == 3  # steps 0, 1, 2
 
     # The reward is mended. Whoever wants to go on with other content has to say so.
     (here / "rewards.py").write_text(BAD_REWARDS + "\nhuge_later = good\n")
-    fails(capfd, "ppo", ["--output_dir", "out", "--resume"], "rewards.py has changed", "delete its entry in out/config.json", lines=None)
+    fails(
+        capfd,
+        "ppo",
+        ["--output_dir", "out", "--resume"],
+        "rewards.py has changed",
+        "delete its entry in out/config.json",
+        lines=None,
+    )
     stored = json.loads(Path("out/config.json").read_text())
     del stored["inputs"]["rewards.py"]
     Path("out/config.json").write_text(json.dumps(stored))
@@ -491,5 +557,12 @@ def test_more_latents_than_a_machine_holds(expansion):
 
 
 def test_a_reward_that_is_too_large_at_once(here, capfd):
-    fails(capfd, "ppo", arguments("ppo", reward_model="rewards.py:huge"), "step 1: ", code=1, lines=None)
+    fails(
+        capfd,
+        "ppo",
+        arguments("ppo", reward_model="rewards.py:huge"),
+        "step 1: ",
+        code=1,
+        lines=None,
+    )
     assert isinstance(load_policy("model"), Policy)

@@ -119,7 +119,9 @@ def wait_while_they_run(condition, processes, seconds=120):
     """Until condition() is true, while the processes run."""
     until = time.time() + seconds
     while not condition():
-        assert time.time() < until and all(process.poll() is None for process in processes), "it ended too early"
+        assert time.time() < until and all(process.poll() is None for process in processes), (
+            "it ended too early"
+        )
         time.sleep(0.01)
 
 
@@ -131,19 +133,41 @@ def has_checkpoint(folder, at_least=1):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c(base, tmp_path, processes):  # noqa: F811
     """As from a terminal: SIGINT for the whole group of processes, the script's and torchrun's."""
-    settings = ["--output_dir", str(tmp_path / "run"), *flags(small(base, "sft", **{**KILL_SETTINGS["sft"], "steps": 100}))]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    settings = [
+        "--output_dir",
+        str(tmp_path / "run"),
+        *flags(small(base, "sft", **{**KILL_SETTINGS["sft"], "steps": 100})),
+    ]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        if processes == 2
+        else []
+    )
     run = [sys.executable, *launcher, str(REPO / "train_sft.py"), *settings]
-    process = subprocess.Popen(run, cwd=REPO, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        run,
+        cwd=REPO,
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     wait_while_they_run(has_checkpoint(tmp_path / "run"), [process])
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=120)
     told = "train_sft.py: interrupted; the last checkpoint is kept: --resume continues"
-    ours = [line for line in error.splitlines() if not line.startswith("sft ")]  # without the progress lines
+    ours = [
+        line for line in error.splitlines() if not line.startswith("sft ")
+    ]  # without the progress lines
     if processes == 1:
         assert process.returncode == 130 and ours == [told]
     else:
-        assert ours.count(told) == 1 and "KeyboardInterrupt" not in error and "train_sft.py\", line" not in error
+        assert (
+            ours.count(told) == 1
+            and "KeyboardInterrupt" not in error
+            and 'train_sft.py", line' not in error
+        )
     assert checkpoints(str(tmp_path / "run"))
 
 
@@ -166,13 +190,26 @@ def test_ctrl_c_and_resume(base, tmp_path):  # noqa: F811
 def test_ctrl_c_on_two_processes(base, tmp_path):  # noqa: F811
     """One waits for the other inside a collective call when the signal comes: both exit 130, one of them says why."""
     args = flags(small(base, "sft", steps=200, checkpoint_every=1))
-    processes = ranks(2, command_line, "sft", "--output_dir", str(tmp_path / "run"), *args, STDERR=str(tmp_path / "stderr"))
+    processes = ranks(
+        2,
+        command_line,
+        "sft",
+        "--output_dir",
+        str(tmp_path / "run"),
+        *args,
+        STDERR=str(tmp_path / "stderr"),
+    )
     while not checkpoints(str(tmp_path / "run")):
         time.sleep(0.01)
     for process in processes:
         os.kill(process.pid, signal.SIGINT)
     join(*processes, code=130)
-    lines = [line for rank in range(2) for line in (tmp_path / f"stderr_{rank}").read_text().splitlines() if not line.startswith("sft ")]
+    lines = [
+        line
+        for rank in range(2)
+        for line in (tmp_path / f"stderr_{rank}").read_text().splitlines()
+        if not line.startswith("sft ")
+    ]
     assert len(lines) == 1 and "interrupted" in lines[0]
 
 
@@ -197,7 +234,10 @@ def test_no_room_on_the_disk(base, tmp_path, name, size):  # noqa: F811
     limit(process, (folder / "metrics.jsonl").stat().st_size + 10 if size == "metrics" else size)
     join(process, code=1)
     errors = (tmp_path / "stderr_0").read_text()
-    assert "Traceback" not in errors and len([line for line in errors.splitlines() if "error: no room to write" in line]) == 1
+    assert (
+        "Traceback" not in errors
+        and len([line for line in errors.splitlines() if "error: no room to write" in line]) == 1
+    )
     assert not errors.splitlines()[:-1] or "error" not in errors.splitlines()[-2]
     assert name == "bon" or checkpoints(str(folder))
     join(start(name, folder, args))
@@ -224,8 +264,15 @@ def test_two_processes_out_of_room_and_with_a_damaged_checkpoint(base, tmp_path,
     for process in processes:
         limit(process, 100_000)
     join(*processes, code=1)
-    for rank, said in ((0, "no room to write"), (1, "no room to write" if kind == "fsdp" else "another process")):
-        lines = [line for line in (tmp_path / f"stderr_{rank}").read_text().splitlines() if not line.startswith("sft ")]
+    for rank, said in (
+        (0, "no room to write"),
+        (1, "no room to write" if kind == "fsdp" else "another process"),
+    ):
+        lines = [
+            line
+            for line in (tmp_path / f"stderr_{rank}").read_text().splitlines()
+            if not line.startswith("sft ")
+        ]
         assert len(lines) == 1 and said in lines[0], lines
 
     newest = Path(checkpoints(str(tmp_path / "run"))[-1][1])
@@ -253,6 +300,8 @@ def test_a_script_goes_on_from_the_checkpoint_before_the_damaged_one(base, tmp_p
     file.write_bytes(content)
     command_line(name, "--output_dir", str(tmp_path / "run"), *args)
     said = [line for line in capfd.readouterr().out.splitlines() if "cannot be used" in line]
-    assert said == [f"{newest} cannot be used: state.safetensors differs from its checksum; {os.path.basename(older)} is taken instead"]
+    assert said == [
+        f"{newest} cannot be used: state.safetensors differs from its checksum; {os.path.basename(older)} is taken instead"
+    ]
     join(start(name, tmp_path / "whole", args))
     assert_same_run(name, tmp_path / "whole", tmp_path / "run")

@@ -56,7 +56,9 @@ def weights_error(kind):
 # ----------------------------------------------------------------------------------- micro-batches
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "rm", "sarm_encoder_frozen", "sarm_detached", "ppo", "control"])
+@pytest.mark.parametrize(
+    "kind", ["sft", "dpo", "rm", "sarm_encoder_frozen", "sarm_detached", "ppo", "control"]
+)
 def test_micro_batches_change_nothing(base, tmp_path, kind):
     settings = {"steps": 3, "micro_batch_size": 8}
     if kind == "sft":
@@ -70,11 +72,18 @@ def test_micro_batches_change_nothing(base, tmp_path, kind):
         settings |= {"reward_model": [f"{base}/rm"], "ent_coef": 0.01, "bootstrap_truncated": True}
     train(base, kind, tmp_path / "a", **settings)
     train(base, kind, tmp_path / "b", **settings | {"micro_batch_size": 3})
-    train(base, kind, tmp_path / "c", **settings | {"micro_batch_size": 1, "tokens_per_micro_batch": 60})
+    train(
+        base,
+        kind,
+        tmp_path / "c",
+        **settings | {"micro_batch_size": 1, "tokens_per_micro_batch": 60},
+    )
     for other in "bc":
         assert_close_runs(tmp_path / "a", tmp_path / other, weights_atol=weights_error(kind))
         for path in (tmp_path / "a").glob("eval/*"):
-            answers, others = (read_rows(folder / path.name) for folder in (path.parent, tmp_path / other / "eval"))
+            answers, others = (
+                read_rows(folder / path.name) for folder in (path.parent, tmp_path / other / "eval")
+            )
             assert [row["response"] for row in answers] == [row["response"] for row in others]
 
 
@@ -93,9 +102,24 @@ def one_process(base, tmp_path_factory):
 def two_processes(base, tmp_path_factory):
     """The same by torchrun in two."""
     folder, driver = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("driver") / "driver.py"
-    driver.write_text("import sys, json, support; support.in_child(support.drive, (sys.argv[1], json.loads(sys.argv[2])), {})")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver]
-    done = subprocess.run([*command, folder, json.dumps(rank_settings(base))], env=ENV, capture_output=True, text=True, timeout=240)
+    driver.write_text(
+        "import sys, json, support; support.in_child(support.drive, (sys.argv[1], json.loads(sys.argv[2])), {})"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        driver,
+    ]
+    done = subprocess.run(
+        [*command, folder, json.dumps(rank_settings(base))],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -110,17 +134,31 @@ def four_processes(base, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "dpo", "rm", "sarm_encoder_frozen", "sarm_detached", "ppo"])
+@pytest.mark.parametrize(
+    "kind", ["sft", "dpo", "rm", "sarm_encoder_frozen", "sarm_detached", "ppo"]
+)
 def test_two_processes_change_nothing(one_process, two_processes, kind):
     assert_close_runs(one_process / kind, two_processes / kind, weights_atol=weights_error(kind))
     if kind == "ppo":
-        assert len(rollouts(one_process)) == 3 * 8 + 2 * 4 * 7 and rollouts(one_process) == rollouts(two_processes)
-        assert {path.name for path in two_processes.glob("rollouts_*")} == {"rollouts_0.jsonl", "rollouts_1.jsonl"}
+        assert len(rollouts(one_process)) == 3 * 8 + 2 * 4 * 7 and rollouts(
+            one_process
+        ) == rollouts(two_processes)
+        assert {path.name for path in two_processes.glob("rollouts_*")} == {
+            "rollouts_0.jsonl",
+            "rollouts_1.jsonl",
+        }
         for step in range(4):
             for split in ("eval", "eval_ood"):
-                rows, others = (read_rows(folder / f"ppo/{split}/step_{step}.jsonl") for folder in (one_process, two_processes))
-                assert [(r["prompt"], r["response"]) for r in rows] == [(r["prompt"], r["response"]) for r in others]
-                assert [r["scores"]["rm"] for r in rows] == pytest.approx([r["scores"]["rm"] for r in others], rel=1e-4, abs=1e-4)
+                rows, others = (
+                    read_rows(folder / f"ppo/{split}/step_{step}.jsonl")
+                    for folder in (one_process, two_processes)
+                )
+                assert [(r["prompt"], r["response"]) for r in rows] == [
+                    (r["prompt"], r["response"]) for r in others
+                ]
+                assert [r["scores"]["rm"] for r in rows] == pytest.approx(
+                    [r["scores"]["rm"] for r in others], rel=1e-4, abs=1e-4
+                )
 
 
 @pytest.mark.slow
@@ -130,12 +168,19 @@ def test_four_processes_change_nothing(one_process, four_processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 4])  # with four, the order in which gradients are added up matters too
+@pytest.mark.parametrize(
+    "n", [2, 4]
+)  # with four, the order in which gradients are added up matters too
 def test_sigkill_of_one_of_several_processes(request, base, tmp_path, n):
     """Rank 1 dies during an evaluation; all are started again and end as those that were left alone, bit for bit."""
-    whole, folder = request.getfixturevalue("two_processes" if n == 2 else "four_processes"), tmp_path / "killed"
+    whole, folder = (
+        request.getfixturevalue("two_processes" if n == 2 else "four_processes"),
+        tmp_path / "killed",
+    )
     settings = ["--output_dir", str(folder), *flags(dict(rank_settings(base))["ppo"])]
-    first, second, *others = ranks(n, command_line, "ppo", *settings, KILL_AT="6", KILL_RANK="1")  # step 2's second split
+    first, second, *others = ranks(
+        n, command_line, "ppo", *settings, KILL_AT="6", KILL_RANK="1"
+    )  # step 2's second split
     join(second, code=-signal.SIGKILL)
     for process in (first, *others):
         process.kill()
@@ -181,7 +226,9 @@ def test_killed_at_every_write(base, tmp_path, monkeypatch, case):
             with pytest.raises(Killed):
                 train(base, kind, folder, **settings)
         print("killed at", kill.at)
-        train(base, kind, folder, resume=n % 2 == 0, **settings)  # with --resume or without: the same
+        train(
+            base, kind, folder, resume=n % 2 == 0, **settings
+        )  # with --resume or without: the same
         assert_same_run(kind, tmp_path / "whole", folder)
         shutil.rmtree(folder)
 
@@ -209,15 +256,28 @@ def test_run_again(base, tmp_path, kind, capsys):
     train(base, kind, folder)
     before, summary = hashes(folder), json.loads((folder / "summary.json").read_text())
     capsys.readouterr()
-    assert module.main(module.Config(output_dir=str(folder), **small(base, kind))) == summary  # done
+    assert (
+        module.main(module.Config(output_dir=str(folder), **small(base, kind))) == summary
+    )  # done
     assert "this run is done" in capsys.readouterr().out
-    cli.run(module.Config, module.main, ["--output_dir", str(folder), "--resume"])  # the folder's settings
+    cli.run(
+        module.Config, module.main, ["--output_dir", str(folder), "--resume"]
+    )  # the folder's settings
     assert "this run is done" in capsys.readouterr().out
     other_seed = flags(small(base, kind, seed=1))
-    for args, changed in (["--resume", "--lr", "0.5"], "lr"), (["--steps", "7", "--resume"], "steps"), (other_seed, "seed"), ([], "steps"):
+    for args, changed in (
+        (["--resume", "--lr", "0.5"], "lr"),
+        (["--steps", "7", "--resume"], "steps"),
+        (other_seed, "seed"),
+        ([], "steps"),
+    ):
         with pytest.raises(SystemExit) as exit_:
             cli.run(module.Config, module.main, ["--output_dir", str(folder), *args])
         error = capsys.readouterr().err
-        assert exit_.value.code == 2 and len(error.splitlines()) == 1 and "already holds another run" in error
+        assert (
+            exit_.value.code == 2
+            and len(error.splitlines()) == 1
+            and "already holds another run" in error
+        )
         assert f" {changed}" in error
     assert hashes(folder) == before

@@ -14,7 +14,9 @@ import train_sft
 
 REAL = os.path.join(REPO.parent, "shared", "realdata")
 MODEL = os.path.join(REAL, "lm", "stories260K")  # Llama, 260 thousand parameters; bos = eos = 1
-pytestmark = pytest.mark.skipif(not os.path.isdir(REAL), reason="the real data is not beside this checkout (../shared/realdata)")
+pytestmark = pytest.mark.skipif(
+    not os.path.isdir(REAL), reason="the real data is not beside this checkout (../shared/realdata)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,11 @@ def stories(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "stories.jsonl"
     with gzip.open(os.path.join(REAL, "text", "tinystories.txt.gz"), "rt", encoding="utf-8") as f:
         texts = [t.strip().split(" ") for t in f.read().split("<|endoftext|>")[:-1]]
-    rows = [{"prompt": " ".join(words[:6]), "response": " ".join(words[6:40])} for words in texts if len(words) > 40]
+    rows = [
+        {"prompt": " ".join(words[:6]), "response": " ".join(words[6:40])}
+        for words in texts
+        if len(words) > 40
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -38,7 +44,9 @@ def test_ppo_on_a_word_lexicon(stories, tmp_path):
     assert after["proxy"] - before["proxy"] > 3 * (after["proxy_se"] + before["proxy_se"])
     assert 0 < after["kl"] < 50
     records = [json.loads(line) for line in open(tmp_path / "ppo" / "metrics.jsonl")]
-    assert all(r["first_ratio_error"] < 5e-5 for r in records[1:])  # logits of +-20 lose a digit against the small models of other tests
+    assert all(
+        r["first_ratio_error"] < 5e-5 for r in records[1:]
+    )  # logits of +-20 lose a digit against the small models of other tests
 
 
 def test_reward_model_on_polite_pairs(tmp_path):
@@ -53,8 +61,26 @@ def test_reward_model_on_polite_pairs(tmp_path):
 
 
 def test_sft_on_stories(stories, tmp_path):
-    config = train_sft.Config(model=MODEL, dataset=stories, steps=1, batch_size=16, lr=0.0, eval_size=32, n_samples=1, output_dir=str(tmp_path / "a"))
+    config = train_sft.Config(
+        model=MODEL,
+        dataset=stories,
+        steps=1,
+        batch_size=16,
+        lr=0.0,
+        eval_size=32,
+        n_samples=1,
+        output_dir=str(tmp_path / "a"),
+    )
     before = train_sft.main(config)
-    config = train_sft.Config(model=MODEL, dataset=stories, steps=20, batch_size=16, lr=1e-3, eval_size=32, n_samples=1, output_dir=str(tmp_path / "b"))
+    config = train_sft.Config(
+        model=MODEL,
+        dataset=stories,
+        steps=20,
+        batch_size=16,
+        lr=1e-3,
+        eval_size=32,
+        n_samples=1,
+        output_dir=str(tmp_path / "b"),
+    )
     after = train_sft.main(config)
     assert after["eval/perplexity"] < before["eval/perplexity"] < 20

@@ -1,6 +1,6 @@
 """train_sae.py on a tiny model and its base: what it writes, against plain forward passes; the same on two processes and after a kill.
 
-    B sequences, T tokens, D hidden
+B sequences, T tokens, D hidden
 """
 
 import json
@@ -49,9 +49,24 @@ def base(tmp_path_factory):
 
 
 def settings(root, folder, **kwargs):
-    small = {"layers": "highest:1", "expansion": 2, "k": 4, "steps": 12, "batch_size": 64, "eval_size": 16, "checkpoint_every": 4}
-    paths = {"output_dir": str(folder), "model": f"{root}/policy", "base": f"{root}/base", "dataset": f"{root}/texts.jsonl"}
-    return train_sae.Config(**{**paths, **small, "device": "cpu", "buffer_tokens": 512, "dead_after": 300, **kwargs})
+    small = {
+        "layers": "highest:1",
+        "expansion": 2,
+        "k": 4,
+        "steps": 12,
+        "batch_size": 64,
+        "eval_size": 16,
+        "checkpoint_every": 4,
+    }
+    paths = {
+        "output_dir": str(folder),
+        "model": f"{root}/policy",
+        "base": f"{root}/base",
+        "dataset": f"{root}/texts.jsonl",
+    }
+    return train_sae.Config(
+        **{**paths, **small, "device": "cpu", "buffer_tokens": 512, "dead_after": 300, **kwargs}
+    )
 
 
 def train(root, folder, **kwargs):
@@ -59,7 +74,10 @@ def train(root, folder, **kwargs):
 
 
 def tensors(folder):
-    return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("sae_weights.safetensors"))}
+    return {
+        str(path.relative_to(folder)): load_file(path)
+        for path in sorted(folder.rglob("sae_weights.safetensors"))
+    }
 
 
 def assert_bit_equal(a, b):
@@ -77,7 +95,9 @@ def test_folder(base):
     run = base / "run"
     assert sorted(tensors(run)) == sorted(f"{key}/sae_weights.safetensors" for key in KEYS)
     rows = read_rows(run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < 0.9 * rows[0][
+        "loss"
+    ]
     assert rows[0]["lr"] < 1 and rows[-1]["policy/1_mlp/l0"] == pytest.approx(4, abs=0.5)
     notes = json.loads((run / "policy/1_mlp/cfg.json").read_text())["metadata"]
     assert (notes["layer"], notes["site"], notes["model"]) == (1, "mlp", f"{base}/policy")
@@ -95,7 +115,11 @@ def test_summary(base):
         sae, seen = load_sae(str(base / "run" / key)), []
         bos = world.tokenizer().bos_token_id
         losses = {}
-        for name, change in (("loss", lambda x: x), ("loss_sae", lambda x: sae(x)[0]), ("loss_zero", torch.zeros_like)):
+        for name, change in (
+            ("loss", lambda x: x),
+            ("loss_sae", lambda x: sae(x)[0]),
+            ("loss_zero", torch.zeros_like),
+        ):
 
             def hook(module, args, output):
                 new = change(output)
@@ -116,10 +140,16 @@ def test_summary(base):
         x = torch.cat(seen)
         x_hat, f = sae(x)
         density = (f != 0).double().mean(0)
-        assert summary[key]["fvu"] == pytest.approx(fvu(x, x_hat), rel=1e-4) and summary[key]["n_tokens"] == len(x)
+        assert summary[key]["fvu"] == pytest.approx(fvu(x, x_hat), rel=1e-4) and summary[key][
+            "n_tokens"
+        ] == len(x)
         assert summary[key]["l0"] == pytest.approx((f != 0).sum().item() / len(x), rel=1e-3)
-        assert summary[key]["dead"] == pytest.approx((density == 0).double().mean().item(), abs=0.02)
-        assert sum(summary[key]["density"]["latents"]) == pytest.approx((density > 0).sum().item(), abs=1)
+        assert summary[key]["dead"] == pytest.approx(
+            (density == 0).double().mean().item(), abs=0.02
+        )
+        assert sum(summary[key]["density"]["latents"]) == pytest.approx(
+            (density > 0).sum().item(), abs=1
+        )
         needed = losses["loss_zero"] - losses["loss"]
         if needed > 0:
             recovered = (losses["loss_zero"] - losses["loss_sae"]) / needed
@@ -130,13 +160,31 @@ def test_summary(base):
 
 def test_sentence_ends(base, tmp_path):
     """What is trained on and measured are full stops and the texts' last tokens; no other activation is replaced."""
-    summary = train(base, tmp_path / "run", tokens="sentence_ends", base="none", layers="1", site="residual", steps=3)["policy/1_residual"]
+    summary = train(
+        base,
+        tmp_path / "run",
+        tokens="sentence_ends",
+        base="none",
+        layers="1",
+        site="residual",
+        steps=3,
+    )["policy/1_residual"]
     sae = load_sae(str(tmp_path / "run/policy/1_residual"))
-    assert json.loads((tmp_path / "run/policy/1_residual/cfg.json").read_text())["metadata"]["tokens"] == "sentence_ends"
+    assert (
+        json.loads((tmp_path / "run/policy/1_residual/cfg.json").read_text())["metadata"]["tokens"]
+        == "sentence_ends"
+    )
     tokenizer, lm = world.tokenizer(), AutoModelForCausalLM.from_pretrained(base / "policy")
     prompts, responses, _ = encode(tokenizer, world.demonstrations(200), "response")
     _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16, world.tokenizer())
-    ends = [[i for i, word in enumerate(tokenizer.convert_ids_to_tokens(row)) if word in ".!?" or i == len(row) - 1] for row in rows]
+    ends = [
+        [
+            i
+            for i, word in enumerate(tokenizer.convert_ids_to_tokens(row))
+            if word in ".!?" or i == len(row) - 1
+        ]
+        for row in rows
+    ]
     assert summary["n_tokens"] == sum(map(len, ends)) < sum(map(len, rows)) / 3
     for name, change in (("loss_sae", lambda x: sae(x)[0]), ("loss_zero", torch.zeros_like)):
 
@@ -148,7 +196,9 @@ def test_sentence_ends(base, tmp_path):
         handle, total = lm.gpt_neox.layers[1].register_forward_hook(hook), 0.0
         with torch.no_grad():
             for row, end in zip(rows, ends):
-                total += F.cross_entropy(lm(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum").item()
+                total += F.cross_entropy(
+                    lm(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum"
+                ).item()
         handle.remove()
         assert summary[name] == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-4)
 
@@ -160,18 +210,34 @@ def with_bos(base, tmp_path_factory):
     for name, bos in (("policy", "was"), ("shared", "<eos>")):
         tokenizer = world.tokenizer()
         tokenizer.bos_token = bos
-        save_policy(Policy(AutoModelForCausalLM.from_pretrained(base / "policy"), value_head=False), tokenizer, str(root / name))
+        save_policy(
+            Policy(AutoModelForCausalLM.from_pretrained(base / "policy"), value_head=False),
+            tokenizer,
+            str(root / name),
+        )
     texts = [f"{row['prompt']} {row['response']}" for row in world.demonstrations(150)]
-    write_rows(root / "plain.jsonl", [{"prompt": text if i % 2 else f"was {text}"} for i, text in enumerate(texts)])
+    write_rows(
+        root / "plain.jsonl",
+        [{"prompt": text if i % 2 else f"was {text}"} for i, text in enumerate(texts)],
+    )
     return root
 
 
 @pytest.mark.parametrize("keep_bos", [False, True])
 def test_bos_is_treated_alike_in_every_arm(base, with_bos, tmp_path, keep_bos):
     """Tokens with BOS's id are neither measured, nor reconstructed, nor switched off, wherever they stand; or all of these."""
-    options = {"model": f"{with_bos}/policy", "base": "none", "dataset": f"{with_bos}/plain.jsonl", "kind": "prompts", "layers": "1"}
+    options = {
+        "model": f"{with_bos}/policy",
+        "base": "none",
+        "dataset": f"{with_bos}/plain.jsonl",
+        "kind": "prompts",
+        "layers": "1",
+    }
     summary = train(base, tmp_path / "run", steps=3, keep_bos=keep_bos, **options)["policy/1_mlp"]
-    sae, lm = load_sae(str(tmp_path / "run/policy/1_mlp")), AutoModelForCausalLM.from_pretrained(with_bos / "policy")
+    sae, lm = (
+        load_sae(str(tmp_path / "run/policy/1_mlp")),
+        AutoModelForCausalLM.from_pretrained(with_bos / "policy"),
+    )
     tokenizer = world.tokenizer()
     bos = tokenizer.convert_tokens_to_ids("was")
     rows = [tokenizer(row["prompt"]).input_ids for row in read_rows(with_bos / "plain.jsonl")]
@@ -208,17 +274,31 @@ def test_an_eos_with_the_id_of_bos(base, with_bos, tmp_path, capfd):
     prompts, responses, _ = encode(world.tokenizer(), world.demonstrations(200), "response")
     texts = len(hold_out([p + r for p, r in zip(prompts, responses)], 16, world.tokenizer())[1])
     assert with_eos - without_eos == texts
-    with pytest.raises(InputError, match="--tokens last: the EOS of .* has BOS's id and is left out; name --keep_bos"):
+    with pytest.raises(
+        InputError,
+        match="--tokens last: the EOS of .* has BOS's id and is left out; name --keep_bos",
+    ):
         train(base, tmp_path / "last", tokens="last", **options)
     assert not (tmp_path / "last").exists()
-    assert train(base, tmp_path / "kept", tokens="last", keep_bos=True, **options)["policy/1_mlp"]["n_tokens"] == texts
+    assert (
+        train(base, tmp_path / "kept", tokens="last", keep_bos=True, **options)["policy/1_mlp"][
+            "n_tokens"
+        ]
+        == texts
+    )
 
 
 def test_on_a_reward_model(base, tmp_path):
     """One with a score head instead of an LM head has no LM losses to recover; what is trained is what feature rewards read."""
     model = AutoModelForSequenceClassification.from_pretrained(base / "policy", num_labels=1)
     save_reward_model(RewardModel(model), world.tokenizer(), str(tmp_path / "rm"))
-    options = {"model": str(tmp_path / "rm"), "base": "none", "layers": "1", "site": "residual", "steps": 2}
+    options = {
+        "model": str(tmp_path / "rm"),
+        "base": "none",
+        "layers": "1",
+        "site": "residual",
+        "steps": 2,
+    }
     summary = train(base, tmp_path / "run", **options)["policy/1_residual"]
     assert summary["loss"] is None and summary["loss_recovered"] is None and 0 < summary["fvu"] < 2
     assert check_feature_reward(str(tmp_path / "rm"), str(tmp_path / "run/policy/1_residual")) == 64
@@ -235,7 +315,9 @@ def test_on_a_reward_model(base, tmp_path):
 def test_options(base, tmp_path, kwargs):
     summary = train(base, tmp_path / "run", steps=4, **kwargs)
     assert all(0 < r["fvu"] < 1.5 and r["l0"] > 0 for r in summary.values())
-    assert len(summary) == {"0": 1, "1": 1, "0,1": 2}[kwargs["layers"]] * (1 if kwargs.get("base") else 2)
+    assert len(summary) == {"0": 1, "1": 1, "0,1": 2}[kwargs["layers"]] * (
+        1 if kwargs.get("base") else 2
+    )
     if kwargs.get("texts"):
         assert list((tmp_path / "run/cache").glob("answers_*.jsonl"))
 
@@ -257,7 +339,9 @@ def test_cached_activations(base, tmp_path):
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
     train(base, tmp_path / "again", cache=str(tmp_path / "cache"))
     assert_bit_equal(tmp_path / "run", tmp_path / "again")
-    assert shards and shards == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
+    assert shards and shards == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")
+    }
 
 
 @pytest.mark.slow

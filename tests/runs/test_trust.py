@@ -59,7 +59,10 @@ def add_evil_code(folder, mark):
     """evil.py, which writes the file `mark` when it is imported, and a config.json and tokenizer_config.json that name it."""
     Path(folder, "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: pass\n")
     config = json.loads(Path(folder, "config.json").read_text())
-    write_json(Path(folder, "config.json"), config | {"auto_map": {name: "evil.Evil" for name in CLASSES[1:]}})
+    write_json(
+        Path(folder, "config.json"),
+        config | {"auto_map": {name: "evil.Evil" for name in CLASSES[1:]}},
+    )
 
 
 @pytest.fixture
@@ -67,20 +70,30 @@ def mamba(here, tmp_path):  # noqa: F811
     """A Mamba policy that transformers knows, whose folder brings code of its own for the classifier that transformers lacks."""
     tokenizer = world.tokenizer()
     torch.manual_seed(0)
-    MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained("mamba")
+    MambaForCausalLM(
+        MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+    ).save_pretrained("mamba")
     tokenizer.save_pretrained("mamba")
     add_evil_code("mamba", tmp_path / "mark")
     return tmp_path / "mark"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, changes", [("rm", {"model": "mamba"}), ("ppo", {"reward_model": "mamba"})])
+@pytest.mark.parametrize(
+    "kind, changes", [("rm", {"model": "mamba"}), ("ppo", {"reward_model": "mamba"})]
+)
 def test_a_real_process_neither_runs_it_nor_asks(mamba, kind, changes):
     """`yes |` would answer the library's question "Do you wish to run the custom code? [y/N]"."""
     command = [sys.executable, REPO / f"train_{kind}.py", *arguments(kind, **changes)]
-    done = subprocess.run(command, env=ENV, input="y\n" * 1000, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=ENV, input="y\n" * 1000, capture_output=True, text=True, timeout=120
+    )
     assert not mamba.exists()
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "error: mamba: " in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and "error: mamba: " in done.stderr
+    ), done.stderr
     assert "[y/N]" not in done.stdout and "custom code" not in done.stdout
 
 
@@ -90,9 +103,13 @@ def evil(tmp_path, monkeypatch):
     folder = tmp_path / "evil"
     LlamaForCausalLM(tiny_lm("llama").config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
-    AutoConfig.for_model("clap_text_model", vocab_size=60, num_hidden_layers=1).save_pretrained(folder)
+    AutoConfig.for_model("clap_text_model", vocab_size=60, num_hidden_layers=1).save_pretrained(
+        folder
+    )
     add_evil_code(folder, tmp_path / "mark")
-    monkeypatch.setattr(builtins, "input", lambda *args: pytest.fail("transformers asked a question"))
+    monkeypatch.setattr(
+        builtins, "input", lambda *args: pytest.fail("transformers asked a question")
+    )
     yield folder
     assert not (tmp_path / "mark").exists()
 
@@ -126,7 +143,10 @@ def adapter_on(path):
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "target_modules": ["q_proj"],
               "base_model_name_or_path": str(path)}  # fmt: skip
     write_json(adapter / "adapter_config.json", config)
-    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.q_proj.lora_A.weight": torch.zeros(1)},
+        adapter / "adapter_model.safetensors",
+    )
     return str(adapter)
 
 
@@ -151,11 +171,17 @@ def test_code_at_every_door(evil, door, capfd):
 
 def test_code_of_a_config_and_of_a_tokenizer(evil):
     config = json.loads((evil / "config.json").read_text())
-    write_json(evil / "config.json", config | {"model_type": "evil", "auto_map": {name: "evil.Evil" for name in CLASSES}})
+    write_json(
+        evil / "config.json",
+        config | {"model_type": "evil", "auto_map": {name: "evil.Evil" for name in CLASSES}},
+    )
     for door in (check_model, check_reward, check_nli, load_policy):
         with pytest.raises(InputError, match="evil: neither a model folder"):
             door(str(evil))
-    write_json(evil / "tokenizer_config.json", {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}})
+    write_json(
+        evil / "tokenizer_config.json",
+        {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}},
+    )
     with pytest.raises(InputError, match="evil: no tokenizer could be loaded"):
         load_tokenizer(str(evil))
 
@@ -171,10 +197,14 @@ def test_the_source_trusts_nothing(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-            assert not names & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}, f"{path}:{node.lineno}"
+            assert not names & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}, (
+                f"{path}:{node.lineno}"
+            )
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
-        keywords = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        keywords = {
+            k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)
+        }
         receiver = getattr(node.func.value, "id", "")
         if node.func.attr in ("from_pretrained", "from_config") and receiver not in ours:
             assert keywords.get("trust_remote_code") is False, f"{path}:{node.lineno}"
@@ -247,7 +277,9 @@ def spoil(folder, other, name):
     shutil.copy(other / "model.safetensors", folder / "sub")
     index = json.loads((folder / INDEX).read_text())
     tensor = next(name for name in index["weight_map"] if "embed" in name)
-    index["weight_map"][tensor] = name.format(absolute=other / "model.safetensors") if isinstance(name, str) else name
+    index["weight_map"][tensor] = (
+        name.format(absolute=other / "model.safetensors") if isinstance(name, str) else name
+    )
     write_json(folder / INDEX, index)
     save_file({}, folder / "x.safetensors")
 
@@ -296,18 +328,32 @@ def test_a_sarm_in_several_files(tmp_path, other):
     assert SARM.from_pretrained(str(tmp_path / "sarm")).score.weight.equal(tensors["score.weight"])
     good = json.loads((tmp_path / "sarm" / INDEX).read_text())
     shutil.copy(other / "pytorch_model.bin", tmp_path / "sarm")
-    for name in ("pytorch_model.bin", "../other/model.safetensors", str(other / "model.safetensors")):
-        write_json(tmp_path / "sarm" / INDEX, good | {"weight_map": good["weight_map"] | {"score.weight": name}})
+    for name in (
+        "pytorch_model.bin",
+        "../other/model.safetensors",
+        str(other / "model.safetensors"),
+    ):
+        write_json(
+            tmp_path / "sarm" / INDEX,
+            good | {"weight_map": good["weight_map"] | {"score.weight": name}},
+        )
         for door in (check_reward, SARM.from_pretrained):
-            with pytest.raises(InputError, match="never from a pickle|outside the model's own folder"):
+            with pytest.raises(
+                InputError, match="never from a pickle|outside the model's own folder"
+            ):
                 door(str(tmp_path / "sarm"))
 
 
-@pytest.mark.parametrize("text", ["{oops", "[]", "5", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
+@pytest.mark.parametrize(
+    "text", ["{oops", "[]", "5", "{}", '{"weight_map": []}', '{"weight_map": {}}']
+)
 def test_what_is_no_index(tmp_path, text):
     sharded(tmp_path / "model")
     public_checkpoint(tmp_path / "sarm", shards=2)
-    for folder, doors in (("model", (check_model, load_policy)), ("sarm", (check_reward, SARM.from_pretrained))):
+    for folder, doors in (
+        ("model", (check_model, load_policy)),
+        ("sarm", (check_reward, SARM.from_pretrained)),
+    ):
         (tmp_path / folder / INDEX).write_text(text)
         for door in doors:
             with pytest.raises(InputError, match=INDEX):
@@ -324,14 +370,25 @@ def test_an_index_beside_whole_weights(tmp_path, other):
         check_model(str(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "x.safetensors", "x.safetensors.index.json", "../other/model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_model.bin",
+        "x.safetensors",
+        "x.safetensors.index.json",
+        "../other/model.safetensors",
+    ],
+)
 def test_a_config_that_names_the_file_of_weights(tmp_path, other, name):
     """transformers_weights of config.json takes the place of model.safetensors, and may be a pickle of that one name."""
     folder = tmp_path / "model"
     tiny_lm("llama").save_pretrained(folder)
     shutil.copy(other / "adapter_model.bin", folder)
     shutil.copy(other / "model.safetensors", folder / "x.safetensors")
-    write_json(folder / "x.safetensors.index.json", {"metadata": {}, "weight_map": {"lm_head.weight": "adapter_model.bin"}})
+    write_json(
+        folder / "x.safetensors.index.json",
+        {"metadata": {}, "weight_map": {"lm_head.weight": "adapter_model.bin"}},
+    )
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {"transformers_weights": name})
     for door in (check_model, load_policy):
@@ -355,6 +412,16 @@ def test_the_scripts_refuse_a_pickle(here, capfd, kind):  # noqa: F811
     tensors = load_file("model/model.safetensors")
     os.remove("model/model.safetensors")
     torch.save(tensors, "model/pytorch_model.bin")
-    write_json(f"model/{INDEX}", {"metadata": {}, "weight_map": {name: "pytorch_model.bin" for name in tensors}})
+    write_json(
+        f"model/{INDEX}",
+        {"metadata": {}, "weight_map": {name: "pytorch_model.bin" for name in tensors}},
+    )
     save_file({}, "model/x.safetensors")
-    refused(capfd, kind, arguments(kind), f"model/{INDEX}: ", "is in pytorch_model.bin", "never from a pickle")
+    refused(
+        capfd,
+        kind,
+        arguments(kind),
+        f"model/{INDEX}: ",
+        "is in pytorch_model.bin",
+        "never from a pickle",
+    )

@@ -63,13 +63,19 @@ def test_resumed_training_is_bit_equal(tmp_path):
     save(str(tmp_path), 3, module, optimizer, {"kl_coef": 0.25, "scaler": [1, 2.5]}, keep=2)
     module, optimizer = fresh()
     train(module, optimizer, [9])  # what was there before does not matter
-    assert load(str(tmp_path), module, optimizer) == {"step": 3, "kl_coef": 0.25, "scaler": [1, 2.5]}
+    assert load(str(tmp_path), module, optimizer) == {
+        "step": 3,
+        "kl_coef": 0.25,
+        "scaler": [1, 2.5],
+    }
     assert equal(module.parameters(), half)
     assert equal(train(module, optimizer, range(3, 6)), whole) and not equal(half, whole)
     module, optimizer = fresh()
     load(str(tmp_path), module, optimizer)
     optimizer.state.clear()
-    assert not equal(train(module, optimizer, range(3, 6)), whole)  # the optimizer's state is needed
+    assert not equal(
+        train(module, optimizer, range(3, 6)), whole
+    )  # the optimizer's state is needed
 
 
 def test_resume_into_a_fresh_optimizer(tmp_path):
@@ -99,7 +105,10 @@ def test_the_last_are_kept_and_the_newest_is_loaded(tmp_path):
     again, optimizer = fresh()
     assert load(str(tmp_path), again, optimizer)["step"] == 11
     assert equal(module.parameters(), again.parameters())
-    assert sorted(os.listdir(tmp_path / "checkpoint" / "step_11")) == ["state.json", "state.safetensors"]
+    assert sorted(os.listdir(tmp_path / "checkpoint" / "step_11")) == [
+        "state.json",
+        "state.safetensors",
+    ]
 
 
 def test_a_save_that_was_killed_leaves_the_last_one(tmp_path, monkeypatch):
@@ -109,7 +118,11 @@ def test_a_save_that_was_killed_leaves_the_last_one(tmp_path, monkeypatch):
     saved = [p.detach().clone() for p in module.parameters()]
     train(module, optimizer, [1])
     with monkeypatch.context() as m:
-        m.setattr(nanorlhf.runtime.checkpoint, "write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(
+            nanorlhf.runtime.checkpoint,
+            "write_json",
+            lambda *args: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             save(str(tmp_path), 2, module, optimizer, {"x": 2}, keep=1)
     left = tmp_path / "checkpoint" / ".tmp_step_2"
@@ -120,7 +133,10 @@ def test_a_save_that_was_killed_leaves_the_last_one(tmp_path, monkeypatch):
     assert equal(again.parameters(), saved)
     save(str(tmp_path), 2, module, optimizer, {"x": 2}, keep=1)
     assert os.listdir(tmp_path / "checkpoint") == ["step_2"]
-    assert sorted(os.listdir(tmp_path / "checkpoint" / "step_2")) == ["state.json", "state.safetensors"]
+    assert sorted(os.listdir(tmp_path / "checkpoint" / "step_2")) == [
+        "state.json",
+        "state.safetensors",
+    ]
 
 
 def test_write_json_and_replace_folder_are_whole_or_not_at_all(tmp_path):
@@ -184,7 +200,11 @@ def assert_the_one_before_is_taken(run, never_stopped, capsys, *words):
     step, parameters, records = go_on(run)
     assert step == 2 and equal(parameters, never_stopped[0]) and records == never_stopped[1]
     (line,) = capsys.readouterr().out.splitlines()
-    assert os.path.join("checkpoint", "step_4") in line and "step_2 is taken" in line and all(word in line for word in words), line
+    assert (
+        os.path.join("checkpoint", "step_4") in line
+        and "step_2 is taken" in line
+        and all(word in line for word in words)
+    ), line
 
 
 def flip(path, bit):
@@ -201,7 +221,11 @@ def test_a_flipped_bit_is_found_anywhere(tmp_path, never_stopped, capsys, part):
     name = "state.json" if part == "state.json" else "state.safetensors"
     content = (tmp_path / "run/checkpoint/step_4" / name).read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
-    first, last = {"header": (0, header), "data": (header, len(content)), "state.json": (0, len(content))}[part]
+    first, last = {
+        "header": (0, header),
+        "data": (header, len(content)),
+        "state.json": (0, len(content)),
+    }[part]
     assert last - first > 100
     for _ in range(25):
         bit = chance.randrange(8 * first, 8 * last)
@@ -209,7 +233,9 @@ def test_a_flipped_bit_is_found_anywhere(tmp_path, never_stopped, capsys, part):
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
         flip(tmp_path / "copy/checkpoint/step_4" / name, bit)
         capsys.readouterr()
-        assert_the_one_before_is_taken(tmp_path / "copy", never_stopped, capsys, "state.json" if part == "state.json" else name)
+        assert_the_one_before_is_taken(
+            tmp_path / "copy", never_stopped, capsys, "state.json" if part == "state.json" else name
+        )
         shutil.rmtree(tmp_path / "copy")
 
 
@@ -228,11 +254,17 @@ def in_float16(tensors):
 
 
 DAMAGE = {
-    "cut": lambda f: (f / "state.safetensors").write_bytes((f / "state.safetensors").read_bytes()[:-4]),
+    "cut": lambda f: (f / "state.safetensors").write_bytes(
+        (f / "state.safetensors").read_bytes()[:-4]
+    ),
     "empty": lambda f: (f / "state.safetensors").write_bytes(b""),
-    "zeros": lambda f: (f / "state.safetensors").write_bytes(bytes((f / "state.safetensors").stat().st_size)),
+    "zeros": lambda f: (f / "state.safetensors").write_bytes(
+        bytes((f / "state.safetensors").stat().st_size)
+    ),
     "tensors missing": lambda f: (f / "state.safetensors").unlink(),
-    "tensors a folder": lambda f: (f / "state.safetensors").unlink() or (f / "state.safetensors").mkdir(),
+    "tensors a folder": lambda f: (
+        (f / "state.safetensors").unlink() or (f / "state.safetensors").mkdir()
+    ),
     "no optimizer": lambda f: rewrite(f / "state.safetensors", without_optimizer),
     "float16": lambda f: rewrite(f / "state.safetensors", in_float16),
     "state missing": lambda f: (f / "state.json").unlink(),
@@ -273,7 +305,9 @@ def test_metrics_that_a_checkpoint_counted(tmp_path, never_stopped, capsys, lose
         path.write_bytes(b"\xff\n" + path.read_bytes())
     else:
         path.unlink()
-    with pytest.raises(InputError, match="metrics.jsonl.*no other checkpoint is whole.*remove") as e:
+    with pytest.raises(
+        InputError, match="metrics.jsonl.*no other checkpoint is whole.*remove"
+    ) as e:
         go_on(tmp_path)
     assert "\n" not in str(e.value)
 
@@ -282,7 +316,10 @@ def test_no_checkpoint_is_whole(tmp_path):
     a_run(tmp_path)
     for step in (2, 4):
         flip(tmp_path / f"checkpoint/step_{step}/state.safetensors", 8000)
-    with pytest.raises(InputError, match=f"step_4 cannot be used.*step_2 cannot be used.*remove {tmp_path}/checkpoint"):
+    with pytest.raises(
+        InputError,
+        match=f"step_4 cannot be used.*step_2 cannot be used.*remove {tmp_path}/checkpoint",
+    ):
         go_on(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint")
     (tmp_path / "checkpoint").write_text("")
@@ -309,7 +346,9 @@ def test_damaged_ones_go_when_their_step_has_passed(tmp_path):
     """Step 4 is damaged, the run goes on from step 2: it must not be kept for newer than step 3."""
     a_run(tmp_path)
     flip(tmp_path / "checkpoint/step_4/state.safetensors", 8000)
-    shutil.copytree(tmp_path / "checkpoint/step_2", tmp_path / "checkpoint/step_04")  # no name that save() gives
+    shutil.copytree(
+        tmp_path / "checkpoint/step_2", tmp_path / "checkpoint/step_04"
+    )  # no name that save() gives
     module, optimizer = fresh()
     assert load(str(tmp_path), module, optimizer)["step"] == 2
     save(str(tmp_path), 3, module, optimizer, {}, keep=2)
@@ -326,7 +365,9 @@ def test_one_of_two_folders_is_there_whenever_a_kill_comes(tmp_path, monkeypatch
         pass
 
     def write(content):
-        return lambda path: [write_json(os.path.join(path, name), content) for name in ("a.json", "b.json")]
+        return lambda path: [
+            write_json(os.path.join(path, name), content) for name in ("a.json", "b.json")
+        ]
 
     def found(path):
         return {read_json(str(path / name)) for name in ("a.json", "b.json")}
@@ -387,8 +428,12 @@ def test_what_gets_a_name_is_on_the_disk(tmp_path, monkeypatch):
 
     def noted(real):
         def move(a, b):
-            inside = [os.path.join(folder, name) for folder, _, names in os.walk(a) for name in names] + [a]
-            events.append(("rename", [os.path.abspath(path) for path in inside], os.path.abspath(b)))
+            inside = [
+                os.path.join(folder, name) for folder, _, names in os.walk(a) for name in names
+            ] + [a]
+            events.append(
+                ("rename", [os.path.abspath(path) for path in inside], os.path.abspath(b))
+            )
             real(a, b)
 
         return move
@@ -402,7 +447,11 @@ def test_what_gets_a_name_is_on_the_disk(tmp_path, monkeypatch):
     save(str(tmp_path), 1, module, optimizer, {}, keep=1)
     write_lines(str(tmp_path / "rows.jsonl"), [{"a": 1}])
     renames = [i for i, event in enumerate(events) if event[0] == "rename"]
-    assert {os.path.basename(events[i][2]) for i in renames} == {"state.json", "step_1", "rows.jsonl"}
+    assert {os.path.basename(events[i][2]) for i in renames} == {
+        "state.json",
+        "step_1",
+        "rows.jsonl",
+    }
     for i in renames:
         _, inside, to = events[i]
         synced_before = {event[1] for event in events[:i] if event[0] == "sync"}
@@ -415,7 +464,9 @@ def test_what_gets_a_name_is_on_the_disk(tmp_path, monkeypatch):
 
 def test_the_learning_rate_by_hand():
     def rates(schedule, steps=6, **kwargs):
-        return pytest.approx([learning_rate(s, steps, 2.0, schedule, **kwargs) for s in range(steps)])
+        return pytest.approx(
+            [learning_rate(s, steps, 2.0, schedule, **kwargs) for s in range(steps)]
+        )
 
     assert rates("constant") == [2.0] * 6
     assert rates("constant", warmup=2, final=0.5) == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
@@ -433,7 +484,9 @@ def test_no_decay_on_vectors_and_nothing_frozen():
     matrices, vectors = optimizer.param_groups
     assert matrices["weight_decay"] == 0.01 and vectors["weight_decay"] == 0.0
     assert {id(p) for p in matrices["params"]} == {id(module[0].weight), id(module[3].weight)}
-    assert {id(p) for p in vectors["params"]} == {id(m.bias) for m in (module[0], module[1], module[3], module[4])} | {id(module[1].weight)}
+    assert {id(p) for p in vectors["params"]} == {
+        id(m.bias) for m in (module[0], module[1], module[3], module[4])
+    } | {id(module[1].weight)}
     assert matrices["betas"] == (0.9, 0.95)
 
 
@@ -442,7 +495,9 @@ def test_a_step_clips_by_the_global_norm_and_clears_the_gradients():
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=123.0)
     before = [p.detach().clone() for p in module.parameters()]
     (module(torch.ones(2, 3)) ** 2).sum().mul(50).backward()
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
+    gradients = [
+        torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()
+    ]
     norm = math.sqrt(sum((g**2).sum().item() for g in gradients))
     assert norm > 1
     assert optimizer_step(optimizer, module, 0.1, 0.5, 7) == pytest.approx(norm, rel=1e-5)
@@ -487,10 +542,16 @@ def test_the_states_of_a_run_folder(tmp_path):
     os.makedirs(os.path.join(path, "checkpoint"))
     assert RunFolder(Config(path), ALONE).finish({"gold": 1.5}) == {"gold": 1.5}
     done = RunFolder(Config(path), ALONE)
-    assert done.state == "done" and done.already_done() == {"gold": 1.5} and not os.path.exists(os.path.join(path, "checkpoint"))
+    assert (
+        done.state == "done"
+        and done.already_done() == {"gold": 1.5}
+        and not os.path.exists(os.path.join(path, "checkpoint"))
+    )
     with pytest.raises(InputError):
         RunFolder(Config(path, lr=0.2), ALONE)
-    write_json(os.path.join(path, "config.json"), {**done.config, "gone": 1})  # a setting that is no more
+    write_json(
+        os.path.join(path, "config.json"), {**done.config, "gone": 1}
+    )  # a setting that is no more
     with pytest.raises(InputError, match="gone"):
         RunFolder(Config(path), ALONE)
 
@@ -526,7 +587,9 @@ def test_create_drops_what_came_after_the_checkpoint(tmp_path, knows_sizes):
         if step and knows_sizes:
             folder.checkpoint(step, module, optimizer, {}, 2)
         elif step:
-            save(str(tmp_path), step, module, optimizer, {}, 2)  # as it was before a checkpoint knew how long the logs were
+            save(
+                str(tmp_path), step, module, optimizer, {}, 2
+            )  # as it was before a checkpoint knew how long the logs were
     folder.append("metrics.jsonl", [{"step": 3}, {"step": 4}])
     folder.append("samples.jsonl", [{"step": 3}])
     folder.write_eval(3, [])
@@ -536,7 +599,14 @@ def test_create_drops_what_came_after_the_checkpoint(tmp_path, knows_sizes):
     assert again.state == "unfinished" and [r["step"] for r in again.records()] == [0, 1, 2, 3, 4]
     again.create(load(str(tmp_path), module, optimizer))
     assert again.records() == [{"step": s, "x": "\u2028"} for s in range(3)]
-    assert [json.loads(line)["step"] for line in open(tmp_path / "samples.jsonl")] == [0, 0, 1, 1, 2, 2]
+    assert [json.loads(line)["step"] for line in open(tmp_path / "samples.jsonl")] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
     assert sorted(os.listdir(tmp_path / "eval")) == ["step_0.jsonl", "step_1.jsonl", "step_2.jsonl"]
     again.append("metrics.jsonl", [{"step": 3}])
     assert [r["step"] for r in again.records()] == [0, 1, 2, 3]
@@ -557,7 +627,9 @@ def test_models_and_evaluations_in_a_run_folder(tmp_path):
     assert read_json(str(tmp_path / "model" / "a.json")) == 5
     folder.write_eval(3, [{"prompt": "a"}, {"prompt": "b"}])
     folder.write_eval(3, [{"prompt": "c"}])
-    assert (tmp_path / "eval" / "step_3.jsonl").read_text() == '{"prompt": "c"}\n' and len(os.listdir(tmp_path / "eval")) == 1
+    assert (tmp_path / "eval" / "step_3.jsonl").read_text() == '{"prompt": "c"}\n' and len(
+        os.listdir(tmp_path / "eval")
+    ) == 1
 
 
 def test_only_the_first_process_writes(tmp_path):

@@ -53,7 +53,12 @@ def test_what_is_sent(monkeypatch):
         asker(server.url, "tiny", 7)("again")
     (path, headers, body), (_, with_key, _) = server.asked
     assert path == "/v1/chat/completions" and headers["Content-Type"] == "application/json"
-    assert body == {"model": "tiny", "messages": [{"role": "user", "content": "Is it \u00fcber?\n"}], "temperature": 0, "max_tokens": 7}
+    assert body == {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Is it \u00fcber?\n"}],
+        "temperature": 0,
+        "max_tokens": 7,
+    }
     assert "Authorization" not in headers and with_key["Authorization"] == "Bearer secret"
 
 
@@ -121,7 +126,10 @@ def test_waits_that_flags_may_ask_for(flag, value, good):
     """What is taken can be waited for: neither sockets nor time.sleep() say that the number is too large."""
     if good:
         config = JudgeConfig(a=["a"], b=["b"], **{flag: value})
-        with Endpoint(chat("yes")) as server, contextlib.suppress(Unreachable):  # 1e-300 s are too short
+        with (
+            Endpoint(chat("yes")) as server,
+            contextlib.suppress(Unreachable),
+        ):  # 1e-300 s are too short
             ask = asker(server.url, "tiny", 7, 0, config.timeout, config.requests_per_minute)
             assert ask("?") == "yes"
     else:
@@ -132,22 +140,48 @@ def test_waits_that_flags_may_ask_for(flag, value, good):
 IN_A_MINUTE = formatdate(1e9 + 60)
 
 
-@pytest.mark.parametrize("value, seconds", [("30", 30), ("0.5", 2), ("-3", 2), ("soon", 2), ("nan", 2), ("Mon, 01 Jan 0001 00:00:00 -0000", 2), ("", 2), (IN_A_MINUTE, 60)])
+@pytest.mark.parametrize(
+    "value, seconds",
+    [
+        ("30", 30),
+        ("0.5", 2),
+        ("-3", 2),
+        ("soon", 2),
+        ("nan", 2),
+        ("Mon, 01 Jan 0001 00:00:00 -0000", 2),
+        ("", 2),
+        (IN_A_MINUTE, 60),
+    ],
+)
 def test_it_waits_as_long_as_it_is_told(clock, value, seconds):
-    with Endpoint((429, "", {"Retry-After": value}), (503, "", {"Retry-After": value}), chat("yes")) as server:
+    with Endpoint(
+        (429, "", {"Retry-After": value}), (503, "", {"Retry-After": value}), chat("yes")
+    ) as server:
         assert asker(server.url, "tiny", 7, pause=2)("?") == "yes"
-    assert clock.slept == [seconds, 4 if seconds == 2 or value == IN_A_MINUTE else seconds]  # by then its date has come
+    assert clock.slept == [
+        seconds,
+        4 if seconds == 2 or value == IN_A_MINUTE else seconds,
+    ]  # by then its date has come
 
 
 def test_it_does_not_wait_for_hours(clock):
-    with Endpoint((429, "", {"Retry-After": "3600"})) as server, pytest.raises(Unreachable, match="HTTP 429 .* for the next 3600 seconds"):
+    with (
+        Endpoint((429, "", {"Retry-After": "3600"})) as server,
+        pytest.raises(Unreachable, match="HTTP 429 .* for the next 3600 seconds"),
+    ):
         asker(server.url, "tiny", 7)("?")
     assert not clock.slept and len(server.asked) == 1
 
 
-@pytest.mark.parametrize("status, error", [(401, Unreachable), (403, Unreachable), (404, Unreachable), (400, Rejected), (413, Rejected)])
+@pytest.mark.parametrize(
+    "status, error",
+    [(401, Unreachable), (403, Unreachable), (404, Unreachable), (400, Rejected), (413, Rejected)],
+)
 def test_it_is_not_asked_again(clock, status, error):
-    with Endpoint((status, '{"error":\n"no"}')) as server, pytest.raises(Unreachable, match=f"HTTP {status}") as raised:
+    with (
+        Endpoint((status, '{"error":\n"no"}')) as server,
+        pytest.raises(Unreachable, match=f"HTTP {status}") as raised,
+    ):
         asker(server.url, "tiny", 7)("?")
     assert ('{"error": "no"}' in str(raised.value)) == (error is Rejected)
     assert raised.type is error and len(server.asked) == 1 and not clock.slept
@@ -166,13 +200,19 @@ ECHOES = {  # what a server makes of the key that it was sent, wherever it may p
     "a bad question's body": lambda key: (400, f"bad request with {key}"),
     "beyond what is shown": lambda key: (400, "x" * 145 + key),
     "a body of blanks and half a key": lambda key: (400, " " * (1000 - len(key) // 2) + key),
-    "a body of JSON": lambda key: (422, json.dumps({"error": f"bad key {key}"}).replace("/", "\\/")),
+    "a body of JSON": lambda key: (
+        422,
+        json.dumps({"error": f"bad key {key}"}).replace("/", "\\/"),
+    ),
     "a body with a URL": lambda key: (413, f"see /login?key={quote(key, safe='')}"),
     "what is no completion": lambda key: (200, f"welcome {key}"),
     "no completion, beyond what is shown": lambda key: (200, "x" * 50 + key),
     "a refusal": lambda key: chat(None, refusal=f"I know {key}"),
     "an answer": lambda key: chat(f"your key is {key}"),
-    "an answer in escapes": lambda key: (200, chat("KEY")[1].replace("KEY", "".join(f"\\u{ord(c):04x}" for c in key))),
+    "an answer in escapes": lambda key: (
+        200,
+        chat("KEY")[1].replace("KEY", "".join(f"\\u{ord(c):04x}" for c in key)),
+    ),
     "an answer that quotes JSON": lambda key: chat("".join(f"\\u{ord(c):04X}" for c in key)),
 }
 
@@ -193,15 +233,23 @@ def test_a_key_that_the_server_says_is_not_repeated(clock, monkeypatch, echo):
         assert server.asked[0][1]["Authorization"] == f"Bearer {SECRET}"  # it was sent as it is
     for part in ("SECRET", quote(SECRET, safe=""), "\\u0073"):
         assert part not in said and part.lower() not in said, said
-    shown = echo not in ("beyond what is shown", "a body of blanks and half a key", "no completion, beyond what is shown")
+    shown = echo not in (
+        "beyond what is shown",
+        "a body of blanks and half a key",
+        "no completion, beyond what is shown",
+    )
     assert not shown or "[OPENAI_API_KEY]" in said, said
 
 
-@pytest.mark.parametrize("status", ["400 {0}", "404 no {0}", "503 busy {0}", "302 {0}", "{0}", "999999 {0}"])
+@pytest.mark.parametrize(
+    "status", ["400 {0}", "404 no {0}", "503 busy {0}", "302 {0}", "{0}", "999999 {0}"]
+)
 def test_a_key_in_the_status_line(clock, monkeypatch, status):
     """The reason phrase, or what http.client makes of a line that is none; a redirect's Location too."""
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    with RawServer(f"HTTP/1.1 {status.format(SECRET)}\r\nLocation: /{SECRET}\r\nContent-Length: 0\r\n\r\n") as url:
+    with RawServer(
+        f"HTTP/1.1 {status.format(SECRET)}\r\nLocation: /{SECRET}\r\nContent-Length: 0\r\n\r\n"
+    ) as url:
         assert "SECRET" not in everything_said(url, clock)
     with RawServer(f"{SECRET} {status.format(SECRET)}\r\n\r\n") as url:
         assert "SECRET" not in everything_said(url, clock)
@@ -243,10 +291,15 @@ def test_a_key_with_white_space_around_it(clock, monkeypatch, stray):
     assert server.asked[0][1]["Authorization"] == f"Bearer {SECRET}"
 
 
-@pytest.mark.parametrize("inside", ["{0}\r\n{0}", "{0}\n{0}", "{0} {0}", "{0}\t{0}", "{0}\u00e9", "{0}\udcff", "{0}\x7f"])
+@pytest.mark.parametrize(
+    "inside", ["{0}\r\n{0}", "{0}\n{0}", "{0} {0}", "{0}\t{0}", "{0}\u00e9", "{0}\udcff", "{0}\x7f"]
+)
 def test_what_is_no_key(monkeypatch, inside):
     monkeypatch.setenv("OPENAI_API_KEY", inside.format(SECRET))
-    with Endpoint(chat("yes")) as server, pytest.raises(InputError, match="OPENAI_API_KEY is no key") as raised:
+    with (
+        Endpoint(chat("yes")) as server,
+        pytest.raises(InputError, match="OPENAI_API_KEY is no key") as raised,
+    ):
         asker(server.url, "tiny", 7)("?")
     assert "SECRET" not in str(raised.value) and not server.asked
 
@@ -274,7 +327,9 @@ def test_a_secret_in_a_url(monkeypatch, url):
         assert "SECRET" not in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["http://a b/v1", "http://[::1/v1", "http://x:abc/v1", "http://" + "a" * 70 + ".x/v1"])
+@pytest.mark.parametrize(
+    "url", ["http://a b/v1", "http://[::1/v1", "http://x:abc/v1", "http://" + "a" * 70 + ".x/v1"]
+)
 def test_what_is_no_url(clock, url):
     with pytest.raises(Unreachable):
         asker(url, "tiny", 7)("?")
@@ -282,7 +337,18 @@ def test_what_is_no_url(clock, url):
 
 
 def test_what_is_no_answer():
-    bodies = ["", "[" * 100_000, '{"choices": ' * 100_000, "1" * 5000, "<html>", "[]", "3", '{"error": {"message": "busy"}}', '{"choices": []}', '{"choices": {"0": 1}}']
+    bodies = [
+        "",
+        "[" * 100_000,
+        '{"choices": ' * 100_000,
+        "1" * 5000,
+        "<html>",
+        "[]",
+        "3",
+        '{"error": {"message": "busy"}}',
+        '{"choices": []}',
+        '{"choices": {"0": 1}}',
+    ]
     choices = ("1", '{"text": "x"}', '{"message": "x"}', '{"message": ["content"]}')
     for body in (*bodies, *(f'{{"choices": [{choice}]}}' for choice in choices)):
         with pytest.raises(ValueError, match="not a chat completion"):
@@ -295,8 +361,14 @@ def test_half_a_character_in_an_answer():
 
 
 def test_refusals():
-    for message in ({"content": None}, {"content": None, "refusal": "No."}, {"content": "1", "refusal": "No."}):
-        with pytest.raises(ValueError, match="a refusal" if "refusal" in message else "without text"):
+    for message in (
+        {"content": None},
+        {"content": None, "refusal": "No."},
+        {"content": "1", "refusal": "No."},
+    ):
+        with pytest.raises(
+            ValueError, match="a refusal" if "refusal" in message else "without text"
+        ):
             endpoint.content_of(json.dumps({"choices": [{"message": message}]}))
 
 
@@ -311,13 +383,22 @@ def test_the_rate(clock):
         ask("?")
         start = clock.now
         ask("?")
-    assert times == [1e9, 1e9, 1e9 + 3, 1e9 + 6] and clock.slept == [3, 3, 3, 3] and clock.now - start == 3
+    assert (
+        times == [1e9, 1e9, 1e9 + 3, 1e9 + 6]
+        and clock.slept == [3, 3, 3, 3]
+        and clock.now - start == 3
+    )
 
 
 def test_threads_share_the_rate():
     begun, turn = [], endpoint.pacer(3000)  # one call every 20 ms
     start = time.monotonic()
-    threads = [threading.Thread(target=lambda: [(turn(), begun.append(time.monotonic() - start)) for _ in range(4)]) for _ in range(3)]
+    threads = [
+        threading.Thread(
+            target=lambda: [(turn(), begun.append(time.monotonic() - start)) for _ in range(4)]
+        )
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -330,14 +411,20 @@ def test_answers_come_in_any_order():
 
     def reply(question):
         time.sleep(0.1)
-        return {"3": (400, ""), "5": chat(None, refusal="No."), "6": (200, "{")}.get(question, chat(f"<{question}>"))
+        return {"3": (400, ""), "5": chat(None, refusal="No."), "6": (200, "{")}.get(
+            question, chat(f"<{question}>")
+        )
 
     with Endpoint(reply) as server:
         start = time.monotonic()
         found = dict(ask_all(asker(server.url, "tiny", 7), list("01234567"), parallel=4))
         assert time.monotonic() - start < 0.6  # one after the other: 0.8 s
     assert sorted(found) == list(range(8)) and all(found[i] == f"<{i}>" for i in (0, 1, 2, 4, 7))
-    assert isinstance(found[3], Rejected) and "refusal" in str(found[5]) and "not a chat completion" in str(found[6])
+    assert (
+        isinstance(found[3], Rejected)
+        and "refusal" in str(found[5])
+        and "not a chat completion" in str(found[6])
+    )
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
@@ -349,7 +436,9 @@ def test_one_that_is_down_is_left_alone(parallel):
     with Endpoint(reply) as server:
         found = []
         with pytest.raises(Unreachable, match="HTTP 401"):
-            for item in ask_all(asker(server.url, "tiny", 7), [str(i) for i in range(50)], parallel):
+            for item in ask_all(
+                asker(server.url, "tiny", 7), [str(i) for i in range(50)], parallel
+            ):
                 found.append(item)
         assert sorted(found)[:2] == [(0, "0"), (1, "1")]  # what was under way has come in
         assert len(found) == len(server.asked) - 1 <= 2 + 2 * (parallel - 1)
@@ -360,17 +449,26 @@ def test_who_stops_listening_stops_the_questions():
         answers = ask_all(asker(server.url, "tiny", 7), [str(i) for i in range(50)])
         next(answers)
         answers.close()
-        assert len(server.asked) <= 3  # the second was under way, the third may have begun meanwhile
+        assert (
+            len(server.asked) <= 3
+        )  # the second was under way, the third may have begun meanwhile
 
 
 # -------------------------------------------------------------------------------------------------------------------- a local model
 
 
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}w1 {{ m['content'] }} w2{% endfor %}"])
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}w1 {{ m['content'] }} w2{% endfor %}"]
+)
 def test_a_local_model_takes_the_likeliest_token(template):
     torch.manual_seed(0)
     config = world.model_config()
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.initializer_range = 2, 32, 64, 0.3
+    (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.initializer_range,
+    ) = 2, 32, 64, 0.3
     lm, tokenizer = AutoModelForCausalLM.from_config(config).eval(), word_tokenizer()
     tokenizer.chat_template = template
     questions = ["w5 w6 w7", "w8", "w9 " * 150, "w10 w11 w12 w13 w14 w15 w16", "w5"]
@@ -379,7 +477,13 @@ def test_a_local_model_takes_the_likeliest_token(template):
         text = f"w1 {question} w2" if template else question
         ids = torch.tensor([tokenizer(text).input_ids])
         if i != 2:
-            best = lm.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+            best = lm.generate(
+                ids,
+                do_sample=False,
+                max_new_tokens=6,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=0,
+            )
             expected[i] = tokenizer.decode(best[0, ids.shape[1] :], skip_special_tokens=True)
     for batch_size in (1, 3):
         found = dict(ask_locally(Policy(lm, value_head=False), tokenizer, questions, 6, batch_size))

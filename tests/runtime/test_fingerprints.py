@@ -51,7 +51,9 @@ def test_a_file_of_the_same_size_and_time_is_not_read_again(tmp_path, monkeypatc
 
     read = []
     digest_file = fingerprints.digest_file
-    monkeypatch.setattr(fingerprints, "digest_file", lambda name: read.append(name) or digest_file(name))
+    monkeypatch.setattr(
+        fingerprints, "digest_file", lambda name: read.append(name) or digest_file(name)
+    )
     assert fingerprint_path(str(path), known) == known
     assert read == []
 
@@ -122,9 +124,17 @@ def test_an_adapter_brings_the_models_below_it(tmp_path, monkeypatch):
     for name, base in (("base", ""), ("first", "base"), ("second", "first"), ("circle", "circle")):
         os.mkdir(name)
         Path(name, "adapter_model.safetensors").write_text("")
-        adapter = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "lora_dropout": 0, "target_modules": "x"}
+        adapter = {
+            "peft_type": "LORA",
+            "r": 1,
+            "lora_alpha": 1,
+            "lora_dropout": 0,
+            "target_modules": "x",
+        }
         if base:
-            Path(name, "adapter_config.json").write_text(json.dumps(adapter | {"base_model_name_or_path": base}))
+            Path(name, "adapter_config.json").write_text(
+                json.dumps(adapter | {"base_model_name_or_path": base})
+            )
     assert input_paths({"model": "second"}) == ["second", "first", "base"]
     with pytest.raises(InputError, match="circle: an adapter whose base model leads back to"):
         input_paths({"model": "circle"})
@@ -187,7 +197,9 @@ def test_a_run_refuses_an_input_that_has_changed(inputs, changed, state):
 def test_an_input_that_changes_while_a_run_sets_up_is_noticed(inputs):
     with unlock_afterwards():
         folder = RunFolder(Config("run", **inputs), ALONE)
-        Path("reward.py").write_text("def reward(prompts, responses): return [-15.0] * len(responses)")
+        Path("reward.py").write_text(
+            "def reward(prompts, responses): return [-15.0] * len(responses)"
+        )
         with pytest.raises(InputError, match="reward.py has changed"):
             folder.create()
     assert not os.path.exists("run")
@@ -312,7 +324,9 @@ def test_resume_refuses_code_that_came_with_the_run(tmp_path, monkeypatch, setti
     Path("run/config.json").write_text(json.dumps(settings))
 
     spec = text if isinstance(text, str) else text[0]
-    with pytest.raises(InputError, match="--resume does not run .*which lies in the run folder") as error:
+    with pytest.raises(
+        InputError, match="--resume does not run .*which lies in the run folder"
+    ) as error:
         cli.parse(train_ppo.Config, ["--output_dir", "run", "--resume"])
     assert f"--{setting} {spec}" in str(error.value)
 
@@ -327,4 +341,6 @@ def test_resume_prints_the_path_of_other_code(tmp_path, monkeypatch, capsys):
     Path("reward.py").write_text("")
     Path("run/config.json").write_text(json.dumps({"gold_model": "reward.py:gold"}))
     cli.parse(train_ppo.Config, ["--output_dir", "run", "--resume"])
-    assert capsys.readouterr().out == "--resume runs the code in reward.py, as run/config.json says\n"
+    assert (
+        capsys.readouterr().out == "--resume runs the code in reward.py, as run/config.json says\n"
+    )

@@ -100,18 +100,24 @@ def test_ppo_has_its_own_flags_in_groups(capsys):
     assert FLAG.findall(text)[:2] == ["model", "reward_model"]
 
 
-@pytest.mark.parametrize("study", [cue_control, feedback_patterns, generalisation, overoptimisation])
+@pytest.mark.parametrize(
+    "study", [cue_control, feedback_patterns, generalisation, overoptimisation]
+)
 def test_help_of_studies(study, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit_:
         study.read_settings(["--help"])
     text = capsys.readouterr().out
     assert exit_.value.code == 0 and max(map(len, text.splitlines())) <= 80
-    assert sorted(FLAG.findall(text)) == sorted(field.name for field in dataclasses.fields(study.Settings))
+    assert sorted(FLAG.findall(text)) == sorted(
+        field.name for field in dataclasses.fields(study.Settings)
+    )
     assert text.index("_flags TEXT") < text.index("\n  --seeds")  # its own first
     with pytest.raises(SystemExit) as exit_:
         study.read_settings(["--seeds", "0"])
-    assert exit_.value.code == 2 and capsys.readouterr().err.endswith("error: --seeds must be at least 1, not 0\n")
+    assert exit_.value.code == 2 and capsys.readouterr().err.endswith(
+        "error: --seeds must be at least 1, not 0\n"
+    )
 
 
 def test_help_follows_the_width(capsys, monkeypatch):
@@ -125,7 +131,11 @@ def test_help_follows_the_width(capsys, monkeypatch):
 def test_flags_are_also_known_with_hyphens():
     assert parsed("ppo", "--kl-coef", "0.3", "--output-dir", "here").output_dir == "here"
     assert sample_bon.Config(from_files=["a"]) == parsed("bon", "--from", "a")
-    assert parsed("sae", "--no_relu") == train_sae.Config(relu=False) == parsed("sae", "--relu", "False")
+    assert (
+        parsed("sae", "--no_relu")
+        == train_sae.Config(relu=False)
+        == parsed("sae", "--relu", "False")
+    )
 
 
 # ----------------------------------------------------------------------------------------- numbers
@@ -191,7 +201,11 @@ def test_choices(name):
         choices = flags.choices_of(field)
         if choices:
             with_choices += 1
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = (
+                field.default
+                if field.default_factory is dataclasses.MISSING
+                else field.default_factory()
+            )
             assert set(default if isinstance(default, list) else [default]) <= set(choices)
             named = ", ".join(filter(None, choices))
             message = f"^--{field.name} must be one of {re.escape(named)}, not 'another'$"
@@ -209,7 +223,9 @@ def test_formats_of_prompts_are_the_readers():
     assert set(field.metadata["choices"]) == set(FORMATS)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "columns" in CONFIGS[name].__dataclass_fields__])
+@pytest.mark.parametrize(
+    "name", [name for name in CONFIGS if "columns" in CONFIGS[name].__dataclass_fields__]
+)
 def test_columns_without_an_equals_sign(name):
     with pytest.raises(InputError, match="^--columns takes FIELD=COLUMN$"):
         parsed(name, "--columns", "prompt=question", "prompt")
@@ -239,7 +255,9 @@ SARM = f"{SAE} && python train_rm.py --sarm runs/sae_sarm"
 def test_hints(tmp_path, monkeypatch, capfd, args, missing, command):
     """Where a default is missing, the error names the commands that make it, and nothing is written."""
     monkeypatch.chdir(tmp_path)
-    assert f": error: {missing}: no such run yet: {command} makes it\n" in probe_refused(capfd, *args)
+    assert f": error: {missing}: no such run yet: {command} makes it\n" in probe_refused(
+        capfd, *args
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -248,17 +266,29 @@ def test_hints_leave_out_what_is_there(tmp_path, monkeypatch, capfd):
     (tmp_path / "runs/sft").mkdir(parents=True)
     assert f"runs/sarm: no such run yet: {SARM} makes it" in probe_refused(capfd, "latents")
     (tmp_path / "runs/sae_sarm").mkdir()
-    assert "runs/sarm: no such run yet: python train_rm.py --sarm runs/sae_sarm makes it" in probe_refused(capfd, "latents")
+    assert (
+        "runs/sarm: no such run yet: python train_rm.py --sarm runs/sae_sarm makes it"
+        in probe_refused(capfd, "latents")
+    )
     (tmp_path / "runs/sarm").mkdir()
     assert "makes it" not in probe_refused(capfd, "latents")
 
 
-def test_a_sarm_without_its_autoencoder_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+def test_a_sarm_without_its_autoencoder_is_refused_before_anything_is_trained(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_rm, "train_what_is_missing", lambda *args: pytest.fail("it was trained"))
+    monkeypatch.setattr(
+        train_rm, "train_what_is_missing", lambda *args: pytest.fail("it was trained")
+    )
     for more in ([], ["--members", "2"]):
         config = parsed("rm", "--sarm", "runs/sae_sarm", *more)
-        with pytest.raises(InputError, match=re.escape(f"runs/sae_sarm: no such run yet: python train_sft.py && {SAE} makes it")):
+        with pytest.raises(
+            InputError,
+            match=re.escape(
+                f"runs/sae_sarm: no such run yet: python train_sft.py && {SAE} makes it"
+            ),
+        ):
             train_rm.main(config)
 
 

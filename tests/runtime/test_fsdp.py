@@ -68,7 +68,11 @@ def on(work, name, n, target, runs, **env):
 
 
 def settings_of(base, **more):
-    return {kind: {**settings, "checkpoint_every": 1, "eval_every": 0, **more} for kind, settings in rank_settings(base) if kind in KINDS}
+    return {
+        kind: {**settings, "checkpoint_every": 1, "eval_every": 0, **more}
+        for kind, settings in rank_settings(base)
+        if kind in KINDS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,9 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ddp(base, work):
-    return on(work, "ddp", 2, keeping, list(settings_of(base, checkpoint_activations=True).items()))  # which changes nothing
+    return on(
+        work, "ddp", 2, keeping, list(settings_of(base, checkpoint_activations=True).items())
+    )  # which changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,16 @@ def four(base, work, two):
     shutil.copytree(two / "ppo_killed", work / "four/resumed/ppo")
     (work / "four/new").mkdir()
     settings = settings_of(base, **FSDP)["ppo"]
-    join(*ranks(4, in_turn, [(keeping, work / "four/new", [("ppo", settings)]), (drive, work / "four/resumed", [("ppo", settings)])]))
+    join(
+        *ranks(
+            4,
+            in_turn,
+            [
+                (keeping, work / "four/new", [("ppo", settings)]),
+                (drive, work / "four/resumed", [("ppo", settings)]),
+            ],
+        )
+    )
     return work / "four"
 
 
@@ -140,7 +155,13 @@ def killing(folder, runs):
 @pytest.fixture(scope="module")
 def killed(base, work):
     (work / "killed").mkdir()
-    first, second = ranks(2, killing, work / "killed", [("ppo", settings_of(base, **FSDP)["ppo"])], STDERR=str(work / "killed/stderr"))
+    first, second = ranks(
+        2,
+        killing,
+        work / "killed",
+        [("ppo", settings_of(base, **FSDP)["ppo"])],
+        STDERR=str(work / "killed/stderr"),
+    )
     join(second, code=-signal.SIGKILL)
     first.kill()
     first.join()
@@ -158,7 +179,9 @@ def test_two_processes_as_with_ddp(ddp, two, kind):
 
 @pytest.mark.slow
 def test_the_same_answers_as_with_ddp(ddp, two, four):
-    assert rollouts(ddp) == rollouts(two) == rollouts(four / "new") and len(rollouts(two)) == 3 * 8 + 2 * (7 + 7)  # two splits
+    assert rollouts(ddp) == rollouts(two) == rollouts(four / "new") and len(
+        rollouts(two)
+    ) == 3 * 8 + 2 * (7 + 7)  # two splits
 
 
 @pytest.mark.slow
@@ -167,13 +190,20 @@ def test_four_processes_as_with_ddp(ddp, four):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, load", [("sft", load_policy), ("rm", load_reward_model), ("ppo", load_policy)])
+@pytest.mark.parametrize(
+    "name, load", [("sft", load_policy), ("rm", load_reward_model), ("ppo", load_policy)]
+)
 def test_what_is_saved_is_whole(ddp, two, name, load):
     """The same files, names, shapes and dtypes as with DDP, loaded by the same code."""
-    files = [sorted(str(p.relative_to(f)) for p in (f / name / "model").rglob("*")) for f in (ddp, two)]
+    files = [
+        sorted(str(p.relative_to(f)) for p in (f / name / "model").rglob("*")) for f in (ddp, two)
+    ]
     assert files[0] == files[1] and any("safetensors" in file for file in files[0])
     a, b = load(str(ddp / name)), load(str(two / name))
-    assert all(p.dtype == torch.float32 and p.shape == q.shape for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert all(
+        p.dtype == torch.float32 and p.shape == q.shape
+        for p, q in zip(a.parameters(), b.parameters(), strict=True)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- kill and resume
@@ -202,7 +232,9 @@ def test_resumed_on_another_number_of_processes(ddp, two, four, resumed):
 @pytest.mark.slow
 def test_resumed_in_one_process(base, two, tmp_path):
     shutil.copytree(two / "ppo_killed", tmp_path / "ppo")
-    cli.run(train_ppo.Config, train_ppo.main, ["--output_dir", str(tmp_path / "ppo"), "--resume"])  # its config says fsdp: nothing to shard
+    cli.run(
+        train_ppo.Config, train_ppo.main, ["--output_dir", str(tmp_path / "ppo"), "--resume"]
+    )  # its config says fsdp: nothing to shard
     assert_close_runs(two / "ppo", tmp_path / "ppo")
 
 
@@ -210,7 +242,10 @@ def test_resumed_in_one_process(base, two, tmp_path):
 def test_a_checkpoint_in_shards(two):
     folder = two / "ppo_killed/checkpoint/step_1"
     names = sorted(os.listdir(folder))
-    assert [name.split("-")[:2] for name in names[:-1]] == [["shard", "00001"], ["shard", "00002"]] and names[-1] == "state.json"
+    assert [name.split("-")[:2] for name in names[:-1]] == [
+        ["shard", "00001"],
+        ["shard", "00002"],
+    ] and names[-1] == "state.json"
     sizes = [(folder / name).stat().st_size for name in names[:-1]]
     assert max(sizes) < 1.15 * sum(sizes) / 2
     with safe_open(folder / names[0], "pt") as f:
@@ -223,7 +258,15 @@ def test_a_checkpoint_in_shards(two):
 def tiny(kind="llama", **kwargs):
     torch.manual_seed(0)
     if kind == "gpt2":  # tied embeddings
-        config = GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=50, n_positions=64, bos_token_id=0, eos_token_id=0)
+        config = GPT2Config(
+            n_embd=32,
+            n_layer=3,
+            n_head=2,
+            vocab_size=50,
+            n_positions=64,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     else:
         config = LlamaConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
                              vocab_size=50, max_position_embeddings=64)  # fmt: skip
@@ -233,7 +276,9 @@ def tiny(kind="llama", **kwargs):
     return policy
 
 
-BATCH = pack([[1, 2, 3], [4, 5], [6, 7, 8, 9], [10]], [[11, 12], [13, 14, 15], [16], [17, 18, 19, 20]])
+BATCH = pack(
+    [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10]], [[11, 12], [13, 14, 15], [16], [17, 18, 19, 20]]
+)
 
 
 def total(policy, batch=BATCH):
@@ -257,19 +302,33 @@ def check_shards(folder, kind):
     plain, policy = tiny(kind), tiny(kind)
     for p in (plain, policy):
         p.lm.base_model.get_input_embeddings().requires_grad_(False)
-        for name, q in p.named_parameters():  # frozen and trained weights side by side in each unit, as with adapters
+        for (
+            name,
+            q,
+        ) in (
+            p.named_parameters()
+        ):  # frozen and trained weights side by side in each unit, as with adapters
             q.requires_grad_(q.requires_grad and ("attn" not in name))
         fsdp.all_blocks(p)[0].requires_grad_(False)  # and a unit of which nothing is trained
     everything = fsdp.local_bytes(plain)["parameters"]
-    assert dist.wrap(policy, total) is policy and fsdp.is_sharded(policy) and not fsdp.is_sharded(plain)
+    assert (
+        dist.wrap(policy, total) is policy
+        and fsdp.is_sharded(policy)
+        and not fsdp.is_sharded(plain)
+    )
     assert [name for name, _ in trainable(policy)] == [name for name, _ in trainable(plain)]
     optimizers = [adamw(p, 1e-2, (0.9, 0.95), 0.1) for p in (plain, policy)]
     for _ in range(3):
-        norms = step(plain, optimizers[0], BATCH), step(policy, optimizers[1], mine(dist), dist.world)
+        norms = (
+            step(plain, optimizers[0], BATCH),
+            step(policy, optimizers[1], mine(dist), dist.world),
+        )
         assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 1e-3  # clipped
         assert len(set(dist.gather(torch.tensor([norms[1]])).tolist())) == 1
     for (name, p), q in zip(plain.named_parameters(), policy.parameters(), strict=True):
-        torch.testing.assert_close(p.detach(), q.detach().full_tensor(), rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            p.detach(), q.detach().full_tensor(), rtol=0, atol=1e-5, msg=name
+        )
         assert q.requires_grad or q.grad is None
     held = fsdp.local_bytes(policy)["parameters"]
     assert held < 0.6 * everything
@@ -279,7 +338,19 @@ def check_shards(folder, kind):
     with fsdp.gathered(policy):
         assert fsdp.local_bytes(policy)["parameters"] == everything
         for _ in range(1 + 2 * dist.rank):
-            a, b = (generate(p, ids, mask, 6 + 3 * dist.rank, eos_token_id=None, pad_token_id=0, seed=1, step=2) for p in (plain, policy))
+            a, b = (
+                generate(
+                    p,
+                    ids,
+                    mask,
+                    6 + 3 * dist.rank,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                    seed=1,
+                    step=2,
+                )
+                for p in (plain, policy)
+            )
             assert a.response_ids.equal(b.response_ids)
             torch.testing.assert_close(a.values, b.values, rtol=0, atol=1e-4)
             with torch.no_grad():
@@ -293,8 +364,12 @@ def check_shards(folder, kind):
         if dist.main:
             policy.lm.save_pretrained(folder)
             again = AutoModelForCausalLM.from_pretrained(folder)
-            assert all(p.equal(q) for p, q in zip(again.parameters(), policy.lm.parameters(), strict=True))
-            assert len(load_file(Path(folder) / "model.safetensors")) == len(list(policy.lm.parameters()))
+            assert all(
+                p.equal(q) for p, q in zip(again.parameters(), policy.lm.parameters(), strict=True)
+            )
+            assert len(load_file(Path(folder) / "model.safetensors")) == len(
+                list(policy.lm.parameters())
+            )
         else:
             assert sum(p.numel() for p in policy.parameters()) == 0
     assert all(p.to_local().equal(q) for p, q in zip(policy.parameters(), before, strict=True))
@@ -313,10 +388,16 @@ def check_memory(folder):
         step(model, optimizer, BATCH)
         total(model).backward()
         held[name] = fsdp.local_bytes(policy, optimizer)
-    assert held["plain"]["gradients"] == held["plain"]["parameters"] == pytest.approx(held["plain"]["optimizer"] / 2, rel=1e-3)
+    assert (
+        held["plain"]["gradients"]
+        == held["plain"]["parameters"]
+        == pytest.approx(held["plain"]["optimizer"] / 2, rel=1e-3)
+    )
     for part, size in held["plain"].items():
         assert held["sharded"][part] == pytest.approx(size / dist.world, rel=0.15), part
-    assert sum(held["sharded"].values()) == pytest.approx(sum(held["plain"].values()) / dist.world, rel=0.15)
+    assert sum(held["sharded"].values()) == pytest.approx(
+        sum(held["plain"].values()) / dist.world, rel=0.15
+    )
 
 
 def check_bfloat16(folder):
@@ -326,13 +407,20 @@ def check_bfloat16(folder):
     model = dist.wrap(policy, total, "bfloat16")
     optimizer = adamw(policy, 1e-3, (0.9, 0.95), 0.0)
     with fsdp.gathered(policy), torch.no_grad():
-        assert policy.lm.lm_head.weight.dtype == torch.bfloat16 and policy.value_head.weight.dtype == torch.float32
+        assert (
+            policy.lm.lm_head.weight.dtype == torch.bfloat16
+            and policy.value_head.weight.dtype == torch.float32
+        )
         with distributed.autocast(dist, "bfloat16"):
             assert total(policy).item() == pytest.approx(total(plain).item(), rel=0.02)
     with distributed.autocast(dist, "bfloat16"):
         step(model, optimizer, mine(dist))
     assert all(p.dtype == torch.float32 for p in policy.parameters())
-    assert all(value.dtype == torch.float32 for state in optimizer.state.values() for value in state.values())
+    assert all(
+        value.dtype == torch.float32
+        for state in optimizer.state.values()
+        for value in state.values()
+    )
 
 
 def odd_settings(base):
@@ -354,12 +442,26 @@ def merge_settings(base):
 @pytest.fixture(scope="module")
 def checked(base, work):
     """The checks above, on two processes, and three small runs."""
-    jobs = [(check_shards, work / "gpt2", "gpt2"), (check_shards, work / "llama", "llama"), (check_memory, base), (check_bfloat16, base)]
+    jobs = [
+        (check_shards, work / "gpt2", "gpt2"),
+        (check_shards, work / "llama", "llama"),
+        (check_memory, base),
+        (check_bfloat16, base),
+    ]
     (work / "checked").mkdir()
     ppo = small(base, "ppo", reward_model=[f"{base}/rm"], dtype="bfloat16", **FSDP)
     runs = [("ppo", {**odd_settings(base), **FSDP, "checkpoint_activations": True})]
-    jobs += [(drive, work / "checked/odd", runs), (drive, work / "checked/bfloat16", [("ppo", ppo)])]
-    jobs += [(drive, work / "checked/lora", [("ppo", {**lora_settings(base), **FSDP}), ("sft", {**merge_settings(base), **FSDP})])]
+    jobs += [
+        (drive, work / "checked/odd", runs),
+        (drive, work / "checked/bfloat16", [("ppo", ppo)]),
+    ]
+    jobs += [
+        (
+            drive,
+            work / "checked/lora",
+            [("ppo", {**lora_settings(base), **FSDP}), ("sft", {**merge_settings(base), **FSDP})],
+        )
+    ]
     for name in ("odd", "bfloat16", "lora"):
         (work / "checked" / name).mkdir()
     join(*ranks(2, in_turn, jobs))
@@ -380,19 +482,28 @@ def test_separate_value_model_and_full_kl(base, checked, tmp_path):
 @pytest.mark.slow
 def test_lora(base, checked, tmp_path, monkeypatch):
     counts, even = [], distributed.Dist.even
-    monkeypatch.setattr(distributed.Dist, "even", lambda self, parts: counts.append(len(parts)) or even(self, parts))
+    monkeypatch.setattr(
+        distributed.Dist, "even", lambda self, parts: counts.append(len(parts)) or even(self, parts)
+    )
     train(base, "ppo", tmp_path / "plain", **lora_settings(base))
     assert max(counts) > 2  # of both ranks' rows here; the ranks have their own
     assert_close_runs(tmp_path / "plain", checked / "lora/ppo")
-    assert sorted(p.name for p in (tmp_path / "plain/model").iterdir()) == sorted(p.name for p in (checked / "lora/ppo/model").iterdir())
+    assert sorted(p.name for p in (tmp_path / "plain/model").iterdir()) == sorted(
+        p.name for p in (checked / "lora/ppo/model").iterdir()
+    )
 
 
 @pytest.mark.slow
 def test_merged_from_shards(base, checked, tmp_path):
     train(base, "sft", tmp_path / "plain", **merge_settings(base))
     assert_close_runs(tmp_path / "plain", checked / "lora/sft")
-    before, after = load_file(f"{base}/sft/model/model.safetensors"), load_file(checked / "lora/sft/model/model.safetensors")
-    assert before.keys() == after.keys() and any(not before[name].equal(after[name]) for name in before)
+    before, after = (
+        load_file(f"{base}/sft/model/model.safetensors"),
+        load_file(checked / "lora/sft/model/model.safetensors"),
+    )
+    assert before.keys() == after.keys() and any(
+        not before[name].equal(after[name]) for name in before
+    )
 
 
 def test_even_micro_batches():
@@ -430,7 +541,9 @@ def test_checkpoint_activations(training):
             fsdp.checkpoint_activations(policy)
         kept = []
         torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.append(x.numel()) or x, lambda x: x
+        ):
             loss = total(policy)
         loss.backward()
         return {name: p.grad for name, p in policy.named_parameters()}, sum(kept)
@@ -446,9 +559,15 @@ def test_checkpointed_blocks_can_be_copied():
     fsdp.checkpoint_activations(policy)
     twin = copy.deepcopy(policy)
     nn.init.zeros_(fsdp.all_blocks(policy)[0].mlp.down_proj.weight)
-    assert total(twin).item() == pytest.approx(total(tiny()).item()) != pytest.approx(total(policy).item())
+    assert (
+        total(twin).item()
+        == pytest.approx(total(tiny()).item())
+        != pytest.approx(total(policy).item())
+    )
     ids, mask = left_pad([[1, 2, 3], [4, 5]], 0)
-    a, b = (generate(p, ids, mask, 6, eos_token_id=None, pad_token_id=0, seed=1) for p in (twin, tiny()))
+    a, b = (
+        generate(p, ids, mask, 6, eos_token_id=None, pad_token_id=0, seed=1) for p in (twin, tiny())
+    )
     assert a.response_ids.equal(b.response_ids) and a.logprobs.equal(b.logprobs)  # with its cache
 
 

@@ -220,7 +220,10 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 def test_folders_that_cannot_be_made(tmp_path, name):
     (tmp_path / "file").touch()
     os.symlink(tmp_path / "loop", tmp_path / "loop")
-    with pytest.raises(InputError, match="cannot be made or written into|leads nowhere"), unlock_afterwards():
+    with (
+        pytest.raises(InputError, match="cannot be made or written into|leads nowhere"),
+        unlock_afterwards(),
+    ):
         lock(str(tmp_path / name))
     assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
 

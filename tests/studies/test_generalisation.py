@@ -41,14 +41,18 @@ def study(tmp_path_factory):
             patch.setattr(script, "plot_run", lambda run: None, raising=False)
         generalisation.main(["--output_dir", str(folder), *SMALL])
         first = list(ran)
-        generalisation.main(["--output_dir", str(folder), *SMALL])  # a second time there is nothing to do
+        generalisation.main(
+            ["--output_dir", str(folder), *SMALL]
+        )  # a second time there is nothing to do
     torch.set_num_threads(threads)
     yield generalisation, folder, first, ran
     cli.distributed.shutdown()
 
 
 def settings(study, **changes):
-    return SimpleNamespace(**json.loads((study[1] / "summary.json").read_text())["settings"] | changes)
+    return SimpleNamespace(
+        **json.loads((study[1] / "summary.json").read_text())["settings"] | changes
+    )
 
 
 def tables_of(study):
@@ -59,9 +63,13 @@ def answers(study, name, seed, split, key=None):
     """{prompt: [K numbers]} of a system's file, read here: gold, or the score of the seed's reward model."""
     out = {}
     file = "best_of_2" if name == "best_of_n" else "best_of_1"
-    for line in (study[1] / f"answers/{name}/seed_{seed}/{split}/{file}.jsonl").read_text().splitlines():
+    for line in (
+        (study[1] / f"answers/{name}/seed_{seed}/{split}/{file}.jsonl").read_text().splitlines()
+    ):
         row = json.loads(line)
-        out.setdefault(row["prompt"], []).append(row["response"] if key is None else row["gold"] if key == "gold" else row["scores"][key])
+        out.setdefault(row["prompt"], []).append(
+            row["response"] if key is None else row["gold"] if key == "gold" else row["scores"][key]
+        )
     return out
 
 
@@ -75,7 +83,9 @@ def test_every_run_is_done_once(study):
 def test_quick_marks_its_tables(study, capsys):
     module, folder, _, _ = study
     mark = " [QUICK, 2 seeds: not the study's numbers]"
-    module.main(["--quick", "--output_dir", str(folder.parent), *SMALL])  # its runs are there already
+    module.main(
+        ["--quick", "--output_dir", str(folder.parent), *SMALL]
+    )  # its runs are there already
     quick = capsys.readouterr().out
     module.main(["--output_dir", str(folder), *SMALL])
     whole = capsys.readouterr().out
@@ -83,7 +93,17 @@ def test_quick_marks_its_tables(study, capsys):
 
 
 def test_the_full_study_is_what_the_issue_asks_for(study):
-    full = settings(study, seeds=5, kl_coef=[0.02, 0.05, 0.1, 0.2], prompts=60, answers=16, n=16, bon_flags="", ppo_flags="", steps=40)
+    full = settings(
+        study,
+        seeds=5,
+        kl_coef=[0.02, 0.05, 0.1, 0.2],
+        prompts=60,
+        answers=16,
+        n=16,
+        bon_flags="",
+        ppo_flags="",
+        steps=40,
+    )
     sft, rm, (pool, *ppo), sampled, diversity = study[0].commands(full)
     assert [len(part) for part in (sft, rm, ppo, sampled, diversity)] == [1, 5, 40, 5 * (9 + 2), 10]
     everything = [shlex.split(c) for c in (*sft, *rm, pool, *ppo, *sampled, *diversity)]
@@ -91,30 +111,56 @@ def test_the_full_study_is_what_the_issue_asks_for(study):
     assert len(set(folders)) == len(folders)
     configs = [parse_command(command)[1] for command in ppo]
     assert {(c.kl_kind, c.kl_in, c.kl_coef, c.seed) for c in configs} == {
-        (kind, "reward", coef, seed) for kind in ("k1", "k2") for coef in full.kl_coef for seed in range(5)
+        (kind, "reward", coef, seed)
+        for kind in ("k1", "k2")
+        for coef in full.kl_coef
+        for seed in range(5)
     }
-    noise = [words[words.index("--seed") + 1] for words in everything if "--seed" in words and words[0] == "sample_bon.py"]
-    assert sorted(set(noise)) == sorted(["2000", *map(str, range(5)), *map(str, range(1000, 1005))])  # SFT's answers are not the pool's
+    noise = [
+        words[words.index("--seed") + 1]
+        for words in everything
+        if "--seed" in words and words[0] == "sample_bon.py"
+    ]
+    assert sorted(set(noise)) == sorted(
+        ["2000", *map(str, range(5)), *map(str, range(1000, 1005))]
+    )  # SFT's answers are not the pool's
 
 
 def test_diversity_is_measured_again_where_a_system_is_new(study):
-    for changes, done in (({}, True), ({"kl_coef": [0.05]}, False), ({"encoder": "another"}, False)):
+    for changes, done in (
+        ({}, True),
+        ({"kl_coef": [0.05]}, False),
+        ({"encoder": "another"}, False),
+    ):
         a = settings(study, **changes)
         assert [study[0].finished(a, command) for command in study[0].commands(a)[-1]] == [done] * 4
 
 
 def test_systems_answer_the_same_prompts(study):
     for split in ("test", "ood"):
-        prompts = [list(answers(study, name, seed, split)) for name in ("sft", "best_of_n", *CELLS) for seed in (0, 1)]
+        prompts = [
+            list(answers(study, name, seed, split))
+            for name in ("sft", "best_of_n", *CELLS)
+            for seed in (0, 1)
+        ]
         assert all(p == prompts[0] for p in prompts) and len(prompts[0]) == 4
-        assert all(len(x) == 3 for name in ("sft", "best_of_n", *CELLS) for x in answers(study, name, 1, split).values())
+        assert all(
+            len(x) == 3
+            for name in ("sft", "best_of_n", *CELLS)
+            for x in answers(study, name, 1, split).values()
+        )
     assert not set(answers(study, "sft", 0, "test")) & set(answers(study, "sft", 0, "ood"))
 
 
 def test_best_of_n_keeps_the_best_of_its_own_answers(study):
-    pool = [json.loads(line) for line in (study[1] / "pool/ood/pool.jsonl").read_text().splitlines()]
+    pool = [
+        json.loads(line) for line in (study[1] / "pool/ood/pool.jsonl").read_text().splitlines()
+    ]
     kept = answers(study, "best_of_n", 1, "ood")
-    scored = [json.loads(line) for line in (study[1] / "answers/best_of_n/seed_1/ood/pool.jsonl").read_text().splitlines()]
+    scored = [
+        json.loads(line)
+        for line in (study[1] / "answers/best_of_n/seed_1/ood/pool.jsonl").read_text().splitlines()
+    ]
     for row, again in zip(pool, scored, strict=True):
         own = again["scores"]["seed_1"]
         best = [row["responses"][i if own[i] >= own[i + 1] else i + 1] for i in (0, 2, 4)]
@@ -123,39 +169,60 @@ def test_best_of_n_keeps_the_best_of_its_own_answers(study):
 
 def test_numbers_of_the_tables(study):
     tables = tables_of(study)
-    for split, name, seed in (("test", "k1_0.2", 0), ("ood", "best_of_n", 1), ("ood", "k2_0.05", 1)):
+    for split, name, seed in (
+        ("test", "k1_0.2", 0),
+        ("ood", "best_of_n", 1),
+        ("ood", "k2_0.05", 1),
+    ):
         row = {column: values[seed] for column, values in tables[split][name].items()}
         for key, label in (("gold", "gold"), (f"seed_{seed}", "proxy")):
-            own, sft = answers(study, name, seed, split, key), answers(study, "sft", seed, split, key)
-            points = [(x > y) + (x == y) / 2 for prompt in own for x in own[prompt] for y in sft[prompt]]
+            own, sft = (
+                answers(study, name, seed, split, key),
+                answers(study, "sft", seed, split, key),
+            )
+            points = [
+                (x > y) + (x == y) / 2 for prompt in own for x in own[prompt] for y in sft[prompt]
+            ]
             assert len(points) == 36 and row[f"win {label}"] == pytest.approx(sum(points) / 36)
             assert row[label] == pytest.approx(sum(sum(x) for x in own.values()) / 12)
         texts = list(answers(study, name, seed, split).values())
         cut = [[" ".join(text.split()[:5]) for text in row] for row in texts]
         for end, rows in (("", texts), (", cut", cut)):
             per_input = [sum(ead(r, n, 208) for n in range(1, 6)) / 5 for r in rows]
-            across = [sum(ead([r[k] for r in rows], n, 208) for n in range(1, 6)) / 5 for k in range(3)]
+            across = [
+                sum(ead([r[k] for r in rows], n, 208) for n in range(1, 6)) / 5 for k in range(3)
+            ]
             assert row["in EAD" + end] == pytest.approx(sum(per_input) / 4)
             assert row["across EAD" + end] == pytest.approx(sum(across) / 3)
-            assert row["length" + end] == pytest.approx(sum(len(text.split()) for r in rows for text in r) / 12)
+            assert row["length" + end] == pytest.approx(
+                sum(len(text.split()) for r in rows for text in r) / 12
+            )
         assert 0 < row["in emb"] < 1
     assert tables["ood"]["best_of_n"]["KL"] == pytest.approx([math.log(2) - 0.5] * 2)
     assert tables["test"]["sft"]["win gold"] == [0.5, 0.5] and tables["test"]["sft"]["KL"] == [0, 0]
     after = json.loads((study[1] / "ppo/k2_0.2/seed_1/summary.json").read_text())["after"]
-    assert (tables["test"]["k2_0.2"]["KL"][1], tables["ood"]["k2_0.2"]["KL"][1]) == (after["kl"], after["ood/kl"])
+    assert (tables["test"]["k2_0.2"]["KL"][1], tables["ood"]["k2_0.2"]["KL"][1]) == (
+        after["kl"],
+        after["ood/kl"],
+    )
 
 
 def test_comparisons_are_paired_by_seed(study):
     tables = tables_of(study)
     test, ood = tables["test"], tables["ood"]
     for seed in (0, 1):
+
         def gold(table, name):
             return table[name]["gold"][seed]
 
         gap = {name: gold(test, name) - gold(ood, name) for name in test}
         assert tables["gap, test less ood"]["k1_0.2"]["gold"][seed] == pytest.approx(gap["k1_0.2"])
-        assert tables["gap, test less ood, less SFT's"]["k1_0.2"]["gold"][seed] == pytest.approx(gap["k1_0.2"] - gap["sft"])
-        assert tables["ood, less SFT"]["k2_0.05"]["gold"][seed] == pytest.approx(gold(ood, "k2_0.05") - gold(ood, "sft"))
+        assert tables["gap, test less ood, less SFT's"]["k1_0.2"]["gold"][seed] == pytest.approx(
+            gap["k1_0.2"] - gap["sft"]
+        )
+        assert tables["ood, less SFT"]["k2_0.05"]["gold"][seed] == pytest.approx(
+            gold(ood, "k2_0.05") - gold(ood, "sft")
+        )
         more = tables["ood, largest less smallest coefficient"]["k2"]["gold"][seed]
         assert more == pytest.approx(gold(ood, "k2_0.2") - gold(ood, "k2_0.05"))
         same = tables["test, k2 less k1 at the same coefficient"]["k2_0.2"]["gold"][seed]
@@ -170,7 +237,9 @@ def test_at_the_same_kl(study):
     assert at == pytest.approx([1, 2, 3, 2.5, 2])  # straight between sqrt(KL) 0, 2 and 4
     assert study[0].at_kl(rows, "k1", 16.1, "y") is None
     assert study[0].less_at_its_kl(rows, "k2_0.05") == {"y": pytest.approx(4.5)}
-    collected = study[0].collect(study[0].less_at_its_kl(rows, name) for name in ("k2_0.2", "k2_0.02"))
+    collected = study[0].collect(
+        study[0].less_at_its_kl(rows, name) for name in ("k2_0.2", "k2_0.02")
+    )
     assert collected["y"] == pytest.approx([5.0])  # a seed beyond k1's KL has no such number
     assert study[0].as_text(collected["y"] * 2, 3) == "5.000 +- 0.000 (2)"
     assert study[0].as_text([], 3) == "-"

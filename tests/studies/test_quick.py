@@ -32,7 +32,9 @@ def commands_of(study, *args):
 
 def settings_in(command):
     """A command line as its script reads it; bad flags raise."""
-    if not command.startswith("train_rm.py"):  # the others would look for the folders that {seed} stands for
+    if not command.startswith(
+        "train_rm.py"
+    ):  # the others would look for the folders that {seed} stands for
         command = command.replace("{seed}", "0")
     return parse_command(command)[1]
 
@@ -46,10 +48,15 @@ def test_quick_is_one_seed_with_less_to_do(study):
 
     # The same scripts run, with flags that they know, and shorter PPO runs.
     def scripts_of(commands):
-        return {" ".join(command.split()[:2]) if command.startswith("probe.py") else command.split()[0] for command in commands}
+        return {
+            " ".join(command.split()[:2]) if command.startswith("probe.py") else command.split()[0]
+            for command in commands
+        }
 
     assert scripts_of(quick) == scripts_of(whole)
-    lengths = {settings_in(command).steps for command in quick if command.startswith("train_ppo.py")}
+    lengths = {
+        settings_in(command).steps for command in quick if command.startswith("train_ppo.py")
+    }
     assert len(lengths) == 1 and max(lengths) < 40
     for command in quick:
         settings_in(command)
