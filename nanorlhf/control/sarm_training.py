@@ -132,8 +132,9 @@ class SarmTraining:
         if not self.detached:
             return model(batch), {}
         scores, errors = model(batch, reconstruct=True)  # [2 b], [2 b]
-        chosen_errors, rejected_errors = errors.chunk(2)  # [b] each
-        return scores, {"reconstruction": (chosen_errors + rejected_errors) / 2}
+        # The example that a model is first run with (Dist.wrap) is one row, and so one chunk.
+        halves = errors.chunk(2)  # [b] of the chosen texts, [b] of the rejected ones
+        return scores, {"reconstruction": sum(halves) / 2}
 
     def add_further(self, losses, further):
         """Pairs' losses [b] plus lambda times the further ones."""
