@@ -37,7 +37,7 @@ HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 def read_bytes(path: str) -> bytes:
     """A file's bytes, unpacked where its name ends in .gz. InputError: it cannot be read."""
-    open_file = gzip.open if path.endswith(".gz") else open
+    open_file = gzip.open if str(path).endswith(".gz") else open
     try:
         with open_file(path, "rb") as f:
             return f.read()
@@ -193,7 +193,8 @@ def write_lines(path: str, rows: Iterable):
 
 
 def append_lines(path: str, rows: Iterable):
-    """Add JSON rows to a .jsonl file."""
+    """Add JSON rows to a .jsonl file. InputError: its name is a link that leads nowhere."""
+    check_name(path)
     with open(path, "a", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row) + "\n")

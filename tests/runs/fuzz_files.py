@@ -325,7 +325,10 @@ def cases_of_code(run):
         for what, target in INDEXES.items():
             damage = functools.partial(add_index, folder=folder, target=target)
             yield Case(f"{folder}: an index {what}", run, "refused", damage)
-        yield Case(f"{folder}: vocabulary larger than the embeddings", run, "refused",
+        # PPO reads no tokenizer of a value model.
+        is_read = not (run.name == "ppo value_model" and folder.startswith("rms"))
+        expected = "refused" if is_read else "any"
+        yield Case(f"{folder}: vocabulary larger than the embeddings", run, expected,
                    functools.partial(add_words, folder=folder, run=run))  # fmt: skip
 
 
