@@ -219,4 +219,6 @@ def check_weights(path: str, model):
 def check_run(path: str, model):
     """InputError where a model cannot read two tokens: some wrong settings only show there."""
     with library_call(f"{path}: cannot be run"):
-        model.base_model(input_ids=torch.tensor([[1, 2]]))
+        output = model.base_model(input_ids=torch.tensor([[1, 2]]))
+        hidden = output.last_hidden_state
+    require(bool(hidden.isfinite().all()), f"{path}: what the model computes is not finite")

@@ -669,6 +669,7 @@ def damaged(tmp_path):
     {"vocab_size": -5}, {"vocab_size": 10**15}, {"max_position_embeddings": "many"}, {"model_type": "nonsense"}, {"model_type": 5},
     {"hidden_act": "nonsense"}, {"dtype": "nonsense"}, {"rope_parameters": 5}, {"reward_mean": "0"},
     {"reward_mean": [1.0]}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"rms_norm_eps": "x"},
+        {"rms_norm_eps": float("nan")},
     {"id2label": "x"}, {"architectures": {}, "hidden_size": 10**30},
 ], ids=str)  # fmt: skip
 def test_configs_that_make_no_model(damaged, config):
