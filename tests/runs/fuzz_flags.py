@@ -483,8 +483,10 @@ def cases_of_endpoints(run):
     for what, reply in REPLIES.items():
         before = functools.partial(answer_with, *reply)
         key = {"OPENAI_API_KEY": SECRET}
+        # Without a length an answer ends where the server ends it: in time, or not.
+        expected = "any" if what == "a bad length" else "stopped"
         yield Case(
-            f"an endpoint: {what}", run, "stopped", words=words, before=before, environment=key
+            f"an endpoint: {what}", run, expected, words=words, before=before, environment=key
         )
     good = functools.partial(answer_with, 200, {}, chat("1"), 0)
     for what, key in {"CR": SECRET + "\r", "newline inside": SECRET[:5] + "\n" + SECRET,
