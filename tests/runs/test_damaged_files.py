@@ -31,6 +31,9 @@ from nanorlhf.rewards import load_reward
 from nanorlhf.runtime import cli, log
 from nanorlhf.runtime.distributed import setup
 
+# Hundreds of broken files take a while.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shelf(base, tmp_path_factory):
