@@ -59,7 +59,10 @@ def workload(size):
 
 
 def make_inputs(folder, size, device="cpu"):
-    """A policy, a reward model and a prompt file; pad = eos = a token that the model cannot emit. Large ones are stored in bfloat16."""
+    """A policy, a reward model and a prompt file. Large models are stored in bfloat16.
+
+    The last token is EOS and PAD. The policy does not emit it, so that all answers are equally long.
+    """
     hidden, layers, heads, intermediate, vocab = SIZES[size]
     torch.manual_seed(0)
     shape = dict(
@@ -71,7 +74,7 @@ def make_inputs(folder, size, device="cpu"):
         if size.startswith("llama")
         else GPTNeoXConfig(**shape)
     )
-    words = {f"t{i}": i for i in range(vocab)} | {"<end>": vocab}
+    words = {f"t{i}": i for i in range(vocab - 1)} | {"<end>": vocab - 1}
     backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -83,13 +86,31 @@ def make_inputs(folder, size, device="cpu"):
     ):
         with torch.device(device):
             model = auto.from_config(config)
+        if name == "policy":
+            never_end(model)
         model.to(torch.bfloat16 if hidden >= 2048 else torch.float32).save_pretrained(
             f"{folder}/{name}"
         )
         tokenizer.save_pretrained(f"{folder}/{name}")
     with open(f"{folder}/prompts.jsonl", "w") as f:
-        for row in torch.randint(0, vocab, (320, workload(size)[1])).tolist():
+        for row in torch.randint(0, vocab - 1, (320, workload(size)[1])).tolist():
             f.write(json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) + "\n")
+
+
+@torch.no_grad()
+def never_end(lm):
+    """Make the last token impossible, by a coordinate of the last hidden state that is always high.
+
+    Llama's last norm has no bias to raise one with: of its 128,256 tokens one is rarely sampled.
+    """
+    norm = getattr(lm.base_model, "final_layer_norm", None)
+    if norm is None:
+        return
+    norm.bias[0] = 30.0
+    head = lm.get_output_embeddings().weight  # [V, D]
+    head[:, 0] = 0.0
+    head[-1] = 0.0
+    head[-1, 0] = -30.0
 
 
 def needed_flop(size, freeze_layers=0.0, lora=False):
