@@ -13,6 +13,8 @@ if "--gpu" not in sys.argv:
 # One thread, before torch makes a second: workers.py forks, and a fork has no copies of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# No test asks the hub: without a network each question would be tried again for half a minute.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import shutil
 import signal

@@ -81,6 +81,10 @@ def check_place(path: str):
         raise InputError(f"{path}: no such model folder")
     if path.startswith("runs/"):
         raise InputError(f"{path}: no such run yet")
+    # What stands below a file, or below a link that leads nowhere, was meant as a path too.
+    first_part = path.split("/")[0]
+    if os.path.lexists(first_part) and not os.path.isdir(first_part):
+        raise InputError(f"{path}: no such model folder; {first_part} is not a folder")
 
 
 def context_length(config) -> int | None:

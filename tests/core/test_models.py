@@ -587,6 +587,16 @@ def test_folders_that_are_not_there(tmp_path):
     check_error(check_model, "./missing", "no such")
 
 
+def test_a_path_below_a_file_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").touch()
+    Path("circle").symlink_to("circle")
+
+    for path in ("pairs.jsonl/x", "circle/x"):
+        with pytest.raises(InputError, match=f"^{path}: no such model folder; .* is not a folder$"):
+            check_model(path)
+
+
 def test_an_empty_folder(tmp_path):
     check_error(check_model, tmp_path, "config.json")
 
