@@ -21,8 +21,8 @@ features a reward model rewards, how good reward models and answers are.
     what runs/ppo writes without some of its features:
         python probe.py ablate --concept positive
     what the features of runs/sarm reward, on pairs, and what a policy exploits:
-        python probe.py latents
-        python probe.py latents --answers runs/ppo/eval/step_60.jsonl \
+        python probe.py reward_features
+        python probe.py reward_features --answers runs/ppo/eval/step_60.jsonl \
             --against runs/ppo/eval/step_0.jsonl
     pairs, and best-of-n, scored again without one of them:
         python probe.py causal --edits 17:set:0 --pool runs/bon/pool.jsonl
@@ -44,25 +44,25 @@ Each command writes summary.json and a picture into its --output_dir, and
 prints a table; human_latents writes one file.
 """
 
-from nanorlhf.control import causal, human_latents, latents
-from nanorlhf.evals import benchmarks, judging
-from nanorlhf.interp import ablation, features, implicit_reward
-from nanorlhf.interp import layers as probes
+from nanorlhf.control import feature_edits, human_latents, reward_features
+from nanorlhf.evals import benchmarks, win_rates
+from nanorlhf.interp import ablation, features, reward_probes
+from nanorlhf.interp import comparisons as probes
 from nanorlhf.runtime import cli
 
 COMMANDS = {  # name: (its flags, its function)
     "divergence": (probes.DivergenceConfig, probes.divergence),
     "mmcs": (probes.MmcsConfig, probes.mmcs),
-    "reward": (implicit_reward.RewardConfig, implicit_reward.reward),
-    "pairs": (implicit_reward.PairsConfig, implicit_reward.pairs),
+    "reward": (reward_probes.RewardConfig, reward_probes.reward),
+    "pairs": (reward_probes.PairsConfig, reward_probes.pairs),
     "features": (features.FeaturesConfig, features.features),
     "ablate": (ablation.AblateConfig, ablation.ablate),
-    "latents": (latents.LatentsConfig, latents.latents),
-    "causal": (causal.CausalConfig, causal.causal),
-    "steer": (causal.SteerConfig, causal.steer),
+    "reward_features": (reward_features.RewardFeaturesConfig, reward_features.reward_features),
+    "causal": (feature_edits.CausalConfig, feature_edits.causal),
+    "steer": (feature_edits.SteerConfig, feature_edits.steer),
     "human_latents": (human_latents.HumanLatentsConfig, human_latents.human_latents),
     "evaluate": (benchmarks.EvaluateConfig, benchmarks.evaluate),
-    "judge": (judging.JudgeConfig, judging.judge),
+    "judge": (win_rates.JudgeConfig, win_rates.judge),
 }
 
 if __name__ == "__main__":

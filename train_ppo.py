@@ -22,7 +22,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from nanorlhf import data, ppo
-from nanorlhf.control import feature_control
+from nanorlhf.control import controlled_scoring
 from nanorlhf.ensemble import OBJECTIVES
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evaluation import PPOParts, evaluate, forward, sampled_outputs, score_gold
@@ -147,7 +147,7 @@ class UpdateFlags(FlagGroup):
 
 
 @dataclass
-class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, feature_control.Flags, RunConfig):
+class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring.Flags, RunConfig):
     """Models and rewards: what PPO starts from, and what it learns from"""
 
     model: str = HfArg(
@@ -250,7 +250,7 @@ def main(config):
     # What is wrong with a model or a reward is said now, before anything is trained or loaded.
     check_inputs(config, "model", "value_model", "reward_model", "gold_model")
     # Control by features scores answers in its own way; without its flags it prepares None.
-    scoring = feature_control.prepare(config) or Scoring(config)
+    scoring = controlled_scoring.prepare(config) or Scoring(config)
     rows, held_out, note = load_splits(config, "prompts")  # held_out: {label of a split: rows}
     train_what_is_missing(config, "model", "reward_model")
     torch.manual_seed(config.seed)

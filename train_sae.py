@@ -16,7 +16,7 @@ SAELens, and what each of them is worth on held-out texts.
 Maths: nanorlhf/sae.py; activations: nanorlhf/interp/activation_store.py.
 Method: Marks et al. 2023 (2310.08164), Gao et al. 2024 (2406.04093).
 
-    B tokens of a step over all processes, D width, M latents
+    B tokens of a step over all processes, D width, M features
 """
 
 import time
@@ -45,8 +45,8 @@ from nanorlhf.interp.activation_store import (
     sentence_ends,
     token_rows,
 )
-from nanorlhf.interp.probe_flags import SITE_HELP, TokenFlags
 from nanorlhf.interp.sae_files import save_sae
+from nanorlhf.interp.shared_flags import SITE_HELP, TokenFlags
 from nanorlhf.models import (
     fingerprint,
     is_reward_model,
@@ -285,7 +285,7 @@ def main(config):
             counts = state["silent"][name_in_checkpoint(key)]
             silent[key] = torch.tensor(counts, device=dist.device)
     folder.create(state)
-    sizes = [f"{key} ({sae.m:,} latents)" for key, sae in saes.items()]
+    sizes = [f"{key} ({sae.m:,} features)" for key, sae in saes.items()]
     dist.print(f"{config.sae} autoencoders: {', '.join(sizes)}")
 
     def sum_over_processes(tensor):
@@ -494,7 +494,7 @@ def new_sae(config, width: int) -> SparseAutoencoder:
     """An autoencoder as the flags want it, before it has seen anything."""
     m = max(1, round(config.expansion * width))
     if config.sae == "topk":
-        require(config.k <= m, f"--k {config.k} is more than the {m} latents")
+        require(config.k <= m, f"--k {config.k} is more than the {m} features")
         return TopKSAE(width, m, config.k, config.normalize, config.relu, config.seed)
     return SparseAutoencoder(width, m, config.sae == "tied", config.normalize, config.seed)
 
@@ -546,11 +546,11 @@ def no_sums(sae):
 def histogram(density: torch.Tensor) -> dict:
     """The latents by log10 of their density [M], those that never fired left out.
 
-    -> {log10_edges, latents: how many lie between two edges}
+    -> {log10_edges, features: how many lie between two edges}
     """
     logs = density[density > 0].log10().clamp(min=EDGES[0])
     counts, _ = torch.histogram(logs.float().cpu(), torch.tensor(EDGES))
-    return {"log10_edges": EDGES, "latents": counts.int().tolist()}
+    return {"log10_edges": EDGES, "features": counts.int().tolist()}
 
 
 def loss_recovered(config, lm, place, sae, held_out, dist):

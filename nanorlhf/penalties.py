@@ -1,6 +1,6 @@
 """Feature penalties: what a text's latents take from its reward, and edits of the latents.
 
-    B texts, M latents, F chosen features, d latents whose density is estimated, H hidden units
+    B texts, M features, F chosen features, d latents whose density is estimated, H hidden units
 
 z is what a sparse autoencoder makes of the hidden state at a text's pooled (last real) token. In
 PPO the score of a text becomes
@@ -84,7 +84,7 @@ def feature_penalty(
         raise ValueError(f"the penalty must be one of {', '.join(PENALTIES)}, not {kind!r}")
     for feature in features:
         if not 0 <= feature < latents.shape[-1]:
-            raise ValueError(f"feature {feature} is not one of the {latents.shape[-1]} latents")
+            raise ValueError(f"feature {feature} is not one of the {latents.shape[-1]} features")
 
     z = latents[..., list(features)]  # [B, F]
     thresholds = torch.tensor([float(x) for x in tau], dtype=z.dtype, device=z.device)  # [F]
@@ -113,7 +113,7 @@ class DensityRatio(nn.Module):
     def __init__(self, d: int, seed: int = 0):
         super().__init__()
         if d < 1:
-            raise ValueError("a density ratio needs at least one latent")
+            raise ValueError("a density ratio needs at least one feature")
         self.d = d
         self.hidden = nn.Linear(d, self.HIDDEN)
         self.logit = nn.Linear(self.HIDDEN, 1)

@@ -1,6 +1,6 @@
 """Sparse autoencoders: a layer's activation as a sum of a few of many directions.
 
-    N tokens (or any shape [..]), D width of the activations, M latents, k of them kept by TopK,
+    N tokens (or any shape [..]), D width of the activations, M features, k of them kept by TopK,
     d dead ones
 
     x [.., D]  --standardise-->  z
@@ -57,7 +57,7 @@ class SparseAutoencoder(nn.Module):
     ):
         super().__init__()
         if d < 1 or m < 1:
-            raise ValueError(f"an autoencoder needs a width and latents, not {d} and {m}")
+            raise ValueError(f"an autoencoder needs a width and features, not {d} and {m}")
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize {normalize!r} is not one of {', '.join(NORMALIZE)}")
         self.d = d
@@ -204,7 +204,7 @@ class TopKSAE(SparseAutoencoder):
     ):
         super().__init__(d, m, normalize=normalize, seed=seed)
         if not 1 <= k <= m:
-            raise ValueError(f"k must lie between 1 and the {m} latents, not {k}")
+            raise ValueError(f"k must lie between 1 and the {m} features, not {k}")
         self.k = k
         self.relu = relu
 

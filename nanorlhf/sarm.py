@@ -2,7 +2,7 @@
 
 Source: Zhang et al. 2025 (arXiv 2508.08746).
 
-    B texts, T tokens, D hidden, L blocks, M latents, k of them kept, F chosen features, E edits
+    B texts, T tokens, D hidden, L blocks, M features, k of them kept, F chosen features, E edits
 
     ids [B, T] --L blocks of an LM, no final norm--> h [B, D] at the last real token
                --TopK encoder--> z [B, M] --> score = w . z

@@ -13,7 +13,7 @@ train_ppo.py and evaluation.py ask one object about rewards. Its functions, in o
     summary_names              which of its numbers the table at the end of a run shows
 
 Scoring is the plain one: rewards, and the objective that makes one score of theirs. It learns
-nothing. control/feature_control.py has another, with the same functions.
+nothing. control/controlled_scoring.py has another, with the same functions.
 """
 
 from dataclasses import dataclass, field

@@ -813,7 +813,7 @@ def z_by_hand(lm, sarm, prompt, response):
     return z.tolist(), (z @ sarm.score.weight[0].double()).item() - 0.25
 
 
-def latent_flags(command, root, out, **changes):
+def feature_flags(command, root, out, **changes):
     values = {
         "reward_model": root / "sarm",
         "eval_dataset": root / "pairs.jsonl",

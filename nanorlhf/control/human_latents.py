@@ -32,11 +32,11 @@ from ..runtime.flags import DEVICE_HELP, DEVICES, TextFlags
 from ..runtime.log import Progress
 from ..runtime.results import parse_ids
 from ..runtime.tensors import check_tensors, read_notes, read_tensors
-from .feature_rewards import (
-    LatentFlags,
-    check_feature_reward,
+from .feature_reader import (
+    FeatureReaderFlags,
+    check_feature_reader,
     latents_fingerprint,
-    load_feature_reward,
+    load_feature_reader,
 )
 
 NAMES = ("latents", "features", "scores")
@@ -71,7 +71,7 @@ class HumanLatents(NamedTuple):
 def save(path, human, fingerprint):
     """Write a file of human latents, under a temporary name first.
 
-    fingerprint: a dictionary, feature_rewards.latents_fingerprint.
+    fingerprint: a dictionary, feature_reader.latents_fingerprint.
     """
     tensors = {
         "latents": human.latents.contiguous(),
@@ -162,7 +162,7 @@ def check_fingerprint(stored, path, spec, sae):
 
 
 @dataclass
-class HumanLatentsConfig(LatentFlags, TextFlags):
+class HumanLatentsConfig(FeatureReaderFlags, TextFlags):
     """Texts and the file: which features of which texts are written where"""
 
     output: str = HfArg(default="runs/human_latents.safetensors", help="the file to write")
@@ -211,7 +211,7 @@ def human_latents(config):
             check_can_write(config.output)
 
     dist.together(check_place)
-    check_feature_reward(config.reward_model, config.sae, ids)
+    check_feature_reader(config.reward_model, config.sae, ids)
 
     # The texts.
     rows = data.read_rows(config.dataset, config.kind, config.columns)
@@ -220,7 +220,7 @@ def human_latents(config):
     tokenizer = load_tokenizer(config.reward_model)
     max_length = config.max_length or None
     prompts, responses, n_cut = data.encode(tokenizer, rows, side, max_length, config.chat_template)
-    reward = load_feature_reward(
+    reward = load_feature_reader(
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 

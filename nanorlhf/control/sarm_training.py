@@ -3,7 +3,7 @@
 train_rm.py meets this file in one place: its Config has the Flags, and with --sarm prepare() makes
 a SarmTraining, which stands in for train_rm.PlainTraining.
 
-    b pairs, D hidden, L blocks, M latents, k of them kept
+    b pairs, D hidden, L blocks, M features, k of them kept
 
 What is trained in each mode. w is the head; W_e, b_e are the encoder's, W_d, b_d the decoder's. The
 score does not use W_d, so the preference loss never trains it:
@@ -226,7 +226,7 @@ def start(config, sarm_config, device):
 
     n_blocks = sarm_config.sarm_param["sae_source_layer"]
     note += (
-        f"; SARM on {n_blocks} of {sarm_config.num_hidden_layers} blocks, {sae.m:,} latents, "
+        f"; SARM on {n_blocks} of {sarm_config.num_hidden_layers} blocks, {sae.m:,} features, "
         f"k {sae.k}, {config.sarm_mode}"
     )
     return sarm.to(device), note

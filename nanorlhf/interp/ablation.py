@@ -50,9 +50,9 @@ from ..sae import SparseAutoencoder
 from ..splits import load
 from ..stats import bootstrap
 from .activation_store import Tokens, from_models, open_autoencoder, where
-from .concepts import alike, encoded, feature_aucs
-from .known_concepts import FEWEST, concept_table, is_world_model, next_ids
-from .probe_flags import PlaceFlags
+from .feature_scores import alike, encoded, feature_aucs
+from .shared_flags import PlaceFlags
+from .world_concepts import FEWEST, concept_table, is_world_model, next_ids
 
 CONTROLS = ("random", "strong")
 BY = ("on", "before", "logits")

@@ -27,7 +27,7 @@ strength from 1 to 10, in double brackets.
 
 It fires most on: {tokens}
 
-Say in one sentence what the feature stands for, and whether that has to do with {task}. \
+Say in one sentence what the feature stands for, and whether that has to do with {related_to}. \
 Answer with one line of JSON and nothing else:
 {{"description": "...", "related": true or false}}"""
 FILE = "explanations.jsonl"
@@ -68,7 +68,7 @@ def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None
     rubbish = []  # why some answers were none
     error = None  # why nothing more is asked
     for folder, feature in features:
-        prompt = prompt_of(feature, config.task, question)
+        prompt = prompt_of(feature, config.related_to, question)
         key = digest(config.explainer, config.explainer_model, prompt)
         if key not in known and not error:
             # A local model is loaded only if there is something to ask.
@@ -107,7 +107,7 @@ def is_kept_answer(line: int, row) -> bool:
     return isinstance(row.get("related"), bool)
 
 
-def prompt_of(feature: dict, task: str, question: str = PROMPT) -> str:
+def prompt_of(feature: dict, related_to: str, question: str = PROMPT) -> str:
     """What the explainer is asked about a feature: its contexts and the tokens it fires on."""
     lines = []
     for context in feature["contexts"]:
@@ -121,7 +121,7 @@ def prompt_of(feature: dict, task: str, question: str = PROMPT) -> str:
             words.append(word)
         lines.append("- " + " ".join(words))
     tokens = ", ".join(repr(token) for token, *_ in feature["tokens"])
-    return question.format(contexts="\n".join(lines), tokens=tokens, task=task)
+    return question.format(contexts="\n".join(lines), tokens=tokens, related_to=related_to)
 
 
 def parse(text: str) -> dict:

@@ -5,7 +5,7 @@
 
 Each of the chosen features is described: where it is largest, the tokens it fires on, what it adds
 to the logits. In the embedded world the truth is known, so all features are also set against all
-its concepts (known_concepts.py).
+its concepts (world_concepts.py).
 """
 
 import functools
@@ -32,11 +32,11 @@ from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import parse_ids, results_folder, save
 from .activation_store import Tokens, from_models, hold_out, open_autoencoder, token_rows, where
-from .concepts import encoded
 from .explainer import check_explainer, explain
-from .known_concepts import CONTROLS, SCORES, is_world_model, known_concepts
-from .probe_flags import DescribeFlags, PlaceFlags, TokenFlags
+from .feature_scores import encoded
 from .sae_files import CONFIG
+from .shared_flags import DescribeFlags, PlaceFlags, TokenFlags
+from .world_concepts import CONTROLS, SCORES, is_world_model, measure_concepts
 
 SHOWN = 8  # tokens in a description's lists
 
@@ -77,7 +77,7 @@ def features(config):
     In the embedded world also: how many known concepts have a feature with
     an AUC above .95, beside controls. The best of M features is chosen on
     one half of the texts and measured on the other.
-    Method: nanorlhf/interp/concepts.py. The effect on logits is the direct
+    Method: nanorlhf/interp/feature_scores.py. The effect on logits is the direct
     path alone: the decoder's direction through the unembedding, without the
     final norm and later layers.
     """
@@ -160,7 +160,7 @@ def look_at_features(
 
     result = {"m": sae.m, "texts": len(tokens.rows), "tokens": tokens.total}
     if is_world_model(tokenizer):
-        result |= known_concepts(sae, x, f, tokens, tokenizer)
+        result |= measure_concepts(sae, x, f, tokens, tokenizer)
     ids = parse_ids(config.features) or top_features(f, config.top)
     result["features"] = describe_features(config, ids, sae, f, tokens, tokenizer, lm)
     return result
@@ -409,7 +409,7 @@ def mark_context(context: dict, before: int = 8, after: int = 12) -> str:
 
 
 def format_explanations(results: dict[str, dict]) -> list[str]:
-    """What the explainer said, one line a feature; * where it is related to --task."""
+    """What the explainer said, one line a feature; * where it is related to --related_to."""
     lines = []
     for path, result in results.items():
         for feature in result["features"]:

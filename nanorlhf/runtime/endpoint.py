@@ -1,7 +1,7 @@
 """A chat model that is asked questions: behind an OpenAI-compatible endpoint, or a local one.
 
 POST <url>/chat/completions by the standard library alone; the key is the environment's OPENAI_API_KEY. What is asked, and what becomes
-of the answers, is the callers' business (explainer.py, judging.py).
+of the answers, is the callers' business (explainer.py, win_rates.py).
 
 The key goes into one header and nowhere else. A URL is printed, stored in config.json and part of
 what caches are named by, so one that holds a password or a query is refused. What a server says may

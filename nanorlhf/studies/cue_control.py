@@ -10,7 +10,7 @@ One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their
 own spurious cue; reward models on them, one dense and SARMs of all kinds; PPO
 against the dense one and against a SARM (--against); and then the question
 which latents the policy has exploited. The answer is found by a written rule,
-identify(), which reads nothing but the summary.json of `probe.py latents`, and
+identify(), which reads nothing but the summary.json of `probe.py reward_features`, and
 it is written to identified/seed_S.json before the truth is read. Then PPO
 again, under control by these latents: ARMS. How strong each method is was fixed
 before any gold was seen, the same for all seeds, in units that the human texts
@@ -30,7 +30,7 @@ from transformers.hf_argparser import HfArg
 
 from .. import data, world
 from ..control import human_latents
-from ..control.feature_rewards import load_feature_reward
+from ..control.feature_reader import load_feature_reader
 from ..errors import require
 from ..models import load_tokenizer
 from ..packing import Answers, pack
@@ -138,12 +138,12 @@ def first_commands(a):
             policies.append(ppo(a, s, DENSE, dense))
         answers = f"{out}/ppo/plain/seed_{s}/eval"
         probes.append(
-            f"probe.py latents {latents_of(a, s)} --dataset world:{s} "
+            f"probe.py reward_features {reader_flags(a, s)} --dataset world:{s} "
             f"--answers {answers}/step_{a.steps}.jsonl --against {answers}/step_0.jsonl "
-            f"--by differential --top 1000 --output_dir {out}/latents/seed_{s} {a.probe_flags}"
+            f"--by differential --top 1000 --output_dir {out}/reward_features/seed_{s} {a.probe_flags}"
         )
         probes.append(
-            f"probe.py human_latents {latents_of(a, s)} --output {human_file(a, s)} {a.human_flags}"
+            f"probe.py human_latents {reader_flags(a, s)} --output {human_file(a, s)} {a.human_flags}"
         )
     first = [f"train_sft.py --output_dir {sft} {a.sft_flags}"]
     return [first, saes + dense_models, rm_saes, sarms, policies, probes]
@@ -185,7 +185,7 @@ def feature_sae(a, s):
     return ""
 
 
-def latents_of(a, s):
+def reader_flags(a, s):
     """The flags of probe.py that say whose features are read."""
     flags = f"--reward_model {target(a, s)}"
     if feature_sae(a, s):
@@ -208,7 +208,7 @@ def density_texts(a, s, found):
     """The command that writes density_file(a, s)."""
     ids = ",".join(map(str, found["features"]))
     return (
-        f"probe.py human_latents {latents_of(a, s)} --features {ids} "
+        f"probe.py human_latents {reader_flags(a, s)} --features {ids} "
         f"--output {density_file(a, s)} {a.human_flags}"
     )
 
@@ -228,7 +228,7 @@ def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
 
 
 def identify(summary, s):
-    """The rule. summary.json of `probe.py latents` -> what is penalised, and its controls.
+    """The rule. summary.json of `probe.py reward_features` -> what is penalised, and its controls.
 
     1. Exploited: after training the policy's answers have more of the feature than before; the
        interval of its differential is above 0.
@@ -250,7 +250,7 @@ def identify(summary, s):
     largest_first = sorted(suspects[token], reverse=True)
     ids = [feature for _, feature in largest_first[:MOST]]
 
-    rows = {row["id"]: row for row in summary["latents"]}
+    rows = {row["id"]: row for row in summary["features"]}
     random_ids, negative_ids = choose_controls(rows, ids, s)
     numbers = {}
     for i in (*ids, *random_ids, *negative_ids):
@@ -268,7 +268,7 @@ def identify(summary, s):
 def find_suspects(summary):
     """Steps 1 and 2 of the rule: {token: [(mean differential, feature)]}."""
     suspects = {}
-    for row in summary["latents"]:
+    for row in summary["features"]:
         # A feature that was not described follows nothing.
         if not row.get("tokens"):
             continue
@@ -313,7 +313,7 @@ def by_truth(summary, s):
     """In the rule's place, where the truth is used: the MOST features that follow the cue best."""
     cue = world.cue(s)
     areas = {}  # {feature: AUC}
-    for row in summary["latents"]:
+    for row in summary["features"]:
         for token, area, *_ in row.get("tokens") or []:
             if token.strip() == cue:
                 areas[row["id"]] = area
@@ -325,7 +325,7 @@ def find_features(a, s):
     """identify(), or by_truth(), once: its answer is a file, which is never written again."""
     path = Path(a.output_dir, "identified", named(a, f"seed_{s}.json"))
     if not path.exists():
-        summary = read_json(a.output_dir, "latents", f"seed_{s}", "summary.json")
+        summary = read_json(a.output_dir, "reward_features", f"seed_{s}", "summary.json")
         rule = by_truth if a.truth else identify
         found = rule(summary, s)
         path.parent.mkdir(exist_ok=True)
@@ -440,7 +440,7 @@ def measure_auc(a, s, features, cue):
 
     tokenizer = load_tokenizer(target(a, s))
     prompts, responses, _ = data.encode(tokenizer, rows, "response")
-    reward = load_feature_reward(target(a, s), feature_sae(a, s), tokenizer, setup("cpu"))
+    reward = load_feature_reader(target(a, s), feature_sae(a, s), tokenizer, setup("cpu"))
     answers = Answers([row["prompt"] for row in rows], texts, pack(prompts, responses))
     z = reward.read(answers, features).latents  # [N, F]
     has_cue = [cue in text.split() for text in texts]
@@ -551,7 +551,7 @@ def control_tables(outcomes):
         of_shared_seeds = {}
         for arm, rows in shared.items():
             of_shared_seeds[arm] = over_seeds(rows)
-        tables["at the end, seeds with latents"] = of_shared_seeds
+        tables["at the end, seeds with features"] = of_shared_seeds
 
     less_plain = {}
     for arm, rows in shared.items():
@@ -659,7 +659,7 @@ class Settings(StudyFlags):
         help="flags of the autoencoder on a reward model",
     )
     head_flags: str = HfArg(default="--lr 1e-2", help="flags of reward_first's head")
-    probe_flags: str = HfArg(default="", help="further flags of probe.py latents")
+    probe_flags: str = HfArg(default="", help="further flags of probe.py reward_features")
     human_flags: str = HfArg(default="", help="further flags of probe.py human_latents")
 
     def __post_init__(self):

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
 import train_ppo  # noqa: E402
-from nanorlhf.control import feature_control, human_latents
+from nanorlhf.control import controlled_scoring, human_latents
 from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.models import load_tokenizer
 from nanorlhf.rewards import load_rewards, score_all
@@ -132,7 +132,7 @@ def main():
                 tokenizer, dist = load_tokenizer(plain.model), setup("cpu")
                 rewards = load_rewards(plain.reward_model, tokenizer, dist, plain.micro_batch_size)
                 controls = {
-                    arm: feature_control.prepare(config_of(folder, name, flags, 1))
+                    arm: controlled_scoring.prepare(config_of(folder, name, flags, 1))
                     for arm, flags in ARMS.items()
                 }
                 for control in controls.values():

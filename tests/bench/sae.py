@@ -3,7 +3,7 @@
 Data made from a known dictionary: x = codes @ dictionary + noise; 2,048 unit directions in R^512, each active with probability
 16 / 2,048 at an amplitude uniform in [0.5, 1.5], noise of standard deviation 0.02 a coordinate: alone it is an FVU of 0.0118.
     speed      activations per CPU second and per second, over the steps after --skip of them (16 steps of 4,096)
-    quality    on held-out rows: FVU, L0, dead latents, and the share of the true directions with a cosine above 0.9 to a decoder's
+    quality    on held-out rows: FVU, L0, dead features, and the share of the true directions with a cosine above 0.9 to a decoder's
                direction (480 steps of 1,024; --steps 80 --batch 4096 for the short one)
 The settings are train_sae.py's defaults. With one thread the figure per CPU second hardly depends on what else the machine does.
 """
@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--mode", choices=["speed", "quality"], default="speed")
     parser.add_argument("--kind", choices=["topk", "l1"], default="topk")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--latents", type=int, default=4096)
+    parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--l1", type=float, default=Config.l1)
     parser.add_argument("--lr", type=float, default=Config.lr)
@@ -67,12 +67,12 @@ def main():
         part.to(args.device) for part in make_data(args.rows, args.held_out, args.seed)
     )
     sae = (
-        TopKSAE(D, args.latents, args.k, seed=args.seed)
+        TopKSAE(D, args.features, args.k, seed=args.seed)
         if args.kind == "topk"
-        else SparseAutoencoder(D, args.latents, seed=args.seed)
+        else SparseAutoencoder(D, args.features, seed=args.seed)
     )
     sae = sae.to(args.device).fit(x[:16_384])
-    optimizer, silent = adam(sae), torch.zeros(args.latents, dtype=torch.long, device=args.device)
+    optimizer, silent = adam(sae), torch.zeros(args.features, dtype=torch.long, device=args.device)
     config = Config(steps=args.steps, batch_size=args.batch, lr=args.lr)
     generator, marks, order = (
         torch.Generator().manual_seed(args.seed),

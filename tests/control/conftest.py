@@ -1,4 +1,4 @@
-"""A tiny random SARM with texts to read it on: what test_latents.py and test_causal.py share."""
+"""A tiny random SARM with texts to read it on: what test_reward_features.py and test_feature_edits.py share."""
 
 import pytest
 from support import SARM_D, SARM_M, tiny_sarm, write_rows

@@ -1,6 +1,6 @@
 """train_rm.py --sarm: what each mode trains, by hand and by autograd; that ranks, kills and micro-batches change nothing; bad input.
 
-B texts of a batch, D hidden, M latents, k kept
+B texts of a batch, D hidden, M features, k kept
 """
 
 import json
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import train_rm
 from nanorlhf import data, splits, world
-from nanorlhf.control.feature_rewards import check_feature_reward
+from nanorlhf.control.feature_reader import check_feature_reader
 from nanorlhf.control.sarm_training import MODES, check_start, start
 from nanorlhf.errors import InputError
 from nanorlhf.interp.sae_files import save_sae, the_one_sae
@@ -124,7 +124,7 @@ def test_what_a_mode_trains(base, tmp_path, mode):
     assert (chosen - rejected).mean().item() == pytest.approx(
         summary["eval/margin"], rel=1e-3, abs=1e-5
     )
-    assert check_feature_reward(str(tmp_path / mode)) == M
+    assert check_feature_reader(str(tmp_path / mode)) == M
     stored = json.loads((tmp_path / mode / "model/config.json").read_text())
     assert stored["sarm_param"] == {"sae_source_layer": L, "sae_latent_size": M, "sae_k": K, "sae_use_sequence_level": True,
                                     "sarm_use_activation": True} and stored["num_hidden_layers"] == 4  # fmt: skip

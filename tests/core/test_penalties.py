@@ -86,8 +86,8 @@ MISTAKES = {
         "2 features, 1 tau and 2 alpha",
     ),
     "no alpha": (([1], [0.5], []), "1 features, 1 tau and 0 alpha"),
-    "latent 6 of 6": (([6], [0.5], [1.0]), "feature 6 is not one of the 6 latents"),
-    "negative latent": (([-1], [0.5], [1.0]), "feature -1 is not one of the 6 latents"),
+    "feature 6 of 6": (([6], [0.5], [1.0]), "feature 6 is not one of the 6 features"),
+    "negative feature": (([-1], [0.5], [1.0]), "feature -1 is not one of the 6 features"),
     "unknown kind": (
         ([1], [0.5], [1.0], "square"),
         "must be one of indicator, hinge, not 'square'",
@@ -207,7 +207,7 @@ def test_latents_are_standardised_by_people():
     torch.testing.assert_close(net(policy), rescaled, rtol=1e-3, atol=1e-3)
 
 
-def test_a_latent_that_never_changes_is_divided_by_1():
+def test_a_feature_that_never_changes_is_divided_by_1():
     human = torch.tensor([[1.0, 5.0], [2.0, 5.0]])
     net = DensityRatio(2).fit(human)
     assert net.std.tolist() == [0.5, 1.0]
@@ -262,8 +262,8 @@ def test_the_seed_draws_the_hidden_layer():
     assert not torch.equal(other_seed.hidden.weight, net.hidden.weight)
 
 
-def test_the_network_needs_a_latent():
-    with pytest.raises(ValueError, match="at least one latent"):
+def test_the_network_needs_a_feature():
+    with pytest.raises(ValueError, match="at least one feature"):
         DensityRatio(0)
 
 

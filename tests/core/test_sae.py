@@ -1,6 +1,6 @@
 """Sparse autoencoders against loops in float64, dense autograd, and data whose dictionary is known.
 
-N tokens, D hidden, M latents, K latents kept
+N tokens, D hidden, M features, K features kept
 """
 
 import pytest
@@ -175,7 +175,7 @@ def test_the_sparse_equations(relu, normalize):
 
 
 @every_normalisation
-def test_without_relu_negative_latents_are_kept(normalize):
+def test_without_relu_negative_features_are_kept(normalize):
     sae, x = example("topk", normalize, relu=False)
     f = sae.encode(x)
     assert (f != 0).sum(1).tolist() == [K] * 7
@@ -243,7 +243,7 @@ def test_activations_that_cannot_be_fitted():
 
 # -------------------------------------------------------------------------------- the sparse path
 
-# Some are found in groups of latents, some not.
+# Some are found in groups of features, some not.
 SIZES = [(64, 3), (64, 4), (64, 8), (4096, 32), (2048, 7), (40, 5), (61, 1), (96, 96)]
 
 
@@ -259,7 +259,7 @@ def test_top_k(m, k):
 
 
 def sparse_example():
-    """K values of each of N rows and the latents that they belong to: values, ids, and S [N, M].
+    """K values of each of N rows and the features that they belong to: values, ids, and S [N, M].
 
     S is the same as a matrix; an id may repeat within a row.
     """
@@ -309,7 +309,7 @@ def value_and_gradients(sparse, normalize, relu):
 
 @pytest.mark.parametrize("normalize, relu", [("dataset", True), ("token", False)])
 def test_sparse_is_dense(normalize, relu):
-    """To 1e-5 in float32, with so many latents that top_k looks at them in groups."""
+    """To 1e-5 in float32, with so many features that top_k looks at them in groups."""
     dense = value_and_gradients(False, normalize, relu)
     sparse = value_and_gradients(True, normalize, relu)
     assert len(dense) == 6
@@ -327,7 +327,7 @@ def test_bfloat16_is_for_the_product():
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, values)
 
-    # Almost the same latents fire, with almost the same sum.
+    # Almost the same features fire, with almost the same sum.
     n_shared = 0
     for row, rounded_row in zip(ids.tolist(), rounded_ids.tolist()):
         n_shared += len(set(row) & set(rounded_row))
@@ -384,7 +384,7 @@ def standardised_error(sae, x):
 
 
 def choose_dead(n_dead):
-    """n_dead latents at random, as a mask [M]."""
+    """n_dead features at random, as a mask [M]."""
     dead = torch.zeros(M, dtype=torch.bool)
     order = torch.randperm(M, generator=seeded(0))
     dead[order[:n_dead]] = True
@@ -392,7 +392,7 @@ def choose_dead(n_dead):
 
 
 def auxiliary_loss_by_hand(sae, z, error, dead, k_aux):
-    """|e - e^|^2 over the variance of e, e^ from the k_aux strongest dead latents, token by token.
+    """|e - e^|^2 over the variance of e, e^ from the k_aux strongest dead features, token by token.
 
     Gao et al. 2024, appendix A.2; the variance is that of all numbers of e (their code).
     """
@@ -435,7 +435,7 @@ def test_auxiliary_loss(monkeypatch, n_dead, k_aux):
 
 
 @every_death
-def test_the_auxiliary_loss_moves_dead_latents_alone(monkeypatch, n_dead, k_aux):
+def test_the_auxiliary_loss_moves_dead_features_alone(monkeypatch, n_dead, k_aux):
     """What the living leave is a constant to it."""
     monkeypatch.setattr(sae_module, "AUX_K", k_aux)
     sae = make("topk")
@@ -452,9 +452,9 @@ ALL_DEAD = torch.ones(M, dtype=torch.bool)
 
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
 def test_auxiliary_loss_is_a_share_of_the_error(size):
-    """An error that no dead latent explains costs about 1, whatever its size."""
+    """An error that no dead feature explains costs about 1, whatever its size."""
     sae = make("topk")
-    sae.b_enc.data -= 100  # no latent fires: e^ = 0
+    sae.b_enc.data -= 100  # no feature fires: e^ = 0
     z = randn(9, D, seed=3)
     error = randn(9, D, seed=4)
     error -= error.mean()
@@ -476,7 +476,7 @@ def test_auxiliary_loss_of_an_error_without_variance(constant, dtype):
 
 
 def measures_by_hand(x, x_hat, f):
-    """FVU, L0, density and the share of dead latents of 50 tokens, number by number."""
+    """FVU, L0, density and the share of dead features of 50 tokens, number by number."""
     means = [sum(column) / 50 for column in x.T.tolist()]
     residual = 0.0
     total = 0.0
@@ -484,7 +484,7 @@ def measures_by_hand(x, x_hat, f):
         for i in range(D):
             residual += (x[t, i] - x_hat[t, i]).item() ** 2
             total += (x[t, i].item() - means[i]) ** 2
-    counts = [0] * M  # how often each latent fires
+    counts = [0] * M  # how often each feature fires
     for t in range(50):
         for j in range(M):
             if f[t, j].item() != 0:
@@ -558,14 +558,14 @@ def test_parallel_gradient_is_removed():
     torch.testing.assert_close(removed, lengths * directions)
 
 
-def latents_that_fire(sae, x):
-    """The latents with a value above 0 at any token."""
+def features_that_fire(sae, x):
+    """The features with a value above 0 at any token."""
     values, ids = sae.encode_topk(x)
     return set(ids[values > 0].tolist())
 
 
-def test_dead_latents_are_counted():
-    """A latent that no token moves is dead after `dead_after` tokens: here, two batches."""
+def test_dead_features_are_counted():
+    """A feature that no token moves is dead after `dead_after` tokens: here, two batches."""
     sae = make("topk", dtype=torch.float32)
     sae.b_enc.data[3] = -30
     optimizer = adam(sae)
@@ -573,7 +573,7 @@ def test_dead_latents_are_counted():
     silent = torch.zeros(M, dtype=torch.long)
     for step in range(1, 4):
         expected = [step * N] * M
-        for j in latents_that_fire(sae, x):
+        for j in features_that_fire(sae, x):
             expected[j] = 0
         stats = train_step(sae, optimizer, x, lr=0.0, silent=silent, dead_after=2 * N)
         assert silent.tolist() == expected
@@ -582,7 +582,7 @@ def test_dead_latents_are_counted():
         assert (stats["dead"] > 0) == (step == 3)
 
 
-def test_dead_latents_get_a_gradient():
+def test_dead_features_get_a_gradient():
     """AuxK moves them again."""
     sae = make("topk", dtype=torch.float32)
     sae.b_enc.data[3] = -1
@@ -594,12 +594,12 @@ def test_dead_latents_get_a_gradient():
     assert not torch.equal(before, sae.W_enc[3])
 
 
-def with_a_lost_latent() -> tuple[TopKSAE, torch.Tensor, torch.Tensor]:
-    """Make an autoencoder of a large part of x and a dead latent that might explain the small rest.
+def with_a_lost_feature() -> tuple[TopKSAE, torch.Tensor, torch.Tensor]:
+    """Make an autoencoder of a large part of x and a dead feature that might explain the small rest.
 
-    Each token is 5 to 6 along one of four axes, which latents 0 to 3 know; every 50th is .45 along
-    the first and 1 along axis 5, of which only latent 4 has something, .3: less than latent 0 has.
-    -> autoencoder with k = 1, x [400, 8], and x with much more for latent 4 and its neighbours
+    Each token is 5 to 6 along one of four axes, which features 0 to 3 know; every 50th is .45 along
+    the first and 1 along axis 5, of which only feature 4 has something, .3: less than feature 0 has.
+    -> autoencoder with k = 1, x [400, 8], and x with much more for feature 4 and its neighbours
     """
     generator = seeded(0)
     n, d = 400, 8
@@ -619,9 +619,9 @@ def with_a_lost_latent() -> tuple[TopKSAE, torch.Tensor, torch.Tensor]:
     return sae, x, early_x
 
 
-def train_with_a_lost_latent(dead_after):
-    """Train on x after latent 4 has died -> at which of the 400 tokens it fires then."""
-    sae, x, early_x = with_a_lost_latent()
+def train_with_a_lost_feature(dead_after):
+    """Train on x after feature 4 has died -> at which of the 400 tokens it fires then."""
+    sae, x, early_x = with_a_lost_feature()
     optimizer = adam(sae)
     silent = torch.zeros(5, dtype=torch.long)
     # Nothing moves but Adam's memory, of large gradients.
@@ -636,24 +636,24 @@ def train_with_a_lost_latent(dead_after):
     return sae.encode(x)[:, 4] > 0
 
 
-def test_a_dead_latent_comes_back_where_little_is_left_to_explain():
-    """With AuxK a latent fires again on what the others leave, 0.1% of the variance.
+def test_a_dead_feature_comes_back_where_little_is_left_to_explain():
+    """With AuxK a feature fires again on what the others leave, 0.1% of the variance.
 
-    Adam remembers the large gradients of the time when the latent was alive, so that a pull in
+    Adam remembers the large gradients of the time when the feature was alive, so that a pull in
     proportion to the error, which is small now, would hardly move it.
     """
     rare = torch.zeros(400, dtype=torch.bool)
     rare[::50] = True
-    assert torch.equal(train_with_a_lost_latent(dead_after=10**5), rare)
+    assert torch.equal(train_with_a_lost_feature(dead_after=10**5), rare)
 
 
-def test_without_auxk_a_dead_latent_stays_dead():
-    fires = train_with_a_lost_latent(dead_after=float("inf"))
+def test_without_auxk_a_dead_feature_stays_dead():
+    fires = train_with_a_lost_feature(dead_after=float("inf"))
     assert not fires.any()
 
 
-def dead_latents() -> torch.Tensor:
-    """How long each latent of test_ranks has been silent: every third is dead."""
+def dead_features() -> torch.Tensor:
+    """How long each feature of test_ranks has been silent: every third is dead."""
     silent = torch.zeros(M, dtype=torch.long)
     silent[::3] = 10**6
     return silent
@@ -678,7 +678,7 @@ def write_share_of_gradients(path):
     stats = gradients(
         sae,
         x,
-        silent=dead_latents(),
+        silent=dead_features(),
         dead_after=10**5,
         n_tokens=N,
         reduce=add_over_processes,
@@ -690,7 +690,7 @@ def write_share_of_gradients(path):
 
 @pytest.mark.slow
 def test_ranks(tmp_path):
-    """Two processes have the loss and the gradients of one, with dead latents.
+    """Two processes have the loss and the gradients of one, with dead features.
 
     The errors of their shares differ in size.
     """
@@ -698,7 +698,7 @@ def test_ranks(tmp_path):
     join(*processes)
     two = torch.load(tmp_path / "two.pt")
     sae = make("topk")
-    stats = gradients(sae, uneven_batch(), silent=dead_latents(), dead_after=10**5)
+    stats = gradients(sae, uneven_batch(), silent=dead_features(), dead_after=10**5)
     assert two["loss"] == pytest.approx(stats["loss"], rel=1e-9)
     for parameter, grad in zip(sae.parameters(), two["grads"], strict=True):
         close(grad, parameter.grad)

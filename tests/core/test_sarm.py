@@ -1,6 +1,6 @@
-"""nanorlhf.sarm and feature_rewards: the public layout written by hand, and float64 loops over texts and latents.
+"""nanorlhf.sarm and feature_reader: the public layout written by hand, and float64 loops over texts and latents.
 
-B texts, T tokens, D hidden, M latents, k kept
+B texts, T tokens, D hidden, M features, k kept
 """
 
 import copy
@@ -32,11 +32,11 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from nanorlhf.control.feature_rewards import (
+from nanorlhf.control.feature_reader import (
     WithSAE,
-    check_feature_reward,
+    check_feature_reader,
     latents_fingerprint,
-    load_feature_reward,
+    load_feature_reader,
 )
 from nanorlhf.errors import InputError
 from nanorlhf.interp.sae_files import save_sae
@@ -356,7 +356,7 @@ def answers(batch=True):
 
 def test_feature_rewards(tmp_path, public, sarm):
     path = public[0]
-    reward = load_feature_reward(path, "", word_tokenizer(), ALONE, micro_batch_size=2)
+    reward = load_feature_reader(path, "", word_tokenizer(), ALONE, micro_batch_size=2)
     expected = sarm.read(BATCH, [2, 9], {2: ("+", 1.0)})
     got = reward.read(answers(), [2, 9], {2: ("+", 1.0)})
     for a, b in zip(got, expected):
@@ -368,7 +368,7 @@ def test_feature_rewards(tmp_path, public, sarm):
         and reward.weights.equal(sarm.score.weight[0])
         and reward.read(answers()).latents.shape == (B, M)
     )
-    assert check_feature_reward(path, "", [0, M - 1]) == M
+    assert check_feature_reader(path, "", [0, M - 1]) == M
     check_reward(path)
 
     model = reward_model("llama")
@@ -377,14 +377,14 @@ def test_feature_rewards(tmp_path, public, sarm):
     save_sae(sae, str(tmp_path / "sae"), model="x", layer=2, site="residual")
     save_sae(sae, str(tmp_path / "run/policy/2_residual"), model="x", layer=2, site="residual")
     for folder in ("sae", "run"):  # the folder itself, or that of train_sae.py's run
-        assert check_feature_reward(
+        assert check_feature_reader(
             str(tmp_path / "rm"), str(tmp_path / folder)
         ) == M and not is_sarm(str(tmp_path / "rm"))
     assert (
-        load_feature_reward(str(tmp_path / "rm"), str(tmp_path / "run"), word_tokenizer(), ALONE).m
+        load_feature_reader(str(tmp_path / "rm"), str(tmp_path / "run"), word_tokenizer(), ALONE).m
         == M
     )
-    reward = load_feature_reward(
+    reward = load_feature_reader(
         str(tmp_path / "rm"), str(tmp_path / "sae"), word_tokenizer(), ALONE
     )
     expected = WithSAE(load_reward_model(str(tmp_path / "rm")), sae, (2, "residual")).read(
@@ -479,7 +479,7 @@ def test_bad_features_and_rewards(tmp_path, public, sarm):
         ("world:gold", "", [], "no features"), (str(tmp_path / "lm"), "x", [], "no reward model"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=match):
-            check_feature_reward(spec, sae, features)
+            check_feature_reader(spec, sae, features)
 
 
 def test_a_trunk_that_cannot_be_cut():
@@ -506,7 +506,7 @@ def read_in_shards(specs, out):
         [texts.prompts[i] for i in mine], [texts.responses[i] for i in mine], BATCH.rows(mine)
     )
     for i, (path, sae) in enumerate(specs):
-        reward = load_feature_reward(path, sae, word_tokenizer(), dist)
+        reward = load_feature_reader(path, sae, word_tokenizer(), dist)
         reading = reward.read(own, [2, 9], {2: ("+", 1.0)})
         assert is_sharded(reward.module) and score(reward, [own], dist).equal(reading.scores)
         save_file(
@@ -525,7 +525,7 @@ def test_in_shards(tmp_path, public):
     join(*ranks(2, read_in_shards, specs, str(tmp_path)))
     for i, spec in enumerate(specs):
         parts = [load_file(str(tmp_path / f"{i}_{rank}.safetensors")) for rank in range(2)]
-        expected = load_feature_reward(*spec, word_tokenizer(), ALONE).read(
+        expected = load_feature_reader(*spec, word_tokenizer(), ALONE).read(
             answers(), [2, 9], {2: ("+", 1.0)}
         )
         for name, x in expected._asdict().items():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from nanorlhf import world
 from nanorlhf.hf.activations import captured, replaced
-from nanorlhf.interp import ablation, activation_store, concepts, explainer, known_concepts
+from nanorlhf.interp import ablation, activation_store, explainer, feature_scores, world_concepts
 from nanorlhf.interp.activation_store import Tokens, hold_out, token_rows
 from nanorlhf.interp.features import FeaturesConfig, top_contexts, top_features
 from nanorlhf.interp.sae_files import load_sae, save_sae
@@ -89,7 +89,7 @@ def random_features(n=200, seed=0):
 
 def test_aucs_of_all_pairs_are_the_loops():
     x, y = random_features()
-    found = concepts.feature_aucs(concepts.sparse(x), y)
+    found = feature_scores.feature_aucs(feature_scores.sparse(x), y)
     for j in range(x.shape[1]):
         for c in range(y.shape[1]):
             wins = [
@@ -103,7 +103,7 @@ def test_aucs_of_all_pairs_are_the_loops():
 
 def test_correlations_are_numpys():
     x, y = random_features()
-    found = concepts.feature_correlations(concepts.sparse(x), y)
+    found = feature_scores.feature_correlations(feature_scores.sparse(x), y)
     for j in (0, 1, 2, 3, 5, 6):
         for c in range(y.shape[1]):
             assert found[j, c].item() == pytest.approx(
@@ -114,11 +114,13 @@ def test_correlations_are_numpys():
 
 def test_a_part_of_the_tokens():
     x, y = random_features()
-    assert torch.equal(concepts.on_tokens(concepts.sparse(x), y[:, 1]).to_dense(), x[y[:, 1]].T)
+    assert torch.equal(
+        feature_scores.on_tokens(feature_scores.sparse(x), y[:, 1]).to_dense(), x[y[:, 1]].T
+    )
 
 
 def test_chosen_on_one_half_measured_on_the_other():
-    ids, scores = concepts.best_features(
+    ids, scores = feature_scores.best_features(
         torch.tensor([[0.9, 0.1], [0.5, 0.8]]), torch.tensor([[0.6, 1.0], [1.0, 0.7]])
     )
     assert ids.tolist() == [0, 1] and scores.tolist() == pytest.approx([0.6, 0.7])
@@ -128,7 +130,7 @@ def test_planted_concepts_are_found_and_noise_is_not():
     """Feature 3 fires on adjectives, feature 5 before them; all others are noise, and so are the coordinates."""
     tokenizer, rows = world.tokenizer(), world.demonstrations(200)
     tokens = Tokens([tokenizer(row["response"]).input_ids for row in rows])
-    names, table = known_concepts.concept_table(tokenizer)
+    names, table = world_concepts.concept_table(tokenizer)
     text_of, ids = activation_store.where(tokens)
     assert (
         ids.tolist() == [i for row in tokens.rows for i in row] and "value=+0" not in names
@@ -142,8 +144,8 @@ def test_planted_concepts_are_found_and_noise_is_not():
     f[:, 3] = adjective * (1 + noise[:, 3])
     f[:-1, 5] = adjective[1:] & (text_of[1:] == text_of[:-1])
     x = torch.randn(tokens.total, 8, generator=g)
-    found = known_concepts.known_concepts(
-        TopKSAE(8, 16, 2), x, concepts.sparse(f), tokens, tokenizer
+    found = world_concepts.measure_concepts(
+        TopKSAE(8, 16, 2), x, feature_scores.sparse(f), tokens, tokenizer
     )
     row = found["concepts"]["adjective"]
     assert row["words"] == len({i for i, w in zip(ids.tolist(), words) if w}) and row[
@@ -154,7 +156,7 @@ def test_planted_concepts_are_found_and_noise_is_not():
     )
     assert all(
         row["auc"][control] < 0.7 and row["correlation"][control] < 0.3
-        for control in known_concepts.CONTROLS
+        for control in world_concepts.CONTROLS
     )
     assert found["concepts"]["topic"]["auc"]["features"] < 0.7
     count = {"features": 1, "coordinates": 0, "untrained": 0}
@@ -262,7 +264,7 @@ def test_a_model_of_unknown_words(material, tmp_path, capsys, pictures):
 def test_top_features_are_those_of_largest_mean():
     x, _ = random_features()
     assert (
-        top_features(concepts.sparse(x.relu()), 3)
+        top_features(feature_scores.sparse(x.relu()), 3)
         == x.relu().mean(0).argsort(descending=True)[:3].tolist()
     )
 
@@ -464,7 +466,7 @@ def test_only_the_chosen_features_are_taken_away(kind, normalize):
 
 def test_random_features_are_as_frequent_and_others():
     rates = torch.logspace(-4, -0.5, 100)
-    drawn = [concepts.alike(rates, [50, 51, 90], np.random.default_rng(i)) for i in range(20)]
+    drawn = [feature_scores.alike(rates, [50, 51, 90], np.random.default_rng(i)) for i in range(20)]
     for ids in drawn:
         assert len(set(ids) | {50, 51, 90}) == 6
         ratios = (rates[ids] / rates[[50, 51, 90]]).log()
@@ -472,10 +474,10 @@ def test_random_features_are_as_frequent_and_others():
     assert len({tuple(ids) for ids in drawn}) > 10
     few = rates[:6]
     for rng in map(np.random.default_rng, range(20)):
-        first = concepts.alike(few, [0, 1], rng)
-        second = concepts.alike(few, [0, 1], rng, but=first)
+        first = feature_scores.alike(few, [0, 1], rng)
+        second = feature_scores.alike(few, [0, 1], rng, but=first)
         assert sorted([0, 1, *first, *second]) == [0, 1, 2, 3, 4, 5]
-        assert not set(concepts.alike(few, [0, 1], rng, but=first + second)) & {
+        assert not set(feature_scores.alike(few, [0, 1], rng, but=first + second)) & {
             0,
             1,
         }  # none are left: any but the two
@@ -623,7 +625,7 @@ def test_what_follows_a_token():
     tokens = Tokens([[bos, 5, bos, 6], [7, bos], [8]], skip_bos=bos)
     text_of, ids = activation_store.where(tokens)
     assert text_of.tolist() == [0, 0, 1, 2] and ids.tolist() == [5, 6, 7, 8]
-    following, goes_on = known_concepts.next_ids(tokens)
+    following, goes_on = world_concepts.next_ids(tokens)
     assert goes_on.tolist() == [True, False, True, False]
     assert following[goes_on].tolist() == [bos, bos]
 
@@ -643,7 +645,7 @@ def test_concept_features(material):
     """By words, by what comes before them and by logits: each finds the one that was planted."""
     tokenizer, lm = world.tokenizer(), load_policy(str(material / "model"), value_head=False).lm
     seen = Tokens([tokenizer(row["response"]).input_ids for row in world.demonstrations(50)])
-    names, table = known_concepts.concept_table(tokenizer)
+    names, table = world_concepts.concept_table(tokenizer)
     concept = table[:, names.index("positive")]
     text_of, ids = activation_store.where(seen)
     f = torch.rand(seen.total, M, generator=torch.Generator().manual_seed(0))
@@ -656,9 +658,9 @@ def test_concept_features(material):
     sae.W_dec.data[7] = unembedding[concept].mean(0) - unembedding[~concept].mean(0)
     for by, planted in (("on", 9), ("before", 8), ("logits", 7)):
         config = ablation.AblateConfig(by=by, top=1)
-        assert ablation.choose_features(config, concepts.sparse(f), concept, seen, sae, lm) == [
-            planted
-        ]
+        assert ablation.choose_features(
+            config, feature_scores.sparse(f), concept, seen, sae, lm
+        ) == [planted]
 
 
 @pytest.mark.parametrize(

@@ -478,7 +478,7 @@ REPLIES = {  # {name: (status, headers, body, seconds between its bytes)}
 
 def cases_of_endpoints(run):
     """A judge or an explainer behind an endpoint that answers oddly, and keys that are none."""
-    if run.name not in ("judge", "features", "latents"):
+    if run.name not in ("judge", "features", "reward_features"):
         return
     flag = "judge" if run.name == "judge" else "explainer"
     words = run.words(pause=0, timeout=1) + [f"--{flag}_model", "m", f"--{flag}", "{endpoint}"]

@@ -262,7 +262,7 @@ PPO = {
 }
 
 
-LATENTS = {"output_dir": "out", "reward_model": "sarm", "dataset": "pairs.jsonl", "eval_size": 12}
+FEATURES = {"output_dir": "out", "reward_model": "sarm", "dataset": "pairs.jsonl", "eval_size": 12}
 
 
 SOME = {"output_dir": "out", "dataset": "sft.jsonl", "max_rows": 60}
@@ -415,16 +415,16 @@ def all_runs():
             {**data("sft.jsonl"), **sae_files(SAE_MLP), **files_of("policy/model")}),
         Run("ablate", "probe.py ablate", ablate,
             {**data("prompts.jsonl"), **sae_files(SAE_MLP), **reward, **functions}),
-        Run("latents", "probe.py latents",
-            {**LATENTS, "answers": "a.jsonl", "against": "b.jsonl", "top": 3},
+        Run("reward_features", "probe.py reward_features",
+            {**FEATURES, "answers": "a.jsonl", "against": "b.jsonl", "top": 3},
             {**data("pairs.jsonl"), "a.jsonl": "sft", **files_of("sarm/model")}),
-        Run("latents sae", "probe.py latents",
-            {**LATENTS, "reward_model": "rms/seed_0", "sae": SAE_RM, "top": 3},
+        Run("reward_features sae", "probe.py reward_features",
+            {**FEATURES, "reward_model": "rms/seed_0", "sae": SAE_RM, "top": 3},
             {**sae_files(SAE_RM), **reward}),
         Run("causal", "probe.py causal",
-            {**LATENTS, "edits": ["3:set:0"], "pool": "answers.jsonl", "n": 2, "draws": 2},
+            {**FEATURES, "edits": ["3:set:0"], "pool": "answers.jsonl", "n": 2, "draws": 2},
             {**data("pairs.jsonl"), "answers.jsonl": "pool", **files_of("sarm/model")}),
-        Run("steer", "probe.py steer", {**LATENTS, "weights": ["3:*:0"], "save": "steered"},
+        Run("steer", "probe.py steer", {**FEATURES, "weights": ["3:*:0"], "save": "steered"},
             {**data("pairs.jsonl"), **files_of("sarm/model")}),
         Run("human_latents", "probe.py human_latents",
             {"output": "out.safetensors", "reward_model": "sarm", "dataset": "sft.jsonl"},

@@ -20,12 +20,12 @@ import train_rm
 import train_sft
 from nanorlhf import pool
 from nanorlhf.control import human_latents
-from nanorlhf.control.feature_rewards import latents_fingerprint
+from nanorlhf.control.feature_reader import latents_fingerprint
 from nanorlhf.errors import InputError
-from nanorlhf.evals import judging
+from nanorlhf.evals import win_rates
 from nanorlhf.hf.adapters import save_adapter
 from nanorlhf.hf.lora import add_lora
-from nanorlhf.interp import layers
+from nanorlhf.interp import comparisons
 from nanorlhf.models import load_policy, load_reward_model, load_tokenizer, save_policy
 from nanorlhf.rewards import load_reward
 from nanorlhf.runtime import cli, log
@@ -102,13 +102,13 @@ def score_gold(root):
 
 def judge(root):
     answers = [f"{root}/answers.json"]
-    judging.judge(judging.JudgeConfig(a=answers, b=answers, output_dir=f"{root}/out"))
+    win_rates.judge(win_rates.JudgeConfig(a=answers, b=answers, output_dir=f"{root}/out"))
 
 
 def mmcs(root):
     name = f"{root}/sae/policy/2_residual"
-    layers.mmcs(
-        layers.MmcsConfig(
+    comparisons.mmcs(
+        comparisons.MmcsConfig(
             a=[name], b=[f"{root}/sae/policy/../policy/2_residual"], output_dir=f"{root}/out"
         )
     )

@@ -551,7 +551,7 @@ def test_a_memory_that_is_too_small(here, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("expansion", ["1e300", "1e12", "0", "-1"])
-def test_more_latents_than_a_machine_holds(expansion):
+def test_more_features_than_a_machine_holds(expansion):
     with pytest.raises(InputError, match="--expansion"):
         cli.parse(train_sae.Config, ["--expansion", expansion])
 

@@ -240,7 +240,7 @@ def numbers(x):
 
 
 @pytest.mark.parametrize("name, given", [
-    ("evaluate", {"reward_model": ["rm"]}), ("latents", {"reward_model": "sarm"}), ("causal", {"reward_model": "sarm", "edits": ["3:+:1"]}),
+    ("evaluate", {"reward_model": ["rm"]}), ("reward_features", {"reward_model": "sarm"}), ("causal", {"reward_model": "sarm", "edits": ["3:+:1"]}),
     ("divergence", {"model": "sft", "policy": "gpu/sft", "kind": "pairs"}),
 ], ids=str)  # fmt: skip
 def test_probes(base, tmp_path, monkeypatch, name, given):

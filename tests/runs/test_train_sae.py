@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import train_sae
 from nanorlhf import world
-from nanorlhf.control.feature_rewards import check_feature_reward
+from nanorlhf.control.feature_reader import check_feature_reader
 from nanorlhf.data import encode, encode_prompts
 from nanorlhf.errors import InputError
 from nanorlhf.interp.activation_store import Tokens, hold_out
@@ -147,7 +147,7 @@ def test_summary(base):
         assert summary[key]["dead"] == pytest.approx(
             (density == 0).double().mean().item(), abs=0.02
         )
-        assert sum(summary[key]["density"]["latents"]) == pytest.approx(
+        assert sum(summary[key]["density"]["features"]) == pytest.approx(
             (density > 0).sum().item(), abs=1
         )
         needed = losses["loss_zero"] - losses["loss"]
@@ -301,7 +301,7 @@ def test_on_a_reward_model(base, tmp_path):
     }
     summary = train(base, tmp_path / "run", **options)["policy/1_residual"]
     assert summary["loss"] is None and summary["loss_recovered"] is None and 0 < summary["fvu"] < 2
-    assert check_feature_reward(str(tmp_path / "rm"), str(tmp_path / "run/policy/1_residual")) == 64
+    assert check_feature_reader(str(tmp_path / "rm"), str(tmp_path / "run/policy/1_residual")) == 64
 
 
 @pytest.mark.parametrize(

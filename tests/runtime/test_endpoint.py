@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from nanorlhf import world
 from nanorlhf.errors import InputError
-from nanorlhf.evals.judging import JudgeConfig
+from nanorlhf.evals.win_rates import JudgeConfig
 from nanorlhf.models import Policy
 from nanorlhf.rollout import ask_locally
 from nanorlhf.runtime import endpoint

@@ -245,7 +245,7 @@ SARM = f"{SAE} && python train_rm.py --sarm runs/sae_sarm"
     (["features", "--sae", "runs/sae/policy/3_mlp"], "runs/sae/policy/3_mlp", "python train_sae.py"),
     (["ablate"], "runs/sae/policy/3_mlp", "python train_sae.py"),
     (["mmcs", "--a", "runs/sae/policy/{seed}", "x"], "runs/sae/policy/{seed}", "python train_sae.py"),
-    (["latents"], "runs/sarm", f"python train_sft.py && {SARM}"),
+    (["reward_features"], "runs/sarm", f"python train_sft.py && {SARM}"),
     (["causal", "--edits", "17:set:0"], "runs/sarm", f"python train_sft.py && {SARM}"),
     (["steer", "--edits", "17:set:0"], "runs/sarm", f"python train_sft.py && {SARM}"),
     (["human_latents"], "runs/sarm", f"python train_sft.py && {SARM}"),
@@ -264,14 +264,14 @@ def test_hints(tmp_path, monkeypatch, capfd, args, missing, command):
 def test_hints_leave_out_what_is_there(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/sft").mkdir(parents=True)
-    assert f"runs/sarm: no such run yet: {SARM} makes it" in probe_refused(capfd, "latents")
+    assert f"runs/sarm: no such run yet: {SARM} makes it" in probe_refused(capfd, "reward_features")
     (tmp_path / "runs/sae_sarm").mkdir()
     assert (
         "runs/sarm: no such run yet: python train_rm.py --sarm runs/sae_sarm makes it"
-        in probe_refused(capfd, "latents")
+        in probe_refused(capfd, "reward_features")
     )
     (tmp_path / "runs/sarm").mkdir()
-    assert "makes it" not in probe_refused(capfd, "latents")
+    assert "makes it" not in probe_refused(capfd, "reward_features")
 
 
 def test_a_sarm_without_its_autoencoder_is_refused_before_anything_is_trained(

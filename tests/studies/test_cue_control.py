@@ -29,7 +29,7 @@ def study():
     return cue_control
 
 
-def latent(id, weight, low, mean, rate, *tokens):
+def feature_row(id, weight, low, mean, rate, *tokens):
     return {"id": id, "weight": weight, "tokens": [list(token) for token in tokens],
             "policy": {"rate_before": rate, "rate_after": 0.9, "differential": {"mean": mean, "low": low, "high": 1.0}}}  # fmt: skip
 
@@ -37,20 +37,22 @@ def latent(id, weight, low, mean, rate, *tokens):
 def test_the_rule(study):
     """Of what the policy has more of, that which follows no word; controls that fire as often, and that are punished already."""
     exploited = [
-        latent(1, 0.5, 0.2, 0.3, 0.10, ["!", 0.9, 40]), latent(2, -0.1, 0.3, 0.6, 0.08, ["!", 0.8, 40]),
-        latent(3, 0.9, 0.4, 0.5, 0.1, ["~", 0.9, 40]), latent(9, 0.9, 0.4, 0.5, 0.1, ["~", 0.9, 40]),
+        feature_row(1, 0.5, 0.2, 0.3, 0.10, ["!", 0.9, 40]), feature_row(2, -0.1, 0.3, 0.6, 0.08, ["!", 0.8, 40]),
+        feature_row(3, 0.9, 0.4, 0.5, 0.1, ["~", 0.9, 40]), feature_row(9, 0.9, 0.4, 0.5, 0.1, ["~", 0.9, 40]),
     ]  # fmt: skip
     innocent = [
-        latent(4, 0.9, 0.8, 0.9, 0.10, ["superb", 0.99, 40], ["!", 0.98, 40]),  # a word comes first
-        latent(6, 0.5, -0.1, 0.9, 0.10, ["#", 0.9, 40]),  # not surely exploited
-        latent(7, 0.5, 0.1, 0.9, 0.10, ["#", 0.6, 40]),  # follows nothing
-        latent(8, 0.5, 0.1, 0.9, 0.10),  # was not described
+        feature_row(
+            4, 0.9, 0.8, 0.9, 0.10, ["superb", 0.99, 40], ["!", 0.98, 40]
+        ),  # a word comes first
+        feature_row(6, 0.5, -0.1, 0.9, 0.10, ["#", 0.9, 40]),  # not surely exploited
+        feature_row(7, 0.5, 0.1, 0.9, 0.10, ["#", 0.6, 40]),  # follows nothing
+        feature_row(8, 0.5, 0.1, 0.9, 0.10),  # was not described
     ]
     others = [
-        latent(10 + i, -i, -1.0, 0.0, 0.001 if i > 30 else 0.02 * i, ["room", 0.6, 40])
+        feature_row(10 + i, -i, -1.0, 0.0, 0.001 if i > 30 else 0.02 * i, ["room", 0.6, 40])
         for i in range(1, 40)
     ]
-    found = study.identify({"latents": exploited + innocent + others}, 0)
+    found = study.identify({"features": exploited + innocent + others}, 0)
     assert found["token"] == "!" and found["features"] == [
         2,
         1,
@@ -59,13 +61,13 @@ def test_the_rule(study):
     assert len(set(found["random"])) == 2 and not {1, 2} & set(found["random"])
     rates = {row["id"]: row["policy"]["rate_before"] for row in exploited + innocent + others}
     assert all(abs(rates[j] - rates[i]) <= 0.1 for i, j in zip(found["features"], found["random"]))
-    assert study.identify({"latents": innocent + others}, 0) == {"token": None, "features": []}
+    assert study.identify({"features": innocent + others}, 0) == {"token": None, "features": []}
     without = [
         row | {"weight": None} for row in exploited + others
     ]  # an autoencoder on a dense reward model has no head
     assert (
-        study.identify({"latents": without}, 0)["features"] == [2, 1]
-        and study.identify({"latents": without}, 0)["negative"] == []
+        study.identify({"features": without}, 0)["features"] == [2, 1]
+        and study.identify({"features": without}, 0)["negative"] == []
     )
 
 
@@ -94,7 +96,7 @@ def ran(study, tmp_path_factory):
         commands.append(command)
 
     def finds(summary, s):
-        ids = [row["id"] for row in summary["latents"]][:6]
+        ids = [row["id"] for row in summary["features"]][:6]
         numbers = {i: {"weight": 0.25} for i in ids}
         return {
             "token": world.cue(s),
@@ -129,7 +131,9 @@ def test_every_run_is_made_once(study, ran):
         study.CONTROLLED
     ) + len(study.CONTROLS)
     order = [c.split()[0] if c.split()[0] != "probe.py" else c.split()[1] for c in first]
-    assert order.index("latents") > order.index("train_ppo.py") and order[-1] == "train_ppo.py"
+    assert (
+        order.index("reward_features") > order.index("train_ppo.py") and order[-1] == "train_ppo.py"
+    )
 
 
 def test_quick_marks_its_tables(study, ran, capsys):
@@ -231,7 +235,7 @@ def test_where_nothing_is_found_only_the_kl_is_tried(study, ran):
         "before": 1.0,
         "plain": 2.0,
     }
-    some = tables["at the end, seeds with latents"]
+    some = tables["at the end, seeds with features"]
     assert {arm: row["gold"][0] for arm, row in some.items()} == {
         "before": 2.0,
         "plain": 3.0,
@@ -244,14 +248,15 @@ def test_where_nothing_is_found_only_the_kl_is_tried(study, ran):
     assert full == [1, len(study.SAES) + 5, 5, 5 * len(study.SARMS), 5 * 2, 5 * 2]
 
 
-def test_latents_by_the_truth(study, ran):
+def test_features_by_the_truth(study, ran):
     settings = json.loads((ran[0] / "summary.json").read_text())["settings"]
     a = type("Settings", (), settings | {"truth": True})
     cue = world.cue(0)
     rows = [
-        latent(i, 0.1, 0.1, 0.1, 0.1, ["room", 0.9, 4], [cue, 0.6 + 0.01 * i, 4]) for i in range(8)
-    ] + [latent(9, 0.1, 0.1, 0.1, 0.1)]
-    found = study.by_truth({"latents": rows}, 0)
+        feature_row(i, 0.1, 0.1, 0.1, 0.1, ["room", 0.9, 4], [cue, 0.6 + 0.01 * i, 4])
+        for i in range(8)
+    ] + [feature_row(9, 0.1, 0.1, 0.1, 0.1)]
+    found = study.by_truth({"features": rows}, 0)
     assert found == {"token": cue, "features": [7, 6, 5, 4, 3]}
     Path(study.human_file(a, 0)).unlink(missing_ok=True)
     main, config = parse_command(study.density_texts(a, 0, found))

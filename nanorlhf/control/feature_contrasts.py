@@ -1,7 +1,7 @@
 """Which latents tell chosen answers from rejected ones, what that is worth to the reward, and which
 tokens they follow.
 
-    N pairs of answers or texts, M latents, G groups of pairs (those of one prompt), R resamples,
+    N pairs of answers or texts, M features, G groups of pairs (those of one prompt), R resamples,
     C tokens whose presence is looked at
 
 z [N, M] are the latents of whole texts, read at the pooled (last real) token; the score of a SARM
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..interp.concepts import feature_aucs, sparse
+from ..interp.feature_scores import feature_aucs, sparse
 from ..stats import count_draws, percentiles
 
 # The latents are taken in blocks whose resampled means [R, block] have this many elements at most.
@@ -69,9 +69,9 @@ def contrast(
 
     # The damping is a mean over all latents, so it is made before they are taken in blocks: in the
     # sample, and in each resample.
-    n_latents = m or chosen.shape[1]
+    n_features = m or chosen.shape[1]
     positive = chosen.clamp(min=0) + rejected.clamp(min=0)  # [N, M]
-    per_pair = positive.sum(1, keepdim=True).double() / n_latents  # [N, 1]
+    per_pair = positive.sum(1, keepdim=True).double() / n_features  # [N, 1]
     damping = per_pair.mean(0)  # [1]
     damping_drawn = drawn_means(times, per_pair)  # [R, 1]
 
@@ -107,11 +107,11 @@ def check_shapes(chosen: Tensor, rejected: Tensor, weights: Tensor | None, group
     """ValueError where the arguments of contrast() do not fit each other."""
     if chosen.shape != rejected.shape or chosen.ndim != 2 or not len(chosen):
         raise ValueError(
-            "chosen and rejected must both be [pairs, latents], "
+            "chosen and rejected must both be [pairs, features], "
             f"not {list(chosen.shape)} and {list(rejected.shape)}"
         )
     if weights is not None and weights.shape != chosen.shape[1:]:
-        raise ValueError(f"{len(weights)} weights for {chosen.shape[1]} latents")
+        raise ValueError(f"{len(weights)} weights for {chosen.shape[1]} features")
     if groups is not None and len(groups) != len(chosen):
         raise ValueError(f"{len(groups)} groups for {len(chosen)} pairs")
 

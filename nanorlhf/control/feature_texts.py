@@ -1,7 +1,7 @@
 """What probe.py's commands on the latents of a reward model share: their flags, the texts, and
 reading all latents of all texts.
 
-    N texts, M latents
+    N texts, M features
 """
 
 import os
@@ -21,7 +21,7 @@ from ..runtime.files import read_file
 from ..runtime.flags import FlagGroup
 from ..runtime.hints import check_made
 from ..runtime.results import results_folder
-from .feature_rewards import check_feature_reward
+from .feature_reader import check_feature_reader
 
 AT_ONCE = 512  # texts whose latents are held dense
 
@@ -50,7 +50,7 @@ def open_run(config, features) -> tuple:
     dist = setup(config.device)
     require(dist.world == 1, "this command runs on one process")
     folder = results_folder(config, dist)
-    check_feature_reward(config.reward_model, config.sae, features)
+    check_feature_reader(config.reward_model, config.sae, features)
     max_length = config.max_length or context_length(check_model(config.reward_model))
     tokenizer = load_tokenizer(config.reward_model)
     return dist, folder, tokenizer, max_length
@@ -132,7 +132,7 @@ def groups_of(prompts: list[str]) -> Tensor:
 
 
 def read_all(reward, answers: Answers, features=None, edits=None) -> tuple[Tensor, Tensor, Tensor]:
-    """FeatureReward.read for any number of texts; the latents of AT_ONCE texts alone are dense.
+    """FeatureReader.read for any number of texts; the latents of AT_ONCE texts alone are dense.
 
     -> scores [N], latents, a sparse [N, M] or [N, F] of the features, edited scores [N]
     """

@@ -1,6 +1,6 @@
-"""probe.py latents on a tiny random SARM: every number by hand, from one text at a time through the LM that it was cut from.
+"""probe.py reward_features on a tiny random SARM: every number by hand, from one text at a time through the LM that it was cut from.
 
-N texts, M latents, K of them kept, D hidden
+N texts, M features, K of them kept, D hidden
 """
 
 import json
@@ -11,8 +11,8 @@ from support import (
     GOOD_REPLY,
     Endpoint,
     chat,
+    feature_flags,
     held_out,
-    latent_flags,
     mean,
     probe_refused,
     run_probe,
@@ -24,8 +24,8 @@ from support import (
 from support import SARM_M as M
 
 from nanorlhf import world
-from nanorlhf.control import latents
-from nanorlhf.control.latent_texts import match_answers
+from nanorlhf.control import reward_features
+from nanorlhf.control.feature_texts import match_answers
 
 
 def fires_on(lm, sarm, prompt, response):
@@ -34,7 +34,7 @@ def fires_on(lm, sarm, prompt, response):
 
 def test_numbers_on_pairs_are_those_of_one_text_at_a_time(sarm_material, tmp_path, capsys):
     root, lm, sarm = sarm_material
-    run_probe(*latent_flags("latents", root, tmp_path / "out", top=4))
+    run_probe(*feature_flags("reward_features", root, tmp_path / "out", top=4))
     found, printed, pairs = summary(tmp_path / "out"), capsys.readouterr().out, held_out(root)
     assert widest(printed) <= 140
     z = {
@@ -51,7 +51,7 @@ def test_numbers_on_pairs_are_those_of_one_text_at_a_time(sarm_material, tmp_pat
     assert found["pairs"]["margin"] == pytest.approx(mean(differences), abs=1e-5)
     assert found["pairs"]["accuracy"] == mean(d > 0 for d in differences)
     fires = [i for i in range(M) if any(row[i] for side in z.values() for row in side)]
-    assert sorted(row["id"] for row in found["latents"]) == fires and (
+    assert sorted(row["id"] for row in found["features"]) == fires and (
         found["firing"],
         found["m"],
     ) == (len(fires), M)
@@ -60,7 +60,7 @@ def test_numbers_on_pairs_are_those_of_one_text_at_a_time(sarm_material, tmp_pat
         for side in ("chosen", "rejected")
     )
     damping = mean(x + y for x, y in zip(c, j))
-    for row in found["latents"]:
+    for row in found["features"]:
         i, part, w = row["id"], row["pairs"], sarm.score.weight[0, row["id"]].item()
         assert row["weight"] == pytest.approx(w) and row["raises"] == (w > 0)
         if row["score_gap"] is not None:
@@ -77,14 +77,14 @@ def test_numbers_on_pairs_are_those_of_one_text_at_a_time(sarm_material, tmp_pat
         assert part["contribution"]["mean"] == pytest.approx(w * (c[i] - j[i]), abs=1e-5)
         for x in (part["differential"], part["contribution"]):
             assert x["low"] <= x["mean"] <= x["high"]
-    sizes = [abs(row["pairs"]["contribution"]["mean"]) for row in found["latents"]]
+    sizes = [abs(row["pairs"]["contribution"]["mean"]) for row in found["features"]]
     assert sizes == sorted(sizes, reverse=True) and found["described"] == [
-        row["id"] for row in found["latents"][:4]
+        row["id"] for row in found["features"][:4]
     ]
     assert found["pairs"]["contributions"] == pytest.approx(
-        sum(row["pairs"]["contribution"]["mean"] for row in found["latents"])
+        sum(row["pairs"]["contribution"]["mean"] for row in found["features"])
     )
-    assert all(("tokens" in row) == (row["id"] in found["described"]) for row in found["latents"])
+    assert all(("tokens" in row) == (row["id"] in found["described"]) for row in found["features"])
 
 
 def test_described_by_tokens_and_contexts(sarm_material, tmp_path, capsys):
@@ -92,7 +92,9 @@ def test_described_by_tokens_and_contexts(sarm_material, tmp_path, capsys):
     a, b = fires_on(lm, sarm, held_out(root)[0]["prompt"], held_out(root)[0]["chosen"])[:2]
     silent = next(i for i in range(M) if sarm.sae.b_enc[i] == sarm.sae.b_enc.min())
     run_probe(
-        *latent_flags("latents", root, tmp_path / "out", features=f"{b},{a},{silent}", contexts=2)
+        *feature_flags(
+            "reward_features", root, tmp_path / "out", features=f"{b},{a},{silent}", contexts=2
+        )
     )
     printed, found, tokenizer = (
         capsys.readouterr().out,
@@ -106,7 +108,7 @@ def test_described_by_tokens_and_contexts(sarm_material, tmp_path, capsys):
     z = [[z_by_hand(lm, sarm, *text)[0] for text in side] for side in sides]
     words = [[set((p + " " + r + " <eos>").split()) for p, r in side] for side in sides]
     for row in (
-        next(row for row in found["latents"] if row["id"] == i) for i in found["described"]
+        next(row for row in found["features"] if row["id"] == i) for i in found["described"]
     ):
         i = row["id"]
         for token, auc, texts, with_it, without in row["tokens"]:
@@ -129,7 +131,7 @@ def test_described_by_tokens_and_contexts(sarm_material, tmp_path, capsys):
         sizes = [abs(auc - 0.5) for _, auc, *_ in row["tokens"]]
         assert (
             sizes == sorted(sizes, reverse=True)
-            and len(sizes) == latents.SHOWN
+            and len(sizes) == reward_features.SHOWN
             and f"{row['tokens'][0][0]} ." in printed
         )
         peaks = sorted((v[i] for values in z for v in values), reverse=True)
@@ -149,14 +151,14 @@ def test_answers_after_against_before_are_matched_by_prompt(sarm_material, tmp_p
     """Beside the pairs; the order of the policy's contribution. Then alone, and by the other measures."""
     root, lm, sarm = sarm_material
     both = {"answers": root / "after.jsonl", "against": root / "before.jsonl", "top": 2}
-    run_probe(*latent_flags("latents", root, tmp_path / "out", **both))
+    run_probe(*feature_flags("reward_features", root, tmp_path / "out", **both))
     found, printed = summary(tmp_path / "out"), capsys.readouterr().out
     assert widest(printed) <= 140 and "after against before: 30 pairs of 15 prompts" in printed
     z = {}
     for name in ("after", "before"):
         rows = [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
         z[name] = [z_by_hand(lm, sarm, row["prompt"], row["response"])[0] for row in rows]
-    for row in found["latents"]:
+    for row in found["features"]:
         i, w = row["id"], sarm.score.weight[0, row["id"]].item()
         exploited = w * (
             mean(max(r[i], 0) for r in z["after"]) - mean(max(r[i], 0) for r in z["before"])
@@ -164,16 +166,18 @@ def test_answers_after_against_before_are_matched_by_prompt(sarm_material, tmp_p
         assert row["policy"]["contribution"]["mean"] == pytest.approx(exploited, abs=1e-5)
         assert row["policy"]["rate_after"] == pytest.approx(mean(r[i] != 0 for r in z["after"]))
         assert set(row["pairs"]) == {"rate_chosen", "rate_rejected", "differential", "contribution"}
-    sizes = [abs(row["policy"]["contribution"]["mean"]) for row in found["latents"]]
+    sizes = [abs(row["policy"]["contribution"]["mean"]) for row in found["features"]]
     assert sizes == sorted(sizes, reverse=True)
     run_probe(
-        *latent_flags("latents", root, tmp_path / "alone", dataset="", by="differential", **both)
+        *feature_flags(
+            "reward_features", root, tmp_path / "alone", dataset="", by="differential", **both
+        )
     )
     alone = summary(tmp_path / "alone")
-    sizes = [abs(row["policy"]["differential"]["mean"]) for row in alone["latents"]]
+    sizes = [abs(row["policy"]["differential"]["mean"]) for row in alone["features"]]
     assert "pairs" not in alone and sizes == sorted(sizes, reverse=True)
-    run_probe(*latent_flags("latents", root, tmp_path / "weight", by="weight"))
-    sizes = [abs(row["weight"]) for row in summary(tmp_path / "weight")["latents"]]
+    run_probe(*feature_flags("reward_features", root, tmp_path / "weight", by="weight"))
+    sizes = [abs(row["weight"]) for row in summary(tmp_path / "weight")["features"]]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -208,7 +212,7 @@ def test_answers_that_were_cut_off_are_read_without_eos(sarm_material, tmp_path)
         tmp_path / "other.jsonl", [{**row, "response_ids": [5] * 9} for row in rows]
     )  # not in these words: another tokenizer's ids
     files = {"answers": tmp_path / "cut.jsonl", "against": tmp_path / "other.jsonl"}
-    run_probe(*latent_flags("latents", root, tmp_path / "out", dataset="", **files))
+    run_probe(*feature_flags("reward_features", root, tmp_path / "out", dataset="", **files))
     found = summary(tmp_path / "out")
     cut = [z_by_hand(lm, sarm, row["prompt"], row["response_ids"])[1] for row in rows]
     whole = [z_by_hand(lm, sarm, row["prompt"], row["response"])[1] for row in rows]
@@ -219,17 +223,22 @@ def test_answers_that_were_cut_off_are_read_without_eos(sarm_material, tmp_path)
 
 
 def test_a_reward_model_with_an_autoencoder(sarm_material, tmp_path, capsys):
-    """No head on the latents: no weights, no contributions."""
+    """No head on the features: no weights, no contributions."""
     root, *_ = sarm_material
     run_probe(
-        *latent_flags(
-            "latents", root, tmp_path / "out", reward_model=root / "rm", sae=root / "sae", top=3
+        *feature_flags(
+            "reward_features",
+            root,
+            tmp_path / "out",
+            reward_model=root / "rm",
+            sae=root / "sae",
+            top=3,
         )
     )
     found = summary(tmp_path / "out")
     assert (
         found["by"] == "differential"
-        and found["latents"][0]["weight"] is None is found["latents"][0]["pairs"]["contribution"]
+        and found["features"][0]["weight"] is None is found["features"][0]["pairs"]["contribution"]
     )
     assert widest(capsys.readouterr().out) <= 140
 
@@ -243,12 +252,12 @@ def test_an_explainer_is_asked_about_texts(sarm_material, tmp_path, capsys):
             "explainer_model": "tiny",
             "features": f"{a},{b}",
             "pause": 0.01,
-            "task": "manners",
+            "related_to": "manners",
         }
-        run_probe(*latent_flags("latents", root, tmp_path / "out", **options))
+        run_probe(*feature_flags("reward_features", root, tmp_path / "out", **options))
         prompt = endpoint.asked[0][2]["messages"][0]["content"]
         assert len(endpoint.asked) == 2
-    row = next(row for row in summary(tmp_path / "out")["latents"] if row["id"] == a)
+    row = next(row for row in summary(tmp_path / "out")["features"] if row["id"] == a)
     assert (
         row["description"] == "Fires on adjectives."
         and "to do with manners" in prompt
@@ -290,6 +299,6 @@ def test_wrong_input_is_one_line(sarm_material, tmp_path, capfd, changes, words)
         for k, v in changes.items()
     }
     assert words in probe_refused(
-        capfd, *latent_flags("latents", root, tmp_path / "out", **changes)
+        capfd, *feature_flags("reward_features", root, tmp_path / "out", **changes)
     )
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from support import ENV, REPO, Endpoint, chat, probe_refused, run_probe
 from transformers import AutoModelForCausalLM
 
 from nanorlhf import world
-from nanorlhf.evals import judges, judging
+from nanorlhf.evals import judges, win_rates
 from nanorlhf.models import Policy, save_policy
 from nanorlhf.runtime import plots
 from nanorlhf.runtime.plots import save as save_picture
@@ -107,7 +107,7 @@ def test_win_rates_are_the_loops(files):
     found = judged(files)
     own, length = (
         found[f"{files / 'reward.py'}:words"]["splits"]["all"],
-        found[judging.LONGER]["splits"]["all"],
+        found[win_rates.LONGER]["splits"]["all"],
     )
     a, b = ([len(row["response"].split()) for row in answers(seed)] for seed in (1, 2))
     wins, ties, losses = (
@@ -140,7 +140,7 @@ def test_how_often_the_longer_answer_won():
     """By hand: A longer and wins, A longer and loses, B longer and a tie, B longer and wins, as long as each other, not judged."""
     a, b = torch.tensor([1.0, 0, 2, 0, 5, float("nan")]), torch.tensor([0.0, 1, 2, 3, 0, 0])
     lengths = [torch.tensor([5, 5, 1, 1, 3, 9]), torch.tensor([2, 4, 2, 3, 3, 1])]
-    row = judging.summarise_judge(a, b, lengths, torch.arange(6), ["all"] * 6)["splits"]["all"]
+    row = win_rates.summarise_judge(a, b, lengths, torch.arange(6), ["all"] * 6)["splits"]["all"]
     assert row["longer_won"] == pytest.approx((1 + 0 + 0.5 + 1) / 4) and row["pairs"] == 5
     assert row["win_rate"] == pytest.approx((1 + 0 + 0.5 + 0 + 1) / 5) and row["length"] == [3, 2.8]
 
@@ -187,11 +187,11 @@ def test_the_picture(files, capsys):
         [torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])],
         torch.tensor([1.0, 0, float("nan")]),
     )
-    found = {spec: judging.summarise_judge(x, torch.zeros(3), lengths, torch.arange(3), ["test", "test", "ood"])
-             for spec, x in ((judging.LONGER, lengths[0]), ("llm:x", some))}  # fmt: skip
+    found = {spec: win_rates.summarise_judge(x, torch.zeros(3), lengths, torch.arange(3), ["test", "test", "ood"])
+             for spec, x in ((win_rates.LONGER, lengths[0]), ("llm:x", some))}  # fmt: skip
     assert (
         found["llm:x"]["splits"]["ood"] == {"pairs": 0}
-        and list(found[judging.LONGER]["gap"]) == ["ood"]
+        and list(found[win_rates.LONGER]["gap"]) == ["ood"]
         and not found["llm:x"]["gap"]
     )
     summary = {
@@ -203,8 +203,8 @@ def test_the_picture(files, capsys):
         "pairs": 3,
         "judges": found,
     }
-    assert "no pair judged" in judging.table(summary) and "nan" not in json.dumps(summary).lower()
-    save_picture(judging.draw, summary, str(files / "picture.png"))
+    assert "no pair judged" in win_rates.table(summary) and "nan" not in json.dumps(summary).lower()
+    save_picture(win_rates.draw, summary, str(files / "picture.png"))
     assert (files / "picture.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -217,10 +217,10 @@ def test_several_answers_to_a_prompt(files, capfd):
     row = judged(files)[spec]["splits"]["all"]
     assert row["pairs"] == 60 and row["prompts"] == 12
     write(files / "a.jsonl", answers(1))
-    assert "has 1 answers in --a and 5 in --b (limit them: --answers)" in probe_refused(
+    assert "has 1 answers in --a and 5 in --b (limit them: --n_answers)" in probe_refused(
         capfd, *flags(files)
     )
-    one = judged(files, answers=1)[spec]["splits"]["all"]
+    one = judged(files, n_answers=1)[spec]["splits"]["all"]
     assert one["interval"] == pytest.approx(row["interval"]) and one["pairs"] == 12
 
 

@@ -1,7 +1,7 @@
 """Linear probes, fitted to the training side of a split and measured on its test side.
 
     N rows, n rows of one side, F inputs, U units: what counts as one observation, see
-    probe_texts.Texts
+    reward_probe_texts.Texts
 
 Each probe returns its numbers, which are averaged over seeds, and more about it that is not.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..runtime.rng import SPLIT
 from ..stats import auc, kendall_tau, logistic, r_squared, ridge
-from .probe_texts import Texts
+from .reward_probe_texts import Texts
 
 # For inputs with standard deviation 1.
 PENALTIES = [10.0**k for k in range(-1, 6)]

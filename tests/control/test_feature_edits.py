@@ -1,6 +1,6 @@
 """probe.py causal and steer on a tiny random SARM: scores by hand, pairs and best-of-n choices counted in loops.
 
-N pairs, M latents
+N pairs, M features
 """
 
 import json
@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from support import SARM_M as M
 from support import (
+    feature_flags,
     held_out,
-    latent_flags,
     mean,
     probe_refused,
     run_probe,
@@ -22,8 +22,8 @@ from support import (
 )
 
 from nanorlhf import world
-from nanorlhf.control.causal import on_pairs, on_pool, parse_edits
-from nanorlhf.control.latent_texts import groups_of
+from nanorlhf.control.feature_edits import on_pairs, on_pool, parse_edits
+from nanorlhf.control.feature_texts import groups_of
 
 FUNCTIONS = {
     "set": lambda z, v: v,
@@ -60,7 +60,7 @@ def test_causal_is_every_pair_scored_again(sarm_material, by_hand, tmp_path, cap
     a, b = commonest(latents, 2)
     edits = {a: ("set", 0.0), b: ("max", 0.2)}
     run_probe(
-        *latent_flags(
+        *feature_flags(
             "causal", root, tmp_path / "out", edits=[f"{a}:set:0", f"{b}:max:0.2"], draws=6
         )
     )
@@ -121,7 +121,7 @@ def test_best_of_n_choices_that_turn_over(sarm_material, by_hand, tmp_path, caps
     write_rows(tmp_path / "pool.jsonl", rows)
     (a,) = commonest([z for z, _ in by_hand["chosen"]], 1)
     run_probe(
-        *latent_flags(
+        *feature_flags(
             "causal",
             root,
             tmp_path / "out",
@@ -132,7 +132,7 @@ def test_best_of_n_choices_that_turn_over(sarm_material, by_hand, tmp_path, caps
         )
     )
     run_probe(
-        *latent_flags(
+        *feature_flags(
             "causal",
             root,
             tmp_path / "off",
@@ -170,7 +170,7 @@ def test_best_of_n_choices_that_turn_over(sarm_material, by_hand, tmp_path, caps
         [{k: v for k, v in row.items() if k != "gold_scores"} for row in rows],
     )
     run_probe(
-        *latent_flags(
+        *feature_flags(
             "causal",
             root,
             tmp_path / "bare",
@@ -211,16 +211,16 @@ def test_a_reward_model_with_an_autoencoder(sarm_material, tmp_path):  # noqa: F
     """An edit that changes nothing changes nothing; one that does changes scores of texts on which the latent fires alone."""
     root, *_ = sarm_material
     options = {"reward_model": root / "rm", "sae": root / "sae"}
-    run_probe(*latent_flags("latents", root, tmp_path / "latents", **options))
-    rows = summary(tmp_path / "latents")["latents"]
+    run_probe(*feature_flags("reward_features", root, tmp_path / "latents", **options))
+    rows = summary(tmp_path / "latents")["features"]
     row = min(rows, key=lambda row: abs(row["pairs"]["rate_chosen"] - 0.5))
     run_probe(
-        *latent_flags(
+        *feature_flags(
             "causal", root, tmp_path / "same", edits=f"{row['id']}:*:1", draws=1, **options
         )
     )
     run_probe(
-        *latent_flags(
+        *feature_flags(
             "causal", root, tmp_path / "off", edits=f"{row['id']}:set:0", draws=1, **options
         )
     )
@@ -238,7 +238,7 @@ def test_a_head_weight_changes_the_texts_with_its_feature_by_w_z(
     root, lm, sarm = sarm_material
     (a,) = commonest([z for side in by_hand.values() for z, _ in side], 1)
     run_probe(
-        *latent_flags(
+        *feature_flags(
             "steer", root, tmp_path / "out", weights=f"{a}:*:-2", save=tmp_path / "steered"
         )
     )
@@ -267,7 +267,7 @@ def test_a_head_weight_changes_the_texts_with_its_feature_by_w_z(
     assert widest(printed) <= 140 and 0 < with_it < len(rows)
     # What was saved has these scores, and differs from the first in one number.
     run_probe(
-        *latent_flags(
+        *feature_flags(
             "steer", root, tmp_path / "again", reward_model=tmp_path / "steered", edits=f"{a}:*:1"
         )
     )
@@ -293,7 +293,7 @@ def test_a_model_and_results_do_not_share_a_folder(sarm_material, tmp_path, capf
     for save in ("out", "nothing/../out"):
         error = probe_refused(
             capfd,
-            *latent_flags("steer", root, tmp_path / "out", weights="1:*:0", save=tmp_path / save),
+            *feature_flags("steer", root, tmp_path / "out", weights="1:*:0", save=tmp_path / save),
         )
         assert "--save needs a folder of its own" in error and not (tmp_path / "out").exists()
 
@@ -305,7 +305,7 @@ def test_steering_latents_of_texts(sarm_material, by_hand, tmp_path):  # noqa: F
     (a,) = commonest([z for side in by_hand.values() for z, _ in side], 1)
     for op, value in (("*", 3.0), ("+", 0.5)):
         run_probe(
-            *latent_flags(
+            *feature_flags(
                 "steer", root, tmp_path / op, edits=f"{a}:{op}:{value}", texts=root / "before.jsonl"
             )
         )
@@ -363,14 +363,14 @@ def test_edits_are_read():
             {"edits": "3:set:0", "reward_model": "rm"},
             "rm is no SARM: name an autoencoder",
         ),
-        ("steer", {}, "name --edits of latents or --weights of the head"),
+        ("steer", {}, "name --edits of features or --weights of the head"),
         ("steer", {"edits": "1:set:0", "weights": "1:set:0"}, "one of both"),
         (
             "steer",
             {"weights": "1:*:0", "reward_model": "rm", "sae": "sae"},
             "--weights edits a SARM's head",
         ),
-        ("steer", {"edits": "1:*:0", "save": "new"}, "edits of latents are no part of a model"),
+        ("steer", {"edits": "1:*:0", "save": "new"}, "edits of features are no part of a model"),
         ("steer", {"weights": "1:*:0", "save": "sarm"}, "it is there already"),
         ("steer", {"weights": "1:*:0", "texts": "pairs.jsonl"}, "no field 'response'"),
     ],
@@ -382,5 +382,5 @@ def test_wrong_input_is_one_line(sarm_material, tmp_path, capfd, command, change
         k: root / v if k in ("reward_model", "sae", "pool", "texts", "save") else v
         for k, v in changes.items()
     }
-    assert words in probe_refused(capfd, *latent_flags(command, root, tmp_path / "out", **changes))
+    assert words in probe_refused(capfd, *feature_flags(command, root, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()

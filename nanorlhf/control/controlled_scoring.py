@@ -39,7 +39,7 @@ from ..runtime.rng import DENSITY, key
 from ..scoring import Scored
 from ..stats import auc, varies
 from . import human_latents
-from .feature_rewards import check_feature_reward, load_feature_reward, parse_edits
+from .feature_reader import check_feature_reader, load_feature_reader, parse_edits
 
 CLAMPS = ("set", "min", "max")
 LOGGED = 8  # so many features of the density at most are logged one by one; with more, none is
@@ -226,7 +226,7 @@ def prepare(config):
     )
     (spec,) = config.reward_model
     clamps = parse_edits("clamp", config.clamp, CLAMPS)
-    check_feature_reward(spec, config.feature_sae, [*config.penalize_features, *clamps])
+    check_feature_reader(spec, config.feature_sae, [*config.penalize_features, *clamps])
 
     human = None
     if config.human_latents:
@@ -315,7 +315,7 @@ class ControlledScoring:
         self.dist = dist
         (spec,) = config.reward_model
         (self.name,) = reward_names([spec])
-        self.reward = load_feature_reward(
+        self.reward = load_feature_reader(
             spec, config.feature_sae, tokenizer, dist, config.micro_batch_size, config.dtype
         )
         for feature, price in self.prices.items():

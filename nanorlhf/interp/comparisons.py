@@ -40,8 +40,8 @@ from ..runtime.locks import unlock_afterwards
 from ..runtime.results import finite, in_one_line, results_folder, save
 from ..runtime.tensors import check_tensors, read_tensors
 from .activation_store import Tokens, from_models, passes, token_rows
-from .probe_flags import TokenFlags
 from .sae_files import SPARSITY, load_sae
+from .shared_flags import TokenFlags
 
 # ------------------------------------------------------------------------------------ divergence
 
@@ -291,7 +291,7 @@ def find_folders(patterns: list[str]) -> list[str]:
         check_made(pattern)
         # Only {seed} is a pattern: a folder's name may hold a * or a [ of its own.
         found = sorted(glob.glob(glob.escape(pattern).replace("{seed}", "*")))
-        require(found, f"{pattern}: no such sparse autoencoder (train_sae.py trains them)")
+        require(found, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")
         folders.extend(found)
     return folders
 

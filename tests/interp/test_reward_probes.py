@@ -13,12 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import probe
 from nanorlhf import world
-from nanorlhf.control.latent_texts import groups_of
+from nanorlhf.control.feature_texts import groups_of
 from nanorlhf.errors import InputError
-from nanorlhf.interp import implicit_reward
-from nanorlhf.interp.implicit_reward import PairsConfig, RewardConfig, bag_of_words, mean_inputs
-from nanorlhf.interp.linear_probes import fit_pairs, fit_reward
-from nanorlhf.interp.probe_texts import (
+from nanorlhf.interp import reward_probes
+from nanorlhf.interp.reward_probe_fits import fit_pairs, fit_reward
+from nanorlhf.interp.reward_probe_texts import (
     Texts,
     deal,
     pair_texts,
@@ -27,6 +26,7 @@ from nanorlhf.interp.probe_texts import (
     subtract_neutral,
     word_texts,
 )
+from nanorlhf.interp.reward_probes import PairsConfig, RewardConfig, bag_of_words, mean_inputs
 from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.runtime import cli
 from nanorlhf.runtime.distributed import Dist
@@ -271,7 +271,7 @@ def test_pairs_are_split_by_prompt():
 
 
 def test_mean_inputs_one_text_at_a_time(base, monkeypatch):
-    monkeypatch.setattr(implicit_reward, "TOKENS_AT_ONCE", 40)  # several micro-batches
+    monkeypatch.setattr(reward_probes, "TOKENS_AT_ONCE", 40)  # several micro-batches
     lm = AutoModelForCausalLM.from_pretrained(base / "policy").eval()
     lengths, first = [3, 9, 5, 9, 12, 1], [2, 0, 3, 8, 5, 0]
     ids = [
@@ -406,7 +406,7 @@ def test_pairs_probe_on_planted_preferences():
 
 def test_a_planted_reward_is_read_from_the_policy_alone(base, tmp_path, capsys):
     for difference in (False, True):
-        summary = implicit_reward.reward(
+        summary = reward_probes.reward(
             RewardConfig(**settings(base, tmp_path / f"{difference}", difference=difference))
         )
         rows = summary["rows"]
@@ -435,7 +435,7 @@ def test_a_planted_reward_is_read_from_the_policy_alone(base, tmp_path, capsys):
 def test_a_reward_without_any_spread(base, tmp_path, monkeypatch):
     """One line before a policy is loaded, whether the reward is constant everywhere or in one side of a split."""
     monkeypatch.setattr(
-        implicit_reward, "load_policy", lambda *args, **kwargs: pytest.fail("a policy was loaded")
+        reward_probes, "load_policy", lambda *args, **kwargs: pytest.fail("a policy was loaded")
     )
     (tmp_path / "rewards.py").write_text(
         "def same(prompts, responses): return [0.1] * len(responses)\n"
@@ -450,13 +450,13 @@ def test_a_reward_without_any_spread(base, tmp_path, monkeypatch):
         with pytest.raises(
             InputError, match=f"rewards.py:{name}: all .* responses of split 0 have the reward"
         ):
-            implicit_reward.reward(RewardConfig(**settings(base, tmp_path / name, **flags)))
+            reward_probes.reward(RewardConfig(**settings(base, tmp_path / name, **flags)))
 
 
 @pytest.mark.parametrize("kind", ["reward", "pairs"])
 def test_a_test_share_that_leaves_nothing_to_train_on(base, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(
-        implicit_reward, "load_policy", lambda *args, **kwargs: pytest.fail("a policy was loaded")
+        reward_probes, "load_policy", lambda *args, **kwargs: pytest.fail("a policy was loaded")
     )
     flags = settings(base, tmp_path / "a", test_share=0.999)
     if kind == "reward":
@@ -465,16 +465,16 @@ def test_a_test_share_that_leaves_nothing_to_train_on(base, tmp_path, monkeypatc
         del flags["triples"]
         config = PairsConfig(**flags)
     with pytest.raises(InputError, match="--test_share 0.999 leaves 1 prompts for training"):
-        getattr(implicit_reward, kind)(config)
+        getattr(reward_probes, kind)(config)
 
 
 def test_features_of_sparse_autoencoders_stand_beside_activations(base, tmp_path):
     for name in ("policy/0_residual", "policy/1_residual", "base/0_residual"):
         save_sae(SparseAutoencoder(32, 64, normalize="none", seed=1), tmp_path / name)
     with pytest.raises(InputError, match="base/1_residual"):
-        implicit_reward.reward(RewardConfig(**settings(base, tmp_path / "a", sae=str(tmp_path))))
+        reward_probes.reward(RewardConfig(**settings(base, tmp_path / "a", sae=str(tmp_path))))
     save_sae(SparseAutoencoder(32, 64, normalize="none", seed=1), tmp_path / "base/1_residual")
-    summary = implicit_reward.reward(
+    summary = reward_probes.reward(
         RewardConfig(**settings(base, tmp_path / "a", sae=str(tmp_path)))
     )
     names = [
@@ -490,14 +490,14 @@ def test_features_of_sparse_autoencoders_stand_beside_activations(base, tmp_path
 def test_the_layers_are_those_that_have_autoencoders(tmp_path):
     for name in ("10_mlp", "3_mlp", "2_residual", "notes_mlp"):
         (tmp_path / "policy" / name).mkdir(parents=True)
-    assert implicit_reward.list_layers(RewardConfig(sae=str(tmp_path))) == "3,10"
-    assert implicit_reward.list_layers(RewardConfig(sae=str(tmp_path), site="residual")) == "2"
+    assert reward_probes.list_layers(RewardConfig(sae=str(tmp_path))) == "3,10"
+    assert reward_probes.list_layers(RewardConfig(sae=str(tmp_path), site="residual")) == "2"
     with pytest.raises(InputError, match="no autoencoder of a layer's attention"):
-        implicit_reward.list_layers(RewardConfig(sae=str(tmp_path), site="attention"))
+        reward_probes.list_layers(RewardConfig(sae=str(tmp_path), site="attention"))
 
 
 def test_one_seed_has_no_interval(base, tmp_path):
-    summary = implicit_reward.reward(
+    summary = reward_probes.reward(
         RewardConfig(**settings(base, tmp_path / "a", seeds=1, layers="highest:1"))
     )
     assert (

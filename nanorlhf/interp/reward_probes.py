@@ -48,10 +48,10 @@ from ..runtime.results import finite, in_one_line, results_folder, save
 from ..runtime.rng import SPLIT, key
 from ..stats import t_interval
 from .activation_store import TOKENS_AT_ONCE
-from .linear_probes import fit_pairs, fit_reward
-from .probe_flags import SITE_HELP
-from .probe_texts import Texts, pair_texts, sequence_texts, subtract_neutral, word_texts
+from .reward_probe_fits import fit_pairs, fit_reward
+from .reward_probe_texts import Texts, pair_texts, sequence_texts, subtract_neutral, word_texts
 from .sae_files import load_sae
+from .shared_flags import SITE_HELP
 
 # A control: the first inputs, with the rewards of the training side exchanged.
 SHUFFLED = "shuffled labels"
@@ -395,7 +395,7 @@ def compare_inputs(
 ) -> dict | None:
     """Fit a probe on every input and split, print the summary and write it down.
 
-    fit: fit_reward or fit_pairs of linear_probes. The main process does it alone; the others get
+    fit: fit_reward or fit_pairs of reward_probe_fits. The main process does it alone; the others get
     None.
     """
     if not folder.dist.main:

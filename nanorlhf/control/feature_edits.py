@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 
 from .. import pool
 from ..errors import at_least, require
-from ..interp.concepts import alike
+from ..interp.feature_scores import alike
 from ..penalties import OPS
 from ..runtime.files import check_can_write, write_lines
 from ..runtime.flags import ResultFlags, TextFlags
@@ -28,8 +28,8 @@ from ..runtime.rng import SPLIT
 from ..sarm import reweighted, save_sarm
 from ..splits import load
 from ..stats import mean_over_groups, percentiles
-from .feature_rewards import LatentFlags, load_feature_reward, parse_edits
-from .latent_texts import (
+from .feature_reader import FeatureReaderFlags, load_feature_reader, parse_edits
+from .feature_texts import (
     PairFlags,
     encode_texts,
     groups_of,
@@ -42,7 +42,7 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclass
-class CausalConfig(LatentFlags, PairFlags, TextFlags, ResultFlags):
+class CausalConfig(FeatureReaderFlags, PairFlags, TextFlags, ResultFlags):
     """Edits: which features are changed, and what is compared"""
 
     edits: list[str] = HfArg(
@@ -71,7 +71,7 @@ class CausalConfig(LatentFlags, PairFlags, TextFlags, ResultFlags):
 
 
 @dataclass
-class SteerConfig(LatentFlags, PairFlags, TextFlags, ResultFlags):
+class SteerConfig(FeatureReaderFlags, PairFlags, TextFlags, ResultFlags):
     """Edits: what is changed, and which texts are scored again"""
 
     edits: list[str] = HfArg(
@@ -97,15 +97,15 @@ class SteerConfig(LatentFlags, PairFlags, TextFlags, ResultFlags):
         super().__post_init__()
         require(
             bool(self.edits) != bool(self.weights),
-            "name --edits of latents or --weights of the head, one of both",
+            "name --edits of features or --weights of the head, one of both",
         )
         require(
             not self.weights or not self.sae,
-            "--weights edits a SARM's head; what --sae names has none on its latents",
+            "--weights edits a SARM's head; what --sae names has none on its features",
         )
         require(
             self.weights or not self.save,
-            "--save writes a SARM with edited --weights: edits of latents are no part of a model",
+            "--save writes a SARM with edited --weights: edits of features are no part of a model",
         )
         if self.save:
             require(not os.path.lexists(self.save), f"--save {self.save}: it is there already")
@@ -144,7 +144,7 @@ def causal(config):
         texts["pool"] = encode_texts(config, tokenizer, answers, "response", max_length)
     groups = groups_of([row["prompt"] for row in pairs])  # [N]
 
-    reward = load_feature_reward(
+    reward = load_feature_reader(
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 
@@ -390,12 +390,12 @@ def steer(config):
         for side in SIDES:
             texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
 
-    reward = load_feature_reward(
+    reward = load_feature_reader(
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
     require(
         not config.weights or reward.weights is not None,
-        f"--weights: {config.reward_model} has no head on its latents",
+        f"--weights: {config.reward_model} has no head on its features",
     )
 
     # The scores before and after, and the features that are edited, before any edit.
@@ -473,7 +473,7 @@ def count_texts(rows):
 def format_texts(summary, rows, shown=8):
     """The counts, then the texts that change most."""
     if summary["edits"]:
-        what = f"latents {' '.join(summary['edits'])}"
+        what = f"features {' '.join(summary['edits'])}"
     else:
         what = f"head weights {' '.join(summary['weights'])}"
     lines = [

@@ -1,9 +1,9 @@
-"""Body of `probe.py latents`: what the features of a reward model are worth, what they stand for.
+"""Body of `probe.py reward_features`: what the features of a reward model are worth, what they stand for.
 
     N texts of a side, M features, M' of them that are looked at, F of these that are described,
     V tokens that stand in any text, C of these that are common enough
 
-Two kinds of evidence, each by the same numbers (latent_stats.py):
+Two kinds of evidence, each by the same numbers (feature_contrasts.py):
 
     pairs     chosen against rejected answers of preference data:
               what people's preferences say of a feature
@@ -23,15 +23,15 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import require
 from ..interp.explainer import check_explainer, explain
-from ..interp.probe_flags import DescribeFlags
+from ..interp.shared_flags import DescribeFlags
 from ..runtime.files import write_json
 from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import cell, finite, parse_ids, save
 from ..splits import load
-from .feature_rewards import LatentFlags, load_feature_reward
-from .latent_stats import contrast, score_gaps, separation
-from .latent_texts import (
+from .feature_contrasts import contrast, score_gaps, separation
+from .feature_reader import FeatureReaderFlags, load_feature_reader
+from .feature_texts import (
     PairFlags,
     encode_texts,
     groups_of,
@@ -56,13 +56,15 @@ each stands its strength from 1 to 10, in double brackets.
 
 Tokens whose presence in a text goes most with the feature: {tokens}
 
-Say in one sentence what the feature stands for, and whether that has to do with {task}. Answer \
+Say in one sentence what the feature stands for, and whether that has to do with {related_to}. Answer \
 with one line of JSON and nothing else:
 {{"description": "...", "related": true or false}}"""
 
 
 @dataclass
-class LatentsConfig(LatentFlags, PairFlags, DescribeFlags, TextFlags, EndpointFlags, ResultFlags):
+class RewardFeaturesConfig(
+    FeatureReaderFlags, PairFlags, DescribeFlags, TextFlags, EndpointFlags, ResultFlags
+):
     """A policy's answers, and which features come first"""
 
     answers: str = HfArg(
@@ -81,11 +83,11 @@ class LatentsConfig(LatentFlags, PairFlags, DescribeFlags, TextFlags, EndpointFl
         "default by contribution, or by differential where there are no head weights",
     )
 
-    task: str = HfArg(
+    related_to: str = HfArg(
         default="how good the text is", help="what a feature may have to do with, in words"
     )
     output_dir: str = HfArg(
-        default="runs/probe/latents", help="the folder that the results are written to"
+        default="runs/probe/reward_features", help="the folder that the results are written to"
     )
 
     def __post_init__(self):
@@ -103,7 +105,7 @@ class LatentsConfig(LatentFlags, PairFlags, DescribeFlags, TextFlags, EndpointFl
 
 
 @unlock_afterwards()
-def latents(config):
+def reward_features(config):
     """What the features of a reward model are worth, and stand for.
 
     Weight, differential and contribution of each, on pairs and on a policy's
@@ -119,7 +121,7 @@ def latents(config):
     dist, folder, tokenizer, max_length = open_run(config, named_ids)
     check_explainer(config)
     texts, prompts = read_texts(config, tokenizer, max_length)
-    reward = load_feature_reward(
+    reward = load_feature_reader(
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 
@@ -131,7 +133,7 @@ def latents(config):
 
     # A feature that fires on none of the texts is left out, unless it is named.
     ids = find_firing(sparse, named_ids)  # [M']
-    require(len(ids), f"{config.reward_model}: no latent fires on any of these texts")
+    require(len(ids), f"{config.reward_model}: no feature fires on any of these texts")
     z = {}  # {side: [N, M']}
     for side, rows_of_side in sparse.items():
         z[side] = rows_of_side.index_select(1, ids).to_dense()
@@ -172,7 +174,7 @@ def latents(config):
     }
     for kind, prompts_of_kind in prompts.items():
         summary[kind] = compare_scores(scores, prompts_of_kind, kind, contrasts[kind])
-    summary["latents"] = rows
+    summary["features"] = rows
     save(config, folder, summary, format_table(summary, described, bool(named_ids)), draw)
     # An explainer may take long, or fail: what was found by then is in the files already.
     if config.explainer:
@@ -312,7 +314,7 @@ def add_tokens(rows, z, texts, tokenizer):
 
     A token is [token, AUC, texts that have it, share of these on which the feature fires, share of
     the others]. First come those whose presence in a text goes most with a large feature, or (AUC
-    below .5) with a small one: latent_stats.separation. z {side: [N, F]}, texts {side: Answers}.
+    below .5) with a small one: feature_contrasts.separation. z {side: [N, F]}, texts {side: Answers}.
     """
     # Which tokens each text has.
     all_ids = torch.cat([answers.batch.ids.flatten() for answers in texts.values()])
@@ -447,7 +449,7 @@ def format_title(summary):
     order = summary["by"]
     if "policy" in summary and order != "weight":
         order += " of the policy"
-    return f"{whose}: {summary['firing']} of {summary['m']} latents fire; by {order}:"
+    return f"{whose}: {summary['firing']} of {summary['m']} features fire; by {order}:"
 
 
 def format_sides(kind, numbers):
@@ -458,7 +460,7 @@ def format_sides(kind, numbers):
         f"first higher in {numbers['accuracy']:.1%}, margin {numbers['margin']:+.3f}"
     )
     if numbers["contributions"] is not None:
-        line += f", of which {numbers['contributions']:+.3f} by latents above 0"
+        line += f", of which {numbers['contributions']:+.3f} by features above 0"
     return line
 
 
@@ -500,7 +502,7 @@ def draw(figure, summary):
     With one of both kinds alone: its head weight against its contribution. Without head weights it
     is the differential in the place of the contribution. Features that are described are red.
     """
-    rows = summary["latents"]
+    rows = summary["features"]
     kinds = kinds_in(summary)
     last_kind = kinds[-1]
     measure = "differential" if rows[0]["weight"] is None else "contribution"

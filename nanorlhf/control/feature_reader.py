@@ -2,7 +2,7 @@
 
 A SARM, or a reward model of train_rm.py with an autoencoder on one of its layers. Everything that
 works on features in a reward (penalties in PPO, probes, steering) goes through one function,
-FeatureReward.read.
+FeatureReader.read.
 
     B answers, F chosen features, E edited features, M features in all, D hidden
 """
@@ -32,7 +32,7 @@ from ..sarm import SARM, Reading, check_sarm, checked, is_sarm
 
 
 @dataclass
-class LatentFlags(FlagGroup):
+class FeatureReaderFlags(FlagGroup):
     """The reward model: whose features are read"""
 
     reward_model: str = HfArg(
@@ -55,7 +55,7 @@ class LatentFlags(FlagGroup):
         at_least(self, 1, "micro_batch_size")
 
 
-def check_feature_reward(spec, sae="", features=()):
+def check_feature_reader(spec, sae="", features=()):
     """Look at a reward model and its autoencoder before any of them is loaded. -> M
 
     sae: a folder; "" for a SARM, which has its own. InputError, in one line: no reward model; one
@@ -150,12 +150,12 @@ def latents_fingerprint(spec, sae=""):
     return {"reward_model": fingerprint(spec), "sae": fingerprint_of_sae}
 
 
-def load_feature_reward(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="float32"):
-    """Load what check_feature_reward looked at. -> FeatureReward
+def load_feature_reader(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="float32"):
+    """Load what check_feature_reader looked at. -> FeatureReader
 
     tokenizer: the policy's, whose ids are read as they are; None: there is only text.
     """
-    check_feature_reward(spec, sae)
+    check_feature_reader(spec, sae)
     if sae:
         sae = the_one_sae(sae)
         width = check_model(spec).get_text_config().hidden_size
@@ -165,10 +165,10 @@ def load_feature_reward(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="
         module = SARM.from_pretrained(spec)
     module.to(dist.load_device).requires_grad_(False)
     (name,) = reward_names([os.path.normpath(spec)])
-    return FeatureReward(module, spec, name, tokenizer, dist, micro_batch_size, dtype)
+    return FeatureReader(module, spec, name, tokenizer, dist, micro_batch_size, dtype)
 
 
-class FeatureReward:
+class FeatureReader:
     """A reward model that also tells its features.
 
     It is a reward function itself: Answers -> scores [B], as rewards.load_reward gives. m: the

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from nanorlhf.control import latent_stats
-from nanorlhf.control.latent_stats import contrast, score_gaps, separation
+from nanorlhf.control import feature_contrasts
+from nanorlhf.control.feature_contrasts import contrast, score_gaps, separation
 
 
 def latents(n, m, seed):
@@ -52,7 +52,7 @@ def test_contrast_is_the_loops():
 
 def test_intervals_are_those_of_resampled_prompts(monkeypatch):
     """Prompts of one to three pairs, drawn by hand with the same draws; in blocks of two latents."""
-    monkeypatch.setattr(latent_stats, "AT_ONCE", 2 * 300)
+    monkeypatch.setattr(feature_contrasts, "AT_ONCE", 2 * 300)
     chosen, rejected, w = (
         latents(25, 5, 3),
         latents(25, 5, 4),
@@ -93,7 +93,7 @@ def test_without_weights_there_is_no_contribution():
     ("changes", "words"),
     [
         ({"rejected": torch.zeros(4, 2)}, r"\[5, 2\] and \[4, 2\]"),
-        ({"weights": torch.zeros(3)}, "3 weights for 2 latents"),
+        ({"weights": torch.zeros(3)}, "3 weights for 2 features"),
         ({"groups": torch.zeros(4)}, "4 groups for 5 pairs"),
         ({"chosen": torch.zeros(0, 2), "rejected": torch.zeros(0, 2)}, "must both be"),
     ],

@@ -26,7 +26,14 @@ from ..runtime.results import finite
 from ..runtime.rng import SPLIT
 from ..sae import SparseAutoencoder, TopKSAE
 from .activation_store import Tokens, where
-from .concepts import best_features, encoded, feature_aucs, feature_correlations, on_tokens, sparse
+from .feature_scores import (
+    best_features,
+    encoded,
+    feature_aucs,
+    feature_correlations,
+    on_tokens,
+    sparse,
+)
 
 # Each score, and the value above which a concept counts as found.
 SCORES = {"auc": (feature_aucs, 0.95), "correlation": (feature_correlations, 0.7)}
@@ -38,7 +45,7 @@ FEWEST = 5
 SHUFFLES = 5
 
 
-def known_concepts(sae, x: Tensor, f: Tensor, tokens: Tokens, tokenizer) -> dict:
+def measure_concepts(sae, x: Tensor, f: Tensor, tokens: Tokens, tokenizer) -> dict:
     """How well features single out what is known of the tokens.
 
     Activations x [N, D] and features f, a sparse [M, N], of the same tokens ->

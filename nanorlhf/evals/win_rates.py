@@ -51,7 +51,7 @@ class JudgeConfig(EndpointFlags):
         default="how well they do what the prompt asks, and how well they are written",
         help="what a language model is told to judge by",
     )
-    answers: int = HfArg(
+    n_answers: int = HfArg(
         default=0, help="at most so many answers to a prompt, the first ones; 0: all"
     )
     answer_tokens: int = HfArg(
@@ -75,7 +75,7 @@ class JudgeConfig(EndpointFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 0, "answers", "requests_per_minute")
+        at_least(self, 0, "n_answers", "requests_per_minute")
         slow = 0 < self.requests_per_minute < 1 / (24 * 60)
         require(not slow, "--requests_per_minute must be 0, or at least one request a day")
         at_least(self, 1, "answer_tokens", "parallel", "micro_batch_size")
@@ -113,8 +113,8 @@ def judge(config: JudgeConfig) -> dict:
     for spec in config.judge:
         check_judge(config, spec)
 
-    answers_a = read_answers(config.a, config.answers)
-    answers_b = read_answers(config.b, config.answers)
+    answers_a = read_answers(config.a, config.n_answers)
+    answers_b = read_answers(config.b, config.n_answers)
     rows, counts = match_answers(answers_a, answers_b)
     os.makedirs(config.output_dir, exist_ok=True)
     write_json(os.path.join(config.output_dir, "config.json"), folder.config)
@@ -228,7 +228,7 @@ def match_answers(a: dict[str, dict], b: dict[str, dict]) -> tuple[list[dict], d
         require(
             len(answers_a) == len(answers_b),
             f"the prompt {prompt[:40]!r} has {len(answers_a)} answers in --a and "
-            f"{len(answers_b)} in --b (limit them: --answers)",
+            f"{len(answers_b)} in --b (limit them: --n_answers)",
         )
         # It is enough that one of the two names the split.
         splits = {a[prompt]["split"], b[prompt]["split"]} - {""}

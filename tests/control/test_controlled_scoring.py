@@ -3,7 +3,7 @@
 What a run wrote down (token ids of every held-out answer) is read again, one answer at a time, and R put together by Python's own
 statistics. The density ratio meets rollouts of Gaussians, whose ratio is known.
 
-    N texts, M latents, d latents whose density is compared
+    N texts, M features, d latents whose density is compared
 """
 
 import copy
@@ -42,8 +42,8 @@ import probe
 import train_ppo
 import train_rm
 from nanorlhf import data, scoring, world
-from nanorlhf.control import feature_control, human_latents
-from nanorlhf.control.feature_rewards import WithSAE
+from nanorlhf.control import controlled_scoring, human_latents
+from nanorlhf.control.feature_reader import WithSAE
 from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.models import load_reward_model, load_tokenizer
 from nanorlhf.packing import pack
@@ -57,7 +57,7 @@ M, K, D = 24, 8, 32
 @pytest.fixture(autouse=True)
 def short_warm_up(monkeypatch):
     """A density ratio that counts early."""
-    monkeypatch.setattr(feature_control, "WARM_UP", 2)
+    monkeypatch.setattr(controlled_scoring, "WARM_UP", 2)
 
 
 @pytest.fixture(scope="module")
@@ -392,17 +392,17 @@ def humans(n=2000):
 
 
 def test_the_density_ratio_finds_that_of_two_gaussians():
-    density = feature_control.Density(humans(), 0)
+    density = controlled_scoring.Density(humans(), 0)
     assert len(density.held_out) == 400 and len(density.human) == 1600
     records = [density.learn(rollout(i)) for i in range(60)]
     z = torch.cat([rollout(500, 2000), humans(2000)])
     truth, found = log_ratio_of_gaussians(z), density.log_ratio(z).double()
     w = torch.sigmoid(truth) * torch.sigmoid(-truth)
     error = ((w * (found - truth).square()).sum() / w.sum()).sqrt().item()
-    assert error < sampling_error(truth, 2 * 128 * feature_control.REPLAY)
+    assert error < sampling_error(truth, 2 * 128 * controlled_scoring.REPLAY)
     assert (
-        found.abs().max() <= feature_control.CLIP
-        and density.log_ratio(z * 1000).abs().max() <= feature_control.CLIP
+        found.abs().max() <= controlled_scoring.CLIP
+        and density.log_ratio(z * 1000).abs().max() <= controlled_scoring.CLIP
     )
     # The AUC of the true ratio, by Monte Carlo in another way: of how many pairs it orders right.
     a, b = log_ratio_of_gaussians(rollout(501, 2000)), log_ratio_of_gaussians(humans(2000))
@@ -419,7 +419,7 @@ def test_the_density_ratio_finds_that_of_two_gaussians():
 
 def test_a_rollout_is_judged_before_it_is_learned_from(base):
     config = train_ppo.Config(**settings_of(base, **case(base, "sarm", "density")))
-    control = feature_control.prepare(config)
+    control = controlled_scoring.prepare(config)
     control.name, control.dist = "sarm", distributed.Dist(0, 1, torch.device("cpu"))
     assert control.features == [3, 1] and control.of_density == [0, 1]
     g = torch.Generator().manual_seed(0)
@@ -429,7 +429,7 @@ def test_a_rollout_is_judged_before_it_is_learned_from(base):
         readings = {"member_scores": clamped[:, None], "latents": latents, "clamped": clamped}
         scored, _ = control.combine(readings), control.learn(readings)
         r, log_ratio = scored.scores, scored.terms["log_ratio"].mean().item()
-        x = before.net(latents).detach().clamp(-feature_control.CLIP, feature_control.CLIP)
+        x = before.net(latents).detach().clamp(-controlled_scoring.CLIP, controlled_scoring.CLIP)
         torch.testing.assert_close(
             r, clamped - 0.5 * x * (n >= 2), rtol=0, atol=1e-6
         )  # warm-up: two rollouts
@@ -441,19 +441,19 @@ def test_a_rollout_is_judged_before_it_is_learned_from(base):
 
 
 def test_the_replay_forgets():
-    density = feature_control.Density(humans(50), 0)
+    density = controlled_scoring.Density(humans(50), 0)
     for i in range(12):
         density.learn(rollout(i, 4))
-    assert len(density.replay) == feature_control.REPLAY and density.replay[-1].equal(
+    assert len(density.replay) == controlled_scoring.REPLAY and density.replay[-1].equal(
         rollout(11, 4)
     )
 
 
 def test_a_restored_density_goes_on_as_it_was():
-    a = feature_control.Density(humans(50), 0)
+    a = controlled_scoring.Density(humans(50), 0)
     for i in range(3):
         a.learn(rollout(i, 8))
-    b = feature_control.Density(humans(50), 0)
+    b = controlled_scoring.Density(humans(50), 0)
     b.restore({name: x.clone() for name, x in a.tensors().items()})
     for i in range(3, 6):
         assert a.learn(rollout(i, 8)) == b.learn(rollout(i, 8))
@@ -466,11 +466,11 @@ def test_a_restored_density_goes_on_as_it_was():
 def learn_in_shares(path):
     """10 rollouts of Gaussians, this process's share of each gathered: what the first and the last process make of them."""
     dist = distributed.setup("cpu")
-    control = feature_control.ControlledScoring.__new__(feature_control.ControlledScoring)
+    control = controlled_scoring.ControlledScoring.__new__(controlled_scoring.ControlledScoring)
     control.dist, control.of_density, control.density = (
         dist,
         [0, 1],
-        feature_control.Density(humans(500), 0),
+        controlled_scoring.Density(humans(500), 0),
     )
     for i in range(10):
         z = dist.gather(dist.share(rollout(i, 16)))
@@ -506,7 +506,7 @@ def run_settings(base, name="sarm", **changes):
 
 
 def command(args):
-    feature_control.WARM_UP = 2
+    controlled_scoring.WARM_UP = 2
     cli.run(train_ppo.Config, train_ppo.main, args)
 
 
@@ -720,7 +720,7 @@ def test_bad_flags_and_files(base, monkeypatch, capfd, changes, words):
     monkeypatch.chdir(base)
     for module, name in (
         (train_ppo, "load_policy"),
-        (feature_control, "load_feature_reward"),
+        (controlled_scoring, "load_feature_reader"),
         (scoring, "load_rewards"),
     ):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("a model was loaded"))
@@ -768,7 +768,7 @@ def test_no_other_file_is_written_over(base, tmp_path, monkeypatch, capfd, outpu
     with monkeypatch.context() as patch:
         patch.setattr(
             human_latents,
-            "load_feature_reward",
+            "load_feature_reader",
             lambda *args, **kwargs: pytest.fail("a model was loaded"),
         )
         with pytest.raises(SystemExit) as exit_:
@@ -797,7 +797,7 @@ def test_bad_flags_of_the_command(base, monkeypatch, capfd, args, words):
     monkeypatch.chdir(base)
     monkeypatch.setattr(
         human_latents,
-        "load_feature_reward",
+        "load_feature_reader",
         lambda *args, **kwargs: pytest.fail("a model was loaded"),
     )
     with pytest.raises(SystemExit) as exit_:

@@ -21,7 +21,7 @@ import probe
 from nanorlhf import world
 from nanorlhf.data import encode
 from nanorlhf.hf.lora import adapters, add_lora
-from nanorlhf.interp import implicit_reward
+from nanorlhf.interp import reward_probes
 from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.models import Policy, load_policy, load_tokenizer, save_policy
 from nanorlhf.runtime import plots
@@ -178,10 +178,10 @@ def test_another_command_s_results_are_not_written_over(material, tmp_path, capf
     """All flags of `pairs` are flags of `reward` too, so config.json says whose results they are; `{}` is nobody's."""
     pairs = {
         f.name: f.default
-        for f in dataclasses.fields(implicit_reward.PairsConfig)
+        for f in dataclasses.fields(reward_probes.PairsConfig)
         if f.default is not dataclasses.MISSING
     }
-    assert pairs.keys() <= {f.name for f in dataclasses.fields(implicit_reward.RewardConfig)}
+    assert pairs.keys() <= {f.name for f in dataclasses.fields(reward_probes.RewardConfig)}
     run_probe(*arguments(material, tmp_path / "divergence", sites=["residual"]))
     assert (
         json.loads((tmp_path / "divergence" / "config.json").read_text())["command"] == "Divergence"
@@ -409,7 +409,7 @@ def test_mmcs_of_seeds_with_one_another(autoencoders, tmp_path):
             )
 
 
-def test_latents_that_never_fire_are_left_out(autoencoders, tmp_path, capfd):
+def test_features_that_never_fire_are_left_out(autoencoders, tmp_path, capfd):
     root, directions = autoencoders
     alive = [i for i in range(12) if i not in (3, 7)]
     for name in ("seed_0", "seed_2"):
@@ -459,7 +459,7 @@ def test_latents_that_never_fire_are_left_out(autoencoders, tmp_path, capfd):
 def test_mmcs_of_what_cannot_be_compared(autoencoders, tmp_path, capfd):
     root, _ = autoencoders
     out = ("--output_dir", tmp_path / "out")
-    assert "nowhere: no such sparse autoencoder" in probe_refused(
+    assert "nowhere: no sparse autoencoder here" in probe_refused(
         capfd, "mmcs", "--a", "nowhere", "--b", root / "thin", *out
     )
     for b in ((), ("--b", root / "thin")):

@@ -72,7 +72,7 @@ class DescribeFlags(FlagGroup):
         "http://HOST/v1, an OpenAI-compatible endpoint (its key: OPENAI_API_KEY)",
     )
     explainer_model: str = HfArg(default="", help="the model's name at the endpoint")
-    task: str = HfArg(
+    related_to: str = HfArg(
         default="the sentiment of a review", help="what a feature may have to do with, in words"
     )
 
