@@ -46,13 +46,12 @@ prints a table; human_latents writes one file.
 
 from nanorlhf.control import feature_edits, human_latents, reward_features
 from nanorlhf.evals import benchmarks, win_rates
-from nanorlhf.interp import ablation, features, reward_probes
-from nanorlhf.interp import comparisons as probes
+from nanorlhf.interp import ablation, comparisons, features, reward_probes
 from nanorlhf.runtime import cli
 
 COMMANDS = {  # name: (its flags, its function)
-    "divergence": (probes.DivergenceConfig, probes.divergence),
-    "mmcs": (probes.MmcsConfig, probes.mmcs),
+    "divergence": (comparisons.DivergenceConfig, comparisons.divergence),
+    "mmcs": (comparisons.MmcsConfig, comparisons.mmcs),
     "reward": (reward_probes.RewardConfig, reward_probes.reward),
     "pairs": (reward_probes.PairsConfig, reward_probes.pairs),
     "features": (features.FeaturesConfig, features.features),

@@ -86,15 +86,15 @@ class AutoencoderFlags(FlagGroup):
     sae: str = HfArg(
         default="topk",
         metadata={"choices": ("topk", "vanilla", "tied")},
-        help="topk: the k largest latents of each token are kept; vanilla: an L1 penalty keeps "
+        help="topk: the k largest features of each token are kept; vanilla: an L1 penalty keeps "
         "them few; tied: vanilla, the decoder being the encoder's transpose",
     )
     expansion: float = HfArg(
-        default=4.0, help="number of latents, in multiples of the activations' width"
+        default=4.0, help="number of features, in multiples of the activations' width"
     )
-    k: int = HfArg(default=16, help="topk: latents that are kept for each token")
+    k: int = HfArg(default=16, help="topk: features that are kept for each token")
     l1: float = HfArg(
-        default=2e-3, help="vanilla: weight of ||f||_1; it shrinks a latent by l1 D / 2"
+        default=2e-3, help="vanilla: weight of ||f||_1; it shrinks a feature by l1 D / 2"
     )
     normalize: str = HfArg(
         default="dataset",
@@ -102,7 +102,7 @@ class AutoencoderFlags(FlagGroup):
         help="scale all activations by one number (dataset), each token's by its own (token), or "
         "not at all (none)",
     )
-    relu: bool = HfArg(default=True, help="topk: latents are never negative; a SARM needs False")
+    relu: bool = HfArg(default=True, help="topk: features are never negative; a SARM needs False")
     bias: str = HfArg(
         default="mean",
         metadata={"choices": ("mean", "median")},
@@ -111,7 +111,7 @@ class AutoencoderFlags(FlagGroup):
     )
     dead_after: int = HfArg(
         default=0,
-        help="a latent counts as dead after this many tokens without firing; 0: a tenth of the "
+        help="a feature counts as dead after this many tokens without firing; 0: a tenth of the "
         "run, at most 10 million",
     )
 
@@ -211,7 +211,7 @@ class Config(
         require(self.base != "none" or ":" not in self.layers, hint)
 
     def dead_tokens(self):
-        """How many tokens without firing make a latent dead: Gao et al.'s 10M, or less in a small run."""
+        """How many tokens without firing make a feature dead: Gao et al.'s 10M, or less in a small run."""
         return self.dead_after or min(10_000_000, self.steps * self.batch_size // 10)
 
     def rate(self, step):
@@ -274,7 +274,7 @@ def main(config):
     saes = fit_saes(config, stream, dist)  # {"policy/3_mlp": autoencoder}
     modules = nn.ModuleDict({name_in_checkpoint(key): sae for key, sae in saes.items()})
     optimizer = adam(modules)
-    silent = {}  # for each latent the tokens since it fired last, [M]
+    silent = {}  # for each feature the tokens since it fired last, [M]
     for key, sae in saes.items():
         silent[key] = torch.zeros(sae.m, dtype=torch.long, device=dist.device)
 
@@ -544,7 +544,7 @@ def no_sums(sae):
 
 
 def histogram(density: torch.Tensor) -> dict:
-    """The latents by log10 of their density [M], those that never fired left out.
+    """The features by log10 of their density [M], those that never fired left out.
 
     -> {log10_edges, features: how many lie between two edges}
     """

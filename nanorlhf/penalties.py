@@ -1,6 +1,6 @@
 """Feature penalties: what a text's latents take from its reward, and edits of the latents.
 
-    B texts, M features, F chosen features, d latents whose density is estimated, H hidden units
+    B texts, M features, F chosen features, d features whose density is estimated, H hidden units
 
 z is what a sparse autoencoder makes of the hidden state at a text's pooled (last real) token. In
 PPO the score of a text becomes
@@ -28,8 +28,8 @@ def edit_latents(z: Tensor, edits: Sequence[tuple[str, float]]) -> Tensor:
         +     z' = z + v
 
     `min` and `max` are torch.clamp's. ValueError: another number of edits than columns, an unknown
-    op. Pitfall: a latent that does not fire is 0, so `set` and `+`, a floor above 0 and a cap below
-    0 change every text.
+    op. Pitfall: a feature that does not fire is 0, so `set` and `+`, a floor above 0 and a cap
+    below 0 change every text.
     """
     if len(edits) != z.shape[-1]:
         raise ValueError(f"{len(edits)} edits for {z.shape[-1]} features")
@@ -42,7 +42,7 @@ def edit_latents(z: Tensor, edits: Sequence[tuple[str, float]]) -> Tensor:
 
 
 def edit_column(x: Tensor, op: str, value: float) -> Tensor:
-    """One edit of edit_latents(), of one latent: x of any shape -> the same shape."""
+    """One edit of edit_latents(), of one feature: x of any shape -> the same shape."""
     if op == "set":
         return torch.full_like(x, value)
     if op == "min":
@@ -104,7 +104,7 @@ class DensityRatio(nn.Module):
     The classifier tells policy latents (class 1) from human ones (class 0). Its logit is the log
     ratio where both classes weigh the same in the loss, as in density_loss. `fit` standardises
     latents by those of people. Before any training the logit is 0. z [B, d] -> [B]. ValueError: no
-    latents. Pitfall: it extrapolates where neither class has been seen, and two densities that do
+    features. Pitfall: it extrapolates where neither class has been seen, and two densities that do
     not overlap have no finite ratio: clip it.
     """
 
@@ -130,7 +130,7 @@ class DensityRatio(nn.Module):
     def fit(self, z: Tensor) -> "DensityRatio":
         """Take mean and std of human latents z [N, d]. -> self
 
-        A latent that is the same in all texts is only centred.
+        A feature that is the same in all texts is only centred.
         """
         self.mean.copy_(z.mean(0))
         std = z.std(0, correction=0)

@@ -80,7 +80,7 @@ class SparseAutoencoder(nn.Module):
 
         From x come mean and scale ('dataset'). b_dec starts at the 'mean' or the geometric
         'median'. The vanilla b_enc starts at -2 rms(z - b_d): along a random direction z has about
-        that spread, so that 2% of the latents fire. With half of them (b_enc = 0) training first
+        that spread, so that 2% of the features fire. With half of them (b_enc = 0) training first
         has to undo x^ >> x.
         """
         if bias not in ("mean", "median"):
@@ -189,7 +189,7 @@ class TopKSAE(SparseAutoencoder):
     """f = the k largest of W_e (z - b_d) + b_e, the rest 0.
 
     relu: negative ones among the k become 0 too (SARM: relu=False, 'token'). encode_topk and
-    decode_topk are the same in sparse form. Pitfall: where latents tie at the k-th place, which of
+    decode_topk are the same in sparse form. Pitfall: where features tie at the k-th place, which of
     them is kept is open.
     """
 
@@ -304,16 +304,17 @@ def auxiliary_loss(
     n_tokens: int | None = None,
     reduce: Reduce | None = None,
 ) -> Tensor:
-    """AuxK: the share of the error that the dead latents leave unexplained too.
+    """AuxK: the share of the error that the dead features leave unexplained too.
 
         e = z - z^ (no gradient),   e^ = W_d top_{k_aux}(pre of the dead)
         loss = mean over tokens of ||e - e^||^2 / D / Var(e)          0 where Var(e) is 0
 
-    z, error [N, D], dead [M] (bool, at least one) -> a scalar. The products of the dead latents are
-    dense: [N, d]. n_tokens and reduce are those of gradients(). Source: Gao et al. 2024, appendix
-    A.2; Var(e) is not in the paper's equation but in the authors' code (normalized_mse in kernels.py
-    of openai/sparse_autoencoder, about the mean of each coordinate). Pitfall: without Var(e) the
-    term shrinks with the error: where the living latents explain 95% of z it is 20 times as small.
+    z, error [N, D], dead [M] (bool, at least one) -> a scalar. The products of the dead features
+    are dense: [N, d]. n_tokens and reduce are those of gradients(). Source: Gao et al. 2024,
+    appendix A.2; Var(e) is not in the paper's equation but in the authors' code (normalized_mse in
+    kernels.py of openai/sparse_autoencoder, about the mean of each coordinate). Pitfall: without
+    Var(e) the term shrinks with the error: where the living features explain 95% of z it is 20
+    times as small.
     """
     W, bias = sae.encoder()
     f = F.linear(z, W[dead], bias[dead])  # [N, d]
@@ -344,7 +345,7 @@ def sae_loss(
         TopK      ||z - z^||^2 / D + 1/32 AuxK(dead [M])            by the sparse path
 
     Both are means over the n_tokens of the whole optimizer batch. stats: mse and l0, sums /
-    n_tokens like the loss; fired [M], how many of the tokens each latent fired on. reduce: of
+    n_tokens like the loss; fired [M], how many of the tokens each feature fired on. reduce: of
     gradients(), for what AuxK needs of the whole batch; the loss itself is this process's share.
     """
     n_tokens = n_tokens or len(x)
@@ -367,7 +368,7 @@ def sae_loss(
 
 
 def count_firing(values: Tensor, ids: Tensor, m: int) -> Tensor:
-    """How many tokens each latent fires on: values [N, k], ids [N, k] -> [M]."""
+    """How many tokens each feature fires on: values [N, k], ids [N, k] -> [M]."""
     fires = (values != 0).float()
     return torch.zeros(m, device=ids.device).index_add(0, ids.flatten(), fires.flatten())
 
@@ -392,7 +393,7 @@ def gradients(
 ) -> dict[str, float]:
     """Loss and gradients of activations x [N, D] -> {loss, mse, l0, dead}.
 
-    silent [M] counts the tokens since each latent last fired, and is updated; from `dead_after` on
+    silent [M] counts the tokens since each feature last fired, and is updated; from `dead_after` on
     it is dead, and AuxK calls it back. dtype bfloat16: the dense products alone. On several
     processes x is a share of n_tokens, and reduce(tensor) sums over them, in place.
     """
@@ -487,7 +488,7 @@ def tally(sae: SparseAutoencoder, x: Tensor) -> dict[str, Tensor]:
 def measures(totals: dict[str, Tensor]) -> dict:
     """tally()'s sums -> {fvu, l0, dead, density}.
 
-    dead: the share of latents that never fired; density [M]: the share of tokens each fires on.
+    dead: the share of features that never fired; density [M]: the share of tokens each fires on.
     """
     n = totals["n"]
     variance = totals["squares"] - totals["sum"].square().sum() / n

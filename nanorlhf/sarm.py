@@ -114,7 +114,7 @@ class SARM(nn.Module):
     def weighted(self, values: Tensor, ids: Tensor) -> Tensor:
         """sum_j w[ids[b, j]] values[b, j] - mean: [B], float64.
 
-        In float64 the products are exact, so an edit of one weight or latent moves a score by w z
+        In float64 the products are exact, so an edit of one weight or feature moves a score by w z
         and nothing else, up to one rounding to float32.
         """
         w = self.score.weight[0][ids]  # [B, k]
@@ -186,7 +186,7 @@ class SARM(nn.Module):
         trunk = pretrained(AutoModel, path, config=shortened(config))
         sarm = cls(trunk, new_sae(config), config)
 
-        # The trunk is loaded. What is left are the autoencoder and the weights of its latents.
+        # The trunk is loaded. What is left are the autoencoder and the weights of its features.
         own = {}
         for name, tensor in sarm.layout().items():
             if name.startswith(("sae.", "score.")):

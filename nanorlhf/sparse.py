@@ -1,13 +1,14 @@
 """Products with a sparse matrix of k entries a row, at O(k D) a row: how TopK autoencoders train.
 
-    N rows (tokens), k entries in each, M columns (latents), D width, s latents of a group in top_k
+    N rows (tokens), k entries in each, M columns (features), D width,
+    s features of a group in top_k
 
 The matrix S [N, M] is given by values [N, k] and ids [N, k]: the entries of each row and their
 columns, in no order. In the training of a TopK autoencoder only the encoder's product is dense.
 What remains, forward and backward, is
 
     S W         decoding; the gradient of the encoder's input               weighted_rows
-    (y W^T)_S   the gradient of the kept latents (at S's places only)       dots
+    (y W^T)_S   the gradient of the kept features (at S's places only)       dots
     S^T y       the gradients of both weights                               scattered
 """
 
@@ -25,8 +26,8 @@ warnings.filterwarnings(
 def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, in no order: pre [N, M] -> values [N, k], ids [N, k].
 
-    Exact, in half the time of torch.topk on a CPU. In groups of s latents, the k largest lie in the
-    k groups with the largest maxima: each of those k maxima is at least as large as all of any
+    Exact, in half the time of torch.topk on a CPU. In groups of s features, the k largest lie in
+    the k groups with the largest maxima: each of those k maxima is at least as large as all of any
     other group. That leaves M / s maxima and k s candidates to look through, fewest for
     s = sqrt(M / k).
     """
@@ -37,7 +38,7 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if pre.is_cuda or s < 4:
         return pre.topk(k, sorted=False)
 
-    # Group g holds the latents g, g + M / s, ...: so the maximum is one of long rows.
+    # Group g holds the features g, g + M / s, ...: so the maximum is one of long rows.
     n_groups = m // s
     maxima = pre.view(n, s, n_groups).amax(1)  # [N, M / s]
     best_groups = maxima.topk(k, sorted=False).indices  # [N, k]
@@ -79,10 +80,10 @@ def dots_in_place(y: Tensor, W: Tensor, ids: Tensor) -> Tensor:
 
 def scattered(values: Tensor, ids: Tensor, y: Tensor, m: int) -> Tensor:
     """S^T y: row i is the sum of values[n, j] y[n] over the places where ids[n, j] = i, [M, D]."""
-    # Latent by latent: the places of each latent's entries, one after another.
+    # Feature by feature: the places of each feature's entries, one after another.
     sorted_ids, order = ids.flatten().int().sort(stable=True)  # [N k]
-    latents = torch.arange(m, dtype=torch.int32, device=ids.device)
-    starts = torch.searchsorted(sorted_ids, latents)  # [M]
+    features = torch.arange(m, dtype=torch.int32, device=ids.device)
+    starts = torch.searchsorted(sorted_ids, features)  # [M]
     k = values.shape[1]
     rows = order // k  # of y
     weights = values.flatten()[order]

@@ -1,11 +1,11 @@
-"""Which latents tell chosen answers from rejected ones, what that is worth to the reward, and which
-tokens they follow.
+"""Which features tell chosen answers from rejected ones, what that is worth to the reward, and
+which tokens they follow.
 
     N pairs of answers or texts, M features, G groups of pairs (those of one prompt), R resamples,
     C tokens whose presence is looked at
 
 z [N, M] are the latents of whole texts, read at the pooled (last real) token; the score of a SARM
-is w . z. A latent fires where it is not 0: without a ReLU it may fire below 0. The two measures of
+is w . z. A feature fires where it is not 0: without a ReLU it may fire below 0. The two measures of
 Zhang et al. 2025 (2508.08746) take max(z, 0).
 
 "Chosen" and "rejected" may be any two sets of answers, row by row to the same prompts: also those
@@ -20,14 +20,14 @@ from torch import Tensor
 from ..interp.feature_scores import feature_aucs, sparse
 from ..stats import count_draws, percentiles
 
-# The latents are taken in blocks whose resampled means [R, block] have this many elements at most.
+# The features are taken in blocks whose resampled means [R, block] have this many elements at most.
 AT_ONCE = 2**22
 
 
 class Contrast(NamedTuple):
-    """What `contrast` finds for each latent; float64. An interval holds low and high."""
+    """What `contrast` finds for each feature; float64. An interval holds low and high."""
 
-    rate_chosen: Tensor  # [M]: share of the chosen texts on which the latent fires
+    rate_chosen: Tensor  # [M]: share of the chosen texts on which the feature fires
     rate_rejected: Tensor  # [M]
     chosen: Tensor  # [M]: c
     rejected: Tensor  # [M]: j
@@ -47,27 +47,27 @@ def contrast(
     level: float = 0.95,
     seed: int = 0,
 ) -> Contrast:
-    """How chosen answers differ from rejected ones in each latent, with bootstrap intervals over
+    """How chosen answers differ from rejected ones in each feature, with bootstrap intervals over
     groups of pairs.
 
         c_i, j_i = mean over the chosen, over the rejected of max(z_i, 0)
         s_i      = (c_i - j_i) / (c_i + j_i + mean_i(c + j))        the differential, in (-1, 1)
         w_i (c_i - j_i)                                             the contribution to the margin
 
-    The last term of the denominator damps latents that hardly fire. A contribution is in units of
+    The last term of the denominator damps features that hardly fire. A contribution is in units of
     the score.
 
     chosen, rejected [N, M]; weights [M] of the head; groups [N], labels of pairs that are not
-    independent (default: each pair on its own); m: how many latents there are, where those that
+    independent (default: each pair on its own); m: how many features there are, where those that
     never fire were left out -> Contrast. ValueError: shapes that do not fit, no pairs.
-    Pitfall: neither measure holds what a latent below 0 adds to a score.
+    Pitfall: neither measure holds what a feature below 0 adds to a score.
     """
     check_shapes(chosen, rejected, weights, groups)
     if groups is None:
         groups = torch.arange(len(chosen))
     times = times_drawn(groups, resamples, seed)  # [R, N]
 
-    # The damping is a mean over all latents, so it is made before they are taken in blocks: in the
+    # The damping is a mean over all features, so it is made before they are taken in blocks: in the
     # sample, and in each resample.
     n_features = m or chosen.shape[1]
     positive = chosen.clamp(min=0) + rejected.clamp(min=0)  # [N, M]
@@ -117,7 +117,7 @@ def check_shapes(chosen: Tensor, rejected: Tensor, weights: Tensor | None, group
 
 
 def differential(c: Tensor, j: Tensor, damping: Tensor) -> Tensor:
-    """s of contrast(), of any shape; 0 where no latent at all fires."""
+    """s of contrast(), of any shape; 0 where no feature at all fires."""
     total = c + j + damping
     s = (c - j) / total.clamp(min=1e-300)
     return torch.where(total > 0, s, 0.0)
@@ -152,8 +152,8 @@ def interval(draws: Tensor, level: float) -> Tensor:
 
 
 def separation(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """How well a token's presence in a text goes with a latent being large there: the AUC of the
-    latent for "the text has the token".
+    """How well a token's presence in a text goes with a feature being large there: the AUC of the
+    feature for "the text has the token".
 
         AUC = P(z of a text with the token > z of a text without it), ties counting half
 
@@ -161,7 +161,7 @@ def separation(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     set of texts -> AUC [M, C], float64; nan for a token that no part holds in some texts and lacks
     in others.
     Why only within a part: between a policy's answers before and after training, all that has
-    changed goes together. A latent would be taken for whatever else has changed.
+    changed goes together. A feature would be taken for whatever else has changed.
     """
     wins = 0.0
     pairs = 0.0
@@ -176,7 +176,7 @@ def separation(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def score_gaps(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """How much higher texts score on which a latent fires than the other texts of the same part.
+    """How much higher texts score on which a feature fires than the other texts of the same part.
 
         gap_i = sum_p v_p (mean score where z_i != 0 - mean where z_i = 0) / sum_p v_p
         v_p   = n1 n0 / (n1 + n0)
@@ -184,7 +184,7 @@ def score_gaps(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     This is least squares of the score on firing, with an intercept for each part. parts:
     [(z [N, M], scores [N]), ...] as in separation() -> [M], float64; nan where there are no others.
     Pitfall: it is no effect. It stands beside the head's weight since it shows what w_i alone does
-    not: latents that fire together share their reward.
+    not: features that fire together share their reward.
     """
     total = 0.0
     weight = 0.0

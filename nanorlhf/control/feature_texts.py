@@ -1,4 +1,4 @@
-"""What probe.py's commands on the latents of a reward model share: their flags, the texts, and
+"""What probe.py's commands on the features of a reward model share: their flags, the texts, and
 reading all latents of all texts.
 
     N texts, M features
@@ -44,7 +44,7 @@ class PairFlags(FlagGroup):
 def open_run(config, features) -> tuple:
     """Find all that can be wrong with the folders, before any model is loaded.
 
-    features: the latents that flags name, by their ids -> dist, run folder, tokenizer, the longest
+    features: the ids that flags name -> dist, run folder, tokenizer, the longest
     text in tokens. InputError: something is wrong.
     """
     dist = setup(config.device)

@@ -1,4 +1,5 @@
-"""Body of `probe.py reward_features`: what the features of a reward model are worth, what they stand for.
+"""Body of `probe.py reward_features`: what the features of a reward model are worth, and what they
+stand for.
 
     N texts of a side, M features, M' of them that are looked at, F of these that are described,
     V tokens that stand in any text, C of these that are common enough
@@ -56,8 +57,8 @@ each stands its strength from 1 to 10, in double brackets.
 
 Tokens whose presence in a text goes most with the feature: {tokens}
 
-Say in one sentence what the feature stands for, and whether that has to do with {related_to}. Answer \
-with one line of JSON and nothing else:
+Say in one sentence what the feature stands for, and whether that has to do with {related_to}. \
+Answer with one line of JSON and nothing else:
 {{"description": "...", "related": true or false}}"""
 
 
@@ -314,7 +315,8 @@ def add_tokens(rows, z, texts, tokenizer):
 
     A token is [token, AUC, texts that have it, share of these on which the feature fires, share of
     the others]. First come those whose presence in a text goes most with a large feature, or (AUC
-    below .5) with a small one: feature_contrasts.separation. z {side: [N, F]}, texts {side: Answers}.
+    below .5) with a small one: feature_contrasts.separation. z {side: [N, F]}, texts {side:
+    Answers}.
     """
     # Which tokens each text has.
     all_ids = torch.cat([answers.batch.ids.flatten() for answers in texts.values()])

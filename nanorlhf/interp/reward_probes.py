@@ -395,8 +395,8 @@ def compare_inputs(
 ) -> dict | None:
     """Fit a probe on every input and split, print the summary and write it down.
 
-    fit: fit_reward or fit_pairs of reward_probe_fits. The main process does it alone; the others get
-    None.
+    fit: fit_reward or fit_pairs of reward_probe_fits. The main process does it alone; the others
+    get None.
     """
     if not folder.dist.main:
         folder.dist.barrier()

@@ -9,13 +9,13 @@ world: what stops a policy from exploiting a spurious cue.
 One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their
 own spurious cue; reward models on them, one dense and SARMs of all kinds; PPO
 against the dense one and against a SARM (--against); and then the question
-which latents the policy has exploited. The answer is found by a written rule,
-identify(), which reads nothing but the summary.json of `probe.py reward_features`, and
-it is written to identified/seed_S.json before the truth is read. Then PPO
-again, under control by these latents: ARMS. How strong each method is was fixed
-before any gold was seen, the same for all seeds, in units that the human texts
-and the reward model give (see arms()). The arms do not cost the policy the
-same: a smaller effect of one may be a lower price.
+which features the policy has exploited. The answer is found by a written rule,
+identify(), which reads nothing but the summary.json of `probe.py
+reward_features`, and it is written to identified/seed_S.json before the truth
+is read. Then PPO again, under control by these features: ARMS. How strong each
+method is was fixed before any gold was seen, the same for all seeds, in units
+that the human texts and the reward model give (see arms()). The arms do not
+cost the policy the same: a smaller effect of one may be a lower price.
 
 Every command is a plain call of a script; runs that are done are not done
 again. At the end tables over seeds, as text and in summary.json, and a picture.
@@ -140,10 +140,12 @@ def first_commands(a):
         probes.append(
             f"probe.py reward_features {reader_flags(a, s)} --dataset world:{s} "
             f"--answers {answers}/step_{a.steps}.jsonl --against {answers}/step_0.jsonl "
-            f"--by differential --top 1000 --output_dir {out}/reward_features/seed_{s} {a.probe_flags}"
+            f"--by differential --top 1000 --output_dir {out}/reward_features/seed_{s} "
+            f"{a.probe_flags}"
         )
         probes.append(
-            f"probe.py human_latents {reader_flags(a, s)} --output {human_file(a, s)} {a.human_flags}"
+            f"probe.py human_latents {reader_flags(a, s)} --output {human_file(a, s)} "
+            f"{a.human_flags}"
         )
     first = [f"train_sft.py --output_dir {sft} {a.sft_flags}"]
     return [first, saes + dense_models, rm_saes, sarms, policies, probes]
@@ -722,11 +724,11 @@ def print_answer(a, s, found, truth):
     """What was found, and whether it is the cue."""
     how = "by the truth" if a.truth else "identified"
     line = (
-        f"seed {s}: {how} {truth['token']!r} (latents {found['features']}); "
+        f"seed {s}: {how} {truth['token']!r} (features {found['features']}); "
         f"the cue is {truth['cue']!r}"
     )
     if truth["auc"] is not None:
-        line += f", AUC of the latents for it {truth['auc']:.3f}"
+        line += f", AUC of the features for it {truth['auc']:.3f}"
     print(line)
 
 
