@@ -44,7 +44,14 @@ from nanorlhf.rollout import SamplingFlags
 from nanorlhf.runtime import cli
 from nanorlhf.runtime.distributed import setup
 from nanorlhf.runtime.files import check_name, write_json, write_lines
-from nanorlhf.runtime.flags import ResultFlags, SplitFlags, TextFlags
+from nanorlhf.runtime.flags import (
+    FORWARD_HELP,
+    SEED_HELP,
+    ResultFlags,
+    SplitFlags,
+    TextFlags,
+    results_in,
+)
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import PLACES, RunFolder
 from nanorlhf.runtime.plots import plot_run
@@ -106,13 +113,10 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
         default=256,
         help="answers that are sampled at once, over all processes; it changes memory, not results",
     )
-    micro_batch_size: int = HfArg(
-        default=64,
-        help="answers that are scored in one forward pass; it changes memory, not results",
-    )
-    seed: int = HfArg(default=0, help="the number that every random draw depends on")
+    micro_batch_size: int = HfArg(default=64, help=FORWARD_HELP)
+    seed: int = HfArg(default=0, help=SEED_HELP)
 
-    output_dir: str = HfArg(default="runs/bon", help="the folder that the results are written to")
+    output_dir: str = results_in("runs/bon")
     max_rows: int = HfArg(
         default=0, help="at most so many prompts of a split other than test; 0: all"
     )

@@ -41,7 +41,7 @@ from nanorlhf.runtime.distributed import (
     setup,
     sync_on,
 )
-from nanorlhf.runtime.flags import FlagGroup, RunConfig
+from nanorlhf.runtime.flags import SCHEDULES, FlagGroup, RunConfig
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder, before_and_after_table, sample_table
@@ -187,7 +187,7 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
     lr: float = HfArg(default=3e-4, help="peak learning rate of AdamW")
     schedule: str = HfArg(
         default="constant",
-        metadata={"choices": ("constant", "linear", "cosine")},
+        metadata={"choices": SCHEDULES},
         help="how the learning rate falls over the rollouts",
     )
     temperature: float = HfArg(

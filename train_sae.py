@@ -33,17 +33,18 @@ from nanorlhf.divergence import layer_divergence, select_layers
 from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.activations import SITES, module_at, place_name, replaced
 from nanorlhf.hf.blocks import blocks, speed_up
-from nanorlhf.hf.folders import check_model, context_length
+from nanorlhf.hf.folders import check_model
 from nanorlhf.interp.activation_store import (
     Stream,
     Tokens,
     check_cache,
+    find_skipped,
     from_disk,
     from_models,
     hold_out,
     passes,
     sentence_ends,
-    token_rows,
+    tokenize_rows,
 )
 from nanorlhf.interp.sae_files import save_sae
 from nanorlhf.interp.shared_flags import SITE_HELP, TokenFlags
@@ -52,13 +53,14 @@ from nanorlhf.models import (
     is_reward_model,
     load_policy,
     load_reward_model,
+    load_shared_tokenizer,
     load_tokenizer,
 )
 from nanorlhf.packing import micro_batches
 from nanorlhf.pool import sample
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup
-from nanorlhf.runtime.flags import DeviceFlags, FlagGroup, RunFlags, TextFlags
+from nanorlhf.runtime.flags import SCHEDULES, DeviceFlags, FlagGroup, RunFlags, TextFlags, subset_of
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import PLACES, Progress, RunFolder
 from nanorlhf.runtime.optim import learning_rate
@@ -134,7 +136,7 @@ class TokensFlags(FlagGroup):
     n_answers: int = HfArg(default=1, help="rollouts: answers to each prompt")
     max_new_tokens: int = HfArg(default=48, help="rollouts: tokens in the longest answer")
     temperature: float = HfArg(default=1.0, help="rollouts: what logits are divided by")
-    max_rows: int = HfArg(default=0, help="use a random subset of this many rows; 0: all rows")
+    max_rows: int = subset_of(0)
     eval_size: int = HfArg(default=256, help="texts that are held out, to measure on")
     cache: str = HfArg(
         default="",
@@ -154,7 +156,7 @@ class AdamFlags(FlagGroup):
     lr: float = HfArg(default=2e-3, help="peak learning rate of Adam")
     schedule: str = HfArg(
         default="cosine",
-        metadata={"choices": ("constant", "linear", "cosine")},
+        metadata={"choices": SCHEDULES},
         help="how the learning rate falls to 0 after the warm-up",
     )
     warmup: float = HfArg(
@@ -411,19 +413,13 @@ def prepare_tokens(config, rows, model_config, paths, folder):
     Answers that are sampled for them are kept in the RunFolder.
     """
     dist = folder.dist
-    tokenizer = load_tokenizer(config.model, needs_eos=texts_end_with_eos(config))
-    for path in paths.values():
-        other = load_tokenizer(path, needs_eos=False)
-        is_same = other.get_vocab() == tokenizer.get_vocab()
-        require(is_same, f"{config.model} and {path} have different tokenizers")
+    has_eos = texts_end_with_eos(config)
+    tokenizer = load_shared_tokenizer(config.model, paths.values(), needs_eos=has_eos)
 
     # The texts are those of the data set, the policy's answers to its prompts, or both.
     texts = []  # token lists
     if config.texts != "rollouts":
-        max_length = config.max_length or context_length(model_config)
-        texts, n_cut = token_rows(tokenizer, rows, max_length, config.chat_template)
-        if n_cut:
-            dist.print(f"{n_cut} of {len(texts)} texts cut")
+        texts = tokenize_rows(config, tokenizer, rows, model_config, dist)
     if config.texts != "dataset":
         different = {data.canonical(row["prompt"]): row for row in rows}
         prompts = data.ready_prompts(
@@ -447,10 +443,7 @@ def prepare_tokens(config, rows, model_config, paths, folder):
     elif config.tokens == "last":
         ends = []
 
-    # A BOS has a norm of its own, and counts only with --keep_bos.
-    skip_bos = None
-    if not config.keep_bos:
-        skip_bos = tokenizer.bos_token_id
+    skip_bos = find_skipped(config, tokenizer)
     if skip_bos is not None and skip_bos == tokenizer.eos_token_id:
         dist.print(
             "EOS has BOS's id and is left out as well; --keep_bos keeps it (a SARM and a reward "
@@ -576,8 +569,8 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
         if len(rows) == 0:  # this process has no texts
             continue
         ids, mask = held_out.batch(rows)
-        ids = torch.from_numpy(ids).to(dist.device)  # [b, T]
-        seen = torch.from_numpy(mask).to(dist.device)[..., None]  # [b, T, 1], by the autoencoder
+        ids = ids.to(dist.device)  # [b, T]
+        seen = mask.to(dist.device)[..., None]  # [b, T, 1], by the autoencoder
         real = np.arange(ids.shape[1]) < held_out.lengths[rows][:, None]
         real = torch.from_numpy(real).to(dist.device)  # [b, T], no padding
 

@@ -248,6 +248,15 @@ def canonical(text: str) -> str:
     return " ".join(text.split())
 
 
+def number_prompts(prompts: list[str]) -> list[int]:
+    """A number for each prompt, from 0 on, in the order in which different ones appear first."""
+    number_of = {}
+    numbers = []
+    for prompt in prompts:
+        numbers.append(number_of.setdefault(canonical(prompt), len(number_of)))
+    return numbers
+
+
 def draw(rows: list, n: int) -> list:
     """n random rows, always the same ones, in random order."""
     order = np.random.default_rng(SPLIT).permutation(len(rows))

@@ -13,7 +13,7 @@ folders that anybody may have written are in hf/folders.py.
 import contextlib
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from safetensors.torch import save_file
@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from . import ppo
-from .errors import InputError, library_call
+from .errors import InputError, library_call, require
 from .hf.adapters import is_adapter, load_merged, read_config, resolve, save_model
 from .hf.blocks import FrozenTrunk
 from .hf.folders import (
@@ -460,6 +460,15 @@ def load_tokenizer(path: str, needs_eos: bool = True):
     is_beyond = pad_id is not None and n_embeddings is not None and pad_id >= n_embeddings
     if pad_id is None or is_beyond:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_shared_tokenizer(path: str, others: Iterable[str], needs_eos: bool = True):
+    """The tokenizer of a model, which some other models must share. InputError: one has another."""
+    tokenizer = load_tokenizer(path, needs_eos)
+    for other in others:
+        is_same = load_tokenizer(other, needs_eos=False).get_vocab() == tokenizer.get_vocab()
+        require(is_same, f"{path} and {other} have different tokenizers")
     return tokenizer
 
 

@@ -12,9 +12,11 @@ Response token j of a row stands at column length(prompt) + j. The hidden state 
 left scores it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -99,13 +101,17 @@ def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0) 
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
         rows.append([*prompt, *response])
-    width = max(map(len, rows), default=0)
-
-    padded = [row + [pad_id] * (width - len(row)) for row in rows]
-    ids = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
     response_lengths = torch.tensor([len(response) for response in responses], dtype=torch.long)
-    return Packed(ids, prompt_lengths, response_lengths)
+    return Packed(pad_rows(rows, pad_id), prompt_lengths, response_lengths)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int = 0, side: str = "right") -> torch.Tensor:
+    """Rows of numbers, filled up to the longest on one side: [B, T]. There may be no rows."""
+    if not rows:
+        return torch.zeros(0, 0, dtype=torch.long)
+    tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=pad_id, padding_side=side)
 
 
 def unflatten(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

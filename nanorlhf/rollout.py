@@ -25,7 +25,7 @@ from .errors import InputError, at_least, first_line, require
 from .hf.blocks import sampling
 from .hf.decode import decode, decode_static, decoding
 from .models import Policy, scalar
-from .packing import Answers, Packed
+from .packing import Answers, Packed, pad_rows
 from .ppo import entropy
 from .runtime.distributed import Dist, autocast
 from .runtime.flags import FlagGroup
@@ -77,14 +77,10 @@ class Rollout:
 
 def left_pad(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Lists of token lists -> prompt_ids [B, P], attention_mask [B, P]."""
-    width = max(map(len, prompts))
-    rows = []
-    masks = []
-    for prompt in prompts:
-        n_padding = width - len(prompt)
-        rows.append([pad_id] * n_padding + list(prompt))
-        masks.append([False] * n_padding + [True] * len(prompt))
-    return torch.tensor(rows), torch.tensor(masks)
+    prompt_ids = pad_rows(prompts, pad_id, side="left")  # [B, P]
+    width = prompt_ids.shape[1]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # [B]
+    return prompt_ids, torch.arange(width) >= width - lengths[:, None]
 
 
 # ------------------------------------------------------------------------------------- one token

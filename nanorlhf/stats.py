@@ -80,7 +80,8 @@ def bootstrap(
             f"not {resamples} and {level}"
         )
     draws = resample(values, statistic, resamples, seed, strata)
-    return percentiles(draws, level)
+    low, high = percentiles(draws, level)
+    return low, high
 
 
 def resample(
@@ -144,11 +145,10 @@ def count_draws(drawn_rows: Tensor) -> Tensor:
     return counts.scatter_add_(1, drawn_rows, torch.ones_like(counts))
 
 
-def percentiles(draws: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Draws [R, ...] -> low, high: the middle `level` of them."""
+def percentiles(draws: Tensor, level: float = 0.95) -> Tensor:
+    """Draws [R, ...] -> low and high, the ends of their middle `level`: one tensor [2, ...]."""
     tail = (1 - level) / 2
-    low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
-    return low, high
+    return draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
 
 
 def mean_over_groups(
@@ -229,7 +229,7 @@ def win_points(a, b) -> Tensor:
         raise ValueError(
             f"win_points needs a score of B for each of A, not {list(a.shape)} and {list(b.shape)}"
         )
-    return ((a > b).double() + (a >= b).double()) / 2
+    return pair_wins(a, b)
 
 
 def kendall_tau(x, y, permutations: int = 1000, seed: int = 0) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..interp.feature_scores import feature_aucs, sparse
-from ..stats import count_draws, percentiles
+from ..stats import mean_over_groups, percentiles
 
 # The features are taken in blocks whose resampled means [R, block] have this many elements at most.
 AT_ONCE = 2**22
@@ -63,37 +63,31 @@ def contrast(
     Pitfall: neither measure holds what a feature below 0 adds to a score.
     """
     check_shapes(chosen, rejected, weights, groups)
-    if groups is None:
-        groups = torch.arange(len(chosen))
-    times = times_drawn(groups, resamples, seed)  # [R, N]
-
     # The damping is a mean over all features, so it is made before they are taken in blocks: in the
     # sample, and in each resample.
     n_features = m or chosen.shape[1]
     positive = chosen.clamp(min=0) + rejected.clamp(min=0)  # [N, M]
     per_pair = positive.sum(1, keepdim=True).double() / n_features  # [N, 1]
-    damping = per_pair.mean(0)  # [1]
-    damping_drawn = drawn_means(times, per_pair)  # [R, 1]
+    damping, damping_drawn = mean_over_groups(per_pair, groups, resamples, seed)  # [1], [R, 1]
 
     blocks = {}  # {a field of Contrast: its blocks}
     for columns in torch.arange(chosen.shape[1]).split(max(1, AT_ONCE // resamples)):
-        x = chosen[:, columns].clamp(min=0).double()  # [N, m]
-        y = rejected[:, columns].clamp(min=0).double()  # [N, m]
-        c = x.mean(0)  # [m]
-        j = y.mean(0)  # [m]
-        c_drawn = drawn_means(times, x)  # [R, m]
-        j_drawn = drawn_means(times, y)  # [R, m]
+        # The same seed each time: all blocks are drawn from the same groups.
+        x = chosen[:, columns].clamp(min=0)  # [N, m]
+        y = rejected[:, columns].clamp(min=0)  # [N, m]
+        c, c_drawn = mean_over_groups(x, groups, resamples, seed)  # [m], [R, m]
+        j, j_drawn = mean_over_groups(y, groups, resamples, seed)  # [m], [R, m]
         s_drawn = differential(c_drawn, j_drawn, damping_drawn)
         found = {
             "chosen": c,
             "rejected": j,
             "differential": differential(c, j, damping),
-            "differential_interval": interval(s_drawn, level),
+            "differential_interval": percentiles(s_drawn, level),
         }
         if weights is not None:
             w = weights[columns].double()
             found["contribution"] = w * (c - j)
-            found["contribution_interval"] = interval(w * (c_drawn - j_drawn), level)
+            found["contribution_interval"] = percentiles(w * (c_drawn - j_drawn), level)
         for name, values in found.items():
             blocks.setdefault(name, []).append(values)
 
@@ -121,31 +115,6 @@ def differential(c: Tensor, j: Tensor, damping: Tensor) -> Tensor:
     total = c + j + damping
     s = (c - j) / total.clamp(min=1e-300)
     return torch.where(total > 0, s, 0.0)
-
-
-# ---------------------------------------------------------------------------- intervals over groups
-
-
-def times_drawn(groups: Tensor, resamples: int, seed: int) -> Tensor:
-    """How often each row counts in each resample: labels [N] -> [R, N], float64.
-
-    A resample draws G of the G groups with replacement, each with all its rows.
-    """
-    _, group_of = groups.unique(return_inverse=True)  # [N]
-    G = int(group_of.max()) + 1
-    generator = torch.Generator().manual_seed(seed)
-    drawn_groups = torch.randint(G, (resamples, G), generator=generator)  # [R, G]
-    return count_draws(drawn_groups)[:, group_of]
-
-
-def drawn_means(times: Tensor, values: Tensor) -> Tensor:
-    """The mean of values [N, m] in each resample: [R, m]. No tensor [R, N, m] is ever held."""
-    return times @ values / times.sum(1, keepdim=True)
-
-
-def interval(draws: Tensor, level: float) -> Tensor:
-    """Draws [R, m] -> the low and the high end of their middle `level`, one tensor [2, m]."""
-    return torch.stack(percentiles(draws, level))
 
 
 # --------------------------------------------------------------------------------- what they follow

@@ -20,14 +20,14 @@ from ..errors import at_least, require
 from ..interp.feature_scores import alike
 from ..penalties import OPS
 from ..runtime.files import check_can_write, write_lines
-from ..runtime.flags import ResultFlags, TextFlags
+from ..runtime.flags import ResultFlags, TextFlags, results_in
 from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
-from ..runtime.results import cell, save
+from ..runtime.results import cell, interval_row, save
 from ..runtime.rng import SPLIT
 from ..sarm import reweighted, save_sarm
 from ..splits import load
-from ..stats import mean_over_groups, percentiles
+from ..stats import mean_over_groups, pair_wins, percentiles
 from .feature_reader import FeatureReaderFlags, load_feature_reader, parse_edits
 from .feature_texts import (
     PairFlags,
@@ -58,9 +58,7 @@ class CausalConfig(FeatureReaderFlags, PairFlags, TextFlags, ResultFlags):
     n: int = HfArg(default=16, help="take the best of each n answers of the pool in turn")
     seed: int = HfArg(default=0, help="the number that the random draws depend on")
 
-    output_dir: str = HfArg(
-        default="runs/probe/causal", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/causal")
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,9 +87,7 @@ class SteerConfig(FeatureReaderFlags, PairFlags, TextFlags, ResultFlags):
     )
     save: str = HfArg(default="", help="write the SARM with its edited --weights into this folder")
 
-    output_dir: str = HfArg(
-        default="runs/probe/steer", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/steer")
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,12 +119,19 @@ class SteerConfig(FeatureReaderFlags, PairFlags, TextFlags, ResultFlags):
 def causal(config):
     """Edit features, and score pairs and best-of-n choices again.
 
-    What changes on held-out pairs and in a pool, and which choices turn
-    over. Intervals: 95%, by the bootstrap over prompts, of paired changes.
-    A tie counts as half right. Method: Zhang et al. 2025 (2508.08746).
+    It measures how the scores of held-out pairs, and the best of n answers in a
+    pool, change when some features of the reward model are edited. The controls
+    "random 0" and on, as many features that fire about as often under the same
+    edits, rule out that any features so frequent would do that. Both sides,
+    chosen and rejected, rule out that the edit merely moves all scores. Gold of
+    the choices rules out that a change of the proxy is taken for a change of
+    quality. What would refute that these features carry the reward: the random
+    ones change as much, or accuracy and choices stay as they were.
 
-    Pitfall: a control fires as often, but its values may be of another size,
-    so that the same cap or floor does more or less to it.
+    Pitfall: a control fires as often, but its values may be of another size, so
+    that the same cap or floor does more or less to it. Intervals: 95%, by the
+    bootstrap over prompts, of paired changes; a tie counts as half right.
+    Method: Zhang et al. 2025 (2508.08746).
     """
     edits = parse_edits("edits", config.edits)
     dist, folder, tokenizer, max_length = open_run(config, edits)
@@ -234,8 +237,8 @@ def on_pairs(before, after, groups):
     """
     margins_before = (before["chosen"] - before["rejected"]).double()  # [N]
     margins_after = (after["chosen"] - after["rejected"]).double()
-    right_before = (margins_before > 0).double() + 0.5 * (margins_before == 0)
-    right_after = (margins_after > 0).double() + 0.5 * (margins_after == 0)
+    right_before = pair_wins(before["chosen"], before["rejected"])
+    right_after = pair_wins(after["chosen"], after["rejected"])
     is_changed = torch.cat([after[side] != before[side] for side in SIDES])  # [2 N]
     is_reordered = margins_before.sign() != margins_after.sign()  # [N]
     columns = {
@@ -305,7 +308,7 @@ def intervals(columns, groups):
     low, high = percentiles(draws)
     rows = {}
     for i, name in enumerate(columns):
-        rows[name] = {"mean": means[i].item(), "low": low[i].item(), "high": high[i].item()}
+        rows[name] = interval_row(means[i], low[i], high[i])
     return rows
 
 
@@ -369,11 +372,17 @@ def draw_arms(figure, summary):
 def steer(config):
     """Edit features or head weights, and score texts again.
 
-    With --save the SARM is written with its edited head. An edit of w_i
-    changes the scores of those texts on which feature i fires, by the change
-    of w_i times z_i, and of no others; so does an edit of z_i by "*". A set,
-    a "+", a floor above 0 or a cap below it also changes texts on which the
-    feature does not fire.
+    It measures the score of each text before and after the edit, and with --save
+    writes the SARM with its edited head. Texts that have the feature and texts
+    that lack it are counted apart, which rules out that the edit reaches texts
+    that it should not touch. Texts with the feature that do not change are
+    counted too, which rules out that the edit is not applied. What it does not
+    rule out: other features may reward the same thing (the control for that is
+    probe.py causal). What would refute that a score is a sum of features: for an
+    edit of a weight or a "*", a text that changes without having the feature.
+
+    A set, a "+", a floor above 0 or a cap below it also changes texts on which
+    the feature does not fire.
     """
     edits = parse_edits("edits", config.edits) or parse_edits("weights", config.weights)
     if config.save:

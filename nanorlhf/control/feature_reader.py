@@ -25,7 +25,7 @@ from ..packing import pack
 from ..penalties import OPS, edit_latents
 from ..rewards import kind_of, packed_reader, reward_names
 from ..runtime.distributed import autocast
-from ..runtime.flags import MOST_FLOAT, FlagGroup
+from ..runtime.flags import FORWARD_HELP, MOST_FLOAT, FlagGroup
 from ..runtime.fsdp import gathered
 from ..runtime.hints import check_made
 from ..sarm import SARM, Reading, check_sarm, checked, is_sarm
@@ -47,7 +47,7 @@ class FeatureReaderFlags(FlagGroup):
     max_length: int = HfArg(
         default=0, help="tokens in the longest text; longer ones are cut; 0: the model's context"
     )
-    micro_batch_size: int = HfArg(default=64, help="texts in one forward pass")
+    micro_batch_size: int = HfArg(default=64, help=FORWARD_HELP)
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,7 +18,7 @@ from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..runtime.files import read_file
-from ..runtime.flags import FlagGroup
+from ..runtime.flags import HELD_OUT_HELP, FlagGroup
 from ..runtime.hints import check_made
 from ..runtime.results import results_folder
 from .feature_reader import check_feature_reader
@@ -30,10 +30,7 @@ AT_ONCE = 512  # texts whose latents are held dense
 class PairFlags(FlagGroup):
     """Held-out pairs: on which preferences it is looked at"""
 
-    eval_dataset: str = HfArg(
-        default="",
-        help="the held-out pairs; without it, rows of --dataset are held out, by their prompts",
-    )
+    eval_dataset: str = HfArg(default="", help=HELD_OUT_HELP)
     eval_size: int = HfArg(default=512, help="how many held-out pairs are looked at")
 
     def __post_init__(self):
@@ -120,12 +117,7 @@ def match_answers(after: list[dict], before: list[dict], names: tuple[str, str])
 
 def groups_of(prompts: list[str]) -> Tensor:
     """A label for each prompt: [N], equal where prompts are the same up to white space."""
-    label_of = {}
-    labels = []
-    for prompt in prompts:
-        label = label_of.setdefault(data.canonical(prompt), len(label_of))
-        labels.append(label)
-    return torch.tensor(labels)
+    return torch.tensor(data.number_prompts(prompts))
 
 
 # ----------------------------------------------------------------------------------- the latents

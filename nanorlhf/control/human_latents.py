@@ -28,7 +28,7 @@ from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..runtime.files import check_can_write, check_fields, check_output, parse_json
-from ..runtime.flags import DEVICE_HELP, DEVICES, TextFlags
+from ..runtime.flags import DEVICE_HELP, DEVICES, TextFlags, subset_of
 from ..runtime.log import Progress
 from ..runtime.results import parse_ids
 from ..runtime.tensors import check_tensors, read_notes, read_tensors
@@ -176,7 +176,7 @@ class HumanLatentsConfig(FeatureReaderFlags, TextFlags):
         help="what the rows are: sft {prompt, response}, or pairs {prompt, chosen, rejected}, of "
         "which the chosen side is read",
     )
-    max_rows: int = HfArg(default=2000, help="use a random subset of this many rows; 0: all rows")
+    max_rows: int = subset_of(2000)
     device: str = HfArg(default="auto", metadata=dict(DEVICES), help=DEVICE_HELP)
     dtype: str = HfArg(
         default="float32",
@@ -197,9 +197,13 @@ class HumanLatentsConfig(FeatureReaderFlags, TextFlags):
 def human_latents(config):
     """Write the features of people's texts, for train_ppo.py.
 
-    They are what --tau, --alpha and --density_beta of train_ppo.py compare
-    with: the features of a SARM, or of an autoencoder on one of a reward
-    model's layers, at the last token of each text, and the texts' scores.
+    It measures nothing: it writes the latents of people's texts, at the last
+    token of each, and the texts' scores into one file. The file is the yardstick
+    of --tau and --alpha of train_ppo.py, and the other side of --density_beta.
+    The latents are those of a SARM, or of an autoencoder on one of a reward
+    model's layers. It says whose latents they are, and is refused with any other
+    reward model. What would make it a bad yardstick: people's texts that are of
+    another kind than the answers, or that are cut off before their EOS.
     """
     # All that can be wrong with flags and files, before the model is loaded.
     dist = setup(config.device)

@@ -16,20 +16,19 @@ its contexts are texts, and what it stands for is looked for among the tokens wh
 text goes with it. Nothing here looks up what is known of the embedded world.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
 from transformers.hf_argparser import HfArg
 
 from ..errors import require
-from ..interp.explainer import check_explainer, explain
+from ..interp.explainer import add_descriptions, check_explainer, make_context
 from ..interp.shared_flags import DescribeFlags
-from ..runtime.files import write_json
-from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags
+from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags, results_in
 from ..runtime.locks import unlock_afterwards
-from ..runtime.results import cell, finite, parse_ids, save
+from ..runtime.results import cell, finite, interval_row, parse_ids, save
 from ..splits import load
+from ..stats import pair_wins
 from .feature_contrasts import contrast, score_gaps, separation
 from .feature_reader import FeatureReaderFlags, load_feature_reader
 from .feature_texts import (
@@ -87,9 +86,7 @@ class RewardFeaturesConfig(
     related_to: str = HfArg(
         default="how good the text is", help="what a feature may have to do with, in words"
     )
-    output_dir: str = HfArg(
-        default="runs/probe/reward_features", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/reward_features")
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,14 +106,20 @@ class RewardFeaturesConfig(
 def reward_features(config):
     """What the features of a reward model are worth, and stand for.
 
-    Weight, differential and contribution of each, on pairs and on a policy's
-    answers, and the tokens that it follows. Intervals: 95%, by the bootstrap
-    over prompts. A feature with a weight below 0 is punished already, so a
-    penalty on it is useless. Of those that raise the reward, one is spurious
-    if the policy has exploited it and it does not stand for quality.
+    It measures for each feature its weight in the score, how often it fires on
+    chosen and on rejected answers, and after and before training, and which
+    tokens go with it. The pairs, beside the policy, rule out that a feature grew
+    only as far as people's preferences ask for it. Intervals over prompts rule
+    out that a few prompts made a number; tokens are compared within each side,
+    which rules out that a feature is taken for whatever else has changed. The
+    column "score", of texts on which it fires less others, rules out reading too
+    much into a weight: a model may reward a thing through other features than
+    the one that tells it best. What would refute that a feature is the exploit:
+    with it switched off (probe.py causal) the scores hardly move, or random
+    features that fire as often move them as much.
 
-    Pitfall: reward training may leave hardly any weight on the feature that
-    detects a thing, and reward the thing through others: compare score_gap.
+    A feature with a weight below 0 is punished already, so a penalty on it is
+    useless. Intervals: 95%, by the bootstrap over prompts.
     """
     named_ids = parse_ids(config.features)
     dist, folder, tokenizer, max_length = open_run(config, named_ids)
@@ -179,7 +182,8 @@ def reward_features(config):
     save(config, folder, summary, format_table(summary, described, bool(named_ids)), draw)
     # An explainer may take long, or fail: what was found by then is in the files already.
     if config.explainer:
-        add_descriptions(config, described, summary)
+        features_of = {config.reward_model: {"features": described}}
+        add_descriptions(config, features_of, summary, QUESTION)
     return summary
 
 
@@ -281,7 +285,7 @@ def at_place(k, values, interval):
     if values is None:
         return None
     low, high = interval
-    return {"mean": values[k].item(), "low": low[k].item(), "high": high[k].item()}
+    return interval_row(values[k], low[k], high[k])
 
 
 def compare_scores(scores, prompts, kind, numbers):
@@ -294,7 +298,6 @@ def compare_scores(scores, prompts, kind, numbers):
     first_side, second_side = SIDES[kind]
     first = scores[first_side].double()
     second = scores[second_side].double()
-    wins = (first > second).double() + 0.5 * (first == second)
     contributions = None
     if numbers.contribution is not None:
         contributions = numbers.contribution.sum().item()
@@ -302,7 +305,7 @@ def compare_scores(scores, prompts, kind, numbers):
         "pairs": len(prompts),
         "prompts": len(set(prompts)),
         "margin": (first - second).mean().item(),
-        "accuracy": wins.mean().item(),
+        "accuracy": pair_wins(first, second).mean().item(),
         "contributions": contributions,
     }
 
@@ -384,29 +387,9 @@ def add_contexts(rows, z, texts, tokenizer, at_most):
             batch = texts[side].batch
             ids = batch.ids[i, : batch.lengths[i]].tolist()
             share = (all_z[n, f] / largest[f]).item()
-            context = {
-                "side": side,
-                "z": all_z[n, f].item(),
-                "tokens": [tokenizer.decode([token]) for token in ids],
-                "values": [0.0] * (len(ids) - 1) + [round(share, 4)],
-            }
-            row["contexts"].append(context)
-
-
-def add_descriptions(config, rows, summary):
-    """Ask the explainer what the features in rows stand for, write the summary again, print them.
-
-    InputError: some descriptions are missing; those that came are kept, and asked for no more.
-    """
-    problem = explain(config, {config.reward_model: {"features": rows}}, QUESTION)
-    write_json(os.path.join(config.output_dir, "summary.json"), summary)
-    lines = []
-    for row in rows:
-        if "description" in row:
-            mark = "*" if row["related"] else " "
-            lines.append(f"  {row['id']:6d} {mark} {row['description']}")
-    print("\n".join(lines))
-    require(not problem, problem)
+            values = [0.0] * (len(ids) - 1) + [share]
+            context = make_context(ids, values, lambda token: tokenizer.decode([token]))
+            row["contexts"].append({"side": side, "z": all_z[n, f].item(), **context})
 
 
 # ---------------------------------------------------------------------------- table, picture

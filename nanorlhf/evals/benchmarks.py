@@ -25,7 +25,7 @@ from ..packing import Answers, pack
 from ..rewards import check_reward, expand, kind_of, load_reward, reward_names, score
 from ..runtime import plots
 from ..runtime.distributed import setup
-from ..runtime.flags import ResultFlags, TextFlags
+from ..runtime.flags import FORWARD_HELP, HELD_OUT_HELP, ResultFlags, TextFlags, results_in
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import results_folder, save
 from ..stats import bootstrap, pair_wins
@@ -62,11 +62,7 @@ class EvaluateConfig(TextFlags, ResultFlags):
         metadata={"choices": tuple(READ)},
         help="what the rows of --dataset are: pairs of answers, or the file of a benchmark",
     )
-    eval_dataset: str = HfArg(
-        default="",
-        help="pairs: the held-out data; without it, rows of --dataset are held out, by their "
-        "prompts",
-    )
+    eval_dataset: str = HfArg(default="", help=f"pairs: {HELD_OUT_HELP}")
     eval_size: int = HfArg(
         default=512,
         help="pairs: how many, those that train_rm.py held out, if it had the same number and no "
@@ -80,9 +76,7 @@ class EvaluateConfig(TextFlags, ResultFlags):
         default=0,
         help="tokens in the longest prompt and answer; 0: the reward model's context",
     )
-    micro_batch_size: int = HfArg(
-        default=64, help="answers that a reward model scores in one forward pass"
-    )
+    micro_batch_size: int = HfArg(default=64, help=FORWARD_HELP)
     seed: int = HfArg(default=0, help="the number that the bootstrap's draws depend on")
 
     dataset: str = HfArg(
@@ -90,9 +84,7 @@ class EvaluateConfig(TextFlags, ResultFlags):
         help="the data: FILE.jsonl, .json or .parquet, the name[:split] of a data set for the "
         "datasets library, or 'world', the embedded world's pairs (world:SEED: with another cue)",
     )
-    output_dir: str = HfArg(
-        default="runs/probe/evaluate", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/evaluate")
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,12 +98,16 @@ class EvaluateConfig(TextFlags, ResultFlags):
 def evaluate(config: EvaluateConfig) -> dict:
     """How often rewards prefer the better of two answers.
 
-    Accuracy and margin on pairs, RewardBench 2 or RM-Bench, with intervals
-    over prompts. A text that does not fit is cut as in train_rm.py: the
-    prompt on its left, then the answer.
+    It measures accuracy and margin on pairs, RewardBench 2 or RM-Bench. The
+    controls "longer wins" and "shorter wins" rule out that length alone does it.
+    Intervals over prompts rule out that a few prompts made the number. The
+    differences from the first reward are taken on the same pairs, which rules
+    out that one reward had the easier ones. What would refute that a reward
+    model knows what is better: "longer wins" is as good, or its accuracy falls
+    to chance on prompts that it was not trained on.
 
-    Pitfall: an accuracy alone says little, since "longer wins" may be as
-    good; and a reward model knows the prompts that it was trained on.
+    A text that does not fit is cut as in train_rm.py: the prompt on its left,
+    then the answer.
     """
     dist = setup(config.device)
     folder = results_folder(config, dist)

@@ -12,14 +12,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from ..diversity import nli_scores
 from ..errors import InputError
 from ..hf.folders import check_model, context_length
 from ..models import load_tokenizer, pretrained
-from ..packing import micro_batches
+from ..packing import micro_batches, pad_rows
 
 # Tokens of one forward pass, padding counted.
 TOKENS = {"cpu": 2**13, "cuda": 2**17}
@@ -114,11 +113,9 @@ class Reader:
         for rows in micro_batches(lengths, 0, TOKENS[self.model.device.type]):
             inputs = {}
             for name, lists in fields.items():
-                chosen = [torch.tensor(lists[i]) for i in rows]
                 # Zeros on the right, where the mask lets no token look.
-                inputs[name] = pad_sequence(chosen, batch_first=True).to(
-                    self.model.device
-                )  # [b, T]
+                padded = pad_rows([lists[i] for i in rows])  # [b, T]
+                inputs[name] = padded.to(self.model.device)
             results = self.output(inputs).cpu()
             for i, result in zip(rows, results):
                 self.known[new[i]] = result

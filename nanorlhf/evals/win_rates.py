@@ -20,7 +20,7 @@ from ..rewards import expand
 from ..runtime.distributed import setup
 from ..runtime.endpoint import check_endpoint, is_endpoint
 from ..runtime.files import read_file, write_json
-from ..runtime.flags import DEVICE_HELP, DEVICES, EndpointFlags
+from ..runtime.flags import DEVICE_HELP, DEVICES, FORWARD_HELP, EndpointFlags
 from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import results_folder, save
@@ -64,9 +64,7 @@ class JudgeConfig(EndpointFlags):
         metadata={"may_be_infinite": True},
         help="at most so many requests to an endpoint a minute; 0: as fast as it answers",
     )
-    micro_batch_size: int = HfArg(
-        default=64, help="texts in one forward pass; it changes memory, not results"
-    )
+    micro_batch_size: int = HfArg(default=64, help=FORWARD_HELP)
     output_dir: str = HfArg(
         default="runs/probe/judge",
         help="the folder that the results, and scores and choices, are written to",
@@ -95,17 +93,22 @@ class JudgeConfig(EndpointFlags):
 def judge(config: JudgeConfig) -> dict:
     """How often A's answers are better than B's.
 
-    Ties count half; the 95% interval is the bootstrap's over prompts. Beside
-    each win rate stand the shares of wins, ties and losses, how often the
-    longer answer won, for a reward the mean difference of its scores, for a
-    language model how often it chose the answer that stood first. "the
-    longer one" is what a judge of length alone would say. Where rows name
-    their splits, each split has its own win rate, and the first less each
-    other one is the generalisation gap.
+    It measures, for each judge, how often A's answer to a prompt is better than
+    B's, a tie counting half. The interval over prompts rules out that a few
+    prompts decide. The control "the longer one", a judge of length alone, rules
+    out that length does it, and each answer standing first once rules out a
+    language model's taste for the first place. A second judge, which A was not
+    trained on, rules out that one judge is fooled. What would refute that A is
+    better: the interval holds 50%, or only the judge that A was trained on says
+    so.
 
-    Prompts that only one system answered are left out and counted.
-    Pitfall: texts are scored, so an answer that was cut off at its longest
-    is closed like any other.
+    Beside each win rate stand the shares of wins, ties and losses, how often the
+    longer answer won, for a reward the mean difference of its scores, for a
+    language model how often it chose the answer that stood first. Where rows name
+    their splits, each split has its own win rate, and the first less each other
+    one is the generalisation gap. Prompts that only one system answered are left
+    out and counted. Pitfall: an answer that was cut off at its longest is judged
+    as a text like any other.
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py judge runs on one process")
@@ -284,7 +287,7 @@ def summarise_judge(
         if scored:
             mean, draws_of_mean = mean_over_groups(a[own] - b[own], prompts[own], seed=seed)
             rows[split]["difference"] = mean.item()
-            rows[split]["difference_interval"] = low_and_high(draws_of_mean)
+            rows[split]["difference_interval"] = percentiles(draws_of_mean).tolist()
 
     gaps = {}
     first = next(iter(rows))
@@ -292,7 +295,7 @@ def summarise_judge(
         for other in draws:
             if other != first:
                 gap = rows[first]["win_rate"] - rows[other]["win_rate"]
-                interval = low_and_high(draws[first] - draws[other])
+                interval = percentiles(draws[first] - draws[other]).tolist()
                 gaps[other] = {"gap": gap, "interval": interval}
     return {"splits": rows, "gap": gaps}
 
@@ -305,7 +308,7 @@ def summarise_split(
     rate, draws = mean_over_groups(points, prompts, seed=seed)
     row = {
         "win_rate": rate.item(),
-        "interval": low_and_high(draws),
+        "interval": percentiles(draws).tolist(),
         "prompts": len(prompts.unique()),
         "wins": share_of(points, 1),
         "ties": share_of(points, 0.5),
@@ -324,10 +327,6 @@ def summarise_split(
 
 def share_of(points: Tensor, value: float) -> float:
     return (points == value).double().mean().item()
-
-
-def low_and_high(draws: Tensor) -> list[float]:
-    return [end.item() for end in percentiles(draws)]
 
 
 # ------------------------------------------------------------------------------- table and picture

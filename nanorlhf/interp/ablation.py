@@ -35,22 +35,35 @@ from transformers.hf_argparser import HfArg
 from .. import data, world
 from ..diversity import distinct_n
 from ..errors import at_least, require
-from ..hf.activations import module_at, place_name, replaced, running_ids
+from ..hf.activations import module_at, replaced, running_ids
 from ..hf.folders import check_model
 from ..models import load_policy, load_tokenizer
 from ..packing import Answers
 from ..rewards import check_reward, load_rewards, score
 from ..rollout import Parts, SamplingFlags, roll_out
 from ..runtime.distributed import setup
-from ..runtime.flags import ResultFlags, TextFlags
+from ..runtime.flags import (
+    FORWARD_HELP,
+    HELD_OUT_HELP,
+    SEED_HELP,
+    ResultFlags,
+    TextFlags,
+    results_in,
+)
 from ..runtime.locks import unlock_afterwards
-from ..runtime.results import parse_ids, results_folder, save
+from ..runtime.results import cell, interval_row, parse_ids, results_folder, save
 from ..runtime.rng import SPLIT
 from ..sae import SparseAutoencoder
 from ..splits import load
 from ..stats import bootstrap
-from .activation_store import Tokens, from_models, open_autoencoder, where
-from .feature_scores import alike, encoded, feature_aucs
+from .activation_store import (
+    Tokens,
+    find_skipped,
+    open_autoencoder,
+    read_activations,
+    where,
+)
+from .feature_scores import alike, encoded, feature_aucs, sum_over_tokens
 from .shared_flags import PlaceFlags
 from .world_concepts import FEWEST, concept_table, is_world_model, next_ids
 
@@ -92,28 +105,22 @@ class AblateConfig(PlaceFlags, SamplingFlags, TextFlags, ResultFlags):
         help="rewards, as in train_ppo.py --help; in the embedded world, by default its gold and "
         "runs/rm/seed_0",
     )
-    eval_dataset: str = HfArg(
-        default="", help="the held-out prompts; without it, rows of --dataset are held out"
-    )
+    eval_dataset: str = HfArg(default="", help=HELD_OUT_HELP)
     eval_size: int = HfArg(default=256, help="how many held-out prompts are answered")
     n_answers: int = HfArg(default=4, help="answers to each held-out prompt")
     max_rows: int = HfArg(
         default=300, help="how many training prompts are answered to choose features on"
     )
     batch_size: int = HfArg(default=256, help="answers that are sampled at once")
-    micro_batch_size: int = HfArg(
-        default=64, help="answers that a reward model scores in one forward pass"
-    )
-    seed: int = HfArg(default=0, help="the number that every random draw depends on")
+    micro_batch_size: int = HfArg(default=64, help=FORWARD_HELP)
+    seed: int = HfArg(default=0, help=SEED_HELP)
 
     model: str = HfArg(
         default="",
         help="the policy: a run folder, a model folder or a hub name; by default the model that "
         "the folder names",
     )
-    output_dir: str = HfArg(
-        default="runs/probe/ablate", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/ablate")
 
     def __post_init__(self):
         super().__post_init__()
@@ -179,13 +186,21 @@ def switched_off(
 def ablate(config):
     """What a policy writes with some features switched off.
 
-    The rewards of its answers, beside those with random features switched
-    off that fire equally often. All arms have the same prompts and the same
-    noise; intervals are the bootstrap's over prompts, of paired differences.
-    "removed" is the share of the layer's variance that an arm takes away.
-    Tokens with BOS's id, which the autoencoder has not seen, are spared in
-    every arm, and count neither in rates nor in the variance (with
-    --keep_bos they are tokens like others).
+    It measures how rewards, length and a concept's share of the words change,
+    prompt by prompt, when the chosen features are taken out of one layer while
+    the policy samples. The control "nothing" switches off no feature, and rules
+    out that the surgery itself changes the text. The control "random", as many
+    features that fire equally often, rules out that any features so frequent
+    would do. The control "strong", as many of about the same mean square, rules
+    out that the chosen ones only carry more of the layer (compare "removed", the
+    share of the variance that an arm takes away). What would refute that these
+    features carry the reward: random or strong ones lower gold as much, or what
+    falls is grammar and not sentiment.
+
+    All arms have the same prompts and the same noise; intervals are the
+    bootstrap's over prompts, of paired differences. Tokens with BOS's id, which
+    the autoencoder has not seen, are spared in every arm, and count neither in
+    rates nor in the variance (with --keep_bos they are tokens like others).
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py ablate runs on one process")
@@ -212,7 +227,7 @@ def ablate(config):
     parts = Parts(config, dist, tokenizer, policy)
 
     # Features are chosen on answers to other prompts than those of the arms.
-    skip_bos = None if config.keep_bos else tokenizer.bos_token_id
+    skip_bos = find_skipped(config, tokenizer)
     seen = observe_features(parts, sae, place, train, skip_bos)
     ids = parse_ids(config.features)
     if not ids:
@@ -239,7 +254,7 @@ def ablate(config):
     described_arms = {}
     for name, chosen in arms.items():
         texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
-        arm = describe_features(chosen or [], seen, sae)
+        arm = describe_arm(chosen or [], seen, sae)
         arm["distinct_2"] = distinct_n(texts, 2)
         for key, values in numbers[name].items():
             arm[key] = mean_with_interval(values, config.n_answers)
@@ -349,19 +364,12 @@ def observe_features(
     responses, _ = sample_answers(parts, prompts, step=1)
     texts = [prompt + response for prompt, response in zip(prompts, responses)]
     tokens = Tokens(texts, skip_bos)
-    source = from_models(tokens, {"m": lm}, [place], parts.dist, parts.config.dtype)
-    x = source(np.arange(len(texts)))[f"m/{place_name(place)}"]  # [n, D]
+    x = read_activations(tokens, lm, place, parts.dist, parts.config.dtype)  # [n, D]
     f = encoded(sae, x)  # [M, n]
     n = f.shape[1]
     rates = sum_over_tokens(f.bool().float()).cpu() / n
     squares = sum_over_tokens(f * f).cpu() / n
     return Seen(tokens, x, f, rates, squares)
-
-
-def sum_over_tokens(f: Tensor) -> Tensor:
-    """The sums of the rows of a sparse [M, n]: [M]."""
-    ones = torch.ones(f.shape[1], 1, device=f.device)
-    return (f @ ones)[:, 0]
 
 
 def choose_features(
@@ -457,7 +465,7 @@ def measure_answers(
     return {name: values.double() for name, values in numbers.items()}
 
 
-def describe_features(ids: list[int], seen: Seen, sae: SparseAutoencoder) -> dict:
+def describe_arm(ids: list[int], seen: Seen, sae: SparseAutoencoder) -> dict:
     """The features that an arm switches off, how often they fire, and the share of the layer's
     variance that they hold."""
     share = 0.0
@@ -475,7 +483,7 @@ def mean_with_interval(values: Tensor, n_answers: int) -> dict[str, float]:
     """
     means = values.view(-1, n_answers).mean(1)  # [P]
     low, high = bootstrap(means)
-    return {"mean": means.mean().item(), "low": low.item(), "high": high.item()}
+    return interval_row(means.mean(), low, high)
 
 
 def compare_arms(numbers: dict[str, dict[str, Tensor]], n_answers: int) -> dict[str, dict]:
@@ -538,8 +546,7 @@ def format_table(summary: dict) -> str:
     for key, row in summary["differences"].items():
         line = f"  {key[-16:]:16s}"
         for d in row.values():
-            interval = f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-            line += f"{interval:>26s}"
+            line += f"{cell(d):>26s}"
         lines.append(line)
     return "\n".join(lines)
 

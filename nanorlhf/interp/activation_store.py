@@ -29,8 +29,8 @@ from torch import Tensor
 from ..data import canonical, encode, encode_prompts
 from ..errors import require
 from ..hf.activations import activations, place_name
-from ..hf.folders import check_model
-from ..packing import micro_batches
+from ..hf.folders import check_model, context_length
+from ..packing import micro_batches, pad_rows
 from ..runtime.distributed import autocast
 from ..runtime.files import check_can_write, check_name, digest, read_object, write_json
 from ..runtime.locks import LOCK_FILE, lock, unlock_afterwards
@@ -75,6 +75,22 @@ def token_rows(
             texts.append(prompt + response)
         n_cut += n_cut_of_field
     return texts, n_cut
+
+
+def tokenize_rows(config, tokenizer, rows: list[dict], model_config, dist) -> list[list[int]]:
+    """token_rows() with the flags --max_length and --chat_template; says how many were cut."""
+    max_length = config.max_length or context_length(model_config)
+    texts, n_cut = token_rows(tokenizer, rows, max_length, config.chat_template)
+    if n_cut:
+        dist.print(f"{n_cut} of {len(texts)} texts cut")
+    return texts
+
+
+def find_skipped(config, tokenizer) -> int | None:
+    """The id whose tokens do not count: BOS, which has a norm of its own; none with --keep_bos."""
+    if config.keep_bos:
+        return None
+    return tokenizer.bos_token_id
 
 
 def hold_out(rows: list[list[int]], n: int, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
@@ -153,15 +169,10 @@ class Tokens:
         """Where in its text each token that counts stands, text by text: [E]."""
         return np.concatenate([np.flatnonzero(mask) for mask in self.masks])
 
-    def batch(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, texts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Indices of texts -> their ids and masks [b, T], 0 and False in the padding."""
-        T = self.lengths[texts].max()
-        ids = np.zeros((len(texts), T), dtype=np.int64)
-        mask = np.zeros((len(texts), T), dtype=bool)
-        for i, text in enumerate(texts):
-            length = self.lengths[text]
-            ids[i, :length] = self.rows[text]
-            mask[i, :length] = self.masks[text]
+        ids = pad_rows([self.rows[text] for text in texts])
+        mask = pad_rows([self.masks[text] for text in texts]).bool()
         return ids, mask
 
     def places(self, texts: np.ndarray) -> np.ndarray:
@@ -219,8 +230,8 @@ def run_models(
         part = part.numpy()
         # No attention mask is needed: a causal model does not look to its right, at padding.
         ids, mask = tokens.batch(texts[part])  # [b, T]
-        ids = torch.from_numpy(ids).to(dist.device)
-        mask = torch.from_numpy(mask).to(dist.device)
+        ids = ids.to(dist.device)
+        mask = mask.to(dist.device)
         rows = torch.from_numpy(join_ranges(first[part], counts[part])).to(dist.device)
         for name, lm in lms.items():
             with autocast(dist, dtype):
@@ -231,6 +242,13 @@ def run_models(
                     out[key] = torch.empty(counts.sum(), x.shape[-1], device=dist.device)
                 out[key][rows] = x[mask].float()
     return out
+
+
+def read_activations(tokens: Tokens, lm, place: Place, dist, dtype: str = "float32") -> Tensor:
+    """What one model puts out at one place on all N tokens that count: [N, D] float32."""
+    every_text = np.arange(len(tokens.rows))
+    activations_of = run_models(tokens, {"m": lm}, [place], dist, dtype, every_text)
+    return activations_of[f"m/{place_name(place)}"]
 
 
 def from_disk(

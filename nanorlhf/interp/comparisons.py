@@ -8,7 +8,6 @@ Every command writes <output_dir>/config.json, summary.json and a picture, and p
 computes everything again when it is called again, since the models in a folder may have changed.
 """
 
-import glob
 import math
 import os
 from dataclasses import dataclass
@@ -30,17 +29,16 @@ from ..divergence import (
 from ..errors import at_least, require
 from ..hf.activations import SITES, module_at, place_name
 from ..hf.blocks import blocks
-from ..hf.folders import check_model, context_length
-from ..models import load_policy, load_tokenizer
+from ..hf.folders import check_model
+from ..models import load_policy, load_shared_tokenizer
 from ..runtime import plots
 from ..runtime.distributed import setup
-from ..runtime.flags import FlagGroup, ResultFlags, TextFlags
-from ..runtime.hints import check_made
+from ..runtime.flags import FlagGroup, ResultFlags, TextFlags, results_in, subset_of
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import finite, in_one_line, results_folder, save
 from ..runtime.tensors import check_tensors, read_tensors
-from .activation_store import Tokens, from_models, passes, token_rows
-from .sae_files import SPARSITY, load_sae
+from .activation_store import Tokens, find_skipped, from_models, passes, tokenize_rows
+from .sae_files import SPARSITY, find_saes, load_sae
 from .shared_flags import TokenFlags
 
 # ------------------------------------------------------------------------------------ divergence
@@ -66,11 +64,9 @@ class DivergenceConfig(TokenFlags, TextFlags, ResultFlags):
         metadata={"choices": SITES},
         help="the parts of a block whose activations are compared",
     )
-    max_rows: int = HfArg(default=256, help="use a random subset of this many rows; 0: all rows")
+    max_rows: int = subset_of(256)
 
-    output_dir: str = HfArg(
-        default="runs/probe/divergence", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/divergence")
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,11 +77,20 @@ class DivergenceConfig(TokenFlags, TextFlags, ResultFlags):
 def divergence(config):
     """How far a policy has moved from its base, block by block.
 
+    It measures how far the weights of each block have moved, and how far what
+    its layers put out has moved on the same texts. The relative column divides
+    by the size of each weight, and so rules out that a block leads only because
+    its matrices are large. The activations rule out that weights have moved in
+    directions that no text uses. What no column rules out: each block passes on
+    what the blocks below it changed, so that the largest number is not the place
+    where the reward was learned. What would refute that PPO's reward put the
+    change there: the base, trained on without any reward (train_sft.py --model
+    runs/sft --seed 1), and given as --policy, moves in the same order of blocks.
+
     Weights: D_l, the sum over the parameters p of block l of
     ||p_base - p_policy||_F, and the same relative to ||p_base||_F.
-    Activations, on the same texts: the mean over tokens of 1 - cosine, and
-    of the squared distance divided by the base's variance.
-    Method: nanorlhf/divergence.py.
+    Activations: the mean over tokens of 1 - cosine, and of the squared distance
+    divided by the base's variance. Method: nanorlhf/divergence.py.
     """
     dist = setup(config.device)
     folder = results_folder(config, dist)
@@ -135,20 +140,10 @@ def read_tokens(config, model_config, dist) -> Tokens:
     """The Tokens of the texts that both models read. InputError: they have different tokenizers."""
     rows = data.read_rows(config.dataset, config.kind, config.columns)
     rows = data.subset(rows, config.max_rows)
-    tokenizer = load_tokenizer(config.model, needs_eos=config.kind != "prompts")
-    other = load_tokenizer(config.policy, needs_eos=False)
-    require(
-        tokenizer.get_vocab() == other.get_vocab(),
-        f"{config.model} and {config.policy} have different tokenizers",
-    )
-
-    max_length = config.max_length or context_length(model_config)
-    texts, n_cut = token_rows(tokenizer, rows, max_length, config.chat_template)
-    if n_cut:
-        dist.print(f"{n_cut} of {len(texts)} texts cut")
-    if config.keep_bos:
-        return Tokens(texts)
-    return Tokens(texts, skip_bos=tokenizer.bos_token_id)
+    has_eos = config.kind != "prompts"
+    tokenizer = load_shared_tokenizer(config.model, [config.policy], needs_eos=has_eos)
+    texts = tokenize_rows(config, tokenizer, rows, model_config, dist)
+    return Tokens(texts, find_skipped(config, tokenizer))
 
 
 def compare_activations(
@@ -253,8 +248,8 @@ class MmcsConfig(FlagGroup):
     """Autoencoders, and the results of comparing them"""
 
     a: list[str] = HfArg(
-        help="folders of sparse autoencoders, of train_sae.py or SAELens; {seed} stands for all "
-        "that exist",
+        help="folders of sparse autoencoders, of train_sae.py or SAELens; * and {seed} stand for "
+        "all that exist",
     )
     b: list[str] = HfArg(
         default_factory=list, help="what they are compared with; by default with one another"
@@ -263,15 +258,13 @@ class MmcsConfig(FlagGroup):
         default=False, help="match each feature of B at most once (the Hungarian algorithm)"
     )
     top: int = HfArg(default=20, help="how many of the best matched features are written down")
-    output_dir: str = HfArg(
-        default="runs/probe/mmcs", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/mmcs")
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 0, "top")
-        self.a = find_folders(self.a)
-        self.b = find_folders(self.b)
+        self.a = find_saes(self.a)
+        self.b = find_saes(self.b)
         require(self.pairs(), "--a names one folder: name others to compare it with, as --b")
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -284,33 +277,23 @@ class MmcsConfig(FlagGroup):
         return pairs
 
 
-def find_folders(patterns: list[str]) -> list[str]:
-    """Folders, {seed} expanded to all that exist. InputError: none is there."""
-    folders = []
-    for pattern in dict.fromkeys(patterns):
-        check_made(pattern)
-        # Only {seed} is a pattern: a folder's name may hold a * or a [ of its own.
-        found = sorted(glob.glob(glob.escape(pattern).replace("{seed}", "*")))
-        require(found, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")
-        folders.extend(found)
-    return folders
-
-
 @unlock_afterwards()
 def mmcs(config):
     """How alike the features of autoencoders are.
 
-    Mean max cosine similarity: for each feature of A, the largest cosine of
-    its decoder direction with one of B; the mean over A. A small autoencoder
-    against a large one of the same model: stability, and the features that
-    match best. Base against policy: what training changed. One seed against
-    another: the noise floor. `chance` is the same number for random
-    directions. Method: nanorlhf/divergence.py.
+    It measures how much of what autoencoder A has learned is found in B too: for
+    each feature of A the largest cosine of its direction with one of B, and the
+    mean of these (mean max cosine similarity). The column "chance", the same
+    number for random directions, rules out that in so few dimensions some
+    feature of B is always near. Another seed of the same model is the noise
+    floor: base and policy differ by training only as far as they lie below it.
+    Different seeds on both sides rule out that two autoencoders are alike
+    because they started alike, as those of one seed do. What would refute that
+    training made new features: base against policy of another seed is as alike
+    as two seeds of the base.
 
     Features that never fire are left out where the folder tells (SAELens'
-    sparsity.safetensors). Two autoencoders of one seed start from the same
-    directions and keep some of them: compare base and policy with different
-    seeds, so that the noise floor applies.
+    sparsity.safetensors). Method: nanorlhf/divergence.py.
     """
     dist = setup("cpu")
     folder = results_folder(config, dist)

@@ -16,7 +16,14 @@ from ..models import load_policy, load_tokenizer
 from ..rollout import ask_locally
 from ..runtime import endpoint
 from ..runtime.endpoint import Unreachable, check_endpoint, is_endpoint
-from ..runtime.files import append_lines, digest, drop_cut_line, parse_json, read_checked_lines
+from ..runtime.files import (
+    append_lines,
+    digest,
+    drop_cut_line,
+    parse_json,
+    read_checked_lines,
+    write_json,
+)
 
 PROMPT = """\
 A feature of a language model is a number that it computes at every token of a text. Below are the \
@@ -45,6 +52,33 @@ def check_explainer(config):
     elif config.explainer:
         check_model(config.explainer)
         load_tokenizer(config.explainer)
+
+
+def make_context(ids: list[int], values: list[float], decode_token: Callable) -> dict:
+    """A text as the explainer and the tables see it: its tokens, and the feature at each of them.
+
+    values: shares of the feature's largest value anywhere; 0 where it does not fire.
+    """
+    return {
+        "tokens": [decode_token(i) for i in ids],
+        "values": [round(value, 4) for value in values],
+    }
+
+
+def add_descriptions(config, saes: dict[str, dict], summary: dict, question: str = PROMPT):
+    """Ask the explainer about all features, write summary.json with its answers, print them.
+
+    saes {folder: {"features": [...]}}, which are parts of the summary. InputError: some
+    descriptions are missing; those that came are kept, and asked for no more.
+    """
+    missing = explain(config, saes, question)
+    write_json(os.path.join(config.output_dir, "summary.json"), summary)
+    for folder, result in saes.items():
+        for feature in result["features"]:
+            if "description" in feature:
+                mark = "*" if feature["related"] else " "
+                print(f"  {folder} {feature['id']:5d} {mark} {feature['description']}")
+    require(not missing, missing)
 
 
 def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None:

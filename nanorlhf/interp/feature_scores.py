@@ -56,6 +56,12 @@ def on_tokens(f: Tensor, mask: Tensor) -> Tensor:
     return part.coalesce()
 
 
+def sum_over_tokens(f: Tensor) -> Tensor:
+    """The sums of the rows of a sparse [M, N]: [M]."""
+    ones = torch.ones(f.shape[1], 1, device=f.device)
+    return (f @ ones)[:, 0]
+
+
 # ---------------------------------------------------------------------------------------- scores
 
 

@@ -9,8 +9,6 @@ its concepts (world_concepts.py).
 """
 
 import functools
-import glob
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,20 +19,26 @@ from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..errors import at_least, require
-from ..hf.activations import module_at, place_name
-from ..hf.folders import check_model, context_length
+from ..hf.activations import module_at
+from ..hf.folders import check_model
 from ..models import load_policy, load_tokenizer
 from ..runtime import plots
 from ..runtime.distributed import setup
-from ..runtime.files import write_json
-from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags
-from ..runtime.hints import check_made
+from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags, results_in
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import parse_ids, results_folder, save
-from .activation_store import Tokens, from_models, hold_out, open_autoencoder, token_rows, where
-from .explainer import check_explainer, explain
-from .feature_scores import encoded
-from .sae_files import CONFIG
+from .activation_store import (
+    Tokens,
+    find_skipped,
+    hold_out,
+    open_autoencoder,
+    read_activations,
+    tokenize_rows,
+    where,
+)
+from .explainer import add_descriptions, check_explainer, make_context
+from .feature_scores import encoded, sum_over_tokens
+from .sae_files import find_saes
 from .shared_flags import DescribeFlags, PlaceFlags, TokenFlags
 from .world_concepts import CONTROLS, SCORES, is_world_model, measure_concepts
 
@@ -61,9 +65,7 @@ class FeaturesConfig(PlaceFlags, DescribeFlags, TokenFlags, TextFlags, EndpointF
         help="how many features to describe: those with the largest mean activation (rate x "
         "strength)",
     )
-    output_dir: str = HfArg(
-        default="runs/probe/features", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/features")
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,19 +76,27 @@ class FeaturesConfig(PlaceFlags, DescribeFlags, TokenFlags, TextFlags, EndpointF
 def features(config):
     """What the features of autoencoders fire on, and what they do.
 
-    In the embedded world also: how many known concepts have a feature with
-    an AUC above .95, beside controls. The best of M features is chosen on
-    one half of the texts and measured on the other.
-    Method: nanorlhf/interp/feature_scores.py. The effect on logits is the direct
-    path alone: the decoder's direction through the unembedding, without the
-    final norm and later layers.
+    It measures, in the embedded world, how many known concepts have a feature
+    that singles them out (AUC above .95), and shows for each described feature
+    where it fires and which words it makes likelier. The best of M features is
+    chosen on one half of the texts and measured on the other, which rules out
+    that the largest of many numbers is large by luck. The controls "coordinates"
+    (no autoencoder) and "untrained" (random directions) rule out that the layer
+    has the concept on one axis anyway, or that any large set of directions would
+    do. The control "shuffled" (concepts that have exchanged their words) rules
+    out that any set of so many words has a feature. What would refute that
+    features are better units than coordinates: coordinates find as many concepts.
+
+    The effect on words is the direct path alone: the decoder's direction through
+    the unembedding, without the final norm and later layers.
+    Method: nanorlhf/interp/feature_scores.py.
     """
     dist = setup(config.device)
     require(dist.world == 1, "probe.py features runs on one process")
     folder = results_folder(config, dist)
     check_explainer(config)
     # What is wrong with one of the folders is found before any model is loaded.
-    opened = {path: open_autoencoder(config, path) for path in find_folders(config.sae)}
+    opened = {path: open_autoencoder(config, path) for path in find_saes(config.sae)}
     rows = data.read_rows(config.dataset, config.kind, config.columns)
 
     lms = {}  # {model: its language model}, each loaded once
@@ -95,7 +105,7 @@ def features(config):
         if model not in lms:
             lms[model] = load_policy(model, value_head=False, device=dist.device).lm
         tokenizer = load_tokenizer(model, needs_eos=config.kind != "prompts")
-        tokens = read_tokens(config, rows, model, tokenizer)
+        tokens = read_tokens(config, rows, model, tokenizer, dist)
         results[path] = {"model": model, "layer": place[0], "site": place[1]}
         results[path] |= look_at_features(config, sae, lms[model], place, tokens, tokenizer, dist)
 
@@ -103,45 +113,17 @@ def features(config):
     summary = {"saes": results}
     text = format_table(results, in_full=bool(config.features))
     save(config, folder, summary, text, draw)
-    missing = None
     if config.explainer:
-        missing = explain(config, results)
-    write_json(os.path.join(config.output_dir, "summary.json"), summary)
-    if config.explainer:
-        print("\n".join(format_explanations(results)))
-    require(not missing, missing)
+        add_descriptions(config, results, summary)
     return summary
 
 
-def find_folders(patterns: list[str]) -> list[str]:
-    """The folders of autoencoders that are named, by themselves or with * and {seed}.
-
-    InputError: a name of none.
-    """
-    folders = []
-    for pattern in patterns:
-        check_made(pattern)
-        if os.path.isdir(pattern):
-            found = [pattern]
-        else:
-            found = []
-            for path in sorted(glob.glob(pattern.replace("{seed}", "*"))):
-                if os.path.isfile(os.path.join(path, CONFIG)):
-                    found.append(path)
-        require(found, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")
-        folders.extend(found)
-    return list(dict.fromkeys(folders))
-
-
-def read_tokens(config, rows: list[dict], model: str, tokenizer) -> Tokens:
+def read_tokens(config, rows: list[dict], model: str, tokenizer, dist) -> Tokens:
     """The Tokens of the texts that are looked at: those that train_sae.py holds out."""
-    max_length = config.max_length or context_length(check_model(model))
-    texts, _ = token_rows(tokenizer, rows, max_length, config.chat_template)
+    texts = tokenize_rows(config, tokenizer, rows, check_model(model), dist)
     _, held_out = hold_out(texts, config.eval_size, tokenizer)
     require(len(held_out) > 1, f"{config.dataset}: too few texts to hold two of them out")
-    if config.keep_bos:
-        return Tokens(held_out)
-    return Tokens(held_out, skip_bos=tokenizer.bos_token_id)
+    return Tokens(held_out, find_skipped(config, tokenizer))
 
 
 @torch.no_grad()
@@ -153,9 +135,7 @@ def look_at_features(
     InputError: the model has no such place.
     """
     module_at(lm, place)
-    source = from_models(tokens, {"m": lm}, [place], dist, config.dtype)
-    every_text = np.arange(len(tokens.rows))
-    x = source(every_text)[f"m/{place_name(place)}"]  # [N, D]
+    x = read_activations(tokens, lm, place, dist, config.dtype)  # [N, D]
     f = encoded(sae.to(dist.device), x)  # sparse [M, N]
 
     result = {"m": sae.m, "texts": len(tokens.rows), "tokens": tokens.total}
@@ -169,8 +149,7 @@ def look_at_features(
 def top_features(f: Tensor, n: int) -> list[int]:
     """The n features with the largest mean activation over all tokens: how often times how
     strongly. f: a sparse [M, N]."""
-    ones = torch.ones(f.shape[1], 1, device=f.device)
-    sums = (f @ ones)[:, 0]  # [M]
+    sums = sum_over_tokens(f)  # [M]
     return sums.topk(min(n, len(sums))).indices.tolist()
 
 
@@ -284,12 +263,8 @@ def top_contexts(
             here = text_of[at] == i
             values = torch.zeros(len(tokens.rows[i]))
             values[columns[at[here]]] = value[here] / largest
-            context = {
-                "text": i,
-                "tokens": [decode_token(j) for j in tokens.rows[i]],
-                "values": [round(v, 4) for v in values.tolist()],
-            }
-            contexts.append(context)
+            context = make_context(tokens.rows[i], values.tolist(), decode_token)
+            contexts.append({"text": i, **context})
     return contexts
 
 
@@ -406,17 +381,6 @@ def mark_context(context: dict, before: int = 8, after: int = 12) -> str:
         sizes.append(abs(value))
     peak = sizes.index(max(sizes))
     return " ".join(parts[max(0, peak - before) : peak + after])
-
-
-def format_explanations(results: dict[str, dict]) -> list[str]:
-    """What the explainer said, one line a feature; * where it is related to --related_to."""
-    lines = []
-    for path, result in results.items():
-        for feature in result["features"]:
-            if "description" in feature:
-                mark = "*" if feature["related"] else " "
-                lines.append(f"  {path} {feature['id']:5d} {mark} {feature['description']}")
-    return lines
 
 
 def draw(figure, summary: dict):

@@ -415,13 +415,8 @@ def split_by_prompt(config, rows: list[dict]) -> tuple[Tensor, list[tuple[Tensor
     -> the prompt of each row as a number [N], and (training rows, test rows) for each seed.
     Prompts that differ by white space alone are one prompt. InputError: too few prompts.
     """
-    number_of = {}  # {prompt: its number}, numbers being given in the order of the rows
-    numbers = []
-    for row in rows:
-        prompt = data.canonical(row["prompt"])
-        numbers.append(number_of.setdefault(prompt, len(number_of)))
-    groups = torch.tensor(numbers)
-    n = len(number_of)
+    groups = torch.tensor(data.number_prompts([row["prompt"] for row in rows]))
+    n = len(groups.unique())
     require(
         n >= FEWEST,
         f"{config.dataset}: {n} different prompts are too few to split ({FEWEST} at least)",

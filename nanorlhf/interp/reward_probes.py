@@ -27,7 +27,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
@@ -37,11 +36,11 @@ from ..errors import at_least, require
 from ..hf.activations import SITES, activations, module_at, place_name
 from ..hf.blocks import blocks
 from ..hf.folders import check_model, context_length
-from ..models import load_policy, load_tokenizer
-from ..packing import micro_batches
+from ..models import load_policy, load_shared_tokenizer
+from ..packing import micro_batches, pad_rows
 from ..rewards import check_reward, read_lexicon
 from ..runtime.distributed import Dist, autocast, setup
-from ..runtime.flags import FlagGroup, ResultFlags, TextFlags
+from ..runtime.flags import FlagGroup, ResultFlags, TextFlags, results_in, subset_of
 from ..runtime.locks import unlock_afterwards
 from ..runtime.log import RunFolder
 from ..runtime.results import finite, in_one_line, results_folder, save
@@ -91,7 +90,7 @@ class ProbeFlags(FlagGroup):
         help="read features instead of activations: a folder with policy/LAYER_SITE and "
         "base/LAYER_SITE, as train_sae.py writes it",
     )
-    max_rows: int = HfArg(default=1000, help="use a random subset of this many rows; 0: all rows")
+    max_rows: int = subset_of(1000)
     max_length: int = HfArg(
         default=0,
         help="tokens in the longest text; longer ones are cut on the left; 0: the model's context",
@@ -135,9 +134,7 @@ class RewardConfig(ProbeFlags, TextFlags, ResultFlags):
         default=False, help="word: inputs and values less those of the triple's neutral word"
     )
 
-    output_dir: str = HfArg(
-        default="runs/probe/reward", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/reward")
 
     def __post_init__(self):
         super().__post_init__()
@@ -154,9 +151,7 @@ class RewardConfig(ProbeFlags, TextFlags, ResultFlags):
 class PairsConfig(ProbeFlags, TextFlags, ResultFlags):
     """probe.py pairs has no flags of its own"""
 
-    output_dir: str = HfArg(
-        default="runs/probe/pairs", help="the folder that the results are written to"
-    )
+    output_dir: str = results_in("runs/probe/pairs")
 
 
 # ---------------------------------------------------------------------------------- the commands
@@ -166,8 +161,17 @@ class PairsConfig(ProbeFlags, TextFlags, ResultFlags):
 def reward(config):
     """Read a true reward from activations, by ridge regression.
 
-    The reward of words or of answers, from a policy's activations or from
-    its features, beside controls.
+    It measures how well the reward of words (or of answers) can be read from
+    inside a policy, on words and prompts that the probe was not fitted to. The
+    same probe on the base and on a model with random weights rules out that it
+    was all there before PPO, or that the wiring alone does it. The bag of words
+    and the length rule out that the probe knows words by their identity, or that
+    longer texts are simply better ones. Shuffled labels rule out that so many
+    inputs would fit anything. What would refute that PPO wrote its reward into
+    the policy: the base, trained on without any reward (train_sft.py --model
+    runs/sft --seed 1), and given as --policy, gains as much over the base.
+
+    Intervals are over splits of the data, of one policy.
     """
     run = check_and_set_up(config)
     spec = config.reward or "world:gold"
@@ -194,8 +198,16 @@ def reward(config):
 def pairs(config):
     """Read which of two answers was chosen, by logistic regression.
 
-    From the difference of the two answers' activations, or features, beside
-    controls.
+    It measures how often a probe of the difference of two answers' activations
+    tells the chosen one, on prompts that it was not fitted to. The same probe on
+    the base and on a model with random weights shows how much can be read
+    without PPO: only what exceeds these can come from it. The bag of words and
+    the length rule out that the words alone, or the longer answer, give it away.
+    Shuffled labels (which one was chosen, by coin) rule out that the probe fits
+    anything. What would refute that the policy knows more of preferences than
+    its base: base or bag of words do as well.
+
+    Intervals are over splits of the data, of one policy.
     """
     run = check_and_set_up(config)
     rows = read_rows(config, "pairs")
@@ -224,12 +236,7 @@ def check_and_set_up(config) -> Setup:
     folder = results_folder(config, dist)
     model_config = check_model(config.policy)
     check_model(config.model)
-    tokenizer = load_tokenizer(config.policy)
-    other = load_tokenizer(config.model)
-    require(
-        tokenizer.get_vocab() == other.get_vocab(),
-        f"{config.model} and {config.policy} have different tokenizers",
-    )
+    tokenizer = load_shared_tokenizer(config.policy, [config.model])
     if config.sae:
         for name in ("policy", "base"):
             require(
@@ -343,7 +350,7 @@ def mean_inputs(
     lengths = torch.tensor([len(row) for row in ids])  # [n]
     means = [None] * len(ids)  # [n] of [F]
     for rows in micro_batches(lengths, None, TOKENS_AT_ONCE):
-        batch = pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)  # [b, T]
+        batch = pad_rows([ids[i] for i in rows])  # [b, T]
         column = torch.arange(batch.shape[1])
         # The padding may be any token: it stands behind all that counts.
         mask = (column >= first[rows, None]) & (column < lengths[rows, None])  # [b, T]

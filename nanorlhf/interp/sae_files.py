@@ -160,6 +160,26 @@ def load_sae(path: str, width: int | None = None, device="cpu") -> SparseAutoenc
     return sae.to(device)
 
 
+def find_saes(patterns: list[str]) -> list[str]:
+    """The folders of autoencoders that are named, in which * and {seed} stand for all that exist.
+
+    InputError: a name of none.
+    """
+    folders = []
+    for pattern in patterns:
+        check_made(pattern)
+        if os.path.isdir(pattern):
+            found = [pattern]
+        else:
+            # No other sign is a wildcard: a folder's name may hold a [ of its own.
+            wildcards = glob.escape(pattern).replace("[*]", "*").replace("{seed}", "*")
+            files = glob.glob(os.path.join(wildcards, CONFIG))
+            found = sorted(os.path.dirname(file) for file in files)
+        require(found, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")
+        folders.extend(found)
+    return list(dict.fromkeys(folders))
+
+
 def the_one_sae(path: str) -> str:
     """An autoencoder's folder, or train_sae.py's run folder if it holds just one -> that
     autoencoder's folder. InputError: the run folder holds several."""

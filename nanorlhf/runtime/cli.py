@@ -195,7 +195,7 @@ def run_command(commands, args=None):
             print(sys.modules["__main__"].__doc__ or "")
             print("Commands:")
             for name, (_, function) in commands.items():
-                print(f"  {name:15s}{inspect.getdoc(function).splitlines()[0]}")
+                print(f"  {name:17s}{inspect.getdoc(function).splitlines()[0]}")
             print(f"\n{script()} COMMAND --help lists the flags of a command")
             return
         require(name in commands, f"no command {name!r}; there are {', '.join(commands)}")

@@ -57,6 +57,24 @@ def choices_of(flag) -> list[str]:
     return list(choices() if callable(choices) else choices)
 
 
+# ------------------------------------------------------- flags that scripts declare one by one
+
+SCHEDULES = ("constant", "linear", "cosine")
+SEED_HELP = "the number that every random draw depends on"
+HELD_OUT_HELP = "the held-out data; without it, rows of --dataset are held out, by their prompts"
+FORWARD_HELP = "texts in one forward pass; it changes memory, not results"
+
+
+def results_in(folder: str):
+    """The flag --output_dir of a command that trains nothing, with its own default."""
+    return HfArg(default=folder, help="the folder that the results are written to")
+
+
+def subset_of(n: int):
+    """The flag --max_rows of a command that reads all rows of its data once."""
+    return HfArg(default=n, help="use a random subset of this many rows; 0: all rows")
+
+
 # -------------------------------------------------------------------------------------------- data
 
 
@@ -102,10 +120,7 @@ class SplitFlags(FlagGroup):
         help="write prompts from other columns: tldr from {subreddit, title, post, summary}, "
         "cnn_dm from {article, highlights}",
     )
-    eval_dataset: str = HfArg(
-        default="",
-        help="the held-out data; without it, rows of --dataset are held out, by their prompts",
-    )
+    eval_dataset: str = HfArg(default="", help=HELD_OUT_HELP)
     eval_size: int = HfArg(default=256, help="how many rows of each split to evaluate on")
     eval_splits: list[str] = HfArg(
         default_factory=lambda: ["test"],
@@ -132,7 +147,7 @@ class OptimFlags(FlagGroup):
     lr: float = HfArg(default=1e-3, help="peak learning rate of AdamW")
     schedule: str = HfArg(
         default="cosine",
-        metadata={"choices": ("constant", "linear", "cosine")},
+        metadata={"choices": SCHEDULES},
         help="how the learning rate falls after the warm-up",
     )
     warmup: int = HfArg(
@@ -208,7 +223,7 @@ class RunFlags(FlagGroup):
     """The run: its folder, its random draws, its checkpoints"""
 
     output_dir: str = HfArg(default="runs/run", help="the folder that the run writes")
-    seed: int = HfArg(default=0, help="the number that every random draw depends on")
+    seed: int = HfArg(default=0, help=SEED_HELP)
     checkpoint_every: int = HfArg(default=50, help="write a checkpoint every N steps")
     keep_checkpoints: int = HfArg(default=2, help="how many checkpoints to keep")
     resume: bool = HfArg(
@@ -294,7 +309,7 @@ class RunConfig(TextFlags, SplitFlags, OptimFlags, LoraFlags, RunFlags, DeviceFl
 class ResultFlags(FlagGroup):
     """Results: where they are written, and where they are computed"""
 
-    output_dir: str = HfArg(default="runs/probe", help="the folder that the results are written to")
+    output_dir: str = results_in("runs/probe")
     device: str = HfArg(default="auto", metadata=dict(DEVICES), help=DEVICE_HELP)
     dtype: str = HfArg(
         default="float32",

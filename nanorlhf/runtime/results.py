@@ -18,10 +18,15 @@ def parse_ids(text):
 
 
 def cell(x, digits=3):
-    """A number with its interval."""
+    """An interval_row() in a table; None stands for no number."""
     if x is None:
         return "-"
     return f"{x['mean']:+.{digits}f} [{x['low']:+.{digits}f}, {x['high']:+.{digits}f}]"
+
+
+def interval_row(mean, low, high) -> dict[str, float]:
+    """A number and the ends of its interval, tensors of one element, as summaries hold them."""
+    return {"mean": mean.item(), "low": low.item(), "high": high.item()}
 
 
 def in_one_line(function, *args):
