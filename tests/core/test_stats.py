@@ -232,7 +232,7 @@ def test_mean_over_groups_of_single_rows_is_the_bootstrap():
     values = randn(30)
     mean, draws = mean_over_groups(values)
     assert mean == pytest.approx(values.mean().item())
-    interval = torch.stack(percentiles(draws)).tolist()
+    interval = percentiles(draws).tolist()
     expected = torch.stack(bootstrap(values)).tolist()
     assert interval == pytest.approx(expected)
 

@@ -290,7 +290,7 @@ def test_commands_are_listed(capfd):
         run_probe(*args)
         shown = capfd.readouterr().out
         for name, (_, function) in probe.COMMANDS.items():
-            assert f"  {name:15s}{function.__doc__.splitlines()[0]}" in shown
+            assert f"  {name:17s}{function.__doc__.splitlines()[0]}" in shown
     with pytest.raises(SystemExit) as exit_:
         run_probe("divergence", "--help")
     shown = capfd.readouterr().out
