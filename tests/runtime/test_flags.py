@@ -12,6 +12,7 @@ import typing
 import pytest
 from support import CONFIGS, REQUIRED, help_of, parse_command, probe_refused
 
+import probe
 import sample_bon
 import train_ppo
 import train_rm
@@ -91,6 +92,19 @@ def test_groups_of_help(name, capsys):
     headings = re.findall(r"\n\n(\S.*(?:\n\S.*)*)\n\n  --", text)
     assert headings and len(set(headings)) == len(headings)
     assert not any(heading.startswith(("Config(", "What all groups")) for heading in headings)
+
+
+@pytest.mark.parametrize("name", [name for name in probe.COMMANDS if name != "human_latents"])
+def test_help_of_probe_names_what_controls_rule_out_and_what_would_refute(name, capsys):
+    """Five sentences below the first line; human_latents measures nothing."""
+    _, _, explanation, *_ = help_of(name, capsys).split("\n\n")
+    sentences = re.split(r"(?<=\.)\s+(?=[A-Z])", explanation.strip())
+
+    measures, *controls, refutes = sentences
+    assert len(sentences) == 5
+    assert measures.startswith("It measures")
+    assert sum("rule" in sentence and "out" in sentence for sentence in controls) >= 2
+    assert refutes.startswith("What would refute")
 
 
 def test_ppo_has_its_own_flags_in_groups(capsys):
