@@ -58,6 +58,7 @@ from nanorlhf.runtime.plots import plot_run
 from nanorlhf.splits import labels, load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import bootstrap
+from nanorlhf.tokens import leave_out_control_tokens, ready_prompts
 
 # These may change between calls on one folder: they only read the answers, and scores are cached by their reward.
 FREE = (*PLACES, "reward_model", "gold_model", "n", "uwo_lambda", "objective", "save_best", "save_pairs", "batch_size", "micro_batch_size",
@@ -204,7 +205,8 @@ def main(config):
         dist.print(note)
         train_what_is_missing(config, "model", "reward_model")
         tokenizer = load_tokenizer(config.model)
-        prompts = data.ready_prompts(
+        prompt_rows = leave_out_control_tokens(tokenizer, prompt_rows, config, dist.print)
+        prompts = ready_prompts(
             tokenizer,
             prompt_rows,
             check_model(config.model),
@@ -339,7 +341,7 @@ def choose_ns(config, scarcest) -> list[int]:
     ns = sorted(set(config.n))
     if not ns:
         ns = [n for n in DEFAULT_NS if n <= N]
-    prompt = scarcest["prompt"][:40]
+    prompt = str(scarcest["prompt"])[:40]
     require(ns[-1] <= N, f"--n {ns[-1]}: the prompt {prompt!r} has only {N} answers")
     return ns
 
@@ -413,6 +415,7 @@ def join_scores(rows, scores, gold) -> list[dict]:
         }
         if gold is not None:
             scored["gold_scores"] = gold[p]
+        scored |= data.columns_for_files(row)
         scored_rows.append(scored)
     return scored_rows
 
@@ -438,6 +441,7 @@ def choose_best(row, scores: torch.Tensor, n: int, split: str | None) -> list[di
             "gold": gold,
             "split": split,
             "sample": j,
+            **data.columns_for_files(row),
         }
         best_rows.append(best)
     return best_rows

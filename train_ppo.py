@@ -27,7 +27,7 @@ from nanorlhf.ensemble import OBJECTIVES
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evaluation import PPOParts, evaluate, forward, sampled_outputs, score_gold
 from nanorlhf.hf.blocks import speed_up
-from nanorlhf.hf.folders import check_model
+from nanorlhf.hf.folders import check_model, check_vocabulary
 from nanorlhf.hf.lora import choose_trained, merge
 from nanorlhf.models import load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import pack, response_mask_of
@@ -50,6 +50,7 @@ from nanorlhf.runtime.plots import plot_run
 from nanorlhf.scoring import Scoring
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
+from nanorlhf.tokens import leave_out_of_splits, ready_prompts
 
 TRY_NEXT = """Try next:
   python train_ppo.py --kl_coef 0 --output_dir runs/no_kl                          the proxy rises further; watch gold
@@ -156,7 +157,8 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
     reward_model: list[str] = HfArg(
         default_factory=lambda: ["runs/rm/seed_0"],
         help="one reward, or the members of an ensemble: a model folder ({seed} stands for all "
-        "that exist), a hub name, FILE.py:FUNCTION, or a lexicon FILE.tsv",
+        "that exist; FOLDER#LABEL: the logit of a classifier's label), a hub name, "
+        "FILE.py:FUNCTION, or a lexicon FILE.tsv",
     )
     objective: str = HfArg(
         default="mean",
@@ -165,6 +167,11 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
         "mean less their variance (uwo)",
     )
     uwo_lambda: float = HfArg(default=0.1, help="uwo: weight of the variance between members")
+    reward_weights: list[float] = HfArg(
+        default_factory=list,
+        help="a weight for each reward of --reward_model: the score is their weighted sum, as of "
+        "rewards that are not members of an ensemble",
+    )
     value_model: str = HfArg(
         default="",
         help="a value model of its own, trained in full: a policy or reward model to start from. "
@@ -229,6 +236,21 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)
+        if self.reward_weights:
+            check_weights(self)
+
+
+def check_weights(config):
+    """InputError where --reward_weights do not fit the rewards, or the flags of ensembles."""
+    n_weights = len(config.reward_weights)
+    n_rewards = len(config.reward_model)
+    require(
+        n_weights == n_rewards,
+        f"--reward_weights needs one for each reward: {n_weights} weights, {n_rewards} rewards",
+    )
+    for name in ("objective", "uwo_lambda"):
+        is_default = getattr(config, name) == getattr(Config, name)
+        require(is_default, f"--{name} is for members of an ensemble, --reward_weights is not")
 
 
 @unlock_afterwards()
@@ -258,9 +280,13 @@ def main(config):
     # -------------------------------------------------------------------------------------- data
     model_config = check_model(config.model)
     tokenizer = load_tokenizer(config.model)
+    if config.value_model:
+        # It reads the policy's tokens; reward models look at theirs themselves.
+        value_config = check_model(config.value_model).get_text_config()
+        check_vocabulary(config.value_model, tokenizer, value_config.vocab_size)
 
     def encode(rows):
-        return data.ready_prompts(
+        return ready_prompts(
             tokenizer,
             rows,
             model_config,
@@ -269,6 +295,7 @@ def main(config):
             config.chat_template,
         )
 
+    rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     prompts = encode(rows)
     held_out_prompts = {label: encode(part) for label, part in held_out.items()}
     fewest = min(map(len, held_out_prompts.values()))
@@ -301,7 +328,8 @@ def main(config):
         checkpoint_activations(policy)
 
     # On several processes the policy goes into DDP or is sharded (FSDP), the reference is sharded.
-    example = pack(prompts[:1], [prompts[0][-1:]]).to(dist.device)
+    first = prompts.ids[0]
+    example = pack([first], [first[-1:]]).to(dist.device)
 
     def sum_of_outputs(model):
         outputs = model(example, response_mask_of(example))
@@ -378,7 +406,8 @@ def main(config):
         index = data.batch_indices(len(prompts), config.batch_size, step - 1, config.seed)
         place = dist.share(range(config.batch_size))  # which rows of the global batch are mine
         with gathered(policy):
-            rollout, answers = roll_out(parts, [prompts[index[i]] for i in place], place, step)
+            mine = prompts.at([index[i] for i in place])
+            rollout, answers = roll_out(parts, mine, place, step)
         return_freed_memory()
         clock.append(time.perf_counter())
 

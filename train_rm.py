@@ -53,6 +53,7 @@ from nanorlhf.runtime.rng import LABELS, key
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import train_what_is_missing
 from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
+from nanorlhf.tokens import encode, leave_out_of_splits
 
 
 @dataclass
@@ -200,17 +201,15 @@ def train(config, dist):
         check_reward(config.gold_model)
     sarm_training.check_autoencoder(config)  # before anything is trained for it
     train_what_is_missing(config, "model")
+    tokenizer = load_tokenizer(config.model)
+    rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     rows, n_flipped = flip_labels(rows, config.label_noise, config.noise_seed)
 
     # A SARM is loaded and trained in its own way; without --sarm it prepares None.
     training = sarm_training.prepare(config, dist) or PlainTraining(config)
-    tokenizer = load_tokenizer(config.model)
     max_length = config.max_length or context_length(check_model(config.model))
-    pairs, n_cut = encode_pairs(rows, tokenizer, max_length, config)
-    dist.print(
-        f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, "
-        f"{n_cut} responses cut to {max_length} tokens"
-    )
+    pairs, cuts = encode_pairs(rows, tokenizer, max_length, config)
+    dist.print(f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, {cuts}")
     check_texts(pairs, held_out["eval"], tokenizer, max_length, config)
 
     # Gold scores come before any training: a gold reward that fails then wastes none.
@@ -228,7 +227,7 @@ def train(config, dist):
         checkpoint_activations(reward_model)
 
     # On several processes the reward model goes into DDP or is sharded (FSDP).
-    example = pack(pairs.chosen_prompts[:1], pairs.chosen[:1]).to(dist.device)
+    example = pack(pairs.prompts[:1], pairs.chosen[:1]).to(dist.device)
 
     def sum_of_outputs(model):
         scores, further = training.score(model, example)
@@ -347,15 +346,10 @@ class PlainTraining:
 
 @dataclass
 class Pairs:
-    """Preference pairs as token lists, an entry a pair.
+    """Preference pairs as token lists, an entry a pair."""
 
-    The two answers to a prompt may have two prompts: a long one is cut on its left to make room
-    for the answer.
-    """
-
-    chosen_prompts: list[list[int]]
+    prompts: list[list[int]]
     chosen: list[list[int]]
-    rejected_prompts: list[list[int]]
     rejected: list[list[int]]
     pad_id: int
 
@@ -363,31 +357,29 @@ class Pairs:
         return len(self.chosen)
 
     def lengths(self, index: list[int]) -> torch.Tensor:
-        """Tokens of the longer row of each of these pairs, or more where prompts are cut: [b]."""
+        """Tokens of the longer row of each of these pairs: [b]."""
         lengths = []
         for j in index:
             longer_answer = max(len(self.chosen[j]), len(self.rejected[j]))
-            lengths.append(len(self.chosen_prompts[j]) + longer_answer)
+            lengths.append(len(self.prompts[j]) + longer_answer)
         return torch.tensor(lengths)
 
     def pack(self, index: list[int]) -> Packed:
         """The rows of b pairs: row j is the chosen answer of pair j, row b + j the rejected one."""
-        prompts = [self.chosen_prompts[j] for j in index]
-        prompts += [self.rejected_prompts[j] for j in index]
-        responses = [self.chosen[j] for j in index]
-        responses += [self.rejected[j] for j in index]
-        return pack(prompts, responses, self.pad_id)
+        prompts = [self.prompts[j] for j in index]
+        chosen = [self.chosen[j] for j in index]
+        rejected = [self.rejected[j] for j in index]
+        return pack(prompts + prompts, chosen + rejected, self.pad_id)
 
 
 def encode_pairs(rows, tokenizer, max_length, config):
-    """Rows {prompt, chosen, rejected} -> Pairs, how many responses had to be cut."""
-    chat = config.chat_template
-    chosen_prompts, chosen, n_cut = data.encode(tokenizer, rows, "chosen", max_length, chat)
-    rejected_prompts, rejected, more_cut = data.encode(
-        tokenizer, rows, "rejected", max_length, chat
-    )
-    pairs = Pairs(chosen_prompts, chosen, rejected_prompts, rejected, tokenizer.pad_token_id)
-    return pairs, n_cut + more_cut
+    """Rows {prompt, chosen, rejected} -> Pairs, and a sentence on what had to be cut."""
+    sides = ("chosen", "rejected")
+    encoded = encode(tokenizer, rows, sides, max_length, config.chat_template)
+    chosen = encoded.responses["chosen"]
+    rejected = encoded.responses["rejected"]
+    pairs = Pairs(encoded.prompts, chosen, rejected, tokenizer.pad_token_id)
+    return pairs, encoded.describe_cuts(max_length)
 
 
 def flip_labels(rows: list[dict], share: float, seed: int) -> tuple[list[dict], int]:
@@ -411,19 +403,15 @@ def check_texts(pairs, held_out, tokenizer, max_length, config):
     if max_length is not None:
         what = f"as token ids, cut to {max_length},"
 
-    better = [p + r for p, r in zip(pairs.chosen_prompts, pairs.chosen)]
-    worse = [p + r for p, r in zip(pairs.rejected_prompts, pairs.rejected)]
     require(
-        better != worse,
+        pairs.chosen != pairs.rejected,
         f"{config.dataset}: {what} chosen and rejected of every training pair are the same",
     )
 
+    held_out_pairs, _ = encode_pairs(held_out, tokenizer, max_length, config)
     texts = set()
-    for side in ("chosen", "rejected"):
-        prompts, responses, _ = data.encode(
-            tokenizer, held_out, side, max_length, config.chat_template
-        )
-        for prompt, response in zip(prompts, responses):
+    for responses in (held_out_pairs.chosen, held_out_pairs.rejected):
+        for prompt, response in zip(held_out_pairs.prompts, responses):
             texts.add(tuple(prompt + response))
     require(
         len(texts) > 1,
@@ -493,11 +481,11 @@ def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
     """
     reward_model.eval()
     mine = [rows[i] for i in dist.part(len(rows))]
+    pairs, _ = encode_pairs(mine, tokenizer, max_length, config)
     scores = []
     lengths = []
-    for side in ("chosen", "rejected"):
-        prompts, responses, _ = data.encode(tokenizer, mine, side, max_length, config.chat_template)
-        batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device)
+    for responses in (pairs.chosen, pairs.rejected):
+        batch = pack(pairs.prompts, responses, tokenizer.pad_token_id).to(dist.device)
         own_scores = score_rows(reward_model, batch, config, dist)
         scores.append(dist.gather(own_scores).cpu())
         lengths.append(dist.gather(batch.response_lengths).cpu())
@@ -539,23 +527,21 @@ def gold_scores(held_out, tokenizer, max_length, config, dist):
     gold = load_reward(config.gold_model, tokenizer, dist)
     scores = {}
     for label, rows in held_out.items():
-        texts = []  # {prompt, response}, 2 N
-        for side in ("chosen", "rejected"):
-            for row in rows:
-                texts.append({"prompt": row["prompt"], "response": row[side]})
-        mine = [texts[i] for i in dist.part(len(texts))]
-
-        # A gold reward that is a model reads token ids, another one reads the texts.
-        prompts, responses, _ = data.encode(
-            tokenizer, mine, "response", max_length, config.chat_template
-        )
-        answers = Answers(
-            [text["prompt"] for text in mine],
-            [text["response"] for text in mine],
-            pack(prompts, responses, tokenizer.pad_token_id),
-        )
-        own_scores = score(gold, [answers], dist)
-        scores[label] = dist.gather(own_scores).view(2, -1)
+        mine = [rows[i] for i in dist.part(len(rows))]
+        pairs, _ = encode_pairs(mine, tokenizer, max_length, config)
+        of_sides = []
+        for side, responses in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
+            # A gold reward that is a model reads token ids, another one reads the texts.
+            answers = Answers(
+                [row["prompt"] for row in mine],
+                [row[side] for row in mine],
+                pack(pairs.prompts, responses, tokenizer.pad_token_id),
+                [data.own_row(row) for row in mine],
+                config.chat_template,
+            )
+            own_scores = score(gold, [answers], dist)
+            of_sides.append(dist.gather(own_scores))
+        scores[label] = torch.stack(of_sides)  # [2, N]
     return scores
 
 

@@ -75,6 +75,7 @@ from nanorlhf.sae import (
     update,
 )
 from nanorlhf.stages import train_what_is_missing
+from nanorlhf.tokens import leave_out_control_tokens, ready_prompts
 
 FIT_TOKENS = 2**14  # for the mean and the scale
 MOST_EXPANSION = 2**16  # beyond it no memory holds the weights
@@ -417,12 +418,13 @@ def prepare_tokens(config, rows, model_config, paths, folder):
     tokenizer = load_shared_tokenizer(config.model, paths.values(), needs_eos=has_eos)
 
     # The texts are those of the data set, the policy's answers to its prompts, or both.
+    rows = leave_out_control_tokens(tokenizer, rows, config, dist.print)
     texts = []  # token lists
     if config.texts != "rollouts":
         texts = tokenize_rows(config, tokenizer, rows, model_config, dist)
     if config.texts != "dataset":
         different = {data.canonical(row["prompt"]): row for row in rows}
-        prompts = data.ready_prompts(
+        prompts = ready_prompts(
             tokenizer,
             list(different.values()),
             model_config,

@@ -46,6 +46,13 @@ from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.rng import key
 from nanorlhf.splits import load_splits
 from nanorlhf.stats import mean_se, pair_wins, ratio
+from nanorlhf.tokens import (
+    cut_left,
+    encode,
+    end_ids,
+    ids_with_tokens,
+    leave_out_of_splits,
+)
 
 # Of each loss: the kind of its data, the answers in a row of it, and defaults for the embedded world.
 KIND = {"sft": "sft", "dpo": "pairs"}
@@ -67,6 +74,11 @@ class Config(RunConfig):
         metadata={"choices": tuple(KIND)},
         help="sft: on demonstrations; dpo: on pairs, from a trained --model, which is also the "
         "reference",
+    )
+    loss_on: str = HfArg(
+        default="all",
+        metadata={"choices": ("all", "last")},
+        help="sft on chats of several turns: learn all assistant turns, or the last one alone",
     )
     dpo_beta: float = HfArg(
         default=0.1, help="DPO's beta: the reward that one nat of log-prob stands for"
@@ -130,14 +142,12 @@ def main(config):
         tokenizer = load_tokenizer(config.model)
     max_length = config.max_length or context_length(model_config)
 
-    answers, n_cut = encode_answers(rows, tokenizer, max_length, config)
+    rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
+    answers, cuts = encode_answers(rows, tokenizer, max_length, config)
     held_out_answers = {}
     for label, part in held_out.items():
         held_out_answers[label], _ = encode_answers(part, tokenizer, max_length, config)
-    dist.print(
-        f"{config.loss.upper()} of {config.model} on {config.dataset}: {note}, "
-        f"{n_cut} responses cut to {max_length} tokens"
-    )
+    dist.print(f"{config.loss.upper()} of {config.model} on {config.dataset}: {note}, {cuts}")
 
     # ------------------------------------------------------------------------------------- model
     if config.model == "world":
@@ -267,45 +277,74 @@ class Sequences:
 
     prompts: list[list[int]]
     responses: list[list[int]]
+    # Which tokens of a response are an assistant's: the loss is on them. None: all.
+    scored: list[list[bool]] | None = None
 
     def __len__(self):
         return len(self.prompts)
 
     def at(self, index) -> "Sequences":
         """The sequences of these rows."""
-        return Sequences([self.prompts[i] for i in index], [self.responses[i] for i in index])
+        prompts = [self.prompts[i] for i in index]
+        responses = [self.responses[i] for i in index]
+        scored = None
+        if self.scored is not None:
+            scored = [self.scored[i] for i in index]
+        return Sequences(prompts, responses, scored)
 
     def length(self, i: int) -> int:
         """Tokens of the prompt and the response of one row."""
         return len(self.prompts[i]) + len(self.responses[i])
+
+    def n_scored(self, i: int) -> int:
+        """The number of tokens in one row that the loss is on."""
+        if self.scored is None:
+            return len(self.responses[i])
+        return sum(self.scored[i])
+
+    def mask(self, batch) -> torch.Tensor:
+        """The tokens that the loss is on: [B, R] bool. batch: these sequences, packed."""
+        mask = response_mask_of(batch)
+        if self.scored is not None:
+            for i, row in enumerate(self.scored):
+                mask[i, : len(row)] = torch.tensor(row, device=mask.device)
+        return mask
 
     def response_lengths(self) -> torch.Tensor:
         return torch.tensor([len(response) for response in self.responses])
 
 
 def encode_answers(rows, tokenizer, max_length, config):
-    """Rows of data -> a list of S Sequences, and how many responses had to be cut.
+    """Rows of data -> a list of S Sequences, and a sentence on what had to be cut.
 
-    SFT has one answer in a row, DPO a chosen and a rejected one, in this order. Each answer has a
-    prompt of its own, since a long prompt is cut to make room for the answer.
+    SFT has one answer in a row, DPO a chosen and a rejected one, in this order.
     """
+    fields = ANSWERS[config.loss]
+    loss_on = config.loss_on if config.loss == "sft" else "last"
+    encoded = encode(tokenizer, rows, fields, max_length, config.chat_template, loss_on)
     answers = []
-    n_cut = 0
-    for answer in ANSWERS[config.loss]:
-        prompts, responses, cut = data.encode(
-            tokenizer, rows, answer, max_length, config.chat_template
-        )
-        answers.append(Sequences(prompts, responses))
-        n_cut += cut
-    return answers, n_cut
+    for field in fields:
+        answers.append(Sequences(encoded.prompts, encoded.responses[field], encoded.scored))
+    return answers, encoded.describe_cuts(max_length)
+
+
+def join(parts):
+    """Several Sequences one after another."""
+    prompts = []
+    responses = []
+    for part in parts:
+        prompts += part.prompts
+        responses += part.responses
+    scored = parts[0].scored if len(parts) == 1 else None  # DPO's answers are scored whole
+    return Sequences(prompts, responses, scored)
 
 
 def count_tokens(answers, index):
-    """The number of response tokens in these rows."""
+    """The number of tokens in these rows that the loss is on."""
     n_tokens = 0
     for sequences in answers:
         for i in index:
-            n_tokens += len(sequences.responses[i])
+            n_tokens += sequences.n_scored(i)
     return n_tokens
 
 
@@ -323,10 +362,10 @@ def longest_of_rows(answers, index):
 def add_gradients(model, answers, mine, n_tokens, reference, tokenizer, config, dist):
     """Add up the gradients of this process's rows `mine`, a list of indices.
 
-    n_tokens: response tokens of the global batch -> this process's share of the step's numbers,
-    {name: scalar}.
+    n_tokens: tokens of the global batch that the loss is on -> this process's share of the step's
+    numbers, {name: scalar}.
     """
-    # A row is S sequences, so its longest one may have an S-th of the tokens.
+    # A row is S sequences, so each of them may have 1/S of the tokens.
     tokens = math.ceil(config.tokens_per_micro_batch / len(answers))
     lengths = longest_of_rows(answers, mine)
     parts = dist.even(micro_batches(lengths, config.micro_batch_size, tokens))
@@ -335,16 +374,13 @@ def add_gradients(model, answers, mine, n_tokens, reference, tokenizer, config, 
     for i, part in enumerate(parts, 1):
         index = [mine[k] for k in part.tolist()]
         # For DPO, row j holds the chosen answer of pair j, row b + j the rejected one.
-        prompts = []
-        responses = []
-        for sequences in answers:
-            prompts += sequences.at(index).prompts
-            responses += sequences.at(index).responses
-        batch = pack(prompts, responses, tokenizer.pad_token_id).to(dist.device)  # [S b, T]
+        batch_of_texts = join([sequences.at(index) for sequences in answers])
+        batch = pack(batch_of_texts.prompts, batch_of_texts.responses, tokenizer.pad_token_id)
+        batch = batch.to(dist.device)  # [S b, T]
 
         with sync_on(model, last=i == len(parts)):
             with autocast(dist, config.dtype):
-                logprobs = model(batch, response_mask_of(batch))["logprobs"]  # [S b, R]
+                logprobs = model(batch, batch_of_texts.mask(batch))["logprobs"]  # [S b, R]
             if config.loss == "sft":
                 # loss = -sum of log pi(response token) / number of response tokens
                 loss = -logprobs.sum() / n_tokens
@@ -375,7 +411,7 @@ def add_gradients(model, answers, mine, n_tokens, reference, tokenizer, config, 
 
 @torch.no_grad()
 def token_sums(policy, sequences, tokenizer, config, dist):
-    """Sum over the response tokens of each row: log pi, right guesses, ones. -> [N, 3], float64
+    """Sum over the tokens of each row that the loss is on: log pi, right guesses, ones. -> [N, 3], float64
 
     A guess is right where the token is the likeliest one. All processes call this.
     """
@@ -388,7 +424,7 @@ def token_sums(policy, sequences, tokenizer, config, dist):
             config.micro_batch_size, None, config.tokens_per_micro_batch
         ):
             part = batch.rows(rows)
-            mask = response_mask_of(part)  # [m, R]
+            mask = mine.at(rows.tolist()).mask(part)  # [m, R]
             with autocast(dist, config.dtype):
                 out = policy(part, mask, correct=True)
             columns = [out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)]
@@ -470,29 +506,31 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
     rows = rows[: config.n_samples]
     if not rows:
         return []
-    texts = [row["prompt"] for row in rows]
-    prompts = data.encode_prompts(tokenizer, texts, config.chat_template)
+    # A text without a prompt begins with its first token, where the tokenizer has no BOS.
+    prompts = encode(tokenizer, rows, ANSWERS[config.loss][:1], chat=config.chat_template).prompts
     longest = config.max_new_tokens
     if max_length:
         longest = min(longest, max_length - 1)  # a prompt keeps at least one token
         room = max_length - longest
-        prompts = [data.cut_left(prompt, room, tokenizer.bos_token_id) for prompt in prompts]
+        prompts = [cut_left(prompt, room, tokenizer.bos_token_id) for prompt in prompts]
 
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
+    n_embeddings = policy.lm.config.get_text_config().vocab_size
     with sampling(policy.lm):
         rollout = generate(
             policy,
             ids.to(dist.device),
             mask.to(dist.device),
             longest,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_ids(tokenizer),
+            has_token=ids_with_tokens(tokenizer, n_embeddings),
             pad_token_id=tokenizer.pad_token_id,
             seed=config.seed,
         )
     samples = []
-    for text, response_ids, kept in zip(texts, rollout.response_ids, rollout.response_mask):
+    for row, response_ids, kept in zip(rows, rollout.response_ids, rollout.response_mask):
         response = tokenizer.decode(response_ids[kept], skip_special_tokens=True)
-        samples.append({"prompt": text, "response": response})
+        samples.append({"prompt": row["prompt"], "response": response})
     return samples
 
 

@@ -1,48 +1,31 @@
-"""From data sets and JSONL files to token ids, and the order in which rows are visited.
+"""From data sets and files to rows, and the order in which rows are visited.
 
     read_rows        what --dataset names -> rows {field: text}
-    encode           rows -> prompt and response token lists, cut to fit
     batch_indices    a step -> the rows of its batch
 
 A row is of one of three kinds: sft {prompt, response}; pairs {prompt, chosen, rejected}; prompts
-{prompt}. A bad row gives its file, line and reason. Rows that are skipped and responses that are
-cut are counted and reported.
+{prompt}. A prompt is a text or a chat (chats.py), and formats.py has the ways to write all this. A
+bad row gives its file, line and reason. Rows that are skipped are counted and reported. tokens.py
+makes token ids of rows.
 """
 
-import logging
-import os
-import re
+import json
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from . import world
+from .chats import Prompt, count_turns, is_chat, show
 from .errors import InputError, require
-from .hf.folders import context_length
-from .runtime.files import read_file
+from .formats import Format, Row, check_columns, check_renamed, list_formats, recognise
+from .runtime.files import UNREADABLE
 from .runtime.rng import MINIBATCH, ORDER, SPLIT
+from .runtime.sources import read_any
 
-# The fields of each kind of row. The first is the prompt; the others are answers to it.
-FIELDS = {
-    "sft": ("prompt", "response"),
-    "pairs": ("prompt", "chosen", "rejected"),
-    "prompts": ("prompt",),
-}
 # The embedded world: rows for training (its prompts are all there are), and rows held out.
 WORLD_SIZES = {"sft": 16_000, "pairs": 800}
 WORLD_HELD_OUT = 512
-
-# --prompt_format: how a prompt is written from columns, and the column that holds the response.
-TLDR = "SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
-CNN_DM = "ARTICLE: {article}\nTL;DR:"
-FORMATS = {
-    "": ("{prompt}", "response"),
-    "tldr": (TLDR, "summary"),
-    "cnn_dm": (CNN_DM, "highlights"),
-}
-# How an answer begins in the dialogues of HH-RLHF.
-TURN = "\n\nAssistant:"
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -51,13 +34,12 @@ TURN = "\n\nAssistant:"
 def read_rows(
     spec: str, kind: str, columns=(), split: str = "train", prompt_format: str = ""
 ) -> list[dict]:
-    """What --dataset names -> rows with the fields of their kind, all strings.
+    """What --dataset names -> rows with the fields of their kind (formats.py) and of finish_row().
 
-    spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), a file
-    (.json, .jsonl, either also as .gz, or .parquet), or a data set. columns: renamings
-    FIELD=COLUMN; pairs of whole dialogues need no prompt (split_dialogues). split: 'train', 'test'
-    or 'ood', of the embedded world alone. prompt_format: one of FORMATS, whose columns then take
-    the place of prompt and response.
+    spec: 'world' or 'world:SEED' (the embedded world; the seed draws the spurious cue), or a file
+    or data set (read_any). columns: renamings FIELD=COLUMN. split: 'train', 'test' or 'ood', of the
+    embedded world alone. prompt_format: one of PROMPT_FORMATS, whose columns then take the place of
+    prompt and response.
     """
     if is_world(spec):
         return read_world(spec, kind, split)
@@ -102,150 +84,159 @@ def read_parts(
     in_distribution(place, row) sees the data's own columns beside the fields. Where none is given
     all rows are in distribution. InputError: a bad row, with its place.
     """
-    names = dict(item.split("=", 1) for item in columns)
-    needed = columns_of(prompt_format, kind)
-    unknown = ", ".join(sorted(set(names) - set(needed)))
-    require(not unknown, f"--columns names {unknown}; the fields here are {', '.join(needed)}")
+    names = read_renamings(columns)
+    formats = list_formats(kind, prompt_format, names)
+    plain_fields = ", ".join(formats[0].columns)
 
+    form = None
     kept = []
     left_out = []
-    for place, row in read_any(spec):
-        is_object = isinstance(row, dict)
-        require(is_object, f"{place}: a row must be an object with {', '.join(needed)}")
-        # Without a column for the prompt, the two answers may be whole dialogues that hold it.
-        if kind == "pairs" and not prompt_format and names.get("prompt", "prompt") not in row:
-            row = split_dialogues(
-                row, names.get("chosen", "chosen"), names.get("rejected", "rejected")
-            )
-        texts = read_texts(place, row, needed, names)
-        fields = fill_format(prompt_format, kind, texts)
-        if in_distribution is None or in_distribution(place, {**fields, **row}):
-            kept.append(fields)
+    for place, values in read_any(spec):
+        is_object = isinstance(values, dict)
+        require(is_object, f"{place}: a row must be an object with {plain_fields}")
+        row = Row(place, values, names)
+
+        # The first row says what all of the file is.
+        if form is None:
+            check_renamed(row)
+            form = recognise(row, formats)
+            with_chats = is_chat(form.read(row)["prompt"])
+        check_columns(row, form)
+        fields = form.read(row)
+        check_alike(place, with_chats, fields["prompt"])
+
+        finished = finish_row(place, values, fields)
+        if in_distribution is None or in_distribution(place, show_all(row, fields, form)):
+            kept.append(finished)
         else:
-            left_out.append(fields)
+            left_out.append(finished)
     return kept, left_out
 
 
-def read_any(spec: str) -> list[tuple[str, dict]]:
-    """What --dataset names, other than the embedded world -> [(place, row)], one row at least."""
-    is_json = spec.removesuffix(".gz").endswith((".json", ".jsonl"))
-    is_other_file = os.path.isfile(spec) and not spec.endswith(".parquet")
-    if is_json or is_other_file:
-        rows = read_file(spec)
-    else:
-        rows = read_hub(spec)
-    require(rows, f"{spec}: no rows")
-    return rows
+def read_renamings(columns) -> dict[str, str]:
+    """--columns FIELD=COLUMN ... -> {field: column}."""
+    return dict(item.split("=", 1) for item in columns)
 
 
-def read_hub(spec: str) -> list[tuple[str, dict]]:
-    """A data set's name[:split], or a folder written by save_to_disk, or a .parquet file.
+def check_alike(place: str, with_chats: bool, prompt: Prompt):
+    """InputError where a file has chats and plain texts. with_chats: what its first row has."""
+    if is_chat(prompt) != with_chats:
+        here = "a plain text" if with_chats else "a chat"
+        first = "a chat" if with_chats else "a plain text"
+        raise InputError(f"{place}: the prompt is {here}; that of the first row is {first}")
 
-    -> [(place, row)]. The split is 'train' unless one is named.
+
+def show_all(row: Row, fields: dict, form: Format) -> dict:
+    """What --in_distribution may ask: the data's own columns, and the fields beside them.
+
+    A column that is a field by its own name holds the field: of two dialogues, their answers.
     """
-    # The import takes a second, and JSONL does not need it.
-    import datasets
-
-    # The library logs what it raises too, and an error is to be one line.
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    name, _, split = spec.partition(":")
-    split = split or "train"
-    try:
-        if name.endswith(".parquet"):
-            data = datasets.Dataset.from_parquet(name, keep_in_memory=True)
-        elif os.path.isdir(name):
-            data = datasets.load_from_disk(name)
-        else:
-            data = datasets.load_dataset(name, split=split)
-        # A folder may hold several splits.
-        if isinstance(data, dict):
-            data = data[split]
-        rows = list(data)
-    # The hub has many errors, and all of them mean that this data set is not to be had.
-    except Exception as e:
-        what = " ".join(str(e).split())[:150]
-        raise InputError(
-            f"{spec}: neither a file nor a data set that can be loaded ({what})"
-        ) from None
-    return [(f"{spec}[{i}]", row) for i, row in enumerate(rows)]
+    seen = {**fields, **row.values}
+    for field in form.columns:
+        if field in fields and field not in row.columns:
+            seen[field] = fields[field]
+    return seen
 
 
-def read_texts(place: str, row: dict, needed: list[str], names: dict) -> dict[str, str]:
-    """The texts of a row: {needed name: text}. names: {needed name: column} where they differ."""
-    texts = {}
-    for name in needed:
-        column = names.get(name, name)
-        hint = "" if name in names else f" (name another with --columns {name}=COLUMN)"
-        require(column in row, f"{place}: no field {column!r}{hint}")
-        text = row[column]
-        found = type(text).__name__
-        is_text = isinstance(text, str)
-        require(is_text, f"{place}: field {column!r} must be a string, not {found}")
-        texts[name] = text
-    return texts
+def finish_row(place: str, values: dict, fields: dict) -> dict:
+    """The fields of a row -> what the scripts get: further, its place and the data's own row.
 
-
-def split_dialogues(row: dict, chosen: str, rejected: str) -> dict:
-    """A row of two whole dialogues (HH-RLHF) -> a row with the prompt that they share.
-
-    The prompt reaches to the last assistant turn that begins in both. chosen, rejected: the columns
-    of the dialogues. A row that holds no such dialogues is given back as it is.
+    The place is for chats: that a template refuses one is only found later. The own row is there
+    where it differs from the fields: see own_row(). values: the data's own row.
     """
-    a = row.get(chosen)
-    b = row.get(rejected)
-    if not (isinstance(a, str) and isinstance(b, str)):
-        return row
-    shared = os.path.commonprefix([a, b])
-    if TURN not in shared:
-        return row
-    end = shared.rfind(TURN) + len(TURN)
-    return {**row, "prompt": a[:end], chosen: a[end:], rejected: b[end:]}
+    finished = dict(fields)
+    if is_chat(fields["prompt"]):
+        finished["place"] = place
+    if values != finished:
+        finished["row"] = values
+    return finished
 
 
-# ---------------------------------------------------------------------------- formats of prompts
+def own_row(row: dict) -> dict:
+    """A row of the data as it was read, with all its columns, for rewards that ask for them."""
+    return row.get("row", row)
 
 
-def columns_of(prompt_format: str, kind: str) -> list[str]:
-    """The columns that a row is made from: tldr, sft -> [subreddit, title, post, summary]."""
-    known = ", ".join(filter(None, FORMATS))
-    require(
-        prompt_format in FORMATS, f"--prompt_format must be one of {known}, not {prompt_format!r}"
-    )
-    template, _ = FORMATS[prompt_format]
-    of_prompt = re.findall(r"{(\w+)}", template)
-    return [*of_prompt, *answer_columns(prompt_format, kind).values()]
+# ------------------------------------------------------------------------- what has been read
 
 
-def answer_columns(prompt_format: str, kind: str) -> dict[str, str]:
-    """The column of each answer: tldr, sft -> {response: summary}.
+def describe_rows(rows: list[dict], spec: str, kind: str, columns, prompt_format: str) -> list[str]:
+    """What a run's sentence says of the rows of `spec`: their format, unless it is the plain one.
 
-    Pairs have theirs in all formats: {chosen: chosen, rejected: rejected}.
+    And how many of them hold what could not be read.
     """
-    _, response_column = FORMATS[prompt_format]
-    columns = {}
-    for field in FIELDS[kind][1:]:
-        columns[field] = response_column if field == "response" else field
-    return columns
+    remarks = []
+    if not is_world(spec):
+        names = read_renamings(columns)
+        first_row = Row(spec, own_row(rows[0]), names)
+        form = recognise(first_row, list_formats(kind, prompt_format, names))
+        remarks.append(form.remark)
+    remarks.append(describe_chats(rows))
+    remarks.append(count_unreadable(rows))
+    return list(filter(None, remarks))
 
 
-def fill_format(prompt_format: str, kind: str, texts: dict[str, str]) -> dict[str, str]:
-    """The texts of columns_of() -> a row with the fields of its kind."""
-    if not prompt_format:
-        return texts
-    template, _ = FORMATS[prompt_format]
-    fields = {"prompt": template.format(**texts)}
-    for field, column in answer_columns(prompt_format, kind).items():
-        # The prompt ends in "TL;DR:", and a space stands between it and the answer.
-        fields[field] = " " + texts[column].strip()
-    return fields
+def describe_chats(rows: list[dict]) -> str:
+    """How many turns the chats of rows have, and how many chats a system prompt; '' for no chats.
+
+    The answer counts as a turn too.
+    """
+    n_turns = []
+    n_systems = 0
+    for row in rows:
+        prompt = row["prompt"]
+        if is_chat(prompt):
+            has_answer = "response" in row or "chosen" in row
+            turns = count_turns(prompt)
+            n_turns.append(turns + has_answer)
+            n_systems += turns < len(prompt)
+    if not n_turns:
+        return ""
+    least = min(n_turns)
+    most = max(n_turns)
+    remark = f"chats of {most} turns"
+    if most == 1:
+        remark = "chats of 1 turn"
+    elif least < most:
+        remark = f"chats of {least} to {most} turns"
+    if n_systems:
+        remark += f", {n_systems} with a system prompt"
+    return remark
+
+
+def count_unreadable(rows: list[dict]) -> str:
+    """How many rows hold U+FFFD, for a run's sentence; '' for none."""
+    n = 0
+    for row in rows:
+        answers = row.get("response", "") + row.get("chosen", "") + row.get("rejected", "")
+        n += UNREADABLE in show(row["prompt"]) or UNREADABLE in answers
+    if not n:
+        return ""
+    hold = "row holds" if n == 1 else "rows hold"
+    return f"{n} {hold} U+FFFD, a character that could not be read"
 
 
 # ----------------------------------------------------------------------------- choices of rows
 
 
-def canonical(text: str) -> str:
+def canonical(prompt: Prompt) -> str:
     """The form in which prompts are compared: those that differ by white space alone are one."""
-    return " ".join(text.split())
+    return " ".join(show(prompt).split())
+
+
+def columns_for_files(row: dict) -> dict:
+    """{"row": the data's own row} for a file of answers; {} where it has no further columns.
+
+    Columns that JSON cannot hold, such as images, are left out.
+    """
+    columns = {}
+    for name, value in row.get("row", {}).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            continue
+        columns[name] = value
+    return {"row": columns} if columns else {}
 
 
 def number_prompts(prompts: list[str]) -> list[int]:
@@ -269,125 +260,6 @@ def subset(rows: list, n: int) -> list:
         return rows
     order = np.random.default_rng(SPLIT).permutation(len(rows))
     return [rows[i] for i in sorted(order[:n])]
-
-
-# ---------------------------------------------------------------------------------- tokenising
-
-
-def encode(
-    tokenizer, rows: list[dict], field: str, max_length: int | None = None, chat: bool = False
-) -> tuple[list[list[int]], list[list[int]], int]:
-    """Rows -> prompt token lists, response token lists, how many responses had to be cut.
-
-    field: the one that holds the response. max_length: of a prompt and its response together.
-    """
-    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], chat)
-    responses = encode_responses(tokenizer, [row[field] for row in rows])
-    n_cut = 0
-    if max_length is not None:
-        for i in range(len(rows)):
-            prompts[i], responses[i], was_cut = fit(
-                prompts[i], responses[i], max_length, tokenizer.bos_token_id
-            )
-            n_cut += was_cut
-    return prompts, responses, n_cut
-
-
-def encode_prompts(tokenizer, texts, chat: bool = False) -> list[list[int]]:
-    """Texts -> token lists, which begin with what the tokenizer puts in front of a text (BOS).
-
-    chat: each text is a user's turn in the tokenizer's chat template. InputError: a prompt without
-    any token, and the tokenizer has no BOS.
-    """
-    texts = list(texts)
-    if chat:
-        require(tokenizer.chat_template, "--chat_template: this tokenizer has none")
-        turns = [[{"role": "user", "content": text}] for text in texts]
-        texts = []
-        for turn in turns:
-            text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            texts.append(text)
-    # A tokenizer refuses an empty list.
-    if not texts:
-        return []
-
-    # A chat template writes its own special tokens.
-    prompts = tokenizer(texts, add_special_tokens=not chat).input_ids
-    # The first token of a response is predicted from what stands before it: something must.
-    for i, ids in enumerate(prompts):
-        if not ids:
-            has_bos = tokenizer.bos_token_id is not None
-            require(has_bos, "an empty prompt, and the tokenizer has no BOS token to start from")
-            prompts[i] = [tokenizer.bos_token_id]
-    return prompts
-
-
-def encode_responses(tokenizer, texts) -> list[list[int]]:
-    """Texts -> token lists that end with EOS."""
-    texts = list(texts)
-    if not texts:
-        return []
-    responses = tokenizer(texts, add_special_tokens=False).input_ids
-    return [[*ids, tokenizer.eos_token_id] for ids in responses]
-
-
-def fit(
-    prompt: list[int], response: list[int], max_length: int, bos_token_id: int | None = None
-) -> tuple[list[int], list[int], bool]:
-    """Cut a prompt on its left (cut_left) and a response that is too long, so that both fit.
-
-    -> prompt, response, whether the response was cut. The prompt gives way first, but keeps at
-    least one token: something must predict the response's first.
-    """
-    require(max_length > 1, "--max_length must leave room for a prompt and a response")
-    room = max_length - 1
-    was_cut = len(response) > room
-    response = response[:room]
-    prompt = cut_left(prompt, max_length - len(response), bos_token_id)
-    return prompt, response, was_cut
-
-
-def cut_left(ids: list[int], room: int, bos_token_id: int | None = None) -> list[int]:
-    """The last `room` tokens of a text, room >= 1.
-
-    A BOS in front stays the first of them, and what follows it is cut: a model that was trained
-    with a BOS has never read a text without one.
-    """
-    if len(ids) <= room:
-        return ids
-    if bos_token_id is not None and ids[0] == bos_token_id:
-        first = len(ids) - (room - 1)
-        return [bos_token_id, *ids[first:]]
-    return ids[-room:]
-
-
-def ready_prompts(
-    tokenizer,
-    rows: list[dict],
-    model_config,
-    max_new_tokens: int,
-    max_prompt_length: int = 0,
-    chat: bool = False,
-) -> list[list[int]]:
-    """Rows -> the token lists of their prompts, for answers of max_new_tokens.
-
-    max_prompt_length: longer prompts are cut on the left; 0 leaves them whole. InputError: a prompt
-    that does not fit into the model's context together with its answer.
-    """
-    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], chat)
-    if max_prompt_length:
-        prompts = [cut_left(ids, max_prompt_length, tokenizer.bos_token_id) for ids in prompts]
-    context = context_length(model_config)
-    if context is None:
-        return prompts
-    for ids, row in zip(prompts, rows):
-        require(
-            len(ids) + max_new_tokens <= context,
-            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones are longer than the "
-            f"model's context of {context} (shorten it with --max_prompt_length): "
-            f"{row['prompt'][:40]!r}",
-        )
-    return prompts
 
 
 # --------------------------------------------------------------------------------------- order

@@ -55,6 +55,20 @@ def uncertainty_weighted(scores: torch.Tensor, uwo_lambda: float) -> torch.Tenso
 OBJECTIVES = {"mean": mean, "wco": worst_case, "uwo": uncertainty_weighted}
 
 
+def weighted_sum(scores: torch.Tensor, weights: list[float]) -> torch.Tensor:
+    """K rewards' scores and a weight for each -> sum_i w_i r_i.
+
+    scores [K, ...] -> [...]. ValueError: another number of weights, scores that are not finite.
+    Rewards that measure different things, such as a right answer and its format, are no members of
+    an ensemble: their weights say what a unit of each is worth.
+    """
+    scores = check_scores(scores)
+    if len(weights) != len(scores):
+        raise ValueError(f"{len(scores)} rewards and {len(weights)} weights")
+    column = torch.tensor(weights, dtype=scores.dtype, device=scores.device)  # [K]
+    return torch.tensordot(column, scores, dims=1)
+
+
 def combine_all(scores: torch.Tensor, uwo_lambdas: list[float]) -> dict[str, torch.Tensor]:
     """K members' scores by every objective, uwo by each lambda: {"mean", "wco", "uwo_0.5", ...}.
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from . import ppo
-from .data import is_world
+from .data import columns_for_files, is_world
 from .diversity import distinct_n, distinct_n_se
 from .errors import require
 from .hf.folders import check_model
 from .models import Policy, load_tokenizer
-from .packing import Answers, Packed, pack, response_mask_of
+from .packing import Packed, pack, response_mask_of
 from .rewards import check_reward, kind_of, load_reward, score
 from .rollout import Parts, Rollout, roll_out
 from .runtime.cli import read_settings
@@ -29,6 +29,7 @@ from .runtime.log import eval_folder, read_eval
 from .scoring import Scored, Scoring
 from .splits import labels
 from .stats import mean_se
+from .tokens import Prompts, answers_to
 
 
 @dataclass
@@ -103,8 +104,8 @@ def sampled_outputs(
 # ----------------------------------------------------------------------------- held-out prompts
 
 
-def evaluate(parts: PPOParts, prompts: list[list[int]]) -> tuple[dict[str, dict], list[dict]]:
-    """Answer held-out prompts, N token lists, always with the same noise, and measure the answers.
+def evaluate(parts: PPOParts, prompts: Prompts) -> tuple[dict[str, dict], list[dict]]:
+    """Answer N held-out prompts, always with the same noise, and measure the answers.
 
     -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold, ids} for each answer. All
     processes call this, and all have the same results.
@@ -120,17 +121,19 @@ def evaluate(parts: PPOParts, prompts: list[list[int]]) -> tuple[dict[str, dict]
     for ids, mask in zip(answered["ids"], answered["mask"]):
         response_ids.append(ids[mask].tolist())
     responses = parts.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-    prompt_texts = parts.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    prompt_texts = [row["prompt"] for row in prompts.rows]
 
     numbers = measure_answers(answered, scored, responses)
     rows = list_answers(answered, scored, prompt_texts, responses)
-    for row, prompt, response in zip(rows, prompts, response_ids):
+    for row, data_row, prompt, response in zip(rows, prompts.rows, prompts.ids, response_ids):
         row["prompt_ids"] = prompt
         row["response_ids"] = response
+        # The data's other columns, for a gold reward that scores the answers later.
+        row |= columns_for_files(data_row)
     return numbers, rows
 
 
-def answer_held_out(parts: PPOParts, prompts: list[list[int]]) -> dict[str, Tensor]:
+def answer_held_out(parts: PPOParts, prompts: Prompts) -> dict[str, Tensor]:
     """Answer this process's share of the held-out prompts: {name: [n, ...]}.
 
     One model after the other has its turn: under FSDP each is gathered once.
@@ -145,7 +148,7 @@ def answer_held_out(parts: PPOParts, prompts: list[list[int]]) -> dict[str, Tens
     with gathered(parts.policy):
         for start in range(0, len(mine), batch_size):
             places = mine[start : start + batch_size]
-            rollout, part = roll_out(parts, [prompts[i] for i in places], places, 0)
+            rollout, part = roll_out(parts, prompts.at(places), places, 0)
             rollouts.append(rollout)
             answers.append(part)
         logprobs = []
@@ -233,7 +236,7 @@ def score_gold(config, dist: Dist) -> dict:
     run = config.score_gold
     lock_finished_run(run, dist)
     summary = check_summary(run)
-    split_labels = check_settings(config)
+    split_labels, chat = check_settings(config)
     dist.barrier()  # all have looked before one writes
 
     if dist.main:
@@ -246,7 +249,7 @@ def score_gold(config, dist: Dist) -> dict:
         alone = Dist(0, 1, dist.device)
         gold = load_reward(config.gold_model, tokenizer, alone, config.micro_batch_size)
         for evaluation in sampled:
-            add_gold(evaluation, gold, tokenizer, dist)
+            add_gold(evaluation, gold, tokenizer, chat, dist)
         # The summary comes last: by its gold a run counts as scored.
         write_lines(os.path.join(run, "metrics.jsonl"), records)
         write_summary(run, summary, sampled, split_labels, config.gold_model)
@@ -282,8 +285,8 @@ def check_summary(run: str) -> dict:
     return summary
 
 
-def check_settings(config) -> list[str]:
-    """The labels of the splits on which the run was evaluated.
+def check_settings(config) -> tuple[list[str], bool]:
+    """The labels of the splits on which the run was evaluated, and its --chat_template.
 
     InputError: settings that are no PPO run's, or a --gold_model that cannot score this run.
     """
@@ -295,7 +298,7 @@ def check_settings(config) -> list[str]:
     # The world's own gold knows the world's prompts alone.
     is_known = kind_of(spec) != "gold" or is_world(stored["dataset"])
     require(spec and is_known, f"--score_gold {run}: name its gold reward with --gold_model")
-    return list(labels(stored.get("eval_splits", ["test"])))
+    return list(labels(stored.get("eval_splits", ["test"]))), stored.get("chat_template", False)
 
 
 def read_evaluations(run: str, records: list[dict], split_labels: list[str]) -> list[Evaluation]:
@@ -313,15 +316,18 @@ def read_evaluations(run: str, records: list[dict], split_labels: list[str]) -> 
     return sampled
 
 
-def add_gold(evaluation: Evaluation, gold: Callable, tokenizer, dist: Dist):
-    """Score the answers of an evaluation: into its file, its record and one line of output."""
+def add_gold(evaluation: Evaluation, gold: Callable, tokenizer, chat: bool, dist: Dist):
+    """Score the answers of an evaluation: into its file, its record and one line of output.
+
+    chat: the run's --chat_template.
+    """
     rows = evaluation.rows
-    columns = {"prompt": [], "response": [], "prompt_ids": [], "response_ids": []}
-    for row in rows:
-        for name, column in columns.items():
-            column.append(row[name])
-    batch = pack(columns["prompt_ids"], columns["response_ids"], tokenizer.pad_token_id)
-    scores = gold(Answers(columns["prompt"], columns["response"], batch))  # [N]
+    prompt_ids = [row["prompt_ids"] for row in rows]
+    response_ids = [row["response_ids"] for row in rows]
+    prompts = Prompts(prompt_ids, rows)
+    responses = [row["response"] for row in rows]
+    batch = pack(prompt_ids, response_ids, tokenizer.pad_token_id)
+    scores = gold(answers_to(prompts, responses, batch, chat))  # [N]
 
     for row, row_score in zip(rows, scores.tolist()):
         row["gold"] = row_score

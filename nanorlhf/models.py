@@ -40,10 +40,12 @@ from .hf.folders import (
     check_weights,
     count_embeddings,
     has_tokenizer,
+    hidden_width,
+    read_end_ids,
     read_longest_text,
 )
 from .hf.lora import adapters, adapters_off
-from .hf.weights import check_types
+from .hf.weights import find_dtype
 from .packing import Packed, unflatten
 from .runtime.files import digest
 from .runtime.fingerprints import digest_path
@@ -80,7 +82,7 @@ class Policy(nn.Module):
         self.value_head = None
         if value_head:
             trunk = lm if value_trunk is None else value_trunk
-            self.value_head = nn.Linear(trunk.config.get_text_config().hidden_size, 1)
+            self.value_head = nn.Linear(hidden_width(trunk.config), 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
@@ -120,11 +122,19 @@ class Policy(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V] in float32, as in the LM's own forward."""
         logits = self.lm.get_output_embeddings()(hidden).float()
+        config = self.lm.config.get_text_config()
+        # Cohere multiplies its logits by a number, Granite divides them by one.
+        scale = getattr(config, "logit_scale", None)
+        divisor = getattr(config, "logits_scaling", None)
+        if scale is not None:
+            logits = logits * scale
+        if divisor is not None:
+            logits = logits / divisor
         # Gemma 2 keeps logits between -cap and cap.
-        cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
-        if cap is None:
-            return logits
-        return cap * torch.tanh(logits / cap)
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def forward(
         self,
@@ -362,7 +372,7 @@ def save_policy(policy: Policy, tokenizer, path: str):
         tensors = {name: p.contiguous() for name, p in tensors.items()}
         save_file(tensors, os.path.join(path, VALUE_HEAD))
     if policy.value_trunk is not None:
-        policy.value_trunk.save_pretrained(os.path.join(path, VALUE_MODEL))
+        save_model(policy.value_trunk, os.path.join(path, VALUE_MODEL))
 
 
 def load_reward_model(path: str, device="cpu", seed: int | None = None) -> RewardModel:
@@ -382,7 +392,7 @@ def load_reward_model(path: str, device="cpu", seed: int | None = None) -> Rewar
     if has_new_head:
         generator = torch.Generator().manual_seed(seed)
         # Stiennon et al. 2020: 1 / sqrt(D + 1)
-        std = (model.config.get_text_config().hidden_size + 1) ** -0.5
+        std = (hidden_width(model.config) + 1) ** -0.5
         model.score.weight.data.normal_(0, std, generator=generator)
     return RewardModel(model).eval().to(device)
 
@@ -413,7 +423,7 @@ def pretrained(auto, path: str, new_head: bool = False, **kwargs):
 
     # Nothing is loaded that was not looked at, whoever asks for it.
     check_model(path)
-    check_types(path)
+    stored_dtype = find_dtype(path)
     with library_call(f"{path}: cannot be loaded"):
         model, info = auto.from_pretrained(
             path,
@@ -424,6 +434,7 @@ def pretrained(auto, path: str, new_head: bool = False, **kwargs):
             **kwargs,
         )
     model.eval()
+    model.stored_dtype = stored_dtype  # save_model() writes it so again
     check_complete(path, model, info["missing_keys"], new_head)
     check_weights(path, model)
     check_run(path, model)
@@ -433,8 +444,9 @@ def pretrained(auto, path: str, new_head: bool = False, **kwargs):
 def load_tokenizer(path: str, needs_eos: bool = True):
     """The tokenizer of a model, which must know its EOS unless needs_eos is False.
 
-    A tokenizer without a padding token, or with one that the model has no embedding for, pads with
-    EOS: masks never look at ids. InputError: hf/folders.py.
+    Its `end_ids` are the ids at which a response ends (read_end_ids). A tokenizer without a padding
+    token, or with one that the model has no embedding for, pads with EOS: masks never look at ids.
+    InputError: hf/folders.py.
     """
     path = resolve(path)
     if not has_tokenizer(path):
@@ -448,6 +460,7 @@ def load_tokenizer(path: str, needs_eos: bool = True):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a text")  # some settings are only looked at here
     tokenizer.model_max_length = read_longest_text(path, tokenizer)
+    tokenizer.end_ids = read_end_ids(path, tokenizer)
 
     n_embeddings = count_embeddings(path)
     if n_embeddings is not None:

@@ -133,11 +133,16 @@ def response_mask_of(batch: Packed, width: int | None = None) -> torch.Tensor:
 
 @dataclass
 class Answers:
-    """Finished answers, as text and as the sampled ids; `batch` is None where there is only text."""
+    """Finished answers, as text and as the sampled ids; `batch` is None where there is only text.
 
-    prompts: list[str]
+    Prompts are the data's own, strings or chats (chats.py).
+    """
+
+    prompts: list
     responses: list[str]
     batch: Packed | None
+    rows: list[dict] | None = None  # the data's own rows, which a reward may ask for
+    chat: bool = False  # prompts that are strings were users' turns in a chat template
     # Micro-batches by their tokenizer: texts are tokenized once for all members of an ensemble.
     micro_batches: dict = field(default_factory=dict, repr=False)
 

@@ -17,17 +17,24 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import read_hub
+from .chats import is_chat, read_prompt
+from .data import columns_for_files, own_row
 from .errors import require
 from .models import fingerprint, load_policy
 from .packing import Answers, pack
 from .rewards import fingerprint_reward, load_reward, reward_names
 from .rollout import Parts, roll_out
-from .runtime.files import append_lines, digest, drop_cut_line, read_checked_lines, read_file
+from .runtime.files import append_lines, digest, drop_cut_line, read_checked_lines
 from .runtime.log import Progress
 from .runtime.rng import POOL
+from .runtime.sources import read_any
+from .tokens import Prompts
 
 CHUNK = 4096  # answers that are scored before their scores are written
+# The columns of a pool that are not its data's.
+COLUMNS = (
+    "index", "responses", "answers", "scores", "gold_scores", "prompt_ids", "response_ids",
+)  # fmt: skip
 LAYOUT = "lines with their index"  # goes into the files' names: older files, without, are not read
 
 
@@ -68,7 +75,7 @@ def holds_answers(row, index: int, prompt_ids: list[int], N: int) -> bool:
     """Whether a row of the cache holds N answers to the prompt of this index, a token list."""
     if not isinstance(row, dict) or row.get("index") != index:
         return False
-    if row.get("prompt_ids") != prompt_ids or not isinstance(row.get("prompt"), str):
+    if row.get("prompt_ids") != prompt_ids or not isinstance(row.get("prompt"), str | list):
         return False
     ids = row.get("response_ids")
     if not is_list(row.get("responses"), N, str) or not is_list(ids, N, list):
@@ -93,25 +100,25 @@ def is_list(value, length: int, kind: type) -> bool:
 # ----------------------------------------------------------------------------------- the answers
 
 
-def sample(config, tokenizer, prompts: list[list[int]], dist) -> list[dict]:
-    """Sample N answers to each prompt, a token list. -> one row a prompt:
+def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
+    """Sample N answers to each prompt. -> one row a prompt:
 
-        {index, prompt, responses, prompt_ids, response_ids}
+        {index, prompt, responses, prompt_ids, response_ids[, row]}
 
-    The noise of an answer is keyed by (seed, prompt, answer), in a stream of its own: neither the
+    row: the data's own row, where it has further columns. The noise of an answer is keyed by (seed, prompt, answer), in a stream of its own: neither the
     batch size nor the number of processes changes it, and it is not the noise of any evaluation.
     """
     N = config.n_answers
     # The stream is part of the key: a pool that older noise began is not gone on with.
     settings = (N, config.max_new_tokens, config.temperature, config.seed, config.dtype, POOL)
-    key = "answers_" + digest(LAYOUT, fingerprint(config.model), prompts, settings)
+    key = "answers_" + digest(LAYOUT, fingerprint(config.model), prompts.ids, settings)
 
     def fits(i, row):
-        return i < len(prompts) and holds_answers(row, i, prompts[i], N)
+        return i < len(prompts) and holds_answers(row, i, prompts.ids[i], N)
 
     lines = Lines(config.output_dir, key, dist, fits)
     if len(lines.rows) == len(prompts):
-        return lines.rows
+        return add_own_rows(lines.rows, prompts)
 
     # As many prompts at once as their answers fit into a batch, and at least one.
     policy = load_policy(config.model, value_head=False, device=dist.device)
@@ -123,10 +130,21 @@ def sample(config, tokenizer, prompts: list[list[int]], dist) -> list[dict]:
         lines.append(sample_rows(parts, prompts, range(first, last)))
         progress.step(last, "")
     progress.close()
-    return lines.rows
+    return add_own_rows(lines.rows, prompts)
 
 
-def sample_rows(parts: Parts, prompts: list[list[int]], index: range) -> list[dict]:
+def add_own_rows(rows: list[dict], prompts: Prompts) -> list[dict]:
+    """Rows of the cache, with the data's own prompts, and its rows where they have more columns."""
+    complete = []
+    for row, data_row in zip(rows, prompts.rows):
+        complete.append({**row, "prompt": data_row["prompt"]})
+        for key in ("row", "place"):
+            if key in data_row:
+                complete[-1][key] = data_row[key]
+    return complete
+
+
+def sample_rows(parts: Parts, prompts: Prompts, index: range) -> list[dict]:
     """Sample N answers to each of these prompts. -> their rows, as in sample()"""
     config = parts.config
     N = config.n_answers
@@ -147,33 +165,31 @@ def sample_rows(parts: Parts, prompts: list[list[int]], index: range) -> list[di
         own = slice(p * N, (p + 1) * N)
         row = {
             "index": i,
-            "prompt": parts.tokenizer.decode(prompts[i], skip_special_tokens=True),
+            "prompt": prompts.rows[i]["prompt"],
             "responses": texts[own],
-            "prompt_ids": prompts[i],
+            "prompt_ids": prompts.ids[i],
             "response_ids": responses[own],
         }
         rows.append(row)
     return rows
 
 
-def sample_batch(
-    parts: Parts, prompts: list[list[int]], pairs: list[tuple[int, int]]
-) -> list[list[int]]:
+def sample_batch(parts: Parts, prompts: Prompts, pairs: list[tuple[int, int]]) -> list[list[int]]:
     """Sample the answers (prompt i, answer j), by all processes together. -> their token lists"""
     dist = parts.dist
 
     def sample_mine():
-        own_prompts = []
+        index = []  # of the prompts
         places = []  # one number for each answer keys its noise
         for k in dist.part(len(pairs)):
             i, j = pairs[k]
-            own_prompts.append(prompts[i])
+            index.append(i)
             places.append(i * 2**32 + j)
         if not places:  # there are fewer answers than processes
             shape = (0, parts.config.max_new_tokens)
             no_ids = torch.zeros(shape, dtype=torch.long, device=dist.device)
             return no_ids, no_ids.sum(1)
-        rollout, _ = roll_out(parts, own_prompts, places, 0, POOL)
+        rollout, _ = roll_out(parts, prompts.at(index), places, 0, POOL)
         return rollout.response_ids, rollout.response_mask.sum(1)
 
     own_ids, own_lengths = dist.together(sample_mine)  # [n, R], [n]
@@ -188,15 +204,12 @@ def sample_batch(
 def read(spec: str) -> list[dict]:
     """Read a pool that is there already. -> rows {prompt, responses[, gold_scores]}
 
-    spec: a .json or .jsonl[.gz] file with {prompt, responses: [str], gold_scores: [float]}, or a
-    data set; also with the columns {instruction, input, answers, gold_scores}. gold_scores may be
-    missing, then from all rows. InputError: a bad row, with its place.
+    spec: a file of rows {prompt, responses: [str], gold_scores: [float]}, or a data set; also with
+    the columns {instruction, input, answers, gold_scores}. A prompt may be a list of messages.
+    gold_scores may be missing, then from all rows. InputError: a bad row, with its place.
     """
-    is_json = spec.removesuffix(".gz").endswith((".json", ".jsonl"))
-    is_file = is_json or os.path.isfile(spec)
     rows = []
-    placed_rows = read_file(spec) if is_file else read_hub(spec)
-    for place, row in placed_rows:
+    for place, row in read_any(spec):
         new = read_row(place, row)
         is_alike = not rows or ("gold_scores" in new) == ("gold_scores" in rows[0])
         require(is_alike, f"{place}: some rows have gold_scores, and some have not")
@@ -206,16 +219,16 @@ def read(spec: str) -> list[dict]:
 
 
 def read_row(place: str, row) -> dict:
-    """Check a row of a pool. -> {prompt, responses[, gold_scores]}
+    """Check a row of a pool. -> {prompt, responses[, gold_scores]}, and what further_keys() adds.
 
     place: its file and line, for InputErrors.
     """
     require(isinstance(row, dict), f"{place}: a row must be an object with prompt and responses")
+    own = row
     if "prompt" not in row and "instruction" in row:
         row = {**row, **rename_columns(place, row)}
 
-    prompt = row.get("prompt")
-    require(isinstance(prompt, str), f"{place}: field 'prompt' must be a string")
+    prompt = read_prompt(place, row.get("prompt"))
     responses = row.get("responses")
     are_texts = isinstance(responses, list) and all(isinstance(x, str) for x in responses)
     require(
@@ -233,7 +246,24 @@ def read_row(place: str, row) -> dict:
             f"{place}: {len(gold)} gold_scores for {len(responses)} responses",
         )
         new["gold_scores"] = gold
-    return new
+    return new | further_keys(place, own, prompt)
+
+
+def further_keys(place: str, row: dict, prompt) -> dict:
+    """The keys of data.finish_row() for a row of a pool: {"place", "row"}, where they are needed.
+
+    A pool that sample_bon.py wrote keeps the data's own row. In any other pool, every
+    column outside COLUMNS is the data's.
+    """
+    keys = {}
+    if is_chat(prompt):
+        keys["place"] = place
+    data_row = row.get("row")
+    if not isinstance(data_row, dict):
+        data_row = {name: value for name, value in row.items() if name not in COLUMNS}
+    if data_row != {"prompt": prompt}:
+        keys["row"] = data_row
+    return keys
 
 
 def rename_columns(place: str, row: dict) -> dict:
@@ -264,7 +294,8 @@ def score(
     The answers of a chunk are tokenized and sorted by length once, for all members of an ensemble.
     """
     specs = dict(zip(reward_names(specs), specs))  # by their names
-    lines = open_scores(rows, specs, config, dist)  # {name: Lines}
+    is_templated = getattr(config, "chat_template", False)
+    lines = open_scores(rows, specs, is_templated, config, dist)  # {name: Lines}
 
     # A reward whose scores are all there is not even loaded.
     rewards = {}
@@ -277,12 +308,13 @@ def score(
         missing = [name for name in rewards if len(lines[name].rows) < last]
         if not missing:
             continue
-        chunk = []  # (row, the place of an answer in it)
-        for row in rows[first:last]:
+        # All answers to a prompt are scored by one process: they share what is cut from it.
+        mine = []  # (row, the place of an answer in it)
+        for p in dist.part(last - first):
+            row = rows[first + p]
             for j in range(len(row["responses"])):
-                chunk.append((row, j))
-        mine = [chunk[k] for k in dist.part(len(chunk))]
-        answers = collect_answers(mine)
+                mine.append((row, j))
+        answers = collect_answers(mine, is_templated)
 
         for name in missing:
             scores = score_chunk(rewards[name], answers, dist)
@@ -299,15 +331,18 @@ def score(
     return scores_of
 
 
-def open_scores(rows, specs: dict[str, str], config, dist) -> dict[str, Lines]:
+def open_scores(rows, specs: dict[str, str], chat: bool, config, dist) -> dict[str, Lines]:
     """Open the file of each reward's scores of these rows: {name: Lines}.
 
     Copies of a model share one file.
     """
     texts = []
     for row in rows:
-        texts.append(digest(row["prompt"], row["responses"], row.get("response_ids")))
-    data = digest(texts)
+        text = [row["prompt"], row["responses"], row.get("response_ids")]
+        text += columns_for_files(row).values()
+        texts.append(digest(*text))
+    # What was scored without --chat_template keeps its name.
+    data = digest(texts, chat) if chat else digest(texts)
 
     def fits(i, row):
         return i < len(rows) and holds_scores(row, i, len(rows[i]["responses"]))
@@ -358,20 +393,22 @@ def group_by_prompt(scores: list[float], rows: list[dict], first: int, last: int
     return lines
 
 
-def collect_answers(chunk: list[tuple[dict, int]]) -> Answers:
+def collect_answers(chunk: list[tuple[dict, int]], chat: bool = False) -> Answers:
     """(row, place of an answer in it) -> Answers, with the sampled ids where rows have them."""
     prompts = []
     responses = []
+    rows = []
     prompt_ids = []
     response_ids = []
     for row, j in chunk:
         prompts.append(row["prompt"])
         responses.append(row["responses"][j])
+        rows.append(own_row(row))
         if "response_ids" in row:
             prompt_ids.append(row["prompt_ids"])
             response_ids.append(row["response_ids"][j])
     batch = pack(prompt_ids, response_ids) if prompt_ids else None
-    return Answers(prompts, responses, batch)
+    return Answers(prompts, responses, batch, rows, chat)
 
 
 def matrix(rows: list[list[float]]) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
 A reward is named by one string, which kind_of() understands:
     FOLDER or hub name       a reward model of train_rm.py, a SARM, or any HF sequence classifier
-                             (its positive logit)
-    FILE.py:FUNCTION         a Python function of (prompts, responses), two lists of texts, that
-                             returns one float for each
+    FOLDER#LABEL             (the logit of this label, or of the one that is called positive)
+    FILE.py:FUNCTION         a Python function of (prompts, responses) or (prompts, responses, rows)
+                             that returns one float for each; see text_reward()
     FILE.tsv or FILE.txt     a lexicon, WORD<TAB>VALUE...: the sum of the response's words' values
                              / 5, clipped to +-10
     world:gold               the embedded world's gold reward
@@ -16,6 +16,7 @@ them.
     B answers, K rewards, T tokens
 """
 
+import copy
 import inspect
 import math
 import os
@@ -28,15 +29,16 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from . import world
-from .data import encode_prompts, encode_responses
-from .errors import require, user_code
-from .hf.folders import check_model, context_length
+from .chats import as_chat, is_chat, show
+from .errors import InputError, require, user_code
+from .hf.folders import check_model, context_length, readable_length
 from .models import RewardModel, fingerprint, load_tokenizer, pretrained
 from .packing import Answers, Packed, micro_batches, pack
 from .runtime.distributed import Dist, autocast
 from .runtime.files import decode_text, digest, digest_file, python_function, read_bytes
 from .runtime.fsdp import gathered
 from .sarm import SARM, check_sarm, is_sarm
+from .tokens import Encoded, cut_items, encode, end_ids, render
 
 Reward = Callable[[Answers], Tensor]
 
@@ -155,10 +157,12 @@ def check_reward(spec: str):
         python_function(spec)
     elif kind == "lexicon":
         read_lexicon(spec)
-    elif kind == "model" and is_sarm(spec):
-        check_sarm(spec)
     elif kind == "model":
-        check_model(spec)
+        path, label = split_label(spec)
+        if is_sarm(path):
+            check_sarm(path)
+        else:
+            check_label(path, check_model(path), label)
 
 
 def fingerprint_reward(spec: str) -> str:
@@ -172,7 +176,53 @@ def fingerprint_reward(spec: str) -> str:
     if kind == "function":
         path, _, name = spec.rpartition(":")
         return digest(name, digest_file(path))
-    return fingerprint(spec)
+    path, label = split_label(spec)
+    if label:
+        return digest(label, fingerprint(path))
+    return fingerprint(path)
+
+
+def split_label(spec: str) -> tuple[str, str]:
+    """FOLDER#LABEL -> the model's path, and the label, or ''."""
+    if os.path.exists(spec):
+        return spec, ""
+    path, _, label = spec.partition("#")
+    return path, label
+
+
+def check_label(path: str, config, label: str):
+    """InputError where a sequence classifier's label has to be named, or is not there.
+
+    What is no classifier, such as a language model, is refused when it is loaded.
+    """
+    names = config.architectures
+    is_list = isinstance(names, list)  # a damaged config may hold anything
+    is_classifier = is_list and any(str(x).endswith("ForSequenceClassification") for x in names)
+    if label or is_classifier:
+        choose_label(path, config, label)
+
+
+def choose_label(path: str, config, label: str) -> int:
+    """The place of the logit that is the reward, among those of a sequence classifier.
+
+    It is that of `label`, else of the label that is called positive or pos; a model with one logit
+    needs no label. InputError, with all labels: nobody says which one is good.
+    """
+    labels = {}
+    for i, name in config.id2label.items():
+        if str(name) == label:  # two labels may differ in their capitals alone
+            return int(i)
+        labels[str(name).lower()] = int(i)
+    known = ", ".join(f"{path}#{name}" for name in config.id2label.values())
+    if label:
+        require(label.lower() in labels, f"{path}: no label {label!r}; there are {known}")
+        return labels[label.lower()]
+    if config.num_labels == 1:
+        return 0
+    for name in ("positive", "pos"):
+        if name in labels:
+            return labels[name]
+    raise InputError(f"{path}: which of its labels is the reward? Name one of {known}")
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -214,16 +264,28 @@ def load_reward(
 
 
 def text_reward(name: str, function: Callable) -> Reward:
-    """A function of (prompts, responses) -> a reward that checks what the function returns."""
+    """A Python function -> a reward that checks what the function returns.
+
+    function(prompts, responses) or function(prompts, responses, rows): lists of one length. Prompts
+    are the data's own, strings or lists of messages; rows are the data's own rows, with all their
+    columns. InputError, of the reward: it returned something else than one finite number for each
+    response, or asked for rows where there are none.
+    """
     largest = torch.finfo(torch.float32).max
+    needs_rows = takes_rows(function)
 
     def reward(answers: Answers) -> Tensor:
         # The function gets lists of its own: it may sort or empty them, and the next reward
         # reads the same answers.
-        prompts = list(answers.prompts)
-        responses = list(answers.responses)
+        given = [copy.deepcopy(answers.prompts), list(answers.responses)]
+        if needs_rows:
+            require(
+                answers.rows is not None,
+                f"the reward {name} asks for the data's rows, and these answers have none",
+            )
+            given.append(copy.deepcopy(answers.rows))
         with user_code(f"the reward {name} raised"):
-            returned = function(prompts, responses)
+            returned = function(*given)
         with user_code(f"the reward {name} must return one float for each response:"):
             scores = read_scores(returned)
 
@@ -239,6 +301,22 @@ def text_reward(name: str, function: Callable) -> Reward:
         return torch.tensor(scores)
 
     return reward
+
+
+def takes_rows(function: Callable) -> bool:
+    """Whether a reward function has a third positional argument for the data's rows.
+
+    It is called rows, or has no value of its own. Further arguments with values are its settings.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some functions that are written in C do not say
+        return False
+    if len(parameters) < 3:
+        return False
+    third = parameters[2]
+    is_positional = third.kind in (third.POSITIONAL_ONLY, third.POSITIONAL_OR_KEYWORD)
+    return is_positional and (third.name == "rows" or third.default is third.empty)
 
 
 def read_scores(returned) -> list[float]:
@@ -334,8 +412,9 @@ def parse_entry(place: str, line: str) -> tuple[str, float]:
 # ------------------------------------------------------------------------------------ by a model
 
 
-def model_reward(path: str, tokenizer, dist: Dist, micro_batch_size: int, dtype: str) -> Reward:
-    """A reward model, a SARM, or any other sequence classifier (its positive logit) -> a reward."""
+def model_reward(spec: str, tokenizer, dist: Dist, micro_batch_size: int, dtype: str) -> Reward:
+    """A reward model, a SARM, or any other sequence classifier -> a reward."""
+    path, label = split_label(spec)
     # Reward models and SARMs read packed rows: Packed -> scores [B]. Other classifiers read what
     # their own tokenizer makes of the texts.
     if is_sarm(path):
@@ -353,7 +432,8 @@ def model_reward(path: str, tokenizer, dist: Dist, micro_batch_size: int, dtype:
     if reads_packed:
         score_answers = packed_scorer(module, model.config, path, tokenizer, dist, micro_batch_size)
     else:
-        score_answers = classifier_scorer(module, path, dist, micro_batch_size)
+        place = choose_label(path, model.config, label)
+        score_answers = classifier_scorer(module, path, place, dist, micro_batch_size)
 
     @torch.no_grad()
     def reward(answers: Answers) -> Tensor:
@@ -388,22 +468,28 @@ def packed_reader(
     """-> a function Answers -> [(rows, Packed)]: micro-batches as the model in `path` reads them.
 
     config: the model's. With the policy's own tokenizer the sampled ids are read as they are: never
-    decoded and tokenised again. InputError, of the function: a text that is too long for the model,
-    or that holds a token without an embedding.
+    decoded and tokenised again. A text that is longer than the model's context is cut: see
+    tokens.fit_item(). InputError, of the function: a text holds a token without an embedding.
     """
     own_tokenizer = load_tokenizer(path)
     reads_ids = tokenizer is not None and own_tokenizer.get_vocab() == tokenizer.get_vocab()
     context = context_length(config)
     n_embeddings = config.get_text_config().vocab_size
     # Members of an ensemble that read the same rows share them: Answers keep them by this key.
-    key = (key_of(own_tokenizer), micro_batch_size)
+    key = (key_of(own_tokenizer), micro_batch_size, context)
     if reads_ids:
-        key = ("sampled ids", micro_batch_size)
+        key = ("sampled ids", micro_batch_size, context)
+    said = []  # what was said of texts that are too long: once is enough
 
     def prepare(answers: Answers) -> list[tuple[Tensor, Packed]]:
         batch = answers.batch
         if not reads_ids:
             batch = encode_again(answers, tokenizer, own_tokenizer)
+        if context and batch.ids.shape[1] > context:
+            batch, sentence = cut_batch(answers, batch, context, own_tokenizer)
+            if not said:
+                dist.print(f"{path}: of {len(answers)} texts, {sentence} (not said again)")
+            said.append(sentence)
         batch = batch.to(dist.device)
         parts = []
         for rows in batch.micro_batches(micro_batch_size):
@@ -414,12 +500,6 @@ def packed_reader(
         if key not in answers.micro_batches:
             answers.micro_batches[key] = prepare(answers)
         parts = answers.micro_batches[key]
-
-        longest = max(part.ids.shape[1] for _, part in parts)
-        require(
-            not context or longest <= context,
-            f"{path}: a text of {longest} tokens, a context of {context}",
-        )
         for _, part in parts:
             check_ids(path, part.ids, n_embeddings)
         return parts
@@ -438,9 +518,20 @@ def key_of(tokenizer) -> tuple:
 
 
 def encode_again(answers: Answers, tokenizer, own_tokenizer) -> Packed:
-    """The texts of answers as another tokenizer encodes them. tokenizer: the policy's."""
-    prompts = encode_prompts(own_tokenizer, answers.prompts)
-    responses = encode_responses(own_tokenizer, answers.responses)
+    """The texts of answers as another tokenizer encodes them. tokenizer: the policy's.
+
+    Chats go through the other tokenizer's own template, or are plain text where it has none.
+    """
+    has_template = bool(own_tokenizer.chat_template)
+    rows = []
+    for prompt, response in zip(answers.prompts, answers.responses):
+        if is_chat(prompt) and not has_template:
+            prompt = chat_as_text(prompt)
+        rows.append({"prompt": prompt, "response": response})
+    chat = answers.chat and has_template
+    encoded = encode(own_tokenizer, rows, ("response",), chat=chat)
+    prompts = encoded.prompts
+    responses = encoded.responses["response"]
     if answers.batch is None:
         return pack(prompts, responses, own_tokenizer.pad_token_id)
 
@@ -450,10 +541,31 @@ def encode_again(answers: Answers, tokenizer, own_tokenizer) -> Packed:
     last_columns = (batch.lengths - 1).cpu()
     last_ids = batch.ids[torch.arange(len(batch)), last_columns].tolist()
     for i, last_id in enumerate(last_ids):
-        was_cut_off = last_id != tokenizer.eos_token_id
+        was_cut_off = last_id not in end_ids(tokenizer)
         if was_cut_off and len(responses[i]) > 1:
             responses[i] = responses[i][:-1]
     return pack(prompts, responses, own_tokenizer.pad_token_id)
+
+
+def chat_as_text(prompt: list[dict]) -> str:
+    """A chat for a model without a chat template, up to where its answer begins."""
+    return f"{show(prompt)}\nassistant:\n"
+
+
+def cut_batch(answers: Answers, batch: Packed, max_length: int, tokenizer) -> tuple[Packed, str]:
+    """The rows of a batch, cut to max_length, and how many had to be.
+
+    Answers to one prompt that stand side by side keep the same part of it.
+    """
+    prompts = []
+    responses = []
+    for ids, n_prompt, length in zip(batch.ids, batch.prompt_lengths, batch.lengths):
+        prompts.append(ids[:n_prompt].tolist())
+        responses.append(ids[n_prompt:length].tolist())
+    encoded = Encoded(prompts, {"response": responses}, None, 0, 0)
+    cut_items(encoded, max_length, tokenizer.bos_token_id)
+    cut = pack(encoded.prompts, encoded.responses["response"], tokenizer.pad_token_id)
+    return cut, encoded.describe_cuts(max_length)
 
 
 def check_ids(path: str, ids: Tensor, n_embeddings: int):
@@ -467,10 +579,10 @@ def check_ids(path: str, ids: Tensor, n_embeddings: int):
         )
 
 
-def classifier_scorer(model, path: str, dist: Dist, micro_batch_size: int) -> Reward:
-    """The positive logit on "prompt response" of any sequence classifier.
+def classifier_scorer(model, path: str, label: int, dist: Dist, micro_batch_size: int) -> Reward:
+    """The logit of a label of any sequence classifier, on "prompt response".
 
-    It is that of the label that is called positive (or pos), else of the last one.
+    A chat is what the classifier's own template writes, or plain text where it has none.
     """
     tokenizer = load_tokenizer(path, needs_eos=False)
     require(
@@ -481,17 +593,32 @@ def classifier_scorer(model, path: str, dist: Dist, micro_batch_size: int) -> Re
     tokenizer.truncation_side = "left"  # the response must stay
     # Tokenizers without a limit of their own have one of 1e30.
     longest = tokenizer.model_max_length
-    context = min(longest, context_length(model.config) or longest, 2**20)
+    context = min(longest, readable_length(model) or longest, 2**20)
 
-    labels = {name.lower(): i for i, name in model.config.id2label.items()}
-    last_label = model.config.num_labels - 1
-    label = labels.get("positive", labels.get("pos", last_label))
     key = ("text", key_of(tokenizer), context, micro_batch_size)
 
     def prepare(answers: Answers) -> list[tuple]:
         """What all members with this tokenizer read: (rows, padded inputs) of similar length."""
-        texts = [f"{p} {r}" for p, r in zip(answers.prompts, answers.responses)]
-        encoded = tokenizer(texts, truncation=True, max_length=context)
+        texts = []
+        with_template = bool(tokenizer.chat_template) and (
+            answers.chat or is_chat(answers.prompts[0])
+        )
+        for prompt, response in zip(answers.prompts, answers.responses):
+            if with_template:
+                turn = {"role": "assistant", "content": response}
+                texts.append(render(tokenizer, [*as_chat(prompt), turn]))
+            elif is_chat(prompt):
+                texts.append(chat_as_text(prompt) + response)
+            else:
+                texts.append(f"{prompt} {response}")
+        # A template writes its own control tokens; those that a plain text spells are text.
+        encoded = tokenizer(
+            texts,
+            truncation=True,
+            max_length=context,
+            add_special_tokens=not with_template,
+            split_special_tokens=not with_template,
+        )
         lengths = torch.tensor([len(ids) for ids in encoded.input_ids])
         parts = []
         for rows in micro_batches(lengths, micro_batch_size):

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from .data import ready_prompts
 from .errors import InputError, at_least, first_line, require
 from .hf.blocks import sampling
 from .hf.decode import decode, decode_static, decoding
@@ -30,6 +29,7 @@ from .ppo import entropy
 from .runtime.distributed import Dist, autocast
 from .runtime.flags import FlagGroup
 from .runtime.rng import ROLLOUT
+from .tokens import Prompts, answers_to, end_ids, ids_with_tokens, ready_prompts
 
 
 @dataclass
@@ -138,7 +138,8 @@ class Sampler:
     temperature: float
     top_k: int
     top_p: float
-    eos_token_id: int | None
+    end_ids: Tensor | None  # [E]: a response ends with any of them; None: it never ends
+    has_token: Tensor | None  # [V] bool: ids that may be sampled; None: all
 
     def __call__(self, hidden: Tensor, u: Tensor) -> dict[str, Tensor]:
         """Sample a token for each row.
@@ -151,6 +152,8 @@ class Sampler:
         probs = logp.exp()
         # The entropy comes before the sample: of the full distribution.
         entropies = entropy(logp, probs)  # [b]
+        if self.has_token is not None:
+            probs = probs.masked_fill(~self.has_token, 0.0)
         token = sample(truncate(probs, self.top_k, self.top_p), u)  # [b]
         new = {
             "response_ids": token,
@@ -160,6 +163,10 @@ class Sampler:
         if self.model.shares_trunk:
             new["values"] = scalar(self.model.value_head, hidden)
         return new
+
+    def is_end(self, token: Tensor) -> Tensor:
+        """Which token ids end a response: [...] -> [...] bool."""
+        return (token[..., None] == self.end_ids).any(-1)
 
 
 # --------------------------------------------------------------------------------- all responses
@@ -175,7 +182,8 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    has_token: Tensor | None = None,
     pad_token_id: int = 0,
     seed: int = 0,
     step: int = 0,
@@ -185,11 +193,13 @@ def generate(
 ) -> Rollout:
     """Sample one response for every prompt from softmax(logits / temperature), dropout off.
 
-    prompt_ids, attention_mask [B, P], left-padded. eos_token_id None never stops early. index [B]:
-    each sample's place in the global batch (default 0..B-1). stream: of the noise, see rng.py.
-    static: shapes that never change (default: on a GPU).
-    Pitfall: top_k and top_p cut what may be sampled, but log-probs are of the full distribution all
-    the same, so keep them off for training.
+    prompt_ids, attention_mask [B, P], left-padded. eos_token_id: what a response ends with, one id
+    or any of several; None never stops early. has_token [V] bool: ids that may be sampled (default:
+    all). index [B]: each sample's place in the global batch (default 0..B-1). stream: of the noise,
+    see rng.py. static: shapes that never change (default: on a GPU).
+    Pitfall: top_k, top_p and has_token cut what may be sampled, but log-probs are of the full
+    distribution all the same, so keep the first two off for training. What has no token has next to
+    no probability in a trained model.
     """
     if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError("temperature must be positive, top_p in (0, 1], top_k 0 (off) or more")
@@ -211,7 +221,12 @@ def generate(
         "response_ids": torch.full((B, R), pad_token_id, device=device),
     }
     finished = torch.zeros(B, dtype=torch.bool, device=device)
-    sampler = Sampler(model, temperature, top_k, top_p, eos_token_id)
+    ends = None
+    if eos_token_id is not None:
+        ends = torch.tensor(eos_token_id, device=device).view(-1)  # [E]
+    if has_token is not None:
+        has_token = has_token.to(device)
+    sampler = Sampler(model, temperature, top_k, top_p, ends, has_token)
 
     with decoding(model, device.type):
         written = False
@@ -223,7 +238,10 @@ def generate(
         raise FloatingPointError(f"step {step}: the policy's log-probs are not finite; lower --lr")
 
     # A finished row may have run on until it was dropped: the response ends with its first EOS.
-    response_mask = mask_up_to_eos(out["response_ids"], eos_token_id, finished)  # [B, R]
+    if finished.any():
+        response_mask = mask_up_to_end(sampler.is_end(out["response_ids"]))  # [B, R]
+    else:
+        response_mask = torch.ones(B, R, dtype=torch.bool, device=device)
     values = None
     if model.shares_trunk:
         values = out["values"] * response_mask
@@ -263,16 +281,13 @@ def try_static(
     return True
 
 
-def mask_up_to_eos(response_ids: Tensor, eos_token_id: int | None, finished: Tensor) -> Tensor:
-    """The mask of the tokens up to and including the first EOS.
+def mask_up_to_end(is_end: Tensor) -> Tensor:
+    """The mask of the tokens up to and including the first that ends a response: [B, R] bool.
 
-    response_ids [B, R], finished [B] -> [B, R] bool.
+    is_end [B, R]: which tokens would end it.
     """
-    if not finished.any():
-        return torch.ones_like(response_ids, dtype=torch.bool)
-    is_eos = response_ids == eos_token_id
-    eos_to_the_left = is_eos.cumsum(1) - is_eos.long()
-    return eos_to_the_left == 0
+    ends_to_the_left = is_end.cumsum(1) - is_end.long()
+    return ends_to_the_left == 0
 
 
 # -------------------------------------------------------------------------- the rollouts of a run
@@ -287,20 +302,25 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
 
+    def __post_init__(self):
+        # Ids that a padded vocabulary has no token for are never sampled.
+        n_embeddings = self.policy.lm.config.get_text_config().vocab_size
+        self.has_token = ids_with_tokens(self.tokenizer, n_embeddings)
+
 
 def roll_out(
-    parts: Parts, prompts: list[list[int]], place: Iterable[int], step: int, stream: int = ROLLOUT
+    parts: Parts, prompts: Prompts, place: Iterable[int], step: int, stream: int = ROLLOUT
 ) -> tuple[Rollout, Answers]:
-    """One response to each prompt.
+    """One response to each of b prompts.
 
-    prompts: b token lists. place: their places in the global batch, which key the noise. Step 0 of
-    the stream ROLLOUT is the evaluations'. A pool has a stream of its own (rng.py).
+    place: the prompts' places in the global batch, which key the noise. Step 0 of the stream
+    ROLLOUT is the evaluations'. A pool has a stream of its own (rng.py).
     """
     config = parts.config
     dist = parts.dist
     tokenizer = parts.tokenizer
 
-    ids, mask = left_pad(prompts, tokenizer.pad_token_id)
+    ids, mask = left_pad(prompts.ids, tokenizer.pad_token_id)
     with autocast(dist, config.dtype), sampling(parts.policy.lm):
         rollout = generate(
             parts.policy,
@@ -308,7 +328,8 @@ def roll_out(
             mask.to(dist.device),
             config.max_new_tokens,
             temperature=config.temperature,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_ids(tokenizer),
+            has_token=parts.has_token,
             pad_token_id=tokenizer.pad_token_id,
             seed=config.seed,
             step=step,
@@ -319,10 +340,9 @@ def roll_out(
     responses = []
     for row, kept in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu()):
         responses.append(row[kept])
-    prompt_texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     response_texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     batch = through_frozen_blocks(parts, rollout.packed())
-    return rollout, Answers(prompt_texts, response_texts, batch)
+    return rollout, answers_to(prompts, response_texts, batch, config.chat_template)
 
 
 def through_frozen_blocks(parts: Parts, batch: Packed) -> Packed:
@@ -362,17 +382,19 @@ def ask_locally(
     """
     device = next(policy.parameters()).device
     has_template = bool(tokenizer.chat_template)
+    n_embeddings = policy.lm.config.get_text_config().vocab_size
+    has_token = ids_with_tokens(tokenizer, n_embeddings)
     ready = []  # (i, token ids)
     for i, question in enumerate(questions):
         row = {"prompt": question}
         try:
-            (prompt,) = ready_prompts(
+            ready_prompt = ready_prompts(
                 tokenizer, [row], policy.lm.config, max_tokens, chat=has_template
             )
         except InputError as e:
             yield i, e
         else:
-            ready.append((i, prompt))
+            ready.append((i, ready_prompt.ids[0]))
 
     # Prompts of similar length together have little padding.
     ready.sort(key=lambda item: len(item[1]))
@@ -385,7 +407,8 @@ def ask_locally(
             mask.to(device),
             max_tokens,
             temperature=1e-4,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_ids(tokenizer),
+            has_token=has_token,
             pad_token_id=tokenizer.pad_token_id,
         )
         for (i, _), response, kept in zip(part, rollout.response_ids, rollout.response_mask):

@@ -57,11 +57,17 @@ class Scoring:
         return {"member_scores": score_all(self.rewards, parts, self.dist).T}
 
     def combine(self, readings: dict[str, torch.Tensor]) -> Scored:
-        """Readings of B answers -> Scored: the objective of the members is what PPO maximises."""
+        """Readings of B answers -> Scored: the objective of the members is what PPO maximises.
+
+        Rewards with --reward_weights are no members: PPO maximises their weighted sum.
+        """
         member_scores = readings["member_scores"].T  # [K, B]
         config = self.config
-        # mean, worst case, or mean less uwo_lambda times the variance
-        proxy = ensemble.combine(member_scores, config.objective, config.uwo_lambda)  # [B]
+        if config.reward_weights:
+            proxy = ensemble.weighted_sum(member_scores, config.reward_weights)  # [B]
+        else:
+            # mean, worst case, or mean less uwo_lambda times the variance
+            proxy = ensemble.combine(member_scores, config.objective, config.uwo_lambda)  # [B]
         return Scored(
             members=dict(zip(self.rewards, member_scores)),
             proxy=proxy,

@@ -17,8 +17,10 @@ from collections.abc import Callable
 from copy import deepcopy
 from types import SimpleNamespace
 
-from .data import FORMATS, canonical, draw, is_world, read_parts, read_rows, subset
+from .chats import is_chat, read_messages
+from .data import canonical, describe_rows, draw, is_world, read_parts, read_rows, subset
 from .errors import require, user_code
+from .formats import PROMPT_FORMATS
 from .runtime.files import python_function
 
 COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -62,7 +64,8 @@ def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], s
         else:
             held_out[label] = draw(read_named(source, kind, config), config.eval_size)
 
-    remarks = []
+    everything = rows + [row for part in held_out.values() for row in part]
+    remarks = describe_rows(everything, config.dataset, kind, config.columns, config.prompt_format)
     if config.in_distribution:
         remarks.append(left_out)
     # A pair of two equal answers says nothing about which is better.
@@ -126,7 +129,7 @@ def divide_rows(config, kind: str) -> tuple[list[dict], list[dict], list[dict], 
         rows, test = hold_out_prompts(rows, config.eval_size, config.dataset)
         # A prompt may have one row in distribution, which is trained on, and one that is not.
         trained = distinct_prompts(rows)
-        unseen = [row for row in outside if canonical(row["prompt"]) not in trained]
+        unseen = [row for row in outside if key_of(row) not in trained]
         n_seen = len(outside) - len(unseen)
         if n_seen:
             remark += (
@@ -156,15 +159,16 @@ def hold_out_prompts(rows: list[dict], n: int, name: str) -> tuple[list[dict], l
     At most a fifth of the prompts is held out. InputError: too few prompts in the data set `name`.
     """
     # Each prompt once, in the order of the rows.
-    prompts = list(dict.fromkeys(canonical(row["prompt"]) for row in rows))
+    keys = [key_of(row) for row in rows]
+    prompts = list(dict.fromkeys(keys))
     n_aside = min(n, len(prompts) // 5)
     aside = set(draw(prompts, n_aside))
     enough = 0 < len(aside) < len(prompts)
     require(enough, f"{name}: {len(prompts)} different prompts are too few to hold any out")
     train = []
     held_out = []
-    for row in rows:
-        if canonical(row["prompt"]) in aside:
+    for row, key in zip(rows, keys):
+        if key in aside:
             held_out.append(row)
         else:
             train.append(row)
@@ -188,7 +192,7 @@ def read_named(spec: str, kind: str, config) -> list[dict]:
     Without a format the file is read as --dataset is.
     """
     prompt_format, _, path = spec.partition(":")
-    if path and prompt_format in FORMATS:
+    if path and prompt_format in ("", *PROMPT_FORMATS):
         rows, _ = read_parts(path, kind, (), prompt_format)
     else:
         rows, _ = read_parts(spec, kind, config.columns, config.prompt_format)
@@ -228,8 +232,13 @@ def note_overlap(held_out: list[dict], rows: list[dict], place: str) -> str:
 
 
 def distinct_prompts(rows: list[dict]) -> set[str]:
-    """The different prompts of rows, in their canonical form."""
-    return {canonical(row["prompt"]) for row in rows}
+    """The different prompts of rows, by their keys."""
+    return {key_of(row) for row in rows}
+
+
+def key_of(row: dict) -> str:
+    """What a row is held out by: its prompt, or its text where the data have no prompts."""
+    return canonical(row["prompt"]) or canonical(row.get("response", ""))
 
 
 # ----------------------------------------------------------------------------------- named splits
@@ -308,9 +317,14 @@ def length_predicate(
 
     def inside(place, row):
         require_column(place, row, column, where)
-        is_text = isinstance(row[column], str)
+        text = row[column]
+        # Of a chat, what its messages say counts.
+        if is_chat(text):
+            messages = read_messages(place, text, column)
+            text = " ".join(message["content"] for message in messages)
+        is_text = isinstance(text, str)
         require(is_text, f"{place}: field {column!r} must be a string to have words")
-        n_words = len(row[column].split())
+        n_words = len(text.split())
         return compare(n_words, number)
 
     return inside

@@ -28,6 +28,7 @@ from ..runtime.rng import SPLIT
 from ..sarm import reweighted, save_sarm
 from ..splits import load
 from ..stats import mean_over_groups, pair_wins, percentiles
+from ..tokens import leave_out_control_tokens
 from .feature_reader import FeatureReaderFlags, load_feature_reader, parse_edits
 from .feature_texts import (
     PairFlags,
@@ -138,6 +139,7 @@ def causal(config):
 
     # The texts: both sides of the held-out pairs, and all answers of the pool, row after row.
     _, pairs, _ = load(config, "pairs")
+    pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
     pool_rows = read_pool(config)
     texts = {}
     for side in SIDES:
@@ -396,6 +398,7 @@ def steer(config):
         texts["text"] = encode_texts(config, tokenizer, answers, "response", max_length)
     else:
         _, pairs, _ = load(config, "pairs")
+        pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
         for side in SIDES:
             texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
 

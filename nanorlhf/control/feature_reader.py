@@ -92,7 +92,7 @@ def check_autoencoder(spec, sae):
         d_in == width, f"{sae}: an autoencoder for activations of width {d_in}; {spec} has {width}"
     )
     layer, _ = read_place(sae)
-    n_layers = config.num_hidden_layers
+    n_layers = config.get_text_config().num_hidden_layers
     require(
         layer in range(n_layers),
         f"{sae}: an autoencoder on layer {layer}; {spec} has the layers 0 to {n_layers - 1}",

@@ -4,7 +4,6 @@ reading all latents of all texts.
     N texts, M features
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +11,16 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from .. import data
+from ..chats import Prompt, show
 from ..errors import at_least, require
 from ..hf.folders import check_model, context_length
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
-from ..runtime.files import read_file
 from ..runtime.flags import HELD_OUT_HELP, FlagGroup
 from ..runtime.hints import check_made
 from ..runtime.results import results_folder
+from ..tokens import cut_left, encode
 from .feature_reader import check_feature_reader
 
 AT_ONCE = 512  # texts whose latents are held dense
@@ -61,17 +61,25 @@ def encode_texts(config, tokenizer, rows: list[dict], side: str, max_length: int
 
     `side` is the field of the response: response, chosen or rejected.
     """
-    prompts, responses, cut = data.encode(tokenizer, rows, side, max_length, config.chat_template)
-    if cut:
-        print(f"{cut} of {len(rows)} texts ({side}) cut to {max_length} tokens", flush=True)
-    # A text that was sampled is read by its sampled ids, if they are still the ids of these words:
-    # an answer that was cut off has no EOS.
+    # Both sides of a pair are cut together, so that they share their prompt.
+    fields = [field for field in ("response", "chosen", "rejected") if field in rows[0]]
+    encoded = encode(tokenizer, rows, fields, max_length, config.chat_template)
+    prompts = encoded.prompts
+    responses = encoded.responses[side]
+    if encoded.n_prompts_cut or encoded.n_responses_cut:
+        print(f"texts ({side}): {encoded.describe_cuts(max_length)}", flush=True)
+    # A text that was sampled is read by its sampled ids, if they are still the ids of this text: an
+    # answer that was cut off has no EOS.
     for i, row in enumerate(rows):
-        sampled = [row.get("prompt_ids"), row.get("response_ids")]
-        if not all(sampled):
+        prompt_ids = row.get("prompt_ids")
+        response_ids = row.get("response_ids")
+        if not (prompt_ids and response_ids):
             continue
-        if tokenizer.batch_decode(sampled, skip_special_tokens=True) == [row["prompt"], row[side]]:
-            prompts[i], responses[i] = sampled
+        # The prompt may have been cut on its left.
+        is_own = prompt_ids == cut_left(prompts[i], len(prompt_ids), tokenizer.bos_token_id)
+        if is_own and tokenizer.decode(response_ids, skip_special_tokens=True) == row[side]:
+            prompts[i] = prompt_ids
+            responses[i] = response_ids
     prompt_texts = [row["prompt"] for row in rows]
     response_texts = [row[side] for row in rows]
     return Answers(prompt_texts, response_texts, pack(prompts, responses))
@@ -85,10 +93,10 @@ def read_answers(path: str) -> list[dict]:
     """
     check_made(path)
     rows = data.read_rows(path, "sft")
-    if os.path.isfile(path):
-        for row, (_, whole) in zip(rows, read_file(path)):
-            row["prompt_ids"] = whole.get("prompt_ids")
-            row["response_ids"] = whole.get("response_ids")
+    for row in rows:
+        own = data.own_row(row)
+        row["prompt_ids"] = own.get("prompt_ids")
+        row["response_ids"] = own.get("response_ids")
     return rows
 
 
@@ -98,13 +106,13 @@ def match_answers(after: list[dict], before: list[dict], names: tuple[str, str])
     The k-th answer to a prompt stands beside the k-th to it in the other file. names: of the two
     files. InputError: one of them has fewer answers to a prompt than the other.
     """
-    rest = {}  # {prompt: rows of `before` that have no partner yet}
+    rest = {}  # {prompt, shown: rows of `before` that have no partner yet}
     for row in before:
-        rest.setdefault(row["prompt"], []).append(row)
+        rest.setdefault(show(row["prompt"]), []).append(row)
 
     partners = []
     for row in after:
-        prompt = row["prompt"]
+        prompt = show(row["prompt"])
         require(
             rest.get(prompt),
             f"{names[1]} has fewer answers to {prompt[:60]!r} than {names[0]}",
@@ -115,7 +123,7 @@ def match_answers(after: list[dict], before: list[dict], names: tuple[str, str])
     return partners
 
 
-def groups_of(prompts: list[str]) -> Tensor:
+def groups_of(prompts: list[Prompt]) -> Tensor:
     """A label for each prompt: [N], equal where prompts are the same up to white space."""
     return torch.tensor(data.number_prompts(prompts))
 

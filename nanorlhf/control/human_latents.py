@@ -32,6 +32,7 @@ from ..runtime.flags import DEVICE_HELP, DEVICES, TextFlags, subset_of
 from ..runtime.log import Progress
 from ..runtime.results import parse_ids
 from ..runtime.tensors import check_tensors, read_notes, read_tensors
+from ..tokens import encode, leave_out_control_tokens
 from .feature_reader import (
     FeatureReaderFlags,
     check_feature_reader,
@@ -220,10 +221,15 @@ def human_latents(config):
     # The texts.
     rows = data.read_rows(config.dataset, config.kind, config.columns)
     rows = data.subset(rows, config.max_rows)
-    side = "response" if config.kind == "sft" else "chosen"
+    fields = ("response",) if config.kind == "sft" else ("chosen", "rejected")
+    side = fields[0]  # the texts that are read
     tokenizer = load_tokenizer(config.reward_model)
     max_length = config.max_length or None
-    prompts, responses, n_cut = data.encode(tokenizer, rows, side, max_length, config.chat_template)
+    rows = leave_out_control_tokens(tokenizer, rows, config, dist.print)
+    # Both sides of a pair are cut together, so that they share their prompt.
+    encoded = encode(tokenizer, rows, fields, max_length, config.chat_template)
+    prompts = encoded.prompts
+    responses = encoded.responses[side]
     reward = load_feature_reader(
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
@@ -256,13 +262,13 @@ def human_latents(config):
     dist.barrier()
     summary = {
         "texts": len(rows),
-        "cut": n_cut,
+        "cut": encoded.n_responses_cut,
         "features": len(features),
         "score_mean": scores.mean().item(),
         "score_std": scores.std().item(),
     }
     dist.print(
-        f"{len(rows)} texts ({n_cut} cut), {len(features)} features, score "
+        f"{len(rows)} texts ({encoded.n_responses_cut} cut), {len(features)} features, score "
         f"{summary['score_mean']:.3f} with a std of {summary['score_std']:.3f}",
         f"Written to {config.output}",
     )

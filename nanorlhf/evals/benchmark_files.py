@@ -14,7 +14,9 @@ are concise, detailed, and detailed with markdown.
 from dataclasses import dataclass
 
 from .. import data
+from ..chats import Prompt, read_prompt
 from ..errors import require
+from ..runtime.sources import read_any
 from ..splits import load
 
 TIES = "ties"
@@ -27,7 +29,7 @@ class Item:
     `group` is its subset or domain. Items of one `unit` belong together.
     """
 
-    prompt: str
+    prompt: Prompt
     answers: list[str]
     correct: int
     group: str
@@ -69,7 +71,7 @@ def read_rewardbench2(config) -> list[Item]:
 
     items = {}
     for place, row in rows:
-        prompt = get_text(place, row, "prompt")
+        prompt = get_prompt(place, row)
         chosen = get_texts(place, row, "chosen")
         rejected = get_texts(place, row, "rejected")
         check_count(place, row, "num_correct", chosen)
@@ -130,7 +132,7 @@ def join_flat_rows(rows) -> list[Item]:
             "question_id" in row,
             f"{place}: no field 'question_id' (it says which rows are one question's)",
         )
-        prompt = get_text(place, row, "prompt")
+        prompt = get_prompt(place, row)
         chosen = get_text(place, row, "chosen")
         rejected = get_text(place, row, "rejected")
         question = str(row["question_id"])
@@ -156,7 +158,7 @@ def read_rm_bench(config) -> list[Item]:
     """
     items = []
     for place, row in read_objects(config.dataset):
-        prompt = get_text(place, row, "prompt")
+        prompt = get_prompt(place, row)
         chosen = get_texts(place, row, "chosen")
         rejected = get_texts(place, row, "rejected")
         require(
@@ -177,13 +179,19 @@ READ = {"pairs": read_pairs, "rewardbench2": read_rewardbench2, "rm_bench": read
 
 def read_objects(spec: str) -> list[tuple[str, dict]]:
     """Read the rows of a benchmark's file, each with its place."""
-    rows = data.read_any(spec)
+    rows = read_any(spec)
     for place, row in rows:
         require(
             isinstance(row, dict),
             f"{place}: a row must be an object with prompt, chosen and rejected",
         )
     return rows
+
+
+def get_prompt(place: str, row: dict) -> Prompt:
+    """The field 'prompt': one text, or messages."""
+    require("prompt" in row, f"{place}: no field 'prompt'")
+    return read_prompt(place, row["prompt"])
 
 
 def get_text(place: str, row: dict, name: str) -> str:

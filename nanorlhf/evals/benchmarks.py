@@ -18,17 +18,27 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from .. import data
+from ..chats import show
 from ..errors import at_least, require
 from ..hf.folders import check_model, context_length
 from ..models import load_tokenizer
 from ..packing import Answers, pack
-from ..rewards import check_reward, expand, kind_of, load_reward, reward_names, score
+from ..rewards import (
+    check_reward,
+    expand,
+    kind_of,
+    load_reward,
+    reward_names,
+    score,
+    split_label,
+)
 from ..runtime import plots
 from ..runtime.distributed import setup
 from ..runtime.flags import FORWARD_HELP, HELD_OUT_HELP, ResultFlags, TextFlags, results_in
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import results_folder, save
 from ..stats import bootstrap, pair_wins
+from ..tokens import encode_items
 from .benchmark_files import READ, TIES, Item
 from .benchmark_scores import (
     hard_normal_easy,
@@ -81,8 +91,9 @@ class EvaluateConfig(TextFlags, ResultFlags):
 
     dataset: str = HfArg(
         default="world",
-        help="the data: FILE.jsonl, .json or .parquet, the name[:split] of a data set for the "
-        "datasets library, or 'world', the embedded world's pairs (world:SEED: with another cue)",
+        help="the data: a file (.jsonl, .json, .csv, .parquet), a folder as downloaded, the "
+        "NAME:SPLIT of a data set for the datasets library, or 'world', the embedded world's pairs "
+        "(world:SEED: with another cue)",
     )
     output_dir: str = results_in("runs/probe/evaluate")
 
@@ -117,16 +128,13 @@ def evaluate(config: EvaluateConfig) -> dict:
 
     # The answers of all prompts, one after the other.
     items = data.subset(READ[config.benchmark](config), config.max_rows)
-    rows = []
-    for item in items:
-        for answer in item.answers:
-            rows.append({"prompt": item.prompt, "response": answer})
+    rows = flatten(items)
 
     # What each reward, and then each baseline, says of them.
     scores = {}  # {name: [N]}
     cut = {}  # {name: how many answers were too long for the reward}
     for name, spec in zip(reward_names(specs), specs):
-        scores[name], cut[name] = scores_of(spec, rows, config, dist)
+        scores[name], cut[name] = scores_of(spec, items, config, dist)
     lengths = torch.tensor([len(row["response"]) for row in rows])
     for name, sign in BASELINES.items():
         scores[name] = sign * lengths
@@ -136,7 +144,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     summary = {
         "benchmark": config.benchmark,
         "dataset": config.dataset,
-        "prompts": len({item.prompt for item in items}),
+        "prompts": len({show(item.prompt) for item in items}),
         "answers": len(rows),
         "units": len(units),
         "cut": cut,
@@ -147,31 +155,41 @@ def evaluate(config: EvaluateConfig) -> dict:
     return summary
 
 
-def scores_of(spec: str, rows: list[dict], config, dist) -> tuple[Tensor, int]:
-    """A reward's name and N rows {prompt, response} -> scores [N], and how many responses were cut.
+def flatten(items: list[Item]) -> list[dict]:
+    """Items -> rows {prompt, response}, all answers of an item side by side."""
+    rows = []
+    for item in items:
+        for answer in item.answers:
+            rows.append({"prompt": item.prompt, "response": answer})
+    return rows
 
-    All processes call this; each one scores a part of the rows.
+
+def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
+    """A reward's name and items -> the scores [N] of all answers, and how many texts were cut.
+
+    All processes call this; each one scores a part of the items.
     """
-    mine = [rows[i] for i in dist.part(len(rows))]
+    mine = flatten([items[i] for i in dist.part(len(items))])
     tokenizer = None
     if kind_of(spec) == "model":
-        tokenizer = load_tokenizer(spec, needs_eos=False)
+        path, _ = split_label(spec)
+        tokenizer = load_tokenizer(path, needs_eos=False)
 
     # A reward model reads tokens that fit. Other rewards read plain text, and so does a classifier
     # without EOS, which cuts it itself.
     batch = None
     n_cut = 0
     if tokenizer and tokenizer.eos_token_id is not None:
-        longest = config.max_length or context_length(check_model(spec))
-        prompts, responses, n_cut = data.encode(
-            tokenizer, mine, "response", longest, config.chat_template
-        )
-        batch = pack(prompts, responses, tokenizer.pad_token_id)
+        longest = config.max_length or context_length(check_model(path))
+        encoded = encode_items(tokenizer, mine, longest, config.chat_template)
+        batch = pack(encoded.prompts, encoded.responses["response"], tokenizer.pad_token_id)
+        n_cut = encoded.n_responses_cut
 
     reward = load_reward(spec, tokenizer, dist, config.micro_batch_size, config.dtype)
     prompts = [row["prompt"] for row in mine]
     responses = [row["response"] for row in mine]
-    scores = score(reward, [Answers(prompts, responses, batch)], dist)
+    answers = Answers(prompts, responses, batch, chat=config.chat_template)
+    scores = score(reward, [answers], dist)
     return dist.gather(scores), int(dist.sum(torch.tensor(n_cut)))
 
 

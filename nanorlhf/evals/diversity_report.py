@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers.hf_argparser import HfArg
 
+from ..chats import read_prompt, show
 from ..diversity import (
     count_vocabulary,
     draw_partners,
@@ -147,7 +148,7 @@ def read_outputs(path: str, columns: Sequence[str] = (), scores: bool = False) -
             isinstance(row, dict),
             f"{place}: a row must be an object with {prompt} and {one} or {many}",
         )
-        require(isinstance(row.get(prompt), str), f"{place}: field {prompt!r} must be a string")
+        asked = read_prompt(place, row.get(prompt), prompt)
         has_several = many in row
         if has_several:
             responses = row[many]
@@ -157,7 +158,7 @@ def read_outputs(path: str, columns: Sequence[str] = (), scores: bool = False) -
             wanted = f"field {one!r} must be a string"
         require(are_texts(responses), f"{place}: {wanted}")
 
-        outputs = {"prompt": row[prompt], "responses": responses}
+        outputs = {"prompt": asked, "responses": responses}
         if scores:
             outputs["scores"] = scores_of(row, len(responses), has_several, place)
         rows.append(outputs)
@@ -192,7 +193,7 @@ def group_by_prompt(rows: list[dict]) -> dict[str, dict]:
     """Rows of one prompt become one row: {prompt: {prompt, responses, scores}}."""
     grouped = {}
     for row in rows:
-        prompt = row["prompt"]
+        prompt = show(row["prompt"])
         whole = grouped.setdefault(prompt, {"prompt": prompt, "responses": [], "scores": {}})
         whole["responses"] += row["responses"]
         for name, values in row.get("scores", {}).items():

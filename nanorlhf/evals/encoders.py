@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from ..diversity import nli_scores
 from ..errors import InputError
-from ..hf.folders import check_model, context_length
+from ..hf.folders import check_model, readable_length
 from ..models import load_tokenizer, pretrained
 from ..packing import micro_batches, pad_rows
 
@@ -144,15 +144,6 @@ class Reader:
 
 
 def longest(model, tokenizer) -> int:
-    """The most tokens that a model reads.
-
-    RoBERTa counts its positions from the padding id on, so its last ones are out of reach.
-    """
-    n_unused = 0
-    for name, module in model.named_modules():
-        padding_id = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding_id is not None:
-            n_unused = max(n_unused, padding_id + 1)
-    # A config may name no limit.
-    context = context_length(model.config) or 10**9
-    return min(context - n_unused, tokenizer.model_max_length)
+    """The most tokens that a model reads, and that its tokenizer gives."""
+    context = readable_length(model) or 10**9  # a config may name no limit
+    return min(context, tokenizer.model_max_length)

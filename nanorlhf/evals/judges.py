@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import pool
+from ..chats import Prompt, show
 from ..errors import require
 from ..hf.folders import check_model
 from ..models import fingerprint, load_policy, load_tokenizer
@@ -178,8 +179,10 @@ def name_judge(spec: str, config) -> list[str]:
     return [fingerprint(spec.removeprefix(LOCAL))]
 
 
-def question_of(config, prompt: str, first: str, second: str) -> str:
-    return PROMPT.format(prompt=prompt, first=first, second=second, criterion=config.criterion)
+def question_of(config, prompt: Prompt, first: str, second: str) -> str:
+    return PROMPT.format(
+        prompt=show(prompt), first=first, second=second, criterion=config.criterion
+    )
 
 
 def is_kept_choice(line: int, row) -> bool:

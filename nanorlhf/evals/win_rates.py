@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
+from ..chats import read_prompt, show
 from ..errors import at_least, require
 from ..rewards import expand
 from ..runtime.distributed import setup
@@ -175,7 +176,7 @@ def ask_judges(config: JudgeConfig, rows: list[dict], dist) -> tuple[dict, list[
 
 
 def read_answers(files: list[str], limit: int) -> dict[str, dict]:
-    """Files of rows {prompt, response[, split]} -> {prompt: {split, responses}}.
+    """Files of rows {prompt, response[, split]} -> {prompt as text: {prompt, split, responses}}.
 
     A prompt keeps its first `limit` answers in the files' order; 0: all. SPLIT=FILE names the split
     of all rows of a file. InputError: a row is no such object, or a prompt is in two splits.
@@ -192,16 +193,19 @@ def read_answers(files: list[str], limit: int) -> dict[str, dict]:
         for place, row in read_file(path):
             is_answer = (
                 isinstance(row, dict)
-                and isinstance(row.get("prompt"), str)
+                and isinstance(row.get("prompt"), str | list)
                 and isinstance(row.get("response"), str)
             )
             require(
                 is_answer,
-                f"{place}: a row must be an object with prompt and response, both strings",
+                f"{place}: a row must be an object with prompt and response, both strings "
+                "(or the prompt a list of messages)",
             )
-            prompt = row["prompt"]
+            chat_or_text = read_prompt(place, row["prompt"])
+            prompt = show(chat_or_text)
             split = split_of_file or str(row.get("split") or "")
-            entry = answers.setdefault(prompt, {"split": split, "responses": []})
+            new = {"prompt": chat_or_text, "split": split, "responses": []}
+            entry = answers.setdefault(prompt, new)
             require(
                 entry["split"] == split,
                 f"{place}: the prompt {prompt[:40]!r} is in the splits "
@@ -240,7 +244,8 @@ def match_answers(a: dict[str, dict], b: dict[str, dict]) -> tuple[list[dict], d
             f"the prompt {prompt[:40]!r} is in the splits {' and '.join(sorted(splits))}",
         )
         split = "".join(splits) or "all"
-        rows.append({"prompt": prompt, "split": split, "a": answers_a, "b": answers_b})
+        chat_or_text = a[prompt]["prompt"]
+        rows.append({"prompt": chat_or_text, "split": split, "a": answers_a, "b": answers_b})
 
     require(
         rows,

@@ -12,11 +12,12 @@ import os
 from collections.abc import Callable
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError, require
+from ..errors import InputError, library_call, require
 from ..runtime.files import check_fields, read_object, shorten, write_json
 from ..runtime.tensors import check_tensors
 from ..runtime.tensors import read_tensors as read_file
@@ -25,13 +26,15 @@ from .lora import HEADS, adapters, matching, merge, put_adapter, shape_of
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 NOTES = "nanorlhf.json"
+# What is downloaded of a base model: its weights, configs and tokenizer, and no pickles.
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 PREFIX = "base_model.model."  # of PEFT's tensor names
 
 # Fields of adapter_config.json that are read here, or say nothing about what the adapter computes.
 UNDERSTOOD = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout",
     "target_modules", "modules_to_save", "bias", "init_lora_weights", "fan_in_fan_out",
-    "inference_mode", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size",
+    "inference_mode", "peft_version", "revision", "auto_mapping", "megatron_core", "qalora_group_size",
 }  # fmt: skip
 
 # The types of fields that are read here; see files.is_of_type.
@@ -44,6 +47,7 @@ FIELDS = {
     "task_type": str | None,
     "bias": str | None,
     "modules_to_save": list[str] | None,
+    "revision": str | None,
 }
 NOTE_FIELDS = {"base": str | None, "reward_mean": float | None}
 
@@ -74,11 +78,34 @@ def is_adapter(path: str) -> bool:
 
 
 def save_model(lm, path: str):
-    """Save what a run trained: the adapter where there is one, else the whole model."""
+    """Save what a run trained: the adapter where there is one, else the whole model.
+
+    A model is written in the type in which it came. It was trained in float32.
+    """
     if adapters(lm):
         save_adapter(lm, path, lm.name_or_path)
-    else:
+        return
+    dtype = getattr(lm, "stored_dtype", torch.float32)
+    if dtype == torch.float32:
         lm.save_pretrained(path)
+        return
+    # Tied weights are one tensor under two names, and stay one.
+    rounded = {}  # {where a tensor lies in memory: the tensor in `dtype`}
+    tensors = {}
+    for name, tensor in lm.state_dict().items():
+        if not tensor.is_floating_point():
+            tensors[name] = tensor
+            continue
+        place = tensor.data_ptr()
+        if place not in rounded:
+            rounded[place] = tensor.to(dtype)
+        tensors[name] = rounded[place]
+    lm.save_pretrained(path, state_dict=tensors)
+    # save_pretrained writes down the type of the model in memory.
+    file = os.path.join(path, "config.json")
+    config = read_object(file)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(file, config)
 
 
 def save_adapter(lm, path: str, base: str):
@@ -199,7 +226,15 @@ def read_one_config(path: str) -> dict:
                 f"{path}: its base model {base} is gone; write its new place into {CONFIG} "
                 "(base_model_name_or_path)"
             )
+        elif config.get("revision"):
+            config["base_model_name_or_path"] = download(base, config["revision"])
     return config
+
+
+def download(name: str, revision: str) -> str:
+    """The folder of a hub model as it was at a revision. InputError: the hub does not give it."""
+    with library_call(f"{name}: the hub gives no revision {revision}"):
+        return snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES)
 
 
 def check_adapter_config(config: dict, file: str):

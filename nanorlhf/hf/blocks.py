@@ -26,7 +26,7 @@ def block_list(lm) -> tuple[nn.Module, str, nn.ModuleList]:
 
     They are the first ModuleList with one entry for each layer of the config.
     """
-    n_layers = lm.config.num_hidden_layers
+    n_layers = lm.config.get_text_config().num_hidden_layers
     for module in lm.base_model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == n_layers:

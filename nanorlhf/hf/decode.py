@@ -156,7 +156,6 @@ def decode(
     """
     live = torch.arange(len(ids), device=ids.device)  # [b]: the rows that are still being written
     lm = sampler.model.lm
-    eos = sampler.eos_token_id
     has_padding = not mask.all()
     P = mask.shape[1]
     R = u.shape[1]
@@ -197,9 +196,9 @@ def decode(
         positions = positions[:, -1:] + 1
 
         # Without an EOS no row ever finishes.
-        if eos is None:
+        if sampler.end_ids is None:
             continue
-        finished[live] |= ids[:, 0] == eos
+        finished[live] |= sampler.is_end(ids[:, 0])
         going = (~finished[live]).nonzero()[:, 0]  # places in the running batch
         if len(going) == 0:
             break
@@ -268,7 +267,6 @@ def decode_static(
     B, P = ids.shape
     R = u.shape[1]
     lm = sampler.model.lm
-    eos = sampler.eos_token_id
     C = math.ceil((P + R) / ALIGNMENT) * ALIGNMENT
     cache = static_cache(lm, C)
     if cache is None:
@@ -298,8 +296,8 @@ def decode_static(
         for name, value in new.items():
             out[name].index_copy_(1, column, value[:, None])
         token.copy_(new["response_ids"][:, None])
-        if eos is not None:
-            finished.logical_or_(token[:, 0] == eos)
+        if sampler.end_ids is not None:
+            finished.logical_or_(sampler.is_end(token[:, 0]))
         position.add_(1)
         column.add_(1)
 
@@ -324,7 +322,7 @@ def decode_static(
         take_step, t = capture(step, R, ids.device)
 
     while t < R:
-        if eos is not None and t % CHECK_EVERY == 0 and finished.all():
+        if sampler.end_ids is not None and t % CHECK_EVERY == 0 and finished.all():
             break
         take_step()
         t += 1

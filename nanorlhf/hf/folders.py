@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig
 
 from ..errors import InputError, library_call, require
-from ..runtime.files import is_of_type, shorten
+from ..runtime.files import is_of_type, read_object, shorten
 from ..runtime.hints import check_made
 from ..runtime.tensors import check_tensors
 from .adapters import is_adapter, read_config, resolve
-from .weights import check_config, has_weights, weight_names
+from .weights import check_config, find_file, has_weights, weight_names
 
 # The folder of a separate value model, inside its policy's.
 VALUE_MODEL = "value_model"
@@ -54,6 +54,7 @@ def check_model(path: str):
     with library_call(f"{path}: neither a model folder nor a model that the hub gives"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     check_config(path, config)
+    check_not_quantised(path, config)
     check_sizes(path, config)
     weight_names(path)  # refuses an index that leads to a pickle, or out of the folder
     return config
@@ -66,11 +67,10 @@ def check_place(path: str):
     """
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
-            raise InputError(f"{path}: a folder without config.json is no model")
+            hint = explain_no_weights(path)
+            raise InputError(f"{path}: a folder without config.json is no model{hint}")
         if not has_weights(path):
-            hint = ""
-            if os.path.isdir(os.path.join(path, "checkpoint")):
-                hint = "; the run has not finished"
+            hint = explain_no_weights(path)
             raise InputError(f"{path}: no weights (*.safetensors) in this model folder{hint}")
         return
 
@@ -87,10 +87,60 @@ def check_place(path: str):
         raise InputError(f"{path}: no such model folder; {first_part} is not a folder")
 
 
+def explain_no_weights(path: str) -> str:
+    """What to do about a model folder without safetensors, for the end of an error."""
+    if os.path.isdir(os.path.join(path, "checkpoint")):
+        return "; the run has not finished"
+    names = os.listdir(path)
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return (
+            "; pickles are never read: if you trust this one, load it with "
+            "AutoModelForCausalLM.from_pretrained and call save_pretrained, which writes safetensors"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return "; GGUF is for inference: take the safetensors that it was made from"
+    return ""
+
+
+def check_not_quantised(path: str, config):
+    """InputError for a model whose weights are quantised: no gradient could change them."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    if isinstance(quantised, dict):
+        method = quantised.get("quant_method")
+    else:
+        method = getattr(quantised, "quant_method", None)
+    raise InputError(
+        f"{path}: its weights are quantised ({shorten(method)}), and cannot be trained; take the "
+        "model that it was made from"
+    )
+
+
 def context_length(config) -> int | None:
-    """The most tokens a model can read, or None where its config names no limit."""
+    """The most tokens a model can read, or None where its config names no limit.
+
+    A model whose rotary factors change at a length (longrope) is read up to there: behind it a text
+    is computed otherwise from its first token on, so that neither a cache nor the log-probs of a
+    shorter text would fit.
+    """
+    config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
-    return length or getattr(config, "n_positions", None)
+    length = length or getattr(config, "n_positions", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        of_config = getattr(config, "original_max_position_embeddings", None)
+        return rope.get("original_max_position_embeddings") or of_config or length
+    return length
+
+
+def hidden_width(config) -> int:
+    """The size D of a model's last hidden states: config.hidden_size, for all but a few models.
+
+    OPT-350m projects them to the width of its embeddings.
+    """
+    config = config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
 def check_sizes(path: str, config):
@@ -166,7 +216,7 @@ def find_special_ids(tokenizer) -> set[int]:
     that spells such a token out holds it.
     """
     # Special tokens that texts do hold: those that the tokenizer puts around a text, UNK in the
-    # place of an unknown word, and BOS and EOS, which data.py adds.
+    # place of an unknown word, and BOS and EOS, which tokens.py adds.
     in_texts = set(tokenizer("a text").input_ids)
     in_texts |= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     template = str(tokenizer.chat_template)
@@ -177,6 +227,49 @@ def find_special_ids(tokenizer) -> set[int]:
         if token.special and token_id not in in_texts and not is_in_chats:
             special_ids.add(token_id)
     return special_ids
+
+
+def read_end_ids(path: str, tokenizer) -> list[int]:
+    """The ids at which a response ends: the tokenizer's EOS, then the model's further ends.
+
+    A chat model often has two, one that ends a turn and one that ends a text. Its list is the
+    eos_token_id of generation_config.json, or else of config.json. Only control tokens count: the
+    list of a config that was never set may name any word. InputError: the list holds no ids.
+    """
+    ends = []
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    special_ids = set(tokenizer.all_special_ids)
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            special_ids.add(token_id)
+
+    listed = read_listed_ends(path)
+    if not isinstance(listed, list):
+        listed = [listed]
+    for token_id in listed:
+        require(
+            is_of_type(token_id, int | None),
+            f"{path}: eos_token_id must be a token's id or a list of them, not {shorten(listed)}",
+        )
+        if token_id in special_ids and token_id not in ends:
+            ends.append(token_id)
+    return ends
+
+
+def read_listed_ends(path: str):
+    """The eos_token_id of a model's generation_config.json, or else of its config.json."""
+    if count_embeddings(path) is None:  # a tokenizer alone
+        return None
+    if is_adapter(path):
+        return read_listed_ends(resolve(read_config(path)["base_model_name_or_path"]))
+    listed = None
+    file = find_file(path, "generation_config.json", must=False)
+    if file:
+        listed = read_object(file).get("eos_token_id")
+    if listed is None:
+        listed = getattr(check_model(path).get_text_config(), "eos_token_id", None)
+    return listed
 
 
 def read_longest_text(path: str, tokenizer) -> int:
@@ -210,6 +303,22 @@ def check_complete(path: str, model, missing: list[str], new_head: bool):
     if lacking:
         names = ", ".join(sorted(lacking)[:3])
         raise InputError(f"{path}: as {type(model).__name__} it lacks the weights {names}")
+
+
+def readable_length(model) -> int | None:
+    """The most tokens that a loaded model reads, or None where its config names no limit.
+
+    RoBERTa counts its positions from the padding id on, so its last ones are out of reach.
+    """
+    context = context_length(model.config)
+    if context is None:
+        return None
+    n_unused = 0
+    for name, module in model.named_modules():
+        padding_id = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding_id is not None:
+            n_unused = max(n_unused, padding_id + 1)
+    return context - n_unused
 
 
 def check_weights(path: str, model):

@@ -7,6 +7,7 @@ which runs code when it is read, or a file outside the folder.
 
 import os
 
+import torch
 from transformers.utils import cached_file
 
 from ..errors import InputError, first_line
@@ -89,17 +90,26 @@ def weight_files(path: str) -> list[str]:
     return [find_file(path, name) for name in weight_names(path)]
 
 
-def check_types(path: str):
-    """InputError where a model's weights are no floating-point numbers.
+def find_dtype(path: str) -> torch.dtype:
+    """The type in which a model's folder holds its weights: bfloat16, float16 or float32.
 
-    transformers would turn them into some without a word. Buffers, such as masks, may have any
-    type.
+    float32, where they are of several types. InputError: weights that are no floating-point
+    numbers, which transformers would turn into some without a word. Buffers, such as masks, may
+    have any type.
     """
+    found = set()
     for file in weight_files(path):
         for name, (dtype, _) in read_shapes(file).items():
+            if not name.endswith(".weight"):
+                continue
             # safetensors' names of floating-point types have an F: F32, BF16, F8_E4M3.
-            if name.endswith(".weight") and "F" not in dtype:
+            if "F" not in dtype:
                 raise InputError(f"{file}: {name} holds {dtype}, not floating-point numbers")
+            found.add(dtype)
+    half_types = {"BF16": torch.bfloat16, "F16": torch.float16}
+    if len(found) == 1:
+        return half_types.get(*found, torch.float32)
+    return torch.float32
 
 
 def find_file(path: str, name: str, must: bool = True) -> str | None:

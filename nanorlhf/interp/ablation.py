@@ -56,6 +56,7 @@ from ..runtime.rng import SPLIT
 from ..sae import SparseAutoencoder
 from ..splits import load
 from ..stats import bootstrap
+from ..tokens import Prompts, leave_out_control_tokens, ready_prompts
 from .activation_store import (
     Tokens,
     find_skipped,
@@ -297,12 +298,13 @@ def find_concept(config, model: str, tokenizer) -> Tensor | None:
     return None
 
 
-def read_prompts(config, tokenizer, model_config) -> tuple[list[list[int]], list[list[int]]]:
-    """The prompts to choose features on, and the held-out ones, each N times: token lists."""
+def read_prompts(config, tokenizer, model_config) -> tuple[Prompts, Prompts]:
+    """The prompts to choose features on, and the held-out ones, each N times."""
     rows, held_out, _ = load(config, "prompts")
     prompts = []
     for part in (rows, held_out):
-        part_prompts = data.ready_prompts(
+        part = leave_out_control_tokens(tokenizer, part, config, print)
+        part_prompts = ready_prompts(
             tokenizer,
             part,
             model_config,
@@ -315,22 +317,21 @@ def read_prompts(config, tokenizer, model_config) -> tuple[list[list[int]], list
 
     # The answers to a prompt stand one after another: see mean_with_interval().
     test = []
-    for prompt in held_out_prompts:
-        test.extend([prompt] * config.n_answers)
-    return train, test
+    for i in range(len(held_out_prompts)):
+        test.extend([i] * config.n_answers)
+    return train, held_out_prompts.at(test)
 
 
 def sample_answers(
-    parts: Parts, prompts: list[list[int]], step: int
+    parts: Parts, prompts: Prompts, step: int
 ) -> tuple[list[list[int]], list[Answers]]:
     """One answer to each prompt -> their token lists, [Answers]. `step` keys the noise."""
     size = parts.config.batch_size
     responses = []
     answers = []
     for first in range(0, len(prompts), size):
-        batch = prompts[first : first + size]
-        places = list(range(first, first + len(batch)))
-        rollout, batch_answers = roll_out(parts, batch, places, step)
+        places = list(range(first, min(first + size, len(prompts))))
+        rollout, batch_answers = roll_out(parts, prompts.at(places), places, step)
         answers.append(batch_answers)
         for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu()):
             responses.append(ids[mask].tolist())
@@ -355,14 +356,14 @@ def observe_features(
     parts: Parts,
     sae: SparseAutoencoder,
     place: tuple[int, str],
-    prompts: list[list[int]],
+    prompts: Prompts,
     skip_bos: int | None,
 ) -> Seen:
     """Let the policy answer the prompts, and see which features fire on prompts and answers."""
     lm = parts.policy.lm
     # Step 0 is for the answers of the arms: these must have noise of their own.
     responses, _ = sample_answers(parts, prompts, step=1)
-    texts = [prompt + response for prompt, response in zip(prompts, responses)]
+    texts = [prompt + response for prompt, response in zip(prompts.ids, responses)]
     tokens = Tokens(texts, skip_bos)
     x = read_activations(tokens, lm, place, parts.dist, parts.config.dtype)  # [n, D]
     f = encoded(sae, x)  # [M, n]

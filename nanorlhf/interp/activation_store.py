@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data import canonical, encode, encode_prompts
+from ..data import canonical
 from ..errors import require
 from ..hf.activations import activations, place_name
 from ..hf.folders import check_model, context_length
@@ -37,6 +37,7 @@ from ..runtime.locks import LOCK_FILE, lock, unlock_afterwards
 from ..runtime.results import parse_ids
 from ..runtime.rng import MINIBATCH, ORDER, SPLIT
 from ..runtime.tensors import read_tensors
+from ..tokens import encode, encode_prompts, leave_out_control_tokens
 from .sae_files import load_sae, read_config
 
 # Tokens of a forward pass, padding counted.
@@ -63,22 +64,23 @@ def token_rows(
     texts = []
     n_cut = 0
     if not fields:
-        prompts = [row["prompt"] for row in rows]
-        for ids in encode_prompts(tokenizer, prompts, chat):
+        for ids in encode_prompts(tokenizer, rows, chat):
             text = ids[:max_length]
             texts.append(text)
             if len(text) < len(ids):
                 n_cut += 1
-    for field in fields:
-        prompts, responses, n_cut_of_field = encode(tokenizer, rows, field, max_length, chat)
-        for prompt, response in zip(prompts, responses):
+        return texts, n_cut
+
+    encoded = encode(tokenizer, rows, fields, max_length, chat)
+    for responses in encoded.responses.values():
+        for prompt, response in zip(encoded.prompts, responses):
             texts.append(prompt + response)
-        n_cut += n_cut_of_field
-    return texts, n_cut
+    return texts, encoded.n_responses_cut
 
 
 def tokenize_rows(config, tokenizer, rows: list[dict], model_config, dist) -> list[list[int]]:
-    """token_rows() with the flags --max_length and --chat_template; says how many were cut."""
+    """token_rows() with the flags of texts; says how many were left out, and how many were cut."""
+    rows = leave_out_control_tokens(tokenizer, rows, config, dist.print)
     max_length = config.max_length or context_length(model_config)
     texts, n_cut = token_rows(tokenizer, rows, max_length, config.chat_template)
     if n_cut:

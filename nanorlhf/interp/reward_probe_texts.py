@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import data
+from .. import data, tokens
+from ..chats import is_chat
 from ..errors import require
 from ..packing import Answers
 from ..rewards import load_reward, score
@@ -191,6 +192,10 @@ def find_contexts(rows: list[dict], lexicon: dict[str, float]) -> dict[str, list
     Prompts that differ by white space alone are one prompt, written as it is written first. Prompts
     without any such word are left out.
     """
+    require(
+        not is_chat(rows[0]["prompt"]),
+        "--task word puts words into plain texts, and these rows are chats; --task sequence reads them",
+    )
     contexts = {}
     first_spelling = {}  # {canonical form: the prompt as it is written first}
     for row in rows:
@@ -259,10 +264,11 @@ def tokenize_placed_words(
 
     A text that is too long is cut on its left; the last token of its word is always kept.
     """
-    encoded_prompts = data.encode_prompts(tokenizer, prompts, config.chat_template)
+    rows = [{"prompt": prompt} for prompt in prompts]
+    encoded_prompts = tokens.encode_prompts(tokenizer, rows, config.chat_template)
     prompt_ids = dict(zip(prompts, encoded_prompts))
     response_texts = [row.before + row.word for row in placed]
-    responses = tokenizer(response_texts, add_special_tokens=False).input_ids
+    responses = tokens.encode_strings(tokenizer, response_texts)
 
     ids = []
     lengths = []
@@ -270,7 +276,7 @@ def tokenize_placed_words(
         before = prompt_ids[row.prompt] + response[:-1]
         last = response[-1:]
         if max_length:
-            before, last, _ = data.fit(before, last, max_length, tokenizer.bos_token_id)
+            before, (last,) = tokens.fit_item(before, [last], max_length, tokenizer.bos_token_id)
         ids.append(before + last)
         lengths.append(len(response))
     return ids, torch.tensor(lengths)
@@ -322,24 +328,27 @@ def sequence_texts(config, tokenizer, rows: list[dict], spec: str, max_length: i
 
     InputError: too few prompts, or a side of a split on which the reward is constant.
     """
-    prompts, responses, n_cut = data.encode(
-        tokenizer, rows, "response", max_length or None, config.chat_template
+    encoded = tokens.encode(
+        tokenizer, rows, ("response",), max_length or None, config.chat_template
     )
-    dist.print(f"{n_cut} of {len(rows)} responses cut to {max_length} tokens")
+    dist.print(encoded.describe_cuts(max_length))
 
     # Each process scores its own part of the rows.
     own_prompts = []
     own_responses = []
+    own_rows = []
     for i in dist.part(len(rows)):
         own_prompts.append(rows[i]["prompt"])
         own_responses.append(rows[i]["response"])
-    answers = Answers(own_prompts, own_responses, None)
+        own_rows.append(data.own_row(rows[i]))
+    answers = Answers(own_prompts, own_responses, None, own_rows, config.chat_template)
     reward = load_reward(spec, None, dist)
     values = dist.gather(score(reward, [answers], dist))  # [N]
 
     groups, splits = split_by_prompt(config, rows)
     check_spread(values, splits, spec)
-    return join_responses(prompts, responses, values, groups, splits)
+    responses = encoded.responses["response"]
+    return join_responses(encoded.prompts, responses, values, groups, splits)
 
 
 def check_spread(values: Tensor, splits: list[tuple[Tensor, Tensor]], spec: str):
@@ -362,17 +371,12 @@ def pair_texts(config, tokenizer, rows: list[dict], max_length: int, dist) -> Te
 
     Their values are 1 and 0. Pitfall: groups and splits are of the N pairs, not of the 2 N rows.
     """
-    prompts = []
-    responses = []
-    n_cut = 0
-    for side in ("chosen", "rejected"):
-        side_prompts, side_responses, side_cut = data.encode(
-            tokenizer, rows, side, max_length or None, config.chat_template
-        )
-        prompts.extend(side_prompts)
-        responses.extend(side_responses)
-        n_cut += side_cut
-    dist.print(f"{n_cut} of {2 * len(rows)} responses cut to {max_length} tokens")
+    encoded = tokens.encode(
+        tokenizer, rows, ("chosen", "rejected"), max_length or None, config.chat_template
+    )
+    dist.print(encoded.describe_cuts(max_length))
+    prompts = encoded.prompts + encoded.prompts
+    responses = encoded.responses["chosen"] + encoded.responses["rejected"]
 
     values = torch.tensor([1.0, 0.0]).repeat_interleave(len(rows))  # [2 N]
     groups, splits = split_by_prompt(config, rows)

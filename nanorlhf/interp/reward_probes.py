@@ -46,6 +46,7 @@ from ..runtime.log import RunFolder
 from ..runtime.results import finite, in_one_line, results_folder, save
 from ..runtime.rng import SPLIT, key
 from ..stats import t_interval
+from ..tokens import leave_out_control_tokens
 from .activation_store import TOKENS_AT_ONCE
 from .reward_probe_fits import fit_pairs, fit_reward
 from .reward_probe_texts import Texts, pair_texts, sequence_texts, subtract_neutral, word_texts
@@ -177,14 +178,14 @@ def reward(config):
     spec = config.reward or "world:gold"
     if config.task == "word":
         lexicon = open_lexicon(config, run.dist)
-        rows = read_rows(config, "sft")
+        rows = read_rows(config, "sft", run)
         texts = word_texts(config, run.tokenizer, rows, lexicon, run.max_length)
         note = (
             "Bag of words: no word of the test is in training, so it is at chance by construction."
         )
     else:
         check_reward(spec)
-        rows = read_rows(config, "sft")
+        rows = read_rows(config, "sft", run)
         texts = sequence_texts(config, run.tokenizer, rows, spec, run.max_length, run.dist)
         note = ""
 
@@ -210,7 +211,7 @@ def pairs(config):
     Intervals are over splits of the data, of one policy.
     """
     run = check_and_set_up(config)
-    rows = read_rows(config, "pairs")
+    rows = read_rows(config, "pairs", run)
     # Two answers that are the same have no difference to read from.
     different = [row for row in rows if row["chosen"] != row["rejected"]]
     n_same = len(rows) - len(different)
@@ -257,10 +258,11 @@ def open_lexicon(config, dist) -> dict[str, float]:
     return lexicon
 
 
-def read_rows(config, kind: str) -> list[dict]:
+def read_rows(config, kind: str, run: Setup) -> list[dict]:
     """A random subset of the data set's rows, as many as --max_rows says."""
     rows = data.read_rows(config.dataset, kind, config.columns)
-    return data.subset(rows, config.max_rows)
+    rows = data.subset(rows, config.max_rows)
+    return leave_out_control_tokens(run.tokenizer, rows, config, run.dist.print)
 
 
 # ------------------------------------------------------------------------------------ the inputs

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
-from ..data import FIELDS
 from ..errors import at_least
+from ..formats import FORMATS
 from ..hf.activations import SITES
 from ..runtime.flags import FlagGroup
 from ..runtime.results import parse_ids
@@ -19,7 +19,7 @@ class TokenFlags(FlagGroup):
 
     kind: str = HfArg(
         default="sft",
-        metadata={"choices": tuple(FIELDS)},
+        metadata={"choices": tuple(FORMATS)},
         help="what the rows are: sft {prompt, response}, pairs {prompt, chosen, rejected}, or "
         "prompts {prompt}, each text as it is",
     )

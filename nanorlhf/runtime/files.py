@@ -8,13 +8,16 @@ What is written here is on the disk before it gets its name (fsync), and its nam
 before the writer goes on. After a kill or a power cut, a reader finds the old content or the new.
 """
 
+import codecs
 import contextlib
+import csv
 import errno
 import functools
 import gzip
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -28,8 +31,11 @@ from typing import Any
 
 from ..errors import InputError, first_line, require, user_code
 
-# How JSON writes one half of a UTF-16 pair.
+# How JSON writes one half of a UTF-16 pair, and the halves in a text that has been read.
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+HALVES = re.compile("[\ud800-\udfff]")
+# What stands in a text for a character that could not be read.
+UNREADABLE = "\ufffd"
 
 
 # ---------------------------------------------------------------------------------- reading JSON
@@ -66,12 +72,18 @@ def read_number(digits: str) -> float:
 STRICT = json.JSONDecoder(parse_constant=read_number, parse_float=read_number)
 
 
-def parse_json(text: str | bytes, path: str, line: int | None = None, finite: bool = True):
+def parse_json(
+    text: str | bytes,
+    path: str,
+    line: int | None = None,
+    finite: bool = True,
+    mend: bool = False,
+):
     """The value of a JSON text. InputError, with the path and the line: the text is not JSON.
 
     It is stricter than Python's own reader, which lets through NaN and Infinity, though JSON has no
     such numbers (`finite` False lets them through here too), and halves of characters, which no
-    tokenizer takes.
+    tokenizer takes. mend: such a half becomes U+FFFD instead, as in texts from the web.
     """
     place = path if line is None else f"{path}:{line}"
     if isinstance(text, bytes):
@@ -83,7 +95,10 @@ def parse_json(text: str | bytes, path: str, line: int | None = None, finite: bo
             value = json.loads(text)
         # Two halves may stand side by side and be a character. A half alone cannot be encoded.
         if HALF_CHARACTER.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
+            whole = json.dumps(value, ensure_ascii=False)
+            if mend:
+                return json.loads(HALVES.sub(UNREADABLE, whole))
+            whole.encode()
         return value
     except json.JSONDecodeError as e:
         raise InputError(f"{path}:{line or e.lineno}: not JSON ({e.msg})") from None
@@ -147,26 +162,73 @@ def shorten(value) -> str:
     return f"{text[:60]}..."
 
 
-def read_file(path: str) -> list[tuple[str, Any]]:
-    """.jsonl or .json (a list), either also as .gz -> [(place, row)], one row at least.
+# ----------------------------------------------------------------------------------- files of rows
 
-    place: 'file:line' or 'file[index]'.
+
+def read_file(path: str) -> list[tuple[str, Any]]:
+    """A file of data, packed or not (.gz) -> [(place, row)], one row at least.
+
+    A .csv file begins with a line of names. Any other file is JSON, whatever its name: one list of
+    rows, or a row on each line. place: 'file:line' or 'file[index]'.
     """
-    content = read_bytes(path)
-    require(content.strip(), f"{path}: the file is empty")
-    if path.removesuffix(".gz").endswith(".json"):
-        whole = parse_json(content, path)
-        require(
-            isinstance(whole, list),
-            f"{path}: a .json file must hold one list of rows (one row a line is .jsonl)",
-        )
-        require(whole, f"{path}: no rows")
-        return [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
+    content = read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    start = content.lstrip()[:1]
+    require(start, f"{path}: the file is empty")
+    if path.removesuffix(".gz").endswith(".csv"):
+        rows = read_csv(path, decode_text(content, path))
+    elif start == b"[":
+        whole = parse_json(content, path, mend=True)
+        rows = [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
+    else:
+        rows = read_json_lines(path, content)
+    require(rows, f"{path}: no rows")
+    return rows
+
+
+def read_json_lines(path: str, content: bytes) -> list[tuple[str, Any]]:
+    """JSON with a row on each line -> [(place, row)]; empty lines are skipped."""
     rows = []
     # Not splitlines(): strings may hold Unicode line separators.
     for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            rows.append((f"{path}:{number}", parse_json(line, path, number)))
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, path, number, mend=True)
+        except InputError as e:
+            # The first line may be the beginning of an object that goes on below it.
+            hint = "" if rows else "; rows are one list, or one on each line"
+            raise InputError(f"{e}{hint}") from None
+        rows.append((f"{path}:{number}", row))
+    return rows
+
+
+def read_csv(path: str, text: str) -> list[tuple[str, dict]]:
+    """CSV with the columns' names on its first line -> [(place, {name: text})].
+
+    A text in quotes may go over several lines; the place is the first of them.
+    """
+    # The library's own limit is 131,072 characters to a cell.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names = []
+    rows = []
+    number = 1
+    try:
+        for cells in reader:
+            place = f"{path}:{number}"
+            number = reader.line_num + 1
+            # An empty line has no cells.
+            if not cells:
+                continue
+            if not names:
+                names = cells
+                continue
+            n_cells = f"{place}: {len(cells)} cells, but the first line names {len(names)} columns"
+            require(len(cells) == len(names), n_cells)
+            rows.append((place, dict(zip(names, cells))))
+    except csv.Error as e:
+        raise InputError(f"{path}:{reader.line_num}: not CSV ({e})") from None
+    require(len(set(names)) == len(names), f"{path}: two columns have one name")
     return rows
 
 

@@ -61,11 +61,11 @@ def path_in(name: str, text: str) -> str:
     """
     if name == "eval_splits":  # NAME=FILE or NAME=FORMAT:FILE
         text = text.partition("=")[2]
-        candidates = [text, text.partition(":")[2]]
+        candidates = [*without_split(text), *without_split(text.partition(":")[2])]
     elif name == "in_distribution":  # FILE.py:FUNCTION, or a condition on columns
         candidates = [code_file(text)]
-    else:  # PATH, FILE.py:FUNCTION, or FOLDER:SPLIT of a data set
-        candidates = [text, text.rpartition(":")[0]]
+    else:  # PATH, FILE.py:FUNCTION, or FOLDER:SPLIT or FOLDER:CONFIG:SPLIT of a data set
+        candidates = without_split(text)
     for path in candidates:
         inner = os.path.join(path, "model")
         if path and os.path.isdir(inner):
@@ -73,6 +73,17 @@ def path_in(name: str, text: str) -> str:
         if path and os.path.exists(path):
             return path
     return ""
+
+
+def without_split(text: str) -> list[str]:
+    """FOLDER:CONFIG:SPLIT -> itself, FOLDER:CONFIG and FOLDER: what may be the name of a file."""
+    names = [text]
+    # The split may be a part of one: train[:100].
+    rest = text.partition("[")[0]
+    while ":" in rest:
+        rest = rest.rpartition(":")[0]
+        names.append(rest)
+    return names
 
 
 def code_file(text: str) -> str:

@@ -84,17 +84,24 @@ class TextFlags(FlagGroup):
 
     dataset: str = HfArg(
         default="world",
-        help="the data: FILE.jsonl, the name[:split] of a data set for the datasets library, or "
-        "'world', the texts of the embedded world (world:SEED: its pairs with another cue)",
+        help="the data: a file (.jsonl, .json, .csv, .parquet), a folder as downloaded, the "
+        "NAME:SPLIT or NAME:CONFIG:SPLIT of a data set for the datasets library, or 'world', the "
+        "texts of the embedded world (world:SEED: its pairs with another cue)",
     )
     columns: list[str] = HfArg(
         default_factory=list,
         help="FIELD=COLUMN for each column that the data names differently, such as "
-        "prompt=question",
+        "prompt=question, or messages=chat (see nanorlhf/formats.py for the fields)",
     )
     chat_template: bool = HfArg(
         default=False,
-        help="put each prompt into the tokenizer's chat template, as a user's turn",
+        help="put each prompt that is a string into the tokenizer's chat template, as a user's "
+        "turn; chats go through it anyway",
+    )
+    special_in_text: bool = HfArg(
+        default=False,
+        help="keep chats whose turns spell a control token such as <|im_end|>, which counts as "
+        "one; without it, they are left out",
     )
 
     def __post_init__(self):
@@ -116,9 +123,9 @@ class SplitFlags(FlagGroup):
     )
     prompt_format: str = HfArg(
         default="",
-        metadata={"choices": ("", "tldr", "cnn_dm")},
+        metadata={"choices": ("", "tldr", "cnn_dm", "alpaca")},
         help="write prompts from other columns: tldr from {subreddit, title, post, summary}, "
-        "cnn_dm from {article, highlights}",
+        "cnn_dm from {article, highlights}, alpaca from {instruction, input, output}",
     )
     eval_dataset: str = HfArg(default="", help=HELD_OUT_HELP)
     eval_size: int = HfArg(default=256, help="how many rows of each split to evaluate on")

@@ -345,7 +345,10 @@ def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
     def is_answer(i, row):
         if not isinstance(row, dict):
             return False
-        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
+        # A prompt is a string, or a chat: a list of messages.
+        if not isinstance(row.get("prompt"), str | list) or not isinstance(
+            row.get("response"), str
+        ):
             return False
         return are_ids(row.get("prompt_ids")) and are_ids(row.get("response_ids"))
 
@@ -400,7 +403,10 @@ def sample_table(rows: list[dict], width: int = 110) -> str:
     """Rows {prompt, response, **numbers} as readable text."""
     lines = []
     for row in rows:
-        prompt = row["prompt"][-width:]  # its end, to which the response is an answer
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = prompt[-1]["content"]  # of a chat, the last message
+        prompt = prompt[-width:]  # its end, to which the response is an answer
         response = row["response"][:width]
         if len(row["response"]) > width:
             response += "..."

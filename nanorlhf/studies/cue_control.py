@@ -37,6 +37,7 @@ from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..runtime.files import write_lines
 from ..stats import auc, t_interval
+from ..tokens import encode
 from .common import (
     StudyFlags,
     describe_numbers,
@@ -441,9 +442,10 @@ def measure_auc(a, s, features, cue):
     texts = [row["response"] for row in rows]
 
     tokenizer = load_tokenizer(target(a, s))
-    prompts, responses, _ = data.encode(tokenizer, rows, "response")
+    encoded = encode(tokenizer, rows, ("response",))
+    batch = pack(encoded.prompts, encoded.responses["response"])
     reward = load_feature_reader(target(a, s), feature_sae(a, s), tokenizer, setup("cpu"))
-    answers = Answers([row["prompt"] for row in rows], texts, pack(prompts, responses))
+    answers = Answers([row["prompt"] for row in rows], texts, batch)
     z = reward.read(answers, features).latents  # [N, F]
     has_cue = [cue in text.split() for text in texts]
     return auc(z.clamp(min=0).sum(1), has_cue)
