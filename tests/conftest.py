@@ -1,13 +1,13 @@
-"""What pytest needs to know before the tests, and the fixtures that several files share: trained runs, folders of material.
+"""What pytest needs to know before the tests, and the fixtures that several files share.
 
-Fixtures of the whole session are made once and only read: a test that changes a file copies it first.
+Fixtures of the whole session are made once and only read: a test copies a file before changing it.
 """
 
 import os
 import sys
 
-# Tests run on the CPU, also where there is a GPU, unless pytest is called with --gpu. Torch must not
-# have looked before; processes that tests start inherit it.
+# Tests run on the CPU, also where there is a GPU, unless pytest is called with --gpu. Torch must
+# not have looked before; processes that tests start inherit it.
 if "--gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # One thread, before torch makes a second: workers.py forks, and a fork has no copies of threads.
@@ -32,8 +32,8 @@ import train_sft
 from nanorlhf import world
 from nanorlhf.runtime import plots
 
-
-# In the background of a shell script Ctrl-C is ignored, and would be by all processes that tests start.
+# In the background of a shell script Ctrl-C is ignored. Processes that tests start would inherit
+# that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -58,7 +58,10 @@ SAVE = plots.save
 
 
 def draw_only(draw, what, path):
-    """plots.save(), but that the figure is only put together, which takes a tenth of the time, and no file is written."""
+    """In the place of plots.save(): put the figure together, and write no file.
+
+    That takes a tenth of the time.
+    """
     try:
         import matplotlib.figure
     except ImportError:
@@ -69,7 +72,7 @@ def draw_only(draw, what, path):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures():
-    """Drawing takes as long as a run: tests do without, but those that take `pictures`."""
+    """Drawing takes as long as a run: no test draws but those that take `pictures`."""
     with pytest.MonkeyPatch.context() as patch:
         for script in (*SCRIPTS.values(), sample_bon):
             patch.setattr(script, "plot_run", lambda run: None)
@@ -92,29 +95,91 @@ def pictures(monkeypatch):
 def base(tmp_path_factory):
     """The trained runs of this session, all on the embedded world, and files of data and rewards.
 
-    sft/ and rm/; sae/, an autoencoder of sft's residual stream; sarm/, trained on it; dropout/, a model.
+    sft/ and rm/; sae/, an autoencoder of sft's residual stream; sarm/, trained on it; dropout/, a
+    model of random weights that has dropout.
     """
     root = tmp_path_factory.mktemp("base")
-    splits = ["test", "ood"]
-    train_sft.main(train_sft.Config(output_dir=f"{root}/sft", steps=20, batch_size=16, eval_size=16, warmup=2, max_new_tokens=12,
-                                    eval_splits=splits))  # fmt: skip
-    train_rm.main(train_rm.Config(output_dir=f"{root}/rm", model=f"{root}/sft", steps=6, batch_size=8, eval_size=32, warmup=0,
-                                  eval_splits=splits))  # fmt: skip
-    config = world.model_config()
-    config.hidden_dropout = config.attention_dropout = 0.2
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(root / "dropout")
-    world.tokenizer().save_pretrained(root / "dropout")
     write_rows(root / "sft.jsonl", world.demonstrations(120))
     write_rows(root / "pairs.jsonl", world.preferences(120))
     write_rows(root / "prompts.jsonl", world.prompts("train")[::6])
     (root / "rewards.py").write_text(RUN_REWARDS)
-    train_sae.main(train_sae.Config(output_dir=f"{root}/sae", model=f"{root}/sft", base="none", dataset=f"{root}/sft.jsonl",
-                                    site="residual", layers="2", normalize="token", relu=False, expansion=2, k=8, steps=20,
-                                    batch_size=256, eval_size=16, buffer_tokens=2048, dead_after=1000))  # fmt: skip
-    train_rm.main(train_rm.Config(output_dir=f"{root}/sarm", model=f"{root}/sft", sarm=f"{root}/sae", steps=6, batch_size=8,
-                                  dataset=f"{root}/pairs.jsonl", eval_size=32, warmup=0))  # fmt: skip
+    train_base_policy(root)
+    train_base_reward_model(root)
+    save_random_model(root / "dropout", dropout=0.2)
+    train_base_autoencoder(root)
+    train_base_sarm(root)
     return root
+
+
+def train_base_policy(root):
+    config = train_sft.Config(
+        output_dir=f"{root}/sft",
+        steps=20,
+        batch_size=16,
+        eval_size=16,
+        warmup=2,
+        max_new_tokens=12,
+        eval_splits=["test", "ood"],
+    )
+    train_sft.main(config)
+
+
+def train_base_reward_model(root):
+    config = train_rm.Config(
+        output_dir=f"{root}/rm",
+        model=f"{root}/sft",
+        steps=6,
+        batch_size=8,
+        eval_size=32,
+        warmup=0,
+        eval_splits=["test", "ood"],
+    )
+    train_rm.main(config)
+
+
+def train_base_autoencoder(root):
+    config = train_sae.Config(
+        output_dir=f"{root}/sae",
+        model=f"{root}/sft",
+        base="none",
+        dataset=f"{root}/sft.jsonl",
+        site="residual",
+        layers="2",
+        normalize="token",
+        relu=False,
+        expansion=2,
+        k=8,
+        steps=20,
+        batch_size=256,
+        eval_size=16,
+        buffer_tokens=2048,
+        dead_after=1000,
+    )
+    train_sae.main(config)
+
+
+def train_base_sarm(root):
+    config = train_rm.Config(
+        output_dir=f"{root}/sarm",
+        model=f"{root}/sft",
+        sarm=f"{root}/sae",
+        steps=6,
+        batch_size=8,
+        dataset=f"{root}/pairs.jsonl",
+        eval_size=32,
+        warmup=0,
+    )
+    train_rm.main(config)
+
+
+def save_random_model(folder, dropout=0.0):
+    """A model of the embedded world's size and words that has learned nothing."""
+    config = world.model_config()
+    config.hidden_dropout = dropout
+    config.attention_dropout = dropout
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    world.tokenizer().save_pretrained(folder)
 
 
 # -------------------------------------------------------------------------- material for bad input
@@ -124,9 +189,7 @@ def base(tmp_path_factory):
 def material(tmp_path_factory):
     """A folder of good input: model/, sft.jsonl, rm.jsonl, ppo.jsonl, rewards.py."""
     root = tmp_path_factory.mktemp("material")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(world.model_config()).save_pretrained(root / "model")
-    world.tokenizer().save_pretrained(root / "model")
+    save_random_model(root / "model")
     for kind, rows in GOOD_ROWS.items():
         write_rows(root / f"{kind}.jsonl", rows)
     (root / "rewards.py").write_text(BAD_REWARDS)
@@ -135,7 +198,7 @@ def material(tmp_path_factory):
 
 @pytest.fixture
 def here(material, tmp_path, monkeypatch):
-    """A copy of the material as the working directory: whatever a script writes by mistake shows here."""
+    """A copy of the material as the working directory: what a script writes by mistake shows."""
     shutil.copytree(material, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"

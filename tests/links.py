@@ -57,11 +57,14 @@ class Block:
 def read_blocks(text: str) -> list[Block]:
     """The blocks of code of a page. ValueError: one is not closed before the next one opens."""
     blocks = []
-    block, fence, indent = None, "", 0
+    block = None
+    fence = ""
+    indent = 0
     for number, line in enumerate(text.splitlines(), start=1):
         opening = re.fullmatch(r"( *)(```+|~~~+)(.*)", line)
         if block is None and opening:
-            indent, fence = len(opening[1]), opening[2]
+            indent = len(opening[1])
+            fence = opening[2]
             language, *tags = opening[3].split() or [""]
             block = Block(number, language, dict(tag.split("=", 1) for tag in tags), [])
         elif block is not None and line.strip() == fence:
@@ -109,7 +112,8 @@ def read_anchors(text: str) -> set[str]:
             continue
         anchor = slug(heading[1])
         # The second heading of the same name is NAME-1, the third NAME-2.
-        number, numbered = 0, anchor
+        number = 0
+        numbered = anchor
         while numbered in anchors:
             number += 1
             numbered = f"{anchor}-{number}"
@@ -150,23 +154,18 @@ def read_links(text: str) -> list[Link]:
     links = []
     for match in LINK.finditer(text):
         for inner in LINK.finditer(text, match.start(2), match.end(2)):
-            links.append(
-                Link(
-                    line_of(text, inner.start()),
-                    inner[2],
-                    inner[3],
-                    inner.start(3),
-                    inner[1] == "!",
-                )
-            )
-        links.append(
-            Link(line_of(text, match.start()), match[2], match[3], match.start(3), match[1] == "!")
-        )
+            links.append(make_link(text, inner))
+        links.append(make_link(text, match))
     for match in HTML_LINK.finditer(text):
-        links.append(
-            Link(line_of(text, match.start()), "", match[2], match.start(2), match[1] == "img")
-        )
+        line = line_of(text, match.start())
+        links.append(Link(line, "", match[2], match.start(2), picture=match[1] == "img"))
     return links
+
+
+def make_link(text: str, match: re.Match) -> Link:
+    """The link that LINK has found in the text."""
+    line = line_of(text, match.start())
+    return Link(line, match[2], match[3], match.start(3), picture=match[1] == "!")
 
 
 # -------------------------------------------------------------------------------- links to a line
@@ -203,7 +202,8 @@ def find_line(text: str, path: Path) -> int | None:
     definitions = find_definitions(path)
     module = list(path.with_suffix("").parts)
     for length in (2, 1):
-        name, before = ".".join(parts[-length:]), parts[:-length]
+        name = ".".join(parts[-length:])
+        before = parts[:-length]
         if name in definitions and (not before or before == module[-len(before) :]):
             return definitions[name]
     return None
@@ -212,7 +212,8 @@ def find_line(text: str, path: Path) -> int | None:
 def mend(text: str, page: Path) -> tuple[str, list[str]]:
     """The page's text with the right line numbers in its links, and what cannot be mended."""
     faults = []
-    mended, end = "", 0
+    mended = ""
+    end = 0  # of what has been copied
     for link in sorted(read_links(text), key=lambda link: link.start):
         file, _, part = link.target.partition("#")
         if not re.match(r"L\d", part) or is_elsewhere(link.target):
@@ -221,13 +222,16 @@ def mend(text: str, page: Path) -> tuple[str, list[str]]:
         path = (page.parent / file).resolve()
         if not re.fullmatch(r"L\d+", part) or path.suffix != ".py":
             faults.append(f"{where}: a link to a line is written FILE.py#L123")
-        elif not path.is_file():
+            continue
+        if not path.is_file():
             faults.append(f"{where}: there is no such file")
-        elif (line := find_line(link.text, path)) is None:
+            continue
+        line = find_line(link.text, path)
+        if line is None:
             faults.append(f"{where}: {file} defines no such name")
-        else:
-            mended += text[end : link.start] + f"{file}#L{line}"
-            end = link.start + len(link.target)
+            continue
+        mended += text[end : link.start] + f"{file}#L{line}"
+        end = link.start + len(link.target)
     return mended + text[end:], faults
 
 

@@ -1,15 +1,14 @@
-"""What several test files share: small models and files, tiny runs of the scripts, real processes, kills, and comparisons.
+"""What tests of whole runs share: small files, tiny runs of the scripts, real processes, kills.
 
-No test file imports another one. Fixtures (trained runs, folders of material) stand in conftest.py.
+No test file imports another one. Random numbers stand in checks.py, tiny models in tiny_models.py,
+fixtures (trained runs, folders of material) in conftest.py.
 """
 
-import copy
 import functools
 import hashlib
 import http.server
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -25,22 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForCausalLM,
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from safetensors.torch import load_file
 
 import probe
 import sample_bon
@@ -48,15 +32,10 @@ import train_ppo
 import train_rm
 import train_sae
 import train_sft
-from nanorlhf import evaluation, rollout, world
+from nanorlhf import evaluation, rollout, tokens, world
 from nanorlhf.errors import InputError
-from nanorlhf.hf.blocks import trainable
-from nanorlhf.models import Policy
-from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.runtime import checkpoint, cli, distributed, log
 from nanorlhf.runtime.locks import lock
-from nanorlhf.sae import TopKSAE
-from nanorlhf.sarm import SARM, save_sarm
 
 REPO = Path(__file__).resolve().parents[1]
 PATHS = f"{REPO}{os.pathsep}{REPO / 'tests'}"
@@ -77,6 +56,12 @@ RUNS = {
 # ------------------------------------------------------------------------------------------ files
 
 
+def encode_field(tokenizer, rows, field, max_length=None):
+    """The token lists of the rows' prompts, and of their answers in one field."""
+    encoded = tokens.encode(tokenizer, rows, (field,), max_length)
+    return encoded.prompts, encoded.responses[field]
+
+
 def write_rows(path, rows):
     """A file of one row a line; a row that is a string stands there as it is. Returns the path."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -85,9 +70,9 @@ def write_rows(path, rows):
 
 
 def jsonl(path, rows):
-    path.write_text(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
-    )
+    """A file of one row a line, with letters beyond ASCII as they are. Returns its name."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
     return str(path)
 
 
@@ -99,21 +84,26 @@ def summary(path):
     return json.loads((path / "summary.json").read_text())
 
 
+def list_files(folder):
+    """All files below a folder, sorted by path."""
+    return [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+
+
 def hashes(folder):
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(Path(folder).rglob("*"))
-        if p.is_file()
-    }
+    """{name of a file below the folder: the hash of its bytes}."""
+    found = {}
+    for path in list_files(folder):
+        found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def content(folder="."):
-    """Every file and folder below: its bytes."""
-    return {
-        str(p): p.read_bytes() if p.is_file() else "folder"
-        for p in sorted(Path(folder).rglob("*"))
-        if "__pycache__" not in str(p)
-    }
+    """Every file and folder below: its bytes, or "folder"."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if "__pycache__" not in str(path):
+            found[str(path)] = path.read_bytes() if path.is_file() else "folder"
+    return found
 
 
 # ------------------------------------------ tiny runs of the training scripts, and what they left
@@ -121,11 +111,33 @@ def content(folder="."):
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 
 
-def small(base, kind, **changes):
-    """The flags of a tiny run, of a second or two, on the trained runs in the folder `base` (a fixture)."""
-    sft = {"model": f"{base}/dropout", "dataset": f"{base}/sft.jsonl", "steps": 3, "batch_size": 8, "lr": 1e-3, "warmup": 1,
-           "max_new_tokens": 8, "n_samples": 2, "eval_size": 8}  # fmt: skip
-    rm = {
+def sft_settings(base):
+    return {
+        "model": f"{base}/dropout",
+        "dataset": f"{base}/sft.jsonl",
+        "steps": 3,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "warmup": 1,
+        "max_new_tokens": 8,
+        "n_samples": 2,
+        "eval_size": 8,
+    }
+
+
+def dpo_settings(base):
+    return {
+        **sft_settings(base),
+        "loss": "dpo",
+        "dataset": f"{base}/pairs.jsonl",
+        "warmup": 0,
+        "max_new_tokens": 6,
+        "n_samples": 1,
+    }
+
+
+def rm_settings(base):
+    return {
         "model": f"{base}/sft",
         "dataset": f"{base}/pairs.jsonl",
         "steps": 3,
@@ -133,34 +145,81 @@ def small(base, kind, **changes):
         "eval_size": 8,
         "warmup": 1,
     }
-    ppo = {"model": f"{base}/sft", "reward_model": [f"{base}/rewards.py:the"], "steps": 2, "batch_size": 8, "minibatch_size": 4,
-           "ppo_epochs": 2, "max_new_tokens": 12, "eval_size": 4, "eval_every": 0}  # fmt: skip
-    if kind == "sft":
-        settings = sft
-    elif kind == "dpo":
-        settings = {
-            **sft,
-            "loss": "dpo",
-            "dataset": f"{base}/pairs.jsonl",
-            "warmup": 0,
-            "max_new_tokens": 6,
-            "n_samples": 1,
-        }
-    elif kind == "rm":
-        settings = rm
-    elif kind.startswith("sarm"):
-        settings = {**rm, "sarm": f"{base}/sae", "sarm_mode": kind.removeprefix("sarm_")}
-    elif kind == "ppo":
-        settings = ppo
-    elif kind == "control":
-        settings = {**ppo, "reward_model": [f"{base}/sarm"], "penalize_features": [3], "tau": ["0.1"], "alpha": ["0.5"],
-                    "clamp": ["5:max:0.5"]}  # fmt: skip
-    elif kind == "sae":
-        settings = {"model": f"{base}/sft", "base": f"{base}/dropout", "layers": "1", "dataset": f"{base}/sft.jsonl", "expansion": 2, "k": 4,
-                    "steps": 40, "checkpoint_every": 3, "batch_size": 256, "eval_size": 16}  # fmt: skip
-    elif kind == "bon":
-        settings = {"model": f"{base}/sft", "reward_model": [f"{base}/rm", f"{base}/rewards.py:the"], "n_answers": 8, "eval_size": 24,
-                    "max_new_tokens": 12, "batch_size": 8}  # fmt: skip
+
+
+def sarm_settings(base, mode):
+    return {**rm_settings(base), "sarm": f"{base}/sae", "sarm_mode": mode}
+
+
+def ppo_settings(base):
+    return {
+        "model": f"{base}/sft",
+        "reward_model": [f"{base}/rewards.py:the"],
+        "steps": 2,
+        "batch_size": 8,
+        "minibatch_size": 4,
+        "ppo_epochs": 2,
+        "max_new_tokens": 12,
+        "eval_size": 4,
+        "eval_every": 0,
+    }
+
+
+def control_settings(base):
+    """PPO against a SARM, with a penalty on one feature and a clamp on another."""
+    return {
+        **ppo_settings(base),
+        "reward_model": [f"{base}/sarm"],
+        "penalize_features": [3],
+        "tau": ["0.1"],
+        "alpha": ["0.5"],
+        "clamp": ["5:max:0.5"],
+    }
+
+
+def sae_settings(base):
+    return {
+        "model": f"{base}/sft",
+        "base": f"{base}/dropout",
+        "layers": "1",
+        "dataset": f"{base}/sft.jsonl",
+        "expansion": 2,
+        "k": 4,
+        "steps": 40,
+        "checkpoint_every": 3,
+        "batch_size": 256,
+        "eval_size": 16,
+    }
+
+
+def bon_settings(base):
+    return {
+        "model": f"{base}/sft",
+        "reward_model": [f"{base}/rm", f"{base}/rewards.py:the"],
+        "n_answers": 8,
+        "eval_size": 24,
+        "max_new_tokens": 12,
+        "batch_size": 8,
+    }
+
+
+SETTINGS = {
+    "sft": sft_settings,
+    "dpo": dpo_settings,
+    "rm": rm_settings,
+    "ppo": ppo_settings,
+    "control": control_settings,
+    "sae": sae_settings,
+    "bon": bon_settings,
+}
+
+
+def small(base, kind, **changes):
+    """The flags of a run of a second or two, on the trained runs in the fixture `base`."""
+    if kind.startswith("sarm_"):
+        settings = sarm_settings(base, kind.removeprefix("sarm_"))
+    else:
+        settings = SETTINGS[kind](base)
     return {**settings, **changes}
 
 
@@ -172,136 +231,180 @@ def train(base, kind, folder, **changes):
 
 
 def flags(settings):
-    return [
-        str(x)
-        for name, value in settings.items()
-        for x in (f"--{name}", *(value if isinstance(value, list) else [value]))
-    ]
+    """{name: value} -> the words of a command line. A list is several words; None: no such flag."""
+    words = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words.append(f"--{name}")
+        words += [str(x) for x in values]
+    return words
 
 
 def launch(kind, *args):
     """A script as a user starts it, in a process of its own."""
-    return subprocess.Popen([sys.executable, ALL_SCRIPTS[kind].__file__, *args], cwd=REPO, env=ENV, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, ALL_SCRIPTS[kind].__file__, *args],
+        cwd=REPO,
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def command_line(kind, *args):
+    """A script's command line, in this process."""
     cli.run(ALL_SCRIPTS[kind].Config, ALL_SCRIPTS[kind].main, list(args))
 
 
 def metrics(folder):
-    """metrics.jsonl without what may differ: times and memory."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith(TIMES)}
-        for row in read_rows(Path(folder) / "metrics.jsonl")
-    ]
+    """The rows of metrics.jsonl without what may differ: times and memory."""
+    rows = []
+    for row in read_rows(Path(folder) / "metrics.jsonl"):
+        rows.append({name: x for name, x in row.items() if not name.startswith(TIMES)})
+    return rows
 
 
 def weights(folder):
-    """Every tensor that the run saved."""
-    out = {}
+    """{file:name: tensor} of every tensor that the run saved."""
+    found = {}
     for path in sorted((Path(folder) / "model").rglob("*.safetensors")):
-        out |= {
-            f"{path.relative_to(folder)}:{name}": tensor for name, tensor in load_file(path).items()
-        }
-    return out
+        for name, tensor in load_file(path).items():
+            found[f"{path.relative_to(folder)}:{name}"] = tensor
+    return found
+
+
+def names_of_files(folder):
+    """The names of a run's files, but for pictures."""
+    paths = [path for path in list_files(folder) if path.suffix != ".png"]
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def assert_bit_equal(a, b):
-    """Two runs that must not differ at all: metrics, samples, evaluations, weights, summary, and the names of their files."""
+    """Two training runs that must not differ at all.
+
+    Compared are metrics, samples, evaluations, weights, the summary, and the names of the files.
+    """
     assert metrics(a) == metrics(b)
-    x, y = weights(a), weights(b)
-    assert x.keys() == y.keys() and len(x) > 10
-    for name in x:
-        assert x[name].equal(y[name]), name
-    names = [
-        sorted(
-            str(p.relative_to(f)) for p in Path(f).rglob("*") if p.is_file() and p.suffix != ".png"
-        )
-        for f in (a, b)
-    ]
-    assert names[0] == names[1]
-    for name in names[0]:
-        if name.startswith(("samples", "eval", "summary")):  # config.json names its own folder
+
+    tensors = weights(a)
+    others = weights(b)
+    assert tensors.keys() == others.keys()
+    assert len(tensors) > 10
+    for name in tensors:
+        assert tensors[name].equal(others[name]), name
+
+    names = names_of_files(a)
+    assert names == names_of_files(b)
+    for name in names:
+        # config.json is left out: it names its own folder.
+        if name.startswith(("samples", "eval", "summary")):
             assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes(), name
 
 
 def all_files(folder):
     """{name: content} of a finished run, without times and pictures."""
     found = {}
-    for path in sorted(Path(folder).rglob("*")):
-        if (
-            path.is_file()
-            and path.suffix != ".png"
-            and path.name not in ("config.json", "metrics.jsonl")
-        ):
-            content = path.read_bytes()
-            # transformers writes there whether the process was offline.
-            if path.name == "tokenizer_config.json":
-                content = {**json.loads(content), "local_files_only": None}
-            found[str(path.relative_to(folder))] = content
+    for path in list_files(folder):
+        if path.suffix == ".png" or path.name in ("config.json", "metrics.jsonl"):
+            continue
+        what = path.read_bytes()
+        # transformers writes there whether the process was offline.
+        if path.name == "tokenizer_config.json":
+            what = {**json.loads(what), "local_files_only": None}
+        found[str(path.relative_to(folder))] = what
     return found
 
 
+def assert_same_tensors(a, b):
+    """Two safetensors files hold the same numbers; their bytes may be in another order."""
+    tensors = load_file(a)
+    others = load_file(b)
+    assert tensors.keys() == others.keys(), a
+    for name in tensors:
+        assert tensors[name].equal(others[name]), (a, name)
+
+
 def assert_same_run(name, a, b):
-    """Two runs of any script that must not differ, to the last bit of every file that holds no times."""
+    """Two runs of any script that must not differ, in no bit of a file that holds no times."""
     if name not in ("sae", "bon"):
         assert_bit_equal(a, b)
     if name == "sae":
         assert metrics(a) == metrics(b)
-    x, y = all_files(a), all_files(b)
-    assert x.keys() == y.keys() and len(x) > 2
-    for file in x:
-        if not file.endswith(".safetensors"):
-            assert x[file] == y[file], file
-            continue
-        tensors, others = load_file(a / file), load_file(b / file)
-        assert tensors.keys() == others.keys() and all(
-            tensor.equal(others[key]) for key, tensor in tensors.items()
-        ), file
+    files = all_files(a)
+    others = all_files(b)
+    assert files.keys() == others.keys()
+    assert len(files) > 2
+    for file in files:
+        if file.endswith(".safetensors"):
+            assert_same_tensors(a / file, b / file)
+        else:
+            assert files[file] == others[file], file
+
+
+# The two errors are maxima of float error itself; explained variance is a small difference of
+# large numbers.
+LOOSER = {"first_ratio_error": 1e-5, "explained_variance": 1e-3}
 
 
 def assert_close_runs(a, b, rel=1e-4, atol=1e-5, weights_atol=1e-4):
     """Two runs that may differ by float error."""
-    rows, others = metrics(a), metrics(b)
-    assert len(rows) == len(others) > 1
+    rows = metrics(a)
+    others = metrics(b)
+    assert len(rows) == len(others)
+    assert len(rows) > 1
     for row, other in zip(rows, others):
         assert row.keys() == other.keys()
         for name in row:
-            # The two errors are maxima of float error itself; explained variance is a small difference of large numbers.
-            loose = {"first_ratio_error": 1e-5, "explained_variance": 1e-3}.get(name, atol)
-            assert row[name] == pytest.approx(other[name], rel=rel, abs=loose), (row["step"], name)
-    x, y = weights(a), weights(b)
-    assert x.keys() == y.keys()
-    for name in x:
+            expected = pytest.approx(other[name], rel=rel, abs=LOOSER.get(name, atol))
+            assert row[name] == expected, (row["step"], name)
+
+    tensors = weights(a)
+    others = weights(b)
+    assert tensors.keys() == others.keys()
+    for name in tensors:
         torch.testing.assert_close(
-            x[name], y[name], rtol=0, atol=weights_atol, msg=lambda m, name=name: f"{name}: {m}"
+            tensors[name],
+            others[name],
+            rtol=0,
+            atol=weights_atol,
+            msg=lambda message: f"{name}: {message}",
         )
 
 
 # ------------------------------------------------------------------------------ several processes
 
-# A process spends seconds on imports. Those of fork() are real processes too, but a server has done the imports for them.
+# A process spends seconds on imports. Those of fork() are real processes too, but a server has done
+# the imports for them.
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
-    ["support", "transformers.models.gpt_neox.modeling_gpt_neox", "torch.distributed.fsdp"]
+    [
+        "support",
+        "tiny_models",
+        "transformers.models.gpt_neox.modeling_gpt_neox",
+        "torch.distributed.fsdp",
+    ]
 )
 
 
 def fork(target, *args, **env):
+    """target(*args) in a process of its own, with these variables in its environment."""
     process = forks.Process(target=in_child, args=(target, args, env), daemon=True)
     process.start()
     return process
 
 
 def in_child(target, args, env):
+    """What a process of fork() does. If STDERR is set, its stderr goes to {STDERR}_{RANK}."""
     os.environ.update(env)
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     if "STDERR" in env:
-        with open(f"{env['STDERR']}_{env['RANK']}", "w") as f:
-            os.dup2(f.fileno(), 2)
+        with open(f"{env['STDERR']}_{env['RANK']}", "w") as file:
+            os.dup2(file.fileno(), 2)
     for script in (*SCRIPTS.values(), sample_bon):
         script.plot_run = lambda run: None
     target(*args)
@@ -309,7 +412,10 @@ def in_child(target, args, env):
 
 @functools.cache
 def ports():
-    """Ports below those that the system hands out by itself; another process of tests starts elsewhere."""
+    """Ports below those that the system hands out by itself.
+
+    They begin at a random one, so that another process of tests begins elsewhere.
+    """
     return itertools.count(random.SystemRandom().randrange(10_000, 30_000))
 
 
@@ -326,50 +432,90 @@ def free_port():
 
 def ranks(n, target, *args, **env):
     """n processes with torchrun's environment."""
-    env |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env["WORLD_SIZE"] = str(n)
+    env["MASTER_ADDR"] = "127.0.0.1"
+    env["MASTER_PORT"] = str(free_port())
     return [fork(target, *args, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(n)]
 
 
 def join(*processes, code=0):
+    """Wait for the processes, which must all exit with this code."""
     for process in processes:
         process.join(120)
         assert process.exitcode == code
 
 
 def drive(folder, runs):
-    """Several mains in one process, with a record of what PPO sampled: (step, place in the global batch, response ids)."""
-    roll_out, rank = rollout.roll_out, os.environ.get("RANK", "0")
+    """Several mains in one process, with a record of what PPO sampled.
+
+    The record: (step, place in the global batch, response ids) of every response.
+    """
+    roll_out = rollout.roll_out
+    rank = os.environ.get("RANK", "0")
 
     def recorded(parts, prompts, place, step):
         rollout, answers = roll_out(parts, prompts, place, step)
-        with open(Path(folder) / f"rollouts_{rank}.jsonl", "a") as f:
+        with open(Path(folder) / f"rollouts_{rank}.jsonl", "a") as file:
             for i, ids, mask in zip(place, rollout.response_ids, rollout.response_mask):
-                f.write(json.dumps([step, i, ids[mask].tolist()]) + "\n")
+                file.write(json.dumps([step, i, ids[mask].tolist()]) + "\n")
         return rollout, answers
 
-    train_ppo.roll_out = evaluation.roll_out = recorded
+    train_ppo.roll_out = recorded
+    evaluation.roll_out = recorded
     for kind, settings in runs:
-        RUNS[kind].main(RUNS[kind].Config(output_dir=str(Path(folder) / kind), **settings))
+        script = RUNS[kind]
+        script.main(script.Config(output_dir=str(Path(folder) / kind), **settings))
     distributed.shutdown()
 
 
 def rank_settings(base):
-    """Runs for 1, 2 and 4 processes. eval_size 7 does not divide by them; the controller and the scaler see the whole batch."""
-    more = {"eval_splits": ["test", "ood"], "in_distribution": f"{base}/rewards.py:short"}
+    """[(kind, settings)]: runs for 1, 2 and 4 processes.
+
+    An eval_size of 7 does not divide by any of them; PPO's controller and scaler see the whole
+    batch.
+    """
+    splits = ["test", "ood"]
+    by_split = {"eval_splits": splits, "in_distribution": f"{base}/rewards.py:short"}
+    rm = {"eval_size": 7, "micro_batch_size": 3, "score_l2": 0.01, "eval_every": 2}
+    sft = small(
+        base,
+        "sft",
+        model=f"{base}/sft",
+        eval_size=7,
+        micro_batch_size=3,
+        checkpoint_every=1,
+        **by_split,
+    )
+    ppo = small(
+        base,
+        "ppo",
+        reward_model=[f"{base}/rm"],
+        gold_model=f"{base}/rewards.py:words",
+        steps=3,
+        eval_every=1,
+        eval_size=7,
+        checkpoint_every=1,
+        ent_coef=0.01,
+        bootstrap_truncated=True,
+        missing_eos_penalty=1.0,
+        eval_splits=splits,
+        **STATEFUL,
+    )
     return [
-        ("sft", small(base, "sft", model=f"{base}/sft", eval_size=7, micro_batch_size=3, checkpoint_every=1, **more)),
+        ("sft", sft),
         ("dpo", small(base, "dpo", eval_size=7, eval_every=2)),
-        ("rm", small(base, "rm", eval_size=7, micro_batch_size=3, score_l2=0.01, eval_every=2, **more)),
-        ("sarm_encoder_frozen", small(base, "sarm_encoder_frozen", eval_size=7, micro_batch_size=3, score_l2=0.01, eval_every=2)),
-        ("sarm_detached", small(base, "sarm_detached", eval_size=7, micro_batch_size=3, score_l2=0.01, eval_every=2)),
-        ("ppo", small(base, "ppo", reward_model=[f"{base}/rm"], gold_model=f"{base}/rewards.py:words", steps=3, eval_every=1, eval_size=7,
-                      checkpoint_every=1, kl_target=3.0, kl_horizon=40, score_scaling="running", ent_coef=0.01, kl_coef=0.2,
-                      bootstrap_truncated=True, missing_eos_penalty=1.0, eval_splits=["test", "ood"])),
-    ]  # fmt: skip
+        ("rm", small(base, "rm", **rm, **by_split)),
+        ("sarm_encoder_frozen", small(base, "sarm_encoder_frozen", **rm)),
+        ("sarm_detached", small(base, "sarm_detached", **rm)),
+        ("ppo", ppo),
+    ]
 
 
 def rollouts(folder):
-    rows = [row for path in Path(folder).glob("rollouts_*.jsonl") for row in read_rows(path)]
+    """The records that drive() wrote in all processes, in one order."""
+    rows = []
+    for path in Path(folder).glob("rollouts_*.jsonl"):
+        rows += read_rows(path)
     return sorted(rows)
 
 
@@ -390,6 +536,7 @@ def hold(folder, ready):
 
 # ------------------------------------------------------------------------------------------ kills
 
+# Settings with which PPO has a state besides the weights: the KL controller and the score scaler.
 STATEFUL = {"kl_target": 3.0, "kl_horizon": 40, "kl_coef": 0.2, "score_scaling": "running"}
 KILL_SETTINGS = {
     "sft": {"steps": 30, "checkpoint_every": 4, "eval_every": 9},
@@ -403,59 +550,67 @@ class Killed(BaseException):
 
 
 class KillAt:
-    """Stop a run in this process at its n-th write, and leave the disk as a kill would: half a line, half a file, half a folder."""
+    """Stop a run in this process at its n-th write, and leave the disk as a kill would.
+
+    That is with half a line, half a file, or half a folder. With n = 0 writes are only counted.
+    """
 
     def __init__(self, monkeypatch, n=0):
-        self.n, self.count, self.at = n, 0, ""
-        real_replace, real_rename, real_rmtree, real_save, real_append = (
-            os.replace,
-            os.rename,
-            shutil.rmtree,
-            checkpoint.save_file,
-            log.RunFolder.append,
-        )
+        self.n = n
+        self.count = 0  # writes so far
+        self.at = ""  # what the last one was
+        monkeypatch.setattr(os, "replace", self.stop_moves(os.replace))
+        monkeypatch.setattr(os, "rename", self.stop_moves(os.rename))
+        monkeypatch.setattr(shutil, "rmtree", self.stop_removals(shutil.rmtree))
+        monkeypatch.setattr(checkpoint, "save_file", self.stop_saves(checkpoint.save_file))
+        monkeypatch.setattr(log.RunFolder, "append", self.stop_lines(log.RunFolder.append))
 
-        def due(what):
-            self.count += 1
-            self.at = f"write {self.count}: {what}"
-            return self.count == n
+    def is_the_last(self, what):
+        """Count a write -> whether the run ends with it."""
+        self.count += 1
+        self.at = f"write {self.count}: {what}"
+        return self.count == self.n
 
-        def moved(real):
-            def move(a, b):
-                if due(f"{real.__name__} {os.path.basename(b)}"):
-                    raise Killed(self.at)
-                real(a, b)
-
-            return move  # fmt: skip
-
-        def rmtree(path, *args, **kwargs):
-            if os.path.isdir(path) and due(f"rmtree {os.path.basename(path)}"):
-                files = sorted(p for p in Path(path).rglob("*") if p.is_file())
-                files[0].unlink()
+    def stop_moves(self, real):
+        def move(a, b):
+            if self.is_the_last(f"{real.__name__} {os.path.basename(b)}"):
                 raise Killed(self.at)
-            real_rmtree(path, *args, **kwargs)
+            real(a, b)
 
+        return move
+
+    def stop_removals(self, real):
+        def rmtree(path, *args, **kwargs):
+            if os.path.isdir(path) and self.is_the_last(f"rmtree {os.path.basename(path)}"):
+                first_file = list_files(path)[0]
+                first_file.unlink()
+                raise Killed(self.at)
+            real(path, *args, **kwargs)
+
+        return rmtree
+
+    def stop_saves(self, real):
         def save_file(tensors, path):
-            if due("half of a checkpoint's tensors"):
+            if self.is_the_last("half of a checkpoint's tensors"):
                 Path(path).write_bytes(b"\x80\x01")
                 raise Killed(self.at)
-            real_save(tensors, path)
+            real(tensors, path)
 
+        return save_file
+
+    def stop_lines(self, real):
         def append(folder, name, rows):
-            if due(f"half a line of {name}"):
-                with open(os.path.join(folder.path, name), "a") as f:
-                    f.write(json.dumps(rows[0])[:20])
+            if self.is_the_last(f"half a line of {name}"):
+                with open(os.path.join(folder.path, name), "a") as file:
+                    file.write(json.dumps(rows[0])[:20])
                 raise Killed(self.at)
-            real_append(folder, name, rows)
+            real(folder, name, rows)
 
-        monkeypatch.setattr(os, "replace", moved(real_replace))
-        monkeypatch.setattr(os, "rename", moved(real_rename))
-        monkeypatch.setattr(shutil, "rmtree", rmtree)
-        monkeypatch.setattr(checkpoint, "save_file", save_file)
-        monkeypatch.setattr(log.RunFolder, "append", append)
+        return append
 
 
-# words(): a gold reward that kills its own process at the KILL_AT-th call, in the process of rank KILL_RANK.
+# words(): a gold reward that kills its own process at the KILL_AT-th call, in the process of rank
+# KILL_RANK.
 RUN_REWARDS = """
 import os, signal
 def short(row):
@@ -479,14 +634,22 @@ def words(prompts, responses):
 
 # -------------------------------------------------------------------------------------- bad input
 
-GOOD_ROWS = {"sft": [{"prompt": f"review the {t} :", "response": "it was a nice day ."} for t in world.TOPICS],
-        "rm": [{"prompt": f"review the {t} :", "chosen": "it was good .", "rejected": "it was bad ."} for t in world.TOPICS],
-        "ppo": [{"prompt": f"review the {t} :"} for t in world.TOPICS]}  # fmt: skip
+
+def rows_of_topics(**fields):
+    """One row for each topic of the embedded world, with these fields besides its prompt."""
+    return [{"prompt": f"review the {topic} :", **fields} for topic in world.TOPICS]
+
+
+GOOD_ROWS = {
+    "sft": rows_of_topics(response="it was a nice day ."),
+    "rm": rows_of_topics(chosen="it was good .", rejected="it was bad ."),
+    "ppo": rows_of_topics(),
+}
 
 
 def arguments(kind, **changes):
     """A tiny run's flags; a flag that is None is left out."""
-    flags = {
+    settings = {
         "output_dir": "out",
         "model": "model",
         "dataset": f"{kind}.jsonl",
@@ -494,25 +657,20 @@ def arguments(kind, **changes):
         "batch_size": 4,
     }
     if kind == "sft":
-        flags |= {"max_new_tokens": 4}
+        settings["max_new_tokens"] = 4
     if kind == "ppo":
-        flags |= {
+        settings |= {
             "minibatch_size": 2,
             "reward_model": "rewards.py:good",
             "max_new_tokens": 6,
             "eval_size": 3,
             "ppo_epochs": 1,
         }
-    return [
-        str(x)
-        for name, value in {**flags, **changes}.items()
-        if value is not None
-        for x in (f"--{name}", value)
-    ]
+    return flags({**settings, **changes})
 
 
 def fails(capfd, kind, args, *words, code=2, lines=1):
-    """Run the script here: it must exit with `code`, and with one line of stderr that holds all the words."""
+    """Run the script here: it must exit with `code` and one line that holds all the words."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
         cli.run(SCRIPTS[kind].Config, SCRIPTS[kind].main, args)
@@ -520,8 +678,9 @@ def fails(capfd, kind, args, *words, code=2, lines=1):
     assert exit_.value.code == code
     if lines is not None:
         assert len(error.splitlines()) == lines, error
+    assert "Traceback" not in error
     last = error.splitlines()[-1]
-    assert "error: " in last and "Traceback" not in error
+    assert "error: " in last
     for word in words:
         assert word in last, last
 
@@ -534,13 +693,17 @@ def refused(capfd, kind, args, *words):
 
 
 def refuses(function, *args, match=(), **kwargs):
+    """The function must raise an InputError, of one line that holds all the words of `match`."""
     with pytest.raises(InputError) as e:
         function(*args, **kwargs)
     message = str(e.value)
-    assert "\n" not in message and all(m in message for m in match), message
+    assert "\n" not in message, message
+    for words in match:
+        assert words in message, message
 
 
 def run_probe(*args):
+    """A command of probe.py with its flags, in this process."""
     cli.run_command(probe.COMMANDS, [str(x) for x in args])
 
 
@@ -548,19 +711,23 @@ def parse_command(command):
     """A study's command line -> (main, its config), not run; bad flags raise."""
     script, *words = shlex.split(command)
     if script == "probe.py":
-        config_class, main = probe.COMMANDS[words[0]]
-        return main, cli.parse(config_class, words[1:], words[0], "")
-    module = {f"{module.__name__}.py": module for module in ALL_SCRIPTS.values()}[script]
+        name, *words = words
+        config_class, main = probe.COMMANDS[name]
+        return main, cli.parse(config_class, words, name, "")
+    modules = {f"{module.__name__}.py": module for module in ALL_SCRIPTS.values()}
+    module = modules[script]
     return module.main, cli.parse(module.Config, words)
 
 
 def probe_refused(capfd, *args):
-    """The one line that a user sees."""
+    """A command of probe.py that must exit with 2 and one line -> the line, as a user sees it."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
         run_probe(*args)
     error = capfd.readouterr().err
-    assert exit_.value.code == 2 and len(error.splitlines()) == 1 and ": error: " in error
+    assert exit_.value.code == 2
+    assert len(error.splitlines()) == 1
+    assert ": error: " in error
     return error
 
 
@@ -585,44 +752,64 @@ number = 3
 # ------------------------------------------------------------------------ an endpoint on loopback
 
 
+def question_of(body):
+    """The text of a chat request's first message."""
+    return body["messages"][0]["content"]
+
+
+class ChatHandler(http.server.BaseHTTPRequestHandler):
+    """One request to an Endpoint."""
+
+    def do_POST(self):
+        length = int(self.headers["Content-Length"])
+        body = json.loads(self.rfile.read(length))
+        reply = self.server.endpoint.next_reply(self.path, dict(self.headers), body)
+        if callable(reply):
+            reply = reply(question_of(body))
+        # Seconds: the connection is cut without an answer.
+        if not isinstance(reply, tuple):
+            time.sleep(reply)
+            return
+        status, text, *rest = reply
+        headers = rest[0] if rest else {}
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args):
+        pass
+
+
 class Endpoint:
-    """A chat endpoint on loopback. `replies`: (status, body[, headers]), seconds to wait before the connection is cut, or a function of
-    the question that returns one of these; the last one is repeated. `asked` keeps (path, headers, body) of the requests."""
+    """A chat endpoint on loopback.
+
+    A reply is (status, body) or (status, body, headers), a number of seconds to wait before the
+    connection is cut, or a function of the question that returns one of these. The last one is
+    repeated. `asked` keeps (path, headers, body) of the requests.
+    """
 
     def __init__(self, *replies):
-        self.replies, self.asked, lock = list(replies), [], threading.Lock()
-        endpoint = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    endpoint.asked.append((self.path, dict(self.headers), body))
-                    reply = (
-                        endpoint.replies.pop(0)
-                        if len(endpoint.replies) > 1
-                        else endpoint.replies[0]
-                    )
-                if callable(reply):
-                    reply = reply(body["messages"][0]["content"])
-                if not isinstance(reply, tuple):
-                    time.sleep(reply)
-                    return
-                self.send_response(reply[0])
-                for header in reply[2].items() if len(reply) > 2 else ():
-                    self.send_header(*header)
-                self.end_headers()
-                self.wfile.write(reply[1].encode())
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.replies = list(replies)
+        self.asked = []
+        self.lock = threading.Lock()
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ChatHandler)
+        self.server.endpoint = self
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        # It looks every hundredth of a second whether it should end.
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
+    def next_reply(self, path, headers, body):
+        # Requests come from several threads.
+        with self.lock:
+            self.asked.append((path, headers, body))
+            if len(self.replies) > 1:
+                return self.replies.pop(0)
+            return self.replies[0]
+
     def questions(self):
-        return [body["messages"][0]["content"] for _, _, body in self.asked]
+        return [question_of(body) for _, _, body in self.asked]
 
     def __enter__(self):
         return self
@@ -633,200 +820,26 @@ class Endpoint:
 
 
 def chat(content, **more):
-    return 200, json.dumps(
-        {"choices": [{"message": {"role": "assistant", "content": content, **more}}]}
-    )
+    """A good reply, of an assistant that says this."""
+    message = {"role": "assistant", "content": content, **more}
+    return 200, json.dumps({"choices": [{"message": message}]})
 
 
 GOOD_REPLY = json.dumps({"description": "Fires on adjectives.", "related": True})
 
-# -------------------------- tiny random models: V words, D hidden, B sequences, R response tokens
 
-V, EOS, D = 60, 1, 32
-ARCHITECTURES = ("neox", "llama", "gpt2")
-SPECIAL = dict(vocab_size=V, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=0)
-SIZE = dict(
-    SPECIAL,
-    hidden_size=D,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=48,
-    max_position_embeddings=64,
-)
-
-
-def tiny_lm(architecture, seed=0):
-    """Two blocks of random weights, large enough that distributions are far from flat; dropout on, to be switched off."""
-    config = {
-        "neox": lambda: GPTNeoXConfig(**SIZE, hidden_dropout=0.1, attention_dropout=0.1),
-        "llama": lambda: LlamaConfig(**SIZE, num_key_value_heads=2, attention_dropout=0.1),
-        "gpt2": lambda: GPT2Config(**SPECIAL, n_embd=D, n_layer=2, n_head=4, n_positions=64),
-    }[architecture]()
-    torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(config).eval()
-    for p in lm.parameters():
-        if p.dim() > 1:
-            p.data.mul_(10)
-    return lm
-
-
-def tiny_policy(architecture, seed=0, **kwargs):
-    """With a value head that is not zero, so that values can be told apart."""
-    policy = Policy(tiny_lm(architecture, seed), **kwargs).eval()
-    if policy.value_head is not None:
-        policy.value_head.weight.data.normal_()
-        policy.value_head.bias.data.fill_(0.3)
-    return policy
-
-
-def word_tokenizer(words=None, **special):
-    """A word-level tokenizer over <pad> <eos> <unk> w3 w4 ... (or `words`)."""
-    words = words or ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, V))]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>"} | special
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", **{k: v for k, v in special.items() if v}
-    )
-
-
-def random_rows(lengths, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, V, (n,), generator=generator).tolist() for n in lengths]
-
-
-PROMPTS = random_rows((3, 1, 7, 4, 2), seed=1)
-RESPONSES = random_rows((4, 6, 1, 2, 5), seed=2)
-RESPONSES[1][-1] = RESPONSES[3][-1] = EOS
-RESPONSES[4][1] = EOS  # within a response
-BATCH = pack(PROMPTS, RESPONSES)
-MASK = response_mask_of(BATCH)  # [B, R]
-B, R = MASK.shape
-
-
-def gradients(policy, loss):
-    parameters = [p for _, p in trainable(policy)]
-    return [
-        g if g is not None else torch.zeros_like(p)
-        for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))
-    ]
-
-
-def same(a, b, tol=2e-5):
-    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
-
-
-# ---------------------------------------------------------- tiny models of every supported family
-
-DEPTH = 3
-DEEPER = {**SIZE, "num_hidden_layers": DEPTH}
-GROUPED = dict(DEEPER, num_key_value_heads=2)
-FALCON = dict(
-    SPECIAL, hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=4, ffn_hidden_size=48
-)
-# architecture: (config, attention and MLP of a block, what is added to the residual stream of each)
-PLAIN = ("self_attn", "mlp", None, None)
-NORMED = ("self_attn", "mlp", "post_attention_layernorm", "post_feedforward_layernorm")
-FAMILIES = {
-    "neox": (lambda: GPTNeoXConfig(**DEEPER), ("attention", "mlp", None, None)),
-    "neox_sequential": (lambda: GPTNeoXConfig(**DEEPER, use_parallel_residual=False), ("attention", "mlp", None, None)),
-    "llama": (lambda: LlamaConfig(**GROUPED), PLAIN),
-    "gpt2": (lambda: GPT2Config(**SPECIAL, n_embd=D, n_layer=DEPTH, n_head=4, n_positions=64), ("attn", "mlp", None, None)),
-    "gpt_neo": (lambda: GPTNeoConfig(**SPECIAL, hidden_size=D, num_layers=DEPTH, attention_types=[[["global"], DEPTH]], num_heads=4,
-                                     max_position_embeddings=64), ("attn", "mlp", None, None)),
-    "gemma": (lambda: GemmaConfig(**GROUPED, head_dim=8), PLAIN),
-    "gemma2": (lambda: Gemma2Config(**GROUPED, head_dim=8, sliding_window=3), NORMED),
-    "gemma3": (lambda: Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=3), NORMED),
-    "qwen2": (lambda: Qwen2Config(**GROUPED), PLAIN),
-    "qwen3": (lambda: Qwen3Config(**GROUPED, head_dim=8), PLAIN),
-    # A parallel block adds the attention's output to the MLP's in place; a sequential one does not.
-    "falcon": (lambda: FalconConfig(**FALCON), ("self_attention", "mlp", None, None)),
-    "falcon_40b": (lambda: FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2), ("self_attention", "mlp", None, None)),
-    "falcon_sequential": (lambda: FalconConfig(**FALCON, parallel_attn=False, multi_query=False), ("self_attention", "mlp", None, None)),
-}  # fmt: skip
-
-
-def tiny_family(architecture, auto=AutoModelForCausalLM, seed=0):
-    torch.manual_seed(seed)
-    lm = auto.from_config(FAMILIES[architecture][0]()).eval()
-    for p in lm.parameters():
-        if p.dim() > 1:
-            p.data.mul_(3)
-    return lm
-
-
-# ----------------------------------------------------------- a tiny SARM, and its latents by hand
-
-SARM_M, SARM_K, SARM_L, SARM_D = 48, 6, 2, 32
-
-
-def sarm_lm(layers=3):
-    torch.manual_seed(0)
-    config = world.model_config()
-    (
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        config.initializer_range,
-    ) = layers, SARM_D, 64, 0.3
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def tiny_sarm(path):
-    """A random SARM on the embedded world's words, saved; the LM it was cut from."""
-    lm = sarm_lm()
-    config = copy.deepcopy(lm.config)
-    config.sarm_param = {
-        "sae_source_layer": SARM_L,
-        "sae_latent_size": SARM_M,
-        "sae_k": SARM_K,
-        "sarm_use_activation": True,
-    }
-    sarm = SARM(
-        copy.deepcopy(lm.base_model),
-        TopKSAE(SARM_D, SARM_M, SARM_K, normalize="token", relu=False, seed=1),
-        config,
-    )
-    sarm.score.weight.data.normal_(generator=torch.Generator().manual_seed(2))
-    sarm.sae.b_enc.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
-    config.reward_mean = 0.25
-    save_sarm(sarm, world.tokenizer(), str(path))
-    return lm, sarm
-
-
-@torch.no_grad()
-def z_by_hand(lm, sarm, prompt, response):
-    """Latents [SARM_M] as a list and the score, by the spec's formulas, from Hugging Face's hidden states."""
-    tokenizer = world.tokenizer()
-    response = (
-        response
-        if isinstance(response, list)
-        else [*tokenizer(response).input_ids, tokenizer.eos_token_id]
-    )
-    ids = tokenizer(prompt).input_ids + response
-    h = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[SARM_L][0, -1].double()
-    x = (h - h.mean()) / (h.std() + 1e-6)
-    pre = sarm.sae.W_enc.double() @ (x - sarm.sae.b_dec.double()) + sarm.sae.b_enc.double()
-    z = torch.zeros(SARM_M, dtype=torch.float64)
-    kept = pre.argsort(descending=True)[:SARM_K]
-    z[kept] = pre[kept]
-    return z.tolist(), (z @ sarm.score.weight[0].double()).item() - 0.25
+# ---------------------------------------------------------------- commands on the latents of a SARM
 
 
 def feature_flags(command, root, out, **changes):
-    values = {
+    """A command of probe.py on the SARM and the pairs of a folder -> its words."""
+    settings = {
         "reward_model": root / "sarm",
         "eval_dataset": root / "pairs.jsonl",
         "output_dir": out,
-    } | changes
-    return [
-        command,
-        *(
-            str(x)
-            for name, value in values.items()
-            for x in (f"--{name}", *(value if isinstance(value, list) else [value]))
-        ),
-    ]
+        **changes,
+    }
+    return [command, *flags(settings)]
 
 
 def widest(printed):
@@ -835,8 +848,8 @@ def widest(printed):
 
 
 def held_out(root):
-    rows = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["chosen"] != row["rejected"]]
+    """The pairs of the folder whose two answers differ."""
+    return [row for row in read_rows(root / "pairs.jsonl") if row["chosen"] != row["rejected"]]
 
 
 def mean(values):
@@ -844,193 +857,12 @@ def mean(values):
     return sum(values) / len(values)
 
 
-# ------------------------------------------------------ a public SARM checkpoint, written by hand
-
-PUBLIC_M, PUBLIC_K, PUBLIC_N, PUBLIC_L = 48, 6, 4, 3
-SARM_SIZES = SIZE | dict(num_hidden_layers=PUBLIC_N)
-SARM_CONFIGS = {
-    "neox": GPTNeoXConfig(**SARM_SIZES), "llama": LlamaConfig(**SARM_SIZES, num_key_value_heads=2),
-    "gpt2": GPT2Config(**SPECIAL, n_embd=D, n_layer=PUBLIC_N, n_head=4, n_positions=64),
-    "gemma2": Gemma2Config(**SARM_SIZES, num_key_value_heads=2, head_dim=8),
-}  # fmt: skip
-SARM_PARAM = {
-    "sae_source_layer": PUBLIC_L,
-    "sae_latent_size": PUBLIC_M,
-    "sae_k": PUBLIC_K,
-    "sae_use_sequence_level": True,
-    "sarm_use_activation": True,
-}
-
-
-def full_lm(name, seed=0):
-    torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(copy.deepcopy(SARM_CONFIGS[name])).eval()
-    for p in lm.parameters():
-        if p.dim() > 1:
-            p.data.mul_(5)
-    return lm
-
-
-def head_tensors(seed=0):
-    """The public checkpoint's own tensors, random."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = {
-        "sae.pre_bias": [D],
-        "sae.latent_bias": [PUBLIC_M],
-        "sae.encoder.weight": [PUBLIC_M, D],
-        "sae.decoder.weight": [D, PUBLIC_M],
-    }
-    shapes["score.weight"] = [1, PUBLIC_M]
-    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-
-
-def public_checkpoint(path, param=SARM_PARAM, shards=1, seed=0, auto_map=False):
-    """A folder in the layout of the public Llama checkpoint, from the spec's list of tensors. -> the LM it is cut from, its tensors"""
-    lm = full_lm("llama", seed)
-    tensors = {
-        "model.embed_tokens.weight": lm.model.embed_tokens.weight,
-        "model.norm.weight": lm.model.norm.weight,
-    }
-    for i in range(PUBLIC_L):
-        tensors |= {
-            f"model.layers.{i}.{name}": p for name, p in lm.model.layers[i].named_parameters()
-        }
-    tensors = {name: p.detach().clone() for name, p in (tensors | head_tensors(seed)).items()}
-    os.makedirs(path, exist_ok=True)
-    config = SARM_CONFIGS["llama"].to_dict() | {"architectures": ["LlamaSARM"], "sarm_param": param}
-    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # num_labels 1
-    if auto_map:
-        config["auto_map"] = {
-            "AutoConfig": "evil.Config",
-            "AutoModel": "evil.Model",
-            "AutoModelForSequenceClassification": "evil.Model",
-        }
-        with open(os.path.join(path, "evil.py"), "w") as f:
-            f.write("raise RuntimeError('remote code was run')\n")
-    with open(os.path.join(path, "config.json"), "w") as f:
-        json.dump(config, f)
-    if shards == 1:
-        save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
-    else:
-        weight_map = {
-            name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
-            for i, name in enumerate(tensors)
-        }
-        for file in set(weight_map.values()):
-            part = {name: p for name, p in tensors.items() if weight_map[name] == file}
-            save_file(part, os.path.join(path, file), {"format": "pt"})
-        with open(os.path.join(path, "model.safetensors.index.json"), "w") as f:
-            json.dump({"metadata": {}, "weight_map": weight_map}, f)
-    word_tokenizer().save_pretrained(path)
-    return lm, tensors
-
-
-# ---------------------------------------------------- two Gaussians, whose density ratio is known
-
-MU, STD = (
-    torch.tensor([0.8, -0.4]),
-    torch.tensor([1.0, 0.7]),
-)  # of the policy's latents; people's are standard normal
-
-
-def log_ratio_of_gaussians(z):
-    z, mu, std = z.double(), MU.double(), STD.double()
-    return (z.square() - ((z - mu) / std).square()).sum(1) / 2 - std.log().sum()
-
-
-def sampling_error(logits, n, parameters=30):
-    """The root mean square error of a logit that a model with so many free parameters learns from n samples, half of each class.
-
-    By maximum likelihood logits err by  E[w err^2] = parameters / n  with w = sigmoid(logit) (1 - sigmoid(logit)), the Fisher
-    information of one sample (van der Vaart 1998, 5.39). A network that has learned for a while has fewer free parameters than weights; the
-    true ratio has 5, and 30 leave room for the rest. An error of sign or of balance (log 3 below) is far outside.
-    """
-    w = torch.sigmoid(logits) * torch.sigmoid(-logits)
-    return math.sqrt(parameters / n / w.mean().item())
-
-
-# ---------------------------------------------------------------------- tiny text encoders
-
-ENCODER_WORDS = [
-    "<s>",
-    "<pad>",
-    "</s>",
-    "<unk>",
-    *"a b c d e f g h .".split(),
-]  # RoBERTa's ids: 0, 1, 2, 3
-
-
-ENCODER_TEXTS = ["a b c .", "d", "a b c .", "", "e f g h a b c d e f .", "zebra a", "d"]
-
-
-ENCODER_PAIRS = [(a, b) for a in ENCODER_TEXTS[:6] for b in ENCODER_TEXTS[:6]]
-
-
-ENCODER_SIZE = dict(
-    vocab_size=len(ENCODER_WORDS),
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-)
-
-
-ENCODER_CONFIG = dict(ENCODER_SIZE, max_position_embeddings=20, pad_token_id=1)
-
-
-NLI_LABELS = {0: "ENTAILMENT", 1: "CONTRADICTION", 2: "NEUTRAL"}  # in no one's order
-
-
-def encoder_tokenizer(special=True, **more):
-    backend = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(ENCODER_WORDS)}, unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if special:
-        pair = "<s> $A </s> $B:1 </s>:1"
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)]
-        )
-    names = (
-        {"pad_token": "<pad>", "unk_token": "<unk>"}
-        | ({"eos_token": "</s>"} if special else {})
-        | more
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{k: v for k, v in names.items() if v}
-    )
-
-
-def save_encoder(model, folder, tokenizer):
-    torch.manual_seed(0)
-    for p in model.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.5)
-    if getattr(model, "num_labels", 0) == 3 and (
-        heads := [p for name, p in model.named_parameters() if "classifier" in name]
-    ):
-        with torch.no_grad():  # no label may win everywhere
-            inputs = tokenizer(
-                *map(list, zip(*ENCODER_PAIRS)),
-                padding=True,
-                truncation=True,
-                max_length=18,
-                return_tensors="pt",
-            )
-            heads[-1] -= model.eval()(**inputs).logits.mean(0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-# ---------------------------------------------------------------------------------- all command lines
+# ------------------------------------------------------------------------------ all command lines
 
 CONFIGS = {kind: module.Config for kind, module in ALL_SCRIPTS.items()}
 CONFIGS |= {name: config_class for name, (config_class, _) in probe.COMMANDS.items()}
-REQUIRED = {
-    "mmcs": ["--a", "one", "two"],
-    "judge": ["--a", "one", "--b", "two"],
-}  # the others need no flag
+# Flags without which a command does not start; the others need none.
+REQUIRED = {"mmcs": ["--a", "one", "two"], "judge": ["--a", "one", "--b", "two"]}
 
 
 def help_of(name, capsys):

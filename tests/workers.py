@@ -1,7 +1,8 @@
-"""One run of pytest on two cores: a fork of it takes over every second file or so, and sends its reports home.
+"""One run of pytest on two cores: a fork of it takes over half of the files and reports home.
 
-Both processes go through the same list of files, and a file belongs to the one that asks for it first. So fixtures of a file are made
-once, those of the session once in each process. The first process shows all reports, as if it had run every test itself.
+Both processes go through the same list of files, and a file belongs to the one that asks for it
+first. So fixtures of a file are made once, and those of the session once in each process. The first
+process shows all reports, as if it had run every test itself.
 """
 
 import json
@@ -19,9 +20,8 @@ def pytest_runtestloop(session):
     if alone or session.testsfailed:
         return None  # pytest's own loop
 
-    folder = session.config._tmp_path_factory.mktemp(
-        "claims"
-    )  # the folder of temporary files is there before the fork
+    # The folder of temporary files must be there before the fork, for both to have the same one.
+    folder = session.config._tmp_path_factory.mktemp("claims")
     reports = folder / "reports.jsonl"
     reports.touch()
     child = os.fork()
@@ -31,9 +31,8 @@ def pytest_runtestloop(session):
         while not (folder / "ready").exists():
             time.sleep(0.01)
         with open(reports, encoding="utf-8") as lines:
-            run_items(
-                session, claim_files(files, folder), lambda: show_reports(session.config, lines)
-            )
+            mine = claim_files(files, folder)
+            run_items(session, mine, lambda: show_reports(session.config, lines))
             _, status = os.waitpid(child, 0)
             child = None
             show_reports(session.config, lines)
@@ -46,9 +45,8 @@ def pytest_runtestloop(session):
             os.waitpid(child, 0)
     if status != 0:
         error = folder / "error.txt"
-        raise RuntimeError(
-            f"the second process of tests ended: {error.read_text() if error.exists() else status}"
-        )
+        reason = error.read_text() if error.exists() else status
+        raise RuntimeError(f"the second process of tests ended: {reason}")
     return True
 
 
@@ -61,7 +59,10 @@ def by_file(items):
 
 
 def claim_files(files, folder):
-    """The tests of the files that this process is the first to ask for, one by one. A claim is a folder: only one mkdir succeeds."""
+    """The tests of the files that this process is the first to ask for, one by one.
+
+    A claim is a folder: where two processes call mkdir, only one succeeds.
+    """
     for i, items in enumerate(files):
         try:
             os.mkdir(folder / str(i))
@@ -71,7 +72,7 @@ def claim_files(files, folder):
 
 
 def run_items(session, items, after_each):
-    """pytest's own loop over tests, of which the next must be known: its fixtures are kept."""
+    """pytest's own loop over tests. A test is told the next one: fixtures of both are kept."""
     item = next(items, None)
     while item is not None:
         following = next(items, None)
@@ -89,7 +90,8 @@ def show_reports(config, lines):
     while True:
         start = lines.tell()
         line = lines.readline()
-        if not line.endswith("\n"):  # it is still being written
+        # The line is still being written: read it next time.
+        if not line.endswith("\n"):
             lines.seek(start)
             return
         report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
@@ -116,7 +118,8 @@ def work_for_another(session, files, folder, reports):
         plugins = session.config.pluginmanager
         plugins.unregister(name="terminalreporter")
         plugins.register(Sender(session.config, reports))
-        # The file that captures output is shared after a fork: take one of its own, before the first process goes on.
+        # The file that captures output is shared after a fork: this process takes one of its own,
+        # before the first process goes on.
         capture = plugins.getplugin("capturemanager")
         capture.stop_global_capturing()
         capture.start_global_capturing()

@@ -1,9 +1,17 @@
 """Time the best-of-n estimator at full size: python tests/bench/bon.py. Prints one JSON line.
 
-100 prompts of 12,600 answers, 16 n from 1 to 12,500, float64, one thread. In CPU seconds, steadier than wall clock on a shared
-machine, as [median, min, max] over the repeats: `estimate`; `ties` (proxies in bfloat16: nearly every answer is tied); `ragged` (a
-mask, no two prompts with the same number of answers); `sort` alone, by numpy and by torch. `error` is the largest over all n
-against whole-number arithmetic, in units of max |S|.
+100 prompts of 12,600 answers, 16 n from 1 to 12,500, float64, one thread. In CPU seconds, steadier
+than wall clock on a shared machine, as [median, min, max] over the repeats:
+
+    estimate     the whole estimator
+    ties         proxies in bfloat16: nearly every answer is tied
+    ragged       a mask, with which no two prompts have the same number of answers
+    sort_numpy   sorting alone, by numpy
+    sort_torch   and by torch
+
+`error` is the largest over all n against whole-number arithmetic, in units of max |S|.
+
+    P prompts, N answers
 """
 
 import argparse
@@ -31,16 +39,33 @@ def timed(function, repeats):
         start = time.process_time()
         function()
         seconds.append(time.process_time() - start)
-    return [round(f(seconds), 4) for f in (statistics.median, min, max)]
+    median = statistics.median(seconds)
+    return [round(median, 4), round(min(seconds), 4), round(max(seconds), 4)]
 
 
-def exact(ascending, n):
+def estimate_exactly(ascending, n):
     """sum_i C(i-1, n-1) S_(i) / C(N, n) for whole numbers S, rounded once."""
-    total, c = 0, 1  # c = C(i-1, n-1)
+    total = 0
+    c = 1  # C(i-1, n-1)
     for i in range(n, len(ascending) + 1):
         total += c * ascending[i - 1]
         c = c * i // (i - n + 1)
     return total / math.comb(len(ascending), n)
+
+
+def largest_error(proxy, ns):
+    """The largest error for one prompt [N] over all n, in units of the largest value."""
+    values = torch.randint(-(2**40), 2**40, (len(proxy),))
+    ascending = values[proxy.argsort()].tolist()
+    exact = torch.tensor([estimate_exactly(ascending, n) for n in ns], dtype=torch.float64)
+    found = bon_estimate(proxy[None], values[None], ns)
+    error = (found - exact).abs().max() / values.abs().max()
+    return error.item()
+
+
+def sort_by_numpy(proxy):
+    for row in proxy.numpy():
+        np.argsort(row)
 
 
 def main():
@@ -51,36 +76,30 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    shape, ns = (args.prompts, args.answers), [n for n in DEFAULT_NS if n <= args.answers]
-    proxy, values = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    keep = torch.linspace(max(ns), args.answers, args.prompts).long()  # answers of each prompt
-    mask = torch.arange(args.answers) < keep[:, None]
+    P = args.prompts
+    N = args.answers
+    ns = [n for n in DEFAULT_NS if n <= N]
+    proxy = torch.randn(P, N, dtype=torch.float64)
+    values = torch.randn(P, N, dtype=torch.float64)
+    # Each prompt keeps another number of answers.
+    n_kept = torch.linspace(max(ns), N, P).long()  # [P]
+    mask = torch.arange(N) < n_kept[:, None]  # [P, N]
 
-    whole = torch.randint(-(2**40), 2**40, (args.answers,))
-    truth = torch.tensor(
-        [exact(whole[proxy[0].argsort()].tolist(), n) for n in ns], dtype=torch.float64
-    )
-    error = (bon_estimate(proxy[:1], whole[None], ns) - truth).abs().max() / whole.abs().max()
-    result = {
-        "estimate_cpu_s": timed(lambda: bon_estimate(proxy, values, ns), args.repeats),
-        "ties_cpu_s": timed(lambda: bon_estimate(proxy.bfloat16(), values, ns), args.repeats),
-        "ragged_cpu_s": timed(lambda: bon_estimate(proxy, values, ns, mask=mask), args.repeats),
-        "sort_numpy_cpu_s": timed(lambda: [np.argsort(row) for row in proxy.numpy()], args.repeats),
-        "sort_torch_cpu_s": timed(lambda: proxy.argsort(1), args.repeats),
-        "error": error.item(),
+    error = largest_error(proxy[0], ns)
+    ways = {
+        "estimate": lambda: bon_estimate(proxy, values, ns),
+        "ties": lambda: bon_estimate(proxy.bfloat16(), values, ns),
+        "ragged": lambda: bon_estimate(proxy, values, ns, mask=mask),
+        "sort_numpy": lambda: sort_by_numpy(proxy),
+        "sort_torch": lambda: proxy.argsort(1),
     }
-    print(
-        json.dumps(
-            {
-                "bench": "bon",
-                **vars(args),
-                "n": len(ns),
-                **result,
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            }
-        )
-    )
+    result = {"bench": "bon", **vars(args), "n": len(ns)}
+    for name, way in ways.items():
+        result[f"{name}_cpu_s"] = timed(way, args.repeats)
+    result["error"] = error
+    result["torch"] = torch.__version__
+    result["numpy"] = np.__version__
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

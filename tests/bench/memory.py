@@ -1,25 +1,36 @@
-"""What a PPO step needs on each GPU: python tests/bench/memory.py prints one JSON line, a table by formula (GB = 1e9 bytes).
+"""What a PPO step needs on each GPU: python tests/bench/memory.py prints one JSON line.
 
-    python tests/bench/memory.py              Pythia-1.4B trained whole, Llama-3-8B with LoRA and whole; 1, 4 and 8 GPUs
-    python tests/bench/memory.py --measure    the `medium` size of bench/ppo.py on a CPU: one process, and FSDP on two, beside the formula
+    python tests/bench/memory.py              a table by formula, in GB = 1e9 bytes: Pythia-1.4B
+                                              trained whole, Llama-3-8B with LoRA and whole; 1, 4
+                                              and 8 GPUs
+    python tests/bench/memory.py --measure    the `medium` size of bench/ppo.py on a CPU: one
+                                              process, and FSDP on two, beside the formula
 
-What is counted, for N weights of which N' are trained, W processes, s = W in shards (FSDP) and 1 otherwise:
+What is counted, for N weights of which N' are trained, W processes, and s = W in shards (FSDP), 1
+otherwise:
 
-    parameters   4 N / s            float32, frozen ones too: the masters of a bfloat16 run are float32
+    parameters   4 N / s      float32, frozen ones too: a bfloat16 run's masters are float32
     gradients    4 N' / s
-    Adam         8 N' / s           two moments
-    reference    4 N / s            0 with LoRA: it is the policy with its adapters off
-    reward       4 N_r / s          a model of the policy's size without its LM head
-  and the largest of what is there one after the other:
-    rollout      [c N] + KV cache 2 c' L b (P + R) D_kv + 24 b V    of b responses; [..]: gathered once (FSDP), or autocast's
-                                    bfloat16 copies (DDP, bfloat16 only); in brackets c = 2 bytes in bfloat16, else 4
-    scoring      [c N_r]            the gathered reward model, one at a time
-    update       [c (N_root + 2 N_block) + (c + 4) max(N_root', N_block')] + m T L (activations of a token in a block) + logits
-                                    FSDP: the root, two blocks, and one unit's gradients; DDP: autocast's copies
-  with activations of 34 D bytes in bfloat16 (Korthikanti et al. 2022, without the attention matrix, which SDPA does not keep; the
-  17 D numbers of a block with an MLP of 4 D are scaled to other widths), or of 2 D with --checkpoint_activations and one block whole,
-  and logits of four float32 chunks of 512 MB (models.MAX_LOGITS; CPU: 64) at most. Buffers of NCCL, CUDA's context (0.5 GB) and fragmentation
-  (up to a tenth) come on top.
+    Adam         8 N' / s     two moments
+    reference    4 N / s      0 with LoRA: it is the policy with its adapters off
+    reward       4 N_r / s    a model of the policy's size without its LM head
+
+and the largest of what is there one after the other, with c = 2 bytes in bfloat16, else 4:
+
+    rollout      [c N] + KV cache 2 c L b (P + R) D_kv + 24 b V    of b responses
+                 [..]: gathered once (FSDP), or autocast's bfloat16 copies (DDP, bfloat16 only)
+    scoring      [c N_r]
+                 the gathered reward model, one at a time
+    update       [c (N_root + 2 N_block) + (c + 4) max(N_root', N_block')]
+                 + m T L (activations of a token in a block) + logits
+                 [..]: with FSDP the root, two blocks, and one unit's gradients; with DDP autocast's
+                 copies instead
+
+Activations are 34 D bytes in bfloat16 (Korthikanti et al. 2022, without the attention matrix, which
+SDPA does not keep; the 17 D numbers of a block with an MLP of 4 D are scaled to other widths), or
+2 D with --checkpoint_activations and one block whole. Logits are four float32 chunks of 512 MB at
+most (models.MAX_LOGITS; CPU: 64). Buffers of NCCL, CUDA's context (0.5 GB) and fragmentation (up to
+a tenth) come on top.
 """
 
 import argparse
@@ -58,7 +69,7 @@ class Shape:
 
     @property
     def activations(self):
-        """Numbers kept of one token in one block: 17 D where the MLP has two matrices of width 4 D."""
+        """Numbers kept of one token in one block: 17 D where the MLP has two matrices of 4 D."""
         return 5 * self.hidden + 2 * (self.hidden + self.kv) + self.mlp_matrices * self.mlp
 
 
@@ -78,71 +89,103 @@ def needs(
     tokens=1024,
     checkpointed=True,
 ):
-    """Bytes on each GPU: {part: bytes}, `peak` with the largest phase. `rollout`: responses a GPU; `tokens`: prompt + response."""
-    s, c = (world if sharded else 1), (2 if dtype == "bfloat16" else 4)
-    block_adapters = shape.adapters(lora) if lora else 0
-    n = shape.layers * (shape.block + block_adapters) + shape.root
-    n_trained = shape.layers * block_adapters if lora else n
-    n_reward = n - shape.root // 2 - shape.layers * block_adapters
-    trained_root, trained_block = (0, block_adapters) if lora else (shape.root, shape.block)
-    # Autocast keeps copies of what is trained (in a rollout, of all weights); a backward pass past LoRA keeps those of frozen blocks too.
-    backward = (1 if checkpointed else shape.layers) * shape.block if lora else 0
-    copies = c * (n_trained + backward) if dtype == "bfloat16" else 0
-    cache = 2 * c * shape.layers * rollout * tokens * shape.kv
-    kept = micro_batch * tokens * c
-    if checkpointed:
-        activations = kept * (shape.layers * shape.hidden + shape.activations)
-    else:
-        activations = kept * shape.layers * shape.activations
-    units = c * (shape.root + 2 * shape.block) + (c + 4) * max(trained_root, trained_block)
-    logits = 4 * 4 * min(2**27, micro_batch * tokens * shape.vocabulary)
+    """Bytes on each GPU: {part: bytes}, and `peak`, which counts the largest phase only.
+
+    rollout: responses a GPU; tokens: prompt + response. Symbols as at the head of this file.
+    """
+    s = world if sharded else 1
+    c = 2 if dtype == "bfloat16" else 4
+    L = shape.layers
+
+    # How many weights there are, and how many are trained.
+    adapters = shape.adapters(lora)  # of a block
+    N = L * (shape.block + adapters) + shape.root
+    N_trained, trained_root, trained_block = N, shape.root, shape.block
+    if lora:
+        N_trained, trained_root, trained_block = L * adapters, 0, adapters
+    # A reward model has no LM head, which is half of the root.
+    N_reward = L * shape.block + shape.root - shape.root // 2
+
     fixed = {
-        "parameters": 4 * n / s,
-        "gradients": 4 * n_trained / s,
-        "adam": 8 * n_trained / s,
-        "reference": 0 if lora else 4 * n / s,
-        "reward": 4 * n_reward / s,
+        "parameters": 4 * N / s,
+        "gradients": 4 * N_trained / s,
+        "adam": 8 * N_trained / s,
+        "reference": 0 if lora else 4 * N / s,
+        "reward": 4 * N_reward / s,
     }
     phases = {
-        "rollout": (c * n if sharded or dtype == "bfloat16" else 0)
-        + cache
-        + 24 * rollout * shape.vocabulary,
-        "scoring": c * n_reward if sharded else 0,
-        "update": (units if sharded else copies) + activations + logits,
+        "rollout": 2 * c * L * rollout * tokens * shape.kv + 24 * rollout * shape.vocabulary,
+        "scoring": 0,
+        "update": 4 * 4 * min(2**27, micro_batch * tokens * shape.vocabulary),
     }
+    if sharded or dtype == "bfloat16":
+        phases["rollout"] += c * N
+    if sharded:
+        phases["scoring"] += c * N_reward
+        phases["update"] += c * (shape.root + 2 * shape.block)
+        phases["update"] += (c + 4) * max(trained_root, trained_block)
+    elif dtype == "bfloat16":
+        # Autocast keeps copies of what is trained. A backward pass past LoRA keeps copies of frozen
+        # blocks too: of one at a time with checkpointed activations, else of all.
+        phases["update"] += c * N_trained
+        if lora:
+            n_blocks = 1 if checkpointed else L
+            phases["update"] += c * n_blocks * shape.block
+    of_a_block = micro_batch * tokens * c * shape.activations
+    if checkpointed:
+        phases["update"] += micro_batch * tokens * c * L * shape.hidden + of_a_block
+    else:
+        phases["update"] += L * of_a_block
     return {**fixed, **phases, "peak": sum(fixed.values()) + max(phases.values())}
 
 
-def table():
+def make_row(model, shape, lora, world, sharded):
+    """A row of the table, in GB."""
+    distributed = "-"
+    if world > 1:
+        distributed = "fsdp" if sharded else "ddp"
+    row = {"model": model, "gpus": world, "distributed": distributed}
+    parts = needs(shape, world, sharded, lora=lora)
+    for part, size in parts.items():
+        row[part] = round(size / 1e9, 1)
+    # With the tenth that comes on top.
+    row["fits_80_gb"] = parts["peak"] * 1.1 < 79e9
+    return row
+
+
+def make_table():
     rows = []
-    for name, shape, lora in (
+    models = [
         ("1.4B, all weights", PYTHIA, 0),
         ("8B, LoRA of rank 16", LLAMA, 16),
         ("8B, all weights", LLAMA, 0),
-    ):
+    ]
+    for model, shape, lora in models:
         for world, sharded in ((1, False), (4, False), (4, True), (8, True)):
-            parts = needs(shape, world, sharded, lora=lora)
-            row = {
-                "model": name,
-                "gpus": world,
-                "distributed": "fsdp" if sharded else "ddp" if world > 1 else "-",
-            }
-            rows.append(
-                row
-                | {part: round(size / 1e9, 1) for part, size in parts.items()}
-                | {"fits_80_gb": parts["peak"] * 1.1 < 79e9}
-            )
-    return {"bench": "memory", "unit": "GB a GPU", "dtype": "bfloat16", "rollout": 64, "micro_batch": 8, "tokens": 1024,
-            "checkpoint_activations": True, "rows": rows}  # fmt: skip
+            rows.append(make_row(model, shape, lora, world, sharded))
+    return {
+        "bench": "memory",
+        "unit": "GB a GPU",
+        "dtype": "bfloat16",
+        "rollout": 64,
+        "micro_batch": 8,
+        "tokens": 1024,
+        "checkpoint_activations": True,
+        "rows": rows,
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------------------ measured
+# --------------------------------------------------------------------------------------- measured
 
 
-def worker(folder, distributed):
-    """One process of a PPO run at the medium size: writes what it held at its last optimizer step, and its peak up to there."""
+def work(folder, distributed):
+    """One process of a PPO run at the medium size -> a file of what it held.
+
+    That is at its last optimizer step, with its peak up to there.
+    """
+    # Dynamo and the next two are imported sooner or later: before the first look at the memory.
     import torch
-    import torch._dynamo  # these two and the next are imported sooner or later: before the first look at the memory
+    import torch._dynamo
     import torch.distributed.fsdp
     import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
 
@@ -152,28 +195,69 @@ def worker(folder, distributed):
 
     torch.set_num_threads(1)
     d.keep_freed_memory = lambda: None
-    dist, held, real = d.setup("cpu", distributed), {}, train_ppo.optimizer_step
+    dist = d.setup("cpu", distributed)
+    held = {}
+    real_step = train_ppo.optimizer_step
 
-    def optimizer_step(optimizer, module, *args):
+    def step_and_look(optimizer, module, *args):
+        # The step frees the gradients.
         gradients = local_bytes(module)["gradients"]
-        norm = real(optimizer, module, *args)
-        held.update(
-            local_bytes(module, optimizer),
-            gradients=gradients,
-            peak=(d.peak_memory_mb(dist) - before) * 2**20,
-        )
+        norm = real_step(optimizer, module, *args)
+        held.update(local_bytes(module, optimizer))
+        held["gradients"] = gradients
+        held["peak"] = (d.peak_memory_mb(dist) - before) * 2**20
         return norm
 
-    train_ppo.optimizer_step = optimizer_step
+    train_ppo.optimizer_step = step_and_look
     before = d.peak_memory_mb(dist)
-    train_ppo.main(train_ppo.Config(
-        model=f"{folder}/policy", reward_model=f"{folder}/reward", dataset=f"{folder}/prompts.jsonl", output_dir=f"{folder}/{distributed}",
-        steps=2, batch_size=16, minibatch_size=16, micro_batch_size=4, ppo_epochs=2, max_new_tokens=48, lr=3e-6, eval_size=2, eval_every=0,
-        n_samples=0, checkpoint_every=10**6, device="cpu", distributed=distributed,
-    ))  # fmt: skip
-    with open(f"{folder}/{distributed}_{dist.rank}.json", "w") as f:
-        json.dump(held, f)
+    config = train_ppo.Config(
+        model=f"{folder}/policy",
+        reward_model=f"{folder}/reward",
+        dataset=f"{folder}/prompts.jsonl",
+        output_dir=f"{folder}/{distributed}",
+        steps=2,
+        batch_size=16,
+        minibatch_size=16,
+        micro_batch_size=4,
+        ppo_epochs=2,
+        max_new_tokens=48,
+        lr=3e-6,
+        eval_size=2,
+        eval_every=0,
+        n_samples=0,
+        checkpoint_every=10**6,
+        device="cpu",
+        distributed=distributed,
+    )
+    train_ppo.main(config)
+    with open(f"{folder}/{distributed}_{dist.rank}.json", "w") as file:
+        json.dump(held, file)
     d.shutdown()
+
+
+def run_workers(folder, world, distributed):
+    """A run of so many processes -> {part: bytes} of the rank that holds most."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    worker = [os.path.abspath(__file__), "--worker", folder, distributed]
+    # With the threshold freed memory is given back.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    subprocess.run(
+        [*torchrun, f"--nproc_per_node={world}", *worker],
+        env=env,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    most = {}
+    for rank in range(world):
+        with open(f"{folder}/{distributed}_{rank}.json") as file:
+            held = json.load(file)
+        for part, size in held.items():
+            most[part] = max(size, most.get(part, 0))
+    return most
+
+
+# {what a worker calls it: what the formula does}
+NAMES = {"parameters": "parameters", "gradients": "gradients", "optimizer": "adam", "peak": "peak"}
 
 
 def measure():
@@ -183,40 +267,24 @@ def measure():
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(folder, "medium")
         for world, distributed in ((1, "ddp"), (2, "fsdp")):
-            torchrun = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={world}",
-            ]
-            env = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "MALLOC_MMAP_THRESHOLD_": "1000000",
-            }  # freed memory is given back
-            command = [*torchrun, os.path.abspath(__file__), "--worker", folder, distributed]
-            subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
-            ranks = [
-                json.load(open(f"{folder}/{distributed}_{rank}.json")) for rank in range(world)
-            ]
-            result = {
-                name: max(rank[name] for rank in ranks) for name in ranks[0]
-            }  # of the rank that holds most
-            expected = needs(
-                MEDIUM, world, distributed == "fsdp", "float32", 0, 16 // world, 4, 64, False
+            measured = run_workers(folder, world, distributed)
+            by_formula = needs(
+                MEDIUM,
+                world,
+                sharded=distributed == "fsdp",
+                dtype="float32",
+                rollout=16 // world,
+                micro_batch=4,
+                tokens=64,
+                checkpointed=False,
             )
-            parts = {
-                "parameters": "parameters",
-                "gradients": "gradients",
-                "optimizer": "adam",
-                "peak": "peak",
-            }
-            pairs = {
-                f"{name}_mb": [round(x / 1e6, 1) for x in (result[name], expected[part])]
-                for name, part in parts.items()
-            }
-            rows.append({"processes": world, "distributed": distributed, **pairs})
+            row = {"processes": world, "distributed": distributed}
+            for name, part in NAMES.items():
+                row[f"{name}_mb"] = [
+                    round(measured[name] / 1e6, 1),
+                    round(by_formula[part] / 1e6, 1),
+                ]
+            rows.append(row)
     return {"bench": "memory", "size": "medium", "each": "[measured, by formula]", "rows": rows}
 
 
@@ -228,8 +296,11 @@ def main():
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(*args.worker)
-    print(json.dumps(measure() if args.measure else table()))
+        work(*args.worker)
+    elif args.measure:
+        print(json.dumps(measure()))
+    else:
+        print(json.dumps(make_table()))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,30 @@
-"""Time one PPO iteration of train_ppo.py: python tests/bench/ppo.py --size small. Prints one JSON line.
+"""Time one PPO iteration of train_ppo.py: python tests/bench/ppo.py --size small.
 
-The workload is the usual one for comparing PPO trainers on a CPU: a random GPT-NeoX policy, a reference and a reward model of the
-same size; 64 prompts of 16 random tokens, 48 new tokens each, no EOS; 4 epochs of 4 minibatches of 16 = 16 optimizer steps;
-float32. Rollout, scoring and update are counted; the first iteration, evaluation and files are not. CPU seconds of one thread are
-steadier than wall clock on a shared machine. --value_model uses a separate critic.
+Prints one JSON line. The workload is the usual one for comparing PPO trainers on a CPU: a random
+GPT-NeoX policy, a reference and a reward model of the same size; 64 prompts of 16 random tokens, 48
+new tokens each, no EOS; 4 epochs of 4 minibatches of 16 = 16 optimizer steps; float32. Rollout,
+scoring and update are counted; the first iteration, evaluation and files are not. CPU seconds of
+one thread are steadier than wall clock on a shared machine. --value_model uses a separate critic.
 
-matmul_share: the rate at which the iteration did the operations that the algorithm needs (needed_tflop: two for each weight and
-token in a forward, twice that in a backward; the LM head on response tokens only; no recomputation), of the rate that a plain
-matrix product of the same dtype reaches (matmul_gflop_per_s: medians before and after the run, in the same process).
+matmul_share: the rate at which the iteration did the operations that the algorithm needs
+(needed_tflop: two for each weight and token in a forward, twice that in a backward; the LM head on
+response tokens only; no recomputation), of the rate that a plain matrix product of the same dtype
+reaches (matmul_gflop_per_s: medians before and after the run, in the same process).
 
 On a GPU, 128 prompts of 64 tokens and 128 new ones, by wall clock:
 
-    python tests/bench/ppo.py --device cuda --size pythia-1.4b --dtype bfloat16 --micro_batch_size 32 --iterations 3
-    python tests/bench/ppo.py --device cuda --size llama-3-8b --dtype bfloat16 --micro_batch_size 8 --iterations 2 --lora_rank 16 \
-        --checkpoint_activations
+    python tests/bench/ppo.py --device cuda --size pythia-1.4b --dtype bfloat16 \
+        --micro_batch_size 32 --iterations 3
+    python tests/bench/ppo.py --device cuda --size llama-3-8b --dtype bfloat16 \
+        --micro_batch_size 8 --iterations 2 --lora_rank 16 --checkpoint_activations
 
-The line then also gives update_tflop_per_s: the update's share of needed_tflop, over its seconds. Divided by what the GPU's maker
-states for dense bfloat16 products (H100 and H200: 989 TFLOP/s) it is the model FLOP utilisation.
+The line then also gives update_tflop_per_s: the update's share of needed_tflop, over its seconds.
+Divided by what the GPU's maker states for dense bfloat16 products (H100 and H200: 989 TFLOP/s) it
+is the model FLOP utilisation.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -51,50 +56,67 @@ SIZES = {  # hidden, layers, heads, intermediate, vocabulary
     "pythia-1.4b": (2048, 24, 16, 8192, 50304),
     "llama-3-8b": (4096, 32, 32, 14336, 128256),  # with 8 heads of keys and values
 }
+PARTS = ("rollout", "score", "update")
 
 
 def workload(size):
     """Prompts, their tokens, new tokens, prompts of a minibatch."""
-    return (64, 16, 48, 16) if size in ("small", "medium") else (128, 64, 128, 32)
+    if size in ("small", "medium"):
+        return 64, 16, 48, 16
+    return 128, 64, 128, 32
+
+
+def make_config(size):
+    hidden, layers, heads, intermediate, vocab = SIZES[size]
+    shape = dict(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=None,
+        num_labels=1,
+    )
+    if size.startswith("llama"):
+        return LlamaConfig(**shape, num_key_value_heads=8)
+    return GPTNeoXConfig(**shape)
+
+
+def make_tokenizer(vocab):
+    """Words t0, t1, ...; the last token is EOS and PAD."""
+    words = {f"t{i}": i for i in range(vocab - 1)}
+    words["<end>"] = vocab - 1
+    backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<end>", eos_token="<end>")
 
 
 def make_inputs(folder, size, device="cpu"):
     """A policy, a reward model and a prompt file. Large models are stored in bfloat16.
 
-    The last token is EOS and PAD. The policy does not emit it, so that all answers are equally long.
+    The policy does not emit the last token, EOS, so that all answers are equally long.
     """
-    hidden, layers, heads, intermediate, vocab = SIZES[size]
+    hidden, *_, vocab = SIZES[size]
     torch.manual_seed(0)
-    shape = dict(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=intermediate, vocab_size=vocab,
-        max_position_embeddings=256, bos_token_id=0, eos_token_id=None, num_labels=1,
-    )  # fmt: skip
-    config = (
-        LlamaConfig(**shape, num_key_value_heads=8)
-        if size.startswith("llama")
-        else GPTNeoXConfig(**shape)
-    )
-    words = {f"t{i}": i for i in range(vocab - 1)} | {"<end>": vocab - 1}
-    backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<end>", eos_token="<end>"
-    )
-    for name, auto in (
-        ("policy", AutoModelForCausalLM),
-        ("reward", AutoModelForSequenceClassification),
-    ):
+    config = make_config(size)
+    tokenizer = make_tokenizer(vocab)
+    dtype = torch.bfloat16 if hidden >= 2048 else torch.float32
+    autos = {"policy": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
+    for name, auto in autos.items():
         with torch.device(device):
             model = auto.from_config(config)
         if name == "policy":
             never_end(model)
-        model.to(torch.bfloat16 if hidden >= 2048 else torch.float32).save_pretrained(
-            f"{folder}/{name}"
-        )
+        model.to(dtype).save_pretrained(f"{folder}/{name}")
         tokenizer.save_pretrained(f"{folder}/{name}")
-    with open(f"{folder}/prompts.jsonl", "w") as f:
-        for row in torch.randint(0, vocab - 1, (320, workload(size)[1])).tolist():
-            f.write(json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) + "\n")
+
+    _, n_tokens, _, _ = workload(size)
+    with open(f"{folder}/prompts.jsonl", "w") as file:
+        for ids in torch.randint(0, vocab - 1, (320, n_tokens)).tolist():
+            prompt = " ".join(f"t{i}" for i in ids)
+            file.write(json.dumps({"prompt": prompt}) + "\n")
 
 
 @torch.no_grad()
@@ -114,36 +136,131 @@ def never_end(lm):
 
 
 def needed_flop(size, freeze_layers=0.0, lora=False):
-    """Operations of one iteration {part: n}: rollout; reward model, reference and frozen trunk; 4 epochs of forward and backward.
-    Attention scores are left out."""
+    """Operations of one iteration: {part: n}. Attention scores are left out.
+
+    The parts are the rollout; the reward model, the reference and the frozen trunk; and 4 epochs of
+    forward and backward.
+    """
     hidden, layers, _, intermediate, vocab = SIZES[size]
-    llama = size.startswith("llama")  # keys and values of a quarter of the width; a gated MLP
-    block = (2.5 if llama else 4) * hidden**2 + (3 if llama else 2) * hidden * intermediate
-    head, frozen = hidden * vocab, int(freeze_layers * layers)
     prompts, prompt, new, _ = workload(size)
-    tokens, responses = prompts * (prompt + new), prompts * new
-    trunk = 2 * tokens * block  # of one block
-    above = (layers - frozen) * trunk + 2 * responses * head
-    once = frozen * trunk if frozen else 0  # the frozen trunk over the finished rows
-    update = 4 * above * (2 if lora else 3)  # frozen weights need no gradient of their own
+    n_tokens = prompts * (prompt + new)
+    n_new = prompts * new
+    # Weights of a block.
+    block = 4 * hidden**2 + 2 * hidden * intermediate
+    if size.startswith("llama"):
+        # Keys and values have a quarter of the width; the MLP is gated.
+        block = 2.5 * hidden**2 + 3 * hidden * intermediate
+    # Two operations for each weight and token.
+    one_block = 2 * n_tokens * block
+    head = 2 * n_new * hidden * vocab
+    n_frozen = int(freeze_layers * layers)
+    above = (layers - n_frozen) * one_block + head
+    # The frozen trunk runs once over the finished rows.
+    frozen = n_frozen * one_block
+    # A backward pass is two forwards, or one where frozen weights need no gradient of their own.
+    passes = 2 if lora else 3
     return {
-        "rollout": layers * trunk + 2 * responses * head,
-        "score": layers * trunk + once + above,
-        "update": update,
+        "rollout": layers * one_block + head,
+        "score": layers * one_block + frozen + above,
+        "update": 4 * passes * above,
     }
 
 
 def matmul_rate(dtype, device="cpu", seconds=1.5):
-    """Operations a second (of CPU time where one thread runs) of a square matrix product, the median over some time."""
+    """Operations a second of a square matrix product, the median over some time.
+
+    The clock is train_ppo's: CPU time where one thread runs.
+    """
+    clock = train_ppo.time.perf_counter
     size = 1024 if device == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times, end = [], train_ppo.time.perf_counter() + seconds
-    while train_ppo.time.perf_counter() < end:
-        begun = train_ppo.time.perf_counter()
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    times = []
+    end = clock() + seconds
+    while clock() < end:
+        begun = clock()
         c = a @ b
-        c[0, 0].item()  # waits for a GPU
-        times.append(train_ppo.time.perf_counter() - begun)
+        # Reading a number waits for a GPU.
+        c[0, 0].item()
+        times.append(clock() - begun)
     return 2 * size**3 / statistics.median(times)
+
+
+def count_cpu_seconds():
+    """Let train_ppo.py read CPU seconds where it reads the clock."""
+    train_ppo.time = types.SimpleNamespace(perf_counter=time.process_time)
+
+
+def in_a_process(function, *args):
+    """Run a function in a process of its own, whose memory is not counted."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+
+
+def read_steps(path):
+    """The rows of a metrics.jsonl that count: step 0 is the evaluation, step 1 the warm-up."""
+    with open(path) as file:
+        rows = [json.loads(line) for line in file]
+    return rows[2:]
+
+
+@contextlib.contextmanager
+def silence():
+    """What is printed meanwhile goes nowhere: the only line is the result."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def run_ppo(config):
+    """train_ppo.py in silence -> its steps' metrics."""
+    with silence():
+        train_ppo.main(config)
+    return read_steps(f"{config.output_dir}/metrics.jsonl")
+
+
+def make_run(folder, args):
+    """The configuration of the run that is timed."""
+    prompts, _, new, minibatch = workload(args.size)
+    return train_ppo.Config(
+        model=f"{folder}/policy",
+        reward_model=f"{folder}/reward",
+        value_model=f"{folder}/policy" if args.value_model else "",
+        dataset=f"{folder}/prompts.jsonl",
+        output_dir=f"{folder}/run",
+        steps=args.iterations,
+        batch_size=prompts,
+        minibatch_size=minibatch,
+        micro_batch_size=args.micro_batch_size,
+        ppo_epochs=4,
+        max_new_tokens=new,
+        lr=3e-6,
+        kl_coef=0.05,
+        eval_size=1,
+        eval_every=0,
+        n_samples=0,
+        checkpoint_every=10**6,
+        dtype=args.dtype,
+        freeze_layers=args.freeze_layers,
+        device=args.device,
+        compile=args.compile,
+        lora_rank=args.lora_rank,
+        checkpoint_activations=args.checkpoint_activations,
+    )
+
+
+def compare_with_matmul(args, seconds, rate):
+    """The columns about operations: {part: seconds} beside what a matrix product reaches."""
+    flop = needed_flop(args.size, args.freeze_layers, args.lora_rank > 0)
+    total = sum(flop.values())
+    columns = {
+        "needed_tflop": round(total / 1e12, 3),
+        "matmul_gflop_per_s": round(rate / 1e9, 1),
+        "matmul_share": round(total / sum(seconds.values()) / rate, 3),
+    }
+    if args.device == "cuda":
+        columns["update_tflop_per_s"] = round(flop["update"] / seconds["update"] / 1e12, 1)
+    return columns
 
 
 def main():
@@ -164,65 +281,37 @@ def main():
     parser.add_argument("--freeze_layers", type=float, default=0.0)
     parser.add_argument("--checkpoint_activations", action="store_true")
     args = parser.parse_args()
-    cpu_seconds = args.device == "cpu" and args.threads == 1
+    unit = "s"
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
-    if cpu_seconds:
-        train_ppo.time = types.SimpleNamespace(perf_counter=time.process_time)  # CPU seconds
-    dtype, (prompts, _, new, minibatch) = getattr(torch, args.dtype), workload(args.size)
-    rate = matmul_rate(dtype, args.device)
+        if args.threads == 1:
+            count_cpu_seconds()
+            unit = "cpu_s"
+    dtype = getattr(torch, args.dtype)
+    prompts, _, new, _ = workload(args.size)
+
+    rate_before = matmul_rate(dtype, args.device)
     with tempfile.TemporaryDirectory() as folder:
-        make = multiprocessing.get_context("spawn").Process(
-            target=make_inputs, args=(folder, args.size, args.device)
-        )
-        make.start()  # in a process of its own, whose memory is not counted
-        make.join()
-        config = train_ppo.Config(
-            model=f"{folder}/policy", reward_model=f"{folder}/reward", dataset=f"{folder}/prompts.jsonl", output_dir=f"{folder}/run",
-            steps=args.iterations, batch_size=prompts, minibatch_size=minibatch, micro_batch_size=args.micro_batch_size, ppo_epochs=4,
-            max_new_tokens=new, lr=3e-6, kl_coef=0.05, eval_size=1, eval_every=0, n_samples=0, checkpoint_every=10**6, dtype=args.dtype,
-            value_model=f"{folder}/policy" if args.value_model else "", freeze_layers=args.freeze_layers,
-            device=args.device, compile=args.compile, lora_rank=args.lora_rank, checkpoint_activations=args.checkpoint_activations,
-        )  # fmt: skip
-        with open(os.devnull, "w") as sys.stdout:
-            train_ppo.main(config)
-        sys.stdout = sys.__stdout__
-        with open(f"{folder}/run/metrics.jsonl") as f:
-            records = [json.loads(line) for line in f][
-                2:
-            ]  # step 0 is the evaluation, step 1 the warm-up
-    assert all(r["length"] == new for r in records)
-    parts = {
-        name: sum(r[f"seconds_{name}"] for r in records) / len(records)
-        for name in ("rollout", "score", "update")
-    }
-    rate = (rate + matmul_rate(dtype, args.device)) / 2
-    unit = "cpu_s" if cpu_seconds else "s"
-    result = {
-        "bench": "ppo",
-        **vars(args),
-        f"samples_per_{unit}": round(prompts / sum(parts.values()), 3),
-    }
-    result |= {f"{name}_{unit}": round(value, 4) for name, value in parts.items()}
+        in_a_process(make_inputs, folder, args.size, args.device)
+        steps = run_ppo(make_run(folder, args))
+    rate = (rate_before + matmul_rate(dtype, args.device)) / 2
+
+    # No answer ended early.
+    for step in steps:
+        assert step["length"] == new
+    seconds = {}
+    for part in PARTS:
+        seconds[part] = statistics.mean(step[f"seconds_{part}"] for step in steps)
+
+    result = {"bench": "ppo", **vars(args)}
+    result[f"samples_per_{unit}"] = round(prompts / sum(seconds.values()), 3)
+    for part in PARTS:
+        result[f"{part}_{unit}"] = round(seconds[part], 4)
     if not args.value_model:
-        flop = needed_flop(args.size, args.freeze_layers, args.lora_rank > 0)
-        total = sum(flop.values())
-        result |= {
-            "needed_tflop": round(total / 1e12, 3),
-            "matmul_gflop_per_s": round(rate / 1e9, 1),
-        }
-        result["matmul_share"] = round(total / sum(parts.values()) / rate, 3)
-        if args.device == "cuda":
-            result["update_tflop_per_s"] = round(flop["update"] / parts["update"] / 1e12, 1)
-    print(
-        json.dumps(
-            result
-            | {
-                "peak_memory_mb": round(peak_memory_mb(setup(args.device))),
-                "torch": torch.__version__,
-            }
-        )
-    )
+        result |= compare_with_matmul(args, seconds, rate)
+    result["peak_memory_mb"] = round(peak_memory_mb(setup(args.device)))
+    result["torch"] = torch.__version__
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,31 @@
-"""Time generate(), log-probs, entropies and values kept: python tests/bench/rollout.py --size small. Prints one JSON line.
+"""Time generate(), which keeps log-probs, entropies and values: python tests/bench/rollout.py.
 
-The usual workload: a random GPT-NeoX policy with a value head; 64 prompts padded on the left to 16 columns, true lengths uniform in
-8..16; 48 new tokens at temperature 1, no EOS, float32; one warm-up, then the mean over --calls. CPU seconds of one thread are
-steadier than wall clock on a shared machine.
+Prints one JSON line. The usual workload: a random GPT-NeoX policy with a value head; 64 prompts
+padded on the left to 16 columns, true lengths uniform in 8..16; 48 new tokens at temperature 1, no
+EOS, float32; one warm-up, then the mean over --calls. CPU seconds of one thread are steadier than
+wall clock on a shared machine. On a GPU, with 128 prompts of 64 tokens and 128 new ones:
 
-    python tests/bench/rollout.py --device cuda --size pythia-1.4b --dtype bfloat16      # 128 prompts of 64, 128 new tokens
+    python tests/bench/rollout.py --device cuda --size pythia-1.4b --dtype bfloat16
 
-On a GPU decoding is limited by memory, and the line also gives the share of that limit: bytes a step must read / seconds of a
-step / bytes per second of a large copy on the same device in the same run (a copy reads and writes: twice its size). Steps are
-timed from when one has been captured; what comes before, once a rollout (prompts, casts, warm-up, capture), is begin_ms. The bytes:
+There decoding is limited by memory, and the line also gives the share of that limit: bytes a step
+must read / seconds of a step / bytes per second of a large copy on the same device in the same run
+(a copy reads and writes: twice its size). Steps are timed from when one has been captured; what
+comes before, once a rollout (prompts, casts, warm-up, capture), is begin_ms. The bytes:
 
-    weights  4 a weight, or 2 in bfloat16, of all but the input embeddings (a step reads B rows of them)
-    cache    B columns * layers * 2 (key, value) * hidden * 4 or 2, where the mean number of real columns is about P + R / 2
+    weights  4 a weight, or 2 in bfloat16, of all but the input embeddings (a step reads B rows)
+    cache    B * columns * layers * 2 (key, value) * hidden * 4 or 2, where the mean number of real
+             columns is about P + R / 2
 
-The step reads the whole padded cache and the logits are written and read a few times, so that 1 is out of reach.
+The step reads the whole padded cache, and the logits are written and read a few times, so 1 is out
+of reach.
+
+    B prompts, P columns of a prompt, R new tokens
 """
 
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 
@@ -34,21 +41,35 @@ from nanorlhf.models import Policy
 from nanorlhf.rollout import generate
 
 
-def inputs(size, batch, width, shortest):
-    """A random policy; prompts [B, P] and their mask, padded on the left."""
+def workload(size):
+    """Prompts, columns of a prompt, new tokens, tokens of the shortest prompt."""
+    if size == "pythia-1.4b":
+        return 128, 64, 128, 64
+    return 64, 16, 48, 8
+
+
+def make_policy(size):
+    """A random policy with a value head, which has no EOS to end with."""
     hidden, layers, heads, intermediate, vocab = SIZES[size]
-    torch.manual_seed(0)
     config = GPTNeoXConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=intermediate, vocab_size=vocab,
-        max_position_embeddings=256, bos_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    lengths = torch.randint(shortest, width + 1, (batch, 1))
-    mask = torch.arange(width) >= width - lengths
-    return (
-        Policy(AutoModelForCausalLM.from_config(config)).eval(),
-        torch.randint(1, vocab, (batch, width)) * mask,
-        mask,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=None,
     )
+    return Policy(AutoModelForCausalLM.from_config(config)).eval()
+
+
+def draw_prompts(vocab, B, P, shortest):
+    """Random prompts and their mask, padded on the left: [B, P] both."""
+    lengths = torch.randint(shortest, P + 1, (B, 1))
+    mask = torch.arange(P) >= P - lengths
+    ids = torch.randint(1, vocab, (B, P)) * mask
+    return ids, mask
 
 
 def copy_bandwidth(device, gigabytes=4):
@@ -66,16 +87,43 @@ def copy_bandwidth(device, gigabytes=4):
 
 def note_captures(clock):
     """-> a list that gets (time, steps that are left) whenever a decode step has been captured."""
-    captured, capture = [], decode.capture
+    captured = []
+    capture = decode.capture
 
-    def noted(step, R, device):
+    def capture_and_note(step, R, device):
         step, t = capture(step, R, device)
         torch.cuda.synchronize()
         captured.append((clock(), R - t))
         return step, t
 
-    decode.capture = noted
+    decode.capture = capture_and_note
     return captured
+
+
+def bytes_of_a_step(policy, size, width, B, P, R):
+    """What a decode step must read. `width`: bytes of a number."""
+    hidden, layers, *_ = SIZES[size]
+    n_parameters = sum(p.numel() for p in policy.parameters())
+    n_embeddings = policy.lm.get_input_embeddings().weight.numel()
+    weights = width * (n_parameters - n_embeddings)
+    cache = width * B * (P + R / 2) * layers * 2 * hidden
+    return weights + cache
+
+
+def measure_decoding(args, policy, step_seconds, begin_seconds, B, P, R):
+    """The columns that a GPU's line has besides: the share of the memory's bandwidth."""
+    width = 2 if args.dtype == "bfloat16" else 4
+    step = statistics.mean(step_seconds)
+    begin = statistics.mean(begin_seconds)
+    needed = bytes_of_a_step(policy, args.size, width, B, P, R)
+    bandwidth = copy_bandwidth(args.device)
+    return {
+        "begin_ms": round(1e3 * begin, 1),
+        "step_ms": round(1e3 * step, 3),
+        "step_gb": round(needed / 1e9, 3),
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "share_of_bandwidth": round(needed / step / bandwidth, 3),
+    }
 
 
 def main():
@@ -87,47 +135,51 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
     cuda = torch.device(args.device).type == "cuda"
-    B, P, R, shortest = (128, 64, 128, 64) if args.size == "pythia-1.4b" else (64, 16, 48, 8)
-    policy, ids, mask = inputs(args.size, B, P, shortest)
-    policy, ids, mask = policy.to(args.device), ids.to(args.device), mask.to(args.device)
-    clock = time.process_time if args.threads == 1 and not cuda else time.perf_counter
-    seconds, steps, begin = [], [], []
-    captured = note_captures(clock) if cuda else None
+    B, P, R, shortest = workload(args.size)
+    vocab = SIZES[args.size][-1]
+    ids, mask = draw_prompts(vocab, B, P, shortest)
+    policy = make_policy(args.size).to(args.device)
+    ids = ids.to(args.device)
+    mask = mask.to(args.device)
+
+    # One thread is timed in CPU seconds, all else by wall clock.
+    clock = time.perf_counter
+    unit = "s"
+    if args.threads == 1 and not cuda:
+        clock = time.process_time
+        unit = "cpu_s"
+    if cuda:
+        captured = note_captures(clock)
+
+    seconds = []
+    step_seconds = []
+    begin_seconds = []
     for call in range(args.calls + 1):
         start = clock()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            out = generate(policy, ids, mask, R, step=call)
+            rollout = generate(policy, ids, mask, R, step=call)
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(clock() - start)
-        if cuda:
-            at, left = captured[-1]
-            steps.append((start + seconds[-1] - at) / left)
-            begin.append(at - start)
-    assert out.response_mask.all() and out.values is not None
-    mean = sum(seconds[1:]) / args.calls
+        end = clock()
+        # The first call only warms up.
+        if call > 0:
+            seconds.append(end - start)
+        if call > 0 and cuda:
+            captured_at, n_left = captured[-1]
+            begin_seconds.append(captured_at - start)
+            step_seconds.append((end - captured_at) / n_left)
+    assert rollout.response_mask.all()
+    assert rollout.values is not None
+
     result = {"bench": "rollout", **vars(args), "batch": B, "prompt": P, "new_tokens": R}
     result["params"] = sum(p.numel() for p in policy.parameters())
-    result["tokens_per_s" if clock is time.perf_counter else "tokens_per_cpu_s"] = round(
-        B * R / mean, 1
-    )
+    result[f"tokens_per_{unit}"] = round(B * R / statistics.mean(seconds), 1)
     if cuda:
-        hidden, layers = SIZES[args.size][:2]
-        width = 2 if args.dtype == "bfloat16" else 4
-        weights = width * (result["params"] - policy.lm.get_input_embeddings().weight.numel())
-        cache = width * B * (P + R / 2) * layers * 2 * hidden
-        bandwidth, step = copy_bandwidth(args.device), sum(steps[1:]) / args.calls
-        result |= {
-            "begin_ms": round(1e3 * sum(begin[1:]) / args.calls, 1),
-            "step_ms": round(1e3 * step, 3),
-        }
-        result |= {
-            "step_gb": round((weights + cache) / 1e9, 3),
-            "copy_gb_per_s": round(bandwidth / 1e9, 1),
-        }
-        result["share_of_bandwidth"] = round((weights + cache) / step / bandwidth, 3)
-    print(json.dumps(result | {"torch": torch.__version__}))
+        result |= measure_decoding(args, policy, step_seconds, begin_seconds, B, P, R)
+    result["torch"] = torch.__version__
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

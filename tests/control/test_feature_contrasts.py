@@ -1,6 +1,8 @@
-"""Differential, contribution and their intervals against loops in plain Python; tokens that separate against pairs counted one by one."""
+"""Differential, contribution and their intervals against loops in plain Python; tokens that tell
+texts apart against pairs of texts counted one by one.
 
-import random
+    N pairs of answers or texts, M features
+"""
 
 import pytest
 import torch
@@ -9,84 +11,146 @@ from nanorlhf.control import feature_contrasts
 from nanorlhf.control.feature_contrasts import contrast, score_gaps, separation
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def latents(n, m, seed):
-    """Sparse latents of either sign; the last one never fires."""
-    g = torch.Generator().manual_seed(seed)
-    z = torch.randn(n, m, generator=g) * (torch.rand(n, m, generator=g) < 0.4)
+    """Sparse latents [n, m] of either sign; the last one never fires."""
+    generator = seeded(seed)
+    values = torch.randn(n, m, generator=generator)
+    fires = torch.rand(n, m, generator=generator) < 0.4
+    z = values * fires
     z[:, -1] = 0
     return z
 
 
-def by_hand(chosen, rejected, w, rows):
-    """c, j, s and contribution of the rows (repeated ones too), in loops -> four lists"""
-    m = len(chosen[0])
-    c, j = (
-        [sum(max(z[r][i], 0) for r in rows) / len(rows) for i in range(m)]
-        for z in (chosen, rejected)
-    )
-    damping = sum(x + y for x, y in zip(c, j)) / m
-    s = [(x - y) / (x + y + damping) for x, y in zip(c, j)]
-    return c, j, s, [v * (x - y) for v, x, y in zip(w, c, j)]
+def refuses(words):
+    """What stands below it must raise a ValueError that says these words."""
+    return pytest.raises(ValueError, match=words)
 
 
-def test_contrast_is_the_loops():
-    chosen, rejected, w = (
-        latents(40, 7, 0),
-        latents(40, 7, 1),
-        torch.randn(7, generator=torch.Generator().manual_seed(2)),
-    )
+# -------------------------------------------------------------------- chosen against rejected
+
+
+def positive_means(z, rows):
+    """The mean of max(z_i, 0) over these rows, for each latent: [N][M] -> [M]."""
+    means = []
+    for i in range(len(z[0])):
+        total = sum(max(z[row][i], 0) for row in rows)
+        means.append(total / len(rows))
+    return means
+
+
+def firing_rates(z):
+    """The share of the rows on which each latent is not 0: [N][M] -> [M]."""
+    rates = []
+    for column in z.T.tolist():
+        n_fires = sum(x != 0 for x in column)
+        rates.append(n_fires / len(column))
+    return rates
+
+
+def contrast_by_loops(chosen, rejected, w, rows):
+    """contrast()'s equations, latent by latent, over these rows; a row may come twice."""
+    c = positive_means(chosen.tolist(), rows)
+    j = positive_means(rejected.tolist(), rows)
+    damping = (sum(c) + sum(j)) / len(c)
+    s = []
+    contribution = []
+    for c_i, j_i, w_i in zip(c, j, w.tolist()):
+        s.append((c_i - j_i) / (c_i + j_i + damping))
+        contribution.append(w_i * (c_i - j_i))
+    return {"chosen": c, "rejected": j, "differential": s, "contribution": contribution}
+
+
+@pytest.fixture
+def forty_pairs():
+    """(chosen [40, 7], rejected [40, 7], weights [7])"""
+    weights = torch.randn(7, generator=seeded(2))
+    return latents(40, 7, 0), latents(40, 7, 1), weights
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected", "differential", "contribution"])
+def test_contrast_is_the_loops(forty_pairs, name):
+    chosen, rejected, w = forty_pairs
     found = contrast(chosen, rejected, w)
-    expected = by_hand(chosen.tolist(), rejected.tolist(), w.tolist(), range(40))
-    for name, values in zip(("chosen", "rejected", "differential", "contribution"), expected):
-        assert getattr(found, name).tolist() == pytest.approx(values, abs=1e-6), name
-    for name, z in (("rate_chosen", chosen), ("rate_rejected", rejected)):
-        assert getattr(found, name).tolist() == pytest.approx(
-            [sum(x != 0 for x in column) / 40 for column in z.T.tolist()]
-        )
-    assert found.differential[-1] == 0 == found.contribution[-1]
-    without = contrast(
-        chosen[:, :-1], rejected[:, :-1], w[:-1], m=7
-    )  # one that never fires may be left out
-    assert all(torch.allclose(a, b[..., :-1]) for a, b in zip(without, found))
+    expected = contrast_by_loops(chosen, rejected, w, range(40))
+    assert getattr(found, name).tolist() == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_rates_are_shares_of_texts_on_which_a_latent_fires(forty_pairs):
+    chosen, rejected, w = forty_pairs
+    found = contrast(chosen, rejected, w)
+    assert found.rate_chosen.tolist() == pytest.approx(firing_rates(chosen))
+    assert found.rate_rejected.tolist() == pytest.approx(firing_rates(rejected))
+
+
+def test_a_latent_that_never_fires_has_zeros_and_may_be_left_out(forty_pairs):
+    chosen, rejected, w = forty_pairs
+    found = contrast(chosen, rejected, w)
+    assert found.differential[-1] == 0
+    assert found.contribution[-1] == 0
+
+    without_last = contrast(chosen[:, :-1], rejected[:, :-1], w[:-1], m=7)
+    for left, whole in zip(without_last, found):
+        torch.testing.assert_close(left, whole[..., :-1])
+
+
+def resample_pairs(groups, resamples, seed):
+    """Lists of pairs: each draws as many groups as there are, and takes all pairs of each one.
+
+    The draws are contrast()'s, from the same seed.
+    """
+    n_groups = max(groups) + 1
+    draws = torch.randint(n_groups, (resamples, n_groups), generator=seeded(seed))
+    samples = []
+    for drawn_groups in draws.tolist():
+        rows = []
+        for drawn in drawn_groups:
+            for row, group in enumerate(groups):
+                if group == drawn:
+                    rows.append(row)
+        samples.append(rows)
+    return samples
 
 
 def test_intervals_are_those_of_resampled_prompts(monkeypatch):
-    """Prompts of one to three pairs, drawn by hand with the same draws; in blocks of two latents."""
+    """Prompts of one to three pairs, drawn by hand; contrast() takes two latents at a time."""
     monkeypatch.setattr(feature_contrasts, "AT_ONCE", 2 * 300)
-    chosen, rejected, w = (
-        latents(25, 5, 3),
-        latents(25, 5, 4),
-        torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]),
-    )
-    groups = torch.tensor(
-        [i * 2 // 3 for i in range(24)] + [7]
-    )  # the last pair belongs to an earlier prompt
-    found = contrast(chosen, rejected, w, groups, resamples=300, level=0.9, seed=5)
-    n = int(groups.max()) + 1
-    draws = torch.randint(n, (300, n), generator=torch.Generator().manual_seed(5)).tolist()
-    members = [[r for r in range(25) if groups[r] == g] for g in range(n)]
-    resamples = [
-        by_hand(
-            chosen.tolist(), rejected.tolist(), w.tolist(), [r for g in draw for r in members[g]]
-        )[2:]
-        for draw in draws
-    ]
-    for k, name in enumerate(("differential_interval", "contribution_interval")):
-        table = torch.tensor([resample[k] for resample in resamples], dtype=torch.float64)
-        for end, q in zip(getattr(found, name), (0.05, 0.95)):
-            assert end.tolist() == pytest.approx(
-                [table[:, i].quantile(q).item() for i in range(5)], abs=1e-6
-            ), name
+    chosen = latents(25, 5, 3)
+    rejected = latents(25, 5, 4)
+    w = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
+    groups = [i * 2 // 3 for i in range(24)]
+    groups.append(7)  # the last pair belongs to an earlier prompt
+
+    found = contrast(chosen, rejected, w, torch.tensor(groups), resamples=300, level=0.9, seed=5)
+
+    differentials = []
+    contributions = []
+    for rows in resample_pairs(groups, 300, seed=5):
+        sample = contrast_by_loops(chosen, rejected, w, rows)
+        differentials.append(sample["differential"])
+        contributions.append(sample["contribution"])
+    # The middle 90% lies between the 5th and the 95th percentile.
+    ends = torch.tensor([0.05, 0.95]).double()
+    expected = torch.tensor(differentials).double().quantile(ends, 0)  # [2, 5]
+    torch.testing.assert_close(found.differential_interval, expected, rtol=1e-6, atol=1e-6)
+    expected = torch.tensor(contributions).double().quantile(ends, 0)
+    torch.testing.assert_close(found.contribution_interval, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_without_weights_there_is_no_contribution():
     found = contrast(latents(9, 3, 0), latents(9, 3, 1))
-    assert (
-        found.contribution is None is found.contribution_interval
-        and found.differential.shape == (3,)
-    )
+    assert found.contribution is None
+    assert found.contribution_interval is None
+    assert found.differential.shape == (3,)
+
+
+def test_where_nothing_fires_the_differential_is_0():
     silent = contrast(torch.zeros(4, 2), torch.zeros(4, 2))
-    assert silent.differential.tolist() == [0, 0] and silent.differential_interval.isfinite().all()
+    assert silent.differential.tolist() == [0, 0]
+    assert silent.differential_interval.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -99,48 +163,100 @@ def test_without_weights_there_is_no_contribution():
     ],
 )
 def test_what_does_not_fit_is_refused(changes, words):
-    with pytest.raises(ValueError, match=words):
-        contrast(**{"chosen": torch.zeros(5, 2), "rejected": torch.zeros(5, 2)} | changes)
+    arguments = {"chosen": torch.zeros(5, 2), "rejected": torch.zeros(5, 2)}
+    arguments |= changes
+    with refuses(words):
+        contrast(**arguments)
+
+
+# ------------------------------------------------------------------------- what latents follow
+
+
+def compare(x, y):
+    """1 where x is larger, 0.5 in a tie, 0 where it is smaller."""
+    if x == y:
+        return 0.5
+    return float(x > y)
+
+
+def separation_by_pairs(parts, latent, token):
+    """The share of pairs (a text with the token, one of the same part without) that z orders so."""
+    wins = []
+    for z, present in parts:
+        with_token = z[present[:, token], latent].tolist()
+        without_token = z[~present[:, token], latent].tolist()
+        for x in with_token:
+            for y in without_token:
+                wins.append(compare(x, y))
+    return sum(wins) / len(wins)
 
 
 def test_separation_counts_pairs_of_texts_within_a_part():
-    random.seed(0)
-    parts = [
-        (latents(n, 4, n), torch.rand(n, 3, generator=torch.Generator().manual_seed(n)) < 0.4)
-        for n in (20, 31)
-    ]
-    parts[0][1][:, 2] = True  # a token that all texts of a part have: nothing to compare there
+    parts = []
+    for n in (20, 31):
+        present = torch.rand(n, 3, generator=seeded(n)) < 0.4
+        parts.append((latents(n, 4, n), present))
+    # All texts of the first part have token 2: there is nothing to compare in it.
+    parts[0][1][:, 2] = True
+
     found = separation(parts)
+
     for i in range(4):
         for c in range(3):
-            wins = []
-            for z, present in parts:
-                has, lacks = z[present[:, c], i].tolist(), z[~present[:, c], i].tolist()
-                wins += [1.0 if x > y else 0.5 if x == y else 0.0 for x in has for y in lacks]
-            assert found[i, c].item() == pytest.approx(sum(wins) / len(wins))
-    assert separation([(latents(5, 2, 0), torch.ones(5, 1).bool())]).isnan().all()
+            expected = separation_by_pairs(parts, i, c)
+            assert found[i, c].item() == pytest.approx(expected)
+
+
+def test_a_token_that_all_texts_have_separates_nothing():
+    everywhere = torch.ones(5, 1).bool()
+    assert separation([(latents(5, 2, 0), everywhere)]).isnan().all()
 
 
 def test_what_changed_together_is_not_taken_for_one_another():
-    """Training made '!' and another thing common, each on its own: pooled, the other thing's latent looks like one of '!'."""
+    """Training made '!' and another thing common, each on its own.
+
+    Pooled, the latent of the other thing looks like one of '!'.
+    """
+    # Before training 4 of 16 texts have '!', and the latent fires on 4; 1 has both, by chance.
     i = torch.arange(16)
-    z, mark = (
-        (i % 4 == 0).float()[:, None],
-        (i // 4 == 0)[:, None],
-    )  # of 16 texts 4 and 4, 1 both: independent
-    parts = [(z, mark), (1 - z, ~mark)]  # before and after
-    assert separation([tuple(map(torch.cat, zip(*parts)))]).item() == pytest.approx(0.625)
-    assert separation(parts).item() == 0.5
+    z = (i % 4 == 0).float()[:, None]
+    has_mark = (i // 4 == 0)[:, None]
+    # After training, 12 have each.
+    z_after = 1 - z
+    has_mark_after = ~has_mark
+
+    pooled = (torch.cat([z, z_after]), torch.cat([has_mark, has_mark_after]))
+    # Of the pooled texts 16 have '!', and z fires on 1 + 9 of them; on 6 of the other 16.
+    # By hand: P(z larger) = 10/16 10/16, a tie: 2 * 10/16 6/16, in all 0.39 + 0.47 / 2.
+    assert separation([pooled]).item() == pytest.approx(0.625)
+    assert separation([(z, has_mark), (z_after, has_mark_after)]).item() == 0.5
+
+
+def gap_by_least_squares(parts, latent):
+    """The coefficient of "fires" in a regression of the score, with an intercept for each part."""
+    rows = []
+    scores = []
+    for part, (z, part_scores) in enumerate(parts):
+        for z_n, score in zip(z[:, latent].tolist(), part_scores.tolist()):
+            rows.append([float(z_n != 0), float(part == 0), float(part == 1)])
+            scores.append(score)
+    x = torch.tensor(rows).double()
+    y = torch.tensor(scores).double()
+    return torch.linalg.lstsq(x, y).solution[0].item()
 
 
 def test_score_gaps_are_least_squares_with_an_intercept_for_each_part():
-    g = torch.Generator().manual_seed(0)
-    parts = [(latents(n, 4, n), torch.randn(n, generator=g) + n) for n in (20, 31)]
-    parts[0][0][:, 0] = 1  # fires on all of a part: nothing to compare there
+    generator = seeded(0)
+    parts = []
+    for n in (20, 31):
+        scores = torch.randn(n, generator=generator) + n
+        parts.append((latents(n, 4, n), scores))
+    # Latent 0 fires on all texts of the first part: there is nothing to compare in it.
+    parts[0][0][:, 0] = 1
+
     found = score_gaps(parts)
-    side = torch.cat([torch.eye(2)[i].expand(len(z), 2) for i, (z, _) in enumerate(parts)])
+
     for i in range(3):
-        x = torch.cat([torch.cat([z[:, i] != 0 for z, _ in parts])[:, None], side], 1).double()
-        y = torch.cat([scores for _, scores in parts]).double()
-        assert found[i].item() == pytest.approx(torch.linalg.lstsq(x, y).solution[0].item())
-    assert found[3].isnan()  # it never fires
+        assert found[i].item() == pytest.approx(gap_by_least_squares(parts, i))
+    # The last latent never fires.
+    assert found[3].isnan()

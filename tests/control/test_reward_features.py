@@ -1,9 +1,10 @@
-"""probe.py reward_features on a tiny random SARM: every number by hand, from one text at a time through the LM that it was cut from.
+"""probe.py reward_features on a tiny random SARM: every number by hand, from one text at a time through the
+LM that the SARM was cut from.
 
-N texts, M features, K of them kept, D hidden
+    N texts, M features
 """
 
-import json
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -12,259 +13,377 @@ from support import (
     Endpoint,
     chat,
     feature_flags,
-    held_out,
-    mean,
     probe_refused,
-    run_probe,
-    summary,
+    read_rows,
     widest,
     write_rows,
-    z_by_hand,
 )
-from support import SARM_M as M
+from tiny_models import SARM_M as M
 
 from nanorlhf import world
 from nanorlhf.control import reward_features
 from nanorlhf.control.feature_texts import match_answers
 
 
-def fires_on(lm, sarm, prompt, response):
-    return [i for i, x in enumerate(z_by_hand(lm, sarm, prompt, response)[0]) if x]
+def z_of(readings):
+    """All latents of all texts: [N, M]."""
+    return np.array([reading.z for reading in readings])
 
 
-def test_numbers_on_pairs_are_those_of_one_text_at_a_time(sarm_material, tmp_path, capsys):
-    root, lm, sarm = sarm_material
-    run_probe(*feature_flags("reward_features", root, tmp_path / "out", top=4))
-    found, printed, pairs = summary(tmp_path / "out"), capsys.readouterr().out, held_out(root)
-    assert widest(printed) <= 140
-    z = {
-        side: [z_by_hand(lm, sarm, row["prompt"], row[side])[0] for row in pairs]
-        for side in ("chosen", "rejected")
-    }
-    scores = {
-        side: [z_by_hand(lm, sarm, row["prompt"], row[side])[1] for row in pairs] for side in z
-    }
-    assert found["pairs"]["pairs"] == len(pairs) and found["pairs"]["prompts"] == len(
-        {row["prompt"] for row in pairs}
-    )
-    differences = [a - b for a, b in zip(scores["chosen"], scores["rejected"])]
-    assert found["pairs"]["margin"] == pytest.approx(mean(differences), abs=1e-5)
-    assert found["pairs"]["accuracy"] == mean(d > 0 for d in differences)
-    fires = [i for i in range(M) if any(row[i] for side in z.values() for row in side)]
-    assert sorted(row["id"] for row in found["features"]) == fires and (
-        found["firing"],
-        found["m"],
-    ) == (len(fires), M)
-    c, j = (
-        [mean(max(row[i], 0) for row in z[side]) for i in range(M)]
-        for side in ("chosen", "rejected")
-    )
-    damping = mean(x + y for x, y in zip(c, j))
-    for row in found["features"]:
-        i, part, w = row["id"], row["pairs"], sarm.score.weight[0, row["id"]].item()
-        assert row["weight"] == pytest.approx(w) and row["raises"] == (w > 0)
-        if row["score_gap"] is not None:
-            x = [[float(r[i] != 0), float(side == "chosen"), 1.0] for side in z for r in z[side]]
-            y = [score for side in z for score in scores[side]]
-            assert row["score_gap"] == pytest.approx(
-                np.linalg.lstsq(np.array(x), np.array(y), rcond=None)[0][0], abs=1e-4
-            )
-        assert part["rate_chosen"] == pytest.approx(mean(r[i] != 0 for r in z["chosen"]))
-        assert part["rate_rejected"] == pytest.approx(mean(r[i] != 0 for r in z["rejected"]))
-        assert part["differential"]["mean"] == pytest.approx(
-            (c[i] - j[i]) / (c[i] + j[i] + damping), abs=1e-5
-        )
-        assert part["contribution"]["mean"] == pytest.approx(w * (c[i] - j[i]), abs=1e-5)
-        for x in (part["differential"], part["contribution"]):
-            assert x["low"] <= x["mean"] <= x["high"]
-    sizes = [abs(row["pairs"]["contribution"]["mean"]) for row in found["features"]]
-    assert sizes == sorted(sizes, reverse=True) and found["described"] == [
-        row["id"] for row in found["features"][:4]
-    ]
-    assert found["pairs"]["contributions"] == pytest.approx(
-        sum(row["pairs"]["contribution"]["mean"] for row in found["features"])
-    )
-    assert all(("tokens" in row) == (row["id"] in found["described"]) for row in found["features"])
+def firing_rates(readings):
+    """The share of texts on which each feature fires: [M]."""
+    return (z_of(readings) != 0).mean(0)
 
 
-def test_described_by_tokens_and_contexts(sarm_material, tmp_path, capsys):
-    root, lm, sarm = sarm_material
-    a, b = fires_on(lm, sarm, held_out(root)[0]["prompt"], held_out(root)[0]["chosen"])[:2]
-    silent = next(i for i in range(M) if sarm.sae.b_enc[i] == sarm.sae.b_enc.min())
-    run_probe(
-        *feature_flags(
-            "reward_features", root, tmp_path / "out", features=f"{b},{a},{silent}", contexts=2
-        )
-    )
-    printed, found, tokenizer = (
-        capsys.readouterr().out,
-        summary(tmp_path / "out"),
-        world.tokenizer(),
-    )
-    assert found["described"] == [b, a, silent] and widest(printed) <= 140
-    sides = [
-        [(row["prompt"], row[side]) for row in held_out(root)] for side in ("chosen", "rejected")
-    ]
-    z = [[z_by_hand(lm, sarm, *text)[0] for text in side] for side in sides]
-    words = [[set((p + " " + r + " <eos>").split()) for p, r in side] for side in sides]
-    for row in (
-        next(row for row in found["features"] if row["id"] == i) for i in found["described"]
-    ):
+def positive_means(readings):
+    """The mean over texts of max(z, 0), which the two measures of Zhang et al. read: [M]."""
+    return np.maximum(z_of(readings), 0).mean(0)
+
+
+def row_of(found, feature):
+    """The row of a summary that is about this feature."""
+    rows = {row["id"]: row for row in found["features"]}
+    return rows[feature]
+
+
+def means_of(found, kind, measure):
+    """One measure of all features, in the order of the rows. kind: pairs, or policy."""
+    return [row[kind][measure]["mean"] for row in found["features"]]
+
+
+def assert_largest_first(numbers):
+    """The sizes of the numbers descend, whatever their signs."""
+    assert numbers == sorted(numbers, key=abs, reverse=True)
+
+
+# ------------------------------------------------------------------------- numbers about pairs
+
+
+@pytest.fixture(scope="module")
+def on_pairs(run_on_sarm):
+    """The summary of the command on the held-out pairs."""
+    return run_on_sarm("reward_features", top=4).found
+
+
+def test_the_margin_and_accuracy_of_the_pairs(on_pairs, sarm_material, pairs_by_hand):
+    pairs = sarm_material.pairs
+    margins = []
+    wins = []
+    for chosen, rejected in zip(pairs_by_hand["chosen"], pairs_by_hand["rejected"]):
+        margins.append(chosen.score - rejected.score)
+        wins.append(chosen.score > rejected.score)
+    found = on_pairs["pairs"]
+    assert found["pairs"] == len(pairs)
+    assert found["prompts"] == len({row["prompt"] for row in pairs})
+    assert found["margin"] == pytest.approx(fmean(margins), abs=1e-5)
+    assert found["accuracy"] == fmean(wins)
+
+
+def test_there_is_a_row_for_each_feature_that_fires(on_pairs, pairs_by_hand):
+    all_z = z_of(pairs_by_hand["chosen"] + pairs_by_hand["rejected"])
+    firing = (all_z != 0).any(0).nonzero()[0].tolist()
+    assert sorted(row["id"] for row in on_pairs["features"]) == firing
+    assert on_pairs["firing"] == len(firing)
+    assert on_pairs["m"] == M
+
+
+def test_rates_and_measures_of_each_feature(on_pairs, sarm_material, pairs_by_hand):
+    c = positive_means(pairs_by_hand["chosen"])  # [M]
+    j = positive_means(pairs_by_hand["rejected"])  # [M]
+    damping = c.mean() + j.mean()
+    rates_chosen = firing_rates(pairs_by_hand["chosen"])
+    rates_rejected = firing_rates(pairs_by_hand["rejected"])
+    for row in on_pairs["features"]:
         i = row["id"]
-        for token, auc, texts, with_it, without in row["tokens"]:
+        w = sarm_material.weights[i]
+        assert row["weight"] == pytest.approx(w)
+        assert row["raises"] == (w > 0)
+
+        found = row["pairs"]
+        assert found["rate_chosen"] == pytest.approx(rates_chosen[i])
+        assert found["rate_rejected"] == pytest.approx(rates_rejected[i])
+
+        differential = (c[i] - j[i]) / (c[i] + j[i] + damping)
+        contribution = w * (c[i] - j[i])
+        assert found["differential"]["mean"] == pytest.approx(differential, abs=1e-5)
+        assert found["contribution"]["mean"] == pytest.approx(contribution, abs=1e-5)
+        for measure in (found["differential"], found["contribution"]):
+            assert measure["low"] <= measure["mean"] <= measure["high"]
+
+
+def score_gap_by_least_squares(pairs_by_hand, i):
+    """A regression of the score on "feature i fires", with an intercept for each side."""
+    rows = []
+    scores = []
+    for side, readings in pairs_by_hand.items():
+        for reading in readings:
+            rows.append([float(reading.z[i] != 0), float(side == "chosen"), 1.0])
+            scores.append(reading.score)
+    coefficients, *_ = np.linalg.lstsq(np.array(rows), np.array(scores), rcond=None)
+    return coefficients[0]
+
+
+def test_the_score_gap_is_least_squares(on_pairs, pairs_by_hand):
+    for row in on_pairs["features"]:
+        # A feature that fires on all texts of each side has no gap.
+        if row["score_gap"] is not None:
+            expected = score_gap_by_least_squares(pairs_by_hand, row["id"])
+            assert row["score_gap"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_largest_contributions_come_first_and_are_described(on_pairs):
+    contributions = means_of(on_pairs, "pairs", "contribution")
+    assert_largest_first(contributions)
+    assert on_pairs["pairs"]["contributions"] == pytest.approx(sum(contributions))
+    # --top 4
+    described_ids = []
+    for place, row in enumerate(on_pairs["features"]):
+        assert ("tokens" in row) == (place < 4)
+        if place < 4:
+            described_ids.append(row["id"])
+    assert on_pairs["described"] == described_ids
+
+
+# --------------------------------------------------------------------- descriptions of features
+
+
+def two_features_of_a_text(pairs_by_hand):
+    """Two features that fire on the first chosen answer."""
+    z = np.array(pairs_by_hand["chosen"][0].z)
+    return z.nonzero()[0][:2].tolist()
+
+
+@pytest.fixture(scope="module")
+def described(sarm_material, pairs_by_hand, run_on_sarm):
+    """A run that names two features that fire and one that never does. -> their ids, ProbeRun"""
+    a, b = two_features_of_a_text(pairs_by_hand)
+    silent = sarm_material.sarm.sae.b_enc.argmin().item()
+    ran = run_on_sarm("reward_features", features=f"{b},{a},{silent}", contexts=2)
+    return [b, a, silent], ran
+
+
+def test_the_features_that_are_named_are_described_in_that_order(described):
+    features, ran = described
+    assert ran.found["described"] == features
+
+
+def words_of(row, side):
+    """The tokens of a text, which are words in the embedded world."""
+    return f"{row['prompt']} {row[side]} <eos>".split()
+
+
+def compare(x, y):
+    """1 where x is larger, 0.5 in a tie, 0 where it is smaller."""
+    if x == y:
+        return 0.5
+    return float(x > y)
+
+
+def split_by_token(token, i, side, pairs, readings):
+    """z_i on the texts of a side that have a token, and on those that do not."""
+    with_token = []
+    without_token = []
+    for row, reading in zip(pairs, readings):
+        if token in words_of(row, side):
+            with_token.append(reading.z[i])
+        else:
+            without_token.append(reading.z[i])
+    return with_token, without_token
+
+
+def test_tokens_of_a_feature_are_those_whose_texts_have_more_of_it(
+    described, sarm_material, pairs_by_hand
+):
+    features, ran = described
+    for i in features:
+        for token, auc, n_texts, rate_with, rate_without in row_of(ran.found, i)["tokens"]:
+            all_with = []
+            all_without = []
             wins = []
-            for values, sets in zip(z, words):
-                has, lacks = (
-                    [v[i] for v, s in zip(values, sets) if (token in s) == is_in]
-                    for is_in in (True, False)
-                )
-                wins += [1.0 if x > y else 0.5 if x == y else 0.0 for x in has for y in lacks]
-            assert auc == pytest.approx(mean(wins), abs=1e-6)
-            every = [
-                (v[i] != 0, token in s)
-                for values, sets in zip(z, words)
-                for v, s in zip(values, sets)
-            ]
-            assert texts == sum(there for _, there in every) and 10 <= texts <= len(every) - 10
-            assert with_it == pytest.approx(mean(fires for fires, there in every if there))
-            assert without == pytest.approx(mean(fires for fires, there in every if not there))
-        sizes = [abs(auc - 0.5) for _, auc, *_ in row["tokens"]]
-        assert (
-            sizes == sorted(sizes, reverse=True)
-            and len(sizes) == reward_features.SHOWN
-            and f"{row['tokens'][0][0]} ." in printed
-        )
-        peaks = sorted((v[i] for values in z for v in values), reverse=True)
-        for k, context in enumerate(row["contexts"]):
-            s = ("chosen", "rejected").index(context["side"])
-            at = [[*" ".join(text).split(), tokenizer.eos_token] for text in sides[s]].index(
-                context["tokens"]
-            )
-            assert [context["z"]] * 2 == pytest.approx([peaks[k], z[s][at][i]], abs=1e-4)
-            assert context["values"] == [0] * (len(context["tokens"]) - 1) + [
-                pytest.approx(peaks[k] / peaks[0], abs=1e-3)
-            ]
-            assert f"z {context['z']:6.2f}" in printed
+            for side, readings in pairs_by_hand.items():
+                z_with, z_without = split_by_token(token, i, side, sarm_material.pairs, readings)
+                all_with += z_with
+                all_without += z_without
+                # Only texts of the same side are compared.
+                for x in z_with:
+                    for y in z_without:
+                        wins.append(compare(x, y))
+            assert auc == pytest.approx(fmean(wins), abs=1e-6)
+            assert n_texts == len(all_with)
+            assert rate_with == pytest.approx((np.array(all_with) != 0).mean())
+            assert rate_without == pytest.approx((np.array(all_without) != 0).mean())
+            # A token that nearly no text has, or nearly all, is not shown.
+            assert len(all_with) >= 10
+            assert len(all_without) >= 10
 
 
-def test_answers_after_against_before_are_matched_by_prompt(sarm_material, tmp_path, capsys):
-    """Beside the pairs; the order of the policy's contribution. Then alone, and by the other measures."""
-    root, lm, sarm = sarm_material
-    both = {"answers": root / "after.jsonl", "against": root / "before.jsonl", "top": 2}
-    run_probe(*feature_flags("reward_features", root, tmp_path / "out", **both))
-    found, printed = summary(tmp_path / "out"), capsys.readouterr().out
-    assert widest(printed) <= 140 and "after against before: 30 pairs of 15 prompts" in printed
-    z = {}
-    for name in ("after", "before"):
-        rows = [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
-        z[name] = [z_by_hand(lm, sarm, row["prompt"], row["response"])[0] for row in rows]
-    for row in found["features"]:
-        i, w = row["id"], sarm.score.weight[0, row["id"]].item()
-        exploited = w * (
-            mean(max(r[i], 0) for r in z["after"]) - mean(max(r[i], 0) for r in z["before"])
-        )
-        assert row["policy"]["contribution"]["mean"] == pytest.approx(exploited, abs=1e-5)
-        assert row["policy"]["rate_after"] == pytest.approx(mean(r[i] != 0 for r in z["after"]))
+def test_the_tokens_that_tell_most_come_first(described):
+    features, ran = described
+    for i in features:
+        tokens = row_of(ran.found, i)["tokens"]
+        assert len(tokens) == reward_features.SHOWN
+        distances = []
+        for _, auc, *_ in tokens:
+            distances.append(auc - 0.5)
+        assert_largest_first(distances)
+
+
+def test_contexts_are_the_texts_on_which_a_feature_is_largest(
+    described, sarm_material, pairs_by_hand
+):
+    features, ran = described
+    all_z = z_of(pairs_by_hand["chosen"] + pairs_by_hand["rejected"])
+    for i in features:
+        peaks = sorted(all_z[:, i], reverse=True)
+        for k, context in enumerate(row_of(ran.found, i)["contexts"]):
+            assert context["z"] == pytest.approx(peaks[k], abs=1e-4)
+            # The text that is shown is the one that has this z.
+            side = context["side"]
+            texts = [words_of(row, side) for row in sarm_material.pairs]
+            place = texts.index(context["tokens"])
+            assert context["z"] == pytest.approx(pairs_by_hand[side][place].z[i], abs=1e-4)
+            # The feature is read at the last token alone.
+            *earlier, last = context["values"]
+            assert earlier == [0] * (len(context["tokens"]) - 1)
+            assert last == pytest.approx(peaks[k] / peaks[0], abs=1e-3)
+
+
+def test_what_is_printed(described):
+    features, ran = described
+    assert widest(ran.printed) <= 140
+    for i in features:
+        row = row_of(ran.found, i)
+        best_token = row["tokens"][0][0]
+        assert f"{best_token} ." in ran.printed
+        for context in row["contexts"]:
+            assert f"z {context['z']:6.2f}" in ran.printed
+
+
+# ----------------------------------------------------------------- a policy's answers, and orders
+
+
+@pytest.fixture
+def both_files(sarm_material):
+    return {
+        "answers": sarm_material.root / "after.jsonl",
+        "against": sarm_material.root / "before.jsonl",
+        "top": 2,
+    }
+
+
+def test_answers_after_against_before_are_matched_by_prompt(sarm_material, run_on_sarm, both_files):
+    """Beside the pairs; in the order of the policy's contribution."""
+    ran = run_on_sarm("reward_features", **both_files)
+    assert widest(ran.printed) <= 140
+    assert "after against before: 30 pairs of 15 prompts" in ran.printed
+
+    after = sarm_material.read_rows(read_rows(both_files["answers"]))
+    before = sarm_material.read_rows(read_rows(both_files["against"]))
+    gains = positive_means(after) - positive_means(before)  # [M]
+    rates_after = firing_rates(after)
+    for row in ran.found["features"]:
+        i = row["id"]
+        contribution = sarm_material.weights[i] * gains[i]
+        assert row["policy"]["contribution"]["mean"] == pytest.approx(contribution, abs=1e-5)
+        assert row["policy"]["rate_after"] == pytest.approx(rates_after[i])
         assert set(row["pairs"]) == {"rate_chosen", "rate_rejected", "differential", "contribution"}
-    sizes = [abs(row["policy"]["contribution"]["mean"]) for row in found["features"]]
-    assert sizes == sorted(sizes, reverse=True)
-    run_probe(
-        *feature_flags(
-            "reward_features", root, tmp_path / "alone", dataset="", by="differential", **both
-        )
-    )
-    alone = summary(tmp_path / "alone")
-    sizes = [abs(row["policy"]["differential"]["mean"]) for row in alone["features"]]
-    assert "pairs" not in alone and sizes == sorted(sizes, reverse=True)
-    run_probe(*feature_flags("reward_features", root, tmp_path / "weight", by="weight"))
-    sizes = [abs(row["weight"]) for row in summary(tmp_path / "weight")["features"]]
-    assert sizes == sorted(sizes, reverse=True)
+    assert_largest_first(means_of(ran.found, "policy", "contribution"))
+
+
+def test_answers_alone_by_the_differential(run_on_sarm, both_files):
+    found = run_on_sarm("reward_features", dataset="", by="differential", **both_files).found
+    assert "pairs" not in found
+    assert_largest_first(means_of(found, "policy", "differential"))
+
+
+def test_pairs_by_the_weight(run_on_sarm):
+    ran = run_on_sarm("reward_features", by="weight")
+    assert_largest_first([row["weight"] for row in ran.found["features"]])
+    assert widest(ran.printed) <= 140
 
 
 def test_the_kth_answer_stands_beside_the_kth():
     after = [{"prompt": p, "response": f"{p}{i}"} for i, p in enumerate("abab")]
-    before = [{"prompt": r[0], "response": r} for r in ("b1", "b2", "a1", "a2")]
-    assert [row["response"] for row in match_answers(after, before, ("after", "before"))] == [
-        "a1",
-        "b1",
-        "a2",
-        "b2",
-    ]
+    before = [{"prompt": text[0], "response": text} for text in ("b1", "b2", "a1", "a2")]
+    partners = match_answers(after, before, ("after", "before"))
+    assert [row["response"] for row in partners] == ["a1", "b1", "a2", "b2"]
 
 
-def test_answers_that_were_cut_off_are_read_without_eos(sarm_material, tmp_path):
-    root, lm, sarm = sarm_material
-    tokenizer, prompts = world.tokenizer(), [row["prompt"] for row in world.prompts("test")[:12]]
-    rows = []
-    for i, prompt in enumerate(prompts):
-        ids = tokenizer("the room was superb . the room was").input_ids[: 8 - i % 2]
-        text = tokenizer.decode(ids)
-        rows.append(
-            {
-                "prompt": prompt,
-                "response": text,
-                "prompt_ids": tokenizer(prompt).input_ids,
-                "response_ids": ids,
-            }
-        )
-    write_rows(tmp_path / "cut.jsonl", rows)
-    write_rows(
-        tmp_path / "other.jsonl", [{**row, "response_ids": [5] * 9} for row in rows]
-    )  # not in these words: another tokenizer's ids
-    files = {"answers": tmp_path / "cut.jsonl", "against": tmp_path / "other.jsonl"}
-    run_probe(*feature_flags("reward_features", root, tmp_path / "out", dataset="", **files))
-    found = summary(tmp_path / "out")
-    cut = [z_by_hand(lm, sarm, row["prompt"], row["response_ids"])[1] for row in rows]
-    whole = [z_by_hand(lm, sarm, row["prompt"], row["response"])[1] for row in rows]
-    assert (
-        found["policy"]["margin"] == pytest.approx(mean(cut) - mean(whole), abs=1e-5)
-        and abs(found["policy"]["margin"]) > 1e-3
-    )
-
-
-def test_a_reward_model_with_an_autoencoder(sarm_material, tmp_path, capsys):
-    """No head on the features: no weights, no contributions."""
-    root, *_ = sarm_material
-    run_probe(
-        *feature_flags(
-            "reward_features",
-            root,
-            tmp_path / "out",
-            reward_model=root / "rm",
-            sae=root / "sae",
-            top=3,
-        )
-    )
-    found = summary(tmp_path / "out")
-    assert (
-        found["by"] == "differential"
-        and found["features"][0]["weight"] is None is found["features"][0]["pairs"]["contribution"]
-    )
-    assert widest(capsys.readouterr().out) <= 140
-
-
-def test_an_explainer_is_asked_about_texts(sarm_material, tmp_path, capsys):
-    root, lm, sarm = sarm_material
-    a, b = fires_on(lm, sarm, held_out(root)[0]["prompt"], held_out(root)[0]["chosen"])[:2]
-    with Endpoint(chat(GOOD_REPLY)) as endpoint:
-        options = {
-            "explainer": endpoint.url,
-            "explainer_model": "tiny",
-            "features": f"{a},{b}",
-            "pause": 0.01,
-            "related_to": "manners",
+def test_answers_that_were_cut_off_are_read_without_eos(sarm_material, run_on_sarm, tmp_path):
+    tokenizer = world.tokenizer()
+    cut_rows = []
+    for i, prompt_row in enumerate(world.prompts("test")[:12]):
+        # Eight or seven tokens, and no EOS behind them.
+        response_ids = tokenizer("the room was superb . the room was").input_ids[: 8 - i % 2]
+        row = {
+            "prompt": prompt_row["prompt"],
+            "response": tokenizer.decode(response_ids),
+            "prompt_ids": tokenizer(prompt_row["prompt"]).input_ids,
+            "response_ids": response_ids,
         }
-        run_probe(*feature_flags("reward_features", root, tmp_path / "out", **options))
-        prompt = endpoint.asked[0][2]["messages"][0]["content"]
+        cut_rows.append(row)
+    # Ids that are not those of the words are another tokenizer's: the words are read, to their end.
+    other_rows = [row | {"response_ids": [5] * 9} for row in cut_rows]
+    write_rows(tmp_path / "cut.jsonl", cut_rows)
+    write_rows(tmp_path / "other.jsonl", other_rows)
+
+    files = {"answers": tmp_path / "cut.jsonl", "against": tmp_path / "other.jsonl"}
+    found = run_on_sarm("reward_features", dataset="", **files).found
+
+    cut_scores = []
+    whole_scores = []
+    for row in cut_rows:
+        cut_scores.append(sarm_material.read(row["prompt"], row["response_ids"]).score)
+        whole_scores.append(sarm_material.read(row["prompt"], row["response"]).score)
+    margin = fmean(cut_scores) - fmean(whole_scores)
+    assert found["policy"]["margin"] == pytest.approx(margin, abs=1e-5)
+    assert abs(margin) > 1e-3  # the EOS matters to this model
+
+
+def test_a_reward_model_with_an_autoencoder(sarm_material, run_on_sarm):
+    """No head reads the latents: there are no weights and no contributions."""
+    root = sarm_material.root
+    ran = run_on_sarm("reward_features", reward_model=root / "rm", sae=root / "sae", top=3)
+    first = ran.found["features"][0]
+    assert ran.found["by"] == "differential"
+    assert first["weight"] is None
+    assert first["pairs"]["contribution"] is None
+    assert widest(ran.printed) <= 140
+
+
+# --------------------------------------------------------------------------------- the explainer
+
+
+def test_an_explainer_is_asked_about_texts(pairs_by_hand, run_on_sarm):
+    a, b = two_features_of_a_text(pairs_by_hand)
+    with Endpoint(chat(GOOD_REPLY)) as endpoint:
+        ran = run_on_sarm(
+            "reward_features",
+            features=f"{a},{b}",
+            related_to="manners",
+            explainer=endpoint.url,
+            explainer_model="tiny",
+            pause=0.01,
+        )
+        _, _, request = endpoint.asked[0]
         assert len(endpoint.asked) == 2
-    row = next(row for row in summary(tmp_path / "out")["features"] if row["id"] == a)
-    assert (
-        row["description"] == "Fires on adjectives."
-        and "to do with manners" in prompt
-        and f"{row['tokens'][0][0]!r}" in prompt
-    )
-    assert "<eos> [[10]]" in prompt and prompt.count("[[") == len(row["contexts"])
-    assert "Fires on adjectives." in capsys.readouterr().out
+
+    prompt = request["messages"][0]["content"]
+    row = row_of(ran.found, a)
+    best_token = row["tokens"][0][0]
+    assert "to do with manners" in prompt
+    assert repr(best_token) in prompt
+    # Each context is marked once, where the feature is read: at the EOS.
+    assert "<eos> [[10]]" in prompt
+    assert prompt.count("[[") == len(row["contexts"])
+    assert row["description"] == "Fires on adjectives."
+    assert "Fires on adjectives." in ran.printed
+
+
+# ----------------------------------------------------------------------------------- wrong input
+
+# The flags whose values are files or folders of the material.
+PATH_FLAGS = ("reward_model", "sae", "answers", "against")
 
 
 @pytest.mark.parametrize(
@@ -289,16 +408,14 @@ def test_an_explainer_is_asked_about_texts(sarm_material, tmp_path, capsys):
     ],
 )
 def test_wrong_input_is_one_line(sarm_material, tmp_path, capfd, changes, words):
-    root, *_ = sarm_material
-    write_rows(
-        root / "short.jsonl",
-        [json.loads(line) for line in (root / "before.jsonl").read_text().splitlines()][:-1],
-    )
-    changes = {
-        k: root / v if k in ("reward_model", "sae", "answers", "against") else v
-        for k, v in changes.items()
-    }
-    assert words in probe_refused(
-        capfd, *feature_flags("reward_features", root, tmp_path / "out", **changes)
-    )
+    root = sarm_material.root
+    # One answer too few.
+    write_rows(root / "short.jsonl", read_rows(root / "before.jsonl")[:-1])
+    flags = {}
+    for name, value in changes.items():
+        flags[name] = root / value if name in PATH_FLAGS else value
+
+    error = probe_refused(capfd, *feature_flags("reward_features", root, tmp_path / "out", **flags))
+
+    assert words in error
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from checks import doubles, randn, refuses, seeded
 
 from nanorlhf.bon import (
     DEFAULT_NS,
@@ -27,26 +28,8 @@ NAN = float("nan")
 INF = float("inf")
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    """Random normal numbers in float64, the same at every call."""
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def doubles(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
 def close(found, expected, atol):
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
-def refuses(words):
-    """What stands below it must raise a ValueError that says these words."""
-    return pytest.raises(ValueError, match=words)
 
 
 # --------------------------------------------------------------------------------- the estimator

@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from support import FAMILIES, tiny_family
+from checks import refuses
+from tiny_models import FAMILIES, tiny_family
 from torch import nn
 
 from nanorlhf.divergence import (
@@ -25,12 +26,6 @@ from nanorlhf.divergence import (
 )
 from nanorlhf.hf.blocks import blocks
 from nanorlhf.hf.lora import add_lora
-
-
-def refuses(words):
-    """What stands below it must raise a ValueError that says these words."""
-    return pytest.raises(ValueError, match=words)
-
 
 # ---------------------------------------------------------------------------------------- weights
 

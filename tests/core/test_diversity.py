@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from checks import refuses
 
 from nanorlhf.diversity import (
     distinct_n,
@@ -29,11 +30,6 @@ from nanorlhf.diversity import (
     spread_across_inputs,
     spread_over_inputs,
 )
-
-
-def refuses(words):
-    """What stands below it must raise a ValueError that says these words."""
-    return pytest.raises(ValueError, match=words)
 
 
 def leave_out(texts, i):

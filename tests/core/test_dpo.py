@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from checks import randn
 from safetensors.torch import load_file
 from support import metrics, weights, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,12 +21,6 @@ from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
 
 # ---------------------------------------------------------------------------------------- the loss
-
-
-def randn(*shape, seed=0):
-    """Random normal numbers in float64, the same at every call."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 BETA = 0.3

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import same
 from safetensors.torch import load_file, save_file
-from support import (
+from tiny_models import (
     ARCHITECTURES,
     BATCH,
     EOS,
@@ -30,7 +31,6 @@ from support import (
     R,
     V,
     gradients,
-    same,
     tiny_lm,
     tiny_policy,
     word_tokenizer,
@@ -379,9 +379,25 @@ SCALERS = {
 
 
 @pytest.mark.parametrize("config", SCALERS.values(), ids=SCALERS.keys())
-def test_a_model_that_scales_its_logits_is_refused(config, tmp_path):
+def test_a_model_that_scales_its_logits(config, tmp_path):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    lm.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path))
+    ids = torch.tensor([[3, 4, 5]])
+
+    hidden = policy.lm.base_model(input_ids=ids).last_hidden_state
+
+    # What is scaled is far from what is not: the test would see a factor that is missing.
+    same(policy.logits(hidden), lm(input_ids=ids).logits)
+    unscaled = policy.lm.get_output_embeddings()(hidden)
+    assert (policy.logits(hidden) - unscaled).norm() > 0.5 * unscaled.norm()
+
+
+def test_a_model_that_does_something_else_to_its_logits_is_refused(tmp_path, monkeypatch):
+    tiny_lm("llama").save_pretrained(tmp_path)
+    logits = Policy.logits
+    monkeypatch.setattr(Policy, "logits", lambda self, hidden: 2 * logits(self, hidden))
     with pytest.raises(InputError, match="logits"):
         load_policy(str(tmp_path))
 

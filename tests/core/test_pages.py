@@ -64,11 +64,7 @@ def faults_of_links(page, text):
             faults.append((link.line, f"{link.target}: there is no such file"))
         elif file and path.is_file() and str(path.relative_to(REPO)) not in find_files():
             faults.append((link.line, f"{link.target} is no part of the repository"))
-        elif (
-            anchor
-            and path.suffix == ".md"
-            and anchor not in read_anchors(text if path == page else read(path))
-        ):
+        elif anchor and path.suffix == ".md" and not has_anchor(path, anchor, page, text):
             faults.append((link.line, f"{link.target}: there is no such heading"))
         elif anchor and path.suffix not in (".md", ".py"):
             faults.append(
@@ -81,6 +77,13 @@ def faults_of_links(page, text):
                 (link.line, f"{link.target}: a picture needs a text for those who cannot see it")
             )
     return faults
+
+
+def has_anchor(path, anchor, page, text):
+    """Whether a page has a part of this name. `text` is what `page` holds, or will."""
+    if path != page:
+        text = read(path)
+    return anchor in read_anchors(text)
 
 
 @every_page
@@ -239,8 +242,12 @@ def find_file(name, page):
     for path in (from_page, REPO / name):
         if path.is_relative_to(REPO) and str(path.relative_to(REPO)) in find_files():
             return str(path.relative_to(REPO))
-    ends = [file for file in find_files() if f"/{file}".endswith(f"/{name}")]
-    return ends[0] if len(ends) == 1 else None
+    found = files_that_end_with(name)
+    return found[0] if len(found) == 1 else None
+
+
+def files_that_end_with(name):
+    return [file for file in find_files() if f"/{file}".endswith(f"/{name}")]
 
 
 def names_of_files(text):
@@ -269,7 +276,8 @@ def faults_of_names(page, text):
     table's row names is always a link.
     """
     lines = blank_blocks(text).splitlines()
-    section_of, section = {}, 0
+    section_of = {}  # {line: how many headings stand above it}
+    section = 0
     for number, line in enumerate(lines, start=1):
         section += bool(re.match(r"#+ ", line))
         section_of[number] = section
@@ -303,7 +311,7 @@ def test_names_without_a_link_are_found():
     page = REPO / "nanorlhf" / "PAGE.md"
     text = (
         "# ppo.py\n\n`ppo.py`, then [`ppo.py`](ppo.py), then ppo.py;\n"
-        "hf/lora.py and `python train_ppo.py`\n"
+        "hf/lora.py, lora.py and `python train_ppo.py`\n"
         "```bash\npython probe.py\n```\n"
         "## Next\n`train_ppo.py` my.py config.json https://x.org/ppo.py `nanorlhf/ppo.py`\n\n"
         "| [dpo.py](dpo.py) | `bon.py` |\n| --- | --- |\n| `dpo.py` | dpo.py |\n"
@@ -311,6 +319,7 @@ def test_names_without_a_link_are_found():
     found = [(line, what.split()[0]) for line, what in faults_of_names(page, text)]
     assert found == [
         (4, "hf/lora.py"),
+        (4, "lora.py"),
         (9, "train_ppo.py"),
         (9, "nanorlhf/ppo.py"),
         (11, "bon.py"),
@@ -326,13 +335,16 @@ def faults_of_lost_files(page, text):
     """Python files and pages that a page names and that do not exist: moved, or misspelt."""
     written = set()
     for block in read_blocks(text):
-        if block.lines and (named := re.fullmatch(r"# (\S+)", block.lines[0])):
+        first_line = block.lines[0] if block.lines else ""
+        named = re.fullmatch(r"# (\S+)", first_line)
+        if named:
             written.add(named[1])
     faults = []
     for offset, name in names_of_files(text):
-        ends = [file for file in find_files() if f"/{file}".endswith(f"/{name}")]
-        known = find_file(name, page) or ends or name in written or A_READERS_OWN.fullmatch(name)
-        if not known and name.endswith((".py", ".md")):
+        if name in written or A_READERS_OWN.fullmatch(name):
+            continue
+        exists = find_file(name, page) or files_that_end_with(name)
+        if not exists and name.endswith((".py", ".md")):
             faults.append((line_of(text, offset), f"{name}: there is no such file"))
     return faults
 

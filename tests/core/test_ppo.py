@@ -12,6 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from checks import randn
 
 from nanorlhf.ppo import (
     AdaptiveKL,
@@ -42,12 +43,6 @@ MASK = torch.tensor(
 # The places (row, position) of all response tokens: what the loops of this file visit.
 TOKENS = [tuple(place) for place in MASK.nonzero().tolist()]
 N = len(TOKENS)
-
-
-def randn(*shape, seed=0):
-    """Random normal numbers in float64, the same at every call."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def zeros(*shape):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import ARCHITECTURES, SIZE, SPECIAL, V, random_rows, tiny_lm, tiny_policy
+from tiny_models import ARCHITECTURES, SIZE, SPECIAL, V, random_rows, tiny_lm, tiny_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -190,6 +190,39 @@ def test_logprobs_values_and_entropies_are_those_of_a_fresh_forward(policy, temp
     # The first ratio of PPO.
     ratio = (fresh["logprobs"] - rollout.logprobs).exp()
     assert (ratio - 1).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:rollouts decode with a growing cache")
+def test_any_of_several_ends_ends_a_response(policy):
+    free = roll(policy)
+    counts = Counter(free.response_ids.flatten().tolist())
+    ends = [token for token, _ in counts.most_common(3)]
+
+    rollout = roll(policy, eos_token_id=ends)
+
+    # By hand: each response up to the first of these tokens.
+    for ids, whole, finished in zip(as_lists(rollout), as_lists(free), rollout.finished):
+        places = [t for t, token in enumerate(whole) if token in ends]
+        expected = whole[: places[0] + 1] if places else whole
+        assert ids == expected
+        assert bool(finished) == bool(places)
+    assert len({ids[-1] for ids in as_lists(rollout)}) > 1
+    static = roll(policy, eos_token_id=ends, static=True)
+    assert as_lists(static) == as_lists(rollout)
+    assert static.finished.tolist() == rollout.finished.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:rollouts decode with a growing cache")
+@pytest.mark.parametrize("static", [False, True])
+def test_ids_without_a_token_are_never_sampled(policy, static):
+    has_token = torch.arange(V) < V // 3
+    assert max(map(max, as_lists(roll(policy)))) >= V // 3
+
+    rollout = roll(policy, has_token=has_token, static=static)
+
+    assert rollout.response_ids.max() < V // 3
+    # The log-probs are of the full distribution all the same.
+    same(rollout.logprobs, fresh_forward(policy, rollout)["logprobs"].detach())
 
 
 GROUPED = dict(SIZE, num_key_value_heads=4)

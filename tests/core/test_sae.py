@@ -6,6 +6,7 @@ N tokens, D hidden, M features, K features kept
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import doubles, randn, refuses, seeded
 from support import join, ranks
 
 from nanorlhf import sae as sae_module
@@ -26,19 +27,6 @@ from nanorlhf.sae import (
 from nanorlhf.sparse import dots, dots_in_place, dots_of_copies, scattered, top_k, weighted_rows
 
 D, M, K, N = 12, 40, 5, 30
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    """Random normal numbers, the same at every call."""
-    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
-
-
-def doubles(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def close(found, expected):
@@ -209,11 +197,6 @@ def test_b_dec_may_start_at_the_geometric_median():
 def test_an_outlier_does_not_move_the_geometric_median():
     x = torch.tensor([[0.0, 0], [0, 0], [0, 0], [9, 9]])
     assert geometric_median(x).norm() < 1e-3
-
-
-def refuses(words):
-    """What stands below it must raise a ValueError that says these words."""
-    return pytest.raises(ValueError, match=words)
 
 
 def test_sizes_that_cannot_be():

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from checks import randn, refuses, seeded
 
 from nanorlhf.stats import (
     auc,
@@ -24,20 +25,6 @@ from nanorlhf.stats import (
 
 NAN = float("nan")
 INF = float("inf")
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    """Random normal numbers in float64, the same at every call."""
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def refuses(words):
-    """What stands below it must raise a ValueError that says these words."""
-    return pytest.raises(ValueError, match=words)
 
 
 # ----------------------------------------------------------------------------------------- ratio

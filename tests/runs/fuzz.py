@@ -1,20 +1,29 @@
-"""Bad and odd input for every script and every command of probe.py: thousands of cases, each of which says what must come of it.
+"""Bad and odd input for every script and every command of probe.py: thousands of cases, each of
+which says what must come of it.
 
-    python tests/runs/fuzz.py --n 2000 --seed 0            a table of outcomes, and every case that did not end as it should
-    python tests/runs/fuzz.py --n 0 --only 'sae .*scale'   all cases whose names match; --list prints the names
+    a table of outcomes, and every case that did not end as it should:
+        python tests/runs/fuzz.py --n 2000 --seed 0
+    all cases whose names match; --list prints the names:
+        python tests/runs/fuzz.py --n 0 --only 'sae .*scale'
 
-A case is one run of a script in a folder of its own, which holds a copy of the material: small models, runs, and files. Something
-in it is damaged, or a flag is wrong, or only odd. All cases run in forks of one process, which has done the imports. It has a single
-thread, and has never computed a gradient: a fork would have no copies of further threads. A case expects one of
+A case is one run of a script in a folder of its own, which holds a copy of the material: small
+models, runs, and files. Something in it is damaged, or a flag is wrong, or only odd. All cases run
+in forks of one process, which has done the imports. It has a single thread, and has never computed
+a gradient: a fork would have no copies of further threads. A case expects one of
 
-    refused    exit code 2; the last line on stderr is the one error; what was there is as it was, and nothing new is left
-    stopped    exit code 2 and one line, but what was written up to then may stay: a reward that fails at its tenth call
+    refused    exit code 2; the last line on stderr is the one error; what was there is as it was,
+               and nothing new is left
+    stopped    exit code 2 and one line, but what was written up to then may stay: a reward that
+               fails at its tenth call
     equal      exit code 0, and the numbers of the undamaged run: an odd way to say the right thing
-    sound      refused or equal: damage that may be harmless, or for which there is a remedy (an older checkpoint)
-    failed     exit code 1 and one line: a full disk, numbers that are no longer finite
+    sound      refused or equal: damage that may be harmless, or for which there is a remedy, such
+               as an older checkpoint
+    failed or equal
+               exit code 1 and one line, as on a full disk; or equal
     any        0 with results, or one line: a value that may well be meant, such as another layer
 
-and whatever it expects, it may not end in a traceback, or hang, or show the secret that it was given.
+and whatever it expects, it may not end in a traceback, or hang, or show the secret that it was
+given.
 """
 
 import argparse
@@ -54,6 +63,7 @@ from fuzz_material import (
     without_gold,
 )
 from safetensors.torch import load_file
+from support import read_rows
 from transformers import AutoModelForCausalLM
 
 import sample_bon
@@ -66,7 +76,8 @@ from nanorlhf.runtime.locks import LOCK_FILE
 HANGS_AFTER = 60  # seconds
 
 
-MEMORY = 8 * 2**30  # bytes that a case may ask for; more is an error of its own, not of the machine
+# Bytes that a case may ask for; more is an error of its own, not of the machine.
+MEMORY = 8 * 2**30
 
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
@@ -105,30 +116,36 @@ def all_cases():
     for run in RUNS.values():
         for kind in KINDS:
             for case in kind(run):
-                case.name, case.kind = f"{run.name} '{case.name}'", kind.__name__
+                case.name = f"{run.name} '{case.name}'"
+                case.kind = kind.__name__
                 found.setdefault(case.name, case)
     return list(found.values())
 
 
 def choose(cases, n, seed):
-    """n cases in random order, 0: all. Of a kind that has four times as many, twice as many are taken."""
-    rng, places = random.Random(seed), {}
+    """n cases in random order, 0: all.
+
+    Of a kind that has four times as many, twice as many are taken.
+    """
+    rng = random.Random(seed)
     groups = defaultdict(list)
     for case in cases:
         groups[case.kind, case.expected == "any"].append(case)
+    # The i-th of a kind's m cases has a place of about i / sqrt(m).
+    places = {}
     for group in groups.values():
         rng.shuffle(group)
         for i, case in enumerate(group):
             places[case.name] = (i + rng.random()) / math.sqrt(len(group))
     chosen = sorted(cases, key=lambda case: places[case.name])
-    return chosen[:n] if n else chosen
+    return chosen[: n or None]
 
 
 # ------------------------------------------------------------------------------------- running them
 
 
 def prepare_process():
-    """Imports that the scripts leave until they are needed, so that no fork does them; pictures are left out."""
+    """Import what the scripts import when it is needed, so that no fork does; draw no pictures."""
     import datasets  # noqa: F401
     import transformers.models.mamba.modeling_mamba  # noqa: F401
 
@@ -150,17 +167,15 @@ def in_fork(function, stderr):
         return child
     code = 1
     try:
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nowhere, 0)
-        os.dup2(nowhere, 1)
-        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.stdout = open(1, "w", closefd=False)
-        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")
+        redirect(stderr)
         torch.set_num_threads(1)
         function()
         code = 0
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        code = e.code
+        # As Python ends: None is 0, and a text is 1.
+        if not isinstance(code, int):
+            code = int(code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -170,8 +185,18 @@ def in_fork(function, stderr):
             os._exit(code)
 
 
+def redirect(stderr):
+    """This process's stderr into a file; what it prints goes nowhere, and it can read nothing."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")
+
+
 def copy_material(material: Path, here: Path):
-    """The material in a new folder. Files that no script writes into are linked; logs are copied."""
+    """The material in a new folder: linked, but for the logs, which scripts write into."""
     for folder, _, names in os.walk(material):
         place = here / os.path.relpath(folder, material)
         place.mkdir()
@@ -189,7 +214,9 @@ def tree(here: Path):
     for folder, folders, names in os.walk(here):
         for name in folders:
             path = os.path.join(folder, name)
-            found[path] = os.readlink(path) if os.path.islink(path) else "folder"
+            found[path] = "folder"
+            if os.path.islink(path):
+                found[path] = os.readlink(path)
         for name in names:
             path = os.path.join(folder, name)
             stat = os.lstat(path)
@@ -202,7 +229,8 @@ def numbers_in(value):
     """All numbers of a JSON value in their order, but times and memory."""
     if isinstance(value, dict):
         for name, part in value.items():
-            if not name.startswith(TIMES):
+            # The data's own row is no result: it may have more columns.
+            if name != "row" and not name.startswith(TIMES):
                 yield from numbers_in(part)
     elif isinstance(value, list):
         for part in value:
@@ -213,49 +241,57 @@ def numbers_in(value):
 
 def results_of(path: Path):
     """The numbers that a run left, {file: list}: of its JSON files, and sums over its tensors."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
     found = {}
     for file in files:
+        if not file.is_file():
+            continue
         name = str(file.relative_to(path))
         # Settings are no results, nor is what only this machine knows of a tokenizer.
         inside = Path(name).parts[:1]
         if file.name == "config.json" or inside in (("cache",), ("checkpoint",)):
             continue
         if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
-            found[name] = list(numbers_in(rows))
+            found[name] = list(numbers_in(read_rows(file)))
         elif file.suffix == ".json" and not file.name.startswith(("tokenizer", "adapter")):
             found[name] = list(numbers_in(json.loads(file.read_text())))
         elif file.suffix == ".safetensors":
-            tensors = load_file(file).items()
-            found[name] = [x.double().abs().sum().item() for _, x in sorted(tensors)]
+            tensors = load_file(file)
+            found[name] = [tensors[key].double().abs().sum().item() for key in sorted(tensors)]
     return found
 
 
 def same_results(a, b):
-    """ "" or where two results differ."""
+    """Where two results differ; "" where they do not."""
     if a.keys() != b.keys():
         return f"other files: {', '.join(sorted(a.keys() ^ b.keys()))}"
     for name in a:
-        close = len(a[name]) == len(b[name]) and all(
-            x == y or math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-6) or (x != x and y != y)
-            for x, y in zip(a[name], b[name])
-        )
-        if not close:
+        if len(a[name]) != len(b[name]) or not all(map(same_number, a[name], b[name])):
             return f"other numbers in {name}"
     return ""
 
 
+def same_number(x, y):
+    if math.isnan(x) or math.isnan(y):
+        return math.isnan(x) and math.isnan(y)
+    return math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-6)
+
+
 def last_line(text):
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    """The last line that is not blank."""
+    for line in reversed(text.splitlines()):
+        if line.strip():
+            return line
+    return ""
 
 
 def last_place(text):
-    """FILE:LINE of the last frame in the project."""
+    """FILE:LINE of the last frame of a traceback in the project; "" where there is none."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', text)
-    own = [f for f in frames if f[0].startswith(f"{REPO}/") and "/tests/" not in f[0]]
-    return f"{os.path.relpath(own[-1][0], REPO)}:{own[-1][1]}" if own else ""
+    for file, line in reversed(frames):
+        if file.startswith(f"{REPO}/") and "/tests/" not in file:
+            return f"{os.path.relpath(file, REPO)}:{line}"
+    return ""
 
 
 @dataclass
@@ -272,7 +308,8 @@ class Fuzzer:
     """Runs cases, two at a time, on material that is made once."""
 
     def __init__(self, root: Path, workers=2):
-        self.root, self.workers = root, workers
+        self.root = root
+        self.workers = workers
         self.material = root / "material"
         self.expected = {}  # {run: its results}
         self.count = 0
@@ -295,15 +332,20 @@ class Fuzzer:
 
     def run_all(self, cases, show=lambda outcome: None, seconds=math.inf):
         """Run cases until they are done or time is up. -> outcomes"""
-        waiting, running, outcomes = list(reversed(cases)), {}, []
+        waiting = list(reversed(cases))
+        running = {}  # {process id: its case, folder, what was in it, when it began}
+        outcomes = []
         end = time.monotonic() + seconds
         while running or (waiting and time.monotonic() < end):
+            # Start cases until all workers have one.
             while waiting and len(running) < self.workers and time.monotonic() < end:
                 case = waiting.pop()
                 if case.expected in ("equal", "sound", "failed or equal"):
                     self.results(case.run)
                 child, here, before = self.start(case)
                 running[child] = (case, here, before, time.monotonic())
+
+            # Judge those that have ended, and end those that hang.
             for child, (case, here, before, begun) in list(running.items()):
                 done, status = os.waitpid(child, os.WNOHANG)
                 took = time.monotonic() - begun
@@ -322,7 +364,10 @@ class Fuzzer:
         return outcomes
 
     def start(self, case):
-        """Copy the material, damage it, and run the case in a fork. -> its id, folder, and what is in it"""
+        """Copy the material, damage it, and run the case in a fork.
+
+        -> the fork's id, its folder, and what is in the folder before it runs
+        """
         self.count += 1
         place = self.root / f"case_{self.count}"
         place.mkdir()
@@ -334,16 +379,15 @@ class Fuzzer:
         def play():
             os.chdir(here)
             os.environ.update(escaped(case.environment))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            address_space = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-            resource.setrlimit(resource.RLIMIT_AS, (address_space + MEMORY,) * 2)
-            port = (case.before or case.run.before)()
-            given = case.run.words() if case.words is None else case.words
+            limit_memory()
+            before_case = case.before or case.run.before
+            port = before_case()
+            words = case.words
+            if words is None:
+                words = case.run.words()
             places = {"{here}": str(here), "{endpoint}": f"http://127.0.0.1:{port}/v1"}
-            words = [fill_in(word, places) for word in given]
-            script = case.run.script.split()[0]
-            # What a shell hands to Python: bytes, whatever they are.
-            run_words(script, [os.fsdecode(os.fsencode(word)) for word in words])
+            words = [fill_in(word, places) for word in words]
+            run_words(case.run.script.split()[0], words)
 
         return in_fork(play, place / "stderr.txt"), here, before
 
@@ -352,48 +396,63 @@ class Fuzzer:
         text = (here.parent / "stderr.txt").read_text(errors="replace")
         code = os.waitstatus_to_exitcode(status)
         outcome = Outcome(case, "", f"exit {code}", last_line(text), last_place(text))
-        outcome.problem = "hangs" if hangs else self.problem(case, here, before, code, text)
+        outcome.problem = "hangs"
+        if not hangs:
+            outcome.problem = self.problem(case, here, before, code, text)
         if tree(self.material) != self.made:
             outcome.problem += " (the material itself was changed)"
             self.made = tree(self.material)
         return outcome
 
     def problem(self, case, here, before, code, text):
-        expected, line = case.expected, last_line(text)
         after = tree(here)
-        if "Traceback (most recent call last)" in text:
-            return "traceback"
-        if code < 0:
-            return f"ended by signal {-code}"
-        if any(os.path.basename(path) == "the_code_was_run" for path in after):
-            return "ran the model folder's code"
-        if SECRET in text or any(shows_secret(path) for path in after if path not in before):
-            return "shows the secret"
-        name = case.run.script.split()[0]
-        one_line = code in (1, 2) and line.startswith(f"{name}: error: ") or f"{name} [rank" in line
+        never = what_may_never_be(case, before, after, code, text)
+        if never:
+            return never
         where = here / (case.writes or case.run.writes)
-        if code and not one_line:
-            return "no error in the last line"
-        if expected == "right":
+        if case.expected == "right":
             self.expected[case.run.name] = results_of(where)
             return "" if code == 0 else f"undamaged, but exit {code}"
         if code not in (0, 1, 2):
             return f"wrong exit code {code}"
-        if expected == "any":
-            kept = code != 2 or case.run.name.startswith(KEEP)
-            return "" if kept else changes(before, after, late=True)
-        if expected == "failed or equal":
-            if code == 1:
-                return ""
-            return "refused what is right" if code else differs(self, case, where)
-        if expected == "stopped":
+
+        keeps = case.run.name.startswith(KEEP)
+        if case.expected == "any":
+            if code == 2 and not keeps:
+                return changes(before, after, late=True)
+            return ""
+        if case.expected == "stopped":
             return "" if code == 2 else f"accepted (exit {code})"
-        if expected == "refused" or expected == "sound" and code == 2:
-            late = case.run.name.startswith(KEEP) and case.kind in LATE
-            return f"accepted (exit {code})" if code != 2 else changes(before, after, late)
+        if case.expected == "refused" or (case.expected == "sound" and code == 2):
+            if code != 2:
+                return f"accepted (exit {code})"
+            return changes(before, after, late=keeps and case.kind in LATE)
+
+        # "equal", "sound" and "failed or equal": the numbers must be those of the undamaged run.
+        if case.expected == "failed or equal" and code == 1:
+            return ""
         if code:
             return "refused what is right"
-        return differs(self, case, where)
+        return same_results(results_of(where), self.results(case.run))
+
+
+def what_may_never_be(case, before, after, code, text):
+    """What no case may end with, whatever it expects; "" where there is nothing of the kind."""
+    if "Traceback (most recent call last)" in text:
+        return "traceback"
+    if code < 0:
+        return f"ended by signal {-code}"
+    new = [path for path in after if path not in before]
+    if any(os.path.basename(path) == "the_code_was_run" for path in after):
+        return "ran the model folder's code"
+    if SECRET in text or any(map(shows_secret, new)):
+        return "shows the secret"
+    line = last_line(text)
+    script = case.run.script.split()[0]
+    is_error = code in (1, 2) and line.startswith(f"{script}: error: ")
+    if code and not is_error and f"{script} [rank" not in line:
+        return "no error in the last line"
+    return ""
 
 
 # Runs that keep answers and scores as they come, whatever fails after them; and what may fail then.
@@ -404,20 +463,18 @@ LATE = {"cases_of_files", "cases_of_code", "cases_of_reward_models", "cases_of_r
 LATE |= {"cases_of_texts", "cases_of_paths"}
 
 
-def differs(fuzzer, case, where):
-    return same_results(results_of(where), fuzzer.results(case.run))
-
-
 def changes(before, after, late=False):
-    """What a refused run changed in its folder; an empty folder above the output's may be left."""
-    changed = [path for path in before if after.get(path) != before[path]]
-    if late:
-        changed = [path for path in changed if os.path.basename(path) != "config.json"]
-    if changed:
-        return f"refused, but changed {os.path.basename(changed[0])}"
-    new = [path for path in after if path not in before]
-    if new and not late:
-        return f"refused, but left {'/'.join(new[0].split('/')[-2:])}"
+    """What a refused run changed in its folder; "" where that is nothing.
+
+    late: it may leave new files, and another config.json.
+    """
+    for path in before:
+        name = os.path.basename(path)
+        if after.get(path) != before[path] and not (late and name == "config.json"):
+            return f"refused, but changed {name}"
+    for path in after:
+        if path not in before and not late:
+            return f"refused, but left {'/'.join(path.split('/')[-2:])}"
     return ""
 
 
@@ -429,13 +486,28 @@ def shows_secret(path):
 
 
 def fill_in(word, places):
+    """A word of a command line as a shell hands it to Python: bytes, whatever they are."""
     for name, value in places.items():
         word = word.replace(name, value)
-    return word
+    return os.fsdecode(os.fsencode(word))
 
 
 def escaped(environment):
-    return {k: v.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") for k, v in environment.items()}  # fmt: skip
+    """Variables as a shell hands them over: bytes, whatever they are."""
+    variables = {}
+    for name, value in environment.items():
+        variables[name] = value.encode("utf-8", "surrogateescape").decode(
+            "utf-8", "surrogateescape"
+        )
+    return variables
+
+
+def limit_memory():
+    """No core is dumped, and a case may ask for MEMORY more than the process has."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * 4096 + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -455,8 +527,7 @@ def by_cause(outcomes):
     groups = defaultdict(list)
     for outcome in outcomes:
         if outcome.problem:
-            kind = "traceback" if outcome.problem == "traceback" else outcome.problem
-            groups[kind, outcome.place].append(outcome)
+            groups[outcome.problem, outcome.place].append(outcome)
     lines = []
     for (problem, place), group in sorted(groups.items(), key=lambda item: -len(item[1])):
         lines.append(f"\n{len(group):4d}  {problem}  {place}")
@@ -472,28 +543,38 @@ def make_fuzzer(folder=None, workers=2):
     return Fuzzer(root, workers)
 
 
+def read_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--n", type=int, default=2000, help="how many cases; 0: all")
+    add("--seed", type=int, default=0, help="which of them, and in what order")
+    add("--only", default="", help="a regular expression for their names")
+    add("--workers", type=int, default=2, help="cases at a time")
+    add("--folder", help="where temporary files go")
+    add("--report", help="write the failures, by cause, into this file, as they come")
+    add("--list", action="store_true", help="print the names and stop")
+    add("--undamaged", action="store_true", help="only the runs that cases are made of")
+    return parser.parse_args()
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--n", type=int, default=2000, help="how many cases; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="which of them, and in what order")
-    parser.add_argument("--only", default="", help="a regular expression for their names")
-    parser.add_argument("--workers", type=int, default=2, help="cases at a time")
-    parser.add_argument("--folder", help="where temporary files go")
-    parser.add_argument(
-        "--report", help="write the failures, by cause, into this file, as they come"
-    )
-    parser.add_argument("--list", action="store_true", help="print the names and stop")
-    parser.add_argument(
-        "--undamaged", action="store_true", help="only the runs that cases are made of"
-    )
-    args = parser.parse_args()
+    args = read_flags()
     cases = [case for case in all_cases() if re.search(args.only, case.name)]
     if args.list:
-        print(*(f"{case.expected:16s} {case.name}" for case in cases), sep="\n")
+        for case in cases:
+            print(f"{case.expected:16s} {case.name}")
         return
     chosen = choose(cases, args.n, args.seed)
     print(f"{len(chosen)} of {len(cases)} cases", flush=True)
-    fuzzer, outcomes = make_fuzzer(args.folder, args.workers), []
+    fuzzer = make_fuzzer(args.folder, args.workers)
+    if args.undamaged:
+        for run in RUNS.values():
+            print(run.name, list(fuzzer.results(run)), flush=True)
+        return
+
+    outcomes = []
 
     def show(outcome):
         outcomes.append(outcome)
@@ -503,10 +584,6 @@ def main():
         if args.report and len(outcomes) % 50 == 0:
             write_report(args.report, outcomes)
 
-    if args.undamaged:
-        for run in RUNS.values():
-            print(run.name, list(fuzzer.results(run)), flush=True)
-        return
     fuzzer.run_all(chosen, show)
     if args.report:
         write_report(args.report, outcomes)
@@ -516,7 +593,8 @@ def main():
 
 
 def write_report(path, outcomes):
-    Path(path).write_text("\n".join([f"{len(outcomes)} cases\n", table(outcomes), *by_cause(outcomes)]) + "\n")  # fmt: skip
+    lines = [f"{len(outcomes)} cases\n", table(outcomes), *by_cause(outcomes)]
+    Path(path).write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Cases of fuzz.py in which a file or a folder that a run reads is damaged, or says the same in an odd way."""
+"""Cases of fuzz.py in which a file or a folder that a run reads is damaged, or says the same in an
+odd way.
+"""
 
 import functools
 import gzip
@@ -11,37 +13,46 @@ from fuzz_damage import (
     JSON_FILE,
     JSON_VALUES,
     NAN,
+    ODD_ROWS,
+    OTHER_FORMATS,
     TENSOR_FILE,
     TEXT_FILE,
+    add_line,
+    add_one,
     bad_rows,
     cast,
+    change_rows,
     change_tensors,
+    change_text,
     deep_json,
+    drop_first_line,
+    drop_optimizer,
     edit_json,
-    edited_rows,
     flip_bit,
     flip_header,
     header_of,
-    lines_of,
-    no_optimizer,
-    odd_rows,
-    one_more,
-    other_formats,
+    keep_bytes,
+    keep_lines,
     replace,
     set_deep,
     set_in_line,
     set_in_row,
     set_key,
     set_notes,
-    turned_lines,
-    with_line,
+    turn_lines,
+    write,
 )
 from fuzz_material import LEXICON, REWARDS, RUNS, Case, half
 from safetensors.torch import load_file
 
+ROWS = ("sft", "pairs", "prompts", "pool")  # the kinds of files of one row a line
+
 
 def on_file(path, damage):
-    """A damage of one of the case's files. A path that is only a beginning stands for the first such file."""
+    """A damage of one of the files of the case.
+
+    A path that is only a beginning stands for the first such file.
+    """
 
     def do(here, rng):
         target = here / path
@@ -52,112 +63,204 @@ def on_file(path, damage):
     return do
 
 
+def paths_read(run, *kinds):
+    """The paths of the files of these kinds that a run reads."""
+    return [path for path, kind in run.reads.items() if kind in kinds]
+
+
+def configs_read(run):
+    """The paths of the config.json files that a run reads, a run's own config among them."""
+    return [path for path in run.reads if path.endswith("/config.json")]
+
+
+# ----------------------------------------------------------------------------------- single files
+
+
 def cases_of_files(run):
     """Damage to each file that a run reads."""
     for path, kind in run.reads.items():
-        for what, damage, expected in damages_of(run, path, kind):
+        damages_of_kind = DAMAGES.get(kind, damages_of_json)
+        for what, damage, expected in damages_of_kind(run, path):
             yield Case(f"{path}: {what}", run, expected, on_file(path, damage))
 
 
-def damages_of(run, path, kind):
-    """(name, damage, expected) of a file of a kind."""
-    if kind in ("sft", "pairs", "prompts", "pool"):
-        yield from ((what, damage, "refused") for what, damage in TEXT_FILE.items())
-        yield from ((what, damage, "refused") for what, damage in bad_rows(path).items())
-        yield from ((what, damage, "equal") for what, damage in odd_rows().items())
-        yield "flipped bit", flip_bit(), "any"
-    elif kind in ("weights", "human"):
-        yield from ((what, damage, "refused") for what, damage in TENSOR_FILE.items())
-        for i in range(3):
-            yield f"flipped bit in the header {i}", flip_header, "any"
-            yield f"flipped bit {i}", flip_bit(0.7), "any"
-        yield "float16", cast(torch.float16), "any"
-        yield "one more tensor", change_tensors(one_more), "any"
-    elif kind == "checkpoint":
-        for what, damage in TENSOR_FILE.items():
-            yield what, damage, "sound"
-        for i in range(4):
-            yield f"flipped bit in the header {i}", flip_header, "sound"
-            yield f"flipped bit {i}", flip_bit(0.3), "sound"
-        yield "float16", cast(torch.float16), "sound"
-        yield "one more tensor", change_tensors(one_more), "sound"
-        yield "without the optimizer", change_tensors(no_optimizer), "sound"
-    elif kind == "state":
-        yield from ((what, damage, "sound") for what, damage in JSON_FILE.items())
-        for name in ("step", "files", "logs", "sha256"):
-            for what in JSON_VALUES:
-                yield f"{name} {what}", functools.partial(set_key, name=name, what=what), "sound"
-    elif kind in ("log", "eval"):
-        expected = "sound" if "--resume" in run.name else "refused"
-        yield from ((what, damage, expected) for what, damage in TEXT_FILE.items())
-        for line in ("null", "3", "[]", "{}", '{"step": "x"}', '{"step": ', deep_json()[:150_000]):
-            yield f"a line {line[:12]}", lambda p, rng, line=line: with_line(p, line, 0), expected
-        yield "a row is lost", lambda p, rng: replace(p, "\n".join(lines_of(p)[1:]) + "\n"), "any"
-    elif kind == "lexicon":
-        yield from ((what, damage, "refused") for what, damage in TEXT_FILE.items())
-        for what, text in BAD_LEXICONS.items():
-            yield what, lambda p, rng, text=text: replace(p, text), "refused"
-        for what, change in ODD_LEXICONS.items():
-            yield what, lambda p, rng, c=change: replace(p, c(p.read_text())), "equal"
-    elif kind == "python":
-        missing_function = "def other(prompts, responses): return [1.0]\n"
-        yield from ((what, damage, "refused") for what, damage in TEXT_FILE.items())
-        yield "without the function", lambda p, rng: replace(p, missing_function), "refused"
-        yield "a syntax error", lambda p, rng: replace(p, "def good(:\n"), "refused"
-    elif kind in ("cache", "choices"):
-        expected = "sound"
-        yield from ((what, damage, expected) for what, damage in TEXT_FILE.items())
-        for line in ("null", "3", "{}", '{"index": 0}', deep_json()[:150_000]):
-            yield f"a line {line[:12]}", lambda p, rng, line=line: with_line(p, line, 0), expected
-        yield "every line twice", lambda p, rng: replace(p, p.read_text() * 2), expected
-        yield "lines in another order", lambda p, rng: replace(p, turned_lines(p)), expected
-        yield "cut by a kill", lambda p, rng: replace(p, p.read_bytes()[:-9]), "equal"
-        for what, value in {"a string": "x", "3": 3, "nan": NAN, "null": None}.items():
-            for name in ("scores", "response_ids", "choice", "key"):
-                yield (
-                    f"{name} {what}",
-                    functools.partial(set_in_line, name=name, value=value),
-                    expected,
-                )
-        yield "a line is lost", lambda p, rng: replace(p, "\n".join(lines_of(p)[1:])), expected
-    elif kind == "benchmark":
-        yield from ((what, damage, "refused") for what, damage in JSON_FILE.items())
-        for name in ("id", "prompt", "chosen", "rejected"):
-            for what in ("missing", "null", "text", "a list", "an object", "0"):
-                may = name == "id" or (what, name) == ("text", "prompt")
-                damage = functools.partial(set_in_row, name=name, what=what)
-                yield f"{name} {what}", damage, "any" if may else "refused"
-    else:
-        yield from damages_of_json(run, path, kind)
+# The functions below yield (name, damage, expected) of a file that a run reads.
 
 
-def damages_of_json(run, path, kind):
-    """The same of a JSON object."""
-    resumed = kind == "run config" and "--resume" in run.name
-    optional = kind in ("notes", "tokenizer config")
+def all_of(table, expected):
+    """A table {name: damage}, all of which have one outcome."""
+    for what, damage in table.items():
+        yield what, damage, expected
+
+
+def damages_of_rows(run, path):
+    yield from all_of(TEXT_FILE, "refused")
+    damages = bad_rows(path)
+    # Half of a character is read as U+FFFD.
+    yield "a lone surrogate", damages.pop("a lone surrogate"), "any"
+    yield from all_of(damages, "refused")
+    yield from all_of(ODD_ROWS, "equal")
+    yield "flipped bit", flip_bit(), "any"
+
+
+def damages_of_tensors(run, path):
+    yield from all_of(TENSOR_FILE, "refused")
+    yield from flipped_bits(3, 0.7, "any")
+    yield "float16", cast(torch.float16), "any"
+    yield "one more tensor", change_tensors(add_one), "any"
+
+
+def damages_of_checkpoints(run, path):
+    """There is an older checkpoint to go on from."""
+    yield from all_of(TENSOR_FILE, "sound")
+    yield from flipped_bits(4, 0.3, "sound")
+    yield "float16", cast(torch.float16), "sound"
+    yield "one more tensor", change_tensors(add_one), "sound"
+    yield "without the optimizer", change_tensors(drop_optimizer), "sound"
+
+
+def flipped_bits(n, first, expected):
+    """n of them in the header, and n behind this share of the file."""
+    for i in range(n):
+        yield f"flipped bit in the header {i}", flip_header, expected
+        yield f"flipped bit {i}", flip_bit(first), expected
+
+
+def damages_of_states(run, path):
+    yield from all_of(JSON_FILE, "sound")
+    for name in ("step", "files", "logs", "sha256"):
+        for what in JSON_VALUES:
+            yield f"{name} {what}", functools.partial(set_key, name=name, what=what), "sound"
+
+
+def first_lines(lines, expected):
+    """One more line at the beginning."""
+    for line in lines:
+        yield f"a line {line[:12]}", add_line(line, at=0), expected
+
+
+LONG_LINE = deep_json()[:150_000]
+
+
+def damages_of_logs(run, path):
+    expected = "sound" if "--resume" in run.name else "refused"
+    yield from all_of(TEXT_FILE, expected)
+    lines = ["null", "3", "[]", "{}", '{"step": "x"}', '{"step": ', LONG_LINE]
+    yield from first_lines(lines, expected)
+    yield "a row is lost", drop_first_line, "any"
+
+
+def damages_of_lexicons(run, path):
+    yield from all_of(TEXT_FILE, "refused")
+    for what, text in BAD_LEXICONS.items():
+        yield what, write(text), "refused"
+    for what, text in LEXICONS_WITH_A_NOTE.items():
+        yield what, write(text), "any"
+    for what, change in ODD_LEXICONS.items():
+        yield what, change_text(change), "equal"
+
+
+def damages_of_code(run, path):
+    yield from all_of(TEXT_FILE, "refused")
+    missing_function = "def other(prompts, responses): return [1.0]\n"
+    yield "without the function", write(missing_function), "refused"
+    yield "a syntax error", write("def good(:\n"), "refused"
+
+
+def damages_of_caches(run, path):
+    """What is damaged is made again."""
+    yield from all_of(TEXT_FILE, "sound")
+    yield from first_lines(["null", "3", "{}", '{"index": 0}', LONG_LINE], "sound")
+    yield "every line twice", change_text(lambda text: text * 2), "sound"
+    yield "lines in another order", turn_lines, "sound"
+    yield "cut by a kill", keep_bytes(-9), "equal"
+    for what, value in {"a string": "x", "3": 3, "nan": NAN, "null": None}.items():
+        for name in ("scores", "response_ids", "choice", "key"):
+            damage = functools.partial(set_in_line, name=name, value=value)
+            yield f"{name} {what}", damage, "sound"
+    yield "a line is lost", change_text(drop_line), "sound"
+
+
+def drop_line(text):
+    return "\n".join(text.splitlines()[1:])
+
+
+def damages_of_benchmarks(run, path):
+    yield from all_of(JSON_FILE, "refused")
+    for name in ("id", "prompt", "chosen", "rejected"):
+        for what in ("missing", "null", "text", "a list", "an object", "0"):
+            # An id is not needed, and any text is a prompt.
+            may_be = name == "id" or (name == "prompt" and what == "text")
+            damage = functools.partial(set_in_row, name=name, what=what)
+            yield f"{name} {what}", damage, "any" if may_be else "refused"
+
+
+def damages_of_json(run, path):
+    """Of any other file, a JSON object."""
+    kind = run.reads[path]
+    for what, damage in JSON_FILE.items():
+        is_harmless = may_be_so(kind, what) or may_be_gone(kind, path, what)
+        yield what, damage, "any" if is_harmless else "refused"
+
     # Human latents know the reward model by its files' bytes.
     same = "sound" if "feature" in run.name else "equal"
-    for what, damage in JSON_FILE.items():
-        if kind == "tokenizer config" and what in ("null", "a number", "a string", "a list"):
-            yield what, damage, "any"  # transformers takes it for an empty one
-            continue
-        gone = what in ("missing", "a folder", "a link to itself") and (
-            optional or kind in ("tokenizer", "run config", "object")
-        )
-        gone = gone or what == "a number of 5,000 digits" and path.endswith("tokenizer.json")
-        yield what, damage, "any" if gone else "refused"
     if kind != "tokenizer":
-        yield "indented", lambda p, rng: replace(p, json.dumps(json.loads(p.read_text()), indent=7)), same  # fmt: skip
+        yield "indented", change_text(indent), same
     if kind in ("model config", "cfg"):
         more = {"a_key_of_nobody": {"a": [1, "\u00e9"]}}
-        yield "one more key", lambda p, rng: edit_json(p, more), same
+        yield "one more key", lambda path, rng: edit_json(path, more), same
+
     for name in KEYS.get(kind, []):
         for what in JSON_VALUES:
-            if (name, what) in ENDLESS:
-                continue
-            expected = "refused" if (name, what) in WRONG.get(kind, ()) else "any"
-            expected = "sound" if resumed and what in ("nan", "an object") else expected
-            yield f"{name} {what}", functools.partial(set_key, name=name, what=what), expected
+            if (name, what) not in ENDLESS:
+                damage = functools.partial(set_key, name=name, what=what)
+                yield f"{name} {what}", damage, expected_of_key(run, kind, name, what)
+
+
+def indent(text):
+    return json.dumps(json.loads(text), indent=7)
+
+
+def may_be_so(kind, what):
+    """transformers takes a tokenizer's config that is no object for an empty one."""
+    return kind == "tokenizer config" and what in ("null", "a number", "a string", "a list")
+
+
+def may_be_gone(kind, path, what):
+    if what == "a number of 5,000 digits":
+        return path.endswith("tokenizer.json")
+    is_gone = what in ("missing", "a folder", "a link to itself")
+    return is_gone and kind in ("notes", "tokenizer config", "tokenizer", "run config", "object")
+
+
+def expected_of_key(run, kind, name, what):
+    """Outcome where an entry of a JSON object is changed."""
+    is_resumed = kind == "run config" and "--resume" in run.name
+    if is_resumed and what in ("nan", "an object"):
+        return "sound"
+    if (name, what) in WRONG.get(kind, ()):
+        return "refused"
+    return "any"
+
+
+# {kind of a file: what is done to it}; all others are JSON objects.
+DAMAGES = {
+    "sft": damages_of_rows,
+    "pairs": damages_of_rows,
+    "prompts": damages_of_rows,
+    "pool": damages_of_rows,
+    "weights": damages_of_tensors,
+    "human": damages_of_tensors,
+    "checkpoint": damages_of_checkpoints,
+    "state": damages_of_states,
+    "log": damages_of_logs,
+    "eval": damages_of_logs,
+    "lexicon": damages_of_lexicons,
+    "python": damages_of_code,
+    "cache": damages_of_caches,
+    "choices": damages_of_caches,
+    "benchmark": damages_of_benchmarks,
+}
 
 
 BAD_LEXICONS = {
@@ -167,6 +270,10 @@ BAD_LEXICONS = {
     "inf": "good\tinf\nbad\t-3\n",
     "1e999": "good\t1e999\nbad\t-3\n",
     "blank": "\n\n",
+}
+
+# Lines without effect are counted and said, and the rest is read.
+LEXICONS_WITH_A_NOTE = {
     "two words": LEXICON + "very good\t3\n",
     "an empty word": LEXICON + "\t3\n",
     "a word twice, with two values": LEXICON + "good\t-2\n",
@@ -178,7 +285,7 @@ ODD_LEXICONS = {
     "CRLF": lambda text: text.replace("\n", "\r\n"),
     "blank lines": lambda text: text.replace("\n", "\n\n"),
     "more columns": lambda text: text.replace("\n", "\tmore\tand more\n"),
-    "upper case": lambda text: text.upper(),
+    "upper case": str.upper,
 }
 
 
@@ -204,105 +311,141 @@ KEYS = {
 }
 
 
-NUMBERS = ("text", "a list", "an object", "-1", "2.5", "1e300", "2**70", "nan")
+# Names of JSON_VALUES, separated by commas.
+NUMBERS = "text, a list, an object, -1, 2.5, 1e300, 2**70, nan"
+EVERYTHING = ", ".join(JSON_VALUES)
+
+
+def each_of(names, values):
+    """{(name, value)}: names, separated by spaces, with each of the values."""
+    entries = set()
+    for name in names.split():
+        for value in values.split(", "):
+            entries.add((name, value))
+    return entries
 
 
 # What can be nothing but wrong.
 WRONG = {
-    "model config": {
-        *((name, what) for name in ("vocab_size", "hidden_size") for what in NUMBERS),
-        *(("num_attention_heads", what) for what in (*NUMBERS, "0")),
-        *(("model_type", what) for what in ("missing", "null", "text", "a list", "0", "nan")),
-        *(("dtype", what) for what in ("text", "a list")),
-    },
-    "tokenizer config": {("eos_token", what) for what in ("missing", "null", "0", "a list")},
-    "cfg": {
-        *((name, what) for name in ("d_in", "d_sae", "k") for what in (*NUMBERS, "0", "missing")),
-        *(("architecture", what) for what in JSON_VALUES),
-    },
-    "adapter config": {
-        *((name, what) for name in ("peft_type", "base_model_name_or_path") for what in ("null",)),
-        *(("r", what) for what in (*NUMBERS, "0", "missing")),
-        *(("lora_dropout", what) for what in ("nan", "2.5", "-1", "text")),
-        *(("modules_to_save", what) for what in ("2.5", "true", "text")),
-    },
-    "run config": {("steps", what) for what in ("text", "a list", "-1", "2.5", "nan")},
+    "model config": (
+        each_of("vocab_size hidden_size", NUMBERS)
+        | each_of("num_attention_heads", f"{NUMBERS}, 0")
+        | each_of("model_type", "missing, null, text, a list, 0, nan")
+        | each_of("dtype", "text, a list")
+    ),
+    "tokenizer config": each_of("eos_token", "missing, null, 0, a list"),
+    "cfg": each_of("d_in d_sae k", f"{NUMBERS}, 0, missing") | each_of("architecture", EVERYTHING),
+    "adapter config": (
+        each_of("peft_type base_model_name_or_path", "null")
+        | each_of("r", f"{NUMBERS}, 0, missing")
+        | each_of("lora_dropout", "nan, 2.5, -1, text")
+        | each_of("modules_to_save", "2.5, true, text")
+    ),
+    "run config": each_of("steps", "text, a list, -1, 2.5, nan"),
 }
 
 
 # A model of so many layers takes for ever to make, a run of so many steps to do.
-ENDLESS = {("num_hidden_layers", "2**70"), ("steps", "2**70"), ("batch_size", "2**70")}
+ENDLESS = each_of("num_hidden_layers steps batch_size", "2**70")
 
 
 # --------------------------------------------------------------------------------------------- data
 
 
 def cases_of_formats(run):
-    for path, kind in run.reads.items():
-        if kind not in ("sft", "pairs", "prompts", "pool"):
-            continue
-        for what, (damage, suffix) in other_formats().items():
-            changes = {}
-            for name, value in run.flags.items():
-                swap = path.replace(".jsonl", suffix)
-                if isinstance(value, list):
-                    changes[name] = [swap if x == path else x for x in value]
-                elif value == path:
-                    changes[name] = swap
-            words = run.words(**changes)
+    """The same rows in another format, and archives that are damaged."""
+    for path in paths_read(run, *ROWS):
+        for what, (damage, suffix) in OTHER_FORMATS.items():
+            words = words_with(run, path, path.replace(".jsonl", suffix))
             yield Case(f"{path}: {what}", run, "equal", on_file(path, damage), words)
-        for what, keep in {"cut": -20, "flipped": None}.items():
-            changes = {k: path + ".gz" for k, value in run.flags.items() if value in (path, [path])}
-            damage = functools.partial(bad_gzip, path=path, keep=keep)
-            if changes:
-                yield Case(f"{path}: gz {what}", run, "refused", damage, run.words(**changes))
+        if flags_of(run, path):
+            words = words_with(run, path, f"{path}.gz")
+            cut = functools.partial(pack_and_cut, path=path)
+            yield Case(f"{path}: gz cut", run, "refused", cut, words)
+            flipped = functools.partial(pack_and_flip, path=path)
+            yield Case(f"{path}: gz flipped", run, "refused", flipped, words)
 
 
-def bad_gzip(here, rng, path, keep):
-    content = bytearray(gzip.compress((here / path).read_bytes()))
-    if keep:
-        content = content[:keep]
-    else:
-        content[len(content) // 2] ^= 0x41
-    replace(here / f"{path}.gz", bytes(content))
+def flags_of(run, path):
+    """The flags that name this file and no other one."""
+    return [name for name, value in run.flags.items() if value in (path, [path])]
+
+
+def words_with(run, path, other):
+    """The command line with another file in the place of a file."""
+    changes = {}
+    for name, value in run.flags.items():
+        if isinstance(value, list):
+            changes[name] = [other if item == path else item for item in value]
+        elif value == path:
+            changes[name] = other
+    return run.words(**changes)
+
+
+def pack_and_cut(here, rng, path):
+    packed = gzip.compress((here / path).read_bytes())
+    replace(here / f"{path}.gz", packed[:-20])
+
+
+def pack_and_flip(here, rng, path):
+    packed = bytearray(gzip.compress((here / path).read_bytes()))
+    packed[len(packed) // 2] ^= 0x41
+    replace(here / f"{path}.gz", bytes(packed))
 
 
 def cases_of_contents(run):
     """Data that are well formed, but hardly meant."""
-    for path in [path for path, kind in run.reads.items() if kind in ("sft", "pairs", "prompts")]:
+    for path in paths_read(run, "sft", "pairs", "prompts"):
         for what, change in CONTENTS.items():
             damage = functools.partial(change_texts, change=change)
             yield Case(f"{path}: {what}", run, "any", on_file(path, damage))
         for what, n in {"one row": 1, "two rows": 2}.items():
-            damage = lambda p, rng, n=n: replace(p, "\n".join(lines_of(p)[:n]))  # noqa: E731
-            yield Case(f"{path}: {what}", run, "any", on_file(path, damage))
-
-
-CONTENTS = {
-    "empty texts": lambda name, text: "",
-    "empty prompts": lambda name, text: "" if name == "prompt" else text,
-    "empty answers": lambda name, text: text if name == "prompt" else "",
-    "white space alone": lambda name, text: " \n\t",
-    "the same prompt everywhere": lambda name, text: "a b" if name == "prompt" else text,
-    "the same answer everywhere": lambda name, text: text if name == "prompt" else "a b",
-    "long texts": lambda name, text: text + " very" * 300,
-    "very long texts": lambda name, text: text + " very" * 3_000,
-    "words that nobody knows": lambda name, text: "xyzzy " + text[::-1],
-    "NUL": lambda name, text: "\0" + text + "\0",
-    "line separators": lambda name, text: text.replace(" ", " \u2028\x85\x0c", 1),
-    "emoji": lambda name, text: "\U0001f600 " + text,
-    "right to left": lambda name, text: "\u202e" + text,
-    "special tokens": lambda name, text: "<eos> <pad> " + text,
-}
+            yield Case(f"{path}: {what}", run, "any", on_file(path, keep_lines(n)))
 
 
 def change_texts(path, rng, change):
-    def changed(row):
+    """change(name of the field, text) in every field of every row."""
+
+    def change_row(row):
         for name, value in row.items():
             if isinstance(value, str):
                 row[name] = change(name, value)
 
-    edited_rows(path, changed)
+    change_rows(path, change_row)
+
+
+def everywhere(text):
+    return lambda name, old: text
+
+
+def in_prompts(text):
+    return lambda name, old: text if name == "prompt" else old
+
+
+def in_answers(text):
+    return lambda name, old: old if name == "prompt" else text
+
+
+def around(before, after):
+    return lambda name, old: before + old + after
+
+
+CONTENTS = {
+    "empty texts": everywhere(""),
+    "empty prompts": in_prompts(""),
+    "empty answers": in_answers(""),
+    "white space alone": everywhere(" \n\t"),
+    "the same prompt everywhere": in_prompts("a b"),
+    "the same answer everywhere": in_answers("a b"),
+    "long texts": around("", " very" * 300),
+    "very long texts": around("", " very" * 3_000),
+    "words that nobody knows": lambda name, old: "xyzzy " + old[::-1],
+    "NUL": around("\0", "\0"),
+    "line separators": lambda name, old: old.replace(" ", " \u2028\x85\x0c", 1),
+    "emoji": around("\U0001f600 ", ""),
+    "right to left": around("\u202e", ""),
+    "special tokens": around("<eos> <pad> ", ""),
+}
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -310,26 +453,31 @@ def change_texts(path, rng, change):
 
 def cases_of_code(run):
     """Model folders that bring code, or point elsewhere."""
-    for path in [path for path in run.reads if path.endswith("/config.json")]:
+    for path in configs_read(run):
         if run.reads[path] != "model config":
             continue
         folder = os.path.dirname(path)
-        for model_type in ("mamba", "gpt_neox", "nothing"):
-            damage = functools.partial(add_code, folder=folder, model_type=model_type)
-            expected = "refused" if model_type != "gpt_neox" else "any"
-            if folder in ("encoder", "nli", "classifier"):
-                continue
-            if expected == "refused" and run.name == "bon" and folder.startswith("rms"):
-                expected = "stopped"  # its answers are kept, whatever the reward model is
-            yield Case(f"{folder}: code for {model_type}", run, expected, damage)
+        if folder not in ("encoder", "nli", "classifier"):
+            for model_type in ("mamba", "gpt_neox", "nothing"):
+                damage = functools.partial(add_code, folder=folder, model_type=model_type)
+                expected = expected_of_code(run, folder, model_type)
+                yield Case(f"{folder}: code for {model_type}", run, expected, damage)
         for what, target in INDEXES.items():
             damage = functools.partial(add_index, folder=folder, target=target)
             yield Case(f"{folder}: an index {what}", run, "refused", damage)
         # PPO reads no tokenizer of a value model.
         is_read = not (run.name == "ppo value_model" and folder.startswith("rms"))
         expected = "refused" if is_read else "any"
-        yield Case(f"{folder}: vocabulary larger than the embeddings", run, expected,
-                   functools.partial(add_words, folder=folder, run=run))  # fmt: skip
+        damage = functools.partial(add_words, folder=folder)
+        yield Case(f"{folder}: vocabulary larger than the embeddings", run, expected, damage)
+
+
+def expected_of_code(run, folder, model_type):
+    if model_type == "gpt_neox":
+        return "any"
+    if run.name == "bon" and folder.startswith("rms"):
+        return "stopped"  # its answers are kept, whatever the reward model is
+    return "refused"
 
 
 INDEXES = {
@@ -346,11 +494,11 @@ def add_code(here, rng, folder, model_type):
     """A config that names Python code; the code says so if it is run."""
     evil = "open('the_code_was_run', 'w').close()\nclass Evil: pass\n"
     replace(here / folder / "evil.py", evil)
-    names = "AutoConfig AutoModel AutoModelForCausalLM AutoModelForSequenceClassification"
-    change = {"auto_map": {name: "evil.Evil" for name in names.split()}}
-    if model_type == "mamba":
-        change["auto_map"] = {"AutoModelForSequenceClassification": "evil.Evil"}
-    edit_json(here / folder / "config.json", {**change, "model_type": model_type})
+    classes = ["AutoModelForSequenceClassification"]
+    if model_type != "mamba":
+        classes = ["AutoConfig", "AutoModel", "AutoModelForCausalLM", *classes]
+    change = {"auto_map": dict.fromkeys(classes, "evil.Evil"), "model_type": model_type}
+    edit_json(here / folder / "config.json", change)
 
 
 def add_index(here, rng, folder, target):
@@ -362,11 +510,12 @@ def add_index(here, rng, folder, target):
         torch.save(tensors, here / folder / target)
         replace(here / folder / "x.safetensors", b"")
     os.rename(weights, here / folder / "weights.hidden")
-    content = {"metadata": {}, "weight_map": {n: target for n in names if n != "__metadata__"}}
+    weight_map = {name: target for name in names if name != "__metadata__"}
+    content = {"metadata": {}, "weight_map": weight_map}
     replace(here / folder / "model.safetensors.index.json", json.dumps(content))
 
 
-def add_words(here, rng, folder, run):
+def add_words(here, rng, folder):
     """Words whose ids the model has no embeddings for, among them those of the texts."""
     path = here / folder / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -376,7 +525,24 @@ def add_words(here, rng, folder, run):
     replace(path, json.dumps(content))
 
 
-# A rank too high for the numbers, or a base that is found by its other name, in nanorlhf.json.
+# Changes of an adapter's config.
+ADAPTER_CONFIGS = {
+    "base missing": {"base_model_name_or_path": "./nothing/here"},
+    "base a file": {"base_model_name_or_path": "sft.jsonl"},
+    "base an encoder": {"base_model_name_or_path": "encoder"},
+    "no such layer": {"target_modules": ["nothing"]},
+    "a pattern without end": {"target_modules": "(((a|.)+)+)+!"},
+    "a pattern that is none": {"target_modules": "("},
+    "target_modules of numbers": {"target_modules": [3]},
+    "rank 1": {"r": 1},
+    "dropout 1": {"lora_dropout": 1},
+    "alpha 1e300": {"lora_alpha": 1e300},
+    "alpha nan": {"lora_alpha": NAN},
+    "alpha -1": {"lora_alpha": -1},
+}
+
+
+# A number too high, or a base that is found by its other name, in nanorlhf.json.
 MAY_BE = ("alpha -1", "alpha 1e300", "dropout 1", "base missing", "base a file")
 
 
@@ -384,115 +550,155 @@ def cases_of_adapters(run):
     if "adapter" not in str(run.flags.get("model")) and "rm_adapter" not in str(run.flags):
         return
     folder = "adapter/model" if run.name == "sft adapter" else "rm_adapter/model"
-    config = f"{folder}/adapter_config.json"
-    changes = {
-        "base itself": {"base_model_name_or_path": folder},
-        "base missing": {"base_model_name_or_path": "./nothing/here"},
-        "base a file": {"base_model_name_or_path": "sft.jsonl"},
-        "base an encoder": {"base_model_name_or_path": "encoder"},
-        "no such layer": {"target_modules": ["nothing"]},
-        "a pattern without end": {"target_modules": "(((a|.)+)+)+!"},
-        "a pattern that is none": {"target_modules": "("},
-        "target_modules of numbers": {"target_modules": [3]},
-        "rank 1": {"r": 1},
-        "dropout 1": {"lora_dropout": 1},
-        "alpha 1e300": {"lora_alpha": 1e300},
-        "alpha nan": {"lora_alpha": NAN},
-        "alpha -1": {"lora_alpha": -1},
-    }
-    for what, change in changes.items():
-        damage = lambda here, rng, c=change: edit_json(here / config, c)  # noqa: E731
-        yield Case(f"{folder}: {what}", run, "any" if what in MAY_BE else "refused", damage)
-
-    def circle(here, rng):
-        shutil.copytree(here / folder, here / "other")
-        edit_json(here / config, {"base_model_name_or_path": "other"})
-        edit_json(here / "other/adapter_config.json", {"base_model_name_or_path": folder})
-
+    itself = {"base itself": {"base_model_name_or_path": folder}}
+    for what, change in (itself | ADAPTER_CONFIGS).items():
+        damage = functools.partial(change_adapter, folder=folder, change=change)
+        expected = "any" if what in MAY_BE else "refused"
+        yield Case(f"{folder}: {what}", run, expected, damage)
+    circle = functools.partial(make_circle, folder=folder)
     yield Case(f"{folder}: a circle of two", run, "refused", circle)
+
+
+def change_adapter(here, rng, folder, change):
+    edit_json(here / folder / "adapter_config.json", change)
+
+
+def make_circle(here, rng, folder):
+    """Two adapters, each of which names the other one as its base."""
+    shutil.copytree(here / folder, here / "other")
+    change_adapter(here, rng, folder, {"base_model_name_or_path": "other"})
+    change_adapter(here, rng, "other", {"base_model_name_or_path": folder})
+
+
+BAD_NOTES = {
+    "broken": "{",
+    "null": "null",
+    "empty": "{}",
+    "a list": "[]",
+    "a number": "3",
+    "deep": deep_json(),
+}
+
+
+def set_tensor(name, change):
+    """A damage: change(tensor) in the place of a tensor."""
+
+    def change_one(tensors, rng):
+        tensors[name] = change(tensors[name])
+
+    return change_tensors(change_one)
+
+
+# {what: (damage, expected)}
+HUMAN_TENSORS = {
+    "latents double": (set_tensor("latents", torch.Tensor.double), "any"),
+    "latents int": (set_tensor("latents", torch.Tensor.int), "refused"),
+    "latents 1e38": (set_tensor("latents", lambda x: x * 0 + 3e38), "any"),
+    "latents of no text": (set_tensor("latents", lambda x: x[:0]), "refused"),
+    "scores of no text": (set_tensor("scores", lambda x: x[:0]), "refused"),
+    "scores all the same": (set_tensor("scores", lambda x: x * 0), "any"),
+}
 
 
 def cases_of_human_latents(run):
     """The notes in the header of a file of human latents, and its tensors."""
-    for path, kind in run.reads.items():
-        if kind != "human":
-            continue
-        for what, text in {"broken": "{", "null": "null", "empty": "{}", "a list": "[]",
-                           "a number": "3", "deep": deep_json()}.items():  # fmt: skip
+    for path in paths_read(run, "human"):
+        for what, text in BAD_NOTES.items():
             damage = functools.partial(set_notes, text=text)
             yield Case(f"{path}: notes {what}", run, "refused", on_file(path, damage))
-        for what, change in {
-            "latents double": lambda t, rng: t.update(latents=t["latents"].double()),
-            "latents int": lambda t, rng: t.update(latents=t["latents"].int()),
-            "latents 1e38": lambda t, rng: t.update(latents=t["latents"] * 0 + 3e38),
-            "latents of no text": lambda t, rng: t.update(latents=t["latents"][:0]),
-            "scores of no text": lambda t, rng: t.update(scores=t["scores"][:0]),
-            "scores all the same": lambda t, rng: t.update(scores=t["scores"] * 0),
-        }.items():
-            damage = on_file(path, change_tensors(change))
-            may = what in ("latents double", "latents 1e38", "scores all the same")
-            yield Case(f"{path}: {what}", run, "any" if may else "refused", damage)
+        for what, (damage, expected) in HUMAN_TENSORS.items():
+            yield Case(f"{path}: {what}", run, expected, on_file(path, damage))
+
+
+def deeper_cases(run, path, table):
+    """A table {"a.b": the values that entry b of entry a is given} -> (names, Case)."""
+    for names, values in table.items():
+        for what in values.split(", "):
+            value = JSON_VALUES[what]
+            damage = functools.partial(set_deep, names=names.split("."), value=value)
+            yield names, Case(f"{path}: {names} {what}", run, "refused", on_file(path, damage))
 
 
 def cases_of_autoencoders(run):
     """Entries of cfg.json that lie deeper."""
-    for path in [path for path, kind in run.reads.items() if kind == "cfg"]:
-        for names, values in DEEPER.items():
-            for what in values:
-                damage = functools.partial(
-                    set_deep, names=names.split("."), value=JSON_VALUES[what]
-                )
-                may = names.endswith((".model", ".layer", ".site", ".tied"))
-                expected = "any" if may else "refused"
-                yield Case(f"{path}: {names} {what}", run, expected, on_file(path, damage))
+    for path in paths_read(run, "cfg"):
+        for names, case in deeper_cases(run, path, DEEPER):
+            if names.endswith((".model", ".layer", ".site", ".tied")):
+                case.expected = "any"
+            yield case
 
 
 DEEPER = {
-    "metadata": ("text", "a list", "2.5", "true"),
-    "metadata.nanorlhf": ("text", "a list", "2.5", "true", "an object"),
-    "metadata.nanorlhf.scale": (
-        "null",
-        "text",
-        "a list",
-        "-1",
-        "0",
-        "nan",
-        "true",
-        "2**70",
-        "missing",
-    ),
-    "metadata.nanorlhf.normalize": ("null", "text", "a list", "0", "missing"),
-    "metadata.nanorlhf.tied": tuple(JSON_VALUES),
-    "metadata.model": tuple(JSON_VALUES),
-    "metadata.layer": tuple(JSON_VALUES),
-    "metadata.site": tuple(JSON_VALUES),
+    "metadata": "text, a list, 2.5, true",
+    "metadata.nanorlhf": "text, a list, 2.5, true, an object",
+    "metadata.nanorlhf.scale": "null, text, a list, -1, 0, nan, true, 2**70, missing",
+    "metadata.nanorlhf.normalize": "null, text, a list, 0, missing",
+    "metadata.nanorlhf.tied": EVERYTHING,
+    "metadata.model": EVERYTHING,
+    "metadata.layer": EVERYTHING,
+    "metadata.site": EVERYTHING,
 }
 
 
-SARM_PARAMS = {
-    "sarm_param.sae_source_layer": ("null", "text", "-1", "0", "2.5", "2**70", "nan", "missing"),
-    "sarm_param.sae_latent_size": ("null", "text", "-1", "0", "2.5", "2**70", "nan", "missing"),
-    "sarm_param.sae_k": ("null", "text", "-1", "0", "2.5", "2**70", "nan"),
-    "reward_mean": ("null", "text", "a list", "an object", "nan", "true"),
+OF_ANY_REWARD_MODEL = {"reward_mean": "null, text, a list, an object, nan, true"}
+OF_SARMS = {
+    "sarm_param.sae_source_layer": "null, text, -1, 0, 2.5, 2**70, nan, missing",
+    "sarm_param.sae_latent_size": "null, text, -1, 0, 2.5, 2**70, nan, missing",
+    "sarm_param.sae_k": "null, text, -1, 0, 2.5, 2**70, nan",
+    **OF_ANY_REWARD_MODEL,
 }
 
 
 def cases_of_reward_models(run):
     """What a reward model's config.json says beside its trunk."""
-    for path in [path for path in run.reads if path.endswith("/config.json")]:
-        if not path.startswith(("rms", "sarm")):
-            continue
-        for names, values in SARM_PARAMS.items():
-            if names.startswith("sarm_param") and not path.startswith("sarm"):
-                continue
-            for what in values:
-                damage = functools.partial(
-                    set_deep, names=names.split("."), value=JSON_VALUES[what]
-                )
-                yield Case(f"{path}: {names} {what}", run, "refused", on_file(path, damage))
+    for path in configs_read(run):
+        table = {}
+        if path.startswith("sarm"):
+            table = OF_SARMS
+        elif path.startswith("rms"):
+            table = OF_ANY_REWARD_MODEL
+        for _, case in deeper_cases(run, path, table):
+            yield case
 
 
 # ---------------------------------------------------------------------------------- unfinished runs
+
+
+def make_file(path):
+    replace(path, "x")
+
+
+def make_folder(path):
+    path.mkdir(parents=True)
+
+
+def remove_file(path):
+    path.unlink(missing_ok=True)
+
+
+def empty_folders(*paths):
+    for path in paths:
+        shutil.rmtree(path)
+        path.mkdir()
+
+
+# {what: (what is done, to which places in the run's folder)}
+DAMAGED_FOLDERS = {
+    "checkpoint a file": (make_file, "checkpoint"),
+    "checkpoint missing": (shutil.rmtree, "checkpoint"),
+    "step_2 a file": (make_file, "checkpoint/step_2"),
+    "step_2 empty": (empty_folders, "checkpoint/step_2"),
+    "both steps empty": (empty_folders, "checkpoint/step_1", "checkpoint/step_2"),
+    "step_03": (os.rename, "checkpoint/step_2", "checkpoint/step_03"),
+    "step_9 is step_2": (shutil.copytree, "checkpoint/step_2", "checkpoint/step_9"),
+    ".tmp_step_3 a file": (make_file, "checkpoint/.tmp_step_3"),
+    ".tmp_step_3 a folder": (make_folder, "checkpoint/.tmp_step_3/x"),
+    "samples.jsonl missing": (remove_file, "samples.jsonl"),
+    "eval a file": (make_file, "eval"),
+    "model a file": (make_file, "model"),
+    "metrics.jsonl.tmp a folder": (make_folder, "metrics.jsonl.tmp"),
+    "summary.json a folder": (make_folder, "summary.json"),
+}
 
 
 def cases_of_checkpoints(run):
@@ -500,41 +706,34 @@ def cases_of_checkpoints(run):
     if not run.name.endswith("--resume"):
         return
     root = run.writes
-    for what, damage in {
-        "checkpoint a file": lambda h: (shutil.rmtree(h / "checkpoint"), replace(h / "checkpoint", "x")),
-        "checkpoint missing": lambda h: shutil.rmtree(h / "checkpoint"),
-        "step_2 a file": lambda h: replace(h / "checkpoint/step_2", "x"),
-        "step_2 empty": lambda h: empty_folder(h / "checkpoint/step_2"),
-        "both steps empty": lambda h: [empty_folder(h / f"checkpoint/step_{i}") for i in (1, 2)],
-        "step_03": lambda h: (h / "checkpoint/step_2").rename(h / "checkpoint/step_03"),
-        "step_9 is step_2": lambda h: shutil.copytree(h / "checkpoint/step_2", h / "checkpoint/step_9"),
-        ".tmp_step_3 a file": lambda h: replace(h / "checkpoint/.tmp_step_3", "x"),
-        ".tmp_step_3 a folder": lambda h: (h / "checkpoint/.tmp_step_3/x").mkdir(parents=True),
-        "samples.jsonl missing": lambda h: (h / "samples.jsonl").unlink(missing_ok=True),
-        "eval a file": lambda h: (shutil.rmtree(h / "eval", ignore_errors=True), replace(h / "eval", "x")),
-        "model a file": lambda h: replace(h / "model", "x"),
-        "metrics.jsonl.tmp a folder": lambda h: (h / "metrics.jsonl.tmp").mkdir(),
-        "summary.json a folder": lambda h: (h / "summary.json").mkdir(),
-    }.items():  # fmt: skip
-        expected = "any" if "model a file" in what else "sound"
-        yield Case(f"{what}", run, expected, lambda here, rng, d=damage: d(here / root))
-    others = [half(name) for name in ("sft", "dpo", "rm", "ppo", "sae") if half(name) != root]
-    for other in others:
-
-        def damage(here, rng, other=other):
-            shutil.rmtree(here / root / "checkpoint")
-            shutil.copytree(here / other / "checkpoint", here / root / "checkpoint")
-
-        yield Case(f"the checkpoints of {other}", run, "sound", damage)
+    for what, (action, *places) in DAMAGED_FOLDERS.items():
+        damage = functools.partial(damage_folder, root=root, action=action, places=places)
+        expected = "any" if what == "model a file" else "sound"
+        yield Case(what, run, expected, damage)
+    for name in ("sft", "dpo", "rm", "ppo", "sae"):
+        other = half(name)
+        if other != root:
+            damage = functools.partial(take_checkpoints, root=root, other=other)
+            yield Case(f"the checkpoints of {other}", run, "sound", damage)
     data = RUNS[run.name.removesuffix(" --resume")].flags["dataset"]
-    yield Case("the data have changed", run, "refused",
-               lambda here, rng: replace(here / data, (here / data).read_text().replace("the", "a")))  # fmt: skip
-    code = lambda here, rng: (replace(here / root / "r.py", REWARDS),
-                              edit_json(here / root / "config.json", {"gold_model": f"{root}/r.py:good"}))  # fmt: skip # noqa: E731
+    damage = on_file(data, change_text(lambda text: text.replace("the", "a")))
+    yield Case("the data have changed", run, "refused", damage)
     if run.script in ("train_ppo.py", "train_rm.py"):
-        yield Case("code in the run folder", run, "refused", code)
+        damage = functools.partial(add_code_to_run, root=root)
+        yield Case("code in the run folder", run, "refused", damage)
 
 
-def empty_folder(path):
-    shutil.rmtree(path)
-    path.mkdir()
+def damage_folder(here, rng, root, action, places):
+    action(*(here / root / place for place in places))
+
+
+def take_checkpoints(here, rng, root, other):
+    """Another run's checkpoints."""
+    shutil.rmtree(here / root / "checkpoint")
+    shutil.copytree(here / other / "checkpoint", here / root / "checkpoint")
+
+
+def add_code_to_run(here, rng, root):
+    """A reward function in the run's own folder, which its config names."""
+    replace(here / root / "r.py", REWARDS)
+    edit_json(here / root / "config.json", {"gold_model": f"{root}/r.py:good"})

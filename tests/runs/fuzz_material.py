@@ -1,4 +1,6 @@
-"""What the cases of fuzz.py are made of: small runs of every script and command, and the models and files that they read."""
+"""What the cases of fuzz.py are made of: small runs of every script and command, and the models and
+files that they read.
+"""
 
 import http.server
 import json
@@ -10,15 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from support import (
-    ENCODER_CONFIG,
-    NLI_LABELS,
-    encoder_tokenizer,
-    save_encoder,
-    write_rows,
-)
+from support import read_rows, write_rows
+from tiny_models import ENCODER_CONFIG, NLI_LABELS, encoder_tokenizer, save_encoder
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -44,6 +42,9 @@ SCRIPTS = {
 }
 
 
+# ---------------------------------------------------------------------------------- runs and cases
+
+
 @dataclass
 class Run:
     """A run of a script on the material: what cases are made of."""
@@ -58,7 +59,9 @@ class Run:
     @property
     def config(self):
         script, _, command = self.script.partition(" ")
-        return probe.COMMANDS[command][0] if command else SCRIPTS[script].Config
+        if script == "probe.py":
+            return probe.COMMANDS[command][0]
+        return SCRIPTS[script].Config
 
     def words(self, **changes):
         """The command line after the script's name. A flag that is None is left out."""
@@ -67,8 +70,10 @@ class Run:
             if value is None:
                 continue
             words.append(f"--{name}")
-            if value is not True:
-                words += [str(x) for x in (value if isinstance(value, list) else [value])]
+            if isinstance(value, list):
+                words += map(str, value)
+            elif value is not True:
+                words.append(str(value))
         return words
 
 
@@ -98,25 +103,42 @@ def run_words(script, words):
 
 
 def chat(text):
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+    """An answer of a chat endpoint, in bytes."""
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"choices": [{"message": message}]}).encode()
 
 
-def answer_with(status, headers, body, pause):
+class Reply(NamedTuple):
+    """What an endpoint answers. With a pause, in seconds, it sends one byte at a time."""
+
+    body: bytes
+    status: int = 200
+    headers: dict = {}
+    pause: float = 0
+
+
+def answer_with(reply: Reply):
     """Start an endpoint in this process. -> its port"""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
-            for name, value in headers.items():
+            self.send_response(reply.status)
+            for name, value in reply.headers.items():
                 self.send_header(name, value)
             self.end_headers()
             try:
-                for at in range(0, len(body), 1 if pause else len(body) or 1):
-                    self.wfile.write(body[at : at + 1] if pause else body)
-                    time.sleep(pause)
+                self.send_body()
             except OSError:
                 pass
+
+        def send_body(self):
+            if not reply.pause:
+                self.wfile.write(reply.body)
+                return
+            for at in range(len(reply.body)):
+                self.wfile.write(reply.body[at : at + 1])
+                time.sleep(reply.pause)
 
         def log_message(self, *args):
             pass
@@ -125,6 +147,336 @@ def answer_with(status, headers, body, pause):
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return server.server_address[1]
+
+
+# ----------------------------------------------------------------------- which files there are
+
+SAE = "sae/policy/1_residual"
+SAE_RM = "sae_rm/policy/1_residual"
+SAE_MLP = "saes/policy/1_mlp"
+
+
+def half(name):
+    """The folder of a run that is not finished."""
+    return "half_" + name.replace(" ", "_")
+
+
+def inside(folder, kinds):
+    """{name of a file: kind} -> the same with the files' paths."""
+    return {f"{folder}/{name}": kind for name, kind in kinds.items()}
+
+
+def files_of(folder):
+    """{path: kind} of a saved model's files."""
+    kinds = {
+        "config.json": "model config",
+        "model.safetensors": "weights",
+        "tokenizer.json": "tokenizer",
+        "tokenizer_config.json": "tokenizer config",
+    }
+    return inside(folder, kinds)
+
+
+def sae_files(folder):
+    return inside(folder, {"cfg.json": "cfg", "sae_weights.safetensors": "weights"})
+
+
+def adapter_files(folder):
+    kinds = {
+        "adapter_config.json": "adapter config",
+        "adapter_model.safetensors": "weights",
+        "nanorlhf.json": "notes",
+    }
+    return inside(f"{folder}/model", kinds)
+
+
+def run_files(folder):
+    """{path: kind} of what --resume reads."""
+    kinds = {"config.json": "run config", "metrics.jsonl": "log"}
+    for step in (1, 2):
+        kinds[f"checkpoint/step_{step}/state.json"] = "state"
+        kinds[f"checkpoint/step_{step}/state.safetensors"] = "checkpoint"
+    return inside(folder, kinds)
+
+
+def without(files, *names):
+    """Files but those of these names."""
+    kept = {}
+    for path, kind in files.items():
+        if os.path.basename(path) not in names:
+            kept[path] = kind
+    return kept
+
+
+SFT_ROWS = {"sft.jsonl": "sft"}
+PAIRS = {"pairs.jsonl": "pairs"}
+PROMPTS = {"prompts.jsonl": "prompts"}
+POOL = {"answers.jsonl": "pool"}
+ANSWERS = {"a.jsonl": "sft"}
+REWARD_CODE = {"rewards.py": "python"}
+LEXICON_FILE = {"lexicon.tsv": "lexicon"}
+MODEL = files_of("model")
+POLICY = files_of("policy/model")
+REWARD_MODEL = files_of("rms/seed_0/model")
+SARM = files_of("sarm/model")
+
+
+# ------------------------------------------------------------------------------------ all the runs
+
+TINY = {"output_dir": "out", "steps": 2, "batch_size": 4, "eval_size": 6, "warmup": 0}
+
+
+def training_runs():
+    """train_sft.py and train_rm.py."""
+    sft = {**TINY, "model": "model", "dataset": "sft.jsonl", "max_new_tokens": 4, "n_samples": 1}
+    dpo = {**sft, "loss": "dpo", "dataset": "pairs.jsonl"}
+    rm = {**TINY, "model": "model", "dataset": "pairs.jsonl"}
+    yield Run("sft", "train_sft.py", sft, SFT_ROWS | MODEL)
+    yield Run("sft adapter", "train_sft.py", sft | {"model": "adapter"}, adapter_files("adapter"))
+    yield Run("dpo", "train_sft.py", dpo, PAIRS | MODEL)
+    yield Run("rm", "train_rm.py", rm, PAIRS | MODEL)
+    yield Run("rm sarm", "train_rm.py", rm | {"sarm": "sae"}, MODEL | sae_files(SAE))
+
+
+def ppo_runs():
+    ppo = {
+        **TINY,
+        "model": "model",
+        "dataset": "prompts.jsonl",
+        "minibatch_size": 2,
+        "ppo_epochs": 1,
+        "max_new_tokens": 6,
+        "gold_model": "rewards.py:words",
+    }
+    flags = {**ppo, "reward_model": ["rewards.py:good"]}
+    yield Run("ppo", "train_ppo.py", flags, PROMPTS | MODEL | REWARD_CODE)
+
+    flags = {**ppo, "reward_model": ["rms/seed_{seed}", "lexicon.tsv"], "objective": "uwo"}
+    reads = files_of("rms/seed_1/model") | LEXICON_FILE
+    yield Run("ppo ensemble", "train_ppo.py", flags, reads)
+
+    features = {
+        **ppo,
+        "reward_model": ["sarm"],
+        "penalize_features": [3],
+        "tau": ["q0.5"],
+        "alpha": ["0.5std"],
+        "clamp": ["5:max:0.5"],
+        "density_beta": 0.1,
+        "human_latents": "human.safetensors",
+    }
+    yield Run("ppo features", "train_ppo.py", features, SARM | {"human.safetensors": "human"})
+
+    flags = {**features, "reward_model": ["rms/seed_0"], "feature_sae": SAE_RM}
+    flags["human_latents"] = "human_rm.safetensors"
+    reads = REWARD_MODEL | sae_files(SAE_RM) | {"human_rm.safetensors": "human"}
+    yield Run("ppo feature_sae", "train_ppo.py", flags, reads)
+
+    flags = {**ppo, "reward_model": ["rm_adapter"], "value_model": "rms/seed_0"}
+    value_model = without(REWARD_MODEL, "tokenizer.json", "tokenizer_config.json")
+    yield Run("ppo value_model", "train_ppo.py", flags, adapter_files("rm_adapter") | value_model)
+
+    flags = {"score_gold": "no_gold", "gold_model": "rewards.py:words"}
+    kinds = {
+        "config.json": "run config",
+        "metrics.jsonl": "log",
+        "summary.json": "object",
+        "eval/step_0.jsonl": "eval",
+        "model/tokenizer.json": "tokenizer",
+    }
+    reads = inside("no_gold", kinds) | REWARD_CODE
+    yield Run("ppo score_gold", "train_ppo.py", flags, reads, "no_gold")
+
+
+def best_of_n_runs():
+    bon = {
+        "output_dir": "out",
+        "model": "model",
+        "dataset": "prompts.jsonl",
+        "reward_model": ["rms/seed_0", "rewards.py:good"],
+        "gold_model": "rewards.py:words",
+        "n_answers": 4,
+        "eval_size": 8,
+        "max_new_tokens": 4,
+    }
+    yield Run("bon", "sample_bon.py", bon, PROMPTS | MODEL | REWARD_MODEL)
+
+    flags = {**bon, "output_dir": "bon_done", "n": 2}
+    kinds = {"config.json": "run config", "cache/answers": "cache", "cache/scores": "cache"}
+    yield Run("bon again", "sample_bon.py", flags, inside("bon_done", kinds), "bon_done")
+
+    flags = {
+        "output_dir": "out",
+        "pool": "answers.jsonl",
+        "reward_model": ["rewards.py:good", "classifier#LABEL_1"],
+        "save_pairs": True,
+        "n": 2,
+        "save_best": True,
+        "diversity": True,
+        "best_of": 2,
+    }
+    reads = POOL | REWARD_CODE | files_of("classifier")
+    yield Run("bon pool", "sample_bon.py", flags, reads)
+
+    flags = {
+        "from_files": ["a.jsonl", "answers.jsonl"],
+        "encoder": "encoder",
+        "nli_model": "nli",
+        "tokenizer": "model",
+        "output_dir": "out",
+        "truncate": "5",
+    }
+    reads = ANSWERS | POOL | files_of("encoder") | files_of("nli")
+    reads["model/tokenizer.json"] = "tokenizer"
+    yield Run("bon from", "sample_bon.py", flags, reads)
+
+
+def autoencoder_runs():
+    sae = {
+        "output_dir": "out",
+        "model": "model",
+        "dataset": "sft.jsonl",
+        "layers": "1",
+        "expansion": 2,
+        "k": 4,
+        "steps": 3,
+        "batch_size": 64,
+        "eval_size": 8,
+        "buffer_tokens": 256,
+    }
+    yield Run("sae", "train_sae.py", {**sae, "base": "none"}, SFT_ROWS | MODEL)
+
+    flags = {**sae, "model": "policy", "base": "model", "layers": "highest:1", "texts": "both"}
+    flags |= {"max_new_tokens": 4, "sae": "vanilla"}
+    reads = POLICY | without(MODEL, "tokenizer_config.json")
+    yield Run("sae base", "train_sae.py", flags, reads)
+
+    flags = {**sae, "base": "none", "cache": "activations"}
+    yield Run("sae cached", "train_sae.py", flags, {})
+
+
+def probe_runs():
+    """The commands of probe.py that look into a policy."""
+    some_texts = {"output_dir": "out", "dataset": "sft.jsonl", "max_rows": 60}
+    flags = {**some_texts, "model": "model", "policy": "policy", "layers": "1"}
+    yield Run("divergence", "probe.py divergence", flags, SFT_ROWS | MODEL | POLICY)
+
+    flags = {"a": [SAE], "b": [SAE_MLP], "output_dir": "out"}
+    yield Run("mmcs", "probe.py mmcs", flags, sae_files(SAE) | sae_files(SAE_MLP))
+
+    both = {**some_texts, "policy": "policy", "model": "model", "layers": "1", "seeds": 2}
+    flags = {**both, "reward": "lexicon.tsv", "triples": 6, "neutral": 1.0}
+    yield Run("reward", "probe.py reward", flags, SFT_ROWS | LEXICON_FILE | POLICY)
+    flags = {**both, "task": "sequence", "reward": "rewards.py:score"}
+    yield Run("reward sequence", "probe.py reward", flags, REWARD_CODE)
+    flags = {**both, "dataset": "pairs.jsonl", "sae": "saes", "layers": None}
+    yield Run("pairs", "probe.py pairs", flags, PAIRS | sae_files(SAE_MLP))
+
+    flags = {"sae": [SAE_MLP], "dataset": "sft.jsonl", "top": 3, "eval_size": 8}
+    flags["output_dir"] = "out"
+    yield Run("features", "probe.py features", flags, SFT_ROWS | sae_files(SAE_MLP) | POLICY)
+
+    flags = {
+        "output_dir": "out",
+        "sae": SAE_MLP,
+        "features": "1,2",
+        "dataset": "prompts.jsonl",
+        "reward": ["rewards.py:good", "rms/seed_0"],
+        "max_rows": 8,
+        "eval_size": 6,
+        "n_answers": 2,
+        "draws": 2,
+        "max_new_tokens": 4,
+    }
+    reads = PROMPTS | sae_files(SAE_MLP) | REWARD_MODEL | REWARD_CODE
+    yield Run("ablate", "probe.py ablate", flags, reads)
+
+
+def latents_runs():
+    """The commands of probe.py that look into a reward model."""
+    latents = {
+        "output_dir": "out",
+        "reward_model": "sarm",
+        "dataset": "pairs.jsonl",
+        "eval_size": 12,
+    }
+    flags = {**latents, "answers": "a.jsonl", "against": "b.jsonl", "top": 3}
+    yield Run("reward_features", "probe.py reward_features", flags, PAIRS | ANSWERS | SARM)
+    flags = {**latents, "reward_model": "rms/seed_0", "sae": SAE_RM, "top": 3}
+    yield Run(
+        "reward_features sae", "probe.py reward_features", flags, sae_files(SAE_RM) | REWARD_MODEL
+    )
+    flags = {**latents, "edits": ["3:set:0"], "pool": "answers.jsonl", "n": 2, "draws": 2}
+    yield Run("causal", "probe.py causal", flags, PAIRS | POOL | SARM)
+    flags = {**latents, "weights": ["3:*:0"], "save": "steered"}
+    yield Run("steer", "probe.py steer", flags, PAIRS | SARM)
+    file = "out.safetensors"
+    flags = {"output": file, "reward_model": "sarm", "dataset": "sft.jsonl"}
+    yield Run("human_latents", "probe.py human_latents", flags, SFT_ROWS | SARM, file)
+
+
+def judging_runs():
+    """probe.py evaluate and judge."""
+    models = ["rms/seed_{seed}", "sarm", "rewards.py:score"]
+    flags = {"reward_model": models, "eval_size": 12, "dataset": "pairs.jsonl"}
+    flags["output_dir"] = "out"
+    reads = PAIRS | REWARD_MODEL | SARM | REWARD_CODE
+    yield Run("evaluate", "probe.py evaluate", flags, reads)
+    flags = {"reward_model": ["rewards.py:score"], "benchmark": "rewardbench2"}
+    flags |= {"dataset": "rewardbench.json", "output_dir": "out"}
+    reads = {"rewardbench.json": "benchmark"}
+    yield Run("evaluate rewardbench2", "probe.py evaluate", flags, reads)
+    flags = {"reward_model": ["lexicon.tsv"], "benchmark": "rm_bench"}
+    flags |= {"dataset": "rm_bench.json", "output_dir": "out"}
+    reads = {"rm_bench.json": "benchmark"} | LEXICON_FILE
+    yield Run("evaluate rm_bench", "probe.py evaluate", flags, reads)
+
+    judge = {"a": ["a.jsonl"], "b": ["b.jsonl"], "output_dir": "out"}
+    flags = {**judge, "judge": ["rewards.py:score", "rms/seed_0"]}
+    reads = ANSWERS | {"b.jsonl": "sft"} | REWARD_MODEL | REWARD_CODE
+    yield Run("judge", "probe.py judge", flags, reads)
+    reads = inside("judge_done", {"config.json": "object", "cache/scores": "cache"})
+    flags = {**flags, "output_dir": "judge_done"}
+    yield Run("judge again", "probe.py judge", flags, reads, "judge_done")
+    flags = {**judge, "judge": ["{endpoint}"], "judge_model": "m", "output_dir": "judge_http"}
+    reads = inside("judge_http", {"cache/choices.jsonl": "choices"})
+    yield Run(
+        "judge choices", "probe.py judge", flags, reads, "judge_http", always_prefer_the_first
+    )
+
+
+def always_prefer_the_first():
+    """Start an endpoint that is asked which answer is better. -> its port"""
+    return answer_with(Reply(chat("1")))
+
+
+# Runs that are also killed and resumed.
+RESUMED = ("sft", "dpo", "rm", "rm sarm", "ppo", "ppo features", "sae")
+
+
+def all_runs():
+    """Every script and command, and what it reads: {name: Run}."""
+    runs = {}
+    for runs_of in (
+        training_runs,
+        ppo_runs,
+        best_of_n_runs,
+        autoencoder_runs,
+        probe_runs,
+        latents_runs,
+        judging_runs,
+    ):
+        for run in runs_of():
+            runs[run.name] = run
+    for name in RESUMED:
+        folder = half(name)
+        flags = {"output_dir": folder, "resume": True}
+        resumed = f"{name} --resume"
+        runs[resumed] = Run(resumed, runs[name].script, flags, run_files(folder), folder)
+    return runs
+
+
+RUNS = all_runs()
 
 
 # ------------------------------------------------------------------------------------- the material
@@ -145,51 +497,122 @@ def make_material(root: Path):
     """Everything that cases read, in the current folder. A fork calls this."""
     os.chdir(root)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(small_config()).save_pretrained("model")
-    world.tokenizer().save_pretrained("model")
-    AutoModelForCausalLM.from_config(small_config()).save_pretrained("dropout")
-    world.tokenizer().save_pretrained("dropout")
-    config = BertConfig(**ENCODER_CONFIG)
-    types = ["input_ids", "token_type_ids", "attention_mask"]
-    labels = {"id2label": NLI_LABELS, "label2id": {v: k for k, v in NLI_LABELS.items()}}
-    tokenizer = encoder_tokenizer(model_input_names=types)
-    save_encoder(BertModel(config), Path("encoder"), tokenizer)
-    nli = BertForSequenceClassification(BertConfig(**ENCODER_CONFIG, **labels))
-    save_encoder(nli, Path("nli"), tokenizer)
-    sentiment = BertConfig(**{**ENCODER_CONFIG, "max_position_embeddings": 128}, num_labels=2)
-    save_encoder(BertForSequenceClassification(sentiment), Path("classifier"), tokenizer)
+    for folder in ("model", "dropout"):
+        AutoModelForCausalLM.from_config(small_config()).save_pretrained(folder)
+        world.tokenizer().save_pretrained(folder)
+    make_encoders()
     Path("rewards.py").write_text(REWARDS)
     Path("lexicon.tsv").write_text(LEXICON)
     make_texts()
+    make_runs()
+    make_unfinished_runs()
 
-    train_sft.main(train_sft.Config(**RUNS["sft"].flags | {"output_dir": "policy", "lr": 1e-2}))
-    adapters = {"output_dir": "adapter", "lora_rank": 2}
-    train_sft.main(train_sft.Config(**RUNS["sft"].flags | adapters))
+
+def small_config():
+    config = world.model_config()
+    config.num_hidden_layers = 2
+    config.hidden_size = 32
+    config.intermediate_size = 48
+    return config
+
+
+def make_encoders():
+    """encoder/, an encoder of texts; nli/, a model of entailment; classifier/, of two classes."""
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = encoder_tokenizer(model_input_names=inputs)
+    encoder = BertModel(BertConfig(**ENCODER_CONFIG))
+    save_encoder(encoder, Path("encoder"), tokenizer)
+    label_ids = {label: i for i, label in NLI_LABELS.items()}
+    config = BertConfig(**ENCODER_CONFIG, id2label=NLI_LABELS, label2id=label_ids)
+    save_encoder(BertForSequenceClassification(config), Path("nli"), tokenizer)
+    longer = ENCODER_CONFIG | {"max_position_embeddings": 128}
+    config = BertConfig(**longer, num_labels=2)
+    save_encoder(BertForSequenceClassification(config), Path("classifier"), tokenizer)
+
+
+def responses_of(rows):
+    return [row["response"] for row in rows]
+
+
+def make_texts():
+    """Demonstrations, pairs and prompts; answers one by one and several to a prompt; benchmarks."""
+    write_rows(Path("sft.jsonl"), world.demonstrations(100))
+    pairs = [row for row in world.preferences(60) if row["chosen"] != row["rejected"]]
+    write_rows(Path("pairs.jsonl"), pairs)
+    prompt_rows = world.prompts("train")[::12]
+    write_rows(Path("prompts.jsonl"), [{"prompt": row["prompt"]} for row in prompt_rows])
+
+    texts = responses_of(world.demonstrations(48))
+    write_answers(Path("a.jsonl"), prompt_rows, texts[:12])
+    write_answers(Path("b.jsonl"), prompt_rows, texts[20:32])
+    pool = []
+    for i in range(8):
+        row = {"prompt": prompt_rows[i]["prompt"], "responses": texts[4 * i : 4 * i + 4]}
+        pool.append(row | {"gold_scores": [0.5, 1.5, -1.0, 2.0]})
+    write_rows(Path("answers.jsonl"), pool)
+    write_benchmarks(pairs[:6])
+
+
+def write_answers(path, prompt_rows, texts):
+    """One answer to each of the first prompts."""
+    rows = []
+    for prompt_row, text in zip(prompt_rows, texts):
+        rows.append({"prompt": prompt_row["prompt"], "response": text})
+    write_rows(path, rows)
+
+
+def write_benchmarks(pairs):
+    """Pairs in the form of RewardBench 2 (one right answer) and of RM-Bench (three of each)."""
+    rewardbench = []
+    rm_bench = []
+    for i, pair in enumerate(pairs):
+        rejected = [pair["rejected"], pair["rejected"] + " bad .", "awful ."]
+        row = {"id": str(i), "prompt": pair["prompt"], "rejected": rejected}
+        row |= {"chosen": [pair["chosen"]], "subset": "Focus"}
+        rewardbench.append(row)
+        rm_bench.append({**row, "chosen": row["chosen"] * 3, "domain": "chat"})
+    Path("rewardbench.json").write_text(json.dumps(rewardbench))
+    Path("rm_bench.json").write_text(json.dumps(rm_bench))
+
+
+def make_run(name, **changes):
+    """Make a run of a training script, with changes of its flags."""
+    run = RUNS[name]
+    script = SCRIPTS[run.script]
+    script.main(script.Config(**run.flags | changes))
+
+
+def make_runs():
+    """The models and finished runs that cases start from."""
+    make_run("sft", output_dir="policy", lr=1e-2)
+    make_run("sft", output_dir="adapter", lora_rank=2)
     for seed in (0, 1):
-        settings = {"output_dir": f"rms/seed_{seed}", "seed": seed}
-        train_rm.main(train_rm.Config(**RUNS["rm"].flags | settings))
-    train_rm.main(
-        train_rm.Config(**RUNS["rm"].flags | {"output_dir": "rm_adapter", "lora_rank": 2})
-    )
-    settings = {"site": "residual", "layers": "1", "normalize": "token", "relu": False}
-    for model, folder in (("model", "sae"), ("rms/seed_0", "sae_rm")):
-        own = {"model": model, "output_dir": folder, "base": "none"}
-        train_sae.main(train_sae.Config(**RUNS["sae"].flags | settings | own))
-    own = {"model": "policy", "base": "model", "output_dir": "saes", "layers": "1"}
-    train_sae.main(train_sae.Config(**RUNS["sae"].flags | own))
-    train_rm.main(train_rm.Config(**RUNS["rm sarm"].flags | {"output_dir": "sarm"}))
-    for reward, sae, name in (("sarm", "", "human"), ("rms/seed_0", SAE_RM, "human_rm")):
-        flags = RUNS["human_latents"].flags
-        own = {"output": f"{name}.safetensors", "reward_model": reward, "sae": sae}
-        run_words("probe.py", ["human_latents", *Run("", "", {**flags, **own}).words()])
-    train_ppo.main(train_ppo.Config(**RUNS["ppo"].flags | {"output_dir": "done_ppo"}))
-    sample_bon.main(sample_bon.Config(**RUNS["bon"].flags | {"output_dir": "bon_done"}))
+        make_run("rm", output_dir=f"rms/seed_{seed}", seed=seed)
+    make_run("rm", output_dir="rm_adapter", lora_rank=2)
+
+    # Autoencoders for SARMs, of an LM and of a reward model, and one of MLPs.
+    kind = {"site": "residual", "layers": "1", "normalize": "token", "relu": False, "base": "none"}
+    make_run("sae", model="model", output_dir="sae", **kind)
+    make_run("sae", model="rms/seed_0", output_dir="sae_rm", **kind)
+    make_run("sae", model="policy", base="model", output_dir="saes", layers="1")
+
+    make_run("rm sarm", output_dir="sarm")
+    run = RUNS["human_latents"]
+    run_words("probe.py", run.words(output="human.safetensors", reward_model="sarm", sae=""))
+    of_rm = {"output": "human_rm.safetensors", "reward_model": "rms/seed_0", "sae": SAE_RM}
+    run_words("probe.py", run.words(**of_rm))
+
+    make_run("ppo", output_dir="done_ppo")
+    make_run("bon", output_dir="bon_done")
     shutil.copy("bon_done/pool.jsonl", "pool.jsonl")
     run_words("probe.py", RUNS["judge"].words(output_dir="judge_done"))
-    url = f"http://127.0.0.1:{RUNS['judge choices'].before()}/v1"
+    port = always_prefer_the_first()
+    url = f"http://127.0.0.1:{port}/v1"
     run_words("probe.py", RUNS["judge choices"].words(judge=url))
 
-    # Runs that were killed after their second checkpoint of three.
+
+def make_unfinished_runs():
+    """Runs that were killed after their second checkpoint of three."""
     real = log.RunFolder.checkpoint
 
     def stop_after_the_second(folder, step, *args, **kwargs):
@@ -198,287 +621,29 @@ def make_material(root: Path):
             raise KeyboardInterrupt
 
     log.RunFolder.checkpoint = stop_after_the_second
-    for name in ("sft", "dpo", "rm", "rm sarm", "ppo", "ppo features", "sae"):
-        script = SCRIPTS[RUNS[name].script]
-        own = {"output_dir": half(name), "steps": 3, "checkpoint_every": 1, "keep_checkpoints": 2}
+    for name in RESUMED:
+        folder = half(name)
         try:
-            script.main(script.Config(**RUNS[name].flags | own))
+            make_run(name, output_dir=folder, steps=3, checkpoint_every=1, keep_checkpoints=2)
         except KeyboardInterrupt:
             pass
-        assert Path(half(name), "checkpoint/step_2").is_dir(), name
-
-
-def small_config():
-    config = world.model_config()
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, 32, 48
-    return config
-
-
-def make_texts():
-    write_rows(Path("sft.jsonl"), world.demonstrations(100))
-    pairs = [row for row in world.preferences(60) if row["chosen"] != row["rejected"]]
-    write_rows(Path("pairs.jsonl"), pairs)
-    prompts = [row["prompt"] for row in world.prompts("train")[::12]]
-    write_rows(Path("prompts.jsonl"), [{"prompt": prompt} for prompt in prompts])
-    texts = [row["response"] for row in world.demonstrations(48)]
-    for name, first in (("a", 0), ("b", 20)):
-        rows = [{"prompt": prompts[i], "response": texts[first + i]} for i in range(12)]
-        write_rows(Path(f"{name}.jsonl"), rows)
-    answers = [{"prompt": prompts[i], "responses": texts[4 * i : 4 * i + 4]} for i in range(8)]
-    many = [{**row, "gold_scores": [0.5, 1.5, -1.0, 2.0]} for row in answers]
-    write_rows(Path("answers.jsonl"), many)
-    bench = []
-    for i, row in enumerate(pairs[:6]):
-        wrong = [row["rejected"], row["rejected"] + " bad .", "awful ."]
-        common = {"id": str(i), "prompt": row["prompt"], "rejected": wrong}
-        bench.append({**common, "chosen": [row["chosen"]], "subset": "Focus"})
-    Path("rewardbench.json").write_text(json.dumps(bench))
-    styles = [{**row, "chosen": row["chosen"] * 3, "domain": "chat"} for row in bench]
-    Path("rm_bench.json").write_text(json.dumps(styles))
-
-
-def half(name):
-    """The folder of a run that is not finished."""
-    return "half_" + name.replace(" ", "_")
-
-
-SAE, SAE_RM = "sae/policy/1_residual", "sae_rm/policy/1_residual"
-
-
-SAE_MLP = "saes/policy/1_mlp"
-
-
-TINY = {"output_dir": "out", "steps": 2, "batch_size": 4, "eval_size": 6, "warmup": 0}
-
-
-PPO = {
-    **TINY,
-    "model": "model",
-    "dataset": "prompts.jsonl",
-    "minibatch_size": 2,
-    "ppo_epochs": 1,
-    "max_new_tokens": 6,
-    "gold_model": "rewards.py:words",
-}
-
-
-FEATURES = {"output_dir": "out", "reward_model": "sarm", "dataset": "pairs.jsonl", "eval_size": 12}
-
-
-SOME = {"output_dir": "out", "dataset": "sft.jsonl", "max_rows": 60}
-
-
-def files_of(folder):
-    """{path: kind} of a saved model's files."""
-    kinds = {
-        "config.json": "model config",
-        "model.safetensors": "weights",
-        "tokenizer.json": "tokenizer",
-        "tokenizer_config.json": "tokenizer config",
-    }
-    return {f"{folder}/{name}": kind for name, kind in kinds.items()}
-
-
-def sae_files(folder):
-    return {f"{folder}/cfg.json": "cfg", f"{folder}/sae_weights.safetensors": "weights"}
-
-
-def run_files(folder):
-    """{path: kind} of what --resume reads."""
-    kinds = {"config.json": "run config", "metrics.jsonl": "log"}
-    for step in (1, 2):
-        kinds[f"checkpoint/step_{step}/state.json"] = "state"
-        kinds[f"checkpoint/step_{step}/state.safetensors"] = "checkpoint"
-    return {f"{folder}/{name}": kind for name, kind in kinds.items()}
-
-
-def all_runs():
-    """Every script and command, and what it reads."""
-    model, reward = files_of("model"), files_of("rms/seed_0/model")
-    base = {path: kind for path, kind in model.items() if kind != "tokenizer config"}
-    trunk = {path: kind for path, kind in reward.items() if "tokenizer" not in path}
-    sft = {**TINY, "model": "model", "dataset": "sft.jsonl", "max_new_tokens": 4, "n_samples": 1}
-    dpo = {**sft, "loss": "dpo", "dataset": "pairs.jsonl"}
-    rm = {**TINY, "model": "model", "dataset": "pairs.jsonl"}
-    features = {
-        "reward_model": ["sarm"],
-        "penalize_features": [3],
-        "tau": ["q0.5"],
-        "alpha": ["0.5std"],
-        "clamp": ["5:max:0.5"],
-        "density_beta": 0.1,
-        "human_latents": "human.safetensors",
-    }
-    sae = {
-        "output_dir": "out",
-        "model": "model",
-        "dataset": "sft.jsonl",
-        "layers": "1",
-        "expansion": 2,
-        "k": 4,
-        "steps": 3,
-        "batch_size": 64,
-        "eval_size": 8,
-        "buffer_tokens": 256,
-    }
-    bon = {
-        "output_dir": "out",
-        "model": "model",
-        "dataset": "prompts.jsonl",
-        "reward_model": ["rms/seed_0", "rewards.py:good"],
-        "gold_model": "rewards.py:words",
-        "n_answers": 4,
-        "eval_size": 8,
-        "max_new_tokens": 4,
-    }
-    probe_reward = {**SOME, "policy": "policy", "model": "model", "layers": "1", "seeds": 2}
-    word = {"reward": "lexicon.tsv", "triples": 6, "neutral": 1.0}
-    judge = {"a": ["a.jsonl"], "b": ["b.jsonl"], "output_dir": "out"}
-    ablate = {
-        "output_dir": "out",
-        "sae": SAE_MLP,
-        "features": "1,2",
-        "dataset": "prompts.jsonl",
-        "reward": ["rewards.py:good", "rms/seed_0"],
-        "max_rows": 8,
-        "eval_size": 6,
-        "n_answers": 2,
-        "draws": 2,
-        "max_new_tokens": 4,
-    }
-    rows = {"sft.jsonl": "sft", "pairs.jsonl": "pairs", "prompts.jsonl": "prompts"}
-    functions = {"rewards.py": "python"}
-
-    def data(name):
-        return {name: rows[name]}
-
-    by_endpoint = {"judge": ["{endpoint}"], "judge_model": "m", "output_dir": "judge_http"}
-    found = [
-        Run("sft", "train_sft.py", sft, {**data("sft.jsonl"), **model}),
-        Run("sft adapter", "train_sft.py", {**sft, "model": "adapter"}, adapter_files("adapter")),
-        Run("dpo", "train_sft.py", dpo, {**data("pairs.jsonl"), **model}),
-        Run("rm", "train_rm.py", rm, {**data("pairs.jsonl"), **model}),
-        Run("rm sarm", "train_rm.py", {**rm, "sarm": "sae"}, {**model, **sae_files(SAE)}),
-        Run("ppo", "train_ppo.py", {**PPO, "reward_model": ["rewards.py:good"]},
-            {**data("prompts.jsonl"), **model, **functions}),
-        Run("ppo ensemble", "train_ppo.py",
-            {**PPO, "reward_model": ["rms/seed_{seed}", "lexicon.tsv"], "objective": "uwo"},
-            {**files_of("rms/seed_1/model"), "lexicon.tsv": "lexicon"}),
-        Run("ppo features", "train_ppo.py", {**PPO, **features},
-            {**files_of("sarm/model"), "human.safetensors": "human"}),
-        Run("ppo feature_sae", "train_ppo.py",
-            {**PPO, **features, "reward_model": ["rms/seed_0"], "feature_sae": SAE_RM,
-             "human_latents": "human_rm.safetensors"},
-            {**reward, **sae_files(SAE_RM), "human_rm.safetensors": "human"}),
-        Run("ppo value_model", "train_ppo.py",
-            {**PPO, "reward_model": ["rm_adapter"], "value_model": "rms/seed_0"},
-            {**adapter_files("rm_adapter"), **trunk}),
-        Run("ppo score_gold", "train_ppo.py",
-            {"score_gold": "no_gold", "gold_model": "rewards.py:words"},
-            {"no_gold/config.json": "run config", "no_gold/metrics.jsonl": "log",
-             "no_gold/summary.json": "object", "no_gold/eval/step_0.jsonl": "eval",
-             "no_gold/model/tokenizer.json": "tokenizer", **functions}, "no_gold"),
-        Run("bon", "sample_bon.py", bon, {**data("prompts.jsonl"), **model, **reward}),
-        Run("bon again", "sample_bon.py", {**bon, "output_dir": "bon_done", "n": 2},
-            {"bon_done/config.json": "run config", "bon_done/cache/answers": "cache",
-             "bon_done/cache/scores": "cache"}, "bon_done"),
-        Run("bon pool", "sample_bon.py",
-            {"output_dir": "out", "pool": "answers.jsonl",
-             "reward_model": ["rewards.py:good", "classifier"], "save_pairs": True, "n": 2,
-             "save_best": True, "diversity": True, "best_of": 2},
-            {"answers.jsonl": "pool", **functions, **files_of("classifier")}),
-        Run("bon from", "sample_bon.py",
-            {"from_files": ["a.jsonl", "answers.jsonl"], "encoder": "encoder",
-             "nli_model": "nli", "tokenizer": "model", "output_dir": "out", "truncate": "5"},
-            {"a.jsonl": "sft", "answers.jsonl": "pool", **files_of("encoder"),
-             **files_of("nli"), "model/tokenizer.json": "tokenizer"}),
-        Run("sae", "train_sae.py", {**sae, "base": "none"}, {**data("sft.jsonl"), **model}),
-        Run("sae base", "train_sae.py",
-            {**sae, "model": "policy", "base": "model", "layers": "highest:1", "texts": "both",
-             "max_new_tokens": 4, "sae": "vanilla"}, {**files_of("policy/model"), **base}),
-        Run("sae cached", "train_sae.py", {**sae, "base": "none", "cache": "activations"}, {}),
-        Run("divergence", "probe.py divergence",
-            {**SOME, "model": "model", "policy": "policy", "layers": "1"},
-            {**data("sft.jsonl"), **model, **files_of("policy/model")}),
-        Run("mmcs", "probe.py mmcs", {"a": [SAE], "b": [SAE_MLP], "output_dir": "out"},
-            {**sae_files(SAE), **sae_files(SAE_MLP)}),
-        Run("reward", "probe.py reward", {**probe_reward, **word},
-            {**data("sft.jsonl"), "lexicon.tsv": "lexicon", **files_of("policy/model")}),
-        Run("reward sequence", "probe.py reward",
-            {**probe_reward, "task": "sequence", "reward": "rewards.py:score"}, functions),
-        Run("pairs", "probe.py pairs",
-            {**probe_reward, "dataset": "pairs.jsonl", "sae": "saes", "layers": None},
-            {**data("pairs.jsonl"), **sae_files(SAE_MLP)}),
-        Run("features", "probe.py features",
-            {"sae": [SAE_MLP], "dataset": "sft.jsonl", "top": 3, "eval_size": 8,
-             "output_dir": "out"},
-            {**data("sft.jsonl"), **sae_files(SAE_MLP), **files_of("policy/model")}),
-        Run("ablate", "probe.py ablate", ablate,
-            {**data("prompts.jsonl"), **sae_files(SAE_MLP), **reward, **functions}),
-        Run("reward_features", "probe.py reward_features",
-            {**FEATURES, "answers": "a.jsonl", "against": "b.jsonl", "top": 3},
-            {**data("pairs.jsonl"), "a.jsonl": "sft", **files_of("sarm/model")}),
-        Run("reward_features sae", "probe.py reward_features",
-            {**FEATURES, "reward_model": "rms/seed_0", "sae": SAE_RM, "top": 3},
-            {**sae_files(SAE_RM), **reward}),
-        Run("causal", "probe.py causal",
-            {**FEATURES, "edits": ["3:set:0"], "pool": "answers.jsonl", "n": 2, "draws": 2},
-            {**data("pairs.jsonl"), "answers.jsonl": "pool", **files_of("sarm/model")}),
-        Run("steer", "probe.py steer", {**FEATURES, "weights": ["3:*:0"], "save": "steered"},
-            {**data("pairs.jsonl"), **files_of("sarm/model")}),
-        Run("human_latents", "probe.py human_latents",
-            {"output": "out.safetensors", "reward_model": "sarm", "dataset": "sft.jsonl"},
-            {**data("sft.jsonl"), **files_of("sarm/model")}, "out.safetensors"),
-        Run("evaluate", "probe.py evaluate",
-            {"reward_model": ["rms/seed_{seed}", "sarm", "rewards.py:score"], "eval_size": 12,
-             "dataset": "pairs.jsonl", "output_dir": "out"},
-            {**data("pairs.jsonl"), **reward, **files_of("sarm/model"), **functions}),
-        Run("evaluate rewardbench2", "probe.py evaluate",
-            {"reward_model": ["rewards.py:score"], "benchmark": "rewardbench2",
-             "dataset": "rewardbench.json", "output_dir": "out"},
-            {"rewardbench.json": "benchmark"}),
-        Run("evaluate rm_bench", "probe.py evaluate",
-            {"reward_model": ["lexicon.tsv"], "benchmark": "rm_bench",
-             "dataset": "rm_bench.json", "output_dir": "out"},
-            {"rm_bench.json": "benchmark", "lexicon.tsv": "lexicon"}),
-        Run("judge", "probe.py judge", {**judge, "judge": ["rewards.py:score", "rms/seed_0"]},
-            {"a.jsonl": "sft", "b.jsonl": "sft", **reward, **functions}),
-        Run("judge again", "probe.py judge",
-            {**judge, "judge": ["rewards.py:score", "rms/seed_0"], "output_dir": "judge_done"},
-            {"judge_done/config.json": "object", "judge_done/cache/scores": "cache"},
-            "judge_done"),
-        Run("judge choices", "probe.py judge", {**judge, **by_endpoint},
-            {"judge_http/cache/choices.jsonl": "choices"}, "judge_http",
-            lambda: answer_with(200, {}, chat("1"), 0)),
-    ]  # fmt: skip
-    for run in found[:]:
-        if run.name in ("sft", "dpo", "rm", "rm sarm", "ppo", "ppo features", "sae"):
-            folder = half(run.name)
-            flags = {"output_dir": folder, "resume": True}
-            found.append(Run(f"{run.name} --resume", run.script, flags, run_files(folder), folder))
-    return {run.name: run for run in found}
-
-
-def adapter_files(folder):
-    return {
-        f"{folder}/model/adapter_config.json": "adapter config",
-        f"{folder}/model/adapter_model.safetensors": "weights",
-        f"{folder}/model/nanorlhf.json": "notes",
-    }
-
-
-RUNS = all_runs()
+        assert Path(folder, "checkpoint/step_2").is_dir(), name
 
 
 def without_gold(folder):
     """Make a finished PPO run one that was not scored with gold."""
     for path in folder.glob("eval*/*.jsonl"):
-        rows = [{**json.loads(line), "gold": None} for line in path.read_text().splitlines()]
+        rows = [row | {"gold": None} for row in read_rows(path)]
         write_rows(path, rows)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    write_rows(folder / "metrics.jsonl",
-               [{k: v for k, v in row.items() if "/gold" not in k} for row in rows])  # fmt: skip
+    records = read_rows(folder / "metrics.jsonl")
+    for record in records:
+        for name in list(record):
+            if "/gold" in name:
+                del record[name]
+    write_rows(folder / "metrics.jsonl", records)
     summary = json.loads((folder / "summary.json").read_text())
-    for part in ("before", "after"):
-        summary[part] = {k: v for k, v in summary[part].items() if not k.startswith("gold")}
+    for part in (summary["before"], summary["after"]):
+        for name in list(part):
+            if name.startswith("gold"):
+                del part[name]
     (folder / "summary.json").write_text(json.dumps(summary))

@@ -1,4 +1,7 @@
-"""The scripts on a GPU, next to the same runs on the CPU. python -m pytest -q --gpu tests/runs/test_gpu.py tests/core/test_rollout.py"""
+"""The scripts on a GPU, next to the same runs on the CPU.
+
+python -m pytest -q --gpu tests/runs/test_gpu.py tests/core/test_rollout.py
+"""
 
 import json
 import signal
@@ -27,225 +30,305 @@ def a_gpu(request):
     assert torch.cuda.is_available(), "--gpu: torch sees no CUDA device here"
 
 
+def train_all(root, folder, device):
+    """Each kind of training on this device into `folder`, all from the material of `root`."""
+    sft_config = train_sft.Config(
+        output_dir=f"{folder}/sft",
+        device=device,
+        steps=60,
+        batch_size=32,
+        eval_size=16,
+        warmup=2,
+        max_new_tokens=12,
+        lr=2e-3,
+    )
+    train_sft.main(sft_config)
+
+    rm = {
+        "device": device,
+        "model": f"{root}/sft",
+        "dataset": f"{root}/pairs.jsonl",
+        "steps": 6,
+        "batch_size": 16,
+        "eval_size": 32,
+        "warmup": 1,
+    }
+    train_rm.main(train_rm.Config(output_dir=f"{folder}/rm", **rm))
+
+    # A SARM reads the residual stream of a layer, token by token, and takes no ReLU.
+    sae_config = train_sae.Config(
+        output_dir=f"{folder}/sae",
+        device=device,
+        model=f"{root}/sft",
+        base="none",
+        site="residual",
+        layers="2",
+        normalize="token",
+        relu=False,
+        k=8,
+        steps=30,
+        batch_size=256,
+        eval_size=16,
+        dataset=f"{root}/sft.jsonl",
+        buffer_tokens=2048,
+        dead_after=1000,
+    )
+    train_sae.main(sae_config)
+    train_rm.main(train_rm.Config(output_dir=f"{folder}/sarm", sarm=f"{root}/sae", **rm))
+
+    people_config = human_latents.HumanLatentsConfig(
+        device=device,
+        max_rows=64,
+        reward_model=f"{root}/sarm",
+        dataset=f"{root}/sft.jsonl",
+        output=f"{folder}/people.safetensors",
+    )
+    human_latents.human_latents(people_config)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """sft/ and rm/ as the CPU trains them, a SARM on an autoencoder of sft, human latents, files of data; gpu/ the same from the GPU."""
+    """sft/, rm/, sae/, sarm/ and people.safetensors, human latents, as the CPU makes them.
+
+    gpu/: the same from the GPU, each from what the CPU has made. sft.jsonl, pairs.jsonl
+    """
     root = tmp_path_factory.mktemp("gpu")
     write_rows(root / "sft.jsonl", world.demonstrations(240))
     write_rows(root / "pairs.jsonl", world.preferences(240))
-    for device, folder in (("cpu", root), ("cuda", root / "gpu")):
-        sft = {
-            "steps": 60,
-            "batch_size": 32,
-            "eval_size": 16,
-            "warmup": 2,
-            "max_new_tokens": 12,
-            "lr": 2e-3,
-        }
-        train_sft.main(train_sft.Config(output_dir=f"{folder}/sft", device=device, **sft))
-        rm = {
-            "model": f"{root}/sft",
-            "dataset": f"{root}/pairs.jsonl",
-            "steps": 6,
-            "batch_size": 16,
-            "eval_size": 32,
-            "warmup": 1,
-        }
-        train_rm.main(train_rm.Config(output_dir=f"{folder}/rm", device=device, **rm))
-        sae = {
-            "model": f"{root}/sft",
-            "base": "none",
-            "site": "residual",
-            "layers": "2",
-            "normalize": "token",
-            "relu": False,
-            "k": 8,
-        }
-        sae |= {
-            "steps": 30,
-            "batch_size": 256,
-            "eval_size": 16,
-            "dataset": f"{root}/sft.jsonl",
-            "buffer_tokens": 2048,
-            "dead_after": 1000,
-        }
-        train_sae.main(train_sae.Config(output_dir=f"{folder}/sae", device=device, **sae))
-        train_rm.main(
-            train_rm.Config(output_dir=f"{folder}/sarm", device=device, sarm=f"{root}/sae", **rm)
-        )
-        people = {
-            "reward_model": f"{root}/sarm",
-            "dataset": f"{root}/sft.jsonl",
-            "output": f"{folder}/people.safetensors",
-        }
-        human_latents.human_latents(
-            human_latents.HumanLatentsConfig(device=device, max_rows=64, **people)
-        )
+    train_all(root, root, "cpu")
+    train_all(root, root / "gpu", "cuda")
     return root
 
 
-def close(
-    a,
-    b,
-    rel=2e-3,
-    atol=2e-3,
-    but=("first_ratio_error", "explained_variance", "grad_norm", "tokens_per_second", "peak"),
-):
-    """The numbers of two runs that differ by float error, row by row."""
-    assert len(a) == len(b) > 0
-    for row, other in zip(a, b):
+# What float error makes large, and what depends on the machine.
+NOT_COMPARED = (
+    "first_ratio_error",
+    "explained_variance",
+    "grad_norm",
+    "tokens_per_second",
+    "peak",
+)
+
+
+def check_close(rows, others, tolerance=2e-3):
+    """The numbers of two runs differ by float error, row by row."""
+    assert len(rows) == len(others)
+    assert rows
+    for row, other in zip(rows, others):
         assert row.keys() == other.keys()
         for name in row:
-            if not name.startswith(but) and isinstance(row[name], (int, float)):
-                assert row[name] == pytest.approx(other[name], rel=rel, abs=atol), (
-                    row.get("step"),
-                    name,
-                )
+            is_number = isinstance(row[name], (int, float))
+            if is_number and not name.startswith(NOT_COMPARED):
+                place = (row.get("step"), name)
+                expected = pytest.approx(other[name], rel=tolerance, abs=tolerance)
+                assert row[name] == expected, place
+
+
+def check_first_ratios(rows, bound):
+    """The ratio of old to new log-probs begins at 1, up to this error."""
+    for row in rows[1:]:
+        assert row["first_ratio_error"] < bound
 
 
 @pytest.mark.parametrize("run", ["sft", "rm", "sae", "sarm"])
 def test_training(base, run):
-    close(metrics(base / run), metrics(base / "gpu" / run), rel=2e-2, atol=2e-2)
+    check_close(metrics(base / run), metrics(base / "gpu" / run), tolerance=2e-2)
 
 
 def test_human_latents(base):
-    a, b = (load_file(folder / "people.safetensors") for folder in (base, base / "gpu"))
-    assert a.keys() == b.keys()
-    for name in a:
-        if (
-            a[name].is_floating_point()
-        ):  # where two latents are nearly equal another one of them may be the k-th largest
-            assert (a[name] - b[name]).abs().gt(1e-3).float().mean() < 0.01
+    """Where two latents are nearly equal another one of them may be the k-th largest."""
+    tensors = load_file(base / "people.safetensors")
+    others = load_file(base / "gpu/people.safetensors")
+    assert tensors.keys() == others.keys()
+    for name in tensors:
+        if tensors[name].is_floating_point():
+            is_different = (tensors[name] - others[name]).abs() > 1e-3
+            assert is_different.float().mean() < 0.01
 
 
-def settings(base, **changes):
-    return {"model": f"{base}/sft", "reward_model": [f"{base}/rm"], "steps": 3, "batch_size": 64, "minibatch_size": 16, "ppo_epochs": 2,
-            "max_new_tokens": 24, "eval_size": 32, "eval_every": 0, "kl_coef": 0.05, "lr": 2e-4, "device": "cuda", **changes}  # fmt: skip
+# ---------------------------------------------------------------------------------------------- PPO
+
+
+def settings_of(base, **changes):
+    """A small run of PPO on the GPU."""
+    settings = {
+        "model": f"{base}/sft",
+        "reward_model": [f"{base}/rm"],
+        "steps": 3,
+        "batch_size": 64,
+        "minibatch_size": 16,
+        "ppo_epochs": 2,
+        "max_new_tokens": 24,
+        "eval_size": 32,
+        "eval_every": 0,
+        "kl_coef": 0.05,
+        "lr": 2e-4,
+        "device": "cuda",
+    }
+    return {**settings, **changes}
 
 
 def ppo(base, folder, **changes):
     """A PPO run -> the rows of its metrics. Nothing may fall back to a slower path."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "rollouts decode")
-        train_ppo.main(train_ppo.Config(output_dir=str(folder), **settings(base, **changes)))
+        train_ppo.main(train_ppo.Config(output_dir=str(folder), **settings_of(base, **changes)))
     return metrics(folder)
 
 
-FEATURES = {"penalize_features": [1, 2], "tau": ["q0.6"] * 2, "alpha": ["0.5std"] * 2, "penalty": "hinge", "clamp": ["3:max:0.5"],
-            "density_beta": 0.3}  # fmt: skip
+def column(rows, name):
+    """One field of all rows."""
+    return [row[name] for row in rows]
 
 
-@pytest.mark.parametrize("changes", [{}, {"value_model": "sft"}, {"features": True}, {"freeze_layers": 0.5}, {"lora_rank": 4, "lr": 1e-3},
-                                     {"tokens_per_micro_batch": 400, "checkpoint_activations": True}], ids=str)  # fmt: skip
+def check_ppo_is_the_run_of_the_cpu(base, folder, **changes):
+    on_cpu = ppo(base, folder / "cpu", device="cpu", **changes)
+    on_gpu = ppo(base, folder / "cuda", device="cuda", **changes)
+    check_first_ratios(on_gpu, 3e-5)
+    # The evaluation before training, and the first step.
+    check_close(on_cpu[:2], on_gpu[:2], tolerance=1e-2)
+
+    # A float error may flip a token, so two of the 32 answers may differ.
+    answers = column(read_rows(folder / "cpu/eval/step_0.jsonl"), "response")
+    others = column(read_rows(folder / "cuda/eval/step_0.jsonl"), "response")
+    n_same = sum(answer == other for answer, other in zip(answers, others))
+    assert n_same >= 30
+    assert abs(on_cpu[-1]["score_mean"] - on_gpu[-1]["score_mean"]) < 0.2
+
+
+LORA = {"lora_rank": 4, "lr": 1e-3}
+LESS_MEMORY = {"tokens_per_micro_batch": 400, "checkpoint_activations": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze_layers": 0.5}, LORA, LESS_MEMORY], ids=str)
 def test_ppo_is_the_run_of_the_cpu(base, tmp_path, changes):
-    changes = dict(changes)
-    if changes.pop("features", False):
-        changes |= FEATURES | {
-            "reward_model": [f"{base}/sarm"],
-            "human_latents": f"{base}/people.safetensors",
-        }
-    if "value_model" in changes:
-        changes["value_model"] = f"{base}/sft"
-    here, there = (
-        ppo(base, tmp_path / device, device=device, **changes) for device in ("cpu", "cuda")
+    check_ppo_is_the_run_of_the_cpu(base, tmp_path, **changes)
+
+
+def test_ppo_with_a_value_model_is_the_run_of_the_cpu(base, tmp_path):
+    check_ppo_is_the_run_of_the_cpu(base, tmp_path, value_model=f"{base}/sft")
+
+
+def test_ppo_with_feature_penalties_is_the_run_of_the_cpu(base, tmp_path):
+    check_ppo_is_the_run_of_the_cpu(
+        base,
+        tmp_path,
+        reward_model=[f"{base}/sarm"],
+        human_latents=f"{base}/people.safetensors",
+        penalize_features=[1, 2],
+        tau=["q0.6", "q0.6"],
+        alpha=["0.5std", "0.5std"],
+        penalty="hinge",
+        clamp=["3:max:0.5"],
+        density_beta=0.3,
     )
-    assert max(row["first_ratio_error"] for row in there[1:]) < 3e-5
-    close(
-        here[:2], there[:2], rel=1e-2, atol=1e-2
-    )  # the evaluation before training, and the first step
-    answers = [
-        [row["response"] for row in read_rows(tmp_path / device / "eval/step_0.jsonl")]
-        for device in ("cpu", "cuda")
-    ]
-    assert sum(a == b for a, b in zip(*answers)) >= 30  # of 32: a float error may flip a token
-    assert abs(here[-1]["score_mean"] - there[-1]["score_mean"]) < 0.2
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"lora_rank": 4, "lr": 1e-3}, {"freeze_layers": 0.5}, {"compile": True}],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [{}, LORA, {"freeze_layers": 0.5}, {"compile": True}], ids=str)
 def test_bfloat16(base, tmp_path, changes):
     rows = ppo(base, tmp_path, dtype="bfloat16", **changes)
-    assert (
-        max(row["first_ratio_error"] for row in rows[1:]) < 0.15
-        and rows[-1]["score_mean"] > rows[1]["score_mean"] - 0.2
-    )
+    check_first_ratios(rows, 0.15)
+    assert rows[-1]["score_mean"] > rows[1]["score_mean"] - 0.2
 
 
 def test_a_killed_run_goes_on(base, tmp_path):
-    """Sums on a GPU may differ in their last bits: a resumed run is close to one that was never killed."""
-    whole = ppo(base, tmp_path / "whole", steps=8, checkpoint_every=2, lr=1e-5)
+    """Sums on a GPU may differ in their last bits.
+
+    So a resumed run is close to one that was never killed, and need not be equal to it.
+    """
+    slow = {"steps": 8, "checkpoint_every": 2, "lr": 1e-5}
+    whole = ppo(base, tmp_path / "whole", **slow)
     folder = tmp_path / "killed"
-    process = launch(
-        "ppo",
-        *flags(settings(base, steps=8, checkpoint_every=2, lr=1e-5)),
-        "--output_dir",
-        str(folder),
-    )
+    place = ["--output_dir", str(folder)]
+    process = launch("ppo", *place, *flags(settings_of(base, **slow)))
     while not list(folder.glob("checkpoint/*")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "summary.json").exists()
-    process = launch("ppo", "--resume", "--output_dir", str(folder))
+
+    process = launch("ppo", *place, "--resume")
     assert process.wait(120) == 0, process.stderr.read()
     rows = metrics(folder)
-    assert [row["step"] for row in rows] == [row["step"] for row in whole]
-    close(whole[:3], rows[:3])
-    for row, other in zip(
-        rows[3:], whole[3:]
-    ):  # after the kill; a float error may have flipped tokens by then
-        assert (
-            abs(row["score_mean"] - other["score_mean"]) < 0.1
-            and abs(row["kl"] - other["kl"]) < 0.05
-        )
+    assert column(rows, "step") == column(whole, "step")
+    check_close(whole[:3], rows[:3])
+    # After the kill a float error may have flipped tokens.
+    for row, other in zip(rows[3:], whole[3:]):
+        assert abs(row["score_mean"] - other["score_mean"]) < 0.1
+        assert abs(row["kl"] - other["kl"]) < 0.05
 
 
-def command(name, folder, **given):
-    """A command of probe.py, or sample_bon.py, into a folder of its own for each device -> the two summaries."""
-    Config, function = (
-        probe.COMMANDS[name] if name in probe.COMMANDS else (sample_bon.Config, sample_bon.main)
-    )
+# ------------------------------------------------------------------ best-of-n, diversity and probes
+
+
+def run_on_both(config_class, main, folder, result, **given):
+    """A command on each device, into folder/cpu and folder/cuda. -> the two JSON files `result`"""
+    found = []
     for device in ("cpu", "cuda"):
-        function(Config(output_dir=str(folder / device), device=device, **given))
-    file = "diversity.json" if name == "sample_bon" else "summary.json"
-    return [json.loads((folder / device / file).read_text()) for device in ("cpu", "cuda")]
+        main(config_class(output_dir=str(folder / device), device=device, **given))
+        found.append(json.loads((folder / device / result).read_text()))
+    return found
 
 
 def test_best_of_n_and_diversity(base, tmp_path):
-    a, b = command("sample_bon", tmp_path, model=f"{base}/sft", reward_model=[f"{base}/rm"], n_answers=8, n=[1, 4], eval_size=16,
-                   max_new_tokens=16, diversity=True, encoder=f"{base}/sft")  # fmt: skip
-    for x, y in zip(a["systems"].values(), b["systems"].values()):
+    on_cpu, on_gpu = run_on_both(
+        sample_bon.Config,
+        sample_bon.main,
+        tmp_path,
+        "diversity.json",
+        model=f"{base}/sft",
+        reward_model=[f"{base}/rm"],
+        n_answers=8,
+        n=[1, 4],
+        eval_size=16,
+        max_new_tokens=16,
+        diversity=True,
+        encoder=f"{base}/sft",
+    )
+    for system, measures in on_cpu["systems"].items():
         for protocol in ("per_input", "across_input"):
             for name in ("ead", "embedding", "length"):
-                assert x[protocol][name]["mean"] == pytest.approx(
-                    y[protocol][name]["mean"], rel=0.02
-                ), (protocol, name)
+                mean = measures[protocol][name]["mean"]
+                other = on_gpu["systems"][system][protocol][name]["mean"]
+                assert mean == pytest.approx(other, rel=0.02), (protocol, name)
 
 
-def numbers(x):
-    """All numbers of a summary, in order."""
-    if isinstance(x, dict):
-        return [n for key in sorted(x) if key != "config" for n in numbers(x[key])]
-    return (
-        [n for y in x for n in numbers(y)]
-        if isinstance(x, list)
-        else [x]
-        if isinstance(x, float)
-        else []
-    )
+def numbers_in(value):
+    """All floats of a summary, in order, but for its settings."""
+    if isinstance(value, float):
+        return [value]
+    parts = []
+    if isinstance(value, dict):
+        parts = [value[key] for key in sorted(value) if key != "config"]
+    elif isinstance(value, list):
+        parts = value
+    numbers = []
+    for part in parts:
+        numbers += numbers_in(part)
+    return numbers
 
 
-@pytest.mark.parametrize("name, given", [
-    ("evaluate", {"reward_model": ["rm"]}), ("reward_features", {"reward_model": "sarm"}), ("causal", {"reward_model": "sarm", "edits": ["3:+:1"]}),
+PROBES = [
+    ("evaluate", {"reward_model": ["rm"]}),
+    ("reward_features", {"reward_model": "sarm"}),
+    ("causal", {"reward_model": "sarm", "edits": ["3:+:1"]}),
     ("divergence", {"model": "sft", "policy": "gpu/sft", "kind": "pairs"}),
-], ids=str)  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("name, given", PROBES, ids=[name for name, _ in PROBES])
 def test_probes(base, tmp_path, monkeypatch, name, given):
+    """A command of probe.py. One number in twenty may differ, where a float error decides."""
     monkeypatch.chdir(base)
-    a, b = map(numbers, command(name, tmp_path, dataset="pairs.jsonl", **given))
-    assert len(a) == len(b) > 3 and sum(
-        x == pytest.approx(y, rel=0.02, abs=0.02) for x, y in zip(a, b)
-    ) >= 0.95 * len(a)
+    config_class, main = probe.COMMANDS[name]
+    given = {"dataset": "pairs.jsonl", **given}
+    on_cpu, on_gpu = run_on_both(config_class, main, tmp_path, "summary.json", **given)
+    numbers = numbers_in(on_cpu)
+    others = numbers_in(on_gpu)
+    assert len(numbers) == len(others)
+    assert len(numbers) > 3
+    n_close = 0
+    for number, other in zip(numbers, others):
+        n_close += number == pytest.approx(other, rel=0.02, abs=0.02)
+    assert n_close >= 0.95 * len(numbers)

@@ -1,6 +1,8 @@
-"""Runs that end before their time: killed at any moment, interrupted by Ctrl-C, out of disk space, resumed from a damaged checkpoint.
+"""Runs that end before their time, and go on.
 
-All are real processes, and all must end with the bits of a run that was left alone. `pytest --kills 50` kills each script 50 times.
+They are killed at any moment, interrupted by Ctrl-C, out of disk space, or resumed from a damaged
+checkpoint. All are real processes, and all must end with the bits of a run that was left alone.
+`pytest --kills 50` kills each script 50 times.
 """
 
 import os
@@ -35,6 +37,8 @@ from support import (
 from nanorlhf.runtime import files
 from nanorlhf.runtime.checkpoint import checkpoints
 
+pytestmark = pytest.mark.slow
+
 MORE = {
     "sft": {"steps": 12, "checkpoint_every": 2, "eval_every": 5},
     "rm": {"steps": 12, "checkpoint_every": 2, "label_noise": 0.2},
@@ -51,101 +55,137 @@ def start(name, folder, args, **env):
     return fork(command_line, name, "--output_dir", str(folder), *args, **env)
 
 
-# ------------------------------------------------------------------------------------------------------------ kills at any moment
+def start_two(name, folder, args, **env):
+    """A script's command on two processes."""
+    return ranks(2, command_line, name, "--output_dir", str(folder), *args, **env)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ALL_SCRIPTS)
-def test_killed_at_moments_that_nobody_chose(base, tmp_path, name, request):
-    """SIGKILL as often as --kills says, and the run goes on until it is done: by the same command, or by --resume alone.
+def wait_for_checkpoints(folder, n=1, seconds=120):
+    wait_for(lambda: len(checkpoints(str(folder))) >= n, seconds)
 
-    The first kill falls once a few steps are logged, the others at any moment from a process's start on. After the last one the
-    script itself goes on, as a user would start it.
-    """
-    wanted, kills, runs, moments = request.config.getoption("--kills"), 0, 0, []
-    seed = time.time_ns()
-    chance = random.Random(seed)
-    args, whole = arguments(base, name), tmp_path / "whole"
-    join(fork(time.sleep, 0))  # the first one waits for the server that forks
-    begun = time.time()
-    join(start(name, whole, args))
-    duration = time.time() - begun
-    while kills < wanted:
-        runs += 1
-        folder, done = tmp_path / f"run_{runs}", False
-        while not done:
-            again = args
-            if name != "bon" and (folder / "config.json").exists() and chance.random() < 0.5:
-                again = ["--resume"]
-            if kills == wanted:
-                process = launch(name, "--output_dir", str(folder), *again)
-                _, error = process.communicate(timeout=120)
-                assert process.returncode == 0, (error, seed, moments)
-                break
-            process = start(name, folder, again)
-            if kills == 0 and name != "bon":
-                wait_for(lambda: process.exitcode is not None or steps_in(folder) > 2)
-                pause = chance.uniform(0, 0.1)
-            else:
-                pause = chance.uniform(0, duration)
-            process.join(pause)
-            if process.exitcode is None:
-                process.kill()
-                kills += 1
-                moments.append((steps_in(folder), round(pause, 2)))
-            process.join(120)
-            assert process.exitcode in (0, -signal.SIGKILL), (seed, moments)
-            done = process.exitcode == 0
-        # A kill after summary.json leaves the lock file, which nobody holds and which means nothing.
-        (folder / ".lock").unlink(missing_ok=True)
-        assert_same_run(name, whole, folder)
-        join(start(name, folder, args))  # what a kill after summary.json left is tidied
-        assert_same_run(name, whole, folder)
-        assert not (folder / "checkpoint").exists()
-        shutil.rmtree(folder)
-    print(f"{name}: {kills} kills in {runs} runs of {duration:.1f} s, at {moments}; seed {seed}")
+
+def lines_of_stderr(text):
+    """What a script says on stderr besides its progress line, which begins with its name."""
+    return [line for line in text.splitlines() if not line.startswith("sft ")]
+
+
+def flip_bit(path, place, bit):
+    """Turn one bit of a file over."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+# ------------------------------------------------------------------------------ kills at any moment
 
 
 def steps_in(folder):
     """How many rows of metrics a run has written so far."""
     path = folder / "metrics.jsonl"
-    return len(files.read_rows(path)) if path.exists() else 0
+    if not path.exists():
+        return 0
+    return len(files.read_rows(path))
 
 
-# ------------------------------------------------------------------------------------------------------------------------ Ctrl-C
+class Killer:
+    """Starts a script again and again in one folder, and kills it at random moments."""
+
+    def __init__(self, name, args, duration, wanted, chance):
+        self.name = name
+        self.args = args
+        self.duration = duration  # of a whole run, in seconds
+        self.wanted = wanted  # how many kills
+        self.chance = chance
+        self.moments = []  # (steps that were logged, seconds) of each kill
+
+    def run_until_done(self, folder):
+        """Start and kill a run until it is done.
+
+        Once there were as many kills as are wanted, the script itself goes on, as a user would
+        start it.
+        """
+        while len(self.moments) < self.wanted:
+            if self.is_done_before_a_kill(folder):
+                return
+        process = launch(self.name, "--output_dir", str(folder), *self.choose_args(folder))
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, (error, self.moments)
+
+    def choose_args(self, folder):
+        """A run goes on by the same command, or by --resume alone."""
+        begun = self.name != "bon" and (folder / "config.json").exists()
+        if begun and self.chance.random() < 0.5:
+            return ["--resume"]
+        return self.args
+
+    def is_done_before_a_kill(self, folder):
+        """Start the run and kill it, unless it is done before."""
+        process = start(self.name, folder, self.choose_args(folder))
+        if self.moments or self.name == "bon":
+            pause = self.chance.uniform(0, self.duration)
+        else:
+            # The first kill falls once a few steps are logged.
+            wait_for(lambda: process.exitcode is not None or steps_in(folder) > 2)
+            pause = self.chance.uniform(0, 0.1)
+        process.join(pause)
+        if process.exitcode is None:
+            process.kill()
+            self.moments.append((steps_in(folder), round(pause, 2)))
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL), self.moments
+        return process.exitcode == 0
 
 
-def wait_while_they_run(condition, processes, seconds=120):
-    """Until condition() is true, while the processes run."""
-    until = time.time() + seconds
-    while not condition():
-        assert time.time() < until and all(process.poll() is None for process in processes), (
-            "it ended too early"
-        )
-        time.sleep(0.01)
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
+def test_killed_at_moments_that_nobody_chose(base, tmp_path, name, request):
+    """SIGKILL as often as --kills says, at any moment from a process's start on.
+
+    However often a run was killed, it ends as one that was left alone.
+    """
+    seed = time.time_ns()
+    print("seed", seed)
+    args = arguments(base, name)
+    whole = tmp_path / "whole"
+    # The first process waits for the server that forks.
+    join(fork(time.sleep, 0))
+    begun = time.time()
+    join(start(name, whole, args))
+    duration = time.time() - begun
+
+    wanted = request.config.getoption("--kills")
+    killer = Killer(name, args, duration, wanted, random.Random(seed))
+    runs = 0
+    while len(killer.moments) < wanted:
+        runs += 1
+        folder = tmp_path / f"run_{runs}"
+        killer.run_until_done(folder)
+        # A kill after summary.json leaves the lock file. Nobody holds it, and it means nothing.
+        (folder / ".lock").unlink(missing_ok=True)
+        assert_same_run(name, whole, folder)
+
+        # The same command tidies up what else such a kill left.
+        join(start(name, folder, args))
+        assert_same_run(name, whole, folder)
+        assert not (folder / "checkpoint").exists()
+        shutil.rmtree(folder)
+    print(f"{name}: in {runs} runs of {duration:.1f} s killed at {killer.moments}")
 
 
-def has_checkpoint(folder, at_least=1):
-    return lambda: len(checkpoints(str(folder))) >= at_least
+# ------------------------------------------------------------------------------------------- Ctrl-C
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TOLD = "train_sft.py: interrupted; the last checkpoint is kept: --resume continues"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c(base, tmp_path, processes):  # noqa: F811
-    """As from a terminal: SIGINT for the whole group of processes, the script's and torchrun's."""
-    settings = [
-        "--output_dir",
-        str(tmp_path / "run"),
-        *flags(small(base, "sft", **{**KILL_SETTINGS["sft"], "steps": 100})),
-    ]
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        if processes == 2
-        else []
-    )
-    run = [sys.executable, *launcher, str(REPO / "train_sft.py"), *settings]
+def interrupt_group(base, folder, launcher):
+    """Start a script with this launcher and send SIGINT, as a terminal does, to all its processes.
+
+    Returns the process that was started, and what was said on stderr.
+    """
+    settings = small(base, "sft", **{**KILL_SETTINGS["sft"], "steps": 100})
+    script = [str(REPO / "train_sft.py"), "--output_dir", str(folder), *flags(settings)]
     process = subprocess.Popen(
-        run,
+        [sys.executable, *launcher, *script],
         cwd=REPO,
         env=ENV,
         text=True,
@@ -153,155 +193,178 @@ def test_ctrl_c(base, tmp_path, processes):  # noqa: F811
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    wait_while_they_run(has_checkpoint(tmp_path / "run"), [process])
+    wait_for_checkpoints(folder)
+    assert process.poll() is None, "it ended too early"
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=120)
-    told = "train_sft.py: interrupted; the last checkpoint is kept: --resume continues"
-    ours = [
-        line for line in error.splitlines() if not line.startswith("sft ")
-    ]  # without the progress lines
-    if processes == 1:
-        assert process.returncode == 130 and ours == [told]
-    else:
-        assert (
-            ours.count(told) == 1
-            and "KeyboardInterrupt" not in error
-            and 'train_sft.py", line' not in error
-        )
+    return process, error
+
+
+def test_ctrl_c(base, tmp_path):
+    process, error = interrupt_group(base, tmp_path / "run", launcher=[])
+    assert process.returncode == 130
+    assert lines_of_stderr(error) == [TOLD]
     assert checkpoints(str(tmp_path / "run"))
 
 
-@pytest.mark.slow
-def test_ctrl_c_and_resume(base, tmp_path):  # noqa: F811
+def test_ctrl_c_under_torchrun(base, tmp_path):
+    """torchrun says a lot by itself, but the scripts say one line, and no traceback."""
+    _, error = interrupt_group(base, tmp_path / "run", TORCHRUN)
+    assert lines_of_stderr(error).count(TOLD) == 1
+    assert "KeyboardInterrupt" not in error
+    assert 'train_sft.py", line' not in error
+    assert checkpoints(str(tmp_path / "run"))
+
+
+def test_ctrl_c_and_resume(base, tmp_path):
     args = flags(small(base, "ppo", **KILL_SETTINGS["ppo"]))
     process = start("ppo", tmp_path / "run", args, STDERR=str(tmp_path / "stderr"), RANK="0")
-    while not checkpoints(str(tmp_path / "run")):
-        time.sleep(0.01)
+    wait_for_checkpoints(tmp_path / "run")
     os.kill(process.pid, signal.SIGINT)
     join(process, code=130)
-    assert "--resume continues" in (tmp_path / "stderr_0").read_text()
-    assert "Traceback" not in (tmp_path / "stderr_0").read_text()
-    join(fork(command_line, "ppo", "--output_dir", str(tmp_path / "run"), "--resume"))
+    error = (tmp_path / "stderr_0").read_text()
+    assert "--resume continues" in error
+    assert "Traceback" not in error
+
+    join(start("ppo", tmp_path / "run", ["--resume"]))
     join(start("ppo", tmp_path / "whole", args))
     assert_bit_equal(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_ctrl_c_on_two_processes(base, tmp_path):  # noqa: F811
-    """One waits for the other inside a collective call when the signal comes: both exit 130, one of them says why."""
+def test_ctrl_c_on_two_processes(base, tmp_path):
+    """One waits for the other inside a collective call when the signal comes.
+
+    Both exit with code 130, and one of them says why.
+    """
     args = flags(small(base, "sft", steps=200, checkpoint_every=1))
-    processes = ranks(
-        2,
-        command_line,
-        "sft",
-        "--output_dir",
-        str(tmp_path / "run"),
-        *args,
-        STDERR=str(tmp_path / "stderr"),
-    )
-    while not checkpoints(str(tmp_path / "run")):
-        time.sleep(0.01)
+    processes = start_two("sft", tmp_path / "run", args, STDERR=str(tmp_path / "stderr"))
+    wait_for_checkpoints(tmp_path / "run")
     for process in processes:
         os.kill(process.pid, signal.SIGINT)
     join(*processes, code=130)
-    lines = [
-        line
-        for rank in range(2)
-        for line in (tmp_path / f"stderr_{rank}").read_text().splitlines()
-        if not line.startswith("sft ")
-    ]
-    assert len(lines) == 1 and "interrupted" in lines[0]
+
+    lines = []
+    for rank in (0, 1):
+        lines += lines_of_stderr((tmp_path / f"stderr_{rank}").read_text())
+    (line,) = lines
+    assert "interrupted" in line
 
 
-# ------------------------------------------------------------------------------------------------------------------- a full disk
+# -------------------------------------------------------------------------------------- a full disk
 
 
-def limit(process, size):
-    """From now on a process can write no file longer than this, as with ulimit -f: what a full disk looks like to it."""
+def limit_files(process, size):
+    """From now on a process can write no file longer than this, as with ulimit -f.
+
+    To the process it looks as a full disk does.
+    """
     _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, size", [("ppo", 100_000), ("rm", "metrics"), ("bon", 2_000)])
-def test_no_room_on_the_disk(base, tmp_path, name, size):  # noqa: F811
-    """A checkpoint, or a row of the metrics, cannot be written: one line, exit 1, and once there is room the run goes on."""
-    args, folder = arguments(base, name), tmp_path / "run"
-    process = start(name, folder, args, STDERR=str(tmp_path / "stderr"), RANK="0")
-    ready = has_checkpoint(folder) if name != "bon" else (folder / "config.json").exists
-    while not ready():
-        time.sleep(0.001)
-    limit(process, (folder / "metrics.jsonl").stat().st_size + 10 if size == "metrics" else size)
-    join(process, code=1)
-    errors = (tmp_path / "stderr_0").read_text()
-    assert (
-        "Traceback" not in errors
-        and len([line for line in errors.splitlines() if "error: no room to write" in line]) == 1
-    )
-    assert not errors.splitlines()[:-1] or "error" not in errors.splitlines()[-2]
-    assert name == "bon" or checkpoints(str(folder))
-    join(start(name, folder, args))
+def check_no_room(errors):
+    """One line says that there was no room, and the line before it, if any, is no error."""
+    assert "Traceback" not in errors
+    assert errors.count("error: no room to write") == 1
+    lines = errors.splitlines()
+    if len(lines) > 1:
+        assert "error" not in lines[-2]
+
+
+def check_goes_on(base, name, tmp_path):
+    """Once there is room the same command goes on, and ends as a run that was left alone."""
+    args = arguments(base, name)
+    join(start(name, tmp_path / "run", args))
     join(start(name, tmp_path / "whole", args))
-    assert_same_run(name, tmp_path / "whole", folder)
+    assert_same_run(name, tmp_path / "whole", tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------------------------------------ several processes
+def start_with_stderr(base, name, tmp_path):
+    args = arguments(base, name)
+    return start(name, tmp_path / "run", args, STDERR=str(tmp_path / "stderr"), RANK="0")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_out_of_room_and_with_a_damaged_checkpoint(base, tmp_path, kind):  # noqa: F811
-    """Both processes end in one line; and both take the same older checkpoint where the newest is damaged, in one process's shard."""
-    args = [*flags(small(base, "sft", steps=8, checkpoint_every=1)), "--distributed", kind]
+def test_no_room_for_a_checkpoint(base, tmp_path):
+    process = start_with_stderr(base, "ppo", tmp_path)
+    wait_for_checkpoints(tmp_path / "run")
+    limit_files(process, 100_000)
+    join(process, code=1)
+    check_no_room((tmp_path / "stderr_0").read_text())
+    assert checkpoints(str(tmp_path / "run"))
+    check_goes_on(base, "ppo", tmp_path)
 
-    def on_two(folder, **env):
-        return ranks(2, command_line, "sft", "--output_dir", str(folder), *args, **env)
 
-    join(*on_two(tmp_path / "whole"))
-    processes = on_two(tmp_path / "run", STDERR=str(tmp_path / "stderr"))
-    while not has_checkpoint(tmp_path / "run", 2)():
-        time.sleep(0.001)
+def test_no_room_for_a_row_of_the_metrics(base, tmp_path):
+    process = start_with_stderr(base, "rm", tmp_path)
+    wait_for_checkpoints(tmp_path / "run")
+    size = (tmp_path / "run/metrics.jsonl").stat().st_size
+    limit_files(process, size + 10)
+    join(process, code=1)
+    check_no_room((tmp_path / "stderr_0").read_text())
+    assert checkpoints(str(tmp_path / "run"))
+    check_goes_on(base, "rm", tmp_path)
+
+
+def test_no_room_for_the_answers_of_best_of_n(base, tmp_path):
+    process = start_with_stderr(base, "bon", tmp_path)
+    wait_for((tmp_path / "run/config.json").exists)
+    limit_files(process, 2_000)
+    join(process, code=1)
+    check_no_room((tmp_path / "stderr_0").read_text())
+    check_goes_on(base, "bon", tmp_path)
+
+
+# ------------------------------------------------------------------------------ damaged checkpoints
+
+
+@pytest.mark.parametrize(
+    "kind, second_says",
+    [
+        # Only the main process writes checkpoints: the other one is told that it has failed.
+        ("ddp", "another process"),
+        ("fsdp", "no room to write"),
+    ],
+)
+def test_two_processes_out_of_room_and_with_a_damaged_checkpoint(base, tmp_path, kind, second_says):
+    """Both processes end in one line, and both go on from the same older checkpoint.
+
+    The newest one is damaged, with fsdp in the shard of the second process alone.
+    """
+    settings = small(base, "sft", steps=8, checkpoint_every=1, distributed=kind)
+    args = flags(settings)
+    join(*start_two("sft", tmp_path / "whole", args))
+    processes = start_two("sft", tmp_path / "run", args, STDERR=str(tmp_path / "stderr"))
+    wait_for_checkpoints(tmp_path / "run", 2)
     for process in processes:
-        limit(process, 100_000)
+        limit_files(process, 100_000)
     join(*processes, code=1)
-    for rank, said in (
-        (0, "no room to write"),
-        (1, "no room to write" if kind == "fsdp" else "another process"),
-    ):
-        lines = [
-            line
-            for line in (tmp_path / f"stderr_{rank}").read_text().splitlines()
-            if not line.startswith("sft ")
-        ]
-        assert len(lines) == 1 and said in lines[0], lines
+    (line,) = lines_of_stderr((tmp_path / "stderr_0").read_text())
+    assert "no room to write" in line
+    (line,) = lines_of_stderr((tmp_path / "stderr_1").read_text())
+    assert second_says in line
 
-    newest = Path(checkpoints(str(tmp_path / "run"))[-1][1])
-    file = sorted(newest.glob("*.safetensors"))[-1]  # with fsdp the second process's
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 16
-    file.write_bytes(content)
-    join(*on_two(tmp_path / "run", STDERR=str(tmp_path / "again")))
+    _, newest = checkpoints(str(tmp_path / "run"))[-1]
+    last_file = sorted(Path(newest).glob("*.safetensors"))[-1]
+    flip_bit(last_file, last_file.stat().st_size // 2, bit=4)
+    join(*start_two("sft", tmp_path / "run", args, STDERR=str(tmp_path / "again")))
     assert_bit_equal(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "sae"])
-def test_a_script_goes_on_from_the_checkpoint_before_the_damaged_one(base, tmp_path, name, capfd):  # noqa: F811
+def test_a_script_goes_on_from_the_checkpoint_before_the_damaged_one(base, tmp_path, name, capfd):
     args = [*arguments(base, name), "--keep_checkpoints", "2"]
     process = start(name, tmp_path / "run", args)
-    while not has_checkpoint(tmp_path / "run", 2)():
-        time.sleep(0.001)
+    wait_for_checkpoints(tmp_path / "run", 2)
     process.kill()
     process.join()
     (_, older), (_, newest) = checkpoints(str(tmp_path / "run"))[-2:]
     file = Path(newest) / "state.safetensors"
-    content = bytearray(file.read_bytes())
-    content[random.Random(name).randrange(len(content))] ^= 1
-    file.write_bytes(content)
+    place = random.Random(name).randrange(file.stat().st_size)
+    flip_bit(file, place, bit=0)
+
     command_line(name, "--output_dir", str(tmp_path / "run"), *args)
     said = [line for line in capfd.readouterr().out.splitlines() if "cannot be used" in line]
-    assert said == [
-        f"{newest} cannot be used: state.safetensors differs from its checksum; {os.path.basename(older)} is taken instead"
-    ]
+    problem = f"{newest} cannot be used: state.safetensors differs from its checksum"
+    assert said == [f"{problem}; {os.path.basename(older)} is taken instead"]
     join(start(name, tmp_path / "whole", args))
     assert_same_run(name, tmp_path / "whole", tmp_path / "run")

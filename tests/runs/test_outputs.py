@@ -1,4 +1,6 @@
-"""Where results cannot be written: one line and exit code 2 at every door, before a model is loaded, and nothing is made.
+"""Where results cannot be written: one line and exit code 2, and nothing is made.
+
+That is so at every door, before a model is loaded.
 
 The names are real: files, broken links, and folders that the system itself will not write into.
 """
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from support import ALL_SCRIPTS, content, run_probe, tiny_sarm, write_rows
+from support import ALL_SCRIPTS, content, run_probe, write_rows
+from tiny_models import tiny_sarm
 
 from nanorlhf.errors import InputError
 from nanorlhf.runtime import cli, files, locks
@@ -43,14 +46,17 @@ DOORS = {
     "members": "rm --members 2 --model model --dataset rm.jsonl --steps 1 --output_dir OUT/{seed}",
     "ppo": "ppo --model model --dataset ppo.jsonl --reward_model rewards.py:good --output_dir OUT",
     "sae": "sae --model model --layers 1 --dataset sft.jsonl --steps 1 --output_dir OUT",
-    "cache": "sae --model model --layers 1 --dataset sft.jsonl --steps 1 --output_dir o --cache OUT",
+    "cache": "sae --model model --layers 1 --dataset sft.jsonl --steps 1 "
+    "--output_dir o --cache OUT",
     "bon": "bon --model model --dataset ppo.jsonl --reward_model rewards.py:good --output_dir OUT",
     "splits": "bon --model model --dataset ppo.jsonl --eval_splits test b=ppo.jsonl "
     "--reward_model rewards.py:good --output_dir OUT",
     "from": "bon --from answers.jsonl more.jsonl --output_dir OUT",
-    "divergence": "probe divergence --model model --policy model --dataset sft.jsonl --output_dir OUT",
+    "divergence": "probe divergence --model model --policy model --dataset sft.jsonl "
+    "--output_dir OUT",
     "evaluate": "probe evaluate --reward_model rewards.py:good --dataset rm.jsonl --output_dir OUT",
-    "judge": "probe judge --a answers.jsonl --b answers.jsonl --judge rewards.py:good --output_dir OUT",
+    "judge": "probe judge --a answers.jsonl --b answers.jsonl --judge rewards.py:good "
+    "--output_dir OUT",
     "human_latents": "probe human_latents --reward_model sarm --dataset sft.jsonl --output OUT",
     "steer": "probe steer --reward_model sarm --dataset rm.jsonl --weights 1:*:0 --output_dir OUT",
     "steer --save": "probe steer --reward_model sarm --dataset rm.jsonl --weights 1:*:0 "
@@ -61,8 +67,12 @@ DOORS = {
     "cue_control": "study cue_control --output_dir OUT",
     "picture": "study cue_control --output_dir o --picture OUT",
 }
-# The empty name says that there is none, or is no name of the whole.
+# Doors where the empty name says that there is no output, or is only a part of the name.
 NO_EMPTY_NAME = ("cache", "steer --save", "picture", "members")
+# These studies write their texts before they start anything.
+WRITE_FIRST = ("cue_control", "picture")
+# These need no model here.
+NEED_NO_MODEL = ("from", "evaluate", "judge")
 
 
 def launch(command, out):
@@ -71,7 +81,8 @@ def launch(command, out):
     if kind == "probe":
         run_probe(*words)
     elif kind == "study":
-        importlib.import_module(f"nanorlhf.studies.{words[0]}").main(words[1:])
+        name, *flags = words
+        importlib.import_module(f"nanorlhf.studies.{name}").main(flags)
     else:
         cli.run(ALL_SCRIPTS[kind].Config, ALL_SCRIPTS[kind].main, words)
 
@@ -82,7 +93,10 @@ def place(material, tmp_path_factory):
     root = tmp_path_factory.mktemp("outputs") / "place"
     shutil.copytree(material, root)
     tiny_sarm(root / "sarm")
-    answers = [{"prompt": p, "response": r} for p in ("a hotel", "a cafe") for r in ("good", "bad")]
+    answers = []
+    for prompt in ("a hotel", "a cafe"):
+        for response in ("good", "bad"):
+            answers.append({"prompt": prompt, "response": response})
     for name in ("answers.jsonl", "more.jsonl"):
         write_rows(root / name, answers)
     os.symlink("loop", root / "loop")
@@ -92,7 +106,7 @@ def place(material, tmp_path_factory):
 
 
 class WorkHasBegun(BaseException):
-    """No error of a library, which would be made a line of."""
+    """No Exception: the scripts would make one line of it, as of a library's error."""
 
 
 @pytest.fixture
@@ -112,58 +126,79 @@ KINDS_OF_DOORS = ("sft", "human_latents", "cue_control")
 CASES = []
 for door in DOORS:
     for name in BAD_NAMES:
-        is_quick = door in KINDS_OF_DOORS or name == "below a file"
-        marks = [] if is_quick else [pytest.mark.slow]
+        marks = [pytest.mark.slow]
+        if door in KINDS_OF_DOORS or name == "below a file":
+            marks = []
         CASES.append(pytest.param(door, name, id=f"{door}: {name}", marks=marks))
 
 
 @pytest.mark.parametrize("door, name", CASES)
 def test_outputs_that_cannot_be_written(no_work, capfd, door, name):
-    if name.endswith("read only") and os.geteuid() == 0:
+    if name == "in a folder that is read only" and os.geteuid() == 0:
         pytest.skip("root may write everywhere")
-    if not BAD_NAMES[name] and door in NO_EMPTY_NAME:
+    if name == "empty" and door in NO_EMPTY_NAME:
         pytest.skip("no name at all")
+
     before = content()
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as end:
         launch(DOORS[door], BAD_NAMES[name])
+    assert end.value.code == 2
     error = capfd.readouterr().err
-    assert exit_.value.code == 2 and len(error.splitlines()) == 1 and "error: " in error, error
+    assert len(error.splitlines()) == 1, error
+    assert "error: " in error
     assert content() == before
 
 
-WRITE_FIRST = ("cue_control", "picture")  # the study writes its texts before it starts anything
-ALL_DOORS = [
-    pytest.param(door, marks=[pytest.mark.slow] if door in WRITE_FIRST else []) for door in DOORS
-]
+def door_cases():
+    """The doors as cases of a test; those that write a lot first are slow."""
+    cases = []
+    for door in DOORS:
+        marks = []
+        if door in WRITE_FIRST:
+            marks = [pytest.mark.slow]
+        cases.append(pytest.param(door, marks=marks))
+    return cases
 
 
-@pytest.mark.parametrize("door", ALL_DOORS)
+@pytest.mark.parametrize("door", door_cases())
 def test_the_doors_are_open(no_work, tmp_path, monkeypatch, door):
     """With a good name each goes on to its work: the refusals above are of the name alone."""
     shutil.copytree(".", tmp_path / "copy", symlinks=True)
     monkeypatch.chdir(tmp_path / "copy")
-    try:
+    if door in NEED_NO_MODEL:
         launch(DOORS[door], "new/x")
-    except WorkHasBegun:
-        pass
+        assert content("new/x")
     else:
-        assert door in ("from", "evaluate", "judge")  # which need no model here
-        assert len(content("new/x")) > 0
+        with pytest.raises(WorkHasBegun):
+            launch(DOORS[door], "new/x")
+
+
+# --------------------------------------------------------------------------- trying to write a file
 
 
 def test_nothing_stays_behind_of_a_trial(tmp_path, monkeypatch):
-    """Folders on the way that were made for it go, and what was there stays, also with many at once."""
+    """The folders go that were made for it on the way."""
     monkeypatch.chdir(tmp_path)
     os.mkdir("a")
     files.check_can_write("a/b/c/file")
     assert content() == {"a": "folder"}
-    Path("a/file").write_text("old")
-    files.check_can_write("a/file")  # whether it may be written over is another question
-    assert content() == {"a": "folder", "a/file": b"old"}
-    with pytest.raises(InputError, match="a/file/x cannot be made or written into"):
-        files.check_can_write("a/file/x")
+
+
+def test_a_trial_does_not_touch_a_file_that_is_there(tmp_path, monkeypatch):
+    """Whether it may be written over is another question."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("old")
+    files.check_can_write("file")
+    assert content() == {"file": b"old"}
+    with pytest.raises(InputError, match="file/x cannot be made or written into"):
+        files.check_can_write("file/x")
+    assert content() == {"file": b"old"}
+
+
+def test_a_trial_leaves_a_lock_s_folders_to_the_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with locks.unlock_afterwards():
-        locks.lock("a/new/folder")
-        files.check_can_write("a/new/folder/x")
-        assert os.listdir("a/new/folder") == [locks.LOCK_FILE]
-    assert content() == {"a": "folder", "a/file": b"old"}
+        locks.lock("new/folder")
+        files.check_can_write("new/folder/x")
+        assert os.listdir("new/folder") == [locks.LOCK_FILE]
+    assert content() == {}

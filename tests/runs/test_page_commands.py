@@ -102,7 +102,8 @@ def script_of(text):
     """A page as a script of bash. Each line of it is the page's line of the same number."""
     lines = [""] * (len(text.splitlines()) + 1)
     for block in read_blocks(text):
-        start, end = block.line - 1, block.line + len(block.lines)
+        start = block.line - 1
+        end = block.line + len(block.lines)
         if block.language == "bash":
             lines[start] = f"needs={block.tags.get('needs', '')}"
             lines[start + 1 : end] = block.lines
@@ -286,7 +287,8 @@ class Page:
 
     def do_torchrun(self, args, needs):
         options = parse_torchrun(args)
-        script, rest = options.training_script, options.training_script_args
+        script = options.training_script
+        rest = options.training_script_args
         if needs or script not in SIZES or Page.real_torchruns == 0:
             self.do_python([script, *rest], needs)
             return

@@ -1,5 +1,8 @@
-"""Properties that every script has, each written once: what changes no result (micro-batches, ranks, kills), what a finished folder does.
-The kinds of runs stand in support.RUNS; kills at random moments in test_kills.py; flags and --help in runtime/test_flags.py.
+"""Properties that every script has, each written once.
+
+What changes no result: micro-batches, processes, kills; and what a call on a finished folder does.
+The kinds of runs stand in support.RUNS; kills at random moments are in test_kills.py, flags and
+--help in runtime/test_flags.py.
 """
 
 import ast
@@ -34,6 +37,7 @@ from support import (
     read_rows,
     rollouts,
     small,
+    summary,
     train,
 )
 
@@ -42,52 +46,80 @@ from nanorlhf.runtime import cli, log
 
 @pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_a_script_calls_main_at_its_end(name):
-    """A function that stands below the call does not exist yet when the script is run from a shell."""
+    """A function that stands below the call does not exist yet when a shell runs the script."""
     source = Path(ALL_SCRIPTS[name].__file__).read_text()
     last = ast.parse(source).body[-1]
-    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
+    assert isinstance(last, ast.If)
+    assert ast.unparse(last.test) == "__name__ == '__main__'"
 
 
 def weights_error(kind):
-    """How far float error may move a weight. A SARM's head, divided by the small spread of its scores, is large."""
-    return 5e-4 if kind.startswith("sarm") else 1e-4
+    """How far float error may move a weight.
+
+    A SARM's head, which is divided by the small spread of its scores, is large.
+    """
+    if kind.startswith("sarm"):
+        return 5e-4
+    return 1e-4
 
 
-# ----------------------------------------------------------------------------------- micro-batches
+def column(rows, name):
+    """One field of all rows."""
+    return [row[name] for row in rows]
 
 
-@pytest.mark.parametrize(
-    "kind", ["sft", "dpo", "rm", "sarm_encoder_frozen", "sarm_detached", "ppo", "control"]
-)
-def test_micro_batches_change_nothing(base, tmp_path, kind):
-    settings = {"steps": 3, "micro_batch_size": 8}
+# ------------------------------------------------------------------------------------ micro-batches
+
+UNEVEN = {"eval_every": 2, "eval_size": 7}
+# Without this penalty the last bias has no gradient but float error, which AdamW makes large.
+PENALTY = {"score_l2": 0.01}
+# {kind of run: settings that a micro-batch might change, or that make results comparable}
+MICRO_BATCHED = {
+    "sft": {},
+    "dpo": UNEVEN,
+    "rm": PENALTY,
+    "sarm_encoder_frozen": {**UNEVEN, **PENALTY},
+    "sarm_detached": {**UNEVEN, **PENALTY},
+    "ppo": {"ent_coef": 0.01, "bootstrap_truncated": True},
+    "control": {},
+}
+
+
+def micro_batched(base, kind):
+    """The settings of a run of three steps whose batches of 8 can be split."""
+    settings = {"steps": 3, **MICRO_BATCHED[kind]}
     if kind == "sft":
-        settings |= {"model": f"{base}/sft"}  # without dropout, which DPO switches off
-    if kind in ("dpo", "sarm_encoder_frozen", "sarm_detached"):
-        settings |= {"eval_every": 2, "eval_size": 7}
-    # Without a penalty the last bias has no gradient but float error, which AdamW makes large.
-    if kind == "rm" or kind.startswith("sarm"):
-        settings |= {"score_l2": 0.01}
+        # A model without dropout. DPO switches it off.
+        settings["model"] = f"{base}/sft"
     if kind == "ppo":
-        settings |= {"reward_model": [f"{base}/rm"], "ent_coef": 0.01, "bootstrap_truncated": True}
-    train(base, kind, tmp_path / "a", **settings)
-    train(base, kind, tmp_path / "b", **settings | {"micro_batch_size": 3})
-    train(
-        base,
-        kind,
-        tmp_path / "c",
-        **settings | {"micro_batch_size": 1, "tokens_per_micro_batch": 60},
-    )
-    for other in "bc":
-        assert_close_runs(tmp_path / "a", tmp_path / other, weights_atol=weights_error(kind))
-        for path in (tmp_path / "a").glob("eval/*"):
-            answers, others = (
-                read_rows(folder / path.name) for folder in (path.parent, tmp_path / other / "eval")
-            )
-            assert [row["response"] for row in answers] == [row["response"] for row in others]
+        settings["reward_model"] = [f"{base}/rm"]
+    return settings
 
 
-# ------------------------------------------------------------------------------------------- ranks
+def check_same_answers(run, other):
+    """The evaluations of two runs have the same responses; of a run without any there are none."""
+    for path in (run / "eval").glob("*"):
+        rows = read_rows(path)
+        others = read_rows(other / "eval" / path.name)
+        assert column(rows, "response") == column(others, "response")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MICRO_BATCHED)
+def test_micro_batches_change_nothing(base, tmp_path, kind):
+    settings = micro_batched(base, kind)
+    whole = tmp_path / "whole"
+    train(base, kind, whole, micro_batch_size=8, **settings)
+    train(base, kind, tmp_path / "rows", micro_batch_size=3, **settings)
+    by_tokens = {"micro_batch_size": 1, "tokens_per_micro_batch": 60}
+    train(base, kind, tmp_path / "tokens", **by_tokens, **settings)
+
+    for other in (tmp_path / "rows", tmp_path / "tokens"):
+        assert_close_runs(whole, other, weights_atol=weights_error(kind))
+        check_same_answers(whole, other)
+
+
+# ---------------------------------------------------------------------------------------- processes
 
 
 @pytest.fixture(scope="module")
@@ -98,28 +130,23 @@ def one_process(base, tmp_path_factory):
     return folder
 
 
+# A script for torchrun: support.drive(), with a folder and JSON for its arguments.
+DRIVER = """
+import json, sys
+import support
+support.in_child(support.drive, (sys.argv[1], json.loads(sys.argv[2])), {})
+"""
+
+
 @pytest.fixture(scope="module")
 def two_processes(base, tmp_path_factory):
     """The same by torchrun in two."""
-    folder, driver = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("driver") / "driver.py"
-    driver.write_text(
-        "import sys, json, support; support.in_child(support.drive, (sys.argv[1], json.loads(sys.argv[2])), {})"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        driver,
-    ]
-    done = subprocess.run(
-        [*command, folder, json.dumps(rank_settings(base))],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    folder = tmp_path_factory.mktemp("two")
+    driver = tmp_path_factory.mktemp("driver") / "driver.py"
+    driver.write_text(DRIVER)
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    command = [sys.executable, *torchrun.split(), driver, folder, json.dumps(rank_settings(base))]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -128,37 +155,40 @@ def two_processes(base, tmp_path_factory):
 def four_processes(base, tmp_path_factory):
     """The run of PPO in four."""
     folder = tmp_path_factory.mktemp("four")
-    runs = [(kind, settings) for kind, settings in rank_settings(base) if kind == "ppo"]
-    join(*ranks(4, drive, folder, runs))
+    settings = dict(rank_settings(base))["ppo"]
+    join(*ranks(4, drive, folder, [("ppo", settings)]))
     return folder
 
 
+KINDS_ON_TWO = ["sft", "dpo", "rm", "sarm_encoder_frozen", "sarm_detached", "ppo"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["sft", "dpo", "rm", "sarm_encoder_frozen", "sarm_detached", "ppo"]
-)
+@pytest.mark.parametrize("kind", KINDS_ON_TWO)
 def test_two_processes_change_nothing(one_process, two_processes, kind):
     assert_close_runs(one_process / kind, two_processes / kind, weights_atol=weights_error(kind))
-    if kind == "ppo":
-        assert len(rollouts(one_process)) == 3 * 8 + 2 * 4 * 7 and rollouts(
-            one_process
-        ) == rollouts(two_processes)
-        assert {path.name for path in two_processes.glob("rollouts_*")} == {
-            "rollouts_0.jsonl",
-            "rollouts_1.jsonl",
-        }
-        for step in range(4):
-            for split in ("eval", "eval_ood"):
-                rows, others = (
-                    read_rows(folder / f"ppo/{split}/step_{step}.jsonl")
-                    for folder in (one_process, two_processes)
-                )
-                assert [(r["prompt"], r["response"]) for r in rows] == [
-                    (r["prompt"], r["response"]) for r in others
-                ]
-                assert [r["scores"]["rm"] for r in rows] == pytest.approx(
-                    [r["scores"]["rm"] for r in others], rel=1e-4, abs=1e-4
-                )
+
+
+@pytest.mark.slow
+def test_two_processes_sample_the_same_answers(one_process, two_processes):
+    names = {path.name for path in two_processes.glob("rollouts_*")}
+    assert names == {"rollouts_0.jsonl", "rollouts_1.jsonl"}
+    # Three rollouts of 8, and four evaluations of 7 on two splits each.
+    assert len(rollouts(one_process)) == 3 * 8 + 2 * 4 * 7
+    assert rollouts(one_process) == rollouts(two_processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["eval", "eval_ood"])
+@pytest.mark.parametrize("step", range(4))
+def test_two_processes_write_the_same_evaluations(one_process, two_processes, step, split):
+    rows = read_rows(one_process / f"ppo/{split}/step_{step}.jsonl")
+    others = read_rows(two_processes / f"ppo/{split}/step_{step}.jsonl")
+    assert column(rows, "prompt") == column(others, "prompt")
+    assert column(rows, "response") == column(others, "response")
+    scores = column(column(rows, "scores"), "rm")
+    other_scores = column(column(others, "scores"), "rm")
+    assert scores == pytest.approx(other_scores, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -167,46 +197,67 @@ def test_four_processes_change_nothing(one_process, four_processes):
     assert rollouts(one_process) == rollouts(four_processes)
 
 
+# With four processes the order in which gradients are added up matters too.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "n", [2, 4]
-)  # with four, the order in which gradients are added up matters too
-def test_sigkill_of_one_of_several_processes(request, base, tmp_path, n):
-    """Rank 1 dies during an evaluation; all are started again and end as those that were left alone, bit for bit."""
-    whole, folder = (
-        request.getfixturevalue("two_processes" if n == 2 else "four_processes"),
-        tmp_path / "killed",
-    )
-    settings = ["--output_dir", str(folder), *flags(dict(rank_settings(base))["ppo"])]
-    first, second, *others = ranks(
-        n, command_line, "ppo", *settings, KILL_AT="6", KILL_RANK="1"
-    )  # step 2's second split
+@pytest.mark.parametrize("n, left_alone", [(2, "two_processes"), (4, "four_processes")])
+def test_sigkill_of_one_of_several_processes(request, base, tmp_path, n, left_alone):
+    """Rank 1 dies during an evaluation; all are started again with --resume.
+
+    They end as those that were left alone, bit for bit.
+    """
+    whole = request.getfixturevalue(left_alone)
+    folder = tmp_path / "killed"
+    settings = dict(rank_settings(base))["ppo"]
+    place = ["--output_dir", str(folder)]
+    # The sixth call of the gold reward is of step 2's second split.
+    killer = {"KILL_AT": "6", "KILL_RANK": "1"}
+    first, second, *others = ranks(n, command_line, "ppo", *place, *flags(settings), **killer)
     join(second, code=-signal.SIGKILL)
     for process in (first, *others):
         process.kill()
         process.join()
-    assert os.listdir(folder / "checkpoint") == ["step_1"] and len(metrics(folder)) == 2
-    join(*ranks(n, command_line, "ppo", "--output_dir", str(folder), "--resume"))
+    assert os.listdir(folder / "checkpoint") == ["step_1"]
+    assert column(metrics(folder), "step") == [0, 1]
+
+    join(*ranks(n, command_line, "ppo", *place, "--resume"))
     assert_same_run("ppo", whole / "ppo", folder)
 
 
-# -------------------------------------------------------------------------- killed at every write
+# ---------------------------------------------------------------------------- killed at every write
 
-
-# {case: (kind of run, its settings)}; what a kill before the first checkpoint leaves is tried by ppo.
+TWO_STEPS = {
+    "steps": 2,
+    "checkpoint_every": 1,
+    "ppo_epochs": 1,
+    "minibatch_size": 8,
+    "max_new_tokens": 6,
+    "eval_size": 2,
+    "n_samples": 1,
+}
+FOUR_STEPS = {"steps": 4, "checkpoint_every": 2, "label_noise": 0.3}
+LORA = {"lora_rank": 2, "lora_dropout": 0.3}
+FEW_TEXTS = {"batch_size": 64, "eval_size": 2, "max_rows": 24, "buffer_tokens": 4096}
+# {case: (kind of run, its settings)}
 KILLED = {
-    "ppo": ("ppo", {"ppo_epochs": 1, "minibatch_size": 8, "steps": 2, "checkpoint_every": 1, "max_new_tokens": 6, "eval_size": 2,
-                    "n_samples": 1, **STATEFUL}),
-    "control": ("control", {"ppo_epochs": 1, "minibatch_size": 8, "steps": 2, "checkpoint_every": 1, "max_new_tokens": 6, "eval_size": 2,
-                            "n_samples": 1}),
+    "ppo": ("ppo", {**TWO_STEPS, **STATEFUL}),
+    "control": ("control", TWO_STEPS),
     "rm": ("rm", {"checkpoint_every": 2}),
     "sft": ("sft", {"checkpoint_every": 2, "eval_every": 1}),
     "dpo": ("dpo", {"checkpoint_every": 1, "eval_every": 2, "eval_size": 2}),
-    "dpo with lora": ("dpo", {"checkpoint_every": 2, "eval_size": 2, "lora_rank": 2, "lora_dropout": 0.3}),
-    "sarm_frozen": ("sarm_frozen", {"steps": 4, "checkpoint_every": 2, "label_noise": 0.3}),
-    "sarm_detached": ("sarm_detached", {"steps": 4, "checkpoint_every": 2, "label_noise": 0.3}),
-    "sae": ("sae", {"steps": 3, "checkpoint_every": 2, "batch_size": 64, "eval_size": 2, "max_rows": 24, "buffer_tokens": 4096}),
-}  # fmt: skip
+    "dpo with lora": ("dpo", {"checkpoint_every": 2, "eval_size": 2, **LORA}),
+    "sarm_frozen": ("sarm_frozen", FOUR_STEPS),
+    "sarm_detached": ("sarm_detached", FOUR_STEPS),
+    "sae": ("sae", {"steps": 3, "checkpoint_every": 2, **FEW_TEXTS}),
+}
+
+
+def train_until(monkeypatch, n, base, kind, folder, **settings):
+    """A run in this process that is killed at its n-th write."""
+    with monkeypatch.context() as patch:
+        kill = KillAt(patch, n)
+        with pytest.raises(Killed):
+            train(base, kind, folder, **settings)
+    print("killed at", kill.at)
 
 
 @pytest.mark.slow
@@ -215,69 +266,103 @@ def test_killed_at_every_write(base, tmp_path, monkeypatch, case):
     """Kill a run at each of its writes, resume it, and compare it with one that was left alone."""
     kind, settings = KILLED[case]
     settings = {**settings, "keep_checkpoints": 1}
+    whole = tmp_path / "whole"
     with monkeypatch.context() as patch:
         counter = KillAt(patch)
-        train(base, kind, tmp_path / "whole", **settings)
+        train(base, kind, whole, **settings)
     assert counter.count > 10
-    for n in range(1 if case == "ppo" else 4, counter.count + 1):
+
+    # What a kill before the first checkpoint leaves is tried with PPO alone: it is all alike.
+    first_write = 1 if case == "ppo" else 4
+    for n in range(first_write, counter.count + 1):
         folder = tmp_path / f"killed_{n}"
-        with monkeypatch.context() as patch:
-            kill = KillAt(patch, n)
-            with pytest.raises(Killed):
-                train(base, kind, folder, **settings)
-        print("killed at", kill.at)
-        train(
-            base, kind, folder, resume=n % 2 == 0, **settings
-        )  # with --resume or without: the same
-        assert_same_run(kind, tmp_path / "whole", folder)
+        train_until(monkeypatch, n, base, kind, folder, **settings)
+        # With --resume or without, it is the same.
+        train(base, kind, folder, resume=n % 2 == 0, **settings)
+        assert_same_run(kind, whole, folder)
         shutil.rmtree(folder)
 
 
-def test_killed_at_the_first_write(base, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        KillAt(patch, 1)
-        with pytest.raises(Killed):
-            train(base, "rm", tmp_path / "rm")
-    train(base, "rm", tmp_path / "rm", resume=True)
+def test_a_run_that_was_killed_at_its_first_write_can_be_resumed(base, tmp_path, monkeypatch):
+    train_until(monkeypatch, 1, base, "rm", tmp_path)
+    train(base, "rm", tmp_path, resume=True)
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_the_last_k_checkpoints_are_kept(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(log.RunFolder, "finish", lambda self, summary: summary)
-    train(base, "rm", tmp_path / "rm", steps=5, checkpoint_every=1, keep_checkpoints=3)
-    assert sorted(os.listdir(tmp_path / "rm/checkpoint")) == ["step_3", "step_4", "step_5"]
+    """Until the run has finished, which this one does not."""
+
+    def do_not_finish(folder, summary):
+        return summary
+
+    monkeypatch.setattr(log.RunFolder, "finish", do_not_finish)
+    train(base, "rm", tmp_path, steps=5, checkpoint_every=1, keep_checkpoints=3)
+    assert sorted(os.listdir(tmp_path / "checkpoint")) == ["step_3", "step_4", "step_5"]
 
 
-# --------------------------------------------------------------------------------------- run again
+# ---------------------------------------------------------------------------------------- run again
 
 
-@pytest.mark.parametrize("kind", [*SCRIPTS, "sae"])
-def test_run_again(base, tmp_path, kind, capsys):
-    folder, module = tmp_path / kind, RUNS[kind]
-    train(base, kind, folder)
-    before, summary = hashes(folder), json.loads((folder / "summary.json").read_text())
-    capsys.readouterr()
-    assert (
-        module.main(module.Config(output_dir=str(folder), **small(base, kind))) == summary
-    )  # done
+@pytest.fixture(scope="module", params=[*SCRIPTS, "sae"])
+def finished(request, base, tmp_path_factory):
+    """A finished run of each kind: (kind, folder). It is only read."""
+    folder = tmp_path_factory.mktemp("finished") / request.param
+    train(base, request.param, folder)
+    return request.param, folder
+
+
+def call_again(kind, folder, *args):
+    """The script as from a shell, on this folder."""
+    script = RUNS[kind]
+    cli.run(script.Config, script.main, ["--output_dir", str(folder), *args])
+
+
+def test_the_same_call_on_a_finished_run_says_that_it_is_done(base, finished, capsys):
+    kind, folder = finished
+    before = hashes(folder)
+    script = RUNS[kind]
+    config = script.Config(output_dir=str(folder), **small(base, kind))
+    assert script.main(config) == summary(folder)
     assert "this run is done" in capsys.readouterr().out
-    cli.run(
-        module.Config, module.main, ["--output_dir", str(folder), "--resume"]
-    )  # the folder's settings
-    assert "this run is done" in capsys.readouterr().out
-    other_seed = flags(small(base, kind, seed=1))
-    for args, changed in (
-        (["--resume", "--lr", "0.5"], "lr"),
-        (["--steps", "7", "--resume"], "steps"),
-        (other_seed, "seed"),
-        ([], "steps"),
-    ):
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(module.Config, module.main, ["--output_dir", str(folder), *args])
-        error = capsys.readouterr().err
-        assert (
-            exit_.value.code == 2
-            and len(error.splitlines()) == 1
-            and "already holds another run" in error
-        )
-        assert f" {changed}" in error
     assert hashes(folder) == before
+
+
+def test_resuming_a_finished_run_says_that_it_is_done(finished, capsys):
+    """--resume alone takes the settings that stand in the folder."""
+    kind, folder = finished
+    before = hashes(folder)
+    call_again(kind, folder, "--resume")
+    assert "this run is done" in capsys.readouterr().out
+    assert hashes(folder) == before
+
+
+def check_another_run(capsys, finished, args, setting):
+    """These arguments are refused in one line that names the setting; the folder is unchanged."""
+    kind, folder = finished
+    before = hashes(folder)
+    with pytest.raises(SystemExit) as exit_:
+        call_again(kind, folder, *args)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert len(error.splitlines()) == 1
+    assert "already holds another run" in error
+    assert f" {setting}" in error
+    assert hashes(folder) == before
+
+
+# Without any argument the script's defaults are another run too.
+OTHER_SETTINGS = [
+    (["--resume", "--lr", "0.5"], "lr"),
+    (["--steps", "7", "--resume"], "steps"),
+    ([], "steps"),
+]
+
+
+@pytest.mark.parametrize("args, setting", OTHER_SETTINGS, ids=["lr", "steps", "defaults"])
+def test_another_run_needs_another_folder(finished, capsys, args, setting):
+    check_another_run(capsys, finished, args, setting)
+
+
+def test_a_run_with_another_seed_needs_another_folder(base, finished, capsys):
+    kind, _ = finished
+    check_another_run(capsys, finished, flags(small(base, kind, seed=1)), "seed")

@@ -1,8 +1,12 @@
-"""train_sae.py on a tiny model and its base: what it writes, against plain forward passes; the same on two processes and after a kill.
+"""train_sae.py on a tiny model and its base.
 
-B sequences, T tokens, D hidden
+What it writes is checked against plain forward passes, and is the same on two processes and after a
+kill.
+
+    T tokens, D hidden, M features
 """
 
+import contextlib
 import json
 import math
 import signal
@@ -13,19 +17,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from support import ENV, REPO, join, metrics, ranks, read_rows, write_rows
+from support import ENV, REPO, encode_field, join, metrics, ranks, read_rows, summary, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import train_sae
 from nanorlhf import world
 from nanorlhf.control.feature_reader import check_feature_reader
-from nanorlhf.data import encode, encode_prompts
 from nanorlhf.errors import InputError
 from nanorlhf.interp.activation_store import Tokens, hold_out
 from nanorlhf.interp.sae_files import load_sae
 from nanorlhf.models import Policy, RewardModel, save_policy, save_reward_model
 from nanorlhf.runtime.distributed import Dist
 from nanorlhf.sae import fvu
+from nanorlhf.tokens import encode_prompts
 from train_sae import load_lm, loss_recovered
 
 KEYS = ["policy/1_mlp", "base/1_mlp"]
@@ -33,23 +37,32 @@ KEYS = ["policy/1_mlp", "base/1_mlp"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """base/, policy/ (its block 1 has moved), texts.jsonl, run/ (a plain run on both)"""
+    """base/ and policy/, whose block 1 has moved; texts.jsonl; run/, a plain run on both models."""
     root = tmp_path_factory.mktemp("sae")
     torch.manual_seed(0)
     config = world.model_config()
     config.update({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64})
     lm = AutoModelForCausalLM.from_config(config)
-    save_policy(Policy(lm, value_head=False), world.tokenizer(), str(root / "base"))
-    for p in lm.gpt_neox.layers[1].parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    save_policy(Policy(lm, value_head=False), world.tokenizer(), str(root / "policy"))
+    save_lm(lm, world.tokenizer(), root / "base")
+    for parameter in lm.gpt_neox.layers[1].parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    save_lm(lm, world.tokenizer(), root / "policy")
     write_rows(root / "texts.jsonl", world.demonstrations(200))
     train(root, root / "run")
     return root
 
 
-def settings(root, folder, **kwargs):
-    small = {
+def save_lm(lm, tokenizer, folder):
+    save_policy(Policy(lm, value_head=False), tokenizer, str(folder))
+
+
+def config_of(root, folder, **changes):
+    """The plain run: the MLP of the block that has moved most, 12 steps."""
+    settings = {
+        "output_dir": str(folder),
+        "model": f"{root}/policy",
+        "base": f"{root}/base",
+        "dataset": f"{root}/texts.jsonl",
         "layers": "highest:1",
         "expansion": 2,
         "k": 4,
@@ -57,305 +70,422 @@ def settings(root, folder, **kwargs):
         "batch_size": 64,
         "eval_size": 16,
         "checkpoint_every": 4,
+        "device": "cpu",
+        "buffer_tokens": 512,
+        "dead_after": 300,
     }
-    paths = {
-        "output_dir": str(folder),
-        "model": f"{root}/policy",
-        "base": f"{root}/base",
-        "dataset": f"{root}/texts.jsonl",
-    }
-    return train_sae.Config(
-        **{**paths, **small, "device": "cpu", "buffer_tokens": 512, "dead_after": 300, **kwargs}
-    )
+    return train_sae.Config(**{**settings, **changes})
 
 
-def train(root, folder, **kwargs):
-    return train_sae.main(settings(root, folder, **kwargs))
+def train(root, folder, **changes):
+    """The plain run with changes. -> its summary"""
+    return train_sae.main(config_of(root, folder, **changes))
 
 
-def tensors(folder):
-    return {
-        str(path.relative_to(folder)): load_file(path)
-        for path in sorted(folder.rglob("sae_weights.safetensors"))
-    }
+def notes_of(sae_folder):
+    """What an autoencoder's folder says of how it was trained."""
+    return json.loads((sae_folder / "cfg.json").read_text())["metadata"]
 
 
-def assert_bit_equal(a, b):
-    assert metrics(a) == metrics(b) and len(metrics(a)) == 12
-    assert (a / "summary.json").read_bytes() == (b / "summary.json").read_bytes()
-    for x, y in zip(tensors(a).values(), tensors(b).values(), strict=True):
-        assert all(x[name].equal(y[name]) for name in x)
+def all_tensors(run):
+    """{its file: {name: tensor}} of each autoencoder that a run has trained."""
+    found = {}
+    for path in sorted(run.rglob("sae_weights.safetensors")):
+        found[str(path.relative_to(run))] = load_file(path)
+    return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------- one run
+def check_equal(tensors, others):
+    for name in tensors:
+        assert tensors[name].equal(others[name]), name
 
 
-def test_folder(base):
-    """highest:1 is the block that moved; loss goes down; a second call says that it is done."""
-    run = base / "run"
-    assert sorted(tensors(run)) == sorted(f"{key}/sae_weights.safetensors" for key in KEYS)
-    rows = read_rows(run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < 0.9 * rows[0][
-        "loss"
-    ]
-    assert rows[0]["lr"] < 1 and rows[-1]["policy/1_mlp/l0"] == pytest.approx(4, abs=0.5)
-    notes = json.loads((run / "policy/1_mlp/cfg.json").read_text())["metadata"]
-    assert (notes["layer"], notes["site"], notes["model"]) == (1, "mlp", f"{base}/policy")
-    assert train(base, run) == json.loads((run / "summary.json").read_text())
+def check_equal_runs(run, other):
+    """Metrics, summary and autoencoders are equal bit for bit."""
+    assert metrics(run) == metrics(other)
+    assert len(metrics(run)) == 12
+    assert (run / "summary.json").read_bytes() == (other / "summary.json").read_bytes()
+    others = all_tensors(other).values()
+    for tensors, other_tensors in zip(all_tensors(run).values(), others, strict=True):
+        check_equal(tensors, other_tensors)
+
+
+def check_close_runs(run, other):
+    """Metrics and autoencoders are equal up to float error."""
+    for row, other_row in zip(metrics(run), metrics(other), strict=True):
+        assert row == pytest.approx(other_row, rel=1e-4, abs=1e-5)
+    others = all_tensors(other).values()
+    for tensors, other_tensors in zip(all_tensors(run).values(), others, strict=True):
+        for name in tensors:
+            torch.testing.assert_close(tensors[name], other_tensors[name], rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------ what one run leaves
+
+
+def test_the_block_that_moved_most_has_an_autoencoder_of_each_model(base):
+    """--layers highest:1"""
+    names = [f"{key}/sae_weights.safetensors" for key in KEYS]
+    assert sorted(all_tensors(base / "run")) == sorted(names)
+    notes = notes_of(base / "run/policy/1_mlp")
+    assert notes["layer"] == 1
+    assert notes["site"] == "mlp"
+    assert notes["model"] == f"{base}/policy"
+
+
+def test_the_metrics_of_a_run(base):
+    rows = read_rows(base / "run/metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert rows[0]["lr"] < 1
+    # k = 4 features a token.
+    assert rows[-1]["policy/1_mlp/l0"] == pytest.approx(4, abs=0.5)
+
+
+def test_a_second_call_returns_the_summary(base):
+    assert train(base, base / "run") == summary(base / "run")
+
+
+# -------------------------------------------------------------- the summary by plain forward passes
+
+
+def held_out_rows():
+    """The token lists of texts.jsonl that are measured: 16 texts, or a few less."""
+    prompts, responses = encode_field(world.tokenizer(), world.demonstrations(200), "response")
+    rows = []
+    for prompt, response in zip(prompts, responses):
+        rows.append(prompt + response)
+    _, held_out = hold_out(rows, 16, world.tokenizer())
+    return held_out
+
+
+@contextlib.contextmanager
+def hooked(module, hook):
+    handle = module.register_forward_hook(hook)
+    yield
+    handle.remove()
 
 
 @torch.no_grad()
-def test_summary(base):
-    """Every number of the summary, from plain forward passes of one held-out text at a time with a hook written here."""
-    summary = json.loads((base / "run/summary.json").read_text())
-    prompts, responses, _ = encode(world.tokenizer(), world.demonstrations(200), "response")
-    _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16, world.tokenizer())
-    for key in KEYS:
-        lm = AutoModelForCausalLM.from_pretrained(base / key.split("/")[0])
-        sae, seen = load_sae(str(base / "run" / key)), []
+def replaced_loss(lm, module, rows, places, change):
+    """The mean loss a predicted token where change(output) stands in for a module's output.
+
+    places: for each row the positions at which it does; the text's other activations stay. One row
+    at a time, without padding.
+    """
+    total = 0.0
+    n_predicted = 0
+    for row, own_places in zip(rows, places, strict=True):
+
+        def replace(module, args, output):
+            new = output.clone()
+            new[:, own_places] = change(output[:, own_places])
+            return new
+
+        with hooked(module, replace):
+            logits = lm(torch.tensor([row])).logits[0, :-1]
+        targets = torch.tensor(row[1:])
+        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        n_predicted += len(targets)
+    return total / n_predicted
+
+
+@torch.no_grad()
+def read_outputs(lm, module, rows, places):
+    """A module's outputs at these positions of each row: [T, D]."""
+    outputs = []
+    for row, own_places in zip(rows, places, strict=True):
+
+        def read(module, args, output):
+            outputs.append(output[0, own_places])
+
+        with hooked(module, read):
+            lm(torch.tensor([row]))
+    return torch.cat(outputs)
+
+
+def reconstruct_by(sae):
+    """A function: activations -> their reconstructions."""
+
+    def reconstruct(x):
+        x_hat, _ = sae(x)
+        return x_hat
+
+    return reconstruct
+
+
+def keep(x):
+    return x
+
+
+class Measured:
+    """An autoencoder of run/, its model, and what is measured of the two here."""
+
+    def __init__(self, base, key):
+        model_name, _ = key.split("/")
+        self.found = summary(base / "run")[key]
+        self.lm = AutoModelForCausalLM.from_pretrained(base / model_name)
+        self.mlp = self.lm.gpt_neox.layers[1].mlp
+        self.sae = load_sae(str(base / "run" / key))
+        self.rows = held_out_rows()
+        # All tokens but those with BOS's id, wherever they stand.
         bos = world.tokenizer().bos_token_id
-        losses = {}
-        for name, change in (
-            ("loss", lambda x: x),
-            ("loss_sae", lambda x: sae(x)[0]),
-            ("loss_zero", torch.zeros_like),
-        ):
+        self.places = []
+        for row in self.rows:
+            self.places.append([i for i, token in enumerate(row) if token != bos])
 
-            def hook(module, args, output):
-                new = change(output)
-                if name == "loss":
-                    seen.append(output[0, int(row[0] == bos) :])
-                elif name == "loss_sae" and row[0] == bos:
-                    new[:, 0] = output[:, 0]
-                return new
+    def loss(self, change):
+        return replaced_loss(self.lm, self.mlp, self.rows, self.places, change)
 
-            handle, total, n = lm.gpt_neox.layers[1].mlp.register_forward_hook(hook), 0.0, 0
-            for row in rows:
-                logits = lm(torch.tensor([row])).logits[0, :-1]
-                total += F.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum").item()
-                n += len(row) - 1
-            handle.remove()
-            losses[name] = total / n
-            assert summary[key][name] == pytest.approx(total / n, rel=1e-4)
-        x = torch.cat(seen)
-        x_hat, f = sae(x)
-        density = (f != 0).double().mean(0)
-        assert summary[key]["fvu"] == pytest.approx(fvu(x, x_hat), rel=1e-4) and summary[key][
-            "n_tokens"
-        ] == len(x)
-        assert summary[key]["l0"] == pytest.approx((f != 0).sum().item() / len(x), rel=1e-3)
-        assert summary[key]["dead"] == pytest.approx(
-            (density == 0).double().mean().item(), abs=0.02
-        )
-        assert sum(summary[key]["density"]["features"]) == pytest.approx(
-            (density > 0).sum().item(), abs=1
-        )
-        needed = losses["loss_zero"] - losses["loss"]
-        if needed > 0:
-            recovered = (losses["loss_zero"] - losses["loss_sae"]) / needed
-            assert summary[key]["loss_recovered"] == pytest.approx(recovered, rel=1e-2, abs=1e-2)
-        else:
-            assert summary[key]["loss_recovered"] is None
+    def activations(self):
+        return read_outputs(self.lm, self.mlp, self.rows, self.places)
+
+
+@pytest.fixture(scope="module", params=KEYS)
+def measured(request, base):
+    return Measured(base, request.param)
+
+
+def test_losses_by_plain_forward_passes(measured):
+    """As the model is, with reconstructions in its activations' place, and with zeros."""
+    found = measured.found
+    loss = measured.loss(keep)
+    loss_sae = measured.loss(reconstruct_by(measured.sae))
+    loss_zero = measured.loss(torch.zeros_like)
+    assert found["loss"] == pytest.approx(loss, rel=1e-4)
+    assert found["loss_sae"] == pytest.approx(loss_sae, rel=1e-4)
+    assert found["loss_zero"] == pytest.approx(loss_zero, rel=1e-4)
+
+    # The share of what zeros lose that the reconstructions do not; there may be nothing to lose.
+    if loss_zero > loss:
+        recovered = (loss_zero - loss_sae) / (loss_zero - loss)
+        assert found["loss_recovered"] == pytest.approx(recovered, rel=1e-2, abs=1e-2)
+    else:
+        assert found["loss_recovered"] is None
+
+
+@torch.no_grad()
+def test_reconstructions_and_densities_by_plain_forward_passes(measured):
+    found = measured.found
+    x = measured.activations()
+    x_hat, latents = measured.sae(x)  # [T, D], [T, M]
+    n_active = (latents != 0).sum(1).double()  # [T]
+    is_alive = (latents != 0).any(0)  # [M]
+    n_dead = (~is_alive).sum().item()
+
+    assert found["n_tokens"] == len(x)
+    assert found["fvu"] == pytest.approx(fvu(x, x_hat), rel=1e-4)
+    assert found["l0"] == pytest.approx(n_active.mean().item(), rel=1e-3)
+    assert found["dead"] == pytest.approx(n_dead / len(is_alive), abs=0.02)
+    # The histogram of densities counts each feature that lives. A rounding may switch on another.
+    n_counted = sum(found["density"]["features"])
+    assert n_counted == pytest.approx(is_alive.sum().item(), abs=1)
+
+
+# ------------------------------------------------------------------------ which tokens are measured
+
+
+def check_replaced_losses(found, run, site, lm, module, rows, places):
+    """Two losses of a summary again: reconstructions and zeros at these places, nothing else."""
+    sae = load_sae(str(run / f"policy/1_{site}"))
+    loss_sae = replaced_loss(lm, module, rows, places, reconstruct_by(sae))
+    loss_zero = replaced_loss(lm, module, rows, places, torch.zeros_like)
+    assert found["loss_sae"] == pytest.approx(loss_sae, rel=1e-4)
+    assert found["loss_zero"] == pytest.approx(loss_zero, rel=1e-4)
+
+
+def sentence_ends(row):
+    """The positions of full stops, and of the text's last token."""
+    words = world.tokenizer().convert_ids_to_tokens(row)
+    last = len(row) - 1
+    return [i for i, word in enumerate(words) if word in ".!?" or i == last]
 
 
 def test_sentence_ends(base, tmp_path):
-    """What is trained on and measured are full stops and the texts' last tokens; no other activation is replaced."""
-    summary = train(
-        base,
-        tmp_path / "run",
-        tokens="sentence_ends",
-        base="none",
-        layers="1",
-        site="residual",
-        steps=3,
-    )["policy/1_residual"]
-    sae = load_sae(str(tmp_path / "run/policy/1_residual"))
-    assert (
-        json.loads((tmp_path / "run/policy/1_residual/cfg.json").read_text())["metadata"]["tokens"]
-        == "sentence_ends"
-    )
-    tokenizer, lm = world.tokenizer(), AutoModelForCausalLM.from_pretrained(base / "policy")
-    prompts, responses, _ = encode(tokenizer, world.demonstrations(200), "response")
-    _, rows = hold_out([p + r for p, r in zip(prompts, responses)], 16, world.tokenizer())
-    ends = [
-        [
-            i
-            for i, word in enumerate(tokenizer.convert_ids_to_tokens(row))
-            if word in ".!?" or i == len(row) - 1
-        ]
-        for row in rows
-    ]
-    assert summary["n_tokens"] == sum(map(len, ends)) < sum(map(len, rows)) / 3
-    for name, change in (("loss_sae", lambda x: sae(x)[0]), ("loss_zero", torch.zeros_like)):
+    """They are trained on and measured; no other activation is replaced."""
+    ends = {"tokens": "sentence_ends", "base": "none", "layers": "1", "site": "residual"}
+    found = train(base, tmp_path, steps=3, **ends)["policy/1_residual"]
+    assert notes_of(tmp_path / "policy/1_residual")["tokens"] == "sentence_ends"
 
-        def hook(module, args, output):
-            new = output.clone()
-            new[:, end] = change(output[:, end])
-            return new
-
-        handle, total = lm.gpt_neox.layers[1].register_forward_hook(hook), 0.0
-        with torch.no_grad():
-            for row, end in zip(rows, ends):
-                total += F.cross_entropy(
-                    lm(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum"
-                ).item()
-        handle.remove()
-        assert summary[name] == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-4)
+    rows = held_out_rows()
+    places = [sentence_ends(row) for row in rows]
+    n_ends = sum(len(own) for own in places)
+    n_tokens = sum(len(row) for row in rows)
+    assert found["n_tokens"] == n_ends
+    assert n_ends < n_tokens / 3
+    lm = AutoModelForCausalLM.from_pretrained(base / "policy")
+    module = lm.gpt_neox.layers[1]
+    check_replaced_losses(found, tmp_path, "residual", lm, module, rows, places)
 
 
 @pytest.fixture(scope="module")
 def with_bos(base, tmp_path_factory):
-    """policy/, whose BOS is a word of the texts, "was"; shared/, whose EOS is BOS; plain.jsonl, texts in which it opens a text or not."""
+    """policy/, whose BOS is "was", a word of the texts; shared/, whose EOS has BOS's id.
+
+    plain.jsonl: texts of which every second one is opened by "was".
+    """
     root = tmp_path_factory.mktemp("bos")
     for name, bos in (("policy", "was"), ("shared", "<eos>")):
         tokenizer = world.tokenizer()
         tokenizer.bos_token = bos
-        save_policy(
-            Policy(AutoModelForCausalLM.from_pretrained(base / "policy"), value_head=False),
-            tokenizer,
-            str(root / name),
-        )
-    texts = [f"{row['prompt']} {row['response']}" for row in world.demonstrations(150)]
-    write_rows(
-        root / "plain.jsonl",
-        [{"prompt": text if i % 2 else f"was {text}"} for i, text in enumerate(texts)],
-    )
+        lm = AutoModelForCausalLM.from_pretrained(base / "policy")
+        save_lm(lm, tokenizer, root / name)
+    texts = []
+    for i, row in enumerate(world.demonstrations(150)):
+        opening = "" if i % 2 else "was "
+        texts.append({"prompt": f"{opening}{row['prompt']} {row['response']}"})
+    write_rows(root / "plain.jsonl", texts)
     return root
 
 
 @pytest.mark.parametrize("keep_bos", [False, True])
 def test_bos_is_treated_alike_in_every_arm(base, with_bos, tmp_path, keep_bos):
-    """Tokens with BOS's id are neither measured, nor reconstructed, nor switched off, wherever they stand; or all of these."""
-    options = {
-        "model": f"{with_bos}/policy",
-        "base": "none",
-        "dataset": f"{with_bos}/plain.jsonl",
-        "kind": "prompts",
-        "layers": "1",
-    }
-    summary = train(base, tmp_path / "run", steps=3, keep_bos=keep_bos, **options)["policy/1_mlp"]
-    sae, lm = (
-        load_sae(str(tmp_path / "run/policy/1_mlp")),
-        AutoModelForCausalLM.from_pretrained(with_bos / "policy"),
-    )
+    """Tokens with BOS's id are neither measured, nor reconstructed, nor switched off; or all three.
+
+    That is so wherever they stand.
+    """
+    texts = {"dataset": f"{with_bos}/plain.jsonl", "kind": "prompts"}
+    model = {"model": f"{with_bos}/policy", "base": "none", "layers": "1"}
+    found = train(base, tmp_path, steps=3, keep_bos=keep_bos, **texts, **model)["policy/1_mlp"]
+
     tokenizer = world.tokenizer()
     bos = tokenizer.convert_tokens_to_ids("was")
-    rows = [tokenizer(row["prompt"]).input_ids for row in read_rows(with_bos / "plain.jsonl")]
-    rows = hold_out(rows, 16, tokenizer)[1]
-    kept = [[keep_bos or token != bos for token in row] for row in rows]
-    assert any(row[0] == bos for row in rows) and any(bos in row[1:] for row in rows)
-    assert summary["n_tokens"] == sum(map(sum, kept))
-    for name, change in (("loss_sae", lambda x: sae(x)[0]), ("loss_zero", torch.zeros_like)):
-        total = 0.0
-        for row, own in zip(rows, kept):
+    rows = []
+    for text in read_rows(with_bos / "plain.jsonl"):
+        rows.append(tokenizer(text["prompt"]).input_ids)
+    _, rows = hold_out(rows, 16, tokenizer)
+    # BOS's id opens some texts, and stands within some.
+    assert any(row[0] == bos for row in rows)
+    assert any(bos in row[1:] for row in rows)
 
-            def hook(module, args, output):
-                new = output.clone()
-                for i in range(len(row)):
-                    if own[i]:
-                        new[:, i] = change(output[:, i])
-                return new
-
-            handle = lm.gpt_neox.layers[1].mlp.register_forward_hook(hook)
-            with torch.no_grad():
-                logits = lm(torch.tensor([row])).logits[0, :-1]
-            handle.remove()
-            total += F.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum").item()
-        assert summary[name] == pytest.approx(total / sum(len(row) - 1 for row in rows), rel=1e-4)
+    places = []
+    for row in rows:
+        places.append([i for i, token in enumerate(row) if keep_bos or token != bos])
+    assert found["n_tokens"] == sum(len(own) for own in places)
+    lm = AutoModelForCausalLM.from_pretrained(with_bos / "policy")
+    module = lm.gpt_neox.layers[1].mlp
+    check_replaced_losses(found, tmp_path, "mlp", lm, module, rows, places)
 
 
-def test_an_eos_with_the_id_of_bos(base, with_bos, tmp_path, capfd):
-    """It is left out and that is said; where nothing but EOS is asked for, one line before a model is loaded."""
-    options = {"model": f"{with_bos}/shared", "base": "none", "layers": "1", "steps": 1}
-    without_eos = train(base, tmp_path / "out", **options)["policy/1_mlp"]["n_tokens"]
+# The settings of a run on a model whose EOS has BOS's id.
+SHARED = {"base": "none", "layers": "1", "steps": 1}
+
+
+def test_an_eos_with_the_id_of_bos_is_left_out(base, with_bos, tmp_path, capfd):
+    """And that is said. With --keep_bos it is kept: one token more for each text."""
+    model = f"{with_bos}/shared"
+    without_eos = train(base, tmp_path / "out", model=model, **SHARED)["policy/1_mlp"]
     assert "EOS has BOS's id and is left out" in capfd.readouterr().out
-    with_eos = train(base, tmp_path / "in", keep_bos=True, **options)["policy/1_mlp"]["n_tokens"]
+    with_eos = train(base, tmp_path / "in", model=model, keep_bos=True, **SHARED)["policy/1_mlp"]
     assert "EOS has BOS's id" not in capfd.readouterr().out
-    prompts, responses, _ = encode(world.tokenizer(), world.demonstrations(200), "response")
-    texts = len(hold_out([p + r for p, r in zip(prompts, responses)], 16, world.tokenizer())[1])
-    assert with_eos - without_eos == texts
-    with pytest.raises(
-        InputError,
-        match="--tokens last: the EOS of .* has BOS's id and is left out; name --keep_bos",
-    ):
-        train(base, tmp_path / "last", tokens="last", **options)
+    n_texts = len(held_out_rows())
+    assert with_eos["n_tokens"] - without_eos["n_tokens"] == n_texts
+
+
+@pytest.mark.slow
+def test_where_only_eos_is_asked_for_it_may_not_be_left_out(base, with_bos, tmp_path):
+    """One line before a model is loaded."""
+    last = {"model": f"{with_bos}/shared", "tokens": "last", **SHARED}
+    message = "--tokens last: the EOS of .* has BOS's id and is left out; name --keep_bos"
+    with pytest.raises(InputError, match=message):
+        train(base, tmp_path / "last", **last)
     assert not (tmp_path / "last").exists()
-    assert (
-        train(base, tmp_path / "kept", tokens="last", keep_bos=True, **options)["policy/1_mlp"][
-            "n_tokens"
-        ]
-        == texts
-    )
+
+    found = train(base, tmp_path / "kept", keep_bos=True, **last)["policy/1_mlp"]
+    assert found["n_tokens"] == len(held_out_rows())
+
+
+# --------------------------------------------------------------------------------------- other runs
 
 
 def test_on_a_reward_model(base, tmp_path):
-    """One with a score head instead of an LM head has no LM losses to recover; what is trained is what feature rewards read."""
+    """It has a score head instead of an LM head, and so no losses of an LM to recover."""
     model = AutoModelForSequenceClassification.from_pretrained(base / "policy", num_labels=1)
-    save_reward_model(RewardModel(model), world.tokenizer(), str(tmp_path / "rm"))
-    options = {
-        "model": str(tmp_path / "rm"),
-        "base": "none",
-        "layers": "1",
-        "site": "residual",
-        "steps": 2,
-    }
-    summary = train(base, tmp_path / "run", **options)["policy/1_residual"]
-    assert summary["loss"] is None and summary["loss_recovered"] is None and 0 < summary["fvu"] < 2
-    assert check_feature_reader(str(tmp_path / "rm"), str(tmp_path / "run/policy/1_residual")) == 64
+    rm = str(tmp_path / "rm")
+    save_reward_model(RewardModel(model), world.tokenizer(), rm)
+    settings = {"model": rm, "base": "none", "layers": "1", "site": "residual", "steps": 2}
+    found = train(base, tmp_path / "run", **settings)["policy/1_residual"]
+    assert found["loss"] is None
+    assert found["loss_recovered"] is None
+    assert 0 < found["fvu"] < 2
+    # What is trained is what feature rewards read, with its 2 x 32 features.
+    assert check_feature_reader(rm, str(tmp_path / "run/policy/1_residual")) == 64
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"sae": "vanilla", "base": "none", "layers": "0", "site": "residual"}, {"sae": "tied", "bias": "median", "layers": "0"},
-        {"normalize": "token", "relu": False, "base": "none", "layers": "0,1", "site": "attention"},
-        {"texts": "both", "max_new_tokens": 4, "max_rows": 60, "base": "none", "layers": "1"}, {"dtype": "bfloat16", "layers": "1"},
-    ],
-)  # fmt: skip
-def test_options(base, tmp_path, kwargs):
-    summary = train(base, tmp_path / "run", steps=4, **kwargs)
-    assert all(0 < r["fvu"] < 1.5 and r["l0"] > 0 for r in summary.values())
-    assert len(summary) == {"0": 1, "1": 1, "0,1": 2}[kwargs["layers"]] * (
-        1 if kwargs.get("base") else 2
-    )
-    if kwargs.get("texts"):
-        assert list((tmp_path / "run/cache").glob("answers_*.jsonl"))
+# Settings, and how many autoencoders they train: layers times models.
+OPTIONS = [
+    ({"sae": "vanilla", "base": "none", "layers": "0", "site": "residual"}, 1),
+    ({"sae": "tied", "bias": "median", "layers": "0"}, 2),
+    (
+        {
+            "normalize": "token",
+            "relu": False,
+            "base": "none",
+            "layers": "0,1",
+            "site": "attention",
+        },
+        2,
+    ),
+    ({"dtype": "bfloat16", "layers": "1"}, 2),
+]
+
+
+def check_trained(found, n):
+    """A summary of n autoencoders, of which each has learnt something."""
+    assert len(found) == n
+    for numbers in found.values():
+        assert 0 < numbers["fvu"] < 1.5
+        assert numbers["l0"] > 0
+
+
+@pytest.mark.parametrize("settings, n", OPTIONS)
+def test_options(base, tmp_path, settings, n):
+    check_trained(train(base, tmp_path, steps=4, **settings), n)
+
+
+def test_texts_that_the_model_samples(base, tmp_path):
+    """Besides those of the data set; they are kept in the cache."""
+    texts = {"texts": "both", "max_new_tokens": 4, "max_rows": 60}
+    found = train(base, tmp_path, steps=4, base="none", layers="1", **texts)
+    check_trained(found, 1)
+    assert list((tmp_path / "cache").glob("answers_*.jsonl"))
 
 
 def test_base_and_policy_see_the_same_tokens(base, tmp_path):
     """The same model twice: the same autoencoder twice, bit for bit."""
-    train(base, tmp_path / "run", base=f"{base}/policy", layers="1", steps=4)
-    a, b = tensors(tmp_path / "run").values()
-    assert all(a[name].equal(b[name]) for name in a)
+    train(base, tmp_path, base=f"{base}/policy", layers="1", steps=4)
+    of_policy, of_base = all_tensors(tmp_path).values()
+    check_equal(of_policy, of_base)
 
 
-# ------------------------------------------------------------------------------------------------------- the same result otherwise
+# ------------------------------------------------------------------------ the same result otherwise
+
+
+def times_of_shards(cache):
+    """When each file of cached activations was written."""
+    return {path: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")}
 
 
 def test_cached_activations(base, tmp_path):
-    """From disk they are the same up to float error (other texts share a forward pass), and a second run computes none."""
-    train(base, tmp_path / "run", cache=str(tmp_path / "cache"))
-    assert_close(base / "run", tmp_path / "run")
-    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
-    train(base, tmp_path / "again", cache=str(tmp_path / "cache"))
-    assert_bit_equal(tmp_path / "run", tmp_path / "again")
-    assert shards and shards == {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")
-    }
+    """They are the same up to float error, since other texts share a forward pass.
+
+    A second run computes none.
+    """
+    cache = tmp_path / "cache"
+    train(base, tmp_path / "run", cache=str(cache))
+    check_close_runs(base / "run", tmp_path / "run")
+
+    shards = times_of_shards(cache)
+    assert shards
+    train(base, tmp_path / "again", cache=str(cache))
+    check_equal_runs(tmp_path / "run", tmp_path / "again")
+    assert times_of_shards(cache) == shards
 
 
 @pytest.mark.slow
 def test_two_processes(base, tmp_path):
     join(*ranks(2, train, base, tmp_path / "run"))
-    assert_close(base / "run", tmp_path / "run")
-
-
-def assert_close(a, b):
-    for row, other in zip(metrics(a), metrics(b), strict=True):
-        assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
-    for x, y in zip(tensors(a).values(), tensors(b).values(), strict=True):
-        for name in x:
-            torch.testing.assert_close(x[name], y[name], rtol=1e-3, atol=1e-4)
+    check_close_runs(base / "run", tmp_path / "run")
 
 
 class OneOfTwo(Dist):
@@ -367,24 +497,22 @@ class OneOfTwo(Dist):
 
 @torch.no_grad()
 def test_a_process_may_have_no_held_out_text(base):
-    config = settings(base, "x")
+    config = config_of(base, "x")
     lm = load_lm(f"{base}/policy", "cpu")
     sae = load_sae(str(base / "run/policy/1_mlp"))
-    held_out = Tokens(encode_prompts(world.tokenizer(), ["review the hotel :"]))
+    held_out = Tokens(encode_prompts(world.tokenizer(), [{"prompt": "review the hotel :"}]))
     cpu = torch.device("cpu")
-    shares = []
-    for rank in range(2):
-        shares.append(loss_recovered(config, lm, (1, "mlp"), sae, held_out, OneOfTwo(rank, 2, cpu)))
-    whole = loss_recovered(config, lm, (1, "mlp"), sae, held_out, Dist(0, 1, cpu))
-    assert math.isnan(shares[0]["loss"]) and shares[1] == whole  # no token there, all of them here
+
+    def measure(dist):
+        return loss_recovered(config, lm, (1, "mlp"), sae, held_out, dist)
+
+    # The only text is the second process's.
+    assert math.isnan(measure(OneOfTwo(0, 2, cpu))["loss"])
+    assert measure(OneOfTwo(1, 2, cpu)) == measure(Dist(0, 1, cpu))
 
 
-@pytest.mark.slow
-def test_killed_while_it_samples(base, tmp_path):
-    """What has been sampled is kept: the same command goes on with it."""
-    rollouts = {"texts": "rollouts", "max_new_tokens": 4, "max_rows": 60}
-    rollouts |= {"base": "none", "layers": "1"}
-    code = f"""
+# A run that is killed when it has written its first answers to the cache.
+KILLED_RUN = """
 import os, signal, torch, train_sae
 from nanorlhf import pool
 torch.set_num_threads(1)
@@ -393,28 +521,44 @@ def kill(lines, rows):
     append(lines, rows)
     os.kill(os.getpid(), signal.SIGKILL)
 pool.Lines.append = kill
-train_sae.main(train_sae.Config(**{vars(settings(base, tmp_path / "run", **rollouts))}))
+train_sae.main(train_sae.Config(**SETTINGS))
 """
+
+
+@pytest.mark.slow
+def test_killed_while_it_samples(base, tmp_path):
+    """What has been sampled is kept: the same command goes on with it."""
+    rollouts = {"texts": "rollouts", "max_new_tokens": 4, "max_rows": 60}
+    settings = {"base": "none", "layers": "1", **rollouts}
+    config = config_of(base, tmp_path / "run", **settings)
+    code = KILLED_RUN.replace("SETTINGS", repr(vars(config)))
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=ENV, cwd=REPO, capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
-    train(base, tmp_path / "run", **rollouts)
-    train(base, tmp_path / "whole", **rollouts)
-    assert_bit_equal(tmp_path / "whole", tmp_path / "run")
+
+    train(base, tmp_path / "run", **settings)
+    train(base, tmp_path / "whole", **settings)
+    check_equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
-# --------------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
+
+BAD_INPUT = [
+    ("base", "none", "a --base"),
+    ("layers", "7", "7"),
+    ("layers", "some", "some"),
+    ("site", "norm", "--site must be"),
+    ("k", 65, "--k 65 is more"),
+    ("model", "/no/where", "/no/where"),
+    ("warmup", 3.0, "--warmup"),
+    ("sae", "x", "--sae must be"),
+    ("dataset", "no.jsonl", "no.jsonl"),
+    ("expansion", 0.0, "--expansion"),
+    ("tokens", "first", "--tokens must be"),
+]
 
 
-@pytest.mark.parametrize(
-    "kwargs, match",
-    [
-        ({"base": "none"}, "a --base"), ({"layers": "7"}, "7"), ({"layers": "some"}, "some"), ({"site": "norm"}, "--site must be"),
-        ({"k": 65}, "--k 65 is more"), ({"model": "/no/where"}, "/no/where"), ({"warmup": 3.0}, "--warmup"), ({"sae": "x"}, "--sae must be"),
-        ({"dataset": "no.jsonl"}, "no.jsonl"), ({"expansion": 0.0}, "--expansion"),
-        ({"tokens": "first"}, "--tokens must be"),
-    ],
-)  # fmt: skip
-def test_bad_input(base, tmp_path, kwargs, match):
-    with pytest.raises(InputError, match=match):
-        train(base, tmp_path / "run", **kwargs)
+@pytest.mark.parametrize("flag, value, message", BAD_INPUT)
+def test_bad_input(base, tmp_path, flag, value, message):
+    with pytest.raises(InputError, match=message):
+        train(base, tmp_path / "run", **{flag: value})

@@ -1,9 +1,11 @@
-"""The flags of all scripts and of all commands of probe.py: what --help shows, which values are refused, which defaults are named.
+"""The flags of all scripts and of all commands of probe.py.
 
-A shared flag is one that a class of nanorlhf/runtime/flags.py declares; all others are a script's own.
+What --help shows, which values are refused, which defaults are named. A shared flag is one that a
+class of nanorlhf/runtime/flags.py declares; all others are a script's own.
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -19,79 +21,156 @@ import train_rm
 import train_sae
 import train_sft
 from nanorlhf import stages
-from nanorlhf.data import FORMATS
 from nanorlhf.errors import InputError
+from nanorlhf.formats import PROMPT_FORMATS
 from nanorlhf.runtime import cli, flags, hints
 from nanorlhf.studies import cue_control, feedback_patterns, generalisation, overoptimisation
 
 FLAG = re.compile(r"^  --(\w+)(?: |$)", re.MULTILINE)
-BEYOND = {float: [math.nan, math.inf, -math.inf], int: [2**63, -(2**63) - 1]}
 
 
-def kinds_of(config_class):
-    """{flag: (its type, whether it takes several)}, for `int | None` as for int."""
-    kinds = {}
-    for name, hint in typing.get_type_hints(config_class).items():
-        parts = [part for part in typing.get_args(hint) if part is not type(None)]
-        kinds[name] = (parts[0] if parts else hint, typing.get_origin(hint) is list)
-    return kinds
+# ------------------------------------------------------------------ what a Config says of its flags
+
+
+@functools.cache
+def type_hints(config_class):
+    """{flag: its type}. Kept, because it takes a while to find out."""
+    return typing.get_type_hints(config_class)
+
+
+def takes_several(config_class, name):
+    """Whether a flag is followed by a list of values."""
+    hint = type_hints(config_class)[name]
+    return typing.get_origin(hint) is list
+
+
+def kind_of(config_class, name):
+    """The type of a flag's value, of each one in a list; for `int | None` it is int."""
+    hint = type_hints(config_class)[name]
+    for part in typing.get_args(hint):
+        if part is not type(None):
+            return part
+    return hint
+
+
+def default_of(field):
+    """A flag's default; MISSING where the flag is required."""
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
+
+
+def as_list(value):
+    if isinstance(value, list):
+        return value
+    return [value]
 
 
 def is_shared(config_class, name):
+    """Whether the first class that declares a flag is one of flags.py."""
     declaring = [c for c in config_class.__mro__ if name in inspect.get_annotations(c)]
     return declaring[-1].__module__ == flags.__name__
 
 
-def made(name, **settings):
-    """A Config made in Python, with what it needs besides."""
-    needed = {"mmcs": {"a": ["one", "two"]}, "judge": {"a": ["one"], "b": ["two"]}}
-    return CONFIGS[name](**needed.get(name, {}) | settings)
+def field_names(config_class):
+    return [field.name for field in dataclasses.fields(config_class)]
 
 
-def parsed(name, *args):
+# What some commands need besides.
+NEEDED = {"mmcs": {"a": ["one", "two"]}, "judge": {"a": ["one"], "b": ["two"]}}
+
+
+def make_config(name, **settings):
+    """A Config made in Python."""
+    return CONFIGS[name](**{**NEEDED.get(name, {}), **settings})
+
+
+def make_config_with(name, flag, value):
+    """A Config made in Python, with one flag's value."""
+    if takes_several(CONFIGS[name], flag):
+        value = [value]
+    return make_config(name, **{flag: value})
+
+
+def parse(name, *args):
+    """A Config from a command line."""
     return cli.parse(CONFIGS[name], [*REQUIRED.get(name, []), *args])
 
 
-# ------------------------------------------------------------------------------------------ --help
+# ------------------------------------------------------------------------------------------- --help
+
+
+def longest_line(text):
+    return max(len(line) for line in text.splitlines())
+
+
+def words_of_flags(text):
+    """{flag: what --help says of it, in one line}."""
+    _, *parts = FLAG.split(text)
+    words = {}
+    for flag, part in zip(parts[::2], parts[1::2], strict=True):
+        # The part of the last flag of a group ends with an empty line.
+        own, *_ = part.split("\n\n")
+        words[flag] = " ".join(own.split())
+    return words
+
+
+def is_nothing(default):
+    """Whether a default means that nothing is given, and so is not named. 0 is a number."""
+    return default is None or default is False or default in ("", [])
+
+
+def end_of_help(field):
+    """How the help of a flag must end, which has a default or is required."""
+    default = default_of(field)
+    if default is dataclasses.MISSING:
+        return " (required)"
+    if isinstance(default, list):
+        default = " ".join(str(value) for value in default)
+    return f" (default: {default})"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_help(name, capsys, monkeypatch):
-    """80 columns, each flag once, own ones before shared ones, choices, and defaults where there are any."""
+    """80 columns, each flag once, a script's own flags before shared ones."""
     monkeypatch.setenv("COLUMNS", "80")
-    text, config_class = help_of(name, capsys), CONFIGS[name]
-    assert max(map(len, text.splitlines())) <= 80
+    text = help_of(name, capsys)
+    assert longest_line(text) <= 80
     assert re.match(r"usage: \S+( \w+)? \[flags\]\n\n\w", text)
-    shown = FLAG.findall(text)
-    assert sorted(shown) == sorted(field.name for field in dataclasses.fields(config_class))
-    shared = [is_shared(config_class, flag) for flag in shown]
-    assert shared == sorted(shared) and (any(shared) or name == "mmcs")
 
-    parts = dict(zip(shown, FLAG.split(text)[2::2]))
-    for field in dataclasses.fields(config_class):
-        # A flag's part ends with an empty line if it is the last of its group.
-        assert field.metadata["help"]
-        words = " ".join(parts[field.name].split("\n\n")[0].split())
-        if field.metadata.get("choices"):
-            assert words.startswith("{" + ",".join(filter(None, flags.choices_of(field))) + "}")
-        factory = field.default_factory
-        default = field.default if factory is dataclasses.MISSING else factory()
-        if default is dataclasses.MISSING:
-            assert words.endswith(" (required)")
-        elif default is None or default is False or default in ("", []):
-            assert "(default" not in words and "(required" not in words
-        else:
-            as_typed = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-            assert words.endswith(f" (default: {as_typed})")
+    shown = FLAG.findall(text)
+    assert sorted(shown) == sorted(field_names(CONFIGS[name]))
+    shared = [is_shared(CONFIGS[name], flag) for flag in shown]
+    assert shared == sorted(shared)
+    assert any(shared) or name == "mmcs"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_groups_of_help(name, capsys):
-    """Each group has a heading, which says what it is for; none is that of a class without a docstring."""
+def test_help_names_choices_and_defaults(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = words_of_flags(help_of(name, capsys))
+    for field in dataclasses.fields(CONFIGS[name]):
+        assert field.metadata["help"]
+        said = words[field.name]
+        if field.metadata.get("choices"):
+            named = [choice for choice in flags.choices_of(field) if choice]
+            assert said.startswith("{" + ",".join(named) + "}")
+        if is_nothing(default_of(field)):
+            assert "(default" not in said
+            assert "(required" not in said
+        else:
+            assert said.endswith(end_of_help(field))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_group_of_help_has_a_heading_of_its_own(name, capsys):
+    """It says what the group is for; none is that of a class without a docstring."""
     text = help_of(name, capsys)
     headings = re.findall(r"\n\n(\S.*(?:\n\S.*)*)\n\n  --", text)
-    assert headings and len(set(headings)) == len(headings)
-    assert not any(heading.startswith(("Config(", "What all groups")) for heading in headings)
+    assert headings
+    assert len(set(headings)) == len(headings)
+    for heading in headings:
+        assert not heading.startswith(("Config(", "What all groups"))
 
 
 @pytest.mark.parametrize("name", [name for name in probe.COMMANDS if name != "human_latents"])
@@ -109,207 +188,265 @@ def test_help_of_probe_names_what_controls_rule_out_and_what_would_refute(name, 
 
 def test_ppo_has_its_own_flags_in_groups(capsys):
     text = help_of("ppo", capsys)
-    kl = text[text.index("\nThe KL penalty: ") : text.index("\nAdvantages and losses: ")]
-    assert FLAG.findall(kl) == ["kl_coef", "kl_kind", "kl_in", "kl_target", "kl_horizon"]
+    start = text.index("\nThe KL penalty: ")
+    end = text.index("\nAdvantages and losses: ")
+    kl_flags = FLAG.findall(text[start:end])
+    assert kl_flags == ["kl_coef", "kl_kind", "kl_in", "kl_target", "kl_horizon"]
     assert FLAG.findall(text)[:2] == ["model", "reward_model"]
 
 
-@pytest.mark.parametrize(
+STUDIES = pytest.mark.parametrize(
     "study", [cue_control, feedback_patterns, generalisation, overoptimisation]
 )
-def test_help_of_studies(study, capsys, monkeypatch):
+
+
+@STUDIES
+def test_help_of_a_study(study, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as end:
         study.read_settings(["--help"])
+    assert end.value.code == 0
     text = capsys.readouterr().out
-    assert exit_.value.code == 0 and max(map(len, text.splitlines())) <= 80
-    assert sorted(FLAG.findall(text)) == sorted(
-        field.name for field in dataclasses.fields(study.Settings)
-    )
-    assert text.index("_flags TEXT") < text.index("\n  --seeds")  # its own first
-    with pytest.raises(SystemExit) as exit_:
+    assert longest_line(text) <= 80
+    assert sorted(FLAG.findall(text)) == sorted(field_names(study.Settings))
+    # Its own flags come first.
+    assert text.index("_flags TEXT") < text.index("\n  --seeds")
+
+
+@STUDIES
+def test_a_bad_flag_of_a_study(study, capsys):
+    with pytest.raises(SystemExit) as end:
         study.read_settings(["--seeds", "0"])
-    assert exit_.value.code == 2 and capsys.readouterr().err.endswith(
-        "error: --seeds must be at least 1, not 0\n"
-    )
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.endswith("error: --seeds must be at least 1, not 0\n")
 
 
-def test_help_follows_the_width(capsys, monkeypatch):
-    for columns, most in (("60", 60), ("90", 90), ("300", 100)):
-        monkeypatch.setenv("COLUMNS", columns)
-        text = help_of("ppo", capsys)
-        flags_of_text = text[text.index("\nScores: ") :]
-        assert most - 12 < max(map(len, flags_of_text.splitlines())) <= most
+@pytest.mark.parametrize("columns, most", [("60", 60), ("90", 90), ("300", 100)])
+def test_help_follows_the_width_of_the_screen(capsys, monkeypatch, columns, most):
+    monkeypatch.setenv("COLUMNS", columns)
+    text = help_of("ppo", capsys)
+    of_flags = text[text.index("\nScores: ") :]
+    assert most - 12 < longest_line(of_flags) <= most
 
 
 def test_flags_are_also_known_with_hyphens():
-    assert parsed("ppo", "--kl-coef", "0.3", "--output-dir", "here").output_dir == "here"
-    assert sample_bon.Config(from_files=["a"]) == parsed("bon", "--from", "a")
-    assert (
-        parsed("sae", "--no_relu")
-        == train_sae.Config(relu=False)
-        == parsed("sae", "--relu", "False")
-    )
+    config = parse("ppo", "--kl-coef", "0.3", "--output-dir", "here")
+    assert config.kl_coef == 0.3
+    assert config.output_dir == "here"
 
 
-# ----------------------------------------------------------------------------------------- numbers
+def test_from_is_known_by_its_name_in_python_too():
+    """`from` is no name that Python would take."""
+    assert parse("bon", "--from", "a") == sample_bon.Config(from_files=["a"])
+
+
+@pytest.mark.parametrize("args", [["--no_relu"], ["--relu", "False"]])
+def test_a_flag_can_be_switched_off(args):
+    assert parse("sae", *args) == train_sae.Config(relu=False)
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+# Not a number, infinite, or beyond 64 bits.
+OUT_OF_RANGE = {float: [math.nan, math.inf, -math.inf], int: [2**63, -(2**63) - 1]}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_numbers_out_of_range(name):
-    """Not a number, infinite, or beyond 64 bits: refused of every numeric flag, in Python and from the command line."""
-    numeric = 0
+    """They are refused of every numeric flag, in Python and from the command line."""
+    refused = 0
     for field in dataclasses.fields(CONFIGS[name]):
-        kind, several = kinds_of(CONFIGS[name])[field.name]
-        for value in BEYOND.get(kind, []):
+        for value in OUT_OF_RANGE.get(kind_of(CONFIGS[name], field.name), []):
             if value == math.inf and field.metadata.get("may_be_infinite"):
                 continue
-            with pytest.raises(InputError, match=f"^--{field.name} must [^\n]*$"):
-                made(name, **{field.name: [value] if several else value})
-            with pytest.raises(InputError, match=f"^--{field.name} must [^\n]*$"):
-                parsed(name, f"--{field.name}={value}")
-            numeric += 1
-    assert numeric or name == "human_latents"
+            in_one_line = f"^--{field.name} must [^\n]*$"
+            with pytest.raises(InputError, match=in_one_line):
+                make_config_with(name, field.name, value)
+            with pytest.raises(InputError, match=in_one_line):
+                parse(name, f"--{field.name}={value}")
+            refused += 1
+    assert refused > 0 or name == "human_latents"
 
 
-def test_numbers_beyond_what_is_computed_with():
-    """float32, the clock of a waiting process, a matrix in memory."""
-    for name, flag, value in (
+@pytest.mark.parametrize(
+    "name, flag, value",
+    [
+        # float32
         ("ppo", "lr", "1e39"),
+        # a matrix in memory
         ("sae", "expansion", "1e30"),
+        # the clock of a waiting process
         ("judge", "timeout", "1e30"),
         ("features", "pause", "1e30"),
         ("judge", "requests_per_minute", "1e-30"),
-    ):
-        with pytest.raises(InputError, match=f"^--{flag} must "):
-            parsed(name, f"--{flag}", value)
+    ],
+)
+def test_numbers_beyond_what_is_computed_with(name, flag, value):
+    with pytest.raises(InputError, match=f"^--{flag} must "):
+        parse(name, f"--{flag}", value)
+
+
+def test_an_edit_beyond_float32():
     with pytest.raises(InputError, match="^--edits 17:set:1e39: it must be"):
-        parsed("causal", "--edits", "17:set:1e39")
+        parse("causal", "--edits", "17:set:1e39")
 
 
-def test_infinity_where_it_means_something():
-    """Bounds that it switches off: their runs are those of a bound that nothing reaches."""
-    off = ["max_grad_norm", "clip_range", "value_clip_range", "score_clip", "target_kl"]
-    for name in off:
-        assert getattr(parsed("ppo", f"--{name}", "inf"), name) == math.inf
-    assert parsed("judge", "--requests_per_minute", "inf").requests_per_minute == math.inf
-    for config_class in CONFIGS.values():
-        for field in dataclasses.fields(config_class):
-            if field.metadata.get("may_be_infinite"):
-                assert field.name in [*off, "requests_per_minute"]
+# Bounds that infinity switches off: their runs are those of a bound that nothing reaches.
+BOUNDS = ["max_grad_norm", "clip_range", "value_clip_range", "score_clip", "target_kl"]
+
+
+@pytest.mark.parametrize("flag", BOUNDS)
+def test_a_bound_may_be_infinite(flag):
+    assert getattr(parse("ppo", f"--{flag}", "inf"), flag) == math.inf
+
+
+def test_a_rate_may_be_infinite():
+    assert parse("judge", "--requests_per_minute", "inf").requests_per_minute == math.inf
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_else_may_be_infinite(name):
+    for field in dataclasses.fields(CONFIGS[name]):
+        if field.metadata.get("may_be_infinite"):
+            assert field.name in [*BOUNDS, "requests_per_minute"]
 
 
 def test_the_largest_numbers_are_taken():
-    assert train_ppo.Config(seed=2**63 - 1).seed == 2**63 - 1
-    assert train_sft.Config(eval_every=2**63 - 1).eval_every == 2**63 - 1
+    largest = 2**63 - 1
+    assert train_ppo.Config(seed=largest).seed == largest
+    assert train_sft.Config(eval_every=largest).eval_every == largest
 
 
-# ----------------------------------------------------------------------------------------- choices
+# ------------------------------------------------------------------------------------------ choices
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_choices(name):
-    """All of them are taken as far as one flag goes; any other is refused, in Python and from the command line."""
-    kinds, with_choices = kinds_of(CONFIGS[name]), 0
+    """All of them are taken as far as one flag goes.
+
+    Any other is refused, in Python and from the command line.
+    """
+    with_choices = 0
     for field in dataclasses.fields(CONFIGS[name]):
         choices = flags.choices_of(field)
-        if choices:
-            with_choices += 1
-            default = (
-                field.default
-                if field.default_factory is dataclasses.MISSING
-                else field.default_factory()
-            )
-            assert set(default if isinstance(default, list) else [default]) <= set(choices)
-            named = ", ".join(filter(None, choices))
-            message = f"^--{field.name} must be one of {re.escape(named)}, not 'another'$"
-            with pytest.raises(InputError, match=message):
-                made(name, **{field.name: ["another"] if kinds[field.name][1] else "another"})
-            with pytest.raises(InputError, match=message):
-                parsed(name, f"--{field.name}", "another")
-            for choice in choices:
-                flags.check_value(field, choice)
-    assert with_choices or name == "mmcs"
+        if not choices:
+            continue
+        with_choices += 1
+        for choice in choices:
+            flags.check_value(field, choice)
+        assert set(as_list(default_of(field))) <= set(choices)
+
+        named = ", ".join(choice for choice in choices if choice)
+        message = f"^--{field.name} must be one of {re.escape(named)}, not 'another'$"
+        with pytest.raises(InputError, match=message):
+            make_config_with(name, field.name, "another")
+        with pytest.raises(InputError, match=message):
+            parse(name, f"--{field.name}", "another")
+    assert with_choices > 0 or name == "mmcs"
 
 
-def test_formats_of_prompts_are_the_readers():
+def test_formats_of_prompts_are_those_that_can_be_read():
     (field,) = [f for f in dataclasses.fields(flags.SplitFlags) if f.name == "prompt_format"]
-    assert set(field.metadata["choices"]) == set(FORMATS)
+    assert set(field.metadata["choices"]) == {"", *PROMPT_FORMATS}
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CONFIGS if "columns" in CONFIGS[name].__dataclass_fields__]
+    "name", [name for name in CONFIGS if "columns" in field_names(CONFIGS[name])]
 )
 def test_columns_without_an_equals_sign(name):
     with pytest.raises(InputError, match="^--columns takes FIELD=COLUMN$"):
-        parsed(name, "--columns", "prompt=question", "prompt")
+        parse(name, "--columns", "prompt=question", "prompt")
 
 
-# ------------------------------------------------------------------------- what is missing by default
+# ----------------------------------------------------------------------- what is missing by default
 
-SAE = "python train_sae.py --model runs/sft --base none --site residual --layers 2 --normalize token --relu False --output_dir runs/sae_sarm"
+SFT = "python train_sft.py"
+SAE = (
+    "python train_sae.py --model runs/sft --base none --site residual --layers 2 "
+    "--normalize token --relu False --output_dir runs/sae_sarm"
+)
 SARM = f"{SAE} && python train_rm.py --sarm runs/sae_sarm"
 
 
-@pytest.mark.parametrize("args, missing, command", [
-    (["divergence"], "runs/sft", "python train_sft.py"),
-    (["reward"], "runs/ppo", "python train_ppo.py"),
-    (["pairs", "--policy", "runs/sft"], "runs/sft", "python train_sft.py"),
-    (["features"], "runs/sae/*/*", "python train_sae.py"),
-    (["features", "--sae", "runs/sae/policy/3_mlp"], "runs/sae/policy/3_mlp", "python train_sae.py"),
-    (["ablate"], "runs/sae/policy/3_mlp", "python train_sae.py"),
-    (["mmcs", "--a", "runs/sae/policy/{seed}", "x"], "runs/sae/policy/{seed}", "python train_sae.py"),
-    (["reward_features"], "runs/sarm", f"python train_sft.py && {SARM}"),
-    (["causal", "--edits", "17:set:0"], "runs/sarm", f"python train_sft.py && {SARM}"),
-    (["steer", "--edits", "17:set:0"], "runs/sarm", f"python train_sft.py && {SARM}"),
-    (["human_latents"], "runs/sarm", f"python train_sft.py && {SARM}"),
-    (["evaluate", "--reward_model", "runs/rm/seed_0"], "runs/rm/seed_0", "python train_rm.py"),
-    (["judge", "--a", "runs/ppo/eval/step_60.jsonl", "--b", "x"], "runs/ppo/eval/step_60.jsonl", "python train_ppo.py"),
-])  # fmt: skip
-def test_hints(tmp_path, monkeypatch, capfd, args, missing, command):
-    """Where a default is missing, the error names the commands that make it, and nothing is written."""
+@pytest.mark.parametrize(
+    "args, missing, command",
+    [
+        ("divergence", "runs/sft", SFT),
+        ("reward", "runs/ppo", "python train_ppo.py"),
+        ("pairs --policy runs/sft", "runs/sft", SFT),
+        ("features", "runs/sae/*/*", "python train_sae.py"),
+        (
+            "features --sae runs/sae/policy/3_mlp",
+            "runs/sae/policy/3_mlp",
+            "python train_sae.py",
+        ),
+        ("ablate", "runs/sae/policy/3_mlp", "python train_sae.py"),
+        (
+            "mmcs --a runs/sae/policy/{seed} x",
+            "runs/sae/policy/{seed}",
+            "python train_sae.py",
+        ),
+        ("reward_features", "runs/sarm", f"{SFT} && {SARM}"),
+        ("causal --edits 17:set:0", "runs/sarm", f"{SFT} && {SARM}"),
+        ("steer --edits 17:set:0", "runs/sarm", f"{SFT} && {SARM}"),
+        ("human_latents", "runs/sarm", f"{SFT} && {SARM}"),
+        ("evaluate --reward_model runs/rm/seed_0", "runs/rm/seed_0", "python train_rm.py"),
+        (
+            "judge --a runs/ppo/eval/step_60.jsonl --b x",
+            "runs/ppo/eval/step_60.jsonl",
+            "python train_ppo.py",
+        ),
+    ],
+)
+def test_where_a_default_is_missing_the_commands_are_named_that_make_it(
+    tmp_path, monkeypatch, capfd, args, missing, command
+):
     monkeypatch.chdir(tmp_path)
-    assert f": error: {missing}: no such run yet: {command} makes it\n" in probe_refused(
-        capfd, *args
-    )
+    error = probe_refused(capfd, *args.split())
+    assert f": error: {missing}: no such run yet: {command} makes it\n" in error
     assert not list(tmp_path.iterdir())
 
 
-def test_hints_leave_out_what_is_there(tmp_path, monkeypatch, capfd):
+def test_commands_are_left_out_whose_runs_are_there(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/sft").mkdir(parents=True)
-    assert f"runs/sarm: no such run yet: {SARM} makes it" in probe_refused(capfd, "reward_features")
+    error = probe_refused(capfd, "reward_features")
+    assert f"runs/sarm: no such run yet: {SARM} makes it" in error
+
     (tmp_path / "runs/sae_sarm").mkdir()
-    assert (
-        "runs/sarm: no such run yet: python train_rm.py --sarm runs/sae_sarm makes it"
-        in probe_refused(capfd, "reward_features")
-    )
+    error = probe_refused(capfd, "reward_features")
+    last_command = "python train_rm.py --sarm runs/sae_sarm"
+    assert f"runs/sarm: no such run yet: {last_command} makes it" in error
+
     (tmp_path / "runs/sarm").mkdir()
     assert "makes it" not in probe_refused(capfd, "reward_features")
 
 
+@pytest.mark.parametrize("more", [[], ["--members", "2"]], ids=["alone", "members"])
 def test_a_sarm_without_its_autoencoder_is_refused_before_anything_is_trained(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, more
 ):
+    def train_what_is_missing(*args):
+        pytest.fail("it was trained")
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        train_rm, "train_what_is_missing", lambda *args: pytest.fail("it was trained")
-    )
-    for more in ([], ["--members", "2"]):
-        config = parsed("rm", "--sarm", "runs/sae_sarm", *more)
-        with pytest.raises(
-            InputError,
-            match=re.escape(
-                f"runs/sae_sarm: no such run yet: python train_sft.py && {SAE} makes it"
-            ),
-        ):
-            train_rm.main(config)
+    monkeypatch.setattr(train_rm, "train_what_is_missing", train_what_is_missing)
+    config = parse("rm", "--sarm", "runs/sae_sarm", *more)
+    with pytest.raises(InputError) as raised:
+        train_rm.main(config)
+    hint = f"runs/sae_sarm: no such run yet: {SFT} && {SAE} makes it"
+    assert hint in str(raised.value)
 
 
-def test_hints_are_commands_that_make_what_they_say():
-    """Pasted as they are; and they agree with what the scripts train by themselves."""
-    for folder, command in hints.MADE_BY.items():
-        _, config = parse_command(command.removeprefix("python "))
-        assert config.output_dir == folder
-    for folder, script in stages.SCRIPT_OF.items():
-        assert hints.MADE_BY[folder] == f"python {script}.py"
+@pytest.mark.parametrize("folder", hints.MADE_BY)
+def test_a_command_makes_what_the_hint_says(folder):
+    """It can be pasted as it is."""
+    command = hints.MADE_BY[folder]
+    _, config = parse_command(command.removeprefix("python "))
+    assert config.output_dir == folder
+
+
+@pytest.mark.parametrize("folder", stages.SCRIPT_OF)
+def test_hints_agree_with_what_the_scripts_train_by_themselves(folder):
+    assert hints.MADE_BY[folder] == f"python {stages.SCRIPT_OF[folder]}.py"

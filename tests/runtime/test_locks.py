@@ -1,4 +1,4 @@
-"""nanorlhf.runtime.locks: real processes that work in one folder at once, are killed in it, and fork.
+"""nanorlhf.runtime.locks: real processes that work in one folder, are killed in it, and fork.
 
 Of two scripts on one folder one ends as if it had been alone, the other with exit code 2, one line,
 and nothing written.
@@ -6,7 +6,6 @@ and nothing written.
 
 import errno
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from support import (
     fork,
     join,
     ranks,
+    read_rows,
     wait_for,
     write_rows,
 )
@@ -37,8 +37,8 @@ from nanorlhf.errors import InputError
 from nanorlhf.runtime import cli, locks
 from nanorlhf.runtime.locks import LOCK_FILE, lock, unlock_afterwards
 
-# A reward that tells when it is first asked, and then waits for the file `go`. With FORK it leaves
-# a child behind that does nothing.
+# waits() tells when it is first asked, and then waits for the file `go`. With FORK it leaves a
+# child behind that does nothing.
 WAITING = """
 import os, time
 def waits(prompts, responses):
@@ -58,7 +58,7 @@ def other(prompts, responses):
 
 
 @pytest.fixture
-def waiting(here):  # noqa: F811
+def waiting(here):
     """The working directory with WAITING in it, switched on."""
     (here / "waiting.py").write_text(WAITING)
     (here / "wait").touch()
@@ -68,9 +68,14 @@ def waiting(here):  # noqa: F811
 # ------------------------------------------------------------------------------------------ helpers
 
 
-def inside(folder):
-    """The processes that have asked the waiting reward."""
-    return [int(path.name.split("_")[1]) for path in Path(folder).glob("inside_*")]
+def is_inside(folder):
+    """Whether a process has asked the waiting reward, and waits."""
+    return any(Path(folder).glob("inside_*"))
+
+
+def names_below(folder):
+    """The names of all files and folders below, from the folder on."""
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
 
 
 def is_free(folder):
@@ -80,10 +85,17 @@ def is_free(folder):
     return subprocess.run(command, env=ENV, capture_output=True).returncode == 0
 
 
-def bon(reward):
-    """Arguments of a sample_bon.py of a second."""
-    settings = {"model": "model", "dataset": "ppo.jsonl", "output_dir": "bon"}
-    settings |= {"reward_model": reward, "n_answers": 2, "eval_size": 4, "max_new_tokens": 4}
+def bon_arguments(reward):
+    """The flags of a sample_bon.py of a second."""
+    settings = {
+        "model": "model",
+        "dataset": "ppo.jsonl",
+        "output_dir": "bon",
+        "reward_model": reward,
+        "n_answers": 2,
+        "eval_size": 4,
+        "max_new_tokens": 4,
+    }
     return flags(settings)
 
 
@@ -119,12 +131,15 @@ def test_one_process_at_a_time(tmp_path, another):
     holder = another(folder)
     with pytest.raises(InputError, match=f"another process is working in {folder}; wait"):
         lock(str(folder))
+
+    # A kill leaves the lock file, which nobody holds then.
     holder.kill()
     holder.join()
-    assert os.listdir(folder) == [LOCK_FILE]  # what a kill leaves
+    assert os.listdir(folder) == [LOCK_FILE]
     with unlock_afterwards():
         lock(str(folder))
-        lock(f"{tmp_path}/a/../a/b/")  # again, by another name
+        # Once more, by another name.
+        lock(f"{tmp_path}/a/../a/b/")
         assert not is_free(folder)
     assert is_free(folder)
 
@@ -138,8 +153,7 @@ def test_no_traces(tmp_path):
         lock(str(tmp_path / "used/y"))
         (tmp_path / "used/file").touch()
         assert (tmp_path / "x/y/z" / LOCK_FILE).exists()
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == ["mine", "used", "used/file"]
+    assert names_below(tmp_path) == ["mine", "used", "used/file"]
 
 
 @pytest.mark.slow
@@ -152,9 +166,11 @@ def test_unlocked_after_an_error_that_somebody_keeps(tmp_path):
         (tmp_path / "a/file").touch()
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as error:
+    with pytest.raises(KeyboardInterrupt) as kept:
         fails()
-    assert is_free(tmp_path / "a") and error.value.__traceback__
+    assert is_free(tmp_path / "a")
+    # The functions' frames, and so their locals, are still there.
+    assert kept.value.__traceback__
 
 
 @pytest.mark.slow
@@ -164,7 +180,8 @@ def test_an_inner_block_leaves_the_outer_ones_lock(tmp_path):
         with unlock_afterwards():
             lock(str(tmp_path))
             lock(str(tmp_path / "inner"))
-        assert not is_free(tmp_path) and not (tmp_path / "inner").exists()
+        assert not is_free(tmp_path)
+        assert not (tmp_path / "inner").exists()
 
 
 def count_up(folder, times):
@@ -176,7 +193,8 @@ def count_up(folder, times):
                 lock(folder)
             except InputError:
                 continue
-            os.close(os.open(alone, os.O_CREAT | os.O_EXCL))  # FileExistsError: somebody else is in
+            # FileExistsError: somebody else is in.
+            os.close(os.open(alone, os.O_CREAT | os.O_EXCL))
             os.unlink(alone)
             times -= 1
 
@@ -184,25 +202,29 @@ def count_up(folder, times):
 @pytest.mark.slow
 def test_never_two_at_once(tmp_path):
     """Lock files and folders that come and go all the time, with four processes after them."""
-    join(*(fork(count_up, str(tmp_path / "x/y"), 300, RANK="0") for _ in range(4)))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    folder = str(tmp_path / "x/y")
+    join(*[fork(count_up, folder, 300, RANK="0") for _ in range(4)])
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file()
 
 
 @pytest.mark.slow
 def test_a_lock_file_that_was_removed_in_between(tmp_path, monkeypatch):
     """Its holder removed it after it was opened here: nobody else would see a lock on it."""
-    take, taken = locks.take, []
+    real_take = locks.take
+    taken = []
 
-    def late(descriptor, folder):
+    def take_late(descriptor, folder):
         if not taken:
             os.unlink(os.path.join(folder, LOCK_FILE))
         taken.append(descriptor)
-        take(descriptor, folder)
+        real_take(descriptor, folder)
 
-    monkeypatch.setattr(locks, "take", late)
+    monkeypatch.setattr(locks, "take", take_late)
     with unlock_afterwards():
         lock(str(tmp_path))
-        assert len(taken) == 2 and not is_free(tmp_path)
+        assert len(taken) == 2
+        assert not is_free(tmp_path)
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
@@ -220,11 +242,9 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 def test_folders_that_cannot_be_made(tmp_path, name):
     (tmp_path / "file").touch()
     os.symlink(tmp_path / "loop", tmp_path / "loop")
-    with (
-        pytest.raises(InputError, match="cannot be made or written into|leads nowhere"),
-        unlock_afterwards(),
-    ):
-        lock(str(tmp_path / name))
+    with pytest.raises(InputError, match="cannot be made or written into|leads nowhere"):
+        with unlock_afterwards():
+            lock(str(tmp_path / name))
     assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
 
 
@@ -232,7 +252,7 @@ def test_folders_that_cannot_be_made(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_two_trainings_of_different_seeds_at_once(here):  # noqa: F811
+def test_two_trainings_of_different_seeds_at_once(here):
     """Both start in the same moment: one is trained as if it were alone, the other is refused."""
     processes = []
     for seed in (0, 1):
@@ -251,7 +271,7 @@ def test_the_same_ppo_run_twice_at_once(waiting):
     """The second one comes in the first evaluation, when nothing has been written yet."""
     args = arguments("ppo", reward_model="waiting.py:waits")
     first = fork(run_here, str(waiting), "ppo", *args, RANK="0")
-    wait_for(lambda: inside(waiting))
+    wait_for(lambda: is_inside(waiting))
     assert os.listdir(waiting / "out") == [LOCK_FILE]
     second = fork(run_here, str(waiting), "ppo", *args, RANK="0", STDERR=str(waiting / "stderr"))
     assert_refused([second], "out", waiting / "stderr")
@@ -265,56 +285,61 @@ def test_the_same_ppo_run_twice_at_once(waiting):
 @pytest.mark.slow
 def test_two_sample_bons_at_once(waiting):
     """The first one goes on, and a third call finds a cache with one line a prompt."""
-    args = bon("waiting.py:waits")
+    args = bon_arguments("waiting.py:waits")
     first = fork(run_bon, str(waiting), *args, RANK="0")
-    wait_for(lambda: inside(waiting))
+    wait_for(lambda: is_inside(waiting))
     second = fork(run_bon, str(waiting), *args, RANK="0", STDERR=str(waiting / "stderr"))
     assert_refused([second], "bon", waiting / "stderr")
     (waiting / "go").touch()
     join(first)
-    join(fork(run_bon, str(waiting), *bon("waiting.py:other"), RANK="0"))
-    rows = [json.loads(line) for line in (waiting / "bon/pool.jsonl").read_text().splitlines()]
-    assert len({row["prompt"] for row in rows}) == len(rows) > 2
+
+    join(fork(run_bon, str(waiting), *bon_arguments("waiting.py:other"), RANK="0"))
+    prompts = [row["prompt"] for row in read_rows(waiting / "bon/pool.jsonl")]
+    assert len(prompts) > 2
+    assert len(set(prompts)) == len(prompts)
     for path in (waiting / "bon/cache").iterdir():
-        indices = [json.loads(line)["index"] for line in path.read_text().splitlines()]
-        assert indices == list(range(len(rows)))
+        indices = [row["index"] for row in read_rows(path)]
+        assert indices == list(range(len(prompts)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("leaves_a_child", [False, True])
-def test_a_killed_holder_frees_the_folder(waiting, leaves_a_child):
+@pytest.mark.parametrize("env", [{}, {"FORK": "1"}], ids=["alone", "leaves a child"])
+def test_a_killed_holder_frees_the_folder(waiting, env):
     """Also where its forked child lives on. What the kill leaves is no run to --resume."""
     args = arguments("ppo", reward_model="waiting.py:waits")
-    env = {"FORK": "1"} if leaves_a_child else {}
     first = fork(run_here, str(waiting), "ppo", *args, RANK="0", **env)
-    wait_for(lambda: inside(waiting))
+    wait_for(lambda: is_inside(waiting))
     first.kill()
     join(first, code=-signal.SIGKILL)
     assert os.listdir(waiting / "out") == [LOCK_FILE]
-    join(fork(run_here, str(waiting), "ppo", "--resume", "--output_dir", "out", RANK="0"), code=2)
+
+    resume = ["--resume", "--output_dir", "out"]
+    join(fork(run_here, str(waiting), "ppo", *resume, RANK="0"), code=2)
     (waiting / "go").touch()
     join(fork(run_here, str(waiting), "ppo", *args, RANK="0"))
-    assert (waiting / "out/summary.json").exists() and LOCK_FILE not in os.listdir(waiting / "out")
+    assert (waiting / "out/summary.json").exists()
+    assert LOCK_FILE not in os.listdir(waiting / "out")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["new", "unfinished"])
-def test_two_processes_against_a_holder(here, another, state):  # noqa: F811
+def test_two_processes_against_a_holder(here, another, state):
     """All ranks end together."""
     args = arguments("sft")
     if state == "unfinished":
         command_line("sft", *args)
         (here / "out/summary.json").unlink()
-    before = sorted(str(p) for p in here.rglob("*"))
+    before = names_below(here)
     another(here / "out")
     processes = ranks(2, run_here, str(here), "sft", *args, STDERR=str(here / "stderr"))
     assert_refused(processes, "out", here / "stderr")
-    ours = [here / "out", here / "out" / LOCK_FILE, here / "stderr_0", here / "stderr_1"]
-    assert sorted(str(p) for p in here.rglob("*")) == sorted({*before, *map(str, ours)})
+    # The holder's folder and lock, and what was said on stderr.
+    not_theirs = {"out", f"out/{LOCK_FILE}", "stderr_0", "stderr_1"}
+    assert set(names_below(here)) == not_theirs | set(before)
 
 
 @pytest.mark.slow
-def test_members_on_two_processes_against_a_holder(here, another):  # noqa: F811
+def test_members_on_two_processes_against_a_holder(here, another):
     """Rank 0 does not train the first member while rank 1 is refused the second."""
     another(here / "rm/seed_1")
     args = arguments("rm", output_dir="rm/seed_{seed}", members=2)
@@ -324,7 +349,7 @@ def test_members_on_two_processes_against_a_holder(here, another):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_run_that_is_done_is_only_read(here, another):  # noqa: F811
+def test_a_run_that_is_done_is_only_read(here, another):
     """Two runs that start from the same finished one do not stand in each other's way."""
     command_line("sft", *arguments("sft"))
     another(here / "out")
@@ -332,12 +357,13 @@ def test_a_run_that_is_done_is_only_read(here, another):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_failed_call_in_a_notebook_then_a_process(here):  # noqa: F811
+def test_a_failed_call_in_a_notebook_then_a_process(here):
     """main() that failed, with the error still at hand, locks nobody out."""
     config = train_sft.Config(output_dir="out", model="model", dataset="missing.jsonl")
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError) as kept:
         train_sft.main(config)
-    assert "missing.jsonl: no such file" in str(error.value) and not (here / "out").exists()
+    assert "missing.jsonl: no such file" in str(kept.value)
+    assert not (here / "out").exists()
     join(fork(run_here, str(here), "sft", *arguments("sft"), RANK="0"))
 
 
@@ -345,22 +371,29 @@ def test_a_failed_call_in_a_notebook_then_a_process(here):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_folders_of_results(here, another):  # noqa: F811
-    """What judge, --from and --score_gold write is refused while another process writes there."""
+@pytest.mark.parametrize(
+    "folder, function, command",
+    [
+        ("judge", run_probe, "judge --a a.jsonl --b b.jsonl --output_dir judge"),
+        ("from", run_bon, "--from a.jsonl b.jsonl --output_dir from"),
+        ("ppo", run_here, "ppo --score_gold ppo --gold_model world:gold"),
+    ],
+    ids=["judge", "--from", "--score_gold"],
+)
+def test_folders_of_results(here, another, folder, function, command):
+    """They are refused while another process writes there."""
     write_rows(here / "a.jsonl", [{"prompt": f"p {i}", "response": "a b"} for i in range(4)])
     write_rows(here / "b.jsonl", [{"prompt": f"p {i}", "response": "a c"} for i in range(4)])
+    # A run that is done, as far as --score_gold looks at it before it starts.
     (here / "ppo").mkdir()
-    for name, value in {"config": {"dataset": "world"}, "summary": {"after": {}}}.items():
-        (here / f"ppo/{name}.json").write_text(json.dumps(value))
+    (here / "ppo/config.json").write_text('{"dataset": "world"}')
+    (here / "ppo/summary.json").write_text('{"after": {}}')
     (here / "ppo/metrics.jsonl").touch()
-    for folder, function, *args in (
-        ("judge", run_probe, "judge", "--a", "a.jsonl", "--b", "b.jsonl", "--output_dir", "judge"),
-        ("from", run_bon, "--from", "a.jsonl", "b.jsonl", "--output_dir", "from"),
-        ("ppo", run_here, "ppo", "--score_gold", "ppo", "--gold_model", "world:gold"),
-    ):
-        another(here / folder)
-        process = fork(function, str(here), *args, RANK="0", STDERR=str(here / "stderr"))
-        assert_refused([process], folder, here / "stderr")
+
+    another(here / folder)
+    args = command.split()
+    process = fork(function, str(here), *args, RANK="0", STDERR=str(here / "stderr"))
+    assert_refused([process], folder, here / "stderr")
 
 
 def save_often(path, number):
@@ -374,7 +407,11 @@ def save_often(path, number):
 def test_two_processes_that_write_one_file(tmp_path):
     """A file of human latents has no folder of its own: it is one process's, whole."""
     path = str(tmp_path / "human.safetensors")
-    join(*(fork(save_often, path, number, RANK="0") for number in (1, 2)))
+    first = fork(save_often, path, 1, RANK="0")
+    second = fork(save_often, path, 2, RANK="0")
+    join(first, second)
     tensors = load_file(path)
-    assert tensors["latents"].unique().tolist() == tensors["scores"].unique().tolist()
-    assert tensors["latents"].unique().tolist() in ([1], [2]) and len(os.listdir(tmp_path)) == 1
+    numbers = tensors["latents"].unique().tolist()
+    assert numbers in ([1], [2])
+    assert tensors["scores"].unique().tolist() == numbers
+    assert os.listdir(tmp_path) == ["human.safetensors"]

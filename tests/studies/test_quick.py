@@ -1,4 +1,6 @@
-"""What all studies share (nanorlhf/studies/common.py): --quick, and commands in processes of their own."""
+"""What all studies share (nanorlhf/studies/common.py): --quick, and commands in processes of their
+own.
+"""
 
 import shlex
 import threading
@@ -19,63 +21,92 @@ pytestmark = pytest.mark.slow
 STUDIES = [overoptimisation, feedback_patterns, cue_control, generalisation]
 
 
+def read_settings(study, *args):
+    return study.read_settings(["--output_dir", "out", *args])
+
+
 def commands_of(study, *args):
-    """The study's flags and its command lines; of cue_control with the arms of two latents that were found."""
-    a = study.read_settings(["--output_dir", "out", *args])
+    """The command lines of a study; those of cue_control where it finds no features."""
+    settings = read_settings(study, *args)
+    commands = []
     if study is not cue_control:
-        return a, [command for stage in study.commands(a) for command in stage]
-    commands = [command for stage in study.first_commands(a) for command in stage]
-    for s in study.seeds(a):
-        commands += study.arms(a, s, {"features": []}).values()
-    return a, commands
+        for stage in study.commands(settings):
+            commands += stage
+        return commands
+    for stage in study.first_commands(settings):
+        commands += stage
+    for seed in study.seeds(settings):
+        commands += study.arms(settings, seed, {"features": []}).values()
+    return commands
 
 
-def settings_in(command):
+def parse_settings(command):
     """A command line as its script reads it; bad flags raise."""
-    if not command.startswith(
-        "train_rm.py"
-    ):  # the others would look for the folders that {seed} stands for
+    # The other scripts would look for the folders that {seed} stands for.
+    if not command.startswith("train_rm.py"):
         command = command.replace("{seed}", "0")
-    return parse_command(command)[1]
+    _, config = parse_command(command)
+    return config
+
+
+def scripts_in(commands):
+    """The scripts, and the commands of probe.py."""
+    scripts = set()
+    for command in commands:
+        script, first, *_ = command.split()
+        scripts.add(f"probe.py {first}" if script == "probe.py" else script)
+    return scripts
+
+
+def folders_of(commands):
+    return {common.output_of(shlex.split(command)) for command in commands}
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_quick_is_one_seed_with_less_to_do(study):
-    a, quick = commands_of(study, "--quick")
-    whole_settings, whole = commands_of(study)
-    assert a.seeds == 1 and whole_settings.seeds == 5 and not whole_settings.quick
+def test_quick_is_one_seed(study):
+    quick = read_settings(study, "--quick")
+    whole = read_settings(study)
+    assert quick.seeds == 1
+    assert whole.seeds == 5
+    assert not whole.quick
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_quick_runs_the_same_scripts_less_often(study):
+    quick = commands_of(study, "--quick")
+    whole = commands_of(study)
+    assert scripts_in(quick) == scripts_in(whole)
     assert len(quick) <= len(whole) / 4
 
-    # The same scripts run, with flags that they know, and shorter PPO runs.
-    def scripts_of(commands):
-        return {
-            " ".join(command.split()[:2]) if command.startswith("probe.py") else command.split()[0]
-            for command in commands
-        }
 
-    assert scripts_of(quick) == scripts_of(whole)
-    lengths = {
-        settings_in(command).steps for command in quick if command.startswith("train_ppo.py")
-    }
-    assert len(lengths) == 1 and max(lengths) < 40
-    for command in quick:
-        settings_in(command)
+@pytest.mark.parametrize("study", STUDIES)
+def test_quick_runs_have_known_flags_and_shorter_ppo(study):
+    ppo_steps = set()
+    for command in commands_of(study, "--quick"):
+        config = parse_settings(command)
+        if command.startswith("train_ppo.py"):
+            ppo_steps.add(config.steps)
+    (steps,) = ppo_steps
+    assert steps < 40
 
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_quick_runs_are_kept_apart(study):
     """A short run in the study's own folder would be taken for the study's."""
-    _, quick = commands_of(study, "--quick")
-    _, whole = commands_of(study)
-    folders = {common.output_of(shlex.split(command)) for command in quick}
-    assert all(folder.startswith("out/quick/") for folder in folders)
-    assert not folders & {common.output_of(shlex.split(command)) for command in whole}
+    quick = folders_of(commands_of(study, "--quick"))
+    whole = folders_of(commands_of(study))
+    for folder in quick:
+        assert folder.startswith("out/quick/")
+    assert not quick & whole
 
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_flags_that_are_given_hold(study):
-    a = study.read_settings(["--quick", "--seeds", "2", "--ppo_flags=--steps 7", "--jobs", "1"])
-    assert (a.seeds, a.ppo_flags, a.jobs) == (2, "--steps 7", 1)
+    given = ["--quick", "--seeds", "2", "--ppo_flags=--steps 7", "--jobs", "1"]
+    settings = read_settings(study, *given)
+    assert settings.seeds == 2
+    assert settings.ppo_flags == "--steps 7"
+    assert settings.jobs == 1
 
 
 def test_commands_run_side_by_side_and_once(monkeypatch, capsys):

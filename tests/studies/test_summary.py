@@ -1,6 +1,7 @@
-"""The summary.json of a study (nanorlhf/studies/common.py): plain JSON, also where a number is missing."""
+"""The summary.json of a study (nanorlhf/studies/common.py): plain JSON, also without a number."""
 
 import json
+import math
 
 from nanorlhf.stats import t_interval
 from nanorlhf.studies.common import write_summary
@@ -11,14 +12,17 @@ def refuse(constant):
 
 
 def test_a_summary_of_one_seed_is_json(tmp_path):
-    """A single seed has no interval. Python writes that as NaN, which other readers of JSON refuse."""
-    mean, half_width = t_interval([0.25])
-    assert half_width != half_width  # NaN, what the tables of one seed hold
+    """A single seed has no interval. Python writes NaN, which other readers of JSON refuse."""
+    interval = t_interval([0.25])
+    mean, half_width = interval
+    assert mean == 0.25
+    assert math.isnan(half_width)
     summary = {
         "settings": {"seeds": 1, "quick": True},
-        "tables": {"gold": {"policy": (mean, half_width)}},
+        "tables": {"gold": {"policy": interval}},
+        "lists": [[float("inf"), 2.0], None, "nan"],
     }
-    summary["lists"] = [[float("inf"), 2.0], None, "nan"]
+
     write_summary(tmp_path / "summary.json", summary)
 
     text = (tmp_path / "summary.json").read_text()
