@@ -12,10 +12,10 @@ import os
 from collections.abc import Callable
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import snapshot_download
 
 from ..errors import InputError, library_call, require
 from ..runtime.files import check_fields, read_object, shorten, write_json
