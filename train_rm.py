@@ -26,7 +26,6 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers.hf_argparser import HfArg
@@ -49,7 +48,7 @@ from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder
 from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
-from nanorlhf.runtime.rng import LABELS, key
+from nanorlhf.runtime.rng import key
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import train_what_is_missing
 from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
@@ -203,7 +202,7 @@ def train(config, dist):
     train_what_is_missing(config, "model")
     tokenizer = load_tokenizer(config.model)
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
-    rows, n_flipped = flip_labels(rows, config.label_noise, config.noise_seed)
+    rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
 
     # A SARM is loaded and trained in its own way; without --sarm it prepares None.
     training = sarm_training.prepare(config, dist) or PlainTraining(config)
@@ -380,17 +379,6 @@ def encode_pairs(rows, tokenizer, max_length, config):
     rejected = encoded.responses["rejected"]
     pairs = Pairs(encoded.prompts, chosen, rejected, tokenizer.pad_token_id)
     return pairs, encoded.describe_cuts(max_length)
-
-
-def flip_labels(rows: list[dict], share: float, seed: int) -> tuple[list[dict], int]:
-    """Exchange chosen and rejected in each row with the probability `share`. -> rows, how many"""
-    flips = np.random.default_rng([LABELS, seed]).random(len(rows)) < share
-    noisy = []
-    for row, flip in zip(rows, flips):
-        if flip:
-            row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-        noisy.append(row)
-    return noisy, flips.sum()
 
 
 def check_texts(pairs, held_out, tokenizer, max_length, config):

@@ -87,6 +87,12 @@ class Config(RunConfig):
         default=0, help="tokens in the longest prompt and answer; 0: the model's context"
     )
     max_new_tokens: int = HfArg(default=48, help="tokens in the longest sample that is printed")
+    label_noise: float = HfArg(
+        default=0.0, help="pairs: probability with which the label of a training pair is flipped"
+    )
+    noise_seed: int = HfArg(
+        default=0, help="decides which labels are flipped: the same ones as in train_rm.py"
+    )
     n_samples: int = HfArg(default=4, help="how many samples an evaluation prints")
 
     output_dir: str = HfArg(
@@ -109,7 +115,7 @@ class Config(RunConfig):
         if self.lr is None:
             self.lr = LR.get(self.loss)
         super().__post_init__()
-        at_least(self, 0, "max_length", "n_samples")
+        at_least(self, 0, "max_length", "n_samples", "noise_seed")
         at_least(self, 1, "max_new_tokens")
         require(self.dpo_beta > 0, "--dpo_beta must be positive")
         require(
@@ -119,6 +125,11 @@ class Config(RunConfig):
         require(
             self.model != "world" or not self.lora_rank,
             "--lora_rank needs a trained --model, not one that starts at random",
+        )
+        require(0 <= self.label_noise <= 1, "--label_noise is a probability")
+        require(
+            self.loss != "sft" or not self.label_noise,
+            "--label_noise flips pairs, and --loss sft has none",
         )
 
 
@@ -143,6 +154,9 @@ def main(config):
     max_length = config.max_length or context_length(model_config)
 
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
+    if config.label_noise:
+        rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
+        note = f"{note}, {n_flipped} labels flipped"
     answers, cuts = encode_answers(rows, tokenizer, max_length, config)
     held_out_answers = {}
     for label, part in held_out.items():

@@ -20,7 +20,7 @@ from .chats import Prompt, count_turns, is_chat, show
 from .errors import InputError, require
 from .formats import Format, Row, check_columns, check_renamed, list_formats, recognise
 from .runtime.files import UNREADABLE
-from .runtime.rng import MINIBATCH, ORDER, SPLIT
+from .runtime.rng import LABELS, MINIBATCH, ORDER, SPLIT
 from .runtime.sources import read_any
 
 # The embedded world: rows for training (its prompts are all there are), and rows held out.
@@ -260,6 +260,17 @@ def subset(rows: list, n: int) -> list:
         return rows
     order = np.random.default_rng(SPLIT).permutation(len(rows))
     return [rows[i] for i in sorted(order[:n])]
+
+
+def flip_labels(rows: list[dict], share: float, seed: int) -> tuple[list[dict], int]:
+    """Exchange chosen and rejected in each row with the probability `share`. -> rows, how many"""
+    flips = np.random.default_rng([LABELS, seed]).random(len(rows)) < share
+    noisy = []
+    for row, flip in zip(rows, flips):
+        if flip:
+            row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        noisy.append(row)
+    return noisy, flips.sum()
 
 
 # --------------------------------------------------------------------------------------- order

@@ -320,7 +320,14 @@ def test_what_the_steps_do_not_read_needs_no_reference(base, tmp_path, monkeypat
     assert batch_sizes == [8, 8, 7, 7, 7, 7]
 
 
-BAD = {"model": "world", "loss": "ppo", "dpo_beta": 0.0, "lr": -1.0, "steps": 0}
+BAD = {
+    "model": "world",
+    "loss": "ppo",
+    "dpo_beta": 0.0,
+    "lr": -1.0,
+    "steps": 0,
+    "label_noise": 1.5,
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -339,6 +346,11 @@ def test_defaults_are_those_of_the_loss():
     assert dpo.steps == 100
     assert dpo.lr == 1e-4
     assert dpo.output_dir == "runs/dpo"  # never over the model that others start from
+
+
+def test_demonstrations_have_no_labels_to_flip():
+    with pytest.raises(InputError, match="--label_noise flips pairs, and --loss sft has none"):
+        train_sft.Config(label_noise=0.1)
 
 
 def test_what_is_given_is_no_default():

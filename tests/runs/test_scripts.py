@@ -17,6 +17,7 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -1170,6 +1171,35 @@ def test_noise_on_half_of_the_labels_depends_on_its_seed(first_rm_step, clean):
     other_half = first_rm_step(label_noise=0.5, noise_seed=1)
     assert abs(half["margin"]) != pytest.approx(abs(clean["margin"]), rel=1e-3)
     assert half["margin"] != pytest.approx(other_half["margin"], rel=1e-3)
+
+
+def exchange_labels(rows, share, seed):
+    """Chosen and rejected exchanged, row by row: label noise by a loop."""
+    draws = np.random.default_rng([5, seed]).random(len(rows))
+    noisy = []
+    for row, draw in zip(rows, draws):
+        if draw < share:
+            row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        noisy.append(row)
+    return noisy
+
+
+@pytest.mark.parametrize("kind", ["dpo", "rm"])
+def test_the_noise_of_a_seed_is_one_for_dpo_and_reward_models(base, tmp_path, kind):
+    """Training on pairs that are exchanged in their file is the same as with --label_noise."""
+    rows = read_rows(f"{base}/pairs.jsonl")
+    pairs = [row for row in rows if row["chosen"] != row["rejected"]]  # equal ones are skipped
+    noisy = tmp_path / "noisy.jsonl"
+    write_rows(noisy, exchange_labels(pairs, 0.4, 3))
+    # All pairs of the file are trained on; others are held out.
+    settings = {"eval_dataset": f"{base}/pairs.jsonl", "steps": 2}
+
+    by_flag = train(base, kind, tmp_path / "flag", label_noise=0.4, noise_seed=3, **settings)
+    by_file = train(base, kind, tmp_path / "file", dataset=str(noisy), **settings)
+
+    plain = train(base, kind, tmp_path / "plain", **settings)
+    assert [row["loss"] for row in by_flag] == [row["loss"] for row in by_file]
+    assert by_flag[-1]["loss"] != plain[-1]["loss"]
 
 
 def test_score_l2_is_added_to_the_loss_alone(first_rm_step, clean):
