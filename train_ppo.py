@@ -295,7 +295,7 @@ def check_group_flags(config):
     names = ", ".join(without_meaning)
     require(
         not without_meaning,
-        f"--advantage {config.advantage} has no value function, which is what {names} is for",
+        f"--advantage {config.advantage} has no value function, so nothing reads {names}",
     )
 
 
