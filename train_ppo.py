@@ -32,7 +32,14 @@ from nanorlhf import data, ppo
 from nanorlhf.control import controlled_scoring
 from nanorlhf.ensemble import OBJECTIVES
 from nanorlhf.errors import at_least, divides, require
-from nanorlhf.evaluation import PPOParts, evaluate, forward, sampled_outputs, score_gold
+from nanorlhf.evaluation import (
+    PPOParts,
+    evaluate,
+    forward,
+    record_evaluation,
+    sampled_outputs,
+    score_gold,
+)
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.folders import check_model, check_vocabulary
 from nanorlhf.hf.lora import choose_trained, merge
@@ -429,16 +436,7 @@ def main(config):
         """Write and print an evaluation. -> its numbers, for metrics.jsonl"""
         record = {}
         for label, (result, rows) in evaluations.items():
-            folder.write_eval(step, rows, label)
-            name_of_split = "" if label == "eval" else f" ({label})"
-            numbers = ", ".join(
-                f"{name} {x['mean']:.2f} +- {x['se']:.2f}" for name, x in result.items()
-            )
-            dist.print(f"\nstep {step}, {len(rows)} held-out prompts{name_of_split}: {numbers}")
-            for name, x in result.items():
-                record[f"{label}/{name}"] = x["mean"]
-                record[f"{label}/{name}_se"] = x["se"]
-                record[f"{label}/{name}_n"] = x["n"]
+            record |= record_evaluation(folder, step, label, result, rows)
 
         _, rows = evaluations["eval"]
         samples = []

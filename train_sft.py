@@ -1,5 +1,5 @@
 """Fine-tuning on a fixed data set: teach a causal language model to answer
-like the demonstrations (SFT), or to prefer as pairs do (DPO).
+like the demonstrations (SFT), or to prefer as pairs do (DPO, IPO, SimPO).
 
     the embedded world, from random weights, on a CPU:
         python train_sft.py
@@ -7,13 +7,16 @@ like the demonstrations (SFT), or to prefer as pairs do (DPO).
         python train_sft.py --model gpt2 --dataset my.jsonl --output_dir runs/my
     DPO, on {prompt, chosen, rejected}; the reference is --model:
         python train_sft.py --loss dpo --model runs/sft --output_dir runs/dpo
+    the same for IPO, or for SimPO, whose loss needs no reference:
+        python train_sft.py --loss ipo --model runs/sft --output_dir runs/ipo
     the same global batch on four processes:
         torchrun --nproc_per_node=4 train_sft.py
 
-Both losses read log-probs of response tokens (and EOS) only.
-DPO: Rafailov et al. 2023 (2305.18290), nanorlhf/dpo.py.
+All losses read log-probs of response tokens (and EOS) only; those on
+pairs are in nanorlhf/dpo.py. A policy that learns from pairs is evaluated
+as PPO's is: it answers held-out prompts, and its KL and gold are measured.
 
-    S answers in a row of data (SFT 1, DPO 2), b rows of a micro-batch,
+    S answers in a row of data (SFT 1, pairs 2), b rows of a micro-batch,
     B = S b sequences, R response tokens, N held-out rows
 """
 
@@ -21,19 +24,23 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.hf_argparser import HfArg
 
 from nanorlhf import data, world
-from nanorlhf.dpo import ROUNDING, dpo_loss, pair_points
+from nanorlhf.dpo import ROUNDING, dpo_loss, ipo_loss, simpo_loss
 from nanorlhf.errors import at_least, divides, require
+from nanorlhf.evaluation import PPOParts, evaluate, record_evaluation
 from nanorlhf.hf.blocks import sampling, speed_up
 from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.hf.lora import choose_trained, merge
-from nanorlhf.models import Policy, load_policy, load_tokenizer, save_policy
+from nanorlhf.models import Policy, load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import micro_batches, pack, response_mask_of
+from nanorlhf.rewards import check_reward, expand, load_reward
 from nanorlhf.rollout import generate, left_pad
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup, sync_on
@@ -44,6 +51,7 @@ from nanorlhf.runtime.log import Progress, RunFolder, sample_table
 from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.rng import key
+from nanorlhf.scoring import Scoring
 from nanorlhf.splits import load_splits
 from nanorlhf.stats import mean_se, pair_wins, ratio
 from nanorlhf.tokens import (
@@ -52,17 +60,49 @@ from nanorlhf.tokens import (
     end_ids,
     ids_with_tokens,
     leave_out_of_splits,
+    ready_prompts,
 )
 
-# Of each loss: the kind of its data, the answers in a row of it, and defaults for the embedded world.
-KIND = {"sft": "sft", "dpo": "pairs"}
-ANSWERS = {"sft": ("response",), "dpo": ("chosen", "rejected")}
-STEPS, LR = {"sft": 400, "dpo": 100}, {"sft": 3e-3, "dpo": 1e-4}
+
+class Loss(NamedTuple):
+    """What goes with a --loss."""
+
+    data: str  # the kind of its rows
+    answers: tuple[str, ...]  # the answers in a row
+    steps: int  # defaults, for the embedded world
+    lr: float
+
+
+PAIR = ("chosen", "rejected")
+LOSSES = {
+    "sft": Loss("sft", ("response",), steps=400, lr=3e-3),
+    "dpo": Loss("pairs", PAIR, steps=100, lr=1e-4),
+    "ipo": Loss("pairs", PAIR, steps=100, lr=1e-4),
+    "simpo": Loss("pairs", PAIR, steps=100, lr=1e-4),
+}
+ON_PAIRS = ("dpo", "ipo", "simpo")
+WITH_REFERENCE = ("dpo", "ipo")  # their losses compare the policy with the model it starts from
+# {a flag: the losses that read it}
+READ_BY = {
+    "loss_on": ("sft",),
+    "dpo_beta": ("dpo",),
+    "ipo_tau": ("ipo",),
+    "simpo_beta": ("simpo",),
+    "simpo_gamma": ("simpo",),
+    "label_noise": ON_PAIRS,
+    "noise_seed": ON_PAIRS,
+    "eval_answers": ON_PAIRS,
+    "reward_model": ON_PAIRS,
+    "gold_model": ON_PAIRS,
+}
+# What an evaluation asks that is no flag here: answers are samples of the policy as it is, and
+# several reward models are averaged.
+ANSWERING = {"temperature": 1.0, "objective": "mean", "uwo_lambda": 0.0, "reward_weights": []}
 
 
 @dataclass
 class Config(RunConfig):
-    """SFT and DPO: what is trained, on which loss"""
+    """SFT and losses on pairs: what is trained, on which loss"""
 
     model: str = HfArg(
         default="world",
@@ -71,9 +111,9 @@ class Config(RunConfig):
     )
     loss: str = HfArg(
         default="sft",
-        metadata={"choices": tuple(KIND)},
-        help="sft: on demonstrations; dpo: on pairs, from a trained --model, which is also the "
-        "reference",
+        metadata={"choices": tuple(LOSSES)},
+        help="sft: on demonstrations; dpo, ipo and simpo: on pairs, from a trained --model, which "
+        "is also the reference (simpo has none)",
     )
     loss_on: str = HfArg(
         default="all",
@@ -82,6 +122,30 @@ class Config(RunConfig):
     )
     dpo_beta: float = HfArg(
         default=0.1, help="DPO's beta: the reward that one nat of log-prob stands for"
+    )
+    ipo_tau: float = HfArg(
+        default=0.1,
+        help="IPO's tau: the margin of a pair is drawn to 1 / (2 tau) nats of log-prob",
+    )
+    simpo_beta: float = HfArg(
+        default=2.0, help="SimPO's beta: the reward of one nat of a token's mean log-prob"
+    )
+    simpo_gamma: float = HfArg(
+        default=1.0, help="SimPO's gamma: the margin that the rewards of a pair should have"
+    )
+    eval_answers: bool = HfArg(
+        default=True,
+        help="losses on pairs: an evaluation also answers held-out prompts and measures KL, gold "
+        "and proxy as PPO's does. The reference stays in memory for it",
+    )
+    reward_model: list[str] = HfArg(
+        default_factory=list,
+        help="the proxy, for evaluation only: a reward, or several that are averaged (named as "
+        "train_ppo.py's)",
+    )
+    gold_model: str = HfArg(
+        default="",
+        help="a second reward, for evaluation only; in the embedded world, its gold reward",
     )
     max_length: int = HfArg(
         default=0, help="tokens in the longest prompt and answer; 0: the model's context"
@@ -99,10 +163,10 @@ class Config(RunConfig):
         default="runs/{loss}", help="the folder that the run writes; {loss} stands for --loss"
     )
     steps: int | None = HfArg(
-        default=None, help="how many optimizer steps to take; by default 400, with dpo 100"
+        default=None, help="how many optimizer steps to take; by default 400, on pairs 100"
     )
     lr: float | None = HfArg(
-        default=None, help="peak learning rate of AdamW; by default 3e-3, with dpo 1e-4"
+        default=None, help="peak learning rate of AdamW; by default 3e-3, on pairs 1e-4"
     )
     warmup: int = HfArg(
         default=20, help="steps over which the learning rate rises from 0 to its peak"
@@ -110,27 +174,46 @@ class Config(RunConfig):
 
     def __post_init__(self):
         self.output_dir = self.output_dir.replace("{loss}", self.loss)
+        defaults = LOSSES.get(self.loss, LOSSES["sft"])  # an unknown name is refused below
         if self.steps is None:
-            self.steps = STEPS.get(self.loss)
+            self.steps = defaults.steps
         if self.lr is None:
-            self.lr = LR.get(self.loss)
+            self.lr = defaults.lr
         super().__post_init__()
-        at_least(self, 0, "max_length", "n_samples", "noise_seed")
+        at_least(self, 0, "max_length", "n_samples", "noise_seed", "simpo_gamma")
         at_least(self, 1, "max_new_tokens")
-        require(self.dpo_beta > 0, "--dpo_beta must be positive")
+        for name in ("dpo_beta", "ipo_tau", "simpo_beta"):
+            require(getattr(self, name) > 0, f"--{name} must be positive")
+        check_losses(self)
         require(
             self.loss == "sft" or self.model != "world",
-            "--loss dpo needs a trained --model, such as runs/sft",
+            f"--loss {self.loss} needs a trained --model, such as runs/sft",
         )
         require(
             self.model != "world" or not self.lora_rank,
             "--lora_rank needs a trained --model, not one that starts at random",
         )
         require(0 <= self.label_noise <= 1, "--label_noise is a probability")
-        require(
-            self.loss != "sft" or not self.label_noise,
-            "--label_noise flips pairs, and --loss sft has none",
-        )
+        if self.reward_model:
+            self.reward_model = expand(self.reward_model)
+        if self.answers_prompts and data.is_world(self.dataset) and not self.gold_model:
+            self.gold_model = "world:gold"
+
+    @property
+    def answers_prompts(self) -> bool:
+        """Whether evaluations answer held-out prompts."""
+        return self.loss in ON_PAIRS and self.eval_answers
+
+
+def check_losses(config):
+    """InputError for a flag that --loss does not read, or that no evaluation would read."""
+    for name, losses in READ_BY.items():
+        default = getattr(Config, name, [])  # a dataclass does not hold the default of a list
+        is_right = config.loss in losses or getattr(config, name) == default
+        require(is_right, f"--{name} is for --loss {', '.join(losses)}, not {config.loss}")
+    for name in ("reward_model", "gold_model"):
+        is_read = config.eval_answers or not getattr(config, name)
+        require(is_read, f"--{name} scores the answers of evaluations: it needs --eval_answers")
 
 
 @unlock_afterwards()
@@ -141,10 +224,14 @@ def main(config):
     folder = RunFolder(config, dist)
     if folder.state == "done":
         return folder.already_done()
+    # What is wrong with a reward is said now, before anything is loaded.
+    for spec in [*config.reward_model, config.gold_model]:
+        if spec:
+            check_reward(spec)
     torch.manual_seed(config.seed)
 
     # -------------------------------------------------------------------------------------- data
-    rows, held_out, note = load_splits(config, KIND[config.loss])  # held_out: {label: rows}
+    rows, held_out, note = load_splits(config, LOSSES[config.loss].data)  # held_out: {label: rows}
     if config.model == "world":
         model_config = world.model_config()
         tokenizer = world.tokenizer()
@@ -161,6 +248,9 @@ def main(config):
     held_out_answers = {}
     for label, part in held_out.items():
         held_out_answers[label], _ = encode_answers(part, tokenizer, max_length, config)
+    held_out_prompts = {}
+    if config.answers_prompts:
+        held_out_prompts = load_prompts(held_out, tokenizer, model_config, config, dist)
     dist.print(f"{config.loss.upper()} of {config.model} on {config.dataset}: {note}, {cuts}")
 
     # ------------------------------------------------------------------------------------- model
@@ -170,13 +260,22 @@ def main(config):
     else:
         policy = load_policy(config.model, value_head=False, device=dist.load_device)
     note = choose_trained(policy.lm, config)
-    speed_up(policy.lm, dist.device, config.dtype, config.compile)
+
+    # An evaluation on prompts measures the KL to the policy as it is now. This is a second model in
+    # memory, but with LoRA, where the two have one language model.
+    language_models = {policy.lm}
+    reference = None
+    if config.answers_prompts:
+        reference = reference_of(policy, share=not dist.sharded)
+        language_models.add(reference.lm)
+    for lm in language_models:
+        speed_up(lm, dist.device, config.dtype, config.compile)
     n_parameters = sum(parameter.numel() for parameter in policy.parameters())
     dist.print(f"{n_parameters:,} parameters, {note}")
     if config.checkpoint_activations:
         checkpoint_activations(policy)
 
-    # On several processes the policy goes into DDP or is sharded (FSDP).
+    # On several processes the policy goes into DDP or is sharded (FSDP), the reference is sharded.
     first = answers[0]
     example = pack(first.prompts[:1], first.responses[:1]).to(dist.device)
 
@@ -184,39 +283,52 @@ def main(config):
         return model(example, response_mask_of(example))["logprobs"].sum()
 
     model = dist.wrap(policy, sum_of_logprobs, config.dtype)
+    parts = None
+    if reference is not None:
+        if reference.lm is not policy.lm:
+            dist.wrap(reference, sum_of_logprobs, config.dtype)
+        parts = prepare_evaluation(policy, model, reference, tokenizer, config, dist)
     optimizer = adamw(policy, config.lr, config.betas, config.weight_decay)
 
-    # DPO's reference is the policy as it stands here, before a checkpoint is loaded. The data are
-    # fixed, so its log-probs are computed once, and no second model is kept.
-    reference = None
-    held_out_reference = {}
-    if config.loss == "dpo":
+    # The reference of a loss is the policy as it stands here, before a checkpoint is loaded. The
+    # data are fixed, so its log-probs are computed once: no step needs a second model.
+    ref_logprobs = None
+    held_out_ref_logprobs = {}
+    if config.loss in WITH_REFERENCE:
         n_visited = min(len(rows), config.steps * config.batch_size)
         visited = data.batch_indices(len(rows), n_visited, 0, config.seed)  # what steps will read
-        reference = torch.zeros(2, len(rows), device=dist.device)  # of chosen and rejected answers
+        ref_logprobs = torch.zeros(2, len(rows), device=dist.device)  # of chosen, of rejected
         with gathered(policy):
-            reference[:, visited] = sequence_logprobs(
+            ref_logprobs[:, visited] = sequence_logprobs(
                 policy, answers, visited, tokenizer, config, dist
             )
             for label, part in held_out_answers.items():
-                held_out_reference[label] = sequence_logprobs(
+                held_out_ref_logprobs[label] = sequence_logprobs(
                     policy, part, range(len(held_out[label])), tokenizer, config, dist
                 )
 
     # A run that was killed goes on from its last checkpoint.
     state = checkpoint.load(config.output_dir, policy, optimizer, dist) or {"step": 0}
-    folder.create(state)
 
-    def report(step):
-        """Evaluate, print the results and a few samples. -> the numbers, for metrics.jsonl"""
+    def answer_splits():
+        """{label of a split: what answers to its prompts are worth, the answers}; {} for SFT"""
+        return {label: evaluate(parts, part) for label, part in held_out_prompts.items()}
+
+    def report(step, answered):
+        """Evaluate, print the results and a few samples. -> the numbers, for metrics.jsonl
+
+        answered: what answer_splits() has found.
+        """
         record = {}
+        for label, (numbers, answer_rows) in answered.items():
+            record |= record_evaluation(folder, step, label, numbers, answer_rows)
         with gathered(policy):
             for label, part in held_out_answers.items():
                 if config.loss == "sft":
-                    result = evaluate(policy, part[0], tokenizer, config, dist)
+                    result = evaluate_demonstrations(policy, part[0], tokenizer, config, dist)
                 else:
                     result = evaluate_pairs(
-                        policy, part, held_out_reference[label], tokenizer, config, dist
+                        policy, part, held_out_ref_logprobs.get(label), tokenizer, config, dist
                     )
                 record |= {f"{label}/{name}": value for name, value in result.items()}
                 split = "" if label == "eval" else f"{label}: "
@@ -227,6 +339,15 @@ def main(config):
         dist.print(sample_table(samples))
         return record
 
+    # PPO's evaluations begin before the first step, and so do these. Answers come before anything
+    # is written: a reward that fails leaves no trace.
+    first_answers = {}
+    if config.answers_prompts and state["step"] == 0:
+        first_answers = answer_splits()
+    folder.create(state)
+    if first_answers:
+        folder.append("metrics.jsonl", [{"step": 0, **report(0, first_answers)}])
+
     # -------------------------------------------------------------------------------------- loop
     progress = Progress(dist, config.loss, config.steps, state["step"])
     for step in range(state["step"] + 1, config.steps + 1):
@@ -236,9 +357,9 @@ def main(config):
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         index = data.batch_indices(len(rows), config.batch_size, step - 1, config.seed)
         n_tokens = count_tokens(answers, index)
-        policy.train(config.loss == "sft")  # the reference has no dropout, so DPO has none either
+        policy.train(config.loss == "sft")  # a reference has no dropout, so pairs have none either
         totals = add_gradients(
-            model, answers, dist.share(index), n_tokens, reference, tokenizer, config, dist
+            model, answers, dist.share(index), n_tokens, ref_logprobs, tokenizer, config, dist
         )
 
         # 2. One step of the optimizer.
@@ -259,7 +380,7 @@ def main(config):
         }
         is_last = step == config.steps
         if is_last or (config.eval_every and step % config.eval_every == 0):
-            record |= report(step)
+            record |= report(step, answer_splits())
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"loss {record['loss']:.3f}")
         if is_last or step % config.checkpoint_every == 0:
@@ -331,13 +452,13 @@ class Sequences:
 def encode_answers(rows, tokenizer, max_length, config):
     """Rows of data -> a list of S Sequences, and a sentence on what had to be cut.
 
-    SFT has one answer in a row, DPO a chosen and a rejected one, in this order.
+    SFT has one answer in a row, a pair a chosen and a rejected one, in this order.
     """
-    fields = ANSWERS[config.loss]
+    names = LOSSES[config.loss].answers
     loss_on = config.loss_on if config.loss == "sft" else "last"
-    encoded = encode(tokenizer, rows, fields, max_length, config.chat_template, loss_on)
+    encoded = encode(tokenizer, rows, names, max_length, config.chat_template, loss_on)
     answers = []
-    for field in fields:
+    for field in names:
         answers.append(Sequences(encoded.prompts, encoded.responses[field], encoded.scored))
     return answers, encoded.describe_cuts(max_length)
 
@@ -349,7 +470,7 @@ def join(parts):
     for part in parts:
         prompts += part.prompts
         responses += part.responses
-    scored = parts[0].scored if len(parts) == 1 else None  # DPO's answers are scored whole
+    scored = parts[0].scored if len(parts) == 1 else None  # pairs are scored whole
     return Sequences(prompts, responses, scored)
 
 
@@ -373,11 +494,12 @@ def longest_of_rows(answers, index):
 # ------------------------------------------------------------------------------------------ loss
 
 
-def add_gradients(model, answers, mine, n_tokens, reference, tokenizer, config, dist):
+def add_gradients(model, answers, mine, n_tokens, ref_logprobs, tokenizer, config, dist):
     """Add up the gradients of this process's rows `mine`, a list of indices.
 
-    n_tokens: tokens of the global batch that the loss is on -> this process's share of the step's
-    numbers, {name: scalar}.
+    n_tokens: tokens of the global batch that the loss is on; ref_logprobs [2, rows]: of chosen and
+    rejected answers under the reference, or None -> this process's share of the step's numbers,
+    {name: scalar}.
     """
     # A row is S sequences, so each of them may have 1/S of the tokens.
     tokens = math.ceil(config.tokens_per_micro_batch / len(answers))
@@ -387,30 +509,24 @@ def add_gradients(model, answers, mine, n_tokens, reference, tokenizer, config, 
     totals = defaultdict(lambda: torch.zeros((), device=dist.device))
     for i, part in enumerate(parts, 1):
         index = [mine[k] for k in part.tolist()]
-        # For DPO, row j holds the chosen answer of pair j, row b + j the rejected one.
+        # Of pairs, row j holds the chosen answer of pair j, row b + j the rejected one.
         batch_of_texts = join([sequences.at(index) for sequences in answers])
         batch = pack(batch_of_texts.prompts, batch_of_texts.responses, tokenizer.pad_token_id)
         batch = batch.to(dist.device)  # [S b, T]
 
         with sync_on(model, last=i == len(parts)):
+            mask = batch_of_texts.mask(batch)  # [S b, R]
             with autocast(dist, config.dtype):
-                logprobs = model(batch, batch_of_texts.mask(batch))["logprobs"]  # [S b, R]
+                logprobs = model(batch, mask)["logprobs"]  # [S b, R]
             if config.loss == "sft":
                 # loss = -sum of log pi(response token) / number of response tokens
                 loss = -logprobs.sum() / n_tokens
                 stats = {}
             else:
-                pi_c, pi_r = logprobs.sum(1).chunk(2)  # [b], [b]
-                ref_c, ref_r = reference[:, index]
-                loss, stats = dpo_loss(
-                    pi_c,
-                    pi_r,
-                    ref_c,
-                    ref_r,
-                    config.dpo_beta,
-                    config.batch_size,
-                    ROUNDING[config.dtype],
-                )
+                pi = logprobs.sum(1).view(2, -1)  # [2, b]
+                lengths = mask.sum(1).view(2, -1)  # [2, b]
+                ref = None if ref_logprobs is None else ref_logprobs[:, index]  # [2, b]
+                loss, stats = pair_loss(pi, ref, lengths, config.batch_size, config)
             # DDP and FSDP average over ranks, and the loss is a sum.
             (loss * dist.world).backward()
 
@@ -420,7 +536,21 @@ def add_gradients(model, answers, mine, n_tokens, reference, tokenizer, config, 
     return totals
 
 
-# ------------------------------------------------------------------------------------ evaluation
+def pair_loss(pi, ref, lengths, n_pairs, config):
+    """The loss that --loss names, of b pairs. -> loss (scalar), {name: scalar}
+
+    pi [2, b]: log-probs of chosen and rejected answers; ref [2, b] under the reference, or None;
+    lengths [2, b]: their tokens, EOS included. n_pairs: pairs of the whole optimizer batch.
+    """
+    rounding = ROUNDING[config.dtype]
+    if config.loss == "dpo":
+        return dpo_loss(*pi, *ref, config.dpo_beta, n_pairs, rounding)
+    if config.loss == "ipo":
+        return ipo_loss(*pi, *ref, config.ipo_tau, n_pairs, rounding)
+    return simpo_loss(*pi, *lengths, config.simpo_beta, config.simpo_gamma, n_pairs, rounding)
+
+
+# -------------------------------------------------------------------- evaluation on held-out data
 
 
 @torch.no_grad()
@@ -446,7 +576,7 @@ def token_sums(policy, sequences, tokenizer, config, dist):
     return dist.gather(sums).cpu()
 
 
-def evaluate(policy, sequences, tokenizer, config, dist):
+def evaluate_demonstrations(policy, sequences, tokenizer, config, dist):
     """Evaluate on held-out demonstrations: perplexity, and accuracy over the response tokens.
 
     perplexity = exp(-mean of log pi), accuracy = the share of tokens that are the likeliest one.
@@ -474,29 +604,34 @@ def sequence_logprobs(policy, answers, index, tokenizer, config, dist):
     return torch.stack(logprobs).float().to(dist.device)
 
 
-def evaluate_pairs(policy, answers, reference, tokenizer, config, dist):
+def evaluate_pairs(policy, answers, ref_logprobs, tokenizer, config, dist):
     """Evaluate on held-out pairs: how often the chosen answer has the higher implicit reward.
 
-    Also by how much. reference [2, N]: log-probs of both answers under the reference. `longer_wins`
-    is the accuracy of a reward that knows nothing but the answer's length.
+    Also by how much. ref_logprobs [2, N]: of both answers under the reference, or None.
+    `longer_wins` is the accuracy of a reward that knows nothing but the answer's length.
     """
     chosen, rejected = answers
-    everything = range(len(chosen))
-    pi_c, pi_r = sequence_logprobs(policy, answers, everything, tokenizer, config, dist)  # [N] each
-    ref_c, ref_r = reference
-    rounding = ROUNDING[config.dtype]
-    loss, stats = dpo_loss(pi_c, pi_r, ref_c, ref_r, config.dpo_beta, rounding=rounding)
-    points = pair_points(pi_c, pi_r, ref_c, ref_r, rounding).cpu()  # [N]
-    margin = config.dpo_beta * ((pi_c - ref_c) - (pi_r - ref_r))  # [N]
-    longer_wins = pair_wins(chosen.response_lengths(), rejected.response_lengths())  # [N]
-    return {
-        "loss": loss.item(),
-        **{name: value.item() for name, value in stats.items()},
-        "accuracy_se": mean_se(points)["se"],
-        "margin_se": mean_se(margin.cpu())["se"],
-        "longer_wins": longer_wins.float().mean().item(),
-        "n_pairs": len(margin),
-    }
+    n_pairs = len(chosen)
+    pi = sequence_logprobs(policy, answers, range(n_pairs), tokenizer, config, dist).cpu()  # [2, N]
+    lengths = torch.stack([chosen.response_lengths(), rejected.response_lengths()])  # [2, N]
+
+    # Each pair on its own: a standard error needs them one by one.
+    columns = defaultdict(list)  # {name: [N]}
+    for i in range(n_pairs):
+        pair = slice(i, i + 1)
+        ref = None if ref_logprobs is None else ref_logprobs[:, pair].cpu()
+        loss, stats = pair_loss(pi[:, pair], ref, lengths[:, pair], 1, config)
+        for name, value in {"loss": loss, **stats}.items():
+            columns[name].append(value)
+
+    result = {}
+    for name, values in columns.items():
+        number = mean_se(torch.stack(values))
+        result[name] = number["mean"]
+        result[f"{name}_se"] = number["se"]
+    result["longer_wins"] = pair_wins(*lengths).float().mean().item()
+    result["n_pairs"] = n_pairs
+    return result
 
 
 def in_words(r):
@@ -521,7 +656,9 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
     if not rows:
         return []
     # A text without a prompt begins with its first token, where the tokenizer has no BOS.
-    prompts = encode(tokenizer, rows, ANSWERS[config.loss][:1], chat=config.chat_template).prompts
+    prompts = encode(
+        tokenizer, rows, LOSSES[config.loss].answers[:1], chat=config.chat_template
+    ).prompts
     longest = config.max_new_tokens
     if max_length:
         longest = min(longest, max_length - 1)  # a prompt keeps at least one token
@@ -546,6 +683,46 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
         response = tokenizer.decode(response_ids[kept], skip_special_tokens=True)
         samples.append({"prompt": row["prompt"], "response": response})
     return samples
+
+
+# ------------------------------------------------------ a policy from pairs, evaluated as PPO's is
+
+
+def load_prompts(held_out, tokenizer, model_config, config, dist):
+    """The prompts that an evaluation answers. held_out {label: pairs} -> {label: Prompts}
+
+    In the embedded world they are those that train_ppo.py evaluates on, each once, so that curves
+    of both can be laid over each other; else those of the held-out pairs. A prompt is cut on the
+    left where the context is too short for it and its answer.
+    """
+    if data.is_world(config.dataset):
+        _, held_out, _ = load_splits(config, "prompts")
+    context = context_length(model_config)
+    room = max(1, context - config.max_new_tokens) if context else 0
+
+    prompts = {}
+    for label, rows in held_out.items():
+        prompts[label] = ready_prompts(
+            tokenizer, rows, model_config, config.max_new_tokens, room, config.chat_template
+        )
+        require(
+            len(rows) >= dist.world,
+            f"{len(rows)} held-out prompts are fewer than the {dist.world} processes",
+        )
+    return prompts
+
+
+def prepare_evaluation(policy, model, reference, tokenizer, config, dist):
+    """What evaluation.evaluate() needs: the models, and the rewards that only evaluate. -> PPOParts"""
+    settings = SimpleNamespace(**vars(config), **ANSWERING)
+    scoring = None
+    if config.reward_model:
+        scoring = Scoring(settings)
+        scoring.load(tokenizer, dist)
+    gold = None
+    if config.gold_model:
+        gold = load_reward(config.gold_model, tokenizer, dist, config.micro_batch_size)
+    return PPOParts(settings, dist, tokenizer, policy, model, reference, scoring, gold)
 
 
 if __name__ == "__main__":

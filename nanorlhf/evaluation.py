@@ -25,7 +25,7 @@ from .runtime.distributed import Dist, autocast
 from .runtime.files import read_object, read_rows, write_json, write_lines
 from .runtime.fsdp import gathered
 from .runtime.locks import lock_folder
-from .runtime.log import eval_folder, read_eval
+from .runtime.log import RunFolder, eval_folder, read_eval
 from .scoring import Scored, Scoring
 from .splits import labels
 from .stats import mean_se
@@ -34,11 +34,14 @@ from .tokens import Prompts, answers_to
 
 @dataclass
 class PPOParts(Parts):
-    """What the functions of a PPO run share: what a roll-out needs, and what judges its answers."""
+    """What the functions of a PPO run share: what a roll-out needs, and what judges its answers.
+
+    train_sft.py has them too, for the evaluations of a policy that learns from pairs.
+    """
 
     model: torch.nn.Module  # the policy; on several processes in DDP or in shards (FSDP)
     reference: Policy
-    scoring: Scoring  # or another object with its functions: see scoring.py
+    scoring: Scoring | None  # or another object with its functions: see scoring.py
     gold: Callable | None  # Answers -> scores [B], for evaluation only
 
 
@@ -119,7 +122,9 @@ def evaluate(parts: PPOParts, prompts: Prompts) -> tuple[dict[str, dict], list[d
     answered = {}
     for name, mine in answer_held_out(parts, prompts).items():
         answered[name] = parts.dist.gather(mine).cpu().contiguous()
-    scored = parts.scoring.combine(answered)
+    scored = None
+    if parts.scoring is not None:
+        scored = parts.scoring.combine(answered)
 
     response_ids = []
     for ids, mask in zip(answered["ids"], answered["mask"]):
@@ -168,7 +173,9 @@ def answer_held_out(parts: PPOParts, prompts: Prompts) -> dict[str, Tensor]:
 
     for part in answers:
         part.batch.trunk = None  # what the frozen blocks gave is not needed any more
-    readings = parts.scoring.read(answers)
+    readings = {}
+    if parts.scoring is not None:
+        readings = parts.scoring.read(answers)
 
     ids = torch.cat([rollout.response_ids for rollout in rollouts])  # [n, R]
     mask = torch.cat([rollout.response_mask for rollout in rollouts])  # [n, R]
@@ -189,15 +196,17 @@ def answer_held_out(parts: PPOParts, prompts: Prompts) -> dict[str, Tensor]:
 
 
 def measure_answers(
-    answered: dict[str, Tensor], scored: Scored, responses: list[str]
+    answered: dict[str, Tensor], scored: Scored | None, responses: list[str]
 ) -> dict[str, dict]:
     """Means over the N held-out answers and their standard errors: {name: {mean, se, n}}."""
-    numbers = {"proxy": mean_se(scored.proxy)}
-    for name, term in scored.terms.items():
-        numbers[name] = mean_se(term)
+    numbers = {}
+    if scored is not None:
+        numbers["proxy"] = mean_se(scored.proxy)
+        for name, term in scored.terms.items():
+            numbers[name] = mean_se(term)
     if "gold" in answered:
         numbers["gold"] = mean_se(answered["gold"])
-    if len(scored.members) > 1:
+    if scored is not None and len(scored.members) > 1:
         numbers["variance"] = mean_se(scored.variance)
         for name, scores in scored.members.items():
             numbers[f"score/{name}"] = mean_se(scores)
@@ -212,12 +221,14 @@ def measure_answers(
 
 
 def list_answers(
-    answered: dict[str, Tensor], scored: Scored, prompts: list[str], responses: list[str]
+    answered: dict[str, Tensor], scored: Scored | None, prompts: list[str], responses: list[str]
 ) -> list[dict]:
     """One row {prompt, response, scores: {name: x}, gold} for each of the N held-out answers."""
-    scores = {name: x.tolist() for name, x in scored.members.items()}
-    if scored.scores is not scored.proxy:
-        scores["controlled"] = scored.scores.tolist()  # PPO maximises something else
+    scores = {}
+    if scored is not None:
+        scores = {name: x.tolist() for name, x in scored.members.items()}
+        if scored.scores is not scored.proxy:
+            scores["controlled"] = scored.scores.tolist()  # PPO maximises something else
     gold = [None] * len(responses)
     if "gold" in answered:
         gold = answered["gold"].tolist()
@@ -227,6 +238,27 @@ def list_answers(
         own_scores = {name: column[i] for name, column in scores.items()}
         rows.append({"prompt": prompt, "response": response, "scores": own_scores, "gold": gold[i]})
     return rows
+
+
+def record_evaluation(
+    folder: RunFolder, step: int, label: str, numbers: dict[str, dict], rows: list[dict]
+) -> dict[str, float]:
+    """Write and print what evaluate() found on the split `label` -> numbers for metrics.jsonl.
+
+    {name: {mean, se, n}} -> {label/name: mean, label/name_se: se, label/name_n: n}
+    """
+    folder.write_eval(step, rows, label)
+    split = "" if label == "eval" else f" ({label})"
+    words = []
+    record = {}
+    for name, number in numbers.items():
+        words.append(f"{name} {number['mean']:.2f} +- {number['se']:.2f}")
+        record[f"{label}/{name}"] = number["mean"]
+        record[f"{label}/{name}_se"] = number["se"]
+        record[f"{label}/{name}_n"] = number["n"]
+    sentence = ", ".join(words)
+    folder.dist.print(f"\nstep {step}, {len(rows)} held-out prompts{split}: {sentence}")
+    return record
 
 
 # ------------------------------------------------------------------------ gold for a finished run

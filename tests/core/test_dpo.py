@@ -349,7 +349,7 @@ def test_defaults_are_those_of_the_loss():
 
 
 def test_demonstrations_have_no_labels_to_flip():
-    with pytest.raises(InputError, match="--label_noise flips pairs, and --loss sft has none"):
+    with pytest.raises(InputError, match="--label_noise is for --loss dpo, ipo, simpo, not sft"):
         train_sft.Config(label_noise=0.1)
 
 
