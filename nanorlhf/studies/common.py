@@ -1,17 +1,22 @@
-"""What the studies share: their flags, plain commands run side by side, and what their tables and pictures have in common.
+"""What the studies share: their flags, plain commands run side by side, results that are kept, and
+what their tables and pictures have in common.
 
 A study is a series of stages. A stage is a list of command lines that can run side by side, such as
 "train_sft.py --output_dir runs/study/sft"; the next stage reads what they have written. Each command
 runs in a process of its own and is printed, so that a reader can repeat it. A command that has run
 already is not run again, and one that was killed goes on where it was: a study that was stopped is
 continued by the same command.
+
+Some studies keep what each of their runs has found in a file beside their page: their cells.
 """
 
+import json
 import math
 import os
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,12 +24,13 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from ..errors import at_least
+from ..errors import at_least, require
 from ..runtime import cli
-from ..runtime.files import check_can_write, check_name, write_json
+from ..runtime.files import check_can_write, check_name, read_object, replace_file, write_json
 from ..runtime.flags import FlagGroup
 from ..runtime.plots import save
 from ..runtime.results import finite
+from ..stats import t_interval
 
 REPO = Path(__file__).resolve().parents[2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -54,6 +60,17 @@ class StudyFlags(FlagGroup):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "seeds", "jobs")
+
+
+@dataclass
+class KeptFlags(FlagGroup):
+    """Kept results: the file of all cells"""
+
+    results: str = HfArg(
+        default="",
+        help="the file that keeps the results of single runs, which are then not run again; by "
+        "default NAME.json beside the study's page, with --quick OUTPUT_DIR/quick/cells.json",
+    )
 
 
 def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
@@ -128,6 +145,143 @@ def is_finished(command: str) -> bool:
     return (output / "summary.json").is_file() or output.is_file()
 
 
+# -------------------------------------------------------------------------------------------- cells
+
+
+@dataclass
+class Cell:
+    """A run of a study whose result is kept.
+
+    name: it says what the run is, such as tuned/rloo/seed_3.
+    needs: the commands that must have run before, each after those that stand ahead of it.
+    read: the folder that the command writes -> the result, a small dict of numbers and lists.
+    """
+
+    name: str
+    command: str
+    needs: list[str]
+    read: Callable[[str], dict]
+
+
+def results_file(a, module_file: str) -> str:
+    """The file that keeps the cells of a study. module_file: the study's __file__.
+
+    InputError: further flags would put other runs into the file of the study's own page.
+    """
+    if a.results:
+        return a.results
+    if a.quick:
+        return f"{a.output_dir}/cells.json"
+    for name, value in vars(a).items():
+        is_further = name.endswith("_flags") and value
+        require(
+            not is_further,
+            f"--{name} makes other runs: keep them in a file of their own, --results",
+        )
+    return str(Path(module_file).with_suffix(".json"))
+
+
+def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
+    """The results of cells, {name: result}. Those that the file does not keep yet are run first.
+
+    a: the study's settings. Neither a kept cell is run again, nor what it alone needs. Each result
+    is written as soon as it is there. InputError: a cell is kept with another command.
+    """
+    kept = read_cells(path)
+    missing = []
+    for cell in cells:
+        if cell.name not in kept:
+            missing.append(cell)
+            continue
+        # A result of other settings would pass for one of these.
+        require(
+            kept[cell.name]["command"] == kept_form(cell.command, a),
+            f"{path} keeps {cell.name} of another command than the study has now: delete its line, "
+            "or name another file with --results",
+        )
+
+    # The first commands that all cells need can run side by side, then the second ones, ...
+    most_needs = max([len(cell.needs) for cell in missing], default=0)
+    for i in range(most_needs):
+        stage = {}  # a set that keeps the order
+        for cell in missing:
+            stage |= dict.fromkeys(cell.needs[i : i + 1])
+        run_stage(list(stage), a.jobs)
+
+    # After an error, or Ctrl-C, no further run begins.
+    workers = ThreadPoolExecutor(a.jobs)
+    try:
+        for _ in workers.map(lambda cell: run_and_keep(cell, a, path), missing):
+            pass
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+    kept = read_cells(path)
+    return {cell.name: kept[cell.name]["result"] for cell in cells}
+
+
+# Runs end side by side, but one at a time adds its result to the file.
+FILE_OF_CELLS = threading.Lock()
+
+
+def run_and_keep(cell: Cell, a, path: str):
+    """Run a cell's command, read its result and add it to the file.
+
+    A run that is done already says so by itself. It ends with an error if its folder holds a run
+    with other settings.
+    """
+    commit = describe_commit()
+    run_command(cell.command)
+    result = with_null(cell.read(output_of(shlex.split(cell.command))))
+    entry = {"command": kept_form(cell.command, a), "commit": commit, "result": result}
+    with FILE_OF_CELLS:
+        write_cells(path, read_cells(path) | {cell.name: entry})
+    print(f"kept: {cell.name} of python {cell.command}", flush=True)
+
+
+def kept_form(command: str, a) -> str:
+    """A command as it is kept: in the study's default folder, wherever it has run."""
+    return command.replace(f" {a.output_dir}/", f" {type(a).output_dir}/")
+
+
+def read_cells(path: str) -> dict[str, dict]:
+    """{name: {command, commit, result}} of a file; none where there is no file yet."""
+    if not os.path.exists(path):
+        return {}
+    return read_object(path, {"cells": dict})["cells"]
+
+
+def write_cells(path: str, cells: dict[str, dict]):
+    """Write a file of cells, one on a line, sorted by name: a changed result is a changed line."""
+    lines = []
+    for name in sorted(cells):
+        lines.append(f"{json.dumps(name)}: {json.dumps(cells[name])}")
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write('{"cells": {\n' + ",\n".join(lines) + "\n}}\n")
+    replace_file(path)
+
+
+def describe_commit() -> str:
+    """The commit of this code, with + where Python files of it have changed since.
+
+    "unknown" where the code is not under git.
+    """
+    try:
+        commit = ask_git("rev-parse", "--short", "HEAD")
+        changes = ask_git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    if changes:
+        return f"{commit}+"
+    return commit
+
+
+def ask_git(*words: str) -> str:
+    """What a git command says of the repository."""
+    done = subprocess.run(["git", *words], cwd=REPO, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 # ------------------------------------------------------------------------------ tables and pictures
 
 
@@ -150,6 +304,28 @@ def with_interval(mean: float, half_width: float, digits: int = 3) -> str:
     if math.isnan(half_width):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} +- {half_width:.{digits}f}"
+
+
+def as_text(numbers: list[float], most: int) -> str:
+    """Mean +- half-width of the seeds' numbers, with their count where it is less than `most`."""
+    if not numbers:
+        return "-"
+    mean, half_width = t_interval(numbers)
+    text = with_interval(mean, half_width)
+    if len(numbers) < most:
+        text += f" ({len(numbers)})"
+    return text
+
+
+def collect(rows) -> dict[str, list[float]]:
+    """Rows {column: number or None} of the seeds -> {column: the numbers}."""
+    columns = {}
+    for row in rows:
+        for column, number in row.items():
+            numbers = columns.setdefault(column, [])
+            if number is not None:
+                numbers.append(number)
+    return columns
 
 
 def write_summary(path: str | Path, summary: dict):

@@ -42,13 +42,14 @@ from ..stats import t_interval, win_points
 from ..world import vocabulary
 from .common import (
     StudyFlags,
+    as_text,
+    collect,
     describe_numbers,
     draw_picture,
     is_finished,
     print_title,
     read_flags,
     run_stage,
-    with_interval,
     write_summary,
 )
 
@@ -465,17 +466,6 @@ def tables_of_gap(a, first: str, other: str, seeds: list[dict]) -> dict[str, dic
     return {title: whole, f"{title}, less SFT's": less_sft}
 
 
-def collect(rows) -> dict[str, list[float]]:
-    """Rows {column: number or None} of the seeds -> {column: the numbers}."""
-    columns = {}
-    for row in rows:
-        for column, number in row.items():
-            numbers = columns.setdefault(column, [])
-            if number is not None:
-                numbers.append(number)
-    return columns
-
-
 def subtract(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
     """a less b, for each column of a."""
     return {column: a[column] - b[column] for column in a}
@@ -520,17 +510,6 @@ def print_table(rows: dict[str, dict[str, list[float]]]):
         for row in rows.values():
             line += f"{as_text(row[column], most):>20s}"
         print(line)
-
-
-def as_text(numbers: list[float], most: int) -> str:
-    """Mean +- half-width of the seeds' numbers, with their count where it is less than `most`."""
-    if not numbers:
-        return "-"
-    mean, half_width = t_interval(numbers)
-    text = with_interval(mean, half_width)
-    if len(numbers) < most:
-        text += f" ({len(numbers)})"
-    return text
 
 
 def draw(figure, tables: dict[str, dict]):
