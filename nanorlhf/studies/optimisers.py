@@ -630,7 +630,7 @@ class Settings(KeptFlags, StudyFlags):
         default_factory=lambda: [100, 101], help="seeds of tuning, used for nothing else"
     )
     lr: list[float] = HfArg(
-        default_factory=lambda: [1e-4, 3e-4, 1e-3],
+        default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3],
         help="learning rates of the on-policy optimisers to choose from",
     )
     kl_coef: list[float] = HfArg(
