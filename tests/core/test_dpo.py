@@ -690,6 +690,8 @@ def test_defaults_are_those_of_the_loss():
     assert dpo.steps == 100
     assert dpo.lr == 1e-4
     assert dpo.output_dir == "runs/dpo"  # never over the model that others start from
+    assert train_sft.Config(loss="ipo", model="runs/sft").lr == 1e-4
+    assert train_sft.Config(loss="simpo", model="runs/sft").lr == 3e-5
 
 
 def test_what_is_given_is_no_default():
