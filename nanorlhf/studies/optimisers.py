@@ -252,6 +252,19 @@ def gold_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
     return runs + pools
 
 
+def commands(a) -> list[list[str]]:
+    """All commands but those of tuning, with what a cell needs ahead of it.
+
+    What tuning chooses is not known before: the first setting of each grid stands in its place.
+    """
+    first = {}
+    for method in TUNED:
+        lrs, strengths = grid_of(a, method)
+        first[method] = Setting(lrs[0], strengths[0])
+    cells = headline_cells(a, first) + place_cells(a, first["rloo"].lr) + gold_cells(a, first)
+    return [[*cell.needs, cell.command] for cell in cells]
+
+
 # ---------------------------------------------------------------------------------------- tuning
 
 
@@ -361,7 +374,7 @@ class Settings(KeptFlags, StudyFlags):
         help="KL coefficients to choose from; learning rates are chosen at the first",
     )
     dpo_lr: list[float] = HfArg(
-        default_factory=lambda: [1e-4, 3e-4, 1e-3], help="learning rates of DPO to choose from"
+        default_factory=lambda: [1e-4, 3e-5, 3e-4], help="learning rates of DPO to choose from"
     )
     dpo_beta: list[float] = HfArg(
         default_factory=lambda: [0.1, 0.03, 0.3, 1],
