@@ -107,25 +107,34 @@ def compare_answers(runs: dict[str, list[dict]]) -> dict:
     """The table of what the last answers are like, and of the seconds that training took."""
     table = {}
     for method, own in runs.items():
-        rows = []
-        for run in own:
-            # Best-of-n is no policy, and has none of these.
-            names = ("length", "distinct_2", "entropy", "seconds")
-            rows.append({name: run[name][-1] for name in names if name in run})
-        table[method] = collect(rows)
+        table[method] = collect(describe_answers(run) for run in own)
     return table
+
+
+def describe_answers(run: dict) -> dict[str, float | None]:
+    """What a run's last answers are like. Best-of-n is no policy, and has none of these."""
+    row = {}
+    for name in ("length", "distinct_2", "entropy", "seconds"):
+        if name in run:
+            row[name] = run[name][-1]
+    return row
 
 
 def compare_at_kl(runs: dict[str, list[dict]]) -> dict:
     """The table of gold at the same KL, along each run: None where the run has not gone so far."""
     table = {}
     for method, own in runs.items():
-        rows = []
-        for run in own:
-            points = list(zip(run["kl"], run["gold"]))
-            rows.append({f"KL {kl}": value_at_kl(points, kl) for kl in KLS})
-        table[method] = collect(rows)
+        table[method] = collect(describe_at_kl(run) for run in own)
     return table
+
+
+def describe_at_kl(run: dict) -> dict[str, float | None]:
+    """Gold at each of KLS."""
+    points = list(zip(run["kl"], run["gold"]))
+    row = {}
+    for kl in KLS:
+        row[f"KL {kl}"] = value_at_kl(points, kl)
+    return row
 
 
 def subtract(numbers: list[float], others: list[float]) -> list[float]:
@@ -206,14 +215,17 @@ def crossing(curve: dict[int, float], other: dict[int, float]) -> float | None:
 
     Between two k it lies on a straight line in log k. None: the other curve stays below.
     """
-    ks = sorted(curve)
-    leads = [curve[k] - other[k] for k in ks]
-    if leads[0] <= 0:
-        return float(ks[0])
-    for i in range(1, len(ks)):
-        if leads[i] <= 0:
-            share = leads[i - 1] / (leads[i - 1] - leads[i])
-            return ks[i - 1] * (ks[i] / ks[i - 1]) ** share
+    last_k = None
+    last_lead = None
+    for k in sorted(curve):
+        lead = curve[k] - other[k]
+        if lead <= 0 and last_k is None:
+            return float(k)
+        if lead <= 0:
+            share = last_lead / (last_lead - lead)
+            return last_k * (k / last_k) ** share
+        last_k = k
+        last_lead = lead
     return None
 
 
@@ -226,9 +238,14 @@ def compare_max_at_k(curves: dict[str, list[dict[int, float]]]) -> dict:
         rows = []
         differences = []
         for curve in own:
-            shown = [k for k in KS if k in curve]
-            rows.append({f"k = {k}": curve[k] for k in shown})
-            differences.append({f"k = {k}": curve[k] - sft[k] for k in shown})
+            row = {}
+            difference = {}
+            for k in KS:
+                if k in curve:
+                    row[f"k = {k}"] = curve[k]
+                    difference[f"k = {k}"] = curve[k] - sft[k]
+            rows.append(row)
+            differences.append(difference)
         whole[method] = collect(rows)
         if method != SFT:
             less_sft[f"{method} less sft"] = collect(differences)
@@ -245,7 +262,10 @@ def describe_crossings(curves: dict[str, list[dict[int, float]]]) -> list[str]:
         found = []
         for curve in own:
             k = crossing(curve, sft)
-            found.append("never" if k is None else f"from k = {k:.0f}")
+            if k is None:
+                found.append("never")
+            else:
+                found.append(f"from k = {k:.0f}")
         sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(found)}")
     return sentences
 
@@ -271,9 +291,6 @@ def print_table(table: dict[str, dict[str, list[float]]]):
         for column in columns:
             line += f"{as_text(row.get(column, []), most):>20s}"
         print(line)
-
-
-COLOURS = {name: f"C{i}" for i, name in enumerate(LABELS)}
 
 
 def draw_against_kl(figure, runs: dict[str, list[dict]]):
@@ -309,7 +326,7 @@ def draw_max_at_k(figure, curves: dict[str, list[dict[int, float]]]):
 
 def draw_mean(axis, x, values: np.ndarray, method: str):
     """The mean of values [seeds, L] at x [L], and a band of its standard error over seeds."""
-    colour = COLOURS[method]
+    colour = f"C{list(LABELS).index(method)}"  # the same in all pictures
     mean = values.mean(0)
     axis.plot(x, mean, marker="o", color=colour, label=LABELS[method])
     if len(values) > 1:

@@ -146,7 +146,8 @@ def policy_cell(a, name: str, s, flags: str) -> Cell:
     models = f"--model {out}/sft --reward_model {out}/rm/seed_{s}"
     place = f"--seed {s} --output_dir {out}/{name}"
     command = join("train_ppo.py", models, flags, place, a.ppo_flags)
-    return Cell(name, command, [train_sft(a), train_reward_model(a, s)], read_run)
+    needs = [train_sft(a), train_reward_model(a, s)]
+    return Cell(name, command, needs, read_run)
 
 
 def gold_cell(a, name: str, s, flags: str) -> Cell:
@@ -165,8 +166,10 @@ def dpo_cell(a, name: str, s, setting: Setting, eval_every: int) -> Cell:
     models = f"--model {out}/sft --reward_model {out}/rm/seed_{s}"
     flags = f"--lr {lr:g} --dpo_beta {beta:g} --steps {a.dpo_steps} --eval_every {eval_every}"
     place = f"--output_dir {out}/{name}"
-    command = join("train_sft.py --loss dpo", models, noisy_pairs(s), flags, place, a.dpo_flags)
-    return Cell(name, command, [train_sft(a), train_reward_model(a, s)], read_run)
+    pairs = noisy_pairs(s)
+    command = join("train_sft.py --loss dpo", models, pairs, flags, place, a.dpo_flags)
+    needs = [train_sft(a), train_reward_model(a, s)]
+    return Cell(name, command, needs, read_run)
 
 
 def pool_cell(a, name: str, policy: str, n: int, s, needs: list[str]) -> Cell:
@@ -174,7 +177,8 @@ def pool_cell(a, name: str, policy: str, n: int, s, needs: list[str]) -> Cell:
     out = a.output_dir
     flags = f"--model {out}/{policy} --reward_model world:gold --n_answers {n}"
     place = f"--eval_size {a.prompts} --seed {s} --output_dir {out}/{name}"
-    return Cell(name, join("sample_bon.py", flags, place, a.bon_flags), needs, read_bon)
+    command = join("sample_bon.py", flags, place, a.bon_flags)
+    return Cell(name, command, needs, read_bon)
 
 
 def sft_pool(a) -> Cell:
@@ -188,8 +192,9 @@ def bon_cell(a, s) -> Cell:
     name = f"tuned/{BON}/seed_{s}"
     models = f"--pool {out}/pool/pool.jsonl --reward_model {out}/rm/seed_{s}"
     place = f"--seed {s} --output_dir {out}/{name}"
+    command = join("sample_bon.py", models, place, a.bon_flags)
     needs = [train_sft(a), train_reward_model(a, s), sft_pool(a).command]
-    return Cell(name, join("sample_bon.py", models, place, a.bon_flags), needs, read_bon)
+    return Cell(name, command, needs, read_bon)
 
 
 def tuning_cell(a, method: str, s, setting: Setting) -> Cell:
@@ -207,13 +212,18 @@ def headline_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
     cells = []
     for s in range(a.seeds):
         for method, own in ON_POLICY.items():
-            flags = flags_of(chosen[method], a.steps, a.eval_every)
-            cells.append(policy_cell(a, f"tuned/{method}/seed_{s}", s, join(own, flags)))
+            setting = chosen[method]
+            flags = flags_of(setting, a.steps, a.eval_every)
+            tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(own, flags))
+            cells.append(tuned)
 
-            no_kl = chosen[method]._replace(strength=0)
+            no_kl = setting._replace(strength=0)
             flags = flags_of(no_kl, a.no_kl_steps, a.no_kl_eval_every)
-            cells.append(policy_cell(a, f"no_kl/{method}/seed_{s}", s, join(own, flags)))
-        cells.append(dpo_cell(a, f"tuned/{DPO}/seed_{s}", s, chosen[DPO], a.dpo_eval_every))
+            without = policy_cell(a, f"no_kl/{method}/seed_{s}", s, join(own, flags))
+            cells.append(without)
+
+        dpo = dpo_cell(a, f"tuned/{DPO}/seed_{s}", s, chosen[DPO], a.dpo_eval_every)
+        cells.append(dpo)
         cells.append(bon_cell(a, s))
     return cells
 
@@ -224,9 +234,11 @@ def place_cells(a, lr: float) -> list[Cell]:
     for s in range(a.trial_seeds):
         for place, own in PLACES.items():
             for coefficient in a.place_coefs:
-                flags = flags_of(Setting(lr, coefficient), a.place_steps, eval_every=0)
+                setting = Setting(lr, coefficient)
+                flags = flags_of(setting, a.place_steps, eval_every=0)
+                flags = join(ON_POLICY["rloo"], own, flags)
                 name = name_of_place(place, coefficient, s)
-                cells.append(policy_cell(a, name, s, join(ON_POLICY["rloo"], own, flags)))
+                cells.append(policy_cell(a, name, s, flags))
     return cells
 
 
@@ -248,7 +260,8 @@ def gold_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
             # Noise of its own: the pool of SFT has seed 0.
             name = f"max_at_k/{method}/seed_{s}"
             needs = [*run.needs, run.command]
-            pools.append(pool_cell(a, name, run.name, a.k_answers, s + 1, needs))
+            pool = pool_cell(a, name, run.name, a.k_answers, s + 1, needs)
+            pools.append(pool)
     return runs + pools
 
 
@@ -298,23 +311,22 @@ def tune(a, path: str) -> dict[str, dict[Setting, list[float]]]:
 
 def try_settings(a, settings: dict[str, list[Setting]], path: str) -> dict:
     """{method: settings} -> {method: {setting: gold at the end, one number a seed}}"""
-    cells = {}
+    cells = []
+    tried = {}
+    places = {}  # {name of a cell: the list that its gold goes into}
     for method, own in settings.items():
+        tried[method] = {setting: [] for setting in own}
         lrs, strengths = grid_of(a, method)
         if len(lrs) * len(strengths) == 1:
             continue  # nothing to choose
         for setting in own:
-            cells[method, setting] = [tuning_cell(a, method, s, setting) for s in a.tuning_seeds]
-    results = run_cells(sum(cells.values(), []), a, path)
-
-    tried = {}
-    for method, own in settings.items():
-        tried[method] = {}
-        for setting in own:
-            golds = []
-            for cell in cells.get((method, setting), []):
-                golds.append(results[cell.name]["gold"][-1])
-            tried[method][setting] = golds
+            for s in a.tuning_seeds:
+                cell = tuning_cell(a, method, s, setting)
+                cells.append(cell)
+                places[cell.name] = tried[method][setting]
+    for name, result in run_cells(cells, a, path).items():
+        golds = places[name]
+        golds.append(result["gold"][-1])
     return tried
 
 
@@ -445,12 +457,7 @@ def run_study(a, path: str):
 
     # 3. The trial of where the KL penalty stands.
     results = run_cells(place_cells(a, chosen["rloo"].lr), a, path)
-    runs = {}
-    for place in PLACES:
-        runs[place] = {}
-        for coefficient in a.place_coefs:
-            names = [name_of_place(place, coefficient, s) for s in range(a.trial_seeds)]
-            runs[place][coefficient] = [results[name] for name in names]
+    runs = runs_of_places(a, results)
     ends, less_k1 = compare_places(runs, K1)
     print_title(f"RLOO by the place of its KL penalty, {a.trial_seeds} seed(s)", a)
     print_table(ends)
@@ -479,6 +486,19 @@ def runs_of(results: dict, part: str, methods, seeds: int) -> dict[str, list[dic
     runs = {}
     for method in methods:
         runs[method] = [results[f"{part}/{method}/seed_{s}"] for s in range(seeds)]
+    return runs
+
+
+def runs_of_places(a, results: dict) -> dict[str, dict[float, list[dict]]]:
+    """{place of the KL: {coefficient: the run of each seed}}"""
+    runs = {}
+    for place in PLACES:
+        runs[place] = {}
+        for coefficient in a.place_coefs:
+            own = []
+            for s in range(a.trial_seeds):
+                own.append(results[name_of_place(place, coefficient, s)])
+            runs[place][coefficient] = own
     return runs
 
 

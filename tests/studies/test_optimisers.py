@@ -78,10 +78,10 @@ def test_tuning_judges_by_the_mean_over_seeds(tune):
     def gold(name, lr, strength):
         if lr == 1e-3:
             return {"100": 3.0, "101": -4.0}[name[-3:]]
-        return -lr
+        return lr
 
-    chosen, _ = tune(gold)
-    assert {setting.lr for setting in chosen.values()} == {1e-4}
+    chosen, _ = tune(gold, "--dpo_lr", "1e-4", "3e-4", "1e-3")
+    assert {setting.lr for setting in chosen.values()} == {3e-4}
 
 
 def test_a_single_setting_is_not_tried(tune):
