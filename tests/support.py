@@ -46,6 +46,7 @@ ALL_SCRIPTS = {**SCRIPTS, "sae": train_sae, "bon": sample_bon}
 RUNS = {
     **ALL_SCRIPTS,
     "dpo": train_sft,
+    "simpo": train_sft,
     "sarm_frozen": train_rm,
     "sarm_encoder_frozen": train_rm,
     "sarm_detached": train_rm,
@@ -136,6 +137,10 @@ def dpo_settings(base):
     }
 
 
+def simpo_settings(base):
+    return {**dpo_settings(base), "loss": "simpo"}
+
+
 def rm_settings(base):
     return {
         "model": f"{base}/sft",
@@ -206,6 +211,7 @@ def bon_settings(base):
 SETTINGS = {
     "sft": sft_settings,
     "dpo": dpo_settings,
+    "simpo": simpo_settings,
     "rm": rm_settings,
     "ppo": ppo_settings,
     "control": control_settings,
@@ -455,6 +461,8 @@ def drive(folder, runs):
 
     def recorded(parts, prompts, place, step):
         rollout, answers = roll_out(parts, prompts, place, step)
+        if not isinstance(parts.config, train_ppo.Config):
+            return rollout, answers
         with open(Path(folder) / f"rollouts_{rank}.jsonl", "a") as file:
             for i, ids, mask in zip(place, rollout.response_ids, rollout.response_mask):
                 file.write(json.dumps([step, i, ids[mask].tolist()]) + "\n")
@@ -504,6 +512,7 @@ def rank_settings(base):
     return [
         ("sft", sft),
         ("dpo", small(base, "dpo", eval_size=7, eval_every=2)),
+        ("simpo", small(base, "simpo", eval_size=7, gold_model=f"{base}/rewards.py:words")),
         ("rm", small(base, "rm", **rm, **by_split)),
         ("sarm_encoder_frozen", small(base, "sarm_encoder_frozen", **rm)),
         ("sarm_detached", small(base, "sarm_detached", **rm)),

@@ -274,7 +274,7 @@ class MemoryFlags(FlagGroup):
     micro_batch_size: int = HfArg(
         default=64,
         help="samples in one forward pass of one process. It changes memory, not results; but "
-        "with dropout (in the training of SFT and reward models; PPO and DPO have none) it "
+        "with dropout (in the training of SFT and reward models; PPO and pairs have none) it "
         "changes the noise, and so results too",
     )
     tokens_per_micro_batch: int = HfArg(

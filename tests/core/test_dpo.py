@@ -1,29 +1,36 @@
-"""DPO: its loss and gradient against the closed form; train_sft.py --loss dpo against plain
-transformers.
+"""DPO, IPO and SimPO: losses and gradients against closed forms; train_sft.py --loss dpo, ipo and
+simpo against plain transformers.
 
     B pairs
 """
 
-import json
 import math
+import statistics
+from collections import defaultdict
 
 import pytest
 import torch
 from checks import randn
 from safetensors.torch import load_file
-from support import metrics, weights, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support import metrics, read_rows, summary, weights, write_rows
+from support import train as train_kind
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_sft
 from nanorlhf import splits, world
-from nanorlhf.dpo import dpo_loss, pair_points
+from nanorlhf.dpo import dpo_loss, ipo_loss, pair_points, simpo_loss
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
+from nanorlhf.runtime.distributed import Dist
 
-# ---------------------------------------------------------------------------------------- the loss
+# -------------------------------------------------------------------------------------- the losses
 
 
 BETA = 0.3
+TAU = 0.4
+GAMMA = 0.7
+# Tokens of the chosen and the rejected responses of six pairs.
+LENGTHS = torch.tensor([[3, 5, 1, 8, 2, 9], [4, 5, 6, 2, 7, 1]])
 
 
 def random_pairs():
@@ -63,6 +70,109 @@ def test_loss_and_gradient_by_hand():
     assert (-pi_r.grad).tolist() == pytest.approx(slopes, rel=1e-12)
 
 
+def test_ipo_loss_and_gradient_by_hand():
+    """Per pair: (h - 1 / (2 tau))^2, with the slope 2 (h - 1 / (2 tau)) in pi_c."""
+    total = 0.0
+    slopes = []
+    for pi_c, pi_r, ref_c, ref_r in random_pairs().T.tolist():
+        h = math.log(math.exp(pi_c) / math.exp(ref_c)) - math.log(math.exp(pi_r) / math.exp(ref_r))
+        error = h - 1 / (2 * TAU)
+        total += error**2
+        slopes.append(2 * error / 6)
+
+    pi_c, pi_r, ref_c, ref_r = random_pairs()
+    pi_c.requires_grad_()
+    pi_r.requires_grad_()
+    loss, _ = ipo_loss(pi_c, pi_r, ref_c, ref_r, TAU)
+    loss.backward()
+    assert loss.item() == pytest.approx(total / 6, rel=1e-12)
+    assert pi_c.grad.tolist() == pytest.approx(slopes, rel=1e-12)
+    assert (-pi_r.grad).tolist() == pytest.approx(slopes, rel=1e-12)
+
+
+def ipo_at(h):
+    """IPO's loss and margin of a pair whose log-ratios differ by h nats."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    loss, stats = ipo_loss(zero + h, zero, zero, zero, TAU)
+    return loss.item(), stats["margin"].item()
+
+
+def test_ipo_is_lowest_at_a_margin_of_1_over_2_tau_and_dpo_nowhere():
+    target = 1 / (2 * TAU)
+    loss, margin = ipo_at(target)
+    assert loss == pytest.approx(0, abs=1e-12)
+    assert margin == pytest.approx(1 / 2)  # in units of the implicit reward
+    assert ipo_at(target - 1)[0] == pytest.approx(1)
+    assert ipo_at(target + 1)[0] == pytest.approx(1)
+
+    zero = torch.zeros(1)
+    losses = [dpo_loss(zero + h, zero, zero, zero, BETA)[0] for h in (1, 10, 100)]
+    assert losses[0] > losses[1] > losses[2] > 0
+
+
+def test_simpo_loss_and_gradient_by_hand():
+    """Per pair: log(1 + e^(gamma - a + b)), with a and b the rewards of the two responses."""
+    pi_c, pi_r, _, _ = random_pairs()
+    total = 0.0
+    slopes_c = []
+    slopes_r = []
+    for log_c, log_r, n_c, n_r in zip(pi_c.tolist(), pi_r.tolist(), *LENGTHS.tolist()):
+        a = BETA * log_c / n_c
+        b = BETA * log_r / n_r
+        total += math.log(1 + math.exp(GAMMA - a + b))
+        slope = -1 / (1 + math.exp(a - b - GAMMA))
+        slopes_c.append(slope * BETA / n_c / 6)
+        slopes_r.append(-slope * BETA / n_r / 6)
+
+    pi_c.requires_grad_()
+    pi_r.requires_grad_()
+    loss, _ = simpo_loss(pi_c, pi_r, *LENGTHS, BETA, GAMMA)
+    loss.backward()
+    assert loss.item() == pytest.approx(total / 6, rel=1e-12)
+    assert pi_c.grad.tolist() == pytest.approx(slopes_c, rel=1e-12)
+    assert pi_r.grad.tolist() == pytest.approx(slopes_r, rel=1e-12)
+
+
+def test_simpo_compares_tokens_not_lengths():
+    """Twice as many tokens that are just as likely leave loss and rewards as they were.
+
+    DPO's loss would change.
+    """
+    pi_c, pi_r, _, _ = random_pairs()
+    lengths_c, lengths_r = LENGTHS
+    loss, stats = simpo_loss(pi_c, pi_r, lengths_c, lengths_r, BETA, GAMMA)
+    doubled, stats_doubled = simpo_loss(2 * pi_c, pi_r, 2 * lengths_c, lengths_r, BETA, GAMMA)
+    assert doubled.item() == pytest.approx(loss.item(), rel=1e-12)
+    reward = stats["reward_chosen"].item()
+    assert stats_doubled["reward_chosen"].item() == pytest.approx(reward, rel=1e-12)
+    assert stats_doubled["logp_chosen"] == 2 * stats["logp_chosen"]
+
+
+def test_simpo_stats_by_hand():
+    pi_c, pi_r, _, _ = random_pairs()
+    n_wins = 0
+    total_chosen = 0.0
+    total_rejected = 0.0
+    for log_c, log_r, n_c, n_r in zip(pi_c.tolist(), pi_r.tolist(), *LENGTHS.tolist()):
+        if log_c / n_c > log_r / n_r:
+            n_wins += 1
+        total_chosen += BETA * log_c / n_c
+        total_rejected += BETA * log_r / n_r
+    # Without their lengths the responses compare differently.
+    assert n_wins != (pi_c > pi_r).sum()
+    _, stats = simpo_loss(pi_c, pi_r, *LENGTHS, BETA, GAMMA)
+    expected = {
+        "accuracy": n_wins / 6,
+        "margin": (total_chosen - total_rejected) / 6,
+        "reward_chosen": total_chosen / 6,
+        "reward_rejected": total_rejected / 6,
+        "logp_chosen": pi_c.mean().item(),
+        "logp_rejected": pi_r.mean().item(),
+    }
+    found = {name: value.item() for name, value in stats.items()}
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
 def test_stats_by_hand():
     n_wins = 0
     total_chosen = 0.0
@@ -73,19 +183,24 @@ def test_stats_by_hand():
         total_chosen += chosen
         total_rejected += rejected
     assert 0 < n_wins < 6
+    pi_c, pi_r, _, _ = random_pairs()
     expected = {
         "accuracy": n_wins / 6,
         "margin": (total_chosen - total_rejected) / 6,
         "reward_chosen": total_chosen / 6,
         "reward_rejected": total_rejected / 6,
+        "logp_chosen": pi_c.mean().item(),
+        "logp_rejected": pi_r.mean().item(),
     }
 
-    pairs = random_pairs().requires_grad_()
-    _, stats = dpo_loss(*pairs, BETA)
-    for value in stats.values():
-        assert not value.requires_grad
-    found = {name: value.item() for name, value in stats.items()}
-    assert found == pytest.approx(expected, rel=1e-12)
+    # IPO's implicit reward is DPO's, with tau for beta.
+    for loss in (dpo_loss, ipo_loss):
+        pairs = random_pairs().requires_grad_()
+        _, stats = loss(*pairs, BETA)
+        for value in stats.values():
+            assert not value.requires_grad
+        found = {name: value.item() for name, value in stats.items()}
+        assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_at_the_reference_the_loss_is_log_2():
@@ -103,11 +218,21 @@ def test_far_from_the_reference_nothing_overflows():
     assert loss.item() == pytest.approx(1e4)  # (0 + 2e4) / 2
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
-    pairs = randn(4, 9)
-    whole, stats = dpo_loss(*pairs, 0.2)
-    first, first_stats = dpo_loss(*pairs[:, :2], 0.2, n_pairs=9)
-    second, second_stats = dpo_loss(*pairs[:, 2:], 0.2, n_pairs=9)
+# Each loss of columns [4, B]; for SimPO the last two are lengths.
+LOSSES = {
+    "dpo": lambda columns, n_pairs: dpo_loss(*columns, 0.2, n_pairs),
+    "ipo": lambda columns, n_pairs: ipo_loss(*columns, 0.2, n_pairs),
+    "simpo": lambda columns, n_pairs: simpo_loss(*columns, 0.2, 0.5, n_pairs),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_parts_of_a_batch_add_up_to_the_whole(name):
+    loss_of = LOSSES[name]
+    columns = randn(4, 9).abs()
+    whole, stats = loss_of(columns, None)
+    first, first_stats = loss_of(columns[:, :2], 9)
+    second, second_stats = loss_of(columns[:, 2:], 9)
     assert (first + second).item() == pytest.approx(whole.item(), rel=1e-12)
     for name, value in stats.items():
         total = first_stats[name] + second_stats[name]
@@ -132,6 +257,15 @@ def test_ties_of_pairs_by_hand():
     assert points.tolist() == expected.tolist()
     _, stats = dpo_loss(pi_c, pi_r, ref_c, ref_r, 0.2, rounding=1e-6)
     assert stats["accuracy"].item() == pytest.approx(3 / 5)
+
+
+def test_ties_of_simpo_are_within_the_rounding_of_log_probs():
+    """Means of two responses that differ by 1e-7 of themselves, and by 1e-4."""
+    pi_c = torch.tensor([-300 * (1 + 1e-7), -300 * (1 - 1e-4)], dtype=torch.float64)
+    pi_r = torch.tensor([-200, -200], dtype=torch.float64)
+    lengths = torch.tensor([[30, 30], [20, 20]])
+    _, stats = simpo_loss(pi_c, pi_r, *lengths, 2.0, 1.0, rounding=1e-6)
+    assert stats["accuracy"] == (0.5 + 1) / 2
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -167,6 +301,7 @@ def settings(base, **changes):
         "n_samples": 1,
         "eval_size": 7,
         "checkpoint_every": 1,
+        "eval_answers": False,
     }
     return {**flags, **changes}
 
@@ -214,10 +349,9 @@ def held_out(base):
     return rows
 
 
-@pytest.fixture(scope="module")
-def held_out_rewards(base, whole, held_out):
-    """The implicit rewards of the held-out pairs: lists of the chosen and the rejected ones."""
-    policy = AutoModelForCausalLM.from_pretrained(whole / "model").eval()
+def rewards_of(base, run, held_out):
+    """DPO's implicit rewards of the held-out pairs: lists of the chosen and the rejected ones."""
+    policy = AutoModelForCausalLM.from_pretrained(run / "model").eval()
     reference = AutoModelForCausalLM.from_pretrained(base / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(base / "model")
     rewards = {"chosen": [], "rejected": []}
@@ -229,8 +363,8 @@ def held_out_rewards(base, whole, held_out):
     return rewards["chosen"], rewards["rejected"]
 
 
-def test_the_evaluation_by_plain_transformers(whole, held_out_rewards):
-    chosen, rejected = held_out_rewards
+def test_the_evaluation_by_plain_transformers(base, whole, held_out):
+    chosen, rejected = rewards_of(base, whole, held_out)
     n = len(chosen)
     total_margin = 0.0
     total_loss = 0.0
@@ -241,14 +375,14 @@ def test_the_evaluation_by_plain_transformers(whole, held_out_rewards):
         if c > r:
             n_wins += 1
 
-    summary = json.loads((whole / "summary.json").read_text())
+    found = summary(whole)
     assert n == 7
-    assert summary["eval/n_pairs"] == n
-    assert summary["eval/margin"] == pytest.approx(total_margin / n, abs=1e-5)
-    assert summary["eval/loss"] == pytest.approx(total_loss / n, abs=1e-5)
-    assert summary["eval/accuracy"] == pytest.approx(n_wins / n)
-    assert summary["eval/reward_chosen"] == pytest.approx(sum(chosen) / n, abs=1e-5)
-    assert summary["eval/reward_rejected"] == pytest.approx(sum(rejected) / n, abs=1e-5)
+    assert found["eval/n_pairs"] == n
+    assert found["eval/margin"] == pytest.approx(total_margin / n, abs=1e-5)
+    assert found["eval/loss"] == pytest.approx(total_loss / n, abs=1e-5)
+    assert found["eval/accuracy"] == pytest.approx(n_wins / n)
+    assert found["eval/reward_chosen"] == pytest.approx(sum(chosen) / n, abs=1e-5)
+    assert found["eval/reward_rejected"] == pytest.approx(sum(rejected) / n, abs=1e-5)
 
 
 def test_how_often_the_longer_text_wins(whole, held_out):
@@ -260,8 +394,7 @@ def test_how_often_the_longer_text_wins(whole, held_out):
             points += 1
         elif chosen_length == rejected_length:
             points += 0.5
-    summary = json.loads((whole / "summary.json").read_text())
-    assert summary["eval/longer_wins"] == pytest.approx(points / len(held_out))
+    assert summary(whole)["eval/longer_wins"] == pytest.approx(points / len(held_out))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -278,9 +411,11 @@ def test_the_accuracy_of_a_policy_that_is_its_reference(base, tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_policy_that_does_not_move_ties_with_its_reference(base, tmp_path, dtype):
-    rows = train(base, tmp_path / "still", dtype=dtype, lr=0.0, steps=1)
-    assert rows[0]["eval/accuracy"] == 0.5
-    assert rows[0]["eval/accuracy_se"] == 0
+    rows = train(base, tmp_path / "still", dtype=dtype, lr=0.0, steps=1, eval_answers=True)
+    for row in rows:
+        assert row["eval/accuracy"] == 0.5
+        assert row["eval/accuracy_se"] == 0
+        assert row["eval/kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_lora(base, tmp_path):
@@ -306,24 +441,207 @@ def test_frozen_layers(base, tmp_path):
         assert torch.equal(before[name], after[name]) == is_frozen, name
 
 
-def test_what_the_steps_do_not_read_needs_no_reference(base, tmp_path, monkeypatch):
-    batch_sizes = []
+def count_token_sums(monkeypatch):
+    """A list to which each later call of token_sums adds its number of rows."""
+    n_rows = []
     token_sums = train_sft.token_sums
 
-    def watched(policy, prompts, *rest):
-        batch_sizes.append(len(prompts))
-        return token_sums(policy, prompts, *rest)
+    def watched(policy, sequences, *rest):
+        n_rows.append(len(sequences))
+        return token_sums(policy, sequences, *rest)
 
     monkeypatch.setattr(train_sft, "token_sums", watched)
+    return n_rows
+
+
+def test_what_the_steps_do_not_read_needs_no_reference(base, tmp_path, monkeypatch):
+    n_rows = count_token_sums(monkeypatch)
     train(base, tmp_path / "run", steps=2, batch_size=4)
     # Both sides: of 2 x 4 training rows, of the held-out ones, and of those again at the end.
-    assert batch_sizes == [8, 8, 7, 7, 7, 7]
+    assert n_rows == [8, 8, 7, 7, 7, 7]
 
+
+# ----------------------------------------------------------------------------------- IPO and SimPO
+
+
+def test_ipo_by_plain_transformers(base, tmp_path, held_out):
+    first, *_ = train(base, tmp_path / "ipo", loss="ipo", ipo_tau=0.25)
+    # The policy is its own reference: h is 0.
+    assert first["loss"] == pytest.approx((1 / (2 * 0.25)) ** 2, rel=1e-4)
+    assert first["accuracy"] == 0.5
+
+    rewards_c, rewards_r = rewards_of(base, tmp_path / "ipo", held_out)
+    total = 0.0
+    for c, r in zip(rewards_c, rewards_r):
+        h = 10 * (c - r)  # these are DPO's, in which a nat is 0.1
+        total += (h - 2) ** 2
+    n = len(held_out)
+    found = summary(tmp_path / "ipo")
+    assert found["eval/loss"] == pytest.approx(total / n, rel=1e-4)
+    mean_c = 2.5 * sum(rewards_c) / n
+    mean_r = 2.5 * sum(rewards_r) / n
+    assert found["eval/reward_chosen"] == pytest.approx(mean_c, abs=1e-5)
+    assert found["eval/margin"] == pytest.approx(mean_c - mean_r, abs=1e-5)
+
+
+def test_simpo_by_plain_transformers(base, tmp_path, monkeypatch, held_out):
+    n_rows = count_token_sums(monkeypatch)
+    train(base, tmp_path / "simpo", loss="simpo", simpo_beta=1.5, simpo_gamma=0.4)
+    # Of both sides of the held-out pairs, at the end: there is no reference.
+    assert n_rows == [7, 7]
+
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "simpo/model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    losses = []
+    margins = []
+    logps = []
+    for row in held_out:
+        rewards = []
+        for side in ("chosen", "rejected"):
+            logp = logprob(policy, tokenizer, row["prompt"], row[side])
+            n_tokens = len(tokenizer(row[side]).input_ids) + 1  # EOS
+            rewards.append(1.5 * logp / n_tokens)
+            logps.append(logp)
+        margins.append(rewards[0] - rewards[1])
+        losses.append(math.log(1 + math.exp(0.4 - margins[-1])))
+
+    found = summary(tmp_path / "simpo")
+    assert found["eval/loss"] == pytest.approx(statistics.mean(losses), abs=1e-5)
+    assert found["eval/margin"] == pytest.approx(statistics.mean(margins), abs=1e-5)
+    assert found["eval/margin_se"] == pytest.approx(statistics.stdev(margins) / 7**0.5, abs=1e-5)
+    assert found["eval/logp_chosen"] == pytest.approx(statistics.mean(logps[::2]), abs=1e-3)
+    assert found["eval/logp_rejected"] == pytest.approx(statistics.mean(logps[1::2]), abs=1e-3)
+
+
+# ---------------------------------------------------------------------- answers to held-out prompts
+
+REWARDS = """
+def words(prompts, responses):
+    return [len(set(response.split())) for response in responses]
+
+def letters(prompts, responses):
+    return [response.count("e") / 10 for response in responses]
+
+def broken(prompts, responses):
+    return [1 / 0 for response in responses]
+"""
+
+
+@pytest.fixture(scope="module")
+def rewards(base):
+    """The name of a file with three rewards."""
+    path = base / "rewards.py"
+    path.write_text(REWARDS)
+    return str(path)
+
+
+def sum_of_answer(model, row):
+    """log pi of each token of an answer in a file of evaluations, by plain transformers."""
+    ids = row["prompt_ids"] + row["response_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    logp = logits[len(row["prompt_ids"]) - 1 : -1].double().log_softmax(-1)
+    return logp[range(len(row["response_ids"])), row["response_ids"]]
+
+
+KINDS_OF_RUN = {
+    "dpo": {},
+    "simpo": {"loss": "simpo"},
+    "lora": {"lora_rank": 2, "merge": True, "lr": 3e-2},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["dpo", *(pytest.param(x, marks=pytest.mark.slow) for x in ("simpo", "lora"))]
+)
+def test_answers_are_evaluated_as_those_of_ppo(base, tmp_path, rewards, held_out, kind):
+    """KL to --model, proxy and gold, of the answers in eval/, by plain transformers."""
+    rows = train(
+        base,
+        tmp_path / "run",
+        eval_answers=True,
+        reward_model=[f"{rewards}:words", f"{rewards}:letters"],
+        gold_model=f"{rewards}:letters",
+        max_new_tokens=20,
+        eval_every=2,
+        **KINDS_OF_RUN[kind],
+    )
+    assert [row["step"] for row in rows if "eval/kl" in row] == [0, 2, 3]
+    assert rows[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
+
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").eval()
+    reference = AutoModelForCausalLM.from_pretrained(base / "model").eval()
+    answers = read_rows(tmp_path / "run/eval/step_3.jsonl")
+    assert [row["prompt"] for row in answers] == [row["prompt"] for row in held_out]
+    expected = defaultdict(list)
+    for row in answers:
+        x = sum_of_answer(reference, row) - sum_of_answer(policy, row)
+        expected["kl"].append(-x.sum().item())
+        expected["kl_k2"].append((x**2 / 2).sum().item())
+        expected["kl_k3"].append((x.exp() - 1 - x).sum().item())
+        expected["length"].append(len(row["response_ids"]))
+        letters = row["response"].count("e") / 10
+        expected["gold"].append(letters)
+        expected["proxy"].append((len(set(row["response"].split())) + letters) / 2)
+    assert statistics.mean(expected["kl_k2"]) > 1e-3
+    for name, values in expected.items():
+        mean = pytest.approx(statistics.mean(values), rel=1e-4, abs=1e-5)
+        assert rows[-1][f"eval/{name}"] == mean, name
+        se = pytest.approx(statistics.stdev(values) / 7**0.5, rel=1e-4, abs=1e-5)
+        assert rows[-1][f"eval/{name}_se"] == se, name
+        assert rows[-1][f"eval/{name}_n"] == 7
+
+
+def test_in_the_embedded_world_the_prompts_are_those_of_ppo(base):
+    """The 120 test prompts, each once, though the held-out pairs are 256."""
+    config = train_sft.Config(loss="dpo", model=f"{base}/model")
+    assert config.gold_model == "world:gold"
+    model_config = AutoConfig.from_pretrained(base / "model")
+    alone = Dist(0, 1, torch.device("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    prompts = train_sft.load_prompts({}, tokenizer, model_config, config, alone)
+    found = sorted(row["prompt"] for row in prompts["eval"].rows)
+    assert found == sorted(row["prompt"] for row in world.prompts("test"))
+
+
+@pytest.mark.slow
+def test_in_the_embedded_world_the_first_answers_are_those_of_ppo(base, rewards, tmp_path):
+    changes = {"dataset": "world", "steps": 1, "eval_size": 5, "max_new_tokens": 12}
+    changes["reward_model"] = [f"{rewards}:words"]
+    train(base, tmp_path / "dpo", eval_answers=True, **changes)
+    train_kind(base, "ppo", tmp_path / "ppo", model=f"{base}/model", **changes)
+    answers = (tmp_path / "dpo/eval/step_0.jsonl").read_bytes()
+    assert (tmp_path / "ppo/eval/step_0.jsonl").read_bytes() == answers
+
+
+def test_a_reward_that_fails_at_the_first_answers_leaves_no_trace(base, tmp_path, rewards):
+    with pytest.raises(InputError, match="the reward .* raised"):
+        train(base, tmp_path / "run", eval_answers=True, gold_model=f"{rewards}:broken")
+    assert not (tmp_path / "run").exists()
+
+
+def test_long_prompts_are_cut_on_the_left(base):
+    """Where the context holds no more: 128 tokens, of which the answer has 100."""
+    config = train_sft.Config(**settings(base, max_new_tokens=100))
+    model_config = AutoConfig.from_pretrained(base / "model")
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    prompt = " ".join(f"{word} hotel" for word in world.LEXICON)
+    pairs = {"eval": [{"prompt": prompt, "chosen": "a", "rejected": "the"}]}
+    alone = Dist(0, 1, torch.device("cpu"))
+    prompts = train_sft.load_prompts(pairs, tokenizer, model_config, config, alone)
+    (ids,) = prompts["eval"].ids
+    assert ids == tokenizer(prompt).input_ids[-28:]
+
+
+# ---------------------------------------------------------------------------------------- settings
 
 BAD = {
     "model": "world",
     "loss": "ppo",
     "dpo_beta": 0.0,
+    "ipo_tau": 0.0,
+    "simpo_beta": 0.0,
+    "simpo_gamma": -1.0,
     "lr": -1.0,
     "steps": 0,
     "label_noise": 1.5,
@@ -337,6 +655,33 @@ def test_bad_settings(base, name):
         train_sft.Config(**flags)
 
 
+# A loss, and a flag that is not its own.
+OF_ANOTHER_LOSS = [
+    ("sft", "dpo_beta", 0.2),
+    ("ipo", "dpo_beta", 0.2),
+    ("dpo", "ipo_tau", 0.2),
+    ("ipo", "simpo_beta", 1.0),
+    ("dpo", "simpo_gamma", 0.5),
+    ("simpo", "loss_on", "last"),
+    ("sft", "eval_answers", False),
+    ("sft", "reward_model", ["world:gold"]),
+    ("sft", "gold_model", "world:gold"),
+]
+
+
+@pytest.mark.parametrize("loss, name, value", OF_ANOTHER_LOSS)
+def test_a_flag_of_another_loss_is_an_error(loss, name, value):
+    with pytest.raises(InputError, match=f"--{name} is for --loss .*, not {loss}$"):
+        train_sft.Config(loss=loss, model="runs/sft", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["reward_model", "gold_model"])
+def test_a_reward_that_nothing_would_read_is_an_error(base, name):
+    value = {"reward_model": ["world:gold"], "gold_model": "world:gold"}[name]
+    with pytest.raises(InputError, match=f"--{name} .* needs --eval_answers"):
+        train_sft.Config(**settings(base, **{name: value}))
+
+
 def test_defaults_are_those_of_the_loss():
     sft = train_sft.Config()
     assert sft.steps == 400
@@ -346,6 +691,8 @@ def test_defaults_are_those_of_the_loss():
     assert dpo.steps == 100
     assert dpo.lr == 1e-4
     assert dpo.output_dir == "runs/dpo"  # never over the model that others start from
+    assert train_sft.Config(loss="ipo", model="runs/sft").lr == 1e-4
+    assert train_sft.Config(loss="simpo", model="runs/sft").lr == 3e-5
 
 
 def test_demonstrations_have_no_labels_to_flip():

@@ -77,6 +77,7 @@ PENALTY = {"score_l2": 0.01}
 MICRO_BATCHED = {
     "sft": {},
     "dpo": UNEVEN,
+    "simpo": UNEVEN,
     "rm": PENALTY,
     "sarm_encoder_frozen": {**UNEVEN, **PENALTY},
     "sarm_detached": {**UNEVEN, **PENALTY},
@@ -160,13 +161,14 @@ def four_processes(base, tmp_path_factory):
     return folder
 
 
-KINDS_ON_TWO = ["sft", "dpo", "rm", "sarm_encoder_frozen", "sarm_detached", "ppo"]
+KINDS_ON_TWO = ["sft", "dpo", "simpo", "rm", "sarm_encoder_frozen", "sarm_detached", "ppo"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_ON_TWO)
 def test_two_processes_change_nothing(one_process, two_processes, kind):
     assert_close_runs(one_process / kind, two_processes / kind, weights_atol=weights_error(kind))
+    check_same_answers(one_process / kind, two_processes / kind)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ from nanorlhf.runtime import checkpoint, cli, distributed, fsdp, log
 from nanorlhf.runtime.optim import adamw, optimizer_step
 
 FSDP = {"distributed": "fsdp"}
-KINDS = ("sft", "dpo", "rm", "ppo")
+KINDS = ("sft", "dpo", "simpo", "rm", "ppo")
 BETAS = (0.9, 0.95)
 
 
