@@ -26,7 +26,14 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
 from ..runtime import cli
-from ..runtime.files import check_can_write, check_name, read_object, replace_file, write_json
+from ..runtime.files import (
+    check_can_write,
+    check_fields,
+    check_name,
+    read_object,
+    replace_file,
+    write_json,
+)
 from ..runtime.flags import FlagGroup
 from ..runtime.plots import save
 from ..runtime.results import finite
@@ -208,7 +215,7 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
             stage |= dict.fromkeys(cell.needs[i : i + 1])
         run_stage(list(stage), a.jobs)
 
-    # After an error, or Ctrl-C, no further run begins.
+    # After an error, or Ctrl-C, the runs that wait are not begun.
     workers = ThreadPoolExecutor(a.jobs)
     try:
         for _ in workers.map(lambda cell: run_and_keep(cell, a, path), missing):
@@ -248,7 +255,10 @@ def read_cells(path: str) -> dict[str, dict]:
     """{name: {command, commit, result}} of a file; none where there is no file yet."""
     if not os.path.exists(path):
         return {}
-    return read_object(path, {"cells": dict})["cells"]
+    cells = read_object(path, {"cells": dict})["cells"]
+    for name, cell in cells.items():
+        check_fields(cell, {"command": str, "commit": str, "result": dict}, f"{path}: {name}")
+    return cells
 
 
 def write_cells(path: str, cells: dict[str, dict]):

@@ -13,26 +13,21 @@ label, which DPO learns from; a reward model of these pairs, which all others
 learn from; and a run of each optimiser. Learning rates and coefficients are
 tuned on two further seeds. Two trials follow: where the KL penalty stands, and
 gold itself as the reward. What each run has found is kept in optimisers.json
-and not run again.
+and not run again. Tables and pictures: optimiser_results.py.
 """
 
-import math
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
-import numpy as np
 from transformers.hf_argparser import HfArg
 
-from ..bon import bon_kl
 from ..runtime import cli
-from ..runtime.files import check_can_write, read_object, read_rows
+from ..runtime.files import check_can_write
 from .common import (
     Cell,
     KeptFlags,
     StudyFlags,
-    as_text,
-    collect,
     describe_numbers,
     draw_picture,
     print_title,
@@ -40,11 +35,25 @@ from .common import (
     results_file,
     run_cells,
 )
+from .optimiser_results import (
+    BON,
+    DPO,
+    PPO,
+    SFT,
+    compare_answers,
+    compare_at_kl,
+    compare_ends,
+    compare_max_at_k,
+    compare_places,
+    curve_of,
+    describe_crossings,
+    draw_against_kl,
+    draw_max_at_k,
+    print_table,
+    read_bon,
+    read_run,
+)
 
-PPO = "ppo"
-DPO = "dpo"
-BON = "best_of_n"
-SFT = "sft"
 # The optimisers that sample their own answers. Each is a small step from the one above it:
 ON_POLICY = {
     PPO: "",
@@ -52,21 +61,19 @@ ON_POLICY = {
     "rloo": "--advantage rloo --loss_mean constant",
     # the KL in the loss (the advantage is RLOO's times 7/8, for groups of 8),
     "dr_grpo": "--advantage dr_grpo --loss_mean constant --kl_in loss --kl_kind k3",
-    # advantages in standard deviations, and the mean over tokens within each answer.
+    # advantages in standard deviations, and a mean over the tokens of each answer.
     "grpo": "--advantage grpo --loss_mean sequence --kl_in loss --kl_kind k3",
 }
 TUNED = (*ON_POLICY, DPO)  # best-of-n has nothing to tune
-ALL = (*TUNED, BON)
-
 LABEL_NOISE = 0.25
-# Where RLOO's KL penalty stands, in the trial.
+
+# The trial of where RLOO's KL penalty stands.
+K1 = "k1_reward"
 PLACES = {
-    "k1_reward": "--kl_in reward --kl_kind k1",
+    K1: "--kl_in reward --kl_kind k1",
     "k2_loss": "--kl_in loss --kl_kind k2",
     "k3_loss": "--kl_in loss --kl_kind k3",
 }
-KLS = (1, 2, 5, 10, 20, 50)  # nats at which gold is compared
-KS = (1, 4, 16, 64, 256)  # the k of max@k that tables show
 
 # What --quick puts in the place of the flags' defaults. One setting leaves nothing to tune.
 QUICK = {
@@ -76,12 +83,13 @@ QUICK = {
     "dpo_lr": [1e-4],
     "dpo_beta": [0.1],
     "steps": 4,
+    "eval_every": 2,
     "no_kl_steps": 4,
+    "no_kl_eval_every": 2,
     "place_steps": 2,
     "place_coefs": [0.02, 0.2],
     "trial_seeds": 1,
     "dpo_steps": 20,
-    "eval_every": 2,
     "n_answers": 64,
     "k_answers": 64,
     "sft_flags": "--steps 200",
@@ -89,10 +97,9 @@ QUICK = {
 }
 
 
-# In all functions a are the study's Settings, s is a seed, and a run is what read_run() or
-# read_bon() returns: {column: a list with an entry for each evaluation, or for each n}.
+# In all functions a are the study's Settings, and s is a seed.
 
-# ------------------------------------------------------------------------------------ the commands
+# -------------------------------------------------------------------------------------- commands
 
 
 class Setting(NamedTuple):
@@ -108,16 +115,15 @@ def join(*words: str) -> str:
 
 
 def train_sft(a) -> str:
+    """The command that trains the one SFT policy."""
     return join(f"train_sft.py --output_dir {a.output_dir}/sft", a.sft_flags)
 
 
 def train_reward_model(a, s) -> str:
-    return join(
-        f"train_rm.py --model {a.output_dir}/sft",
-        noisy_pairs(s),
-        f"--output_dir {a.output_dir}/rm/seed_{s}",
-        a.rm_flags,
-    )
+    """The command that trains a seed's reward model."""
+    out = a.output_dir
+    models = f"--model {out}/sft --output_dir {out}/rm/seed_{s}"
+    return join("train_rm.py", models, noisy_pairs(s), a.rm_flags)
 
 
 def noisy_pairs(s) -> str:
@@ -125,89 +131,99 @@ def noisy_pairs(s) -> str:
     return f"--dataset world:{s} --seed {s} --label_noise {LABEL_NOISE:g} --noise_seed {s}"
 
 
-def policy_cell(a, name: str, s, flags: str, reward: str = "") -> Cell:
-    """A run of train_ppo.py. reward: by default the seed's reward model."""
-    needs = [train_sft(a)]
-    if not reward:
-        needs.append(train_reward_model(a, s))
-        reward = f"{a.output_dir}/rm/seed_{s}"
-    command = join(
-        f"train_ppo.py --model {a.output_dir}/sft --reward_model {reward}",
-        flags,
-        f"--seed {s} --output_dir {a.output_dir}/{name}",
-        a.ppo_flags,
-    )
+def flags_of(setting: Setting, steps: int, eval_every: int) -> str:
+    """The flags of a run of train_ppo.py with a setting."""
+    lr, kl_coef = setting
+    return f"--lr {lr:g} --kl_coef {kl_coef:g} --steps {steps} --eval_every {eval_every}"
+
+
+# ----------------------------------------------------------------------------------------- cells
+
+
+def policy_cell(a, name: str, s, flags: str) -> Cell:
+    """A run of train_ppo.py against the seed's reward model."""
+    out = a.output_dir
+    models = f"--model {out}/sft --reward_model {out}/rm/seed_{s}"
+    place = f"--seed {s} --output_dir {out}/{name}"
+    command = join("train_ppo.py", models, flags, place, a.ppo_flags)
+    needs = [train_sft(a), train_reward_model(a, s)]
     return Cell(name, command, needs, read_run)
+
+
+def gold_cell(a, name: str, s, flags: str) -> Cell:
+    """A run of train_ppo.py against gold itself."""
+    out = a.output_dir
+    models = f"--model {out}/sft --reward_model world:gold"
+    place = f"--seed {s} --output_dir {out}/{name}"
+    command = join("train_ppo.py", models, flags, place, a.ppo_flags)
+    return Cell(name, command, [train_sft(a)], read_run)
 
 
 def dpo_cell(a, name: str, s, setting: Setting, eval_every: int) -> Cell:
     """A run of DPO. The seed's reward model only scores its answers to held-out prompts."""
-    command = join(
-        f"train_sft.py --loss dpo --model {a.output_dir}/sft",
-        noisy_pairs(s),
-        f"--reward_model {a.output_dir}/rm/seed_{s}",
-        f"--lr {setting.lr:g} --dpo_beta {setting.strength:g}",
-        f"--steps {a.dpo_steps} --eval_every {eval_every} --output_dir {a.output_dir}/{name}",
-        a.dpo_flags,
-    )
-    return Cell(name, command, [train_sft(a), train_reward_model(a, s)], read_run)
+    out = a.output_dir
+    lr, beta = setting
+    models = f"--model {out}/sft --reward_model {out}/rm/seed_{s}"
+    flags = f"--lr {lr:g} --dpo_beta {beta:g} --steps {a.dpo_steps} --eval_every {eval_every}"
+    place = f"--output_dir {out}/{name}"
+    pairs = noisy_pairs(s)
+    command = join("train_sft.py --loss dpo", models, pairs, flags, place, a.dpo_flags)
+    needs = [train_sft(a), train_reward_model(a, s)]
+    return Cell(name, command, needs, read_run)
 
 
 def pool_cell(a, name: str, policy: str, n: int, s, needs: list[str]) -> Cell:
-    """Answers of a policy to held-out prompts, with their gold: its best of n by gold is max@n."""
-    command = join(
-        f"sample_bon.py --model {a.output_dir}/{policy} --reward_model world:gold",
-        f"--n_answers {n} --eval_size {a.prompts} --seed {s} --output_dir {a.output_dir}/{name}",
-        a.bon_flags,
-    )
+    """n answers of a policy to each held-out prompt. The best of them by gold are max@n."""
+    out = a.output_dir
+    flags = f"--model {out}/{policy} --reward_model world:gold --n_answers {n}"
+    place = f"--eval_size {a.prompts} --seed {s} --output_dir {out}/{name}"
+    command = join("sample_bon.py", flags, place, a.bon_flags)
     return Cell(name, command, needs, read_bon)
 
 
 def sft_pool(a) -> Cell:
-    """The answers of SFT, shared by best-of-n of all seeds and by max@k."""
+    """The answers of SFT, which best-of-n of all seeds chooses from."""
     return pool_cell(a, "pool", "sft", a.n_answers, 0, [train_sft(a)])
 
 
 def bon_cell(a, s) -> Cell:
     """Best-of-n by the seed's reward model."""
+    out = a.output_dir
     name = f"tuned/{BON}/seed_{s}"
-    command = join(
-        f"sample_bon.py --pool {a.output_dir}/pool/pool.jsonl",
-        f"--reward_model {a.output_dir}/rm/seed_{s} --seed {s} --output_dir {a.output_dir}/{name}",
-        a.bon_flags,
-    )
+    models = f"--pool {out}/pool/pool.jsonl --reward_model {out}/rm/seed_{s}"
+    place = f"--seed {s} --output_dir {out}/{name}"
+    command = join("sample_bon.py", models, place, a.bon_flags)
     needs = [train_sft(a), train_reward_model(a, s), sft_pool(a).command]
     return Cell(name, command, needs, read_bon)
 
 
 def tuning_cell(a, method: str, s, setting: Setting) -> Cell:
     """A run that shows what a setting is worth."""
-    name = f"tuning/{method}/lr_{setting.lr:g}_{setting.strength:g}/seed_{s}"
+    lr, strength = setting
+    name = f"tuning/{method}/lr_{lr:g}_{strength:g}/seed_{s}"
     if method == DPO:
         return dpo_cell(a, name, s, setting, eval_every=0)
-    flags = join(ON_POLICY[method], flags_of(setting), f"--steps {a.tuning_steps} --eval_every 0")
-    return policy_cell(a, name, s, flags)
-
-
-def flags_of(setting: Setting) -> str:
-    """A setting of an on-policy optimiser as flags."""
-    return f"--lr {setting.lr:g} --kl_coef {setting.strength:g}"
+    flags = flags_of(setting, a.tuning_steps, eval_every=0)
+    return policy_cell(a, name, s, join(ON_POLICY[method], flags))
 
 
 def headline_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
     """The two headline parts, seed by seed. chosen: the setting of each method."""
     cells = []
     for s in range(a.seeds):
-        for method, own_flags in ON_POLICY.items():
+        for method, own in ON_POLICY.items():
             setting = chosen[method]
-            length = f"--steps {a.steps} --eval_every {a.eval_every}"
-            flags = join(own_flags, flags_of(setting), length)
-            cells.append(policy_cell(a, f"tuned/{method}/seed_{s}", s, flags))
+            flags = flags_of(setting, a.steps, a.eval_every)
+            tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(own, flags))
+            cells.append(tuned)
 
-            length = f"--steps {a.no_kl_steps} --eval_every {a.no_kl_eval_every}"
-            flags = join(own_flags, flags_of(setting._replace(strength=0)), length)
-            cells.append(policy_cell(a, f"no_kl/{method}/seed_{s}", s, flags))
-        cells.append(dpo_cell(a, f"tuned/{DPO}/seed_{s}", s, chosen[DPO], a.dpo_eval_every))
+            no_kl = setting._replace(strength=0)
+            flags = flags_of(no_kl, a.no_kl_steps, a.no_kl_eval_every)
+            without = policy_cell(a, f"no_kl/{method}/seed_{s}", s, join(own, flags))
+            cells.append(without)
+
+        dpo = dpo_cell(a, f"tuned/{DPO}/seed_{s}", s, chosen[DPO], a.dpo_eval_every)
+        cells.append(dpo)
         cells.append(bon_cell(a, s))
     return cells
 
@@ -216,17 +232,18 @@ def place_cells(a, lr: float) -> list[Cell]:
     """The trial of where RLOO's KL penalty stands."""
     cells = []
     for s in range(a.trial_seeds):
-        for place, place_flags in PLACES.items():
-            for coef in a.place_coefs:
-                length = f"--steps {a.place_steps} --eval_every 0"
-                flags = join(
-                    "--advantage rloo --loss_mean constant",
-                    place_flags,
-                    flags_of(Setting(lr, coef)),
-                    length,
-                )
-                cells.append(policy_cell(a, f"place/{place}_{coef:g}/seed_{s}", s, flags))
+        for place, own in PLACES.items():
+            for coefficient in a.place_coefs:
+                setting = Setting(lr, coefficient)
+                flags = flags_of(setting, a.place_steps, eval_every=0)
+                flags = join(ON_POLICY["rloo"], own, flags)
+                name = name_of_place(place, coefficient, s)
+                cells.append(policy_cell(a, name, s, flags))
     return cells
+
+
+def name_of_place(place: str, coefficient: float, s) -> str:
+    return f"place/{place}_{coefficient:g}/seed_{s}"
 
 
 def gold_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
@@ -234,63 +251,31 @@ def gold_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
     runs = []
     pools = [sft_pool(a)]
     for s in range(a.trial_seeds):
-        for method, own_flags in ON_POLICY.items():
-            setting = chosen[method]._replace(strength=0)
-            length = f"--steps {a.steps} --eval_every {a.eval_every}"
-            flags = join(own_flags, flags_of(setting), length)
-            run = policy_cell(a, f"gold/{method}/seed_{s}", s, flags, reward="world:gold")
+        for method, own in ON_POLICY.items():
+            no_kl = chosen[method]._replace(strength=0)
+            flags = flags_of(no_kl, a.steps, a.eval_every)
+            run = gold_cell(a, f"gold/{method}/seed_{s}", s, join(own, flags))
             runs.append(run)
 
+            # Noise of its own: the pool of SFT has seed 0.
             name = f"max_at_k/{method}/seed_{s}"
             needs = [*run.needs, run.command]
-            # SFT's pool has seed 0.
-            pools.append(pool_cell(a, name, run.name, a.k_answers, 1 + s, needs))
+            pool = pool_cell(a, name, run.name, a.k_answers, s + 1, needs)
+            pools.append(pool)
     return runs + pools
 
 
-# ----------------------------------------------------------------------------------- their results
+def commands(a) -> list[list[str]]:
+    """All commands but those of tuning, with what a cell needs ahead of it.
 
-EVALUATED = ("gold", "proxy", "kl", "length", "distinct_2")
-
-
-def read_run(folder: str) -> dict:
-    """The evaluations of a run on held-out prompts, and the seconds that it trained for.
-
-    -> {"step": [...], "gold": [...], ..., "entropy": [...], "seconds": x}. The entropy, in nats a
-    token, is that of the answers that the step learned from: None where nothing was sampled.
+    What tuning chooses is not known before: the first setting of each grid stands in its place.
     """
-    run = {name: [] for name in ("step", *EVALUATED, "entropy")}
-    seconds = 0.0
-    for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
-        for name, value in row.items():
-            if name.startswith("seconds"):
-                seconds += value
-        if "eval/gold" not in row:
-            continue
-        run["step"].append(row["step"])
-        for name in EVALUATED:
-            run[name].append(shorten(row[f"eval/{name}"]))
-        run["entropy"].append(shorten(row.get("entropy")))
-    return run | {"seconds": shorten(seconds)}
-
-
-def read_bon(folder: str) -> dict:
-    """The curve of best-of-n by one reward: {"n": [...], "kl": [...], "proxy": [...], "gold": [...]}."""
-    (points,) = read_object(f"{folder}/bon_results.json").values()
-    run = {"n": [], "kl": [], "proxy": [], "gold": []}
-    for point in points:
-        run["n"].append(point["n"])
-        run["kl"].append(shorten(bon_kl(point["n"])))
-        run["proxy"].append(shorten(point["proxy_score"]))
-        run["gold"].append(shorten(point["gold_score"]))
-    return run
-
-
-def shorten(x: float | None) -> float | None:
-    """A number with four significant digits, which a line of the file has room for."""
-    if x is None:
-        return None
-    return float(f"{x:.4g}")
+    first = {}
+    for method in TUNED:
+        lrs, strengths = grid_of(a, method)
+        first[method] = Setting(lrs[0], strengths[0])
+    cells = headline_cells(a, first) + place_cells(a, first["rloo"].lr) + gold_cells(a, first)
+    return [[*cell.needs, cell.command] for cell in cells]
 
 
 # ---------------------------------------------------------------------------------------- tuning
@@ -326,23 +311,22 @@ def tune(a, path: str) -> dict[str, dict[Setting, list[float]]]:
 
 def try_settings(a, settings: dict[str, list[Setting]], path: str) -> dict:
     """{method: settings} -> {method: {setting: gold at the end, one number a seed}}"""
-    cells = {}
+    cells = []
+    tried = {}
+    places = {}  # {name of a cell: the list that its gold goes into}
     for method, own in settings.items():
+        tried[method] = {setting: [] for setting in own}
         lrs, strengths = grid_of(a, method)
         if len(lrs) * len(strengths) == 1:
             continue  # nothing to choose
         for setting in own:
-            cells[method, setting] = [tuning_cell(a, method, s, setting) for s in a.tuning_seeds]
-    results = run_cells(sum(cells.values(), []), a, path)
-
-    tried = {}
-    for method, own in settings.items():
-        tried[method] = {}
-        for setting in own:
-            golds = []
-            for cell in cells.get((method, setting), []):
-                golds.append(results[cell.name]["gold"][-1])
-            tried[method][setting] = golds
+            for s in a.tuning_seeds:
+                cell = tuning_cell(a, method, s, setting)
+                cells.append(cell)
+                places[cell.name] = tried[method][setting]
+    for name, result in run_cells(cells, a, path).items():
+        golds = places[name]
+        golds.append(result["gold"][-1])
     return tried
 
 
@@ -377,242 +361,6 @@ def print_tuning(a, tried: dict):
                 of_seeds = ", ".join(f"{x:.2f}" for x in numbers)
                 gold = f"{fmean(numbers):6.3f}  ({of_seeds})"
             print(f"{method:10s} lr {setting.lr:<7g} {setting.strength:<5g} {gold}{mark}")
-
-
-# ---------------------------------------------------------------------------------------- tables
-
-
-def describe_run(run: dict) -> dict[str, float]:
-    """What a table shows of a run: its end, its peak, and what going on from the peak cost."""
-    golds = run["gold"]
-    peak = max(golds)
-    row = {
-        "gold": golds[-1],
-        "proxy": run["proxy"][-1],
-        "KL": run["kl"][-1],
-        "peak of gold": peak,
-        "KL at the peak": run["kl"][golds.index(peak)],
-        "fall": peak - golds[-1],
-    }
-    # Best-of-n has no single policy to measure these on.
-    for name in ("length", "distinct_2", "seconds"):
-        if name in run:
-            row[name] = last_of(run[name])
-    return row
-
-
-def last_of(numbers):
-    """The last of several numbers; a single one is itself."""
-    return numbers[-1] if isinstance(numbers, list) else numbers
-
-
-def tables_of(runs: dict[str, list[dict]]) -> tuple[dict, dict]:
-    """{row: the run of each seed} -> two tables {row: {column: [one number a seed]}}.
-
-    The first is of what describe_run() says, the second of gold at the same KL, along each run.
-    """
-    at_end = {}
-    at_same_kl = {}
-    for name, own in runs.items():
-        at_end[name] = collect(describe_run(run) for run in own)
-        at_same_kl[name] = collect(gold_at_kls(run) for run in own)
-        # Within a seed both have learned from the same pairs.
-        if name != PPO:
-            differences = subtract(at_end[name]["gold"], at_end[PPO]["gold"])
-            at_end[name]["gold less ppo's"] = differences
-    return at_end, at_same_kl
-
-
-def subtract(numbers: list[float], others: list[float]) -> list[float]:
-    """Seed by seed."""
-    return [x - y for x, y in zip(numbers, others, strict=True)]
-
-
-def gold_at_kls(run: dict) -> dict[str, float | None]:
-    """{column: gold at one of KLS, None where the run has not gone so far}"""
-    points = list(zip(run["kl"], run["gold"]))
-    return {f"KL {kl}": value_at_kl(points, kl) for kl in KLS}
-
-
-def value_at_kl(points: list[tuple[float, float]], kl: float) -> float | None:
-    """The value at a KL, on straight lines in the root of the KL between points (KL, value).
-
-    None for a KL that no two neighbours have between them. Where there are several such pairs, the
-    first counts: a run that comes back to a KL was there before.
-    """
-    d = math.sqrt(kl)
-    for (kl_0, value_0), (kl_1, value_1) in zip(points, points[1:]):
-        # A KL that is estimated may come out a little below 0.
-        d_0 = math.sqrt(max(kl_0, 0.0))
-        d_1 = math.sqrt(max(kl_1, 0.0))
-        if min(d_0, d_1) <= d <= max(d_0, d_1):
-            if d_0 == d_1:
-                return value_0
-            return value_0 + (value_1 - value_0) * (d - d_0) / (d_1 - d_0)
-    return None
-
-
-def place_tables(a, results: dict) -> tuple[dict, dict]:
-    """The trial of the KL's place: every cell at its end; and gold less k1's at the cell's KL."""
-    at_end = {}
-    at_same_kl = {}
-    for place in PLACES:
-        for coef in a.place_coefs:
-            name = f"{place}_{coef:g}"
-            rows = []
-            differences = []
-            for s in range(a.trial_seeds):
-                run = results[f"place/{name}/seed_{s}"]
-                kl = run["kl"][-1]
-                gold = run["gold"][-1]
-                rows.append({"gold": gold, "KL": kl, "proxy": run["proxy"][-1]})
-
-                # k1 with every coefficient, from the smallest KL to the largest.
-                k1_points = []
-                for k1_coef in a.place_coefs:
-                    k1_run = results[f"place/k1_reward_{k1_coef:g}/seed_{s}"]
-                    k1_points.append((k1_run["kl"][-1], k1_run["gold"][-1]))
-                k1_gold = value_at_kl(sorted(k1_points), kl)
-                difference = None
-                if k1_gold is not None:
-                    difference = gold - k1_gold
-                differences.append({"gold less k1's": difference})
-            at_end[name] = collect(rows)
-            if place != "k1_reward":
-                at_same_kl[name] = collect(differences)
-    return at_end, at_same_kl
-
-
-def max_at_k_curves(a, results: dict) -> dict[str, list[dict[int, float]]]:
-    """{SFT or method: of each seed {k: max@k}}, for the k that all pools have. SFT has one curve."""
-    curves = {SFT: [curve_of(results["pool"])]}
-    for method in ON_POLICY:
-        curves[method] = []
-        for s in range(a.trial_seeds):
-            curves[method].append(curve_of(results[f"max_at_k/{method}/seed_{s}"]))
-    largest = min(a.n_answers, a.k_answers)
-    for name, own in curves.items():
-        curves[name] = [{k: x for k, x in curve.items() if k <= largest} for curve in own]
-    return curves
-
-
-def curve_of(run: dict) -> dict[int, float]:
-    """Best-of-n by gold: {n: gold}."""
-    return dict(zip(run["n"], run["gold"]))
-
-
-def crossing(curve: dict[int, float], other: dict[int, float]) -> float | None:
-    """The smallest k from which another curve is no longer below this one.
-
-    Between two k it lies on a straight line in log k. None: the other curve stays below.
-    """
-    ks = sorted(curve)
-    leads = [curve[k] - other[k] for k in ks]
-    if leads[0] <= 0:
-        return float(ks[0])
-    for k_0, k_1, lead_0, lead_1 in zip(ks, ks[1:], leads, leads[1:]):
-        if lead_1 <= 0:
-            share = lead_0 / (lead_0 - lead_1)
-            return k_0 * (k_1 / k_0) ** share
-    return None
-
-
-def print_rows(rows: dict[str, dict[str, list[float]]]):
-    """A table {row: {column: [one number a seed]}}: mean +- half-width of the interval."""
-    columns = {}  # a set that keeps the order
-    most = 0  # seeds
-    for row in rows.values():
-        columns |= dict.fromkeys(row)
-        for numbers in row.values():
-            most = max(most, len(numbers))
-    print(f"{'':16s}" + "".join(f"{name:>20s}" for name in columns))
-    for name, row in rows.items():
-        cells = [as_text(row.get(column, []), most) for column in columns]
-        print(f"{name:16s}" + "".join(f"{text:>20s}" for text in cells))
-
-
-def print_max_at_k(curves: dict[str, list[dict[int, float]]]):
-    """max@k at the k of KS, what it is less SFT's, and from which k on SFT is ahead."""
-    (sft,) = curves[SFT]
-    whole = {}
-    less_sft = {}
-    for name, own in curves.items():
-        whole[name] = collect(at_ks(curve) for curve in own)
-        if name != SFT:
-            less_sft[f"{name} less sft"] = collect(
-                at_ks({k: x - sft[k] for k, x in curve.items()}) for curve in own
-            )
-    print_rows(whole | less_sft)
-    for name, own in curves.items():
-        if name == SFT:
-            continue
-        found = []
-        for curve in own:
-            k = crossing(curve, sft)
-            text = "never"
-            if k is not None:
-                text = f"from k = {k:.0f}"
-            found.append(text)
-        print(f"SFT overtakes {name}, seed by seed: {', '.join(found)}")
-
-
-def at_ks(curve: dict[int, float]) -> dict[str, float]:
-    """The k of a curve that the table shows."""
-    return {f"k = {k}": curve[k] for k in KS if k in curve}
-
-
-# -------------------------------------------------------------------------------------- pictures
-
-LABELS = {
-    PPO: "PPO",
-    "rloo": "RLOO",
-    "dr_grpo": "Dr. GRPO",
-    "grpo": "GRPO",
-    DPO: "DPO, tuned",
-    BON: "best-of-n",
-    SFT: "SFT",
-}
-COLOURS = {name: f"C{i}" for i, name in enumerate(LABELS)}
-
-
-def draw_against_kl(figure, runs: dict[str, list[dict]]):
-    """Gold and proxy against the root of the KL, the mean over seeds. runs: {method: of each seed}
-
-    A marker is an evaluation, or an n. The band is the standard error over seeds.
-    """
-    figure.set_size_inches(9.5, 4.4)
-    gold_axis, proxy_axis = figure.subplots(1, 2, sharex=True)
-    for method, own in runs.items():
-        d = np.array([run["kl"] for run in own]).clip(0) ** 0.5  # [seeds, evaluations]
-        for axis, score in ((gold_axis, "gold"), (proxy_axis, "proxy")):
-            values = np.array([run[score] for run in own])
-            draw_mean(axis, d.mean(0), values, method)
-    gold_axis.set(ylabel="gold, held-out prompts")
-    proxy_axis.set(ylabel="proxy (in standard deviations)")
-    figure.supxlabel("d = sqrt(KL to the SFT policy in nats)", fontsize=9)
-    figure.legend(*gold_axis.get_legend_handles_labels(), loc="outside upper center", ncols=6)
-
-
-def draw_max_at_k(figure, curves: dict[str, list[dict[int, float]]]):
-    """max@k against k, the mean over seeds."""
-    figure.set_size_inches(5.5, 4)
-    axis = figure.subplots()
-    for name, own in curves.items():
-        values = np.array([list(curve.values()) for curve in own])
-        draw_mean(axis, list(own[0]), values, name)
-    axis.set(xlabel="k answers to a prompt", ylabel="gold of the best of k", xscale="log")
-    axis.legend()
-
-
-def draw_mean(axis, x, values: np.ndarray, name: str):
-    """The mean of values [seeds, L] at x [L], and a band of its standard error over seeds."""
-    mean = values.mean(0)
-    axis.plot(x, mean, marker="o", color=COLOURS[name], label=LABELS[name])
-    if len(values) > 1:
-        error = values.std(0, ddof=1) / len(values) ** 0.5
-        axis.fill_between(
-            x, mean - error, mean + error, color=COLOURS[name], alpha=0.2, linewidth=0
-        )
 
 
 # --------------------------------------------------------------------------------------- the study
@@ -678,47 +426,58 @@ def main(args=None):
 
 
 def run_study(a, path: str):
+    """All parts, in order. path: the file of results"""
     # 1. Tuning, on seeds of its own.
     tried = tune(a, path)
     chosen = {method: best_of(golds) for method, golds in tried.items()}
-    print_title("Tuning: learning rate, coefficient, mean gold at the end (and of each seed)", a)
+    print_title("Tuning: gold at the end, mean over seeds (and of each seed)", a)
     print_tuning(a, tried)
 
     # 2. The headline: every optimiser with its setting, and without a KL penalty.
     results = run_cells(headline_cells(a, chosen), a, path)
-    tuned = runs_of(results, "tuned", ALL, a.seeds)
+    tuned = runs_of(results, "tuned", (*TUNED, BON), a.seeds)
+    numbers = describe_numbers(a)
+    print_title(f"Tuned: {numbers}; best-of-n at its largest n", a)
+    print_table(compare_ends(tuned))
+    print_title("Tuned: the answers at the end, and seconds of training", a)
+    print_table(compare_answers(tuned))
+    print_title("Tuned: gold at the same KL, along each run", a)
+    print_table(compare_at_kl(tuned))
+
     no_kl = runs_of(results, "no_kl", ON_POLICY, a.seeds)
-    # These two have no KL penalty to leave out.
-    for method in (DPO, BON):
-        no_kl[method] = tuned[method]
-    for title, runs in (("Tuned", tuned), ("Without a KL penalty", no_kl)):
-        at_end, at_same_kl = tables_of(runs)
-        print_title(f"{title}: {describe_numbers(a)}; best-of-n: at its largest n", a)
-        print_rows(at_end)
-        print_title(f"{title}: gold at the same KL, along each run", a)
-        print_rows(at_same_kl)
-    draw_picture(draw_against_kl, no_kl, f"{a.output_dir}/optimisers.png")
-    draw_picture(draw_against_kl, tuned, f"{a.output_dir}/tuned.png")
+    print_title(f"Without a KL penalty: {numbers}", a)
+    print_table(compare_ends(no_kl))
+    print_title("Without a KL penalty: the answers at the end, and seconds of training", a)
+    print_table(compare_answers(no_kl))
+    # These two have no KL penalty that could be left out.
+    beside = {DPO: tuned[DPO], BON: tuned[BON]}
+    print_title("Without a KL penalty: gold at the same KL, along each run", a)
+    print_table(compare_at_kl(no_kl | beside))
+    draw_picture(draw_against_kl, no_kl | beside, f"{a.output_dir}/optimisers.png")
 
-    # 3. Trial: where the KL penalty stands.
+    # 3. The trial of where the KL penalty stands.
     results = run_cells(place_cells(a, chosen["rloo"].lr), a, path)
-    at_end, at_same_kl = place_tables(a, results)
-    print_title(f"RLOO, by the place of its KL: {a.trial_seeds} seeds", a)
-    print_rows(at_end)
+    runs = runs_of_places(a, results)
+    ends, less_k1 = compare_places(runs, K1)
+    print_title(f"RLOO by the place of its KL penalty, {a.trial_seeds} seed(s)", a)
+    print_table(ends)
     print_title("RLOO: gold less that of k1 in the reward at the same KL", a)
-    print_rows(at_same_kl)
+    print_table(less_k1)
 
-    # 4. Trial: gold as the reward, and the best of k answers of its policies.
+    # 4. The trial of gold as the reward, and the best of k answers of its policies.
     results = run_cells(gold_cells(a, chosen), a, path)
     runs = runs_of(results, "gold", ON_POLICY, a.trial_seeds)
-    at_end, _ = tables_of(runs)
-    for method, own in runs.items():
-        at_end[method]["entropy"] = [run["entropy"][-1] for run in own]
-    print_title(f"Gold as the reward, no KL penalty: {a.trial_seeds} seeds", a)
-    print_rows(at_end)
-    curves = max_at_k_curves(a, results)
-    print_title("max@k: gold of the best of k answers, of SFT and of these policies", a)
-    print_max_at_k(curves)
+    print_title(f"Gold as the reward, without a KL penalty, {a.trial_seeds} seed(s)", a)
+    print_table(compare_ends(runs))
+    print_table(compare_answers(runs))
+
+    largest = min(a.n_answers, a.k_answers)
+    curves = {SFT: [curve_of(results["pool"], largest)]}
+    for method, pools in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
+        curves[method] = [curve_of(pool, largest) for pool in pools]
+    print_title("max@k: gold of the best of k answers", a)
+    print_table(compare_max_at_k(curves))
+    print("\n".join(describe_crossings(curves)))
     draw_picture(draw_max_at_k, curves, f"{a.output_dir}/max_at_k.png")
 
 
@@ -727,6 +486,19 @@ def runs_of(results: dict, part: str, methods, seeds: int) -> dict[str, list[dic
     runs = {}
     for method in methods:
         runs[method] = [results[f"{part}/{method}/seed_{s}"] for s in range(seeds)]
+    return runs
+
+
+def runs_of_places(a, results: dict) -> dict[str, dict[float, list[dict]]]:
+    """{place of the KL: {coefficient: the run of each seed}}"""
+    runs = {}
+    for place in PLACES:
+        runs[place] = {}
+        for coefficient in a.place_coefs:
+            own = []
+            for s in range(a.trial_seeds):
+                own.append(results[name_of_place(place, coefficient, s)])
+            runs[place][coefficient] = own
     return runs
 
 

@@ -1,0 +1,334 @@
+"""What the runs of the study of optimisers have found: read from their folders, compared, shown.
+
+A run here is {column: a list with an entry for each evaluation}; of best-of-n, for each n. A table
+is {row: {column: [one number a seed]}}. What a seed has no number for is left out.
+"""
+
+import math
+
+import numpy as np
+
+from ..bon import bon_kl
+from ..runtime.files import read_object, read_rows
+from .common import as_text, collect
+
+PPO = "ppo"
+DPO = "dpo"
+BON = "best_of_n"
+SFT = "sft"
+LABELS = {
+    PPO: "PPO",
+    "rloo": "RLOO",
+    "dr_grpo": "Dr. GRPO",
+    "grpo": "GRPO",
+    DPO: "DPO",
+    BON: "best-of-n",
+    SFT: "SFT",
+}
+
+EVALUATED = ("gold", "proxy", "kl", "length", "distinct_2")
+KLS = (1, 2, 5, 10, 20, 50)  # nats at which gold is compared
+KS = (1, 4, 16, 64, 256)  # the k of max@k that tables show
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def read_run(folder: str) -> dict:
+    """The evaluations of a run on held-out prompts, and the seconds that it trained for.
+
+    -> {"step": [...], "gold": [...], ..., "entropy": [...], "seconds": [x]}. The entropy, in nats a
+    token, is that of the answers that the step learned from: None where nothing was sampled.
+    """
+    run = {name: [] for name in ("step", *EVALUATED, "entropy")}
+    seconds = 0.0
+    for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
+        for name, value in row.items():
+            if name.startswith("seconds"):
+                seconds += value
+        if "eval/gold" not in row:
+            continue
+        run["step"].append(row["step"])
+        for name in EVALUATED:
+            run[name].append(shorten(row[f"eval/{name}"]))
+        run["entropy"].append(shorten(row.get("entropy")))
+    return run | {"seconds": [shorten(seconds)]}
+
+
+def read_bon(folder: str) -> dict:
+    """The curve of best-of-n by one reward: {"n": [...], "kl": [...], "proxy": [...], "gold": [...]}."""
+    (points,) = read_object(f"{folder}/bon_results.json").values()
+    run = {"n": [], "kl": [], "proxy": [], "gold": []}
+    for point in points:
+        run["n"].append(point["n"])
+        run["kl"].append(shorten(bon_kl(point["n"])))
+        run["proxy"].append(shorten(point["proxy_score"]))
+        run["gold"].append(shorten(point["gold_score"]))
+    return run
+
+
+def shorten(x: float | None) -> float | None:
+    """A number with four significant digits, so that a run fits a line of the file of results."""
+    if x is None:
+        return None
+    return float(f"{x:.4g}")
+
+
+# ---------------------------------------------------------------------------------- runs, by method
+
+
+def compare_ends(runs: dict[str, list[dict]]) -> dict:
+    """The table of where runs have come to. runs: {method: the run of each seed}"""
+    table = {}
+    for method, own in runs.items():
+        table[method] = collect(describe_end(run) for run in own)
+    for method, row in table.items():
+        # Within a seed all have learned from the same pairs.
+        if method != PPO:
+            row["less ppo's"] = subtract(row["gold"], table[PPO]["gold"])
+    return table
+
+
+def describe_end(run: dict) -> dict[str, float]:
+    """A run's end, its peak, and what going on from the peak cost."""
+    golds = run["gold"]
+    peak = max(golds)
+    return {
+        "gold": golds[-1],
+        "proxy": run["proxy"][-1],
+        "KL": run["kl"][-1],
+        "peak of gold": peak,
+        "KL at the peak": run["kl"][golds.index(peak)],
+        "fall": peak - golds[-1],
+    }
+
+
+def compare_answers(runs: dict[str, list[dict]]) -> dict:
+    """The table of what the last answers are like, and of the seconds that training took."""
+    table = {}
+    for method, own in runs.items():
+        table[method] = collect(describe_answers(run) for run in own)
+    return table
+
+
+def describe_answers(run: dict) -> dict[str, float | None]:
+    """What a run's last answers are like. Best-of-n is no policy, and has none of these."""
+    row = {}
+    for name in ("length", "distinct_2", "entropy", "seconds"):
+        if name in run:
+            row[name] = run[name][-1]
+    return row
+
+
+def compare_at_kl(runs: dict[str, list[dict]]) -> dict:
+    """The table of gold at the same KL, along each run: None where the run has not gone so far."""
+    table = {}
+    for method, own in runs.items():
+        table[method] = collect(describe_at_kl(run) for run in own)
+    return table
+
+
+def describe_at_kl(run: dict) -> dict[str, float | None]:
+    """Gold at each of KLS."""
+    points = list(zip(run["kl"], run["gold"]))
+    row = {}
+    for kl in KLS:
+        row[f"KL {kl}"] = value_at_kl(points, kl)
+    return row
+
+
+def subtract(numbers: list[float], others: list[float]) -> list[float]:
+    """Seed by seed."""
+    return [x - y for x, y in zip(numbers, others, strict=True)]
+
+
+def value_at_kl(points: list[tuple[float, float]], kl: float) -> float | None:
+    """The value at a KL, on straight lines in the root of the KL between points (KL, value).
+
+    None for a KL that no two neighbours have between them. Where there are several such pairs, the
+    first counts: a run that comes back to a KL was there before.
+    """
+    d = math.sqrt(max(kl, 0.0))  # a KL that is estimated may come out a little below 0
+    for (kl_0, value_0), (kl_1, value_1) in zip(points, points[1:]):
+        d_0 = math.sqrt(max(kl_0, 0.0))
+        d_1 = math.sqrt(max(kl_1, 0.0))
+        if not min(d_0, d_1) <= d <= max(d_0, d_1):
+            continue
+        if d_0 == d_1:
+            return value_0
+        return value_0 + (value_1 - value_0) * (d - d_0) / (d_1 - d_0)
+    return None
+
+
+# ------------------------------------------------------------------------------- where the KL stands
+
+
+def compare_places(runs: dict[str, dict[float, list[dict]]], baseline: str) -> tuple[dict, dict]:
+    """The trial of where the KL penalty stands. runs: {place: {coefficient: the run of each seed}}
+
+    -> the table of where every cell has come to; and the table of its gold less what the baseline
+    place has at the same KL, on lines between the ends of the baseline's runs. A cell beyond these
+    has no number.
+    """
+    ends = {}
+    less_baseline = {}
+    for place, by_coefficient in runs.items():
+        for coefficient, own in by_coefficient.items():
+            name = f"{place} {coefficient:g}"
+            rows = []
+            differences = []
+            for i, run in enumerate(own):
+                end = describe_end(run)
+                rows.append({column: end[column] for column in ("gold", "proxy", "KL")})
+
+                # The seed's runs of the baseline, from the smallest KL to the largest.
+                points = []
+                for others in runs[baseline].values():
+                    points.append((others[i]["kl"][-1], others[i]["gold"][-1]))
+                expected = value_at_kl(sorted(points), end["KL"])
+                difference = None
+                if expected is not None:
+                    difference = end["gold"] - expected
+                differences.append({f"less {baseline}'s": difference})
+            ends[name] = collect(rows)
+            if place != baseline:
+                less_baseline[name] = collect(differences)
+    return ends, less_baseline
+
+
+# --------------------------------------------------------------------------------------- max@k
+
+# A curve of max@k is {k: the expected gold of the best of k answers}.
+
+
+def curve_of(run: dict, largest: int) -> dict[int, float]:
+    """max@k of a pool whose best of n was chosen by gold, up to the largest k."""
+    curve = {}
+    for n, gold in zip(run["n"], run["gold"]):
+        if n <= largest:
+            curve[n] = gold
+    return curve
+
+
+def crossing(curve: dict[int, float], other: dict[int, float]) -> float | None:
+    """The smallest k at which another curve is no longer below this one.
+
+    Between two k it lies on a straight line in log k. None: the other curve stays below.
+    """
+    last_k = None
+    last_lead = None
+    for k in sorted(curve):
+        lead = curve[k] - other[k]
+        if lead <= 0 and last_k is None:
+            return float(k)
+        if lead <= 0:
+            share = last_lead / (last_lead - lead)
+            return last_k * (k / last_k) ** share
+        last_k = k
+        last_lead = lead
+    return None
+
+
+def compare_max_at_k(curves: dict[str, list[dict[int, float]]]) -> dict:
+    """The table of max@k at the k of KS, and of what it is less SFT's. SFT has a single curve."""
+    (sft,) = curves[SFT]
+    whole = {}
+    less_sft = {}
+    for method, own in curves.items():
+        rows = []
+        differences = []
+        for curve in own:
+            row = {}
+            difference = {}
+            for k in KS:
+                if k in curve:
+                    row[f"k = {k}"] = curve[k]
+                    difference[f"k = {k}"] = curve[k] - sft[k]
+            rows.append(row)
+            differences.append(difference)
+        whole[method] = collect(rows)
+        if method != SFT:
+            less_sft[f"{method} less sft"] = collect(differences)
+    return whole | less_sft
+
+
+def describe_crossings(curves: dict[str, list[dict[int, float]]]) -> list[str]:
+    """A sentence for each method: from which k on SFT is as good."""
+    (sft,) = curves[SFT]
+    sentences = []
+    for method, own in curves.items():
+        if method == SFT:
+            continue
+        found = []
+        for curve in own:
+            k = crossing(curve, sft)
+            if k is None:
+                found.append("never")
+            else:
+                found.append(f"from k = {k:.0f}")
+        sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(found)}")
+    return sentences
+
+
+# --------------------------------------------------------------------------------- tables, pictures
+
+
+def print_table(table: dict[str, dict[str, list[float]]]):
+    """Mean +- half-width of the interval; the number of seeds where not all have a number."""
+    columns = {}  # a set that keeps the order
+    most = 0  # seeds
+    for row in table.values():
+        columns |= dict.fromkeys(row)
+        for numbers in row.values():
+            most = max(most, len(numbers))
+
+    header = f"{'':18s}"
+    for column in columns:
+        header += f"{column:>20s}"
+    print(header)
+    for name, row in table.items():
+        line = f"{name:18s}"
+        for column in columns:
+            line += f"{as_text(row.get(column, []), most):>20s}"
+        print(line)
+
+
+def draw_against_kl(figure, runs: dict[str, list[dict]]):
+    """Gold and proxy against the root of the KL, the mean over seeds. runs: {method: of each seed}
+
+    A marker is an evaluation, or an n of best-of-n. The band is the standard error over seeds.
+    """
+    figure.set_size_inches(9.5, 4.4)
+    gold_axis, proxy_axis = figure.subplots(1, 2, sharex=True)
+    for method, own in runs.items():
+        kl = np.array([run["kl"] for run in own])  # [seeds, evaluations]
+        d = kl.clip(0) ** 0.5
+        for axis, score in ((gold_axis, "gold"), (proxy_axis, "proxy")):
+            scores = np.array([run[score] for run in own])
+            draw_mean(axis, d.mean(0), scores, method)
+    gold_axis.set(ylabel="gold, on held-out prompts")
+    proxy_axis.set(ylabel="proxy (in standard deviations)")
+    figure.supxlabel("d = sqrt(KL to the SFT policy in nats)", fontsize=9)
+    lines, labels = gold_axis.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=len(labels))
+
+
+def draw_max_at_k(figure, curves: dict[str, list[dict[int, float]]]):
+    """max@k against k, the mean over seeds."""
+    figure.set_size_inches(5.5, 4)
+    axis = figure.subplots()
+    for method, own in curves.items():
+        golds = np.array([list(curve.values()) for curve in own])  # [seeds, k]
+        draw_mean(axis, list(own[0]), golds, method)
+    axis.set(xlabel="k answers to a prompt", ylabel="gold of the best of k", xscale="log")
+    axis.legend()
+
+
+def draw_mean(axis, x, values: np.ndarray, method: str):
+    """The mean of values [seeds, L] at x [L], and a band of its standard error over seeds."""
+    colour = f"C{list(LABELS).index(method)}"  # the same in all pictures
+    mean = values.mean(0)
+    axis.plot(x, mean, marker="o", color=colour, label=LABELS[method])
+    if len(values) > 1:
+        error = values.std(0, ddof=1) / len(values) ** 0.5
+        axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
