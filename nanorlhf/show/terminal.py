@@ -77,7 +77,7 @@ def wrap(text: str, width: int) -> list[str]:
                 line = ""
                 word = word.lstrip(" ")
             line += word
-            while measure_width(line) > width:
+            while measure_width(line) > width and len(line) > 1:
                 n_letters = count_letters(line, width)
                 lines.append(line[:n_letters])
                 line = line[n_letters:]
