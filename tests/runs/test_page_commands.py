@@ -9,6 +9,7 @@ is done: runs/sft, runs/rm/seed_0, runs/ppo.
 What is not run is looked at as closely as can be done without running it:
   blocks tagged needs=hub, gpu, data or run             the script reads the flags
   studies (tests/studies/ runs them), benchmarks        they read their flags
+  chat and compare (tests/show/ runs them)              they read their flags
   what starts from a study's runs                       flags; whether the study makes such a run
   pytest, pip, ruff                                     the files that they name are there
 Every other command that this file does not know fails.
@@ -42,6 +43,7 @@ import probe
 import train_sae
 from nanorlhf import data, ppo
 from nanorlhf.runtime import cli, distributed
+from nanorlhf.show.terminal import name_runs
 from nanorlhf.studies import common, cue_control
 
 pytestmark = pytest.mark.slow
@@ -251,6 +253,9 @@ class Page:
         elif module.startswith("nanorlhf.studies."):
             study = importlib.import_module(module)
             self.studied += outputs_of(study, study.read_settings(args))
+            self.parsed.append((module, args))
+        elif module in ("nanorlhf.show.chat", "nanorlhf.show.compare"):
+            cli.parse(importlib.import_module(module).Config, name_runs(args))
             self.parsed.append((module, args))
         elif module == "nanorlhf.runtime.plots":
             if self.from_a_study(args):
@@ -656,6 +661,8 @@ torchrun --processes 2 train_ppo.py
 wget https://x.org/y
 cat gone.txt
 rm -rf ../first0
+python -m nanorlhf.show.compare runs/ppo runs/ppo --stepz 3
+python -m nanorlhf.show.chat
 python -c "1 / 0"
 (python probe.py nothing)
 """.strip()

@@ -1,0 +1,99 @@
+"""A comparison of two runs as readable text: what compare.py has found, for a terminal."""
+
+import json
+
+from .terminal import in_one_line, printable, side_by_side
+
+
+def table(found: dict, n: int, width: int) -> str:
+    """The comparison as readable text, with the answers to n prompts."""
+    lines = []
+    for side in ("a", "b"):
+        run = found[side]
+        name = in_one_line(run["run"])
+        lines.append(f"{side.upper()}: {name} ({run['kind']}, step {run['step']})")
+        if run["only_here"]:
+            lines.append(f"   only here: {', '.join(run['only_here'])}")
+    lines += ["", *lines_of_settings(found["settings"], width)]
+    if found["metrics"]:
+        lines += ["", "Mean +- standard error; the difference B - A, its 95% interval in brackets:"]
+        for name, row in found["metrics"].items():
+            lines.append(line_of_metric(name, row))
+        lines += note_of_pairs(found["metrics"])
+    if len(found["course"]) > 1:
+        metric = found["best"]["metric"]
+        lines += ["", f"{metric} at the steps that both have evaluated:"]
+        for row in found["course"]:
+            lines.append(line_of_metric(f"step {row['step']}", row))
+    best = found["best"]
+    if best:
+        step_a, step_b = best["steps"]
+        lines += ["", f"The highest {best['metric']}: A at step {step_a}, B at step {step_b}"]
+        lines.append(line_of_metric("highest", best))
+        lines.append("  (chosen by these very answers: the best of many looks better than it is)")
+    lines += lines_of_answers(found, n, width)
+    return "\n".join(lines)
+
+
+def lines_of_settings(settings: dict[str, list], width: int) -> list[str]:
+    """A line for each setting that differs."""
+    if not settings:
+        return ["No setting differs."]
+    lines = ["Settings that differ, A and B:"]
+    longest = max(map(len, settings))
+    room = max(10, (width - longest - 6) // 2)
+    for name, values in settings.items():
+        cells = []
+        for value in values:
+            text = in_one_line(json.dumps(value, ensure_ascii=False))
+            if len(text) > room:
+                text = f"{text[: room - 3]}..."
+            cells.append(f"{text:{room}s}")
+        lines.append(f"  {in_one_line(name):{longest}s}  {'  '.join(cells)}".rstrip())
+    return lines
+
+
+def line_of_metric(name: str, row: dict) -> str:
+    """A metric of A and of B, their difference and its interval; * where it is one of pairs."""
+    cells = [f"  {in_one_line(name):12s}"]
+    for side in ("a", "b"):
+        number = row[side]
+        cells.append(f"{number['mean']:8.3f} +- {number['se']:.3f}  ")
+    low, high = row["interval"]
+    cells.append(f"{row['difference']:+8.3f} [{low:+.3f}, {high:+.3f}]")
+    if row["pairs"]:
+        cells.append("*")
+    return " ".join(cells)
+
+
+def note_of_pairs(metrics: dict[str, dict]) -> list[str]:
+    """What * stands for."""
+    counts = {row["pairs"] for row in metrics.values() if row["pairs"]}
+    if not counts:
+        return ["  (the two evaluations are taken for independent)"]
+    return [f"  * prompt by prompt, {max(counts)} pairs of answers; the others as if independent"]
+
+
+def lines_of_answers(found: dict, n: int, width: int) -> list[str]:
+    """The answers of both runs to n prompts, side by side."""
+    rows = found["answers"]
+    if not rows:
+        return ["", "No prompt has an answer of both runs."]
+    order = "in the order of the file"
+    if found["sorted_by"] != "file":
+        order = f"the largest differences in {found['sorted_by']} first"
+    lines = ["", f"Answers to {min(n, len(rows))} of {len(rows)} prompts, {order}:"]
+    for row in rows[:n]:
+        cells = []
+        for side in ("a", "b"):
+            answer = row[side]
+            numbers = []
+            for name in ("gold", "proxy"):
+                if name in answer["numbers"]:
+                    number = answer["numbers"][name]
+                    numbers.append(f"{name} {number:+.2f}")
+            text = printable(answer["response"]) or "(no words)"
+            cells.append(f"{side.upper()}: {text}\n{'   '.join(numbers)}")
+        lines += ["", side_by_side([f"> {printable(row['prompt'])}"], width)]
+        lines.append(side_by_side(cells, width))
+    return lines
