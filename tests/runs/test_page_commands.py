@@ -389,6 +389,9 @@ def size_flags(script, args):
                 added += [f"--{name}", *map(str, smaller)]
         elif not value or value > limit:
             added += [f"--{name}", str(limit)]
+    if values.get("advantage", "gae") != "gae":
+        # A rollout of four answers has no group of eight.
+        added += ["--group_size", "2"]
     if script == "train_sae.py" and values["layers"].startswith("highest"):
         # After two steps of PPO other layers have moved most than after all.
         added += ["--layers", "2,3"]
