@@ -714,7 +714,7 @@ def load_prompts(held_out, tokenizer, model_config, config, dist):
 
 
 def prepare_evaluation(policy, model, reference, tokenizer, config, dist):
-    """What evaluation.evaluate() needs: the models, and the rewards that only evaluate. -> PPOParts"""
+    """What evaluation.evaluate() needs: models, and rewards that only evaluate. -> PPOParts"""
     settings = SimpleNamespace(**vars(config), **ANSWERING)
     scoring = None
     if config.reward_model:

@@ -75,8 +75,9 @@ def test_ipo_loss_and_gradient_by_hand():
     total = 0.0
     slopes = []
     for pi_c, pi_r, ref_c, ref_r in random_pairs().T.tolist():
-        h = math.log(math.exp(pi_c) / math.exp(ref_c)) - math.log(math.exp(pi_r) / math.exp(ref_r))
-        error = h - 1 / (2 * TAU)
+        gain_c = pi_c - ref_c
+        gain_r = pi_r - ref_r
+        error = gain_c - gain_r - 1 / (2 * TAU)
         total += error**2
         slopes.append(2 * error / 6)
 
@@ -106,31 +107,44 @@ def test_ipo_is_lowest_at_a_margin_of_1_over_2_tau_and_dpo_nowhere():
     assert ipo_at(target + 1)[0] == pytest.approx(1)
 
     zero = torch.zeros(1)
-    losses = [dpo_loss(zero + h, zero, zero, zero, BETA)[0] for h in (1, 10, 100)]
-    assert losses[0] > losses[1] > losses[2] > 0
+    near, _ = dpo_loss(zero + 1, zero, zero, zero, BETA)
+    far, _ = dpo_loss(zero + 10, zero, zero, zero, BETA)
+    farther, _ = dpo_loss(zero + 100, zero, zero, zero, BETA)
+    assert near > far > farther > 0
+
+
+def simpo_rewards_by_a_loop():
+    """The implicit rewards beta pi / tokens of the six pairs: a list of (chosen, rejected)."""
+    rewards = []
+    lengths = LENGTHS.T.tolist()
+    for (pi_c, pi_r, _, _), (n_c, n_r) in zip(random_pairs().T.tolist(), lengths):
+        chosen = BETA * pi_c / n_c
+        rejected = BETA * pi_r / n_r
+        rewards.append((chosen, rejected))
+    return rewards
 
 
 def test_simpo_loss_and_gradient_by_hand():
     """Per pair: log(1 + e^(gamma - a + b)), with a and b the rewards of the two responses."""
-    pi_c, pi_r, _, _ = random_pairs()
     total = 0.0
-    slopes_c = []
-    slopes_r = []
-    for log_c, log_r, n_c, n_r in zip(pi_c.tolist(), pi_r.tolist(), *LENGTHS.tolist()):
-        a = BETA * log_c / n_c
-        b = BETA * log_r / n_r
+    slopes = []
+    for a, b in simpo_rewards_by_a_loop():
         total += math.log(1 + math.exp(GAMMA - a + b))
         slope = -1 / (1 + math.exp(a - b - GAMMA))
-        slopes_c.append(slope * BETA / n_c / 6)
-        slopes_r.append(-slope * BETA / n_r / 6)
+        slopes.append(BETA * slope / 6)
 
+    pi_c, pi_r, _, _ = random_pairs()
     pi_c.requires_grad_()
     pi_r.requires_grad_()
-    loss, _ = simpo_loss(pi_c, pi_r, *LENGTHS, BETA, GAMMA)
+    lengths_c, lengths_r = LENGTHS
+    loss, _ = simpo_loss(pi_c, pi_r, lengths_c, lengths_r, BETA, GAMMA)
     loss.backward()
     assert loss.item() == pytest.approx(total / 6, rel=1e-12)
-    assert pi_c.grad.tolist() == pytest.approx(slopes_c, rel=1e-12)
-    assert pi_r.grad.tolist() == pytest.approx(slopes_r, rel=1e-12)
+    # A nat of log-prob is shared by the tokens of its response.
+    slopes_c = pi_c.grad * lengths_c
+    slopes_r = pi_r.grad * lengths_r
+    assert slopes_c.tolist() == pytest.approx(slopes, rel=1e-12)
+    assert (-slopes_r).tolist() == pytest.approx(slopes, rel=1e-12)
 
 
 def test_simpo_compares_tokens_not_lengths():
@@ -149,17 +163,18 @@ def test_simpo_compares_tokens_not_lengths():
 
 
 def test_simpo_stats_by_hand():
-    pi_c, pi_r, _, _ = random_pairs()
     n_wins = 0
     total_chosen = 0.0
     total_rejected = 0.0
-    for log_c, log_r, n_c, n_r in zip(pi_c.tolist(), pi_r.tolist(), *LENGTHS.tolist()):
-        if log_c / n_c > log_r / n_r:
+    for chosen, rejected in simpo_rewards_by_a_loop():
+        if chosen > rejected:
             n_wins += 1
-        total_chosen += BETA * log_c / n_c
-        total_rejected += BETA * log_r / n_r
+        total_chosen += chosen
+        total_rejected += rejected
+    pi_c, pi_r, _, _ = random_pairs()
     # Without their lengths the responses compare differently.
     assert n_wins != (pi_c > pi_r).sum()
+
     _, stats = simpo_loss(pi_c, pi_r, *LENGTHS, BETA, GAMMA)
     expected = {
         "accuracy": n_wins / 6,
@@ -494,23 +509,27 @@ def test_simpo_by_plain_transformers(base, tmp_path, monkeypatch, held_out):
     tokenizer = AutoTokenizer.from_pretrained(base / "model")
     losses = []
     margins = []
-    logps = []
+    logps = {"chosen": [], "rejected": []}
     for row in held_out:
         rewards = []
-        for side in ("chosen", "rejected"):
+        for side in logps:
             logp = logprob(policy, tokenizer, row["prompt"], row[side])
             n_tokens = len(tokenizer(row[side]).input_ids) + 1  # EOS
             rewards.append(1.5 * logp / n_tokens)
-            logps.append(logp)
+            logps[side].append(logp)
         margins.append(rewards[0] - rewards[1])
         losses.append(math.log(1 + math.exp(0.4 - margins[-1])))
 
     found = summary(tmp_path / "simpo")
-    assert found["eval/loss"] == pytest.approx(statistics.mean(losses), abs=1e-5)
-    assert found["eval/margin"] == pytest.approx(statistics.mean(margins), abs=1e-5)
-    assert found["eval/margin_se"] == pytest.approx(statistics.stdev(margins) / 7**0.5, abs=1e-5)
-    assert found["eval/logp_chosen"] == pytest.approx(statistics.mean(logps[::2]), abs=1e-3)
-    assert found["eval/logp_rejected"] == pytest.approx(statistics.mean(logps[1::2]), abs=1e-3)
+    expected = {
+        "loss": statistics.mean(losses),
+        "margin": statistics.mean(margins),
+        "margin_se": statistics.stdev(margins) / 7**0.5,
+        "logp_chosen": statistics.mean(logps["chosen"]),
+        "logp_rejected": statistics.mean(logps["rejected"]),
+    }
+    for name, value in expected.items():
+        assert found[f"eval/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
 # ---------------------------------------------------------------------- answers to held-out prompts
@@ -535,8 +554,8 @@ def rewards(base):
     return str(path)
 
 
-def sum_of_answer(model, row):
-    """log pi of each token of an answer in a file of evaluations, by plain transformers."""
+def logprobs_of_answer(model, row):
+    """log pi of each token of an answer in a file of evaluations: [R]."""
     ids = row["prompt_ids"] + row["response_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
@@ -544,52 +563,59 @@ def sum_of_answer(model, row):
     return logp[range(len(row["response_ids"])), row["response_ids"]]
 
 
-KINDS_OF_RUN = {
-    "dpo": {},
-    "simpo": {"loss": "simpo"},
-    "lora": {"lora_rank": 2, "merge": True, "lr": 3e-2},
-}
-
-
-@pytest.mark.parametrize(
-    "kind", ["dpo", *(pytest.param(x, marks=pytest.mark.slow) for x in ("simpo", "lora"))]
-)
-def test_answers_are_evaluated_as_those_of_ppo(base, tmp_path, rewards, held_out, kind):
-    """KL to --model, proxy and gold, of the answers in eval/, by plain transformers."""
-    rows = train(
-        base,
-        tmp_path / "run",
-        eval_answers=True,
-        reward_model=[f"{rewards}:words", f"{rewards}:letters"],
-        gold_model=f"{rewards}:letters",
-        max_new_tokens=20,
-        eval_every=2,
-        **KINDS_OF_RUN[kind],
-    )
-    assert [row["step"] for row in rows if "eval/kl" in row] == [0, 2, 3]
-    assert rows[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
-
-    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").eval()
-    reference = AutoModelForCausalLM.from_pretrained(base / "model").eval()
-    answers = read_rows(tmp_path / "run/eval/step_3.jsonl")
-    assert [row["prompt"] for row in answers] == [row["prompt"] for row in held_out]
+def measure(policy, reference, answers):
+    """What an evaluation measures of these answers, by plain transformers: {name: [N]}."""
     expected = defaultdict(list)
     for row in answers:
-        x = sum_of_answer(reference, row) - sum_of_answer(policy, row)
+        x = logprobs_of_answer(reference, row) - logprobs_of_answer(policy, row)  # [R]
         expected["kl"].append(-x.sum().item())
         expected["kl_k2"].append((x**2 / 2).sum().item())
         expected["kl_k3"].append((x.exp() - 1 - x).sum().item())
         expected["length"].append(len(row["response_ids"]))
+
+        words = row["response"].split()
         letters = row["response"].count("e") / 10
         expected["gold"].append(letters)
-        expected["proxy"].append((len(set(row["response"].split())) + letters) / 2)
+        expected["proxy"].append((len(set(words)) + letters) / 2)
+    return expected
+
+
+ANSWERING = [
+    pytest.param({}, id="dpo"),
+    pytest.param({"loss": "simpo"}, id="simpo", marks=pytest.mark.slow),
+    pytest.param({"lora_rank": 2, "merge": True, "lr": 3e-2}, id="lora", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("changes", ANSWERING)
+def test_answers_are_evaluated_as_those_of_ppo(base, tmp_path, rewards, held_out, changes):
+    """KL to --model, proxy and gold of the answers in eval/."""
+    run = tmp_path / "run"
+    flags = {
+        "eval_answers": True,
+        "reward_model": [f"{rewards}:words", f"{rewards}:letters"],
+        "gold_model": f"{rewards}:letters",
+        "max_new_tokens": 20,
+        "eval_every": 2,
+    }
+    rows = train(base, run, **flags, **changes)
+    evaluated = [row["step"] for row in rows if "eval/kl" in row]
+    assert evaluated == [0, 2, 3]
+    assert rows[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
+
+    policy = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    reference = AutoModelForCausalLM.from_pretrained(base / "model").eval()
+    answers = read_rows(run / "eval/step_3.jsonl")
+    assert [row["prompt"] for row in answers] == [row["prompt"] for row in held_out]
+    expected = measure(policy, reference, answers)
     assert statistics.mean(expected["kl_k2"]) > 1e-3
     for name, values in expected.items():
-        mean = pytest.approx(statistics.mean(values), rel=1e-4, abs=1e-5)
-        assert rows[-1][f"eval/{name}"] == mean, name
-        se = pytest.approx(statistics.stdev(values) / 7**0.5, rel=1e-4, abs=1e-5)
-        assert rows[-1][f"eval/{name}_se"] == se, name
-        assert rows[-1][f"eval/{name}_n"] == 7
+        mean = statistics.mean(values)
+        se = statistics.stdev(values) / 7**0.5
+        last = rows[-1]
+        assert last[f"eval/{name}"] == pytest.approx(mean, rel=1e-4, abs=1e-5), name
+        assert last[f"eval/{name}_se"] == pytest.approx(se, rel=1e-4, abs=1e-5), name
+        assert last[f"eval/{name}_n"] == 7
 
 
 def test_in_the_embedded_world_the_prompts_are_those_of_ppo(base):
