@@ -4,7 +4,8 @@ Prints one JSON line. The workload is the usual one for comparing PPO trainers o
 GPT-NeoX policy, a reference and a reward model of the same size; 64 prompts of 16 random tokens, 48
 new tokens each, no EOS; 4 epochs of 4 minibatches of 16 = 16 optimizer steps; float32. Rollout,
 scoring and update are counted; the first iteration, evaluation and files are not. CPU seconds of
-one thread are steadier than wall clock on a shared machine. --value_model uses a separate critic.
+one thread are steadier than wall clock on a shared machine. --value_model uses a separate critic;
+--advantage rloo, grpo or dr_grpo has no critic, and 8 answers to each of 8 prompts.
 
 matmul_share: the rate at which the iteration did the operations that the algorithm needs
 (needed_tflop: two for each weight and token in a forward, twice that in a backward; the LM head on
@@ -226,6 +227,7 @@ def make_run(folder, args):
         model=f"{folder}/policy",
         reward_model=f"{folder}/reward",
         value_model=f"{folder}/policy" if args.value_model else "",
+        advantage=args.advantage,
         dataset=f"{folder}/prompts.jsonl",
         output_dir=f"{folder}/run",
         steps=args.iterations,
@@ -273,6 +275,12 @@ def main():
         "--value_model",
         action="store_true",
         help="a separate critic instead of a head on the policy",
+    )
+    parser.add_argument(
+        "--advantage",
+        choices=train_ppo.ADVANTAGES,
+        default="gae",
+        help="other than gae: no value function",
     )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true")

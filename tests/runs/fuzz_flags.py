@@ -40,8 +40,8 @@ WRITES = ("output_dir", "output", "save", "cache")
 
 
 CHOICES = (
-    "dtype distributed schedule loss sarm_mode objective kl_kind kl_in score_scaling split sites "
-    "site normalize bias kind tokens by benchmark penalty device prompt_format"
+    "dtype distributed schedule loss sarm_mode objective kl_kind kl_in score_scaling advantage "
+    "loss_mean split sites site normalize bias kind tokens by benchmark penalty device prompt_format"
 ).split()
 
 
@@ -51,7 +51,8 @@ MAY_BE_NEGATIVE = {"layer", "final_lr", "lam", "missing_eos_penalty", "length_pe
 
 # Flags for which infinity says "never" or "no limit".
 MAY_BE_INFINITE = {"max_grad_norm", "kl_target", "target_kl", "score_clip", "clip_range"}
-MAY_BE_INFINITE |= {"value_clip_range", "timeout", "requests_per_minute", "temperature"}
+MAY_BE_INFINITE |= {"clip_range_high", "value_clip_range", "timeout", "requests_per_minute"}
+MAY_BE_INFINITE |= {"temperature"}
 
 
 # With 2**70 of these a run is right to go on for ever.

@@ -251,6 +251,10 @@ def ppo_runs():
     flags = {**ppo, "reward_model": ["rewards.py:good"]}
     yield Run("ppo", "train_ppo.py", flags, PROMPTS | MODEL | REWARD_CODE)
 
+    groups = {"advantage": "grpo", "group_size": 2, "loss_mean": "sequence"}
+    flags = {**ppo, **groups, "reward_model": ["lexicon.tsv"]}
+    yield Run("ppo grpo", "train_ppo.py", flags, PROMPTS | MODEL | LEXICON_FILE)
+
     flags = {**ppo, "reward_model": ["rms/seed_{seed}", "lexicon.tsv"], "objective": "uwo"}
     reads = files_of("rms/seed_1/model") | LEXICON_FILE
     yield Run("ppo ensemble", "train_ppo.py", flags, reads)

@@ -116,6 +116,11 @@ def test_bad_flags_of_all_scripts(here, capfd, kind, flags, words):
         ("--kl_kind k4", "--kl_kind must be one of k1, k2, k3, full"),
         ("--kl_in loss", "--kl_in loss ... k1"),
         ("--kl_target 5 --kl_coef 0", "--kl_target"),
+        ("--batch_size 6 --group_size 4", "--batch_size 6 is not a multiple of --group_size (4)"),
+        (
+            "--advantage grpo --group_size 2 --lam 1 --vf_coef 0.1",
+            "--advantage grpo has no value function ... --vf_coef, --lam",
+        ),
         ("--temperature 0", "--temperature must be positive"),
         ("--score_scaling std", "--score_scaling must be one of"),
         ("--max_new_tokens 0", "--max_new_tokens must be at least 1"),

@@ -242,6 +242,7 @@ FEW_TEXTS = {"batch_size": 64, "eval_size": 2, "max_rows": 24, "buffer_tokens": 
 # {case: (kind of run, its settings)}
 KILLED = {
     "ppo": ("ppo", {**TWO_STEPS, **STATEFUL}),
+    "grpo": ("ppo", {**TWO_STEPS, "advantage": "grpo", "group_size": 4, "loss_mean": "sequence"}),
     "control": ("control", TWO_STEPS),
     "rm": ("rm", {"checkpoint_every": 2}),
     "sft": ("sft", {"checkpoint_every": 2, "eval_every": 1}),

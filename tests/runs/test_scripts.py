@@ -294,7 +294,7 @@ def test_kendalls_tau_to_gold_by_a_loop(base, rm_scores, label):
 # ----------------------------------------------------------------------------- the run of train_ppo
 
 # What every step of PPO logs.
-LOGGED = """score_mean score_std reward kl kl_k3 kl_coef entropy ratio_mean ratio_max clip_fraction
+LOGGED = """score_mean score_std reward kl kl_k2 kl_k3 kl_coef entropy ratio_mean ratio_max clip_fraction
     approx_kl policy_loss value_loss explained_variance advantage_mean advantage_std grad_norm lr
     length eos_rate seconds_rollout seconds_score seconds_update tokens_per_second peak_memory_mb
     first_ratio_error""".split()
@@ -791,11 +791,22 @@ def test_kl_in_the_reward(base, tmp_path, seen, kind):
     penalty = rows[2]["score_mean"] - rows[2]["reward"]
     assert penalty == pytest.approx(0.7 * kls[kind], rel=1e-3)
     assert rows[2]["kl"] == pytest.approx(kls["k1"], rel=1e-3)
+    assert rows[2]["kl_k2"] == pytest.approx(kls["k2"], rel=1e-3)
     assert rows[2]["kl_k3"] == pytest.approx(kls["k3"], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["k2", "full"])
-def test_kl_in_the_loss(base, tmp_path, monkeypatch, kind):
+GROUPS = {"advantage": "grpo", "group_size": 4}
+KL_LOSSES = [
+    ("k2", {}),
+    ("full", {}),
+    pytest.param("k3", {}, marks=pytest.mark.slow),
+    pytest.param("k2", GROUPS, marks=pytest.mark.slow),
+    pytest.param("full", GROUPS, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kind, advantage", KL_LOSSES)
+def test_kl_in_the_loss(base, tmp_path, monkeypatch, kind, advantage):
     """loss = policy + vf_coef value + kl_coef KL, and there is no penalty in the reward."""
     found = []
     expected = []
@@ -803,7 +814,7 @@ def test_kl_in_the_loss(base, tmp_path, monkeypatch, kind):
 
     def record(parts, batch, experience, at, n_tokens, kl_coef):
         loss, stats = loss_of(parts, batch, experience, at, n_tokens, kl_coef)
-        kl_term = loss - stats["policy_loss"] - 0.5 * stats["value_loss"]
+        kl_term = loss - stats["policy_loss"] - 0.5 * stats.get("value_loss", 0.0)
         found.append(kl_term.item())
         # plain_kls is a mean over sequences, and the loss one over the tokens of all processes.
         kl = plain_kls(parts.policy, parts.reference, batch)[kind]
@@ -811,7 +822,7 @@ def test_kl_in_the_loss(base, tmp_path, monkeypatch, kind):
         return loss, stats
 
     monkeypatch.setattr(train_ppo, "loss_of", record)
-    rows = ppo(base, tmp_path, kl_in="loss", kl_kind=kind, kl_coef=3.0, lr=2e-3)
+    rows = ppo(base, tmp_path, kl_in="loss", kl_kind=kind, kl_coef=3.0, lr=2e-3, **advantage)
     assert len(found) == 8
     assert found == pytest.approx(expected, rel=0, abs=1e-4)
     assert max(expected) > 0.05
