@@ -77,6 +77,8 @@ def note_of_pairs(metrics: dict[str, dict]) -> list[str]:
 def lines_of_answers(found: dict, n: int, width: int) -> list[str]:
     """The answers of both runs to n prompts, side by side."""
     rows = found["answers"]
+    if n == 0:
+        return []
     if not rows:
         return ["", "No prompt has an answer of both runs."]
     order = "in the order of the file"
