@@ -27,9 +27,8 @@ COUNTED = {
     "seeds": "splits",
     "draws": "random draws",
 }
-# The flags that name what a training starts from, and what any other command does.
-STARTS = ("model", "base", "sarm")
-SOURCES = ("model", "policy", "sae", "pool")
+# The flags that name what a command starts from. (--sae of train_sae.py is a kind.)
+SOURCES = ("model", "base", "policy", "sarm", "sae", "pool")
 
 
 def print_plan(
@@ -135,17 +134,27 @@ def sources_of(script: str, config) -> list[str]:
     """
     if getattr(config, "from_files", []):
         return []
+    unused = []
+    if script == "train_sae.py":
+        unused.append("sae")
+    # A pool holds the answers already: the policy is not read.
+    if getattr(config, "pool", ""):
+        unused.append("model")
+
     sources = []
-    for flag in STARTS if script in UNITS else SOURCES:
-        value = getattr(config, flag, "")
-        # A pool holds the answers already: the policy is not read.
-        is_unused = flag == "model" and getattr(config, "pool", "")
-        if value and value != "none" and not is_unused:
-            sources += value if isinstance(value, list) else [value]
-    if sources:
-        return sources
-    rewards = config.reward_model
-    return rewards if isinstance(rewards, list) else [rewards]
+    for flag in SOURCES:
+        if flag not in unused:
+            sources += as_list(getattr(config, flag, ""))
+    return sources or as_list(config.reward_model)
+
+
+def as_list(value: str | list[str]) -> list[str]:
+    """One name or several -> a list; empty for no name."""
+    if isinstance(value, list):
+        return value
+    if value in ("", "none"):
+        return []
+    return [value]
 
 
 def count(number: int, noun: str) -> str:
