@@ -1,10 +1,15 @@
-"""Control of PPO by features of its reward model, over seeds, on the embedded
+r"""Control of PPO by features of its reward model, over seeds, on the embedded
 world: what stops a policy from exploiting a spurious cue.
 
     two runs side by side, one thread each; prints every command:
         python -m nanorlhf.studies.cue_control
     the same tables in minutes: one seed, one kind of SARM, short runs:
         python -m nanorlhf.studies.cue_control --quick
+    your own model, on RewardBench 2 and RM-Bench; prints all commands, and
+    runs them without the last flag:
+        python -m nanorlhf.studies.cue_control --model MODEL \
+            --dataset reward-bench-2.jsonl --rm_bench total_dataset.json \
+            --sarms reward_first --dry_run
 
 One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their
 own spurious cue; reward models on them, one dense and SARMs of all kinds; PPO
@@ -19,6 +24,12 @@ cost the policy the same: a smaller effect of one may be a lower price.
 
 Every command is a plain call of a script; runs that are done are not done
 again. At the end tables over seeds, as text and in summary.json, and a picture.
+
+On your own model (own_data.py) prompts, demonstrations and pairs are those of
+one half of both benchmarks' questions; reward models are measured on the other
+half, whose prompts the policies answer (benchmark_data.py). No cue is known
+there, so nothing says whether the rule is right. Or look at what `probe.py
+reward_features` found, and name the features in its place, with --features.
 """
 
 import json
@@ -36,8 +47,10 @@ from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
 from ..runtime.files import write_lines
+from ..runtime.results import parse_ids
 from ..stats import auc, t_interval
 from ..tokens import encode
+from .benchmark_data import describe_sides, divide_benchmarks, write_sides
 from .common import (
     StudyFlags,
     describe_numbers,
@@ -48,6 +61,17 @@ from .common import (
     with_interval,
     write_summary,
 )
+from .own_data import (
+    OwnDataFlags,
+    describe_own_data,
+    gold_flags,
+    has_own_data,
+    print_remarks,
+    sft_commands,
+    sft_of,
+    spaced,
+)
+from .plan import print_plan
 
 # The autoencoders on the SFT policy, by their flags.
 SAES = {
@@ -97,7 +121,8 @@ QUICK = {"seeds": 1, "first_seed": 202, "sarms": ["reward_first"], "steps": 20}
 def first_commands(a):
     """The commands that can be known before any feature is: lists that can run side by side."""
     out = a.output_dir
-    sft = f"{out}/sft"
+    sft = sft_of(a)
+    demonstrations = own_flags(a, "demonstrations")
     shape = f"--base none --site residual --layers {a.layer} --normalize token --relu False"
 
     # On the SFT policy: the autoencoders that the SARMs start from.
@@ -105,8 +130,8 @@ def first_commands(a):
     for name, flags in SAES.items():
         if any(SARMS[sarm][0] == name for sarm in a.sarms):
             saes.append(
-                f"train_sae.py --model {sft} {shape} --output_dir {out}/{name} {a.sae_flags} "
-                f"{flags}"
+                f"train_sae.py --model {sft} {shape} {demonstrations}--output_dir {out}/{name} "
+                f"{a.sae_flags} {flags}"
             )
 
     dense_models = []
@@ -117,7 +142,7 @@ def first_commands(a):
     for s in seeds(a):
         dense = f"{out}/rm/{DENSE}/seed_{s}"
         rm_sae = f"{out}/rm_sae/seed_{s}"
-        train = f"train_rm.py --dataset world:{s} --seed {s}"
+        train = f"train_rm.py {data_flags_of(a, s, 'pairs')}--seed {s}"
         dense_models.append(f"{train} --model {sft} --output_dir {dense} {a.rm_flags}")
         rm_saes.append(
             f"train_sae.py --model {dense} {shape} --tokens last --dataset {texts_of(a, s)} "
@@ -139,17 +164,17 @@ def first_commands(a):
             policies.append(ppo(a, s, DENSE, dense))
         answers = f"{out}/ppo/plain/seed_{s}/eval"
         probes.append(
-            f"probe.py reward_features {reader_flags(a, s)} --dataset world:{s} "
+            f"probe.py reward_features {reader_flags(a, s)} {data_flags_of(a, s, 'pairs')}"
             f"--answers {answers}/step_{a.steps}.jsonl --against {answers}/step_0.jsonl "
             f"--by differential --top 1000 --output_dir {out}/reward_features/seed_{s} "
             f"{a.probe_flags}"
         )
         probes.append(
-            f"probe.py human_latents {reader_flags(a, s)} --output {human_file(a, s)} "
-            f"{a.human_flags}"
+            f"probe.py human_latents {reader_flags(a, s)} {demonstrations}"
+            f"--output {human_file(a, s)} {a.human_flags}"
         )
-    first = [f"train_sft.py --output_dir {sft} {a.sft_flags}"]
-    return [first, saes + dense_models, rm_saes, sarms, policies, probes]
+        probes += evaluate_commands(a, s)
+    return [sft_commands(a), saes + dense_models, rm_saes, sarms, policies, probes]
 
 
 def seeds(a):
@@ -158,6 +183,8 @@ def seeds(a):
 
 def texts_of(a, s):
     """The file of the texts whose last tokens a reward model's autoencoder is fitted to."""
+    if has_own_data(a):
+        return own_file(a, "texts")
     return f"{a.output_dir}/texts/seed_{s}.jsonl"
 
 
@@ -174,6 +201,43 @@ def write_texts(a, s):
     path = Path(texts_of(a, s))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(str(path), rows)
+
+
+def benchmarks_of(a):
+    """The benchmarks that one's own data come from: {name: file}."""
+    files = {"rewardbench2": a.dataset, "rm_bench": a.rm_bench}
+    return {name: path for name, path in files.items() if path}
+
+
+def own_file(a, name):
+    """A file of benchmark_data.write_sides()."""
+    return f"{a.output_dir}/data/{name}.jsonl"
+
+
+def own_flags(a, name):
+    """The flags of a command that reads such a file, with a space behind; "" in the world."""
+    if not has_own_data(a):
+        return ""
+    return f"--dataset {own_file(a, name)} {spaced(a.data_flags)}"
+
+
+def data_flags_of(a, s, name):
+    """own_flags(), or in the embedded world the flag of a seed's data."""
+    return own_flags(a, name) or f"--dataset world:{s} "
+
+
+def evaluate_commands(a, s):
+    """The commands that measure a seed's reward models on the benchmarks; none in the world."""
+    folders = [f"{a.output_dir}/rm/{name}/seed_{s}" for name in (DENSE, *a.sarms)]
+    commands = []
+    if has_own_data(a):
+        for name in benchmarks_of(a):
+            commands.append(
+                f"probe.py evaluate --reward_model {' '.join(folders)} --benchmark {name} "
+                f"{own_flags(a, name)}--output_dir {a.output_dir}/{name}/seed_{s} "
+                f"{a.evaluate_flags}"
+            )
+    return commands
 
 
 def target(a, s):
@@ -203,7 +267,11 @@ def human_file(a, s):
 
 def density_file(a, s):
     """The human latents of the features alone that were found: reference data of the density."""
-    how = "truth" if a.truth else "identified"
+    how = "identified"
+    if a.truth:
+        how = "truth"
+    elif a.features:
+        how = "named"
     return f"{a.output_dir}/human/seed_{s}_{how}.safetensors"
 
 
@@ -211,7 +279,8 @@ def density_texts(a, s, found):
     """The command that writes density_file(a, s)."""
     ids = ",".join(map(str, found["features"]))
     return (
-        f"probe.py human_latents {reader_flags(a, s)} --features {ids} "
+        f"probe.py human_latents {reader_flags(a, s)} {own_flags(a, 'demonstrations')}"
+        f"--features {ids} "
         f"--output {density_file(a, s)} {a.human_flags}"
     )
 
@@ -219,8 +288,11 @@ def density_texts(a, s, found):
 def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
     """The command of one PPO run."""
     out = a.output_dir
+    prompts = data_flags_of(a, s, "prompts")
+    if has_own_data(a):
+        prompts += f"--eval_dataset {own_file(a, 'held_out_prompts')} {gold_flags(a)}"
     command = (
-        f"train_ppo.py --model {out}/sft --reward_model {reward_model} --dataset world:{s} "
+        f"train_ppo.py --model {sft_of(a)} --reward_model {reward_model} {prompts}"
         f"--seed {s} --kl_coef {kl_coef:g} --steps {a.steps} --eval_every {a.eval_every} "
         f"--output_dir {out}/ppo/{arm}/seed_{s} {a.ppo_flags} {flags}"
     )
@@ -324,13 +396,32 @@ def by_truth(summary, s):
     return {"token": cue, "features": best_first[:MOST]}
 
 
+def by_name(summary, s, ids):
+    """In the rule's place, where --features are named: these, with controls as the rule has them.
+
+    InputError: one of them fires on no text.
+    """
+    rows = {row["id"]: row for row in summary["features"]}
+    for i in ids:
+        require(i in rows, f"--features {i}: it fires on none of the texts")
+    random_ids, negative_ids = choose_controls(rows, ids, s)
+    return {"token": None, "features": ids, "random": random_ids, "negative": negative_ids}
+
+
 def find_features(a, s):
-    """identify(), or by_truth(), once: its answer is a file, which is never written again."""
+    """identify(), or by_truth(), once: its answer is a file, which is never written again.
+
+    by_name() writes its answer each time.
+    """
     path = Path(a.output_dir, "identified", named(a, f"seed_{s}.json"))
-    if not path.exists():
+    if a.features or not path.exists():
         summary = read_json(a.output_dir, "reward_features", f"seed_{s}", "summary.json")
-        rule = by_truth if a.truth else identify
-        found = rule(summary, s)
+        if a.features:
+            found = by_name(summary, s, parse_ids(a.features))
+        elif a.truth:
+            found = by_truth(summary, s)
+        else:
+            found = identify(summary, s)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n")
     return read_json(path)
@@ -414,8 +505,12 @@ def penalty_flags(a, s, ids, alphas, kind="indicator"):
 
 
 def named(a, name):
-    """Arms and files of a run with --truth stand beside the others under names of their own."""
-    return f"truth_{name}" if a.truth else name
+    """Arms and files of a run with --truth or --features have names of their own, beside others."""
+    if a.truth:
+        return f"truth_{name}"
+    if a.features:
+        return f"named_{name}"
+    return name
 
 
 def compare_with_truth(a, s, found):
@@ -457,11 +552,13 @@ def measure_auc(a, s, features, cue):
 def read_outcome(a, s, arm, when="after"):
     """{metric: number} of a PPO run's last evaluation, or of the one before its first step.
 
-    cue: the share of answers that have the cue.
+    cue: the share of answers that have the cue, in the embedded world.
     """
     folder = Path(a.output_dir, "ppo", arm, f"seed_{s}")
     numbers = read_json(folder, "summary.json")[when]
     outcome = {name: numbers[name] for name in METRICS if name in numbers}
+    if has_own_data(a):
+        return outcome
 
     step = a.steps if when == "after" else 0
     has_cue = []
@@ -483,7 +580,8 @@ def outcomes_of(a, found):
     seeds_with_features = [s for s in all_seeds if found[s]["features"]]
     arms_to_read = ["plain", *(named(a, arm) for arm in CONTROLLED)]
     if not a.truth:
-        arms_to_read += CONTROLS
+        for arm in CONTROLS:
+            arms_to_read.append(arm if arm.startswith("kl_") else named(a, arm))
     arms_to_read.append(DENSE)
 
     outcomes = {"before": {}}
@@ -516,15 +614,20 @@ def over_seeds(rows, base=None):
 def accuracy_table(a):
     """{reward model: {accuracy, tau, less dense}} on the held-out pairs.
 
-    tau is Kendall's with gold; `less dense` is the accuracy less the dense model's.
+    tau is Kendall's with gold, which the embedded world has; on own data the score on each
+    benchmark stands there. `less dense` is the accuracy less the dense model's.
     """
     rows = {}  # {reward model: [one row a seed]}
     for name in (DENSE, *a.sarms):
         rows[name] = []
         for s in seeds(a):
             summary = read_json(a.output_dir, "rm", name, f"seed_{s}", "summary.json")
-            tau = summary["eval/gold_kendall_tau"]
-            rows[name].append({"accuracy": summary["eval/accuracy"], "tau": tau})
+            row = {"accuracy": summary["eval/accuracy"]}
+            if has_own_data(a):
+                row |= read_benchmarks(a, s, name)
+            else:
+                row["tau"] = summary["eval/gold_kendall_tau"]
+            rows[name].append(row)
 
     table = {}
     for name in rows:
@@ -532,6 +635,18 @@ def accuracy_table(a):
         if name != DENSE:
             table[name]["less dense"] = over_seeds(rows[name], rows[DENSE])["accuracy"]
     return table
+
+
+def read_benchmarks(a, s, name):
+    """{benchmark: the first of its metrics} of a seed's reward model."""
+    place = (DENSE, *a.sarms).index(name)
+    scores = {}
+    for benchmark in benchmarks_of(a):
+        summary = read_json(a.output_dir, benchmark, f"seed_{s}", "summary.json")
+        # Reward models stand there in the order of the command.
+        results = list(summary["rewards"].values())[place]
+        scores[benchmark] = results[summary["metrics"][0]][0]
+    return scores
 
 
 def control_tables(outcomes):
@@ -588,14 +703,21 @@ def print_table(table):
 
 
 def draw(figure, outcomes):
-    """Gold and the rate of the cue, arm by arm.
+    """Gold and the rate of the cue, or what else there is, arm by arm.
 
     A dot a seed (hollow where no features were found), and a bar at the mean of the filled ones.
     """
-    labels = {"cue": "share of held-out answers with the cue", "gold": "gold reward, held out"}
+    labels = {
+        "cue": "share of held-out answers with the cue",
+        "gold": "gold reward, held out",
+        "proxy": "the reward model's score, held out",
+        "kl": "KL to the SFT policy, nats",
+    }
+    first_outcome = next(iter(outcomes["before"].values()))
+    shown = [metric for metric in labels if metric in first_outcome][:2]
     shared_seeds = seeds_of_all_arms(outcomes)
     figure.set_size_inches(9, 3.6)
-    for i, (metric, label) in enumerate(labels.items()):
+    for i, metric in enumerate(shown):
         axis = figure.add_subplot(1, 2, i + 1)
         for y, (arm, rows) in enumerate(outcomes.items()):
             color = color_of(arm)
@@ -610,12 +732,12 @@ def draw(figure, outcomes):
                 axis.plot([mean, mean], [y - 0.4, y + 0.4], color=color)
         axis.set_yticks(range(len(outcomes)), list(outcomes))
         axis.invert_yaxis()
-        axis.set_xlabel(label)
+        axis.set_xlabel(labels[metric])
 
 
 def color_of(arm):
     """Black before PPO, red without control, blue with it, grey for the controls."""
-    kind = arm.removeprefix("truth_")
+    kind = arm.removeprefix("truth_").removeprefix("named_")
     if kind == "before":
         return "black"
     if kind in ("plain", DENSE):
@@ -629,7 +751,7 @@ def color_of(arm):
 
 
 @dataclass
-class Settings(StudyFlags):
+class Settings(OwnDataFlags, StudyFlags):
     """What is compared: SARMs, and the control of PPO"""
 
     output_dir: str = HfArg(
@@ -651,6 +773,16 @@ class Settings(StudyFlags):
         default=False,
         help="control by the features that follow the cue best, by the truth: no blind test",
     )
+    features: str = HfArg(
+        default="",
+        help="own data: control by these features, such as 3,17, in the place of the rule's",
+    )
+    dataset: str = HfArg(
+        default="", help="RewardBench 2's file: half of its questions are learned from"
+    )
+    rm_bench: str = HfArg(
+        default="", help="RM-Bench's file, of which half is learned from too; goes with --dataset"
+    )
     layer: int = HfArg(default=2, help="number of the block after which the SARMs end")
     steps: int = HfArg(default=40, help="rollouts of each PPO run")
     eval_every: int = HfArg(default=10, help="evaluate PPO every N rollouts")
@@ -665,11 +797,27 @@ class Settings(StudyFlags):
     head_flags: str = HfArg(default="--lr 1e-2", help="flags of reward_first's head")
     probe_flags: str = HfArg(default="", help="further flags of probe.py reward_features")
     human_flags: str = HfArg(default="", help="further flags of probe.py human_latents")
+    evaluate_flags: str = HfArg(
+        default="", help="own data: further flags of probe.py evaluate, on the benchmarks"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         is_trained = self.against in (DENSE, *self.sarms)
         require(is_trained, f"--against {self.against}: it is not among --sarms")
+        check_own_data(self)
+
+
+def check_own_data(a):
+    """InputErrors of the flags for one's own data."""
+    parse_ids(a.features)
+    for name in ("rm_bench", "features", "evaluate_flags"):
+        is_alone = getattr(a, name) and not a.dataset
+        require(not is_alone, f"--{name} is for data of your own: it goes with --dataset")
+    require(not a.pairs, "--pairs: here they are made of the benchmarks' questions")
+    require(not (a.truth and a.dataset), "--truth: no cue is known in data of your own")
+    is_one = a.seeds == 1 or not a.features
+    require(is_one, "--features are those of one seed's reward model: add --seeds 1")
 
 
 def read_settings(args: list[str] | None = None) -> Settings:
@@ -680,8 +828,16 @@ def read_settings(args: list[str] | None = None) -> Settings:
 def main(args=None):
     """Run what is not done yet, then print the tables and draw the picture."""
     a = read_settings(args)
-    for s in seeds(a):
-        write_texts(a, s)
+    remarks = describe_differences(a)
+    if a.dry_run:
+        print_plan(plan(a), a, remarks, later=describe_control(a))
+        return
+    print_remarks(remarks)
+    if has_own_data(a):
+        write_sides(divide_benchmarks(benchmarks_of(a)), f"{a.output_dir}/data")
+    else:
+        for s in seeds(a):
+            write_texts(a, s)
     for stage in first_commands(a):
         run_stage(stage, a.jobs)
 
@@ -703,8 +859,12 @@ def main(args=None):
 
     truths = {}
     for s in seeds(a):
-        truths[s] = compare_with_truth(a, s, found[s])
-        print_answer(a, s, found[s], truths[s])
+        truths[s] = {}
+        if has_own_data(a):
+            print(f"seed {s}: control by the features {found[s]['features']}")
+        else:
+            truths[s] = compare_with_truth(a, s, found[s])
+            print_answer(a, s, found[s], truths[s])
     outcomes = outcomes_of(a, found)
     tables = {"reward models": accuracy_table(a), **control_tables(outcomes)}
     for title, table in tables.items():
@@ -720,6 +880,33 @@ def main(args=None):
     write_summary(Path(a.output_dir, named(a, "summary.json")), summary)
     picture = a.picture or f"{a.output_dir}/{named(a, 'control.png')}"
     draw_picture(draw, outcomes, picture)
+
+
+def describe_differences(a):
+    """What is different on own data: lines to print. InputError: a benchmark cannot be divided."""
+    lines = describe_own_data(a)
+    if lines:
+        lines.append(describe_sides(divide_benchmarks(benchmarks_of(a))))
+        lines.append("no known cue: its rate is not measured, nor whether the rule is right")
+    return lines
+
+
+def plan(a):
+    """The stages that are known before any feature is: those of arms without features come last."""
+    without_features = []
+    for s in seeds(a):
+        without_features += arms(a, s, {"features": []}).values()
+    return [*first_commands(a), without_features]
+
+
+def describe_control(a):
+    """What is run in addition where features are found, for --dry_run."""
+    n_controls = 0 if a.truth else 2  # random and negative features
+    n_arms = len(CONTROLLED) + n_controls
+    return (
+        f"For each seed whose features are found: probe.py human_latents, and up to {n_arms} more "
+        f"runs of train_ppo.py, each {a.steps} steps, under control by these features."
+    )
 
 
 def print_answer(a, s, found, truth):

@@ -1,10 +1,14 @@
-"""What PPO changed inside, over seeds, on the embedded world: divergence,
+r"""What PPO changed inside, over seeds, on the embedded world: divergence,
 autoencoders, probes of the reward, ablations.
 
     two runs side by side, one thread each; prints every command:
         python -m nanorlhf.studies.feedback_patterns
     the same tables in minutes: one seed, short runs:
         python -m nanorlhf.studies.feedback_patterns --quick
+    your own model, texts and lexicon; prints all commands, and runs them
+    without the last flag:
+        python -m nanorlhf.studies.feedback_patterns --model MODEL \
+            --dataset texts.jsonl --reward_model lexicon.tsv --layer 5 --dry_run
 
 One SFT policy. A seed is a reward model on its own 800 pairs with their own
 spurious cue, a PPO run against it, and sparse autoencoders of the policy and of
@@ -18,15 +22,26 @@ or prompts of one policy.
 Pitfall: a policy less its base is what any further training changed. The
 control, a base trained on without a reward, is not among these commands:
 feedback_patterns.md has it.
+
+On your own data (own_data.py) --dataset holds rows {prompt, response}: PPO
+answers the prompts, autoencoders and probes read the texts. The reward is
+--reward_model, or a reward model of each seed, trained on --pairs. With --policy
+a policy that is there takes PPO's place. Words are probed where the reward, or
+gold, is a lexicon, and pairs where there are --pairs. Features have no known
+concepts: look at what `probe.py features` found, and name those to ablate with
+--features.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from transformers.hf_argparser import HfArg
 
+from ..errors import at_least, require
+from ..runtime.results import parse_ids
 from ..stats import t_interval
 from .common import (
     StudyFlags,
@@ -38,6 +53,18 @@ from .common import (
     with_interval,
     write_summary,
 )
+from .own_data import (
+    OwnDataFlags,
+    describe_own_data,
+    has_own_data,
+    pair_flags,
+    print_remarks,
+    prompt_flags,
+    sft_commands,
+    sft_of,
+    spaced,
+)
+from .plan import print_plan
 
 # The probes: {name: what it adds to the command}.
 PROBES = {
@@ -76,15 +103,52 @@ QUICK = {
 
 
 @dataclass
-class Settings(StudyFlags):
-    """Further flags of the commands that look inside"""
+class Settings(OwnDataFlags, StudyFlags):
+    """What is looked at, and further flags of the commands that look inside"""
 
     output_dir: str = HfArg(
         default="runs/patterns", help="the folder of all runs, of tables and of pictures"
     )
+    reward_model: str = HfArg(
+        default="",
+        help="own data: what PPO is trained on, a reward as of train_ppo.py; by default a reward "
+        "model of each seed, trained on --pairs",
+    )
+    policy: str = HfArg(
+        default="",
+        help="own data: a policy that was trained from --model on --reward_model already, in the "
+        "place of PPO",
+    )
+    layer: int = HfArg(
+        default=3,
+        help="number of the block whose residual stream gets an autoencoder: the last one of the "
+        "embedded world's models",
+    )
+    features: str = HfArg(
+        default="",
+        help="own data: numbers of the features of that autoencoder to ablate, such as 3,17",
+    )
     sae_flags: str = HfArg(default="", help="further flags of train_sae.py")
     probe_flags: str = HfArg(default="", help="further flags of probe.py reward and pairs")
     ablate_flags: str = HfArg(default="", help="further flags of probe.py ablate")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 0, "layer")
+        parse_ids(self.features)
+        for name in ("reward_model", "policy", "features"):
+            is_alone = getattr(self, name) and not self.dataset
+            require(not is_alone, f"--{name} is for data of your own: it goes with --dataset")
+        has_reward = self.reward_model or self.pairs
+        require(
+            has_reward or not self.dataset,
+            "name a --reward_model, or --pairs to train one on",
+        )
+        # The policy is one, and features are numbered anew in each seed's autoencoder.
+        for name in ("policy", "features"):
+            is_one = self.seeds == 1 or not getattr(self, name)
+            require(is_one, f"--{name} is that of one seed: add --seeds 1")
+        require(self.reward_model or not self.policy, "--policy: name its --reward_model too")
 
 
 def read_settings(args: list[str] | None = None) -> Settings:
@@ -97,7 +161,7 @@ def read_settings(args: list[str] | None = None) -> Settings:
 
 def commands(a) -> list[list[str]]:
     """The study as lists of command lines: what stands in one list can run side by side."""
-    stages = [[f"train_sft.py --output_dir {sft_of(a)} {a.sft_flags}"]]
+    stages = [sft_commands(a)]
     for commands_of_seed in (
         reward_commands,
         ppo_commands,
@@ -113,46 +177,68 @@ def commands(a) -> list[list[str]]:
     return stages
 
 
-def sft_of(a) -> str:
-    """The folder of the SFT policy, the base of all that PPO trains."""
-    return f"{a.output_dir}/sft"
-
-
 def folder_of(a, name: str, seed: int) -> str:
     """The folder of a seed's run."""
     return f"{a.output_dir}/{name}/seed_{seed}"
 
 
+def reward_of(a, seed: int) -> str:
+    """What the policy of a seed is trained on."""
+    if a.reward_model:
+        return quote(a.reward_model)
+    return folder_of(a, "rm", seed)
+
+
+def policy_of(a, seed: int) -> str:
+    """The policy of a seed, whose base is the SFT policy."""
+    if a.policy:
+        return quote(a.policy)
+    return folder_of(a, "ppo", seed)
+
+
+def text_flags(a) -> str:
+    """The flags of a command that reads texts, with a space behind."""
+    if not has_own_data(a):
+        return ""
+    return f"--dataset {quote(a.dataset)} {spaced(a.data_flags)}"
+
+
 def reward_commands(a, seed: int) -> list[str]:
-    """A reward model on pairs with the seed's own spurious cue."""
+    """A reward model on pairs with the seed's own spurious cue; none where there is a reward."""
+    if a.reward_model:
+        return []
     return [
-        f"train_rm.py --model {sft_of(a)} --dataset world:{seed} --seed {seed} "
+        f"train_rm.py --model {sft_of(a)} {pair_flags(a, seed)} --seed {seed} "
         f"--output_dir {folder_of(a, 'rm', seed)} {a.rm_flags}"
     ]
 
 
 def ppo_commands(a, seed: int) -> list[str]:
-    """A PPO run against the seed's reward model."""
+    """A PPO run against the seed's reward; none where there is a policy."""
+    if a.policy:
+        return []
+    prompts = prompt_flags(a) or f"--dataset world:{seed} "
     return [
-        f"train_ppo.py --model {sft_of(a)} --reward_model {folder_of(a, 'rm', seed)} "
-        f"--dataset world:{seed} --seed {seed} --output_dir {folder_of(a, 'ppo', seed)} "
+        f"train_ppo.py --model {sft_of(a)} --reward_model {reward_of(a, seed)} "
+        f"{prompts}--seed {seed} --output_dir {folder_of(a, 'ppo', seed)} "
         f"{a.ppo_flags}"
     ]
 
 
 def autoencoder_commands(a, seed: int) -> list[str]:
     """The divergence of policy and base, and autoencoders of MLPs and of the residual stream."""
-    policy = folder_of(a, "ppo", seed)
+    policy = policy_of(a, seed)
     divergence = (
-        f"probe.py divergence --model {sft_of(a)} --policy {policy} "
+        f"probe.py divergence --model {sft_of(a)} --policy {policy} {text_flags(a)}"
         f"--output_dir {folder_of(a, 'divergence', seed)}"
     )
-    autoencoder = f"train_sae.py --model {policy} --base {sft_of(a)} --seed {seed}"
+    texts = text_flags(a)
+    autoencoder = f"train_sae.py --model {policy} --base {sft_of(a)} {texts}--seed {seed}"
     # Without --site and --layers it is the MLPs of the two layers that moved most.
     return [
         divergence,
         f"{autoencoder} --output_dir {folder_of(a, 'sae', seed)} {a.sae_flags}",
-        f"{autoencoder} --site residual --layers 3 "
+        f"{autoencoder} --site residual --layers {a.layer} "
         f"--output_dir {folder_of(a, 'sae_residual', seed)} {a.sae_flags}",
     ]
 
@@ -160,35 +246,111 @@ def autoencoder_commands(a, seed: int) -> list[str]:
 def probe_commands(a, seed: int) -> list[str]:
     """All probes of the reward."""
     lines = []
-    for number, flags in enumerate(PROBES.values()):
-        flags = flags.format(sae=folder_of(a, "sae", seed))
+    for name in probes_of(a):
+        flags = PROBES[name].format(sae=folder_of(a, "sae", seed))
         lines.append(
-            f"probe.py {flags} --model {sft_of(a)} --policy {folder_of(a, 'ppo', seed)} "
-            f"{a.probe_flags} --output_dir {folder_of(a, f'probe_{number}', seed)}"
+            f"probe.py {flags} --model {sft_of(a)} --policy {policy_of(a, seed)} "
+            f"{target_flags(a, name, seed)}{a.probe_flags} "
+            f"--output_dir {folder_of(a, folder_of_probe(name), seed)}"
         )
     return lines
 
 
+def probes_of(a) -> list[str]:
+    """The names of the probes: on own data, of those for which there is a true reward."""
+    names = []
+    for name in PROBES:
+        has_target = True
+        if has_own_data(a) and name.startswith("words"):
+            has_target = bool(lexicon_of(a))
+        if has_own_data(a) and name.startswith("pairs"):
+            has_target = bool(a.pairs)
+        if has_target:
+            names.append(name)
+    return names
+
+
+def folder_of_probe(name: str) -> str:
+    """The name of a probe's folder: its number among all probes."""
+    return f"probe_{list(PROBES).index(name)}"
+
+
+def lexicon_of(a) -> str:
+    """The lexicon that says what words are worth: gold, or the reward; "" where neither is one."""
+    for reward in (a.gold_model, a.reward_model):
+        if reward.endswith(".tsv"):
+            return reward
+    return ""
+
+
+def target_flags(a, name: str, seed: int) -> str:
+    """The flags of what a probe reads, and of the true reward that it looks for, on own data."""
+    if not has_own_data(a):
+        return ""
+    if name.startswith("pairs"):
+        return f"{pair_flags(a, seed)} "
+    if name.startswith("words"):
+        return f"{text_flags(a)}--reward {quote(lexicon_of(a))} "
+    return f"{text_flags(a)}--reward {rewards_of(a, seed)[0]} "
+
+
+def rewards_of(a, seed: int) -> list[str]:
+    """What answers are worth: gold first, where it is known, then what PPO was trained on."""
+    rewards = [reward_of(a, seed)]
+    if not has_own_data(a):
+        return ["world:gold", *rewards]
+    if a.gold_model and a.gold_model != a.reward_model:
+        return [quote(a.gold_model), *rewards]
+    return rewards
+
+
 def concept_commands(a, seed: int) -> list[str]:
-    """Known concepts among the features of all autoencoders."""
+    """What the features of all autoencoders are: known concepts among them, and where they fire."""
     mlp = folder_of(a, "sae", seed)
     residual = folder_of(a, "sae_residual", seed)
     return [
-        f"probe.py features --sae {mlp}/*/* {residual}/*/* --top 5 "
+        f"probe.py features --sae {mlp}/*/* {residual}/*/* --top 5 {text_flags(a)}"
         f"--output_dir {folder_of(a, 'features', seed)}"
     ]
 
 
 def ablation_commands(a, seed: int) -> list[str]:
     """What the policy writes without some features: all ablations."""
+    prompts = text_flags(a) or f"--dataset world:{seed} "
+    rewards = " ".join(rewards_of(a, seed))
     lines = []
-    for number, flags in enumerate(ABLATIONS.values()):
+    for number, flags in enumerate(ablations_of(a).values()):
         lines.append(
-            f"probe.py ablate --sae {folder_of(a, 'sae_residual', seed)}/policy/3_residual "
-            f"{flags} --top 10 --dataset world:{seed} "
-            f"--reward world:gold {folder_of(a, 'rm', seed)} {a.ablate_flags} "
+            f"probe.py ablate --sae {folder_of(a, 'sae_residual', seed)}/policy/{a.layer}_residual "
+            f"{flags} --top 10 {prompts}"
+            f"--reward {rewards} {a.ablate_flags} "
             f"--output_dir {folder_of(a, f'ablate_{number}', seed)}"
         )
+    return lines
+
+
+def ablations_of(a) -> dict[str, str]:
+    """The ablations, as ABLATIONS: on own data that of the features that are named, or none."""
+    if not has_own_data(a):
+        return ABLATIONS
+    if not a.features:
+        return {}
+    return {"are named": f"--features {a.features}"}
+
+
+def describe_differences(a) -> list[str]:
+    """What is different on own data: lines to print."""
+    lines = describe_own_data(a)
+    if not lines:
+        return []
+    lines.append("no known concepts: features are described, and not counted")
+    if not lexicon_of(a):
+        lines.append("words are not probed: neither gold nor the reward is a lexicon, FILE.tsv")
+    if not a.pairs:
+        lines.append("pairs are not probed: there are no --pairs")
+    if not a.features:
+        found = folder_of(a, "features", 0)
+        lines.append(f"nothing is ablated: choose --features by what {found} says of them")
     return lines
 
 
@@ -199,10 +361,11 @@ def read_tables(a) -> dict[str, dict[str, tuple[float, float]]]:
     """All tables of the study: {title: {row: (mean, half-width)}}."""
     divergence = over_seeds(a, "divergence", read_divergences)
     tables = {"divergence, sum of Frobenius norms": divergence}
-    for number, name in enumerate(PROBES):
-        tables[f"probe, {name}"] = over_seeds(a, f"probe_{number}", read_probe)
-    tables["concepts with an AUC above .95"] = over_seeds(a, "features", read_concepts)
-    for number, name in enumerate(ABLATIONS):
+    for name in probes_of(a):
+        tables[f"probe, {name}"] = over_seeds(a, folder_of_probe(name), read_probe)
+    if not has_own_data(a):
+        tables["concepts with an AUC above .95"] = over_seeds(a, "features", read_concepts)
+    for number, name in enumerate(ablations_of(a)):
         title = f"ablation of features that {name}"
         tables[title] = over_seeds(a, f"ablate_{number}", read_effects)
     return tables
@@ -278,7 +441,8 @@ def probe_lines(tables: dict[str, dict]) -> dict[str, dict[str, tuple[float, flo
     """The tables of the probes -> the picture's lines: {label: {input: (mean, half-width)}}."""
     lines = {}
     for probe in PROBES:
-        for name, interval in tables[f"probe, {probe}"].items():
+        # On own data some probes may be missing.
+        for name, interval in tables.get(f"probe, {probe}", {}).items():
             if name.startswith("policy less"):
                 continue
             # "tau: policy, SAE features" -> what is read, and which of its numbers.
@@ -332,6 +496,11 @@ def draw(figure, lines: dict[str, dict[str, tuple[float, float]]]):
 def main(args=None):
     """Run what is not done yet, then print the tables and draw the picture."""
     a = read_settings(args)
+    remarks = describe_differences(a)
+    if a.dry_run:
+        print_plan(commands(a), a, remarks)
+        return
+    print_remarks(remarks)
     for stage in commands(a):
         run_stage(stage, a.jobs)
 

@@ -5,10 +5,11 @@ coefficients with k1 or k2 as the KL in the reward.
         python -m nanorlhf.studies.generalisation
     the same tables in minutes: one seed, two KL coefficients, short runs:
         python -m nanorlhf.studies.generalisation --quick
-    your own model, reward and data:
+    your own model, reward and data; prints all commands, and runs them without
+    the last flag:
         python -m nanorlhf.studies.generalisation --model stories3M \
-            --reward_model vader_lexicon.tsv \
-            --data_flags "--dataset prompts.jsonl ..."
+            --dataset prompts.jsonl --reward_model vader_lexicon.tsv \
+            --data_flags "--in_distribution 'words:prompt<=6'" --dry_run
 
 After Kirk et al. 2024 (2310.06452). One SFT policy (--model: one that is
 there). A seed is a reward model on its own 800 pairs with their own spurious
@@ -24,6 +25,11 @@ answer to each prompt; 'cut' is of the first words of each answer alone. PPO's
 KL is that of its own last evaluation. All systems are sampled with noise of
 their own; the pool that best-of-n draws from is one for all seeds, as the
 prompts are.
+
+On your own data (own_data.py) --data_flags say with --in_distribution what is
+in, for SFT and reward models too; or name other files in --splits. The words of
+diversity are then the tokens of the SFT policy, if --diversity_flags say
+nothing else.
 """
 
 import json
@@ -37,6 +43,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from ..bon import bon_kl
+from ..errors import require
 from ..evals.diversity_report import FILE
 from ..stats import t_interval, win_points
 from ..world import vocabulary
@@ -52,18 +59,31 @@ from .common import (
     run_stage,
     write_summary,
 )
+from .own_data import (
+    OwnDataFlags,
+    describe_own_data,
+    has_own_data,
+    pair_flags,
+    print_remarks,
+    prompt_flags,
+    sft_commands,
+    sft_of,
+)
+from .plan import print_plan
 
 SFT = "sft"
 BON = "best_of_n"
 KINDS = ("k1", "k2")
 # The metrics of diversity.json that are compared, and how the tables call them.
 DIVERSITY = {"ead": "EAD", "embedding": "emb", "distinct": "dist"}
+# How diversity is measured in the embedded world: among its words, and also in 16 of each answer.
+DIVERSITY_FLAGS = f"--vocab_size {len(vocabulary())} --truncate 16"
 # What --quick puts in the place of the flags' defaults: the two ends of the KL coefficients.
 QUICK = {"seeds": 1, "kl_coef": [0.02, 0.2], "steps": 15, "prompts": 20, "answers": 8, "n": 8}
 
 
 @dataclass
-class Settings(StudyFlags):
+class Settings(OwnDataFlags, StudyFlags):
     """What is compared: models, penalties, prompts and answers"""
 
     output_dir: str = HfArg(
@@ -86,9 +106,6 @@ class Settings(StudyFlags):
     prompts: int = HfArg(default=60, help="prompts of each split")
     answers: int = HfArg(default=16, help="K: answers to each prompt")
     n: int = HfArg(default=16, help="the n of best-of-n")
-    model: str = HfArg(
-        default="", help="the SFT policy; by default one is trained on the embedded world"
-    )
     reward_model: str = HfArg(
         default="", help="the reward of all seeds; by default each seed trains its own"
     )
@@ -99,13 +116,20 @@ class Settings(StudyFlags):
         default="", help="the file of the picture; by default OUTPUT_DIR/generalisation.png"
     )
     bon_flags: str = HfArg(default="", help="further flags of sample_bon.py")
-    data_flags: str = HfArg(
-        default="", help="further flags of PPO and of sampling, such as --dataset"
-    )
     diversity_flags: str = HfArg(
-        default=f"--vocab_size {len(vocabulary())} --truncate 16",
-        help="flags with which sample_bon.py measures diversity",
+        default=DIVERSITY_FLAGS,
+        help="flags with which sample_bon.py measures diversity; on own data by default "
+        "--tokenizer SFT_POLICY --truncate 16",
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        needs_rule = self.dataset and "ood" in self.splits
+        require(
+            not needs_rule or "--in_distribution" in self.data_flags,
+            '--splits ood: say what is in with --data_flags "--in_distribution ...", or name '
+            "files, such as --splits test ood=FILE",
+        )
 
 
 def read_settings(args: list[str] | None = None) -> Settings:
@@ -152,14 +176,12 @@ def answers_of(a, name: str, seed: int, part: str) -> str:
 def commands(a) -> list[list[str]]:
     """The study as lists of command lines: what stands in one list can run side by side."""
     # A policy and a reward that are there need no training.
-    policies = []
-    if not a.model:
-        policies.append(f"train_sft.py --output_dir {sft_of(a)} {a.sft_flags}")
+    policies = sft_commands(a)
     rewards = []
     if not a.reward_model:
         for seed in range(a.seeds):
             rewards.append(
-                f"train_rm.py --model {sft_of(a)} --dataset world:{seed} --seed {seed} "
+                f"train_rm.py --model {sft_of(a)} {pair_flags(a, seed)} --seed {seed} "
                 f"--output_dir {reward_of(a, seed)} {a.rm_flags}"
             )
 
@@ -176,14 +198,11 @@ def commands(a) -> list[list[str]]:
     return [policies, rewards, runs, answers, diversity]
 
 
-def sft_of(a) -> str:
-    """The folder of the SFT policy."""
-    return a.model or f"{a.output_dir}/sft"
-
-
 def reward_of(a, seed: int) -> str:
     """The reward of a seed."""
-    return a.reward_model or f"{a.output_dir}/rm/seed_{seed}"
+    if a.reward_model:
+        return quote(a.reward_model)
+    return f"{a.output_dir}/rm/seed_{seed}"
 
 
 def ppo_folder(a, name: str, seed: int) -> str:
@@ -194,7 +213,7 @@ def ppo_folder(a, name: str, seed: int) -> str:
 def data_flags_of(a) -> str:
     """The flags of the data that everything is evaluated on."""
     splits = " ".join(quote(item) for item in a.splits)
-    return f"{a.data_flags} --eval_splits {splits}"
+    return f"{prompt_flags(a)} --eval_splits {splits}"
 
 
 def sampling_flags_of(a) -> str:
@@ -205,10 +224,17 @@ def sampling_flags_of(a) -> str:
 def pool_command(a) -> str:
     """Sample the n K answers of SFT that all seeds choose their best-of-n answers from."""
     return (
-        f"sample_bon.py --model {sft_of(a)} --reward_model {a.reward_model or 'world:gold'} "
+        f"sample_bon.py --model {sft_of(a)} --reward_model {reward_of_pool(a)} "
         f"--n_answers {a.n * a.answers} {sampling_flags_of(a)} --seed 2000 "
         f"--output_dir {a.output_dir}/pool"
     )
+
+
+def reward_of_pool(a) -> str:
+    """The reward that looks at the pool first; it chooses nothing."""
+    if has_own_data(a) or a.reward_model:
+        return reward_of(a, 0)
+    return "world:gold"
 
 
 def ppo_command(a, name: str, cell: tuple[str, float], seed: int) -> str:
@@ -251,11 +277,20 @@ def answer_commands(a, name: str, seed: int) -> list[str]:
 def diversity_command(a, seed: int, part: str) -> str:
     """Measure the diversity of all systems' answers to the prompts of a split."""
     files = " ".join(answers_of(a, name, seed, part) for name in list_systems(a))
-    encoder = a.encoder or sft_of(a)
+    encoder = sft_of(a)
+    if a.encoder:
+        encoder = quote(a.encoder)
     return (
-        f"sample_bon.py --from {files} --encoder {encoder} {a.diversity_flags} "
+        f"sample_bon.py --from {files} --encoder {encoder} {diversity_flags_of(a)} "
         f"--output_dir {a.output_dir}/diversity/seed_{seed}/{part}"
     )
+
+
+def diversity_flags_of(a) -> str:
+    """The flags of diversity. The number of the embedded world's words says nothing of other data."""
+    if has_own_data(a) and a.diversity_flags == DIVERSITY_FLAGS:
+        return f"--tokenizer {sft_of(a)} --truncate 16"
+    return a.diversity_flags
 
 
 def finished(a, command: str) -> bool:
@@ -580,8 +615,17 @@ def draw_group(axis, group: str, rows: dict[str, dict], won: str, number: int):
 def main(args=None):
     """Run what is not done yet, then print the tables and draw the picture."""
     a = read_settings(args)
+
+    def is_done(command):
+        return finished(a, command)
+
+    remarks = describe_own_data(a)
+    if a.dry_run:
+        print_plan(commands(a), a, remarks, is_done)
+        return
+    print_remarks(remarks)
     for stage in commands(a):
-        run_stage(stage, a.jobs, lambda command: finished(a, command))
+        run_stage(stage, a.jobs, is_done)
 
     tables = compare_seeds(a, [measure_seed(a, seed) for seed in range(a.seeds)])
     print(

@@ -1,22 +1,32 @@
-"""The overoptimisation study on the embedded world: best-of-n and PPO, {one reward
+r"""The overoptimisation study on the embedded world: best-of-n and PPO, {one reward
 model, mean, WCO, UWO} x label noise x KL penalty.
 
     two runs side by side, one thread each; prints every command:
         python -m nanorlhf.studies.overoptimisation
     the same tables in minutes: one seed, short runs, noise and no KL penalty:
         python -m nanorlhf.studies.overoptimisation --quick
+    your own model and data; prints all commands, and runs them without the
+    last flag:
+        python -m nanorlhf.studies.overoptimisation --model MODEL \
+            --sft_dataset demonstrations.jsonl --pairs pairs.jsonl \
+            --dataset prompts.jsonl --gold_model REWARD --dry_run
 
 One SFT policy. A seed of the study is five reward models of its own (their own
 800 pairs and spurious cue, their own flipped labels, their own heads and data
 orders), of which "single" is the first, and a PPO run of its own for each cell.
 Runs that are done are not done again, so it goes on where it was stopped. At
 the end a table over seeds, as text and in summary.json, and the pictures.
+
+On your own data (own_data.py) all seeds share the pairs. Without a --gold_model
+tables and pictures show the proxy, the score that is optimised. It cannot show
+overoptimisation.
 """
 
 import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from transformers.hf_argparser import HfArg
 
@@ -33,6 +43,17 @@ from .common import (
     with_interval,
     write_summary,
 )
+from .own_data import (
+    OwnDataFlags,
+    describe_own_data,
+    has_own_data,
+    pair_flags,
+    print_remarks,
+    prompt_flags,
+    sft_commands,
+    sft_of,
+)
+from .plan import print_plan
 
 SINGLE = "single"  # one reward model
 METHODS = (SINGLE, *OBJECTIVES)  # of PPO: against one reward model, or all by each objective
@@ -56,12 +77,6 @@ QUICK = {
 
 def commands(a):
     """The study as lists of command lines: what stands in one list can run side by side."""
-    out = a.output_dir
-    sft = f"train_sft.py --output_dir {out}/sft {a.sft_flags}"
-    pool = (
-        f"sample_bon.py --model {out}/sft --reward_model world:gold --n_answers {a.n_answers} "
-        f"--eval_size {a.prompts} --output_dir {out}/pool {a.bon_flags}"
-    )
     reward_models = []
     best_of_n = []
     policies = []
@@ -72,7 +87,32 @@ def commands(a):
             for kl_coef in a.kl_coef:
                 for method in METHODS:
                     policies.append(train_policy(a, s, noise, kl_coef, method))
-    return [[sft], [pool, *reward_models], policies, best_of_n]
+    pool = sample_pool(a)
+    if measure_of(a) == "gold":
+        return [sft_commands(a), [pool, *reward_models], policies, best_of_n]
+    # Without gold the pool is scored by a reward model, which has to be there.
+    return [sft_commands(a), reward_models, [pool], policies, best_of_n]
+
+
+def measure_of(a):
+    """What tables show: gold, or without a gold reward the proxy."""
+    if has_own_data(a) and not a.gold_model:
+        return "proxy"
+    return "gold"
+
+
+def sample_pool(a):
+    """The command that samples the answers which best-of-n chooses from, for all seeds."""
+    reward_model = "world:gold"
+    if has_own_data(a):
+        reward_model = quote(a.gold_model)
+    if measure_of(a) == "proxy":
+        reward_model = first_folder(a, 0, a.label_noise[0])
+    return (
+        f"sample_bon.py --model {sft_of(a)} --reward_model {reward_model} {prompt_flags(a)}"
+        f"--n_answers {a.n_answers} --eval_size {a.prompts} --output_dir {a.output_dir}/pool "
+        f"{a.bon_flags}"
+    )
 
 
 def members_of(a, s, noise):
@@ -83,6 +123,11 @@ def members_of(a, s, noise):
 def first_member(a, s):
     """The own seed of the first of a seed's reward models: no two seeds share a member."""
     return s * a.members
+
+
+def first_folder(a, s, noise):
+    """The folder of the first of a seed's reward models."""
+    return members_of(a, s, noise).replace("{seed}", str(first_member(a, s)))
 
 
 def bon_folder(a, s, noise):
@@ -96,7 +141,7 @@ def ppo_folder(a, s, noise, kl_coef, method):
 def train_members(a, s, noise):
     """The command that trains a seed's reward models."""
     return (
-        f"train_rm.py --members {a.members} --model {a.output_dir}/sft --dataset world:{s} "
+        f"train_rm.py --members {a.members} --model {sft_of(a)} {pair_flags(a, s)} "
         f"--seed {first_member(a, s)} --label_noise {noise:g} --noise_seed {s} "
         f"--output_dir {members_of(a, s, noise)} {a.rm_flags}"
     )
@@ -117,10 +162,10 @@ def train_policy(a, s, noise, kl_coef, method):
     reward_model = members_of(a, s, noise)
     objective = method
     if method == SINGLE:
-        reward_model = reward_model.replace("{seed}", str(first_member(a, s)))
+        reward_model = first_folder(a, s, noise)
         objective = "mean"  # of one
     return (
-        f"train_ppo.py --model {a.output_dir}/sft --reward_model {reward_model} "
+        f"train_ppo.py --model {sft_of(a)} --reward_model {reward_model} {prompt_flags(a)}"
         f"--objective {objective} --kl_coef {kl_coef:g} --seed {s} --steps {a.steps} "
         f"--eval_every {a.eval_every} --output_dir {ppo_folder(a, s, noise, kl_coef, method)} "
         f"{a.ppo_flags}"
@@ -130,14 +175,14 @@ def train_policy(a, s, noise, kl_coef, method):
 # ----------------------------------------------------------------------------------- the results
 
 
-def ppo_curve(run):
-    """[(step, gold on held-out prompts)] of a PPO run."""
+def ppo_curve(run, measure="gold"):
+    """[(step, gold on held-out prompts)] of a PPO run. measure: gold, or proxy."""
     curve = []
     with open(f"{run}/metrics.jsonl") as f:
         for line in f:
             row = json.loads(line)
-            if "eval/gold" in row:
-                curve.append((row["step"], row["eval/gold"]))
+            if f"eval/{measure}" in row:
+                curve.append((row["step"], row[f"eval/{measure}"]))
     return curve
 
 
@@ -152,8 +197,11 @@ def bon_names() -> list[str]:
     return names
 
 
-def bon_curve(run, name):
-    """[(n, gold)] of a best-of-n run; "single" is the mean over its members' curves."""
+def bon_curve(run, name, measure="gold"):
+    """[(n, gold)] of a best-of-n run; "single" is the mean over its members' curves.
+
+    measure: gold, or proxy.
+    """
     with open(f"{run}/bon_results.json") as f:
         results = json.load(f)
     if name == SINGLE:
@@ -163,8 +211,8 @@ def bon_curve(run, name):
 
     mean_curve = []
     for points in zip(*curves):  # of all curves at the same n
-        gold = statistics.mean(point["gold_score"] for point in points)
-        mean_curve.append((points[0]["n"], gold))
+        score = statistics.mean(point[f"{measure}_score"] for point in points)
+        mean_curve.append((points[0]["n"], score))
     return mean_curve
 
 
@@ -189,11 +237,13 @@ def cell_of(curves):
 def read_tables(a):
     """{title: {method: cell}}: best-of-n at each label noise, PPO also at each KL coefficient."""
     seeds = range(a.seeds)
+    measure = measure_of(a)
     tables = {}
     for noise in a.label_noise:
+        runs = [bon_folder(a, s, noise) for s in seeds]
         cells = {}
         for name in bon_names():
-            cells[name] = cell_of([bon_curve(bon_folder(a, s, noise), name) for s in seeds])
+            cells[name] = cell_of([bon_curve(run, name, measure) for run in runs])
         tables[f"best-of-n, label noise {noise:g}"] = cells
 
     for noise in a.label_noise:
@@ -201,7 +251,7 @@ def read_tables(a):
             cells = {}
             for method in METHODS:
                 folders = [ppo_folder(a, s, noise, kl_coef, method) for s in seeds]
-                cells[method] = cell_of([ppo_curve(folder) for folder in folders])
+                cells[method] = cell_of([ppo_curve(folder, measure) for folder in folders])
             tables[f"PPO, label noise {noise:g}, kl_coef {kl_coef:g}"] = cells
     return tables
 
@@ -236,7 +286,7 @@ def interval_of(values):
 
 
 @dataclass
-class Settings(StudyFlags):
+class Settings(OwnDataFlags, StudyFlags):
     """What is compared: reward models, penalties, best-of-n and PPO"""
 
     members: int = HfArg(default=5, help="reward models in an ensemble")
@@ -261,15 +311,25 @@ def read_settings(args: list[str] | None = None) -> Settings:
 def main(args=None):
     """Run what is not done yet, then print the table and draw the pictures."""
     a = read_settings(args)
+    remarks = describe_own_data(a)
+    if a.dry_run:
+        print_plan(commands(a), a, remarks)
+        return
+    print_remarks(remarks)
     for stage in commands(a):
         run_stage(stage, a.jobs)
 
     tables = read_tables(a)
-    print(f"\nGold on held-out prompts: {describe_numbers(a)}; 'at': the peak's n or step, mean.")
+    measure = measure_of(a)
+    numbers = describe_numbers(a)
+    title = (
+        f"{measure.capitalize()} on held-out prompts: {numbers}; 'at': the peak's n or step, mean."
+    )
+    print(f"\n{title}")
     for title, cells in tables.items():
         print_title(title, a)
         print_cells(cells)
-    write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "gold": tables})
+    write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), measure: tables})
 
     for kind, log in (("bon", "bon_results.json"), ("ppo", "metrics.jsonl")):
         logs = Path(a.output_dir).glob(f"{kind}_*/**/{log}")
