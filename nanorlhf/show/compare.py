@@ -25,7 +25,7 @@ from ..runtime.files import check_can_write, check_output, read_object, write_js
 from ..runtime.flags import FlagGroup
 from ..stats import mean_over_groups, percentiles
 from .comparison_text import table
-from .read_runs import Answer, Number, Run, read_answers, read_run
+from .evaluations_of_runs import Answer, Number, Run, read_answers, read_run
 from .terminal import name_runs, terminal_width, until_nobody_reads
 
 # What means the same in runs of every kind. The accuracy of SFT is not that of a reward model.

@@ -17,7 +17,7 @@ from support import ENV, REPO, jsonl, read_rows, small, train, write_rows
 
 import sample_bon
 from nanorlhf.show import compare
-from nanorlhf.show.read_runs import read_answers, read_run
+from nanorlhf.show.evaluations_of_runs import read_answers, read_run
 from nanorlhf.show.terminal import UNSAFE
 
 PPO = {"ppo_epochs": 1, "objective": "mean", "uwo_lambda": 0.1, "reward_weights": []}
