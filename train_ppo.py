@@ -3,14 +3,21 @@ advantages, update. The maths is in nanorlhf/ppo.py.
 
     the embedded world; trains its SFT policy and reward model first:
         python train_ppo.py
+    GRPO, which compares answers to one prompt and has no value function:
+        python train_ppo.py --advantage grpo --loss_mean sequence \
+            --kl_in loss --kl_kind k3 --output_dir runs/grpo
     your own model, prompts and reward:
         python train_ppo.py --model gpt2 --dataset prompts.jsonl \
             --reward_model my.py:reward --output_dir runs/my
     the same global batch, and the same result, on four processes (or GPUs):
         torchrun --nproc_per_node=4 train_ppo.py
 
+With --advantage gae, a value function says what to expect of each token.
+With rloo, grpo or dr_grpo there is none: an answer is compared with the other
+answers to its prompt. estimate_advantages and loss_of are where they differ.
+
     B sequences of the global batch, b of this process, m of a micro-batch,
-    P prompt and R response tokens, K rewards
+    P prompt and R response tokens, K rewards, G answers to one prompt
 """
 
 import time
@@ -90,9 +97,10 @@ class ScoreFlags(FlagGroup):
 class KLFlags(FlagGroup):
     """The KL penalty: what the policy pays for moving away from the model it starts from"""
 
-    # k1 in the reward is the gradient of the sequence KL. In the loss, k2 (on-policy) and full give
-    # the token KL's gradient, without the effect on later states; k3's gradient there is not the
-    # KL's. See kl_estimate and full_kl.
+    # k1 in the reward is the gradient of the sequence KL. In the loss, on-policy, k2 and full give
+    # the token KL's gradient, without the effect on later states, and k3 gives that of the reversed
+    # KL. In later epochs the samples are the old policy's and have no importance weight there, so
+    # that k2 and k3 are only near this. See kl_estimate and full_kl.
     kl_coef: float = HfArg(default=0.05, help="the price of one nat of KL divergence")
     kl_kind: str = HfArg(
         default="k1",
@@ -113,12 +121,34 @@ class KLFlags(FlagGroup):
     kl_horizon: int = HfArg(default=10_000, help="answers over which kl_coef adapts to kl_target")
 
 
+ADVANTAGES = ("gae", *ppo.GROUP_KINDS)
+# Flags of the value function, which --advantage gae alone has.
+VALUE_FLAGS = ("value_model", "vf_coef", "value_clip_range", "gamma", "lam", "bootstrap_truncated")
+
+
 @dataclass
 class UpdateFlags(FlagGroup):
     """Advantages and losses: how the policy learns from a rollout"""
 
     minibatch_size: int = HfArg(default=32, help="answers in an optimizer step, over all processes")
     ppo_epochs: int = HfArg(default=4, help="how often each rollout is gone through")
+    advantage: str = HfArg(
+        default="gae",
+        metadata={"choices": ADVANTAGES},
+        help="what an answer is compared with: gae: a value function's expectation; rloo, grpo, "
+        "dr_grpo: the other answers to its prompt, without a value function",
+    )
+    group_size: int | None = HfArg(
+        default=None,
+        help="answers to each prompt of a rollout, which has batch_size / group_size prompts; by "
+        "default 8, with gae 1",
+    )
+    loss_mean: str = HfArg(
+        default="token",
+        metadata={"choices": ppo.LOSS_MEANS},
+        help="token: the mean over all response tokens; sequence: over answers, of the mean over "
+        "each one's tokens; constant: the sum over tokens / (answers * max_new_tokens)",
+    )
     gamma: float = HfArg(default=1.0, help="discount of later rewards, between 0 and 1")
     lam: float = HfArg(
         default=0.95, help="lambda of generalised advantage estimation, between 0 and 1"
@@ -127,6 +157,11 @@ class UpdateFlags(FlagGroup):
         default=0.2,
         metadata={"may_be_infinite": True},
         help="the ratio of new to old probability is clipped to 1 plus or minus this",
+    )
+    clip_range_high: float | None = HfArg(
+        default=None,
+        metadata={"may_be_infinite": True},
+        help="the ratio is clipped to 1 plus this on its upper side; by default clip_range",
     )
     value_clip_range: float = HfArg(
         default=0.2,
@@ -208,13 +243,20 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
     checkpoint_every: int = HfArg(default=10, help="write a checkpoint every N rollouts")
 
     def __post_init__(self):
+        if self.group_size is None:
+            self.group_size = 1 if self.advantage == "gae" else 8
+        if self.clip_range_high is None:
+            self.clip_range_high = self.clip_range
         super().__post_init__()
-        at_least(self, 1, "minibatch_size", "ppo_epochs", "kl_horizon")
+        at_least(self, 1, "minibatch_size", "ppo_epochs", "kl_horizon", "group_size")
+        divides(self, "batch_size", self.group_size, "--group_size")
+        if self.advantage != "gae":
+            check_group_flags(self)
         at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip")
         at_least(self, 0, "uwo_lambda", "n_samples")
         require(
-            self.clip_range > 0 and self.value_clip_range > 0,
-            "--clip_range and --value_clip_range must be positive",
+            self.clip_range > 0 and self.clip_range_high > 0 and self.value_clip_range > 0,
+            "--clip_range, --clip_range_high and --value_clip_range must be positive",
         )
         require(
             0 <= self.gamma <= 1 and 0 <= self.lam <= 1,
@@ -223,7 +265,7 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
         useless = self.kl_in == "loss" and self.kl_kind in ppo.KL_WITHOUT_GRADIENT
         require(
             not useless,
-            f"--kl_in loss: {self.kl_kind}'s gradient there has mean zero; take k2 or full",
+            f"--kl_in loss: {self.kl_kind}'s gradient there has mean zero; take k2, k3 or full",
         )
         require(
             not self.kl_target or self.kl_coef > 0,
@@ -238,6 +280,23 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
         self.reward_model = expand(self.reward_model)
         if self.reward_weights:
             check_weights(self)
+
+
+def check_group_flags(config):
+    """InputError where flags do not fit an --advantage that has no value function."""
+    require(
+        config.group_size > 1,
+        f"--advantage {config.advantage} compares answers to one prompt: --group_size must be 2 or more",
+    )
+    without_meaning = []
+    for name in VALUE_FLAGS:
+        if getattr(config, name) != getattr(Config, name):
+            without_meaning.append(f"--{name}")
+    names = ", ".join(without_meaning)
+    require(
+        not without_meaning,
+        f"--advantage {config.advantage} has no value function, so nothing reads {names}",
+    )
 
 
 def check_weights(config):
@@ -311,8 +370,12 @@ def main(config):
 
     # ------------------------------------------------------------------------------------ models
     # The policy is in eval mode throughout: dropout would make each ratio of the update noisy.
-    value_model = config.value_model or None
-    policy = load_policy(config.model, value_model=value_model, device=dist.load_device)
+    policy = load_policy(
+        config.model,
+        value_head=config.advantage == "gae",
+        value_model=config.value_model or None,
+        device=dist.load_device,
+    )
     note = choose_trained(policy.lm, config)
     n_parameters = sum(parameter.numel() for parameter in policy.parameters())
     dist.print(f"{n_parameters:,} parameters, {note}")
@@ -402,8 +465,10 @@ def main(config):
             step - 1, config.steps, config.lr, config.schedule, config.warmup, config.final_lr
         )
 
-        # 1. Every process samples its share of the global batch.
-        index = data.batch_indices(len(prompts), config.batch_size, step - 1, config.seed)
+        # 1. Every process samples its share of the global batch: G answers to each prompt.
+        n_prompts = config.batch_size // config.group_size
+        index = data.batch_indices(len(prompts), n_prompts, step - 1, config.seed)
+        index = np.repeat(index, config.group_size).tolist()  # a prompt's answers lie side by side
         place = dist.share(range(config.batch_size))  # which rows of the global batch are mine
         with gathered(policy):
             mine = prompts.at([index[i] for i in place])
@@ -483,10 +548,10 @@ class Experience:
     mask: torch.Tensor
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
-    values: torch.Tensor
-    advantages: torch.Tensor  # whitened
-    returns: torch.Tensor
+    advantages: torch.Tensor  # with a value function, whitened
     lengths: torch.Tensor
+    values: torch.Tensor | None  # None without a value function
+    returns: torch.Tensor | None
 
 
 def experience(parts, scaler, rollout, answers, kl_coef):
@@ -517,14 +582,14 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     if config.score_clip:
         shaped = shaped.clamp(-config.score_clip, config.score_clip)
 
-    # Rewards of tokens, then advantages. k1 and k3 are recorded, whatever kind is in the reward.
-    k1 = ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], "k1")  # [B, R], 0 where masked
-    k3 = ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], "k3")  # [B, R], 0 where masked
+    # Rewards of tokens, then advantages.
     rewards = ppo.token_rewards(shaped, kl_in_reward(config, g), mask, kl_coef)  # [B, R]
-    bootstrap = g["bootstrap"] if config.bootstrap_truncated else None
-    advantages, returns = ppo.gae(rewards, g["values"], mask, config.gamma, config.lam, bootstrap)
-    mean, variance = ppo.masked_moments(advantages, mask)
-    whitened = ppo.whiten(advantages, mask, (mean, variance))
+    advantages, returns, advantage_record = estimate_advantages(config, g, rewards)
+
+    # The KL is recorded by all its estimators, whatever kind is in the reward.
+    kl = {}  # {kind: [B, R], 0 where masked}
+    for kind in ppo.KL_ESTIMATES:
+        kl[kind] = ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], kind)
 
     record = {
         "score_mean": scored.proxy.mean().item(),
@@ -532,14 +597,13 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         **{name: term.mean().item() for name, term in scored.terms.items()},
         **learned,
         "reward": rewards.sum(1).mean().item(),  # of a sequence: shaped score less the KL penalty
-        "kl": k1.sum(1).mean().item(),  # of a sequence, nats
-        "kl_k3": k3.sum(1).mean().item(),
+        "kl": kl["k1"].sum(1).mean().item(),  # of a sequence, nats
+        "kl_k2": kl["k2"].sum(1).mean().item(),
+        "kl_k3": kl["k3"].sum(1).mean().item(),
         "entropy": (g["entropies"].sum() / mask.sum()).item(),  # of a token, nats
         "length": lengths.float().mean().item(),
         "eos_rate": g["finished"].float().mean().item(),
-        "advantage_mean": mean.item(),
-        "advantage_std": variance.sqrt().item(),
-        "explained_variance": ppo.explained_variance(g["values"], returns, mask),
+        **advantage_record,
     }
     if len(scored.members) > 1:
         for name, scores in scored.members.items():
@@ -550,12 +614,38 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         mask=mask,
         old_logprobs=g["old_logprobs"],
         ref_logprobs=g["ref_logprobs"],
-        values=g["values"],
-        advantages=whitened,
-        returns=returns,
+        advantages=advantages,
         lengths=lengths,
+        values=g.get("values"),
+        returns=returns,
     )
     return x, record
+
+
+def estimate_advantages(config, g, rewards):
+    """How much better than expected each token turned out. rewards [B, R]
+
+    -> advantages [B, R]; returns [B, R], or None without a value function; {name: float}
+    """
+    mask = g["mask"]
+    if config.advantage == "gae":
+        # The value function says what was expected before each token.
+        bootstrap = g["bootstrap"] if config.bootstrap_truncated else None
+        advantages, returns = ppo.gae(
+            rewards, g["values"], mask, config.gamma, config.lam, bootstrap
+        )
+    else:
+        # The other answers to the prompt say what was expected: one advantage for the whole answer.
+        of_answers = ppo.group_advantages(rewards.sum(1), config.group_size, config.advantage)
+        advantages = torch.where(mask, of_answers[:, None], 0.0)
+        returns = None
+
+    mean, variance = ppo.masked_moments(advantages, mask)
+    record = {"advantage_mean": mean.item(), "advantage_std": variance.sqrt().item()}
+    if config.advantage == "gae":
+        advantages = ppo.whiten(advantages, mask, (mean, variance))
+        record["explained_variance"] = ppo.explained_variance(g["values"], returns, mask)
+    return advantages, returns, record
 
 
 def gather_outputs(parts, rollout, answers):
@@ -563,29 +653,30 @@ def gather_outputs(parts, rollout, answers):
 
     b rows of this process, B of all -> {name: [B, ...]}
     """
+    config = parts.config
     dist = parts.dist
-    needs_reference = needs_full_kl(parts.config, "reward")
+    needs_reference = needs_full_kl(config, "reward")
     kl_to = parts.reference if needs_reference else None
 
     with gathered(parts.policy, kl_to):
         old = sampled_outputs(parts, rollout, answers.batch, kl_to)
-        bootstrap = bootstrap_values(parts, rollout, answers.batch)
+        if config.bootstrap_truncated:
+            old["bootstrap"] = bootstrap_values(parts, rollout, answers.batch)  # [b]
     with gathered(parts.reference):
         ref = forward(parts, parts.reference, answers.batch)
     readings = parts.scoring.read([answers])
 
     local = {name: value.to(dist.device) for name, value in readings.items()}
     local |= {
-        "bootstrap": bootstrap,  # [b]
         "finished": rollout.finished,  # [b]
         "mask": rollout.response_mask,  # [b, R], as all that follow
         "old_logprobs": old["logprobs"],
         "ref_logprobs": ref["logprobs"],
-        "values": old["values"],
         "entropies": rollout.entropies,
     }
-    if needs_reference:
-        local["full_kl"] = old["full_kl"]
+    for name in ("values", "bootstrap", "full_kl"):
+        if name in old:  # where the settings need it
+            local[name] = old[name]
     return {name: dist.gather(value) for name, value in local.items()}
 
 
@@ -609,8 +700,6 @@ def bootstrap_values(parts, rollout, batch):
     config = parts.config
     dist = parts.dist
     values = torch.zeros(len(batch), device=dist.device)
-    if not config.bootstrap_truncated:
-        return values
     cut_off = (~rollout.finished).nonzero()[:, 0]  # rows
     if len(cut_off) == 0:
         return values
@@ -692,35 +781,51 @@ def loss_of(parts, batch, x, at, n_tokens, kl_coef):
     width = mask.shape[1]
     old_logprobs = x.old_logprobs[at, :width]
     ref_logprobs = x.ref_logprobs[at, :width]
-    old_values = x.values[at, :width]
     advantages = x.advantages[at, :width]
-    returns = x.returns[at, :width]
+    denominator = ppo.loss_denominator(
+        config.loss_mean, mask.sum(1), n_tokens, config.minibatch_size, config.max_new_tokens
+    )
 
     kl_to = parts.reference if needs_full_kl(config, "loss") else None
     new = parts.model(
         batch, mask, config.temperature, entropy=config.ent_coef > 0, kl_to=kl_to
     )  # {name: [m, R']}
-    policy_loss, stats = ppo.policy_loss(
-        new["logprobs"], old_logprobs, advantages, mask, config.clip_range, n_tokens
-    )
-    value_loss = ppo.value_loss(
-        new["values"], old_values, returns, mask, config.value_clip_range, n_tokens
-    )
 
-    # total = policy + vf_coef * value - ent_coef * entropy [+ kl_coef * kl]
-    loss = policy_loss + config.vf_coef * value_loss
+    # total = policy [+ vf_coef * value] [- ent_coef * entropy] [+ kl_coef * kl]
+    policy_loss, stats = ppo.policy_loss(
+        new["logprobs"],
+        old_logprobs,
+        advantages,
+        mask,
+        config.clip_range,
+        denominator,
+        config.clip_range_high,
+        n_stats=n_tokens,
+    )
+    loss = policy_loss
+    stats["policy_loss"] = policy_loss.detach()
+    if config.advantage == "gae":
+        value_loss = ppo.value_loss(
+            new["values"],
+            x.values[at, :width],
+            x.returns[at, :width],
+            mask,
+            config.value_clip_range,
+            denominator,
+        )
+        loss = loss + config.vf_coef * value_loss
+        stats["value_loss"] = value_loss.detach()
     if config.ent_coef:
-        loss = loss - config.ent_coef * new["entropies"].sum() / n_tokens
+        entropy = ppo.sum_over_tokens(new["entropies"], mask, denominator)
+        loss = loss - config.ent_coef * entropy
     if config.kl_in == "loss":
         if kl_to:
             kl = new["full_kl"]
         else:
             kl = ppo.kl_estimate(new["logprobs"], ref_logprobs, config.kl_kind)
-        loss = loss + kl_coef * kl.sum() / n_tokens
+        loss = loss + kl_coef * ppo.sum_over_tokens(kl, mask, denominator)
 
     stats["ratio_error"] = (new["logprobs"] - old_logprobs).detach().abs().max()
-    stats["policy_loss"] = policy_loss.detach()
-    stats["value_loss"] = value_loss.detach()
     return loss, stats
 
 

@@ -75,7 +75,7 @@ def forward(parts: PPOParts, policy: Policy, batch: Packed, **kwargs) -> dict[st
 #                                                sampled_logprobs()         sampled_outputs()
 #                                                evaluation                 training
 #     float32, a value head on the LM            no                         no
-#     float32, no value head                     no                         (PPO needs values)
+#     float32, no value head                     no                         no
 #     float32, a value model of its own          no                         yes, LM and value model
 #     bfloat16                                   yes                        yes
 #     the full KL in the reward                  no                         yes, and the reference
@@ -93,14 +93,18 @@ def sampled_logprobs(parts: PPOParts, rollout: Rollout, batch: Packed) -> Tensor
 def sampled_outputs(
     parts: PPOParts, rollout: Rollout, batch: Packed, kl_to: Policy | None = None
 ) -> dict[str, Tensor]:
-    """What PPO needs of the policy that sampled, {name: [b, R]}: logprobs and values.
+    """What the update needs of the policy that sampled, {name: [b, R]}: logprobs, and values where
+    there is a value head.
 
     kl_to: the reference, for the exact KL to it over the whole vocabulary, `full_kl`.
     """
-    has_values = parts.policy.shares_trunk
-    if parts.config.dtype == "bfloat16" or not has_values or kl_to is not None:
+    has_value_model = parts.policy.value_trunk is not None
+    if parts.config.dtype == "bfloat16" or has_value_model or kl_to is not None:
         return forward(parts, parts.policy, batch, kl_to=kl_to)
-    return {"logprobs": rollout.logprobs, "values": rollout.values}
+    outputs = {"logprobs": rollout.logprobs}
+    if rollout.values is not None:
+        outputs["values"] = rollout.values
+    return outputs
 
 
 # ----------------------------------------------------------------------------- held-out prompts
@@ -174,6 +178,7 @@ def answer_held_out(parts: PPOParts, prompts: Prompts) -> dict[str, Tensor]:
     finished = torch.cat([rollout.finished for rollout in rollouts])  # [n]
     answered = {
         "kl": ppo.kl_estimate(logprobs, ref_logprobs, "k1").sum(1),
+        "kl_k2": ppo.kl_estimate(logprobs, ref_logprobs, "k2").sum(1),
         "kl_k3": ppo.kl_estimate(logprobs, ref_logprobs, "k3").sum(1),
         "length": mask.sum(1).float(),
         "eos_rate": finished.float(),
@@ -204,7 +209,7 @@ def measure_answers(
         numbers["variance"] = mean_se(scored.variance)
         for name, scores in scored.members.items():
             numbers[f"score/{name}"] = mean_se(scores)
-    for name in ("kl", "kl_k3", "length", "eos_rate"):
+    for name in ("kl", "kl_k2", "kl_k3", "length", "eos_rate"):
         numbers[name] = mean_se(answered[name])
     numbers["distinct_2"] = {
         "mean": distinct_n(responses, 2),

@@ -1,10 +1,11 @@
 """The maths of PPO for language models: tensors in, tensors out.
 
-    B sequences, R response tokens, V vocabulary
+    B sequences, R response tokens, V vocabulary, G answers to one prompt
 
 Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, 1506.02438),
 Ziegler et al. 2019 (1909.08593), Stiennon et al. 2020 (2009.01325), Schulman 2020 ("Approximating
-KL divergence").
+KL divergence"). Without a value function: Ahmadian et al. 2024 (RLOO, 2402.14740), Shao et al. 2024
+(GRPO, 2402.03300), Liu et al. 2025 (Dr. GRPO, 2503.20783).
 
 The off-by-one, once and for all. A prompt of two tokens and a response of two, the second of which
 is EOS:
@@ -22,6 +23,7 @@ j both come from the hidden state one position to its left.
 Masks are bool. Masked positions hold 0 and are never averaged. A mean over tokens is a sum over
 response tokens divided by `n_tokens`, their number in the whole optimizer batch, over all
 micro-batches and ranks. The parts then add up to the same number however the batch was split.
+Other means have other denominators: see loss_denominator.
 """
 
 from collections.abc import Callable
@@ -305,7 +307,90 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return (1 - unexplained / total.clamp(min=1e-12)).item()
 
 
+# ------------------------------------------------------------- advantages without a value function
+
+# Instead of a value head's guess, an answer is compared with the other answers to its prompt.
+GROUP_KINDS = ("rloo", "grpo", "dr_grpo")
+
+
+def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
+    """How much better each answer is than the other answers to the same prompt.
+
+    The G answers to a prompt have the rewards R_1 .. R_G:
+
+        rloo      A_i = R_i - mean of the other G - 1 rewards    (Ahmadian et al. 2024)
+        dr_grpo   A_i = R_i - mean R                             (Liu et al. 2025)
+        grpo      A_i = (R_i - mean R) / (std R + 1e-4)          (Shao et al. 2024, section 4.1.2)
+
+    rloo is unbiased: what it subtracts does not depend on answer i. dr_grpo is (G - 1) / G times
+    rloo, since answer i is in its own mean: a constant factor. grpo's std (ddof 1) makes the
+    spread of each prompt's rewards the same, so a prompt that is nearly always solved, or nearly
+    never, gets the weight of one that is solved half of the time (the difficulty bias). The paper
+    gives neither ddof nor epsilon.
+
+    scores [B], the answers to one prompt side by side -> [B], one advantage for all tokens of an
+    answer. A group whose rewards are all equal gets 0. ValueError: G below 2, or G does not divide
+    B. Pitfall: the groups of the whole batch are needed; a mean over a process's part of a group is
+    another baseline.
+    """
+    if kind not in GROUP_KINDS:
+        raise ValueError(f"advantage {kind!r} is not one of {', '.join(GROUP_KINDS)}")
+    if group_size < 2:
+        raise ValueError(f"groups of {group_size}: an answer needs another one to compare with")
+    if len(scores) % group_size:
+        raise ValueError(f"{len(scores)} scores are no whole groups of {group_size}")
+
+    rewards = scores.view(-1, group_size)  # [B / G, G]
+    differences = rewards - rewards.mean(1, keepdim=True)
+    if kind == "rloo":
+        # R_i - (G mean - R_i) / (G - 1) = G / (G - 1) * (R_i - mean)
+        advantages = differences * group_size / (group_size - 1)
+    elif kind == "grpo":
+        advantages = differences / (rewards.std(1, correction=1, keepdim=True) + 1e-4)
+    else:
+        advantages = differences
+
+    # The rounding error of a mean would be an advantage too, where there is nothing to tell apart.
+    lowest, highest = rewards.aminmax(dim=1, keepdim=True)
+    advantages = torch.where(lowest == highest, 0.0, advantages)
+    return advantages.flatten()  # [B]
+
+
 # ---------------------------------------------------------------------------------------- losses
+
+LOSS_MEANS = ("token", "sequence", "constant")
+
+
+def loss_denominator(
+    kind: str, lengths: Tensor, n_tokens: Tensor, n_answers: int, max_new_tokens: int
+) -> Tensor | int:
+    """What a loss's sum over response tokens is divided by: one number, or one for each answer.
+
+        token      all response tokens of the optimizer batch: long answers weigh more
+        sequence   n_answers * the answer's own length: each answer weighs the same, and so a token
+                   of a long one weighs less. A long bad answer is punished less for each of its
+                   tokens than a short one (the length bias; GRPO's)
+        constant   n_answers * max_new_tokens: a token weighs the same in each batch (Dr. GRPO's)
+
+    lengths [m]: response tokens of a part's answers; n_tokens and n_answers are of the whole
+    optimizer batch -> a scalar, or [m] for `sequence`.
+    """
+    if kind == "token":
+        return n_tokens
+    if kind == "sequence":
+        return n_answers * lengths
+    if kind == "constant":
+        return n_answers * max_new_tokens
+    raise ValueError(f"loss mean {kind!r} is not one of {', '.join(LOSS_MEANS)}")
+
+
+def sum_over_tokens(x: Tensor, response_mask: Tensor, denominator: Tensor | int) -> Tensor:
+    """The sum of x [B, R] over response tokens, divided by a scalar or, row by row, by [B]."""
+    x = torch.where(response_mask, x, 0.0)
+    has_one_for_each_row = torch.as_tensor(denominator).dim() == 1
+    if has_one_for_each_row:
+        return (x.sum(1) / denominator).sum()
+    return x.sum() / denominator
 
 
 def policy_loss(
@@ -315,36 +400,46 @@ def policy_loss(
     response_mask: Tensor,
     clip_range: float,
     n_tokens: Tensor | None = None,
+    clip_range_high: float | None = None,
+    n_stats: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised.
 
         ratio = exp(logp - old_logp)
-        loss  = sum of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)) / n_tokens
+        loss  = sum of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps_high)) / n_tokens
 
-    The sum is over response tokens. All [B, R] -> loss (scalar), stats. n_tokens is the number of
-    response tokens of the whole optimizer batch (default: of this call). The stats but ratio_max
-    are likewise sums / n_tokens: added over micro-batches and ranks they are the batch's means.
-    clip_fraction is the share of tokens with |ratio - 1| > eps; approx_kl is k3 of the old policy
-    against the new, on its samples.
+    The sum is over response tokens. All [B, R] -> loss (scalar), stats. n_tokens: the number of
+    response tokens of the whole optimizer batch (default: of this call), or another denominator,
+    a scalar or one for each row [B] (loss_denominator). clip_range_high is eps_high (default: eps).
+    With a larger one an unlikely token can gain more in one rollout (Yu et al. 2025, 2503.14476).
+
+    The stats but ratio_max are sums / n_stats, the number of response tokens of the whole optimizer
+    batch (default: n_tokens): added over micro-batches and ranks they are means over tokens.
+    clip_fraction is the share of tokens with a ratio outside the clip; approx_kl is k3 of the old
+    policy against the new, on its samples.
     """
     if n_tokens is None:
         n_tokens = response_mask.sum()
+    if n_stats is None:
+        n_stats = n_tokens
+    if clip_range_high is None:
+        clip_range_high = clip_range
 
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range_high)
     token_loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
-    loss = torch.where(response_mask, token_loss, 0.0).sum() / n_tokens
+    loss = sum_over_tokens(token_loss, response_mask, n_tokens)
 
     with torch.no_grad():
-        is_clipped = ((ratio - 1).abs() > clip_range) & response_mask
-        # A masked token has the ratio 1, so that it adds 0 to the sum of k3.
+        is_clipped = (ratio - 1 > clip_range_high) | (1 - ratio > clip_range)
+        # k3 of a masked token is 0, since its ratio is 1.
         k3 = log_ratio.expm1() - log_ratio
         stats = {
-            "ratio_mean": (ratio * response_mask).sum() / n_tokens,
+            "ratio_mean": sum_over_tokens(ratio, response_mask, n_stats),
             "ratio_max": torch.where(response_mask, ratio, 0.0).max(),
-            "clip_fraction": is_clipped.sum() / n_tokens,
-            "approx_kl": k3.sum() / n_tokens,
+            "clip_fraction": sum_over_tokens(is_clipped.float(), response_mask, n_stats),
+            "approx_kl": sum_over_tokens(k3, response_mask, n_stats),
         }
     return loss, stats
 
@@ -361,9 +456,9 @@ def value_loss(
 
         loss = 1/2 sum of max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / n_tokens
 
-    The sum is over response tokens. All [B, R] -> a scalar; n_tokens as in policy_loss. Pitfall:
-    with scores of std s a clip range well below s slows the value head down, since the clip is
-    absolute.
+    The sum is over response tokens. All [B, R] -> a scalar; n_tokens as in policy_loss, a scalar or
+    [B]. Pitfall: with scores of std s a clip range well below s slows the value head down, since
+    the clip is absolute.
     """
     if n_tokens is None:
         n_tokens = response_mask.sum()
@@ -375,4 +470,5 @@ def value_loss(
     clipped_values = torch.clamp(values, old_values - clip_range, old_values + clip_range)
     plain_error = (values - returns).square()
     clipped_error = (clipped_values - returns).square()
-    return 0.5 * torch.maximum(plain_error, clipped_error).sum() / n_tokens
+    error = torch.maximum(plain_error, clipped_error)
+    return 0.5 * sum_over_tokens(error, response_mask, n_tokens)
