@@ -1,10 +1,10 @@
 """What a page shows of results: best-of-n, features of autoencoders, and tables of probe.py.
 
-    best-of-n   {run, ns, proxies, scores, items: [{prompt, answers, picks: {proxy: [one an n]}}]}
-    features    {run, name, place, items: [features as probe.py describes them]}
-    table       {title, metrics: [{name, reference, rows: [[label, value, low, high]]}]}
+best-of-n   {run, ns, proxies, scores, items: [{prompt, answers, picks: {proxy: [one an n]}}]}
+features    {run, name, place, items: [features as probe.py describes them]}
+table       {title, metrics: [{name, reference, rows: [[label, value, low, high]]}]}
 
-    N answers to a prompt, K members, L values of n
+N answers to a prompt, K members, L values of n
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 from ..chats import show
 from ..ensemble import combine_all
 from ..runtime import plots
-from ..runtime.files import check_fields, is_of_type, read_object, read_rows
-from .read_runs import Run, shorten
+from ..runtime.files import is_of_type, read_object, read_rows
+from .read_runs import Run, shorten, without_empty_lines
 
 POOL_ROW = {"responses": list[str], "scores": dict, "gold_scores": list[float] | None}
 # Of a command's many features so many are in its table.
@@ -32,8 +32,7 @@ def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
     results = read_object(run.path(plots.BEST_OF_N), finite=False)
     for name, points in results.items():
         plots.read_bon_curve(points, name, run.path(plots.BEST_OF_N))  # or an error
-    panels = draw_best_of_n(run, results)
-    panels = [panel for panel in panels if any(line["points"] for line in panel["lines"])]
+    panels = without_empty_lines(draw_best_of_n(run, results))
     if not run.has("pool.jsonl"):
         return panels, []
 

@@ -115,7 +115,7 @@ def read_panels(runs: list[Run], answers: list[dict]) -> list[dict]:
             logged |= set(record)
 
     panels = []
-    if "eval/proxy" in logged:
+    if logged & {"eval/proxy", "eval/gold"}:
         panels += draw_rewards(runs)
     panels += draw_cue(answers)
     for name, key in plots.choose_panels(logged).items():
@@ -124,7 +124,17 @@ def read_panels(runs: list[Run], answers: list[dict]) -> list[dict]:
             lines = draw_metric(runs, name, key)
             panels.append({"title": plots.PANELS[name], "x": "step", "lines": lines})
     panels += draw_dictionaries(runs, logged)
-    return [panel for panel in panels if any(line["points"] for line in panel["lines"])]
+    return without_empty_lines(panels)
+
+
+def without_empty_lines(panels: list[dict]) -> list[dict]:
+    """Panels without the lines that have no points, and without those that have no other lines."""
+    drawn = []
+    for panel in panels:
+        lines = [line for line in panel["lines"] if line["points"]]
+        if lines:
+            drawn.append({**panel, "lines": lines})
+    return drawn
 
 
 def draw_rewards(runs: list[Run]) -> list[dict]:
