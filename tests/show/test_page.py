@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from support import ENV, REPO, read_rows, refuses, train, write_rows
+from support import ENV, REPO, read_rows, refuses, small, train, write_rows
 
+import sample_bon
 from nanorlhf import world
 from nanorlhf.evaluation import ANSWERS_WITH_TOKENS
 from nanorlhf.show import page
@@ -403,7 +404,8 @@ def test_every_training_script_has_curves(base, tmp_path, kind):
 @pytest.mark.slow
 def test_best_of_n_takes_the_best_of_the_first_n(base, tmp_path):
     """Against a loop over the file: the mean of the members, and each of them."""
-    train(base, "bon", tmp_path / "bon", n_answers=6, eval_size=5)
+    settings = small(base, "bon", n_answers=6, eval_size=5)
+    sample_bon.main(sample_bon.Config(output_dir=f"{tmp_path}/bon", **settings))
     data = build(tmp_path / "bon")
     (block,) = data["best_of_n"]
     rows = read_rows(tmp_path / "bon/pool.jsonl")
