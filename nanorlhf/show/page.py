@@ -8,21 +8,23 @@
         python -m nanorlhf.show.page runs/bon
         python -m nanorlhf.show.page runs/probe/features runs/probe/reward
 
-The file needs no network and no server: any browser opens it. read_runs.py and read_results.py say
-what is on it; its markup, style and script are in web/. They are put into the file together with
-the data, which is JSON. The script shows every text of the data as text, never as markup.
+The file needs no network and no server: any browser opens it. The files page_*.py say what is on
+it. Its markup, style and script are in web/, and stand in the file together with the data, which is
+JSON. The script shows every text of the data as text, never as markup.
 """
 
 import argparse
 import html
 import json
+import math
 import os
 import re
 
 from ..errors import InputError, first_line
 from ..runtime.files import check_output, replace_file
-from .read_results import draw_densities, read_best_of_n, read_features, read_tables
-from .read_runs import Run, open_runs, read_answers, read_panels
+from .page_answers import read_answers
+from .page_curves import Run, open_runs, read_panels
+from .page_results import draw_densities, read_best_of_n, read_features, read_tables
 
 WEB = os.path.join(os.path.dirname(__file__), "web")
 SCRIPTS = (
@@ -46,18 +48,18 @@ def collect(runs: list[Run]) -> dict:
     """All that a page shows of these runs, for JSON."""
     answers = []
     for run in runs:
-        answers += read_answers(run)
+        answers += read_part(read_answers, run)
     panels = read_panels(runs, answers)
     best_of_n = []
     features = []
     tables = []
     for run in runs:
-        bon_panels, bon_blocks = read_best_of_n(run)
+        bon_panels, bon_blocks = read_part(read_best_of_n, run)
         panels += bon_panels
-        panels += draw_densities(run)
+        panels += read_part(draw_densities, run)
         best_of_n += bon_blocks
-        features += read_features(run)
-        tables += read_tables(run)
+        features += read_part(read_features, run)
+        tables += read_part(read_tables, run)
     fit_into([*answers, *best_of_n, *features], LARGEST)
     return {
         "runs": [run.describe() for run in runs],
@@ -68,6 +70,17 @@ def collect(runs: list[Run]) -> dict:
         "features": features,
         "tables": tables,
     }
+
+
+def read_part(reader, run: Run):
+    """reader(run). InputError: a file of the run is not as the scripts write it."""
+    try:
+        return reader(run)
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
+        what = f"{type(e).__name__}: {first_line(e)}"
+        raise InputError(f"{run.folder}: not as the scripts write it ({what})") from None
 
 
 def compare_settings(runs: list[Run]) -> list[list]:
@@ -121,8 +134,20 @@ def fit_into(blocks: list[dict], room: int):
 
 def to_json(value) -> str:
     """JSON that may stand inside a script element: a < could end it, and is written as an escape."""
+    value = without_nan(value)
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")
+
+
+def without_nan(value):
+    """A value for JSON with None in the place of numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def read_web(*names: str) -> str:

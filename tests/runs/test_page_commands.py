@@ -252,7 +252,7 @@ class Page:
             study = importlib.import_module(module)
             self.studied += outputs_of(study, study.read_settings(args))
             self.parsed.append((module, args))
-        elif module == "nanorlhf.runtime.plots":
+        elif module in ("nanorlhf.runtime.plots", "nanorlhf.show.page"):
             if self.from_a_study(args):
                 self.check_studied(args)
             elif not needs:

@@ -15,7 +15,7 @@ import sample_bon
 from nanorlhf import world
 from nanorlhf.evaluation import ANSWERS_WITH_TOKENS
 from nanorlhf.show import page
-from nanorlhf.show.read_runs import MOST_POINTS
+from nanorlhf.show.page_curves import MOST_POINTS
 
 # Texts that are markup, scripts, ends of scripts, templates, from right to left, or not one letter
 # a character.
@@ -395,7 +395,8 @@ def test_every_training_script_has_curves(base, tmp_path, kind):
     assert "loss" in titles
     if kind == "sae":
         assert "How many features fire how often" in titles
-        assert "mse of each autoencoder" in titles
+        assert "mean squared error, by autoencoder" in titles
+        assert data["tables"][0]["metrics"][0]["name"] == "fvu"
     if kind in ("sft", "dpo"):
         (block, *_) = data["answers"]
         assert block["items"][0]["answers"][-1]["text"]

@@ -23,7 +23,8 @@ function drawForest(metric) {
   });
   const scale = element("p", { class: "ends" }, element("span", {}, format(range.low)),
     element("span", {}, format(range.high)));
-  body.append(element("tr", {}, element("td", { colspan: 3 }), element("td", {}, scale)));
+  body.append(element("tr", {}, element("td"), element("td"), element("td"),
+    element("td", {}, scale)));
   return element("div", { class: "wide" }, element("table", { class: "forest" },
     element("caption", {}, metric.name), body));
 }
