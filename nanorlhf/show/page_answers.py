@@ -66,6 +66,7 @@ def arrange_answers(run: Run, split: str, rows_of_steps: dict[int, list[dict]]) 
         for row in rows:
             check_fields(row, {"prompt": str | list, "response": str}, f"{run.folder}, step {step}")
             prompt = show(row["prompt"])
+            # Prompts may be equal: the second of them is the second one in each evaluation.
             n_seen[prompt] = n_seen.get(prompt, 0) + 1
             empty = {"prompt": shorten(prompt), "answers": [None] * len(steps)}
             item = items.setdefault((prompt, n_seen[prompt]), empty)
@@ -79,6 +80,7 @@ def arrange_answers(run: Run, split: str, rows_of_steps: dict[int, list[dict]]) 
         "items": list(items.values()),
         **find_marks(run),
     }
+    # The files hold the members' scores, and PPO maximised one of all of them.
     if len(names) > 1 and run.config.get("objective") in ensemble.OBJECTIVES:
         add_proxy(run, block)
     return block
@@ -114,6 +116,7 @@ def describe_answer(row: dict, names: list[str]) -> dict:
     answer = {"text": shorten(row["response"]), "scores": []}
     for name in names:
         answer["scores"].append(scores.get(name))
+    # Only the first answers of an evaluation have tokens, and none of an older run.
     tokens = row.get("tokens")
     if isinstance(tokens, dict) and is_of_type(tokens.get("text"), list[str]):
         answer["tokens"] = tokens

@@ -29,6 +29,7 @@ def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
     """A best-of-n run -> its panels, and its block of prompts with the answers that are chosen."""
     if not run.has(plots.BEST_OF_N):
         return [], []
+    # The curves come first: they are there without the pool too.
     results = read_object(run.path(plots.BEST_OF_N), finite=False)
     for name, points in results.items():
         plots.read_bon_curve(points, name, run.path(plots.BEST_OF_N))  # or an error
@@ -110,6 +111,7 @@ def choose_answers(row: dict, proxies: dict[str, torch.Tensor], ns: list[int]) -
         proxy_scores[name] = []
         for n in ns:
             place = scores[:n].argmax().item()
+            # Most proxies take the same few answers: each is kept once.
             if place not in places:
                 places.append(place)
                 answers.append(describe_choice(row, place))
@@ -138,6 +140,7 @@ def read_features(run: Run) -> list[dict]:
     for name, result in (summary.get("saes") or {}).items():
         place = f"{result.get('model')}, layer {result.get('layer')}, {result.get('site')}"
         blocks.append({"run": run.name, "name": name, "place": place, "items": result["features"]})
+    # Of a reward model's features, many hundreds, only some have been described.
     if "reward_model" in summary and "features" in summary:
         described = [row for row in summary["features"] if row.get("contexts")]
         name = summary["reward_model"]
@@ -154,7 +157,9 @@ def draw_densities(run: Run) -> list[dict]:
         if not density:
             continue
         edges = density["log10_edges"]
+        # Older summaries call features latents.
         counts = density.get("features") or density.get("latents")
+        # A point stands in the middle between two edges.
         points = []
         for low, high, count in zip(edges, edges[1:], counts):
             points.append([(low + high) / 2, count, None, None])
@@ -311,6 +316,7 @@ def add_intervals(arm: str, numbers: dict, prefix: str, metrics: Metrics):
 
 def read_numbers(run: Run, metrics: Metrics):
     """Numbers with standard errors: of the first and the last evaluation, or of a summary."""
+    # A run without held-out answers has its last numbers in the summary.
     states = {"at the end": run.summary or {}}
     evaluations = [record for record in run.records if "eval/proxy" in record]
     if evaluations:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from support import ENV, REPO, read_rows, refuses, small, train, write_rows
@@ -59,9 +60,9 @@ class Elements(html.parser.HTMLParser):
 
 def data_of(text):
     """The data in a page, as its script reads it."""
-    ((_, content),) = [
-        script for script in Elements(text).scripts if script[0].get("type") == "application/json"
-    ]
+    data, _ = Elements(text).scripts
+    attributes, content = data
+    assert attributes["type"] == "application/json"
     return json.loads(content)
 
 
@@ -78,30 +79,47 @@ def write_run(folder, steps=(0, 2), config=None, done=True, rows=None):
     folder.mkdir(parents=True)
     settings = {"dataset": "prompts.jsonl", "ppo_epochs": 4, "steps": 2, **(config or {})}
     (folder / "config.json").write_text(json.dumps(settings))
-    records = []
-    for step in steps:
-        record = {"step": step, "eval/proxy": 0.1 * step, "eval/proxy_se": 0.05, "eval/proxy_n": 2}
-        record |= {"eval/gold": -0.3 * step, "eval/gold_se": 0.02, "eval/kl": 0.5 * step}
-        if step:
-            record["entropy"] = 1.0 / step
-        records.append(record)
-    write_rows(folder / "metrics.jsonl", records)
+    write_rows(folder / "metrics.jsonl", [metrics_at(step) for step in steps])
     (folder / "eval").mkdir()
     for step in steps:
-        own = rows or [answer("a ?", f"a{step}", -step), answer("b ?", f"b{step}", None)]
-        write_rows(folder / f"eval/step_{step}.jsonl", own)
+        first = answer("a ?", f"a{step}", -step)
+        second = answer("b ?", f"b{step}", None)
+        write_rows(folder / f"eval/step_{step}.jsonl", rows or [first, second])
     if done:
         (folder / "summary.json").write_text(json.dumps({"steps": steps[-1]}))
     return folder
 
 
+def metrics_at(step):
+    record = {"step": step}
+    record |= {"eval/proxy": 0.1 * step, "eval/proxy_se": 0.05}
+    record |= {"eval/gold": -0.3 * step, "eval/gold_se": 0.02}
+    record["eval/kl"] = 0.5 * step
+    return record
+
+
 def line_of(data, title, what, series=None):
-    """The points of a line in the panel of this title."""
-    (panel,) = [one for one in data["panels"] if one["title"] == title]
-    (line,) = [
-        one for one in panel["lines"] if one["what"] == what and series in (None, one["series"])
-    ]
-    return line["points"]
+    """The points of a line in the panel of this title; without a series it is the only one."""
+    panels = {panel["title"]: panel for panel in data["panels"]}
+    for line in panels[title]["lines"]:
+        if line["what"] == what and series in (None, line["series"]):
+            return line["points"]
+    raise KeyError(what)
+
+
+def column(rows, name):
+    """One number or text of each row: of points, 0 is x and 1 is y."""
+    return [row[name] for row in rows]
+
+
+REWARDS = "Proxy and gold, held out"  # the title of the first panel
+
+
+def write_page(folder):
+    """write_page() as a script calls it -> the lines that it prints."""
+    lines = []
+    page.write_page(str(folder), SimpleNamespace(main=True, print=lines.append))
+    return lines
 
 
 # -------------------------------------------------------------------------------- a run of a script
@@ -111,20 +129,16 @@ def line_of(data, title, what, series=None):
 def ppo_run(base, tmp_path_factory):
     """A tiny PPO run on the embedded world with its own page, and what the script printed of it."""
     folder = tmp_path_factory.mktemp("show") / "ppo"
-    lines = []
     train(base, "ppo", folder, reward_model=[f"{base}/rm"], eval_every=1, kl_coef=0.3, lam=0.9)
-    printer = type("Printer", (), {"main": True, "print": staticmethod(lines.append)})
-    page.write_page(str(folder), printer)
-    return folder, lines
+    return folder, write_page(folder)
 
 
 def test_a_script_writes_the_page_and_says_where_it_is(base, tmp_path, written_pages, capsys):
     train(base, "rm", tmp_path / "rm", steps=1)
     printed = capsys.readouterr().out
     path = f"{tmp_path}/rm/page.html"
-    assert [line for line in printed.splitlines() if path in line] == [
-        f"A page to look at, in any browser: {path}"
-    ]
+    assert f"A page to look at, in any browser: {path}\n" in printed
+    assert printed.count(path) == 1
     assert build(tmp_path / "rm") == data_of((tmp_path / "rm/page.html").read_text())
 
 
@@ -134,25 +148,30 @@ def test_a_page_holds_the_numbers_of_the_run(ppo_run):
     data = data_of((folder / "page.html").read_text())
     records = read_rows(folder / "metrics.jsonl")
     for what in ("gold", "proxy"):
-        points = line_of(data, "Proxy and gold, held out", what)
+        points = line_of(data, REWARDS, what)
         for record, (step, value, low, high) in zip(records, points, strict=True):
-            assert (step, value) == (record["step"], record[f"eval/{what}"])
-            assert high - value == pytest.approx(record[f"eval/{what}_se"])
-            assert value - low == pytest.approx(record[f"eval/{what}_se"])
+            assert step == record["step"]
+            assert value == record[f"eval/{what}"]
+            error = record[f"eval/{what}_se"]
+            assert [value - low, high - value] == pytest.approx([error, error])
     entropy = line_of(data, "entropy (nats a token)", "test")
-    assert [point[1] for point in entropy] == [record["entropy"] for record in records[1:]]
+    # Step 0 is an evaluation alone.
+    assert column(entropy, 1) == column(records[1:], "entropy")
 
 
 def test_a_page_holds_the_answers_of_each_evaluation_beside_each_other(ppo_run):
     folder, _ = ppo_run
     (block,) = data_of((folder / "page.html").read_text())["answers"]
-    assert (block["steps"], block["scores"], block["split"]) == ([0, 1, 2], ["rm", "gold"], "test")
+    assert block["split"] == "test"
+    assert block["steps"] == [0, 1, 2]
+    assert block["scores"] == ["rm", "gold"]
     assert block["cue"] == world.cue(0)
     for place, step in enumerate(block["steps"]):
         rows = read_rows(folder / f"eval/step_{step}.jsonl")
         for item, row in zip(block["items"], rows, strict=True):
             own = item["answers"][place]
-            assert (item["prompt"], own["text"]) == (row["prompt"], row["response"])
+            assert item["prompt"] == row["prompt"]
+            assert own["text"] == row["response"]
             assert own["scores"] == [row["scores"]["rm"], row["gold"]]
             assert own["tokens"] == row["tokens"]
 
@@ -209,7 +228,9 @@ def test_a_scale_that_an_evaluation_does_not_know_leaves_advantages_out(base, tm
 
 
 def test_nasty_texts_come_back_as_they_are(tmp_path):
-    rows = [answer(text, text[::-1], tokens={"text": list(text)}) for text in NASTY]
+    rows = []
+    for text in NASTY:
+        rows.append(answer(text, text[::-1], tokens={"text": list(text)}))
     run = write_run(tmp_path / "<i>run</i>", steps=(0,), rows=rows)
     text = page.build_page([str(run)])
     (block,) = data_of(text)["answers"]
@@ -283,7 +304,7 @@ def test_what_small_blocks_leave_is_for_the_larger_ones():
 
 def test_a_run_of_one_step(tmp_path):
     data = build(write_run(tmp_path / "run", steps=(0,)))
-    assert line_of(data, "Proxy and gold, held out", "gold") == [[0, 0.0, -0.02, 0.02]]
+    assert line_of(data, REWARDS, "gold") == [[0, 0.0, -0.02, 0.02]]
     assert data["answers"][0]["steps"] == [0]
 
 
@@ -293,14 +314,13 @@ def test_a_run_that_was_killed_shows_what_there_is(tmp_path):
         file.write('{"step": 2, "eval/pro')  # the kill came here
     data = build(run)
     assert data["runs"][0]["note"] == "not ended: step 1 of 2"
-    assert len(line_of(data, "Proxy and gold, held out", "proxy")) == 2
+    assert len(line_of(data, REWARDS, "proxy")) == 2
 
     # It was killed before anything was logged.
-    for name in ("eval", "metrics.jsonl"):
-        path = run / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(run / "eval")
+    (run / "metrics.jsonl").unlink()
     data = build(run)
-    assert (data["panels"], data["answers"]) == ([], [])
+    assert data["panels"] == data["answers"] == []
     assert data["runs"][0]["note"] == "not ended: step 0 of 2"
 
 
@@ -317,10 +337,11 @@ def test_an_answer_that_one_evaluation_lacks_leaves_its_place_empty(tmp_path):
     run = write_run(tmp_path / "run", steps=(0, 1))
     write_rows(run / "eval/step_1.jsonl", [answer("b ?", "b1"), answer("b ?", "again")])
     (block,) = build(run)["answers"]
-    texts = {}
+    found = []
     for item in block["items"]:
-        texts.setdefault(item["prompt"], []).append([a and a["text"] for a in item["answers"]])
-    assert texts == {"a ?": [["a0", None]], "b ?": [["b0", "b1"], [None, "again"]]}
+        texts = [own["text"] if own else None for own in item["answers"]]
+        found.append([item["prompt"], *texts])
+    assert found == [["a ?", "a0", None], ["b ?", "b0", "b1"], ["b ?", None, "again"]]
 
 
 def test_further_splits_have_their_own_answers_and_lines(tmp_path):
@@ -329,20 +350,20 @@ def test_further_splits_have_their_own_answers_and_lines(tmp_path):
     records = read_rows(run / "metrics.jsonl")
     write_rows(run / "metrics.jsonl", [{**record, "ood/kl": 7.0} for record in records])
     data = build(run)
-    assert [block["split"] for block in data["answers"]] == ["short", "ood"]
+    assert column(data["answers"], "split") == ["short", "ood"]
     title = "KL to the SFT policy, held out (nats)"
-    assert [point[1] for point in line_of(data, title, "ood")] == [7.0, 7.0]
-    assert [point[1] for point in line_of(data, title, "short")] == [0.0, 1.0]
+    assert column(line_of(data, title, "ood"), 1) == [7.0, 7.0]
+    assert column(line_of(data, title, "short"), 1) == [0.0, 1.0]
 
 
 def test_several_runs_lie_over_one_another(tmp_path):
     first = write_run(tmp_path / "ppo", config={"kl_coef": 0.05})
     second = write_run(tmp_path / "no_kl", steps=(0, 1), config={"kl_coef": 0})
     data = build(first, second, first)
-    assert [run["name"] for run in data["runs"]] == ["ppo", "no_kl"]
-    for name, n in (("ppo", 2), ("no_kl", 2)):
-        assert len(line_of(data, "Proxy and gold, held out", "gold", name)) == n
-    assert [block["run"] for block in data["answers"]] == ["ppo", "no_kl"]
+    assert column(data["runs"], "name") == ["ppo", "no_kl"]
+    for name in ("ppo", "no_kl"):
+        assert len(line_of(data, REWARDS, "gold", name)) == 2
+    assert column(data["answers"], "run") == ["ppo", "no_kl"]
     # What differs comes first.
     assert data["settings"][0] == ["kl_coef", ["0.05", "0"]]
 
@@ -371,8 +392,8 @@ def test_numbers_that_are_none_leave_gaps(tmp_path):
     write_rows(run / "metrics.jsonl", records)
     data = build(run)
     for what in ("gold", "proxy"):
-        points = line_of(data, "Proxy and gold, held out", what)
-        assert [point[0] for point in points] == [0, 2]
+        points = line_of(data, REWARDS, what)
+        assert column(points, 0) == [0, 2]
 
 
 def test_long_lines_are_thinned_out_to_their_ends(tmp_path):
@@ -380,7 +401,9 @@ def test_long_lines_are_thinned_out_to_their_ends(tmp_path):
     write_rows(run / "metrics.jsonl", [{"step": i, "loss": 1.0} for i in range(10_001)])
     points = line_of(build(run), "loss", "test")
     assert len(points) <= MOST_POINTS + 1
-    assert (points[0][0], points[-1][0]) == (0, 10_000)
+    steps = column(points, 0)
+    assert steps[0] == 0
+    assert steps[-1] == 10_000
 
 
 # ------------------------------------------------------------------------------- the other scripts
@@ -391,7 +414,7 @@ def test_long_lines_are_thinned_out_to_their_ends(tmp_path):
 def test_every_training_script_has_curves(base, tmp_path, kind):
     train(base, kind, tmp_path / "run")
     data = build(tmp_path / "run")
-    titles = [panel["title"] for panel in data["panels"]]
+    titles = column(data["panels"], "title")
     assert "loss" in titles
     if kind == "sae":
         assert "How many features fire how often" in titles
@@ -417,14 +440,16 @@ def test_best_of_n_takes_the_best_of_the_first_n(base, tmp_path):
         own = {**row["scores"], "mean": [sum(scores) / 2 for scores in zip(*members)]}
         for name, scores in own.items():
             for place, n in enumerate(block["ns"]):
+                best = pytest.approx(max(scores[:n]))
+                assert item["proxy_scores"][name][place] == best
                 taken = item["answers"][item["picks"][name][place]]
-                assert scores[taken["place"]] == pytest.approx(max(scores[:n]))
-                assert item["proxy_scores"][name][place] == pytest.approx(max(scores[:n]))
-                assert taken["text"] == row["responses"][taken["place"]]
-                assert taken["scores"][-1] == row["gold_scores"][taken["place"]]
+                answer_number = taken["place"]
+                assert scores[answer_number] == best
+                assert taken["text"] == row["responses"][answer_number]
+                assert taken["scores"][-1] == row["gold_scores"][answer_number]
     results = json.loads((tmp_path / "bon/bon_results.json").read_text())
     points = line_of(data, "gold of the best of n, bon", "gold", "mean")
-    assert [point[1] for point in points] == [row["gold_score"] for row in results["mean"]]
+    assert column(points, 1) == column(results["mean"], "gold_score")
 
 
 def test_prompts_with_fewer_answers_and_no_gold(tmp_path):
@@ -435,21 +460,20 @@ def test_prompts_with_fewer_answers_and_no_gold(tmp_path):
     (run / "config.json").write_text(json.dumps({"n_answers": 3, "save_best": False}))
     results = {"rm": [{"n": n, **point} for n in (1, 2)]}
     (run / "bon_results.json").write_text(json.dumps(results))
-    pool = [
-        {"prompt": "a", "responses": ["x", "y"], "scores": {"rm": [0.0, 1.0]}},
-        {"prompt": "b", "responses": ["p", "q", "r"], "scores": {"rm": [3.0, 2.0, 9.0]}},
-    ]
-    write_rows(run / "pool.jsonl", pool)
+    two = {"prompt": "a", "responses": ["x", "y"], "scores": {"rm": [0.0, 1.0]}}
+    three = {"prompt": "b", "responses": ["p", "q", "r"], "scores": {"rm": [3.0, 2.0, 9.0]}}
+    write_rows(run / "pool.jsonl", [two, three])
     data = build(run)
     (block,) = data["best_of_n"]
-    assert (block["proxies"], block["scores"]) == (["rm"], ["rm"])
-    taken = []
-    for item in block["items"]:
-        taken.append([item["answers"][i]["text"] for i in item["picks"]["rm"]])
+    assert block["proxies"] == block["scores"] == ["rm"]
+    first, second = block["items"]
+    assert column(first["answers"], "text") == ["x", "y"]
+    assert first["picks"] == {"rm": [0, 1]}
     # Of the third answer to b nobody has asked.
-    assert taken == [["x", "y"], ["p", "p"]]
+    assert column(second["answers"], "text") == ["p"]
+    assert second["picks"] == {"rm": [0, 0]}
     title = "gold and proxy of the best of n, bon"
-    assert [point[:2] for point in line_of(data, title, "proxy")] == [[1, 1.0], [2, 1.0]]
+    assert column(line_of(data, title, "proxy"), 0) == [1, 2]
 
 
 def write_results(folder, command, summary):
@@ -460,77 +484,75 @@ def write_results(folder, command, summary):
     return folder
 
 
-TABLES = {
-    "Reward": (
-        {"metrics": ["tau"], "rows": {"policy": {"tau": [0.5, 0.1], "policy_less": [None, None]}}},
-        {"Kendall's tau": [["policy", 0.5, 0.4, 0.6]]},
-    ),
-    "Evaluate": (
-        {
-            "metrics": ["accuracy"],
-            "rewards": {"rm": {"accuracy": [0.8, 0.7, 0.9]}},
-            "differences": {"longer": {"accuracy": [-0.2, -0.3, -0.1]}},
-        },
-        {
-            "accuracy": [["rm", 0.8, 0.7, 0.9]],
-            "accuracy, less the first reward's": [["longer", -0.2, -0.3, -0.1]],
-        },
-    ),
-    "Judge": (
-        {
-            "judges": {
-                "gold": {
-                    "splits": {"all": {"win_rate": 0.75, "interval": [0.5, 1.0]}, "ood": {}},
-                    "gap": {},
-                }
-            }
-        },
-        {"how often A is better than B": [["gold", 0.75, 0.5, 1.0]]},
-    ),
-    "Ablate": (
-        {
-            "arms": {"plain": {"gold": {"mean": 1.0, "low": 0.5, "high": 1.5}, "features": [1]}},
-            "differences": {"gold": {"a - b": {"mean": 0.0, "low": -1.0, "high": 1.0}}},
-        },
-        {
-            "gold": [["plain", 1.0, 0.5, 1.5]],
-            "gold, difference": [["a - b", 0.0, -1.0, 1.0]],
-        },
-    ),
-    "Divergence": (
-        {"layers": [{"layer": 0, "frobenius": 2.0, "relative": None, "activations": {}}]},
-        {
-            "weights, frobenius": [["layer 0", 2.0, None, None]],
-            "weights, relative": [["layer 0", None, None, None]],
-        },
-    ),
-    "Mmcs": (
-        {"pairs": [{"a": "one", "b": "two", "mmcs": 0.5, "chance": 0.25}]},
-        {"MMCS": [["one and two", 0.5, None, None], ["one and two, by chance", 0.25, None, None]]},
-    ),
-}
+def interval(mean, low, high):
+    return {"mean": mean, "low": low, "high": high}
 
 
-@pytest.mark.parametrize("command", TABLES)
+SUMMARIES = {}  # {command: its summary.json}
+EXPECTED = {}  # {command: {metric: the rows of its table}}
+
+policy = {"tau": [0.5, 0.1], "policy_less": [None, None]}
+SUMMARIES["Reward"] = {"metrics": ["tau"], "rows": {"policy": policy}}
+EXPECTED["Reward"] = {"Kendall's tau": [["policy", 0.5, 0.4, 0.6]]}
+
+summary = {"metrics": ["accuracy"]}
+summary["rewards"] = {"rm": {"accuracy": [0.8, 0.7, 0.9]}}
+summary["differences"] = {"longer": {"accuracy": [-0.2, -0.3, -0.1]}}
+tables = {"accuracy": [["rm", 0.8, 0.7, 0.9]]}
+tables["accuracy, less the first reward's"] = [["longer", -0.2, -0.3, -0.1]]
+SUMMARIES["Evaluate"] = summary
+EXPECTED["Evaluate"] = tables
+
+# No pair of the second split has been judged.
+splits = {"all": {"win_rate": 0.75, "interval": [0.5, 1.0]}, "ood": {"pairs": 0}}
+SUMMARIES["Judge"] = {"judges": {"gold": {"splits": splits, "gap": {}}}}
+EXPECTED["Judge"] = {"how often A is better than B": [["gold", 0.75, 0.5, 1.0]]}
+
+arm = {"gold": interval(1.0, 0.5, 1.5), "features": [1]}
+arm["pool"] = {"groups": 3, "flip_rate": interval(0.2, 0.1, 0.3)}
+difference = {"gold": {"a - b": interval(0.0, -1.0, 1.0)}}
+tables = {"gold": [["plain", 1.0, 0.5, 1.5]]}
+tables["pool, flip_rate"] = [["plain", 0.2, 0.1, 0.3]]
+tables["gold, difference"] = [["a - b", 0.0, -1.0, 1.0]]
+SUMMARIES["Ablate"] = {"arms": {"plain": arm}, "differences": difference}
+EXPECTED["Ablate"] = tables
+
+layer = {"layer": 0, "frobenius": 2.0, "relative": None, "activations": {}}
+tables = {"weights, frobenius": [["layer 0", 2.0, None, None]]}
+tables["weights, relative"] = [["layer 0", None, None, None]]
+SUMMARIES["Divergence"] = {"layers": [layer]}
+EXPECTED["Divergence"] = tables
+
+pair = {"a": "one", "b": "two", "mmcs": 0.5, "chance": 0.25}
+rows = [["one and two", 0.5, None, None]]
+rows.append(["one and two, by chance", 0.25, None, None])
+SUMMARIES["Mmcs"] = {"pairs": [pair]}
+EXPECTED["Mmcs"] = {"MMCS": rows}
+
+
+@pytest.mark.parametrize("command", SUMMARIES)
 def test_a_table_holds_the_commands_intervals(tmp_path, command):
-    summary, expected = TABLES[command]
-    (table,) = build(write_results(tmp_path / "run", command, summary))["tables"]
-    found = {metric["name"]: metric["rows"] for metric in table["metrics"]}
+    expected = EXPECTED[command]
+    run = write_results(tmp_path / "run", command, SUMMARIES[command])
+    (table,) = build(run)["tables"]
+    found = dict(zip(column(table["metrics"], "name"), column(table["metrics"], "rows")))
     assert found.keys() == expected.keys()
     for name, rows in expected.items():
-        for row, (label, *numbers) in zip(found[name], rows, strict=True):
-            assert row[0] == label
-            assert row[1:] == pytest.approx(numbers)
+        for row, expected_row in zip(found[name], rows, strict=True):
+            assert row[0] == expected_row[0]
+            assert row[1:] == pytest.approx(expected_row[1:])
 
 
 def test_features_of_each_autoencoder_have_their_cards(tmp_path):
-    features = [{"id": 3, "rate": 0.1, "contexts": [{"tokens": ["<b>"], "values": [1.0]}]}]
+    context = {"tokens": ["<b>"], "values": [1.0]}
+    features = [{"id": 3, "rate": 0.1, "contexts": [context]}]
+    place = {"layer": 1, "site": "mlp"}
     saes = {
-        "runs/sae/base/1_mlp": {"model": "a", "layer": 1, "site": "mlp", "features": features},
-        "runs/sae/policy/1_mlp": {"model": "b", "layer": 1, "site": "mlp", "features": []},
+        "runs/sae/base/1_mlp": {"model": "a", **place, "features": features},
+        "runs/sae/policy/1_mlp": {"model": "b", **place, "features": []},
     }
     blocks = build(write_results(tmp_path / "run", "Features", {"saes": saes}))["features"]
-    assert [block["name"] for block in blocks] == list(saes)
+    assert column(blocks, "name") == list(saes)
     assert blocks[0]["items"] == features
     assert blocks[1]["place"] == "b, layer 1, mlp"
 
@@ -550,11 +572,8 @@ def test_a_damaged_evaluation_is_one_line_and_no_failed_run(tmp_path, row):
     run = write_run(tmp_path / "run")
     write_rows(run / "eval/step_2.jsonl", [row])
     refuses(page.build_page, [str(run)], match=["run"])
-    lines = []
-    printer = type("Printer", (), {"main": True, "print": staticmethod(lines.append)})
-    page.write_page(str(run), printer)
-    assert len(lines) == 1
-    assert lines[0].startswith("No page was made (InputError: ")
+    (line,) = write_page(run)
+    assert line.startswith("No page was made (InputError: ")
     assert not (run / "page.html").exists()
 
 

@@ -10,8 +10,11 @@ const COLOURINGS = [
 ];
 
 function drawAnswers(blocks) {
+  const last = blocks[0].steps.length - 1;
+  // sortedAt: the evaluation whose scores gave the order. Moving the slider leaves it alone, so
+  // that each prompt stays in its place.
   const view = {
-    block: blocks[0], place: blocks[0].steps.length - 1, search: "", sort: "none", colour: "none",
+    block: blocks[0], place: last, sortedAt: last, search: "", sort: "none", colour: "none",
     before: false,
   };
   const controls = element("div", { class: "controls" });
@@ -45,13 +48,18 @@ function answerControls(blocks, view, showList, showControls) {
     const which = choice("Run, split", options, (i) => {
       view.block = blocks[i];
       view.place = Math.min(view.place, view.block.steps.length - 1);
+      view.sortedAt = view.place;
       showControls();
     });
     which.select.value = blocks.indexOf(block);
     nodes.push(which.node);
   }
   nodes.push(searchField("Search", (text) => { view.search = text; showList(); }).node);
-  const sort = choice("Sort by", sortOptions(block), (value) => { view.sort = value; showList(); });
+  const sort = choice("Sort by", sortOptions(block), (value) => {
+    view.sort = value;
+    view.sortedAt = view.place;
+    showList();
+  });
   if (sortOptions(block).every(([value]) => value !== view.sort)) view.sort = "none";
   sort.select.value = view.sort;
   nodes.push(sort.node);
@@ -124,11 +132,9 @@ function sortItems(items, view, how, score) {
     return answer && answer.scores[score] !== null ? answer.scores[score] : NaN;
   };
   const last = view.block.steps.length - 1;
-  // High and low are of the evaluation that is shown; gains are over the whole run, and so keep
-  // their order while the slider moves.
   const keys = {
-    high: (item) => -at(item, view.place),
-    low: (item) => at(item, view.place),
+    high: (item) => -at(item, view.sortedAt),
+    low: (item) => at(item, view.sortedAt),
     gain: (item) => at(item, 0) - at(item, last),
     loss: (item) => at(item, last) - at(item, 0),
   };
@@ -150,6 +156,9 @@ function summarise(view, items) {
     const share = Math.round(100 * marked.length / answers.length);
     parts.push(`the cue ${block.cue} in ${share}%`);
   }
+  if (/^(high|low)/.test(view.sort) && view.sortedAt !== view.place) {
+    parts.push(`in the order of step ${block.steps[view.sortedAt]}`);
+  }
   if (block.left_out) parts.push(`${block.left_out} further prompts are left out of this file`);
   return parts.join(", ");
 }
@@ -157,7 +166,8 @@ function summarise(view, items) {
 // ------------------------------------------------------------------------------------- one answer
 
 function drawAnswer(item, view) {
-  const card = element("article", { class: "card" }, userText("h3", item.prompt));
+  const card = element("article", { class: "card" },
+    userText("h3", item.prompt || "(an empty prompt)"));
   if (view.before && view.place > 0) {
     card.append(drawText(item.answers[0], view, `step ${view.block.steps[0]}`));
   }
@@ -172,6 +182,7 @@ function drawText(answer, view, step) {
     part.append(element("p", { class: "quiet" }, "no answer at this step"));
     return part;
   }
+  if (answer.text === "") part.append(element("p", { class: "quiet" }, "(an empty answer)"));
   const colouring = findColourings(view.block).find(([name]) => name === view.colour);
   const isColoured = colouring && answer.tokens && hasNumbers(answer.tokens, colouring);
   part.append(isColoured ? colourTokens(answer.tokens, view, colouring)
@@ -241,14 +252,16 @@ function colourTokens(tokens, view, colouring) {
   const [, , number] = colouring;
   const largest = largestNumber(view.block, colouring);
   const text = element("p", { class: "tokens", dir: "auto" });
-  const readout = element("p", { class: "readout" }, "Point at a token, or open the table.");
+  const readout = element("p", { class: "readout" });
   tokens.text.forEach((piece, i) => {
     // The space in front of a word has no colour.
     const space = piece.match(/^\s*/)[0];
     const token = element("span", { title: describeToken(tokens, i) }, piece.slice(space.length));
     token.style.background = tint(number(tokens, i) / largest);
     if (piece.trim() === view.block.cue && view.block.cue) token.className = "cue";
-    token.addEventListener("pointerenter", () => { readout.textContent = describeToken(tokens, i); });
+    token.addEventListener("pointerenter", () => {
+      readout.textContent = describeToken(tokens, i);
+    });
     text.append(space, token);
   });
   return element("div", {}, text, readout, tokenTable(tokens));
@@ -296,6 +309,7 @@ function colourLegend(view) {
     element("span", { style: `background:${tint(strength)}` }, format(strength * largest)));
   const n = view.block.items.filter((item) =>
     item.answers[view.place] && item.answers[view.place].tokens).length;
-  const note = ` ${colouring[1]}. ${n} answers of this evaluation keep their tokens; they come first.`;
+  const note = ` ${colouring[1]}. ${n} answers of this evaluation have the numbers of their tokens,`
+    + " and come first. Point at a token to read them.";
   return [...swatches, note];
 }

@@ -1,4 +1,4 @@
-// Best-of-n: which of the first n answers each reward and each objective takes, and what it is worth.
+// Best-of-n: which of the first n answers each reward and each objective takes, and its gold.
 
 function drawBestOfN(blocks) {
   const view = { block: blocks[0], place: blocks[0].ns.length - 1, search: "" };
@@ -67,8 +67,9 @@ function describePool(view, items) {
 function bestTables(view, items) {
   const { proxies, scores } = view.block;
   const gold = scores.indexOf("gold");
-  const own = { name: "its own score of what it takes, ± 1 standard error", reference: 0, rows: [] };
-  const truth = { name: "gold of what it takes, ± 1 standard error", reference: 0, rows: [] };
+  const ending = ", ± 1 standard error";
+  const own = { name: `its own score of what it takes${ending}`, reference: 0, rows: [] };
+  const truth = { name: `gold of what it takes${ending}`, reference: 0, rows: [] };
   for (const proxy of proxies) {
     const place = (item) => item.picks[proxy][view.place];
     own.rows.push(meanRow(proxy, items.map((item) => item.proxy_scores[proxy][view.place])));

@@ -202,7 +202,9 @@ function addCursor(svg, panel, lines, scales, readout) {
   const xs = unique(lines.flatMap((line) => line.points.map((point) => point[0])));
   xs.sort((a, b) => a - b);
   const bottom = CHART.height - CHART.bottom;
-  const cursor = shape("line", { class: "cursor", y1: CHART.top, y2: bottom, visibility: "hidden" });
+  const cursor = shape("line", {
+    class: "cursor", y1: CHART.top, y2: bottom, visibility: "hidden",
+  });
   svg.append(cursor);
   let place = xs.length - 1;
 

@@ -121,7 +121,7 @@ function drawHistogram(histogram) {
   const largest = Math.sqrt(Math.max(...counts));
   const width = 200 / counts.length;
   const svg = shape("svg", {
-    viewBox: "0 0 200 40", class: "histogram", role: "img",
+    viewBox: "0 0 200 40", class: "histogram", role: "img", preserveAspectRatio: "none",
     "aria-label": `values from ${format(low)} to ${format(high)}`,
   }, shape("title", {}, `values from ${format(low)} to ${format(high)}; heights are square roots`));
   counts.forEach((count, i) => {
