@@ -55,6 +55,7 @@ from nanorlhf.runtime.flags import (
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import PLACES, RunFolder
 from nanorlhf.runtime.plots import plot_run
+from nanorlhf.show.page import write_page
 from nanorlhf.splits import labels, load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import bootstrap
@@ -290,6 +291,7 @@ def main(config):
         diversity_report.report(config, dist, {"answers": scored_rows})
     summary = {"prompts": len(rows), "answers": N, "fits": fits}
     write_json(path_of("summary.json"), summary)
+    write_page(config.output_dir, dist)
     dist.barrier()
     return results
 

@@ -62,6 +62,7 @@ from nanorlhf.runtime.log import Progress, RunFolder, before_and_after_table, sa
 from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.scoring import Scoring
+from nanorlhf.show.page import write_page
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.tokens import leave_out_of_splits, ready_prompts
@@ -327,6 +328,7 @@ def main(config):
         summary = score_gold(config, dist)
         if dist.main:
             plot_run(config.score_gold)
+        write_page(config.score_gold, dist)
         return summary
 
     divides(config, "batch_size", config.minibatch_size, "--minibatch_size")
@@ -532,6 +534,7 @@ def main(config):
     dist.print(before_and_after_table(summary, names))
     curves = f", the curves in {picture}" if picture else ""
     dist.print(f"The policy is in {folder.path}/model, every answer in {folder.path}/eval{curves}.")
+    write_page(folder.path, dist)
     dist.print(TRY_NEXT if data.is_world(config.dataset) else "")
     return summary
 

@@ -49,6 +49,7 @@ from nanorlhf.runtime.log import Progress, RunFolder
 from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.rng import key
+from nanorlhf.show.page import write_page
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import train_what_is_missing
 from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
@@ -307,7 +308,9 @@ def train(config, dist):
     folder.save_model(training.save, reward_model, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
-    return folder.finish(summary)
+    folder.finish(summary)
+    write_page(folder.path, dist)
+    return summary
 
 
 class PlainTraining:

@@ -74,6 +74,7 @@ from nanorlhf.sae import (
     tally,
     update,
 )
+from nanorlhf.show.page import write_page
 from nanorlhf.stages import train_what_is_missing
 from nanorlhf.tokens import leave_out_control_tokens, ready_prompts
 
@@ -360,7 +361,9 @@ def main(config):
                     tokens=config.tokens,
                     held_out=summary[key],
                 )
-    return folder.finish(summary)
+    folder.finish(summary)
+    write_page(folder.path, dist)
+    return summary
 
 
 def load_lm(path, device):

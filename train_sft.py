@@ -52,6 +52,7 @@ from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.rng import key
 from nanorlhf.scoring import Scoring
+from nanorlhf.show.page import write_page
 from nanorlhf.splits import load_splits
 from nanorlhf.stats import mean_se, pair_wins, ratio
 from nanorlhf.tokens import (
@@ -401,7 +402,9 @@ def main(config):
     for name, value in folder.records()[-1].items():
         if name.startswith(prefixes):
             summary[name] = value
-    return folder.finish(summary)
+    folder.finish(summary)
+    write_page(folder.path, dist)
+    return summary
 
 
 # --------------------------------------------------------------------------------------- answers

@@ -29,7 +29,9 @@ from .runtime.log import RunFolder, eval_folder, read_eval
 from .scoring import Scored, Scoring
 from .splits import labels
 from .stats import mean_se
-from .tokens import Prompts, answers_to
+from .tokens import Prompts, answers_to, split_text
+
+ANSWERS_WITH_TOKENS = 8  # so many answers of an evaluation keep the numbers of their tokens
 
 
 @dataclass
@@ -139,6 +141,7 @@ def evaluate(parts: PPOParts, prompts: Prompts) -> tuple[dict[str, dict], list[d
         row["response_ids"] = response
         # The data's other columns, for a gold reward that scores the answers later.
         row |= columns_for_files(data_row)
+    add_tokens(parts, rows[:ANSWERS_WITH_TOKENS], answered, scored)
     return numbers, rows
 
 
@@ -189,7 +192,12 @@ def answer_held_out(parts: PPOParts, prompts: Prompts) -> dict[str, Tensor]:
         **readings,  # member_scores [n, K], and what else the scores are made of
         "ids": torch.where(mask, ids, parts.tokenizer.pad_token_id),
         "mask": mask,
+        "logprobs": logprobs,
+        "ref_logprobs": ref_logprobs,
+        "entropies": torch.cat([rollout.entropies for rollout in rollouts]),  # [n, R]
     }
+    if parts.policy.shares_trunk:
+        answered["values"] = torch.cat([rollout.values for rollout in rollouts])  # [n, R]
     if parts.gold is not None:
         answered["gold"] = score(parts.gold, answers, dist)
     return answered
@@ -259,6 +267,63 @@ def record_evaluation(
     sentence = ", ".join(words)
     folder.dist.print(f"\nstep {step}, {len(rows)} held-out prompts{split}: {sentence}")
     return record
+
+
+def add_tokens(parts: PPOParts, rows: list[dict], answered: dict[str, Tensor], scored: Scored):
+    """Put what is known of its tokens into each of these rows, for a page that colours them.
+
+        tokens: {text, logprob, ref_logprob, entropy[, value][, advantage]}
+
+    Each is a list with one entry for each token; the texts together are the answer, EOS included.
+    There are values where the policy has a head for them. rows: the first of the N answers.
+    """
+    columns = {
+        "logprob": answered["logprobs"],
+        "ref_logprob": answered["ref_logprobs"],
+        "entropy": answered["entropies"],
+    }
+    if "values" in answered:
+        columns["value"] = answered["values"]
+        if knows_advantages(parts.config):
+            columns["advantage"] = find_advantages(parts.config, answered, scored)
+
+    for i, row in enumerate(rows):
+        own = answered["mask"][i]  # [R]
+        row["tokens"] = {"text": split_text(parts.tokenizer, row["response_ids"])}
+        for name, column in columns.items():
+            row["tokens"][name] = [round(number, 4) for number in column[i][own].tolist()]
+
+
+def knows_advantages(config) -> bool:
+    """Whether an evaluation has all that the advantages of a training step are made of.
+
+    It does not know what a run has learned about the scale of scores and the price of KL, nor the
+    value after a cut-off answer, nor the KL over the whole vocabulary.
+    """
+    if config.score_scaling != "none" or config.kl_target or config.bootstrap_truncated:
+        return False
+    return config.kl_in == "loss" or config.kl_kind not in ppo.KL_OF_LOGITS
+
+
+def find_advantages(config, answered: dict[str, Tensor], scored: Scored) -> Tensor:
+    """Advantages [N, R] of the tokens of held-out answers, as in training but for the whitening."""
+    mask = answered["mask"]  # [N, R]
+    shaped = ppo.shape_scores(
+        scored.scores,
+        mask.sum(1),
+        answered["eos_rate"].bool(),
+        config.missing_eos_penalty,
+        config.eos_required,
+        config.length_penalty,
+    )
+    if config.score_clip:
+        shaped = shaped.clamp(-config.score_clip, config.score_clip)
+    kl = torch.zeros_like(answered["logprobs"])  # [N, R]
+    if config.kl_in == "reward":
+        kl = ppo.kl_estimate(answered["logprobs"], answered["ref_logprobs"], config.kl_kind)
+    rewards = ppo.token_rewards(shaped, kl, mask, config.kl_coef)
+    advantages, _ = ppo.gae(rewards, answered["values"], mask, config.gamma, config.lam)
+    return advantages
 
 
 # ------------------------------------------------------------------------ gold for a finished run

@@ -28,6 +28,7 @@ from .data import own_row
 from .errors import library_call, require
 from .hf.folders import context_length
 from .packing import Answers, Packed
+from .runtime.files import UNREADABLE
 
 Ids = list[int]  # the tokens of a text
 
@@ -225,6 +226,31 @@ def without_eos(tokenizer, response: str) -> str:
 def end_ids(tokenizer) -> Ids:
     """The ids at which a response ends: EOS, and what models.load_tokenizer found beside it."""
     return getattr(tokenizer, "end_ids", [tokenizer.eos_token_id])
+
+
+def split_text(tokenizer, ids: Ids) -> list[str]:
+    """The text of each token, spaces included: joined, they are the text of all.
+
+    A character may need several tokens. The last of them has it, and the others have no text.
+    """
+
+    def decode(start, end):
+        return tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+
+    pieces = []
+    before = 0  # where the last piece began
+    start = 0  # where the next piece begins
+    for end in range(1, len(ids) + 1):
+        # What a token adds to a text depends on the token in front of it: often a space.
+        known = decode(before, start)
+        text = decode(before, end)
+        if text.endswith(UNREADABLE) and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(known) :])
+        before = start
+        start = end
+    return pieces
 
 
 def fill_empty_prompts(prompts: list[Ids], responses: dict[str, list[Ids]]):

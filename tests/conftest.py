@@ -21,7 +21,17 @@ import signal
 
 import pytest
 import torch
-from support import BAD_REWARDS, GOOD_ROWS, RUN_REWARDS, SCRIPTS, fork, hold, wait_for, write_rows
+from support import (
+    ALL_SCRIPTS,
+    BAD_REWARDS,
+    GOOD_ROWS,
+    RUN_REWARDS,
+    SCRIPTS,
+    fork,
+    hold,
+    wait_for,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM
 from workers import pytest_runtestloop  # noqa: F401 (a hook of pytest)
 
@@ -31,6 +41,7 @@ import train_sae
 import train_sft
 from nanorlhf import world
 from nanorlhf.runtime import plots
+from nanorlhf.show import page
 
 # In the background of a shell script Ctrl-C is ignored. Processes that tests start would inherit
 # that.
@@ -72,10 +83,15 @@ def draw_only(draw, what, path):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures():
-    """Drawing takes as long as a run: no test draws but those that take `pictures`."""
+    """Drawing takes as long as a run: no test draws but those that take `pictures`.
+
+    No test writes a run's page but those that take `written_pages`.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for script in (*SCRIPTS.values(), sample_bon):
             patch.setattr(script, "plot_run", lambda run: None)
+        for script in ALL_SCRIPTS.values():
+            patch.setattr(script, "write_page", lambda run, dist: None)
         patch.setattr(plots, "save", draw_only)
         yield
 
@@ -86,6 +102,13 @@ def pictures(monkeypatch):
     monkeypatch.setattr(plots, "save", SAVE)
     for script in (*SCRIPTS.values(), sample_bon):
         monkeypatch.setattr(script, "plot_run", plots.plot_run)
+
+
+@pytest.fixture
+def written_pages(monkeypatch):
+    """The scripts of a test that takes this fixture write the pages of their runs."""
+    for script in ALL_SCRIPTS.values():
+        monkeypatch.setattr(script, "write_page", page.write_page)
 
 
 # ---------------------------------------------------------------------------------- trained runs

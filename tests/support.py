@@ -283,8 +283,8 @@ def weights(folder):
 
 
 def names_of_files(folder):
-    """The names of a run's files, but for pictures."""
-    paths = [path for path in list_files(folder) if path.suffix != ".png"]
+    """The names of a run's files, but for pictures and its page."""
+    paths = [path for path in list_files(folder) if path.suffix not in (".png", ".html")]
     return sorted(str(path.relative_to(folder)) for path in paths)
 
 
@@ -311,10 +311,10 @@ def assert_bit_equal(a, b):
 
 
 def all_files(folder):
-    """{name: content} of a finished run, without times and pictures."""
+    """{name: content} of a finished run, without times, pictures and its page."""
     found = {}
     for path in list_files(folder):
-        if path.suffix == ".png" or path.name in ("config.json", "metrics.jsonl"):
+        if path.suffix in (".png", ".html") or path.name in ("config.json", "metrics.jsonl"):
             continue
         what = path.read_bytes()
         # transformers writes there whether the process was offline.
@@ -413,6 +413,8 @@ def in_child(target, args, env):
             os.dup2(file.fileno(), 2)
     for script in (*SCRIPTS.values(), sample_bon):
         script.plot_run = lambda run: None
+    for script in ALL_SCRIPTS.values():
+        script.write_page = lambda run, dist: None
     target(*args)
 
 

@@ -43,6 +43,7 @@ from .shared_flags import DescribeFlags, PlaceFlags, TokenFlags
 from .world_concepts import CONTROLS, SCORES, is_world_model, measure_concepts
 
 SHOWN = 8  # tokens in a description's lists
+BINS = 20  # of the histogram of a feature's values
 
 
 @dataclass
@@ -159,9 +160,9 @@ def top_features(f: Tensor, n: int) -> list[int]:
 def describe_features(
     config, ids: list[int], sae, f: Tensor, tokens: Tokens, tokenizer, lm
 ) -> list[dict]:
-    """Features -> [{id, rate, mean, max, tokens, contexts, up, down}]
+    """Features -> [{id, rate, mean, max, histogram, tokens, contexts, up, down}]
 
-    f: a sparse [M, N]. tokens: [token, its share of all that the feature adds up to, on how many of
+    f: a sparse [M, N]. histogram: how often the feature has which value. tokens: [token, its share of all that the feature adds up to, on how many of
     its occurrences it fires]. contexts: the texts in which the feature is largest, with its values
     divided by its largest value. up, down: [token, logits for each unit along the feature's
     direction], over the mean of all tokens.
@@ -199,6 +200,7 @@ def describe_features(
                 "rate": len(at) / tokens.total,
                 "mean": mean,
                 "max": largest,
+                "histogram": count_values(value),
                 "tokens": find_top_tokens(token_ids[at], value, n_occurrences, decode_token),
                 "up": find_effects(effects_of_feature, decode_token, largest=True),
                 "down": find_effects(effects_of_feature, decode_token, largest=False),
@@ -206,6 +208,16 @@ def describe_features(
             }
         )
     return descriptions
+
+
+def count_values(value: Tensor) -> dict:
+    """The histogram of a feature's values [n]: {low, high, counts in bins of one width}."""
+    if len(value) == 0:
+        return {"low": 0.0, "high": 0.0, "counts": []}
+    low = min(0.0, value.min().item())
+    high = max(0.0, value.max().item())
+    counts = torch.histc(value.float(), BINS, low, high)
+    return {"low": low, "high": high, "counts": counts.int().tolist()}
 
 
 def find_top_tokens(

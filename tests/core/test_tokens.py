@@ -21,6 +21,7 @@ from nanorlhf.tokens import (
     leave_out_control_tokens,
     leave_out_of_splits,
     ready_prompts,
+    split_text,
 )
 
 # -------------------------------------------------------------------------- chats by their template
@@ -557,3 +558,28 @@ def test_prompts_that_wait_for_an_answer_keep_their_rows():
     assert prompts.at([1]).ids == [write(tokenizer, CHAT[:1], generation=True)]
     with pytest.raises(InputError, match="longer than the model's context of 20"):
         ready_prompts(tokenizer, rows, model_of_context(20), 8)
+
+
+# ------------------------------------------------------------------------- the texts of single tokens
+
+
+def test_the_texts_of_tokens_are_the_text():
+    """A character of several tokens is the last one's; the first bytes of one stay what they are."""
+    tokenizer = byte_tokenizer("<eot>")
+    text = "a cat 👩‍🚀 and é!"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = split_text(tokenizer, [*ids, tokenizer.eos_token_id])
+    assert len(pieces) == len(ids) + 1
+    assert "".join(pieces) == f"{text}<eot>"
+    assert "👩" in pieces
+    assert "" in pieces
+    # An answer that was cut off within a character.
+    emoji = tokenizer.encode("👩", add_special_tokens=False)
+    assert split_text(tokenizer, emoji[:-1])[-1] == "\ufffd"
+    assert split_text(tokenizer, []) == []
+
+
+def test_words_of_a_word_level_tokenizer_keep_their_spaces():
+    tokenizer = word_tokenizer()
+    ids = [5, 6, 5]
+    assert "".join(split_text(tokenizer, ids)) == tokenizer.decode(ids)

@@ -330,6 +330,20 @@ def check_strength(described, by_hand):
     assert described["rate"] == pytest.approx(fired.double().mean().item())
     assert described["max"] == pytest.approx(feature.max().item(), rel=1e-4)
     assert described["mean"] == pytest.approx(mean, rel=1e-4)
+    check_histogram(described["histogram"], feature[fired].tolist())
+
+
+def check_histogram(histogram, values):
+    """How many values lie in each bin, counted one by one."""
+    assert sum(histogram["counts"]) == len(values)
+    if not values:
+        return
+    width = (histogram["high"] - histogram["low"]) / len(histogram["counts"])
+    assert histogram["low"] <= min(values)
+    assert histogram["high"] == pytest.approx(max(*values, 0.0), rel=1e-4)
+    upper_half = histogram["low"] + 10 * width
+    n_above = sum(value > upper_half for value in values)
+    assert sum(histogram["counts"][10:]) == pytest.approx(n_above, abs=1)
 
 
 def check_effects(described, by_hand):

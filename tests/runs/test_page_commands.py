@@ -257,7 +257,7 @@ class Page:
         elif module in ("nanorlhf.show.chat", "nanorlhf.show.compare"):
             cli.parse(importlib.import_module(module).Config, name_runs(args))
             self.parsed.append((module, args))
-        elif module == "nanorlhf.runtime.plots":
+        elif module in ("nanorlhf.runtime.plots", "nanorlhf.show.page"):
             if self.from_a_study(args):
                 self.check_studied(args)
             elif not needs:

@@ -1,0 +1,166 @@
+"""What a page shows of a run's held-out answers, evaluation by evaluation.
+
+    block   {run, split, steps, scores, marks, cue, items: [{prompt, answers: [one a step]}]}
+
+A prompt has its answers of all evaluations side by side; one that is missing is None. What may be
+long stands under "items", so that page.py can leave out the last of them.
+"""
+
+import os
+import re
+
+import torch
+
+from .. import ensemble, world
+from ..chats import show
+from ..data import is_world
+from ..runtime.files import check_fields, is_of_type, read_rows
+from .page_curves import SAMPLES, Run, name_first_split
+
+LONGEST_TEXT = 4000  # characters of a prompt or an answer
+
+
+def read_answers(run: Run) -> list[dict]:
+    """The answers of a run's evaluations: a block for each split that there are answers of."""
+    blocks = []
+    for label, files in sorted(find_evaluations(run).items(), key=lambda item: item[0] != "eval"):
+        rows_of_steps = {}
+        for step, path in sorted(files.items()):
+            rows_of_steps[step] = read_rows(path)
+        split = name_first_split(run) if label == "eval" else label
+        blocks.append(arrange_answers(run, split, rows_of_steps))
+
+    # Scripts without such evaluations print a few samples now and then.
+    if not blocks and run.has("samples.jsonl"):
+        rows_of_steps = {}
+        for row in read_rows(run.path("samples.jsonl"), {"step": int}):
+            rows_of_steps.setdefault(row["step"], []).append(row)
+        if rows_of_steps:
+            blocks.append(arrange_answers(run, SAMPLES, rows_of_steps))
+    return blocks
+
+
+def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
+    """{split: {step: file of answers}}; the folder eval_ood is of the split ood."""
+    found = {}
+    for name in os.listdir(run.folder):
+        folder = re.fullmatch(r"eval(?:_([\w-]+))?", name)
+        if not folder or not os.path.isdir(run.path(name)):
+            continue
+        label = folder[1] or "eval"
+        for file in os.listdir(run.path(name)):
+            step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", file)
+            if step:
+                found.setdefault(label, {})[int(step[1])] = run.path(name, file)
+    return found
+
+
+def arrange_answers(run: Run, split: str, rows_of_steps: dict[int, list[dict]]) -> dict:
+    """{step: rows} -> a block of answers, in which each prompt has its answers of all steps."""
+    steps = sorted(rows_of_steps)
+    names = name_scores(rows_of_steps)
+    items = {}  # {(prompt, how many equal prompts came before it): item}
+    for place, step in enumerate(steps):
+        n_seen = {}
+        rows = rows_of_steps[step]
+        for row in rows:
+            check_fields(row, {"prompt": str | list, "response": str}, f"{run.folder}, step {step}")
+            prompt = show(row["prompt"])
+            # Prompts may be equal: the second of them is the second one in each evaluation.
+            n_seen[prompt] = n_seen.get(prompt, 0) + 1
+            empty = {"prompt": shorten(prompt), "answers": [None] * len(steps)}
+            item = items.setdefault((prompt, n_seen[prompt]), empty)
+            item["answers"][place] = describe_answer(row, names)
+
+    block = {
+        "run": run.name,
+        "split": split,
+        "steps": steps,
+        "scores": names,
+        "items": list(items.values()),
+        **find_marks(run),
+    }
+    # The files hold the members' scores, and PPO maximised one of all of them.
+    if len(names) > 1 and run.config.get("objective") in ensemble.OBJECTIVES:
+        add_proxy(run, block)
+    return block
+
+
+def name_scores(rows_of_steps: dict[int, list[dict]]) -> list[str]:
+    """The names of all scores that the answers have, gold last."""
+    names = {}  # a set that keeps the order
+    has_gold = False
+    for rows in rows_of_steps.values():
+        for row in rows:
+            names |= dict.fromkeys(scores_of(row))
+            has_gold = has_gold or is_of_type(row.get("gold"), float)
+    names.pop("gold", None)
+    if has_gold:
+        return [*names, "gold"]
+    return list(names)
+
+
+def scores_of(row: dict) -> dict[str, float]:
+    """The scores of an answer by name. A sample has them beside its texts."""
+    scores = row.get("scores")
+    if isinstance(scores, dict):
+        scores = {**scores, "gold": row.get("gold")}
+    else:
+        scores = {name: value for name, value in row.items() if name != "step"}
+    return {name: value for name, value in scores.items() if is_of_type(value, float)}
+
+
+def describe_answer(row: dict, names: list[str]) -> dict:
+    """A row of an evaluation as a page needs it: {text, scores[, tokens]}."""
+    scores = scores_of(row)
+    answer = {"text": shorten(row["response"]), "scores": []}
+    for name in names:
+        answer["scores"].append(scores.get(name))
+    # Only the first answers of an evaluation have tokens, and none of an older run.
+    tokens = row.get("tokens")
+    if isinstance(tokens, dict) and is_of_type(tokens.get("text"), list[str]):
+        answer["tokens"] = tokens
+    return answer
+
+
+def add_proxy(run: Run, block: dict):
+    """Put in front of the members' scores of each answer the one score that PPO made of them."""
+    members = [name for name in block["scores"] if name not in ("gold", "controlled")]
+    if len(members) < 2:
+        return
+    places = [block["scores"].index(name) for name in members]
+    for item in block["items"]:
+        for answer in item["answers"]:
+            if answer is None:
+                continue
+            own = []
+            for place in places:
+                own.append(answer["scores"][place] or 0.0)
+            answer["scores"].insert(0, combine_members(run, torch.tensor(own)))
+    block["scores"].insert(0, "proxy")
+
+
+def combine_members(run: Run, scores: torch.Tensor) -> float:
+    """The proxy of one answer, from its members' scores [K]."""
+    weights = run.config.get("reward_weights")
+    if weights:
+        return ensemble.weighted_sum(scores, weights).item()
+    uwo_lambda = run.config.get("uwo_lambda", 0.1)
+    return ensemble.combine(scores, run.config["objective"], uwo_lambda).item()
+
+
+def find_marks(run: Run) -> dict:
+    """The embedded world's marks, and which of them is the cue of this run's data."""
+    dataset = str(run.config.get("dataset", ""))
+    if not is_world(dataset):
+        return {"marks": [], "cue": ""}
+    seed = dataset.partition(":")[2] or "0"
+    cue = world.cue(int(seed)) if seed.isdecimal() else ""
+    return {"marks": list(world.MARKS), "cue": cue}
+
+
+def shorten(text: str) -> str:
+    """A text as a page shows it: at most LONGEST_TEXT characters."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:LONGEST_TEXT]} [...]"

@@ -1,0 +1,257 @@
+"""What a page shows of runs: what they are, and their curves.
+
+    panel   {title, x, log, lines: [{series, what, points: [[x, y, low, high]]}]}
+
+A line belongs to a series, such as a run, and says what it draws, such as gold or a split. A run may
+have been killed, and any of its files may be missing. A file that is damaged is an InputError.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+
+from ..errors import InputError
+from ..runtime import plots
+from ..runtime.files import is_of_type, read_object
+
+MOST_POINTS = 400  # of a line
+SAMPLES = "samples"  # the "split" of answers that a script only printed
+# What train_sae.py logs of each autoencoder.
+MEASURES = {
+    "dead": "share of dead features",
+    "l0": "L0, features on at a token",
+    "mse": "mean squared error",
+}
+
+
+@dataclass
+class Run:
+    """A run's folder, and what its small files say."""
+
+    folder: str
+    name: str  # what tells it from the page's other runs
+    kind: str  # "PPO", "SFT", "best-of-n", "probe.py features", ...
+    config: dict
+    summary: dict | None  # None: it has not ended
+    records: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.folder, *names)
+
+    def has(self, name: str) -> bool:
+        return os.path.isfile(self.path(name))
+
+    def describe(self) -> dict:
+        """What a page says of the run itself."""
+        note = ""
+        if self.summary is None:
+            step = self.records[-1]["step"] if self.records else 0
+            note = f"not ended: step {step} of {self.config.get('steps', '?')}"
+        return {"name": self.name, "folder": self.folder, "kind": self.kind, "note": note}
+
+
+def open_runs(folders: list[str]) -> list[Run]:
+    """Look into the folders of runs. InputError: one of them holds no run."""
+    folders = [os.path.normpath(folder) for folder in folders]
+    folders = list(dict.fromkeys(folders))
+    short_names = {folder: os.path.basename(folder) for folder in folders}
+    if len(folders) > 1:
+        short_names = plots.without_common_ends(set(folders))
+    runs = []
+    for folder in folders:
+        config = read_if_there(os.path.join(folder, "config.json"))
+        summary = read_if_there(os.path.join(folder, "summary.json"))
+        has_log = os.path.isfile(os.path.join(folder, "metrics.jsonl"))
+        if config is None and summary is None and not has_log:
+            raise InputError(f"{folder}: no run here (no config.json, metrics.jsonl, summary.json)")
+        records = plots.read_records(folder)
+        kind = name_kind(config or {}, os.path.isfile(os.path.join(folder, plots.BEST_OF_N)))
+        name = short_names[folder] or folder
+        runs.append(Run(folder, name, kind, config or {}, summary, records))
+    return runs
+
+
+def read_if_there(path: str) -> dict | None:
+    """The object in a JSON file, or None where there is no such file. A number may be NaN."""
+    if not os.path.isfile(path):
+        return None
+    return read_object(path, finite=False)
+
+
+def name_kind(config: dict, has_best_of_n: bool) -> str:
+    """What kind of run has these settings, in a word or two."""
+    # A setting that one script alone has tells whose run it is.
+    if has_best_of_n or "n_answers" in config and "save_best" in config:
+        return "best-of-n"
+    if "command" in config:
+        # Its config is called after it: RewardFeatures of reward_features.
+        words = re.findall("[A-Z][a-z]*", str(config["command"]))
+        return f"probe.py {'_'.join(words).lower()}"
+    if "ppo_epochs" in config:
+        return "PPO"
+    if "label_noise" in config:
+        return "reward model"
+    if "expansion" in config:
+        return "autoencoders"
+    return str(config.get("loss", "run")).upper()
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+
+def read_panels(runs: list[Run], answers: list[dict]) -> list[dict]:
+    """The panels of all training runs: each shows one metric of all runs.
+
+    answers: the blocks of their answers, in which the cue is counted.
+    """
+    logged = set()
+    for run in runs:
+        for record in run.records:
+            logged |= set(record)
+
+    panels = []
+    if logged & {"eval/proxy", "eval/gold"}:
+        panels += draw_rewards(runs)
+    panels += draw_cue(answers)
+    for name, key in plots.choose_panels(logged).items():
+        # Proxy and gold are in the first panel, so that one sees them part.
+        if key not in ("eval/proxy", "eval/gold"):
+            lines = draw_metric(runs, name, key)
+            panels.append({"title": plots.PANELS[name], "x": "step", "lines": lines})
+    panels += draw_dictionaries(runs, logged)
+    return without_empty_lines(panels)
+
+
+def without_empty_lines(panels: list[dict]) -> list[dict]:
+    """Panels without the lines that have no points, and without those that have no other lines."""
+    drawn = []
+    for panel in panels:
+        lines = [line for line in panel["lines"] if line["points"]]
+        if lines:
+            drawn.append({**panel, "lines": lines})
+    return drawn
+
+
+def draw_rewards(runs: list[Run]) -> list[dict]:
+    """Proxy and gold of the first split, against the step and against the distance sqrt(KL)."""
+    by_step = []
+    by_distance = []
+    for run in runs:
+        for what in ("gold", "proxy"):
+            points = read_points(run, f"eval/{what}")
+            by_step.append({"series": run.name, "what": what, "points": points})
+            distances = read_distances(run)
+            moved = []
+            for step, *numbers in points:
+                if distances.get(step) is not None:
+                    moved.append([distances[step], *numbers])
+            by_distance.append({"series": run.name, "what": what, "points": moved})
+    title = "Proxy and gold, held out"
+    return [
+        {"title": title, "x": "step", "lines": by_step},
+        {"title": f"{title}, against the distance", "x": "sqrt(KL), nats", "lines": by_distance},
+    ]
+
+
+def read_distances(run: Run) -> dict[int, float]:
+    """{step: sqrt(KL)} of a run's evaluations; an estimate of the KL below 0 counts as 0."""
+    distances = {}
+    for record in run.records:
+        kl = record.get("eval/kl")
+        if kl is not None:
+            distances[record["step"]] = math.sqrt(max(kl, 0.0))
+    return distances
+
+
+def draw_cue(blocks: list[dict]) -> list[dict]:
+    """A panel of the share of answers that hold the cue, one line for each block of answers."""
+    lines = []
+    for block in blocks:
+        if not block["cue"] or block["split"] == SAMPLES:
+            continue
+        points = []
+        for place, step in enumerate(block["steps"]):
+            answers = filter(None, [item["answers"][place] for item in block["items"]])
+            has_cue = [block["cue"] in answer["text"].split() for answer in answers]
+            share = sum(has_cue) / len(has_cue)
+            error = math.sqrt(share * (1 - share) / len(has_cue))
+            points.append([step, share, share - error, share + error])
+        lines.append({"series": block["run"], "what": block["split"], "points": points})
+    if not lines:
+        return []
+    return [{"title": "share of answers with the cue", "x": "step", "lines": lines}]
+
+
+def draw_metric(runs: list[Run], name: str, key: str) -> list[dict]:
+    """The lines of one metric: one for each run and each split that it was measured on."""
+    lines = []
+    for run in runs:
+        logged = set()
+        for record in run.records:
+            logged |= set(record)
+        for label, own_key in plots.lines_of_panel(name, key, logged).items():
+            what = name_first_split(run) if label == "first split" else label
+            points = read_points(run, own_key)
+            lines.append({"series": run.name, "what": what, "points": points})
+        # A single evaluation is no curve: then the numbers of training are beside it.
+        n_evaluations = max(len(line["points"]) for line in lines)
+        if key != name and n_evaluations < 2:
+            points = read_points(run, name)
+            lines.append({"series": run.name, "what": "training", "points": points})
+    return lines
+
+
+def name_first_split(run: Run) -> str:
+    """What --eval_splits calls the split whose folder is eval and whose metrics are eval/..."""
+    names = run.config.get("eval_splits") or ["test"]
+    return str(names[0]).partition("=")[0]
+
+
+def draw_dictionaries(runs: list[Run], logged: set[str]) -> list[dict]:
+    """Panels of what train_sae.py logs for each autoencoder, under keys like policy/2_mlp/mse."""
+    keys = {}  # {measure: [key]}
+    for key in sorted(logged):
+        if key.count("/") == 2:
+            keys.setdefault(key.rpartition("/")[2], []).append(key)
+    panels = []
+    for measure, own_keys in keys.items():
+        lines = []
+        for run in runs:
+            for key in own_keys:
+                points = read_points(run, key)
+                series = key.rpartition("/")[0]
+                lines.append({"series": series, "what": run.name, "points": points})
+        title = f"{MEASURES.get(measure, measure)}, by autoencoder"
+        panels.append({"title": title, "x": "step", "lines": lines})
+    return panels
+
+
+def read_points(run: Run, key: str) -> list[list]:
+    """[[step, value, low, high]] of a metric; low and high are one standard error away, or None."""
+    points = []
+    for record in run.records:
+        value = record.get(key)
+        error = record.get(f"{key}_se")
+        if not is_number(value):
+            continue
+        if is_number(error):
+            points.append([record["step"], value, value - error, value + error])
+        else:
+            points.append([record["step"], value, None, None])
+    return thin_out(points)
+
+
+def is_number(value) -> bool:
+    return is_of_type(value, float) and math.isfinite(value)
+
+
+def thin_out(points: list) -> list:
+    """At most MOST_POINTS of a line's points, evenly spaced; the last one stays."""
+    stride = math.ceil(len(points) / MOST_POINTS)
+    if stride <= 1:
+        return points
+    kept = points[::stride]
+    if kept[-1] is not points[-1]:
+        kept.append(points[-1])
+    return kept
