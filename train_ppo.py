@@ -105,7 +105,7 @@ class ScoreFlags(FlagGroup):
 class KLFlags(FlagGroup):
     """The KL penalty: what the policy pays for moving away from the model it starts from"""
 
-    # k1 in the reward is the gradient of the sequence KL. In the loss, on-policy, k2 and full give
+    # k1 in the reward gives the gradient of the sequence KL. In the loss, on-policy, k2 and full give
     # the token KL's gradient, without the effect on later states, and k3 gives that of the reversed
     # KL. In later epochs the samples are the old policy's and have no importance weight there, so
     # that k2 and k3 are only near this. See kl_estimate and full_kl.
@@ -144,7 +144,8 @@ class UpdateFlags(FlagGroup):
         default="gae",
         metadata={"choices": ADVANTAGES},
         help="what an answer is compared with: gae: a value function's expectation; rloo, grpo, "
-        "dr_grpo: the other answers to its prompt, without a value function",
+        "dr_grpo: the other answers to its prompt, without a value function (the advantage alone: "
+        "the papers' means and KL are --loss_mean, --kl_kind and --kl_in)",
     )
     group_size: int | None = HfArg(
         default=None,
@@ -467,8 +468,8 @@ def main(config):
 
         # 1. Every process samples its share of the global batch: G answers to each prompt.
         n_prompts = config.batch_size // config.group_size
-        index = data.batch_indices(len(prompts), n_prompts, step - 1, config.seed)
-        index = np.repeat(index, config.group_size).tolist()  # a prompt's answers lie side by side
+        prompt_index = data.batch_indices(len(prompts), n_prompts, step - 1, config.seed)
+        index = np.repeat(prompt_index, config.group_size).tolist()  # a prompt's answers adjoin
         place = dist.share(range(config.batch_size))  # which rows of the global batch are mine
         with gathered(policy):
             mine = prompts.at([index[i] for i in place])
@@ -549,7 +550,7 @@ class Experience:
     mask: torch.Tensor
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
-    advantages: torch.Tensor  # with a value function, whitened
+    advantages: torch.Tensor  # whitened with --advantage gae
     lengths: torch.Tensor
     values: torch.Tensor | None  # None without a value function
     returns: torch.Tensor | None
@@ -597,7 +598,7 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         "score_std": scored.proxy.std(correction=0).item(),
         **{name: term.mean().item() for name, term in scored.terms.items()},
         **learned,
-        "reward": rewards.sum(1).mean().item(),  # of a sequence: shaped score less the KL penalty
+        "reward": rewards.sum(1).mean().item(),  # of a sequence: shaped score less its KL penalty
         "kl": kl["k1"].sum(1).mean().item(),  # of a sequence, nats
         "kl_k2": kl["k2"].sum(1).mean().item(),
         "kl_k3": kl["k3"].sum(1).mean().item(),
@@ -636,9 +637,14 @@ def estimate_advantages(config, g, rewards):
             rewards, g["values"], mask, config.gamma, config.lam, bootstrap
         )
     else:
-        # The other answers to the prompt say what was expected: one advantage for the whole answer.
-        of_answers = ppo.group_advantages(rewards.sum(1), config.group_size, config.advantage)
-        advantages = torch.where(mask, of_answers[:, None], 0.0)
+        # The other answers to the prompt say what was expected. An answer's reward is its score,
+        # less the KL penalties of its tokens where the KL is in the reward; all its tokens get one
+        # advantage.
+        answer_rewards = rewards.sum(1)  # [B]
+        answer_advantages = ppo.group_advantages(
+            answer_rewards, config.group_size, config.advantage
+        )
+        advantages = torch.where(mask, answer_advantages[:, None], 0.0)
         returns = None
 
     mean, variance = ppo.masked_moments(advantages, mask)
@@ -732,7 +738,8 @@ def update(parts, optimizer, batch, x, first, step, kl_coef, lr):
         for minibatch in data.minibatches(
             config.batch_size, config.minibatch_size, config.seed, step, epoch
         ):
-            # Every mean's denominator: the response tokens of the whole minibatch.
+            # The response tokens of the whole minibatch: the denominator of every statistic, and
+            # of the loss with --loss_mean token.
             n_tokens = x.lengths[minibatch.to(dist.device)].sum()
             mine = dist.share(minibatch).to(dist.device) - first  # rows of `batch`
             micro_batches = batch.micro_batches(
@@ -783,6 +790,7 @@ def loss_of(parts, batch, x, at, n_tokens, kl_coef):
     old_logprobs = x.old_logprobs[at, :width]
     ref_logprobs = x.ref_logprobs[at, :width]
     advantages = x.advantages[at, :width]
+    # What a sum over tokens is divided by, one number or one for each row.
     denominator = ppo.loss_denominator(
         config.loss_mean, mask.sum(1), n_tokens, config.minibatch_size, config.max_new_tokens
     )
@@ -819,7 +827,7 @@ def loss_of(parts, batch, x, at, n_tokens, kl_coef):
     if config.ent_coef:
         entropy = ppo.sum_over_tokens(new["entropies"], mask, denominator)
         loss = loss - config.ent_coef * entropy
-    if config.kl_in == "loss":
+    if config.kl_in == "loss" and kl_coef > 0:
         if kl_to:
             kl = new["full_kl"]
         else:

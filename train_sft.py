@@ -151,7 +151,11 @@ class Config(RunConfig):
     max_length: int = HfArg(
         default=0, help="tokens in the longest prompt and answer; 0: the model's context"
     )
-    max_new_tokens: int = HfArg(default=48, help="tokens in the longest sample that is printed")
+    max_new_tokens: int = HfArg(
+        default=48,
+        help="tokens in the longest sample that is printed; on pairs, in the longest answer of an "
+        "evaluation too",
+    )
     label_noise: float = HfArg(
         default=0.0, help="pairs: probability with which the label of a training pair is flipped"
     )

@@ -269,7 +269,9 @@ def record_evaluation(
     return record
 
 
-def add_tokens(parts: PPOParts, rows: list[dict], answered: dict[str, Tensor], scored: Scored):
+def add_tokens(
+    parts: PPOParts, rows: list[dict], answered: dict[str, Tensor], scored: Scored | None
+):
     """Put what is known of its tokens into each of these rows, for a page that colours them.
 
         tokens: {text, logprob, ref_logprob, entropy[, value][, advantage]}

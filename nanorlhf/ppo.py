@@ -324,9 +324,9 @@ def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
 
     rloo is unbiased: what it subtracts does not depend on answer i. dr_grpo is (G - 1) / G times
     rloo, since answer i is in its own mean: a constant factor. grpo's std (ddof 1) makes the
-    spread of each prompt's rewards the same, so a prompt that is nearly always solved, or nearly
-    never, gets the weight of one that is solved half of the time (the difficulty bias). The paper
-    gives neither ddof nor epsilon.
+    spread of each prompt's rewards the same, so the rewards of a prompt that is nearly always
+    solved, or nearly never, are stretched most (the difficulty bias). The paper gives neither ddof
+    nor epsilon.
 
     scores [B], the answers to one prompt side by side -> [B], one advantage for all tokens of an
     answer. A group whose rewards are all equal gets 0. ValueError: G below 2, or G does not divide
@@ -372,7 +372,7 @@ def loss_denominator(
                    tokens than a short one (the length bias; GRPO's)
         constant   n_answers * max_new_tokens: a token weighs the same in each batch (Dr. GRPO's)
 
-    lengths [m]: response tokens of a part's answers; n_tokens and n_answers are of the whole
+    lengths [m]: response tokens of a micro-batch's answers; n_tokens and n_answers are of the whole
     optimizer batch -> a scalar, or [m] for `sequence`.
     """
     if kind == "token":

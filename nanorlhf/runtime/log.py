@@ -294,11 +294,9 @@ def settings_that_differ(stored: str, config, free=()) -> list[str]:
     run = read_config(stored)
     run.pop("inputs", None)
     own = as_json(config)
-    for field in dataclasses.fields(config):
-        if field.default is not dataclasses.MISSING:
-            run.setdefault(field.name, field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            run.setdefault(field.name, field.default_factory())
+    defaults = as_json(type(config)())  # made, since some are filled in only then
+    for name, default in defaults.items():
+        run.setdefault(name, default)
 
     names = []
     for name in {**run, **own}:
