@@ -215,13 +215,10 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
             stage |= dict.fromkeys(cell.needs[i : i + 1])
         run_stage(list(stage), a.jobs)
 
-    # After an error, or Ctrl-C, the runs that wait are not begun.
-    workers = ThreadPoolExecutor(a.jobs)
-    try:
+    # After an error, or Ctrl-C, map() does not begin the runs that wait.
+    with ThreadPoolExecutor(a.jobs) as workers:
         for _ in workers.map(lambda cell: run_and_keep(cell, a, path), missing):
             pass
-    finally:
-        workers.shutdown(cancel_futures=True)
 
     kept = read_cells(path)
     return {cell.name: kept[cell.name]["result"] for cell in cells}

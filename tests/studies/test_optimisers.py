@@ -152,14 +152,17 @@ def test_places_are_compared_at_the_same_kl_and_within_a_seed():
     def ends(*points):
         return [make_run([0.0, gold], [0.0, kl]) for gold, kl in points]
 
-    runs = {
-        "k1": {0.02: ends((3.0, 16.0), (0.0, 16.0)), 0.2: ends((1.0, 4.0), (0.0, 4.0))},
-        "k2": {0.05: ends((2.5, 9.0), (7.0, 25.0))},
+    # k1's KL does not rise with the order of its coefficients.
+    k1 = {
+        0.02: ends((3.0, 16.0), (0.0, 16.0)),
+        0.05: ends((1.0, 4.0), (0.0, 4.0)),
+        0.2: ends((9.0, 25.0), (0.0, 25.0)),
     }
-    table, less_k1 = results_module.compare_places(runs, "k1")
-    assert list(table) == ["k1 0.02", "k1 0.2", "k2 0.05"]
-    assert table["k2 0.05"] == {"gold": [2.5, 7.0], "proxy": [0.0, 0.0], "KL": [9.0, 25.0]}
-    assert less_k1 == {"k2 0.05": {"less k1's": [0.5]}}
+    k2 = {0.05: ends((2.5, 9.0), (7.0, 36.0)), 0.1: ends((6.5, 20.25), (7.0, 36.0))}
+    table, less_k1 = results_module.compare_places({"k1": k1, "k2": k2}, "k1")
+    assert list(table) == ["k1 0.02", "k1 0.05", "k1 0.2", "k2 0.05", "k2 0.1"]
+    assert table["k2 0.05"] == {"gold": [2.5, 7.0], "proxy": [0.0, 0.0], "KL": [9.0, 36.0]}
+    assert less_k1 == {"k2 0.05": {"less k1's": [0.5]}, "k2 0.1": {"less k1's": [0.5]}}
 
 
 def test_where_two_curves_of_max_at_k_cross():
