@@ -305,7 +305,7 @@ def compare_scores(scores, prompts, kind, numbers):
         contributions = numbers.contribution.sum().item()
     return {
         "pairs": len(prompts),
-        "prompts": len(set(prompts)),
+        "prompts": len(groups_of(prompts).unique()),
         "margin": (first - second).mean().item(),
         "accuracy": pair_wins(first, second).mean().item(),
         "contributions": contributions,

@@ -3,6 +3,7 @@
     python tests/bench/memory.py              a table by formula, in GB = 1e9 bytes: Pythia-1.4B
                                               trained whole, Llama-3-8B with LoRA and whole; 1, 4
                                               and 8 GPUs
+    python tests/bench/memory.py --recipes    the same for PPO in the recipes on the studies' pages
     python tests/bench/memory.py --measure    the `medium` size of bench/ppo.py on a CPU: one
                                               process, and FSDP on two, beside the formula
 
@@ -12,8 +13,10 @@ otherwise:
     parameters   4 N / s      float32, frozen ones too: a bfloat16 run's masters are float32
     gradients    4 N' / s
     Adam         8 N' / s     two moments
-    reference    4 N / s      0 with LoRA: it is the policy with its adapters off
-    reward       4 N_r / s    a model of the policy's size without its LM head
+    reference    4 N / s      0 with LoRA: it is the policy with its adapters off; frozen blocks are
+                              the policy's own, but for FSDP
+    reward       4 N_r / s    a model of the policy's size without its LM head, if nothing else is
+                              named; the members of an ensemble stand there together
 
 and the largest of what is there one after the other, with c = 2 bytes in bfloat16, else 4:
 
@@ -62,6 +65,10 @@ class Shape:
     def root(self):
         return 2 * self.vocabulary * self.hidden
 
+    def without_head(self, layers=0):
+        """How many weights a reward model has: the embeddings, and all blocks or the first ones."""
+        return (layers or self.layers) * self.block + self.root // 2
+
     def adapters(self, rank):
         """A and B of every linear layer of a block: rank * (inputs + outputs)."""
         attention = 2 * 2 * self.hidden + 2 * (self.hidden + self.kv)
@@ -73,7 +80,10 @@ class Shape:
         return 5 * self.hidden + 2 * (self.hidden + self.kv) + self.mlp_matrices * self.mlp
 
 
+PYTHIA_70M = Shape(hidden=512, layers=6, mlp=2048, mlp_matrices=2, kv=512, vocabulary=50304)
+PYTHIA_160M = Shape(hidden=768, layers=12, mlp=3072, mlp_matrices=2, kv=768, vocabulary=50304)
 PYTHIA = Shape(hidden=2048, layers=24, mlp=8192, mlp_matrices=2, kv=2048, vocabulary=50304)
+LLAMA_7B = Shape(hidden=4096, layers=32, mlp=11008, mlp_matrices=3, kv=4096, vocabulary=32000)
 LLAMA = Shape(hidden=4096, layers=32, mlp=14336, mlp_matrices=3, kv=1024, vocabulary=128256)
 MEDIUM = Shape(hidden=512, layers=8, mlp=2048, mlp_matrices=2, kv=512, vocabulary=8193)
 
@@ -84,6 +94,8 @@ def needs(
     sharded=False,
     dtype="bfloat16",
     lora=0,
+    frozen=0.0,
+    members=None,
     rollout=64,
     micro_batch=8,
     tokens=1024,
@@ -91,7 +103,9 @@ def needs(
 ):
     """Bytes on each GPU: {part: bytes}, and `peak`, which counts the largest phase only.
 
-    rollout: responses a GPU; tokens: prompt + response. Symbols as at the head of this file.
+    frozen: the share of blocks that is frozen, with the embeddings; members: how many weights each
+    reward model has; rollout: responses a GPU; tokens: prompt + response. Symbols as at the head of
+    this file.
     """
     s = world if sharded else 1
     c = 2 if dtype == "bfloat16" else 4
@@ -103,15 +117,25 @@ def needs(
     N_trained, trained_root, trained_block = N, shape.root, shape.block
     if lora:
         N_trained, trained_root, trained_block = L * adapters, 0, adapters
-    # A reward model has no LM head, which is half of the root.
-    N_reward = L * shape.block + shape.root - shape.root // 2
+    if frozen:
+        # What is left are the upper blocks and the LM head, which is half of the root.
+        trained_root = shape.root // 2
+        N_trained = (L - int(frozen * L)) * shape.block + trained_root
+    if members is None:
+        members = [shape.without_head()]
+
+    reference = 4 * N / s
+    if lora:
+        reference = 0
+    elif frozen and not sharded:
+        reference = 4 * N_trained
 
     fixed = {
         "parameters": 4 * N / s,
         "gradients": 4 * N_trained / s,
         "adam": 8 * N_trained / s,
-        "reference": 0 if lora else 4 * N / s,
-        "reward": 4 * N_reward / s,
+        "reference": reference,
+        "reward": 4 * sum(members) / s,
     }
     phases = {
         "rollout": 2 * c * L * rollout * tokens * shape.kv + 24 * rollout * shape.vocabulary,
@@ -121,7 +145,7 @@ def needs(
     if sharded or dtype == "bfloat16":
         phases["rollout"] += c * N
     if sharded:
-        phases["scoring"] += c * N_reward
+        phases["scoring"] += c * max(members, default=0)
         phases["update"] += c * (shape.root + 2 * shape.block)
         phases["update"] += (c + 4) * max(trained_root, trained_block)
     elif dtype == "bfloat16":
@@ -139,13 +163,13 @@ def needs(
     return {**fixed, **phases, "peak": sum(fixed.values()) + max(phases.values())}
 
 
-def make_row(model, shape, lora, world, sharded):
-    """A row of the table, in GB."""
+def make_row(model, shape, world, sharded, **settings):
+    """A row of the table, in GB. settings: of needs()."""
     distributed = "-"
     if world > 1:
         distributed = "fsdp" if sharded else "ddp"
     row = {"model": model, "gpus": world, "distributed": distributed}
-    parts = needs(shape, world, sharded, lora=lora)
+    parts = needs(shape, world, sharded, **settings)
     for part, size in parts.items():
         row[part] = round(size / 1e9, 1)
     # With the tenth that comes on top.
@@ -162,7 +186,7 @@ def make_table():
     ]
     for model, shape, lora in models:
         for world, sharded in ((1, False), (4, False), (4, True), (8, True)):
-            rows.append(make_row(model, shape, lora, world, sharded))
+            rows.append(make_row(model, shape, world, sharded, lora=lora))
     return {
         "bench": "memory",
         "unit": "GB a GPU",
@@ -173,6 +197,66 @@ def make_table():
         "checkpoint_activations": True,
         "rows": rows,
     }
+
+
+# A SARM of the first 16 blocks, with 65,536 features: an encoder and a decoder.
+SARM_4B = LLAMA.without_head(layers=16) + 2 * 65536 * LLAMA.hidden
+# PPO of each recipe as on the study's page: its shape, whether it is in shards, how many answers a
+# rollout has on 1, 4 and 8 GPUs, and settings of needs().
+OVEROPTIMISATION = {
+    "shape": PYTHIA,
+    "answers": [32, 32, 32],
+    "frozen": 0.92,
+    "members": 5 * [PYTHIA_70M.without_head()],
+    "tokens": 520,
+    "micro_batch": 8,
+    "checkpointed": False,
+}
+CUE_CONTROL = {
+    "shape": LLAMA,
+    "fsdp": True,
+    "answers": [128, 128, 128],
+    "lora": 16,
+    "members": [SARM_4B],
+    "tokens": 512,
+}
+FEEDBACK_PATTERNS = {
+    "shape": PYTHIA_160M,
+    "answers": [64, 64, 64],
+    "members": [],
+    "tokens": 32,
+    "micro_batch": 16,
+    "checkpointed": False,
+}
+GENERALISATION = {
+    "shape": LLAMA_7B,
+    "fsdp": True,
+    "answers": [64, 256, 256],
+    "frozen": 0.8,
+    "tokens": 560,
+    "micro_batch": 4,
+}
+RECIPES = {
+    "overoptimisation": OVEROPTIMISATION,
+    "cue_control": CUE_CONTROL,
+    "feedback_patterns": FEEDBACK_PATTERNS,
+    "generalisation": GENERALISATION,
+}
+
+
+def make_recipes():
+    """PPO of each recipe on 1, 4 and 8 GPUs."""
+    rows = []
+    for recipe, settings in RECIPES.items():
+        settings = dict(settings)
+        shape = settings.pop("shape")
+        fsdp = settings.pop("fsdp", False)
+        answers = settings.pop("answers")
+        for world, n_answers in zip((1, 4, 8), answers):
+            sharded = fsdp and world > 1
+            rollout = n_answers // world
+            rows.append(make_row(recipe, shape, world, sharded, rollout=rollout, **settings))
+    return {"bench": "memory", "unit": "GB a GPU", "dtype": "bfloat16", "rows": rows}
 
 
 # --------------------------------------------------------------------------------------- measured
@@ -293,12 +377,15 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--recipes", action="store_true")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(*args.worker)
     elif args.measure:
         print(json.dumps(measure()))
+    elif args.recipes:
+        print(json.dumps(make_recipes()))
     else:
         print(json.dumps(make_table()))
 

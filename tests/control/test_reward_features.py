@@ -5,9 +5,11 @@ LM that the SARM was cut from.
 """
 
 from statistics import fmean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from support import (
     GOOD_REPLY,
     Endpoint,
@@ -77,6 +79,14 @@ def test_the_margin_and_accuracy_of_the_pairs(on_pairs, sarm_material, pairs_by_
     assert found["prompts"] == len({row["prompt"] for row in pairs})
     assert found["margin"] == pytest.approx(fmean(margins), abs=1e-5)
     assert found["accuracy"] == fmean(wins)
+
+
+def test_prompts_that_are_chats_are_counted():
+    prompts = [[{"role": "user", "content": text}] for text in ("a b", "c", "a  b")]
+    scores = {"chosen": torch.ones(3), "rejected": torch.zeros(3)}
+    numbers = SimpleNamespace(contribution=None)
+    found = reward_features.compare_scores(scores, prompts, "pairs", numbers)
+    assert found["prompts"] == 2
 
 
 def test_there_is_a_row_for_each_feature_that_fires(on_pairs, pairs_by_hand):
