@@ -83,6 +83,7 @@ QUICK = {
     "dpo_lr": [1e-4],
     "dpo_beta": [0.1],
     "steps": 4,
+    "gold_steps": 4,
     "eval_every": 2,
     "no_kl_steps": 4,
     "no_kl_eval_every": 2,
