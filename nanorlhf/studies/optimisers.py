@@ -218,10 +218,11 @@ def headline_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
             tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(own, flags))
             cells.append(tuned)
 
-            no_kl = setting._replace(strength=0)
-            flags = flags_of(no_kl, a.no_kl_steps, a.no_kl_eval_every)
-            without = policy_cell(a, f"no_kl/{method}/seed_{s}", s, join(own, flags))
-            cells.append(without)
+            if s < a.no_kl_seeds:
+                no_kl = setting._replace(strength=0)
+                flags = flags_of(no_kl, a.no_kl_steps, a.no_kl_eval_every)
+                name = f"no_kl/{method}/seed_{s}"
+                cells.append(policy_cell(a, name, s, join(own, flags)))
 
         dpo = dpo_cell(a, f"tuned/{DPO}/seed_{s}", s, chosen[DPO], a.dpo_eval_every)
         cells.append(dpo)
@@ -254,7 +255,7 @@ def gold_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
     for s in range(a.trial_seeds):
         for method, own in ON_POLICY.items():
             no_kl = chosen[method]._replace(strength=0)
-            flags = flags_of(no_kl, a.steps, a.eval_every)
+            flags = flags_of(no_kl, a.gold_steps, a.eval_every)
             run = gold_cell(a, f"gold/{method}/seed_{s}", s, join(own, flags))
             runs.append(run)
 
@@ -374,7 +375,8 @@ class Settings(KeptFlags, StudyFlags):
     output_dir: str = HfArg(
         default="runs/optimisers", help="the folder of all runs and of the pictures"
     )
-    seeds: int = HfArg(default=10, help="how many seeds the two headline parts have")
+    seeds: int = HfArg(default=10, help="how many seeds the tuned part has")
+    no_kl_seeds: int = HfArg(default=5, help="how many of them run without a KL penalty, too")
     tuning_seeds: list[int] = HfArg(
         default_factory=lambda: [100, 101], help="seeds of tuning, used for nothing else"
     )
@@ -396,6 +398,7 @@ class Settings(KeptFlags, StudyFlags):
     tuning_steps: int = HfArg(default=20, help="rollouts of a tuning run")
     steps: int = HfArg(default=30, help="rollouts of a tuned run, and of one on gold")
     eval_every: int = HfArg(default=5, help="evaluate those every N rollouts")
+    gold_steps: int = HfArg(default=20, help="rollouts of a run on gold itself")
     no_kl_steps: int = HfArg(default=15, help="rollouts of a run without a KL penalty")
     no_kl_eval_every: int = HfArg(default=3, help="evaluate those every N rollouts")
     dpo_steps: int = HfArg(default=100, help="optimizer steps of a DPO run")
@@ -403,7 +406,7 @@ class Settings(KeptFlags, StudyFlags):
     n_answers: int = HfArg(default=512, help="answers to each prompt in best-of-n's pool")
     prompts: int = HfArg(default=30, help="held-out prompts of the pools")
     trial_seeds: int = HfArg(default=3, help="how many seeds the trials have")
-    place_steps: int = HfArg(default=20, help="rollouts of a run in the trial of the KL's place")
+    place_steps: int = HfArg(default=15, help="rollouts of a run in the trial of the KL's place")
     place_coefs: list[float] = HfArg(
         default_factory=lambda: [0.05, 0.1, 0.3], help="KL coefficients of that trial"
     )
@@ -445,7 +448,7 @@ def run_study(a, path: str):
     print_title("Tuned: gold at the same KL, along each run", a)
     print_table(compare_at_kl(tuned))
 
-    no_kl = runs_of(results, "no_kl", ON_POLICY, a.seeds)
+    no_kl = runs_of(results, "no_kl", ON_POLICY, min(a.seeds, a.no_kl_seeds))
     print_title(f"Without a KL penalty: {numbers}", a)
     print_table(compare_ends(no_kl))
     print_title("Without a KL penalty: the answers at the end, and seconds of training", a)
