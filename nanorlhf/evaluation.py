@@ -116,8 +116,8 @@ def sampled_outputs(
 def evaluate(parts: PPOParts, prompts: Prompts) -> tuple[dict[str, dict], list[dict]]:
     """Answer N held-out prompts, always with the same noise, and measure the answers.
 
-    -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold, ids} for each answer. All
-    processes call this, and all have the same results.
+    -> {name: {mean, se, n}}, and a row {prompt, response, scores, gold, ids} for each answer, the
+    first of them with their tokens. All processes call this, and all have the same results.
     """
     # [N, ...], in the prompts' order. They lie in memory prompt by prompt, on any number of
     # processes, so that sums over the members are always added up in the same order.

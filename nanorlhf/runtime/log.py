@@ -187,7 +187,7 @@ class RunFolder:
     def write_eval(self, step: int, rows, label: str = "eval"):
         """Write eval/step_{N}.jsonl: one row for the answer to each held-out prompt.
 
-            {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids}
+            {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids[, tokens]}
 
         The file of a further split (splits.labels) is eval_{label}/step_{N}.jsonl.
         """

@@ -15,9 +15,10 @@ from .. import ensemble, world
 from ..chats import show
 from ..data import is_world
 from ..runtime.files import check_fields, is_of_type, read_rows
-from .page_curves import SAMPLES, Run, name_first_split
+from .page_curves import SAMPLES, Run, name_first_split, thin_out
 
 LONGEST_TEXT = 4000  # characters of a prompt or an answer
+MOST_EVALUATIONS = 100
 
 
 def read_answers(run: Run) -> list[dict]:
@@ -25,8 +26,9 @@ def read_answers(run: Run) -> list[dict]:
     blocks = []
     for label, files in sorted(find_evaluations(run).items(), key=lambda item: item[0] != "eval"):
         rows_of_steps = {}
-        for step, path in sorted(files.items()):
-            rows_of_steps[step] = read_rows(path)
+        # Nobody moves a slider over thousands of evaluations, and they may fill the memory.
+        for step in thin_out(sorted(files), MOST_EVALUATIONS):
+            rows_of_steps[step] = read_rows(files[step])
         split = name_first_split(run) if label == "eval" else label
         blocks.append(arrange_answers(run, split, rows_of_steps))
 

@@ -150,7 +150,11 @@ def draw_rewards(runs: list[Run]) -> list[dict]:
     title = "Proxy and gold, held out"
     return [
         {"title": title, "x": "step", "lines": by_step},
-        {"title": f"{title}, against the distance", "x": "sqrt(KL), nats", "lines": by_distance},
+        {
+            "title": "Proxy and gold against the distance",
+            "x": "sqrt(KL), nats",
+            "lines": by_distance,
+        },
     ]
 
 
@@ -239,19 +243,16 @@ def read_points(run: Run, key: str) -> list[list]:
             points.append([record["step"], value, value - error, value + error])
         else:
             points.append([record["step"], value, None, None])
-    return thin_out(points)
+    return thin_out(points, MOST_POINTS)
 
 
 def is_number(value) -> bool:
     return is_of_type(value, float) and math.isfinite(value)
 
 
-def thin_out(points: list) -> list:
-    """At most MOST_POINTS of a line's points, evenly spaced; the last one stays."""
-    stride = math.ceil(len(points) / MOST_POINTS)
+def thin_out(points: list, most: int) -> list:
+    """About `most` of a list's items at most, evenly spaced; the first and the last one stay."""
+    stride = math.ceil(len(points) / most)
     if stride <= 1:
         return points
-    kept = points[::stride]
-    if kept[-1] is not points[-1]:
-        kept.append(points[-1])
-    return kept
+    return [*points[:-1:stride], points[-1]]

@@ -316,10 +316,12 @@ def add_intervals(arm: str, numbers: dict, prefix: str, metrics: Metrics):
 
 def read_numbers(run: Run, metrics: Metrics):
     """Numbers with standard errors: of the first and the last evaluation, or of a summary."""
-    # A run without held-out answers has its last numbers in the summary.
+    evaluations = []
+    for record in run.records:
+        if any(name.startswith("eval/") for name in record):
+            evaluations.append(record)
     states = {"at the end": run.summary or {}}
-    evaluations = [record for record in run.records if "eval/proxy" in record]
-    if evaluations:
+    if len(evaluations) > 1:
         states = {"first evaluation": evaluations[0], "last evaluation": evaluations[-1]}
     for label, numbers in states.items():
         for name, value in numbers.items():

@@ -16,6 +16,7 @@ import sample_bon
 from nanorlhf import world
 from nanorlhf.evaluation import ANSWERS_WITH_TOKENS
 from nanorlhf.show import page
+from nanorlhf.show.page_answers import MOST_EVALUATIONS
 from nanorlhf.show.page_curves import MOST_POINTS
 
 # Texts that are markup, scripts, ends of scripts, templates, from right to left, or not one letter
@@ -404,6 +405,15 @@ def test_long_lines_are_thinned_out_to_their_ends(tmp_path):
     steps = column(points, 0)
     assert steps[0] == 0
     assert steps[-1] == 10_000
+
+
+def test_of_many_evaluations_some_are_shown(tmp_path):
+    (block,) = build(write_run(tmp_path / "run", steps=range(205)))["answers"]
+    assert len(block["steps"]) <= MOST_EVALUATIONS + 1
+    assert block["steps"][:2] == [0, 3]
+    assert block["steps"][-1] == 204
+    (first, *_) = block["items"]
+    assert first["answers"][1]["text"] == "a3"
 
 
 # ------------------------------------------------------------------------------- the other scripts

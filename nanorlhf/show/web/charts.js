@@ -130,7 +130,8 @@ function findScales(panel, lines) {
 // A range that holds two numbers, with about five round ticks. smallest: the least step of a tick.
 function niceRange(low, high, smallest) {
   if (low === high) {
-    low -= 0.5 * (Math.abs(low) || 1);
+    // One number has room on both sides; 0 is often the least there can be.
+    low -= 0.5 * Math.abs(low);
     high += 0.5 * (Math.abs(high) || 1);
   }
   const rough = (high - low) / 5;
