@@ -378,11 +378,11 @@ class Settings(KeptFlags, StudyFlags):
         default_factory=lambda: [100, 101], help="seeds of tuning, used for nothing else"
     )
     lr: list[float] = HfArg(
-        default_factory=lambda: [1e-4, 3e-4, 1e-3],
+        default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3],
         help="learning rates of the on-policy optimisers to choose from",
     )
     kl_coef: list[float] = HfArg(
-        default_factory=lambda: [0.05, 0.02, 0.1, 0.2],
+        default_factory=lambda: [0.1, 0.05, 0.2, 0.4],
         help="KL coefficients to choose from; learning rates are chosen at the first",
     )
     dpo_lr: list[float] = HfArg(
@@ -404,7 +404,7 @@ class Settings(KeptFlags, StudyFlags):
     trial_seeds: int = HfArg(default=3, help="how many seeds the trials have")
     place_steps: int = HfArg(default=20, help="rollouts of a run in the trial of the KL's place")
     place_coefs: list[float] = HfArg(
-        default_factory=lambda: [0.02, 0.05, 0.2], help="KL coefficients of that trial"
+        default_factory=lambda: [0.05, 0.1, 0.3], help="KL coefficients of that trial"
     )
     k_answers: int = HfArg(default=256, help="answers to each prompt of a policy trained on gold")
     dpo_flags: str = HfArg(default="", help="further flags of train_sft.py with DPO")
