@@ -51,6 +51,11 @@ def tune(monkeypatch):
     return run
 
 
+# Three rates, and three further coefficients.
+GRIDS = "--lr 1e-4 3e-4 1e-3 --kl_coef 0.05 0.02 0.1 0.2".split()
+GRIDS += "--dpo_lr 1e-4 3e-5 3e-4 --dpo_beta 0.1 0.03 0.3 1".split()
+
+
 def gold_around(name, lr, strength):
     """Gold that falls off on both sides of lr 3e-4, and of a coefficient of 0.1 (DPO: 0.3)."""
     best_strength = 0.3 if "/dpo/" in name else 0.1
@@ -59,10 +64,10 @@ def gold_around(name, lr, strength):
 
 
 def test_tuning_picks_the_best_rate_and_then_the_best_coefficient(tune):
-    chosen, asked = tune(gold_around)
+    chosen, asked = tune(gold_around, *GRIDS)
     expected = dict.fromkeys(ON_POLICY, Setting(3e-4, 0.1)) | {"dpo": Setting(3e-4, 0.3)}
     assert chosen == expected
-    # Three rates and three further coefficients, on two seeds, for each of five methods.
+    # On two seeds, for each of five methods.
     assert len(set(asked)) == len(asked) == (3 + 3) * 2 * 5
     assert {name.rpartition("_")[2] for name in asked} == {"100", "101"}
     # All rates are tried at the first coefficient, the other coefficients at the best rate alone.
@@ -80,7 +85,7 @@ def test_tuning_judges_by_the_mean_over_seeds(tune):
             return {"100": 3.0, "101": -4.0}[name[-3:]]
         return lr
 
-    chosen, _ = tune(gold, "--dpo_lr", "1e-4", "3e-4", "1e-3")
+    chosen, _ = tune(gold, *GRIDS)
     assert {setting.lr for setting in chosen.values()} == {3e-4}
 
 
