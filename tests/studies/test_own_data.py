@@ -280,6 +280,17 @@ def test_without_gold_the_pool_is_scored_by_a_reward_model_that_is_there(own):
     assert "--gold_model" not in " ".join([*pool, *policies, *best_of_n])
 
 
+@every_study
+def test_gold_watches_every_policy_and_no_training_of_a_reward_model(study, own):
+    settings = read_settings(study, own, "--gold_model", "gold reward.tsv")
+    for command in commands_of(study, settings):
+        script, *words = shlex.split(command)
+        is_watched = script == "train_ppo.py" or "--n_answers" in words and script != "probe.py"
+        assert ("--gold_model" in words) == is_watched, command
+        if is_watched:
+            assert words[words.index("--gold_model") + 1] == "gold reward.tsv"
+
+
 def test_the_words_of_diversity_are_the_models_tokens(own):
     settings = read_settings(generalisation, own)
     *_, diversity = generalisation.commands(settings)
