@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import shlex
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ FLAGS = {
     """,
     feedback_patterns: f"""
         --dataset FOLDER/texts.jsonl --pairs FOLDER/pairs.jsonl
-        --reward_model FOLDER/lexicon.tsv --layer 1 --features 0,3
+        --reward_model FOLDER/lexicon.tsv --layer 1
         "--ppo_flags=--steps 1 {PPO}" "--sae_flags={SAE}"
         "--probe_flags=--max_rows 60 --seeds 2"
         "--ablate_flags=--draws 2 --n_answers 1 --eval_size 6 --max_rows 20 {SAMPLING}"
@@ -340,6 +341,7 @@ def test_what_has_no_true_reward_is_not_probed(own, more, kinds):
         (cue_control, ["--model", "m", "--dataset", "d", "--pairs", "p"], "benchmarks"),
         (cue_control, ["--model", "m", "--dataset", "d", "--truth"], "no cue is known"),
         (cue_control, ["--model", "m", "--dataset", "d", "--features", "3"], "--seeds 1"),
+        (cue_control, ["--model", "m", "--dataset", "gone.jsonl"], "gone.jsonl"),
     ],
 )
 def test_flags_that_do_not_go_together(study, flags, words, capsys):
@@ -425,22 +427,32 @@ def test_questions_of_ties_are_kept(own, tmp_path):
 # --------------------------------------------------------------------------------- whole pipelines
 
 
-@pytest.mark.slow
-@every_study
-def test_a_whole_pipeline_runs_and_is_not_run_again(study, own_model, run_small):
-    small = run_small(study, shlex.join(flags_of(study, own_model)))
-    assert len(set(small.first)) == len(small.first)
-    assert small.ran == small.first
-    printed = small.run()
-    assert small.ran == small.first
-    assert "your own data: " in printed
-    assert "nan" not in json.dumps(small.summary).lower()
-    assert small.has_picture(PICTURES[study])
-
-
 PICTURES = {
     overoptimisation: "ppo.png",
     generalisation: "generalisation.png",
     feedback_patterns: "probes.png",
     cue_control: "control.png",
 }
+# What is run once features are named: ablations, and PPO under control with its reference data.
+NAMED_LATER = {feedback_patterns: "probe.py ablate", cue_control: "named"}
+
+
+@pytest.mark.slow
+@every_study
+def test_a_whole_pipeline_runs_and_is_not_run_again(study, own_model, run_small):
+    small = run_small(study, shlex.join(flags_of(study, own_model)))
+    assert len(set(small.first)) == len(small.first)
+    printed = small.run()
+    assert small.ran == small.first
+    assert "your own data: " in printed
+    assert "nan" not in json.dumps(small.summary).lower()
+    if find_spec("matplotlib"):
+        assert small.has_picture(PICTURES[study])
+
+    # Features are named after a first look: what is there stays.
+    if study in NAMED_LATER:
+        small.run("--features", "0,3")
+        added = small.ran[len(small.first) :]
+        assert added
+        for command in added:
+            assert NAMED_LATER[study] in command
