@@ -45,6 +45,7 @@ from ..control.feature_reader import load_feature_reader
 from ..errors import require
 from ..models import load_tokenizer
 from ..packing import Answers, pack
+from ..runtime import cli
 from ..runtime.distributed import setup
 from ..runtime.files import write_lines
 from ..runtime.results import parse_ids
@@ -828,7 +829,8 @@ def read_settings(args: list[str] | None = None) -> Settings:
 def main(args=None):
     """Run what is not done yet, then print the tables and draw the picture."""
     a = read_settings(args)
-    remarks = describe_differences(a)
+    with cli.errors_in_one_line():
+        remarks = describe_differences(a)
     if a.dry_run:
         print_plan(plan(a), a, remarks, later=describe_control(a))
         return
@@ -843,8 +845,9 @@ def main(args=None):
 
     # The answer is written down before the truth is read.
     found = {}
-    for s in seeds(a):
-        found[s] = find_features(a, s)
+    with cli.errors_in_one_line():
+        for s in seeds(a):
+            found[s] = find_features(a, s)
 
     # PPO under control; arms() reads what the other runs wrote.
     densities = []

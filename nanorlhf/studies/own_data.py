@@ -125,7 +125,7 @@ def describe_own_data(a) -> list[str]:
     """What of the embedded world is replaced, or left out, on one's own data: lines to print."""
     if not has_own_data(a):
         return []
-    lines = ["no world:S: all seeds share the data and differ in their random draws alone"]
+    lines = ["all seeds share the data, and differ in their random draws alone"]
     if not a.gold_model:
         lines.append("no --gold_model: nothing says what the answers are truly worth")
     return lines

@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import shlex
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ FLAGS = {
     """,
     feedback_patterns: f"""
         --dataset FOLDER/texts.jsonl --pairs FOLDER/pairs.jsonl
-        --reward_model FOLDER/lexicon.tsv --layer 1 --features 0,3
+        --reward_model FOLDER/lexicon.tsv --layer 1
         "--ppo_flags=--steps 1 {PPO}" "--sae_flags={SAE}"
         "--probe_flags=--max_rows 60 --seeds 2"
         "--ablate_flags=--draws 2 --n_answers 1 --eval_size 6 --max_rows 20 {SAMPLING}"
@@ -280,6 +281,17 @@ def test_without_gold_the_pool_is_scored_by_a_reward_model_that_is_there(own):
     assert "--gold_model" not in " ".join([*pool, *policies, *best_of_n])
 
 
+@every_study
+def test_gold_watches_every_policy_and_no_training_of_a_reward_model(study, own):
+    settings = read_settings(study, own, "--gold_model", "gold reward.tsv")
+    for command in commands_of(study, settings):
+        script, *words = shlex.split(command)
+        is_watched = script == "train_ppo.py" or "--n_answers" in words and script != "probe.py"
+        assert ("--gold_model" in words) == is_watched, command
+        if is_watched:
+            assert words[words.index("--gold_model") + 1] == "gold reward.tsv"
+
+
 def test_the_words_of_diversity_are_the_models_tokens(own):
     settings = read_settings(generalisation, own)
     *_, diversity = generalisation.commands(settings)
@@ -329,6 +341,7 @@ def test_what_has_no_true_reward_is_not_probed(own, more, kinds):
         (cue_control, ["--model", "m", "--dataset", "d", "--pairs", "p"], "benchmarks"),
         (cue_control, ["--model", "m", "--dataset", "d", "--truth"], "no cue is known"),
         (cue_control, ["--model", "m", "--dataset", "d", "--features", "3"], "--seeds 1"),
+        (cue_control, ["--model", "m", "--dataset", "gone.jsonl"], "gone.jsonl"),
     ],
 )
 def test_flags_that_do_not_go_together(study, flags, words, capsys):
@@ -414,22 +427,32 @@ def test_questions_of_ties_are_kept(own, tmp_path):
 # --------------------------------------------------------------------------------- whole pipelines
 
 
-@pytest.mark.slow
-@every_study
-def test_a_whole_pipeline_runs_and_is_not_run_again(study, own_model, run_small):
-    small = run_small(study, shlex.join(flags_of(study, own_model)))
-    assert len(set(small.first)) == len(small.first)
-    assert small.ran == small.first
-    printed = small.run()
-    assert small.ran == small.first
-    assert "your own data: " in printed
-    assert "nan" not in json.dumps(small.summary).lower()
-    assert small.has_picture(PICTURES[study])
-
-
 PICTURES = {
     overoptimisation: "ppo.png",
     generalisation: "generalisation.png",
     feedback_patterns: "probes.png",
     cue_control: "control.png",
 }
+# What is run once features are named: ablations, and PPO under control with its reference data.
+NAMED_LATER = {feedback_patterns: "probe.py ablate", cue_control: "named"}
+
+
+@pytest.mark.slow
+@every_study
+def test_a_whole_pipeline_runs_and_is_not_run_again(study, own_model, run_small):
+    small = run_small(study, shlex.join(flags_of(study, own_model)))
+    assert len(set(small.first)) == len(small.first)
+    printed = small.run()
+    assert small.ran == small.first
+    assert "your own data: " in printed
+    assert "nan" not in json.dumps(small.summary).lower()
+    if find_spec("matplotlib"):
+        assert small.has_picture(PICTURES[study])
+
+    # Features are named after a first look: what is there stays.
+    if study in NAMED_LATER:
+        small.run("--features", "0,3")
+        added = small.ran[len(small.first) :]
+        assert added
+        for command in added:
+            assert NAMED_LATER[study] in command
