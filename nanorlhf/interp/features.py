@@ -162,10 +162,10 @@ def describe_features(
 ) -> list[dict]:
     """Features -> [{id, rate, mean, max, histogram, tokens, contexts, up, down}]
 
-    f: a sparse [M, N]. histogram: how often the feature has which value. tokens: [token, its share of all that the feature adds up to, on how many of
-    its occurrences it fires]. contexts: the texts in which the feature is largest, with its values
-    divided by its largest value. up, down: [token, logits for each unit along the feature's
-    direction], over the mean of all tokens.
+    f: a sparse [M, N]. histogram: how often the feature has which value. tokens: [token, its share
+    of all that the feature adds up to, on how many of its occurrences it fires]. contexts: the
+    texts in which the feature is largest, with its values divided by its largest value. up, down:
+    [token, logits for each unit along the feature's direction], over the mean of all tokens.
     """
     text_of, token_ids = where(tokens)  # [N] each
 

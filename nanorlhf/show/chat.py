@@ -2,7 +2,7 @@
 
     a policy before and after PPO:
         python -m nanorlhf.show.chat runs/sft runs/ppo
-    three answers of each to a prompt, and less chance in them:
+    three answers of each to a prompt, sampled at a lower temperature:
         python -m nanorlhf.show.chat runs/sft runs/ppo --n 3 --temperature 0.7
     prompts from a file, one on each line:
         python -m nanorlhf.show.chat runs/ppo < prompts.txt

@@ -26,7 +26,7 @@ from ..runtime.flags import FlagGroup
 from ..stats import mean_over_groups, percentiles
 from .comparison_text import table
 from .evaluations_of_runs import Answer, Number, Run, read_answers, read_run
-from .terminal import name_runs, terminal_width, until_nobody_reads
+from .terminal import in_one_line, name_runs, terminal_width, until_nobody_reads
 
 # What means the same in runs of every kind. The accuracy of SFT is not that of a reward model.
 OF_ANSWERS = "gold proxy variance kl kl_k2 kl_k3 length eos_rate distinct_2".split()
@@ -80,7 +80,7 @@ def main(config: Config) -> dict:
     if a.kind != b.kind:
         keep_what_all_kinds_have(a, b)
     metrics = compare_metrics(a.evaluations[step_a], b.evaluations[step_b], pairs)
-    both = f"{a.path} ({a.kind}) and {b.path} ({b.kind})"
+    both = in_one_line(f"{a.path} ({a.kind}) and {b.path} ({b.kind})")
     require(metrics or pairs, f"{both} have no metric and no prompt in common")
     pairs, sorted_by = sort_pairs(pairs, config.sort)
 

@@ -11,9 +11,11 @@ def table(found: dict, n: int, width: int) -> str:
     for side in ("a", "b"):
         run = found[side]
         name = in_one_line(run["run"])
-        lines.append(f"{side.upper()}: {name} ({run['kind']}, step {run['step']})")
+        # A config.json is somebody else's text too.
+        kind = in_one_line(run["kind"])
+        lines.append(f"{side.upper()}: {name} ({kind}, step {run['step']})")
         if run["only_here"]:
-            lines.append(f"   only here: {', '.join(run['only_here'])}")
+            lines.append(f"   only here: {in_one_line(', '.join(run['only_here']))}")
     lines += ["", *lines_of_settings(found["settings"], width)]
     if found["metrics"]:
         lines += ["", "Mean +- standard error; the difference B - A, its 95% interval in brackets:"]

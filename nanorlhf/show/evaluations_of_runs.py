@@ -24,12 +24,14 @@ from ..runtime.hints import check_made
 from ..runtime.log import eval_folder, read_config
 from ..runtime.results import in_one_line
 
-# Which kind of run a config.json is of, by a setting: the first of these that it has.
+# Which kind of run a config.json is of, by a setting: the first of these that it has. Several
+# scripts have label_noise and n_answers.
 KINDS = {
     "command": "probe.py",
     "ppo_epochs": "PPO",
     "loss_on": "SFT",
     "label_noise": "reward model",
+    "expansion": "autoencoders",
     "n_answers": "best-of-n",
 }
 # The settings that are read here, and what a point of bon_results.json holds.
@@ -95,9 +97,9 @@ def name_kind(settings: dict) -> str:
         if name in settings:
             break
     else:
-        return "unknown"
+        return "run"
     if kind == "SFT":  # train_sft.py has several losses
-        return settings.get("loss", kind).upper()
+        return str(settings.get("loss") or kind).upper()
     return kind
 
 

@@ -184,7 +184,7 @@ def save_page(folders: list[str], path: str) -> str:
     """Write the page of these runs. -> its path; InputError: see build_page() and check_output()"""
     check_output(path, is_page, "a page of this command")
     page = build_page(folders)
-    # Half of an emoji, which no file can hold, may stand in a text that was cut.
+    # The name of a folder may hold bytes that are not UTF-8.
     with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:
         f.write(page)
     replace_file(path)

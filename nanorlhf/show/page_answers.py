@@ -6,6 +6,7 @@ A prompt has its answers of all evaluations side by side; one that is missing is
 long stands under "items", so that page.py can leave out the last of them.
 """
 
+import contextlib
 import os
 import re
 
@@ -14,8 +15,9 @@ import torch
 from .. import ensemble, world
 from ..chats import show
 from ..data import is_world
+from ..errors import InputError
 from ..runtime.files import check_fields, is_of_type, read_rows
-from .page_curves import SAMPLES, Run, name_first_split, thin_out
+from .page_curves import SAMPLES, Run, name_first_split, read_if_there, thin_out
 
 LONGEST_TEXT = 4000  # characters of a prompt or an answer
 MOST_EVALUATIONS = 100
@@ -32,7 +34,7 @@ def read_answers(run: Run) -> list[dict]:
         split = name_first_split(run) if label == "eval" else label
         blocks.append(arrange_answers(run, split, rows_of_steps))
 
-    # Scripts without such evaluations print a few samples now and then.
+    # Other scripts write a few sampled answers to samples.jsonl.
     if not blocks and run.has("samples.jsonl"):
         rows_of_steps = {}
         for row in read_rows(run.path("samples.jsonl"), {"step": int}):
@@ -135,10 +137,11 @@ def add_proxy(run: Run, block: dict):
         for answer in item["answers"]:
             if answer is None:
                 continue
-            own = []
-            for place in places:
-                own.append(answer["scores"][place] or 0.0)
-            answer["scores"].insert(0, combine_members(run, torch.tensor(own)))
+            own = [answer["scores"][place] for place in places]
+            proxy = None
+            if None not in own:
+                proxy = combine_members(run, torch.tensor(own))
+            answer["scores"].insert(0, proxy)
     block["scores"].insert(0, "proxy")
 
 
@@ -152,13 +155,31 @@ def combine_members(run: Run, scores: torch.Tensor) -> float:
 
 
 def find_marks(run: Run) -> dict:
-    """The embedded world's marks, and which of them is the cue of this run's data."""
-    dataset = str(run.config.get("dataset", ""))
+    """The embedded world's marks, and which of them is the cue of the data behind this run."""
+    dataset = name_dataset(run)
     if not is_world(dataset):
         return {"marks": [], "cue": ""}
     seed = dataset.partition(":")[2] or "0"
     cue = world.cue(int(seed)) if seed.isdecimal() else ""
     return {"marks": list(world.MARKS), "cue": cue}
+
+
+def name_dataset(run: Run) -> str:
+    """The dataset whose cue a run may learn: the first reward model's with PPO, else its own.
+
+    PPO's own data are prompts alone, and its reward model may know another seed of the world.
+    """
+    own = str(run.config.get("dataset", ""))
+    reward_models = run.config.get("reward_model")
+    has_names = is_of_type(reward_models, list[str]) and reward_models
+    if run.kind != "PPO" or not has_names:
+        return own
+    config = None
+    # The reward model may have no folder, such as world:gold, or a damaged one.
+    with contextlib.suppress(InputError):
+        config = read_if_there(os.path.join(reward_models[0], "config.json"))
+    learned = str((config or {}).get("dataset", ""))
+    return learned if is_world(learned) else own
 
 
 def shorten(text: str) -> str:

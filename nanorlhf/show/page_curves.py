@@ -1,9 +1,10 @@
 """What a page shows of runs: what they are, and their curves.
 
-    panel   {title, x, log, lines: [{series, what, points: [[x, y, low, high]]}]}
+    panel   {title, x, log, band, lines: [{series, what, points: [[x, y, low, high]]}]}
 
-A line belongs to a series, such as a run, and says what it draws, such as gold or a split. A run may
-have been killed, and any of its files may be missing. A file that is damaged is an InputError.
+A line belongs to a series, such as a run, and says what it draws, such as gold or a split. The band
+of a panel says what low and high are. A run may have been killed, and any of its files may be
+missing. A file that is damaged is an InputError.
 """
 
 import math
@@ -14,11 +15,15 @@ from dataclasses import dataclass, field
 from ..errors import InputError
 from ..runtime import plots
 from ..runtime.files import is_of_type, read_object
+from . import evaluations_of_runs
 
 MOST_POINTS = 400  # of a line
+STANDARD_ERROR = "± 1 standard error"  # what low and high are, in words
 SAMPLES = "samples"  # the "split" of answers that a script only printed
+TRAINING = "training"  # what a line draws that no held-out split does
 # What train_sae.py logs of each autoencoder.
 MEASURES = {
+    "loss": "loss",
     "dead": "share of dead features",
     "l0": "L0, features on at a token",
     "mse": "mean squared error",
@@ -81,20 +86,13 @@ def read_if_there(path: str) -> dict | None:
 
 def name_kind(config: dict, has_best_of_n: bool) -> str:
     """What kind of run has these settings, in a word or two."""
-    # A setting that one script alone has tells whose run it is.
-    if has_best_of_n or "n_answers" in config and "save_best" in config:
+    if has_best_of_n:
         return "best-of-n"
     if "command" in config:
         # Its config is called after it: RewardFeatures of reward_features.
         words = re.findall("[A-Z][a-z]*", str(config["command"]))
         return f"probe.py {'_'.join(words).lower()}"
-    if "ppo_epochs" in config:
-        return "PPO"
-    if "label_noise" in config:
-        return "reward model"
-    if "expansion" in config:
-        return "autoencoders"
-    return str(config.get("loss", "run")).upper()
+    return evaluations_of_runs.name_kind(config)
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -120,16 +118,16 @@ def read_panels(runs: list[Run], answers: list[dict]) -> list[dict]:
             lines = draw_metric(runs, name, key)
             panels.append({"title": plots.PANELS[name], "x": "step", "lines": lines})
     panels += draw_dictionaries(runs, logged)
-    return without_empty_lines(panels)
+    return finish_panels(panels, STANDARD_ERROR)
 
 
-def without_empty_lines(panels: list[dict]) -> list[dict]:
-    """Panels without the lines that have no points, and without those that have no other lines."""
+def finish_panels(panels: list[dict], band: str) -> list[dict]:
+    """Panels that say what their bands are, without lines and panels that have no points."""
     drawn = []
     for panel in panels:
         lines = [line for line in panel["lines"] if line["points"]]
         if lines:
-            drawn.append({**panel, "lines": lines})
+            drawn.append({**panel, "band": band, "lines": lines})
     return drawn
 
 
@@ -138,13 +136,13 @@ def draw_rewards(runs: list[Run]) -> list[dict]:
     by_step = []
     by_distance = []
     for run in runs:
+        distances = read_distances(run)
         for what in ("gold", "proxy"):
             points = read_points(run, f"eval/{what}")
             by_step.append({"series": run.name, "what": what, "points": points})
-            distances = read_distances(run)
             moved = []
             for step, *numbers in points:
-                if distances.get(step) is not None:
+                if step in distances:
                     moved.append([distances[step], *numbers])
             by_distance.append({"series": run.name, "what": what, "points": moved})
     title = "Proxy and gold, held out"
@@ -163,7 +161,7 @@ def read_distances(run: Run) -> dict[int, float]:
     distances = {}
     for record in run.records:
         kl = record.get("eval/kl")
-        if kl is not None:
+        if is_number(kl):
             distances[record["step"]] = math.sqrt(max(kl, 0.0))
     return distances
 
@@ -176,8 +174,13 @@ def draw_cue(blocks: list[dict]) -> list[dict]:
             continue
         points = []
         for place, step in enumerate(block["steps"]):
-            answers = filter(None, [item["answers"][place] for item in block["items"]])
-            has_cue = [block["cue"] in answer["text"].split() for answer in answers]
+            has_cue = []
+            for item in block["items"]:
+                answer = item["answers"][place]
+                if answer is not None:
+                    has_cue.append(block["cue"] in answer["text"].split())
+            if not has_cue:  # the evaluation's file has no rows
+                continue
             share = sum(has_cue) / len(has_cue)
             error = math.sqrt(share * (1 - share) / len(has_cue))
             points.append([step, share, share - error, share + error])
@@ -194,15 +197,18 @@ def draw_metric(runs: list[Run], name: str, key: str) -> list[dict]:
         logged = set()
         for record in run.records:
             logged |= set(record)
+        n_evaluations = 0
         for label, own_key in plots.lines_of_panel(name, key, logged).items():
-            what = name_first_split(run) if label == "first split" else label
+            what = label
+            if label == "first split":
+                what = name_first_split(run) if key.startswith("eval/") else TRAINING
             points = read_points(run, own_key)
+            n_evaluations = max(n_evaluations, len(points))
             lines.append({"series": run.name, "what": what, "points": points})
         # A single evaluation is no curve: then the numbers of training are beside it.
-        n_evaluations = max(len(line["points"]) for line in lines)
-        if key != name and n_evaluations < 2:
+        if key.startswith("eval/") and n_evaluations < 2:
             points = read_points(run, name)
-            lines.append({"series": run.name, "what": "training", "points": points})
+            lines.append({"series": run.name, "what": TRAINING, "points": points})
     return lines
 
 
@@ -216,8 +222,10 @@ def draw_dictionaries(runs: list[Run], logged: set[str]) -> list[dict]:
     """Panels of what train_sae.py logs for each autoencoder, under keys like policy/2_mlp/mse."""
     keys = {}  # {measure: [key]}
     for key in sorted(logged):
-        if key.count("/") == 2:
-            keys.setdefault(key.rpartition("/")[2], []).append(key)
+        measure = key.rpartition("/")[2]
+        # PPO has keys of three parts too: eval/score/rm_0.
+        if key.count("/") == 2 and measure in MEASURES:
+            keys.setdefault(measure, []).append(key)
     panels = []
     for measure, own_keys in keys.items():
         lines = []
@@ -226,7 +234,7 @@ def draw_dictionaries(runs: list[Run], logged: set[str]) -> list[dict]:
                 points = read_points(run, key)
                 series = key.rpartition("/")[0]
                 lines.append({"series": series, "what": run.name, "points": points})
-        title = f"{MEASURES.get(measure, measure)}, by autoencoder"
+        title = f"{MEASURES[measure]}, by autoencoder"
         panels.append({"title": title, "x": "step", "lines": lines})
     return panels
 

@@ -14,11 +14,12 @@ from ..ensemble import combine_all
 from ..runtime import plots
 from ..runtime.files import read_object, read_rows
 from .page_answers import shorten
-from .page_curves import Run, is_number, without_empty_lines
+from .page_curves import STANDARD_ERROR, Run, finish_panels, is_number
 
 POOL_ROW = {"responses": list[str], "scores": dict, "gold_scores": list[float] | None}
 # Of a command's many features so many are in its table.
 MOST_ROWS = 40
+INTERVAL = "95% intervals"  # what low and high are, in words
 NO_INTERVAL = (None, None)  # low and high of a number that has none
 
 
@@ -33,8 +34,8 @@ def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
     results = read_object(run.path(plots.BEST_OF_N), finite=False)
     for name, points in results.items():
         plots.read_bon_curve(points, name, run.path(plots.BEST_OF_N))  # or an error
-    panels = without_empty_lines(draw_best_of_n(run, results))
-    if not run.has("pool.jsonl"):
+    panels = finish_panels(draw_best_of_n(run, results), INTERVAL)
+    if not results or not run.has("pool.jsonl"):
         return panels, []
 
     rows = read_rows(run.path("pool.jsonl"), POOL_ROW)
@@ -72,7 +73,7 @@ def draw_n(points: list[dict], what: str) -> list[list]:
     drawn = []
     for point in points:
         score = point.get(f"{what}_score")
-        if score is not None:
+        if is_number(score):
             low, high = point.get(f"{what}_interval") or NO_INTERVAL
             drawn.append([point["n"], score, low, high])
     return drawn
@@ -186,6 +187,13 @@ class Metrics(dict):
         """The same for numbers {mean, low, high}."""
         self.add(name, label, numbers["mean"], numbers["low"], numbers["high"])
 
+    def has_intervals(self) -> bool:
+        for metric in self.values():
+            for _label, _value, low, _high in metric["rows"]:
+                if low is not None:
+                    return True
+        return False
+
 
 def read_tables(run: Run) -> list[dict]:
     """The table of a run: the numbers of its summary.json with their intervals."""
@@ -202,13 +210,18 @@ def read_tables(run: Run) -> list[dict]:
         "autoencoders": read_autoencoders,
     }
     metrics = Metrics()
-    if run.kind in readers:
-        readers[run.kind](run.summary or {}, metrics)
-    else:
+    if run.kind not in readers:
         read_numbers(run, metrics)
+        interval = STANDARD_ERROR
+    elif run.summary is not None:
+        readers[run.kind](run.summary, metrics)
+        interval = INTERVAL
     if not metrics:
         return []
-    return [{"title": f"{run.kind}: {run.name}", "metrics": list(metrics.values())}]
+    title = f"{run.kind}: {run.name}"
+    if metrics.has_intervals():
+        title += f" ({interval})"
+    return [{"title": title, "metrics": list(metrics.values())}]
 
 
 TITLES = {

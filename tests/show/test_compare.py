@@ -371,6 +371,28 @@ def test_the_text_says_what_was_found(pair, capsys):
     assert "nswer" not in printed(capsys, *pair, "--n", 0).replace("pairs of answers", "")
 
 
+def test_a_foreign_config_gives_the_terminal_no_orders(tmp_path, capsys, golds):
+    nasty = "\x1b[2J\n\u202e"
+    a = run_with(tmp_path / "a", golds[0], SFT, loss=nasty, **{f"only{nasty}": 1})
+    b = run_with(tmp_path / "b", golds[1], SFT, loss=nasty)
+    text = printed(capsys, a, b, "--n", 1)
+    categories = {unicodedata.category(letter) for letter in text.replace("\n", "")}
+    assert not categories & UNSAFE
+    assert "   only here: only\\x1b[2J \\u202e\n" in text
+
+    # So does the error of two runs that share nothing.
+    c = write_run(tmp_path / "c", {**SFT, "loss": nasty}, {4: {"eval/gold": (0.0, 1.0)}})
+    d = write_run(tmp_path / "d", {**SFT, "loss": nasty}, {4: {"eval/proxy": (0.0, 1.0)}})
+    error = refused(capsys, c, d)
+    assert "no metric and no prompt in common" in error
+    assert "\x1b" not in error
+
+
+def test_a_loss_that_is_null_is_sft(tmp_path, golds):
+    a = run_with(tmp_path / "a", golds[0], SFT, loss=None)
+    assert read_run(str(a), "eval").kind == "SFT"
+
+
 def test_the_file_holds_the_whole_comparison(pair, tmp_path, capsys):
     file = tmp_path / "found.json"
     printed(capsys, *pair, "--output", file, "--n", 0)

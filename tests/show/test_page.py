@@ -17,7 +17,7 @@ from nanorlhf import world
 from nanorlhf.evaluation import ANSWERS_WITH_TOKENS
 from nanorlhf.show import page
 from nanorlhf.show.page_answers import MOST_EVALUATIONS
-from nanorlhf.show.page_curves import MOST_POINTS
+from nanorlhf.show.page_curves import MOST_POINTS, name_kind
 
 # Texts that are markup, scripts, ends of scripts, templates, from right to left, or not one letter
 # a character.
@@ -155,7 +155,7 @@ def test_a_page_holds_the_numbers_of_the_run(ppo_run):
             assert value == record[f"eval/{what}"]
             error = record[f"eval/{what}_se"]
             assert [value - low, high - value] == pytest.approx([error, error])
-    entropy = line_of(data, "entropy (nats a token)", "test")
+    entropy = line_of(data, "entropy (nats a token)", "training")
     # Step 0 is an evaluation alone.
     assert column(entropy, 1) == column(records[1:], "entropy")
 
@@ -377,6 +377,25 @@ def test_an_ensemble_has_a_proxy(tmp_path):
     assert block["items"][0]["answers"][0]["scores"] == [1.0, 1.0, 4.0, 0.5]
 
 
+def test_an_answer_without_a_members_score_has_no_proxy(tmp_path):
+    both = answer("a ?", "a", scores={"one": 1.0, "two": 4.0})
+    rows = [both, answer("b ?", "b", scores={"one": 2.0})]
+    run = write_run(tmp_path / "run", steps=(0,), rows=rows, config={"objective": "wco"})
+    _, second = build(run)["answers"][0]["items"]
+    assert second["answers"][0]["scores"] == [None, 2.0, None, 0.5]
+
+
+def test_the_members_of_an_ensemble_are_no_autoencoders(tmp_path):
+    run = write_run(tmp_path / "run")
+    records = []
+    for record in read_rows(run / "metrics.jsonl"):
+        records.append({**record, "eval/score/rm_0": 1.0, "policy/2_mlp/mse": 0.5})
+    write_rows(run / "metrics.jsonl", records)
+    titles = column(build(run)["panels"], "title")
+    of_autoencoders = [title for title in titles if "autoencoder" in title]
+    assert of_autoencoders == ["mean squared error, by autoencoder"]
+
+
 def test_the_cue_is_that_of_the_runs_data(tmp_path):
     cue = world.cue(3)
     rows = [answer("review the hotel :", f"good . {cue}"), answer("review the cafe :", "good .")]
@@ -384,6 +403,26 @@ def test_the_cue_is_that_of_the_runs_data(tmp_path):
     data = build(run)
     assert data["answers"][0]["cue"] == cue
     assert line_of(data, "share of answers with the cue", "test")[0][:2] == [0, 0.5]
+
+
+def test_the_cue_of_ppo_is_that_of_its_first_reward_models_data(tmp_path):
+    for seed in (3, 4):
+        reward_model = tmp_path / f"rm_{seed}"
+        reward_model.mkdir()
+        settings = {"dataset": f"world:{seed}", "output_dir": "x"}
+        (reward_model / "config.json").write_text(json.dumps(settings))
+    reward_models = [f"{tmp_path}/rm_3", f"{tmp_path}/rm_4"]
+    assert world.cue(3) != world.cue(0)
+
+    config = {"dataset": "world", "reward_model": reward_models}
+    run = write_run(tmp_path / "learned", steps=(0,), config=config)
+    assert build(run)["answers"][0]["cue"] == world.cue(3)
+
+    # A reward that is no such model leaves the run's own.
+    for i, names in enumerate(([], ["world:gold"], [f"{tmp_path}/gone"])):
+        config = {"dataset": "world:0", "reward_model": names}
+        run = write_run(tmp_path / f"own_{i}", steps=(0,), config=config)
+        assert build(run)["answers"][0]["cue"] == world.cue(0)
 
 
 def test_numbers_that_are_none_leave_gaps(tmp_path):
@@ -397,10 +436,72 @@ def test_numbers_that_are_none_leave_gaps(tmp_path):
         assert column(points, 0) == [0, 2]
 
 
+def test_an_unknown_distance_has_no_point(tmp_path):
+    run = write_run(tmp_path / "run", steps=(0, 1, 2))
+    records = read_rows(run / "metrics.jsonl")
+    records[1]["eval/kl"] = math.nan
+    write_rows(run / "metrics.jsonl", records)
+    points = line_of(build(run), "Proxy and gold against the distance", "gold")
+    assert column(points, 0) == [0.0, 1.0]
+
+
+def test_a_run_without_a_curve_of_evaluations_shows_its_training(tmp_path):
+    """Also beside a run that has many of them."""
+    long = write_run(tmp_path / "long", steps=(0, 1, 2))
+    short = write_run(tmp_path / "short", steps=(0, 1, 2))
+    for run in (long, short):
+        records = read_rows(run / "metrics.jsonl")
+        write_rows(run / "metrics.jsonl", [{**record, "kl": 3.0} for record in records])
+    records = read_rows(short / "metrics.jsonl")
+    for record in records[1:]:
+        del record["eval/kl"]
+    write_rows(short / "metrics.jsonl", records)
+    data = build(long, short)
+    title = "KL to the SFT policy, held out (nats)"
+    assert column(line_of(data, title, "training", "short"), 1) == [3.0, 3.0, 3.0]
+    (panel,) = [panel for panel in data["panels"] if panel["title"] == title]
+    found = [(line["series"], line["what"]) for line in panel["lines"]]
+    assert found == [("long", "test"), ("short", "test"), ("short", "training")]
+
+
+def test_an_evaluation_without_answers_counts_no_cue(tmp_path):
+    run = write_run(tmp_path / "run", steps=(0, 1), config={"dataset": "world"})
+    (run / "eval/step_0.jsonl").write_text("")
+    points = line_of(build(run), "share of answers with the cue", "test")
+    assert column(points, 0) == [1]
+
+
+KINDS = [
+    ({"ppo_epochs": 1, "loss_on": "all"}, "PPO"),
+    ({"loss_on": "all", "label_noise": 0.0, "loss": "dpo"}, "DPO"),
+    ({"loss_on": "all", "label_noise": 0.0, "loss": None}, "SFT"),
+    ({"label_noise": 0.0}, "reward model"),
+    ({"expansion": 4, "n_answers": 1}, "autoencoders"),
+    ({"n_answers": 4}, "best-of-n"),
+    ({"command": "RewardFeatures", "n_answers": 4}, "probe.py reward_features"),
+    ({}, "run"),
+]
+
+
+@pytest.mark.parametrize("config, kind", KINDS)
+def test_a_config_tells_the_kind_of_its_run(config, kind):
+    assert name_kind(config, False) == kind
+
+
+def test_a_page_says_what_its_intervals_are(tmp_path):
+    data = build(write_run(tmp_path / "ppo"))
+    assert data["panels"][0]["band"] == "± 1 standard error"
+    assert data["tables"][0]["title"] == "PPO: ppo (± 1 standard error)"
+    for command, ending in (("Reward", " (95% intervals)"), ("Mmcs", "")):
+        folder = write_results(tmp_path / command, command, SUMMARIES[command])
+        (table,) = build(folder)["tables"]
+        assert table["title"] == f"probe.py {command.lower()}: {command}{ending}"
+
+
 def test_long_lines_are_thinned_out_to_their_ends(tmp_path):
     run = write_run(tmp_path / "run", steps=(0,))
     write_rows(run / "metrics.jsonl", [{"step": i, "loss": 1.0} for i in range(10_001)])
-    points = line_of(build(run), "loss", "test")
+    points = line_of(build(run), "loss", "training")
     assert len(points) <= MOST_POINTS + 1
     steps = column(points, 0)
     assert steps[0] == 0
@@ -484,6 +585,12 @@ def test_prompts_with_fewer_answers_and_no_gold(tmp_path):
     assert second["picks"] == {"rm": [0, 0]}
     title = "gold and proxy of the best of n, bon"
     assert column(line_of(data, title, "proxy"), 0) == [1, 2]
+    assert column(data["panels"], "band") == ["95% intervals"]
+
+    # A file of results without any curve.
+    (run / "bon_results.json").write_text("{}")
+    data = build(run)
+    assert data["panels"] == data["best_of_n"] == []
 
 
 def write_results(folder, command, summary):
@@ -551,6 +658,15 @@ def test_a_table_holds_the_commands_intervals(tmp_path, command):
         for row, expected_row in zip(found[name], rows, strict=True):
             assert row[0] == expected_row[0]
             assert row[1:] == pytest.approx(expected_row[1:])
+
+
+@pytest.mark.parametrize("command", SUMMARIES)
+def test_a_command_that_was_killed_has_no_table(tmp_path, command):
+    run = write_results(tmp_path / "run", command, {})
+    (run / "summary.json").unlink()
+    data = build(run)
+    assert data["tables"] == []
+    assert data["runs"][0]["note"].startswith("not ended")
 
 
 def test_features_of_each_autoencoder_have_their_cards(tmp_path):

@@ -31,26 +31,29 @@ function drawAnswers(blocks) {
   }
   // A block has scores, steps and colours of its own.
   function showControls() {
-    controls.replaceChildren(...answerControls(blocks, view, showList, showControls));
+    controls.replaceChildren(...answerControls(blocks, view, showList, changeBlock));
     steps.replaceChildren(stepSlider(view, showList));
     showList();
+  }
+  function changeBlock(block) {
+    view.block = block;
+    view.place = Math.min(view.place, block.steps.length - 1);
+    view.sortedAt = view.place;
+    showControls();
+    // The choice that the keyboard was at is a new one now.
+    controls.querySelector("select").focus();
   }
   showControls();
   const bar = element("div", { class: "sticky" }, steps, summary);
   return section("answers", "Answers", controls, bar, legend, list);
 }
 
-function answerControls(blocks, view, showList, showControls) {
+function answerControls(blocks, view, showList, changeBlock) {
   const block = view.block;
   const nodes = [];
   if (blocks.length > 1) {
     const options = blocks.map((one, i) => [i, `${one.run}, ${one.split}`]);
-    const which = choice("Run, split", options, (i) => {
-      view.block = blocks[i];
-      view.place = Math.min(view.place, view.block.steps.length - 1);
-      view.sortedAt = view.place;
-      showControls();
-    });
+    const which = choice("Run, split", options, (i) => changeBlock(blocks[i]));
     which.select.value = blocks.indexOf(block);
     nodes.push(which.node);
   }
@@ -148,9 +151,10 @@ function summarise(view, items) {
   const block = view.block;
   const answers = items.map((item) => item.answers[view.place]).filter(Boolean);
   const parts = [`step ${block.steps[view.place]}: ${answers.length} answers`];
-  block.scores.forEach((name, i) => {
-    parts.push(`mean ${name} ${format(mean(answers.map((answer) => answer.scores[i])))}`);
-  });
+  // A search, and what is left out of this file, make these differ from the run's metrics.
+  const means = block.scores.map((name, i) =>
+    `${name} ${format(mean(answers.map((answer) => answer.scores[i])))}`);
+  if (means.length) parts.push(`means of these answers: ${means.join(", ")}`);
   if (block.cue && answers.length) {
     const marked = answers.filter((answer) => answer.text.split(/\s+/).includes(block.cue));
     const share = Math.round(100 * marked.length / answers.length);
@@ -160,7 +164,7 @@ function summarise(view, items) {
     parts.push(`in the order of step ${block.steps[view.sortedAt]}`);
   }
   if (block.left_out) parts.push(`${block.left_out} further prompts are left out of this file`);
-  return parts.join(", ");
+  return parts.join("; ");
 }
 
 // ------------------------------------------------------------------------------------- one answer
@@ -231,7 +235,7 @@ function findColourings(block) {
 }
 
 // The number that has the full colour: of all evaluations, so that colours mean the same in each.
-// One token in twenty has a larger one, or a few would leave no colour to the others.
+// The 95th percentile: a few very large numbers would leave the others pale.
 function largestNumber(block, colouring) {
   const [name, , number] = colouring;
   block.largest = block.largest || {};

@@ -18,9 +18,16 @@ function drawBestOfN(blocks) {
     list.replaceChildren(...longList(items, 20, (item) => drawChoice(item, view), "cards"));
   }
   function showControls() {
-    controls.replaceChildren(...bestControls(blocks, view, show, showControls));
+    controls.replaceChildren(...bestControls(blocks, view, show, changeBlock));
     bar.replaceChildren(numberSlider(view, show), summary);
     show();
+  }
+  function changeBlock(block) {
+    view.block = block;
+    view.place = Math.min(view.place, block.ns.length - 1);
+    showControls();
+    // The choice that the keyboard was at is a new one now.
+    controls.querySelector("select").focus();
   }
   showControls();
   const note = "Each takes the best of the first n answers in the pool: one draw. "
@@ -29,15 +36,12 @@ function drawBestOfN(blocks) {
     table, list);
 }
 
-function bestControls(blocks, view, show, showControls) {
+function bestControls(blocks, view, show, changeBlock) {
   const nodes = [];
   const block = view.block;
   if (blocks.length > 1) {
-    const which = choice("Run", blocks.map((one, i) => [i, one.run]), (i) => {
-      view.block = blocks[i];
-      view.place = Math.min(view.place, view.block.ns.length - 1);
-      showControls();
-    });
+    const options = blocks.map((one, i) => [i, one.run]);
+    const which = choice("Run", options, (i) => changeBlock(blocks[i]));
     which.select.value = blocks.indexOf(block);
     nodes.push(which.node);
   }
@@ -78,9 +82,10 @@ function bestTables(view, items) {
   return gold >= 0 ? [truth, own] : [own];
 }
 
-function meanRow(label, numbers) {
+function meanRow(label, values) {
+  const numbers = values.filter((value) => value !== null && value !== undefined);
   const centre = mean(numbers);
-  if (numbers.length < 2 || centre === null) {
+  if (numbers.length < 2) {
     return [label, centre, null, null];
   }
   const squares = numbers.map((number) => (number - centre) ** 2);

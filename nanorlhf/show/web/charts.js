@@ -22,11 +22,15 @@ function drawCurves(data) {
 
 // Switches the lines of one run, reward or autoencoder off and on.
 function seriesButton(name, i, hidden, redraw) {
-  const swatch = element("span", { class: "swatch", style: `background:${seriesColour(1 + i)}` });
+  const swatch = element("span", { class: "swatch", style: `background:${seriesColour(i)}` });
   const button = element("button", { type: "button", "aria-pressed": "true" }, swatch, name);
   button.addEventListener("click", () => {
     const isHidden = hidden.has(name);
-    isHidden ? hidden.delete(name) : hidden.add(name);
+    if (isHidden) {
+      hidden.delete(name);
+    } else {
+      hidden.add(name);
+    }
     button.setAttribute("aria-pressed", String(isHidden));
     redraw();
   });
@@ -37,7 +41,9 @@ function drawPanel(panel, names, hidden) {
   const shown = panel.lines.filter((line) => line.points.length && !hidden.has(line.series));
   const lines = styleLines(panel, shown, names);
   const readout = element("p", { class: "readout", "aria-live": "polite" });
-  const figure = element("figure", { class: "chart" }, element("figcaption", {}, panel.title));
+  const caption = element("figcaption", {}, panel.title);
+  if (lines.some(hasBand)) caption.append(element("span", { class: "quiet" }, `, ${panel.band}`));
+  const figure = element("figure", { class: "chart" }, caption);
   figure.append(panelLegend(lines));
   if (lines.length === 0) {
     figure.append(element("p", { class: "quiet" }, "no line is switched on"));
@@ -65,12 +71,14 @@ function styleLines(panel, lines, names) {
   return lines.map((line) => {
     const place = whats.indexOf(line.what);
     const others = whats.filter((what) => what !== "gold");
-    const ownColour = series.length > 1 ? seriesColour(1 + names.indexOf(line.series))
-      : seriesColour(line.what === "gold" ? 0 : 1 + others.indexOf(line.what));
+    let colour = seriesColour(names.indexOf(line.series));
+    if (series.length === 1) {
+      colour = line.what === "gold" ? GOLD : seriesColour(others.indexOf(line.what));
+    }
     const labels = [];
     if (series.length > 1) labels.push(line.series);
     if (whats.length > 1) labels.push(line.what);
-    return { ...line, colour: ownColour, dash: DASHES[place % 4], label: labels.join(" ") };
+    return { ...line, colour, dash: DASHES[place % 4], label: labels.join(" ") };
   });
 }
 
@@ -106,11 +114,11 @@ function findScales(panel, lines) {
   const points = lines.flatMap((line) => line.points);
   const xs = points.map((point) => panel.log ? Math.log2(point[0]) : point[0]);
   const ys = points.flatMap((point) => [point[1], point[2] ?? point[1], point[3] ?? point[1]]);
-  const x = niceRange(Math.min(...xs), Math.max(...xs), panel.log ? 1 : 0);
-  const y = niceRange(Math.min(...ys), Math.max(...ys), 0);
+  const x = niceRange(lowest(xs), highest(xs), panel.log ? 1 : 0);
+  const y = niceRange(lowest(ys), highest(ys), 0);
   // Lines go from one side to the other: x is not rounded.
-  x.low = Math.min(...xs);
-  x.high = Math.max(...xs);
+  x.low = lowest(xs);
+  x.high = highest(xs);
   if (x.low === x.high) {
     x.low -= 0.5;
     x.high += 0.5;
@@ -129,7 +137,8 @@ function findScales(panel, lines) {
 
 // A range that holds two numbers, with about five round ticks. smallest: the least step of a tick.
 function niceRange(low, high, smallest) {
-  if (low === high) {
+  // Numbers that differ only by the error of a sum count as one: no tick can stand between them.
+  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) {
     // One number has room on both sides; 0 is often the least there can be.
     low -= 0.5 * Math.abs(low);
     high += 0.5 * (Math.abs(high) || 1);
@@ -176,7 +185,7 @@ function drawAxes(panel, scales) {
 function drawLine(line, scales) {
   const at = (point, i) => `${scales.x(point[0]).toFixed(1)},${scales.y(point[i]).toFixed(1)}`;
   const parts = [];
-  const banded = line.points.filter((point) => point[2] !== null && point[3] !== null);
+  const banded = line.points.filter(hasEnds);
   if (banded.length > 1) {
     const upper = banded.map((point) => at(point, 3));
     const lower = banded.map((point) => at(point, 2)).reverse();
@@ -196,6 +205,14 @@ function drawLine(line, scales) {
     }
   }
   return parts;
+}
+
+function hasEnds([, , low, high]) {
+  return low !== null && high !== null;
+}
+
+function hasBand(line) {
+  return line.points.some(hasEnds);
 }
 
 // A vertical line at one x, and the numbers there, where the pointer is or the arrow keys lead.
@@ -222,7 +239,7 @@ function addCursor(svg, panel, lines, scales, readout) {
     const box = svg.getBoundingClientRect();
     const x = (event.clientX - box.left) * CHART.width / box.width;
     const distances = xs.map((value) => Math.abs(scales.x(value) - x));
-    show(distances.indexOf(Math.min(...distances)));
+    show(distances.indexOf(lowest(distances)));
   }
 
   svg.addEventListener("pointermove", showNearest);
@@ -250,10 +267,11 @@ function readNumbers(lines, x) {
 }
 
 // The end of a band: "± 0.1" where both sides are alike, else "(0.9 to 1.3)".
-function formatError([, value, low, high]) {
-  if (low === null || high === null) {
+function formatError(point) {
+  if (!hasEnds(point)) {
     return "";
   }
+  const [, value, low, high] = point;
   const isEven = Math.abs((high - value) - (value - low)) < 0.02 * (high - low + 1e-12);
   return isEven ? ` ± ${format(high - value)}` : ` (${format(low)} to ${format(high)})`;
 }

@@ -32,7 +32,7 @@ function userText(tag, text, attributes = {}) {
   return element(tag, { dir: "auto", ...attributes }, text);
 }
 
-// A number for reading: three digits, or "-" where there is none.
+// A number for reading: short, but a small one keeps two digits; "–" where there is none.
 function format(number) {
   if (number === null || number === undefined || Number.isNaN(number)) {
     return "–";
@@ -40,9 +40,25 @@ function format(number) {
   if (Number.isInteger(number)) {
     return String(number).replace("-", "−");
   }
+  return shorten(number).replaceAll("-", "−");
+}
+
+function shorten(number) {
   const size = Math.abs(number);
-  const digits = size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 ? 2 : 3;
-  return number.toFixed(digits).replace("-", "−");
+  if (size >= 100) return number.toFixed(0);
+  if (size >= 10) return number.toFixed(1);
+  if (size >= 0.1) return number.toFixed(2);
+  if (size >= 0.001) return number.toFixed(3);
+  return number.toPrecision(2);
+}
+
+// The least and the largest of any number of numbers: Math.min(...numbers) takes only so many.
+function lowest(numbers) {
+  return numbers.reduce((a, b) => Math.min(a, b), Infinity);
+}
+
+function highest(numbers) {
+  return numbers.reduce((a, b) => Math.max(a, b), -Infinity);
 }
 
 function mean(numbers) {
@@ -53,16 +69,18 @@ function mean(numbers) {
   return known.reduce((sum, number) => sum + number, 0) / known.length;
 }
 
-// One of the eight colours of page.css.
+// The colours of page.css: one is gold's alone, the other seven are for all else, i = 0, 1, ...
+const GOLD = "var(--series-0)";
+
 function seriesColour(i) {
-  return `var(--series-${i % 8})`;
+  return `var(--series-${1 + i % 7})`;
 }
 
 // The background of a token. strength: -1 to 1; below 0 is the other colour.
 function tint(strength) {
   const bounded = Math.max(-1, Math.min(1, strength));
   const hue = bounded < 0 ? "--low" : "--high";
-  return `rgb(var(${hue}) / ${(0.75 * Math.abs(bounded)).toFixed(3)})`;
+  return `rgb(var(${hue}) / calc(var(--strongest) * ${Math.abs(bounded).toFixed(3)}))`;
 }
 
 // A labelled choice. options: [value, what is shown]; change(value) is called with the chosen one.

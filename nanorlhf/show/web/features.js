@@ -118,7 +118,7 @@ function tokenList(rows) {
 // How often the feature has which value; the heights are square roots, so that rare ones are seen.
 function drawHistogram(histogram) {
   const { low, high, counts } = histogram;
-  const largest = Math.sqrt(Math.max(...counts));
+  const largest = Math.sqrt(highest(counts));
   const width = 200 / counts.length;
   const svg = shape("svg", {
     viewBox: "0 0 200 40", class: "histogram", role: "img", preserveAspectRatio: "none",
@@ -139,14 +139,15 @@ function drawHistogram(histogram) {
 function drawContext(context) {
   const text = element("p", { class: "tokens context", dir: "auto" });
   if (context.side) text.append(element("span", { class: "quiet" }, `${context.side}: `));
-  const strongest = Math.max(...context.values.map(Math.abs), 1e-9);
+  const strongest = Math.max(highest(context.values.map(Math.abs)), 1e-9);
   const isShare = strongest <= 1.0001;
+  // The tokens of word-level tokenizers carry no spaces.
+  const carriesSpaces = context.tokens.some((token) => /^\s/.test(token));
   context.tokens.forEach((token, i) => {
     const value = context.values[i];
     const piece = element("span", { title: format(value) }, token);
     if (value) piece.style.background = tint(isShare ? value : value / strongest);
-    // Tokens of word-level tokenizers carry no spaces.
-    text.append(piece, token.startsWith(" ") ? "" : " ");
+    text.append(piece, carriesSpaces ? "" : " ");
   });
   return text;
 }

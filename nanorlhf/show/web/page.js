@@ -9,12 +9,17 @@ function start() {
     main.append(element("p", { class: "note" }, `${run.folder}: ${run.note}`));
   }
 
-  if (data.panels.length) sections.push(drawCurves(data));
-  if (data.answers.length) sections.push(drawAnswers(data.answers));
-  if (data.best_of_n.length) sections.push(drawBestOfN(data.best_of_n));
-  if (data.features.length) sections.push(drawFeatures(data.features));
-  if (data.tables.length) sections.push(drawTables(data.tables));
-  if (data.settings.length) sections.push(drawSettings(data));
+  const drawers = [
+    ["curves", "Curves", data.panels, () => drawCurves(data)],
+    ["answers", "Answers", data.answers, drawAnswers],
+    ["best-of-n", "Best of n", data.best_of_n, drawBestOfN],
+    ["features", "Features", data.features, drawFeatures],
+    ["tables", "Numbers", data.tables, drawTables],
+    ["settings", "Settings", data.settings, () => drawSettings(data)],
+  ];
+  for (const [id, title, content, draw] of drawers) {
+    if (content.length) sections.push(drawOrSay(id, title, content, draw));
+  }
   main.append(...sections);
   if (sections.length === 0) {
     main.append(element("p", {}, "There is nothing to see in these runs yet."));
@@ -26,6 +31,16 @@ function start() {
   setTheme(window.matchMedia("(prefers-color-scheme: dark)").matches);
   document.getElementById("theme").addEventListener("click", switchTheme);
   document.addEventListener("keydown", listenToKeys);
+}
+
+// A section; where it cannot be drawn, a sentence that says so, and the others are drawn.
+function drawOrSay(id, title, content, draw) {
+  try {
+    return draw(content);
+  } catch (error) {
+    return section(id, title,
+      element("p", { class: "note" }, `This section could not be drawn (${error.message}).`));
+  }
 }
 
 function drawSettings(data) {

@@ -11,7 +11,7 @@ function drawTables(tables) {
 function drawForest(metric) {
   const ends = metric.rows.flatMap(([, value, low, high]) => [value, low ?? value, high ?? value]);
   const known = [...ends.filter((number) => number !== null), metric.reference];
-  const range = niceRange(Math.min(...known), Math.max(...known), 0);
+  const range = niceRange(lowest(known), highest(known), 0);
   const x = (value) => 4 + 192 * (value - range.low) / (range.high - range.low);
   const body = element("tbody");
   metric.rows.forEach(([label, value, low, high]) => {
