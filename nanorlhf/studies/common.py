@@ -2,10 +2,10 @@
 what their tables and pictures have in common.
 
 A study is a series of stages. A stage is a list of command lines that can run side by side, such as
-"train_sft.py --output_dir runs/study/sft"; the next stage reads what they have written. Each command
-runs in a process of its own and is printed, so that a reader can repeat it. A command that has run
-already is not run again, and one that was killed goes on where it was: a study that was stopped is
-continued by the same command.
+"train_sft.py --output_dir runs/study/sft"; the next stage reads what they have written. Each
+command runs in a process of its own and is printed, so that a reader can repeat it. A command that
+has run already is not run again, and one that was killed goes on where it was: a study that was
+stopped is continued by the same command.
 
 Some studies keep what each of their runs has found in a file beside their page: their cells.
 """
@@ -76,15 +76,17 @@ class KeptFlags(FlagGroup):
     results: str = HfArg(
         default="",
         help="the file that keeps the results of single runs, which are then not run again; by "
-        "default NAME.json beside the study's page, with --quick OUTPUT_DIR/quick/cells.json",
+        "default NAME.json beside the study's page, with --quick OUTPUT_DIR/quick/cells.json. Two "
+        "studies that write one file at the same time would lose results",
     )
 
 
 def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
     """The flags of a study; with --quick the defaults are those of `quick`, {flag: value}.
 
-    doc: the study's docstring, for --help. A quick study has a folder inside the study's own: in the
-    same folder its short runs would be taken for the study's, since what is there is not run again.
+    doc: the study's docstring, for --help. A quick study has a folder inside the study's, and so
+    has a study on your own model or data, unless you name another folder. In the same folder their
+    runs would be taken for the study's, since what is there is not run again.
     """
     with cli.errors_in_one_line():
         parser = cli.Parser(cli.script(), doc, config_class)
@@ -93,7 +95,11 @@ def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
         if flags.quick:
             parser.set_defaults(**quick)
             flags = config_class(**vars(parser.parse_args(args)))
-            flags.output_dir = f"{flags.output_dir}/quick"
+        is_own = getattr(flags, "model", "") or getattr(flags, "dataset", "")
+        if is_own and flags.output_dir == config_class.output_dir:
+            flags.output_dir += "/own"
+        if flags.quick:
+            flags.output_dir += "/quick"
         check_can_write(f"{flags.output_dir}/summary.json")
         if getattr(flags, "picture", ""):
             check_can_write(flags.picture)
@@ -116,7 +122,10 @@ def run_stage(commands: list[str], jobs: int, is_done: Callable[[str], bool] | N
 
 
 def run_command(command: str):
-    """One command in a process of its own, on one thread; its output goes into a log beside its folder."""
+    """Run one command in a process of its own, on one thread.
+
+    Its output goes into a log beside its folder.
+    """
     script, *flags = shlex.split(command)
     log = Path(output_of(flags).replace("{seed}", "members") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -173,41 +182,38 @@ class Cell:
 def results_file(a, module_file: str) -> str:
     """The file that keeps the cells of a study. module_file: the study's __file__.
 
-    InputError: further flags would put other runs into the file of the study's own page.
+    InputError: further flags would mix other runs with those of the study's page, in its file or in
+    its folder.
     """
-    if a.results:
-        return a.results
     if a.quick:
-        return f"{a.output_dir}/cells.json"
+        return a.results or f"{a.output_dir}/cells.json"
+    has_own_place = a.results and a.output_dir != type(a).output_dir
     for name, value in vars(a).items():
         is_further = name.endswith("_flags") and value
         require(
-            not is_further,
-            f"--{name} makes other runs: keep them in a file of their own, --results",
+            has_own_place or not is_further,
+            f"--{name} makes other runs: keep them in a file and a folder of their own, --results "
+            "and --output_dir",
         )
-    return str(Path(module_file).with_suffix(".json"))
+    return a.results or str(Path(module_file).with_suffix(".json"))
 
 
 def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
     """The results of cells, {name: result}. Those that the file does not keep yet are run first.
 
     a: the study's settings. Neither a kept cell is run again, nor what it alone needs. Each result
-    is written as soon as it is there. InputError: a cell is kept with another command.
+    is written as soon as it is there. InputError: a cell is kept with another command, or after
+    other runs.
     """
     kept = read_cells(path)
     missing = []
     for cell in cells:
-        if cell.name not in kept:
+        if cell.name in kept:
+            check_cell(cell, kept[cell.name], a, path)
+        else:
             missing.append(cell)
-            continue
-        # A result of other settings would pass for one of these.
-        require(
-            kept[cell.name]["command"] == kept_form(cell.command, a),
-            f"{path} keeps {cell.name} of another command than the study has now: delete its line, "
-            "or name another file with --results",
-        )
 
-    # The first commands that all cells need can run side by side, then the second ones, ...
+    # Stage i runs the i-th need of every cell.
     most_needs = max([len(cell.needs) for cell in missing], default=0)
     for i in range(most_needs):
         stage = {}  # a set that keeps the order
@@ -224,7 +230,23 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
     return {cell.name: kept[cell.name]["result"] for cell in cells}
 
 
-# Runs end side by side, but one at a time adds its result to the file.
+def check_cell(cell: Cell, entry: dict, a, path: str):
+    """InputError: a result that is kept is of other settings. It would pass for this cell's."""
+    require(
+        entry["command"] == kept_form(cell.command, a),
+        f"{path} keeps {cell.name} of another command than the study has now: delete its line, "
+        "or name another file with --results",
+    )
+    # Lines that were written before needs were kept do not say theirs.
+    needs = kept_needs(cell, a)
+    require(
+        entry.get("needs", needs) == needs,
+        f"{path} keeps {cell.name} after other runs than the study has now: name another file "
+        "with --results, and another folder with --output_dir",
+    )
+
+
+# Runs of this process end side by side, but one at a time adds its result to the file.
 FILE_OF_CELLS = threading.Lock()
 
 
@@ -235,9 +257,17 @@ def run_and_keep(cell: Cell, a, path: str):
     with other settings.
     """
     commit = describe_commit()
+    # Nothing says which code a run is of that was there before.
+    if is_finished(cell.command):
+        commit = "unknown"
     run_command(cell.command)
     result = with_null(cell.read(output_of(shlex.split(cell.command))))
-    entry = {"command": kept_form(cell.command, a), "commit": commit, "result": result}
+    entry = {
+        "command": kept_form(cell.command, a),
+        "needs": kept_needs(cell, a),
+        "commit": commit,
+        "result": result,
+    }
     with FILE_OF_CELLS:
         write_cells(path, read_cells(path) | {cell.name: entry})
     print(f"kept: {cell.name} of python {cell.command}", flush=True)
@@ -248,13 +278,22 @@ def kept_form(command: str, a) -> str:
     return command.replace(f" {a.output_dir}/", f" {type(a).output_dir}/")
 
 
+def kept_needs(cell: Cell, a) -> list[str]:
+    """What a cell needs, as it is kept."""
+    return [kept_form(command, a) for command in cell.needs]
+
+
 def read_cells(path: str) -> dict[str, dict]:
-    """{name: {command, commit, result}} of a file; none where there is no file yet."""
+    """{name: {command, needs, commit, result}} of a file; none where there is no file yet.
+
+    Lines that were written before needs were kept have none.
+    """
     if not os.path.exists(path):
         return {}
     cells = read_object(path, {"cells": dict})["cells"]
     for name, cell in cells.items():
-        check_fields(cell, {"command": str, "commit": str, "result": dict}, f"{path}: {name}")
+        fields = {"command": str, "needs": list[str] | None, "commit": str, "result": dict}
+        check_fields(cell, fields, f"{path}: {name}")
     return cells
 
 
@@ -293,7 +332,10 @@ def ask_git(*words: str) -> str:
 
 
 def print_title(title: str, a):
-    """A table's title after an empty line; that of a quick study says that it is one, and of how many seeds."""
+    """A table's title after an empty line.
+
+    That of a quick study says that it is one, and of how many seeds.
+    """
     seeds = "one seed" if a.seeds == 1 else f"{a.seeds} seeds"
     mark = f" [QUICK, {seeds}: not the study's numbers]" if a.quick else ""
     print(f"\n{title}{mark}")
@@ -336,12 +378,15 @@ def collect(rows) -> dict[str, list[float]]:
 
 
 def write_summary(path: str | Path, summary: dict):
-    """A study's summary as JSON, which knows no NaN: null for each, such as the interval of a single seed."""
+    """A study's summary as JSON.
+
+    JSON knows no NaN: null stands for each, such as the interval of a single seed.
+    """
     write_json(str(path), with_null(summary))
 
 
 def with_null(value):
-    """A copy of nested dicts and lists with None in the place of numbers that are NaN or infinite."""
+    """A copy of nested dicts and lists: None in the place of numbers that are NaN or infinite."""
     if isinstance(value, dict):
         return {key: with_null(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

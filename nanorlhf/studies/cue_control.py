@@ -9,7 +9,7 @@ world: what stops a policy from exploiting a spurious cue.
     runs them without the last flag:
         python -m nanorlhf.studies.cue_control --model MODEL \
             --dataset reward-bench-2.jsonl --rm_bench total_dataset.json \
-            --sarms reward_first --dry_run
+            --sarms reward_first --output_dir runs/mine --dry_run
 
 One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their
 own spurious cue; reward models on them, one dense and SARMs of all kinds; PPO
@@ -268,11 +268,7 @@ def human_file(a, s):
 
 def density_file(a, s):
     """The human latents of the features alone that were found: reference data of the density."""
-    how = "identified"
-    if a.truth:
-        how = "truth"
-    elif a.features:
-        how = "named"
+    how = how_found(a) or "identified"
     return f"{a.output_dir}/human/seed_{s}_{how}.safetensors"
 
 
@@ -507,11 +503,20 @@ def penalty_flags(a, s, ids, alphas, kind="indicator"):
 
 def named(a, name):
     """Arms and files of a run with --truth or --features have names of their own, beside others."""
+    how = how_found(a)
+    if not how:
+        return name
+    return f"{how}_{name}"
+
+
+def how_found(a):
+    """How the features are found: "truth", or such as "named_3_17"; "" by the rule."""
     if a.truth:
-        return f"truth_{name}"
+        return "truth"
     if a.features:
-        return f"named_{name}"
-    return name
+        ids = map(str, parse_ids(a.features))
+        return f"named_{'_'.join(ids)}"
+    return ""
 
 
 def compare_with_truth(a, s, found):
@@ -694,9 +699,11 @@ def print_table(table):
     columns = {}  # a dictionary keeps their order
     for row in table.values():
         columns |= dict.fromkeys(row)
-    print(f"{'':16s}" + "".join(f"{column:>18s}" for column in columns))
+    # Arms of --features have long names.
+    width = max([16, *(len(name) + 1 for name in table)])
+    print(f"{'':{width}s}" + "".join(f"{column:>18s}" for column in columns))
     for name, row in table.items():
-        line = f"{name:16s}"
+        line = f"{name:{width}s}"
         for column in columns:
             cell = with_interval(*row[column]) if column in row else ""
             line += f"{cell:>18s}"
@@ -738,7 +745,8 @@ def draw(figure, outcomes):
 
 def color_of(arm):
     """Black before PPO, red without control, blue with it, grey for the controls."""
-    kind = arm.removeprefix("truth_").removeprefix("named_")
+    # Such as "clamp" of truth_clamp and of named_3_17_clamp.
+    kind = arm.rpartition("_")[2]
     if kind == "before":
         return "black"
     if kind in ("plain", DENSE):

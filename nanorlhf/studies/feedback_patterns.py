@@ -8,7 +8,8 @@ autoencoders, probes of the reward, ablations.
     your own model, texts and lexicon; prints all commands, and runs them
     without the last flag:
         python -m nanorlhf.studies.feedback_patterns --model MODEL \
-            --dataset texts.jsonl --reward_model lexicon.tsv --layer 5 --dry_run
+            --dataset texts.jsonl --reward_model lexicon.tsv --layer 5 \
+            --output_dir runs/mine --dry_run
 
 One SFT policy. A seed is a reward model on its own 800 pairs with their own
 spurious cue, a PPO run against it, and sparse autoencoders of the policy and of
@@ -324,7 +325,7 @@ def ablation_commands(a, seed: int) -> list[str]:
             f"probe.py ablate --sae {folder_of(a, 'sae_residual', seed)}/policy/{a.layer}_residual "
             f"{flags} --top 10 {prompts}"
             f"--reward {rewards} {a.ablate_flags} "
-            f"--output_dir {folder_of(a, f'ablate_{number}', seed)}"
+            f"--output_dir {folder_of(a, folder_of_ablation(a, number), seed)}"
         )
     return lines
 
@@ -336,6 +337,14 @@ def ablations_of(a) -> dict[str, str]:
     if not a.features:
         return {}
     return {"are named": f"--features {a.features}"}
+
+
+def folder_of_ablation(a, number: int) -> str:
+    """The name of an ablation's folder: its number, or on own data the features that it is of."""
+    if not has_own_data(a):
+        return f"ablate_{number}"
+    ids = map(str, parse_ids(a.features))
+    return f"ablate_{'_'.join(ids)}"
 
 
 def describe_differences(a) -> list[str]:
@@ -367,7 +376,7 @@ def read_tables(a) -> dict[str, dict[str, tuple[float, float]]]:
         tables["concepts with an AUC above .95"] = over_seeds(a, "features", read_concepts)
     for number, name in enumerate(ablations_of(a)):
         title = f"ablation of features that {name}"
-        tables[title] = over_seeds(a, f"ablate_{number}", read_effects)
+        tables[title] = over_seeds(a, folder_of_ablation(a, number), read_effects)
     return tables
 
 

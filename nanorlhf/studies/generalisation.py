@@ -9,7 +9,8 @@ coefficients with k1 or k2 as the KL in the reward.
     the last flag:
         python -m nanorlhf.studies.generalisation --model stories3M \
             --dataset prompts.jsonl --reward_model vader_lexicon.tsv \
-            --data_flags "--in_distribution 'words:prompt<=6'" --dry_run
+            --data_flags "--in_distribution 'words:prompt<=6'" \
+            --output_dir runs/mine --dry_run
 
 After Kirk et al. 2024 (2310.06452). One SFT policy (--model: one that is
 there). A seed is a reward model on its own 800 pairs with their own spurious

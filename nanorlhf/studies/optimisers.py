@@ -5,8 +5,8 @@ RLOO, Dr. GRPO, GRPO, DPO and best-of-n, against one noisy reward model.
         python -m nanorlhf.studies.optimisers
     the same tables in minutes: one seed, short runs, nothing tuned:
         python -m nanorlhf.studies.optimisers --quick
-    everything once more, into a file of your own:
-        python -m nanorlhf.studies.optimisers --results my.json
+    everything once more, in a folder and a file of your own:
+        python -m nanorlhf.studies.optimisers --output_dir runs/again --results my.json
 
 One SFT policy. A seed is 800 pairs of its own, a quarter of them with the wrong
 label, which DPO learns from; a reward model of these pairs, which all others
@@ -54,14 +54,15 @@ from .optimiser_results import (
     read_run,
 )
 
-# The optimisers that sample their own answers. Each is a small step from the one above it:
+# The optimisers that sample their own answers. Each is a small step from the one above it.
 ON_POLICY = {
+    # PPO has a value function.
     PPO: "",
-    # no value function,
+    # RLOO has no value function: it compares the answers to one prompt.
     "rloo": "--advantage rloo --loss_mean constant",
-    # the KL in the loss (the advantage is RLOO's times 7/8, for groups of 8),
+    # Dr. GRPO has the KL in the loss. Its advantage is RLOO's times 7/8, for groups of 8.
     "dr_grpo": "--advantage dr_grpo --loss_mean constant --kl_in loss --kl_kind k3",
-    # advantages in standard deviations, and a mean over the tokens of each answer.
+    # GRPO has advantages in standard deviations, and a mean over the tokens of each answer.
     "grpo": "--advantage grpo --loss_mean sequence --kl_in loss --kl_kind k3",
 }
 TUNED = (*ON_POLICY, DPO)  # best-of-n has nothing to tune

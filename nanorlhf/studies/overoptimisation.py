@@ -9,7 +9,8 @@ model, mean, WCO, UWO} x label noise x KL penalty.
     last flag:
         python -m nanorlhf.studies.overoptimisation --model MODEL \
             --sft_dataset demonstrations.jsonl --pairs pairs.jsonl \
-            --dataset prompts.jsonl --gold_model REWARD --dry_run
+            --dataset prompts.jsonl --gold_model REWARD \
+            --output_dir runs/mine --dry_run
 
 One SFT policy. A seed of the study is five reward models of its own (their own
 800 pairs and spurious cue, their own flipped labels, their own heads and data

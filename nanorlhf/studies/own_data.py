@@ -7,6 +7,9 @@ in the commands.
     prompts of the world                         --dataset
     world:gold                                   --gold_model; without one there is no gold
 
+What is there in a folder is not run again: give each model and data set an --output_dir of its own.
+Without one it is own/ in the study's default folder, which is that of the embedded world.
+
 Functions that write flags end them with a space, and write nothing in the embedded world.
 """
 

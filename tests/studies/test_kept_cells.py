@@ -68,6 +68,10 @@ def test_the_file_has_one_cell_on_a_line(ran):
     text = Path("kept.json").read_text()
     entry = {
         "command": "run.py  --output_dir runs/optimisers/a",
+        "needs": [
+            "run.py --output_dir runs/optimisers/base",
+            "run.py --output_dir runs/optimisers/middle",
+        ],
         "commit": "abc1234",
         "result": {"number": 4, "nan": None},
     }
@@ -128,6 +132,36 @@ def test_a_cell_of_another_command_is_refused(ran):
     assert Path("kept.json").read_text() == before
 
 
+def test_a_cell_after_other_runs_is_refused(ran):
+    """Its own command is the same, but the reward model that it needs is another one."""
+    run(make_cell("a", needs=("base", "rm --steps 100")))
+    before = Path("kept.json").read_text()
+    ran.clear()
+    words = ["kept.json keeps a after other runs", "--results", "--output_dir"]
+    refuses(run, make_cell("a", needs=("base", "rm --steps 3")), match=words)
+    assert not ran
+    assert Path("kept.json").read_text() == before
+
+
+def test_a_cell_that_was_kept_without_its_needs_is_valid(ran):
+    first = run(make_cell("a"))
+    cells = common.read_cells("kept.json")
+    del cells["a"]["needs"]
+    common.write_cells("kept.json", cells)
+    ran.clear()
+    assert run(make_cell("a", needs=("base", "other"))) == first
+    assert not ran
+
+
+def test_a_run_that_was_there_before_is_of_no_known_commit(ran):
+    """The file of results is gone, the folder of a run is not."""
+    run(make_cell("a"))
+    Path("kept.json").unlink()
+    run(make_cell("a"), make_cell("b"))
+    kept = common.read_cells("kept.json")
+    assert {name: cell["commit"] for name, cell in kept.items()} == {"a": "unknown", "b": "abc1234"}
+
+
 def test_the_folder_of_a_study_does_not_matter(ran):
     """Commands are kept in the default folder: no name of a place of this machine."""
     out = "elsewhere/of/this/machine"
@@ -157,17 +191,22 @@ def test_a_damaged_file_is_one_line(ran, text, words):
     [
         ({}, "here/study.json"),
         ({"quick": True, "output_dir": "runs/x/quick"}, "runs/x/quick/cells.json"),
-        ({"results": "my.json", "ppo_flags": "--lr 1"}, "my.json"),
+        ({"results": "my.json"}, "my.json"),
+        ({"results": "my.json", "output_dir": "mine", "ppo_flags": "--lr 1"}, "my.json"),
         ({"quick": True, "sft_flags": "--steps 2"}, "runs/optimisers/cells.json"),
+        ({"quick": True, "sft_flags": "--steps 2", "results": "my.json"}, "my.json"),
     ],
 )
 def test_the_file_of_a_study(flags, file):
     assert common.results_file(settings(**flags), "here/study.py") == file
 
 
-def test_further_flags_need_a_file_of_their_own():
-    flags = settings(rm_flags="--steps 3")
-    refuses(common.results_file, flags, "here/study.py", match=["--rm_flags", "--results"])
+@pytest.mark.parametrize("place", [{}, {"results": "my.json"}, {"output_dir": "mine"}])
+def test_further_flags_need_a_file_and_a_folder_of_their_own(place):
+    """What is in the study's folder is not run again, and would pass for these runs."""
+    flags = settings(rm_flags="--steps 3", **place)
+    words = ["--rm_flags", "--results", "--output_dir"]
+    refuses(common.results_file, flags, "here/study.py", match=words)
 
 
 def test_the_commit_says_whether_code_has_changed(tmp_path, monkeypatch):

@@ -256,6 +256,19 @@ def test_a_dry_run_marks_what_is_done(own, tmp_path, capsys):
 
 
 @every_study
+def test_own_data_has_a_folder_beside_the_worlds(study, own):
+    """What is done in the embedded world would pass for done on own data."""
+    default = study.Settings.output_dir
+    flags = flags_of(study, own)
+    assert study.read_settings(flags).output_dir == f"{default}/own"
+    assert study.read_settings([*flags, "--quick"]).output_dir == f"{default}/own/quick"
+    assert study.read_settings([*flags, "--output_dir", "mine"]).output_dir == "mine"
+    # Another model may also run on the data of the embedded world.
+    assert study.read_settings(["--model", "m"]).output_dir == f"{default}/own"
+    assert study.read_settings([]).output_dir == default
+
+
+@every_study
 def test_nothing_of_the_embedded_world_is_left(study, own):
     for command in commands_of(study, read_settings(study, own)):
         assert "world" not in command
@@ -307,6 +320,32 @@ def test_a_policy_that_is_there_takes_the_place_of_ppo(own):
     assert "train_ppo.py" not in " ".join(others)
     assert "--policy 'my policy' " in divergence
     assert "--model 'my policy' " in autoencoder
+
+
+@pytest.mark.parametrize("study", [feedback_patterns, cue_control])
+def test_runs_of_other_features_have_other_folders(study, own, monkeypatch):
+    """The second choice in one folder would show the numbers of the first."""
+    monkeypatch.setattr(
+        cue_control,
+        "control_flags",
+        lambda a, s, found: {"density": f"--human_latents {cue_control.density_file(a, s)}"},
+    )
+
+    def runs_of(features):
+        settings = read_settings(study, own, "--features", features)
+        if study is feedback_patterns:
+            return study.ablation_commands(settings, 0)
+        commands = study.arms(settings, 0, {"features": [3]})
+        return [command for arm, command in commands.items() if not arm.startswith("kl_")]
+
+    (first,) = runs_of("3,17")
+    (second,) = runs_of("5")
+    words = shlex.split(first)
+    others = shlex.split(second)
+    for flag in ("--output_dir", "--human_latents"):
+        if flag in words:
+            assert words[words.index(flag) + 1] != others[others.index(flag) + 1]
+    assert "3_17" in common.output_of(words)
 
 
 @pytest.mark.parametrize(
