@@ -17,9 +17,8 @@ from ..chats import show
 from ..data import is_world
 from ..errors import InputError
 from ..runtime.files import check_fields, is_of_type, read_rows
-from .page_curves import SAMPLES, Run, name_first_split, read_if_there, thin_out
+from .page_curves import SAMPLES, Run, name_first_split, read_if_there, shorten, thin_out
 
-LONGEST_TEXT = 4000  # characters of a prompt or an answer
 MOST_EVALUATIONS = 100
 
 
@@ -180,10 +179,3 @@ def name_dataset(run: Run) -> str:
         config = read_if_there(os.path.join(reward_models[0], "config.json"))
     learned = str((config or {}).get("dataset", ""))
     return learned if is_world(learned) else own
-
-
-def shorten(text: str) -> str:
-    """A text as a page shows it: at most LONGEST_TEXT characters."""
-    if len(text) <= LONGEST_TEXT:
-        return text
-    return f"{text[:LONGEST_TEXT]} [...]"

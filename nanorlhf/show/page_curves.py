@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from ..errors import InputError
 from ..runtime import plots
 from ..runtime.files import is_of_type, read_object
-from . import evaluations_of_runs
+from . import kinds
 
 MOST_POINTS = 400  # of a line
 STANDARD_ERROR = "± 1 standard error"  # what low and high are, in words
 SAMPLES = "samples"  # the "split" of answers that a script only printed
+LONGEST_TEXT = 4000  # characters of a prompt or an answer
 TRAINING = "training"  # what a line draws that no held-out split does
 # What train_sae.py logs of each autoencoder.
 MEASURES = {
@@ -92,7 +93,14 @@ def name_kind(config: dict, has_best_of_n: bool) -> str:
         # Its config is called after it: RewardFeatures of reward_features.
         words = re.findall("[A-Z][a-z]*", str(config["command"]))
         return f"probe.py {'_'.join(words).lower()}"
-    return evaluations_of_runs.name_kind(config)
+    return kinds.name_kind(config)
+
+
+def shorten(text: str) -> str:
+    """A text as a page shows it: at most LONGEST_TEXT characters."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:LONGEST_TEXT]} [...]"
 
 
 # ------------------------------------------------------------------------------------------ curves

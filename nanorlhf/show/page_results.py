@@ -13,8 +13,7 @@ from ..chats import show
 from ..ensemble import combine_all
 from ..runtime import plots
 from ..runtime.files import read_object, read_rows
-from .page_answers import shorten
-from .page_curves import STANDARD_ERROR, Run, finish_panels, is_number
+from .page_curves import STANDARD_ERROR, Run, finish_panels, is_number, shorten
 
 POOL_ROW = {"responses": list[str], "scores": dict, "gold_scores": list[float] | None}
 # Of a command's many features so many are in its table.

@@ -26,11 +26,11 @@ feedback_patterns.md has it.
 
 On your own data (own_data.py) --dataset holds rows {prompt, response}: PPO
 answers the prompts, autoencoders and probes read the texts. The reward is
---reward_model, or a reward model of each seed, trained on --pairs. With --policy
-a policy that is there takes PPO's place. Words are probed where the reward, or
-gold, is a lexicon, and pairs where there are --pairs. Features have no known
-concepts: look at what `probe.py features` found, and name those to ablate with
---features.
+--reward_model, or a reward model of each seed, trained on --pairs. With
+--policy a policy that is there takes PPO's place. Words are probed where the
+reward, or gold, is a lexicon, and pairs where there are --pairs. Features have
+no known concepts: look at what `probe.py features` found, and name those to
+ablate with --features.
 """
 
 import json

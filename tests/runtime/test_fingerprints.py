@@ -179,6 +179,8 @@ CHOICES = {
     "loss_on",
     "loss_type",
     "objective",
+    "advantage",
+    "loss_mean",
     "penalty",
     "kl_kind",
     "kl_in",

@@ -293,7 +293,14 @@ def test_an_edit_beyond_float32():
 
 
 # Bounds that infinity switches off: their runs are those of a bound that nothing reaches.
-BOUNDS = ["max_grad_norm", "clip_range", "value_clip_range", "score_clip", "target_kl"]
+BOUNDS = [
+    "max_grad_norm",
+    "clip_range",
+    "clip_range_high",
+    "value_clip_range",
+    "score_clip",
+    "target_kl",
+]
 
 
 @pytest.mark.parametrize("flag", BOUNDS)
