@@ -23,17 +23,8 @@ from ..runtime.files import check_fields, is_of_type, read_file, read_object, re
 from ..runtime.hints import check_made
 from ..runtime.log import eval_folder, read_config
 from ..runtime.results import in_one_line
+from .kinds import name_kind
 
-# Which kind of run a config.json is of, by a setting: the first of these that it has. Several
-# scripts have label_noise and n_answers.
-KINDS = {
-    "command": "probe.py",
-    "ppo_epochs": "PPO",
-    "loss_on": "SFT",
-    "label_noise": "reward model",
-    "expansion": "autoencoders",
-    "n_answers": "best-of-n",
-}
 # The settings that are read here, and what a point of bon_results.json holds.
 SETTINGS = {
     "loss": str | None,
@@ -89,18 +80,6 @@ def read_run(path: str, split: str) -> Run:
         evaluations = read_metrics(path, split)
     require(evaluations, f"{path}: no evaluation of the split {split} in this run ({kind})")
     return Run(path, kind, settings, evaluations)
-
-
-def name_kind(settings: dict) -> str:
-    """PPO, SFT, DPO, ...: which kind of run these settings are of."""
-    for name, kind in KINDS.items():
-        if name in settings:
-            break
-    else:
-        return "run"
-    if kind == "SFT":  # train_sft.py has several losses
-        return str(settings.get("loss") or kind).upper()
-    return kind
 
 
 def read_metrics(path: str, split: str) -> dict[int, dict[str, Number]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ..errors import InputError
 from ..runtime import plots
 from ..runtime.files import is_of_type, read_object
-from . import evaluations_of_runs
+from . import kinds
 
 MOST_POINTS = 400  # of a line
 STANDARD_ERROR = "± 1 standard error"  # what low and high are, in words
@@ -92,7 +92,7 @@ def name_kind(config: dict, has_best_of_n: bool) -> str:
         # Its config is called after it: RewardFeatures of reward_features.
         words = re.findall("[A-Z][a-z]*", str(config["command"]))
         return f"probe.py {'_'.join(words).lower()}"
-    return evaluations_of_runs.name_kind(config)
+    return kinds.name_kind(config)
 
 
 # ------------------------------------------------------------------------------------------ curves

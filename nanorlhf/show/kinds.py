@@ -1,0 +1,24 @@
+"""Which kind of run a folder holds, by the settings in its config.json."""
+
+# Which kind of run a config.json is of, by a setting: the first of these that it has. Several
+# scripts have label_noise and n_answers.
+KINDS = {
+    "command": "probe.py",
+    "ppo_epochs": "PPO",
+    "loss_on": "SFT",
+    "label_noise": "reward model",
+    "expansion": "autoencoders",
+    "n_answers": "best-of-n",
+}
+
+
+def name_kind(settings: dict) -> str:
+    """PPO, SFT, DPO, ...: which kind of run these settings are of."""
+    for name, kind in KINDS.items():
+        if name in settings:
+            break
+    else:
+        return "run"
+    if kind == "SFT":  # train_sft.py has several losses
+        return str(settings.get("loss") or kind).upper()
+    return kind
