@@ -46,8 +46,10 @@ class Run:
         """What a page says of the run itself."""
         note = ""
         if self.summary is None:
-            step = self.records[-1]["step"] if self.records else 0
-            note = f"not ended: step {step} of {self.config.get('steps', '?')}"
+            note = "this run has not ended"
+            if "steps" in self.config:
+                step = self.records[-1]["step"] if self.records else 0
+                note += f": step {step} of {self.config['steps']}"
         return {"name": self.name, "folder": self.folder, "kind": self.kind, "note": note}
 
 
@@ -82,7 +84,7 @@ def read_if_there(path: str) -> dict | None:
 def name_kind(config: dict, has_best_of_n: bool) -> str:
     """What kind of run has these settings, in a word or two."""
     # A setting that one script alone has tells whose run it is.
-    if has_best_of_n or "n_answers" in config and "save_best" in config:
+    if has_best_of_n or "save_best" in config:
         return "best-of-n"
     if "command" in config:
         # Its config is called after it: RewardFeatures of reward_features.
@@ -178,6 +180,8 @@ def draw_cue(blocks: list[dict]) -> list[dict]:
         for place, step in enumerate(block["steps"]):
             answers = filter(None, [item["answers"][place] for item in block["items"]])
             has_cue = [block["cue"] in answer["text"].split() for answer in answers]
+            if not has_cue:
+                continue
             share = sum(has_cue) / len(has_cue)
             error = math.sqrt(share * (1 - share) / len(has_cue))
             points.append([step, share, share - error, share + error])
