@@ -314,7 +314,7 @@ def test_a_run_that_was_killed_shows_what_there_is(tmp_path):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "eval/pro')  # the kill came here
     data = build(run)
-    assert data["runs"][0]["note"] == "not ended: step 1 of 2"
+    assert data["runs"][0]["note"] == "this run has not ended: step 1 of 2"
     assert len(line_of(data, REWARDS, "proxy")) == 2
 
     # It was killed before anything was logged.
@@ -322,7 +322,7 @@ def test_a_run_that_was_killed_shows_what_there_is(tmp_path):
     (run / "metrics.jsonl").unlink()
     data = build(run)
     assert data["panels"] == data["answers"] == []
-    assert data["runs"][0]["note"] == "not ended: step 0 of 2"
+    assert data["runs"][0]["note"] == "this run has not ended: step 0 of 2"
 
 
 def test_evaluations_may_be_missing(tmp_path):
@@ -332,6 +332,14 @@ def test_evaluations_may_be_missing(tmp_path):
     assert block["steps"] == [0, 2]
     shutil.rmtree(run / "eval")
     assert build(run)["answers"] == []
+
+
+def test_an_evaluation_may_be_empty(tmp_path):
+    run = write_run(tmp_path / "run", config={"dataset": "world"})
+    write_rows(run / "eval/step_2.jsonl", [])
+    data = build(run)
+    assert len(data["answers"][0]["items"]) == 2
+    assert column(line_of(data, "share of answers with the cue", "test"), 0) == [0]
 
 
 def test_an_answer_that_one_evaluation_lacks_leaves_its_place_empty(tmp_path):
