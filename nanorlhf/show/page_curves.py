@@ -89,12 +89,7 @@ def read_if_there(path: str) -> dict | None:
 
 def name_kind(config: dict, has_best_of_n: bool) -> str:
     """What kind of run has these settings, in a word or two."""
-<<<<<<< HEAD
     if has_best_of_n:
-=======
-    # A setting that one script alone has tells whose run it is.
-    if has_best_of_n or "save_best" in config:
->>>>>>> b71cdcff9e683031d71cd1abc88d6126d16894a2
         return "best-of-n"
     if "command" in config:
         # Its config is called after it: RewardFeatures of reward_features.
@@ -189,18 +184,12 @@ def draw_cue(blocks: list[dict]) -> list[dict]:
             continue
         points = []
         for place, step in enumerate(block["steps"]):
-<<<<<<< HEAD
             has_cue = []
             for item in block["items"]:
                 answer = item["answers"][place]
                 if answer is not None:
                     has_cue.append(block["cue"] in answer["text"].split())
             if not has_cue:  # the evaluation's file has no rows
-=======
-            answers = filter(None, [item["answers"][place] for item in block["items"]])
-            has_cue = [block["cue"] in answer["text"].split() for answer in answers]
-            if not has_cue:
->>>>>>> b71cdcff9e683031d71cd1abc88d6126d16894a2
                 continue
             share = sum(has_cue) / len(has_cue)
             error = math.sqrt(share * (1 - share) / len(has_cue))
