@@ -252,20 +252,24 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
     checkpoint_every: int = HfArg(default=10, help="write a checkpoint every N rollouts")
 
     def __post_init__(self):
-        if self.group_size is None:
-            self.group_size = 1 if self.advantage == "gae" else 8
-        if self.clip_range_high is None:
-            self.clip_range_high = self.clip_range
+        if self.group_size is None and self.advantage != "gae":
+            self.group_size = 8
         super().__post_init__()
-        at_least(self, 1, "minibatch_size", "ppo_epochs", "kl_horizon", "group_size")
-        divides(self, "batch_size", self.group_size, "--group_size")
+        at_least(self, 1, "minibatch_size", "ppo_epochs", "kl_horizon")
+        if self.group_size is not None:
+            at_least(self, 1, "group_size")
+            divides(self, "batch_size", self.group_size, "--group_size")
         if self.advantage != "gae":
             check_group_flags(self)
         at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip")
         at_least(self, 0, "uwo_lambda", "n_samples")
         require(
-            self.clip_range > 0 and self.clip_range_high > 0 and self.value_clip_range > 0,
-            "--clip_range, --clip_range_high and --value_clip_range must be positive",
+            self.clip_range > 0 and self.value_clip_range > 0,
+            "--clip_range and --value_clip_range must be positive",
+        )
+        require(
+            self.clip_range_high is None or self.clip_range_high > 0,
+            "--clip_range_high must be positive",
         )
         require(
             0 <= self.gamma <= 1 and 0 <= self.lam <= 1,
@@ -467,9 +471,10 @@ def main(config):
         )
 
         # 1. Every process samples its share of the global batch: G answers to each prompt.
-        n_prompts = config.batch_size // config.group_size
+        group_size = config.group_size or 1  # it may be missing with --advantage gae
+        n_prompts = config.batch_size // group_size
         prompt_index = data.batch_indices(len(prompts), n_prompts, step - 1, config.seed)
-        index = np.repeat(prompt_index, config.group_size).tolist()  # a prompt's answers adjoin
+        index = np.repeat(prompt_index, group_size).tolist()  # a prompt's answers adjoin
         place = dist.share(range(config.batch_size))  # which rows of the global batch are mine
         with gathered(policy):
             mine = prompts.at([index[i] for i in place])

@@ -130,8 +130,12 @@ class Reader:
             *columns, truncation=True, max_length=self.limit, return_attention_mask=True
         )
 
-        # A text without any token becomes one token of padding, which is read like a real one.
-        of_empty = {"input_ids": [self.tokenizer.pad_token_id or 0], "attention_mask": [1]}
+        # A text without any token becomes its end alone, or else one token of padding, which is read
+        # like a real one. Padding may have an embedding of zeros, which has no direction.
+        only_id = self.tokenizer.eos_token_id
+        if only_id is None:
+            only_id = self.tokenizer.pad_token_id or 0
+        of_empty = {"input_ids": [only_id], "attention_mask": [1]}
         accepted = inspect.signature(self.model.forward).parameters
         fields = {}
         for name, lists in encoded.items():

@@ -289,16 +289,13 @@ def read_config(stored: str) -> dict:
 def settings_that_differ(stored: str, config, free=()) -> list[str]:
     """The names of the settings in which a run's config.json differs from a config.
 
-    A flag that is younger than the run had its default. A default of None is filled in from other
-    settings, which are compared.
+    A flag that is younger than the run had its default.
     """
     run = read_config(stored)
     run.pop("inputs", None)
     own = as_json(config)
     for field in dataclasses.fields(config):
-        if field.default is None:
-            run.setdefault(field.name, own[field.name])
-        elif field.default is not dataclasses.MISSING:
+        if field.default is not dataclasses.MISSING:
             run.setdefault(field.name, field.default)
         elif field.default_factory is not dataclasses.MISSING:
             run.setdefault(field.name, field.default_factory())

@@ -412,7 +412,7 @@ def test_how_often_the_longer_text_wins(whole, held_out):
     assert summary(whole)["eval/longer_wins"] == pytest.approx(points / len(held_out))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_accuracy_of_a_policy_that_is_its_reference(base, tmp_path, dtype):
     """At step 1 a margin is rounding alone, and its sign a coin: every pair is a tie.
 
@@ -636,8 +636,12 @@ def test_in_the_embedded_world_the_first_answers_are_those_of_ppo(base, rewards,
     changes["reward_model"] = [f"{rewards}:words"]
     train(base, tmp_path / "dpo", eval_answers=True, **changes)
     train_kind(base, "ppo", tmp_path / "ppo", model=f"{base}/model", **changes)
-    answers = (tmp_path / "dpo/eval/step_0.jsonl").read_bytes()
-    assert (tmp_path / "ppo/eval/step_0.jsonl").read_bytes() == answers
+    of_dpo = read_rows(tmp_path / "dpo/eval/step_0.jsonl")
+    of_ppo = read_rows(tmp_path / "ppo/eval/step_0.jsonl")
+    for row in of_ppo:
+        # What PPO's value head says of each token, DPO has not.
+        del row["tokens"]["value"], row["tokens"]["advantage"]
+    assert of_ppo == of_dpo
 
 
 def test_a_reward_that_fails_at_the_first_answers_leaves_no_trace(base, tmp_path, rewards):

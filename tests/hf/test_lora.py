@@ -1089,7 +1089,14 @@ def record_references(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("kl_kind, kl_in", [("k1", "reward"), ("full", "reward"), ("full", "loss")])
+@pytest.mark.parametrize(
+    "kl_kind, kl_in",
+    [
+        ("k1", "reward"),
+        pytest.param("full", "reward", marks=pytest.mark.slow),
+        pytest.param("full", "loss", marks=pytest.mark.slow),
+    ],
+)
 def test_ppo_has_the_sft_policy_as_its_reference(
     chain, scores, tmp_path, monkeypatch, kl_kind, kl_in
 ):

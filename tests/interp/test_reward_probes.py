@@ -664,7 +664,7 @@ def test_the_pairs_probe_with_shuffled_labels_is_at_chance():
 # ---------------------------------------------------------------------------------- the commands
 
 
-@pytest.mark.parametrize("difference", [False, True])
+@pytest.mark.parametrize("difference", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_planted_reward_is_read_from_the_policy_alone(material, tmp_path, capsys, difference):
     rows = probe_reward(material, tmp_path / "out", difference=difference)["rows"]
     names = ["policy, activations", "base, activations", "random model, activations"]

@@ -32,6 +32,8 @@ import train_ppo
 from nanorlhf import ppo as ppo_maths
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
+from nanorlhf.runtime.files import write_json
+from nanorlhf.runtime.log import as_json, settings_that_differ
 
 # A rollout of 8 then has two prompts.
 GRPO = {"advantage": "grpo", "group_size": 4}
@@ -288,14 +290,21 @@ def test_a_reward_that_tells_nothing_apart_moves_nothing(base, tmp_path):
 # --------------------------------------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize("advantage, group_size", [("gae", 1), ("rloo", 8), ("grpo", 8)])
+@pytest.mark.parametrize("advantage, group_size", [("gae", None), ("rloo", 8), ("grpo", 8)])
 def test_how_many_answers_a_prompt_has_by_default(advantage, group_size):
     assert train_ppo.Config(advantage=advantage).group_size == group_size
 
 
-def test_the_upper_edge_of_the_clip_is_by_default_the_lower_one():
-    assert train_ppo.Config(clip_range=0.3).clip_range_high == 0.3
-    assert train_ppo.Config(clip_range=0.3, clip_range_high=0.5).clip_range_high == 0.5
+def test_a_run_that_is_older_than_these_flags_is_the_same_run(tmp_path):
+    config = train_ppo.Config(output_dir=str(tmp_path))
+    stored = as_json(config)
+    for name in ("advantage", "group_size", "loss_mean", "clip_range_high"):
+        del stored[name]
+    write_json(f"{tmp_path}/config.json", stored)
+    assert settings_that_differ(f"{tmp_path}/config.json", config) == []
+    groups = train_ppo.Config(output_dir=str(tmp_path), advantage="grpo")
+    differing = settings_that_differ(f"{tmp_path}/config.json", groups)
+    assert differing == ["advantage", "group_size"]
 
 
 # {flag of the value function: a value that is not its default}
@@ -351,7 +360,7 @@ BAD_FLAGS = {
     "the default size": ({"batch_size": 12, "advantage": "rloo"}, "--group_size .8."),
     "kind": ({"advantage": "reinforce"}, "--advantage must be one of gae, rloo, grpo, dr_grpo"),
     "mean": ({"loss_mean": "median"}, "--loss_mean must be one of token, sequence, constant"),
-    "edge": ({"clip_range_high": 0.0}, "--clip_range_high .* must be positive"),
+    "edge": ({"clip_range_high": 0.0}, "--clip_range_high must be positive"),
 }
 
 
@@ -366,7 +375,7 @@ def test_bad_flags_of_groups(settings, words):
 
 def clipped_loss(advantage, ratio, config):
     low = 1 - config.clip_range
-    high = 1 + config.clip_range_high
+    high = 1 + (config.clip_range_high or config.clip_range)
     if advantage > 0:
         return -advantage * min(ratio, high)
     return -advantage * max(ratio, low)

@@ -221,10 +221,12 @@ def topics_of(prompts):
 
 
 def contents(folder):
-    """Every file's bytes, but for config.json, which names its own folder, and pictures."""
+    """Every file's bytes, but for config.json, which names its own folder, pictures and the page."""
     found = {}
     for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.suffix != ".png" and path.name != "config.json":
+        if path.name in ("config.json", "page.html"):
+            continue
+        if path.is_file() and path.suffix != ".png":
             found[str(path.relative_to(folder))] = path.read_bytes()
     return found
 

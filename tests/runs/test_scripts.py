@@ -512,6 +512,7 @@ def test_for_data_of_ones_own_nothing_is_trained(trained):
     assert trained == []
 
 
+@pytest.mark.slow
 def test_a_reward_model_on_an_empty_machine(tmp_path, monkeypatch):
     """python train_rm.py trains runs/sft first; members on one process do so once."""
     monkeypatch.chdir(tmp_path)

@@ -184,7 +184,7 @@ def test_where_two_curves_of_max_at_k_cross():
 SMALL = """
     --seeds 1 --trial_seeds 1 --tuning_seeds 100 --jobs 1 --results {results}
     --lr 1e-3 1e-4 --kl_coef 0.05 --dpo_lr 1e-4 --dpo_beta 0.1 0.3 --place_coefs 0.02 0.2
-    --tuning_steps 1 --steps 2 --eval_every 1 --no_kl_steps 1 --no_kl_eval_every 1
+    --tuning_steps 1 --steps 2 --gold_steps 2 --eval_every 1 --no_kl_steps 1 --no_kl_eval_every 1
     --place_steps 1 --dpo_steps 2 --dpo_eval_every 1 --n_answers 8 --k_answers 4 --prompts 4
     "--sft_flags=--steps 15 --batch_size 16 --eval_size 8"
     "--rm_flags=--steps 4 --batch_size 8 --eval_size 16"
