@@ -12,7 +12,6 @@ from statistics import fmean
 import pytest
 from support import parse_command
 
-from nanorlhf.runtime import files
 from nanorlhf.studies import common, optimisers
 from nanorlhf.studies import optimiser_results as results_module
 from nanorlhf.studies.optimisers import Setting
@@ -214,7 +213,7 @@ def run_nothing(monkeypatch, tmp_path):
         (folder / "summary.json").write_text("{}")
 
     monkeypatch.setattr(common, "run_command", run_command)
-    monkeypatch.setattr(files, "sync", lambda path: None)  # nothing is to survive a power cut
+    monkeypatch.setattr(common, "describe_commit", lambda: "abc1234")
     monkeypatch.setattr(optimisers, "draw_picture", lambda *args: None)
     monkeypatch.setattr(optimisers, "read_run", lambda folder: RUN | {"entropy": [None, 1.0]})
     monkeypatch.setattr(optimisers, "read_bon", lambda folder: POOL)
@@ -302,8 +301,9 @@ def test_methods_differ_in_their_flags_alone(study, cells):
 
 @pytest.mark.slow
 def test_dpo_and_the_reward_model_learn_from_the_same_pairs(study, cells):
-    commands = [command for command in study.first if "rm/seed_0 --dataset" in command]
-    _, rm_config = parse_command(commands[0])
+    of_tuning, of_study = [x for x in study.first if x.startswith("train_rm.py")]
+    assert "--seed 100" in of_tuning
+    _, rm_config = parse_command(of_study)
     _, dpo_config = parse_command(cells["tuned/dpo/seed_0"]["command"])
     for name in ("dataset", "seed", "label_noise", "noise_seed"):
         assert getattr(rm_config, name) == getattr(dpo_config, name)
