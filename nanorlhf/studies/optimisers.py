@@ -249,8 +249,8 @@ def name_of_place(place: str, coefficient: float, s) -> str:
     return f"place/{place}_{coefficient:g}/seed_{s}"
 
 
-def gold_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
-    """The trial of gold as the reward, without a KL penalty, and pools of its policies."""
+def gold_cells(a, chosen: dict[str, Setting]) -> tuple[list[Cell], list[Cell]]:
+    """The trial of gold as the reward: runs without a KL penalty, and the pools of their policies."""
     runs = []
     pools = [sft_pool(a)]
     for s in range(a.trial_seeds):
@@ -265,7 +265,7 @@ def gold_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
             needs = [*run.needs, run.command]
             pool = pool_cell(a, name, run.name, a.k_answers, s + 1, needs)
             pools.append(pool)
-    return runs + pools
+    return runs, pools
 
 
 def commands(a) -> list[list[str]]:
@@ -277,7 +277,8 @@ def commands(a) -> list[list[str]]:
     for method in TUNED:
         lrs, strengths = grid_of(a, method)
         first[method] = Setting(lrs[0], strengths[0])
-    cells = headline_cells(a, first) + place_cells(a, first["rloo"].lr) + gold_cells(a, first)
+    runs, pools = gold_cells(a, first)
+    cells = headline_cells(a, first) + place_cells(a, first["rloo"].lr) + runs + pools
     return [[*cell.needs, cell.command] for cell in cells]
 
 
@@ -470,16 +471,18 @@ def run_study(a, path: str):
     print_table(less_k1)
 
     # 4. The trial of gold as the reward, and the best of k answers of its policies.
-    results = run_cells(gold_cells(a, chosen), a, path)
+    gold_runs, pools = gold_cells(a, chosen)
+    results = run_cells(gold_runs, a, path)
     runs = runs_of(results, "gold", ON_POLICY, a.trial_seeds)
     print_title(f"Gold as the reward, without a KL penalty, {a.trial_seeds} seed(s)", a)
     print_table(compare_ends(runs))
     print_table(compare_answers(runs))
 
+    results = run_cells(pools, a, path)
     largest = min(a.n_answers, a.k_answers)
     curves = {SFT: [curve_of(results["pool"], largest)]}
-    for method, pools in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
-        curves[method] = [curve_of(pool, largest) for pool in pools]
+    for method, own in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
+        curves[method] = [curve_of(pool, largest) for pool in own]
     print_title("max@k: gold of the best of k answers", a)
     print_table(compare_max_at_k(curves))
     print("\n".join(describe_crossings(curves)))

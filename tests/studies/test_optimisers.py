@@ -4,14 +4,16 @@ compares on made-up numbers, and the whole of it on models that learn nothing.
 
 import json
 import math
+import shlex
+from collections import Counter
 from itertools import combinations
 from statistics import fmean
 
 import pytest
 from support import parse_command
 
+from nanorlhf.studies import common, optimisers
 from nanorlhf.studies import optimiser_results as results_module
-from nanorlhf.studies import optimisers
 from nanorlhf.studies.optimisers import Setting
 
 ON_POLICY = ["ppo", "rloo", "dr_grpo", "grpo"]
@@ -194,6 +196,77 @@ SMALL = """
 """
 
 
+RUN = {"step": [0, 1], "gold": [0.0, 1.0], "proxy": [0.0, 1.0], "kl": [0.0, 4.0]}
+POOL = {"n": [1, 2, 4], "kl": [0.0, 0.2, 0.6], "proxy": [0.0, 1.0, 2.0], "gold": [0.0, 1.0, 2.0]}
+
+
+@pytest.fixture
+def run_nothing(monkeypatch, tmp_path):
+    """A function: the study with made-up results in the place of runs -> the commands, the output."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+
+    def run_command(command):
+        ran.append(command)
+        folder = tmp_path / common.output_of(command.split())
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(common, "run_command", run_command)
+    monkeypatch.setattr(common, "describe_commit", lambda: "abc1234")
+    monkeypatch.setattr(optimisers, "draw_picture", lambda *args: None)
+    monkeypatch.setattr(optimisers, "read_run", lambda folder: RUN | {"entropy": [None, 1.0]})
+    monkeypatch.setattr(optimisers, "read_bon", lambda folder: POOL)
+
+    def run(*flags):
+        ran.clear()
+        optimisers.main([*shlex.split(SMALL.format(results="cells.json")), *flags])
+        return list(ran)
+
+    return run
+
+
+def test_every_run_is_made_once(run_nothing, capsys):
+    ran = run_nothing("--output_dir", "out")
+    first = capsys.readouterr().out
+    scripts = Counter(command.split()[0] for command in ran)
+    assert scripts == {
+        # SFT; DPO with two betas, and tuned.
+        "train_sft.py": 1 + 2 + 1,
+        # Of the tuning seed, and of the study's.
+        "train_rm.py": 2,
+        # Two rates of four methods; tuned, without KL and on gold; three places, two coefficients.
+        "train_ppo.py": 2 * 4 + 3 * 4 + 3 * 2,
+        # The pool; best-of-n from it; of policies on gold. Later the pool is read as a cell.
+        "sample_bon.py": 1 + 1 + 4 + 1,
+    }
+    assert len(set(ran)) == len(ran) - 1
+
+    cells = common.read_cells("cells.json")
+    assert len(cells) == len(ran) - (1 + 2 + 1)  # SFT, reward models, the pool once
+    # A second time nothing runs, not even in another folder, and the tables are the same.
+    assert run_nothing("--output_dir", "elsewhere") == []
+    again = capsys.readouterr().out
+    tables = [line for line in first.splitlines() if not line.startswith(("done:", "kept:"))]
+    assert again.splitlines() == tables
+
+
+def test_a_study_goes_on_where_it_lacks_a_cell(run_nothing):
+    run_nothing("--output_dir", "out")
+    cells = common.read_cells("cells.json")
+    command = cells.pop("max_at_k/grpo/seed_0")["command"]
+    common.write_cells("cells.json", cells)
+    assert run_nothing("--output_dir", "out") == [command.replace("runs/optimisers", "out")]
+    # In an empty folder it makes what this one needs first.
+    common.write_cells("cells.json", cells)
+    ran = run_nothing("--output_dir", "empty")
+    assert [common.output_of(command.split()) for command in ran] == [
+        "empty/sft",
+        "empty/gold/grpo/seed_0",
+        "empty/max_at_k/grpo/seed_0",
+    ]
+
+
 @pytest.fixture(scope="module")
 def study(run_small, tmp_path_factory):
     results = tmp_path_factory.mktemp("kept") / "cells.json"
@@ -209,24 +282,6 @@ def cells(study):
 
 
 @pytest.mark.slow
-def test_every_run_is_made_once(study, cells):
-    scripts = [command.split()[0] for command in study.first]
-    assert scripts.count("train_rm.py") == 2  # of the tuning seed and of the study's one
-    # Two rates of four methods; tuned, without KL and on gold; three places, two coefficients.
-    assert scripts.count("train_ppo.py") == 2 * 4 + 3 * 4 + 3 * 2
-    assert scripts.count("train_sft.py") == 1 + 2 + 1  # SFT; DPO's betas; DPO, tuned
-    # The pool twice: best-of-n needs it, and later it is a cell.
-    assert scripts.count("sample_bon.py") == 2 + 1 + 4
-    assert len(set(study.first)) == len(study.first) - 1
-    kept = 8 + 12 + 6 + 2 + 1 + 1 + 1 + 4
-    assert len(cells) == kept
-    # A second time there is nothing to do, and the tables are the same.
-    again = study.run()
-    assert study.ran == study.first
-    assert again == study.run()
-
-
-@pytest.mark.slow
 def test_methods_differ_in_their_flags_alone(study, cells):
     def config_of(method):
         _, config = parse_command(cells[f"no_kl/{method}/seed_0"]["command"])
@@ -238,18 +293,17 @@ def test_methods_differ_in_their_flags_alone(study, cells):
     for method in ON_POLICY[1:]:
         config = config_of(method)
         differing[method] = {name for name in ppo if config[name] != ppo[name]}
-    common = {"advantage", "group_size", "loss_mean", "output_dir", "lr"}
-    assert differing["rloo"] - common == set()
-    assert differing["dr_grpo"] - common == {"kl_in", "kl_kind"}
-    assert differing["grpo"] - common == {"kl_in", "kl_kind"}
+    of_all = {"advantage", "group_size", "loss_mean", "output_dir", "lr"}
+    assert differing["rloo"] - of_all == set()
+    assert differing["dr_grpo"] - of_all == {"kl_in", "kl_kind"}
+    assert differing["grpo"] - of_all == {"kl_in", "kl_kind"}
 
 
 @pytest.mark.slow
 def test_dpo_and_the_reward_model_learn_from_the_same_pairs(study, cells):
-    (rm,) = [
-        command for command in study.first if "train_rm.py" in command and "rm/seed_0" in command
-    ]
-    _, rm_config = parse_command(rm)
+    of_tuning, of_study = [x for x in study.first if x.startswith("train_rm.py")]
+    assert "--seed 100" in of_tuning
+    _, rm_config = parse_command(of_study)
     _, dpo_config = parse_command(cells["tuned/dpo/seed_0"]["command"])
     for name in ("dataset", "seed", "label_noise", "noise_seed"):
         assert getattr(rm_config, name) == getattr(dpo_config, name)
@@ -260,9 +314,8 @@ def test_dpo_and_the_reward_model_learn_from_the_same_pairs(study, cells):
 @pytest.mark.parametrize("name", ["tuned/ppo", "tuned/grpo", "tuned/dpo", "gold/rloo"])
 def test_a_result_is_what_the_run_has_logged(study, cells, name):
     result = cells[f"{name}/seed_0"]["result"]
-    evaluations = [
-        row for row in study.read_rows(f"{name}/seed_0/metrics.jsonl") if "eval/gold" in row
-    ]
+    rows = study.read_rows(f"{name}/seed_0/metrics.jsonl")
+    evaluations = [row for row in rows if "eval/gold" in row]
     assert result["step"] == [row["step"] for row in evaluations] == [0, 1, 2]
     for column in ("gold", "proxy", "kl", "length", "distinct_2"):
         logged = [row[f"eval/{column}"] for row in evaluations]
@@ -272,9 +325,10 @@ def test_a_result_is_what_the_run_has_logged(study, cells, name):
 
 @pytest.mark.slow
 def test_all_policies_start_from_the_same_answers(cells):
-    starts = {
-        cells[f"tuned/{method}/seed_0"]["result"]["gold"][0] for method in [*ON_POLICY, "dpo"]
-    }
+    starts = set()
+    for method in [*ON_POLICY, "dpo"]:
+        result = cells[f"tuned/{method}/seed_0"]["result"]
+        starts.add(result["gold"][0])
     assert len(starts) == 1
 
 
@@ -298,6 +352,10 @@ def test_quick_marks_its_tables(study):
     assert quick.replace(mark, "") == study.run()
 
 
+def scripts_in(commands):
+    return {command.split()[0] for command in commands}
+
+
 @pytest.mark.slow
 def test_quick_runs_the_same_scripts_in_a_folder_of_its_own():
     def commands_of(*flags):
@@ -312,7 +370,7 @@ def test_quick_runs_the_same_scripts_in_a_folder_of_its_own():
     for command in quick:
         parse_command(command)
         assert "--output_dir out/quick/" in command
-    assert {command.split()[0] for command in quick} == {command.split()[0] for command in whole}
+    assert scripts_in(quick) == scripts_in(whole)
 
 
 @pytest.mark.slow
