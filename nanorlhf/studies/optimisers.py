@@ -204,9 +204,10 @@ def headline_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
             flags = join(own_flags, flags_of(setting), length)
             cells.append(policy_cell(a, f"tuned/{method}/seed_{s}", s, flags))
 
-            length = f"--steps {a.no_kl_steps} --eval_every {a.no_kl_eval_every}"
-            flags = join(own_flags, flags_of(setting._replace(strength=0)), length)
-            cells.append(policy_cell(a, f"no_kl/{method}/seed_{s}", s, flags))
+            if s < a.no_kl_seeds:
+                length = f"--steps {a.no_kl_steps} --eval_every {a.no_kl_eval_every}"
+                flags = join(own_flags, flags_of(setting._replace(strength=0)), length)
+                cells.append(policy_cell(a, f"no_kl/{method}/seed_{s}", s, flags))
         cells.append(dpo_cell(a, f"tuned/{DPO}/seed_{s}", s, chosen[DPO], a.dpo_eval_every))
         cells.append(bon_cell(a, s))
     return cells
@@ -236,7 +237,7 @@ def gold_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
     for s in range(a.trial_seeds):
         for method, own_flags in ON_POLICY.items():
             setting = chosen[method]._replace(strength=0)
-            length = f"--steps {a.steps} --eval_every {a.eval_every}"
+            length = f"--steps {a.gold_steps} --eval_every {a.eval_every}"
             flags = join(own_flags, flags_of(setting), length)
             run = policy_cell(a, f"gold/{method}/seed_{s}", s, flags, reward="world:gold")
             runs.append(run)
@@ -625,7 +626,8 @@ class Settings(KeptFlags, StudyFlags):
     output_dir: str = HfArg(
         default="runs/optimisers", help="the folder of all runs and of the pictures"
     )
-    seeds: int = HfArg(default=10, help="how many seeds the two headline parts have")
+    seeds: int = HfArg(default=10, help="how many seeds the tuned part has")
+    no_kl_seeds: int = HfArg(default=5, help="how many of them run without a KL penalty, too")
     tuning_seeds: list[int] = HfArg(
         default_factory=lambda: [100, 101], help="seeds of tuning, used for nothing else"
     )
@@ -647,6 +649,7 @@ class Settings(KeptFlags, StudyFlags):
     tuning_steps: int = HfArg(default=20, help="rollouts of a tuning run")
     steps: int = HfArg(default=30, help="rollouts of a tuned run, and of one on gold")
     eval_every: int = HfArg(default=5, help="evaluate those every N rollouts")
+    gold_steps: int = HfArg(default=20, help="rollouts of a run on gold itself")
     no_kl_steps: int = HfArg(default=15, help="rollouts of a run without a KL penalty")
     no_kl_eval_every: int = HfArg(default=3, help="evaluate those every N rollouts")
     dpo_steps: int = HfArg(default=100, help="optimizer steps of a DPO run")
@@ -654,7 +657,7 @@ class Settings(KeptFlags, StudyFlags):
     n_answers: int = HfArg(default=512, help="answers to each prompt in best-of-n's pool")
     prompts: int = HfArg(default=30, help="held-out prompts of the pools")
     trial_seeds: int = HfArg(default=3, help="how many seeds the trials have")
-    place_steps: int = HfArg(default=20, help="rollouts of a run in the trial of the KL's place")
+    place_steps: int = HfArg(default=15, help="rollouts of a run in the trial of the KL's place")
     place_coefs: list[float] = HfArg(
         default_factory=lambda: [0.05, 0.1, 0.3], help="KL coefficients of that trial"
     )
@@ -687,7 +690,7 @@ def run_study(a, path: str):
     # 2. The headline: every optimiser with its setting, and without a KL penalty.
     results = run_cells(headline_cells(a, chosen), a, path)
     tuned = runs_of(results, "tuned", ALL, a.seeds)
-    no_kl = runs_of(results, "no_kl", ON_POLICY, a.seeds)
+    no_kl = runs_of(results, "no_kl", ON_POLICY, min(a.seeds, a.no_kl_seeds))
     # These two have no KL penalty to leave out.
     for method in (DPO, BON):
         no_kl[method] = tuned[method]
