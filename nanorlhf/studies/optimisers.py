@@ -165,11 +165,10 @@ def dpo_cell(a, name: str, s, setting: Setting, eval_every: int) -> Cell:
     """A run of DPO. The seed's reward model only scores its answers to held-out prompts."""
     out = a.output_dir
     lr, beta = setting
-    models = f"--model {out}/sft --reward_model {out}/rm/seed_{s}"
+    models = f"--model {out}/sft {noisy_pairs(s)} --reward_model {out}/rm/seed_{s}"
     flags = f"--lr {lr:g} --dpo_beta {beta:g} --steps {a.dpo_steps} --eval_every {eval_every}"
     place = f"--output_dir {out}/{name}"
-    pairs = noisy_pairs(s)
-    command = join("train_sft.py --loss dpo", models, pairs, flags, place, a.dpo_flags)
+    command = join("train_sft.py --loss dpo", models, flags, place, a.dpo_flags)
     needs = [train_sft(a), train_reward_model(a, s)]
     return Cell(name, command, needs, read_run)
 

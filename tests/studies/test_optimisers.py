@@ -91,6 +91,21 @@ def test_tuning_judges_by_the_mean_over_seeds(tune):
     assert {setting.lr for setting in chosen.values()} == {3e-4}
 
 
+def test_the_kept_cells_are_those_of_the_study_as_it_is():
+    """Their commands are compared when results are read: one that differs is an error."""
+    a = optimisers.read_settings([])
+    path = common.results_file(a, optimisers.__file__)
+    kept = common.read_cells(path)
+    tried = optimisers.tune(a, path)  # all of tuning is kept: nothing runs
+    chosen = {method: optimisers.best_of(golds) for method, golds in tried.items()}
+    runs, pools = optimisers.gold_cells(a, chosen)
+    cells = [*optimisers.headline_cells(a, chosen), *runs, *pools]
+    assert {cell.name for cell in cells} <= set(kept)
+    for cell in [*cells, *optimisers.place_cells(a, chosen["rloo"].lr)]:
+        if cell.name in kept:
+            assert kept[cell.name]["command"] == common.kept_form(cell.command, a)
+
+
 def test_a_single_setting_is_not_tried(tune):
     chosen, asked = tune(gold_around, "--quick")
     assert asked == []
