@@ -16,6 +16,7 @@ gold itself as the reward. What each run has found is kept in optimisers.json
 and not run again. Tables and pictures: optimiser_results.py.
 """
 
+import os
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
@@ -427,6 +428,8 @@ def main(args=None):
     with cli.errors_in_one_line():
         path = results_file(a, __file__)
         check_can_write(path)
+        # Where every cell is kept no run makes the folder of the pictures.
+        os.makedirs(a.output_dir, exist_ok=True)
         run_study(a, path)
 
 
@@ -450,7 +453,7 @@ def run_study(a, path: str):
     print_table(compare_at_kl(tuned))
 
     no_kl = runs_of(results, "no_kl", ON_POLICY, min(a.seeds, a.no_kl_seeds))
-    print_title(f"Without a KL penalty: {numbers}", a)
+    print_title(f"Without a KL penalty: the same over {len(no_kl[PPO])} seed(s)", a)
     print_table(compare_ends(no_kl))
     print_title("Without a KL penalty: the answers at the end, and seconds of training", a)
     print_table(compare_answers(no_kl))
