@@ -5,6 +5,14 @@ on the last token, loss -log sigmoid(r_c - r_r).
         python train_rm.py
     an ensemble, runs/rm/seed_0 to runs/rm/seed_4:
         python train_rm.py --members 5
+    one whose members start from SFT policies of their own:
+        python train_rm.py --members 5 --model 'runs/sft/seed_{seed}' \
+            --output_dir 'runs/pretrain/seed_{seed}'
+    one reward model for the price of five, by the mean of their weights:
+        python train_rm.py --members 5 --head_seed 0 \
+            --output_dir 'runs/warm/seed_{seed}'
+        python train_rm.py --average 'runs/warm/seed_{seed}' \
+            --output_dir runs/warm/mean
     your own model and pairs, JSONL {prompt, chosen, rejected}:
         python train_rm.py --model gpt2 --dataset pairs.jsonl \
             --output_dir runs/rm2
@@ -16,12 +24,14 @@ on the last token, loss -log sigmoid(r_c - r_r).
         python train_rm.py --sarm runs/sae_sarm
 
 Method: Stiennon et al. 2020 (2009.01325); set-up of the ensembles' members:
-Coste et al. 2024 (2310.02743).
+Coste et al. 2024 (2310.02743); their starts: Eisenstein et al. 2024
+(2312.09244); the mean of their weights: Rame et al. 2024 (2401.12187).
 
     B pairs, T tokens, D hidden
 """
 
 import math
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -32,23 +42,30 @@ from transformers.hf_argparser import HfArg
 
 from nanorlhf import data
 from nanorlhf.control import sarm_training
+from nanorlhf.ensemble import average_weights
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.hf.lora import choose_trained, merge
-from nanorlhf.models import load_reward_model, load_tokenizer, save_reward_model
+from nanorlhf.models import (
+    load_reward_model,
+    load_shared_tokenizer,
+    load_tokenizer,
+    save_reward_model,
+)
 from nanorlhf.packing import Answers, Packed, micro_batches, pack
-from nanorlhf.rewards import check_reward, load_reward, score
+from nanorlhf.rewards import check_reward, expand, load_reward, score
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.runtime.files import read_object
 from nanorlhf.runtime.flags import RunConfig
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
-from nanorlhf.runtime.log import Progress, RunFolder
+from nanorlhf.runtime.log import Progress, RunFolder, read_config
 from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.rng import key
+from nanorlhf.sarm import is_sarm
 from nanorlhf.show.page import write_page
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import train_what_is_missing
@@ -62,11 +79,22 @@ class Config(sarm_training.Flags, RunConfig):
 
     model: str = HfArg(
         default="runs/sft",
-        help="the causal language model to start from: a run folder, a model folder or a hub name",
+        help="the causal language model to start from: a run folder, a model folder or a hub name; "
+        "{seed} stands for --seed, so that each of --members has a start of its own",
     )
     members: int = HfArg(
         default=1,
         help="train an ensemble of this many reward models, with the seeds --seed, --seed + 1, ...",
+    )
+    head_seed: int | None = HfArg(
+        default=None,
+        help="decides the weights that the score head starts from; by default --seed. Members that "
+        "are to be averaged share it",
+    )
+    average: list[str] = HfArg(
+        default_factory=list,
+        help="train nothing: write the reward model whose weights are the mean of these models' "
+        "weights ({seed} stands for all that exist)",
     )
     max_length: int = HfArg(
         default=0, help="tokens in the longest prompt and answer; 0: the model's context"
@@ -122,16 +150,30 @@ class Config(sarm_training.Flags, RunConfig):
             "--independent_noise is for --members; one has its --noise_seed",
         )
         require(0 <= self.label_noise <= 1, "--label_noise is a probability")
+        if self.head_seed is not None:
+            at_least(self, 0, "head_seed")
+            require(not self.sarm, "--sarm starts from a head of zeros, which has no --head_seed")
+        if self.average:
+            self.check_average()
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         if self.members == 1:
             self.output_dir = self.output_dir.replace("{seed}", str(self.seed))
+            self.model = self.model.replace("{seed}", str(self.seed))
+
+    def check_average(self):
+        """InputErrors of --average; the first model's tokenizer is that of them all."""
+        require(self.members == 1 and not self.sarm, "--average trains no --members and no --sarm")
+        self.average = expand(self.average)
+        self.model = self.average[0]
 
 
 @unlock_afterwards()
 def main(config):
     """Train one reward model, or --members of them. -> its summary, or {folder: summary}"""
     dist = setup(config.device, config.distributed)
+    if config.average:
+        return average(config, dist)
     if config.members == 1:
         return train(config, dist)
     return train_members(config, dist)
@@ -154,6 +196,7 @@ def train_members(config, dist):
             config,
             members=1,
             seed=config.seed + i,
+            model=config.model.replace("{seed}", str(config.seed + i)),
             noise_seed=noise_seed,
             independent_noise=False,
         )
@@ -281,8 +324,26 @@ def train(config, dist):
     progress.close()
 
     # -------------------------------------------------------------- standardise, evaluate, save
-    # The loss sees differences alone, so a score's zero and unit are arbitrary: the held-out texts
-    # set them.
+    summary = standardise(reward_model, held_out, golds, tokenizer, max_length, config, dist)
+
+    # transformers saves where torch's rank is 0, and some members are trained on other ranks.
+    lm.should_save_on_this_rank = lambda is_main: is_main
+    if config.merge:
+        merge(lm)
+    folder.save_model(training.save, reward_model, tokenizer)
+    if dist.main:
+        plot_run(config.output_dir)
+    folder.finish(summary)
+    write_page(folder.path, dist)
+    return summary
+
+
+def standardise(reward_model, held_out, golds, tokenizer, max_length, config, dist):
+    """Give the scores of held-out texts mean 0 and standard deviation 1. -> what they are worth
+
+    The loss sees differences alone, so a score's zero and unit are arbitrary: the held-out texts
+    set them.
+    """
     _, scores = evaluate(reward_model, held_out["eval"], tokenizer, max_length, config, dist)
     require(
         varies(scores),
@@ -300,17 +361,72 @@ def train(config, dist):
             result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
         summary |= {f"{label}/{name}": value for name, value in result.items()}
         dist.print(report(summary, label))
+    return summary
 
-    # transformers saves where torch's rank is 0, and some members are trained on other ranks.
-    lm.should_save_on_this_rank = lambda is_main: is_main
-    if config.merge:
-        merge(lm)
-    folder.save_model(training.save, reward_model, tokenizer)
-    if dist.main:
-        plot_run(config.output_dir)
+
+def average(config, dist):
+    """Write the reward model whose weights are the mean of --average's. -> its summary
+
+    Each member's head has its own 1/std folded in, which is taken out again: else the members with
+    the smallest scores would count most. The mean is standardised anew, on the same held-out texts.
+    """
+    folder = RunFolder(config, dist)
+    if folder.state == "done":
+        return folder.already_done()
+    check_members(config.average)
+    tokenizer = load_shared_tokenizer(config.average[0], config.average[1:])
+    rows, held_out, note = load_splits(config, "pairs")
+    _, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
+    max_length = config.max_length or context_length(check_model(config.model))
+    golds = {}
+    if config.gold_model:
+        golds = gold_scores(held_out, tokenizer, max_length, config, dist)
+
+    def raw_models():
+        for path in config.average:
+            reward_model = load_reward_model(path, dist.device)
+            reward_model.undo_standardise()
+            yield reward_model
+
+    reward_model = average_weights(raw_models())
+    folder.create()
+    n_models = len(config.average)
+    dist.print(f"the mean of {n_models} reward models on {config.dataset}: {note}")
+    summary = standardise(reward_model, held_out, golds, tokenizer, max_length, config, dist)
+    folder.save_model(save_reward_model, reward_model, tokenizer)
     folder.finish(summary)
     write_page(folder.path, dist)
     return summary
+
+
+def check_members(paths):
+    """InputError where the weights of these reward models have no meaningful mean."""
+    starts = set()  # of those models that say what they started from
+    for path in paths:
+        require(not is_sarm(path), f"{path}: a SARM cannot be averaged")
+        config = check_model(path)
+        require(
+            hasattr(config, "reward_std"),
+            f"{path}: config.json has no reward_std, the scale of the scores before they were "
+            "standardised: --average needs reward models that this train_rm.py has trained",
+        )
+        if os.path.isdir(os.path.join(path, "model")):  # the folder of a run
+            starts.add(read_start(path))
+    require(
+        len(starts) <= 1,
+        f"--average: these models started from {len(starts)} different models or score heads, and "
+        "the mean of weights that have nothing in common is noise: train them with one --model and "
+        "one --head_seed",
+    )
+
+
+def read_start(run):
+    """What the reward model of a run started from: (--model, the seed of its score head)."""
+    settings = read_config(os.path.join(run, "config.json"))
+    head_seed = settings.get("head_seed")
+    if head_seed is None:
+        head_seed = settings.get("seed")
+    return settings.get("model"), head_seed
 
 
 class PlainTraining:
@@ -324,7 +440,10 @@ class PlainTraining:
 
         Sets `lm`, the HF model in it.
         """
-        reward_model = load_reward_model(self.config.model, dist.load_device, seed=self.config.seed)
+        head_seed = self.config.head_seed
+        if head_seed is None:
+            head_seed = self.config.seed
+        reward_model = load_reward_model(self.config.model, dist.load_device, seed=head_seed)
         self.lm = reward_model.model
         return reward_model, choose_trained(self.lm, self.config)
 

@@ -1,14 +1,18 @@
-"""Reward-model ensembles: k members' scores of an answer -> one, and how far the members disagree.
+"""Reward-model ensembles: k members' scores of an answer -> one, and how far the members disagree;
+or k members' weights -> one reward model.
 
     K members; ... any shape of answers: [B] in a rollout, [P, N] in a pool
 
 Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization" (arXiv 2310.02743),
-section 3. The same functions serve PPO and best-of-n.
+section 3. The same functions serve PPO and best-of-n. The mean of the weights: Rame et al. 2024,
+"WARM: On the Benefits of Weight Averaged Reward Models" (2401.12187), section 3.
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 
 def combine(scores: torch.Tensor, objective: str, uwo_lambda: float = 0.5) -> torch.Tensor:
@@ -92,6 +96,34 @@ def objective_of(label: str) -> str | None:
     if name not in OBJECTIVES:
         return None
     return name
+
+
+@torch.no_grad()
+def average_weights(models: Iterable[nn.Module]) -> nn.Module:
+    """K models of one architecture -> one whose every weight is the mean of theirs (WARM).
+
+        theta = (1/k) sum_i theta_i
+
+    The mean is kept in the first of the models, and only one further is held at a time. ValueError:
+    weights of other names or shapes. Pitfall: members must have grown from the same weights, the
+    score head's included. Weights that have nothing in common average to noise.
+    """
+    average = None
+    for count, model in enumerate(models, 1):
+        if average is None:
+            average = model
+            means = dict(average.named_parameters())
+            continue
+        weights = dict(model.named_parameters())
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        if shapes != {name: mean.shape for name, mean in means.items()}:
+            raise ValueError("models of different architectures have no mean")
+        for name, mean in means.items():
+            # The mean of `count` numbers, from that of count - 1 of them.
+            mean += (weights[name] - mean) / count
+    if average is None:
+        raise ValueError("no model to average")
+    return average
 
 
 def variance(scores: torch.Tensor) -> torch.Tensor:

@@ -281,7 +281,7 @@ class RewardModel(nn.Module):
     It is an HF sequence classifier with one label. The position comes from the lengths, never from
     `ids != pad`. Scores are standardised: 1/std is folded into the score weight, and the mean (in
     units of the std) is config.reward_mean, applied here. Plain HF loading gives the same scores up
-    to that constant, if pad differs from EOS.
+    to that constant, if pad differs from EOS. config.reward_std keeps the std.
     """
 
     def __init__(self, model):
@@ -300,8 +300,18 @@ class RewardModel(nn.Module):
         """After this, scores that had this mean and standard deviation have 0 and 1."""
         config = self.model.config
         own_mean = getattr(config, "reward_mean", 0.0)
+        own_std = getattr(config, "reward_std", 1.0)
         self.model.score.weight /= std
         config.reward_mean = float((own_mean + mean) / std)
+        config.reward_std = float(own_std * std)
+
+    @torch.no_grad()
+    def undo_standardise(self):
+        """Give the score head the weights that it was trained to, before it was standardised."""
+        config = self.model.config
+        self.model.score.weight *= config.reward_std
+        config.reward_mean = 0.0
+        config.reward_std = 1.0
 
 
 # ---------------------------------------------------------------------------- loading and saving

@@ -144,7 +144,7 @@ def hidden_width(config) -> int:
 
 
 def check_sizes(path: str, config):
-    """InputError where a config's sizes, its context or its reward_mean cannot be."""
+    """InputError where a config's sizes, its context, or the scale of its scores cannot be."""
     text_config = config.get_text_config()
     for name, (low, high) in SIZES.items():
         size = getattr(text_config, name, low)
@@ -165,6 +165,11 @@ def check_sizes(path: str, config):
     require(
         is_of_type(mean, float) and abs(mean) < 1e9,
         f"{path}: config.json's reward_mean cannot be {shorten(mean)}",
+    )
+    std = getattr(config, "reward_std", 1.0)
+    require(
+        is_of_type(std, float) and 0 < std < 1e9,
+        f"{path}: config.json's reward_std cannot be {shorten(std)}",
     )
 
 

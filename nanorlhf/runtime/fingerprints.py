@@ -25,7 +25,7 @@ from ..hf.adapters import is_adapter, read_config
 from .files import digest, digest_file
 
 # The settings whose values can name files or folders: of models and rewards, of data, of features.
-MODELS = ("model", "base", "value_model", "reward_model", "gold_model")
+MODELS = ("model", "base", "value_model", "reward_model", "average", "gold_model")
 DATA = ("dataset", "eval_dataset", "eval_splits", "in_distribution")
 FEATURES = ("human_latents", "feature_sae", "sarm")
 FINGERPRINT = {"digest": str, "size": int, "mtime": int}
