@@ -213,13 +213,8 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
         else:
             missing.append(cell)
 
-    # Stage i runs the i-th need of every cell.
-    most_needs = max([len(cell.needs) for cell in missing], default=0)
-    for i in range(most_needs):
-        stage = {}  # a set that keeps the order
-        for cell in missing:
-            stage |= dict.fromkeys(cell.needs[i : i + 1])
-        run_stage(list(stage), a.jobs)
+    for stage in stages_of(missing):
+        run_stage(stage, a.jobs)
 
     # After an error, or Ctrl-C, map() does not begin the runs that wait.
     with ThreadPoolExecutor(a.jobs) as workers:
@@ -228,6 +223,21 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
 
     kept = read_cells(path)
     return {cell.name: kept[cell.name]["result"] for cell in cells}
+
+
+def stages_of(cells: list[Cell]) -> list[list[str]]:
+    """The commands that cells need, each once. Stage i has the i-th need of every cell."""
+    most_needs = max([len(cell.needs) for cell in cells], default=0)
+    stages = []
+    listed = set()
+    for i in range(most_needs):
+        stage = {}  # a set that keeps the order
+        for cell in cells:
+            stage |= dict.fromkeys(cell.needs[i : i + 1])
+        new = [command for command in stage if command not in listed]
+        listed.update(new)
+        stages.append(new)
+    return stages
 
 
 def check_cell(cell: Cell, entry: dict, a, path: str):

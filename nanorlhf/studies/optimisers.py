@@ -50,10 +50,10 @@ from .optimiser_results import (
     describe_crossings,
     draw_against_kl,
     draw_max_at_k,
-    print_table,
     read_bon,
     read_run,
 )
+from .tables import print_table
 
 # The optimisers that sample their own answers. Each is a small step from the one above it.
 ON_POLICY = {

@@ -1,0 +1,58 @@
+"""Numbers of a study's runs: shortened, subtracted seed by seed, read off a curve, and printed.
+
+A table is {row: {column: [one number a seed]}}.
+"""
+
+import math
+
+from .common import as_text
+
+
+def shorten(x: float | None) -> float | None:
+    """A number with four significant digits, so that a run fits a line of the file of results."""
+    if x is None:
+        return None
+    return float(f"{x:.4g}")
+
+
+def subtract(numbers: list[float], others: list[float]) -> list[float]:
+    """Seed by seed."""
+    return [x - y for x, y in zip(numbers, others, strict=True)]
+
+
+def value_at_kl(points: list[tuple[float, float]], kl: float) -> float | None:
+    """The value at a KL, on straight lines in the root of the KL between points (KL, value).
+
+    None for a KL that no two neighbours have between them. Where there are several such pairs, the
+    first counts: a run that comes back to a KL was there before.
+    """
+    d = math.sqrt(max(kl, 0.0))  # a KL that is estimated may come out a little below 0
+    for (kl_0, value_0), (kl_1, value_1) in zip(points, points[1:]):
+        d_0 = math.sqrt(max(kl_0, 0.0))
+        d_1 = math.sqrt(max(kl_1, 0.0))
+        if not min(d_0, d_1) <= d <= max(d_0, d_1):
+            continue
+        if d_0 == d_1:
+            return value_0
+        return value_0 + (value_1 - value_0) * (d - d_0) / (d_1 - d_0)
+    return None
+
+
+def print_table(table: dict[str, dict[str, list[float]]]):
+    """Mean +- half-width of the interval; the number of seeds where not all have a number."""
+    columns = {}  # a set that keeps the order
+    most = 0  # seeds
+    for row in table.values():
+        columns |= dict.fromkeys(row)
+        for numbers in row.values():
+            most = max(most, len(numbers))
+
+    header = f"{'':18s}"
+    for column in columns:
+        header += f"{column:>20s}"
+    print(header)
+    for name, row in table.items():
+        line = f"{name:18s}"
+        for column in columns:
+            line += f"{as_text(row.get(column, []), most):>20s}"
+        print(line)
