@@ -1,0 +1,376 @@
+"""How would one notice that gold has fallen, without gold? Signs that can be read during a run, and
+how good they are: how well they tell fallen checkpoints from others, and how early they warn.
+
+    N texts that are known, B texts, D hidden, R resamples
+
+A run here is {column: a list with one number an evaluation}: step, gold, and columns such as kl or
+variance. The first evaluation is the run's start. A checkpoint is any later evaluation, and it has
+fallen where gold is below its start. Gold judges the signs, and no sign reads it.
+
+Runs come as {seed: [runs]}. The runs of a seed share their preferences, so only seeds are
+independent: intervals draw whole seeds, and a threshold is tried on a seed that did not set it.
+"""
+
+import math
+import statistics
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import pool
+from ..errors import require
+from ..evaluation import read_evaluations
+from ..models import RewardModel, hidden_at_end, load_reward_model, load_shared_tokenizer
+from ..packing import pack
+from ..rewards import kind_of
+from ..runtime.files import read_object, read_rows
+from ..stats import auc, percentiles, resample
+from ..tokens import encode
+
+Runs = dict[int, list[dict]]  # {seed: its runs}
+NAN = float("nan")
+CHUNK = 256  # texts that a reward model reads at a time
+
+
+# ------------------------------------------------------------------------------------ the signs
+
+
+class Sign(NamedTuple):
+    """A column of a run, and the direction in which it is a warning: +1 upwards, -1 downwards.
+
+    Its value is taken as it is, not its change since the start, so that one threshold holds for all
+    runs: "stop where the KL is above 30 nats".
+    """
+
+    column: str
+    direction: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.column} {'+' if self.direction > 0 else '-'}"
+
+
+# How long a run has gone on is a sign too, and free: a sign that is no better earns nothing.
+STEP = Sign("step", +1)
+SIGNS = (
+    STEP,
+    Sign("kl", +1),
+    Sign("variance", +1),
+    Sign("distance", +1),
+    Sign("proxy", +1),
+    Sign("entropy", -1),
+    Sign("distinct_2", -1),
+    Sign("eos_rate", -1),
+    Sign("length", +1),
+    Sign("length", -1),
+)
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint as a sign sees it: a higher score is a stronger warning."""
+
+    step: int
+    score: float
+    has_fallen: bool
+
+
+def list_checkpoints(sign: Sign, runs: list[dict]) -> list[Checkpoint]:
+    """The checkpoints that have the sign's number, one run after another.
+
+    A run without the column has none: a single reward model has no variance, for one.
+    """
+    checkpoints = []
+    for run in runs:
+        if run.get(sign.column) is None:
+            continue
+        start = run["gold"][0]
+        evaluations = zip(run["step"], run["gold"], run[sign.column], strict=True)
+        next(evaluations)  # the start is no checkpoint
+        for step, gold, value in evaluations:
+            if value is not None:
+                checkpoints.append(Checkpoint(step, sign.direction * value, gold < start))
+    return checkpoints
+
+
+# --------------------------------------------------------------- telling fallen checkpoints apart
+
+
+def measure_auc(sign: Sign, runs: Runs, resamples: int = 1000) -> dict:
+    """How often a fallen checkpoint has a stronger sign than one that has not fallen.
+
+    -> {"auc", "auc_interval": [low, high], "less_step", "less_step_interval"}. less_step: the AUC
+    less that of STEP on the same checkpoints. 0.5 is chance. nan: no checkpoint of one of the two
+    kinds; and the intervals of a single seed. A resample without one of the kinds is left out.
+    """
+    tables = []  # of each seed, a row for each checkpoint: score, step, has_fallen
+    for own_runs in runs.values():
+        checkpoints = list_checkpoints(sign, own_runs)
+        if checkpoints:
+            rows = [(c.score, c.step, c.has_fallen) for c in checkpoints]
+            tables.append(torch.tensor(rows, dtype=torch.float64))
+
+    def measure(seeds: Tensor) -> Tensor:
+        """The two numbers of these seeds, places in `tables`."""
+        drawn = torch.cat([tables[i] for i in seeds.long().tolist()])
+        scores, steps, has_fallen = drawn.T
+        if len(has_fallen.unique()) < 2:
+            return torch.tensor([NAN, NAN])
+        own_auc = auc(scores, has_fallen)
+        return torch.tensor([own_auc, own_auc - auc(steps, has_fallen)])
+
+    seeds = torch.arange(len(tables))
+    found = torch.tensor([NAN, NAN])
+    if tables:
+        found = measure(seeds)
+    ends = torch.full((2, 2), NAN)  # low and high, of both numbers
+    if len(tables) > 1 and found.isfinite().all():
+        draws = resample(seeds, measure, resamples)  # [R, 2]
+        ends = percentiles(draws[draws.isfinite().all(1)])
+    own_auc, less_step = found.tolist()
+    auc_ends, less_step_ends = ends.T.tolist()
+    return {
+        "auc": own_auc,
+        "auc_interval": auc_ends,
+        "less_step": less_step,
+        "less_step_interval": less_step_ends,
+    }
+
+
+# ---------------------------------------------------------------------------- warning in advance
+
+
+def find_fall(run: dict) -> int | None:
+    """The first step at which gold is below its start; None where it never is."""
+    for step, gold in zip(run["step"], run["gold"], strict=True):
+        if gold < run["gold"][0]:
+            return step
+    return None
+
+
+def choose_threshold(scores: list[float], rate: float) -> float:
+    """The lowest of these scores that at most a share `rate` of them lies above. 0 <= rate < 1"""
+    strongest_first = sorted(scores, reverse=True)
+    n_alarms = int(rate * len(scores))
+    return strongest_first[n_alarms]
+
+
+def find_alarm(checkpoints: list[Checkpoint], threshold: float) -> float:
+    """The first step at which the sign is above the threshold; infinity where it never is."""
+    for checkpoint in checkpoints:
+        if checkpoint.score > threshold:
+            return checkpoint.step
+    return math.inf
+
+
+def measure_leads(sign: Sign, runs: Runs, rate: float = 0.05) -> dict:
+    """How early a sign warns, at a threshold that the other seeds have set.
+
+        lead = the step of the fall - the step of the first alarm
+
+    The threshold lets at most a share `rate` of the other seeds' checkpoints that have not fallen
+    sound an alarm. -> {"lead": the median over runs that fall, "warned": the share of them with an
+    alarm before the fall or at it, "falling_runs": their number, "false_alarms": the share of the
+    runs that never fall with an alarm, "other_runs": their number}. A run without an alarm has a
+    lead of -infinity. nan: no such runs, or no other seed.
+
+    Pitfall: an alarm before the fall is early, and counts as false where the threshold is set. So a
+    small rate leaves only short leads to a sign that most runs show before they fall.
+    """
+    leads = []  # of runs that fall
+    alarms = []  # of runs that never fall: whether there was one
+    for seed, own_runs in runs.items():
+        # A threshold that had seen this seed's runs would be tuned to them.
+        good_scores = []
+        for other_seed, other_runs in runs.items():
+            if other_seed == seed:
+                continue
+            for checkpoint in list_checkpoints(sign, other_runs):
+                if not checkpoint.has_fallen:
+                    good_scores.append(checkpoint.score)
+        if not good_scores:
+            continue
+
+        threshold = choose_threshold(good_scores, rate)
+        for run in own_runs:
+            checkpoints = list_checkpoints(sign, [run])
+            if not checkpoints:
+                continue
+            alarm = find_alarm(checkpoints, threshold)
+            fall = find_fall(run)
+            if fall is None:
+                alarms.append(alarm < math.inf)
+            else:
+                leads.append(fall - alarm)
+
+    return {
+        "lead": statistics.median(leads) if leads else NAN,
+        "warned": share_of([lead >= 0 for lead in leads]),
+        "falling_runs": len(leads),
+        "false_alarms": share_of(alarms),
+        "other_runs": len(alarms),
+    }
+
+
+def share_of(is_so: list[bool]) -> float:
+    """The share of True; nan where there is nothing to count."""
+    if not is_so:
+        return NAN
+    return sum(is_so) / len(is_so)
+
+
+# ------------------------------------------------------------------------------------ the table
+
+
+def compare_signs(runs: Runs, signs: tuple[Sign, ...] = SIGNS, rate: float = 0.05) -> dict:
+    """The table of signs: {name: what measure_auc() and measure_leads() say}."""
+    table = {}
+    for sign in signs:
+        table[sign.name] = measure_auc(sign, runs) | measure_leads(sign, runs, rate)
+    return table
+
+
+def print_signs(table: dict[str, dict]):
+    """A line for each sign. lead: in steps, the median; warned, false alarms: shares of runs."""
+    print(
+        f"{'':14s}{'AUC':>20s}{'less that of step':>22s}{'lead':>8s}{'warned':>14s}"
+        f"{'false alarms':>16s}"
+    )
+    for name, row in table.items():
+        line = f"{name:14s}{with_ends(row['auc'], row['auc_interval']):>20s}"
+        line += f"{with_ends(row['less_step'], row['less_step_interval']):>22s}"
+        lead = "none"  # most of the runs that fall had no alarm
+        if math.isfinite(row["lead"]):
+            lead = f"{row['lead']:.0f}"
+        line += f"{lead:>8s}{with_count(row['warned'], row['falling_runs']):>14s}"
+        line += f"{with_count(row['false_alarms'], row['other_runs']):>16s}"
+        print(line)
+
+
+def with_ends(number: float, ends: list[float]) -> str:
+    """'0.71 [0.65, 0.78]'; the number alone where it has no interval."""
+    if math.isnan(number):
+        return "-"
+    low, high = ends
+    if math.isnan(low):
+        return f"{number:.2f}"
+    return f"{number:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def with_count(share: float, count: int) -> str:
+    """'0.25 of 8'; '-' of none."""
+    if not count:
+        return "-"
+    return f"{share:.2f} of {count}"
+
+
+# ------------------------------------------------------- how far answers are from what is known
+
+
+class KnownStates:
+    """A reward model's hidden states of answers that it can be trusted with, as a Gaussian.
+
+        distance(h) = sqrt((h - mean)' S^-1 (h - mean)),   S = (1 - s) C + s diag(C)
+
+    C is the covariance of the known states: a direction in which they vary little counts for more.
+    Lee et al. 2018 (1807.03888), equation 2, with one class. The known states' own mean squared
+    distance is about D.
+
+    The shrinkage s makes S invertible. C alone is not where a LayerNorm comes last: what it gives,
+    without its gain and bias, adds up to 0, so one direction never varies. Shrinking to the
+    diagonal, not to the identity, keeps distances the same when a coordinate changes its unit.
+    Pitfall: hidden states vary very little in many directions. A larger s hides these directions,
+    and a small N makes them look even smaller than they are.
+
+    hidden [N, D]: the known states. ValueError: fewer than 2, or a coordinate that never varies.
+    """
+
+    def __init__(self, hidden: Tensor, shrinkage: float = 1e-4):
+        hidden = hidden.double()
+        if len(hidden) < 2 or (hidden == hidden[:1]).all(0).any():
+            raise ValueError("known states need at least 2 texts, and coordinates that all vary")
+        covariance = hidden.T.cov()  # [D, D]
+        diagonal = covariance.diag().diag()
+        shrunk = (1 - shrinkage) * covariance + shrinkage * diagonal
+        self.mean = hidden.mean(0)  # [D]
+        self.factor = torch.linalg.cholesky(shrunk)  # S = L L'
+
+    def distance(self, hidden: Tensor) -> Tensor:
+        """Hidden states [B, D] -> their distances [B], float64."""
+        # (h - mean)' S^-1 (h - mean) = |L^-1 (h - mean)|^2
+        deviations = (hidden.double() - self.mean).T  # [D, B]
+        whitened = torch.linalg.solve_triangular(self.factor, deviations, upper=False)
+        return whitened.norm(dim=0)
+
+
+@torch.no_grad()
+def hidden_states(reward_model: RewardModel, rows: list[dict]) -> Tensor:
+    """The last hidden state of texts at their last token, which the score is read from: [N, D].
+
+    rows {prompt_ids, response_ids}, as the file of an evaluation has them.
+    """
+    states = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        prompt_ids = [row["prompt_ids"] for row in chunk]
+        response_ids = [row["response_ids"] for row in chunk]
+        batch = pack(prompt_ids, response_ids)
+        output = reward_model.model.base_model(input_ids=batch.ids, use_cache=False)
+        states.append(hidden_at_end(output.last_hidden_state, batch))
+    return torch.cat(states)
+
+
+def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> list[float]:
+    """The mean distance of the answers of each evaluation of a finished PPO run, from known ones.
+
+    The reward model is the first of the run's own. Known are the first answers of the SFT policy to
+    each prompt of a pool of sample_bon.py, `answers_each` of them; without a pool the answers of
+    the run's start. InputError: no such run or pool, a reward that is no model, or a tokenizer of
+    its own.
+    Pitfall: a prompt that is not known is far away by itself, whatever its answer. So answers to
+    other prompts than the pool's are left out.
+    Pitfall: the answers of the start are few, and the Gaussian is fitted to these very texts: their
+    own distance comes out too small.
+    """
+    fields = {"reward_model": list[str], "max_new_tokens": int, "chat_template": bool | None}
+    settings = read_object(f"{run}/config.json", fields, finite=False)
+    spec, *_ = settings["reward_model"]
+    require(kind_of(spec) == "model", f"{run}: {spec} is no model, and has no hidden states")
+    tokenizer = load_shared_tokenizer(run, [spec])
+    reward_model = load_reward_model(spec)
+    records = read_rows(f"{run}/metrics.jsonl", {"step": int})
+    evaluations = read_evaluations(run, records, ["eval"])
+
+    known_rows = evaluations[0].rows
+    if pool_file:
+        known_rows = read_pool_answers(pool_file, answers_each, tokenizer, settings)
+    known = KnownStates(hidden_states(reward_model, known_rows))
+    known_prompts = [row["prompt_ids"] for row in known_rows]
+
+    distances = []
+    for evaluation in evaluations:
+        rows = [row for row in evaluation.rows if row["prompt_ids"] in known_prompts]
+        require(rows, f"{pool_file} has none of the prompts that {run} was evaluated on")
+        distance = known.distance(hidden_states(reward_model, rows))
+        distances.append(distance.mean().item())
+    return distances
+
+
+def read_pool_answers(path: str, answers_each: int, tokenizer, settings: dict) -> list[dict]:
+    """The first answers to each prompt of a pool -> rows {prompt_ids, response_ids}.
+
+    settings: those of a PPO run with the pool's --max_new_tokens and --chat_template.
+    """
+    texts = []  # rows {prompt, response}
+    for row in pool.read(path):
+        for response in row["responses"][:answers_each]:
+            texts.append({"prompt": row["prompt"], "response": response})
+    encoded = encode(tokenizer, texts, ("response",), chat=bool(settings.get("chat_template")))
+
+    rows = []
+    for prompt, response in zip(encoded.prompts, encoded.responses["response"], strict=True):
+        # A pool holds texts alone, and each has got an EOS. One that was cut off never had it: with
+        # it the answer is longer than any that was sampled.
+        sampled = response[: settings["max_new_tokens"]]
+        rows.append({"prompt_ids": prompt, "response_ids": sampled})
+    return rows
