@@ -12,7 +12,7 @@ on the last token, loss -log sigmoid(r_c - r_r).
         python train_rm.py --members 5 --head_seed 0 \
             --output_dir 'runs/warm/seed_{seed}'
         python train_rm.py --average 'runs/warm/seed_{seed}' \
-            --output_dir runs/warm/mean
+            --output_dir runs/warm/averaged
     your own model and pairs, JSONL {prompt, chosen, rejected}:
         python train_rm.py --model gpt2 --dataset pairs.jsonl \
             --output_dir runs/rm2

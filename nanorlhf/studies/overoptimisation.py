@@ -92,10 +92,11 @@ METHODS = {
     "uwo": Method(FINETUNE, "uwo"),
     "pretrain_mean": Method(PRETRAIN),
     "pretrain_wco": Method(PRETRAIN, "wco"),
-    "pretrain_uwo": Method(PRETRAIN, "uwo"),
     WARM: Method(WARM),
 }
-# Those that need no further SFT policies are also what runs on one's own data.
+# By default UWO has a sweep of its own, below.
+IN_WORLD = (SINGLE, "mean", "wco", "pretrain_mean", "pretrain_wco", WARM)
+# These need no further SFT policies.
 ON_OWN_DATA = (SINGLE, "mean", "wco", "uwo")
 
 # The sweeps: of three seeds, against noisy labels and without a KL penalty.
@@ -187,14 +188,14 @@ def train_members(a, s, noise, ensemble: str) -> list[str]:
     if ensemble == WARM:
         commands.append(
             f"train_rm.py --average {folder} {pair_flags(a, s)} "
-            f"--output_dir {mean_folder(a, s, noise)} {a.rm_flags}"
+            f"--output_dir {averaged_folder(a, s, noise)} {a.rm_flags}"
         )
     return commands
 
 
-def mean_folder(a, s, noise) -> str:
+def averaged_folder(a, s, noise) -> str:
     """The folder of a seed's averaged reward model."""
-    return f"{a.output_dir}/rm_noise{noise:g}/{WARM}/seed_{s}/mean"
+    return f"{a.output_dir}/rm_noise{noise:g}/{WARM}/seed_{s}/averaged"
 
 
 def train_further(a, s, noise) -> str:
@@ -210,7 +211,7 @@ def rewards_of(a, s, noise, method: Method) -> str:
     """What --reward_model names, so that it holds the members of a method."""
     folder = member_folder(a, s, noise, method.ensemble)
     if method.ensemble == WARM:
-        return mean_folder(a, s, noise)
+        return averaged_folder(a, s, noise)
     if method.members is None:
         return folder
     if method.members > a.members:
@@ -416,8 +417,8 @@ class Settings(OwnDataFlags, KeptFlags, StudyFlags):
     methods: list[str] = HfArg(
         default_factory=list,
         metadata={"choices": METHODS},
-        help="what PPO maximises: one reward model, or an ensemble's objective; by default all, on "
-        f"your own data {', '.join(ON_OWN_DATA)}",
+        help="what PPO maximises: one reward model, or an ensemble's objective; by default "
+        f"{', '.join(IN_WORLD)}; on your own data {', '.join(ON_OWN_DATA)}",
     )
     label_noise: list[float] = HfArg(
         default_factory=lambda: [0.25, 0], help="shares of training labels that are flipped"
@@ -438,7 +439,7 @@ class Settings(OwnDataFlags, KeptFlags, StudyFlags):
         super().__post_init__()
         at_least(self, 0, "trial_seeds", "hard_seeds", "hard_answers")
         if not self.methods:
-            self.methods = list(ON_OWN_DATA if has_own_data(self) else METHODS)
+            self.methods = list(ON_OWN_DATA if has_own_data(self) else IN_WORLD)
         if self.model and not self.sft_dataset:
             for label in self.methods:
                 require(
