@@ -9,10 +9,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from support import read_rows, refuses, train, write_rows
+from support import read_rows, refuses, small, train, write_rows
 from tiny_models import PROMPTS, RESPONSES, tiny_config
 from transformers import AutoModelForSequenceClassification
 
+import sample_bon
 from nanorlhf import world
 from nanorlhf.models import RewardModel
 from nanorlhf.studies import warning_signs
@@ -22,9 +23,18 @@ KL = Sign("kl", +1)
 LENGTH = Sign("length", -1)
 
 
+def read_numbers(text):
+    """ "1 -2 -" -> [1.0, -2.0, None]"""
+    return [None if word == "-" else float(word) for word in text.split()]
+
+
 def make_run(gold, **columns):
-    """A run with an evaluation every 5 steps."""
-    return {"step": list(range(0, 5 * len(gold), 5)), "gold": gold, **columns}
+    """A run with an evaluation every 5 steps, from the numbers of its columns: "0 1 -1"."""
+    run = {"gold": read_numbers(gold)}
+    run["step"] = [5 * i for i in range(len(run["gold"]))]
+    for name, text in columns.items():
+        run[name] = read_numbers(text)
+    return run
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -32,10 +42,10 @@ def make_run(gold, **columns):
 
 def test_checkpoints_are_those_after_the_start_that_have_a_number():
     runs = [
-        make_run([1.0, 2.0, 0.5, 1.0], length=[30, 20, None, 10]),
-        make_run([1.0, 0.0]),
-        make_run([0.0, -1.0], length=None),
-        make_run([-2.0, -2.5], length=[7, 8]),
+        make_run("1 2 0.5 1", length="30 20 - 10"),
+        make_run("1 0"),
+        make_run("0 -1") | {"length": None},
+        make_run("-2 -2.5", length="7 8"),
     ]
     expected = [(5, -20, False), (15, -10, False), (5, -8, True)]
     assert warning_signs.list_checkpoints(LENGTH, runs) == expected
@@ -59,14 +69,11 @@ def auc_by_hand(scores, has_fallen):
 
 
 # Two seeds, and of each the scores, steps and labels of its checkpoints.
-SEED_3 = [
-    make_run([0.0, 1.0, -1.0, -2.0], kl=[0, 4, 3, 9]),
-    make_run([0.0, 1.0, 1.0], kl=[0, 1, 9]),
-]
-SEED_8 = [make_run([0.0, 2.0, -1.0], kl=[0, 5, 5]), make_run([0.0, -1.0], kl=[0, 0])]
+SEED_3 = [make_run("0 1 -1 -2", kl="0 4 3 9"), make_run("0 1 1", kl="0 1 9")]
+SEED_8 = [make_run("0 2 -1", kl="0 5 5"), make_run("0 -1", kl="0 0")]
 TWO_SEEDS = {3: SEED_3, 8: SEED_8}
-OF_3 = ([4, 3, 9, 1, 9], [5, 10, 15, 5, 10], [0, 1, 1, 0, 0])
-OF_8 = ([5, 5, 0], [5, 10, 5], [0, 1, 1])
+OF_3 = [read_numbers(text) for text in ("4 3 9 1 9", "5 10 15 5 10", "0 1 1 0 0")]
+OF_8 = [read_numbers(text) for text in ("5 5 0", "5 10 5", "0 1 1")]
 OF_BOTH = [of_3 + of_8 for of_3, of_8 in zip(OF_3, OF_8)]
 
 
@@ -104,22 +111,22 @@ def test_a_sign_of_the_other_direction_has_the_rest_of_the_area():
 def test_step_is_compared_on_the_same_checkpoints():
     """A column that is missing in one seed, and is the step in the others, is no better than it."""
     with_column = [{**run, "kl": run["step"]} for run in SEED_3]
-    without = [make_run([0.0, 1.0])]
+    without = [make_run("0 1")]
     row = measure_auc(KL, {0: with_column, 1: without, 2: with_column})
     assert row["auc"] < 1
     assert row["less_step"] == 0
     assert row["less_step_interval"] == [0, 0]
 
 
-RISING = make_run([0.0, 1.0], kl=[0, 1])
-FALLING = make_run([0.0, -1.0], kl=[0, 2])
+RISING = make_run("0 1", kl="0 1")
+FALLING = make_run("0 -1", kl="0 2")
 
 
 @pytest.mark.parametrize(
     ("runs", "auc", "has_interval"),
     [
         ({}, math.nan, False),
-        ({0: [make_run([0.0, 1.0])]}, math.nan, False),  # no such column
+        ({0: [make_run("0 1")]}, math.nan, False),  # no such column
         ({0: [RISING], 1: [RISING]}, math.nan, False),  # gold never falls
         ({0: [RISING, FALLING]}, 1.0, False),  # one seed
         ({0: [RISING], 1: [FALLING]}, 1.0, True),  # two of four resamples have both kinds
@@ -152,46 +159,48 @@ def test_the_threshold_is_the_lowest_with_few_alarms(seed):
 
 def test_the_lead_is_the_fall_less_the_alarm():
     """The first seed's good checkpoints set a threshold of 10 for the second, at a rate of 0."""
-    threshold = make_run([0.0, 1.0, 1.0], kl=[99, 10, 2])
+    threshold = make_run("0 1 1", kl="99 10 2")
     second = [
-        make_run([0.0, 1.0, 1.0, -1.0, 1.0], kl=[50, 11, 0, 0, 0]),  # a fall at 15, an alarm at 5
-        make_run([0.0, -1.0, 1.0, 1.0], kl=[0, 10, 10, 10.5]),  # at 5, at 15
-        make_run([0.0, -1.0, 0.0], kl=[0, 12, 12]),  # both at 5
-        make_run([0.0, 0.0, 0.0], kl=[0, 1, 2]),  # never below its start, no alarm
-        make_run([0.0, 0.0, 0.0], kl=[0, 1, 12]),  # the same, and a false alarm
+        make_run("0 1 1 -1 1", kl="50 11 0 0 0"),  # the fall at 15, the alarm at 5
+        make_run("0 -1 1 1", kl="0 10 10 10.5"),  # at 5, at 15
+        make_run("0 -1 0", kl="0 12 12"),  # both at 5
+        make_run("0 0 0", kl="0 1 2"),  # never below its start, no alarm
+        make_run("0 0 0", kl="0 1 12"),  # the same, and a false alarm
     ]
     row = warning_signs.measure_leads(KL, {1: [threshold], 2: second}, rate=0)
-    # The first seed's run never falls. Its threshold, 12, comes from the second seed: no alarm.
-    assert row == {
-        "lead": 0,  # the median of 10, -10 and 0
-        "warned": 2 / 3,
-        "falling_runs": 3,
-        "false_alarms": 1 / 3,
-        "other_runs": 3,
-    }
+    assert row["falling_runs"] == 3
+    assert row["lead"] == 0  # the median of 10, -10 and 0
+    assert row["warned"] == pytest.approx(2 / 3)
+    # The first seed's run never falls. Its threshold, 12, is the second seed's: no alarm.
+    assert row["other_runs"] == 3
+    assert row["false_alarms"] == pytest.approx(1 / 3)
 
 
 def test_a_seed_does_not_set_its_own_threshold():
-    """One seed alone has huge values: its alarms show only where it has not raised the bar."""
-    ordinary = make_run([0.0, 1.0, 1.0, -1.0], kl=[0, 1, 2, 3])
-    huge = make_run([0.0, 1.0, 1.0, -1.0], kl=[0, 1000, 2000, 3000])
+    """One seed alone has huge values. It has an alarm, since its own bar of 2000 is left out."""
+    ordinary = make_run("0 1 1 -1", kl="0 1 2 3")
+    huge = make_run("0 1 1 -1", kl="0 1000 2000 1500")
     row = warning_signs.measure_leads(KL, {0: [ordinary], 1: [ordinary], 2: [huge]}, rate=0)
-    # The huge run's lead is 10. The others' bar is the huge run's 2000: they have no alarm.
-    assert row["lead"] == -math.inf
-    assert row["warned"] == pytest.approx(1 / 3)
     assert row["falling_runs"] == 3
+    assert row["warned"] == pytest.approx(1 / 3)
+    # For the others it is the bar, and their 3 is no alarm.
+    assert row["lead"] == -math.inf
 
 
 def test_most_runs_without_an_alarm_have_no_lead():
     """A run without an alarm counts as a lead below every number, and not as none."""
-    bar = [make_run([0.0, 1.0], kl=[0, 5])]
-    early = make_run([0.0, 1.0, -1.0], kl=[0, 9, 9])
-    silent = make_run([0.0, 1.0, -1.0], kl=[0, 1, 1])
-    for runs, lead in (([early, early, silent], 5), ([early, silent, silent], -math.inf)):
-        assert warning_signs.measure_leads(KL, {0: bar, 1: runs}, rate=0)["lead"] == lead
+    bar = make_run("0 1", kl="0 5")
+    early = make_run("0 1 -1", kl="0 9 9")
+    silent = make_run("0 1 -1", kl="0 1 1")
+
+    def median_lead(*runs):
+        return warning_signs.measure_leads(KL, {0: [bar], 1: list(runs)}, rate=0)["lead"]
+
+    assert median_lead(early, early, silent) == 5
+    assert median_lead(early, silent) == median_lead(early, silent, silent) == -math.inf
 
 
-@pytest.mark.parametrize("runs", [{}, {0: SEED_3}, {0: [make_run([0, 1])], 1: []}])
+@pytest.mark.parametrize("runs", [{}, {0: SEED_3}, {0: [make_run("0 1")], 1: []}])
 def test_without_another_seed_or_without_the_column_there_is_no_lead(runs):
     row = warning_signs.measure_leads(KL, runs)
     for name in ("lead", "warned", "false_alarms"):
@@ -200,7 +209,7 @@ def test_without_another_seed_or_without_the_column_there_is_no_lead(runs):
 
 
 def test_seeds_without_the_column_take_no_part():
-    without = {5: [make_run([0.0, -1.0])], 6: [make_run([0.0, 1.0], kl=None)]}
+    without = {5: [make_run("0 -1")], 6: [make_run("0 1", kl="- -")]}
     expected = warning_signs.measure_leads(KL, TWO_SEEDS)
     assert warning_signs.measure_leads(KL, TWO_SEEDS | without) == expected
 
@@ -211,10 +220,12 @@ def make_noise(generator, n_seeds=10, n_runs=20):
     for seed in range(n_seeds):
         runs[seed] = []
         for k in range(n_runs):
-            late = -1.0 if k % 2 else 1.0
-            gold = [0.0, 1.0, 1.0, 1.0, 1.0, late, late, late, late]
-            noise = [generator.gauss(0, 1) for _ in gold]
-            runs[seed].append(make_run(gold, noise=noise))
+            gold = "0 1 1 1 1 1 1 1 1"
+            if k % 2:
+                gold = "0 1 1 1 1 -1 -1 -1 -1"
+            run = make_run(gold)
+            run["noise"] = [generator.gauss(0, 1) for _ in run["step"]]
+            runs[seed].append(run)
     return runs
 
 
@@ -416,7 +427,8 @@ def test_a_run_without_a_pool_is_measured_from_its_start(base, ppo_run):
 
 @pytest.mark.slow
 def test_only_answers_to_prompts_of_the_pool_are_measured(base, ppo_run, tmp_path):
-    train(base, "bon", tmp_path / "bon", n_answers=20, eval_size=6)
+    settings = small(base, "bon", n_answers=20, eval_size=6)
+    sample_bon.main(sample_bon.Config(output_dir=f"{tmp_path}/bon", **settings))
     pool = tmp_path / "bon/pool.jsonl"
     (cache,) = (tmp_path / "bon/cache").glob("answers_*.jsonl")
     known_rows = []
