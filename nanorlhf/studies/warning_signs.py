@@ -369,7 +369,8 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
 def read_pool_answers(path: str, answers_each: int, tokenizer, settings: dict) -> list[dict]:
     """The first answers to each prompt of a pool -> rows {prompt_ids, response_ids}.
 
-    settings: those of a PPO run with the pool's --max_new_tokens and --chat_template.
+    settings: those of a PPO run with the pool's --max_new_tokens and --chat_template. A text does
+    not have the control tokens that were sampled in its middle.
     """
     texts = []  # rows {prompt, response}
     for row in pool.read(path):

@@ -425,25 +425,50 @@ def test_a_run_without_a_pool_is_measured_from_its_start(base, ppo_run):
         assert distance == pytest.approx(mean_distance(base, start, rows), rel=0.01)
 
 
-@pytest.mark.slow
-def test_only_answers_to_prompts_of_the_pool_are_measured(base, ppo_run, tmp_path):
-    settings = small(base, "bon", n_answers=20, eval_size=6)
-    sample_bon.main(sample_bon.Config(output_dir=f"{tmp_path}/bon", **settings))
-    pool = tmp_path / "bon/pool.jsonl"
-    (cache,) = (tmp_path / "bon/cache").glob("answers_*.jsonl")
-    known_rows = []
-    known_prompts = []
-    for row in read_rows(cache):
-        known_prompts.append(row["prompt"])
-        for ids in row["response_ids"][:16]:  # as they were sampled
-            known_rows.append({"prompt_ids": row["prompt_ids"], "response_ids": ids})
+@pytest.fixture(scope="module")
+def pool_folder(base, tmp_path_factory):
+    """Best-of-n with 40 answers to each of six of the run's prompts."""
+    folder = tmp_path_factory.mktemp("warning") / "bon"
+    settings = small(base, "bon", n_answers=40, eval_size=6)
+    sample_bon.main(sample_bon.Config(output_dir=str(folder), **settings))
+    return folder
 
+
+def read_pool(folder):
+    """The rows of the first 30 answers to each of a pool's prompts."""
+    settings = {"max_new_tokens": 12}
+    return warning_signs.read_pool_answers(f"{folder}/pool.jsonl", 30, world.tokenizer(), settings)
+
+
+@pytest.mark.slow
+def test_answers_of_a_pool_are_the_tokens_that_were_sampled(pool_folder):
+    """All but the control tokens in their middle, which no text has."""
+    (cache,) = (pool_folder / "cache").glob("answers_*.jsonl")
+    control_ids = set(world.tokenizer().all_special_ids)
+    expected = []
+    for row in read_rows(cache):
+        for ids in row["response_ids"][:30]:
+            expected.append({"prompt_ids": row["prompt_ids"], "response_ids": ids})
+
+    n_same = 0
+    for row, sampled in zip(read_pool(pool_folder), expected, strict=True):
+        if control_ids.isdisjoint(sampled["response_ids"][:-1]):
+            assert row == sampled
+            n_same += 1
+    assert n_same > 150
+
+
+@pytest.mark.slow
+def test_only_answers_to_prompts_of_the_pool_are_measured(base, ppo_run, pool_folder, tmp_path):
+    known_rows = read_pool(pool_folder)
+    known_prompts = [row["prompt_ids"] for row in known_rows]
     rows = []
     for row in read_rows(ppo_run / "eval/step_2.jsonl"):
-        if row["prompt"] in known_prompts:
+        if row["prompt_ids"] in known_prompts:
             rows.append(row)
     assert 0 < len(rows) < 40
-    _, _, distance = warning_signs.measure_distances(str(ppo_run), str(pool), answers_each=16)
+    pool = f"{pool_folder}/pool.jsonl"
+    _, _, distance = warning_signs.measure_distances(str(ppo_run), pool, answers_each=30)
     assert distance == pytest.approx(mean_distance(base, known_rows, rows), rel=0.01)
 
     # A pool without any of the run's prompts cannot say anything.
