@@ -297,7 +297,8 @@ class KnownStates:
 
     def __init__(self, hidden: Tensor, shrinkage: float = 1e-4):
         hidden = hidden.double()
-        if len(hidden) < 2 or (hidden == hidden[:1]).all(0).any():
+        # A single text varies in none.
+        if (hidden == hidden[:1]).all(0).any():
             raise ValueError("known states need at least 2 texts, and coordinates that all vary")
         covariance = hidden.T.cov()  # [D, D]
         diagonal = covariance.diag().diag()

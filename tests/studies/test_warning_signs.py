@@ -187,6 +187,15 @@ def test_a_seed_does_not_set_its_own_threshold():
     assert row["lead"] == -math.inf
 
 
+def test_fallen_checkpoints_set_no_threshold():
+    """The first seed's 80 is an alarm that is right, so the second seed's bar is 5."""
+    first = make_run("0 1 -1", kl="0 5 80")
+    second = make_run("0 1 -1", kl="0 6 6")
+    row = warning_signs.measure_leads(KL, {0: [first], 1: [second]}, rate=0)
+    assert row["warned"] == 1
+    assert row["lead"] == 2.5  # the median of 0 and 5
+
+
 def test_most_runs_without_an_alarm_have_no_lead():
     """A run without an alarm counts as a lead below every number, and not as none."""
     bar = make_run("0 1", kl="0 5")
