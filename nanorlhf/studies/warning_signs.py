@@ -222,11 +222,14 @@ def share_of(is_so: list[bool]) -> float:
 # ------------------------------------------------------------------------------------ the table
 
 
-def compare_signs(runs: Runs, signs: tuple[Sign, ...] = SIGNS, rate: float = 0.05) -> dict:
+def compare_signs(
+    runs: Runs, signs: tuple[Sign, ...] = SIGNS, rate: float = 0.05, resamples: int = 1000
+) -> dict:
     """The table of signs: {name: what measure_auc() and measure_leads() say}."""
     table = {}
     for sign in signs:
-        table[sign.name] = measure_auc(sign, runs) | measure_leads(sign, runs, rate)
+        row = measure_auc(sign, runs, resamples)
+        table[sign.name] = row | measure_leads(sign, runs, rate)
     return table
 
 
@@ -239,10 +242,8 @@ def print_signs(table: dict[str, dict]):
     for name, row in table.items():
         line = f"{name:14s}{with_ends(row['auc'], row['auc_interval']):>20s}"
         line += f"{with_ends(row['less_step'], row['less_step_interval']):>22s}"
-        lead = "none"  # most of the runs that fall had no alarm
-        if math.isfinite(row["lead"]):
-            lead = f"{row['lead']:.0f}"
-        line += f"{lead:>8s}{with_count(row['warned'], row['falling_runs']):>14s}"
+        line += f"{lead_as_text(row['lead']):>8s}"
+        line += f"{with_count(row['warned'], row['falling_runs']):>14s}"
         line += f"{with_count(row['false_alarms'], row['other_runs']):>16s}"
         print(line)
 
@@ -255,6 +256,15 @@ def with_ends(number: float, ends: list[float]) -> str:
     if math.isnan(low):
         return f"{number:.2f}"
     return f"{number:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def lead_as_text(lead: float) -> str:
+    """'-5' steps; 'none' where half of the runs that fall had no alarm; '-' where no run falls."""
+    if math.isnan(lead):
+        return "-"
+    if math.isinf(lead):
+        return "none"
+    return f"{lead:.0f}"
 
 
 def with_count(share: float, count: int) -> str:
@@ -287,7 +297,8 @@ class KnownStates:
 
     def __init__(self, hidden: Tensor, shrinkage: float = 1e-4):
         hidden = hidden.double()
-        if len(hidden) < 2 or (hidden == hidden[:1]).all(0).any():
+        # A single text varies in none.
+        if (hidden == hidden[:1]).all(0).any():
             raise ValueError("known states need at least 2 texts, and coordinates that all vary")
         covariance = hidden.T.cov()  # [D, D]
         diagonal = covariance.diag().diag()
@@ -325,8 +336,8 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
 
     The reward model is the first of the run's own. Known are the first answers of the SFT policy to
     each prompt of a pool of sample_bon.py, `answers_each` of them; without a pool the answers of
-    the run's start. InputError: no such run or pool, a reward that is no model, or a tokenizer of
-    its own.
+    the run's start. InputError: no such run or pool, a reward that is no model, or one that
+    has another tokenizer than the policy.
     Pitfall: a prompt that is not known is far away by itself, whatever its answer. So answers to
     other prompts than the pool's are left out.
     Pitfall: the answers of the start are few, and the Gaussian is fitted to these very texts: their
@@ -359,7 +370,8 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
 def read_pool_answers(path: str, answers_each: int, tokenizer, settings: dict) -> list[dict]:
     """The first answers to each prompt of a pool -> rows {prompt_ids, response_ids}.
 
-    settings: those of a PPO run with the pool's --max_new_tokens and --chat_template.
+    settings: those of a PPO run with the pool's --max_new_tokens and --chat_template. A text does
+    not have the control tokens that were sampled in its middle.
     """
     texts = []  # rows {prompt, response}
     for row in pool.read(path):
