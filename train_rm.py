@@ -6,8 +6,8 @@ on the last token, loss -log sigmoid(r_c - r_r).
     an ensemble, runs/rm/seed_0 to runs/rm/seed_4:
         python train_rm.py --members 5
     one whose members start from SFT policies of their own:
-        python train_rm.py --members 5 --model 'runs/sft/seed_{seed}' \
-            --output_dir 'runs/pretrain/seed_{seed}'
+        python train_rm.py --members 5 --model 'runs/sft_{seed}' \
+            --output_dir 'runs/starts/seed_{seed}'
     one reward model for the price of five, by the mean of their weights:
         python train_rm.py --members 5 --head_seed 0 \
             --output_dir 'runs/warm/seed_{seed}'
