@@ -15,8 +15,8 @@ from ..bon import bon_kl, fit_bon, fit_rl
 from ..runtime.files import read_object, read_rows
 from ..stats import kendall_tau
 from .common import collect
+from .known_states import measure_distances
 from .tables import shorten, subtract
-from .warning_signs import measure_distances
 
 SINGLE = "single"  # one reward model
 

@@ -1,5 +1,5 @@
-"""Signs that gold has fallen (nanorlhf/studies/warning_signs.py): on made-up runs by hand, the
-Mahalanobis distance in numpy, and the distances of a real PPO run on tiny models.
+"""Signs that gold has fallen (nanorlhf/studies/warning_signs.py), by hand on made-up runs; and
+(known_states.py) the Mahalanobis distance in numpy, and the distances of a real PPO run.
 """
 
 import itertools
@@ -16,8 +16,9 @@ from transformers import AutoModelForSequenceClassification
 import sample_bon
 from nanorlhf import world
 from nanorlhf.models import RewardModel
-from nanorlhf.studies import warning_signs
-from nanorlhf.studies.warning_signs import STEP, KnownStates, Sign
+from nanorlhf.studies import known_states, warning_signs
+from nanorlhf.studies.known_states import KnownStates
+from nanorlhf.studies.warning_signs import STEP, Sign
 
 KL = Sign("kl", +1)
 LENGTH = Sign("length", -1)
@@ -369,8 +370,8 @@ def test_hidden_states_are_those_at_the_last_token(monkeypatch):
             out = model(torch.tensor([prompt + response]), output_hidden_states=True)
         expected.append(out.hidden_states[-1][0, -1])
 
-    monkeypatch.setattr(warning_signs, "CHUNK", 2)
-    hidden = warning_signs.hidden_states(RewardModel(model), rows)
+    monkeypatch.setattr(known_states, "CHUNK", 2)
+    hidden = known_states.hidden_states(RewardModel(model), rows)
     torch.testing.assert_close(hidden, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
@@ -382,7 +383,7 @@ def test_an_answer_of_a_pool_has_its_eos_unless_it_was_cut_off(tmp_path):
     tokenizer = world.tokenizer()
     row = {"prompt": "the room :", "responses": ["was", "was bright", "was"]}
     path = write_rows(tmp_path / "pool.jsonl", [row, row])
-    rows = warning_signs.read_pool_answers(str(path), 2, tokenizer, {"max_new_tokens": 2})
+    rows = known_states.read_pool_answers(str(path), 2, tokenizer, {"max_new_tokens": 2})
     was, bright = tokenizer("was bright", add_special_tokens=False).input_ids
     answers = [[was, tokenizer.eos_token_id], [was, bright]]
     assert [row["response_ids"] for row in rows] == answers * 2
@@ -426,7 +427,7 @@ def mean_distance(base, known_rows, rows):
 
 @pytest.mark.slow
 def test_a_run_without_a_pool_is_measured_from_its_start(base, ppo_run):
-    distances = warning_signs.measure_distances(str(ppo_run))
+    distances = known_states.measure_distances(str(ppo_run))
     assert len(set(distances)) == 3
     start = read_rows(ppo_run / "eval/step_0.jsonl")
     for step, distance in enumerate(distances):
@@ -446,7 +447,7 @@ def pool_folder(base, tmp_path_factory):
 def read_pool(folder):
     """The rows of the first 30 answers to each of a pool's prompts."""
     settings = {"max_new_tokens": 12}
-    return warning_signs.read_pool_answers(f"{folder}/pool.jsonl", 30, world.tokenizer(), settings)
+    return known_states.read_pool_answers(f"{folder}/pool.jsonl", 30, world.tokenizer(), settings)
 
 
 @pytest.mark.slow
@@ -477,17 +478,17 @@ def test_only_answers_to_prompts_of_the_pool_are_measured(base, ppo_run, pool_fo
             rows.append(row)
     assert 0 < len(rows) < 40
     pool = f"{pool_folder}/pool.jsonl"
-    _, _, distance = warning_signs.measure_distances(str(ppo_run), pool, answers_each=30)
+    _, _, distance = known_states.measure_distances(str(ppo_run), pool, answers_each=30)
     assert distance == pytest.approx(mean_distance(base, known_rows, rows), rel=0.01)
 
     # A pool without any of the run's prompts cannot say anything.
     other = {"prompt": "the room :", "responses": ["was bright", "was grey", "was a bar ."]}
     path = write_rows(tmp_path / "other.jsonl", [other])
     words = ["other.jsonl has none of the prompts"]
-    refuses(warning_signs.measure_distances, str(ppo_run), str(path), match=words)
+    refuses(known_states.measure_distances, str(ppo_run), str(path), match=words)
 
 
 @pytest.mark.slow
 def test_a_reward_that_is_no_model_has_no_distances(base, tmp_path):
     train(base, "ppo", tmp_path / "ppo", steps=1)
-    refuses(warning_signs.measure_distances, str(tmp_path / "ppo"), match=["is no model"])
+    refuses(known_states.measure_distances, str(tmp_path / "ppo"), match=["is no model"])
