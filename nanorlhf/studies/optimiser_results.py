@@ -9,7 +9,7 @@ import numpy as np
 from ..bon import bon_kl
 from ..runtime.files import read_object, read_rows
 from .common import collect
-from .tables import shorten, subtract, value_at_kl
+from .tables import draw_mean, shorten, subtract, value_at_kl
 
 PPO = "ppo"
 DPO = "dpo"
@@ -254,7 +254,7 @@ def draw_against_kl(figure, runs: dict[str, list[dict]]):
         d = kl.clip(0) ** 0.5
         for axis, score in ((gold_axis, "gold"), (proxy_axis, "proxy")):
             scores = np.array([run[score] for run in own])
-            draw_mean(axis, d.mean(0), scores, method)
+            draw_mean(axis, d.mean(0), scores, **look_of(method))
     gold_axis.set(ylabel="gold, on held-out prompts")
     proxy_axis.set(ylabel="proxy (in standard deviations)")
     figure.supxlabel("d = sqrt(KL to the SFT policy in nats)", fontsize=9)
@@ -268,16 +268,12 @@ def draw_max_at_k(figure, curves: dict[str, list[dict[int, float]]]):
     axis = figure.subplots()
     for method, own in curves.items():
         golds = np.array([list(curve.values()) for curve in own])  # [seeds, k]
-        draw_mean(axis, list(own[0]), golds, method)
+        draw_mean(axis, list(own[0]), golds, **look_of(method))
     axis.set(xlabel="k answers to a prompt", ylabel="gold of the best of k", xscale="log")
     axis.legend()
 
 
-def draw_mean(axis, x, values: np.ndarray, method: str):
-    """The mean of values [seeds, L] at x [L], and a band of its standard error over seeds."""
-    colour = f"C{list(LABELS).index(method)}"  # the same in all pictures
-    mean = values.mean(0)
-    axis.plot(x, mean, marker="o", color=colour, label=LABELS[method])
-    if len(values) > 1:
-        error = values.std(0, ddof=1) / len(values) ** 0.5
-        axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+def look_of(method: str) -> dict:
+    """How a method's line looks, in all pictures."""
+    colour = f"C{list(LABELS).index(method)}"
+    return {"marker": "o", "color": colour, "label": LABELS[method]}

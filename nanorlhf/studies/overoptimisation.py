@@ -12,14 +12,14 @@ gold from falling, in PPO and in best-of-n, and how would one notice the fall?
             --dataset prompts.jsonl --gold_model REWARD \
             --output_dir runs/mine --dry_run
 
-A seed of the study is its own 800 pairs, a quarter of them with the wrong label;
-three ensembles that learn from these; and a PPO run for each method. What each
-run has found is kept in overoptimisation.json and not run again. Tables and
-pictures: overoptimisation_results.py.
+A seed of the study is its own 800 pairs, a quarter of them with the wrong
+label; three ensembles that learn from these; and a PPO run for each method.
+What each run has found is kept in overoptimisation.json and not run again.
+Tables and pictures: overoptimisation_results.py.
 
 On your own data (own_data.py) all seeds share the pairs. Without a --gold_model
-tables and pictures show the proxy, the score that is optimised. It cannot show
-overoptimisation.
+tables and pictures show the proxy, the score that is optimised, and it cannot
+show overoptimisation. A --model of your own has one start, and no sweeps.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,6 @@ from .common import (
     Cell,
     KeptFlags,
     StudyFlags,
-    describe_numbers,
     draw_picture,
     print_title,
     read_flags,
@@ -44,6 +43,7 @@ from .common import (
     run_cells,
     stages_of,
 )
+from .known_states import measure_distances
 from .overoptimisation_results import (
     SINGLE,
     compare_curves,
@@ -65,8 +65,8 @@ from .own_data import (
     sft_of,
     spaced,
 )
-from .plan import print_plan
-from .tables import print_table
+from .plan import count, print_plan
+from .tables import print_table, shorten
 from .warning_signs import compare_signs, print_signs
 
 # The ensembles. Members of each learn from the same pairs, in an order of their own.
@@ -100,21 +100,16 @@ IN_WORLD = (SINGLE, "mean", "wco", "pretrain_mean", "pretrain_wco", WARM)
 ON_OWN_DATA = (SINGLE, "mean", "wco", "uwo")
 
 # The sweeps: of three seeds, against noisy labels and without a KL penalty.
-MEMBER_COUNTS = {
-    SINGLE: METHODS[SINGLE],
-    "mean_of_2": Method(FINETUNE, members=2),
-    "mean_of_3": Method(FINETUNE, members=3),
-    "mean": METHODS["mean"],  # of 5
-    "mean_of_10": Method(FINETUNE, members=10),
-}
+FEW_MEMBERS = (2, 3)
 LAMBDAS = {f"uwo_{x:g}": Method(FINETUNE, "uwo", uwo_lambda=x) for x in (0.1, 1, 10)}
 KL_COEFS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 1)
-IN_KL_SWEEP = (SINGLE, "pretrain_wco")
+IN_KL_SWEEP = {label: METHODS[label] for label in (SINGLE, "pretrain_wco")}
 
 # Where best-of-n is made to fall: few pairs, many wrong labels, prompts that no pair is like, and
 # as many answers as there is time for.
 HARD_PAIRS = 200
 HARD_NOISE = 0.4
+IN_HARD_SETTING = (FINETUNE, PRETRAIN)
 
 BON_LAMBDAS = (0.1, 0.5, 1)
 # What --quick puts in the place of the flags' defaults.
@@ -133,12 +128,17 @@ QUICK = {
 
 # In all functions a are the study's Settings, and s is a seed.
 
-# -------------------------------------------------------------------------------- SFT and pairs
+# ------------------------------------------------------------------------------------------ SFT
+
+
+def has_one_sft(a) -> bool:
+    """Whether --model is the SFT policy, so that no further one can be trained."""
+    return bool(a.model) and not a.sft_dataset
 
 
 def sft_models(a, ensemble: str) -> list[str]:
     """The SFT policies that the members of an ensemble start from. The first is PPO's too."""
-    if a.model and not a.sft_dataset:
+    if has_one_sft(a):
         return [sft_of(a)]
     if ensemble == PRETRAIN:
         return [f"{sft_of(a)}/seed_{i}" for i in range(a.members)]
@@ -153,7 +153,7 @@ def policy_of(a) -> str:
 
 def train_sfts(a, ensemble: str) -> list[str]:
     """The commands that train these SFT policies; none where --model is one."""
-    if a.model and not a.sft_dataset:
+    if has_one_sft(a):
         return []
     start = ""
     if a.sft_dataset:
@@ -172,19 +172,37 @@ def member_folder(a, s, noise, ensemble: str) -> str:
     return f"{a.output_dir}/rm_noise{noise:g}/{ensemble}/seed_{s}/seed_{{seed}}"
 
 
-def train_members(a, s, noise, ensemble: str) -> list[str]:
-    """The commands that make a seed's ensemble: one, and of WARM a second one for the average."""
-    folder = member_folder(a, s, noise, ensemble)
+def averaged_folder(a, s, noise) -> str:
+    """The folder of a seed's averaged reward model."""
+    return f"{a.output_dir}/rm_noise{noise:g}/{WARM}/seed_{s}/averaged"
+
+
+def noisy_pairs(a, s, noise) -> str:
+    """The flags of a seed's pairs, a share of them with the wrong label."""
+    return f"{pair_flags(a, s)} --label_noise {noise:g} --noise_seed {s}"
+
+
+def train_rms(a, ensemble: str, pairs: str, folder: str, first: int = 0) -> str:
+    """The command that trains the members of an ensemble. first: the first one's own seed"""
+    seed = ""
+    if first:
+        seed = f"--seed {first} "
     start = policy_of(a)
     if ensemble == PRETRAIN:
         start = f"{sft_of(a)}/seed_{{seed}}"
-    flags = f"{pair_flags(a, s)} --label_noise {noise:g} --noise_seed {s}"
+    head = ""
     if ensemble == WARM:
-        flags = f"--head_seed 0 {flags}"
-    commands = [
-        f"train_rm.py --members {a.members} --model {start} {flags} --output_dir {folder} "
-        f"{a.rm_flags}"
-    ]
+        head = "--head_seed 0 "
+    return (
+        f"train_rm.py --members {a.members} {seed}--model {start} {head}{pairs} "
+        f"--output_dir {folder} {a.rm_flags}"
+    )
+
+
+def train_members(a, s, noise, ensemble: str) -> list[str]:
+    """The commands that make a seed's ensemble: one, and of WARM a second one for the average."""
+    folder = member_folder(a, s, noise, ensemble)
+    commands = [train_rms(a, ensemble, noisy_pairs(a, s, noise), folder)]
     if ensemble == WARM:
         commands.append(
             f"train_rm.py --average {folder} {pair_flags(a, s)} "
@@ -193,18 +211,12 @@ def train_members(a, s, noise, ensemble: str) -> list[str]:
     return commands
 
 
-def averaged_folder(a, s, noise) -> str:
-    """The folder of a seed's averaged reward model."""
-    return f"{a.output_dir}/rm_noise{noise:g}/{WARM}/seed_{s}/averaged"
-
-
-def train_further(a, s, noise) -> str:
+def train_further(a, s, noise, method: Method) -> list[str]:
     """The command that trains as many members once more, for an ensemble of twice the size."""
-    return (
-        f"train_rm.py --members {a.members} --seed {a.members} --model {policy_of(a)} "
-        f"{pair_flags(a, s)} --label_noise {noise:g} --noise_seed {s} "
-        f"--output_dir {member_folder(a, s, noise, 'further')} {a.rm_flags}"
-    )
+    if method.members is None or method.members <= a.members:
+        return []
+    folder = member_folder(a, s, noise, "further")
+    return [train_rms(a, FINETUNE, noisy_pairs(a, s, noise), folder, first=a.members)]
 
 
 def rewards_of(a, s, noise, method: Method) -> str:
@@ -216,6 +228,7 @@ def rewards_of(a, s, noise, method: Method) -> str:
         return folder
     if method.members > a.members:
         return f"{folder} {member_folder(a, s, noise, 'further')}"
+    # The folders of single members, by name.
     return " ".join(folder.replace("{seed}", str(i)) for i in range(method.members))
 
 
@@ -248,7 +261,7 @@ def sample_pool(a) -> list[str]:
     return [*before, pool]
 
 
-def in_order(*groups: list[str]) -> list[str]:
+def list_once(*groups: list[str]) -> list[str]:
     """The commands of some lists, each once."""
     commands = {}  # a set that keeps the order
     for group in groups:
@@ -256,23 +269,20 @@ def in_order(*groups: list[str]) -> list[str]:
     return list(commands)
 
 
+def ppo_name(s, noise, kl_coef, label: str) -> str:
+    """The name of a PPO run's cell, which is also its folder."""
+    return f"ppo_noise{noise:g}_kl{kl_coef:g}/{label}/seed_{s}"
+
+
 def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
     """One PPO run."""
-    further = []
-    if method.members is not None and method.members > a.members:
-        further = [train_further(a, s, noise)]
-    # On one's own data models may have tokenizers of their own: no distances are measured there.
-    pool = ""
-    before = []
-    if not has_own_data(a):
-        pool = f"{a.output_dir}/pool/pool.jsonl"
-        before = sample_pool(a)
-    needs = in_order(
+    needs = list_once(
         train_sfts(a, method.ensemble),
-        before,
+        sample_known(a),
         train_members(a, s, noise, method.ensemble),
-        further,
+        train_further(a, s, noise, method),
     )
+
     objective = f"--objective {method.objective} "
     if method.uwo_lambda is not None:
         objective += f"--uwo_lambda {method.uwo_lambda:g} "
@@ -282,25 +292,53 @@ def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
         f"{prompt_flags(a)}{objective}--kl_coef {kl_coef:g} --seed {s} --steps {a.steps} "
         f"--eval_every {a.eval_every} --output_dir {a.output_dir}/{name} {a.ppo_flags}"
     )
-    return Cell(name, command, needs, partial(read_ppo, pool=pool))
+    read = read_ppo
+    if sample_known(a):
+        read = partial(read_with_distance, known=f"{a.output_dir}/known/pool.jsonl")
+    return Cell(name, command, needs, read)
 
 
-def ppo_name(s, noise, kl_coef, label: str) -> str:
-    """The name of a PPO run's cell, which is also its folder."""
-    return f"ppo_noise{noise:g}_kl{kl_coef:g}/{label}/seed_{s}"
+def sample_known(a) -> list[str]:
+    """The command that samples SFT's answers to the prompts of PPO's evaluations.
+
+    A run's distances are measured from these. On one's own data a reward model may have a tokenizer
+    of its own, which cannot read them: no distances are measured there.
+    """
+    if has_own_data(a):
+        return []
+    return [
+        f"sample_bon.py --model {policy_of(a)} --reward_model world:gold --n_answers 16 "
+        f"--output_dir {a.output_dir}/known {a.bon_flags}"
+    ]
+
+
+def read_with_distance(folder: str, known: str) -> dict:
+    """What a PPO run has found, with the distance of its answers from those in a pool."""
+    distances = measure_distances(folder, known)
+    return read_ppo(folder) | {"distance": [shorten(distance) for distance in distances]}
+
+
+def bon_name(s, noise, ensemble: str) -> str:
+    """The name of a best-of-n run's cell, which is also its folder."""
+    return f"bon_noise{noise:g}/{ensemble}/seed_{s}"
 
 
 def bon_cell(a, s, noise, ensemble: str) -> Cell:
     """Best-of-n by a seed's ensemble, each of its members and each objective."""
-    needs = in_order(train_sfts(a, ensemble), sample_pool(a), train_members(a, s, noise, ensemble))
+    needs = list_once(train_sfts(a, ensemble), sample_pool(a), train_members(a, s, noise, ensemble))
     lambdas = " ".join(map(str, BON_LAMBDAS))
-    name = f"bon_noise{noise:g}/{ensemble}/seed_{s}"
+    name = bon_name(s, noise, ensemble)
     command = (
         f"sample_bon.py --pool {a.output_dir}/pool/pool.jsonl "
         f"--reward_model {rewards_of(a, s, noise, Method(ensemble))} --uwo_lambda {lambdas} "
         f"--seed {s} --output_dir {a.output_dir}/{name} {a.bon_flags}"
     )
     return Cell(name, command, needs, read_bon)
+
+
+def hard_name(s, ensemble: str) -> str:
+    """The name of a cell in the hard setting, which is also its folder."""
+    return f"hard/bon/{ensemble}/seed_{s}"
 
 
 def hard_cell(a, s, ensemble: str) -> Cell:
@@ -311,22 +349,20 @@ def hard_cell(a, s, ensemble: str) -> Cell:
         f"--max_rows {a.hard_prompts} --n_answers {a.hard_answers} --output_dir {out}/pool "
         f"{a.bon_flags}"
     )
-    start = policy_of(a)
-    if ensemble == PRETRAIN:
-        start = f"{sft_of(a)}/seed_{{seed}}"
-    folder = f"{out}/rm/{ensemble}/seed_{s}/seed_{{seed}}"
-    members = (
-        f"train_rm.py --members {a.members} --model {start} --dataset world:{s} "
-        f"--max_rows {HARD_PAIRS} --label_noise {HARD_NOISE:g} --noise_seed {s} "
-        f"--output_dir {folder} {a.rm_flags}"
+    pairs = (
+        f"--dataset world:{s} --max_rows {HARD_PAIRS} --label_noise {HARD_NOISE:g} --noise_seed {s}"
     )
-    needs = in_order(train_sfts(a, ensemble), [pool, members])
-    name = f"hard/bon/{ensemble}/seed_{s}"
+    folder = f"{out}/rm/{ensemble}/seed_{s}/seed_{{seed}}"
+    needs = [*train_sfts(a, ensemble), pool, train_rms(a, ensemble, pairs, folder)]
+    name = hard_name(s, ensemble)
     command = (
         f"sample_bon.py --pool {out}/pool/pool.jsonl --reward_model {folder} --uwo_lambda 0.5 "
         f"--seed {s} --output_dir {a.output_dir}/{name} {a.bon_flags}"
     )
     return Cell(name, command, needs, read_bon)
+
+
+# ---------------------------------------------------------------------------- parts of the study
 
 
 def methods_of(a) -> dict[str, Method]:
@@ -365,21 +401,33 @@ def headline_cells(a) -> list[Cell]:
 
 def hard_cells(a) -> list[Cell]:
     """Best-of-n in the hard setting, by both kinds of ensemble."""
-    if has_own_data(a) or not a.hard_answers:
+    # A model of one's own may have no further starts, and data of one's own no other prompts.
+    if a.model or not a.hard_answers:
         return []
     cells = []
     for s in range(a.hard_seeds):
-        for ensemble in (FINETUNE, PRETRAIN):
+        for ensemble in IN_HARD_SETTING:
             cells.append(hard_cell(a, s, ensemble))
     return cells
 
 
+def member_counts(a) -> dict[str, Method]:
+    """The mean of fewer members than an ensemble has, of all, and of twice as many."""
+    methods = {SINGLE: METHODS[SINGLE]}
+    for members in FEW_MEMBERS:
+        if members < a.members:
+            methods[f"mean_of_{members}"] = Method(FINETUNE, members=members)
+    methods["mean"] = METHODS["mean"]
+    methods[f"mean_of_{2 * a.members}"] = Method(FINETUNE, members=2 * a.members)
+    return methods
+
+
 def trial_cells(a, methods: dict[str, Method], kl_coefs=(0,)) -> list[Cell]:
     """A sweep of a few seeds, at the first label noise."""
-    cells = []
-    if has_own_data(a):
-        return cells
+    if a.model:
+        return []
     noise = a.label_noise[0]
+    cells = []
     for s in range(a.trial_seeds):
         for kl_coef in kl_coefs:
             for label, method in methods.items():
@@ -389,10 +437,10 @@ def trial_cells(a, methods: dict[str, Method], kl_coefs=(0,)) -> list[Cell]:
 
 def all_cells(a) -> list[Cell]:
     """The cells of the whole study, in the order in which they are run."""
-    kl_sweep = {label: METHODS[label] for label in IN_KL_SWEEP}
     cells = headline_cells(a) + hard_cells(a)
-    cells += trial_cells(a, MEMBER_COUNTS) + trial_cells(a, LAMBDAS)
-    cells += trial_cells(a, kl_sweep, KL_COEFS)
+    cells += trial_cells(a, member_counts(a)) + trial_cells(a, LAMBDAS)
+    cells += trial_cells(a, IN_KL_SWEEP, KL_COEFS)
+    # The sweeps have some runs of the headline.
     return list({cell.name: cell for cell in cells}.values())
 
 
@@ -418,7 +466,7 @@ class Settings(OwnDataFlags, KeptFlags, StudyFlags):
         default_factory=list,
         metadata={"choices": METHODS},
         help="what PPO maximises: one reward model, or an ensemble's objective; by default "
-        f"{', '.join(IN_WORLD)}; on your own data {', '.join(ON_OWN_DATA)}",
+        f"{', '.join(IN_WORLD)}; with --model {', '.join(ON_OWN_DATA)}",
     )
     label_noise: list[float] = HfArg(
         default_factory=lambda: [0.25, 0], help="shares of training labels that are flipped"
@@ -438,14 +486,16 @@ class Settings(OwnDataFlags, KeptFlags, StudyFlags):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 0, "trial_seeds", "hard_seeds", "hard_answers")
-        if not self.methods:
-            self.methods = list(ON_OWN_DATA if has_own_data(self) else IN_WORLD)
-        if self.model and not self.sft_dataset:
-            for label in self.methods:
-                require(
-                    METHODS[label].ensemble != PRETRAIN,
-                    f"--methods {label} needs several SFT policies: train them from --sft_dataset",
-                )
+        if not self.methods and self.model:
+            self.methods = list(ON_OWN_DATA)
+        elif not self.methods:
+            self.methods = list(IN_WORLD)
+        for label in self.methods:
+            needs_several = METHODS[label].ensemble == PRETRAIN
+            require(
+                not needs_several or not has_one_sft(self),
+                f"--methods {label} needs several SFT policies: train them from --sft_dataset",
+            )
 
 
 def read_settings(args: list[str] | None = None) -> Settings:
@@ -454,16 +504,27 @@ def read_settings(args: list[str] | None = None) -> Settings:
 
 
 def file_of_cells(a) -> str:
-    """The file that keeps the results; on one's own data it is in the study's folder."""
-    if has_own_data(a):
+    """The file that keeps the results; with a model of one's own it is in the study's folder."""
+    if a.model:
         return a.results or f"{a.output_dir}/cells.json"
     return results_file(a, __file__)
+
+
+def describe_differences(a) -> list[str]:
+    """What is different on one's own data: lines to print."""
+    remarks = describe_own_data(a)
+    if remarks and 0 in a.label_noise:
+        remarks.append(
+            "without label noise all seeds have the same reward models: intervals say what PPO's "
+            "own draws do"
+        )
+    return remarks
 
 
 def main(args=None):
     """Run what is not done yet, then print the tables and draw the pictures."""
     a = read_settings(args)
-    remarks = describe_own_data(a)
+    remarks = describe_differences(a)
     if a.dry_run:
         print_plan(commands(a), a, remarks)
         return
@@ -475,72 +536,37 @@ def main(args=None):
 
 
 def run_study(a, path: str):
-    """Run the study part by part, and show what each part has found."""
+    """Run the study part by part, and show what each part has found. path: the file of results"""
     measure = measure_of(a)
-    print(f"\n{measure.capitalize()} on held-out prompts: {describe_numbers(a)}")
+    numbers = "mean over seeds +- half-width of its 95% t interval"
+    print(f"\n{measure.capitalize()} on held-out prompts: {numbers}")
 
     # 1. Which ensemble? PPO by each method, and best-of-n by each ensemble.
     results = run_cells(headline_cells(a), a, path)
-    by_setting = {}  # {title: the PPO runs of a label noise and a KL coefficient}
+    runs_by_title = {}
     for noise in a.label_noise:
-        seeds = seeds_of(a, noise)
-        if not seeds:
+        if not seeds_of(a, noise):
             continue
-        pools = {}
-        for ensemble in ensembles_of(a):
-            names = [bon_cell(a, s, noise, ensemble).name for s in seeds]
-            pools[ensemble] = [results[name] for name in names]
-        curves = curves_of_bon(pools)
-        show_curves(a, f"best-of-n, label noise {noise:g}", curves, f"bon_noise{noise:g}.png")
-
+        show_bon(a, results, noise)
         for kl_coef in a.kl_coef:
-            runs = runs_of(results, noise, kl_coef, methods_of(a), seeds)
             title = f"PPO, label noise {noise:g}, kl_coef {kl_coef:g}"
-            by_setting[title] = runs
-            show_curves(a, title, runs, f"ppo_noise{noise:g}_kl{kl_coef:g}.png")
-            print_title(f"{title}: how alike the members are", a)
-            print_table(compare_members(runs))
+            runs = runs_of(results, noise, kl_coef, methods_of(a), seeds_of(a, noise))
+            runs_by_title[title] = runs
+            show_ppo(a, title, runs, f"ppo_noise{noise:g}_kl{kl_coef:g}.png")
 
-    # 2. The setting in which best-of-n falls.
+    # 2. Where does best-of-n fall?
     hard = hard_cells(a)
     if hard:
-        results = run_cells(hard, a, path)
-        pools = {}
-        for ensemble in (FINETUNE, PRETRAIN):
-            names = [hard_cell(a, s, ensemble).name for s in range(a.hard_seeds)]
-            pools[ensemble] = [results[name] for name in names]
-        title = f"best-of-n, {HARD_PAIRS} pairs, label noise {HARD_NOISE:g}, other prompts"
-        show_curves(a, title, curves_of_bon(pools), "bon_hard.png")
+        show_hard(a, run_cells(hard, a, path))
 
     # 3. The sweeps.
-    noise = a.label_noise[0]
-    for title, methods in (("number of members", MEMBER_COUNTS), ("lambda of UWO", LAMBDAS)):
-        cells = trial_cells(a, methods)
-        if cells:
-            results = run_cells(cells, a, path)
-            runs = runs_of(results, noise, 0, methods, range(a.trial_seeds))
-            print_title(f"Trial of {a.trial_seeds} seeds: {title}", a)
-            print_table(compare_curves(runs, measure))
-    methods = {label: METHODS[label] for label in IN_KL_SWEEP}
-    cells = trial_cells(a, methods, KL_COEFS)
-    if cells:
-        results = run_cells(cells, a, path)
-        runs = {}
-        for kl_coef in KL_COEFS:
-            own = runs_of(results, noise, kl_coef, methods, range(a.trial_seeds))
-            runs |= {f"{label}, {kl_coef:g}": of_seeds for label, of_seeds in own.items()}
-        print_title(f"Trial of {a.trial_seeds} seeds: the KL coefficient", a)
-        print_table(compare_curves(runs, measure))
+    show_sweep(a, path, "number of members", member_counts(a))
+    show_sweep(a, path, "lambda of UWO", LAMBDAS)
+    show_sweep(a, path, "the KL coefficient", IN_KL_SWEEP, KL_COEFS)
 
     # 4. How would one notice without gold? And which reward model would one have chosen?
-    for title, runs in by_setting.items():
-        print_title(
-            f"{title}: does a reward model's measure tell how much gold a run ends with?", a
-        )
-        print("\n".join(compare_reward_models(runs, measure)))
-        if measure == "gold":
-            print_title(f"{title}: signs that gold has fallen below its start", a)
-            print_signs(compare_signs(by_seed(runs)))
+    for title, runs in runs_by_title.items():
+        show_signs(a, title, runs)
 
 
 def runs_of(results: dict, noise, kl_coef, methods, seeds) -> dict[str, list[dict]]:
@@ -551,23 +577,84 @@ def runs_of(results: dict, noise, kl_coef, methods, seeds) -> dict[str, list[dic
     return runs
 
 
-def by_seed(runs: dict[str, list[dict]]) -> dict[int, list[dict]]:
-    """{label: the run of each seed} -> {seed: its runs}"""
-    seeds = {}
-    for own in runs.values():
-        for s, run in enumerate(own):
-            seeds.setdefault(s, []).append(run)
-    return seeds
+# ------------------------------------------------------------------------- what each part shows
+
+
+def show_bon(a, results: dict, noise):
+    """Best-of-n at a label noise."""
+    pools = {}
+    for ensemble in ensembles_of(a):
+        pools[ensemble] = [results[bon_name(s, noise, ensemble)] for s in seeds_of(a, noise)]
+    title = f"best-of-n, label noise {noise:g}"
+    show_curves(a, title, curves_of_bon(pools), f"bon_noise{noise:g}.png")
+
+
+def show_ppo(a, title: str, runs: dict[str, list[dict]], picture: str):
+    """The PPO runs of all methods in one setting."""
+    show_curves(a, title, runs, picture)
+    table = compare_members(runs)
+    if table:
+        print_title(f"{title}: how alike the members are", a)
+        print_table(table)
+
+
+def show_hard(a, results: dict):
+    """Best-of-n in the hard setting."""
+    pools = {}
+    for ensemble in IN_HARD_SETTING:
+        pools[ensemble] = [results[hard_name(s, ensemble)] for s in range(a.hard_seeds)]
+    title = f"best-of-n, {HARD_PAIRS} pairs, label noise {HARD_NOISE:g}, other prompts"
+    show_curves(a, title, curves_of_bon(pools), "bon_hard.png")
 
 
 def show_curves(a, title: str, runs: dict[str, list[dict]], picture: str):
-    """Print the table and the fits of runs, and draw them."""
+    """The table, the fits and the picture of runs."""
     measure = measure_of(a)
-    print_title(title, a)
+    (n_seeds,) = {len(own) for own in runs.values()}
+    print_title(f"{title}, {count(n_seeds, 'seed')}", a)
     print_table(compare_curves(runs, measure))
     if measure == "gold":
-        print("\n".join(fit_curves(runs)))
+        for line in fit_curves(runs):
+            print(line)
     draw_picture(draw_curves, runs, f"{a.output_dir}/{picture}")
+
+
+def show_sweep(a, path: str, title: str, methods: dict[str, Method], kl_coefs=(0,)):
+    """Run a sweep, and print its table."""
+    cells = trial_cells(a, methods, kl_coefs)
+    if not cells:
+        return
+    results = run_cells(cells, a, path)
+    runs = {}
+    for kl_coef in kl_coefs:
+        own = runs_of(results, a.label_noise[0], kl_coef, methods, range(a.trial_seeds))
+        for label, of_seeds in own.items():
+            if len(kl_coefs) > 1:
+                label = f"{label}, {kl_coef:g}"
+            runs[label] = of_seeds
+    print_title(f"Trial of {count(a.trial_seeds, 'seed')}: {title}", a)
+    print_table(compare_curves(runs, measure_of(a)))
+
+
+def show_signs(a, title: str, runs: dict[str, list[dict]]):
+    """What tells of gold before PPO, and what during it."""
+    measure = measure_of(a)
+    lines = compare_reward_models(runs, measure)
+    if lines:
+        print_title(f"{title}: does a measure of reward models tell how a run ends?", a)
+        print("\n".join(lines))
+    if measure == "gold":
+        print_title(f"{title}: signs that gold has fallen below its start", a)
+        print_signs(compare_signs(group_by_seed(runs)))
+
+
+def group_by_seed(runs: dict[str, list[dict]]) -> dict[int, list[dict]]:
+    """{label: the run of each seed} -> {seed: its runs}"""
+    by_seed = {}
+    for own in runs.values():
+        for s, run in enumerate(own):
+            by_seed.setdefault(s, []).append(run)
+    return by_seed
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@ shown.
 
 A run here is {column: a list with an entry for each evaluation}; of best-of-n, for each n. A table
 is {row: {column: [one number a seed]}}. What a seed has no number for is left out.
+
+    K members, N answers, S seeds, L evaluations
 """
 
 import os
-from itertools import combinations
 from statistics import fmean
 
 import numpy as np
@@ -15,27 +16,27 @@ from ..bon import bon_kl, fit_bon, fit_rl
 from ..runtime.files import read_object, read_rows
 from ..stats import kendall_tau
 from .common import collect
-from .known_states import measure_distances
-from .tables import shorten, subtract
+from .tables import draw_mean, shorten, subtract
 
 SINGLE = "single"  # one reward model
 
 EVALUATED = ("gold", "proxy", "kl", "length", "distinct_2", "eos_rate", "variance")
 N_OVERRATED = 2  # so many answers that all members overrate are kept of each run
+# What can be said of a reward model before PPO: {name: its column in a summary of train_rm.py}
+HELD_OUT = {"accuracy": "eval/accuracy", "tau": "eval/gold_kendall_tau"}
 
 
 # -------------------------------------------------------------------------------------- reading
 
 
-def read_ppo(folder: str, pool: str) -> dict:
+def read_ppo(folder: str) -> dict:
     """What a PPO run has found on held-out prompts, and what its reward models are like.
 
-    -> {"step": [...], "gold": [...], ..., "entropy": [...], "distance": [...]} with an entry for
-    each evaluation: None where there is none, such as a variance of one member. Further
-    "correlation": [start, end], between members, "spread": [x], the standard deviation of the proxy
-    on SFT's answers, "accuracy": [x] and "tau": [x] of its reward models on held-out pairs,
-    "overrated": [texts], "seconds": [x]. pool: SFT's answers, which distances are measured from; ""
-    for none.
+    With an entry for each evaluation, None where there is none, such as a variance of one member:
+    "step", the columns of EVALUATED, "entropy", and a "distance" that is not measured here. Further
+    "correlation": [on SFT's answers, on the last ones] between members; "overrated": [texts], the
+    last answers that they overrate most; "spread": [x], the standard deviation of their mean score
+    on SFT's answers; "accuracy" and "tau": [x], theirs on held-out pairs; "seconds": [x].
     """
     run = {name: [] for name in ("step", *EVALUATED, "entropy")}
     seconds = 0.0
@@ -51,16 +52,17 @@ def read_ppo(folder: str, pool: str) -> dict:
         # The entropy is that of the answers that the step learned from.
         run["entropy"].append(shorten(row.get("entropy")))
     run["distance"] = [None] * len(run["step"])
-    if pool:
-        run["distance"] = [shorten(x) for x in measure_distances(folder, pool)]
 
+    # PPO begins with SFT's own answers.
     first = read_answers(folder, run["step"][0])
     last = read_answers(folder, run["step"][-1])
-    run["correlation"] = [shorten(correlation(first)), shorten(correlation(last))]
-    run["overrated"] = overrated(last)
-    run["spread"] = [shorten(float(scores_of(first).mean(0).std(ddof=1)))]
+    mean_scores = scores_of(first).mean(0)  # [N]
+    run["correlation"] = [shorten(correlate_members(first)), shorten(correlate_members(last))]
+    run["overrated"] = list_overrated(last)
+    run["spread"] = [shorten(float(mean_scores.std(ddof=1)))]
     run |= describe_reward_models(folder)
-    return run | {"seconds": [shorten(seconds)]}
+    run["seconds"] = [shorten(seconds)]
+    return run
 
 
 def read_answers(folder: str, step: int) -> list[dict]:
@@ -73,20 +75,21 @@ def scores_of(answers: list[dict]) -> np.ndarray:
     return np.array([list(row["scores"].values()) for row in answers]).T
 
 
-def correlation(answers: list[dict]) -> float | None:
+def correlate_members(answers: list[dict]) -> float | None:
     """The mean, over pairs of members, of the correlation of their scores; None for one member.
 
     None also where a member gives all answers the same score.
     """
-    scores = scores_of(answers)
+    scores = scores_of(answers)  # [K, N]
     if len(scores) < 2 or not scores.std(1).all():
         return None
     coefficients = np.corrcoef(scores)  # [K, K]
-    pairs = combinations(range(len(scores)), 2)
-    return fmean(float(coefficients[i, j]) for i, j in pairs)
+    # The part above the diagonal has each pair once.
+    pairs = np.triu_indices(len(scores), k=1)
+    return float(coefficients[pairs].mean())
 
 
-def overrated(answers: list[dict]) -> list[str]:
+def list_overrated(answers: list[dict]) -> list[str]:
     """The answers whose lowest score by a member is furthest above their gold, each text once.
 
     Gold and scores have different units, so each is ranked among the answers first.
@@ -95,30 +98,35 @@ def overrated(answers: list[dict]) -> list[str]:
         return []
     lowest = scores_of(answers).min(0)  # [N]
     gold = np.array([row["gold"] for row in answers])
-    excess = ranks(lowest) - ranks(gold)
+    excess = rank(lowest) - rank(gold)  # [N]
     texts = {}  # a set that keeps the order
     for i in np.argsort(-excess, kind="stable"):
         texts[answers[i]["response"]] = None
     return list(texts)[:N_OVERRATED]
 
 
-def ranks(numbers: np.ndarray) -> np.ndarray:
+def rank(numbers: np.ndarray) -> np.ndarray:
     """The rank of each of N numbers, 0 for the smallest."""
     return np.argsort(np.argsort(numbers, kind="stable"), kind="stable")
 
 
 def describe_reward_models(folder: str) -> dict[str, list[float | None]]:
-    """Mean accuracy, and Kendall's tau with gold, of a run's reward models on held-out pairs."""
+    """The numbers of HELD_OUT, mean over a PPO run's reward models; None where none has them."""
     paths = read_object(f"{folder}/config.json", {"reward_model": list})["reward_model"]
+    summaries = []
+    for path in paths:
+        if os.path.isfile(f"{path}/summary.json"):
+            summaries.append(read_object(f"{path}/summary.json", {}, finite=False))
+
     described = {}
-    for column, name in (("accuracy", "eval/accuracy"), ("tau", "eval/gold_kendall_tau")):
+    for name, column in HELD_OUT.items():
         numbers = []
-        for path in paths:
-            summary = f"{path}/summary.json"
-            if os.path.isfile(summary):
-                numbers.append(read_object(summary, {}, finite=False).get(name))
-        known = [number for number in numbers if number is not None]
-        described[column] = [shorten(fmean(known))] if known else [None]
+        for summary in summaries:
+            if summary.get(column) is not None:
+                numbers.append(summary[column])
+        described[name] = [None]
+        if numbers:
+            described[name] = [shorten(fmean(numbers))]
     return described
 
 
@@ -128,31 +136,34 @@ def read_bon(folder: str) -> dict:
     NAME is an objective, such as wco or uwo_0.5, or "single": the mean over the members' curves.
     """
     results = read_object(f"{folder}/bon_results.json")
-    members = {}
-    curves = {}
+    curves = {SINGLE: []}  # {name: the curves whose mean it is}
     for name, points in results.items():
+        # One reward model alone has one curve, whatever its name.
         if name.startswith("seed_") or len(results) == 1:
-            members[name] = points
+            curves[SINGLE].append(points)
         else:
             curves[name] = [points]
-    curves = {SINGLE: list(members.values())} | curves
 
-    (first, *_) = members.values()
-    run = {"n": [point["n"] for point in first]}
-    run["kl"] = [shorten(bon_kl(n)) for n in run["n"]]
-    for name, own in curves.items():
-        run[name] = {}
-        for score in ("proxy", "gold"):
-            run[name][score] = mean_curve(own, f"{score}_score")
+    run = {"n": [], "kl": []}
+    for point in curves[SINGLE][0]:
+        run["n"].append(point["n"])
+        run["kl"].append(shorten(bon_kl(point["n"])))
+    for name, points in curves.items():
+        proxy = average_curves(points, "proxy_score")
+        gold = average_curves(points, "gold_score")
+        run[name] = {"proxy": proxy, "gold": gold}
     return run
 
 
-def mean_curve(curves: list[list[dict]], column: str) -> list[float | None]:
+def average_curves(curves: list[list[dict]], column: str) -> list[float | None]:
     """The mean of a column over several curves, point by point; None where it is not measured."""
     means = []
     for points in zip(*curves, strict=True):
         numbers = [point[column] for point in points]
-        means.append(None if None in numbers else shorten(fmean(numbers)))
+        if None in numbers:
+            means.append(None)
+        else:
+            means.append(shorten(fmean(numbers)))
     return means
 
 
@@ -162,15 +173,18 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
     The first ensemble's labels are those of its curves, such as wco; another's have its name in
     front. An averaged reward model has one curve, and its name is that of the ensemble.
     """
+    first, *_ = pools
     runs = {}
-    for i, (ensemble, own) in enumerate(pools.items()):
-        names = [name for name in own[0] if name not in ("n", "kl")]
+    for ensemble, own in pools.items():
+        names = list(own[0])
+        names.remove("n")
+        names.remove("kl")
         for name in names:
-            label = name
+            label = f"{ensemble}_{name}"
+            if ensemble == first:
+                label = name
             if len(names) == 1:
                 label = ensemble
-            elif i > 0:
-                label = f"{ensemble}_{name}"
             runs[label] = []
             for pool in own:
                 runs[label].append({"n": pool["n"], "kl": pool["kl"], **pool[name]})
@@ -178,6 +192,11 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 # ------------------------------------------------------------------------------------- comparing
+
+
+def stack(own: list[dict], column: str) -> np.ndarray:
+    """A column of the runs of all seeds: [S, L]."""
+    return np.array([run[column] for run in own])
 
 
 def compare_curves(runs: dict[str, list[dict]], measure: str) -> dict:
@@ -199,7 +218,7 @@ def compare_curves(runs: dict[str, list[dict]], measure: str) -> dict:
 
 
 def describe_curve(run: dict, measure: str) -> dict[str, float]:
-    """Where a run starts, peaks and ends; what going on from the peak cost; and the KL at its end."""
+    """A run's start, peak and end; what going on from the peak cost; and the KL at the end."""
     values = run[measure]
     peak = max(values)
     place = values.index(peak)
@@ -236,26 +255,34 @@ def describe_members(run: dict) -> dict[str, float | None]:
 
 
 def fit_curves(runs: dict[str, list[dict]]) -> list[str]:
-    """A line for each method: a and b of Gao et al.'s curve, with intervals over the seeds."""
+    """A line for each method: a and b of Gao et al.'s curve, with intervals over the seeds.
+
+    A method has none where its runs have been to less than two KL beside the start's.
+    """
     lines = []
     for label, own in runs.items():
-        fit = fit_rl
-        formula = "d (a - b log d)"
+        kl = stack(own, "kl").clip(0)  # [S, L]
+        gold = stack(own, "gold")  # [S, L]
+        # The KL of the policy that a run starts from is 0, whatever rounding says.
+        kl[:, 0] = 0.0
+        if len(np.unique(kl[kl > 1e-6])) < 2:
+            continue
         if "n" in own[0]:
-            fit = fit_bon
             formula = "d (a - b d)"
-        kl = np.array([run["kl"] for run in own]).clip(0)  # [S, L]
-        gold = np.array([run["gold"] for run in own])  # [S, L]
-        found = fit(kl, gold)
+            fit = fit_bon(kl, gold)
+        else:
+            formula = "d (a - b log d)"
+            fit = fit_rl(kl, gold)
         lines.append(
-            f"{label:18s} {formula}: a {found.a:.3f} {as_interval(found.a_interval)}, "
-            f"b {found.b:.3f} {as_interval(found.b_interval)}"
+            f"{label:18s} {formula}: a {fit.a:.3f} {as_interval(fit.a_interval)}, "
+            f"b {fit.b:.3f} {as_interval(fit.b_interval)}"
         )
     return lines
 
 
-def as_interval(interval: tuple[float, float]) -> str:
-    low, high = interval
+def as_interval(ends: tuple[float, float]) -> str:
+    """'[0.123, 0.456]'"""
+    low, high = ends
     return f"[{low:.3f}, {high:.3f}]"
 
 
@@ -266,19 +293,20 @@ def compare_reward_models(runs: dict[str, list[dict]], measure: str) -> list[str
     independent, so that a p-value would be too small: none is given.
     """
     lines = []
-    for name in ("accuracy", "tau", "spread"):
-        found = []
+    for name in (*HELD_OUT, "spread"):
+        numbers = []
         ends = []
         for own in runs.values():
             for run in own:
-                if run[name][0] is not None:
-                    found.append(run[name][0])
+                (number,) = run[name]
+                if number is not None:
+                    numbers.append(number)
                     ends.append(run[measure][-1])
-        if len(found) < 2:
+        if len(numbers) < 2:
             continue
-        tau, _ = kendall_tau(found, ends, permutations=0)
+        tau, _ = kendall_tau(numbers, ends, permutations=0)
         lines.append(
-            f"{name:10s} Kendall's tau with {measure} at the end {tau:6.2f}, {len(found)} runs"
+            f"{name:10s} Kendall's tau with {measure} at the end {tau:6.2f}, {len(numbers)} runs"
         )
     return lines
 
@@ -287,32 +315,33 @@ def compare_reward_models(runs: dict[str, list[dict]], measure: str) -> list[str
 
 
 def draw_curves(figure, runs: dict[str, list[dict]]):
-    """Gold (solid) and proxy (dashed), the mean over seeds, against steps or n and against sqrt(KL).
+    """Gold (solid) and proxy (dashed), mean over seeds, against steps or n and against sqrt(KL).
 
     The band is the standard error of gold over seeds. runs: {label: the run of each seed}
     """
     figure.set_size_inches(10, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
     for i, (label, own) in enumerate(runs.items()):
+        kl = stack(own, "kl")  # [S, L]
+        d = kl.clip(0) ** 0.5
         positions = own[0].get("step") or own[0]["n"]
-        d = np.array([run["kl"] for run in own]).clip(0) ** 0.5  # [seeds, evaluations]
-        for axis, x in ((left, positions), (right, d.mean(0))):
-            for measure, style in (("gold", "-"), ("proxy", "--")):
-                if None in own[0][measure]:
-                    continue
-                values = np.array([run[measure] for run in own])  # [seeds, evaluations]
-                mean = values.mean(0)
-                name = label if measure == "gold" else None
-                axis.plot(x, mean, style, color=f"C{i}", label=name, linewidth=1.2)
-                if measure == "gold" and len(own) > 1:
-                    error = values.std(0, ddof=1) / len(own) ** 0.5
-                    axis.fill_between(
-                        x, mean - error, mean + error, color=f"C{i}", alpha=0.15, linewidth=0
-                    )
-    is_bon = "n" in own[0]
-    left.set(xlabel="n" if is_bon else "PPO step", ylabel="gold (solid), proxy (dashed)")
-    if is_bon:
-        left.set_xscale("log")
+        draw_scores(left, positions, own, color=f"C{i}", label=label)
+        draw_scores(right, d.mean(0), own, color=f"C{i}", label=label)
+
+    left.set(xlabel="PPO step", ylabel="gold (solid), proxy (dashed)")
+    if "n" in own[0]:
+        left.set(xlabel="n", xscale="log")
     right.set(xlabel="d = sqrt(KL to the SFT policy in nats)")
     lines, labels = left.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 6))
+
+
+def draw_scores(axis, x, own: list[dict], color: str, label: str):
+    """The mean gold and proxy of the runs of all seeds; the proxy alone where gold is unknown."""
+    proxy = stack(own, "proxy")  # [S, L]
+    if None in own[0]["gold"]:
+        draw_mean(axis, x, proxy, color=color, label=label, linestyle="--")
+        return
+    gold = stack(own, "gold")  # [S, L]
+    draw_mean(axis, x, gold, color=color, label=label)
+    axis.plot(x, proxy.mean(0), "--", color=color, linewidth=1)

@@ -1,9 +1,11 @@
-"""Numbers of a study's runs: shortened, subtracted seed by seed, read off a curve, and printed.
+"""Numbers of a study's runs: shortened, subtracted seed by seed, read off a curve; printed, drawn.
 
 A table is {row: {column: [one number a seed]}}.
 """
 
 import math
+
+import numpy as np
 
 from .common import as_text
 
@@ -56,3 +58,16 @@ def print_table(table: dict[str, dict[str, list[float]]]):
         for column in columns:
             line += f"{as_text(row.get(column, []), most):>20s}"
         print(line)
+
+
+def draw_mean(axis, x, values: np.ndarray, **look):
+    """The mean of values [seeds, L] at x [L], and a band of its standard error over seeds.
+
+    look: how the line looks, as in matplotlib's plot(). The band has the line's colour.
+    """
+    mean = values.mean(0)
+    (line,) = axis.plot(x, mean, **look)
+    if len(values) > 1:
+        error = values.std(0, ddof=1) / len(values) ** 0.5
+        color = line.get_color()
+        axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
