@@ -6,8 +6,8 @@ on the last token, loss -log sigmoid(r_c - r_r).
     an ensemble, runs/rm/seed_0 to runs/rm/seed_4:
         python train_rm.py --members 5
     one whose members start from SFT policies of their own:
-        python train_rm.py --members 5 --model 'runs/sft/seed_{seed}' \
-            --output_dir 'runs/pretrain/seed_{seed}'
+        python train_rm.py --members 5 --model 'runs/sft_{seed}' \
+            --output_dir 'runs/starts/seed_{seed}'
     one reward model for the price of five, by the mean of their weights:
         python train_rm.py --members 5 --head_seed 0 \
             --output_dir 'runs/warm/seed_{seed}'
@@ -43,14 +43,16 @@ from transformers.hf_argparser import HfArg
 from nanorlhf import data
 from nanorlhf.control import sarm_training
 from nanorlhf.ensemble import average_weights
-from nanorlhf.errors import at_least, divides, require
+from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.hf.lora import choose_trained, merge
 from nanorlhf.models import (
+    knows_scale,
     load_reward_model,
     load_shared_tokenizer,
     load_tokenizer,
+    resolve,
     save_reward_model,
 )
 from nanorlhf.packing import Answers, Packed, micro_batches, pack
@@ -68,7 +70,7 @@ from nanorlhf.runtime.rng import key
 from nanorlhf.sarm import is_sarm
 from nanorlhf.show.page import write_page
 from nanorlhf.splits import load_splits
-from nanorlhf.stages import train_what_is_missing
+from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
 from nanorlhf.tokens import encode, leave_out_of_splits
 
@@ -80,7 +82,8 @@ class Config(sarm_training.Flags, RunConfig):
     model: str = HfArg(
         default="runs/sft",
         help="the causal language model to start from: a run folder, a model folder or a hub name; "
-        "{seed} stands for --seed, so that each of --members has a start of its own",
+        "{seed} stands for --seed, so that each of --members has a start of its own (name it again "
+        "with --resume)",
     )
     members: int = HfArg(
         default=1,
@@ -94,7 +97,7 @@ class Config(sarm_training.Flags, RunConfig):
     average: list[str] = HfArg(
         default_factory=list,
         help="train nothing: write the reward model whose weights are the mean of these models' "
-        "weights ({seed} stands for all that exist)",
+        "weights, by default into runs/rm/mean ({seed} stands for all that exist)",
     )
     max_length: int = HfArg(
         default=0, help="tokens in the longest prompt and answer; 0: the model's context"
@@ -162,10 +165,18 @@ class Config(sarm_training.Flags, RunConfig):
             self.model = self.model.replace("{seed}", str(self.seed))
 
     def check_average(self):
-        """InputErrors of --average; the first model's tokenizer is that of them all."""
+        """InputErrors of --average. The first of its models is the --model of the run."""
         require(self.members == 1 and not self.sarm, "--average trains no --members and no --sarm")
-        self.average = expand(self.average)
+        require(self.head_seed is None, "--average starts no score head, which --head_seed is for")
+        self.average = expand(self.average, "--average")
+        defaults = type(self)
+        require(
+            self.model in (defaults.model, self.average[0]),
+            "--average starts from its own models, and takes no --model",
+        )
         self.model = self.average[0]
+        if self.output_dir == defaults.output_dir:
+            self.output_dir = "runs/rm/mean"
 
 
 @unlock_afterwards()
@@ -173,7 +184,7 @@ def main(config):
     """Train one reward model, or --members of them. -> its summary, or {folder: summary}"""
     dist = setup(config.device, config.distributed)
     if config.average:
-        return average(config, dist)
+        return average_members(config, dist)
     if config.members == 1:
         return train(config, dist)
     return train_members(config, dist)
@@ -195,8 +206,7 @@ def train_members(config, dist):
         member = replace(
             config,
             members=1,
-            seed=config.seed + i,
-            model=config.model.replace("{seed}", str(config.seed + i)),
+            seed=config.seed + i,  # in the names of its --model and its folder, too
             noise_seed=noise_seed,
             independent_noise=False,
         )
@@ -211,7 +221,9 @@ def train_members(config, dist):
             RunFolder(member, alone)
 
     dist.together(lock_folders)
-    # An autoencoder that does not fit is an error before anything is trained, too.
+    # So is a --model that cannot be used, and an autoencoder that is not there.
+    for member in members:
+        check_inputs(member, "model")
     sarm_training.check_autoencoder(config)
     train_what_is_missing(config, "model")  # by all processes together
     for member in mine:
@@ -256,9 +268,7 @@ def train(config, dist):
     check_texts(pairs, held_out["eval"], tokenizer, max_length, config)
 
     # Gold scores come before any training: a gold reward that fails then wastes none.
-    golds = {}
-    if config.gold_model:
-        golds = gold_scores(held_out, tokenizer, max_length, config, dist)  # {label: [2, N]}
+    golds = gold_scores(held_out, tokenizer, max_length, config, dist)  # {label: [2, N]}
 
     # ------------------------------------------------------------------------------------- model
     reward_model, note = training.load(dist)
@@ -364,34 +374,36 @@ def standardise(reward_model, held_out, golds, tokenizer, max_length, config, di
     return summary
 
 
-def average(config, dist):
-    """Write the reward model whose weights are the mean of --average's. -> its summary
+# ---------------------------------------------------------------------------- the mean of weights
 
-    Each member's head has its own 1/std folded in, which is taken out again: else the members with
-    the smallest scores would count most. The mean is standardised anew, on the same held-out texts.
+
+def average_members(config, dist):
+    """Write the reward model whose weights are the mean of --average's (WARM). -> its summary
+
+    What train() does before its loop and after it, and the mean in the place of the loop.
     """
     folder = RunFolder(config, dist)
     if folder.state == "done":
         return folder.already_done()
     check_members(config.average)
-    tokenizer = load_shared_tokenizer(config.average[0], config.average[1:])
+
+    # Held-out texts set the scale of the mean's scores, and say what they are worth.
+    tokenizer = load_shared_tokenizer(config.model, config.average)
     rows, held_out, note = load_splits(config, "pairs")
     _, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     max_length = config.max_length or context_length(check_model(config.model))
-    golds = {}
-    if config.gold_model:
-        golds = gold_scores(held_out, tokenizer, max_length, config, dist)
+    golds = gold_scores(held_out, tokenizer, max_length, config, dist)
 
-    def raw_models():
-        for path in config.average:
-            reward_model = load_reward_model(path, dist.device)
-            reward_model.undo_standardise()
-            yield reward_model
-
-    reward_model = average_weights(raw_models())
+    # One member is loaded after another, when its weights are added.
+    members = (load_raw_member(path, dist.device) for path in config.average)
+    try:
+        reward_model = average_weights(members)
+    except ValueError as error:  # models of different architectures
+        raise InputError(f"--average: {error}") from None
     folder.create()
-    n_models = len(config.average)
-    dist.print(f"the mean of {n_models} reward models on {config.dataset}: {note}")
+    n_members = len(config.average)
+    dist.print(f"the mean of {n_members} reward models on {config.dataset}: {note}")
+
     summary = standardise(reward_model, held_out, golds, tokenizer, max_length, config, dist)
     folder.save_model(save_reward_model, reward_model, tokenizer)
     folder.finish(summary)
@@ -399,18 +411,34 @@ def average(config, dist):
     return summary
 
 
+def load_raw_member(path, device):
+    """Load a reward model, with the score head that it was trained to.
+
+    Pitfall: a head in a folder is divided by the standard deviation of its own scores. In a mean of
+    such heads, the members whose scores differed least would count most.
+    """
+    reward_model = load_reward_model(path, device)
+    reward_model.undo_standardise()
+    return reward_model
+
+
 def check_members(paths):
     """InputError where the weights of these reward models have no meaningful mean."""
-    starts = set()  # of those models that say what they started from
+    seen = set()
+    starts = set()
     for path in paths:
+        place = os.path.realpath(resolve(path))
+        require(place not in seen, f"--average names {path} twice")
+        seen.add(place)
         require(not is_sarm(path), f"{path}: a SARM cannot be averaged")
-        config = check_model(path)
         require(
-            hasattr(config, "reward_std"),
-            f"{path}: config.json has no reward_std, the scale of the scores before they were "
-            "standardised: --average needs reward models that this train_rm.py has trained",
+            knows_scale(path),
+            f"{path}: no reward_std is kept with this model, the scale of its scores before they "
+            "were standardised: --average needs reward models that train_rm.py has saved with it",
         )
-        if os.path.isdir(os.path.join(path, "model")):  # the folder of a run
+        # The folder of a run says what the model started from; a folder of a model alone does not.
+        is_run = resolve(path) != path and os.path.isfile(os.path.join(path, "config.json"))
+        if is_run:
             starts.add(read_start(path))
     require(
         len(starts) <= 1,
@@ -421,12 +449,23 @@ def check_members(paths):
 
 
 def read_start(run):
-    """What the reward model of a run started from: (--model, the seed of its score head)."""
+    """What the reward model of a run started from: (the model's content, its score head's seed).
+
+    Runs that have no fingerprint of the model give its name.
+    """
     settings = read_config(os.path.join(run, "config.json"))
+    start = settings.get("model")
+    # The folder of a run stands for the model/ inside it.
+    for place in (start, f"{start}/model"):
+        if place in settings["inputs"]:
+            start = settings["inputs"][place]["digest"]
     head_seed = settings.get("head_seed")
     if head_seed is None:
         head_seed = settings.get("seed")
-    return settings.get("model"), head_seed
+    return start, head_seed
+
+
+# -------------------------------------------------------------------------------- a plain training
 
 
 class PlainTraining:
@@ -633,7 +672,12 @@ def score_rows(reward_model, batch, config, dist):
 
 
 def gold_scores(held_out, tokenizer, max_length, config, dist):
-    """Score the held-out texts of each split by gold: {label: [2, N]}, chosen and rejected."""
+    """Score the held-out texts of each split by gold: {label: [2, N]}, chosen and rejected.
+
+    Without --gold_model there are none: {}.
+    """
+    if not config.gold_model:
+        return {}
     gold = load_reward(config.gold_model, tokenizer, dist)
     scores = {}
     for label, rows in held_out.items():

@@ -108,21 +108,24 @@ def average_weights(models: Iterable[nn.Module]) -> nn.Module:
     weights of other names or shapes. Pitfall: members must have grown from the same weights, the
     score head's included. Weights that have nothing in common average to noise.
     """
-    average = None
-    for count, model in enumerate(models, 1):
-        if average is None:
-            average = model
-            means = dict(average.named_parameters())
-            continue
+    models = iter(models)
+    average = next(models, None)
+    if average is None:
+        raise ValueError("no model to average")
+    means = dict(average.named_parameters())
+    shapes = {name: mean.shape for name, mean in means.items()}
+
+    count = 1
+    for model in models:
+        count += 1
         weights = dict(model.named_parameters())
-        shapes = {name: weight.shape for name, weight in weights.items()}
-        if shapes != {name: mean.shape for name, mean in means.items()}:
+        if {name: weight.shape for name, weight in weights.items()} != shapes:
             raise ValueError("models of different architectures have no mean")
         for name, mean in means.items():
             # The mean of `count` numbers, from that of count - 1 of them.
             mean += (weights[name] - mean) / count
-    if average is None:
-        raise ValueError("no model to average")
+        # The next model is loaded when this one is gone.
+        del model, weights
     return average
 
 

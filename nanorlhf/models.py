@@ -29,7 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from . import ppo
 from .errors import InputError, library_call, require
-from .hf.adapters import is_adapter, load_merged, read_config, resolve, save_model
+from .hf.adapters import is_adapter, load_merged, read_config, read_notes, resolve, save_model
 from .hf.blocks import FrozenTrunk
 from .hf.folders import (
     VALUE_MODEL,
@@ -404,6 +404,9 @@ def load_reward_model(path: str, device="cpu", seed: int | None = None) -> Rewar
         # Stiennon et al. 2020: 1 / sqrt(D + 1)
         std = (hidden_width(model.config) + 1) ** -0.5
         model.score.weight.data.normal_(0, std, generator=generator)
+        # The trunk may be that of a reward model, whose head had a scale of its own.
+        model.config.reward_mean = 0.0
+        model.config.reward_std = 1.0
     return RewardModel(model).eval().to(device)
 
 
@@ -508,6 +511,16 @@ def is_reward_model(spec: str) -> bool:
     if is_adapter(path):
         return read_config(path).get("task_type") == "SEQ_CLS"
     return config.num_labels == 1
+
+
+def knows_scale(spec: str) -> bool:
+    """Whether a reward model says by what its scores were divided when they were standardised.
+
+    Those that were saved before config.reward_std existed do not. InputError: no model at all.
+    """
+    config = check_model(spec)
+    notes = read_notes(resolve(spec))  # of an adapter: the config is that of its base model
+    return hasattr(config, "reward_std") or notes.get("reward_std") is not None
 
 
 def fingerprint(spec: str) -> str:

@@ -88,10 +88,10 @@ def reward_names(specs: list[str]) -> list[str]:
     return names
 
 
-def expand(specs: str | list[str]) -> list[str]:
+def expand(specs: str | list[str], flag: str = "--reward_model") -> list[str]:
     """Names of rewards, or one, in which {seed} stands for the folders that exist -> all names.
 
-    InputError: no folder for a {seed}, no name at all, or the same name twice.
+    The names are those of a flag, which errors name. InputError: no folder for a {seed}, no name at all, or the same name twice.
     """
     if isinstance(specs, str):
         specs = [specs]
@@ -102,9 +102,9 @@ def expand(specs: str | list[str]) -> list[str]:
         else:
             expanded.append(spec)
 
-    require(expanded, "--reward_model names no reward")
+    require(expanded, f"{flag} names no reward")
     for spec in expanded:
-        require(expanded.count(spec) == 1, f"--reward_model names {spec} twice")
+        require(expanded.count(spec) == 1, f"{flag} names {spec} twice")
     return expanded
 
 

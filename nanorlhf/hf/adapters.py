@@ -49,7 +49,9 @@ FIELDS = {
     "modules_to_save": list[str] | None,
     "revision": str | None,
 }
-NOTE_FIELDS = {"base": str | None, "reward_mean": float | None}
+NOTE_FIELDS = {"base": str | None, "reward_mean": float | None, "reward_std": float | None}
+# The scale of a reward model's scores: in its config, or in the notes beside its adapter.
+SCALE = ("reward_mean", "reward_std")
 
 
 # ------------------------------------------------------------------------------ names of models
@@ -126,8 +128,9 @@ def save_adapter(lm, path: str, base: str):
     if os.path.isdir(base):
         notes["base"] = os.path.relpath(base, path)
         base = os.path.abspath(base)
-    if hasattr(lm.config, "reward_mean"):
-        notes["reward_mean"] = lm.config.reward_mean
+    for name in SCALE:
+        if hasattr(lm.config, name):
+            notes[name] = getattr(lm.config, name)
     write_json(os.path.join(path, CONFIG), config_to_save(lm, base))
     write_json(os.path.join(path, NOTES), notes)
 
@@ -278,7 +281,10 @@ def read_notes(path: str) -> dict:
     file = os.path.join(path, NOTES)
     if not os.path.isfile(file):
         return {}
-    return read_object(file, NOTE_FIELDS)
+    notes = read_object(file, NOTE_FIELDS)
+    std = notes.get("reward_std")
+    require(std is None or 0 < std < 1e9, f"{file}: reward_std cannot be {shorten(std)}")
+    return notes
 
 
 def read_tensors(path: str) -> dict[str, torch.Tensor]:
@@ -335,9 +341,10 @@ def load_adapter(lm, path: str):
         put_adapter(lm, layer, lora_A, lora_B, config["lora_alpha"], config["lora_dropout"])
     for name, p in heads.items():
         p.data.copy_(tensors[name])
-    mean = read_notes(path).get("reward_mean")
-    if mean is not None:
-        lm.config.reward_mean = mean
+    notes = read_notes(path)
+    for name in SCALE:
+        if notes.get(name) is not None:
+            setattr(lm.config, name, notes[name])
     return lm
 
 

@@ -43,6 +43,7 @@ from .common import (
     run_cells,
     stages_of,
 )
+from .known_states import measure_distances
 from .overoptimisation_results import (
     SINGLE,
     compare_curves,
@@ -66,7 +67,7 @@ from .own_data import (
 )
 from .plan import count, print_plan
 from .tables import print_table, shorten
-from .warning_signs import compare_signs, measure_distances, print_signs
+from .warning_signs import compare_signs, print_signs
 
 # The ensembles. Members of each learn from the same pairs, in an order of their own.
 FINETUNE = "finetune"  # all start from one SFT policy; each has a score head of its own
@@ -275,15 +276,9 @@ def ppo_name(s, noise, kl_coef, label: str) -> str:
 
 def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
     """One PPO run."""
-    # On one's own data models may have tokenizers of their own: no distances are measured there.
-    pool = ""
-    before = []
-    if not has_own_data(a):
-        pool = f"{a.output_dir}/pool/pool.jsonl"
-        before = sample_pool(a)
     needs = list_once(
         train_sfts(a, method.ensemble),
-        before,
+        sample_known(a),
         train_members(a, s, noise, method.ensemble),
         train_further(a, s, noise, method),
     )
@@ -297,15 +292,30 @@ def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
         f"{prompt_flags(a)}{objective}--kl_coef {kl_coef:g} --seed {s} --steps {a.steps} "
         f"--eval_every {a.eval_every} --output_dir {a.output_dir}/{name} {a.ppo_flags}"
     )
-    return Cell(name, command, needs, partial(read_run, pool=pool))
+    read = read_ppo
+    if sample_known(a):
+        read = partial(read_with_distance, known=f"{a.output_dir}/known/pool.jsonl")
+    return Cell(name, command, needs, read)
 
 
-def read_run(folder: str, pool: str) -> dict:
-    """What a PPO run has found, with the distance of its answers from SFT's, which a pool holds."""
-    run = read_ppo(folder)
-    if pool:
-        run["distance"] = [shorten(distance) for distance in measure_distances(folder, pool)]
-    return run
+def sample_known(a) -> list[str]:
+    """The command that samples SFT's answers to the prompts of PPO's evaluations.
+
+    A run's distances are measured from these. On one's own data a reward model may have a tokenizer
+    of its own, which cannot read them: no distances are measured there.
+    """
+    if has_own_data(a):
+        return []
+    return [
+        f"sample_bon.py --model {policy_of(a)} --reward_model world:gold --n_answers 16 "
+        f"--output_dir {a.output_dir}/known {a.bon_flags}"
+    ]
+
+
+def read_with_distance(folder: str, known: str) -> dict:
+    """What a PPO run has found, with the distance of its answers from those in a pool."""
+    distances = measure_distances(folder, known)
+    return read_ppo(folder) | {"distance": [shorten(distance) for distance in distances]}
 
 
 def bon_name(s, noise, ensemble: str) -> str:

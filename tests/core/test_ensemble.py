@@ -1,15 +1,18 @@
-"""Ensemble objectives against loops in exact arithmetic.
+"""Ensemble objectives against loops in exact arithmetic, and the mean of weights against numpy.
 
 K members, each with a score for every answer: a column of scores [K, ...] is one answer.
 """
 
+import weakref
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from checks import refuses
+from torch import nn
 
-from nanorlhf.ensemble import combine, variance, weighted_sum
+from nanorlhf.ensemble import average_weights, combine, variance, weighted_sum
 
 OBJECTIVES = ["mean", "wco", "uwo"]
 
@@ -128,3 +131,70 @@ MISTAKES = {
 def test_errors(scores, objective, uwo_lambda, words):
     with refuses(words):
         combine(scores, objective, uwo_lambda)
+
+
+# ------------------------------------------------------------------------------ the mean of weights
+
+
+def make_member(seed, width=4):
+    """A small network of random weights, one of which is frozen."""
+    torch.manual_seed(seed)
+    member = nn.Sequential(
+        nn.Linear(3, width), nn.LayerNorm(width), nn.Linear(width, 1, bias=False)
+    )
+    member[0].weight.requires_grad_(False)
+    return member
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_every_weight_is_the_mean_of_the_members(k):
+    members = [make_member(seed) for seed in range(k)]
+    arrays = {}  # {name: the k members' weights}, before the mean is taken
+    for name in members[0].state_dict():
+        of_members = [member.state_dict()[name].double().numpy() for member in members]
+        arrays[name] = np.stack(of_members)
+
+    average = average_weights(members)
+    assert len(arrays) == 5
+    for name, weight in average.state_dict().items():
+        expected = arrays[name].mean(axis=0)
+        np.testing.assert_allclose(weight.numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_mean_of_a_model_and_its_copy_is_the_model():
+    average = average_weights([make_member(3), make_member(3), make_member(3)])
+    for weight, other in zip(average.parameters(), make_member(3).parameters()):
+        assert weight.equal(other)
+
+
+def test_one_member_is_held_beside_the_mean():
+    """While a member is made, the ones before it are gone, but for the first, which is the mean."""
+    made = []  # weak references
+
+    def make_next():
+        member = make_member(len(made))
+        made.append(weakref.ref(member))
+        return member
+
+    def make_members():
+        for i in range(4):
+            alive = [j for j in range(i) if made[j]() is not None]
+            assert alive in ([], [0])
+            yield make_next()
+
+    assert average_weights(make_members()) is made[0]()
+    assert len(made) == 4
+
+
+WITHOUT_MEAN = {
+    "no model": ([], "no model to average"),
+    "other shapes": ([make_member(0), make_member(1, width=5)], "different architectures"),
+    "fewer weights": ([make_member(0), make_member(1)[:2]], "different architectures"),
+    "more weights": ([make_member(0)[:2], make_member(1)], "different architectures"),
+}
+
+
+@pytest.mark.parametrize("members, words", WITHOUT_MEAN.values(), ids=WITHOUT_MEAN.keys())
+def test_what_has_no_mean(members, words):
+    with refuses(words):
+        average_weights(members)

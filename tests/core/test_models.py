@@ -48,6 +48,7 @@ from nanorlhf.errors import InputError
 from nanorlhf.hf.folders import check_model
 from nanorlhf.models import (
     Policy,
+    knows_scale,
     load_policy,
     load_reward_model,
     load_tokenizer,
@@ -550,6 +551,44 @@ def test_standardised_scores(rm):
     same(rm(BATCH), (once - 0.5) / 3.0)
 
 
+def test_standardising_can_be_undone(rm):
+    raw = scores_by_hand(rm)
+    assert abs(raw.std() - 1) > 0.01
+    rm.standardise(raw.mean().item(), raw.std().item())
+    rm.standardise(0.5, 3.0)
+    rm.undo_standardise()
+    same(rm(BATCH), raw)
+    # And once more, which leaves it as it is.
+    rm.undo_standardise()
+    same(rm(BATCH), raw)
+
+
+def test_a_reward_model_from_before_its_std_was_kept_scores_as_ever(rm, tmp_path):
+    rm.standardise(0.5, 3.0)
+    expected = rm(BATCH)
+    save_reward_model(rm, word_tokenizer(), str(tmp_path))
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("reward_std") == 3
+    file.write_text(json.dumps(config))
+    assert torch.equal(load_reward_model(str(tmp_path))(BATCH), expected)
+    assert not knows_scale(str(tmp_path))
+
+
+def test_a_new_head_on_the_trunk_of_a_reward_model_has_no_scale_yet(rm, tmp_path):
+    rm.standardise(0.5, 3.0)
+    save_reward_model(rm, word_tokenizer(), str(tmp_path))
+    assert knows_scale(str(tmp_path))
+    again = load_reward_model(str(tmp_path), seed=1)
+    raw = again.model.score.weight.clone()
+    same(again(BATCH), scores_by_hand(again))
+    again.standardise(0.25, 2.0)
+    config = again.model.config
+    assert (config.reward_mean, config.reward_std) == (0.125, 2)
+    again.undo_standardise()
+    assert torch.equal(again.model.score.weight, raw)
+
+
 def test_a_saved_reward_model_is_a_plain_hf_model_up_to_its_mean(rm, tmp_path):
     raw = scores_by_hand(rm)
     rm.standardise(raw.mean().item(), raw.std().item())
@@ -694,6 +733,8 @@ def damaged(tmp_path):
     {"num_hidden_layers": 2.0}, {"num_hidden_layers": 10**12}, {"num_hidden_layers": 1e30}, {"vocab_size": 0}, {"vocab_size": 2},
     {"vocab_size": -5}, {"vocab_size": 10**15}, {"max_position_embeddings": "many"}, {"model_type": "nonsense"}, {"model_type": 5},
     {"hidden_act": "nonsense"}, {"dtype": "nonsense"}, {"rope_parameters": 5}, {"reward_mean": "0"},
+    {"reward_std": None}, {"reward_std": "1"}, {"reward_std": 0.0}, {"reward_std": -1.0},
+        {"reward_std": float("nan")},
     {"reward_mean": [1.0]}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"rms_norm_eps": "x"},
         {"rms_norm_eps": float("nan")},
     {"id2label": "x"}, {"architectures": {}, "hidden_size": 10**30},

@@ -54,6 +54,7 @@ from nanorlhf.models import (
     Policy,
     WithoutAdapters,
     fingerprint,
+    knows_scale,
     load_policy,
     load_reward_model,
     load_tokenizer,
@@ -679,6 +680,9 @@ def test_a_reward_model_on_top_of_an_adapter(saved, bases, tmp_path):
     mean = loaded.model.config.reward_mean
     assert mean == reward_model.model.config.reward_mean
     assert mean != 0
+    assert loaded.model.config.reward_std == reward_model.model.config.reward_std
+    assert knows_scale(str(tmp_path / "rm"))
+    assert not knows_scale(saved.path)  # the adapter of a policy
     assert abs(scores.mean()) < 1e-4
     assert abs(scores.std() - 1) < 1e-4
 
@@ -830,6 +834,9 @@ def test_what_does_not_fit_the_tensors(bases, tmp_path, field, value, words):
     [
         ('{"base": 5}', "nanorlhf.json: base cannot be 5"),
         ('{"reward_mean": "0"}', "nanorlhf.json: reward_mean cannot be '0'"),
+        ('{"reward_std": "1"}', "nanorlhf.json: reward_std cannot be '1'"),
+        ('{"reward_std": 0}', "nanorlhf.json: reward_std cannot be 0"),
+        ('{"reward_std": -2.5}', "nanorlhf.json: reward_std cannot be -2.5"),
         ("[]", "nanorlhf.json: not a JSON object"),
     ],
 )
@@ -1067,6 +1074,7 @@ def test_a_reward_model_merges_as_loading_does(chain, tmp_path):
     merged = load_reward_model(str(tmp_path / "merged"))
     assert_equal_parameters(unmerged, merged)
     assert unmerged.model.config.reward_mean == merged.model.config.reward_mean
+    assert unmerged.model.config.reward_std == merged.model.config.reward_std
 
 
 def test_ppo_merges_as_loading_does(chain, tmp_path):

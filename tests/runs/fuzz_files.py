@@ -294,8 +294,8 @@ KEYS = {
     "model config": (
         "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
         "max_position_embeddings eos_token_id pad_token_id architectures dtype layer_norm_eps "
-        "rope_parameters hidden_act tie_word_embeddings id2label num_labels reward_mean sarm_param "
-        "quantization_config attn_implementation auto_map transformers_version use_cache"
+        "rope_parameters hidden_act tie_word_embeddings id2label num_labels reward_mean reward_std "
+        "sarm_param quantization_config attn_implementation auto_map transformers_version use_cache"
     ).split(),
     "tokenizer config": "eos_token pad_token unk_token tokenizer_class model_max_length".split(),
     "cfg": "architecture d_in d_sae k dtype normalize_activations metadata".split(),
@@ -303,7 +303,7 @@ KEYS = {
         "peft_type base_model_name_or_path r lora_alpha lora_dropout target_modules bias "
         "modules_to_save fan_in_fan_out rank_pattern use_dora task_type"
     ).split(),
-    "notes": ["base", "reward_mean"],
+    "notes": ["base", "reward_mean", "reward_std"],
     "run config": (
         "steps batch_size betas lr model dataset seed eval_splits inputs dtype output_dir columns"
     ).split(),
@@ -640,7 +640,10 @@ DEEPER = {
 }
 
 
-OF_ANY_REWARD_MODEL = {"reward_mean": "null, text, a list, an object, nan, true"}
+OF_ANY_REWARD_MODEL = {
+    "reward_mean": "null, text, a list, an object, nan, true",
+    "reward_std": "null, text, a list, an object, 0, -1, nan, true",
+}
 OF_SARMS = {
     "sarm_param.sae_source_layer": "null, text, -1, 0, 2.5, 2**70, nan, missing",
     "sarm_param.sae_latent_size": "null, text, -1, 0, 2.5, 2**70, nan, missing",
