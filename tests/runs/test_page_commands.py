@@ -699,7 +699,7 @@ def test_what_bash_cannot_read_is_a_failure(run_page):
 def test_runs_of_a_study_are_those_that_it_makes(run_page):
     block = """
 python -m nanorlhf.studies.overoptimisation --output_dir runs/study
-python train_sft.py --model runs/study/sft --output_dir runs/study/more
+python train_sft.py --model runs/study/sft/seed_0 --output_dir runs/study/more
 python probe.py divergence --model runs/study/more --policy runs/study/ppo_noise0_kl0/single/seed_0
 python -m nanorlhf.runtime.plots --compare assets/a.png runs/study/ppo_noise0_kl0*/single/seed_?
 python probe.py divergence --policy runs/study/gone

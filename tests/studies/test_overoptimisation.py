@@ -68,15 +68,16 @@ def test_how_many_runs_the_full_study_has(full_commands):
         # The headline: two coefficients, six methods. The sweeps: three further numbers of members,
         # three lambdas, five further coefficients of two methods.
         "train_ppo.py": 2 * 6 * (10 + 3) + 3 * 3 + 3 * 3 + 3 * 5 * 2,
-        # Two pools; best-of-n by three ensembles, and by two in the hard setting.
-        "sample_bon.py": 2 + 3 * (10 + 3) + 2 * 5,
+        # SFT's answers for best-of-n, for the hard setting, and to measure distances from;
+        # best-of-n by three ensembles, and by two in the hard setting.
+        "sample_bon.py": 3 + 3 * (10 + 3) + 2 * 5,
     }
     assert len(averages) == 10 + 3
     # What is no cell is needed by cells.
     cells = {cell.command for cell in overoptimisation.all_cells(a)}
     needs = set(full_commands) - cells
     assert cells & needs == set()
-    assert len(needs) == 5 + len(trainings) + 2
+    assert len(needs) == 5 + len(trainings) + 3
 
 
 def test_every_run_of_the_full_study_has_a_folder_of_its_own(full_commands):
@@ -114,6 +115,7 @@ def test_all_policies_and_pools_are_of_one_sft_policy(full_commands):
     assert starts == {"out/sft/seed_0"}
 
 
+@pytest.mark.slow
 def test_what_a_run_reads_is_made_before_it():
     """Every folder that a command names is written by a command ahead of it."""
     for cell in overoptimisation.all_cells(read_settings()):
@@ -314,7 +316,7 @@ def run_nothing(monkeypatch, tmp_path):
     # These draw seeds a thousand times, and have tests of their own.
     monkeypatch.setattr(overoptimisation, "fit_curves", lambda runs: ["the fits"])
     monkeypatch.setattr(overoptimisation, "compare_signs", lambda runs: {})
-    monkeypatch.setattr(overoptimisation, "read_run", lambda folder, pool: run)
+    monkeypatch.setattr(overoptimisation, "read_with_distance", lambda folder, known: run)
     monkeypatch.setattr(overoptimisation, "read_bon", lambda folder: pool)
 
     def run_study(*flags):
@@ -330,6 +332,7 @@ def tables_in(text):
     return [line for line in lines if not line.startswith(("done:", "kept:"))]
 
 
+@pytest.mark.slow
 def test_every_run_is_made_once_and_its_cell_is_kept(run_nothing, capsys):
     flags = ["--seeds", "2", "--trial_seeds", "1"]
     ran = run_nothing("--output_dir", "out", *flags)
@@ -342,7 +345,7 @@ def test_every_run_is_made_once_and_its_cell_is_kept(run_nothing, capsys):
         # Four methods. In the sweeps three numbers of members and three lambdas; five further
         # coefficients of one member, which has 0.05 and 0 already, and six of pretrain_wco.
         "train_ppo.py": 2 * 4 + 3 + 3 + 5 + 6,
-        "sample_bon.py": 2 + 2 * 3 + 2,
+        "sample_bon.py": 3 + 2 * 3 + 2,
     }
     cells = common.read_cells("cells.json")
     is_pool = [command.startswith("sample_bon.py --model") for command in ran]
@@ -366,13 +369,14 @@ def test_a_study_goes_on_where_it_lacks_a_cell(run_nothing):
     ran = run_nothing("--output_dir", "empty")
     assert [common.output_of(command.split()) for command in ran] == [
         "empty/sft/seed_0",
-        "empty/pool",
+        "empty/known",
         "empty/rm_noise0.25/warm/seed_0/seed_{seed}",
         "empty/rm_noise0.25/warm/seed_0/averaged",
         "empty/ppo_noise0.25_kl0.05/warm/seed_0",
     ]
 
 
+@pytest.mark.slow
 def test_quick_marks_its_tables(run_nothing, capsys):
     run_nothing("--output_dir", "out", "--trial_seeds", "1")
     whole = capsys.readouterr().out
@@ -384,6 +388,7 @@ def test_quick_marks_its_tables(run_nothing, capsys):
     assert tables_in(quick.replace(mark, "")) == tables_in(whole)
 
 
+@pytest.mark.slow
 def test_titles_say_how_many_seeds_a_table_has(run_nothing, capsys):
     """Without label noise there are fewer."""
     run_nothing(
@@ -491,7 +496,7 @@ def test_what_is_read_of_a_ppo_run(run_folder):
     }
 
 
-def test_distances_are_measured_where_there_is_a_pool(run_folder, monkeypatch):
+def test_distances_are_measured_from_known_answers(run_folder, monkeypatch):
     asked = []
 
     def measure_distances(folder, pool):
@@ -499,10 +504,22 @@ def test_distances_are_measured_where_there_is_a_pool(run_folder, monkeypatch):
         return [1.00004, 2.0]
 
     monkeypatch.setattr(overoptimisation, "measure_distances", measure_distances)
-    assert overoptimisation.read_run(run_folder, "")["distance"] == [None, None]
-    assert not asked
-    assert overoptimisation.read_run(run_folder, "pool.jsonl")["distance"] == [1.0, 2.0]
+    whole = results_module.read_ppo(run_folder)
+    run = overoptimisation.read_with_distance(run_folder, "pool.jsonl")
+    assert run == whole | {"distance": [1.0, 2.0]}
     assert asked == [(run_folder, "pool.jsonl")]
+
+
+def test_distances_are_measured_in_the_embedded_world_alone():
+    """The answers that are known are the policy's own, and they are sampled ahead of the run."""
+    cell = overoptimisation.ppo_cell(read_settings(), 0, 0.25, 0, "wco", METHODS["wco"])
+    assert cell.read.keywords == {"known": "out/known/pool.jsonl"}
+    (known,) = [need for need in cell.needs if value_of(need, "--output_dir") == "out/known"]
+    assert value_of(known, "--model") == value_of(cell.command, "--model")
+    own = read_settings("--model", "m", "--dataset", "d.jsonl")
+    cell = overoptimisation.ppo_cell(own, 0, 0.25, 0, "wco", METHODS["wco"])
+    assert cell.read is results_module.read_ppo
+    assert not of_script(cell.needs, "sample_bon.py")
 
 
 def test_members_of_one_or_without_differences_have_no_correlation():

@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import shlex
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
@@ -173,7 +174,7 @@ def find_command(study, settings, script):
 # What each study runs on the embedded world by default, as it was before it could run on other
 # data. A command that changes would make every finished run begin anew.
 COMMANDS_BEFORE = {
-    overoptimisation: "d1c2b849d7f3549fe1cf9db8cfe955daea8249aed300685532a5ae3ebb01f73d",
+    overoptimisation: "7476a32fb479963ecfb767ea001c611c2c54f286a65dcd81be6dd3d15039f1f0",
     feedback_patterns: "a267c75de7c40ffe3b6909871b41a62fd0ca66eb79ac4c419ffd37701dba478e",
     generalisation: "f7173bd2d0d5a3334b698ab7cb8758ab0e03548759ecb0e29e3ffea8dce7d6b2",
     cue_control: "9e68ce5415889fdba121615ebf1210125f05c7fbffc60caff027d5223aeadc43",
@@ -223,9 +224,9 @@ def test_a_dry_run_says_how_large_a_command_is(own, capsys):
     model = own / "model"
     for size in (
         f"    3 steps x 8 demonstrations, from {model}\n",
-        "    2 members x 3 steps x 8 pairs, from out/sft\n",
-        "    6 prompts x 8 answers, from out/sft\n",
-        "    1 steps x 8 answers, from out/sft\n",
+        "    2 members x 3 steps x 8 pairs, from out/sft/seed_0\n",
+        "    6 prompts x 8 answers, from out/sft/seed_0\n",
+        "    1 steps x 8 answers, from out/sft/seed_0\n",
         "    the answers of a pool, from out/pool/pool.jsonl\n",
     ):
         assert size in printed
@@ -244,8 +245,9 @@ def test_a_dry_run_finds_a_flag_that_no_script_knows(own, capsys):
 
 def test_a_dry_run_marks_what_is_done(own, tmp_path, capsys):
     arguments = ["--output_dir", str(tmp_path), *flags_of(overoptimisation, own), "--dry_run"]
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "summary.json").write_text("{}")
+    done = tmp_path / "sft" / "seed_0"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text("{}")
     overoptimisation.main(arguments)
     printed = capsys.readouterr().out
     assert printed.count("(done)") == 1
@@ -289,9 +291,23 @@ def test_pairs_are_by_default_those_of_the_dataset(own):
 def test_without_gold_the_pool_is_scored_by_a_reward_model_that_is_there(own):
     settings = read_settings(overoptimisation, own, "--gold_model", "")
     assert overoptimisation.measure_of(settings) == "proxy"
-    sft, reward_models, pool, policies, best_of_n = overoptimisation.commands(settings)
-    assert "--reward_model out/rm_noise0.25/seed_0/seed_0 " in pool[0]
-    assert "--gold_model" not in " ".join([*pool, *policies, *best_of_n])
+    commands = commands_of(overoptimisation, settings)
+    assert "--gold_model" not in " ".join(commands)
+    pool = find_command(overoptimisation, settings, "sample_bon.py --model")
+    assert "--reward_model out/rm_noise0.25/finetune/seed_0/seed_0 " in pool
+    # Two members are trained ahead of it, of which this is the first.
+    members = find_command(overoptimisation, settings, "train_rm.py")
+    assert "--output_dir out/rm_noise0.25/finetune/seed_0/seed_{seed} " in members
+    assert commands.index(members) < commands.index(pool)
+
+
+def test_seeds_with_the_same_reward_models_are_said_to_have_them(own, capsys):
+    """Without label noise nothing but PPO's draws differs between seeds."""
+    arguments = ["--output_dir", "out", *flags_of(overoptimisation, own), "--dry_run"]
+    overoptimisation.main(arguments)
+    assert "the same reward models" not in capsys.readouterr().out
+    overoptimisation.main([*arguments, "--label_noise", "0"])
+    assert "the same reward models" in capsys.readouterr().out
 
 
 @every_study
@@ -369,6 +385,12 @@ def test_what_has_no_true_reward_is_not_probed(own, more, kinds):
         (overoptimisation, ["--pairs", "p.jsonl"], "it goes with --dataset"),
         (overoptimisation, ["--dataset", "d.jsonl"], "name a --model"),
         (overoptimisation, ["--model", "m", "--dataset", "world:3"], "without --dataset"),
+        (overoptimisation, ["--model", "m", "--methods", "pretrain_wco"], "from --sft_dataset"),
+        (
+            overoptimisation,
+            ["--model", "m", "--dataset", "d", "--methods", "wco", "pretrain_mean"],
+            "--methods pretrain_mean needs several SFT policies",
+        ),
         (generalisation, ["--model", "m", "--dataset", "d"], "--in_distribution"),
         (feedback_patterns, ["--features", "3"], "it goes with --dataset"),
         (feedback_patterns, ["--model", "m", "--dataset", "d"], "--reward_model"),
@@ -467,7 +489,7 @@ def test_questions_of_ties_are_kept(own, tmp_path):
 
 
 PICTURES = {
-    overoptimisation: "ppo.png",
+    overoptimisation: "ppo_noise0.25_kl0.05.png",
     generalisation: "generalisation.png",
     feedback_patterns: "probes.png",
     cue_control: "control.png",
@@ -484,7 +506,9 @@ def test_a_whole_pipeline_runs_and_is_not_run_again(study, own_model, run_small)
     printed = small.run()
     assert small.ran == small.first
     assert "your own data: " in printed
-    assert "nan" not in json.dumps(small.summary).lower()
+    # The numbers of each run, or those of the tables.
+    numbers = "cells.json" if study is overoptimisation else "summary.json"
+    assert "nan" not in json.dumps(small.read(numbers)).lower()
     if find_spec("matplotlib"):
         assert small.has_picture(PICTURES[study])
 
@@ -495,3 +519,40 @@ def test_a_whole_pipeline_runs_and_is_not_run_again(study, own_model, run_small)
         assert added
         for command in added:
             assert NAMED_LATER[study] in command
+
+
+# {what is different: flags, and how many commands of each script}
+OTHER_PIPELINES = {
+    "several SFT policies": (
+        "--methods single pretrain_wco warm",
+        # Members of two kinds and one by --average, after those of one kind.
+        {"train_sft.py": 2, "train_rm.py": 4, "sample_bon.py": 4, "train_ppo.py": 3},
+    ),
+    "one SFT policy": (
+        "--sft_dataset= --methods warm",
+        {"train_rm.py": 2, "sample_bon.py": 2, "train_ppo.py": 1},
+    ),
+    "no gold": (
+        "--gold_model= --methods wco",
+        {"train_sft.py": 1, "train_rm.py": 1, "sample_bon.py": 2, "train_ppo.py": 1},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, scripts", OTHER_PIPELINES.values(), ids=OTHER_PIPELINES)
+def test_other_pipelines_of_overoptimisation(own_model, tmp_path, run_small, flags, scripts):
+    arguments = [*flags_of(overoptimisation, own_model), *shlex.split(flags)]
+    small = run_small(overoptimisation, shlex.join(arguments))
+    of_this = [command for command in small.first if str(small.folder) in command]
+    assert Counter(command.split()[0] for command in of_this) == scripts
+    printed = small.run()
+    assert small.ran == small.first
+    proxy_title = "Proxy on held-out prompts"
+    assert (proxy_title in printed) == ("--gold_model=" in flags)
+    # Signs that gold has fallen, and distances, are for the embedded world's gold and answers.
+    for cell in small.read("cells.json")["cells"].values():
+        result = cell["result"]
+        if "distance" in result:
+            assert set(result["distance"]) == {None}
+            assert (None in result["gold"]) == ("--gold_model=" in flags)
