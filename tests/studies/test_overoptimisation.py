@@ -705,9 +705,8 @@ def study(run_small, tmp_path_factory):
 @pytest.fixture
 def results(study):
     """What the study has kept: {name: result}."""
-    flags = dict(zip(study.flags[::2], study.flags[1::2]))
-    with open(flags["--results"]) as f:
-        cells = json.load(f)["cells"]
+    place = study.flags.index("--results")
+    cells = common.read_cells(study.flags[place + 1])
     return {name: cell["result"] for name, cell in cells.items()}
 
 
