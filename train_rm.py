@@ -97,7 +97,7 @@ class Config(sarm_training.Flags, RunConfig):
     average: list[str] = HfArg(
         default_factory=list,
         help="train nothing: write the reward model whose weights are the mean of these models' "
-        "weights, by default into runs/rm/mean ({seed} stands for all that exist)",
+        "weights, by default into runs/rm/averaged ({seed} stands for all that exist)",
     )
     max_length: int = HfArg(
         default=0, help="tokens in the longest prompt and answer; 0: the model's context"
@@ -176,7 +176,7 @@ class Config(sarm_training.Flags, RunConfig):
         )
         self.model = self.average[0]
         if self.output_dir == defaults.output_dir:
-            self.output_dir = "runs/rm/mean"
+            self.output_dir = "runs/rm/averaged"
 
 
 @unlock_afterwards()

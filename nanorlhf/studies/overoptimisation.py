@@ -616,7 +616,9 @@ def show_curves(a, title: str, runs: dict[str, list[dict]], picture: str):
     if measure == "gold":
         for line in fit_curves(runs):
             print(line)
-    draw_picture(draw_curves, runs, f"{a.output_dir}/{picture}")
+    # Best-of-n by UWO has a curve for each lambda, between those of the mean and of WCO.
+    drawn = {label: own for label, own in runs.items() if "uwo_" not in label}
+    draw_picture(draw_curves, drawn, f"{a.output_dir}/{picture}")
 
 
 def show_sweep(a, path: str, title: str, methods: dict[str, Method], kl_coefs=(0,)):

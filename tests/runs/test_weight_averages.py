@@ -334,7 +334,7 @@ def test_a_mean_that_was_killed_is_made_again(base, members, tmp_path, monkeypat
 
 def test_the_default_folder_of_a_mean(members):
     config = train_rm.Config(average=[f"{members}/seed_{{seed}}"])
-    assert config.output_dir == "runs/rm/mean"
+    assert config.output_dir == "runs/rm/averaged"
     assert config.average == [f"{members}/seed_0", f"{members}/seed_1"]
     assert config.model == config.average[0]
 
