@@ -33,6 +33,8 @@ from nanorlhf import world
 from nanorlhf.models import RewardModel, load_reward_model
 from nanorlhf.runtime import cli
 
+pytestmark = pytest.mark.slow
+
 SCORE = "model/model.safetensors:score.weight"
 
 
@@ -156,7 +158,6 @@ def test_members_share_a_head_by_its_seed(base, members, tmp_path):
         assert_close(unscaled_head(tmp_path / f"seed_{seed}"), start)
 
 
-@pytest.mark.slow
 def test_the_seed_of_a_head_is_that_of_the_run_by_default(base, members, tmp_path):
     train_members(base, members, tmp_path / "own", head_seed=None)
     train_members(base, members, tmp_path / "named", head_seed=1)
@@ -237,7 +238,6 @@ def test_the_mean_of_one_model_is_the_model(base, members, tmp_path, copies):
         assert config[name] == pytest.approx(own_config[name], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_the_mean_of_adapters_is_that_of_merged_models(base, members, tmp_path):
     for name in ("adapters", "merged"):
         merge = name == "merged"
@@ -248,7 +248,6 @@ def test_the_mean_of_adapters_is_that_of_merged_models(base, members, tmp_path):
     assert not (tmp_path / "mean_adapters/model/adapter_config.json").exists()
 
 
-@pytest.mark.slow
 def test_the_mean_of_models_in_bfloat16_is_one_too(base, members, tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(base / "sft/model")
     shutil.copytree(base / "sft/model", tmp_path / "lm")
@@ -285,7 +284,6 @@ def run_starts_and_average(base, root, starts, folder):
         train_rm.main(train_rm.Config(**settings))
 
 
-@pytest.mark.slow
 def test_two_processes_train_and_average_the_same(base, members, two_starts, tmp_path):
     arguments = [str(base), str(members), str(two_starts)]
     run_starts_and_average(*arguments, tmp_path / "one")
@@ -311,7 +309,6 @@ def test_a_mean_that_is_there_is_not_made_again(base, members, tmp_path, capsys)
         average(base, members, tmp_path / "mean", members / "seed_1")
 
 
-@pytest.mark.slow
 def test_a_mean_that_was_killed_is_made_again(base, members, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         counter = KillAt(patch)
