@@ -91,7 +91,8 @@ def reward_names(specs: list[str]) -> list[str]:
 def expand(specs: str | list[str], flag: str = "--reward_model") -> list[str]:
     """Names of rewards, or one, in which {seed} stands for the folders that exist -> all names.
 
-    The names are those of a flag, which errors name. InputError: no folder for a {seed}, no name at all, or the same name twice.
+    flag: where the names stand, for errors. InputError: no folder for a {seed}, no name at all, or
+    the same name twice.
     """
     if isinstance(specs, str):
         specs = [specs]

@@ -218,12 +218,15 @@ def compare_curves(runs: dict[str, list[dict]], measure: str) -> dict:
 
 
 def describe_curve(run: dict, measure: str) -> dict[str, float]:
-    """A run's start, peak and end; what going on from the peak cost; and the KL at the end."""
+    """A run's start, peak and end; what going on from the peak cost; and the KL at the end.
+
+    Of PPO also the accuracy of its reward models on held-out pairs, and its seconds of training.
+    """
     values = run[measure]
     peak = max(values)
     place = values.index(peak)
     positions = run.get("step") or run["n"]
-    return {
+    described = {
         "start": values[0],
         "peak": peak,
         "at": positions[place],
@@ -231,6 +234,10 @@ def describe_curve(run: dict, measure: str) -> dict[str, float]:
         "fall": peak - values[-1],
         "KL": run["kl"][-1],
     }
+    for name in ("accuracy", "seconds"):
+        if name in run:
+            (described[name],) = run[name]
+    return described
 
 
 def compare_members(runs: dict[str, list[dict]]) -> dict:

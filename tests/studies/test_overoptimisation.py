@@ -578,7 +578,10 @@ def test_labels_of_best_of_n_say_which_ensemble():
 
 def test_ends_peaks_and_falls_with_differences_within_a_seed():
     runs = {
-        "single": [make_run([1.0, 3.0, -1.0]), make_run([1.0, 1.5, 2.0])],
+        "single": [
+            make_run([1.0, 3.0, -1.0], accuracy=[0.6], seconds=[9.0]),
+            make_run([1.0, 1.5, 2.0], accuracy=[0.8], seconds=[7.0]),
+        ],
         "wco": [make_run([1.0, 0.0, 2.0]), make_run([1.0, 2.5, 2.5])],
         "pretrain_wco": [make_run([1.0, 4.0, 4.0]), make_run([1.0, 0.0, 1.0])],
     }
@@ -590,6 +593,8 @@ def test_ends_peaks_and_falls_with_differences_within_a_seed():
         "end": [-1.0, 2.0],
         "fall": [4.0, 0.0],
         "KL": [9.0, 9.0],
+        "accuracy": [0.6, 0.8],
+        "seconds": [9.0, 7.0],
     }
     assert table["wco"]["less single's"] == [3.0, 0.5]
     assert table["pretrain_wco"]["less single's"] == [5.0, -1.0]
