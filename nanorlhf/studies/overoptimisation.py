@@ -103,7 +103,8 @@ ON_OWN_DATA = (SINGLE, "mean", "wco", "uwo")
 FEW_MEMBERS = (2, 3)
 LAMBDAS = {f"uwo_{x:g}": Method(FINETUNE, "uwo", uwo_lambda=x) for x in (0.1, 1, 10)}
 KL_COEFS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 1)
-IN_KL_SWEEP = {label: METHODS[label] for label in (SINGLE, "pretrain_wco")}
+# One reward model, and the ensemble whose gold is highest with a penalty.
+IN_KL_SWEEP = {label: METHODS[label] for label in (SINGLE, "wco")}
 
 # Where best-of-n is made to fall: few pairs, many wrong labels, prompts that no pair is like, and
 # as many answers as there is time for.

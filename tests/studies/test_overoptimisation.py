@@ -343,7 +343,7 @@ def test_every_run_is_made_once_and_its_cell_is_kept(run_nothing, capsys):
         # Three ensembles and an average of two seeds; two in the hard setting; further members.
         "train_rm.py": 2 * 4 + 2 + 1,
         # Four methods. In the sweeps three numbers of members and three lambdas; five further
-        # coefficients of one member, which has 0.05 and 0 already, and six of pretrain_wco.
+        # coefficients of one member, which has 0.05 and 0 already, and six of wco.
         "train_ppo.py": 2 * 4 + 3 + 3 + 5 + 6,
         "sample_bon.py": 3 + 2 * 3 + 2,
     }
