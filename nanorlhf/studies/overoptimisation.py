@@ -101,7 +101,9 @@ ON_OWN_DATA = (SINGLE, "mean", "wco", "uwo")
 
 # The sweeps: of three seeds, against noisy labels and without a KL penalty.
 FEW_MEMBERS = (2, 3)
-LAMBDAS = {f"uwo_{x:g}": Method(FINETUNE, "uwo", uwo_lambda=x) for x in (0.1, 1, 10)}
+# UWO with lambda 0 is the mean.
+LAMBDAS = {label: METHODS[label] for label in (SINGLE, "mean")}
+LAMBDAS |= {f"uwo_{x:g}": Method(FINETUNE, "uwo", uwo_lambda=x) for x in (0.1, 1, 10)}
 KL_COEFS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 1)
 # One reward model, and the ensemble whose gold is highest with a penalty.
 IN_KL_SWEEP = {label: METHODS[label] for label in (SINGLE, "wco")}
@@ -628,15 +630,16 @@ def show_sweep(a, path: str, title: str, methods: dict[str, Method], kl_coefs=(0
     if not cells:
         return
     results = run_cells(cells, a, path)
-    runs = {}
+    table = {}
     for kl_coef in kl_coefs:
-        own = runs_of(results, a.label_noise[0], kl_coef, methods, range(a.trial_seeds))
-        for label, of_seeds in own.items():
+        # Methods are compared with the same penalty.
+        runs = runs_of(results, a.label_noise[0], kl_coef, methods, range(a.trial_seeds))
+        for label, row in compare_curves(runs, measure_of(a)).items():
             if len(kl_coefs) > 1:
                 label = f"{label}, {kl_coef:g}"
-            runs[label] = of_seeds
+            table[label] = row
     print_title(f"Trial of {count(a.trial_seeds, 'seed')}: {title}", a)
-    print_table(compare_curves(runs, measure_of(a)))
+    print_table(table)
 
 
 def show_signs(a, title: str, runs: dict[str, list[dict]]):

@@ -227,9 +227,12 @@ def test_the_objective_of_a_method(label):
 def test_lambdas_are_those_of_their_names():
     lambdas = {}
     for label, method in LAMBDAS.items():
+        if not label.startswith("uwo"):
+            continue
         cell = overoptimisation.ppo_cell(read_settings(), 0, 0.25, 0, label, method)
         assert value_of(cell.command, "--objective") == "uwo"
         lambdas[label] = float(value_of(cell.command, "--uwo_lambda"))
+    assert [label for label in LAMBDAS if label not in lambdas] == ["single", "mean"]
     assert lambdas == {"uwo_0.1": 0.1, "uwo_1": 1.0, "uwo_10": 10.0}
 
 
@@ -403,6 +406,8 @@ def test_titles_say_how_many_seeds_a_table_has(run_nothing, capsys):
         "Trial of 2 seeds: number of members",
     ):
         assert f"\n{title}\n" in printed
+    # A method is compared with one reward model at each coefficient.
+    assert "\nwco, 0.1 " in printed
 
 
 def test_a_model_of_ones_own_has_one_start():
