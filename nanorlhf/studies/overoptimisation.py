@@ -51,6 +51,7 @@ from .overoptimisation_results import (
     compare_reward_models,
     curves_of_bon,
     draw_curves,
+    draw_penalties,
     fit_curves,
     read_bon,
     read_ppo,
@@ -631,15 +632,18 @@ def show_sweep(a, path: str, title: str, methods: dict[str, Method], kl_coefs=(0
         return
     results = run_cells(cells, a, path)
     table = {}
+    runs = {}
     for kl_coef in kl_coefs:
+        runs[kl_coef] = runs_of(results, a.label_noise[0], kl_coef, methods, range(a.trial_seeds))
         # Methods are compared with the same penalty.
-        runs = runs_of(results, a.label_noise[0], kl_coef, methods, range(a.trial_seeds))
-        for label, row in compare_curves(runs, measure_of(a)).items():
+        for label, row in compare_curves(runs[kl_coef], measure_of(a)).items():
             if len(kl_coefs) > 1:
                 label = f"{label}, {kl_coef:g}"
             table[label] = row
     print_title(f"Trial of {count(a.trial_seeds, 'seed')}: {title}", a)
     print_table(table)
+    if len(kl_coefs) > 1 and measure_of(a) == "gold":
+        draw_picture(draw_penalties, runs, f"{a.output_dir}/penalties.png")
 
 
 def show_signs(a, title: str, runs: dict[str, list[dict]]):

@@ -352,3 +352,38 @@ def draw_scores(axis, x, own: list[dict], color: str, label: str):
     gold = stack(own, "gold")  # [S, L]
     draw_mean(axis, x, gold, color=color, label=label)
     axis.plot(x, proxy.mean(0), "--", color=color, linewidth=1)
+
+
+def draw_penalties(figure, runs: dict[float, dict[str, list[dict]]]):
+    """Gold at the end of runs (solid) and its peak (dotted), against the coefficient of the KL
+    penalty and against sqrt(KL) at the end. Mean over seeds; the bars are its standard error.
+
+    runs: {coefficient: {label: the run of each seed}}
+    """
+    figure.set_size_inches(10, 4.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    coefs = list(runs)
+    for i, label in enumerate(runs[coefs[0]]):
+        end = np.stack([stack(runs[coef][label], "gold")[:, -1] for coef in coefs])  # [C, S]
+        peak = np.stack([stack(runs[coef][label], "gold").max(1) for coef in coefs])  # [C, S]
+        kl = np.stack([stack(runs[coef][label], "kl")[:, -1] for coef in coefs])  # [C, S]
+        d = kl.mean(1).clip(0) ** 0.5
+        # One place for each coefficient: 0 has none on a logarithmic axis.
+        for axis, x in ((left, range(len(coefs))), (right, d)):
+            draw_error_bars(axis, x, end, color=f"C{i}", label=label, marker="o")
+            axis.plot(x, peak.mean(1), ":", color=f"C{i}")
+
+    left.set_xticks(range(len(coefs)), [f"{coef:g}" for coef in coefs])
+    left.set(xlabel="coefficient of the KL penalty", ylabel="gold: at the end, peak (dotted)")
+    right.set(xlabel="d = sqrt(KL to the SFT policy in nats), at the end")
+    lines, labels = left.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=len(labels))
+
+
+def draw_error_bars(axis, x, values: np.ndarray, **look):
+    """The mean of values [L, S] over seeds at x [L], with a bar of its standard error."""
+    seeds = values.shape[1]
+    error = None
+    if seeds > 1:
+        error = values.std(1, ddof=1) / seeds**0.5
+    axis.errorbar(x, values.mean(1), error, capsize=3, **look)

@@ -695,6 +695,23 @@ def test_a_picture_has_the_mean_of_gold_and_of_proxy():
     assert len(left.collections) == 1
 
 
+def test_a_picture_of_penalties_has_the_ends_and_the_peaks():
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    runs = {
+        0: {"single": [make_run([1.0, 3.0, -1.0]), make_run([1.0, 1.0, 0.0])]},
+        0.05: {"single": [make_run([1.0, 2.0, 2.0]), make_run([1.0, 3.0, 4.0])]},
+    }
+    figure = matplotlib.Figure(layout="constrained")
+    results_module.draw_penalties(figure, runs)
+    left, right = figure.axes
+    for axis in (left, right):
+        end, *_, peak = axis.lines
+        assert list(end.get_ydata()) == [-0.5, 3.0]
+        assert list(peak.get_ydata()) == [2.0, 3.0]
+    assert [text.get_text() for text in left.get_xticklabels()] == ["0", "0.05"]
+    assert list(right.lines[0].get_xdata()) == [3.0, 3.0]
+
+
 def test_a_picture_without_gold_has_the_proxy_alone():
     runs = {"single": [make_run([None, None, None])]}
     (left, _), labels = draw(runs)
