@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import nanorlhf.hf.decode
+from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rollout import generate, left_pad, sample, truncate, uniforms
@@ -748,6 +749,18 @@ def test_a_prompt_with_many_answers_runs_once_with_other_attentions(config, stat
 def test_a_prompt_with_many_answers_runs_once_in_bfloat16(policy, strict, static):
     with torch.autocast("cpu", torch.bfloat16):
         grouped, apart, sizes, _ = roll_groups(policy, 3, static=static)
+    assert sizes[0] == 3
+    same_answers(grouped, apart)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_prompt_with_many_answers_runs_once_with_frozen_weights_and_adapters(strict, autocast):
+    policy = tiny_policy("llama")
+    add_lora(policy.lm, rank=2, dropout=0.5)
+    for adapter in adapters(policy.lm).values():
+        torch.nn.init.normal_(adapter.lora_B)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        grouped, apart, sizes, _ = roll_groups(policy, 3)
     assert sizes[0] == 3
     same_answers(grouped, apart)
 
