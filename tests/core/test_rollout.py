@@ -719,7 +719,7 @@ def roll_groups(policy, G, **options):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("G", [1, 3, 8])
+@pytest.mark.parametrize("G", [1, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_prompt_with_many_answers_runs_once(policy, strict, G, static):
     """The answers are those of prompts that run once for every answer."""
     eos = frequent_token(policy)
@@ -765,7 +765,7 @@ def test_a_prompt_with_many_answers_runs_once_with_frozen_weights_and_adapters(s
     same_answers(grouped, apart)
 
 
-@pytest.mark.parametrize("cut", [2, 5, 6])
+@pytest.mark.parametrize("cut", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_answers_to_a_prompt_may_be_split_over_batches(policy, cut):
     """Groups of 5, 1 and 2, of which two batches hold a part each."""
     ids, mask = left_pad([ASKED[p] for p in (0, 0, 0, 0, 0, 1, 2, 2)], 0)
