@@ -143,7 +143,8 @@ def captured(lm, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
 def replaced(lm, place: Place, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A context in which function(x [B, T, D]) -> [B, T, D] takes the place of an output.
 
-    That is so in every forward, also in rollouts: once for the prompts, then once a token (T = 1).
+    That is so in every forward, also in rollouts: once for the prompts, each distinct one a row,
+    then once a token (T = 1).
     torch.zeros_like switches the place off (zero ablation). Contexts can be nested; an inner one at
     the same place is given what the outer one made. InputError: module_at; ValueError: another
     shape. Pitfalls: the function also sees padding, so it must treat tokens one by one; a rollout

@@ -69,11 +69,11 @@ class RoomyLayer(DynamicLayer):
         self.keys = self.key_room[:, :, :end]
         self.values = self.value_room[:, :, :end]
 
-    def batch_select_indices(self, indices):
-        """Keep these rows alone."""
+    def reorder_cache(self, rows):
+        """Hold these rows in this order. A row may come several times, or not at all."""
         end = self.get_seq_length()
-        self.key_room = self.key_room[indices]
-        self.value_room = self.value_room[indices]
+        self.key_room = self.key_room[rows]
+        self.value_room = self.value_room[rows]
         self.show_columns(end)
 
 
@@ -138,6 +138,51 @@ def any_sharded(parameters) -> bool:
     return any(type(p) is not torch.nn.Parameter for p in parameters)
 
 
+# --------------------------------------------------------------------------------- the prompts
+
+
+def read_prompts(lm, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+    """Run the prompts through the model, and fill an empty cache with their B rows.
+
+    ids, mask [B, P] -> the last hidden states, from which the first tokens are sampled: [B, D].
+
+    Where many answers to one prompt are sampled (best-of-n, PPO's groups) they stand side by side.
+    Their prompt runs once, and what the cache holds of it is then copied for every answer:
+
+        rows               a a a b c c
+        distinct prompts   a b c          these run
+        prompt_of_row      0 0 0 1 2 2
+
+    InputError: an architecture without a key-value cache.
+    """
+    # Two rows are the same prompt if both their tokens and their padding agree.
+    rows = torch.cat([ids, mask], 1)  # [B, 2 P]
+    distinct, prompt_of_row = rows.unique_consecutive(dim=0, return_inverse=True)  # [n, 2 P], [B]
+    distinct_ids, distinct_mask = distinct.chunk(2, dim=1)  # [n, P] both
+    distinct_mask = distinct_mask.bool()
+
+    trunk = lm.base_model(
+        input_ids=distinct_ids,
+        attention_mask=distinct_mask,
+        position_ids=count_positions(distinct_mask),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    if getattr(trunk, "past_key_values", None) is not cache:
+        raise InputError(f"{type(lm).__name__} keeps no key-value cache that rollouts could use")
+    hidden = trunk.last_hidden_state[:, -1]  # [n, D]
+
+    if len(distinct) < len(rows):
+        cache.reorder_cache(prompt_of_row)
+        hidden = hidden[prompt_of_row]
+    return hidden  # [B, D]
+
+
+def count_positions(mask: Tensor) -> Tensor:
+    """The position of every token: its padding on the left does not count. [B, P] -> [B, P]"""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
 # ------------------------------------------------------------------------------- the loop of CPUs
 
 
@@ -160,55 +205,53 @@ def decode(
     P = mask.shape[1]
     R = u.shape[1]
     cache = growing_cache(lm, P + R)
+    hidden = read_prompts(lm, ids, mask, cache)  # [b, D]
 
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [b, P]; then [b, 1]
-    mask = torch.cat([mask, mask.new_ones(len(ids), R)], 1)  # [b, P + R]
-    visible = mask  # [b, P + R]; additive [b, 1, 1, P + R] where the model can read that
+    token = ids[:, -1:]  # [b, 1]: the newest token of each row
+    position = count_positions(mask)[:, -1:]  # [b, 1]
+    # From here on a query is one token, which may see every real column. Where the model can read
+    # an additive mask, it is made once here; transformers would make it anew in every step.
+    visible = torch.cat([mask, mask.new_ones(len(ids), R)], 1)  # [b, P + R]
+    if has_padding and reads_plain_mask(lm, cache):
+        zeros = torch.zeros(visible.shape, device=ids.device)
+        visible = zeros.masked_fill(~visible, -torch.inf)[:, None, None]  # [b, 1, 1, P + R]
+
     for t in range(R):
-        # The first step reads the whole prompt, every other one the token before.
-        attention_mask = None
-        if has_padding:
-            attention_mask = visible[..., : P + t]
-        trunk = lm.base_model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden = trunk.last_hidden_state[:, -1]  # [b, D]
-        cache = getattr(trunk, "past_key_values", None)
-        if cache is None:
-            raise InputError(
-                f"{type(lm).__name__} keeps no key-value cache that rollouts could use"
+        # Read the newest token; those of the prompts have been read.
+        if t > 0:
+            attention_mask = None
+            if has_padding:
+                attention_mask = visible[..., : P + t]
+            trunk = lm.base_model(
+                input_ids=token,
+                attention_mask=attention_mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
             )
-        # From here on a query is one token, which may see every real column. Such a mask is made
-        # once here; transformers would make it anew in every step.
-        if t == 0 and has_padding and reads_plain_mask(lm, cache):
-            visible = torch.zeros(mask.shape, device=ids.device)
-            visible = visible.masked_fill(~mask, -torch.inf)[:, None, None]
+            hidden = trunk.last_hidden_state[:, -1]  # [b, D]
 
         # Choose a token for each row.
         new = sampler(hidden, u[live, t])
         for name, value in new.items():
             out[name][live, t] = value
-        ids = new["response_ids"][:, None]  # [b, 1]
-        positions = positions[:, -1:] + 1
+        token = new["response_ids"][:, None]  # [b, 1]
+        position = position + 1
 
         # Without an EOS no row ever finishes.
         if sampler.end_ids is None:
             continue
-        finished[live] |= sampler.is_end(ids[:, 0])
+        finished[live] |= sampler.is_end(token[:, 0])
         going = (~finished[live]).nonzero()[:, 0]  # places in the running batch
         if len(going) == 0:
             break
         # Dropping rows copies the whole cache, which costs about as much as a step: wait until a
         # quarter of its rows have finished.
-        if len(going) <= 0.75 * len(live) and can_shrink(cache):
-            cache.batch_select_indices(going)
+        if len(going) <= 0.75 * len(live):
+            cache.reorder_cache(going)
             live = live[going]
-            ids = ids[going]
-            positions = positions[going]
+            token = token[going]
+            position = position[going]
             visible = visible[going]
 
 
@@ -240,14 +283,6 @@ def reads_plain_mask(lm, cache: Cache) -> bool:
     return has_rotary and not has_alibi
 
 
-def can_shrink(cache: Cache) -> bool:
-    """Whether rows can be dropped from a cache.
-
-    Linear-attention layers keep a state that transformers does not index by row.
-    """
-    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
-
-
 # ------------------------------------------------------------------------------- the loop of GPUs
 
 
@@ -273,19 +308,12 @@ def decode_static(
         raise NotImplementedError("no static cache")
 
     # The prompts go through the model outside the graph: their shape is their own.
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [B, P]
-    prefill = lm.base_model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
+    hidden = read_prompts(lm, ids, mask, cache)  # [B, D]
 
     # All that a step reads and writes, in place: a graph replays kernels on these addresses.
     column = torch.zeros(1, dtype=torch.long, device=ids.device)  # of the response, to be written
     token = ids[:, -1:].clone()  # [B, 1]
-    position = positions[:, -1:].clone()  # [B, 1]
+    position = count_positions(mask)[:, -1:].clone()  # [B, 1]
     # transformers hides the columns to the right of the cache's own position.
     columns = torch.cat([mask, mask.new_ones(B, C - P)], 1)  # [B, C]
 
@@ -312,7 +340,7 @@ def decode_static(
         )
         write(trunk.last_hidden_state[:, -1])
 
-    write(prefill.last_hidden_state[:, -1])
+    write(hidden)
     # FSDP's hooks wait for streams of their own, which a capture does not allow.
     is_sharded = any(hasattr(module, "unshard") for module in lm.modules())
     if is_sharded:

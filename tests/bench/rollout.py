@@ -19,7 +19,14 @@ comes before, once a rollout (prompts, casts, warm-up, capture), is begin_ms. Th
 The step reads the whole padded cache, and the logits are written and read a few times, so 1 is out
 of reach.
 
-    B prompts, P columns of a prompt, R new tokens
+With --answers G every prompt has G answers, in rows of two orders: side by side, where a prompt
+runs through the model once, and in turn, where no row has its neighbour's prompt, so that a prompt
+runs once for every answer. The two take turns, and the line has the medians of both. Prompts are of
+--prompt tokens, without padding, and there are two of them, or more if they fill 64 rows:
+
+    python tests/bench/rollout.py --answers 64 --prompt 400 --new_tokens 16
+
+    B sequences, P columns of a prompt, R new tokens, G answers to a prompt
 """
 
 import argparse
@@ -48,8 +55,8 @@ def workload(size):
     return 64, 16, 48, 8
 
 
-def make_policy(size):
-    """A random policy with a value head, which has no EOS to end with."""
+def make_policy(size, length):
+    """A random policy with a value head and a context of `length`, without an EOS to end with."""
     hidden, layers, heads, intermediate, vocab = SIZES[size]
     config = GPTNeoXConfig(
         hidden_size=hidden,
@@ -57,7 +64,7 @@ def make_policy(size):
         num_attention_heads=heads,
         intermediate_size=intermediate,
         vocab_size=vocab,
-        max_position_embeddings=256,
+        max_position_embeddings=length,
         bos_token_id=0,
         eos_token_id=None,
     )
@@ -70,6 +77,44 @@ def draw_prompts(vocab, B, P, shortest):
     mask = torch.arange(P) >= P - lengths
     ids = torch.randint(1, vocab, (B, P)) * mask
     return ids, mask
+
+
+def measure_groups(args, clock, unit):
+    """The columns of a line with --answers: a rollout's seconds with its rows in both orders."""
+    G = args.answers
+    P = args.prompt
+    R = args.new_tokens
+    n_prompts = max(2, 64 // G)
+    B = n_prompts * G
+    ids, mask = draw_prompts(SIZES[args.size][-1], n_prompts, P, P)  # [n_prompts, P] both
+    policy = make_policy(args.size, P + R).to(args.device)
+
+    prompt_of_row = {
+        "side_by_side": torch.arange(B) // G,  # 0 0 0 1 1 1
+        "in_turn": torch.arange(B) % n_prompts,  # 0 1 0 1 0 1
+    }
+    seconds = {"side_by_side": [], "in_turn": []}
+    for call in range(args.calls + 1):
+        for order, prompt in prompt_of_row.items():
+            row_ids = ids[prompt].to(args.device)
+            row_mask = mask[prompt].to(args.device)
+            start = clock()
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                generate(policy, row_ids, row_mask, R, step=call)
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            # The first call only warms up.
+            if call > 0:
+                seconds[order].append(clock() - start)
+
+    result = {"batch": B}
+    for order, times in seconds.items():
+        result[f"{order}_{unit}"] = [round(s, 3) for s in sorted(times)]
+        result[f"{order}_tokens_per_{unit}"] = round(B * R / statistics.median(times), 1)
+    pairs = [b / a for a, b in zip(seconds["side_by_side"], seconds["in_turn"])]
+    result["ratios"] = [round(ratio, 2) for ratio in sorted(pairs)]
+    result["ratio"] = round(statistics.median(pairs), 2)
+    return result
 
 
 def copy_bandwidth(device, gigabytes=4):
@@ -133,16 +178,13 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--answers", type=int, help="to a prompt: compare two orders of rows")
+    parser.add_argument("--prompt", type=int, default=400, help="tokens, with --answers")
+    parser.add_argument("--new_tokens", type=int, default=16, help="with --answers")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     cuda = torch.device(args.device).type == "cuda"
-    B, P, R, shortest = workload(args.size)
-    vocab = SIZES[args.size][-1]
-    ids, mask = draw_prompts(vocab, B, P, shortest)
-    policy = make_policy(args.size).to(args.device)
-    ids = ids.to(args.device)
-    mask = mask.to(args.device)
 
     # One thread is timed in CPU seconds, all else by wall clock.
     clock = time.perf_counter
@@ -150,6 +192,18 @@ def main():
     if args.threads == 1 and not cuda:
         clock = time.process_time
         unit = "cpu_s"
+    if args.answers:
+        groups = measure_groups(args, clock, unit)
+        print(json.dumps({"bench": "rollout", **vars(args), **groups, "torch": torch.__version__}))
+        return
+
+    B, P, R, shortest = workload(args.size)
+    vocab = SIZES[args.size][-1]
+    ids, mask = draw_prompts(vocab, B, P, shortest)
+    policy = make_policy(args.size, 256).to(args.device)
+    ids = ids.to(args.device)
+    mask = mask.to(args.device)
+
     if cuda:
         captured = note_captures(clock)
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import nanorlhf.hf.decode
+from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rollout import generate, left_pad, sample, truncate, uniforms
@@ -278,7 +279,8 @@ def other_policy(config):
 @every_attention
 def test_other_attentions(config):
     policy = other_policy(config)
-    rollout = roll(policy, eos_token_id=frequent_token(policy))
+    sizes, rollout = count_forwards(policy, eos_token_id=frequent_token(policy))
+    assert min(sizes) <= 0.75 * B  # finished rows leave the running batch
     fresh = fresh_forward(policy, rollout)
     same(rollout.logprobs, fresh["logprobs"].detach())
 
@@ -673,6 +675,117 @@ def test_a_step_that_waits_is_found_before_it_is_captured(monkeypatch):
     with pytest.raises(RuntimeError, match="synchronizing"):
         nanorlhf.hf.decode.capture(step, R, torch.device("cuda"))
     assert log == ["joined", "error", "step", 0, "joined"]
+
+
+# ---------------------------------------------------------------------- many answers to one prompt
+
+ASKED = PROMPTS[:3]  # of different lengths
+
+
+def answers_of(rollout, rows):
+    """What a rollout says of some of its rows: {name: [n, R] or [n]}."""
+    names = ("response_ids", "response_mask", "finished", "logprobs", "entropies", "values")
+    columns = {name: getattr(rollout, name) for name in names}
+    return {name: column[rows] for name, column in columns.items() if column is not None}
+
+
+def same_answers(found, expected):
+    assert found.keys() == expected.keys()
+    for name, column in expected.items():
+        if column.is_floating_point():
+            same(found[name], column, 1e-5)
+        else:
+            assert torch.equal(found[name], column), name
+
+
+def roll_groups(policy, G, **options):
+    """G answers to each of three prompts, twice: the rows of a prompt side by side, as best-of-n
+    and PPO have them, and in turn, where no row equals its neighbour.
+
+    -> what both rollouts say of the same answers, {name: [3 G, R] or [3 G]}, and the sizes of their
+    forwards.
+    """
+    n = len(ASKED) * G
+    prompt_of_row = torch.arange(n) // G
+    in_turn = torch.arange(n).view(len(ASKED), G).T.flatten()  # 0, G, 2 G, 1, ...
+    ids, mask = left_pad([ASKED[p] for p in prompt_of_row], 0)
+    sizes, grouped = count_forwards(policy, ids=ids, mask=mask, **options)
+    sizes_in_turn, apart = count_forwards(
+        policy, ids=ids[in_turn], mask=mask[in_turn], index=in_turn.tolist(), **options
+    )
+    back = in_turn.argsort()
+    everything = slice(None)
+    return answers_of(grouped, everything), answers_of(apart, back), sizes, sizes_in_turn
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("G", [1, 3, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_prompt_with_many_answers_runs_once(policy, strict, G, static):
+    """The answers are those of prompts that run once for every answer."""
+    eos = frequent_token(policy)
+    grouped, apart, sizes, sizes_in_turn = roll_groups(policy, G, eos_token_id=eos, static=static)
+    assert sizes[0] == 3
+    assert sizes_in_turn[0] == 3 * G
+    # Each answer is then written in a row of its own.
+    assert sizes[1:] == sizes_in_turn[1:]
+    same_answers(grouped, apart)
+    # The answers to one prompt differ; a few that end early may agree.
+    first_prompt = grouped["response_ids"][:G].tolist()
+    assert len({tuple(ids) for ids in first_prompt}) > G / 2
+
+
+@pytest.mark.filterwarnings("ignore:rollouts decode with a growing cache")
+@pytest.mark.parametrize("static", [False, True])
+@every_attention
+def test_a_prompt_with_many_answers_runs_once_with_other_attentions(config, static):
+    policy = other_policy(config)
+    eos = frequent_token(policy)
+    grouped, apart, sizes, _ = roll_groups(policy, 3, eos_token_id=eos, static=static)
+    assert sizes[0] == 3
+    same_answers(grouped, apart)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_prompt_with_many_answers_runs_once_in_bfloat16(policy, strict, static):
+    with torch.autocast("cpu", torch.bfloat16):
+        grouped, apart, sizes, _ = roll_groups(policy, 3, static=static)
+    assert sizes[0] == 3
+    same_answers(grouped, apart)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_prompt_with_many_answers_runs_once_with_frozen_weights_and_adapters(strict, autocast):
+    policy = tiny_policy("llama")
+    add_lora(policy.lm, rank=2, dropout=0.5)
+    for adapter in adapters(policy.lm).values():
+        torch.nn.init.normal_(adapter.lora_B)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        grouped, apart, sizes, _ = roll_groups(policy, 3)
+    assert sizes[0] == 3
+    same_answers(grouped, apart)
+
+
+@pytest.mark.parametrize("cut", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_the_answers_to_a_prompt_may_be_split_over_batches(policy, cut):
+    """Groups of 5, 1 and 2, of which two batches hold a part each."""
+    ids, mask = left_pad([ASKED[p] for p in (0, 0, 0, 0, 0, 1, 2, 2)], 0)
+    options = {"eos_token_id": frequent_token(policy)}
+    whole = roll(policy, ids, mask, **options)
+    for rows in (range(cut), range(cut, 8)):
+        part = roll(policy, ids[rows], mask[rows], index=rows, **options)
+        same_answers(answers_of(part, slice(None)), answers_of(whole, rows))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_prompts_that_differ_in_their_padding_alone_are_two(policy, strict, static):
+    """A tokenizer may pad with a token that prompts have as well."""
+    ids = torch.tensor([[5, 7], [5, 7], [5, 7]])
+    mask = torch.tensor([[True, True], [False, True], [False, True]])
+    sizes, rollout = count_forwards(policy, ids=ids, mask=mask, static=static)
+    assert sizes[0] == 2
+    for row, prompt in enumerate([[5, 7], [7], [7]]):
+        alone = roll(policy, *left_pad([prompt], 0), index=[row])
+        same_answers(answers_of(rollout, [row]), answers_of(alone, slice(None)))
 
 
 # ---------------------------------------------------------------------------------------- bfloat16

@@ -400,7 +400,7 @@ def check_training(plain, policy, optimizer, dist):
 def check_gathered(plain, policy, dist):
     """Rollouts and forward passes inside gathered(), as often and as long as each process likes."""
     in_shards = parameter_bytes(policy)
-    ids, mask = left_pad([[1, 2, 3], [4, 5]], 0)
+    ids, mask = left_pad([[1, 2, 3], [1, 2, 3], [4, 5]], 0)  # two answers to the first prompt
     length = 6 + 3 * dist.rank
     sampling = {"eos_token_id": None, "pad_token_id": 0, "seed": 1, "step": 2}
     with fsdp.gathered(policy):
