@@ -509,11 +509,11 @@ class PlainTraining:
 
 @dataclass
 class Pairs:
-    """Preference pairs as token lists, an entry a pair, and the rows of data they come from."""
+    """Preference pairs as token ids, an entry a pair, and the rows of data they come from."""
 
-    prompts: list[list[int]]
-    chosen: list[list[int]]
-    rejected: list[list[int]]
+    prompts: list[Sequence[int]]
+    chosen: list[Sequence[int]]
+    rejected: list[Sequence[int]]
     rows: list[dict]
     pad_id: int
 
@@ -545,7 +545,7 @@ class Pairs:
 def encode_pairs(rows, tokenizer, max_length, config):
     """Rows {prompt, chosen, rejected} -> Pairs, and a sentence on what had to be cut."""
     sides = ("chosen", "rejected")
-    encoded = encode(tokenizer, rows, sides, max_length, config.chat_template)
+    encoded = encode(tokenizer, rows, sides, max_length, config.chat_template).compact()
     chosen = encoded.responses["chosen"]
     rejected = encoded.responses["rejected"]
     pairs = Pairs(encoded.prompts, chosen, rejected, rows, tokenizer.pad_token_id)
