@@ -34,6 +34,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -265,10 +266,11 @@ def train(config, dist):
     max_length = config.max_length or context_length(check_model(config.model))
     pairs, cuts = encode_pairs(rows, tokenizer, max_length, config)
     dist.print(f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, {cuts}")
-    check_texts(pairs, held_out["eval"], tokenizer, max_length, config)
+    held_out_pairs = encode_splits(held_out, tokenizer, max_length, config)  # {label: Pairs}
+    check_texts(pairs, held_out_pairs["eval"], max_length, config)
 
     # Gold scores come before any training: a gold reward that fails then wastes none.
-    golds = gold_scores(held_out, tokenizer, max_length, config, dist)  # {label: [2, N]}
+    golds = gold_scores(held_out_pairs, tokenizer, config, dist)  # {label: [2, N]}
 
     # ------------------------------------------------------------------------------------- model
     reward_model, note = training.load(dist)
@@ -323,8 +325,8 @@ def train(config, dist):
         }
         is_last = step == config.steps  # it is evaluated below, with standardised scores
         if config.eval_every and step % config.eval_every == 0 and not is_last:
-            for label, part in held_out.items():
-                result, _ = evaluate(reward_model, part, tokenizer, max_length, config, dist)
+            for label, part in held_out_pairs.items():
+                result, _ = evaluate(reward_model, part, config, dist)
                 record |= {f"{label}/{name}": value for name, value in result.items()}
                 dist.print(f"step {step}: {report(record, label)}")
         folder.append("metrics.jsonl", [record])
@@ -334,7 +336,7 @@ def train(config, dist):
     progress.close()
 
     # -------------------------------------------------------------- standardise, evaluate, save
-    summary = standardise(reward_model, held_out, golds, tokenizer, max_length, config, dist)
+    summary = standardise(reward_model, held_out_pairs, golds, config, dist)
 
     # transformers saves where torch's rank is 0, and some members are trained on other ranks.
     lm.should_save_on_this_rank = lambda is_main: is_main
@@ -348,13 +350,13 @@ def train(config, dist):
     return summary
 
 
-def standardise(reward_model, held_out, golds, tokenizer, max_length, config, dist):
+def standardise(reward_model, held_out_pairs, golds, config, dist):
     """Give the scores of held-out texts mean 0 and standard deviation 1. -> what they are worth
 
     The loss sees differences alone, so a score's zero and unit are arbitrary: the held-out texts
     set them.
     """
-    _, scores = evaluate(reward_model, held_out["eval"], tokenizer, max_length, config, dist)
+    _, scores = evaluate(reward_model, held_out_pairs["eval"], config, dist)
     require(
         varies(scores),
         f"{config.output_dir}: all {scores.numel()} held-out texts have the score "
@@ -364,8 +366,8 @@ def standardise(reward_model, held_out, golds, tokenizer, max_length, config, di
     reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
 
     summary = {}
-    for label, part in held_out.items():
-        result, scores = evaluate(reward_model, part, tokenizer, max_length, config, dist)
+    for label, part in held_out_pairs.items():
+        result, scores = evaluate(reward_model, part, config, dist)
         if golds:
             tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
             result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
@@ -392,7 +394,8 @@ def average_members(config, dist):
     rows, held_out, note = load_splits(config, "pairs")
     _, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     max_length = config.max_length or context_length(check_model(config.model))
-    golds = gold_scores(held_out, tokenizer, max_length, config, dist)
+    held_out_pairs = encode_splits(held_out, tokenizer, max_length, config)
+    golds = gold_scores(held_out_pairs, tokenizer, config, dist)
 
     # One member is loaded after another, when its weights are added.
     members = (load_raw_member(path, dist.device) for path in config.average)
@@ -404,7 +407,7 @@ def average_members(config, dist):
     n_members = len(config.average)
     dist.print(f"the mean of {n_members} reward models on {config.dataset}: {note}")
 
-    summary = standardise(reward_model, held_out, golds, tokenizer, max_length, config, dist)
+    summary = standardise(reward_model, held_out_pairs, golds, config, dist)
     folder.save_model(save_reward_model, reward_model, tokenizer)
     folder.finish(summary)
     write_page(folder.path, dist)
@@ -506,15 +509,24 @@ class PlainTraining:
 
 @dataclass
 class Pairs:
-    """Preference pairs as token lists, an entry a pair."""
+    """Preference pairs as token ids, an entry a pair, and the rows of data they come from."""
 
-    prompts: list[list[int]]
-    chosen: list[list[int]]
-    rejected: list[list[int]]
+    prompts: list[Sequence[int]]
+    chosen: list[Sequence[int]]
+    rejected: list[Sequence[int]]
+    rows: list[dict]
     pad_id: int
 
     def __len__(self):
         return len(self.chosen)
+
+    def at(self, index: Sequence[int]) -> "Pairs":
+        """The pairs with these indices."""
+        prompts = [self.prompts[j] for j in index]
+        chosen = [self.chosen[j] for j in index]
+        rejected = [self.rejected[j] for j in index]
+        rows = [self.rows[j] for j in index]
+        return Pairs(prompts, chosen, rejected, rows, self.pad_id)
 
     def lengths(self, index: list[int]) -> torch.Tensor:
         """Tokens of the longer row of each of these pairs: [b]."""
@@ -526,24 +538,32 @@ class Pairs:
 
     def pack(self, index: list[int]) -> Packed:
         """The rows of b pairs: row j is the chosen answer of pair j, row b + j the rejected one."""
-        prompts = [self.prompts[j] for j in index]
-        chosen = [self.chosen[j] for j in index]
-        rejected = [self.rejected[j] for j in index]
-        return pack(prompts + prompts, chosen + rejected, self.pad_id)
+        part = self.at(index)
+        return pack(part.prompts + part.prompts, part.chosen + part.rejected, self.pad_id)
 
 
 def encode_pairs(rows, tokenizer, max_length, config):
     """Rows {prompt, chosen, rejected} -> Pairs, and a sentence on what had to be cut."""
     sides = ("chosen", "rejected")
-    encoded = encode(tokenizer, rows, sides, max_length, config.chat_template)
+    encoded = encode(tokenizer, rows, sides, max_length, config.chat_template).compact()
     chosen = encoded.responses["chosen"]
     rejected = encoded.responses["rejected"]
-    pairs = Pairs(encoded.prompts, chosen, rejected, tokenizer.pad_token_id)
+    pairs = Pairs(encoded.prompts, chosen, rejected, rows, tokenizer.pad_token_id)
     return pairs, encoded.describe_cuts(max_length)
 
 
-def check_texts(pairs, held_out, tokenizer, max_length, config):
+def encode_splits(held_out, tokenizer, max_length, config):
+    """Held-out rows {label of a split: rows} -> {label: Pairs}, encoded once for all evaluations."""
+    encoded = {}
+    for label, rows in held_out.items():
+        encoded[label], _ = encode_pairs(rows, tokenizer, max_length, config)
+    return encoded
+
+
+def check_texts(pairs, held_out, max_length, config):
     """InputError where the texts decide before any training that scores can have no spread.
+
+    pairs, held_out: Pairs to train on, and to set the scores' scale by.
 
     Scores are standardised by their spread. Texts may be the same to a model once they are cut to
     max_length, or where the tokenizer knows none of their words.
@@ -557,10 +577,9 @@ def check_texts(pairs, held_out, tokenizer, max_length, config):
         f"{config.dataset}: {what} chosen and rejected of every training pair are the same",
     )
 
-    held_out_pairs, _ = encode_pairs(held_out, tokenizer, max_length, config)
     texts = set()
-    for responses in (held_out_pairs.chosen, held_out_pairs.rejected):
-        for prompt, response in zip(held_out_pairs.prompts, responses):
+    for responses in (held_out.chosen, held_out.rejected):
+        for prompt, response in zip(held_out.prompts, responses):
             texts.add(tuple(prompt + response))
     require(
         len(texts) > 1,
@@ -623,18 +642,17 @@ def pair_losses(r_c: torch.Tensor, r_r: torch.Tensor, beta: float) -> torch.Tens
 
 
 @torch.no_grad()
-def evaluate(reward_model, rows, tokenizer, max_length, config, dist):
-    """Score held-out pairs. -> {accuracy, ..., the length baselines}, scores [2, N]
+def evaluate(reward_model, pairs, config, dist):
+    """Score held-out Pairs. -> {accuracy, ..., the length baselines}, scores [2, N]
 
     The first row of the scores is of the chosen answers, the second of the rejected ones.
     """
     reward_model.eval()
-    mine = [rows[i] for i in dist.part(len(rows))]
-    pairs, _ = encode_pairs(mine, tokenizer, max_length, config)
+    mine = pairs.at(dist.part(len(pairs)))
     scores = []
     lengths = []
-    for responses in (pairs.chosen, pairs.rejected):
-        batch = pack(pairs.prompts, responses, tokenizer.pad_token_id).to(dist.device)
+    for responses in (mine.chosen, mine.rejected):
+        batch = pack(mine.prompts, responses, mine.pad_id).to(dist.device)
         own_scores = score_rows(reward_model, batch, config, dist)
         scores.append(dist.gather(own_scores).cpu())
         lengths.append(dist.gather(batch.response_lengths).cpu())
@@ -671,8 +689,8 @@ def score_rows(reward_model, batch, config, dist):
     return scores
 
 
-def gold_scores(held_out, tokenizer, max_length, config, dist):
-    """Score the held-out texts of each split by gold: {label: [2, N]}, chosen and rejected.
+def gold_scores(held_out_pairs, tokenizer, config, dist):
+    """Score the held-out Pairs of each split by gold: {label: [2, N]}, chosen and rejected.
 
     Without --gold_model there are none: {}.
     """
@@ -680,17 +698,16 @@ def gold_scores(held_out, tokenizer, max_length, config, dist):
         return {}
     gold = load_reward(config.gold_model, tokenizer, dist)
     scores = {}
-    for label, rows in held_out.items():
-        mine = [rows[i] for i in dist.part(len(rows))]
-        pairs, _ = encode_pairs(mine, tokenizer, max_length, config)
+    for label, pairs in held_out_pairs.items():
+        mine = pairs.at(dist.part(len(pairs)))
         of_sides = []
-        for side, responses in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
+        for side, responses in (("chosen", mine.chosen), ("rejected", mine.rejected)):
             # A gold reward that is a model reads token ids, another one reads the texts.
             answers = Answers(
-                [row["prompt"] for row in mine],
-                [row[side] for row in mine],
-                pack(pairs.prompts, responses, tokenizer.pad_token_id),
-                [data.own_row(row) for row in mine],
+                [row["prompt"] for row in mine.rows],
+                [row[side] for row in mine.rows],
+                pack(mine.prompts, responses, mine.pad_id),
+                [data.own_row(row) for row in mine.rows],
                 config.chat_template,
             )
             own_scores = score(gold, [answers], dist)

@@ -23,6 +23,7 @@ as PPO's is: it answers held-out prompts, and its KL and gold are measured.
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -416,10 +417,10 @@ def main(config):
 
 @dataclass
 class Sequences:
-    """A prompt and its response for each row of a data set, as token lists."""
+    """A prompt and its response for each row of a data set, as token ids."""
 
-    prompts: list[list[int]]
-    responses: list[list[int]]
+    prompts: list[Sequence[int]]
+    responses: list[Sequence[int]]
     # Which tokens of a response are an assistant's: the loss is on them. None: all.
     scored: list[list[bool]] | None = None
 
@@ -464,7 +465,7 @@ def encode_answers(rows, tokenizer, max_length, config):
     """
     names = LOSSES[config.loss].answers
     loss_on = config.loss_on if config.loss == "sft" else "last"
-    encoded = encode(tokenizer, rows, names, max_length, config.chat_template, loss_on)
+    encoded = encode(tokenizer, rows, names, max_length, config.chat_template, loss_on).compact()
     answers = []
     for field in names:
         answers.append(Sequences(encoded.prompts, encoded.responses[field], encoded.scored))

@@ -93,8 +93,8 @@ def micro_batches(
     return shortest_first.split(counts)
 
 
-def pack(prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0) -> Packed:
-    """Lists of token lists -> Packed.
+def pack(prompts: list[Sequence[int]], responses: list[Sequence[int]], pad_id: int = 0) -> Packed:
+    """Rows of token ids, each a list or an array (Encoded.compact) -> Packed.
 
     There may be no rows at all: a process may have no share of a few texts.
     """

@@ -1111,6 +1111,58 @@ def test_kendall_tau_by_a_double_loop(n, levels):
     assert reversed_tau == pytest.approx(-tau, abs=1e-9)
 
 
+def kendall_by_a_table(x, y, permutations, seed):
+    """Tau and p from the signs of all pairs, a table [N, N] for each of the random orders."""
+
+    def signs(v):
+        return torch.sign(v[:, None] - v)
+
+    x_signs = signs(x)
+    x_untied = x_signs.abs().sum().double()
+    y_untied = signs(y).abs().sum().double()
+    norm = (x_untied * y_untied).sqrt()
+    tau = ((x_signs * signs(y)).sum().double() / norm).item()
+    generator = torch.Generator().manual_seed(seed)
+    n_extreme = 0
+    for _ in range(permutations):
+        order = torch.randperm(len(x), generator=generator)
+        shuffled_tau = ((x_signs * signs(y[order])).sum().double() / norm).item()
+        if abs(shuffled_tau) >= abs(tau) - 1e-12:
+            n_extreme += 1
+    return tau, (n_extreme + 1) / (permutations + 1)
+
+
+def check_against_a_table(n, levels, permutations):
+    x, y = draw_with_ties(n, levels)
+    x = torch.tensor(x).float()
+    y = torch.tensor(y).float()
+    expected = kendall_by_a_table(x, y, permutations, seed=n)
+    assert kendall_tau(x, y, permutations, seed=n) == expected
+
+
+# 64 is a power of 2, 65 is the first number above one.
+@pytest.mark.parametrize("levels", [2, 5, 300])
+@pytest.mark.parametrize("n, permutations", [(2, 9), (3, 0), (64, 50), (65, 50)])
+def test_kendall_tau_and_its_p_value_are_exactly_those_of_all_pairs(n, permutations, levels):
+    check_against_a_table(n, levels, permutations)
+
+
+def test_kendall_tau_and_its_p_value_where_random_orders_come_in_two_parts():
+    check_against_a_table(n=150, levels=20, permutations=1800)
+
+
+def test_kendall_tau_of_many_numbers():
+    """Neighbours change places, two by two: n/2 pairs of n (n - 1) / 2 are discordant.
+
+    A table of all pairs would need 20 GB at least.
+    """
+    n = 100_000
+    x = torch.arange(n)
+    y = x.view(-1, 2).flip(1).flatten()
+    tau, _ = kendall_tau(x, y, permutations=0)
+    assert tau == pytest.approx(1 - 2 / (n - 1), abs=1e-12)
+
+
 def normals(*shape):
     return np.random.default_rng(0).normal(size=shape)
 

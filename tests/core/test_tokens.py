@@ -9,6 +9,7 @@ from tiny_models import EOS, word_tokenizer
 from tokenizers import processors
 
 from nanorlhf.errors import InputError
+from nanorlhf.packing import pack
 from nanorlhf.tokens import (
     cut_left,
     encode,
@@ -544,6 +545,19 @@ def test_scored_tokens_are_cut_with_their_response():
 
     assert len(encoded.scored[0]) == len(encoded.responses["response"][0])
     assert encoded.scored[0] == whole.scored[0][: len(encoded.scored[0])]
+
+
+def test_compact_ids_are_packed_as_the_same_rows():
+    rows = [{"prompt": "a b", "response": "b c b"}, {"prompt": "c", "response": "a"}]
+    encoded = encode(word_tokenizer(["a", "b", "c"]), rows, ("response",))
+    compact = encoded.compact()
+    assert {ids.itemsize for ids in compact.prompts + compact.responses["response"]} == {4}
+
+    expected = pack(encoded.prompts, encoded.responses["response"], EOS)
+    found = pack(compact.prompts, compact.responses["response"], EOS)
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert found.prompt_lengths.tolist() == expected.prompt_lengths.tolist()
+    assert found.response_lengths.tolist() == expected.response_lengths.tolist()
 
 
 def test_prompts_that_wait_for_an_answer_keep_their_rows():

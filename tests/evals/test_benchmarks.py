@@ -165,7 +165,8 @@ def test_a_reward_model_as_train_rm_measures_it(folder):
     )
     _, held_out, *_ = splits.load(config, "pairs")
     dist = Dist(0, 1, torch.device("cpu"))
-    expected, _ = train_rm.evaluate(model.eval(), held_out, load_tokenizer(lm), 24, config, dist)
+    pairs, _ = train_rm.encode_pairs(held_out, load_tokenizer(lm), 24, config)
+    expected, _ = train_rm.evaluate(model.eval(), pairs, config, dist)
 
     rewards = ("--reward_model", folder / "rm", "world:gold")
     sizes = ("--eval_size", 100, "--max_length", 24)

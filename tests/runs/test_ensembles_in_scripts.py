@@ -14,6 +14,7 @@ import os
 import runpy
 import shutil
 import statistics
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -287,6 +288,21 @@ def test_independent_noise(base, tmp_path, labels):
         train_members(base, tmp_path / "b", seed=i, noise_seed=5 + i)
         assert labels[-1] == members[i]
         assert_bit_equal(tmp_path / f"a/seed_{i}", tmp_path / f"b/seed_{i}")
+
+
+def test_each_pair_is_encoded_once(base, tmp_path, monkeypatch):
+    """However often the held-out pairs are checked, scored by gold and evaluated."""
+    n_times = Counter()
+    encode = train_rm.encode
+
+    def record(tokenizer, rows, *rest):
+        n_times.update(map(pair_of, rows))
+        return encode(tokenizer, rows, *rest)
+
+    monkeypatch.setattr(train_rm, "encode", record)
+    train_one(tmp_path / "rm", rm(base, steps=2, eval_every=1, label_noise=0.0))
+    assert len(n_times) > 70  # of training and held out
+    assert set(n_times.values()) == {1}
 
 
 @pytest.fixture
