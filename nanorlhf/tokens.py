@@ -47,7 +47,7 @@ class Encoded:
     def compact(self) -> "Encoded":
         """The same ids in arrays, for what is held through a whole training.
 
-        An array takes 4 bytes a token, a list about 40.
+        An array takes 4 bytes a token and 80 a row, a list about 40 a token.
         """
         prompts = [array("i", ids) for ids in self.prompts]
         responses = {}
