@@ -81,7 +81,7 @@ QUICK = {
     "rm_steps": 2,
     "rm_steps_long": 2,
     "sae_steps": 4,
-    "texts": 24,
+    "texts": 120,
     "prompts": 4,
     "n_answers": 4,
     "test_pairs": 8,
@@ -287,15 +287,17 @@ def inside_cells(a) -> Stages:
         read_autoencoders,
         [policy],
     )
-    probes = []
+    # Words are put into plain texts, as chats have fixed ends.
+    plain_texts = f"--dataset {data}/plain_texts.jsonl --max_rows {a.texts}"
     tasks = {
-        "word": "--task word",
-        "difference": "--task word --difference true",
-        "sequence": "--task sequence",
+        "word": f"--task word {plain_texts}",
+        "difference": f"--task word --difference true {plain_texts}",
+        "sequence": f"--task sequence {texts}",
     }
+    probes = []
     for label, task in tasks.items():
         flags = f"{task} --reward {data}/lexicon.tsv --layers {middle},{last} --seeds 5"
-        command = f"probe.py reward {models} {texts} {flags} {BFLOAT16}"
+        command = f"probe.py reward {models} {flags} {BFLOAT16}"
         probes.append(make_cell(a, f"inside/probe_{label}", command, read_probe, [policy]))
 
     folder = folder_of(a, saes)
@@ -304,7 +306,7 @@ def inside_cells(a) -> Stages:
         "inside/features",
         f"probe.py features --sae {folder}/policy/{last}_mlp --top {a.features} --contexts 4 "
         f"{texts.partition(' --max_rows')[0]} --eval_size {max(2, a.texts // 4)} {BFLOAT16} "
-        f"--explainer {model_of(a)} --related_to sentiment",
+        f"--explainer {model_of(a)} --plain_answers --related_to sentiment",
         read_features,
         [policy, saes],
     )

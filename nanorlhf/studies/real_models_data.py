@@ -4,6 +4,7 @@ r"""The data of the study on a real model, written into one folder from the file
     sums.jsonl          {prompt, answer}: a solved sum, then a sum to solve
     better.jsonl, worse.jsonl           two reviews of the embedded world to one prompt, by gold
     prompts.jsonl, texts.jsonl          of --instructions: a question; with its answer
+    plain_texts.jsonl                   the same as texts without a chat's marks
     lexicon.tsv                         --lexicon
     polite_*.jsonl, hh_*.jsonl          pairs to learn from and to test on
     safety_{SPLIT}_*.jsonl              the same, of each split by questions
@@ -150,16 +151,20 @@ def question_of(row: dict) -> list[dict]:
 
 
 def write_instructions(folder: str, source: str):
-    """Rows {instruction, input, output} as prompts, and as whole texts."""
+    """Rows {instruction, input, output} as prompts, as chats and as plain texts."""
     prompts = {}
     texts = []
+    plain_texts = []
     for _, row in read_any(source):
         prompt = question_of(row)
         prompts[canonical(prompt)] = {"prompt": prompt}
         answer = {"role": "assistant", "content": row["output"]}
         texts.append({"messages": [*prompt, answer]})
+        question = prompt[0]["content"] + "\n"
+        plain_texts.append({"prompt": question, "response": row["output"]})
     write_lines(f"{folder}/prompts.jsonl", shuffle(list(prompts.values()), 0))
     write_lines(f"{folder}/texts.jsonl", texts)
+    write_lines(f"{folder}/plain_texts.jsonl", plain_texts)
 
 
 def read_instruction_pairs(source: str) -> list[dict]:

@@ -13,7 +13,13 @@ from nanorlhf.runtime.files import import_file, read_rows
 from nanorlhf.studies import real_models, real_models_data
 
 WORDS = "cat dog bird fish tree house river stone cloud lamp".split()
-MOODS = ["good", "bad", "kind", "sad"]
+# Six words of each sign, and words that have hardly any value.
+VALUES = {
+    **dict.fromkeys("good kind happy brave nice smart".split(), 2),
+    **dict.fromkeys("bad sad ugly cruel poor sick".split(), -2),
+    **dict.fromkeys("old tall round green calm plain".split(), 0.1),
+}
+MOODS = list(VALUES)
 
 
 def write_json(path, content):
@@ -25,7 +31,9 @@ def make_instructions(n):
     rows = []
     for i in range(n):
         question = f"Tell me {i} things of the {WORDS[i % 10]}"
-        answer = f"The {WORDS[i % 10]} is {MOODS[i % 4]}, and the {WORDS[i % 7]} is {MOODS[i % 3]}."
+        mood = MOODS[i % len(MOODS)]
+        other_mood = MOODS[i * 5 % len(MOODS)]
+        answer = f"The {WORDS[i % 10]} is {mood} and the {WORDS[i % 7]} is {other_mood}."
         rows.append({"instruction": question, "input": "", "output": answer})
     return rows
 
@@ -42,7 +50,9 @@ def make_dialogues(n):
     rows = []
     for i in range(n):
         start = f"\n\nHuman: Hello {i}\n\nAssistant: Hi\n\nHuman: And the {WORDS[i % 10]}?"
-        rows.append({"chosen": f"{start}\n\nAssistant: Good.", "rejected": f"{start}\n\nAssistant: Bad!"})
+        rows.append(
+            {"chosen": f"{start}\n\nAssistant: Good.", "rejected": f"{start}\n\nAssistant: Bad!"}
+        )
     return rows
 
 
@@ -91,7 +101,7 @@ def files(tmp_path_factory):
     encoder = RobertaModel(RobertaConfig(**ENCODER_CONFIG))
     save_encoder(encoder, folder / "encoder", encoder_tokenizer())
     lexicon = folder / "lexicon.tsv"
-    lexicon.write_text("good\t2\nbad\t-2\nkind\t1\nsad\t-1\n")
+    lexicon.write_text("".join(f"{word}\t{value}\n" for word, value in VALUES.items()))
     return {
         "--model": str(folder / "model"),
         "--encoder": str(folder / "encoder"),
