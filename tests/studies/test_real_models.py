@@ -157,3 +157,120 @@ def test_every_part_has_its_tables_and_kept_cells_are_not_run_again(study):
     places = [printed.index(title) for title in TITLES]
     assert places == sorted(places)
     assert study.run("--show") == printed
+
+
+@pytest.mark.slow
+def test_every_part_is_left_out_whose_files_are_not_named(files, tmp_path, capsys):
+    flags = ["--quick", "--dry_run", "--model", files["--model"], "--output_dir", str(tmp_path)]
+    real_models.main(flags)
+    printed = capsys.readouterr().out
+    assert "left out: lexicon, which needs --instructions --lexicon" in printed
+    assert "left out: hh, which needs --hh" in printed
+    for part in real_models.PARTS:
+        is_left_out = part not in ("sums", "judge")
+        assert (f"left out: {part}," in printed) == is_left_out
+        assert (f"/quick/{part}" in printed) != is_left_out
+
+
+def test_another_model_needs_a_place_of_its_own(files, tmp_path):
+    flags = ["--model", files["--model"]]
+    check = real_models.check_model_of_results
+    refuses(check, real_models.read_settings(flags), match=["--results and --output_dir"])
+    results = ["--results", str(tmp_path / "own.json")]
+    refuses(check, real_models.read_settings([*flags, *results]), match=["--output_dir"])
+    check(real_models.read_settings([*flags, *results, "--output_dir", str(tmp_path / "runs")]))
+    check(real_models.read_settings([*flags, "--quick"]))
+
+
+# --------------------------------------------------------------------------------------- its data
+
+
+def test_sums_are_different_and_their_answers_right():
+    rows = real_models_data.write_sums(60)
+    questions = set()
+    for row in rows:
+        *_, last = row["prompt"]
+        first, second = [int(word.strip("?")) for word in last["content"].split()[2::2]]
+        assert row["answer"] == str(first + second)
+        questions.add((first, second))
+    assert len(questions) == 60
+
+
+def test_dialogue_with_two_ends_is_a_pair_of_answers_to_its_last_question(tmp_path):
+    start = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: A cat?\n\nAgain?"
+    rows = [
+        {"chosen": f"{start}\n\nAssistant: Good.", "rejected": f"{start}\n\nAssistant: Bad."},
+        {"chosen": f"{start}\n\nAssistant: Same.", "rejected": f"{start}\n\nAssistant: Same."},
+        {"chosen": f"{start}\n\nAssistant: A", "rejected": "\n\nHuman: Other\n\nAssistant: B"},
+    ]
+    (pair,) = real_models_data.read_dialogues(write_json(tmp_path / "hh.json", rows))
+    assert pair == {
+        "prompt": [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hi"},
+            {"role": "user", "content": "A cat?\n\nAgain?"},
+        ],
+        "chosen": "Good.",
+        "rejected": "Bad.",
+    }
+
+
+def test_moved_pairs_keep_their_answers_and_have_the_prompts_of_others():
+    pairs = []
+    for i in range(5):
+        prompt = real_models_data.ask(f"question {i // 2}")
+        pairs.append({"prompt": prompt, "chosen": f"c{i}", "rejected": f"r{i}"})
+    moved = real_models_data.move_prompts(pairs)
+    for pair, other in zip(pairs, moved, strict=True):
+        assert other["prompt"] != pair["prompt"]
+        assert (other["chosen"], other["rejected"]) == (pair["chosen"], pair["rejected"])
+    # Answers to one question have one other question.
+    assert moved[0]["prompt"] == moved[1]["prompt"]
+
+
+def test_questions_of_a_split_s_test_are_not_learned_from(files, tmp_path):
+    questions = real_models_data.read_questions(files["--safety"])
+    assert len(questions) == 24
+    assert {len(pairs) for pairs in questions.values()} == {2}
+    real_models_data.write_safety(str(tmp_path), questions, splits=2, n_test=8)
+    tests = []
+    for split in range(2):
+        sides = []
+        for side in ("test", "train"):
+            rows = read_rows(tmp_path / f"safety_{split}_{side}.jsonl")
+            sides.append({row["prompt"][0]["content"] for row in rows})
+        test, train = sides
+        assert len(test) == 8
+        assert len(train) == 16
+        assert not test & train
+        tests.append(test)
+    assert tests[0] != tests[1]
+
+
+@pytest.fixture
+def rewards(tmp_path):
+    """The file of rewards, beside a model whose tokenizer it reads; texts of 40 tokens fit."""
+    save_chat_model(tmp_path / "model")
+    path = tmp_path / "data" / "rewards.py"
+    path.parent.mkdir()
+    path.write_text(real_models_data.REWARDS.replace("LENGTH", "40"))
+    return import_file(str(path), changed=0.0)
+
+
+def test_sum_is_right_by_its_last_number_and_in_form_as_a_whole(rewards):
+    responses = ["3 + 4 = 7", "It is 7.", "7, or 8", "no", " 3 + 4 = 8. "]
+    rows = [{"answer": "7"}] * len(responses)
+    assert rewards.is_right([], responses, rows) == [1, 1, 0, 0, 0]
+    assert rewards.is_in_form([], responses) == [1, 0, 0, 0, 1]
+
+
+def test_text_fits_if_half_a_length_of_its_prompt_and_its_end_do(rewards):
+    long_prompt = real_models_data.ask("k" * 50)
+    responses = ["z" * 19, "z" * 20]
+    assert rewards.fits([long_prompt] * 2, responses) == [1, 0]
+    # A short prompt leaves more room: 1 is its letter, and 13 its marks.
+    marks = len(byte_tokenizer("<|im_end|>", CHATML)("<|im_start|>user\n<|im_end|>\n").input_ids)
+    marks += len(byte_tokenizer("<|im_end|>", CHATML)("<|im_start|>assistant\n").input_ids)
+    room = 40 - marks - 1 - 1
+    assert room > 19
+    assert rewards.fits(["k", "k"], ["z" * room, "z" * (room + 1)]) == [1, 0]
