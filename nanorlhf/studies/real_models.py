@@ -41,7 +41,6 @@ from .real_models_results import (
     read_diversity,
     read_features,
     read_judge,
-    read_members,
     read_mmcs,
     read_policy,
     read_probe,
@@ -81,6 +80,7 @@ QUICK = {
     "rm_steps": 2,
     "rm_steps_long": 2,
     "sae_steps": 4,
+    "sarm_pairs": 32,
     "texts": 120,
     "prompts": 4,
     "n_answers": 4,
@@ -131,10 +131,10 @@ def policy_cell(a, name: str, s: int, flags: str, needs: list[Cell] = ()) -> Cel
     return make_cell(a, name, join(model, POLICY, flags, a.ppo_flags), read_policy, needs)
 
 
-def reward_cell(a, name: str, flags: str, read: Callable = read_reward_model) -> Cell:
+def reward_cell(a, name: str, flags: str) -> Cell:
     """A run of train_rm.py from the model."""
     model = f"train_rm.py --model {model_of(a)} {BFLOAT16}"
-    return make_cell(a, name, join(model, REWARD_MODEL, flags, a.rm_flags), read)
+    return make_cell(a, name, join(model, REWARD_MODEL, flags, a.rm_flags), read_reward_model)
 
 
 def benchmark_cell(a, name: str, rewards: str, flags: str, needs: list[Cell]) -> Cell:
@@ -186,32 +186,35 @@ def polite_cells(a) -> Stages:
     test = f"--eval_dataset {data}/polite_test.jsonl --eval_size {a.test_pairs}"
     judge_flags = f"--dataset {data}/polite_judge.jsonl {test} --steps {a.rm_steps}"
     judge = reward_cell(a, "polite/judge", judge_flags)
-    noise = f"--label_noise {LABEL_NOISE} --members {a.members} --steps {a.rm_steps}"
-    members_flags = f"--dataset {data}/polite_members.jsonl {test} {noise}"
-    members = reward_cell(a, "polite/members/seed_{seed}", members_flags, read_members)
+    members = []
+    for s in range(a.members):
+        flags = f"--dataset {data}/polite_members.jsonl {test} --steps {a.rm_steps} --seed {s}"
+        flags += f" --label_noise {LABEL_NOISE}"
+        members.append(reward_cell(a, f"polite/members/seed_{s}", flags))
     moved = moved_cell(a, "polite/moved", judge, f"{data}/polite_moved.jsonl", "")
 
     # The same answers are chosen from by each member and by all of them.
     gold = f"--gold_model {folder_of(a, judge)}"
+    all_members = f"{a.output_dir}/polite/members/seed_{{seed}}"
     pool = (
         f"sample_bon.py --model {model_of(a)} --dataset {data}/prompts.jsonl {BFLOAT16} "
-        f"--reward_model {folder_of(a, members)} {gold} --n_answers {a.n_answers} "
+        f"--reward_model {all_members} {gold} --n_answers {a.n_answers} "
         f"--eval_size {a.prompts} --max_new_tokens {a.max_new_tokens}"
     )
-    bon = make_cell(a, "polite/bon", pool, read_bon, [judge, members])
+    bon = make_cell(a, "polite/bon", pool, read_bon, [judge, *members])
 
     size = (
         f"--steps {a.rm_ppo_steps} --batch_size {a.batch_size} --max_new_tokens {a.max_new_tokens}"
     )
     policies = []
-    rewards = {"one": f"{a.output_dir}/polite/members/seed_0", "all": folder_of(a, members)}
+    rewards = {"one": folder_of(a, members[0]), "all": all_members}
+    needed = {"one": [judge, members[0]], "all": [judge, *members]}
     for label, reward in rewards.items():
         for s in range(a.seeds):
             flags = f"--dataset {data}/prompts.jsonl --reward_model {reward} {gold} {size}"
-            policies.append(
-                policy_cell(a, f"polite/ppo_{label}/seed_{s}", s, flags, [judge, members])
-            )
-    return [[members, judge], [*policies, bon, moved]]
+            name = f"polite/ppo_{label}/seed_{s}"
+            policies.append(policy_cell(a, name, s, flags, needed[label]))
+    return [[judge, *members], [*policies, bon, moved]]
 
 
 def moved_cell(a, name: str, reward_model: Cell, dataset: str, flags: str) -> Cell:
@@ -346,13 +349,16 @@ def refusals_of_split(a, s: int) -> Stages:
 
     # The SARM's features are put on the finished dense model.
     _, last = layers_of(a)
+    of_last_tokens = (
+        f"--site residual --layers {last} --normalize token --relu False --tokens last --keep_bos "
+        f"--expansion 4 --k 32 --steps {a.sae_steps} --batch_size 128 --eval_size 16"
+    )
     sae = make_cell(
         a,
         name.format("sae"),
-        f"train_sae.py --model {folder_of(a, dense)} --base none --site residual --layers {last} "
-        f"--normalize token --relu False --tokens last --keep_bos --expansion 4 --k 32 {pairs} "
-        f"--kind pairs {length} --steps {a.sae_steps} --batch_size 128 --eval_size 16 --seed {s} "
-        f"--cache {a.output_dir}/refusals/sae_cache_{s} {BFLOAT16}",
+        f"train_sae.py --model {folder_of(a, dense)} --base none {pairs} --kind pairs {length} "
+        f"--max_rows {a.sarm_pairs} {of_last_tokens} --seed {s} {BFLOAT16} "
+        f"--cache {a.output_dir}/refusals/sae_cache_{s}",
         read_autoencoders,
         [dense],
     )
@@ -366,15 +372,16 @@ def refusals_of_split(a, s: int) -> Stages:
     )
 
     rewards = f"{folder_of(a, dense)} {folder_of(a, sarm)} {data}/rewards.py:fits"
-    on_questions = f"--eval_size 0 {length}"
     tests = {
-        "test": f"--dataset {data}/safety_{s}_test.jsonl {on_questions}",
-        "moved": f"--dataset {data}/safety_{s}_moved.jsonl {on_questions}",
-        "rm_bench": f"--benchmark rm_bench --dataset {data}/rm_bench.jsonl --chat_template {length}",
+        "test": f"--dataset {data}/safety_{s}_test.jsonl --eval_size 0",
+        "moved": f"--dataset {data}/safety_{s}_moved.jsonl --eval_size 0",
+        "rm_bench": f"--benchmark rm_bench --dataset {data}/rm_bench.jsonl --chat_template",
     }
     benchmarks = []
     for label, flags in tests.items():
-        cell = benchmark_cell(a, name.format(label), rewards, flags, [dense, sae, sarm])
+        cell = benchmark_cell(
+            a, name.format(label), rewards, f"{flags} {length}", [dense, sae, sarm]
+        )
         benchmarks.append(cell)
     return [[dense], [sae], [sarm], benchmarks]
 
@@ -423,16 +430,17 @@ class Settings(KeptFlags, StudyFlags):
     seeds: int = HfArg(default=3, help="how many seeds, or splits, a part of training has")
     members: int = HfArg(default=5, help="reward models in the ensemble")
     steps: int = HfArg(default=30, help="rollouts of PPO on the lexicon")
-    sums_steps: int = HfArg(default=25, help="rollouts of GRPO on sums")
-    rm_ppo_steps: int = HfArg(default=20, help="rollouts of PPO on reward models")
+    sums_steps: int = HfArg(default=20, help="rollouts of GRPO on sums")
+    rm_ppo_steps: int = HfArg(default=12, help="rollouts of PPO on reward models")
     batch_size: int = HfArg(default=16, help="answers in a rollout of PPO")
     max_new_tokens: int = HfArg(default=32, help="tokens in the longest answer")
     rm_steps: int = HfArg(default=50, help="steps of a reward model of polite answers")
-    rm_steps_long: int = HfArg(default=30, help="steps of one on dialogues and of refusals")
+    rm_steps_long: int = HfArg(default=24, help="steps of one on dialogues and of refusals")
     max_length: int = HfArg(default=512, help="tokens in the longest question with its refusal")
     sae_steps: int = HfArg(default=400, help="steps of autoencoders")
+    sarm_pairs: int = HfArg(default=200, help="pairs that a SARM's features are learned from")
     texts: int = HfArg(default=240, help="texts to look inside on")
-    prompts: int = HfArg(default=32, help="held-out prompts")
+    prompts: int = HfArg(default=24, help="held-out prompts")
     n_answers: int = HfArg(default=16, help="answers to each of them in best-of-n and diversity")
     test_pairs: int = HfArg(default=120, help="held-out pairs of polite answers, and of dialogues")
     test_questions: int = HfArg(default=40, help="held-out questions of refusals, in each split")

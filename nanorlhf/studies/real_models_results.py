@@ -1,10 +1,9 @@
 """What the runs of the study on a real model have found: read from their folders, and shown.
 
-A run's result is a small dict. A table is {row: {column: [one number a seed]}}; a row whose runs are
-not kept yet is left out.
+A run's result is a small dict. A table is {row: {column: [one number a seed]}}. What is not kept yet
+is left out of it.
 """
 
-from glob import glob
 from pathlib import Path
 
 from ..hf.activations import SITES
@@ -25,6 +24,7 @@ EVALUATED = {
 }
 # What tables call the rewards of a benchmark.
 NOT_CUT = "not cut wins"
+REWARD_MODEL_COLUMNS = ("accuracy", "accuracy_se", "longer_wins", "shorter_wins", "seconds")
 SHOWN_TEXT = 240  # characters of a sample
 
 # -------------------------------------------------------------------------------------- reading
@@ -76,12 +76,6 @@ def read_reward_model(folder: str) -> dict:
     for name in ("accuracy", "accuracy_se", "longer_wins", "shorter_wins", "n_pairs"):
         run[name] = shorten(summary[f"eval/{name}"])
     return run
-
-
-def read_members(folders: str) -> dict:
-    """The members of an ensemble, {seed} in their folders' name -> {name: [of each member]}"""
-    members = [read_reward_model(folder) for folder in sorted(glob(folders.format(seed="*[0-9]")))]
-    return {name: [member[name] for member in members] for name in members[0]}
 
 
 def read_bon(folder: str) -> dict:
@@ -294,38 +288,33 @@ def print_judge(results: dict, a):
         print(line)
 
 
-def print_reward_models(title: str, results: dict, names: dict[str, str], moved: dict[str, str], a):
+def print_reward_models(title: str, names: dict[str, list[str]], moved: dict, results: dict, a):
     """Accuracies beside those of length, and of questions with the answers of others.
 
-    names: {row: cell}; moved: {row: the cell of its test with other questions}
+    names: {row: cells}; moved: {row: the cell of its test with other questions}
     """
     table = {}
-    for label, name in names.items():
-        if name not in results:
-            continue
-        run = results[name]
-        row = {}
-        for column in ("accuracy", "accuracy_se", "longer_wins", "shorter_wins", "seconds"):
-            values = run[column]
-            # An ensemble has a number for each member.
-            row[column] = values if isinstance(values, list) else [values]
-        if moved.get(label) in results:
-            (other,) = [
-                metrics["accuracy"][0]
-                for reward, metrics in results[moved[label]]["rewards"].items()
-                if reward not in ("longer wins", "shorter wins")
-            ]
-            row["moved prompts"] = [other]
-        table[label] = row
+    for label, cells in names.items():
+        rows = []
+        for name in cells:
+            if name in results:
+                rows.append({column: results[name][column] for column in REWARD_MODEL_COLUMNS})
+        if rows:
+            table[label] = collect(rows)
+        if label in moved and moved[label] in results:
+            rewards = results[moved[label]]["rewards"]
+            (reward,) = rewards.keys() - {"longer wins", "shorter wins"}
+            table.setdefault(label, {})["moved prompts"] = [rewards[reward]["accuracy"][0]]
     if table:
         print_title(title, a)
         print_table(table)
 
 
 def print_polite(results: dict, a):
-    names = {"judge": "polite/judge", "members, noisy": "polite/members/seed_{seed}"}
+    members = [name for name in results if name.startswith("polite/members/")]
+    names = {"judge": ["polite/judge"], "members, noisy": members}
     title = "Reward models of polite answers, on held-out pairs"
-    print_reward_models(title, results, names, {"judge": "polite/moved"}, a)
+    print_reward_models(title, names, {"judge": "polite/moved"}, results, a)
     if "polite/bon" in results:
         print_title("Best-of-n by each reward, in standard deviations of the judge's score", a)
         print_bon(results["polite/bon"])
@@ -345,7 +334,7 @@ def print_bon(run: dict):
 
 def print_hh(results: dict, a):
     title = "A reward model of helpful dialogues, on held-out pairs"
-    print_reward_models(title, results, {"HH": "hh/rm"}, {"HH": "hh/moved"}, a)
+    print_reward_models(title, {"HH": ["hh/rm"]}, {"HH": "hh/moved"}, results, a)
 
 
 def print_diversity(results: dict, a):
@@ -373,17 +362,9 @@ def print_inside(results: dict, a):
     if "inside/mmcs" in results:
         print_title("How alike the features of two autoencoders are", a)
         print_rows(results["inside/mmcs"])
-    for name, run in results.items():
-        if not name.startswith("inside/probe"):
-            continue
-        label = name.removeprefix("inside/probe_")
-        print_title(f"The reward read from activations, {label}: {run['metric']} over splits", a)
-        for probed, values in run["inputs"].items():
-            value, half_width, less, less_half_width = [
-                float("nan") if x is None else x for x in values
-            ]
-            line = f"{probed:28s} {value:.3f} +- {half_width:.3f}"
-            print(f"{line}   policy less this {less:.3f} +- {less_half_width:.3f}")
+    for label in ("word", "difference", "sequence"):
+        if f"inside/probe_{label}" in results:
+            print_probe(label, results[f"inside/probe_{label}"], a)
     if "inside/features" in results:
         print_title("The features that fire most, described by the model itself", a)
         for number, feature in results["inside/features"].items():
@@ -391,12 +372,28 @@ def print_inside(results: dict, a):
             print(f"       {feature['description']}")
 
 
+def print_probe(label: str, run: dict, a):
+    """A line for each input that the reward was read from: the policy's first, then controls."""
+    print_title(f"The reward read from activations, {label}: {run['metric']} over splits", a)
+    for name, numbers in run["inputs"].items():
+        value, half_width, less, half_width_of_less = numbers
+        line = f"{name:28s}{describe(value)} +- {describe(half_width)}"
+        print(f"{line}   policy less this {describe(less)} +- {describe(half_width_of_less)}")
+
+
+def describe(x: float | None) -> str:
+    """A number with three digits; a line where there is none."""
+    if x is None:
+        return "    -"
+    return f"{x:7.3f}"
+
+
 def print_rows(rows: dict[str, dict]):
     """A line for each row, with its numbers by name."""
     for name, numbers in rows.items():
         line = f"{name:34s}"
         for column, x in numbers.items():
-            line += f"  {column} {'-' if x is None else format(x, '.3g')}"
+            line += f"  {column} {describe(x)}"
         print(line)
 
 
