@@ -1,7 +1,7 @@
 """What the runs of the study on a real model have found: read from their folders, and shown.
 
-A run's result is a small dict. A table is {row: {column: [one number a seed]}}. What is not kept yet
-is left out of it.
+A run's result is a small dict. A table is {row: {column: [one number a seed]}}, without the rows of
+runs that are not kept yet.
 """
 
 from pathlib import Path
