@@ -57,7 +57,7 @@ PARTS = {
     "judge": (),
     "polite": ("polite_pairs", "instructions"),
     "refusals": ("safety", "rm_bench"),
-    "diversity": ("instructions", "lexicon", "encoder"),
+    "diversity": ("instructions", "lexicon"),
     "inside": ("instructions", "lexicon"),
     "hh": ("hh",),
 }
@@ -81,7 +81,8 @@ QUICK = {
     "rm_steps_long": 2,
     "sae_steps": 4,
     "sarm_pairs": 32,
-    "texts": 120,
+    "texts": 24,
+    "triples": 20,
     "prompts": 4,
     "n_answers": 4,
     "test_pairs": 8,
@@ -152,9 +153,20 @@ Stages = list[list[Cell]]
 def lexicon_cell(a, s: int, kl_coef: float) -> Cell:
     """PPO on the words of a lexicon, with and without a KL penalty."""
     data = f"--dataset {data_of(a)}/prompts.jsonl --reward_model {data_of(a)}/lexicon.tsv"
-    size = f"--steps {a.steps} --batch_size {a.batch_size} --max_new_tokens {a.max_new_tokens}"
+    size = size_of_rollouts(a, a.steps)
     name = f"lexicon/kl_{kl_coef:g}/seed_{s}"
     return policy_cell(a, name, s, f"{data} {size} --kl_coef {kl_coef:g}")
+
+
+def size_of_rollouts(a, steps: int) -> str:
+    """The flags of how much PPO samples."""
+    return f"--steps {steps} --batch_size {a.batch_size} --max_new_tokens {a.max_new_tokens}"
+
+
+def size_of_pool(a) -> str:
+    """The flags of how many answers best-of-n and diversity have."""
+    size = f"--n_answers {a.n_answers} --max_new_tokens {a.max_new_tokens}"
+    return f"--eval_size {a.prompts} {size}"
 
 
 def lexicon_cells(a) -> Stages:
@@ -196,22 +208,20 @@ def polite_cells(a) -> Stages:
     # The same answers are chosen from by each member and by all of them.
     gold = f"--gold_model {folder_of(a, judge)}"
     all_members = f"{a.output_dir}/polite/members/seed_{{seed}}"
-    pool = (
-        f"sample_bon.py --model {model_of(a)} --dataset {data}/prompts.jsonl {BFLOAT16} "
-        f"--reward_model {all_members} {gold} --n_answers {a.n_answers} "
-        f"--eval_size {a.prompts} --max_new_tokens {a.max_new_tokens}"
+    prompts = f"--dataset {data}/prompts.jsonl"
+    pool = join(
+        f"sample_bon.py --model {model_of(a)} {prompts} {BFLOAT16}",
+        f"--reward_model {all_members} {gold} {size_of_pool(a)}",
     )
     bon = make_cell(a, "polite/bon", pool, read_bon, [judge, *members])
 
-    size = (
-        f"--steps {a.rm_ppo_steps} --batch_size {a.batch_size} --max_new_tokens {a.max_new_tokens}"
-    )
+    size = size_of_rollouts(a, a.rm_ppo_steps)
     policies = []
     rewards = {"one": folder_of(a, members[0]), "all": all_members}
     needed = {"one": [judge, members[0]], "all": [judge, *members]}
     for label, reward in rewards.items():
         for s in range(a.seeds):
-            flags = f"--dataset {data}/prompts.jsonl --reward_model {reward} {gold} {size}"
+            flags = f"{prompts} --reward_model {reward} {gold} {size}"
             name = f"polite/ppo_{label}/seed_{s}"
             policies.append(policy_cell(a, name, s, flags, needed[label]))
     return [[judge, *members], [*policies, bon, moved]]
@@ -246,23 +256,21 @@ def diversity_cells(a) -> Stages:
     """How different the answers of the model, of its best-of-n and of a policy are."""
     data = data_of(a)
     policy = lexicon_cell(a, 0, 0.05)
-    size = f"--n_answers {a.n_answers} --eval_size {a.prompts} --max_new_tokens {a.max_new_tokens}"
-    measures = f"--diversity --encoder {a.output_dir}/encoder --tokenizer {model_of(a)}"
+    measures = f"--diversity --tokenizer {model_of(a)}"
+    if a.encoder:
+        measures += f" --encoder {a.output_dir}/encoder"
     if a.nli_model:
         measures += f" --nli_model {a.output_dir}/nli_model"
     sampling = f"--dataset {data}/prompts.jsonl --reward_model {data}/lexicon.tsv {BFLOAT16}"
-    flags = f"{sampling} {size} {measures}"
+    flags = f"{sampling} {size_of_pool(a)} {measures}"
 
     # The best of a few answers, drawn from the model's again and again.
     best = f"--best_of {max(2, a.n_answers // 4)}"
     of_model = f"sample_bon.py --model {model_of(a)} {flags} {best}"
     of_policy = f"sample_bon.py --model {folder_of(a, policy)} {flags}"
-    return [
-        [
-            make_cell(a, "diversity/model", of_model, read_diversity),
-            make_cell(a, "diversity/policy", of_policy, read_diversity, [policy]),
-        ]
-    ]
+    before = make_cell(a, "diversity/model", of_model, read_diversity)
+    after = make_cell(a, "diversity/policy", of_policy, read_diversity, [policy])
+    return [[before, after]]
 
 
 def inside_cells(a) -> Stages:
@@ -270,28 +278,28 @@ def inside_cells(a) -> Stages:
     data = data_of(a)
     policy = lexicon_cell(a, 0, 0.05)
     models = f"--model {model_of(a)} --policy {folder_of(a, policy)}"
-    texts = f"--dataset {data}/texts.jsonl --max_rows {a.texts}"
+    texts = f"--dataset {data}/texts.jsonl"
+    held_out = f"--eval_size {max(2, a.texts // 4)}"
     middle, last = layers_of(a)
+    layers = f"--layers {middle},{last}"
 
-    divergence = make_cell(
-        a,
-        "inside/divergence",
-        f"probe.py divergence {models} {texts} --sites mlp residual {BFLOAT16}",
-        read_divergence,
-        [policy],
-    )
+    def inside_cell(label: str, command: str, read: Callable, more: list[Cell] = ()) -> Cell:
+        return make_cell(a, f"inside/{label}", command, read, [policy, *more])
+
+    sites = f"{texts} --sites mlp residual {BFLOAT16}"
+    command = f"probe.py divergence {models} {sites}"
+    divergence = inside_cell("divergence", command, read_divergence)
+
     # Activations are computed once and kept: the model is what costs.
-    saes = make_cell(
-        a,
-        "inside/sae",
-        f"train_sae.py --model {folder_of(a, policy)} --base {model_of(a)} {texts} {BFLOAT16} "
-        f"--layers {middle},{last} --expansion 4 --k 32 --steps {a.sae_steps} --batch_size 512 "
-        f"--eval_size {max(2, a.texts // 4)} --cache {a.output_dir}/inside/sae_cache",
-        read_autoencoders,
-        [policy],
+    command = join(
+        f"train_sae.py --model {folder_of(a, policy)} --base {model_of(a)} {texts} {held_out}",
+        f"{layers} --expansion 4 --k 32 --steps {a.sae_steps} --batch_size 512 {BFLOAT16}",
+        f"--cache {a.output_dir}/inside/sae_cache",
     )
+    saes = inside_cell("sae", command, read_autoencoders)
+
     # Words are put into plain texts, as chats have fixed ends.
-    plain_texts = f"--dataset {data}/plain_texts.jsonl --max_rows {a.texts}"
+    plain_texts = f"--dataset {data}/plain_texts.jsonl --triples {a.triples}"
     tasks = {
         "word": f"--task word {plain_texts}",
         "difference": f"--task word --difference true {plain_texts}",
@@ -299,27 +307,19 @@ def inside_cells(a) -> Stages:
     }
     probes = []
     for label, task in tasks.items():
-        flags = f"{task} --reward {data}/lexicon.tsv --layers {middle},{last} --seeds 5"
-        command = f"probe.py reward {models} {flags} {BFLOAT16}"
-        probes.append(make_cell(a, f"inside/probe_{label}", command, read_probe, [policy]))
+        flags = f"{task} --reward {data}/lexicon.tsv {layers} --seeds 5 {BFLOAT16}"
+        command = f"probe.py reward {models} {flags}"
+        probes.append(inside_cell(f"probe_{label}", command, read_probe))
 
     folder = folder_of(a, saes)
-    features = make_cell(
-        a,
-        "inside/features",
-        f"probe.py features --sae {folder}/policy/{last}_mlp --top {a.features} --contexts 4 "
-        f"{texts.partition(' --max_rows')[0]} --eval_size {max(2, a.texts // 4)} {BFLOAT16} "
-        f"--explainer {model_of(a)} --plain_answers --related_to sentiment",
-        read_features,
-        [policy, saes],
+    command = join(
+        f"probe.py features --sae {folder}/policy/{last}_mlp {texts} {held_out} {BFLOAT16}",
+        f"--top {a.features} --contexts 4 --explainer {model_of(a)} --plain_answers",
+        "--related_to sentiment",
     )
-    mmcs = make_cell(
-        a,
-        "inside/mmcs",
-        f"probe.py mmcs --a {folder}/base/* --b {folder}/policy/*",
-        read_mmcs,
-        [policy, saes],
-    )
+    features = inside_cell("features", command, read_features, [saes])
+    command = f"probe.py mmcs --a {folder}/base/* --b {folder}/policy/*"
+    mmcs = inside_cell("mmcs", command, read_mmcs, [saes])
     return [[saes, *probes, divergence], [features, mmcs]]
 
 
@@ -348,30 +348,25 @@ def refusals_of_split(a, s: int) -> Stages:
     dense = reward_cell(a, name.format("dense"), training)
 
     # The SARM's features are put on the finished dense model.
-    _, last = layers_of(a)
-    of_last_tokens = (
-        f"--site residual --layers {last} --normalize token --relu False --tokens last --keep_bos "
-        f"--expansion 4 --k 32 --steps {a.sae_steps} --batch_size 128 --eval_size 16"
-    )
+    trunk = folder_of(a, dense)
     sae = make_cell(
         a,
         name.format("sae"),
-        f"train_sae.py --model {folder_of(a, dense)} --base none {pairs} --kind pairs {length} "
-        f"--max_rows {a.sarm_pairs} {of_last_tokens} --seed {s} {BFLOAT16} "
-        f"--cache {a.output_dir}/refusals/sae_cache_{s}",
+        join(
+            f"train_sae.py --model {trunk} --base none {pairs} --kind pairs {length}",
+            f"--max_rows {a.sarm_pairs} --steps {a.sae_steps} --seed {s} {BFLOAT16}",
+            f"--cache {a.output_dir}/refusals/sae_cache_{s}",
+            features_of_last_tokens(a),
+        ),
         read_autoencoders,
         [dense],
     )
     sarm_flags = f"--sarm {folder_of(a, sae)} --sarm_mode frozen --lr 3e-2 --batch_size 8"
-    sarm = make_cell(
-        a,
-        name.format("sarm"),
-        f"train_rm.py --model {folder_of(a, dense)} {sarm_flags} {training} {BFLOAT16}",
-        read_reward_model,
-        [dense, sae],
-    )
+    command = f"train_rm.py --model {trunk} {sarm_flags} {training} {BFLOAT16}"
+    sarm = make_cell(a, name.format("sarm"), command, read_reward_model, [dense, sae])
 
-    rewards = f"{folder_of(a, dense)} {folder_of(a, sarm)} {data}/rewards.py:fits"
+    rewards = f"{trunk} {folder_of(a, sarm)} {data}/rewards.py:fits"
+    needs = [dense, sae, sarm]
     tests = {
         "test": f"--dataset {data}/safety_{s}_test.jsonl --eval_size 0",
         "moved": f"--dataset {data}/safety_{s}_moved.jsonl --eval_size 0",
@@ -379,11 +374,17 @@ def refusals_of_split(a, s: int) -> Stages:
     }
     benchmarks = []
     for label, flags in tests.items():
-        cell = benchmark_cell(
-            a, name.format(label), rewards, f"{flags} {length}", [dense, sae, sarm]
-        )
-        benchmarks.append(cell)
+        flags = f"{flags} {length}"
+        benchmarks.append(benchmark_cell(a, name.format(label), rewards, flags, needs))
     return [[dense], [sae], [sarm], benchmarks]
+
+
+def features_of_last_tokens(a) -> str:
+    """The flags of an autoencoder that a reward model can read: that of its last block's output."""
+    _, last = layers_of(a)
+    place = f"--site residual --layers {last} --tokens last --keep_bos"
+    kind = "--normalize token --relu False --expansion 4 --k 32"
+    return f"{place} {kind} --batch_size 128 --eval_size 16"
 
 
 CELLS = {
@@ -440,6 +441,7 @@ class Settings(KeptFlags, StudyFlags):
     sae_steps: int = HfArg(default=400, help="steps of autoencoders")
     sarm_pairs: int = HfArg(default=200, help="pairs that a SARM's features are learned from")
     texts: int = HfArg(default=240, help="texts to look inside on")
+    triples: int = HfArg(default=100, help="triples of words in each split of a probe")
     prompts: int = HfArg(default=24, help="held-out prompts")
     n_answers: int = HfArg(default=16, help="answers to each of them in best-of-n and diversity")
     test_pairs: int = HfArg(default=120, help="held-out pairs of polite answers, and of dialogues")
@@ -483,6 +485,8 @@ def main(args=None):
                 print(f"left out: {part}, which needs {missing}")
             else:
                 parts[part] = CELLS[part](a)
+        if "diversity" in parts and not a.encoder:
+            print("left out: embeddings in diversity, which need --encoder")
         if a.dry_run:
             commands = []
             for stages in parts.values():

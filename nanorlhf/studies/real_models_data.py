@@ -4,7 +4,7 @@ r"""The data of the study on a real model, written into one folder from the file
     sums.jsonl          {prompt, answer}: a solved sum, then a sum to solve
     better.jsonl, worse.jsonl           two reviews of the embedded world to one prompt, by gold
     prompts.jsonl, texts.jsonl          of --instructions: a question; with its answer
-    plain_texts.jsonl                   the same as texts without a chat's marks
+    plain_texts.jsonl                   the latter without a chat's marks, and more of them
     lexicon.tsv                         --lexicon
     polite_*.jsonl, hh_*.jsonl          pairs to learn from and to test on
     safety_{SPLIT}_*.jsonl              the same, of each split by questions
@@ -73,7 +73,7 @@ def write_data(a, folder: str):
     write_lines(f"{folder}/sums.jsonl", write_sums(400))
     write_reviews(folder, a.reviews)
     if a.instructions:
-        write_instructions(folder, a.instructions)
+        write_instructions(folder, a.instructions, a.texts)
     if a.lexicon:
         shutil.copyfile(a.lexicon, f"{folder}/lexicon.tsv")
     if a.polite_pairs:
@@ -150,8 +150,8 @@ def question_of(row: dict) -> list[dict]:
     return ask(question)
 
 
-def write_instructions(folder: str, source: str):
-    """Rows {instruction, input, output} as prompts, as chats and as plain texts."""
+def write_instructions(folder: str, source: str, n_texts: int):
+    """Rows {instruction, input, output} as prompts, as plain texts, and some of them as chats."""
     prompts = {}
     texts = []
     plain_texts = []
@@ -163,7 +163,7 @@ def write_instructions(folder: str, source: str):
         question = prompt[0]["content"] + "\n"
         plain_texts.append({"prompt": question, "response": row["output"]})
     write_lines(f"{folder}/prompts.jsonl", shuffle(list(prompts.values()), 0))
-    write_lines(f"{folder}/texts.jsonl", texts)
+    write_lines(f"{folder}/texts.jsonl", shuffle(texts, 0)[:n_texts])
     write_lines(f"{folder}/plain_texts.jsonl", plain_texts)
 
 
