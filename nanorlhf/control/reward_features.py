@@ -55,11 +55,7 @@ each stands its strength from 1 to 10, in double brackets.
 
 {contexts}
 
-Tokens whose presence in a text goes most with the feature: {tokens}
-
-Say in one sentence what the feature stands for, and whether that has to do with {related_to}. \
-Answer with one line of JSON and nothing else:
-{{"description": "...", "related": true or false}}"""
+Tokens whose presence in a text goes most with the feature: {tokens}"""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from ..rollout import ask_locally
 from ..runtime import files
 from ..runtime.endpoint import Unreachable, ask_all, asker, is_endpoint
 from ..runtime.log import Progress
+from ..tokens import ready_prompts
 
 PROMPT = """Here are a prompt and two answers to it.
 
@@ -176,7 +177,10 @@ def name_judge(spec: str, config) -> list[str]:
     """What the choices of a judge are kept under: another model has other choices."""
     if is_endpoint(spec):
         return [spec.rstrip("/"), config.judge_model]
-    return [fingerprint(spec.removeprefix(LOCAL))]
+    name = [fingerprint(spec.removeprefix(LOCAL))]
+    if config.forced_choice:
+        name.append("forced choice")
+    return name
 
 
 def question_of(config, prompt: Prompt, first: str, second: str) -> str:
@@ -284,7 +288,38 @@ def ask(config, spec: str, questions: list[str], dist) -> Iterator[tuple[int, st
     path = spec.removeprefix(LOCAL)
     policy = load_policy(path, value_head=False, device=dist.device)
     tokenizer = load_tokenizer(path)
+    if config.forced_choice:
+        return choose_locally(policy, tokenizer, questions)
     return ask_locally(policy, tokenizer, questions, config.answer_tokens, config.micro_batch_size)
+
+
+@torch.no_grad()
+def choose_locally(
+    policy, tokenizer, questions: list[str]
+) -> Iterator[tuple[int, str | Exception]]:
+    """Take the likelier of 1 and 2 as the first token of a language model's reply.
+
+    A small model often begins with other words and never comes to a number. -> (i, choice), as of
+    ask_locally(). InputError: the tokenizer has no single token for a number.
+    """
+    numbers = ["1", "2"]
+    ids = []
+    for number in numbers:
+        of_number = tokenizer(number, add_special_tokens=False).input_ids
+        require(len(of_number) == 1, f"the judge's tokenizer has no single token for {number}")
+        ids += of_number
+
+    has_template = bool(tokenizer.chat_template)
+    for i, question in enumerate(questions):
+        row = {"prompt": question}
+        try:
+            prompt = ready_prompts(tokenizer, [row], policy.lm.config, 1, chat=has_template).ids[0]
+        except InputError as e:
+            yield i, e
+            continue
+        input_ids = torch.tensor([prompt], device=policy.lm.device)
+        logits = policy.lm(input_ids=input_ids, logits_to_keep=1).logits[0, -1]  # [V]
+        yield i, numbers[int(logits[ids].argmax())]
 
 
 def choice_of(reply: str) -> int | None:

@@ -59,6 +59,11 @@ class JudgeConfig(EndpointFlags):
         default=16,
         help="tokens in a language model's longest reply; one that thinks aloud needs more",
     )
+    forced_choice: bool = HfArg(
+        default=False,
+        help="llm:FOLDER: take the likelier of 1 and 2 as its choice, instead of a reply; small "
+        "models seldom reply with a number",
+    )
     parallel: int = HfArg(default=1, help="requests to an endpoint at a time")
     requests_per_minute: float = HfArg(
         default=0,

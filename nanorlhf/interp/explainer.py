@@ -32,11 +32,12 @@ strength from 1 to 10, in double brackets.
 
 {contexts}
 
-It fires most on: {tokens}
-
+It fires most on: {tokens}"""
+IN_JSON = """\
 Say in one sentence what the feature stands for, and whether that has to do with {related_to}. \
 Answer with one line of JSON and nothing else:
 {{"description": "...", "related": true or false}}"""
+IN_PLAIN_WORDS = "Say in one sentence what the feature stands for."
 FILE = "explanations.jsonl"
 ANSWER_TOKENS = 200  # at most
 
@@ -102,14 +103,14 @@ def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None
     rubbish = []  # why some answers were none
     error = None  # why nothing more is asked
     for folder, feature in features:
-        prompt = prompt_of(feature, config.related_to, question)
+        prompt = prompt_of(feature, config, question)
         key = digest(config.explainer, config.explainer_model, prompt)
         if key not in known and not error:
             # A local model is loaded only if there is something to ask.
             if ask is None:
                 ask = asker(config)
             try:
-                answer = parse(ask(prompt))
+                answer = read_answer(ask(prompt), config)
             except Unreachable as e:
                 error = str(e)
             except ValueError as e:
@@ -141,8 +142,11 @@ def is_kept_answer(line: int, row) -> bool:
     return isinstance(row.get("related"), bool)
 
 
-def prompt_of(feature: dict, related_to: str, question: str = PROMPT) -> str:
+def prompt_of(feature: dict, config, question: str = PROMPT) -> str:
     """What the explainer is asked about a feature: its contexts and the tokens it fires on."""
+    request = IN_JSON
+    if config.plain_answers:
+        request = IN_PLAIN_WORDS
     lines = []
     for context in feature["contexts"]:
         words = []
@@ -155,7 +159,21 @@ def prompt_of(feature: dict, related_to: str, question: str = PROMPT) -> str:
             words.append(word)
         lines.append("- " + " ".join(words))
     tokens = ", ".join(repr(token) for token, *_ in feature["tokens"])
-    return question.format(contexts="\n".join(lines), tokens=tokens, related_to=related_to)
+    shown = {"contexts": "\n".join(lines), "tokens": tokens, "related_to": config.related_to}
+    return f"{question}\n\n{request}".format(**shown)
+
+
+def read_answer(text: str, config) -> dict:
+    """An answer -> {"description", "related"}, by --plain_answers. ValueError: it is none."""
+    if not config.plain_answers:
+        return parse(text)
+    description = " ".join(text.split())
+    if not description:
+        raise ValueError("an empty answer")
+    return {
+        "description": description,
+        "related": config.related_to.lower() in description.lower(),
+    }
 
 
 def parse(text: str) -> dict:

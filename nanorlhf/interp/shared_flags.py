@@ -72,6 +72,11 @@ class DescribeFlags(FlagGroup):
         "http://HOST/v1, an OpenAI-compatible endpoint (its key: OPENAI_API_KEY)",
     )
     explainer_model: str = HfArg(default="", help="the model's name at the endpoint")
+    plain_answers: bool = HfArg(
+        default=False,
+        help="take any reply of --explainer as the description, and not JSON, which small models "
+        "seldom write; a feature is then related where the description says --related_to",
+    )
     related_to: str = HfArg(
         default="the sentiment of a review", help="what a feature may have to do with, in words"
     )

@@ -400,18 +400,11 @@ class Progress:
 
 
 def sample_table(rows: list[dict], width: int = 110) -> str:
-    """Rows {prompt, response, **numbers} as readable text."""
+    """Rows {prompt, response, **numbers} as readable text, with a line for each turn."""
     lines = []
     for row in rows:
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            prompt = prompt[-1]["content"]  # of a chat, the last message
-        prompt = prompt[-width:]  # its end, to which the response is an answer
-        response = row["response"][:width]
-        if len(row["response"]) > width:
-            response += "..."
-        lines.append(f"  > {prompt}")
-        lines.append(f"    {response}")
+        lines += prompt_lines(row["prompt"], width)
+        lines.append(f"    {cut_end(in_one_line(row['response']), width)}")
 
         numbers = []
         for name, value in row.items():
@@ -420,6 +413,34 @@ def sample_table(rows: list[dict], width: int = 110) -> str:
         if numbers:
             lines.append("    " + "  ".join(numbers))
     return "\n".join(lines)
+
+
+def prompt_lines(prompt: str | list[dict[str, str]], width: int) -> list[str]:
+    """A prompt, a text or a chat, as lines of a table: the words that were said."""
+    if isinstance(prompt, str):
+        # A text goes on where its end is.
+        return [f"  > {in_one_line(prompt)[-width:]}"]
+
+    # What a single turn asks is clear without saying who asks it.
+    if len(prompt) == 1:
+        return [f"  > {cut_end(in_one_line(prompt[0]['content']), width)}"]
+    lines = []
+    for message in prompt:
+        words = cut_end(in_one_line(message["content"]), width)
+        lines.append(f"  > {message['role']}: {words}")
+    return lines
+
+
+def in_one_line(text: str) -> str:
+    """A text with single spaces in the place of its line breaks and other white space."""
+    return " ".join(text.split())
+
+
+def cut_end(text: str, width: int) -> str:
+    """The beginning of a text that is too long, marked as such."""
+    if len(text) <= width:
+        return text
+    return text[:width] + "..."
 
 
 def before_and_after_table(summary: dict, names: list[str]) -> str:

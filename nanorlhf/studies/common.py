@@ -95,8 +95,9 @@ def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
         if flags.quick:
             parser.set_defaults(**quick)
             flags = config_class(**vars(parser.parse_args(args)))
-        is_own = getattr(flags, "model", "") or getattr(flags, "dataset", "")
-        if is_own and flags.output_dir == config_class.output_dir:
+        # A study that is itself of a real model has no --dataset.
+        has_own = hasattr(flags, "dataset") and (flags.dataset or getattr(flags, "model", ""))
+        if has_own and flags.output_dir == config_class.output_dir:
             flags.output_dir += "/own"
         if flags.quick:
             flags.output_dir += "/quick"
@@ -285,7 +286,9 @@ def run_and_keep(cell: Cell, a, path: str):
 
 def kept_form(command: str, a) -> str:
     """A command as it is kept: in the study's default folder, wherever it has run."""
-    return command.replace(f" {a.output_dir}/", f" {type(a).output_dir}/")
+    for mark in (" ", "llm:"):
+        command = command.replace(f"{mark}{a.output_dir}/", f"{mark}{type(a).output_dir}/")
+    return command
 
 
 def kept_needs(cell: Cell, a) -> list[str]:

@@ -145,7 +145,7 @@ def sources_of(script: str, config) -> list[str]:
     for flag in SOURCES:
         if flag not in unused:
             sources += as_list(getattr(config, flag, ""))
-    return sources or as_list(config.reward_model)
+    return sources or as_list(getattr(config, "reward_model", []))
 
 
 def as_list(value: str | list[str]) -> list[str]:

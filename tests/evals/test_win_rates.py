@@ -773,8 +773,8 @@ def test_a_killed_process_loses_nothing(files):
         assert run_judge(files, **options)[server.url] == found
 
 
-def save_model_that_says(word, folder):
-    """A language model that says one word, whatever it is asked."""
+def save_model_that_says(word, folder, second=None):
+    """A language model that says one word, whatever it is asked. second: the next most likely."""
     tokenizer = world.tokenizer()
     tokenizer.add_tokens(["1", "2"])
     config = world.model_config()
@@ -789,6 +789,8 @@ def save_model_that_says(word, folder):
     head = lm.get_output_embeddings().weight.data
     head.zero_()
     head[tokenizer.convert_tokens_to_ids(word)] = 1
+    if second:
+        head[tokenizer.convert_tokens_to_ids(second)] = 0.5
     save_policy(Policy(lm, value_head=False), tokenizer, str(folder))
 
 
@@ -805,3 +807,21 @@ def test_a_local_model_s_choices_are_kept_until_its_weights_change(files):
     save_model_that_says("1", files / "model")
     assert run_judge(files, judge=spec, answer_tokens=1)[spec]["first_chosen"] == 1
     assert len(read_choices(files)) == 2 * found["questions"]
+
+
+def test_forced_choice_is_the_likelier_number(files):
+    """A model that says another word than a number still prefers one of them."""
+    spec = f"llm:{files / 'model'}"
+    word = world.prompts("train")[0]["prompt"].split()[0]
+    save_model_that_says(word, files / "model", second="2")
+    found = run_judge(files, judge=spec, forced_choice=True)[spec]
+    assert found["unanswered"] == 0
+    assert found["first_chosen"] == 0
+
+    # Choices of another kind are kept beside these.
+    save_model_that_says("2", files / "model", second="1")
+    own = run_judge(files, judge=spec, answer_tokens=1)[spec]
+    assert own["first_chosen"] == 0
+    forced = run_judge(files, judge=spec, forced_choice=True)[spec]
+    assert forced["first_chosen"] == 0
+    assert len(read_choices(files)) == 3 * found["questions"]

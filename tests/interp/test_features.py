@@ -511,6 +511,24 @@ def test_an_endpoint_is_asked_with_the_key_and_the_contexts(material, tmp_path, 
     assert "[[10]]" in question
 
 
+def test_any_reply_is_a_description_with_plain_answers(material, tmp_path, capfd):
+    flags = {"plain_answers": True, "related_to": "Colours", "features": "1,2"}
+    with Endpoint(chat("It is on\n colours. "), chat("It is on names.")) as endpoint:
+        run_probe(*explained_command(material, tmp_path / "out", endpoint, **flags))
+    features = explained_features(material, tmp_path / "out")
+    assert [feature["description"] for feature in features] == [
+        "It is on colours.",
+        "It is on names.",
+    ]
+    assert [feature["related"] for feature in features] == [True, False]
+    assert "JSON" not in endpoint.asked[0][2]["messages"][0]["content"]
+
+    # Still, no words at all are no description.
+    with Endpoint(chat(" ")) as endpoint:
+        command = explained_command(material, tmp_path / "empty", endpoint, **flags)
+        assert "an empty answer" in probe_refused(capfd, *command)
+
+
 def test_an_endpoint_is_asked_once_for_each_feature(material, tmp_path):
     out = tmp_path / "out"
     with Endpoint(chat(GOOD_REPLY)) as endpoint:
