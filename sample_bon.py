@@ -53,8 +53,9 @@ from nanorlhf.runtime.flags import (
     results_in,
 )
 from nanorlhf.runtime.locks import unlock_afterwards
-from nanorlhf.runtime.log import PLACES, RunFolder
+from nanorlhf.runtime.log import RunFolder
 from nanorlhf.runtime.plots import plot_run
+from nanorlhf.runtime.settings import PLACES
 from nanorlhf.show.page import write_page
 from nanorlhf.splits import labels, load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing

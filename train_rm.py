@@ -64,10 +64,11 @@ from nanorlhf.runtime.files import read_object
 from nanorlhf.runtime.flags import RunConfig
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
-from nanorlhf.runtime.log import Progress, RunFolder, read_config
+from nanorlhf.runtime.log import Progress, RunFolder
 from nanorlhf.runtime.optim import adamw, learning_rate, optimizer_step
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.rng import key
+from nanorlhf.runtime.settings import read_config
 from nanorlhf.sarm import is_sarm
 from nanorlhf.show.page import write_page
 from nanorlhf.splits import load_splits

@@ -62,8 +62,9 @@ from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup
 from nanorlhf.runtime.flags import SCHEDULES, DeviceFlags, FlagGroup, RunFlags, TextFlags, subset_of
 from nanorlhf.runtime.locks import unlock_afterwards
-from nanorlhf.runtime.log import PLACES, Progress, RunFolder
+from nanorlhf.runtime.log import Progress, RunFolder
 from nanorlhf.runtime.optim import learning_rate
+from nanorlhf.runtime.settings import PLACES
 from nanorlhf.sae import (
     NORMALIZE,
     SparseAutoencoder,

@@ -29,7 +29,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 from transformers.hf_argparser import HfArg
 
 from nanorlhf import data, world
@@ -262,7 +262,7 @@ def main(config):
 
     # ------------------------------------------------------------------------------------- model
     if config.model == "world":
-        lm = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+        lm = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
         policy = Policy(lm, value_head=False).to(dist.load_device)
     else:
         policy = load_policy(config.model, value_head=False, device=dist.load_device)

@@ -16,15 +16,10 @@ import os
 from collections.abc import Callable, Iterable
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
 from transformers.utils import logging as hf_logging
 
 from . import ppo
@@ -328,7 +323,7 @@ def load_policy(
     separate one. InputError: hf/folders.py.
     """
     path = resolve(path)
-    lm = pretrained(AutoModelForCausalLM, path)
+    lm = pretrained(transformers.AutoModelForCausalLM, path)
 
     # A value model that the caller names starts with a new value head.
     saved_trunk = os.path.join(path, VALUE_MODEL)
@@ -339,7 +334,7 @@ def load_policy(
 
     value_trunk = None
     if value_head and value_model:
-        value_trunk = pretrained(AutoModel, value_model)
+        value_trunk = pretrained(transformers.AutoModel, value_model)
     policy = Policy(lm, value_head, value_trunk).eval()
     check_logits(path, policy)
     if uses_saved and os.path.lexists(saved_head):
@@ -393,7 +388,9 @@ def load_reward_model(path: str, device="cpu", seed: int | None = None) -> Rewar
     """
     path = resolve(path)
     has_new_head = seed is not None
-    model = pretrained(AutoModelForSequenceClassification, path, has_new_head, num_labels=1)
+    model = pretrained(
+        transformers.AutoModelForSequenceClassification, path, has_new_head, num_labels=1
+    )
     if not hasattr(model, "score"):
         raise InputError(
             f"{path}: {type(model).__name__} has no score head on a decoder; a reward model needs "
@@ -470,7 +467,7 @@ def load_tokenizer(path: str, needs_eos: bool = True):
         raise InputError(f"{path}: no tokenizer in this model folder")
 
     with library_call(f"{path}: no tokenizer could be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a text")  # some settings are only looked at here
     tokenizer.model_max_length = read_longest_text(path, tokenizer)
     tokenizer.end_ids = read_end_ids(path, tokenizer)

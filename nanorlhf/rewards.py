@@ -25,8 +25,8 @@ from collections.abc import Callable, Mapping, Set
 from numbers import Real
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
 
 from . import world
 from .chats import as_chat, is_chat, show
@@ -423,7 +423,7 @@ def model_reward(spec: str, tokenizer, dist: Dist, micro_batch_size: int, dtype:
         module = model
         reads_packed = True
     else:
-        model = pretrained(AutoModelForSequenceClassification, path)
+        model = pretrained(transformers.AutoModelForSequenceClassification, path)
         module = model
         reads_packed = model.config.num_labels == 1 and hasattr(model, "score")
         if reads_packed:

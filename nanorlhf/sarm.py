@@ -34,9 +34,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from .errors import InputError, library_call, require
 from .hf.activations import captured
@@ -183,7 +183,7 @@ class SARM(nn.Module):
         path = resolve(path)
         config = check_sarm(path)
         files = check_files(path, config)
-        trunk = pretrained(AutoModel, path, config=shortened(config))
+        trunk = pretrained(transformers.AutoModel, path, config=shortened(config))
         sarm = cls(trunk, new_sae(config), config)
 
         # The trunk is loaded. What is left are the autoencoder and the weights of its features.
@@ -422,7 +422,7 @@ def check_files(path: str, config) -> dict[str, str]:
     """
     # On the device "meta" a model has shapes and no numbers.
     with library_call(f"{path}: its config.json makes no model"), torch.device("meta"):
-        trunk = AutoModel.from_config(shortened(config), trust_remote_code=False)
+        trunk = transformers.AutoModel.from_config(shortened(config), trust_remote_code=False)
     L = config.sarm_param["sae_source_layer"]
     m = config.sarm_param["sae_latent_size"]
     d = config.get_text_config().hidden_size

@@ -18,7 +18,7 @@ from .rewards import check_reward
 from .runtime.cli import read_settings
 from .runtime.distributed import setup
 from .runtime.fingerprints import changed_inputs, fingerprint_inputs
-from .runtime.log import PLACES, read_config, settings_that_differ
+from .runtime.settings import PLACES, read_config, settings_that_differ
 
 SCRIPT_OF = {"runs/sft": "train_sft", "runs/rm/seed_0": "train_rm", "runs/ppo": "train_ppo"}
 

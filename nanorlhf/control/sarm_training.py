@@ -24,7 +24,7 @@ Source: Zhang et al. 2025 (2508.08746), section 4.
 import os
 from dataclasses import dataclass
 
-from transformers import AutoModel
+import transformers
 from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
@@ -213,7 +213,7 @@ def start(config, sarm_config, device):
 
     Its head is zero, and what --sarm_mode trains is chosen.
     """
-    lm = pretrained(AutoModel, config.model)
+    lm = pretrained(transformers.AutoModel, config.model)
     sae = sae_files.load_sae(sae_files.the_one_sae(config.sarm))
     sarm = SARM(lm, sae, sarm_config)
 

@@ -11,8 +11,8 @@ import inspect
 from collections.abc import Callable
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSequenceClassification
 
 from ..diversity import nli_scores
 from ..errors import InputError
@@ -37,7 +37,7 @@ def sentence_encoder(path: str, device="cpu") -> "Reader":
     Pitfall: a model that was not trained on sentences puts all of them close together.
     """
     check_model(path)
-    model = pretrained(AutoModel, path, new_head=True).to(device)
+    model = pretrained(transformers.AutoModel, path, new_head=True).to(device)
     tokenizer = load_tokenizer(path, needs_eos=False)
 
     def mean_pooled(inputs):
@@ -55,7 +55,7 @@ def nli_scorer(path: str, device="cpu") -> "Reader":
     probabilities. A pair that is too long is cut, the longer text first.
     """
     order = check_nli(path)
-    model = pretrained(AutoModelForSequenceClassification, path).to(device)
+    model = pretrained(transformers.AutoModelForSequenceClassification, path).to(device)
     tokenizer = load_tokenizer(path, needs_eos=False)
 
     def score(inputs):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import pool
 from ..chats import Prompt, show
-from ..errors import require
+from ..errors import InputError, require
 from ..hf.folders import check_model
 from ..models import fingerprint, load_policy, load_tokenizer
 from ..rewards import check_reward, reward_names

@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable
 
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import snapshot_download
 
@@ -397,10 +397,12 @@ def load_merged(load: Callable, auto: type, path: str, new_head: bool, **kwargs)
     config = read_config(path)
     is_classifier = config.get("task_type") == "SEQ_CLS"
     # A bare trunk, for a value model, comes out of the model that the adapter is for.
-    if auto is AutoModel:
-        whole = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    if auto is transformers.AutoModel:
+        whole = transformers.AutoModelForCausalLM
+        if is_classifier:
+            whole = transformers.AutoModelForSequenceClassification
         return load_merged(load, whole, path, new_head).base_model
-    if is_classifier and auto is AutoModelForCausalLM:
+    if is_classifier and auto is transformers.AutoModelForCausalLM:
         raise InputError(f"{path}: the adapter of a reward model, not of a policy")
 
     head = read_tensors(path).get("score.weight")  # [labels, D]

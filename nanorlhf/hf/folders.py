@@ -8,7 +8,7 @@ import math
 import os
 
 import torch
-from transformers import AutoConfig
+import transformers
 
 from ..errors import InputError, library_call, require
 from ..runtime.files import is_of_type, read_object, shorten
@@ -52,7 +52,7 @@ def check_model(path: str):
 
     check_place(path)
     with library_call(f"{path}: neither a model folder nor a model that the hub gives"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     check_config(path, config)
     check_not_quantised(path, config)
     check_sizes(path, config)

@@ -26,8 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from .. import data, world
@@ -332,7 +333,7 @@ def load_saes(folder: str, places: list[tuple[int, str]], lm, dist) -> dict:
 def make_untrained(lm, dist):
     """A model of the same architecture as lm, with random weights, always the same ones."""
     torch.manual_seed(key(SPLIT))
-    untrained = AutoModelForCausalLM.from_config(lm.config, trust_remote_code=False)
+    untrained = transformers.AutoModelForCausalLM.from_config(lm.config, trust_remote_code=False)
     return untrained.to(dist.device).eval()
 
 

@@ -28,7 +28,6 @@ from .files import digest, digest_file
 MODELS = ("model", "base", "value_model", "reward_model", "average", "gold_model")
 DATA = ("dataset", "eval_dataset", "eval_splits", "in_distribution")
 FEATURES = ("human_latents", "feature_sae", "sarm")
-FINGERPRINT = {"digest": str, "size": int, "mtime": int}
 MOST_FILES = 10_000  # in a folder; one with more is no model and no data set, but / or a home, say
 
 

@@ -5,8 +5,6 @@ and, while the run is unfinished, checkpoint/. Progress is its progress line; th
 end make its tables. Only the main process, rank 0, writes and prints.
 """
 
-import dataclasses
-import json
 import os
 import re
 import shutil
@@ -19,7 +17,6 @@ from ..errors import InputError, require
 from . import checkpoint
 from .files import (
     append_lines,
-    check_fields,
     check_name,
     digest_start,
     read_checked_lines,
@@ -29,20 +26,11 @@ from .files import (
     write_json,
     write_lines,
 )
-from .fingerprints import FINGERPRINT, changed_inputs, fingerprint_inputs
+from .fingerprints import changed_inputs, fingerprint_inputs
 from .fsdp import is_sharded, whole
 from .locks import LOCK_FILE, lock
+from .settings import PLACES, as_json, read_config, settings_that_differ
 
-# Settings that do not make it another run: results are the same, some up to float error.
-PLACES = (
-    "output_dir",
-    "resume",
-    "device",
-    "distributed",
-    "checkpoint_activations",
-    "micro_batch_size",
-    "tokens_per_micro_batch",
-)
 LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow by rows {step, ...}
 
 # What a kill leaves in the folder of a run that had not begun.
@@ -270,41 +258,6 @@ class RunFolder:
         """Remove the checkpoints: a finished run has no use for them."""
         if self.dist.main:
             shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
-
-
-def as_json(config) -> dict:
-    """The settings of a Config as they are when they have been written to JSON and read again."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def read_config(stored: str) -> dict:
-    """What is in a run's config.json: settings, and as "inputs" fingerprints of what they name."""
-    run = read_object(stored, {"inputs": dict | None}, finite=False)  # a setting may be infinite
-    run["inputs"] = run.get("inputs") or {}  # older runs have no fingerprints
-    for name, known in run["inputs"].items():
-        check_fields(known, FINGERPRINT, f"{stored}: the fingerprint of {name}")
-    return run
-
-
-def settings_that_differ(stored: str, config, free=()) -> list[str]:
-    """The names of the settings in which a run's config.json differs from a config.
-
-    A flag that is younger than the run had its default.
-    """
-    run = read_config(stored)
-    run.pop("inputs", None)
-    own = as_json(config)
-    for field in dataclasses.fields(config):
-        if field.default is not dataclasses.MISSING:
-            run.setdefault(field.name, field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            run.setdefault(field.name, field.default_factory())
-
-    names = []
-    for name in {**run, **own}:
-        if name not in free and run.get(name) != own.get(name):
-            names.append(name)
-    return names
 
 
 def rows_until(path: str, step: int) -> list[dict]:

@@ -30,7 +30,7 @@ from ..bon import bon_curve, fit_bon, fit_rl, rl_curve
 from ..ensemble import OBJECTIVES, objective_of
 from ..errors import InputError
 from .files import check_fields, check_output, is_of_type, read_object, read_rows
-from .log import PLACES
+from .settings import PLACES
 
 # What the curves of a run show, if its metrics have it: name -> the metric's label.
 PANELS = {

@@ -21,8 +21,9 @@ from ..ensemble import combine, weighted_sum
 from ..errors import require
 from ..runtime.files import check_fields, is_of_type, read_file, read_object, read_rows
 from ..runtime.hints import check_made
-from ..runtime.log import eval_folder, read_config
+from ..runtime.log import eval_folder
 from ..runtime.results import in_one_line
+from ..runtime.settings import read_config
 from .kinds import name_kind
 
 # The settings that are read here, and what a point of bon_results.json holds.

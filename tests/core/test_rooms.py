@@ -10,6 +10,8 @@ evals/. No script imports a script: stages.py calls them by name. There are no c
 """
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from support import REPO
@@ -149,6 +151,31 @@ def test_there_is_one_way_down():
 def test_imports_are_found_at_all():
     assert level_of("errors") == 1
     assert level_of("train_ppo") > level_of("models") > level_of("hf.lora")
+
+
+def modules_after(imported):
+    """The modules that a fresh Python holds once this one is imported."""
+    code = f"import sys, {imported}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_a_script_names_no_model_class_before_it_loads_a_model(script):
+    """The package transformers.models reads thousands of files when it is imported."""
+    modules = modules_after(script)
+    assert "transformers" in modules
+    assert "transformers.models" not in modules
+
+
+@pytest.mark.slow
+def test_pictures_do_not_need_transformers():
+    modules = modules_after("nanorlhf.runtime.plots")
+    assert "torch" in modules
+    assert "transformers" not in modules
 
 
 def test_no_room_is_crowded():

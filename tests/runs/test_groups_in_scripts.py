@@ -33,7 +33,7 @@ from nanorlhf import ppo as ppo_maths
 from nanorlhf.errors import InputError
 from nanorlhf.models import load_policy
 from nanorlhf.runtime.files import write_json
-from nanorlhf.runtime.log import as_json, settings_that_differ
+from nanorlhf.runtime.settings import as_json, settings_that_differ
 
 # A rollout of 8 then has two prompts.
 GRPO = {"advantage": "grpo", "group_size": 4}

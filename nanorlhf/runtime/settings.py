@@ -1,0 +1,59 @@
+"""The settings of a run, as its config.json keeps them, and how they differ from a config.
+
+Beside the settings stand fingerprints of what they name; fingerprints.py says what is in one. This
+file needs neither torch nor transformers, so that what only draws or compares runs starts fast.
+"""
+
+import dataclasses
+import json
+
+from .files import check_fields, read_object
+
+# Settings that do not make it another run: results are the same, some up to float error.
+PLACES = (
+    "output_dir",
+    "resume",
+    "device",
+    "distributed",
+    "checkpoint_activations",
+    "micro_batch_size",
+    "tokens_per_micro_batch",
+)
+
+# What a fingerprint of an input holds.
+FINGERPRINT = {"digest": str, "size": int, "mtime": int}
+
+
+def as_json(config) -> dict:
+    """The settings of a Config as they are when they have been written to JSON and read again."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_config(stored: str) -> dict:
+    """What is in a run's config.json: settings, and as "inputs" fingerprints of what they name."""
+    run = read_object(stored, {"inputs": dict | None}, finite=False)  # a setting may be infinite
+    run["inputs"] = run.get("inputs") or {}  # older runs have no fingerprints
+    for name, known in run["inputs"].items():
+        check_fields(known, FINGERPRINT, f"{stored}: the fingerprint of {name}")
+    return run
+
+
+def settings_that_differ(stored: str, config, free=()) -> list[str]:
+    """The names of the settings in which a run's config.json differs from a config.
+
+    A flag that is younger than the run had its default.
+    """
+    run = read_config(stored)
+    run.pop("inputs", None)
+    own = as_json(config)
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            run.setdefault(field.name, field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            run.setdefault(field.name, field.default_factory())
+
+    names = []
+    for name in {**run, **own}:
+        if name not in free and run.get(name) != own.get(name):
+            names.append(name)
+    return names
