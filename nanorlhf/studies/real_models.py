@@ -62,8 +62,8 @@ PARTS = {
     "hh": ("hh",),
 }
 
-# A policy is the model with adapters. A rollout is gone through once, in steps of 8 answers.
-POLICY = "--lora_rank 16 --lr 3e-4 --ppo_epochs 1 --minibatch_size 8 --eval_every 0 --n_samples 2"
+# A policy is the model with adapters. A rollout is gone through once, in steps of 4 answers.
+POLICY = "--lora_rank 16 --lr 1e-3 --ppo_epochs 1 --minibatch_size 4 --eval_every 0 --n_samples 2"
 # A reward model learns in its upper blocks alone, which costs half as much.
 REWARD_MODEL = "--freeze_layers 0.8 --lr 1e-4 --batch_size 8"
 LABEL_NOISE = 0.25
