@@ -23,10 +23,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import AutoConfig
 from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
+from ..hf.folders import check_model
 from ..runtime import cli
 from ..runtime.files import check_can_write
 from .common import Cell, KeptFlags, StudyFlags, read_cells, read_flags, results_file, run_cells
@@ -325,7 +325,7 @@ def inside_cells(a) -> Stages:
 
 def layers_of(a) -> tuple[int, int]:
     """The numbers of a middle block and of the last one."""
-    blocks = AutoConfig.from_pretrained(a.model).get_text_config().num_hidden_layers
+    blocks = check_model(a.model).get_text_config().num_hidden_layers
     return (blocks - 1) // 2, blocks - 1
 
 
@@ -514,7 +514,7 @@ def show_kept(kept: dict[str, dict], a):
 
 def check_model_of_results(a):
     """InputError: another model's results would be kept among those of SmolLM2."""
-    config = AutoConfig.from_pretrained(a.model).get_text_config()
+    config = check_model(a.model).get_text_config()
     sizes = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
     has_own_place = a.quick or (a.results and a.output_dir != Settings.output_dir)
     require(

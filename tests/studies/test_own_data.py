@@ -174,7 +174,7 @@ def find_command(study, settings, script):
 # What each study runs on the embedded world by default, as it was before it could run on other
 # data. A command that changes would make every finished run begin anew.
 COMMANDS_BEFORE = {
-    overoptimisation: "7476a32fb479963ecfb767ea001c611c2c54f286a65dcd81be6dd3d15039f1f0",
+    overoptimisation: "8b83192d8c70e5c5b3dad183a6b079d46ef4b533196ef489e5fc25fe1aaa855b",
     feedback_patterns: "a267c75de7c40ffe3b6909871b41a62fd0ca66eb79ac4c419ffd37701dba478e",
     generalisation: "f7173bd2d0d5a3334b698ab7cb8758ab0e03548759ecb0e29e3ffea8dce7d6b2",
     cue_control: "9e68ce5415889fdba121615ebf1210125f05c7fbffc60caff027d5223aeadc43",
