@@ -411,4 +411,6 @@ def with_null(value):
 
 def draw_picture(draw: Callable, what, path: str):
     """draw(figure, what) into a file; print its path, or that there is none without matplotlib."""
+    # Where every run of a study is kept, none has made its folder.
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     print(save(draw, what, path) or "no picture: matplotlib is not installed")

@@ -16,7 +16,6 @@ gold itself as the reward. What each run has found is kept in optimisers.json
 and not run again. Tables and pictures: optimiser_results.py.
 """
 
-import os
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
@@ -428,8 +427,6 @@ def main(args=None):
     with cli.errors_in_one_line():
         path = results_file(a, __file__)
         check_can_write(path)
-        # Where every cell is kept no run makes the folder of the pictures.
-        os.makedirs(a.output_dir, exist_ok=True)
         run_study(a, path)
 
 

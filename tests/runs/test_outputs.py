@@ -61,7 +61,7 @@ DOORS = {
     "steer": "probe steer --reward_model sarm --dataset rm.jsonl --weights 1:*:0 --output_dir OUT",
     "steer --save": "probe steer --reward_model sarm --dataset rm.jsonl --weights 1:*:0 "
     "--output_dir o --save OUT",
-    "overoptimisation": "study overoptimisation --output_dir OUT",
+    "overoptimisation": "study overoptimisation --quick --output_dir OUT",
     "feedback_patterns": "study feedback_patterns --quick --output_dir OUT",
     "generalisation": "study generalisation --output_dir OUT",
     "cue_control": "study cue_control --output_dir OUT",

@@ -234,3 +234,11 @@ def test_the_commit_says_whether_code_has_changed(tmp_path, monkeypatch):
     assert common.describe_commit() == commit
     (tmp_path / "code.py").write_text("2")
     assert common.describe_commit() == f"{commit}+"
+
+
+def test_a_picture_makes_the_folder_that_it_is_drawn_into(tmp_path):
+    """Where every run is kept, none has made it."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "new" / "folder" / "line.png"
+    common.draw_picture(lambda figure, line: figure.subplots().plot(line), [1, 2], str(path))
+    assert path.is_file()
