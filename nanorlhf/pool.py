@@ -105,8 +105,9 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
 
         {index, prompt, responses, prompt_ids, response_ids[, row]}
 
-    row: the data's own row, where it has further columns. The noise of an answer is keyed by (seed, prompt, answer), in a stream of its own: neither the
-    batch size nor the number of processes changes it, and it is not the noise of any evaluation.
+    row: the data's own row, where it has further columns. The noise of an answer is keyed by (seed,
+    prompt, answer), in a stream of its own: neither the batch size nor the number of processes
+    changes it, and it is not the noise of any evaluation.
     """
     N = config.n_answers
     # The stream is part of the key: a pool that older noise began is not gone on with.

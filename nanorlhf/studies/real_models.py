@@ -338,6 +338,7 @@ def refusals_cells(a) -> Stages:
 
 
 def refusals_of_split(a, s: int) -> Stages:
+    """The two reward models of one split by questions, and their tests."""
     data = data_of(a)
     name = f"refusals/{{}}/seed_{s}"
     length = f"--max_length {a.max_length}"

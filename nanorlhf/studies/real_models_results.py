@@ -260,16 +260,19 @@ def print_samples(label: str, samples: list[dict]):
 
 
 def print_lexicon(results: dict, a):
+    """PPO with a KL penalty and without."""
     parts = {"kl_coef 0.05": "lexicon/kl_0.05", "kl_coef 0": "lexicon/kl_0"}
     print_policies("PPO on the words of a lexicon", parts, results, a)
 
 
 def print_sums(results: dict, a):
+    """GRPO before and after."""
     title = "GRPO on sums: right answers, and answers in the form of a sum"
     print_policies(title, {"after": "sums"}, results, a)
 
 
 def print_judge(results: dict, a):
+    """A line for each judge: its choices, and how much the order decides."""
     run = results["judge"]
     print_title(
         f"The model judges {run['pairs']} pairs of reviews; A has more gold, each stood first once",
@@ -311,6 +314,7 @@ def print_reward_models(title: str, names: dict[str, list[str]], moved: dict, re
 
 
 def print_polite(results: dict, a):
+    """The reward models, best-of-n by them, and PPO on them."""
     members = [name for name in results if name.startswith("polite/members/")]
     names = {"judge": ["polite/judge"], "members, noisy": members}
     title = "Reward models of polite answers, on held-out pairs"
@@ -333,11 +337,13 @@ def print_bon(run: dict):
 
 
 def print_hh(results: dict, a):
+    """The reward model beside length."""
     title = "A reward model of helpful dialogues, on held-out pairs"
     print_reward_models(title, {"HH": ["hh/rm"]}, {"HH": "hh/moved"}, results, a)
 
 
 def print_diversity(results: dict, a):
+    """A row for each system, a column for each metric."""
     table = {}
     for name in ("model", "policy"):
         for system, protocols in results.get(f"diversity/{name}", {}).items():
@@ -352,6 +358,7 @@ def print_diversity(results: dict, a):
 
 
 def print_inside(results: dict, a):
+    """Divergence, autoencoders, probes and features, as far as they are kept."""
     if "inside/divergence" in results:
         print_title("How far each block has moved", a)
         for name, values in results["inside/divergence"].items():
@@ -398,6 +405,7 @@ def print_rows(rows: dict[str, dict]):
 
 
 def print_refusals(results: dict, a):
+    """A row for each reward: its accuracies, and what was cut."""
     columns = {
         "test": ("test", "accuracy"),
         "moved prompts": ("moved", "accuracy"),

@@ -41,12 +41,18 @@ def read_steps(folder):
 
 def describe(turns):
     """Medians of a reward's turns, each a list of steps, as a line of a table."""
-    every_step = [step for steps in turns for step in steps]
-    parts = [median(step[part] for step in every_step) for part in PARTS]
-    whole = median(sum(step.values()) for step in every_step)
-    of_turns = [median(sum(step.values()) for step in steps) for steps in turns]
-    text = "  ".join(f"{seconds:6.3f}" for seconds in parts)
-    return f"{text}  {whole:6.3f} [{min(of_turns):.3f} - {max(of_turns):.3f}]"
+    every_step = sum(turns, [])
+    text = ""
+    for part in PARTS:
+        text += f"{median(step[part] for step in every_step):6.3f}  "
+    whole = median_step(every_step)
+    of_turns = [median_step(steps) for steps in turns]
+    return f"{text}{whole:6.3f} [{min(of_turns):.3f} - {max(of_turns):.3f}]"
+
+
+def median_step(steps):
+    """The median of the seconds that a step takes, all of its parts together."""
+    return median(sum(step.values()) for step in steps)
 
 
 def main():
