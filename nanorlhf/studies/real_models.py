@@ -68,6 +68,8 @@ POLICY = "--lora_rank 16 --lr 1e-3 --ppo_epochs 1 --minibatch_size 16 --eval_eve
 # A reward model learns in its upper blocks alone, which costs half as much.
 REWARD_MODEL = "--freeze_layers 0.8 --lr 1e-4 --batch_size 8"
 LABEL_NOISE = 0.25
+# Sampling as in training, and almost without chance.
+TEMPERATURES = (1, 0.01)
 BFLOAT16 = "--dtype bfloat16"
 
 # What --quick puts in the place of the flags' defaults.
@@ -181,10 +183,29 @@ def sums_cells(a) -> Stages:
     data = f"--dataset {data_of(a)}/sums.jsonl --reward_model {rewards} --reward_weights 1 0.2"
     method = "--advantage grpo --loss_mean sequence --kl_in loss --kl_kind k3 --kl_coef 0.02"
     size = f"--steps {a.sums_steps} --group_size 8 --batch_size {a.batch_size} --max_new_tokens 16"
-    cells = []
+    policies = []
     for s in range(a.seeds):
-        cells.append(policy_cell(a, f"sums/seed_{s}", s, f"{data} {method} {size}"))
-    return [cells]
+        policies.append(policy_cell(a, f"sums/seed_{s}", s, f"{data} {method} {size}"))
+
+    # Has GRPO learned sums, or only to be certain? Almost without chance the model is certain too.
+    answers = []
+    for temperature in TEMPERATURES:
+        name = f"sums/temperature_{temperature:g}"
+        answers.append(sums_pool(a, f"{name}/before", model_of(a), temperature))
+        for s, policy in enumerate(policies):
+            folder = folder_of(a, policy)
+            answers.append(sums_pool(a, f"{name}/seed_{s}", folder, temperature, [policy]))
+    return [policies, answers]
+
+
+def sums_pool(a, name: str, model: str, temperature: float, needs: list[Cell] = ()) -> Cell:
+    """Four answers to each held-out sum at a temperature."""
+    reward = f"--reward_model {data_of(a)}/rewards.py:is_right"
+    command = join(
+        f"sample_bon.py --model {model} --dataset {data_of(a)}/sums.jsonl {reward} {BFLOAT16}",
+        f"--eval_size {a.prompts} --n_answers 4 --max_new_tokens 16 --temperature {temperature:g}",
+    )
+    return make_cell(a, name, command, read_bon, needs)
 
 
 def polite_cells(a) -> Stages:

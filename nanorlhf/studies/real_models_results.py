@@ -266,9 +266,21 @@ def print_lexicon(results: dict, a):
 
 
 def print_sums(results: dict, a):
-    """GRPO before and after."""
+    """GRPO before and after, and how many sums are right when sampling leaves less to chance."""
     title = "GRPO on sums: right answers, and answers in the form of a sum"
     print_policies(title, {"after": "sums"}, results, a)
+    table = {}
+    for name in sorted(results):
+        if "/temperature_" not in name:
+            continue
+        _, temperature, policy = name.split("/")
+        row = "before" if policy == "before" else "after"
+        (points,) = results[name].values()
+        numbers = table.setdefault(row, {}).setdefault(temperature.replace("_", " "), [])
+        numbers.append(points[0]["proxy_score"])
+    if table:
+        print_title("Right sums by temperature, 4 answers to each; a number a seed", a)
+        print_table(table)
 
 
 def print_judge(results: dict, a):

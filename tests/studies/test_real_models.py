@@ -132,6 +132,7 @@ def study(files, run_small):
 TITLES = [
     "PPO on the words of a lexicon",
     "GRPO on sums",
+    "Right sums by temperature",
     "The model judges",
     "Reward models of polite answers",
     "Best-of-n by each reward",
