@@ -191,7 +191,10 @@ class Sampler:
         entropies, values}, each [b]. There are no values without a head on the trunk.
         """
         logits = self.model.logits(hidden)  # [b, V]
-        logp = (logits / self.temperature).log_softmax(-1)
+        # Division by 1 changes nothing, but reads and writes all logits.
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        logp = logits.log_softmax(-1)
         probs = logp.exp()
         # The entropy comes before the sample: of the full distribution.
         entropies = entropy(logp, probs)  # [b]

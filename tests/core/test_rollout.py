@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, SIZE, SPECIAL, V, random_rows, tiny_lm, tiny_policy
+from tiny_models import ARCHITECTURES, SIZE, SPECIAL, D, V, random_rows, tiny_lm, tiny_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +29,7 @@ import nanorlhf.hf.decode
 from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, response_mask_of
-from nanorlhf.rollout import BLOCK, WIDE, generate, left_pad, sample, truncate, uniforms
+from nanorlhf.rollout import BLOCK, WIDE, Sampler, generate, left_pad, sample, truncate, uniforms
 
 B, R, SEED, STEP = 10, 14, 14, 3
 PROMPTS = random_rows((5, 2, 7, 1, 3, 4, 7, 2, 6, 3), seed=4)
@@ -1082,6 +1082,28 @@ def test_rollouts_that_are_sampled_by_blocks(monkeypatch, replayed_steps, strict
     rows = [7, 2]
     some = roll_rows(policy, rows, **cut)
     assert torch.equal(some.response_ids, at_once.response_ids[rows])
+
+
+class NoteDivisions(TorchDispatchMode):
+    """Note the shape of whatever is divided."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ == "div":
+            self.shapes.append(list(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature, divided", [(1.0, []), (0.7, [[B, V]])])
+def test_logits_are_divided_by_a_temperature_that_is_not_one(temperature, divided):
+    policy = tiny_policy("neox")
+    sampler = Sampler(policy, temperature, 0, 1.0, None, None)
+    with torch.no_grad(), NoteDivisions() as divisions:
+        sampler(torch.randn(B, D), torch.zeros(B).double())
+    assert divisions.shapes == divided
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 8, 20])
