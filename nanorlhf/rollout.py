@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
@@ -30,6 +31,11 @@ from .runtime.distributed import Dist, autocast
 from .runtime.flags import FlagGroup
 from .runtime.rng import ROLLOUT
 from .tokens import Prompts, answers_to, end_ids, ids_with_tokens, ready_prompts
+
+# A vocabulary with more tokens than this is searched by blocks. With fewer that saves no time.
+WIDE = 2048
+# Tokens in a block. Most wide vocabularies are multiples of it, and need no copy with padding.
+BLOCK = 128
 
 
 @dataclass
@@ -124,10 +130,47 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
 
     probs [B, V] (any positive scale), u [B] in [0, 1) -> token ids [B]. Never a token of mass 0.
     """
+    if probs.shape[-1] > WIDE:
+        return sample_by_blocks(probs, u)
     cdf = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
     total = cdf[:, -1]  # [B]
-    token = torch.searchsorted(cdf, (u * total)[:, None], right=True)[:, 0]
-    return token.clamp(max=probs.shape[-1] - 1)
+    return first_above(cdf, u * total)
+
+
+def sample_by_blocks(probs: Tensor, u: Tensor) -> Tensor:
+    """The draws of sample(), found on two levels: first a block of tokens, then a token in it.
+
+    A cumulative sum over a whole vocabulary is slow, since every number waits for the one before
+    it. The sums of blocks do not wait for each other. So there is one short cumulative sum over the
+    blocks, and one over the tokens of the block in which the cumulative distribution passes u.
+    A draw can differ only where u is within rounding of an edge between two tokens.
+    """
+    missing = -probs.shape[-1] % BLOCK
+    if missing:
+        probs = pad(probs, (0, missing))
+    blocks = probs.unflatten(1, (-1, BLOCK))  # [B, n, BLOCK]
+    rows = torch.arange(len(u), device=u.device)
+
+    # The block, and how much of the target is left when it begins.
+    block_cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, n]
+    target = u * block_cdf[:, -1]  # [B]
+    block = first_above(block_cdf, target)  # [B]
+    mass_before = pad(block_cdf, (1, 0))[rows, block]
+    left = target - mass_before
+
+    # The token in the block. This sum adds up in another order, so its end may be a rounding error
+    # below what is left. The draw is then the last token that has mass: the place where the sum
+    # first reaches its largest value.
+    cdf = blocks[rows, block].cumsum(-1, dtype=torch.float64)  # [B, BLOCK]
+    token = torch.minimum(first_above(cdf, left), cdf.argmax(-1))
+    return block * BLOCK + token
+
+
+def first_above(cdf: Tensor, target: Tensor) -> Tensor:
+    """The first place at which a cumulative sum passes a target: cdf [B, n], target [B] -> [B]."""
+    place = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
+    # NaN is never passed. The place stays a valid one until generate() reports the NaN.
+    return place.clamp(max=cdf.shape[-1] - 1)
 
 
 @dataclass
@@ -148,7 +191,10 @@ class Sampler:
         entropies, values}, each [b]. There are no values without a head on the trunk.
         """
         logits = self.model.logits(hidden)  # [b, V]
-        logp = (logits / self.temperature).log_softmax(-1)
+        # Division by 1 changes nothing, but reads and writes all logits.
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        logp = logits.log_softmax(-1)
         probs = logp.exp()
         # The entropy comes before the sample: of the full distribution.
         entropies = entropy(logp, probs)  # [b]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, SIZE, SPECIAL, V, random_rows, tiny_lm, tiny_policy
+from tiny_models import ARCHITECTURES, SIZE, SPECIAL, D, V, random_rows, tiny_lm, tiny_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +29,7 @@ import nanorlhf.hf.decode
 from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, response_mask_of
-from nanorlhf.rollout import generate, left_pad, sample, truncate, uniforms
+from nanorlhf.rollout import BLOCK, WIDE, Sampler, generate, left_pad, sample, truncate, uniforms
 
 B, R, SEED, STEP = 10, 14, 14, 3
 PROMPTS = random_rows((5, 2, 7, 1, 3, 4, 7, 2, 6, 3), seed=4)
@@ -946,17 +946,81 @@ def test_sampled_frequencies_match_the_probabilities(scale):
     assert chi_square < 18.5
 
 
-def test_a_certain_token_is_sampled():
+@pytest.fixture(params=["at once", "by blocks"])
+def searched(request, monkeypatch):
+    """How sample() searches a vocabulary of any size."""
+    wide = 10**9
+    if request.param == "by blocks":
+        wide = 0
+    monkeypatch.setattr("nanorlhf.rollout.WIDE", wide)
+
+
+BELOW_ONE = math.nextafter(1.0, 0.0)  # the largest u there is
+
+
+def test_a_certain_token_is_sampled(searched):
     u = torch.full((4,), 0.999).double()
     assert sample(torch.eye(4), u).tolist() == [0, 1, 2, 3]
 
 
+def random_masses(n, size, sharpness, seed):
+    """n distributions over `size` tokens: nearly flat, or with most of the mass on a few."""
+    generator = torch.Generator().manual_seed(seed)
+    return (sharpness * torch.randn(n, size, generator=generator)).softmax(-1)
+
+
+@pytest.mark.parametrize("size", [1, 100, 256, 257, WIDE, WIDE + 1, 50304])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 50}, {"top_p": 0.9}], ids=str)
+def test_the_naive_sampler_draws_the_same(monkeypatch, size, cut):
+    """At once, by blocks, and in the way that sample() takes by itself."""
+    for seed, sharpness in enumerate([0.01, 3, 12]):
+        probs = truncate(random_masses(3, size, sharpness, seed), **cut)
+        u = uniforms(seed, 0, range(3), 1)[:, 0]
+        expected = [sample_by_hand(p.tolist(), x) for p, x in zip(probs, u.tolist())]
+        for wide in (10**9, 0, WIDE):
+            monkeypatch.setattr("nanorlhf.rollout.WIDE", wide)
+            assert sample(probs, u).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [100, 700])
+def test_a_draw_on_an_edge_is_the_next_token(searched, size):
+    """Masses are whole numbers, so nothing is rounded: of 1024 equal parts of the mass, each
+    belongs to one token, from its lower edge up to just below the upper one.
+    """
+    parts = torch.arange(1024).double()
+    generator = torch.Generator().manual_seed(3)
+    owner = 4 * torch.randint(size // 4, (1024,), generator=generator).sort()[0]
+    masses = torch.bincount(owner, minlength=size)
+    assert masses.min() == 0
+    assert masses.max() > 1
+
+    probs = masses.float().expand(1024, -1)
+    lower = parts / 1024
+    upper = (parts + 1) / 1024
+    assert torch.equal(sample(probs, lower), owner)
+    assert torch.equal(sample(probs, torch.nextafter(upper, lower)), owner)
+
+
+def test_edges_are_as_exact_as_float64(searched):
+    """Every token has its own mass, to a trillionth of the whole: sums in float32 would not do."""
+    probs = random_masses(1, 5000, 1, seed=2)[0]
+    upper = probs.double().cumsum(0)
+    total = upper[-1].item()
+    lower = upper - probs.double()
+    tokens = torch.arange(40, 5000, 70)
+    assert probs[tokens].min() > 1e-6
+    for edges in (lower + 1e-12, upper - 1e-12):
+        u = edges[tokens] / total
+        assert torch.equal(sample(probs.expand(len(tokens), -1), u), tokens)
+
+
 # The smallest u gives the first token with mass, the largest the last one.
-@pytest.mark.parametrize("u, end", [(0.0, 0), (math.nextafter(1.0, 0.0), -1)])
-def test_never_a_token_without_mass(u, end):
+@pytest.mark.parametrize("u, end", [(0.0, 0), (BELOW_ONE, -1)])
+@pytest.mark.parametrize("size", [9, 300])
+def test_never_a_token_without_mass(searched, size, u, end):
     generator = torch.Generator().manual_seed(0)
-    probs = torch.rand(500, 9, generator=generator)
-    probs = probs * (torch.rand(500, 9, generator=generator) < 0.4)
+    probs = torch.rand(500, size, generator=generator)
+    probs = probs * (torch.rand(500, size, generator=generator) < 0.4)
     probs = probs[probs.sum(1) > 0]
     assert (probs[:, 0] == 0).any()
     assert (probs[:, -1] == 0).any()
@@ -967,6 +1031,79 @@ def test_never_a_token_without_mass(u, end):
         expected.append(tokens_with_mass[end])
     noise = torch.full((len(probs),), u, dtype=torch.float64)
     assert sample(probs, noise).tolist() == expected
+
+
+def test_never_a_token_without_mass_where_sums_are_rounded(searched):
+    """Sums depend on their order. Here u is near an edge of blocks, which end with zeros."""
+    probs = random_masses(2000, 3 * BLOCK, 8, seed=0)
+    in_block = torch.arange(3 * BLOCK) % BLOCK
+    probs[:, in_block > 100] = 0
+    edges = probs.double().cumsum(-1)[:, BLOCK - 1 :: BLOCK]  # [2000, 3]
+    edges = edges / edges[:, -1:]
+    for edge in edges.unbind(1):
+        for distance in (-2, -1, 0, 1, 2):
+            u = (edge + distance * 2**-53).clamp(max=BELOW_ONE)
+            tokens = sample(probs, u)
+            assert (probs.gather(1, tokens[:, None]) > 0).all()
+
+
+def test_a_logit_of_minus_infinity_is_never_sampled(searched):
+    """Four of 700 tokens are left, each with a quarter of the mass."""
+    tokens = torch.tensor([5, 127, 128, 640])
+    logits = torch.full((5, 700), -torch.inf)
+    logits[:, tokens] = 2.0
+    u = torch.tensor([0.0, 0.25, 0.7, 0.75, BELOW_ONE], dtype=torch.float64)
+    assert sample(logits.softmax(-1), u).tolist() == [5, 127, 128, 640, 640]
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_row_without_probabilities_gives_some_token(searched, value):
+    """generate() can then report what is wrong. Other rows are sampled as ever."""
+    probs = random_masses(3, 300, 3, seed=1)
+    u = uniforms(0, 0, range(3), 1)[:, 0]
+    expected = sample(probs, u).tolist()
+    probs[1] = value
+    tokens = sample(probs, u).tolist()
+    assert 0 <= tokens[1] < 300
+    assert tokens[::2] == expected[::2]
+
+
+@pytest.mark.parametrize("cut", [{}, CUT], ids=str)
+def test_rollouts_that_are_sampled_by_blocks(monkeypatch, replayed_steps, strict, cut):
+    """Both loops write what they write when they sample at once, and so do some of the rows."""
+    policy = tiny_policy("neox")
+    at_once = roll(policy, **cut)
+    # 60 tokens: eight blocks, the last of which is padded.
+    monkeypatch.setattr("nanorlhf.rollout.WIDE", 0)
+    monkeypatch.setattr("nanorlhf.rollout.BLOCK", 8)
+    same_rollouts(roll(policy, **cut), at_once)
+    same_rollouts(roll(policy, static=True, **cut), at_once)
+    assert len(replayed_steps) == R - 1
+    rows = [7, 2]
+    some = roll_rows(policy, rows, **cut)
+    assert torch.equal(some.response_ids, at_once.response_ids[rows])
+
+
+class NoteDivisions(TorchDispatchMode):
+    """Note the shape of whatever is divided."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ == "div":
+            self.shapes.append(list(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature, divided", [(1.0, []), (0.7, [[B, V]])])
+def test_logits_are_divided_by_a_temperature_that_is_not_one(temperature, divided):
+    policy = tiny_policy("neox")
+    sampler = Sampler(policy, temperature, 0, 1.0, None, None)
+    with torch.no_grad(), NoteDivisions() as divisions:
+        sampler(torch.randn(B, D), torch.zeros(B).double())
+    assert divisions.shapes == divided
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 8, 20])
