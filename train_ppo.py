@@ -463,7 +463,7 @@ def main(config):
 
     # -------------------------------------------------------------------------------------- loop
     first_step = state["step"] + 1 if state else 1
-    progress = Progress(dist, "ppo", config.steps, first_step - 1)
+    progress = Progress(dist, "ppo", config.steps, first_step - 1, config.compile)
     for step in range(first_step, config.steps + 1):
         clock = [time.perf_counter()]
         kl_coef = kl_controller.coef if kl_controller else config.kl_coef

@@ -298,7 +298,7 @@ def train(config, dist):
     folder.create(state)
 
     # -------------------------------------------------------------------------------------- loop
-    progress = Progress(dist, "reward model", config.steps, state["step"])
+    progress = Progress(dist, "reward model", config.steps, state["step"], config.compile)
     for step in range(state["step"] + 1, config.steps + 1):
         begun = time.perf_counter()
 

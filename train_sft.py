@@ -357,7 +357,7 @@ def main(config):
         folder.append("metrics.jsonl", [{"step": 0, **report(0, first_answers)}])
 
     # -------------------------------------------------------------------------------------- loop
-    progress = Progress(dist, config.loss, config.steps, state["step"])
+    progress = Progress(dist, config.loss, config.steps, state["step"], config.compile)
     for step in range(state["step"] + 1, config.steps + 1):
         begun = time.perf_counter()
 
