@@ -42,7 +42,7 @@ from nanorlhf.evaluation import (
 )
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.folders import check_model, check_vocabulary
-from nanorlhf.hf.lora import choose_trained, merge
+from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
 from nanorlhf.models import load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rewards import expand, load_reward
@@ -401,6 +401,7 @@ def main(config):
         language_models.add(policy.value_trunk)
     for lm in language_models:
         speed_up(lm, dist.device, config.dtype, config.compile)
+        cast_frozen(lm, config)
     if config.checkpoint_activations:
         checkpoint_activations(policy)
 
@@ -462,7 +463,7 @@ def main(config):
 
     # -------------------------------------------------------------------------------------- loop
     first_step = state["step"] + 1 if state else 1
-    progress = Progress(dist, "ppo", config.steps, first_step - 1)
+    progress = Progress(dist, "ppo", config.steps, first_step - 1, config.compile)
     for step in range(first_step, config.steps + 1):
         clock = [time.perf_counter()]
         kl_coef = kl_controller.coef if kl_controller else config.kl_coef

@@ -47,7 +47,7 @@ from nanorlhf.ensemble import average_weights
 from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.folders import check_model, context_length
-from nanorlhf.hf.lora import choose_trained, merge
+from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
 from nanorlhf.models import (
     knows_scale,
     load_reward_model,
@@ -277,6 +277,7 @@ def train(config, dist):
     reward_model, note = training.load(dist)
     lm = training.lm
     speed_up(lm, dist.device, config.dtype, config.compile)
+    cast_frozen(lm, config)
     n_parameters = sum(parameter.numel() for parameter in reward_model.parameters())
     dist.print(f"{n_parameters:,} parameters, {note}")
     if config.checkpoint_activations:
@@ -297,7 +298,7 @@ def train(config, dist):
     folder.create(state)
 
     # -------------------------------------------------------------------------------------- loop
-    progress = Progress(dist, "reward model", config.steps, state["step"])
+    progress = Progress(dist, "reward model", config.steps, state["step"], config.compile)
     for step in range(state["step"] + 1, config.steps + 1):
         begun = time.perf_counter()
 

@@ -38,7 +38,7 @@ from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evaluation import PPOParts, evaluate, record_evaluation
 from nanorlhf.hf.blocks import sampling, speed_up
 from nanorlhf.hf.folders import check_model, context_length
-from nanorlhf.hf.lora import choose_trained, merge
+from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
 from nanorlhf.models import Policy, load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import micro_batches, pack, response_mask_of
 from nanorlhf.rewards import check_reward, expand, load_reward
@@ -277,6 +277,7 @@ def main(config):
         language_models.add(reference.lm)
     for lm in language_models:
         speed_up(lm, dist.device, config.dtype, config.compile)
+        cast_frozen(lm, config)
     n_parameters = sum(parameter.numel() for parameter in policy.parameters())
     dist.print(f"{n_parameters:,} parameters, {note}")
     if config.checkpoint_activations:
@@ -356,7 +357,7 @@ def main(config):
         folder.append("metrics.jsonl", [{"step": 0, **report(0, first_answers)}])
 
     # -------------------------------------------------------------------------------------- loop
-    progress = Progress(dist, config.loss, config.steps, state["step"])
+    progress = Progress(dist, config.loss, config.steps, state["step"], config.compile)
     for step in range(state["step"] + 1, config.steps + 1):
         begun = time.perf_counter()
 
@@ -676,7 +677,7 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
 
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
     n_embeddings = policy.lm.config.get_text_config().vocab_size
-    with sampling(policy.lm):
+    with autocast(dist, config.dtype), sampling(policy.lm):
         rollout = generate(
             policy,
             ids.to(dist.device),

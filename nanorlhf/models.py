@@ -52,8 +52,8 @@ hf_logging.disable_progress_bar()
 
 # The file of a value head, beside its policy's weights.
 VALUE_HEAD = "value_head.safetensors"
-# The most elements of one float32 chunk of logits (64 and 512 MB): no [B, T, V] is ever held.
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+# The most elements of one float32 chunk of logits (64 MB and 1 GB): no [B, T, V] is ever held.
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 
 
 # ------------------------------------------------------------------------------------ the policy
@@ -154,7 +154,7 @@ class Policy(nn.Module):
 
         def score_chunk(rows: slice) -> dict[str, Tensor]:
             """The outputs for some of the n tokens: {name: [c]}."""
-            logits = self.logits(hidden[rows]) / temperature  # [c, V]
+            logits = divide(self.logits(hidden[rows]), temperature)  # [c, V]
             logp = logits.log_softmax(-1)
             out = {"logprobs": logp.gather(1, tokens[rows, None])[:, 0]}
             if entropy:
@@ -162,7 +162,7 @@ class Policy(nn.Module):
             if correct:
                 out["correct"] = (logits.argmax(-1) == tokens[rows]).float()
             if kl_to is not None:
-                ref_logits = kl_to.logits(ref_hidden[rows]).detach() / temperature
+                ref_logits = divide(kl_to.logits(ref_hidden[rows]).detach(), temperature)
                 out["full_kl"] = ppo.full_kl(logits, ref_logits)
             return out
 
@@ -185,6 +185,13 @@ class Policy(nn.Module):
         """
         hidden = self.last_hidden(batch, self.value_trunk)  # [B, T, D]
         return scalar(self.value_head, hidden_at_end(hidden, batch))
+
+
+def divide(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature. At 1 they are left alone: no tensor here takes longer to go through."""
+    if temperature == 1:
+        return logits
+    return logits / temperature
 
 
 def run_in_chunks(

@@ -87,6 +87,7 @@ def check_flags(config):
         not config.lora_rank or config.merge,
         "--sarm with --lora_rank needs --merge: no adapters in its folder",
     )
+    require(config.frozen_dtype == "float32", "--sarm takes no --frozen_dtype")
     chooses_layers = config.lora_rank or config.freeze_layers
     require(
         config.sarm_mode != "frozen" or not chooses_layers,

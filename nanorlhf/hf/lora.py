@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError
+from ..errors import InputError, require
 from .blocks import freeze
 
 SEARCH_SECONDS = 5  # for the layers that a regular expression names
@@ -69,6 +69,8 @@ class LoRA(nn.Module):
         delta = self.scale * self.lora_B @ self.lora_A  # [out, in]
         if isinstance(self.base_layer, Conv1D):
             delta = delta.T
+        # The sum of weights that are kept in bfloat16 (cast_frozen) is not rounded to it.
+        self.base_layer.to(delta.dtype)
         self.base_layer.weight += delta
         return self.base_layer
 
@@ -229,13 +231,19 @@ def put_adapter(
     InputError: the layer is tied to the embeddings. Merging would change the embeddings too.
     """
     layer = lm.get_submodule(name)
+    require(
+        not is_tied(lm, layer),
+        f"LoRA on {name}: it is tied to the embeddings, and an adapter on it could not be merged",
+    )
+    replace_layer(lm, name, LoRA(layer, lora_A, lora_B, alpha, dropout))
+
+
+def is_tied(lm, layer: nn.Module) -> bool:
+    """Whether a linear layer's weight is that of the embeddings."""
     for module in lm.modules():
         if isinstance(module, nn.Embedding) and module.weight is layer.weight:
-            raise InputError(
-                f"LoRA on {name}: it is tied to the embeddings, and an adapter on it could not be "
-                "merged"
-            )
-    replace_layer(lm, name, LoRA(layer, lora_A, lora_B, alpha, dropout))
+            return True
+    return False
 
 
 def replace_layer(lm, name: str, layer: nn.Module):
@@ -285,3 +293,30 @@ def choose_trained(lm, config) -> str:
         config.lora_dropout,
         config.seed,
     )
+
+
+def cast_frozen(lm, config):
+    """Cast the linear layers that are not trained to the type of --frozen_dtype, in place.
+
+    Autocast computes with their weights in bfloat16 anyway, so results stay the same, bit for bit.
+    Embeddings, a head that is tied to them, and norms stay in float32, as autocast leaves them.
+    InputError: the run saves these weights, and their files hold more than bfloat16.
+    """
+    if config.frozen_dtype == "float32":
+        return
+    frozen = []
+    for layer in linear_layers(lm).values():
+        is_trained = any(p.requires_grad for p in layer.parameters())
+        if not is_trained and not is_tied(lm, layer):
+            frozen.append(layer)
+
+    # An adapter folder holds nothing of its base. A whole model holds what would be rounded here.
+    saves_adapters_alone = config.lora_rank and not config.merge
+    is_in_bfloat16 = getattr(lm, "stored_dtype", torch.float32) == torch.bfloat16
+    require(
+        saves_adapters_alone or is_in_bfloat16 or not frozen,
+        "--frozen_dtype bfloat16 would round weights that this run saves, since the model's files "
+        "do not hold bfloat16; with --lora_rank and without --merge, adapters alone are saved",
+    )
+    for layer in frozen:
+        layer.to(torch.bfloat16)

@@ -119,7 +119,7 @@ class Dist:
             model = fsdp.shard(module, self, dtype)
         else:
             model = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        with torch.set_grad_enabled(trained):
+        with torch.set_grad_enabled(trained), autocast(self, dtype):
             value = total(model) if total else None
         if trained:
             value.backward()

@@ -207,6 +207,13 @@ class LoraFlags(FlagGroup):
         help="which linear layers get an adapter: ends of their names, or regular expressions; "
         "all-linear: every one but the output head",
     )
+    frozen_dtype: str = HfArg(
+        default="float32",
+        metadata={"choices": ("float32", "bfloat16")},
+        help="what the linear layers that are not trained are kept in. bfloat16: half the memory "
+        "and no casts, with the same results, as --dtype bfloat16 computes with them in bfloat16 "
+        "anyway. Reward models that score keep float32",
+    )
     merge: bool = HfArg(
         default=False,
         help="save the whole model with the adapters merged into it, instead of a PEFT folder",
@@ -223,6 +230,11 @@ class LoraFlags(FlagGroup):
             "--lora_rank freezes all but the adapters: it takes no --freeze_layers",
         )
         require(self.lora_rank or not self.merge, "--merge is for adapters: it needs --lora_rank")
+        require(
+            self.frozen_dtype == "float32" or self.lora_rank or self.freeze_layers,
+            f"--frozen_dtype {self.frozen_dtype} is for weights that are not trained: it needs "
+            "--lora_rank or --freeze_layers",
+        )
 
 
 @dataclass
@@ -257,8 +269,8 @@ class DeviceFlags(FlagGroup):
     dtype: str = HfArg(
         default="float32",
         metadata={"choices": ("float32", "bfloat16", "auto")},
-        help="the numbers of matrix products; weights are float32 in any case. auto: bfloat16 "
-        "where the device is fast at it",
+        help="the numbers of matrix products; what is trained is float32 in any case. auto: "
+        "bfloat16 where the device is fast at it",
     )
 
     def __post_init__(self):
@@ -307,6 +319,14 @@ class MemoryFlags(FlagGroup):
 @dataclass
 class RunConfig(TextFlags, SplitFlags, OptimFlags, LoraFlags, RunFlags, DeviceFlags, MemoryFlags):
     """All flags that train_sft.py, train_rm.py and train_ppo.py share."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.frozen_dtype in ("float32", self.dtype),
+            f"--frozen_dtype {self.frozen_dtype} needs --dtype {self.frozen_dtype}, "
+            f"not {self.dtype}",
+        )
 
 
 # ------------------------------------------------------------------------ commands without training

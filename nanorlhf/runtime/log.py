@@ -310,15 +310,26 @@ def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
     return rows
 
 
+def is_long(seconds: float, done: int, left: int) -> bool:
+    """Whether a run that has made some steps in so many seconds has over an hour to go.
+
+    Its first steps are slower than the others, so nothing is said in the first minute.
+    """
+    return seconds > 60 and left * seconds / done > 3600
+
+
 class Progress:
     """A tqdm bar on a terminal.
 
-    Elsewhere it is a plain line every few seconds, so that log files stay readable.
+    Elsewhere it is a plain line every few seconds, so that log files stay readable. A long run on a
+    GPU that trains without --compile (compiled=False) prints one line that recommends it.
     """
 
-    def __init__(self, dist, name: str, steps: int, start: int = 0):
+    def __init__(self, dist, name: str, steps: int, start: int = 0, compiled: bool = True):
         self.name = name
         self.steps = steps
+        self.start = start
+        self.recommends_compile = not compiled and dist.device.type == "cuda"
         self.begun = time.time()
         self.last = 0.0  # when the last plain line was printed
         self.quiet = not dist.main
@@ -333,20 +344,33 @@ class Progress:
 
     def step(self, step: int, text: str):
         """Show that `step` is done."""
+        if self.quiet:
+            return
+        now = time.time()
+        if self.recommends_compile:
+            self.recommend_compile(now - self.begun, step)
+
         if self.tty:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
             return
-        if self.quiet:
-            return
 
         # The last step is printed at once.
-        now = time.time()
         if now - self.last > 5 or step == self.steps:
             self.last = now
             seconds = f"{now - self.begun:.0f} s"
             line = f"{self.name} {step}/{self.steps} [{seconds}] {text}"
             print(line, file=sys.stderr, flush=True)
+
+    def recommend_compile(self, seconds: float, step: int):
+        """Print once that --compile would make the steps of a long run faster."""
+        if is_long(seconds, step - self.start, self.steps - step):
+            self.recommends_compile = False
+            line = (
+                f"{self.name}: this run will take over an hour; in a new --output_dir, "
+                "--compile true makes updates faster after a minute of warm-up"
+            )
+            tqdm.write(line, file=sys.stderr)
 
     def close(self):
         self.bar.close()

@@ -16,6 +16,7 @@ PLACES = (
     "device",
     "distributed",
     "checkpoint_activations",
+    "frozen_dtype",
     "micro_batch_size",
     "tokens_per_micro_batch",
 )

@@ -1,8 +1,8 @@
 """What a PPO step needs on each GPU: python tests/bench/memory.py prints one JSON line.
 
     python tests/bench/memory.py              a table by formula, in GB = 1e9 bytes: Pythia-1.4B
-                                              trained whole, Llama-3-8B with LoRA and whole; 1, 4
-                                              and 8 GPUs
+                                              trained whole, Llama-3-8B with LoRA (also with
+                                              --frozen_dtype bfloat16) and whole; 1, 4 and 8 GPUs
     python tests/bench/memory.py --recipes    the same for PPO in the recipes on the studies' pages
     python tests/bench/memory.py --measure    the `medium` size of bench/ppo.py on a CPU: one
                                               process, and FSDP on two, beside the formula
@@ -10,30 +10,33 @@
 What is counted, for N weights of which N' are trained, W processes, and s = W in shards (FSDP), 1
 otherwise:
 
-    parameters   4 N / s      float32, frozen ones too: a bfloat16 run's masters are float32
+    parameters   4 N / s      float32, frozen ones too: a bfloat16 run's masters are float32;
+                              with --frozen_dtype bfloat16 2 bytes less for each of N_c weights, of
+                              the frozen linear layers: (4 N - 2 N_c) / s
     gradients    4 N' / s
     Adam         8 N' / s     two moments
     reference    4 N / s      0 with LoRA: it is the policy with its adapters off; frozen blocks are
-                              the policy's own, but for FSDP
+                              the policy's own, but for FSDP; in bfloat16 like frozen weights
     reward       4 N_r / s    a model of the policy's size without its LM head, if nothing else is
                               named; the members of an ensemble stand there together
 
 and the largest of what is there one after the other, with c = 2 bytes in bfloat16, else 4:
 
     rollout      [c N] + KV cache 2 c L b (P + R) D_kv + 24 b V    of b responses
-                 [..]: gathered once (FSDP), or autocast's bfloat16 copies (DDP, bfloat16 only)
+                 [..]: gathered once (FSDP), or autocast's bfloat16 copies (DDP, bfloat16 only),
+                 of N - N_c weights
     scoring      [c N_r]
                  the gathered reward model, one at a time
     update       [c (N_root + 2 N_block) + (c + 4) max(N_root', N_block')]
                  + m T L (activations of a token in a block) + logits
                  [..]: with FSDP the root, two blocks, and one unit's gradients; with DDP autocast's
-                 copies instead
+                 copies instead, none of the N_c weights
 
 Activations are 34 D bytes in bfloat16 (Korthikanti et al. 2022, without the attention matrix, which
 SDPA does not keep; the 17 D numbers of a block with an MLP of 4 D are scaled to other widths), or
-2 D with --checkpoint_activations and one block whole. Logits are four float32 chunks of 512 MB at
-most (models.MAX_LOGITS; CPU: 64). Buffers of NCCL, CUDA's context (0.5 GB) and fragmentation (up to
-a tenth) come on top.
+2 D with --checkpoint_activations and one block whole. Logits are four float32 chunks of 1 GB at
+most (models.MAX_LOGITS; CPU: 64 MB). Buffers of NCCL, CUDA's context (0.5 GB) and fragmentation (up
+to a tenth) come on top.
 """
 
 import argparse
@@ -95,6 +98,7 @@ def needs(
     dtype="bfloat16",
     lora=0,
     frozen=0.0,
+    frozen_dtype="float32",
     members=None,
     rollout=64,
     micro_batch=8,
@@ -130,8 +134,22 @@ def needs(
     elif frozen and not sharded:
         reference = 4 * N_trained
 
+    # How many weights are in bfloat16: frozen blocks and, with LoRA, the LM head.
+    N_cast = 0
+    if frozen_dtype == "bfloat16":
+        N_cast = int(frozen * L) * shape.block
+        if lora:
+            N_cast = L * shape.block + shape.root // 2
+        elif sharded:
+            # The reference is frozen whole; its embeddings stay in float32.
+            N_embeddings = shape.root // 2
+            reference -= 2 * (N - N_embeddings) / s
+        else:
+            reference -= 2 * N_trained
+
+    parameters = 4 * N - 2 * N_cast
     fixed = {
-        "parameters": 4 * N / s,
+        "parameters": parameters / s,
         "gradients": 4 * N_trained / s,
         "adam": 8 * N_trained / s,
         "reference": reference,
@@ -140,19 +158,19 @@ def needs(
     phases = {
         "rollout": 2 * c * L * rollout * tokens * shape.kv + 24 * rollout * shape.vocabulary,
         "scoring": 0,
-        "update": 4 * 4 * min(2**27, micro_batch * tokens * shape.vocabulary),
+        "update": 4 * 4 * min(2**28, micro_batch * tokens * shape.vocabulary),
     }
-    if sharded or dtype == "bfloat16":
-        phases["rollout"] += c * N
     if sharded:
+        phases["rollout"] += c * N
         phases["scoring"] += c * max(members, default=0)
         phases["update"] += c * (shape.root + 2 * shape.block)
         phases["update"] += (c + 4) * max(trained_root, trained_block)
     elif dtype == "bfloat16":
+        phases["rollout"] += c * (N - N_cast)
         # Autocast keeps copies of what is trained. A backward pass past LoRA keeps copies of frozen
         # blocks too: of one at a time with checkpointed activations, else of all.
         phases["update"] += c * N_trained
-        if lora:
+        if lora and not N_cast:
             n_blocks = 1 if checkpointed else L
             phases["update"] += c * n_blocks * shape.block
     of_a_block = micro_batch * tokens * c * shape.activations
@@ -180,13 +198,14 @@ def make_row(model, shape, world, sharded, **settings):
 def make_table():
     rows = []
     models = [
-        ("1.4B, all weights", PYTHIA, 0),
-        ("8B, LoRA of rank 16", LLAMA, 16),
-        ("8B, all weights", LLAMA, 0),
+        ("1.4B, all weights", PYTHIA, {}),
+        ("8B, LoRA of rank 16", LLAMA, {"lora": 16}),
+        ("8B, LoRA, base in bfloat16", LLAMA, {"lora": 16, "frozen_dtype": "bfloat16"}),
+        ("8B, all weights", LLAMA, {}),
     ]
-    for model, shape, lora in models:
+    for model, shape, settings in models:
         for world, sharded in ((1, False), (4, False), (4, True), (8, True)):
-            rows.append(make_row(model, shape, world, sharded, lora=lora))
+            rows.append(make_row(model, shape, world, sharded, **settings))
     return {
         "bench": "memory",
         "unit": "GB a GPU",

@@ -247,6 +247,7 @@ def make_run(folder, args):
         device=args.device,
         compile=args.compile,
         lora_rank=args.lora_rank,
+        frozen_dtype=args.frozen_dtype,
         checkpoint_activations=args.checkpoint_activations,
     )
 
@@ -287,6 +288,7 @@ def main():
     parser.add_argument("--micro_batch_size", type=int, default=16)
     parser.add_argument("--lora_rank", type=int, default=0)
     parser.add_argument("--freeze_layers", type=float, default=0.0)
+    parser.add_argument("--frozen_dtype", default="float32")
     parser.add_argument("--checkpoint_activations", action="store_true")
     args = parser.parse_args()
     unit = "s"

@@ -48,6 +48,7 @@ from nanorlhf.errors import InputError
 from nanorlhf.hf.folders import check_model
 from nanorlhf.models import (
     Policy,
+    divide,
     knows_scale,
     load_policy,
     load_reward_model,
@@ -363,6 +364,32 @@ def test_chunks_of_logits_change_nothing(policy, reference, monkeypatch, chunk_s
         same(without[name], whole[name])
     for found, expected in zip(chunked_gradients, whole_gradients):
         same(found, expected, 2e-4)
+
+
+def test_at_temperature_1_nothing_is_divided_and_the_bits_are_the_same(
+    policy, reference, monkeypatch
+):
+    def outputs_and_gradients():
+        out = policy(BATCH, MASK, 1.0, entropy=True, kl_to=reference)
+        loss = (2 * out["logprobs"] + out["entropies"] - out["full_kl"]).sum()
+        return [*out.values(), *gradients(policy, loss)]
+
+    found = outputs_and_gradients()
+    divided = []
+
+    def really_divide(logits, temperature):
+        divided.append(temperature)
+        return logits / temperature
+
+    monkeypatch.setattr(nanorlhf.models, "divide", really_divide)
+    expected = outputs_and_gradients()
+    assert divided == [1.0, 1.0]  # the policy's logits and the reference's
+    for tensor, other in zip(found, expected, strict=True):
+        assert torch.equal(tensor, other)
+
+    logits = torch.randn(3, V)
+    assert divide(logits, 1.0) is logits
+    same(divide(logits, 0.5), 2 * logits)
 
 
 def test_soft_capped_logits():

@@ -224,7 +224,14 @@ def test_ppo_with_feature_penalties_is_the_run_of_the_cpu(base, tmp_path):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, LORA, {"freeze_layers": 0.5}, {"compile": True}], ids=str)
+FROZEN_IN_BFLOAT16 = {**LORA, "frozen_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, LORA, FROZEN_IN_BFLOAT16, {"freeze_layers": 0.5}, {"compile": True}],
+    ids=str,
+)
 def test_bfloat16(base, tmp_path, changes):
     rows = ppo(base, tmp_path, dtype="bfloat16", **changes)
     check_first_ratios(rows, 0.15)
