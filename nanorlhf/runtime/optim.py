@@ -26,7 +26,7 @@ def adamw(
         groups.append({"params": matrices, "weight_decay": weight_decay})
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
-    # Fused: one kernel for all parameters, on a CPU too, which optimizer_step() lets clip them.
+    # Fused: one kernel for all parameters, on a CPU too.
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=True)
 
 
@@ -59,38 +59,26 @@ def optimizer_step(
 ) -> float:
     """Clip the gradients, check them and make a step. -> the gradient norm before clipping
 
-    FloatingPointError: a gradient that is not finite. Weights and optimizer are as they were before
-    the step, and the run ends. The norm is of the gradients after their exchange, so all ranks see
-    the same one and stop together.
+    FloatingPointError: a gradient that is not finite; the run ends before it does harm. The norm is
+    of the gradients after their exchange, so all ranks see the same one and stop together.
     """
     parameters = [p for _, p in trainable(module)]
     gradients = [p.grad for p in parameters if p.grad is not None]
     total = torch.nn.utils.get_total_norm(gradients)
+    norm = total
+    if is_dtensor(total):
+        norm = total.full_tensor()  # of all shards
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step}: the gradient norm is {norm.item()}; the last checkpoint is kept; "
+            "lower --lr"
+        )
+    # Without this condition clipping would read and write every gradient to multiply it by 1.
+    if norm > max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total)
+
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-    if is_dtensor(total):
-        norm = read_norm(total.full_tensor(), step)  # of all shards
-        if norm > max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total)
-        optimizer.step()
-    else:
-        # The fused kernel divides each gradient by grad_scale as it reads it, and changes nothing
-        # where found_inf is 1. So a GPU has its work before the CPU waits to read the norm.
-        optimizer.grad_scale = (total / max_grad_norm).clamp(min=1)
-        optimizer.found_inf = (~torch.isfinite(total)).float()
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf
-        norm = read_norm(total, step)
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def read_norm(norm: torch.Tensor, step: int) -> float:
-    """The gradient norm of a step. FloatingPointError: it is not finite."""
-    number = norm.item()
-    if not math.isfinite(number):
-        raise FloatingPointError(
-            f"step {step}: the gradient norm is {number}; the last checkpoint is kept; lower --lr"
-        )
-    return number
+    return norm.item()
