@@ -24,7 +24,7 @@ from transformers.hf_argparser import HfArg
 from .errors import InputError, at_least, first_line, require
 from .hf.blocks import sampling
 from .hf.decode import decode, decode_static, decoding
-from .models import Policy, scalar
+from .models import Policy, divide, scalar
 from .packing import Answers, Packed, pad_rows
 from .ppo import entropy
 from .runtime.distributed import Dist, autocast
@@ -190,10 +190,7 @@ class Sampler:
         hidden [b, D]: last hidden states; u [b]: uniform numbers -> {response_ids, logprobs,
         entropies, values}, each [b]. There are no values without a head on the trunk.
         """
-        logits = self.model.logits(hidden)  # [b, V]
-        # Division by 1 changes nothing, but reads and writes all logits.
-        if self.temperature != 1:
-            logits = logits / self.temperature
+        logits = divide(self.model.logits(hidden), self.temperature)  # [b, V]
         logp = logits.log_softmax(-1)
         probs = logp.exp()
         # The entropy comes before the sample: of the full distribution.
