@@ -172,6 +172,7 @@ def test_an_adapter_whose_base_is_itself_is_refused(tmp_path, monkeypatch):
 CHOICES = {
     "device",
     "dtype",
+    "frozen_dtype",
     "distributed",
     "prompt_format",
     "schedule",
