@@ -7,7 +7,7 @@ coefficients with k1 or k2 as the KL in the reward.
         python -m nanorlhf.studies.generalisation --quick
     your own model, reward and data; prints all commands, and runs them without
     the last flag:
-        python -m nanorlhf.studies.generalisation --model stories3M \
+        python -m nanorlhf.studies.generalisation --model smollm2 \
             --dataset prompts.jsonl --reward_model vader_lexicon.tsv \
             --data_flags "--in_distribution 'words:prompt<=6'" \
             --output_dir runs/mine --dry_run
