@@ -1,7 +1,8 @@
-"""Several processes under torchrun: set-up, DDP or FSDP2, and the few reductions that the scripts need.
+"""Several processes under torchrun: set-up, DDP or FSDP2, and the few reductions of the scripts.
 
-Every rank runs the same script and makes the same number of collective calls. What belongs to a sample (its noise, its place in
-a minibatch) is keyed by its index in the GLOBAL batch, so the number of ranks changes results only by float error.
+Every rank runs the same script and makes the same number of collective calls. What belongs to a
+sample (its noise, its place in a minibatch) is keyed by its index in the GLOBAL batch, so the
+number of ranks changes results only by float error.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import InputError, first_line, require
 from . import fsdp
 
-# For all processes of a run to come together: torchrun starts them at once. The tries of torch, with
-# their pauses, may take twice as long.
+# For all processes of a run to come together: torchrun starts them at once. The tries of torch,
+# with their pauses, may take twice as long.
 MEETING_SECONDS = 25
 
 # In bytes. With a model as small as the embedded world's, a process is little but torch: 390 MiB.
@@ -42,7 +43,10 @@ class Dist:
 
     @property
     def load_device(self):
-        """Where models are loaded: what will be sharded goes to the GPU block by block, so the whole need not fit there."""
+        """Where models are loaded.
+
+        What will be sharded goes to the GPU block by block, so the whole need not fit there.
+        """
         return torch.device("cpu") if self.sharded else self.device
 
     def print(self, *lines):
@@ -71,7 +75,10 @@ class Dist:
         return total.to(tensor.device)
 
     def gather(self, tensor):
-        """The rows of all ranks in rank order: [n_rank, ...] -> [n, ...]. The ranks' n may differ, the rest may not."""
+        """The rows of all ranks in rank order: [n_rank, ...] -> [n, ...].
+
+        The ranks' n may differ, the rest may not.
+        """
         if self.world == 1:
             return tensor
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
@@ -86,7 +93,10 @@ class Dist:
         return torch.cat([part[: int(n)] for part, n in zip(parts, sizes)]).to(tensor.device)
 
     def even(self, micro_batches):
-        """The same number of micro-batches on all ranks: FSDP sends something in each of them. The largest are cut in halves."""
+        """The same number of micro-batches on all ranks: FSDP sends something in each of them.
+
+        The largest are cut in halves.
+        """
         parts = list(micro_batches)
         most = int(self.gather(torch.tensor([len(parts)])).max()) if self.sharded else 0
         while len(parts) < most:
@@ -95,7 +105,10 @@ class Dist:
         return parts
 
     def together(self, function):
-        """function() on every process, without collectives inside; an InputError on one of them is raised on all."""
+        """function() on every process, without collectives inside.
+
+        An InputError on one of them is raised on all.
+        """
         result, message = None, b""
         try:
             result = function()
@@ -109,11 +122,13 @@ class Dist:
         return result
 
     def wrap(self, module, total=None, dtype="float32"):
-        """A module on several processes: in shards (in place), or inside DDP if anything in it is trained. Alone: the module itself.
+        """A module on several processes: in shards (in place), or inside DDP if it is trained.
 
-        total(model) is any scalar that uses all trained weights. After its first backward pass DDP re-orders its buckets, and from
-        three ranks on that changes the order in which gradients are added up. So that first pass is made here: else the first step
-        after a resume would differ in its last bits. FSDP wants its first pass through the root, which generate() is not.
+        Alone: the module itself. total(model) is any scalar that uses all trained weights. After
+        its first backward pass DDP re-orders its buckets, and from three ranks on that changes the
+        order in which gradients are added up. So that first pass is made here: else the first step
+        after a resume would differ in its last bits. FSDP wants its first pass through the root,
+        which generate() is not.
         """
         trained = any(p.requires_grad for p in module.parameters())
         if self.world == 1 or not (trained or self.sharded):
@@ -140,9 +155,10 @@ def libc():
 
 
 def keep_freed_memory():
-    """Tell glibc to keep large freed blocks: else every step gives them back to the kernel and pays page faults to get them again.
+    """Tell glibc to keep large freed blocks.
 
-    About 4% of a PPO step on a CPU. Where the C library is another one, nothing happens.
+    Else every step gives them back to the kernel and pays page faults to get them again: about 4%
+    of a PPO step on a CPU. Where the C library is another one, nothing happens.
     """
     if libc():
         libc().mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: its largest value, 32 MB
@@ -167,7 +183,10 @@ def resident_memory() -> int:
 
 
 def setup(device="auto", distributed="ddp"):
-    """Join the process group that torchrun's environment describes: gloo on CPU, NCCL on GPUs. May be called again."""
+    """Join the process group that torchrun's environment describes: gloo on CPU, NCCL on GPUs.
+
+    It may be called again.
+    """
     if distributed == "ddp":  # who shards has no memory to keep
         keep_freed_memory()
     if device not in ("auto", "cpu", "cuda"):
@@ -180,7 +199,8 @@ def setup(device="auto", distributed="ddp"):
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise InputError(
-                f"{local + 1} processes or more on this machine, but torch sees {torch.cuda.device_count()} GPU(s)"
+                f"{local + 1} processes or more on this machine, but torch sees "
+                f"{torch.cuda.device_count()} GPU(s)"
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
@@ -194,7 +214,9 @@ def setup(device="auto", distributed="ddp"):
             )
         else:
             td.init_process_group("gloo", None, a_day, world, rank, store)
-        td.barrier()  # all are connected before one can leave with an error: the others would report only that it is gone
+        # All are connected before one can leave with an error: the others would report only that it
+        # is gone.
+        td.barrier()
     return Dist(rank, world, torch.device(device), sharded=distributed == "fsdp" and world > 1)
 
 
@@ -283,7 +305,10 @@ def autocast(dist, dtype):
 
 
 def fast_dtype(device):
-    """The dtype for matrix products: bfloat16 where the processor is fast at it (a GPU; AVX-512 BF16 or AMX), else float32."""
+    """The dtype for matrix products: bfloat16 where the processor is fast at it, else float32.
+
+    A GPU is, and a CPU with AVX-512 BF16 or AMX.
+    """
     if device != "cpu" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return (
