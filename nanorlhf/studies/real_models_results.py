@@ -273,11 +273,13 @@ def print_sums(results: dict, a):
     for name in sorted(results):
         if "/temperature_" not in name:
             continue
+        # sums/temperature_1/before, and sums/temperature_1/seed_0 of a policy
         _, temperature, policy = name.split("/")
-        row = "before" if policy == "before" else "after"
+        row = table.setdefault("before" if policy == "before" else "after", {})
+        column = row.setdefault(temperature.replace("_", " "), [])
+        # There is one reward. The best of one answer is any answer: their mean.
         (points,) = results[name].values()
-        numbers = table.setdefault(row, {}).setdefault(temperature.replace("_", " "), [])
-        numbers.append(points[0]["proxy_score"])
+        column.append(points[0]["proxy_score"])
     if table:
         print_title("Right sums by temperature, 4 answers to each; a number a seed", a)
         print_table(table)

@@ -1,6 +1,7 @@
 """The study on a real model (nanorlhf/studies/real_models.py), on a tiny chat model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_models import ENCODER_CONFIG, encoder_tokenizer, save_encoder
 from transformers import AutoModelForCausalLM, LlamaConfig, RobertaConfig, RobertaModel
 
 from nanorlhf.runtime.files import import_file, read_rows
-from nanorlhf.studies import real_models, real_models_data
+from nanorlhf.studies import real_models, real_models_data, real_models_results
 
 WORDS = "cat dog bird fish tree house river stone cloud lamp".split()
 # Six words of each sign, and words that have hardly any value.
@@ -181,6 +182,23 @@ def test_another_model_needs_a_place_of_its_own(files, tmp_path):
     refuses(check, real_models.read_settings([*flags, *results]), match=["--output_dir"])
     check(real_models.read_settings([*flags, *results, "--output_dir", str(tmp_path / "runs")]))
     check(real_models.read_settings([*flags, "--quick"]))
+
+
+def test_right_sums_by_temperature_are_those_of_single_answers(capsys):
+    """Before: of the model; after: the mean over the seeds. The best of 4 is not shown."""
+    results = {}
+    rates = {"before": 0.25, "seed_0": 0.5, "seed_1": 0.7}
+    for temperature, more in {"1": 0, "0.01": 0.125}.items():
+        for policy, rate in rates.items():
+            points = [{"n": 1, "proxy_score": rate + more}, {"n": 4, "proxy_score": 0.99}]
+            results[f"sums/temperature_{temperature}/{policy}"] = {"rewards.py:is_right": points}
+    real_models_results.print_sums(results, SimpleNamespace(seeds=2, quick=False))
+    title, header, before, after = capsys.readouterr().out.strip().splitlines()
+    assert title.startswith("Right sums by temperature")
+    assert header.split() == ["temperature", "0.01", "temperature", "1"]
+    assert before.split() == ["before", "0.375", "(1)", "0.250", "(1)"]
+    # 12.706 standard errors, of two seeds that differ by 0.2
+    assert after.split() == "after 0.725 +- 1.271 0.600 +- 1.271".split()
 
 
 # --------------------------------------------------------------------------------------- its data
