@@ -369,7 +369,7 @@ def main(config):
         )
 
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
-    prompts = encode(rows)
+    prompts = encode(rows).compact()
     held_out_prompts = {label: encode(part) for label, part in held_out.items()}
     fewest = min(map(len, held_out_prompts.values()))
     require(

@@ -11,7 +11,7 @@ The loops that write a response token by token, one for CPUs and one for GPUs, a
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,8 +81,8 @@ class Rollout:
         return Packed(ids.gather(1, order), self.attention_mask.sum(1), self.response_mask.sum(1))
 
 
-def left_pad(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Lists of token lists -> prompt_ids [B, P], attention_mask [B, P]."""
+def left_pad(prompts: list[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids, each a list or an array -> prompt_ids [B, P], attention_mask [B, P]."""
     prompt_ids = pad_rows(prompts, pad_id, side="left")  # [B, P]
     width = prompt_ids.shape[1]
     lengths = torch.tensor([len(prompt) for prompt in prompts])  # [B]

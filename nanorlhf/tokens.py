@@ -45,15 +45,9 @@ class Encoded:
     n_responses_cut: int
 
     def compact(self) -> "Encoded":
-        """The same ids in arrays, for what is held through a whole training.
-
-        An array takes 4 bytes a token and 80 a row, a list about 40 a token.
-        """
-        prompts = [array("i", ids) for ids in self.prompts]
-        responses = {}
-        for field, lists in self.responses.items():
-            responses[field] = [array("i", ids) for ids in lists]
-        return replace(self, prompts=prompts, responses=responses)
+        """The same ids in arrays, for what is held through a whole training."""
+        responses = {field: as_arrays(lists) for field, lists in self.responses.items()}
+        return replace(self, prompts=as_arrays(self.prompts), responses=responses)
 
     def describe_cuts(self, max_length: int | None) -> str:
         """How many texts had to be cut, as a part of a sentence."""
@@ -75,9 +69,18 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def compact(self) -> "Prompts":
+        """The same ids in arrays, for what is held through a whole training."""
+        return Prompts(as_arrays(self.ids), self.rows)
+
     def at(self, index) -> "Prompts":
         """The prompts with these indices."""
         return Prompts([self.ids[i] for i in index], [self.rows[i] for i in index])
+
+
+def as_arrays(rows: list[Ids]) -> list[array]:
+    """Token ids in arrays: these take 4 bytes a token and 80 a row, lists about 40 a token."""
+    return [array("i", ids) for ids in rows]
 
 
 def count_with_share(n: int, total: int, what: str) -> str:

@@ -10,6 +10,7 @@ from tokenizers import processors
 
 from nanorlhf.errors import InputError
 from nanorlhf.packing import pack
+from nanorlhf.rollout import left_pad
 from nanorlhf.tokens import (
     cut_left,
     encode,
@@ -558,6 +559,21 @@ def test_compact_ids_are_packed_as_the_same_rows():
     assert found.ids.tolist() == expected.ids.tolist()
     assert found.prompt_lengths.tolist() == expected.prompt_lengths.tolist()
     assert found.response_lengths.tolist() == expected.response_lengths.tolist()
+
+
+def test_compact_prompts_are_padded_as_the_same_rows():
+    rows = [{"prompt": "a b"}, {"prompt": "c"}]
+    model = model_of_context(None)
+    prompts = ready_prompts(word_tokenizer(["a", "b", "c"]), rows, model, max_new_tokens=8)
+
+    compact = prompts.compact()
+
+    assert {ids.itemsize for ids in compact.at([0, 1]).ids} == {4}
+    assert compact.rows == rows
+    expected_ids, expected_mask = left_pad(prompts.ids, EOS)
+    found_ids, found_mask = left_pad(compact.ids, EOS)
+    assert found_ids.tolist() == expected_ids.tolist()
+    assert found_mask.tolist() == expected_mask.tolist()
 
 
 def test_prompts_that_wait_for_an_answer_keep_their_rows():
