@@ -69,6 +69,8 @@ class Policy(nn.Module):
     """
 
     frozen: FrozenTrunk | None = None
+    # What rollouts with --compile keep from one to the next: hf/compiled_decode.py.
+    linear_copies: list | None = None
 
     def __init__(self, lm, value_head: bool = True, value_trunk=None):
         super().__init__()

@@ -23,6 +23,7 @@ from transformers.hf_argparser import HfArg
 
 from .errors import InputError, at_least, first_line, require
 from .hf.blocks import sampling
+from .hf.compiled_decode import decode_compiled, is_compiled
 from .hf.decode import decode, decode_static, decoding
 from .models import Policy, divide, scalar
 from .packing import Answers, Packed, pad_rows
@@ -307,21 +308,37 @@ def try_static(
 
     It does not for some architectures. What was written so far will be written again.
     """
+    lm = sampler.model.lm
+    rows = (sampler, prompt_ids, mask, u, out, finished)
+    if is_compiled(lm):
+        try:
+            decode_compiled(*rows)
+            return True
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # a compiler may raise anything
+            warn_of_fallback(lm, "without compiled blocks", e)
+            finished.zero_()
+
     try:
-        decode_static(sampler, prompt_ids, mask, u, out, finished)
+        decode_static(*rows)
+        return True
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:
-        why = f"{type(sampler.model.lm).__name__}: {first_line(e)}"
-        # Python shows the same warning once.
-        warnings.warn(
-            f"rollouts decode with a growing cache, which is slower on a GPU ({why})",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        warn_of_fallback(lm, "with a growing cache", e)
         finished.zero_()
-        return False
-    return True
+    return False
+
+
+def warn_of_fallback(lm, how: str, error: Exception):
+    """Say that rollouts take a slower loop, and why. Python shows the same warning once."""
+    warnings.warn(
+        f"rollouts decode {how}, which is slower on a GPU "
+        f"({type(lm).__name__}: {first_line(error)})",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def mask_up_to_end(is_end: Tensor) -> Tensor:

@@ -342,8 +342,7 @@ def decode_static(
 
     write(hidden)
     # FSDP's hooks wait for streams of their own, which a capture does not allow.
-    is_sharded = any(hasattr(module, "unshard") for module in lm.modules())
-    if is_sharded:
+    if has_fsdp_units(lm):
         take_step = step
         t = 1
     else:
@@ -354,6 +353,11 @@ def decode_static(
             break
         take_step()
         t += 1
+
+
+def has_fsdp_units(lm) -> bool:
+    """Whether FSDP gathers any part of the model, which it does in hooks."""
+    return any(hasattr(module, "unshard") for module in lm.modules())
 
 
 def static_cache(lm, length: int) -> KeyValueCache | None:
