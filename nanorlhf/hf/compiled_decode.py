@@ -1,19 +1,43 @@
-"""The loop of GPUs with --compile: decode.decode_static(), with less to read and to launch.
+"""The loop of GPUs with --compile: decode.decode_static(), with less to launch and to read.
 
-    B sequences, P prompt tokens (left-padded), R response tokens, D hidden
+    B sequences, P prompt tokens (left-padded), R response tokens, C columns of a cache, D hidden
 
-A decode step reads all weights for one token a row. Autocast would cast float32 weights anew in
-every step that is compiled, so linear layers hold copies in bfloat16 here, cast once a rollout.
+A decode step reads all weights for one token a row, in hundreds of small kernels. Two things make
+it faster:
+
+- The blocks are transformers' own, compiled once. A block reads the cache by its number, so
+  torch.compile would make code for each of them. Here all have the number 0, and a cache that
+  shows them one layer's keys and values: their own.
+
+      block 0 ---+                 +--- keys, values of layer 0
+      block 1 ---+--- Window ------+--- keys, values of layer 1
+      block 2 ---+   (one layer)   +--- keys, values of layer 2
+
+- Linear layers hold copies of their weights in bfloat16, cast once a rollout. In compiled code
+  autocast would cast float32 weights anew at every token.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.pytorch_utils import Conv1D
 
-from .decode import autocast_dtype, decode_static, has_fsdp_units, static_cache
+from .blocks import attention_is, blocks
+from .decode import (
+    ALIGNMENT,
+    CHECK_EVERY,
+    autocast_dtype,
+    capture,
+    count_positions,
+    has_fsdp_units,
+    read_prompts,
+    static_cache,
+)
 
 
 def is_compiled(lm) -> bool:
@@ -34,9 +58,245 @@ def decode_compiled(
     out: dict[str, Tensor],
     finished: Tensor,
 ):
-    """Write one response to each prompt, as decode_static() does."""
+    """Write one response to each prompt, as decode_static() does.
+
+    Any exception may come out of a compiler. The model is then as it was; `out` and `finished` hold
+    what was written until the error.
+    """
+    B, P = ids.shape
+    R = u.shape[1]
+    lm = sampler.model.lm
     with cast_linear(sampler.model, ids.device.type):
-        decode_static(sampler, ids, mask, u, out, finished)
+        decoder = Decoder(sampler, B, round_up(P + R, ALIGNMENT), R, ids.device)
+        decoder.begin(ids, mask, u)
+        with compiled_blocks(lm, decoder.window, decoder.layers):
+            n_written = decoder.go_on()
+    for name, tokens in decoder.out.items():
+        out[name][:, :n_written] = tokens[:, :n_written]
+    finished.copy_(decoder.finished)
+
+
+def round_up(n: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least n."""
+    return math.ceil(n / unit) * unit
+
+
+# --------------------------------------------------------------------------------- the decode step
+
+
+class Decoder:
+    """A decode step, and all that it reads and writes, in place.
+
+    The same as in decode_static(), but for the cache: `layers` are the (keys, values) of each
+    block, [B, heads, C, D/heads].
+    """
+
+    def __init__(self, sampler, B: int, C: int, R: int, device: torch.device):
+        self.sampler = sampler
+        self.layers = None
+        self.window = Window(C, device)
+        self.visible = torch.ones(B, C, dtype=torch.bool, device=device)  # which columns are real
+        self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # of u and out
+        self.u = torch.zeros(B, R, dtype=torch.float64, device=device)
+        self.finished = torch.zeros(B, dtype=torch.bool, device=device)
+        self.out = {
+            "logprobs": torch.zeros(B, R, device=device),
+            "entropies": torch.zeros(B, R, device=device),
+            "values": torch.zeros(B, R, device=device),
+            "response_ids": torch.zeros(B, R, dtype=torch.long, device=device),
+        }
+
+    def begin(self, ids: Tensor, mask: Tensor, u: Tensor):
+        """Read the prompts, ids and mask [B, P], and write the first token of each row."""
+        P = ids.shape[1]
+        lm = self.sampler.model.lm
+        prompt_cache = static_cache(lm, round_up(P, ALIGNMENT))
+        hidden = read_prompts(lm, ids, mask, prompt_cache)  # [B, D]
+
+        if self.layers is None:
+            self.layers = [self.make_room(layer) for layer in prompt_cache.layers]
+        for (keys, values), layer in zip(self.layers, prompt_cache.layers):
+            keys[:, :, :P] = layer.keys[:, :, :P]
+            values[:, :, :P] = layer.values[:, :, :P]
+
+        # transformers hides the columns to the right of the window's column.
+        self.visible[:, :P] = mask
+        self.visible[:, P:] = True
+        self.token.copy_(ids[:, -1:])
+        self.position.copy_(count_positions(mask)[:, -1:])
+        self.window.column.fill_(P - 1)
+        self.column.zero_()
+        self.u.copy_(u)
+        self.finished.zero_()
+        self.write(hidden)
+
+    def make_room(self, layer: StaticLayer) -> tuple[Tensor, Tensor]:
+        """Room for the keys and values of all C columns. What is masked must still be a number."""
+        B, C = self.visible.shape
+        _, heads, _, head_size = layer.keys.shape
+        keys = layer.keys.new_zeros(B, heads, C, head_size)
+        _, heads, _, head_size = layer.values.shape
+        values = layer.values.new_zeros(B, heads, C, head_size)
+        return keys, values
+
+    def write(self, hidden: Tensor):
+        """Sample the next token of each row from hidden [B, D], and write it."""
+        sampler = self.sampler
+        # `column` is no Python number, so nothing here waits for the GPU.
+        new = sampler(hidden, self.u.index_select(1, self.column)[:, 0])
+        for name, value in new.items():
+            self.out[name].index_copy_(1, self.column, value[:, None])
+        self.token.copy_(new["response_ids"][:, None])
+        if sampler.end_ids is not None:
+            self.finished.logical_or_(sampler.is_end(self.token[:, 0]))
+        self.position.add_(1)
+        self.column.add_(1)
+        self.window.column.add_(1)
+
+    def step(self):
+        """Read the tokens that were written last, and write the next ones."""
+        device_type = self.token.device.type
+        dtype = autocast_dtype(device_type)
+        # What autocast caches it frees at the end of the rollout, under a graph that reads it.
+        with torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=False):
+            trunk = self.sampler.model.lm.base_model(
+                input_ids=self.token,
+                attention_mask=self.visible[:, : self.window.n],
+                position_ids=self.position,
+                past_key_values=self.window,
+                use_cache=True,
+            )
+            self.write(trunk.last_hidden_state[:, -1])
+
+    def go_on(self) -> int:
+        """Write tokens until all rows have finished -> how many of each row are written."""
+        R = self.u.shape[1]
+        has_end = self.sampler.end_ids is not None
+        if R == 1:
+            return 1
+        # The first step compiles, which may wait for the GPU, as a captured step must not.
+        self.step()
+        take_step, taken = capture(self.step, R - 1, self.token.device)
+        t = 1 + taken
+        while t < R:
+            if has_end and t % CHECK_EVERY == 0 and self.finished.all():
+                break
+            take_step()
+            t += 1
+        return t
+
+
+# ---------------------------------------------------------------------------- blocks for one token
+
+
+class Window(Cache):
+    """The cache that blocks see: the first n columns of one layer, whichever block it is.
+
+    `column` is the place [1] of the token that is read.
+    """
+
+    is_compileable = True
+
+    def __init__(self, n: int, device: torch.device):
+        super().__init__(layers=[StaticLayer(max_cache_len=n)])
+        self.n = n
+        self.column = torch.zeros(1, dtype=torch.long, device=device)
+
+    def show(self, layer: tuple[Tensor, Tensor]):
+        """Let the next block see its keys and values."""
+        keys, values = layer
+        self.keys = keys[:, :, : self.n]  # [B, heads, n, D/heads]
+        self.values = values[:, :, : self.n]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write the keys and values of the new token, and return those of all columns."""
+        self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+    def get_seq_length(self, *args, **kwargs):
+        """How many tokens stand before the new one, as a tensor."""
+        return self.column
+
+    def get_mask_sizes(self, *args, **kwargs):
+        """The width of the mask, and the column at which it begins."""
+        return self.n, 0
+
+
+@contextmanager
+def compiled_blocks(lm, window: Window, layers: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """A context in which the model reads one token a row, by blocks that are compiled once.
+
+    layers: the keys and values of each block, which `window` shows it.
+    """
+    attention = lm.config._attn_implementation
+    if attention == "sdpa" and lm._can_set_attn_implementation():
+        register_one_token_attention()
+        attention = "one_token"
+
+    numbered = [module for module in lm.modules() if hasattr(module, "layer_idx")]
+    numbers = [module.layer_idx for module in numbered]
+    own_forwards = [block.__dict__.get("forward") for block in blocks(lm)]
+    try:
+        for module in numbered:
+            module.layer_idx = 0
+        for block, layer in zip(blocks(lm), layers, strict=True):
+            block.forward = partial(run_block, compile_block(block.forward), window, layer)
+        with attention_is(lm, attention):
+            yield
+    finally:
+        for module, number in zip(numbered, numbers):
+            module.layer_idx = number
+        for block, forward in zip(blocks(lm), own_forwards):
+            # Most blocks have the method of their class alone.
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def run_block(compiled: Callable, window: Window, layer: tuple[Tensor, Tensor], *args, **kwargs):
+    """The forward of a block, which finds its own keys and values in the window."""
+    window.show(layer)
+    return compiled(*args, **kwargs)
+
+
+def compile_block(forward: Callable) -> Callable:
+    """A block's forward, compiled. Sums are rounded where the block as it is written rounds them:
+    the update computes the same log-probs.
+    """
+    return torch.compile(forward, dynamic=None, options={"emulate_precision_casts": True})
+
+
+def one_token_attention(
+    module, query, key, value, attention_mask, is_causal=None, **kwargs
+) -> tuple[Tensor, None]:
+    """transformers' SDPA for one query a head: [B, H, 1, d] -> [B, 1, H, d].
+
+    Heads that share a key stand as the rows of one query, [B, H_k, H / H_k, d]. In compiled code
+    transformers would write a copy of the whole cache for each of them. The mask says all.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    B, H, _, d = query.shape
+    rows = query.reshape(B, key.shape[1], -1, d)
+    # Without the module it does not know that heads share a key.
+    output, _ = sdpa_attention_forward(
+        None, rows, key, value, attention_mask, is_causal=False, **kwargs
+    )  # [B, H / H_k, H_k, d]
+    return output.transpose(1, 2).reshape(B, 1, H, -1), None
+
+
+@cache
+def register_one_token_attention():
+    """Let transformers know the attention "one_token"."""
+    # Here, because to import them takes seconds.
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register("one_token", one_token_attention)
+    AttentionMaskInterface.register("one_token", sdpa_mask)
 
 
 # --------------------------------------------------------------------------------- the weights

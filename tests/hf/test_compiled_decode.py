@@ -3,15 +3,33 @@
 B sequences, P prompt tokens, R response tokens
 """
 
+import shutil
+import warnings
+
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_rows, tiny_lm, tiny_policy
+from tiny_models import (
+    ARCHITECTURES,
+    FAMILIES,
+    V,
+    random_rows,
+    tiny_config,
+    tiny_family,
+    tiny_lm,
+    tiny_policy,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
-from nanorlhf.hf.blocks import freeze, sampling, speed_up
-from nanorlhf.hf.compiled_decode import cast_linear, is_compiled
+from nanorlhf.hf import compiled_decode
+from nanorlhf.hf.activations import replaced
+from nanorlhf.hf.blocks import blocks, freeze, sampling, speed_up
+from nanorlhf.hf.compiled_decode import Window, cast_linear, is_compiled, one_token_attention
+from nanorlhf.hf.decode import CHECK_EVERY
 from nanorlhf.hf.lora import adapters, add_lora, linear_layers
+from nanorlhf.models import Policy
 from nanorlhf.rollout import generate, left_pad
+from nanorlhf.runtime.fsdp import checkpoint_activations
 
 CPU = torch.device("cpu")
 IDS, MASK = left_pad(random_rows((5, 2, 7, 1, 3, 4), seed=4), 0)
@@ -135,9 +153,10 @@ def test_nothing_is_copied_without_autocast():
 # --------------------------------------------------------------------------------- rollouts
 
 
-def roll(policy, ids=IDS, mask=MASK, new=12, **options):
-    """A rollout with shapes that never change, in bfloat16, as a GPU makes it."""
-    with in_bfloat16(), sampling(policy.lm):
+def roll(policy, ids=IDS, mask=MASK, new=12, bfloat16=True, **options):
+    """A rollout with shapes that never change, as a GPU makes it."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
+    with autocast, sampling(policy.lm):
         return generate(policy, ids, mask, new, static=True, **options)
 
 
@@ -145,17 +164,277 @@ def same_rollouts(a, b, tol=0.0):
     for name in ("response_ids", "response_mask", "finished"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     for name in ("logprobs", "entropies", "values"):
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=tol)
+        column = getattr(a, name)
+        if column is not None:
+            torch.testing.assert_close(column, getattr(b, name), rtol=0, atol=tol)
 
 
-@each_architecture
-@pytest.mark.parametrize("make", [tiny_policy, adapted_policy])
-def test_rollouts_are_those_of_the_static_loop(architecture, make):
-    policy = make(architecture)
-    expected = roll(policy)
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that are compiled, to code that runs them as they were traced: a list that grows.
+
+    Nothing may fall back to another loop.
+    """
+    torch._dynamo.reset()
+    traced = []
+
+    def backend(graph, example_inputs):
+        traced.append(graph)
+        return graph.forward
+
+    def compile_block(forward):
+        return torch.compile(forward, backend=backend, dynamic=None)
+
+    monkeypatch.setattr(compiled_decode, "compile_block", compile_block)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "rollouts decode")
+        yield traced
+
+
+def roll_eager_and_compiled(policy, **options):
+    """The same rollout by the static loop, and by compiled blocks."""
+    policy.lm.compiled = False
+    expected = roll(policy, **options)
     policy.lm.compiled = True
-    same_rollouts(roll(policy), expected)
-    assert policy.linear_copies
+    return expected, roll(policy, **options)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("make", [tiny_policy, adapted_policy])
+@each_architecture
+def test_rollouts_are_those_of_the_static_loop(graphs, architecture, make, bfloat16):
+    """All blocks share one graph, and so do two rollouts."""
+    policy = make(architecture)
+    expected, compiled = roll_eager_and_compiled(policy, bfloat16=bfloat16)
+    same_rollouts(compiled, expected)
+    same_rollouts(roll(policy, bfloat16=bfloat16), expected)
+    assert len(graphs) == 1
+
+
+CUT = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "eos_token_id": [5, 9], "pad_token_id": 3}
+
+
+@pytest.mark.parametrize("new", [1, 2, 20])
+def test_rollouts_that_are_cut_and_end(graphs, new):
+    policy = tiny_policy("llama")
+    expected, compiled = roll_eager_and_compiled(policy, new=new, **CUT)
+    same_rollouts(compiled, expected)
+    assert len(graphs) == min(1, new - 1)
+
+
+def test_a_loop_in_which_all_rows_have_ended_ends_early(graphs, monkeypatch):
+    """At the next look. What was not written is padding."""
+
+    def always_token_7(probs, *_):
+        return torch.eye(V)[7].expand_as(probs)
+
+    policy = tiny_policy("neox")
+    monkeypatch.setattr("nanorlhf.rollout.truncate", always_token_7)
+    expected, compiled = roll_eager_and_compiled(policy, new=40, eos_token_id=7, pad_token_id=3)
+    same_rollouts(compiled, expected)
+    assert compiled.finished.all()
+
+    n_read = []
+    policy.lm.base_model.register_forward_pre_hook(lambda *_: n_read.append(1))
+    roll(policy, new=40, eos_token_id=7)
+    assert len(n_read) == CHECK_EVERY
+
+
+def test_many_answers_to_one_prompt(graphs):
+    policy = tiny_policy("llama")
+    rows = torch.tensor([0, 0, 0, 1, 1, 2])
+    expected, compiled = roll_eager_and_compiled(policy, ids=IDS[rows], mask=MASK[rows])
+    same_rollouts(compiled, expected)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt_neo"])
+def test_every_family(graphs, family):
+    """Sliding windows, grouped heads, soft caps. GPT-Neo has no static cache."""
+    policy = Policy(tiny_family(family), value_head=False).eval()
+    expected, compiled = roll_eager_and_compiled(policy)
+    same_rollouts(compiled, expected)
+    assert len(graphs) == 1
+
+
+def test_blocks_that_scale_by_their_number(graphs):
+    """GPT-2 can: they know the scale before their number is hidden."""
+    config = tiny_config("gpt2")
+    config.scale_attn_by_inverse_layer_idx = True
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(config), value_head=False).eval()
+    for p in policy.parameters():
+        p.data.mul_(5)
+    expected, compiled = roll_eager_and_compiled(policy)
+    same_rollouts(compiled, expected)
+
+
+def test_frozen_blocks_and_checkpointed_activations(graphs):
+    policy = tiny_policy("neox")
+    freeze(policy.lm, 0.5)
+    checkpoint_activations(policy)
+    expected, compiled = roll_eager_and_compiled(policy)
+    same_rollouts(compiled, expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("architecture", ["neox", "llama"])
+def test_code_of_the_compiler(architecture):
+    """Inductor rounds where the blocks as they are written do."""
+    torch._dynamo.reset()
+    policy = tiny_policy(architecture)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "rollouts decode")
+        expected, compiled = roll_eager_and_compiled(policy)
+    same_rollouts(compiled, expected, tol=1e-5)
+
+
+# -------------------------------------------------------------------------------- one decode step
+
+
+class NoWaiting(TorchDispatchMode):
+    """Operators that must wait for a GPU are an error: their result is a Python number."""
+
+    WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "item"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in self.WAITING, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", ["neox", "llama"])
+def test_a_step_after_the_first_never_waits(graphs, monkeypatch, architecture):
+    steps = []
+
+    def capture(step, *_):
+        def replay():
+            steps.append(1)
+            with NoWaiting():
+                step()
+
+        return replay, 1
+
+    monkeypatch.setattr(compiled_decode, "capture", capture)
+    policy = tiny_policy(architecture)
+    expected, compiled = roll_eager_and_compiled(policy, **CUT)
+    same_rollouts(compiled, expected)
+    assert len(steps) == 10  # of 12 tokens: the prompts give one, and the first step compiles
+
+
+@pytest.mark.parametrize("heads, key_heads", [(4, 4), (8, 2), (6, 1)])
+def test_attention_of_one_token_by_hand(heads, key_heads):
+    """Heads that share a key, one by one in float64; one row sees three of seven columns."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query = random(2, heads, 1, 5)
+    key = random(2, key_heads, 7, 5)
+    value = random(2, key_heads, 7, 5)
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    mask[1, :, :, 3:] = False
+
+    output, _ = one_token_attention(None, query, key, value, mask, scaling=0.3)
+
+    assert output.shape == (2, 1, heads, 5)
+    for row, n in enumerate([7, 3]):
+        for head in range(heads):
+            shared = head // (heads // key_heads)
+            scores = 0.3 * key[row, shared, :n] @ query[row, head, 0]
+            expected = scores.softmax(0) @ value[row, shared, :n]
+            torch.testing.assert_close(output[row, 0, head], expected)
+
+
+def test_heads_that_share_a_key_read_it_once(graphs):
+    """transformers' own attention would repeat keys and values in compiled code."""
+    policy = tiny_policy("llama")
+    policy.lm.compiled = True
+    roll(policy)
+    assert policy.lm.config.num_key_value_heads < policy.lm.config.num_attention_heads
+    [graph] = graphs
+    for node in graph.graph.nodes:
+        assert "expand" not in str(node.target)
+        assert "repeat" not in str(node.target)
+
+
+# -------------------------------------------------------------- what is left, and what falls back
+
+
+def state_of(lm):
+    """What a rollout changes in the model for a while."""
+    numbers = [module.layer_idx for module in lm.modules() if hasattr(module, "layer_idx")]
+    forwards = [block.__dict__.get("forward") for block in blocks(lm)]
+    code = [block._compiled_call_impl for block in blocks(lm)]
+    parameters = [id(p) for p in lm.parameters()]
+    return numbers, forwards, code, parameters, lm.config._attn_implementation, lm.compiled
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("fails_at", [None, 0, 1])
+def test_the_model_is_as_it_was(monkeypatch, graphs, checkpointed, fails_at):
+    """Also after a step that fails, the first or a later one: the static loop then writes all."""
+    policy = tiny_policy("llama")
+    lm = policy.lm
+    if checkpointed:
+        checkpoint_activations(policy)
+    expected = roll(policy, eos_token_id=5)
+    speed_up(lm, CPU, "bfloat16", compile=True)
+    assert lm.config._attn_implementation == "eager"
+    before = state_of(lm)
+    assert before[0] == [0, 1]
+    assert None not in before[2]
+
+    show = Window.show
+    shown = []
+
+    def fail(window, layer):
+        assert lm.config._attn_implementation == "one_token"
+        if len(shown) // 2 == fails_at:
+            raise KeyError("no such graph")
+        shown.append(1)
+        show(window, layer)
+
+    monkeypatch.setattr(Window, "show", fail)
+    if fails_at is None:
+        compiled = roll(policy, eos_token_id=5)
+    else:
+        words = "without compiled blocks, .*LlamaForCausalLM: 'no such graph'"
+        with pytest.warns(RuntimeWarning, match=words):
+            compiled = roll(policy, eos_token_id=5)
+    same_rollouts(compiled, expected)
+    # 11 steps of two blocks: the prompts give the first of 12 tokens.
+    n_blocks_run = {None: 22, 0: 0, 1: 2}
+    assert len(shown) == n_blocks_run[fails_at]
+    assert state_of(lm) == before
+
+
+def test_memory_that_runs_out_is_no_reason_to_try_again(monkeypatch):
+    policy = tiny_policy("neox")
+    policy.lm.compiled = True
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(compiled_decode.Decoder, "begin", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        roll(policy)
+
+
+def test_hooks_are_called_where_blocks_must_run_as_they_are_written(graphs):
+    """A place that is replaced, by a hook inside a block, is replaced in rollouts too."""
+    policy = tiny_policy("neox")
+    policy.lm.compiled = True
+    expected = roll(policy)
+    with replaced(policy.lm, (1, "mlp"), torch.zeros_like):
+        without_mlp = roll(policy)
+    assert policy.lm.compiled
+    assert len(graphs) == 1
+    assert not torch.equal(without_mlp.response_ids, expected.response_ids)
+    policy.lm.compiled = False
+    with replaced(policy.lm, (1, "mlp"), torch.zeros_like):
+        same_rollouts(roll(policy), without_mlp)
 
 
 # ---------------------------------------------------------------------------------- which models
