@@ -1,8 +1,9 @@
 """The loop of GPUs with --compile: decode.decode_static(), with less to launch and to read.
 
-    B sequences, P prompt tokens (left-padded), R response tokens, C columns of a cache, D hidden
+    B sequences, P prompt tokens (left-padded), R response tokens, C columns of a cache, n of them
+    read by a step, D hidden
 
-A decode step reads all weights for one token a row, in hundreds of small kernels. Two things make
+A decode step reads all weights for one token a row, in hundreds of small kernels. Three things make
 it faster:
 
 - The blocks are transformers' own, compiled once. A block reads the cache by its number, so
@@ -15,6 +16,11 @@ it faster:
 
 - Linear layers hold copies of their weights in bfloat16, cast once a rollout. In compiled code
   autocast would cast float32 weights anew at every token.
+- Captured steps are kept, one for each n, so that attention reads the columns that are written and
+  few others. To capture them in every rollout would cost half of what they save.
+
+A captured step reads and writes fixed addresses. What lies there stays allocated between rollouts,
+while PPO updates: the cache, the copies, and a step's temporaries.
 """
 
 import math
@@ -38,6 +44,12 @@ from .decode import (
     read_prompts,
     static_cache,
 )
+from .lora import adapters
+
+# A step reads a multiple of so many columns of the cache.
+BUCKET = 64
+# Decoders that are kept: that of training's rollouts, and that of an evaluation's.
+KEPT = 2
 
 
 def is_compiled(lm) -> bool:
@@ -60,17 +72,19 @@ def decode_compiled(
 ):
     """Write one response to each prompt, as decode_static() does.
 
-    Any exception may come out of a compiler. The model is then as it was; `out` and `finished` hold
-    what was written until the error.
+    Any exception may come out of a compiler. The model is then as it was, and keeps no decoder.
     """
-    B, P = ids.shape
-    R = u.shape[1]
-    lm = sampler.model.lm
-    with cast_linear(sampler.model, ids.device.type):
-        decoder = Decoder(sampler, B, round_up(P + R, ALIGNMENT), R, ids.device)
-        decoder.begin(ids, mask, u)
-        with compiled_blocks(lm, decoder.window, decoder.layers):
-            n_written = decoder.go_on()
+    model = sampler.model
+    P = ids.shape[1]
+    try:
+        with cast_linear(model, ids.device.type):
+            decoder = find_decoder(sampler, u, P + u.shape[1])
+            decoder.begin(ids, mask, u)
+            with compiled_blocks(model.lm, decoder.window, decoder.layers):
+                n_written = decoder.go_on(P)
+    except BaseException:
+        model.decoders.clear()
+        raise
     for name, tokens in decoder.out.items():
         out[name][:, :n_written] = tokens[:, :n_written]
     finished.copy_(decoder.finished)
@@ -84,16 +98,58 @@ def round_up(n: int, unit: int) -> int:
 # --------------------------------------------------------------------------------- the decode step
 
 
+def find_decoder(sampler, u: Tensor, n_columns: int) -> "Decoder":
+    """The decoder of an earlier rollout whose step would be the same, or a new one.
+
+    u [B, R]; n_columns: how many the cache needs. One with a larger cache will do, since a step
+    reads no more columns than it must.
+    """
+    kept = sampler.model.decoders  # {description: decoder}, the one used last at the end
+    key = describe_step(sampler, u)
+    decoder = kept.pop(key, None)
+    if decoder is None or decoder.visible.shape[1] < n_columns:
+        # What is not kept gives up its memory before a new cache takes more.
+        decoder = None
+        while len(kept) >= KEPT:
+            del kept[next(iter(kept))]
+        decoder = Decoder(sampler, *u.shape, round_up(n_columns, BUCKET), u.device)
+    kept[key] = decoder
+    return decoder
+
+
+def describe_step(sampler, u: Tensor) -> tuple:
+    """All that a captured step depends on, but for the numbers at the addresses that it reads."""
+    model = sampler.model
+    end_ids = None
+    if sampler.end_ids is not None:
+        end_ids = tuple(sampler.end_ids.tolist())
+    has_token = None
+    if sampler.has_token is not None:
+        has_token = tuple(sampler.has_token.tolist())
+    return (
+        u.shape,
+        (sampler.temperature, sampler.top_k, sampler.top_p, end_ids, has_token),
+        autocast_dtype(u.device.type),
+        model.lm.config._attn_implementation,
+        tuple(adapter.on for adapter in adapters(model).values()),
+        tuple(tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]),
+    )
+
+
 class Decoder:
     """A decode step, and all that it reads and writes, in place.
 
     The same as in decode_static(), but for the cache: `layers` are the (keys, values) of each
-    block, [B, heads, C, D/heads].
+    block, [B, heads, C, D/heads]. steps: {n: a captured step that reads n columns}.
     """
 
-    def __init__(self, sampler, B: int, C: int, R: int, device: torch.device):
+    def __init__(self, sampler, B: int, R: int, C: int, device: torch.device):
         self.sampler = sampler
         self.layers = None
+        self.steps = {}
+        self.pool = None  # the memory of all captured steps
+        if device.type == "cuda":
+            self.pool = torch.cuda.graph_pool_handle()
         self.window = Window(C, device)
         self.visible = torch.ones(B, C, dtype=torch.bool, device=device)  # which columns are real
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
@@ -170,22 +226,37 @@ class Decoder:
             )
             self.write(trunk.last_hidden_state[:, -1])
 
-    def go_on(self) -> int:
+    def go_on(self, P: int) -> int:
         """Write tokens until all rows have finished -> how many of each row are written."""
         R = self.u.shape[1]
         has_end = self.sampler.end_ids is not None
-        if R == 1:
-            return 1
-        # The first step compiles, which may wait for the GPU, as a captured step must not.
-        self.step()
-        take_step, taken = capture(self.step, R - 1, self.token.device)
-        t = 1 + taken
+        t = 1
         while t < R:
             if has_end and t % CHECK_EVERY == 0 and self.finished.all():
                 break
-            take_step()
-            t += 1
+            # The token that is read stands at column P + t - 1.
+            n = round_up(P + t, BUCKET)
+            self.window.n = n
+            if n in self.steps:
+                self.steps[n]()
+                t += 1
+            else:
+                last = min(R - 1, n - P)  # the last step that reads n columns
+                t += self.capture_step(n, last - t + 1)
         return t
+
+    def capture_step(self, n: int, n_steps: int) -> int:
+        """Take one step or more of the n_steps that read n columns, and capture one if that pays.
+
+        -> how many were taken
+        """
+        # The first one may compile. That waits for the GPU, as a captured step must not.
+        self.step()
+        step, taken = capture(self.step, n_steps, self.token.device, self.pool)
+        # With few steps left, and on a CPU, there was no warm-up: nothing was captured.
+        if taken > 1:
+            self.steps[n] = step
+        return taken
 
 
 # ---------------------------------------------------------------------------- blocks for one token

@@ -376,16 +376,17 @@ def static_cache(lm, length: int) -> KeyValueCache | None:
     return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
 
 
-def capture(step: Callable, R: int, device: torch.device) -> tuple[Callable, int]:
+def capture(step: Callable, R: int, device: torch.device, pool=None) -> tuple[Callable, int]:
     """Capture a decode step as a CUDA graph.
 
     -> a function that replays the step (without a GPU the step itself), and the index of the next
-    token to write. RuntimeError: the step waits for the GPU.
+    token to write. pool: the memory of graphs that are never replayed at once, from
+    torch.cuda.graph_pool_handle(). RuntimeError: the step waits for the GPU.
 
-    The steps of the warm-up are not lost: they write tokens 1 to WARM_UP. A graph is not kept from
-    one rollout to the next. It would hold the cache's memory while PPO updates, and it must not
-    outlive the weights' addresses, which FSDP's gathering and autocast's copies change. Capturing
-    anew costs about as much as WARM_UP + 1 steps without a graph.
+    The steps of the warm-up are not lost: they write tokens 1 to WARM_UP. decode_static() keeps no
+    graph from one rollout to the next. It would hold the cache's memory while PPO updates, and it
+    must not outlive the weights' addresses, which FSDP's gathering and autocast's copies change.
+    Capturing anew costs about as much as WARM_UP + 1 steps without a graph.
     """
     if device.type != "cuda" or R <= 1 + WARM_UP:
         return step, 1
@@ -409,7 +410,7 @@ def capture(step: Callable, R: int, device: torch.device) -> tuple[Callable, int
     graph = torch.cuda.CUDAGraph()
     try:
         # Thread-local: other threads, such as that of NCCL, may go on meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             # This step launches nothing: it is written down.
             step()
     except RuntimeError as e:
