@@ -7,7 +7,8 @@ The noise of a sample is keyed by (seed, step, its place in the global batch, po
 the number of ranks nor the size of a micro-batch changes what is sampled. One uniform number a
 token is enough: the token is the first one at which the cumulative distribution passes it.
 
-The loops that write a response token by token, one for CPUs and one for GPUs, are in hf/decode.py.
+The loops that write a response token by token, one for CPUs and one for GPUs, are in hf/decode.py;
+a faster one for GPUs, with --compile, is in hf/compiled_decode.py.
 """
 
 import warnings

@@ -6,6 +6,7 @@
 On a CPU arithmetic is dear: decode() lets attention read only the columns written so far, and drops
 rows that have finished. On a GPU launching kernels is dear: decode_static() keeps all shapes, lets
 finished rows run on, and captures one decode step as a CUDA graph that is replayed for every token.
+With --compile a third loop, in compiled_decode.py, does the same in fewer and larger kernels.
 """
 
 import math
