@@ -125,7 +125,7 @@ def describe_step(sampler, u: Tensor) -> tuple:
         end_ids = tuple(sampler.end_ids.tolist())
     has_token = None
     if sampler.has_token is not None:
-        has_token = tuple(sampler.has_token.tolist())
+        has_token = sampler.has_token.cpu().numpy().tobytes()
     return (
         u.shape,
         (sampler.temperature, sampler.top_k, sampler.top_p, end_ids, has_token),
@@ -311,10 +311,11 @@ def compiled_blocks(lm, window: Window, layers: list[tuple[Tensor, Tensor]]) -> 
     numbers = [module.layer_idx for module in numbered]
     own_forwards = [block.__dict__.get("forward") for block in blocks(lm)]
     try:
+        # The window ignores these numbers, but torch.compile may ask that each is what it was.
         for module in numbered:
             module.layer_idx = 0
         for block, layer in zip(blocks(lm), layers, strict=True):
-            block.forward = partial(run_block, compile_block(block.forward), window, layer)
+            block.forward = partial(run_block, block.forward, window, layer)
         with attention_is(lm, attention):
             yield
     finally:
@@ -327,17 +328,25 @@ def compiled_blocks(lm, window: Window, layers: list[tuple[Tensor, Tensor]]) -> 
                 block.forward = forward
 
 
-def run_block(compiled: Callable, window: Window, layer: tuple[Tensor, Tensor], *args, **kwargs):
-    """The forward of a block, which finds its own keys and values in the window."""
+def run_block(forward: Callable, window: Window, layer: tuple[Tensor, Tensor], *args, **kwargs):
+    """The forward of a block, compiled, which finds its own keys and values in the window."""
     window.show(layer)
-    return compiled(*args, **kwargs)
+    return compiled_call()(forward, *args, **kwargs)
 
 
-def compile_block(forward: Callable) -> Callable:
-    """A block's forward, compiled. Sums are rounded where the block as it is written rounds them:
-    the update computes the same log-probs.
+@cache
+def compiled_call() -> Callable:
+    """A function of (forward, *args) that calls a block's forward, and is compiled.
+
+    There is one for all blocks and rollouts: it takes torch.compile a millisecond to make it.
+    Results are rounded where the block as it is written rounds them, so that the update computes
+    the same log-probs.
     """
-    return torch.compile(forward, dynamic=None, options={"emulate_precision_casts": True})
+
+    def call(forward, *args, **kwargs):
+        return forward(*args, **kwargs)
+
+    return torch.compile(call, dynamic=None, options={"emulate_precision_casts": True})
 
 
 def one_token_attention(

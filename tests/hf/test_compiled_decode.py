@@ -93,10 +93,12 @@ class CountCasts(TorchDispatchMode):
 
 @each_architecture
 def test_no_weight_is_cast_while_copies_stand_in_for_it(architecture):
-    """Frozen weights are: autocast caches casts of trained ones alone."""
+    """Nor is a bias. Frozen ones are: autocast caches casts of trained ones alone."""
     policy = tiny_policy(architecture)
     policy.requires_grad_(False)
-    weights = [layer.weight for layer in linear_layers(policy.lm).values()]
+    weights = []
+    for layer in linear_layers(policy.lm).values():
+        weights += layer.parameters()
     casts = CountCasts(weights)
     with in_bfloat16():
         with casts:
@@ -183,10 +185,11 @@ def graphs(monkeypatch):
         traced.append(graph)
         return graph.forward
 
-    def compile_block(forward):
-        return torch.compile(forward, backend=backend, dynamic=None)
+    @torch.compile(backend=backend, dynamic=None)
+    def call(forward, *args, **kwargs):
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(compiled_decode, "compile_block", compile_block)
+    monkeypatch.setattr(compiled_decode, "compiled_call", lambda: call)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "rollouts decode")
         yield traced
@@ -617,6 +620,7 @@ def test_the_model_is_as_it_was(monkeypatch, graphs, checkpointed, fails_at):
     shown = []
 
     def fail(window, layer):
+        assert state_of(lm)[0] == [0, 0]
         assert lm.config._attn_implementation == "one_token"
         if len(shown) // 2 == fails_at:
             raise KeyError("no such graph")

@@ -319,6 +319,8 @@ def roll(policy, rows, width, new, bfloat16, compiled):
 def test_compiled_rollouts_are_those_of_the_static_loop(kind, bfloat16):
     """Also the later ones, which replay kept steps: other weights, prompts and widths of prompts."""
     policy = random_policy(kind)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     kept = []
     for width in (60, 30, 60):
         plain = roll(policy, 32, width, 100, bfloat16, compiled=False)
@@ -340,6 +342,8 @@ def test_compiled_rollouts_are_those_of_the_static_loop(kind, bfloat16):
     assert kept[0] is kept[1] is kept[2]
     # A captured step for each multiple of 64 columns that was read.
     assert sorted(decoder.steps) == [64, 128, 192]
+    # One graph for all four blocks; and one whose length is not fixed, for all other multiples.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_what_compiled_rollouts_keep_is_what_memory_py_says():
