@@ -319,7 +319,6 @@ def try_static(
             raise
         except Exception as e:  # a compiler may raise anything
             warn_of_fallback(lm, "without compiled blocks", e)
-            finished.zero_()
 
     try:
         decode_static(*rows)

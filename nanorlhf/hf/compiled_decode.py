@@ -72,7 +72,8 @@ def decode_compiled(
 ):
     """Write one response to each prompt, as decode_static() does.
 
-    Any exception may come out of a compiler. The model is then as it was, and keeps no decoder.
+    Any exception may come out of a compiler. The model is then as it was and keeps no decoder, and
+    nothing is written.
     """
     model = sampler.model
     P = ids.shape[1]
