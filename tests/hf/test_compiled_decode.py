@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from support import NoWaiting, same_rollouts
 from tiny_models import (
     ARCHITECTURES,
     FAMILIES,
@@ -163,15 +164,6 @@ def roll(policy, ids=IDS, mask=MASK, new=12, bfloat16=True, **options):
         return generate(policy, ids, mask, new, static=True, **options)
 
 
-def same_rollouts(a, b, tol=0.0):
-    for name in ("response_ids", "response_mask", "finished"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    for name in ("logprobs", "entropies", "values"):
-        column = getattr(a, name)
-        if column is not None:
-            torch.testing.assert_close(column, getattr(b, name), rtol=0, atol=tol)
-
-
 @pytest.fixture
 def graphs(monkeypatch):
     """The graphs that are compiled, to code that runs them as they were traced: a list that grows.
@@ -212,8 +204,8 @@ def test_rollouts_are_those_of_the_static_loop(graphs, architecture, make, bfloa
     """All blocks share one graph, and so do two rollouts."""
     policy = make(architecture)
     expected, compiled = roll_eager_and_compiled(policy, bfloat16=bfloat16)
-    same_rollouts(compiled, expected)
-    same_rollouts(roll(policy, bfloat16=bfloat16), expected)
+    same_rollouts(compiled, expected, tol=0)
+    same_rollouts(roll(policy, bfloat16=bfloat16), expected, tol=0)
     assert len(graphs) == 1
 
 
@@ -224,7 +216,7 @@ CUT = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "eos_token_id": [5, 9], "p
 def test_rollouts_that_are_cut_and_end(graphs, new):
     policy = tiny_policy("llama")
     expected, compiled = roll_eager_and_compiled(policy, new=new, **CUT)
-    same_rollouts(compiled, expected)
+    same_rollouts(compiled, expected, tol=0)
     assert len(graphs) == min(1, new - 1)
 
 
@@ -237,7 +229,7 @@ def test_a_loop_in_which_all_rows_have_ended_ends_early(graphs, monkeypatch):
     policy = tiny_policy("neox")
     monkeypatch.setattr("nanorlhf.rollout.truncate", always_token_7)
     expected, compiled = roll_eager_and_compiled(policy, new=40, eos_token_id=7, pad_token_id=3)
-    same_rollouts(compiled, expected)
+    same_rollouts(compiled, expected, tol=0)
     assert compiled.finished.all()
 
     n_read = []
@@ -250,7 +242,7 @@ def test_many_answers_to_one_prompt(graphs):
     policy = tiny_policy("llama")
     rows = torch.tensor([0, 0, 0, 1, 1, 2])
     expected, compiled = roll_eager_and_compiled(policy, ids=IDS[rows], mask=MASK[rows])
-    same_rollouts(compiled, expected)
+    same_rollouts(compiled, expected, tol=0)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt_neo"])
@@ -258,7 +250,7 @@ def test_every_family(graphs, family):
     """Sliding windows, grouped heads, soft caps. GPT-Neo has no static cache."""
     policy = Policy(tiny_family(family), value_head=False).eval()
     expected, compiled = roll_eager_and_compiled(policy)
-    same_rollouts(compiled, expected)
+    same_rollouts(compiled, expected, tol=0)
     assert len(graphs) == 1
 
 
@@ -271,7 +263,7 @@ def test_blocks_that_scale_by_their_number(graphs):
     for p in policy.parameters():
         p.data.mul_(5)
     expected, compiled = roll_eager_and_compiled(policy)
-    same_rollouts(compiled, expected)
+    same_rollouts(compiled, expected, tol=0)
 
 
 def test_frozen_blocks_and_checkpointed_activations(graphs):
@@ -279,7 +271,7 @@ def test_frozen_blocks_and_checkpointed_activations(graphs):
     freeze(policy.lm, 0.5)
     checkpoint_activations(policy)
     expected, compiled = roll_eager_and_compiled(policy)
-    same_rollouts(compiled, expected)
+    same_rollouts(compiled, expected, tol=0)
     assert len(graphs) == 1
 
 
@@ -297,16 +289,6 @@ def test_code_of_the_compiler(architecture):
 
 
 # -------------------------------------------------------------------------------- one decode step
-
-
-class NoWaiting(TorchDispatchMode):
-    """Operators that must wait for a GPU are an error: their result is a Python number."""
-
-    WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "item"}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket.__name__ not in self.WAITING, function
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
@@ -459,7 +441,7 @@ def check_rollouts(policy, changes, **options):
         now = {**options, **(change() or {})}
         policy.lm.compiled = True
         rollout = roll(policy, **now)
-        same_rollouts(rollout, roll_fresh(policy, **now))
+        same_rollouts(rollout, roll_fresh(policy, **now), tol=0)
         if not now.get("bfloat16", True):
             policy.lm.compiled = False
             same_rollouts(rollout, roll(policy, **now), tol=1e-4)
@@ -650,7 +632,7 @@ def test_the_model_is_as_it_was(monkeypatch, graphs, checkpointed, fails_at):
         words = "without compiled blocks, .*LlamaForCausalLM: 'no such graph'"
         with pytest.warns(RuntimeWarning, match=words):
             compiled = roll(policy, eos_token_id=5)
-    same_rollouts(compiled, expected)
+    same_rollouts(compiled, expected, tol=0)
     # 11 steps of two blocks: the prompts give the first of 12 tokens.
     n_blocks_run = {None: 22, 0: 0, 1: 2}
     assert len(shown) == n_blocks_run[fails_at]
@@ -682,10 +664,10 @@ def test_hooks_are_called_where_blocks_must_run_as_they_are_written(tapes, graph
     assert policy.lm.compiled
     assert len(graphs) == 1
     assert not torch.equal(without_mlp.response_ids, expected.response_ids)
-    same_rollouts(roll(policy), expected)
+    same_rollouts(roll(policy), expected, tol=0)
     policy.lm.compiled = False
     with replaced(policy.lm, (1, "mlp"), torch.zeros_like):
-        same_rollouts(roll(policy), without_mlp)
+        same_rollouts(roll(policy), without_mlp, tol=0)
 
 
 # ---------------------------------------------------------------------------------- which models
