@@ -36,7 +36,7 @@ from nanorlhf import data, world
 from nanorlhf.dpo import ROUNDING, dpo_loss, ipo_loss, simpo_loss
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evaluation import PPOParts, evaluate, record_evaluation
-from nanorlhf.hf.blocks import sampling, speed_up
+from nanorlhf.hf.blocks import eager, sampling, speed_up
 from nanorlhf.hf.folders import check_model, context_length
 from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
 from nanorlhf.models import Policy, load_policy, load_tokenizer, reference_of, save_policy
@@ -677,7 +677,8 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
 
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
     n_embeddings = policy.lm.config.get_text_config().vocab_size
-    with autocast(dist, config.dtype), sampling(policy.lm):
+    # So few answers are not worth compiling for, nor worth the memory that is then kept.
+    with autocast(dist, config.dtype), eager(policy.lm), sampling(policy.lm):
         rollout = generate(
             policy,
             ids.to(dist.device),

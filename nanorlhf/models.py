@@ -80,6 +80,9 @@ class Policy(nn.Module):
             self.value_head = nn.Linear(hidden_width(trunk.config), 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        # What rollouts with --compile keep from one to the next: hf/compiled_decode.py.
+        self.linear_copies = None
+        self.decoders = {}
 
     @property
     def shares_trunk(self) -> bool:

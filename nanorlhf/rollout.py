@@ -7,7 +7,8 @@ The noise of a sample is keyed by (seed, step, its place in the global batch, po
 the number of ranks nor the size of a micro-batch changes what is sampled. One uniform number a
 token is enough: the token is the first one at which the cumulative distribution passes it.
 
-The loops that write a response token by token, one for CPUs and one for GPUs, are in hf/decode.py.
+The loops that write a response token by token, one for CPUs and one for GPUs, are in hf/decode.py;
+a faster one for GPUs, with --compile, is in hf/compiled_decode.py.
 """
 
 import warnings
@@ -23,6 +24,7 @@ from transformers.hf_argparser import HfArg
 
 from .errors import InputError, at_least, first_line, require
 from .hf.blocks import sampling
+from .hf.compiled_decode import decode_compiled, is_compiled
 from .hf.decode import decode, decode_static, decoding
 from .models import Policy, divide, scalar
 from .packing import Answers, Packed, pad_rows
@@ -307,21 +309,36 @@ def try_static(
 
     It does not for some architectures. What was written so far will be written again.
     """
+    lm = sampler.model.lm
+    rows = (sampler, prompt_ids, mask, u, out, finished)
+    if is_compiled(lm):
+        try:
+            decode_compiled(*rows)
+            return True
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # a compiler may raise anything
+            warn_of_fallback(lm, "without compiled blocks", e)
+
     try:
-        decode_static(sampler, prompt_ids, mask, u, out, finished)
+        decode_static(*rows)
+        return True
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:
-        why = f"{type(sampler.model.lm).__name__}: {first_line(e)}"
-        # Python shows the same warning once.
-        warnings.warn(
-            f"rollouts decode with a growing cache, which is slower on a GPU ({why})",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        warn_of_fallback(lm, "with a growing cache", e)
         finished.zero_()
-        return False
-    return True
+    return False
+
+
+def warn_of_fallback(lm, how: str, error: Exception):
+    """Say that rollouts take a slower loop, and why. Python shows the same warning once."""
+    warnings.warn(
+        f"rollouts decode {how}, which is slower on a GPU "
+        f"({type(lm).__name__}: {first_line(error)})",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def mask_up_to_end(is_end: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import probe
 import sample_bon
@@ -543,6 +544,45 @@ def hold(folder, ready):
     lock(folder)
     Path(ready).touch()
     time.sleep(60)
+
+
+# --------------------------------------------------------------------------------------- rollouts
+
+
+class NoWaiting(TorchDispatchMode):
+    """Operators that must wait for a GPU are an error.
+
+    Their result is a Python number, or has a shape that depends on the data.
+    """
+
+    WAITING = {
+        "_local_scalar_dense",
+        "is_nonzero",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "unique",
+        "_unique2",
+        "item",
+    }
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITING, function
+        if name in ("index", "index_put_"):
+            for index in args[1]:
+                assert index is None or index.dtype != torch.bool, function
+        return function(*args, **(kwargs or {}))
+
+
+def same_rollouts(a, b, tol=1e-4):
+    """The same tokens, and the same numbers up to `tol`."""
+    for name in ("response_ids", "response_mask", "finished", "attention_mask"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    for name in ("logprobs", "entropies", "values"):
+        column = getattr(a, name)
+        if column is not None:
+            torch.testing.assert_close(column, getattr(b, name), rtol=0, atol=tol)
 
 
 # ------------------------------------------------------------------------------------------ kills

@@ -84,29 +84,59 @@ def speed_up(lm, device: torch.device, dtype: str, compile: bool = False):
             block.compile()
 
 
-def eager(lm):
-    """A context in which compiled blocks run as they are written."""
-    if getattr(lm, "compiled", False):
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def eager(lm) -> Iterator[None]:
+    """A context in which compiled blocks run as they are written, in rollouts too."""
+    if not getattr(lm, "compiled", False):
+        yield
+        return
+    lm.compiled = False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        lm.compiled = True
 
 
 @contextlib.contextmanager
-def sampling(lm):
+def sampling(lm) -> Iterator[None]:
     """A context for decoding, which undoes what speed_up() does for the update.
 
-    Shapes change with every token, so nothing compiled is used. Without a backward pass fused
-    attention is the faster one.
+    Shapes are others than the update's, so the blocks that were compiled for it run as they are
+    written; compiled_decode.py compiles them for decoding. Without a backward pass fused attention
+    is the faster one.
     """
-    own = lm.config._attn_implementation
-    fused = getattr(lm, "attention", own)
+    fused = getattr(lm, "attention", lm.config._attn_implementation)
+    with compiled_code_aside(lm), attention_is(lm, fused):
+        yield
+
+
+@contextlib.contextmanager
+def compiled_code_aside(lm) -> Iterator[None]:
+    """A context in which a call of a block does not run what block.compile() has made."""
+    layers = []
+    if getattr(lm, "compiled", False):
+        layers = list(blocks(lm))
+    compiled = [block._compiled_call_impl for block in layers]
     try:
-        if fused != own:
-            lm.set_attn_implementation(fused)
-        with eager(lm):
-            yield
+        for block in layers:
+            block._compiled_call_impl = None
+        yield
     finally:
-        if fused != own:
+        for block, code in zip(layers, compiled):
+            block._compiled_call_impl = code
+
+
+@contextlib.contextmanager
+def attention_is(lm, implementation: str) -> Iterator[None]:
+    """A context in which the model's attention is computed by one of transformers' functions."""
+    own = lm.config._attn_implementation
+    try:
+        if implementation != own:
+            lm.set_attn_implementation(implementation)
+        yield
+    finally:
+        if implementation != own:
             lm.set_attn_implementation(own)
 
 

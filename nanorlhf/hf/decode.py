@@ -6,6 +6,7 @@
 On a CPU arithmetic is dear: decode() lets attention read only the columns written so far, and drops
 rows that have finished. On a GPU launching kernels is dear: decode_static() keeps all shapes, lets
 finished rows run on, and captures one decode step as a CUDA graph that is replayed for every token.
+With --compile a third loop, in compiled_decode.py, does the same in fewer and larger kernels.
 """
 
 import math
@@ -342,8 +343,7 @@ def decode_static(
 
     write(hidden)
     # FSDP's hooks wait for streams of their own, which a capture does not allow.
-    is_sharded = any(hasattr(module, "unshard") for module in lm.modules())
-    if is_sharded:
+    if has_fsdp_units(lm):
         take_step = step
         t = 1
     else:
@@ -354,6 +354,11 @@ def decode_static(
             break
         take_step()
         t += 1
+
+
+def has_fsdp_units(lm) -> bool:
+    """Whether FSDP gathers any part of the model, which it does in hooks."""
+    return any(hasattr(module, "unshard") for module in lm.modules())
 
 
 def static_cache(lm, length: int) -> KeyValueCache | None:
@@ -372,16 +377,17 @@ def static_cache(lm, length: int) -> KeyValueCache | None:
     return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
 
 
-def capture(step: Callable, R: int, device: torch.device) -> tuple[Callable, int]:
+def capture(step: Callable, R: int, device: torch.device, pool=None) -> tuple[Callable, int]:
     """Capture a decode step as a CUDA graph.
 
     -> a function that replays the step (without a GPU the step itself), and the index of the next
-    token to write. RuntimeError: the step waits for the GPU.
+    token to write. pool: the memory of graphs that are never replayed at once, from
+    torch.cuda.graph_pool_handle(). RuntimeError: the step waits for the GPU.
 
-    The steps of the warm-up are not lost: they write tokens 1 to WARM_UP. A graph is not kept from
-    one rollout to the next. It would hold the cache's memory while PPO updates, and it must not
-    outlive the weights' addresses, which FSDP's gathering and autocast's copies change. Capturing
-    anew costs about as much as WARM_UP + 1 steps without a graph.
+    The steps of the warm-up are not lost: they write tokens 1 to WARM_UP. decode_static() keeps no
+    graph from one rollout to the next. It would hold the cache's memory while PPO updates, and it
+    must not outlive the weights' addresses, which FSDP's gathering and autocast's copies change.
+    Capturing anew costs about as much as WARM_UP + 1 steps without a graph.
     """
     if device.type != "cuda" or R <= 1 + WARM_UP:
         return step, 1
@@ -405,7 +411,7 @@ def capture(step: Callable, R: int, device: torch.device) -> tuple[Callable, int
     graph = torch.cuda.CUDAGraph()
     try:
         # Thread-local: other threads, such as that of NCCL, may go on meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             # This step launches nothing: it is written down.
             step()
     except RuntimeError as e:

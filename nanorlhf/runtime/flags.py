@@ -307,7 +307,8 @@ class MemoryFlags(FlagGroup):
     )
     compile: bool = HfArg(
         default=False,
-        help="compile the blocks with torch.compile: a minute of warm-up, then faster steps",
+        help="compile the blocks with torch.compile: a minute of warm-up, then faster steps; on a "
+        "GPU also those of PPO's rollouts, which then keep their cache",
     )
 
     def __post_init__(self):

@@ -3,6 +3,7 @@
     python tests/bench/memory.py              a table by formula, in GB = 1e9 bytes: Pythia-1.4B
                                               trained whole, Llama-3-8B with LoRA (also with
                                               --frozen_dtype bfloat16) and whole; 1, 4 and 8 GPUs
+    python tests/bench/memory.py --compile    the first three of these with --compile, on one GPU
     python tests/bench/memory.py --recipes    the same for PPO in the recipes on the studies' pages
     python tests/bench/memory.py --measure    the `medium` size of bench/ppo.py on a CPU: one
                                               process, and FSDP on two, beside the formula
@@ -19,12 +20,18 @@ otherwise:
                               the policy's own, but for FSDP; in bfloat16 like frozen weights
     reward       4 N_r / s    a model of the policy's size without its LM head, if nothing else is
                               named; the members of an ensemble stand there together
+    kept         [2 N_l] + KV cache 2 c L b (P + R) D_kv + 24 b V
+                              with --compile on a GPU, not with FSDP: what rollouts keep of one
+                              another, for b responses. [..]: copies of the N_l weights of linear
+                              layers that are not in bfloat16 already (bfloat16 only). Evaluations
+                              keep another cache, for as many responses as they have at a time
 
 and the largest of what is there one after the other, with c = 2 bytes in bfloat16, else 4:
 
     rollout      [c N] + KV cache 2 c L b (P + R) D_kv + 24 b V    of b responses
                  [..]: gathered once (FSDP), or autocast's bfloat16 copies (DDP, bfloat16 only),
-                 of N - N_c weights
+                 of N - N_c weights. None of this where it is kept; prompts of P tokens then have a
+                 cache of their own while they are read, 2 c L b P D_kv (not counted here)
     scoring      [c N_r]
                  the gathered reward model, one at a time
     update       [c (N_root + 2 N_block) + (c + 4) max(N_root', N_block')]
@@ -104,6 +111,7 @@ def needs(
     micro_batch=8,
     tokens=1024,
     checkpointed=True,
+    compiled=False,
 ):
     """Bytes on each GPU: {part: bytes}, and `peak`, which counts the largest phase only.
 
@@ -155,8 +163,9 @@ def needs(
         "reference": reference,
         "reward": 4 * sum(members) / s,
     }
+    kv_and_step = 2 * c * L * rollout * tokens * shape.kv + 24 * rollout * shape.vocabulary
     phases = {
-        "rollout": 2 * c * L * rollout * tokens * shape.kv + 24 * rollout * shape.vocabulary,
+        "rollout": kv_and_step,
         "scoring": 0,
         "update": 4 * 4 * min(2**28, micro_batch * tokens * shape.vocabulary),
     }
@@ -174,6 +183,13 @@ def needs(
             n_blocks = 1 if checkpointed else L
             phases["update"] += c * n_blocks * shape.block
     of_a_block = micro_batch * tokens * c * shape.activations
+    if compiled and not sharded:
+        fixed["kept"] = kv_and_step
+        if dtype == "bfloat16":
+            # Adapters and embeddings have no copies.
+            N_linear = L * shape.block + shape.root // 2
+            fixed["kept"] += 2 * (N_linear - N_cast)
+        phases["rollout"] = 0
     if checkpointed:
         phases["update"] += micro_batch * tokens * c * L * shape.hidden + of_a_block
     else:
@@ -195,17 +211,32 @@ def make_row(model, shape, world, sharded, **settings):
     return row
 
 
+MODELS = [
+    ("1.4B, all weights", PYTHIA, {}),
+    ("8B, LoRA of rank 16", LLAMA, {"lora": 16}),
+    ("8B, LoRA, base in bfloat16", LLAMA, {"lora": 16, "frozen_dtype": "bfloat16"}),
+    ("8B, all weights", LLAMA, {}),
+]
+
+
 def make_table():
     rows = []
-    models = [
-        ("1.4B, all weights", PYTHIA, {}),
-        ("8B, LoRA of rank 16", LLAMA, {"lora": 16}),
-        ("8B, LoRA, base in bfloat16", LLAMA, {"lora": 16, "frozen_dtype": "bfloat16"}),
-        ("8B, all weights", LLAMA, {}),
-    ]
-    for model, shape, settings in models:
+    for model, shape, settings in MODELS:
         for world, sharded in ((1, False), (4, False), (4, True), (8, True)):
             rows.append(make_row(model, shape, world, sharded, **settings))
+    return describe(rows)
+
+
+def make_compiled_table():
+    """One GPU, or DDP, with --compile, where rollouts keep what they need."""
+    rows = []
+    for model, shape, settings in MODELS[:3]:
+        rows.append(make_row(model, shape, 1, False, compiled=True, **settings))
+    return describe(rows)
+
+
+def describe(rows):
+    """A table, with what all its rows share."""
     return {
         "bench": "memory",
         "unit": "GB a GPU",
@@ -396,6 +427,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--recipes", action="store_true")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -403,6 +435,8 @@ def main():
         work(*args.worker)
     elif args.measure:
         print(json.dumps(measure()))
+    elif args.compile:
+        print(json.dumps(make_compiled_table()))
     elif args.recipes:
         print(json.dumps(make_recipes()))
     else:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import NoWaiting, same_rollouts
 from tiny_models import ARCHITECTURES, SIZE, SPECIAL, D, V, random_rows, tiny_lm, tiny_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -497,13 +498,6 @@ def test_dropout_is_off_and_the_mode_comes_back(architecture):
 # ----------------------------------------------------------- shapes that never change, as on a GPU
 
 
-def same_rollouts(a, b, tol=1e-4):
-    for name in ("response_ids", "response_mask", "finished", "attention_mask"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    for name in ("logprobs", "entropies", "values"):
-        same(getattr(a, name), getattr(b, name), tol)
-
-
 @pytest.fixture
 def strict():
     """Falling back to the growing cache is an error."""
@@ -549,32 +543,6 @@ def test_a_static_loop_keeps_its_shape_and_ends_early(monkeypatch, strict):
     # Nothing ends.
     sizes, _ = count_forwards(policy, new=60, static=True)
     assert sizes == [B] * 60
-
-
-class NoWaiting(TorchDispatchMode):
-    """Operators that must wait for a GPU are an error.
-
-    Their result is a Python number, or has a shape that depends on the data.
-    """
-
-    WAITING = {
-        "_local_scalar_dense",
-        "is_nonzero",
-        "nonzero",
-        "masked_select",
-        "equal",
-        "unique",
-        "_unique2",
-        "item",
-    }
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in self.WAITING, function
-        if name in ("index", "index_put_"):
-            for index in args[1]:
-                assert index is None or index.dtype != torch.bool, function
-        return function(*args, **(kwargs or {}))
 
 
 def test_the_watch_for_waiting_sees_it():

@@ -384,6 +384,23 @@ def test_attention_is_fused_in_float32_and_plain_in_bfloat16(architecture):
     assert lm.config._attn_implementation == "eager"
 
 
+def test_rollouts_do_not_run_what_was_compiled_for_the_update():
+    policy = tiny_policy("neox")
+    ids, mask = left_pad([[5, 6, 7], [8]], 0)
+    answers = generate(policy, ids, mask, 4)
+    speed_up(policy.lm, CPU, "float32", compile=True)
+
+    def compiled(*args, **kwargs):
+        raise AssertionError
+
+    for block in blocks(policy.lm):
+        block._compiled_call_impl = compiled
+    with sampling(policy.lm):
+        assert torch.equal(generate(policy, ids, mask, 4).logprobs, answers.logprobs)
+    for block in blocks(policy.lm):
+        assert block._compiled_call_impl is compiled
+
+
 @each_architecture
 def test_plain_attention_in_bfloat16_is_no_further_from_float32(architecture):
     policy = tiny_policy(architecture)

@@ -3,6 +3,7 @@
 python -m pytest -q --gpu tests/runs/test_gpu.py tests/core/test_rollout.py
 """
 
+import gc
 import json
 import signal
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import flags, launch, metrics, read_rows, write_rows
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 import probe
 import sample_bon
@@ -21,6 +23,9 @@ import train_sae
 import train_sft
 from nanorlhf import world
 from nanorlhf.control import human_latents
+from nanorlhf.hf.blocks import sampling
+from nanorlhf.models import Policy
+from nanorlhf.rollout import generate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,7 +234,14 @@ FROZEN_IN_BFLOAT16 = {**LORA, "frozen_dtype": "bfloat16"}
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, LORA, FROZEN_IN_BFLOAT16, {"freeze_layers": 0.5}, {"compile": True}],
+    [
+        {},
+        LORA,
+        FROZEN_IN_BFLOAT16,
+        {"freeze_layers": 0.5},
+        {"compile": True},
+        {"compile": True, **LORA},
+    ],
     ids=str,
 )
 def test_bfloat16(base, tmp_path, changes):
@@ -264,6 +276,102 @@ def test_a_killed_run_goes_on(base, tmp_path):
     for row, other in zip(rows[3:], whole[3:]):
         assert abs(row["score_mean"] - other["score_mean"]) < 0.1
         assert abs(row["kl"] - other["kl"]) < 0.05
+
+
+# --------------------------------------------------------------- rollouts with compiled blocks
+
+
+def random_policy(kind="llama", width=256, layers=4):
+    """A policy of random weights on the GPU, large enough that distributions are far from flat."""
+    shape = dict(
+        vocab_size=1000,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        intermediate_size=4 * width,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+    )
+    config = GPTNeoXConfig(**shape)
+    if kind == "llama":
+        config = LlamaConfig(**shape, num_key_value_heads=2)
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(config)).eval().cuda()
+    policy.value_head.weight.data.normal_()
+    return policy
+
+
+def roll(policy, rows, width, new, bfloat16, compiled):
+    """Answers of `new` tokens to random prompts of up to `width` tokens."""
+    generator = torch.Generator().manual_seed(width)
+    ids = torch.randint(1000, (rows, width), generator=generator).cuda()
+    lengths = torch.randint(1, width + 1, (rows, 1), generator=generator).cuda()
+    mask = torch.arange(width, device="cuda") >= width - lengths
+    policy.lm.compiled = compiled
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=bfloat16)
+    with autocast, sampling(policy.lm), warnings.catch_warnings():
+        warnings.filterwarnings("error", "rollouts decode")
+        return generate(policy, ids, mask, new)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("kind", ["neox", "llama"])
+def test_compiled_rollouts_are_those_of_the_static_loop(kind, bfloat16):
+    """Also the later ones, which replay kept steps: other weights, prompts and widths of prompts."""
+    policy = random_policy(kind)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    kept = []
+    for width in (60, 30, 60):
+        plain = roll(policy, 32, width, 100, bfloat16, compiled=False)
+        compiled = roll(policy, 32, width, 100, bfloat16, compiled=True)
+        # Floats differ in their last bits, and with them a token now and then: the rest of its row
+        # is then another text.
+        agreed = (plain.response_ids != compiled.response_ids).cumsum(1) == 0
+        assert agreed.float().mean() > (0.5 if bfloat16 else 0.9)
+        for name in ("logprobs", "entropies", "values"):
+            difference = (getattr(plain, name) - getattr(compiled, name))[agreed].abs()
+            assert difference.mean() < (5e-2 if bfloat16 else 1e-3), name
+
+        [decoder] = policy.decoders.values()
+        kept.append(decoder)
+        for step in decoder.steps.values():
+            assert step.__name__ == "replay"
+        for p in policy.parameters():
+            p.data.add_(0.01 * torch.randn_like(p) * p.data.abs().mean())
+    assert kept[0] is kept[1] is kept[2]
+    # A captured step for each multiple of 64 columns that was read.
+    assert sorted(decoder.steps) == [64, 128, 192]
+    # One graph for all four blocks; and one whose length is not fixed, for all other multiples.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_what_compiled_rollouts_keep_is_what_memory_py_says():
+    """Copies of linear weights and a cache; a step's temporaries come on top."""
+    policy = random_policy("neox", width=1024, layers=8)
+    rows, width, new = 128, 64, 128
+    roll(policy, 2, 8, 8, True, compiled=False)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        roll(policy, rows, width, new, True, compiled=True)
+    gc.collect()
+    kept = torch.cuda.memory_allocated() - before
+
+    linear = [m for m in policy.lm.modules() if isinstance(m, torch.nn.Linear)]
+    copies = 2 * sum(p.numel() for m in linear for p in m.parameters())
+    cache = 2 * 2 * 8 * rows * (width + new) * 1024
+    step = 24 * rows * 1000
+    print(f"kept: {kept / 1e6:.0f} MB; copies and cache: {(copies + cache) / 1e6:.0f} MB")
+    assert kept >= copies + cache
+    # The libraries' workspaces, up to 32 MiB a stream, are the rest.
+    assert kept < copies + cache + step + 256e6
+
+    policy.decoders.clear()
+    policy.linear_copies = None
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < kept - copies - cache + 1e6
 
 
 # ------------------------------------------------------------------ best-of-n, diversity and probes

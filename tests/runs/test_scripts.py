@@ -46,6 +46,7 @@ import train_sft
 from nanorlhf import evaluation, rollout, stages, world
 from nanorlhf import ppo as ppo_maths
 from nanorlhf.errors import InputError
+from nanorlhf.hf.blocks import speed_up
 from nanorlhf.models import load_policy
 from nanorlhf.runtime import cli, distributed
 from nanorlhf.runtime.help import help_text
@@ -189,6 +190,25 @@ def test_the_samples_prompts_keep_their_bos(base, monkeypatch):
     # A context of 7 has room for 4 new tokens and 3 of the prompt.
     train_sft.sample(policy, rows, tokenizer, 7, config, dist)
     assert tokenizer.batch_decode(seen[0]) == ["review week :"]
+
+
+def test_a_few_samples_are_not_worth_compiling_for(base, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(base / "sft/model")
+    policy = load_policy(f"{base}/sft", value_head=False)
+    dist = distributed.Dist(0, 1, torch.device("cpu"))
+    speed_up(policy.lm, dist.device, "float32", compile=True)
+    seen = []
+    generate = train_sft.generate
+
+    def record(policy, *args, **kwargs):
+        seen.append(policy.lm.compiled)
+        return generate(policy, *args, **kwargs)
+
+    monkeypatch.setattr(train_sft, "generate", record)
+    config = train_sft.Config(output_dir="x", n_samples=1, max_new_tokens=4)
+    train_sft.sample(policy, [{"prompt": "review", "response": "a"}], tokenizer, 0, config, dist)
+    assert seen == [False]
+    assert policy.lm.compiled
 
 
 # ------------------------------------------------------------------------------ the run of train_rm
