@@ -43,7 +43,6 @@ import torch  # noqa: E402
 from ppo import SIZES  # noqa: E402
 from transformers import AutoModelForCausalLM, GPTNeoXConfig  # noqa: E402
 
-from nanorlhf.hf import decode
 from nanorlhf.models import Policy
 from nanorlhf.rollout import generate
 
@@ -101,8 +100,7 @@ def measure_groups(args, clock, unit):
             start = clock()
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 generate(policy, row_ids, row_mask, R, step=call)
-            if args.device != "cpu":
-                torch.cuda.synchronize()
+            synchronize(args.device)
             # The first call only warms up.
             if call > 0:
                 seconds[order].append(clock() - start)
@@ -117,32 +115,41 @@ def measure_groups(args, clock, unit):
     return result
 
 
-def copy_bandwidth(device, gigabytes=4):
+def synchronize(device):
+    """Wait for a GPU to have done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def copy_bandwidth(device, gigabytes=4.0):
     """Bytes per second that a large copy reads and writes."""
-    a = torch.empty(gigabytes * 2**28, device=device)
+    a = torch.empty(int(gigabytes * 2**28), device=device)
     b = torch.empty_like(a)
     for _warm_up in (True, False):
-        torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(10):
             b.copy_(a)
-        torch.cuda.synchronize()
+        synchronize(device)
     return 10 * 2 * a.nbytes / (time.perf_counter() - start)
 
 
-def note_captures(clock):
-    """-> a list that gets (time, steps that are left) whenever a decode step has been captured."""
-    captured = []
-    capture = decode.capture
+def note_replays():
+    """-> a list that gets the time at which each replay of a captured decode step begins.
 
-    def capture_and_note(step, R, device):
-        step, t = capture(step, R, device)
-        torch.cuda.synchronize()
-        captured.append((clock(), R - t))
-        return step, t
+    Before the first one the GPU has done all that comes before it.
+    """
+    begun = []
+    replay = torch.cuda.CUDAGraph.replay
 
-    decode.capture = capture_and_note
-    return captured
+    def note_and_replay(graph):
+        if not begun:
+            torch.cuda.synchronize()
+        begun.append(time.perf_counter())
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = note_and_replay
+    return begun
 
 
 def bytes_of_a_step(policy, size, width, B, P, R):
@@ -205,25 +212,25 @@ def main():
     mask = mask.to(args.device)
 
     if cuda:
-        captured = note_captures(clock)
+        replays = note_replays()
 
     seconds = []
     step_seconds = []
     begin_seconds = []
     for call in range(args.calls + 1):
+        if cuda:
+            replays.clear()
         start = clock()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             rollout = generate(policy, ids, mask, R, step=call)
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize(args.device)
         end = clock()
         # The first call only warms up.
         if call > 0:
             seconds.append(end - start)
         if call > 0 and cuda:
-            captured_at, n_left = captured[-1]
-            begin_seconds.append(captured_at - start)
-            step_seconds.append((end - captured_at) / n_left)
+            begin_seconds.append(replays[0] - start)
+            step_seconds.append((end - replays[0]) / len(replays))
     assert rollout.response_mask.all()
     assert rollout.values is not None
 
