@@ -188,23 +188,34 @@ def measure_step(args):
 
 
 def decode(args, ids, mask, R, bandwidth, replays, compile):
-    """The row of a policy's rollouts, and the answers."""
+    """The row of a policy's rollouts, and the answers of the last one."""
     begin_peak(args.device)
     policy = make_policy(args)
     speed_up(policy.lm, torch.device(args.device), "bfloat16", compile)
-    sample_answers = partial(sample, policy, ids, mask, R)
-    first, answers = time_call(sample_answers, args.device)
 
-    row = time_decoding(sample_answers, args.device, replays, R)
+    def sample(call):
+        with sampling(policy.lm), torch.autocast(args.device, torch.bfloat16):
+            return generate(policy, ids, mask, R, step=call, static=True)
+
+    seconds, answers = rollout.time_rollouts(sample, 3, args.device, time.perf_counter, replays)
+    whole = statistics.median(seconds["all"])
+    # On a CPU a step is a part of the whole.
+    begin = statistics.median(seconds["begin"] or [0.0])
+    step = statistics.median(seconds["step"] or [whole / R])
     B, P = ids.shape
     needed = rollout.bytes_of_a_step(policy, args.size, 2, B, P, R)
-    row["share"] = round(1e3 * needed / row["step_ms"] / bandwidth, 3)
-    row["tokens_per_s"] = round(B * R / row["seconds"])
-    row["first_s"] = round(first, 2)
-    row["graphs_compiled"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    row["peak_gb"] = peak_gb(args.device)
+    row = {
+        "first_s": round(seconds["first"][0], 2),
+        "seconds": round(whole, 3),
+        "begin_ms": round(1e3 * begin, 1),
+        "step_ms": round(1e3 * step, 3),
+        "share": round(needed / step / bandwidth, 3),
+        "tokens_per_s": round(B * R / whole),
+        "graphs_compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "peak_gb": peak_gb(args.device),
+    }
     if args.device == "cuda":
-        row |= profile_replay(sample_answers)
+        row |= profile_replay(partial(sample, 0))
     return row, answers
 
 
@@ -212,28 +223,6 @@ def make_policy(args):
     torch.manual_seed(0)
     with torch.device(args.device):
         return rollout.make_policy(args.size, 256)
-
-
-def sample(policy, ids, mask, R):
-    with sampling(policy.lm), torch.autocast(ids.device.type, torch.bfloat16):
-        return generate(policy, ids, mask, R, static=True)
-
-
-def time_decoding(sample_answers, device, replays, R):
-    """Seconds of a rollout, and ms of a step and of what comes before: medians of 3 rollouts.
-
-    Steps are those that are replayed. On a CPU none is, and a step is a part of the whole.
-    """
-    columns = {"seconds": [], "begin_ms": [], "step_ms": []}
-    for _ in range(3):
-        replays.clear()
-        begun = time.perf_counter()
-        seconds, _ = time_call(sample_answers, device)
-        before = replays[0] - begun if replays else 0.0
-        columns["seconds"].append(seconds)
-        columns["begin_ms"].append(1e3 * before)
-        columns["step_ms"].append(1e3 * (seconds - before) / (len(replays) or R))
-    return {name: round(statistics.median(values), 3) for name, values in columns.items()}
 
 
 def compare_answers(answers, expected):

@@ -152,6 +152,30 @@ def note_replays():
     return begun
 
 
+def time_rollouts(sample, calls, device, clock, replays):
+    """Time sample(call), which decodes, so many times after a first one.
+
+    replays: what note_replays() gave -> {"first": [s], "all": [s, ...], "begin": [s, ...], "step":
+    [s, ...]}, and what the last call returned. `begin` is what comes before the first replay of a
+    captured step. Nothing is captured on a CPU: begin and step are empty there.
+    """
+    seconds = {"first": [], "all": [], "begin": [], "step": []}
+    for call in range(calls + 1):
+        replays.clear()
+        start = clock()
+        result = sample(call)
+        synchronize(device)
+        end = clock()
+        if call == 0:
+            seconds["first"].append(end - start)
+            continue
+        seconds["all"].append(end - start)
+        if replays:
+            seconds["begin"].append(replays[0] - start)
+            seconds["step"].append((end - replays[0]) / len(replays))
+    return seconds, result
+
+
 def bytes_of_a_step(policy, size, width, B, P, R):
     """What a decode step must read. `width`: bytes of a number."""
     hidden, layers, *_ = SIZES[size]
@@ -162,11 +186,11 @@ def bytes_of_a_step(policy, size, width, B, P, R):
     return weights + cache
 
 
-def measure_decoding(args, policy, step_seconds, begin_seconds, B, P, R):
+def measure_decoding(args, policy, seconds, B, P, R):
     """The columns that a GPU's line has besides: the share of the memory's bandwidth."""
     width = 2 if args.dtype == "bfloat16" else 4
-    step = statistics.mean(step_seconds)
-    begin = statistics.mean(begin_seconds)
+    step = statistics.mean(seconds["step"])
+    begin = statistics.mean(seconds["begin"])
     needed = bytes_of_a_step(policy, args.size, width, B, P, R)
     bandwidth = copy_bandwidth(args.device)
     return {
@@ -211,34 +235,19 @@ def main():
     ids = ids.to(args.device)
     mask = mask.to(args.device)
 
-    if cuda:
-        replays = note_replays()
-
-    seconds = []
-    step_seconds = []
-    begin_seconds = []
-    for call in range(args.calls + 1):
-        if cuda:
-            replays.clear()
-        start = clock()
+    def sample(call):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            rollout = generate(policy, ids, mask, R, step=call)
-        synchronize(args.device)
-        end = clock()
-        # The first call only warms up.
-        if call > 0:
-            seconds.append(end - start)
-        if call > 0 and cuda:
-            begin_seconds.append(replays[0] - start)
-            step_seconds.append((end - replays[0]) / len(replays))
+            return generate(policy, ids, mask, R, step=call)
+
+    seconds, rollout = time_rollouts(sample, args.calls, args.device, clock, note_replays())
     assert rollout.response_mask.all()
     assert rollout.values is not None
 
     result = {"bench": "rollout", **vars(args), "batch": B, "prompt": P, "new_tokens": R}
     result["params"] = sum(p.numel() for p in policy.parameters())
-    result[f"tokens_per_{unit}"] = round(B * R / statistics.mean(seconds), 1)
+    result[f"tokens_per_{unit}"] = round(B * R / statistics.mean(seconds["all"]), 1)
     if cuda:
-        result |= measure_decoding(args, policy, step_seconds, begin_seconds, B, P, R)
+        result |= measure_decoding(args, policy, seconds, B, P, R)
     result["torch"] = torch.__version__
     print(json.dumps(result))
 

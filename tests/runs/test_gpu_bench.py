@@ -88,8 +88,8 @@ def test_memory_by_formula(measured):
     for row in measured["update"].values():
         assert row["formula_gb"] > 16 * 0.9e6 / 1e9
     lora = [row["formula_gb"] for row in measured["lora"].values()]
-    # Recomputed activations take less than kept ones.
-    assert lora[0] < lora[2]
+    # The same rows with activations that are computed again, and with kept ones.
+    assert lora[1] < lora[2]
 
 
 def test_ways_of_attention_agree(measured):
