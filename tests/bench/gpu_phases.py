@@ -322,10 +322,10 @@ def time_update(size, device, **flags):
     return {
         "first_s": round(first, 2),
         "ms": round(1e3 * seconds, 1),
-        "tflop_per_s": round(flop / seconds / 1e12, 3),
+        "tflop_per_s": round(flop / seconds / 1e12, 5),
         "mfu": round(flop / seconds / PEAK, 4),
-        "score_tflop_per_s": round(flop / passes / score_seconds / 1e12, 3),
-        "forward_tflop_per_s": round(flop / passes / forward_seconds / 1e12, 3),
+        "score_tflop_per_s": round(flop / passes / score_seconds / 1e12, 5),
+        "forward_tflop_per_s": round(flop / passes / forward_seconds / 1e12, 5),
         "first_ratio_error": round(record["first_ratio_error"], 6),
         "peak_gb": peak,
         "formula_gb": round(formula(size, config, P + R) / 1e9, 2),
