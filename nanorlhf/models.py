@@ -19,13 +19,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import nll_loss
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as hf_logging
 
 from . import ppo
 from .errors import InputError, library_call, require
 from .hf.adapters import is_adapter, load_merged, read_config, read_notes, resolve, save_model
-from .hf.blocks import FrozenTrunk
+from .hf.blocks import FrozenTrunk, compiled
 from .hf.folders import (
     VALUE_MODEL,
     check_complete,
@@ -154,14 +155,12 @@ class Policy(nn.Module):
         if kl_to is not None:
             with torch.no_grad():
                 ref_hidden, _ = kl_to.hidden(batch, response_mask)  # [n, D]
+        score = compiled(self.lm, score_tokens)
 
         def score_chunk(rows: slice) -> dict[str, Tensor]:
             """The outputs for some of the n tokens: {name: [c]}."""
             logits = divide(self.logits(hidden[rows]), temperature)  # [c, V]
-            logp = logits.log_softmax(-1)
-            out = {"logprobs": logp.gather(1, tokens[rows, None])[:, 0]}
-            if entropy:
-                out["entropies"] = ppo.entropy(logp, logp.exp())
+            out = score(logits, tokens[rows], entropy)
             if correct:
                 out["correct"] = (logits.argmax(-1) == tokens[rows]).float()
             if kl_to is not None:
@@ -195,6 +194,20 @@ def divide(logits: Tensor, temperature: float) -> Tensor:
     if temperature == 1:
         return logits
     return logits / temperature
+
+
+def score_tokens(logits: Tensor, tokens: Tensor, entropy: bool) -> dict[str, Tensor]:
+    """logits [c, V], tokens [c] -> {logprobs and, on request, entropies}, each [c].
+
+    With --compile it is compiled, and goes through the logits fewer times.
+    """
+    logp = logits.log_softmax(-1)
+    # logp.gather() gives the same numbers, but the compiler would write zeros [c, V] for its
+    # gradient.
+    out = {"logprobs": -nll_loss(logp, tokens, reduction="none")}
+    if entropy:
+        out["entropies"] = ppo.entropy(logp, logp.exp())
+    return out
 
 
 def run_in_chunks(

@@ -13,7 +13,8 @@ and of the reference alike:
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -84,9 +85,22 @@ def speed_up(lm, device: torch.device, dtype: str, compile: bool = False):
             block.compile()
 
 
+def compiled(lm, function: Callable) -> Callable:
+    """The function, compiled if speed_up() was told to compile this model."""
+    if getattr(lm, "compiled", False):
+        return compile_once(function)
+    return function
+
+
+@functools.cache
+def compile_once(function: Callable) -> Callable:
+    """torch.compile(function), which takes milliseconds even where it compiles nothing anew."""
+    return torch.compile(function)
+
+
 @contextlib.contextmanager
 def eager(lm) -> Iterator[None]:
-    """A context in which compiled blocks run as they are written, in rollouts too."""
+    """A context in which what was compiled runs as it is written, in rollouts too."""
     if not getattr(lm, "compiled", False):
         yield
         return

@@ -43,7 +43,6 @@ import torch  # noqa: E402
 from ppo import SIZES  # noqa: E402
 from transformers import AutoModelForCausalLM, GPTNeoXConfig  # noqa: E402
 
-from nanorlhf.hf import decode
 from nanorlhf.models import Policy
 from nanorlhf.rollout import generate
 
@@ -101,8 +100,7 @@ def measure_groups(args, clock, unit):
             start = clock()
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 generate(policy, row_ids, row_mask, R, step=call)
-            if args.device != "cpu":
-                torch.cuda.synchronize()
+            synchronize(args.device)
             # The first call only warms up.
             if call > 0:
                 seconds[order].append(clock() - start)
@@ -117,32 +115,65 @@ def measure_groups(args, clock, unit):
     return result
 
 
-def copy_bandwidth(device, gigabytes=4):
+def synchronize(device):
+    """Wait for a GPU to have done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def copy_bandwidth(device, gigabytes=4.0):
     """Bytes per second that a large copy reads and writes."""
-    a = torch.empty(gigabytes * 2**28, device=device)
+    a = torch.empty(int(gigabytes * 2**28), device=device)
     b = torch.empty_like(a)
     for _warm_up in (True, False):
-        torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(10):
             b.copy_(a)
-        torch.cuda.synchronize()
+        synchronize(device)
     return 10 * 2 * a.nbytes / (time.perf_counter() - start)
 
 
-def note_captures(clock):
-    """-> a list that gets (time, steps that are left) whenever a decode step has been captured."""
-    captured = []
-    capture = decode.capture
+def note_replays():
+    """-> a list that gets the time at which each replay of a captured decode step begins.
 
-    def capture_and_note(step, R, device):
-        step, t = capture(step, R, device)
-        torch.cuda.synchronize()
-        captured.append((clock(), R - t))
-        return step, t
+    Before the first one the GPU has done all that comes before it.
+    """
+    begun = []
+    replay = torch.cuda.CUDAGraph.replay
 
-    decode.capture = capture_and_note
-    return captured
+    def note_and_replay(graph):
+        if not begun:
+            torch.cuda.synchronize()
+        begun.append(time.perf_counter())
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = note_and_replay
+    return begun
+
+
+def time_rollouts(sample, calls, device, clock, replays):
+    """Time sample(call), which decodes, so many times after a first one.
+
+    replays: what note_replays() gave -> {"first": [s], "all": [s, ...], "begin": [s, ...], "step":
+    [s, ...]}, and what the last call returned. `begin` is what comes before the first replay of a
+    captured step. Nothing is captured on a CPU: begin and step are empty there.
+    """
+    seconds = {"first": [], "all": [], "begin": [], "step": []}
+    for call in range(calls + 1):
+        replays.clear()
+        start = clock()
+        result = sample(call)
+        synchronize(device)
+        end = clock()
+        if call == 0:
+            seconds["first"].append(end - start)
+            continue
+        seconds["all"].append(end - start)
+        if replays:
+            seconds["begin"].append(replays[0] - start)
+            seconds["step"].append((end - replays[0]) / len(replays))
+    return seconds, result
 
 
 def bytes_of_a_step(policy, size, width, B, P, R):
@@ -155,11 +186,11 @@ def bytes_of_a_step(policy, size, width, B, P, R):
     return weights + cache
 
 
-def measure_decoding(args, policy, step_seconds, begin_seconds, B, P, R):
+def measure_decoding(args, policy, seconds, B, P, R):
     """The columns that a GPU's line has besides: the share of the memory's bandwidth."""
     width = 2 if args.dtype == "bfloat16" else 4
-    step = statistics.mean(step_seconds)
-    begin = statistics.mean(begin_seconds)
+    step = statistics.mean(seconds["step"])
+    begin = statistics.mean(seconds["begin"])
     needed = bytes_of_a_step(policy, args.size, width, B, P, R)
     bandwidth = copy_bandwidth(args.device)
     return {
@@ -204,34 +235,19 @@ def main():
     ids = ids.to(args.device)
     mask = mask.to(args.device)
 
-    if cuda:
-        captured = note_captures(clock)
-
-    seconds = []
-    step_seconds = []
-    begin_seconds = []
-    for call in range(args.calls + 1):
-        start = clock()
+    def sample(call):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            rollout = generate(policy, ids, mask, R, step=call)
-        if cuda:
-            torch.cuda.synchronize()
-        end = clock()
-        # The first call only warms up.
-        if call > 0:
-            seconds.append(end - start)
-        if call > 0 and cuda:
-            captured_at, n_left = captured[-1]
-            begin_seconds.append(captured_at - start)
-            step_seconds.append((end - captured_at) / n_left)
+            return generate(policy, ids, mask, R, step=call)
+
+    seconds, rollout = time_rollouts(sample, args.calls, args.device, clock, note_replays())
     assert rollout.response_mask.all()
     assert rollout.values is not None
 
     result = {"bench": "rollout", **vars(args), "batch": B, "prompt": P, "new_tokens": R}
     result["params"] = sum(p.numel() for p in policy.parameters())
-    result[f"tokens_per_{unit}"] = round(B * R / statistics.mean(seconds), 1)
+    result[f"tokens_per_{unit}"] = round(B * R / statistics.mean(seconds["all"]), 1)
     if cuda:
-        result |= measure_decoding(args, policy, step_seconds, begin_seconds, B, P, R)
+        result |= measure_decoding(args, policy, seconds, B, P, R)
     result["torch"] = torch.__version__
     print(json.dumps(result))
 

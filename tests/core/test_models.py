@@ -392,6 +392,36 @@ def test_at_temperature_1_nothing_is_divided_and_the_bits_are_the_same(
     same(divide(logits, 0.5), 2 * logits)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_scores_of_tokens():
+    """Log-probs, entropies and gradients with --compile, for micro-batches of three sizes.
+
+    The first size is compiled as it is, the second for any size; the third compiles nothing.
+    """
+    policy = tiny_policy("neox")
+
+    def outputs_and_gradients(part):
+        out = policy(part, response_mask_of(part), 1.0, entropy=True)
+        loss = (2 * out["logprobs"] + out["entropies"]).sum()
+        return [out["logprobs"], out["entropies"], *gradients(policy, loss)]
+
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    n_graphs = []
+    for n_rows in (3, 2, 4):
+        part = BATCH.rows(torch.arange(n_rows))
+        # The blocks are not handed to the compiler: nothing else is compiled.
+        policy.lm.compiled = False
+        expected = outputs_and_gradients(part)
+        policy.lm.compiled = True
+        found = outputs_and_gradients(part)
+        for tensor, other in zip(found, expected, strict=True):
+            assert (tensor - other).norm() <= 1e-6 * other.norm()
+        n_graphs.append(graphs["unique_graphs"])
+    assert n_graphs == [1, 2, 2]
+
+
 def test_soft_capped_logits():
     policy = tiny_policy("llama")
     hidden = torch.randn(3, D)
