@@ -13,6 +13,9 @@ Objectives of an ensemble are colours, and whatever else differs between the run
 panels. Where all runs have the same objective there is one row, and whatever else differs makes a
 colour.
 
+torch takes a second to import, and only comparisons need it. So functions import bon.py and
+ensemble.py here, where they use them.
+
     S runs that differ in seed, K members of an ensemble, L points of a curve
 """
 
@@ -26,8 +29,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..bon import bon_curve, fit_bon, fit_rl, rl_curve
-from ..ensemble import OBJECTIVES, objective_of
 from ..errors import InputError
 from .files import check_fields, check_output, is_of_type, read_object, read_rows
 from .settings import PLACES
@@ -74,9 +75,7 @@ class Look(NamedTuple):
     scale: str  # of x in the left panels
     band: str  # what the band of a single run is
     start: float  # the x of the policy that a run starts from, where KL is 0
-    fit: Callable  # fits gold over d
-    curve: Callable  # the fitted curve
-    formula: str
+    formula: str  # of the curve that is fitted to gold over d
 
 
 LOOK = {
@@ -86,8 +85,6 @@ LOOK = {
         scale="log",
         band="bootstrap interval over prompts (mean of members: range)",
         start=1,
-        fit=fit_bon,
-        curve=bon_curve,
         formula="R = d (a - b d)",
     ),
     PPO: Look(
@@ -96,8 +93,6 @@ LOOK = {
         scale="linear",
         band="+- 1 standard error over prompts",
         start=0,
-        fit=fit_rl,
-        curve=rl_curve,
         formula="R = d (a - b log d)",
     ),
 }
@@ -403,6 +398,8 @@ def bon_curves(run: str) -> dict[str, dict]:
     Several members are one curve, "single (mean of K members)": their mean, with a band from the
     lowest to the highest member.
     """
+    from ..ensemble import objective_of
+
     path = os.path.join(run, BEST_OF_N)
     members = []
     objectives = {}
@@ -540,6 +537,8 @@ def colours_of(labels: list[str]) -> dict[str, str]:
     "single" and the objectives have the same colours in all pictures. uwo has none of its own: its
     labels name its lambda, and there may be several.
     """
+    from ..ensemble import OBJECTIVES
+
     names = {label: label.split(" (")[0] for label in labels}  # without "(mean of K members)"
     order = list(names.values())
     first = ["single", *(objective for objective in OBJECTIVES if objective != "uwo")]
@@ -586,6 +585,8 @@ def draw_fit(axis, curves: dict[str, np.ndarray], look: Look):
 
     It is drawn where gold is known at the start and at two more KL at least.
     """
+    from ..bon import bon_curve, fit_bon, fit_rl, rl_curve
+
     known = np.isfinite(curves["gold"]).all(0)  # [L]
     kl = curves["kl"][:, known].clip(0)  # [S, known points]
     gold = curves["gold"][:, known]
@@ -598,10 +599,14 @@ def draw_fit(axis, curves: dict[str, np.ndarray], look: Look):
 
     # The KL of the policy that a run starts from is 0, whatever bfloat16 says.
     kl[:, 0] = 0.0
-    fit = look.fit(kl, gold)
     d = np.linspace(0, np.sqrt(kl).mean(0).max(), 200)
-    fitted = gold[:, 0].mean() + look.curve(d**2, fit.a, fit.b).numpy()
-    axis.plot(d, fitted, ":", color="black", linewidth=1.2)
+    if look is LOOK[BEST_OF_N]:
+        fit = fit_bon(kl, gold)
+        gain = bon_curve(d**2, fit.a, fit.b)
+    else:
+        fit = fit_rl(kl, gold)
+        gain = rl_curve(d**2, fit.a, fit.b)
+    axis.plot(d, gold[:, 0].mean() + gain.numpy(), ":", color="black", linewidth=1.2)
 
 
 # -------------------------------------------------------------------------------- the command line
