@@ -37,25 +37,27 @@ def turned_weights(lm, n_rows: int) -> Iterator[None]:
     """A context in which large weights [o, i] lie in memory column by column.
 
     A linear layer multiplies by the transpose of its weight. With 64 rows that is a fifth faster
-    where the transpose lies row by row. The parameters stay the same objects with the same numbers,
-    and no copies are kept. Products may differ by rounding.
+    where the transpose lies row by row. The parameters stay the same objects with the same numbers.
+    Copies are made of trained weights alone: they take the memory that gradients have in an update.
+    Products may differ by rounding.
     """
     weights = []
     if n_rows >= MANY_ROWS:
         # A head that is tied to the embeddings stays: their rows are looked up.
         embeddings = lm.get_input_embeddings().weight
         for layer in large_layers(lm):
-            if layer.weight is not embeddings:
+            if layer.weight.requires_grad and layer.weight is not embeddings:
                 weights.append(layer.weight)
 
+    # Turning them back in place would leave the heap in pieces, and cost time.
+    as_they_lie = [weight.data for weight in weights]
     try:
         for weight in weights:
             weight.data = weight.data.t().contiguous().t()
         yield
     finally:
-        # Files and optimizers have them row by row.
-        for weight in weights:
-            weight.data = weight.data.contiguous()
+        for weight, data in zip(weights, as_they_lie):
+            weight.data = data
 
 
 # -------------------------------------------------------------------------------------- bfloat16

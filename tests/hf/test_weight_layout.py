@@ -47,10 +47,10 @@ def roll_as_it_lies(policy, monkeypatch, bfloat16=False):
 
 
 def describe(module):
-    """What must not change: the objects, numbers and strides of its parameters, and its forwards."""
+    """What must not change: the objects, memory, numbers and strides of its parameters, and its forwards."""
     parameters = {}
     for name, p in module.named_parameters():
-        parameters[name] = (id(p), p.tolist(), p.stride(), p.requires_grad)
+        parameters[name] = (id(p), p.data_ptr(), p.tolist(), p.stride(), p.requires_grad)
     forwards = [name for name, child in module.named_modules() if "forward" in vars(child)]
     return parameters, forwards
 
@@ -70,6 +70,27 @@ def test_all_is_as_before_afterwards(policy, monkeypatch, bfloat16):
     with pytest.raises(ZeroDivisionError):
         roll(policy, bfloat16)
     assert describe(policy) == before
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_rollouts_decode_with_them(monkeypatch, bfloat16):
+    policy = tiny_policy("neox")
+    call = Sampler.__call__
+    seen = []
+
+    def watched(*args):
+        for layer in large_layers(policy.lm):
+            is_turned = not layer.weight.is_contiguous()
+            is_packed = "forward" in vars(layer)
+            seen.append((is_turned, is_packed))
+        return call(*args)
+
+    monkeypatch.setattr(Sampler, "__call__", watched)
+    roll(policy, bfloat16)
+    if bfloat16:
+        assert set(seen) == {(False, weight_layout.can_pack())}
+    else:
+        assert set(seen) == {(True, False)}
 
 
 # --------------------------------------------------------------------------------------- float32
@@ -102,6 +123,15 @@ def test_a_tied_head_is_not_turned():
         lying = [layer.weight.is_contiguous() for layer in large_layers(policy.lm)]
     # Four layers of each of two blocks, and the head.
     assert lying == [False] * 8 + [True]
+
+
+def test_frozen_weights_are_not_turned():
+    """They have no gradients, whose memory a copy could take."""
+    policy = tiny_policy("neox")
+    layers = large_layers(policy.lm)
+    layers[1].weight.requires_grad_(False)
+    with turned_weights(policy.lm, B):
+        assert [layer.weight.is_contiguous() for layer in layers] == [False, True] + [False] * 7
 
 
 def test_few_rows_turn_no_weights():
