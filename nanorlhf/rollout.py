@@ -273,7 +273,7 @@ def generate(
         has_token = has_token.to(device)
     sampler = Sampler(model, temperature, top_k, top_p, ends, has_token)
 
-    with decoding(model, device.type):
+    with decoding(model, device.type, B):
         written = False
         if static:
             written = try_static(sampler, prompt_ids, mask, u, out, finished)

@@ -12,7 +12,7 @@ With --compile a third loop, in compiled_decode.py, does the same in fewer and l
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from ..errors import InputError, first_line
+from .weight_layout import packed_weights, turned_weights
 
 # Decode steps before one is captured: as many as torch's documentation asks for.
 WARM_UP = 3
@@ -101,32 +102,37 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 @contextmanager
-def decoding(model, device_type: str):
-    """The mode for sampling: dropout off, each weight cast once a rollout rather than once a token,
-    and little overhead for an operator.
+def decoding(model, device_type: str, n_rows: int):
+    """The mode for sampling n_rows responses: dropout off, little overhead for an operator, and what
+    a weight needs before a product is done once a rollout rather than once a token.
 
     Autocast keeps the bfloat16 copy of a weight for the length of its context, but only if the
-    weight requires grad: so all weights do in here. Inference mode makes decoding on a CPU some 5 %
-    faster.
+    weight requires grad: so all weights do in here. On a CPU large weights are laid out for few
+    rows (weight_layout.py), and inference mode makes decoding some 5 % faster.
     Pitfall: what is made in inference mode can never be trained on. Neither autocast's copies nor
     what FSDP gathers may be made in it.
     """
     was_training = model.training
     parameters = list(model.lm.parameters())
+    on_plain_cpu = device_type == "cpu" and not any_sharded(parameters)
     frozen = []
     mode = torch.no_grad()
+    layout = nullcontext()
     if autocast_dtype(device_type):
         for p in parameters:
             if p.is_floating_point() and not p.requires_grad:
                 frozen.append(p)
-    elif device_type == "cpu" and not any_sharded(parameters):
+        if on_plain_cpu and autocast_dtype(device_type) == torch.bfloat16:
+            layout = packed_weights(model.lm, n_rows)
+    elif on_plain_cpu:
         mode = torch.inference_mode()
+        layout = turned_weights(model.lm, n_rows)
 
     try:
         model.eval()
         for p in frozen:
             p.requires_grad_(True)
-        with mode:
+        with layout, mode:
             yield
     finally:
         for p in frozen:

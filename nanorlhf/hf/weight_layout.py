@@ -1,0 +1,110 @@
+"""How weights of linear layers lie in memory while a CPU decodes, where a product has few rows.
+
+    b rows, i inputs and o outputs of a linear layer: [b, i] -> [b, o], with a weight [o, i]
+
+Before a product, a library copies its weight into blocks that fit the processor. In an update a
+weight meets a thousand tokens at a time, and that costs little. In decoding it meets b at a time,
+one token of each response, and that costs up to a third of the product. So weights are laid out
+once for all tokens of a rollout: in float32 they are turned, in bfloat16 they are packed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# With fewer rows a float32 product takes as long however its weight lies.
+MANY_ROWS = 64
+# Smaller weights stay in the processor's cache, and gain nothing.
+LARGE_WEIGHT = 2**18
+
+
+def large_layers(lm) -> list[nn.Linear]:
+    """The plain linear layers with large weights."""
+    layers = []
+    for module in lm.modules():
+        if type(module) is nn.Linear and module.weight.numel() >= LARGE_WEIGHT:
+            layers.append(module)
+    return layers
+
+
+# --------------------------------------------------------------------------------------- float32
+
+
+@contextmanager
+def turned_weights(lm, n_rows: int) -> Iterator[None]:
+    """A context in which large weights [o, i] lie in memory column by column.
+
+    A linear layer multiplies by the transpose of its weight. With 64 rows that is a fifth faster
+    where the transpose lies row by row. The parameters stay the same objects with the same numbers.
+    Copies are made of trained weights alone: they take the memory that gradients have in an update.
+    Products may differ by rounding.
+    """
+    weights = []
+    if n_rows >= MANY_ROWS:
+        # A head that is tied to the embeddings stays: their rows are looked up.
+        embeddings = lm.get_input_embeddings().weight
+        for layer in large_layers(lm):
+            if layer.weight.requires_grad and layer.weight is not embeddings:
+                weights.append(layer.weight)
+
+    # Turning them back in place would leave the heap in pieces, and cost time.
+    as_they_lie = [weight.data for weight in weights]
+    try:
+        for weight in weights:
+            weight.data = weight.data.t().contiguous().t()
+        yield
+    finally:
+        for weight, data in zip(weights, as_they_lie):
+            weight.data = data
+
+
+# -------------------------------------------------------------------------------------- bfloat16
+
+
+@contextmanager
+def packed_weights(lm, n_rows: int) -> Iterator[None]:
+    """A context in which large layers multiply in bfloat16 by packed copies of their weights.
+
+    The outputs are those of autocast, to the last bit, and the copies take the place of those that
+    it would make. The operators are oneDNN's, by the names that torch.compile has for them: they
+    are not public, so without them nothing happens.
+    """
+    layers = []
+    if can_pack():
+        layers = large_layers(lm)
+
+    try:
+        for layer in layers:
+            # It hides the class's own forward until it is deleted.
+            layer.forward = packed_forward(layer, n_rows)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def can_pack() -> bool:
+    """Whether this torch and this processor have packed products in bfloat16."""
+    names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@torch.no_grad()
+def packed_forward(layer: nn.Linear, n_rows: int) -> Callable[[Tensor], Tensor]:
+    """The layer as a function in bfloat16, [.., i] -> [.., o], made for n_rows rows at a time."""
+    weight = layer.weight.to(torch.bfloat16)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+    bias = layer.bias
+    if bias is not None:
+        bias = bias.to(torch.bfloat16)
+
+    def forward(x):
+        # The last three say that nothing is done to the product.
+        x = x.to(torch.bfloat16)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    return forward
