@@ -119,7 +119,10 @@ def find_decoder(sampler, u: Tensor, n_columns: int) -> "Decoder":
 
 
 def describe_step(sampler, u: Tensor) -> tuple:
-    """All that a captured step depends on, but for the numbers at the addresses that it reads."""
+    """All that a captured step depends on, but for the numbers at the addresses that it reads.
+
+    Under autocast linear layers have other addresses: those of their copies.
+    """
     model = sampler.model
     end_ids = None
     if sampler.end_ids is not None:
@@ -130,7 +133,6 @@ def describe_step(sampler, u: Tensor) -> tuple:
     return (
         u.shape,
         (sampler.temperature, sampler.top_k, sampler.top_p, end_ids, has_token),
-        autocast_dtype(u.device.type),
         model.lm.config._attn_implementation,
         tuple(adapter.on for adapter in adapters(model).values()),
         tuple(tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]),

@@ -245,9 +245,14 @@ def test_many_answers_to_one_prompt(graphs):
     same_rollouts(compiled, expected, tol=0)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt_neo"])
+QUICK_FAMILIES = ("gemma2", "falcon_40b", "qwen3")
+OTHER_FAMILIES = sorted(FAMILIES.keys() - {*QUICK_FAMILIES, "gpt_neo"})  # it has no static cache
+SLOW_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in OTHER_FAMILIES]
+
+
+@pytest.mark.parametrize("family", [*QUICK_FAMILIES, *SLOW_FAMILIES])
 def test_every_family(graphs, family):
-    """Sliding windows, grouped heads, soft caps. GPT-Neo has no static cache."""
+    """Sliding windows, grouped heads, soft caps."""
     policy = Policy(tiny_family(family), value_head=False).eval()
     expected, compiled = roll_eager_and_compiled(policy)
     same_rollouts(compiled, expected, tol=0)
