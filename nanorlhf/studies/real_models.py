@@ -254,14 +254,19 @@ def moved_cell(a, name: str, reward_model: Cell, dataset: str, flags: str) -> Ce
 
 
 def hh_cells(a) -> Stages:
-    """A reward model of helpful dialogues."""
+    """Reward models of helpful dialogues."""
     data = data_of(a)
-    test = f"--eval_dataset {data}/hh_test.jsonl --eval_size {a.test_pairs}"
     length = "--max_length 256"
-    flags = f"--dataset {data}/hh_train.jsonl {test} {length} --steps {a.rm_steps_long}"
-    trained = reward_cell(a, "hh/rm", flags)
-    moved = moved_cell(a, "hh/moved", trained, f"{data}/hh_moved.jsonl", length)
-    return [[trained], [moved]]
+    test = f"--eval_dataset {data}/hh_test.jsonl --eval_size {a.test_pairs}"
+    training = f"--dataset {data}/hh_train.jsonl {test} {length} --steps {a.rm_steps_long}"
+    reward_models = []
+    moved = []
+    for s in range(a.seeds):
+        trained = reward_cell(a, f"hh/rm/seed_{s}", f"{training} --seed {s}")
+        reward_models.append(trained)
+        dataset = f"{data}/hh_moved.jsonl"
+        moved.append(moved_cell(a, f"hh/moved/seed_{s}", trained, dataset, length))
+    return [reward_models, moved]
 
 
 def judge_cells(a) -> Stages:

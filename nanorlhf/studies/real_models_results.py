@@ -308,7 +308,7 @@ def print_judge(results: dict, a):
 def print_reward_models(title: str, names: dict[str, list[str]], moved: dict, results: dict, a):
     """Accuracies beside those of length, and of questions with the answers of others.
 
-    names: {row: cells}; moved: {row: the cell of its test with other questions}
+    names: {row: cells}; moved: {row: the cells of its tests with other questions}
     """
     table = {}
     for label, cells in names.items():
@@ -318,13 +318,23 @@ def print_reward_models(title: str, names: dict[str, list[str]], moved: dict, re
                 rows.append({column: results[name][column] for column in REWARD_MODEL_COLUMNS})
         if rows:
             table[label] = collect(rows)
-        if label in moved and moved[label] in results:
-            rewards = results[moved[label]]["rewards"]
-            (reward,) = rewards.keys() - {"longer wins", "shorter wins"}
-            table.setdefault(label, {})["moved prompts"] = [rewards[reward]["accuracy"][0]]
+        accuracies = moved_accuracies(moved.get(label, []), results)
+        if accuracies:
+            table.setdefault(label, {})["moved prompts"] = accuracies
     if table:
         print_title(title, a)
         print_table(table)
+
+
+def moved_accuracies(cells: list[str], results: dict) -> list[float]:
+    """The accuracies of reward models on tests whose questions have the answers of others."""
+    accuracies = []
+    for name in cells:
+        if name in results:
+            rewards = results[name]["rewards"]
+            (reward,) = rewards.keys() - {"longer wins", "shorter wins"}
+            accuracies.append(rewards[reward]["accuracy"][0])
+    return accuracies
 
 
 def print_polite(results: dict, a):
@@ -332,7 +342,7 @@ def print_polite(results: dict, a):
     members = [name for name in results if name.startswith("polite/members/")]
     names = {"judge": ["polite/judge"], "members, noisy": members}
     title = "Reward models of polite answers, on held-out pairs"
-    print_reward_models(title, names, {"judge": "polite/moved"}, results, a)
+    print_reward_models(title, names, {"judge": ["polite/moved"]}, results, a)
     if "polite/bon" in results:
         print_title("Best-of-n by each reward, in standard deviations of the judge's score", a)
         print_bon(results["polite/bon"])
@@ -351,9 +361,11 @@ def print_bon(run: dict):
 
 
 def print_hh(results: dict, a):
-    """The reward model beside length."""
-    title = "A reward model of helpful dialogues, on held-out pairs"
-    print_reward_models(title, {"HH": ["hh/rm"]}, {"HH": "hh/moved"}, results, a)
+    """The reward models beside length."""
+    trained = [name for name in results if name.startswith("hh/rm/")]
+    moved = [name for name in results if name.startswith("hh/moved/")]
+    title = "Reward models of helpful dialogues, on held-out pairs"
+    print_reward_models(title, {"HH": trained}, {"HH": moved}, results, a)
 
 
 def print_diversity(results: dict, a):
