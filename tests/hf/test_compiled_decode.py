@@ -36,6 +36,9 @@ from nanorlhf.runtime.fsdp import checkpoint_activations
 CPU = torch.device("cpu")
 IDS, MASK = left_pad(random_rows((5, 2, 7, 1, 3, 4), seed=4), 0)
 
+# What only --compile on a GPU uses is tested with the slow part: torch's tracer takes its time.
+pytestmark = pytest.mark.slow
+
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
@@ -245,12 +248,8 @@ def test_many_answers_to_one_prompt(graphs):
     same_rollouts(compiled, expected, tol=0)
 
 
-QUICK_FAMILIES = ("gemma2", "falcon_40b", "qwen3")
-OTHER_FAMILIES = sorted(FAMILIES.keys() - {*QUICK_FAMILIES, "gpt_neo"})  # it has no static cache
-SLOW_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in OTHER_FAMILIES]
-
-
-@pytest.mark.parametrize("family", [*QUICK_FAMILIES, *SLOW_FAMILIES])
+# gpt_neo has no static cache.
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt_neo"}))
 def test_every_family(graphs, family):
     """Sliding windows, grouped heads, soft caps."""
     policy = Policy(tiny_family(family), value_head=False).eval()
@@ -280,7 +279,6 @@ def test_frozen_blocks_and_checkpointed_activations(graphs):
     assert len(graphs) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
 def test_code_of_the_compiler(architecture):
