@@ -147,7 +147,7 @@ TITLES = [
     "The reward read from activations, difference",
     "The reward read from activations, sequence",
     "The features that fire most",
-    "A reward model of helpful dialogues",
+    "Reward models of helpful dialogues",
 ]
 
 
