@@ -184,6 +184,24 @@ def test_another_model_needs_a_place_of_its_own(files, tmp_path):
     check(real_models.read_settings([*flags, "--quick"]))
 
 
+def test_reward_models_stand_beside_their_tests_with_moved_questions(capsys):
+    """A row of means over seeds; the last column is of the tests with moved questions."""
+    results = {}
+    columns = real_models_results.REWARD_MODEL_COLUMNS
+    for s, accuracy in enumerate((0.5, 0.7)):
+        results[f"hh/rm/seed_{s}"] = dict.fromkeys(columns, accuracy)
+        rewards = {
+            "": {"accuracy": [accuracy - 0.1, 0, 1]},
+            "longer wins": {"accuracy": [0.9, 0, 1]},
+        }
+        results[f"hh/moved/seed_{s}"] = {"rewards": rewards}
+    real_models_results.print_hh(results, SimpleNamespace(seeds=2, quick=False))
+    _, header, row = capsys.readouterr().out.strip().splitlines()
+    assert header.endswith("moved prompts")
+    # 12.706 standard errors, of two seeds that differ by 0.2
+    assert row.split() == ["HH", *["0.600", "+-", "1.271"] * len(columns), "0.500", "+-", "1.271"]
+
+
 def test_right_sums_by_temperature_are_those_of_single_answers(capsys):
     """Before: of the model; after: the mean over the seeds. The best of 4 is not shown."""
     results = {}
