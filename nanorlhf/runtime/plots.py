@@ -75,7 +75,24 @@ class Look(NamedTuple):
     scale: str  # of x in the left panels
     band: str  # what the band of a single run is
     start: float  # the x of the policy that a run starts from, where KL is 0
-    formula: str  # of the curve that is fitted to gold over d
+    fit: Callable  # (kl, gold, d) -> the curve that is fitted to gold over d
+    formula: str
+
+
+def curve_of_bon(kl: np.ndarray, gold: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """What gold gains at each d, by the formula of best-of-n, fitted to kl and gold [S, L]."""
+    from ..bon import bon_curve, fit_bon
+
+    fit = fit_bon(kl, gold)
+    return bon_curve(d**2, fit.a, fit.b).numpy()
+
+
+def curve_of_rl(kl: np.ndarray, gold: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """The same by the formula of RL."""
+    from ..bon import fit_rl, rl_curve
+
+    fit = fit_rl(kl, gold)
+    return rl_curve(d**2, fit.a, fit.b).numpy()
 
 
 LOOK = {
@@ -85,6 +102,7 @@ LOOK = {
         scale="log",
         band="bootstrap interval over prompts (mean of members: range)",
         start=1,
+        fit=curve_of_bon,
         formula="R = d (a - b d)",
     ),
     PPO: Look(
@@ -93,6 +111,7 @@ LOOK = {
         scale="linear",
         band="+- 1 standard error over prompts",
         start=0,
+        fit=curve_of_rl,
         formula="R = d (a - b log d)",
     ),
 }
@@ -585,8 +604,6 @@ def draw_fit(axis, curves: dict[str, np.ndarray], look: Look):
 
     It is drawn where gold is known at the start and at two more KL at least.
     """
-    from ..bon import bon_curve, fit_bon, fit_rl, rl_curve
-
     known = np.isfinite(curves["gold"]).all(0)  # [L]
     kl = curves["kl"][:, known].clip(0)  # [S, known points]
     gold = curves["gold"][:, known]
@@ -600,13 +617,8 @@ def draw_fit(axis, curves: dict[str, np.ndarray], look: Look):
     # The KL of the policy that a run starts from is 0, whatever bfloat16 says.
     kl[:, 0] = 0.0
     d = np.linspace(0, np.sqrt(kl).mean(0).max(), 200)
-    if look is LOOK[BEST_OF_N]:
-        fit = fit_bon(kl, gold)
-        gain = bon_curve(d**2, fit.a, fit.b)
-    else:
-        fit = fit_rl(kl, gold)
-        gain = rl_curve(d**2, fit.a, fit.b)
-    axis.plot(d, gold[:, 0].mean() + gain.numpy(), ":", color="black", linewidth=1.2)
+    fitted = gold[:, 0].mean() + look.fit(kl, gold, d)
+    axis.plot(d, fitted, ":", color="black", linewidth=1.2)
 
 
 # -------------------------------------------------------------------------------- the command line

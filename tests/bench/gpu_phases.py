@@ -437,7 +437,12 @@ def measure_ppo(args):
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     row = json.loads(done.stdout.splitlines()[-1])
     needs = memory.needs(
-        SHAPES[args.size], rollout=B, micro_batch=m, tokens=P + R, checkpointed=False
+        SHAPES[args.size],
+        rollout=B,
+        micro_batch=m,
+        tokens=P + R,
+        checkpointed=False,
+        compiled=args.device == "cuda",
     )
     row["peak_gb"] = round(row["peak_memory_mb"] * 2**20 / 1e9, 2)
     yield {"variant": "compile", **row, "formula_gb": round(needs["peak"] / 1e9, 2)}
