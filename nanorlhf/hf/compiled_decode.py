@@ -43,6 +43,7 @@ from .decode import (
     has_fsdp_units,
     read_prompts,
     static_cache,
+    write_column,
 )
 from .lora import adapters
 
@@ -202,14 +203,8 @@ class Decoder:
 
     def write(self, hidden: Tensor):
         """Sample the next token of each row from hidden [B, D], and write it."""
-        sampler = self.sampler
-        # `column` is no Python number, so nothing here waits for the GPU.
-        new = sampler(hidden, self.u.index_select(1, self.column)[:, 0])
-        for name, value in new.items():
-            self.out[name].index_copy_(1, self.column, value[:, None])
-        self.token.copy_(new["response_ids"][:, None])
-        if sampler.end_ids is not None:
-            self.finished.logical_or_(sampler.is_end(self.token[:, 0]))
+        token = write_column(self.sampler, hidden, self.column, self.u, self.out, self.finished)
+        self.token.copy_(token)
         self.position.add_(1)
         self.column.add_(1)
         self.window.column.add_(1)

@@ -326,13 +326,7 @@ def decode_static(
 
     def write(hidden):
         """Sample the next token of each row from hidden [B, D], and write it."""
-        # `column` is no Python number, so nothing here waits for the GPU.
-        new = sampler(hidden, u.index_select(1, column)[:, 0])
-        for name, value in new.items():
-            out[name].index_copy_(1, column, value[:, None])
-        token.copy_(new["response_ids"][:, None])
-        if sampler.end_ids is not None:
-            finished.logical_or_(sampler.is_end(token[:, 0]))
+        token.copy_(write_column(sampler, hidden, column, u, out, finished))
         position.add_(1)
         column.add_(1)
 
@@ -360,6 +354,22 @@ def decode_static(
             break
         take_step()
         t += 1
+
+
+def write_column(
+    sampler, hidden: Tensor, column: Tensor, u: Tensor, out: dict[str, Tensor], finished: Tensor
+) -> Tensor:
+    """Sample a token for each row from hidden [B, D], and write it into a column of the responses.
+
+    column [1]: no Python number, so nothing here waits for the GPU. -> the tokens [B, 1]
+    """
+    new = sampler(hidden, u.index_select(1, column)[:, 0])
+    for name, value in new.items():
+        out[name].index_copy_(1, column, value[:, None])
+    token = new["response_ids"]  # [B]
+    if sampler.end_ids is not None:
+        finished.logical_or_(sampler.is_end(token))
+    return token[:, None]
 
 
 def has_fsdp_units(lm) -> bool:
