@@ -3,8 +3,13 @@
 Fixtures of the whole session are made once and only read: a test copies a file before changing it.
 """
 
+import gc
 import os
 import sys
+
+# What is imported and collected stays: looking through it for garbage takes seconds. workers.py
+# turns the collector on again.
+gc.disable()
 
 # Tests run on the CPU, also where there is a GPU, unless pytest is called with --gpu. Torch must
 # not have looked before; processes that tests start inherit it.
@@ -39,7 +44,7 @@ import sample_bon
 import train_rm
 import train_sae
 import train_sft
-from nanorlhf import world
+from nanorlhf import data, world
 from nanorlhf.runtime import plots
 from nanorlhf.show import page
 
@@ -93,6 +98,24 @@ def no_pictures():
         for script in ALL_SCRIPTS.values():
             patch.setattr(script, "write_page", lambda run, dist: None)
         patch.setattr(plots, "save", draw_only)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_world():
+    """The embedded world's data sets in a few hundred rows: thousands take seconds to write."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.WORLD_SIZES, "sft", 600)
+        patch.setitem(data.WORLD_SIZES, "pairs", 200)
+        patch.setattr(data, "WORLD_HELD_OUT", 64)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync():
+    """No test waits for the disk: what tests write need not outlive the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

@@ -5,6 +5,7 @@ first. So fixtures of a file are made once, and those of the session once in eac
 process shows all reports, as if it had run every test itself.
 """
 
+import gc
 import json
 import os
 import signal
@@ -14,6 +15,9 @@ import traceback
 
 def pytest_runtestloop(session):
     """A hook of pytest, in the place of its own loop where there is something to share out."""
+    # What has been collected is no garbage: the collector, off since conftest.py, leaves it out.
+    gc.freeze()
+    gc.enable()
     option = session.config.option
     files = by_file(session.items)
     alone = option.processes == 1 or len(files) == 1 or option.usepdb or option.collectonly
@@ -95,6 +99,9 @@ def show_reports(config, lines):
             lines.seek(start)
             return
         report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+        # JSON has no tuples, and the reason of a skipped test is one.
+        if isinstance(report.longrepr, list):
+            report.longrepr = tuple(report.longrepr)
         config.hook.pytest_runtest_logreport(report=report)
 
 

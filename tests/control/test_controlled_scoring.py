@@ -466,8 +466,21 @@ def check_logged_features(record, readings, prices, costs, clamps):
         assert record[f"eval/rate/{feature}"] == close((z != 0).mean(), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", REWARDS)
-@pytest.mark.parametrize("what", CASES)
+BY_HAND = [
+    ("sarm", "indicator"),
+    ("sarm", "hinge"),
+    ("dense", "clamp"),
+    ("sarm", "both"),
+    ("dense", "density"),
+    pytest.param("dense", "indicator", marks=pytest.mark.slow),
+    pytest.param("dense", "hinge", marks=pytest.mark.slow),
+    pytest.param("sarm", "clamp", marks=pytest.mark.slow),
+    pytest.param("dense", "both", marks=pytest.mark.slow),
+    pytest.param("sarm", "density", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name, what", BY_HAND)
 def test_r_of_each_answer_by_hand(base, tmp_path, name, what):
     """R = score(clamp(z)) - penalties(z) - density, of every held-out answer.
 

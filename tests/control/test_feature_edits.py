@@ -259,6 +259,7 @@ def test_what_moves_every_text_by_the_same_amount_flips_no_choice(
     assert found["arms"]["edits"]["pool"]["flipped"] == 0
 
 
+@pytest.mark.slow
 def test_a_pool_without_gold_has_the_same_flips_and_no_change_of_gold(
     pairs_by_hand, pool_rows, run_on_pool
 ):

@@ -564,6 +564,7 @@ def test_the_classical_interval_of_one_curve_is_far_too_narrow():
     assert classical_high - classical_low < 0.5 * (high - low)
 
 
+@pytest.mark.slow
 def test_bootstrap_coverage():
     """Of 30 rows: about 0.93."""
     n_rounds = 20

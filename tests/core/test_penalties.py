@@ -170,9 +170,14 @@ def fit_density_ratio(policy, human, seed):
     return net
 
 
-# In the second case the sets are unequal: both classes weigh the same all the same.
+# Where the sets are unequal, both classes weigh the same all the same.
 @pytest.mark.parametrize(
-    "n_policy, n_human, seed", [(1000, 1000, 0), (500, 1500, 1), (1000, 1000, 2)]
+    "n_policy, n_human, seed",
+    [
+        pytest.param(1000, 1000, 0, marks=pytest.mark.slow),
+        (500, 1500, 1),
+        pytest.param(1000, 1000, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_log_ratio_of_two_gaussians(n_policy, n_human, seed):
     policy, human = draw_gaussians(n_policy, n_human, seed)

@@ -506,7 +506,11 @@ def strict():
         yield
 
 
-SAMPLING = [{}, {"temperature": 0.7, "top_k": 9}, {"top_p": 0.8}]
+SAMPLING = [
+    {},
+    pytest.param({"temperature": 0.7, "top_k": 9}, marks=pytest.mark.slow),
+    {"top_p": 0.8},
+]
 # One token; one cache block; a look at whether all have finished.
 LENGTHS = [1, R, 40]
 

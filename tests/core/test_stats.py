@@ -113,7 +113,15 @@ def test_bootstrap_against_the_standard_error(level, z):
 
 
 # As often as its docstring says.
-@pytest.mark.parametrize("n_rows, expected", [(40, 0.94), (10, 0.90), (5, 0.84), (3, 0.75)])
+@pytest.mark.parametrize(
+    "n_rows, expected",
+    [
+        (40, 0.94),
+        pytest.param(10, 0.90, marks=pytest.mark.slow),
+        pytest.param(5, 0.84, marks=pytest.mark.slow),
+        (3, 0.75),
+    ],
+)
 def test_bootstrap_coverage(n_rows, expected):
     """The interval holds the true mean about 94 times in 100 for 40 rows, less often for few."""
     hits = 0

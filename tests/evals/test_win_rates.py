@@ -583,7 +583,16 @@ def check_the_rest_is_asked(files, server, options, questions):
 
 
 @pytest.mark.parametrize(
-    ("name", "parallel"), [*((name, 1) for name in FAILURES), ("429", 3), ("no key", 3)]
+    ("name", "parallel"),
+    [
+        pytest.param("silence", 1, marks=pytest.mark.slow),
+        ("429", 1),
+        ("429", 3),
+        ("500", 1),
+        ("no key", 1),
+        ("no key", 3),
+        ("for hours", 1),
+    ],
 )
 def test_an_endpoint_that_fails_stops_the_asking_and_what_it_chose_is_kept(
     files, capfd, name, parallel

@@ -307,7 +307,7 @@ def test_running_ids_are_those_of_each_forward(architecture):
 
 
 @each_family
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_in_a_rollout_tokens_are_replaced_one_by_one(architecture, static):
     """Log-probs of a rollout with a cache against the whole text in one forward, both with the same
     function at work."""

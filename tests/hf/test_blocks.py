@@ -384,6 +384,7 @@ def test_attention_is_fused_in_float32_and_plain_in_bfloat16(architecture):
     assert lm.config._attn_implementation == "eager"
 
 
+@pytest.mark.slow
 def test_rollouts_do_not_run_what_was_compiled_for_the_update():
     policy = tiny_policy("neox")
     ids, mask = left_pad([[5, 6, 7], [8]], 0)

@@ -1077,6 +1077,7 @@ def test_a_reward_model_merges_as_loading_does(chain, tmp_path):
     assert unmerged.model.config.reward_std == merged.model.config.reward_std
 
 
+@pytest.mark.slow
 def test_ppo_merges_as_loading_does(chain, tmp_path):
     run_unmerged_and_merged("ppo", chain, tmp_path, reward_model=["world:gold"], steps=1)
     unmerged = load_policy(str(tmp_path / "unmerged"))
@@ -1140,6 +1141,7 @@ def test_ppo_has_the_sft_policy_as_its_reference(
     assert_bit_equal(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_separate_value_model_is_trained_in_full(chain, tmp_path):
     flags = {
         "steps": 1,
@@ -1167,7 +1169,14 @@ def kill_at_step_3(monkeypatch):
     monkeypatch.setattr(log.RunFolder, "append", killed)
 
 
-@pytest.mark.parametrize("kind", SCRIPTS)
+RESUMED = [
+    "sft",
+    pytest.param("rm", marks=pytest.mark.slow),
+    pytest.param("ppo", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kind", RESUMED)
 def test_resume_is_exact(chain, scores, tmp_path, kind):
     flags = {"steps": 3, "checkpoint_every": 1}
     if kind != "ppo":

@@ -547,13 +547,23 @@ def test_an_endpoint_is_asked_once_for_each_feature(material, tmp_path):
     [
         (chat("I cannot say."), "not the JSON that was asked for: 'I cannot say.'", 3),
         (chat(None, refusal="No."), "a refusal: 'No.'", 3),
-        (chat('{"description": "x", "related": "maybe"}'), "neither true nor false", 3),
-        (chat('{"description": "", "related": true}'), "not a sentence", 3),
+        pytest.param(
+            chat('{"description": "x", "related": "maybe"}'),
+            "neither true nor false",
+            3,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            chat('{"description": "", "related": true}'),
+            "not a sentence",
+            3,
+            marks=pytest.mark.slow,
+        ),
         ((200, "<html>"), "not a chat completion: '<html>'", 3),
-        ((200, '{"choices": []}'), "not a chat completion", 3),
+        pytest.param((200, '{"choices": []}'), "not a chat completion", 3, marks=pytest.mark.slow),
         ((401, "no key"), "HTTP 401", 2),  # nobody else will be let in either
         ((503, ""), "HTTP 503 Service Unavailable, 4 times", 5),
-        (0.6, "timed out, 4 times", 5),  # seconds of silence
+        pytest.param(0.6, "timed out, 4 times", 5, marks=pytest.mark.slow),  # seconds of silence
     ],
 )
 def test_what_an_endpoint_has_said_is_kept(material, tmp_path, capfd, bad_reply, words, n_asked):
@@ -582,11 +592,11 @@ def test_what_an_endpoint_has_said_is_kept(material, tmp_path, capfd, bad_reply,
     "line",
     [
         "[",
-        "5",
-        "{}",
+        pytest.param("5", marks=pytest.mark.slow),
+        pytest.param("{}", marks=pytest.mark.slow),
         '{"key": "a", "description": "b"}',
-        '{"key": "a", "description": 5, "related": true}',
-        '{"key": [], "description": "b", "related": true}',
+        pytest.param('{"key": "a", "description": 5, "related": true}', marks=pytest.mark.slow),
+        pytest.param('{"key": [], "description": "b", "related": true}', marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_line_of_explanations_is_named_and_can_be_deleted(

@@ -727,6 +727,7 @@ def test_a_reward_without_any_spread_is_refused(material, tmp_path, no_policy, n
 NOTHING_TO_TRAIN_ON = "--test_share 0.999 leaves 1 prompts for training"
 
 
+@pytest.mark.slow
 def test_a_test_share_leaves_prompts_to_train_on_for_rewards(material, tmp_path, no_policy):
     with pytest.raises(InputError, match=NOTHING_TO_TRAIN_ON):
         probe_reward(material, tmp_path / "out", task="sequence", test_share=0.999)
@@ -766,6 +767,7 @@ def test_the_layers_are_those_that_have_autoencoders(tmp_path):
         reward_probes.list_layers(RewardConfig(sae=folder, site="attention"))
 
 
+@pytest.mark.slow
 def test_one_seed_has_no_interval(material, tmp_path):
     found = probe_reward(material, tmp_path / "out", seeds=1, layers="highest:1")
     _, half_width = found["rows"]["length"]["tau"]
@@ -833,7 +835,9 @@ def files(material, tmp_path, monkeypatch):
         ("reward", "--reward broken.tsv", "broken.tsv:2: not WORD<TAB>VALUE"),
         ("reward", "--dataset one.jsonl --reward all.tsv", "after 1 prompts only"),
         ("reward", "--dataset one.jsonl", "--reward names the target"),
-        ("reward", "--layers 7 --max_rows 100", "layers 0 to 1"),
+        pytest.param(
+            "reward", "--layers 7 --max_rows 100", "layers 0 to 1", marks=pytest.mark.slow
+        ),
         ("reward", "--site head", "--site"),
         ("reward", "--sae .", "no folder policy/"),
         ("pairs", "--policy ./none", "no such"),

@@ -272,6 +272,7 @@ def test_members_share_their_wrong_labels(base, tmp_path, labels):
     check_share_of_flipped(first)
 
 
+@pytest.mark.slow
 def test_independent_noise(base, tmp_path, labels):
     """The noise of member i is that of a single run with --noise_seed 5 + i."""
     train_members(base, tmp_path / "a", members=3, noise_seed=5, independent_noise=True)
@@ -520,6 +521,7 @@ def test_uwo_with_lambda_0_is_the_mean(base, runs, tmp_path):
     assert_bit_equal(base / "mean", tmp_path)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_one(base, tmp_path):
     """Its worst case, its mean and its uncertainty-weighted score are its score."""
     settings = {"reward_model": [f"{base}/rm/seed_1"], "steps": 1}
@@ -562,7 +564,7 @@ def test_members_of_all_kinds(base, tmp_path):
     assert f"eval/score/{begins}" in records[1]
 
 
-@pytest.mark.parametrize("before_the_end", [3, 9])
+@pytest.mark.parametrize("before_the_end", [pytest.param(3, marks=pytest.mark.slow), 9])
 def test_an_ensemble_killed_and_resumed(base, runs, tmp_path, monkeypatch, before_the_end):
     folder = tmp_path / "run"
     settings = {"objective": "wco"}
@@ -887,6 +889,7 @@ def test_gold_killed_between_files(base, finished, with_gold, monkeypatch, name)
     assert not list(finished.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_gold_of_all_splits(base, here, tmp_path):
     spec = f"{base}/rewards.py:words"
     without = tmp_path / "without"

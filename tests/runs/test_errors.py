@@ -433,13 +433,18 @@ def test_a_bad_reward(here, capfd, flag, reward, words):
     [
         ("raises", "rewards.py:raises raised KeyError ... no such word"),
         ("nan", "rewards.py:nan returned nan for the response"),
-        ("infinite", "rewards.py:infinite returned -inf"),
+        pytest.param("infinite", "rewards.py:infinite returned -inf", marks=pytest.mark.slow),
         ("short", "rewards.py:short returned 2 scores for 3 responses"),
-        (
+        pytest.param(
             "texts",
             "rewards.py:texts must return one float for each response ... is of type str",
+            marks=pytest.mark.slow,
         ),
-        ("none", "rewards.py:none must return one float for each response ... NoneType"),
+        pytest.param(
+            "none",
+            "rewards.py:none must return one float for each response ... NoneType",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_reward_that_goes_wrong_when_it_is_called(here, capfd, function, words):
@@ -645,19 +650,21 @@ LOST = "do not find each other"
             f"{LOST} ... 1/2 clients joined",
         ),
         ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=FREE", LOST),
-        (
+        pytest.param(
             "WORLD_SIZE=2 RANK=1 MASTER_ADDR=nowhere.invalid MASTER_PORT=FREE",
             f"{LOST} ... nowhere.invalid",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "WORLD_SIZE=2 RANK=0 MASTER_ADDR=nowhere.invalid MASTER_PORT=FREE",
             f"{LOST} ... nowhere.invalid",
+            marks=pytest.mark.slow,
         ),
     ],
 )
 def test_a_bad_environment_of_torchrun(here, capfd, monkeypatch, settings, words):
     """One line, also where torch has a page to say about each of its tries."""
-    monkeypatch.setattr(distributed, "MEETING_SECONDS", 0.5)
+    monkeypatch.setattr(distributed, "MEETING_SECONDS", 0.1)
     # A process of several waits a second before it ends.
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for setting in settings.replace("FREE", str(free_port())).split():

@@ -512,6 +512,7 @@ def test_a_single_prompt_has_no_errors_and_no_fit(base, tmp_path):
     assert summary(tmp_path / "run")["fits"] == {}
 
 
+@pytest.mark.slow
 def test_folders_with_one_name_are_told_apart_by_their_paths(base, tmp_path):
     """A copy of a model has the same scores, and they are kept once."""
     shutil.copytree(base / "rm/seed_0", tmp_path / "a/model")
@@ -735,7 +736,14 @@ def whole_batches(base):
 
 
 # batch_size, micro_batch_size, CHUNK: parts of a prompt's answers, and all answers of several.
-@pytest.mark.parametrize("sampled, scored, chunk", [(1, 1, 1), (3, 2, 7), (9, 64, 5)])
+BATCH_SIZES = [
+    pytest.param(1, 1, 1, marks=pytest.mark.slow),
+    (3, 2, 7),
+    pytest.param(9, 64, 5, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("sampled, scored, chunk", BATCH_SIZES)
 def test_batch_sizes_change_nothing(
     base, whole_batches, tmp_path, monkeypatch, sampled, scored, chunk
 ):
@@ -1029,7 +1037,11 @@ def test_the_cache_is_written_eight_times(not_killed):
     assert not_killed.n_lines == [2] * 8
 
 
-@pytest.mark.parametrize("fatal", range(1, 9))
+# The first write of the answers, one of the scores, and the last one.
+KILLS = [1, 4, 8] + [pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5, 6, 7)]
+
+
+@pytest.mark.parametrize("fatal", KILLS)
 def test_a_run_that_was_killed_at_a_write_to_the_cache_goes_on(
     base, not_killed, tmp_path, monkeypatch, fatal
 ):
@@ -1489,7 +1501,14 @@ def best_places(proxies):
     return places
 
 
-@pytest.mark.parametrize("split, objective", [("test", "mean"), ("train", "wco"), ("ood", "uwo")])
+SAVED = [
+    pytest.param("test", "mean", marks=pytest.mark.slow),
+    ("train", "wco"),
+    pytest.param("ood", "uwo", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("split, objective", SAVED)
 def test_save_best(base, tmp_path, split, objective):
     """Two rows for each prompt: the best of answers 0 to 2, and the best of answers 3 to 5.
 
@@ -1817,6 +1836,7 @@ def test_a_split_that_is_not_there_is_an_error_before_anything_is_written(base, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_each_of_several_splits_is_a_run_in_a_folder_of_its_own(base, tmp_path, own_rows):
     results = tiny(base, tmp_path / "run", eval_splits=["test", "ood"], **own_rows)
 

@@ -645,6 +645,7 @@ def dropout_of(base, where):
 
 
 # The first step of LoRA that can tell is the second: an adapter starts as no change at all.
+@pytest.mark.slow
 @pytest.mark.parametrize("where, step", [("model", 0), ("lora", 1)], ids=["model", "lora"])
 @pytest.mark.parametrize("kind", ["sft", "rm"])
 def test_with_dropout_micro_batches_change_results(base, tmp_path, kind, where, step):
@@ -667,7 +668,7 @@ def test_the_help_says_that_with_dropout_micro_batches_change_results(capsys, ki
         assert "results too" in shown
 
 
-@pytest.mark.parametrize("where", ["model", "lora"])
+@pytest.mark.parametrize("where", ["model", pytest.param("lora", marks=pytest.mark.slow)])
 def test_ppo_has_no_dropout_that_micro_batches_could_change(base, tmp_path, where):
     for size in (8, 3):
         ppo(base, tmp_path / f"{size}", micro_batch_size=size, **dropout_of(base, where))
@@ -809,7 +810,15 @@ def plain_last_values(policy, batch):
     return torch.stack(values)
 
 
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "full"])
+KL_KINDS = [
+    "k1",
+    pytest.param("k2", marks=pytest.mark.slow),
+    pytest.param("k3", marks=pytest.mark.slow),
+    "full",
+]
+
+
+@pytest.mark.parametrize("kind", KL_KINDS)
 def test_kl_in_the_reward(base, tmp_path, seen, kind):
     rows = ppo(base, tmp_path, kl_kind=kind, kl_coef=0.7, lr=2e-3)
     # At step 2 the policy has moved once, and the four kinds can be told apart.
@@ -828,7 +837,7 @@ def test_kl_in_the_reward(base, tmp_path, seen, kind):
 GROUPS = {"advantage": "grpo", "group_size": 4}
 KL_LOSSES = [
     ("k2", {}),
-    ("full", {}),
+    pytest.param("full", {}, marks=pytest.mark.slow),
     pytest.param("k3", {}, marks=pytest.mark.slow),
     pytest.param("k2", GROUPS, marks=pytest.mark.slow),
     pytest.param("full", GROUPS, marks=pytest.mark.slow),
@@ -882,6 +891,7 @@ def test_a_further_kl_kind_in_the_reward(square_kl, base, tmp_path, seen):
     assert penalty == pytest.approx(0.35 * 2 * kls["k2"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_further_kl_kind_in_the_loss(square_kl, base, tmp_path):
     """At half its coefficient it is k2, bit for bit: a factor of 2 rounds nothing."""
     ppo(base, tmp_path / "square", kl_in="loss", kl_kind="square", kl_coef=1.5, lr=2e-3)
@@ -930,7 +940,7 @@ def test_score_clip(base, tmp_path):
     assert column(rows[1:], "reward") == [1.5, 1.5]
 
 
-@pytest.mark.parametrize("kind", ["running", "first"])
+@pytest.mark.parametrize("kind", ["running", pytest.param("first", marks=pytest.mark.slow)])
 def test_score_scaling(base, tmp_path, seen, kind):
     """Scores are divided by the standard deviation of all scores so far, or of the first ones."""
     rows = ppo(base, tmp_path, score_scaling=kind, kl_coef=0.0)
@@ -957,8 +967,8 @@ def shaped_scores(step, eos_required=False, missing_eos_penalty=0.0, length_pena
 
 
 ENDINGS = [
-    {"missing_eos_penalty": 3.0},
-    {"eos_required": True},
+    pytest.param({"missing_eos_penalty": 3.0}, marks=pytest.mark.slow),
+    pytest.param({"eos_required": True}, marks=pytest.mark.slow),
     {"eos_required": True, "missing_eos_penalty": 3.0},
     {"length_penalty": 0.25},
 ]
@@ -974,7 +984,7 @@ def test_endings_and_lengths(base, tmp_path, seen, options):
     assert rows[1]["reward"] == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("bootstrap", [False, True])
+@pytest.mark.parametrize("bootstrap", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bootstrap_truncated(base, tmp_path, seen, bootstrap):
     """With gamma = lambda = 1 and no KL every token's return is the score.
 
@@ -1005,6 +1015,7 @@ def test_entropy_bonus(base, tmp_path):
     assert rows[3]["entropy"] > without[3]["entropy"] + 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"kl_kind": "full", "kl_in": "loss"}], ids=["k1", "full"])
 def test_entropy_bonus_at_a_low_temperature(base, tmp_path, settings):
     """Most probabilities are too small for float32, and a run goes on."""
@@ -1013,7 +1024,7 @@ def test_entropy_bonus_at_a_low_temperature(base, tmp_path, settings):
     check_finite(rows)
 
 
-@pytest.mark.parametrize("source", ["sft", "rm"])
+@pytest.mark.parametrize("source", ["sft", pytest.param("rm", marks=pytest.mark.slow)])
 def test_value_model(base, tmp_path, seen, source):
     """The critic starts from `source`, is trained, and is saved beside the policy."""
     settings = {"value_model": f"{base}/{source}", "lr": 1e-3, "bootstrap_truncated": True}
@@ -1062,15 +1073,17 @@ def test_freeze_layers(base, tmp_path, kind):
 
 
 # Every way in which a reference or a value is asked for.
-ASKED_FOR = {
-    "plain": {},
-    "full KL": {"kl_kind": "full"},
-    "full KL in the loss": {"kl_kind": "full", "kl_in": "loss"},
-    "bootstrap": {"bootstrap_truncated": True},
-}
+ASKED_FOR = [
+    pytest.param({}, id="plain"),
+    pytest.param({"kl_kind": "full"}, id="full KL", marks=pytest.mark.slow),
+    pytest.param(
+        {"kl_kind": "full", "kl_in": "loss"}, id="full KL in the loss", marks=pytest.mark.slow
+    ),
+    pytest.param({"bootstrap_truncated": True}, id="bootstrap", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("settings", ASKED_FOR.values(), ids=ASKED_FOR.keys())
+@pytest.mark.parametrize("settings", ASKED_FOR)
 def test_a_frozen_trunk_that_runs_once_changes_nothing(base, tmp_path, monkeypatch, settings):
     """Against a run in which every forward goes through all blocks."""
 
@@ -1175,6 +1188,7 @@ def test_a_run_with_the_same_seed_is_the_same(base, tmp_path, plain):
     assert ppo(base, tmp_path) == plain
 
 
+@pytest.mark.slow
 def test_a_run_with_another_seed_is_another(base, tmp_path, plain):
     other = ppo(base, tmp_path, seed=1)
     for row, plain_row in zip(other[1:], plain[1:], strict=True):
@@ -1207,6 +1221,7 @@ def test_noise_on_all_labels_turns_the_margin_round(first_rm_step, clean):
     assert abs(clean["margin"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_noise_on_half_of_the_labels_depends_on_its_seed(first_rm_step, clean):
     half = first_rm_step(label_noise=0.5)
     other_half = first_rm_step(label_noise=0.5, noise_seed=1)
@@ -1225,7 +1240,7 @@ def exchange_labels(rows, share, seed):
     return noisy
 
 
-@pytest.mark.parametrize("kind", ["dpo", "rm"])
+@pytest.mark.parametrize("kind", [pytest.param("dpo", marks=pytest.mark.slow), "rm"])
 def test_the_noise_of_a_seed_is_one_for_dpo_and_reward_models(base, tmp_path, kind):
     """Training on pairs that are exchanged in their file is the same as with --label_noise."""
     rows = read_rows(f"{base}/pairs.jsonl")
@@ -1278,7 +1293,15 @@ def without_splits(record, *labels):
     return {name: value for name, value in record.items() if not name.startswith(prefixes)}
 
 
-@pytest.fixture(scope="module", params=["sft", "dpo", "rm", "ppo"])
+KINDS_WITH_SPLITS = [
+    pytest.param("sft", marks=pytest.mark.slow),
+    pytest.param("dpo", marks=pytest.mark.slow),
+    "rm",
+    "ppo",
+]
+
+
+@pytest.fixture(scope="module", params=KINDS_WITH_SPLITS)
 def named_splits(request, base, tmp_path_factory):
     """A run that is evaluated on one file, and one evaluated on further splits besides.
 

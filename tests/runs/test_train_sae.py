@@ -301,6 +301,7 @@ def sentence_ends(row):
     return [i for i, word in enumerate(words) if word in ".!?" or i == last]
 
 
+@pytest.mark.slow
 def test_sentence_ends(base, tmp_path):
     """They are trained on and measured; no other activation is replaced."""
     ends = {"tokens": "sentence_ends", "base": "none", "layers": "1", "site": "residual"}
@@ -338,7 +339,7 @@ def with_bos(base, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("keep_bos", [False, True])
+@pytest.mark.parametrize("keep_bos", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bos_is_treated_alike_in_every_arm(base, with_bos, tmp_path, keep_bos):
     """Tokens with BOS's id are neither measured, nor reconstructed, nor switched off; or all three.
 
@@ -371,6 +372,7 @@ def test_bos_is_treated_alike_in_every_arm(base, with_bos, tmp_path, keep_bos):
 SHARED = {"base": "none", "layers": "1", "steps": 1}
 
 
+@pytest.mark.slow
 def test_an_eos_with_the_id_of_bos_is_left_out(base, with_bos, tmp_path, capfd):
     """And that is said. With --keep_bos it is kept: one token more for each text."""
     model = f"{with_bos}/shared"

@@ -139,7 +139,7 @@ TEMPORARY = pytest.mark.parametrize(
         pytest.param((503, ""), id="busy"),
         pytest.param((408, ""), id="timed out there"),
         pytest.param(0, id="hangs up"),
-        pytest.param(0.5, id="silent for longer than the timeout"),
+        pytest.param(0.5, id="silent for longer than the timeout", marks=pytest.mark.slow),
         pytest.param(CUT_OFF, id="hangs up in the middle"),
     ],
 )
@@ -170,12 +170,22 @@ HEAD = "HTTP/1.1 200 OK\r\n"
     "text",
     [
         pytest.param("HTTP/1.1 200 " + "x" * 1000, id="the status line"),
-        pytest.param(HEAD + "X: " + "x" * 1000, id="a header"),
-        pytest.param(HEAD + "X: y\r\n" * 1000, id="many headers"),
+        pytest.param(HEAD + "X: " + "x" * 1000, id="a header", marks=pytest.mark.slow),
+        pytest.param(HEAD + "X: y\r\n" * 1000, id="many headers", marks=pytest.mark.slow),
         pytest.param(HEAD + "Content-Length: 1000\r\n\r\n" + "x" * 1000, id="the body"),
-        pytest.param(HEAD + "\r\n" + "x" * 1000, id="a body without a length"),
-        pytest.param("HTTP/1.1 400 no\r\n\r\n" + "x" * 1000, id="the body of an error"),
-        pytest.param("HTTP/1.1 100 Continue\r\n\r\n" * 1000, id="many provisional answers"),
+        pytest.param(
+            HEAD + "\r\n" + "x" * 1000, id="a body without a length", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "HTTP/1.1 400 no\r\n\r\n" + "x" * 1000,
+            id="the body of an error",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "HTTP/1.1 100 Continue\r\n\r\n" * 1000,
+            id="many provisional answers",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_slow_answer_has_a_deadline_as_a_whole(text):
