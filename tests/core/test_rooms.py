@@ -68,6 +68,14 @@ def origin_of(node, package):
     return ".".join(origin)
 
 
+def walk_statements(node):
+    """All statements below a node. Expressions, most of a file, hold no import."""
+    for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for statement in getattr(node, field, []):
+            yield statement
+            yield from walk_statements(statement)
+
+
 def read_imports(module, path):
     """The names that a file imports: {"hf.lora", "hf.lora.merge", "torch", ...}.
 
@@ -78,7 +86,7 @@ def read_imports(module, path):
         *rooms, _ = module.split(".")
         package = ["nanorlhf", *rooms]
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in walk_statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 names.add(alias.name)
