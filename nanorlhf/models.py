@@ -34,11 +34,11 @@ from .hf.folders import (
     check_run,
     check_vocabulary,
     check_weights,
-    count_embeddings,
     has_tokenizer,
     hidden_width,
     read_end_ids,
     read_longest_text,
+    read_text_config,
 )
 from .hf.lora import adapters, adapters_off
 from .hf.weights import find_dtype
@@ -493,10 +493,12 @@ def load_tokenizer(path: str, needs_eos: bool = True):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a text")  # some settings are only looked at here
     tokenizer.model_max_length = read_longest_text(path, tokenizer)
-    tokenizer.end_ids = read_end_ids(path, tokenizer)
+    text_config = read_text_config(path)
+    tokenizer.end_ids = read_end_ids(path, tokenizer, text_config)
 
-    n_embeddings = count_embeddings(path)
-    if n_embeddings is not None:
+    n_embeddings = None
+    if text_config is not None:
+        n_embeddings = text_config.vocab_size
         check_vocabulary(path, tokenizer, n_embeddings)
     if tokenizer.eos_token_id is None and needs_eos:
         raise InputError(f"{path}: the tokenizer has no EOS token, so no response could ever end")

@@ -18,6 +18,9 @@ if "--gpu" not in sys.argv:
 # One thread, before torch makes a second: workers.py forks, and a fork has no copies of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Nor does transformers need a pool of threads to read a model: for a tiny one that takes twice as
+# long.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 # No test asks the hub: without a network each question would be tried again for half a minute.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

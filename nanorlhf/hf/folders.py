@@ -183,14 +183,14 @@ def has_tokenizer(path: str) -> bool:
     return any(os.path.isfile(os.path.join(path, name)) for name in TOKENIZER_FILES)
 
 
-def count_embeddings(path: str) -> int | None:
-    """How many token ids the model beside a tokenizer has embeddings for.
+def read_text_config(path: str):
+    """The config of what reads text in the model beside a tokenizer.
 
     None: the folder holds a tokenizer alone.
     """
     if os.path.isdir(path) and not has_weights(path) and not is_adapter(path):
         return None
-    return check_model(path).get_text_config().vocab_size
+    return check_model(path).get_text_config()
 
 
 def check_vocabulary(path: str, tokenizer, n_embeddings: int):
@@ -234,9 +234,10 @@ def find_special_ids(tokenizer) -> set[int]:
     return special_ids
 
 
-def read_end_ids(path: str, tokenizer) -> list[int]:
+def read_end_ids(path: str, tokenizer, text_config) -> list[int]:
     """The ids at which a response ends: the tokenizer's EOS, then the model's further ends.
 
+    text_config: the model's, by read_text_config().
     A chat model often has two, one that ends a turn and one that ends a text. Its list is the
     eos_token_id of generation_config.json, or else of config.json. Only control tokens count: the
     list of a config that was never set may name any word. InputError: the list holds no ids.
@@ -249,7 +250,7 @@ def read_end_ids(path: str, tokenizer) -> list[int]:
         if token.special:
             special_ids.add(token_id)
 
-    listed = read_listed_ends(path)
+    listed = read_listed_ends(path, text_config)
     if not isinstance(listed, list):
         listed = [listed]
     for token_id in listed:
@@ -262,18 +263,20 @@ def read_end_ids(path: str, tokenizer) -> list[int]:
     return ends
 
 
-def read_listed_ends(path: str):
+def read_listed_ends(path: str, text_config):
     """The eos_token_id of a model's generation_config.json, or else of its config.json."""
-    if count_embeddings(path) is None:  # a tokenizer alone
+    if text_config is None:  # a tokenizer alone
         return None
     if is_adapter(path):
-        return read_listed_ends(resolve(read_config(path)["base_model_name_or_path"]))
+        # The config of an adapter is that of its base already.
+        base = resolve(read_config(path)["base_model_name_or_path"])
+        return read_listed_ends(base, text_config)
     listed = None
     file = find_file(path, "generation_config.json", must=False)
     if file:
         listed = read_object(file).get("eos_token_id")
     if listed is None:
-        listed = getattr(check_model(path).get_text_config(), "eos_token_id", None)
+        listed = getattr(text_config, "eos_token_id", None)
     return listed
 
 

@@ -493,7 +493,10 @@ def holds_the_truth(result):
     return torch.tensor([a_held, b_held]).float()
 
 
-@pytest.mark.parametrize("fit, curve", [(fit_bon, bon_curve), (fit_rl, rl_curve)])
+BOTH_FITS = [(fit_bon, bon_curve), pytest.param(fit_rl, rl_curve, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("fit, curve", BOTH_FITS)
 def test_classical_coverage(fit, curve):
     """With independent errors the interval holds the truth 95 times in 100.
 

@@ -230,7 +230,8 @@ def test_pairs_of_the_world_and_its_seed(small_world):
 
 
 def test_held_out_pairs_of_the_world():
-    expected = world.preferences(512, seed=3, split="test")
+    n = nanorlhf.data.WORLD_HELD_OUT
+    expected = world.preferences(n, seed=3, split="test")
     assert read_rows("world:3", "pairs", split="test") == expected
 
 

@@ -442,7 +442,9 @@ def reviews():
 
 @pytest.fixture(scope="module")
 def ood_reviews():
-    return read_rows("world", "sft", split="ood")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nanorlhf.data, "WORLD_HELD_OUT", 512)
+        return read_rows("world", "sft", split="ood")
 
 
 def test_demonstrations_out_of_distribution_are_other_reviews(reviews, ood_reviews):

@@ -1068,6 +1068,7 @@ def run_unmerged_and_merged(kind, chain, folder, **changes):
     assert "adapter_config.json" not in files
 
 
+@pytest.mark.slow
 def test_a_reward_model_merges_as_loading_does(chain, tmp_path):
     run_unmerged_and_merged("rm", chain, tmp_path, steps=2)
     unmerged = load_reward_model(str(tmp_path / "unmerged"))

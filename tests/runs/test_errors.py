@@ -645,9 +645,10 @@ LOST = "do not find each other"
             f"{LOST} ... MASTER_PORT=99999",
         ),
         # The other process never comes.
-        (
+        pytest.param(
             "WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=FREE",
             f"{LOST} ... 1/2 clients joined",
+            marks=pytest.mark.slow,
         ),
         ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=FREE", LOST),
         pytest.param(

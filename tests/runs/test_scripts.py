@@ -192,6 +192,7 @@ def test_the_samples_prompts_keep_their_bos(base, monkeypatch):
     assert tokenizer.batch_decode(seen[0]) == ["review week :"]
 
 
+@pytest.mark.slow
 def test_a_few_samples_are_not_worth_compiling_for(base, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(base / "sft/model")
     policy = load_policy(f"{base}/sft", value_head=False)
@@ -924,7 +925,14 @@ def test_adaptive_kl(base, tmp_path):
 
 
 # Three epochs are six updates. The target is looked at after each epoch.
-@pytest.mark.parametrize("target, n_updates", [(0.0, 6), (1e-9, 2), (1e9, 6)])
+TARGETS = [
+    pytest.param(0.0, 6, marks=pytest.mark.slow),
+    (1e-9, 2),
+    pytest.param(1e9, 6, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("target, n_updates", TARGETS)
 def test_target_kl_ends_the_epochs(base, tmp_path, seen, target, n_updates):
     ppo(base, tmp_path, steps=1, ppo_epochs=3, target_kl=target)
     assert seen.n_updates == n_updates
@@ -1098,6 +1106,7 @@ def test_a_frozen_trunk_that_runs_once_changes_nothing(base, tmp_path, monkeypat
     check_first_ratios(rows)
 
 
+@pytest.mark.slow
 def test_bfloat16(base, tmp_path, plain):
     rows = ppo(base, tmp_path, dtype="bfloat16", steps=3)
     check_finite(rows)
@@ -1169,6 +1178,7 @@ def test_jsonl_prompts_and_a_python_reward(base, tmp_path):
     assert "eval/gold" not in rows[0]
 
 
+@pytest.mark.slow
 def test_lexicon_reward(base, tmp_path):
     """The sum of the words' weights / 5; further columns of the file are passed over."""
     (tmp_path / "words.tsv").write_text("the\t2.5\t0.1\textra\nwas\t-1\n\n")
@@ -1261,6 +1271,7 @@ def test_the_noise_of_a_seed_is_one_for_dpo_and_reward_models(base, tmp_path, ki
     assert by_flag[-1]["loss"] != plain[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_score_l2_is_added_to_the_loss_alone(first_rm_step, clean):
     penalised = first_rm_step(score_l2=0.5)
     assert penalised["loss"] > clean["loss"] + 0.01

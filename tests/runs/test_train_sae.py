@@ -417,8 +417,8 @@ def test_on_a_reward_model(base, tmp_path):
 # Settings, and how many autoencoders they train: layers times models.
 OPTIONS = [
     ({"sae": "vanilla", "base": "none", "layers": "0", "site": "residual"}, 1),
-    ({"sae": "tied", "bias": "median", "layers": "0"}, 2),
-    (
+    pytest.param({"sae": "tied", "bias": "median", "layers": "0"}, 2, marks=pytest.mark.slow),
+    pytest.param(
         {
             "normalize": "token",
             "relu": False,
@@ -427,8 +427,9 @@ OPTIONS = [
             "site": "attention",
         },
         2,
+        marks=pytest.mark.slow,
     ),
-    ({"dtype": "bfloat16", "layers": "1"}, 2),
+    pytest.param({"dtype": "bfloat16", "layers": "1"}, 2, marks=pytest.mark.slow),
 ]
 
 
@@ -445,6 +446,7 @@ def test_options(base, tmp_path, settings, n):
     check_trained(train(base, tmp_path, steps=4, **settings), n)
 
 
+@pytest.mark.slow
 def test_texts_that_the_model_samples(base, tmp_path):
     """Besides those of the data set; they are kept in the cache."""
     texts = {"texts": "both", "max_new_tokens": 4, "max_rows": 60}
