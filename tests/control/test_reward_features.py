@@ -281,6 +281,7 @@ def both_files(sarm_material):
     }
 
 
+@pytest.mark.slow
 def test_answers_after_against_before_are_matched_by_prompt(sarm_material, run_on_sarm, both_files):
     """Beside the pairs; in the order of the policy's contribution."""
     ran = run_on_sarm("reward_features", **both_files)

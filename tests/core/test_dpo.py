@@ -433,6 +433,7 @@ def test_a_policy_that_does_not_move_ties_with_its_reference(base, tmp_path, dty
         assert row["eval/kl"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_lora(base, tmp_path):
     # 53 pairs are all: the same batch three times.
     rows = train(base, tmp_path / "lora", batch_size=53, lora_rank=2, lora_dropout=0.3)

@@ -928,8 +928,8 @@ SAMPLED_IDS = [[11, 12, EOS], [13, 14, 15, EOS], [EOS], [16]]
     "names, n_encoded, n_cut",
     [
         ("own_0 own_1 own_2", 0, 1),
-        ("other_0 other_1 other_2", 1, 1),
-        ("own_0 other_0 eos_0", 1, 2),
+        pytest.param("other_0 other_1 other_2", 1, 1, marks=pytest.mark.slow),
+        pytest.param("own_0 other_0 eos_0", 1, 2, marks=pytest.mark.slow),
         ("eos_0 other_0 own_0", 1, 2),
         ("other_1 eos_0 other_0 own_2 eos_1", 1, 2),
     ],
@@ -948,8 +948,8 @@ def test_members_score_sampled_ids_as_they_do_alone(members, calls, names, n_enc
     "names, n_tokenizers",
     [
         ("own_0 own_1 own_2", 1),
-        ("other_0 other_1 other_2", 1),
-        ("own_0 other_0 eos_0", 3),
+        pytest.param("other_0 other_1 other_2", 1, marks=pytest.mark.slow),
+        pytest.param("own_0 other_0 eos_0", 3, marks=pytest.mark.slow),
         ("eos_0 other_0 own_0", 3),
         ("other_1 eos_0 other_0 own_2 eos_1", 3),
     ],

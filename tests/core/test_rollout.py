@@ -517,7 +517,7 @@ LENGTHS = [1, R, 40]
 
 @pytest.mark.parametrize("options", SAMPLING, ids=str)
 @pytest.mark.parametrize("new", LENGTHS)
-@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("ends", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_static_cache_samples_the_same(policy, strict, new, options, ends):
     eos = None
     if ends:

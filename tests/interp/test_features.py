@@ -858,6 +858,7 @@ def test_features_stay_on_at_a_bos_of_a_rollout(material, static):
     assert not torch.allclose(rollout.logprobs, spared.logprobs, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_rates_leave_a_bos_out_unless_it_is_kept(material, tmp_path):
     """With a word as BOS: --keep_bos has it as a token like others."""
     tokenizer = world.tokenizer()

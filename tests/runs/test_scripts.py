@@ -669,7 +669,8 @@ def test_the_help_says_that_with_dropout_micro_batches_change_results(capsys, ki
         assert "results too" in shown
 
 
-@pytest.mark.parametrize("where", ["model", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["model", "lora"])
 def test_ppo_has_no_dropout_that_micro_batches_could_change(base, tmp_path, where):
     for size in (8, 3):
         ppo(base, tmp_path / f"{size}", micro_batch_size=size, **dropout_of(base, where))

@@ -470,6 +470,7 @@ def times_of_shards(cache):
     return {path: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_cached_activations(base, tmp_path):
     """They are the same up to float error, since other texts share a forward pass.
 
