@@ -616,6 +616,7 @@ def test_a_fifth_of_the_human_texts_is_held_out():
     assert len(density.human) == 1600
 
 
+@pytest.mark.slow
 def test_the_density_ratio_finds_that_of_two_gaussians(learned):
     density, _ = learned
     z = torch.cat([draw_rollout(500, 2000), draw_humans(2000)])

@@ -366,6 +366,7 @@ def test_a_model_that_gives_one_score(base, tmp_path):
 # -------------------------------------------------------------------- members, adapters, folders
 
 
+@pytest.mark.slow
 def test_a_member_is_the_run_of_its_seed(base, tmp_path):
     train(base, tmp_path / "sarm_{seed}", members=2, independent_noise=True, label_noise=0.5)
     train(base, tmp_path / "alone", seed=1, noise_seed=1, label_noise=0.5)

@@ -38,7 +38,9 @@ IDS, MASK = left_pad(PROMPTS, 0)
 EVERYWHERE = range(B)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(
+    scope="module", params=["neox", "llama", pytest.param("gpt2", marks=pytest.mark.slow)]
+)
 def policy(request):
     return tiny_policy(request.param)
 

@@ -615,6 +615,7 @@ def test_rm_bench_against_loops(folder, capsys):
     assert "beats a rejected one (concise, detailed, markdown)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rm_bench_without_domains_is_one_domain(folder):
     rows = draw_rm_bench_rows()
     of_one_domain = []

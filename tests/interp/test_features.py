@@ -512,6 +512,7 @@ def test_an_endpoint_is_asked_with_the_key_and_the_contexts(material, tmp_path, 
     assert "[[10]]" in question
 
 
+@pytest.mark.slow
 def test_any_reply_is_a_description_with_plain_answers(material, tmp_path, capfd):
     flags = {"plain_answers": True, "related_to": "Colours", "features": "1,2"}
     with Endpoint(chat("It is on\n colours. "), chat("It is on names.")) as endpoint:
@@ -563,7 +564,7 @@ def test_an_endpoint_is_asked_once_for_each_feature(material, tmp_path):
         ((200, "<html>"), "not a chat completion: '<html>'", 3),
         pytest.param((200, '{"choices": []}'), "not a chat completion", 3, marks=pytest.mark.slow),
         ((401, "no key"), "HTTP 401", 2),  # nobody else will be let in either
-        ((503, ""), "HTTP 503 Service Unavailable, 4 times", 5),
+        pytest.param((503, ""), "HTTP 503 Service Unavailable, 4 times", 5, marks=pytest.mark.slow),
         pytest.param(0.6, "timed out, 4 times", 5, marks=pytest.mark.slow),  # seconds of silence
     ],
 )
@@ -592,7 +593,7 @@ def test_what_an_endpoint_has_said_is_kept(material, tmp_path, capfd, bad_reply,
 @pytest.mark.parametrize(
     "line",
     [
-        "[",
+        pytest.param("[", marks=pytest.mark.slow),
         pytest.param("5", marks=pytest.mark.slow),
         pytest.param("{}", marks=pytest.mark.slow),
         '{"key": "a", "description": "b"}',

@@ -328,6 +328,7 @@ def test_three_members_again_change_nothing(base, three_members, capsys):
         assert found == summary(Path(folder))
 
 
+@pytest.mark.slow
 def test_two_members_more(base, three_members, tmp_path, capsys):
     """--members 5 where three are there: these stay as they are."""
     before = hashes(three_members)

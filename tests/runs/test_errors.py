@@ -432,7 +432,7 @@ def test_a_bad_reward(here, capfd, flag, reward, words):
     "function, words",
     [
         ("raises", "rewards.py:raises raised KeyError ... no such word"),
-        ("nan", "rewards.py:nan returned nan for the response"),
+        pytest.param("nan", "rewards.py:nan returned nan for the response", marks=pytest.mark.slow),
         pytest.param("infinite", "rewards.py:infinite returned -inf", marks=pytest.mark.slow),
         ("short", "rewards.py:short returned 2 scores for 3 responses"),
         pytest.param(
@@ -650,7 +650,11 @@ LOST = "do not find each other"
             f"{LOST} ... 1/2 clients joined",
             marks=pytest.mark.slow,
         ),
-        ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=FREE", LOST),
+        pytest.param(
+            "WORLD_SIZE=2 RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=FREE",
+            LOST,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "WORLD_SIZE=2 RANK=1 MASTER_ADDR=nowhere.invalid MASTER_PORT=FREE",
             f"{LOST} ... nowhere.invalid",

@@ -306,12 +306,17 @@ def test_the_last_k_checkpoints_are_kept(base, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- run again
 
 
+# Of its forty steps a run of train_sae.py needs few to be finished.
+FEWER_STEPS = {"sae": {"steps": 6}}
+
+
 @pytest.fixture(scope="module", params=[*SCRIPTS, "sae"])
 def finished(request, base, tmp_path_factory):
     """A finished run of each kind: (kind, folder). It is only read."""
-    folder = tmp_path_factory.mktemp("finished") / request.param
-    train(base, request.param, folder)
-    return request.param, folder
+    kind = request.param
+    folder = tmp_path_factory.mktemp("finished") / kind
+    train(base, kind, folder, **FEWER_STEPS.get(kind, {}))
+    return kind, folder
 
 
 def call_again(kind, folder, *args):
@@ -324,7 +329,8 @@ def test_the_same_call_on_a_finished_run_says_that_it_is_done(base, finished, ca
     kind, folder = finished
     before = hashes(folder)
     script = RUNS[kind]
-    config = script.Config(output_dir=str(folder), **small(base, kind))
+    settings = small(base, kind, **FEWER_STEPS.get(kind, {}))
+    config = script.Config(output_dir=str(folder), **settings)
     assert script.main(config) == summary(folder)
     assert "this run is done" in capsys.readouterr().out
     assert hashes(folder) == before
@@ -368,4 +374,5 @@ def test_another_run_needs_another_folder(finished, capsys, args, setting):
 
 def test_a_run_with_another_seed_needs_another_folder(base, finished, capsys):
     kind, _ = finished
-    check_another_run(capsys, finished, flags(small(base, kind, seed=1)), "seed")
+    settings = small(base, kind, seed=1, **FEWER_STEPS.get(kind, {}))
+    check_another_run(capsys, finished, flags(settings), "seed")

@@ -1017,6 +1017,7 @@ def test_bootstrap_truncated(base, tmp_path, seen, bootstrap):
 # -------------------------------------------------------------- the options of PPO: loss and models
 
 
+@pytest.mark.slow
 def test_entropy_bonus(base, tmp_path):
     rows = ppo(base, tmp_path / "with", ent_coef=5.0, steps=3, lr=2e-3)
     without = ppo(base, tmp_path / "without", ent_coef=0.0, steps=3, lr=2e-3)
@@ -1251,7 +1252,8 @@ def exchange_labels(rows, share, seed):
     return noisy
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dpo", marks=pytest.mark.slow), "rm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "rm"])
 def test_the_noise_of_a_seed_is_one_for_dpo_and_reward_models(base, tmp_path, kind):
     """Training on pairs that are exchanged in their file is the same as with --label_noise."""
     rows = read_rows(f"{base}/pairs.jsonl")

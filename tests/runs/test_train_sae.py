@@ -339,7 +339,8 @@ def with_bos(base, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("keep_bos", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_bos", [False, True])
 def test_bos_is_treated_alike_in_every_arm(base, with_bos, tmp_path, keep_bos):
     """Tokens with BOS's id are neither measured, nor reconstructed, nor switched off; or all three.
 

@@ -172,7 +172,11 @@ HEAD = "HTTP/1.1 200 OK\r\n"
         pytest.param("HTTP/1.1 200 " + "x" * 1000, id="the status line"),
         pytest.param(HEAD + "X: " + "x" * 1000, id="a header", marks=pytest.mark.slow),
         pytest.param(HEAD + "X: y\r\n" * 1000, id="many headers", marks=pytest.mark.slow),
-        pytest.param(HEAD + "Content-Length: 1000\r\n\r\n" + "x" * 1000, id="the body"),
+        pytest.param(
+            HEAD + "Content-Length: 1000\r\n\r\n" + "x" * 1000,
+            id="the body",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             HEAD + "\r\n" + "x" * 1000, id="a body without a length", marks=pytest.mark.slow
         ),
