@@ -408,7 +408,9 @@ def known_curves(truth, a, b):
 
 
 @pytest.mark.parametrize("fit, truth", [(fit_bon, bon_truth), (fit_rl, rl_truth)])
-@pytest.mark.parametrize("a, b", [(1.7, 0.4), (-0.3, -2.0), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    "a, b", [(1.7, 0.4), (-0.3, -2.0), pytest.param(0.0, 1.0, marks=pytest.mark.slow)]
+)
 def test_known_curves_come_back(fit, truth, a, b):
     """Without noise a and b are exact, and their intervals are points."""
     for name, (kl, gold) in known_curves(truth, a, b).items():

@@ -444,6 +444,7 @@ def test_lora(base, tmp_path):
     assert load_policy(str(tmp_path / "lora"), value_head=False)
 
 
+@pytest.mark.slow
 def test_frozen_layers(base, tmp_path):
     rows = train(base, tmp_path / "frozen", batch_size=53, freeze_layers=0.5)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)

@@ -721,7 +721,7 @@ def known_dictionary(generator):
     return dictionary, 7 * (codes @ dictionary + noise) + 2
 
 
-@pytest.mark.parametrize("kind", ["topk", pytest.param("l1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param("topk", marks=pytest.mark.slow), "l1"])
 def test_known_dictionary(kind):
     """At least 90% of the directions are found with a cosine above 0.9."""
     generator = seeded(0)

@@ -497,6 +497,7 @@ def flatten_rows(rows):
     return flat
 
 
+@pytest.mark.slow
 def test_rewardbench2_in_other_forms(folder):
     """A flat file is the same prompts, and so is a parquet file."""
     import datasets

@@ -589,11 +589,11 @@ def check_the_rest_is_asked(files, server, options, questions):
     ("name", "parallel"),
     [
         pytest.param("silence", 1, marks=pytest.mark.slow),
-        ("429", 1),
+        pytest.param("429", 1, marks=pytest.mark.slow),
         ("429", 3),
-        ("500", 1),
+        pytest.param("500", 1, marks=pytest.mark.slow),
         ("no key", 1),
-        ("no key", 3),
+        pytest.param("no key", 3, marks=pytest.mark.slow),
         ("for hours", 1),
     ],
 )

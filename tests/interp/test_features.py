@@ -548,7 +548,7 @@ def test_an_endpoint_is_asked_once_for_each_feature(material, tmp_path):
     "bad_reply, words, n_asked",
     [
         (chat("I cannot say."), "not the JSON that was asked for: 'I cannot say.'", 3),
-        (chat(None, refusal="No."), "a refusal: 'No.'", 3),
+        pytest.param(chat(None, refusal="No."), "a refusal: 'No.'", 3, marks=pytest.mark.slow),
         pytest.param(
             chat('{"description": "x", "related": "maybe"}'),
             "neither true nor false",

@@ -704,6 +704,7 @@ def test_a_learning_rate_that_explodes(here, capfd, kind):
         assert tensor.isfinite().all(), name
 
 
+@pytest.mark.slow
 def test_an_infinite_loss_keeps_the_last_good_checkpoint(here, capfd):
     """Evaluation, two steps, then scores of 1e38: the third step fails.
 

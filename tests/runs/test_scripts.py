@@ -1310,7 +1310,7 @@ def without_splits(record, *labels):
 KINDS_WITH_SPLITS = [
     pytest.param("sft", marks=pytest.mark.slow),
     pytest.param("dpo", marks=pytest.mark.slow),
-    "rm",
+    pytest.param("rm", marks=pytest.mark.slow),
     "ppo",
 ]
 
