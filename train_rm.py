@@ -35,7 +35,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ from nanorlhf.rewards import check_reward, expand, load_reward, score
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.runtime.files import read_object
-from nanorlhf.runtime.flags import RunConfig
+from nanorlhf.runtime.flags import LoraFlags, OptimFlags, RunConfig
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder
@@ -75,6 +75,12 @@ from nanorlhf.splits import load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
 from nanorlhf.tokens import encode, leave_out_of_splits
+
+# The flags of a training, which --average has no use for: a few, and those of three groups.
+TRAINING_FLAGS = ["label_noise", "noise_seed", "score_l2", "checkpoint_every", "keep_checkpoints"]
+TRAINING_FLAGS += ["checkpoint_activations", "compile"]
+for group in (OptimFlags, LoraFlags, sarm_training.Flags):
+    TRAINING_FLAGS += [flag.name for flag in fields(group)]
 
 
 @dataclass
@@ -179,6 +185,13 @@ class Config(sarm_training.Flags, RunConfig):
         self.model = self.average[0]
         if self.output_dir == defaults.output_dir:
             self.output_dir = "runs/rm/averaged"
+
+        untouched = defaults()
+        unread = []
+        for name in TRAINING_FLAGS:
+            if getattr(self, name) != getattr(untouched, name):
+                unread.append(f"--{name}")
+        require(not unread, f"--average trains nothing, so nothing reads {', '.join(unread)}")
 
 
 @unlock_afterwards()

@@ -22,6 +22,8 @@ tables and pictures show the proxy, the score that is optimised, and it cannot
 show overoptimisation. A --model of your own has one start, and no sweeps.
 """
 
+import importlib
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from shlex import quote
@@ -210,9 +212,25 @@ def train_members(a, s, noise, ensemble: str) -> list[str]:
     if ensemble == WARM:
         commands.append(
             f"train_rm.py --average {folder} {pair_flags(a, s)} "
-            f"--output_dir {averaged_folder(a, s, noise)} {a.rm_flags}"
+            f"--output_dir {averaged_folder(a, s, noise)} {without_training(a.rm_flags)}"
         )
     return commands
+
+
+def without_training(rm_flags: str) -> str:
+    """Those of --rm_flags that train_rm.py --average takes: it refuses a training's, and --model."""
+    # The script is imported by its name: no module imports a script.
+    refused = [*importlib.import_module("train_rm").TRAINING_FLAGS, "model"]
+    kept = []
+    is_kept = True
+    for word in shlex.split(rm_flags):
+        # The values of a flag follow it, up to the next one; or one stands after its =.
+        if word.startswith("--"):
+            name = word.removeprefix("--").partition("=")[0]
+            is_kept = name not in refused
+        if is_kept:
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def train_further(a, s, noise, method: Method) -> list[str]:
