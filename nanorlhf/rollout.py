@@ -311,6 +311,9 @@ def try_static(
     """
     lm = sampler.model.lm
     rows = (sampler, prompt_ids, mask, u, out, finished)
+    # The reason why compiled blocks failed. It is kept as words: the exception itself would keep
+    # the memory of the loop that it ended.
+    failure = ""
     if is_compiled(lm):
         try:
             decode_compiled(*rows)
@@ -318,24 +321,26 @@ def try_static(
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # a compiler may raise anything
-            warn_of_fallback(lm, "without compiled blocks", e)
+            failure = first_line(e)
 
+    # One warning is enough: it names the loop that writes the responses in the end.
     try:
         decode_static(*rows)
-        return True
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:
-        warn_of_fallback(lm, "with a growing cache", e)
+        warn_of_fallback(lm, "with a growing cache", first_line(e))
         finished.zero_()
-    return False
+        return False
+    if failure:
+        warn_of_fallback(lm, "without compiled blocks", failure)
+    return True
 
 
-def warn_of_fallback(lm, how: str, error: Exception):
+def warn_of_fallback(lm, how: str, reason: str):
     """Say that rollouts take a slower loop, and why. Python shows the same warning once."""
     warnings.warn(
-        f"rollouts decode {how}, which is slower on a GPU "
-        f"({type(lm).__name__}: {first_line(error)})",
+        f"rollouts decode {how}, which is slower on a GPU ({type(lm).__name__}: {reason})",
         RuntimeWarning,
         stacklevel=4,
     )
