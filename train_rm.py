@@ -266,46 +266,15 @@ def train(config, dist):
         return folder.already_done()
 
     # -------------------------------------------------------------------------------------- data
-    rows, held_out, note = load_splits(config, "pairs")  # held_out: {label of a split: rows}
-    if config.gold_model:
-        check_reward(config.gold_model)
-    sarm_training.check_autoencoder(config)  # before anything is trained for it
-    train_what_is_missing(config, "model")
-    tokenizer = load_tokenizer(config.model)
-    rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
-    rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
-
+    tokenizer, pairs, held_out_pairs = load_pairs(config, dist)  # held out: {label: Pairs}
     # A SARM is loaded and trained in its own way; without --sarm it prepares None.
     training = sarm_training.prepare(config, dist) or PlainTraining(config)
-    max_length = config.max_length or context_length(check_model(config.model))
-    pairs, cuts = encode_pairs(rows, tokenizer, max_length, config)
-    dist.print(f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, {cuts}")
-    held_out_pairs = encode_splits(held_out, tokenizer, max_length, config)  # {label: Pairs}
-    check_texts(pairs, held_out_pairs["eval"], max_length, config)
-
     # Gold scores come before any training: a gold reward that fails then wastes none.
     golds = gold_scores(held_out_pairs, tokenizer, config, dist)  # {label: [2, N]}
 
     # ------------------------------------------------------------------------------------- model
-    reward_model, note = training.load(dist)
-    lm = training.lm
-    speed_up(lm, dist.device, config.dtype, config.compile)
-    cast_frozen(lm, config)
-    n_parameters = sum(parameter.numel() for parameter in reward_model.parameters())
-    dist.print(f"{n_parameters:,} parameters, {note}")
-    if config.checkpoint_activations:
-        checkpoint_activations(reward_model)
-
-    # On several processes the reward model goes into DDP or is sharded (FSDP).
-    example = pack(pairs.prompts[:1], pairs.chosen[:1]).to(dist.device)
-
-    def sum_of_outputs(model):
-        scores, further = training.score(model, example)
-        return scores.sum() + sum(values.sum() for values in further.values())
-
-    model = dist.wrap(reward_model, sum_of_outputs, config.dtype)
+    reward_model, model = prepare_model(training, pairs, config, dist)
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
-
     # A run that was killed goes on from its last checkpoint.
     state = checkpoint.load(config.output_dir, reward_model, optimizer, dist) or {"step": 0}
     folder.create(state)
@@ -340,10 +309,8 @@ def train(config, dist):
         }
         is_last = step == config.steps  # it is evaluated below, with standardised scores
         if config.eval_every and step % config.eval_every == 0 and not is_last:
-            for label, part in held_out_pairs.items():
-                result, _ = evaluate(reward_model, part, config, dist)
-                record |= {f"{label}/{name}": value for name, value in result.items()}
-                dist.print(f"step {step}: {report(record, label)}")
+            begin = f"step {step}: "
+            record |= evaluate_splits(reward_model, held_out_pairs, {}, config, dist, begin)
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"loss {record['loss']:.3f}  margin {record['margin']:.2f}")
         if is_last or step % config.checkpoint_every == 0:
@@ -351,12 +318,12 @@ def train(config, dist):
     progress.close()
 
     # -------------------------------------------------------------- standardise, evaluate, save
-    summary = standardise(reward_model, held_out_pairs, golds, config, dist)
-
+    standardise(reward_model, held_out_pairs["eval"], config, dist)
+    summary = evaluate_splits(reward_model, held_out_pairs, golds, config, dist)
     # transformers saves where torch's rank is 0, and some members are trained on other ranks.
-    lm.should_save_on_this_rank = lambda is_main: is_main
+    training.lm.should_save_on_this_rank = lambda is_main: is_main
     if config.merge:
-        merge(lm)
+        merge(training.lm)
     folder.save_model(training.save, reward_model, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
@@ -365,30 +332,49 @@ def train(config, dist):
     return summary
 
 
-def standardise(reward_model, held_out_pairs, golds, config, dist):
-    """Give the scores of held-out texts mean 0 and standard deviation 1. -> what they are worth
+def load_pairs(config, dist):
+    """Read and encode the data. -> tokenizer, Pairs, held-out {label of a split: Pairs}
 
-    The loss sees differences alone, so a score's zero and unit are arbitrary: the held-out texts
-    set them.
+    A --model that is missing and that a script makes by default is made first.
     """
-    _, scores = evaluate(reward_model, held_out_pairs["eval"], config, dist)
-    require(
-        varies(scores),
-        f"{config.output_dir}: all {scores.numel()} held-out texts have the score "
-        f"{scores[0, 0]:.4g}, so that there is no spread to standardise by: the model has learned "
-        "nothing from its pairs",
-    )
-    reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
+    rows, held_out, note = load_splits(config, "pairs")
+    if config.gold_model:
+        check_reward(config.gold_model)
+    sarm_training.check_autoencoder(config)  # before anything is trained for it
+    train_what_is_missing(config, "model")
+    tokenizer = load_tokenizer(config.model)
+    rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
+    rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
 
-    summary = {}
-    for label, part in held_out_pairs.items():
-        result, scores = evaluate(reward_model, part, config, dist)
-        if golds:
-            tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
-            result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
-        summary |= {f"{label}/{name}": value for name, value in result.items()}
-        dist.print(report(summary, label))
-    return summary
+    max_length = config.max_length or context_length(check_model(config.model))
+    pairs, cuts = encode_pairs(rows, tokenizer, max_length, config)
+    dist.print(f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, {cuts}")
+    held_out_pairs = encode_splits(held_out, tokenizer, max_length, config)
+    check_texts(pairs, held_out_pairs["eval"], max_length, config)
+    return tokenizer, pairs, held_out_pairs
+
+
+def prepare_model(training, pairs, config, dist):
+    """Load the reward model, and choose what is trained. -> it, and what training calls
+
+    On one process the two are the same. On several the second is DDP's or FSDP's.
+    """
+    reward_model, note = training.load(dist)
+    lm = training.lm
+    speed_up(lm, dist.device, config.dtype, config.compile)
+    cast_frozen(lm, config)
+    n_parameters = sum(parameter.numel() for parameter in reward_model.parameters())
+    dist.print(f"{n_parameters:,} parameters, {note}")
+    if config.checkpoint_activations:
+        checkpoint_activations(reward_model)
+
+    example = pack(pairs.prompts[:1], pairs.chosen[:1]).to(dist.device)
+
+    def sum_of_outputs(model):
+        scores, further = training.score(model, example)
+        return scores.sum() + sum(values.sum() for values in further.values())
+
+    return reward_model, dist.wrap(reward_model, sum_of_outputs, config.dtype)
 
 
 # ---------------------------------------------------------------------------- the mean of weights
@@ -422,7 +408,8 @@ def average_members(config, dist):
     n_members = len(config.average)
     dist.print(f"the mean of {n_members} reward models on {config.dataset}: {note}")
 
-    summary = standardise(reward_model, held_out_pairs, golds, config, dist)
+    standardise(reward_model, held_out_pairs["eval"], config, dist)
+    summary = evaluate_splits(reward_model, held_out_pairs, golds, config, dist)
     folder.save_model(save_reward_model, reward_model, tokenizer)
     folder.finish(summary)
     write_page(folder.path, dist)
@@ -654,6 +641,38 @@ def pair_losses(r_c: torch.Tensor, r_r: torch.Tensor, beta: float) -> torch.Tens
 
 
 # ------------------------------------------------------------------------------------ evaluation
+
+
+def standardise(reward_model, pairs, config, dist):
+    """Give the scores of held-out Pairs mean 0 and standard deviation 1.
+
+    The loss sees differences alone, so a score's zero and unit are arbitrary: the held-out texts
+    set them.
+    """
+    _, scores = evaluate(reward_model, pairs, config, dist)
+    require(
+        varies(scores),
+        f"{config.output_dir}: all {scores.numel()} held-out texts have the score "
+        f"{scores[0, 0]:.4g}, so that there is no spread to standardise by: the model has learned "
+        "nothing from its pairs",
+    )
+    reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
+
+
+def evaluate_splits(reward_model, held_out_pairs, golds, config, dist, begin=""):
+    """What the scores of held-out texts are worth: {"label/name": number}, and printed.
+
+    golds {label: [2, N]}: with them also Kendall's tau. begin: of each line that is printed.
+    """
+    record = {}
+    for label, pairs in held_out_pairs.items():
+        result, scores = evaluate(reward_model, pairs, config, dist)
+        if golds:
+            tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
+            result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
+        record |= {f"{label}/{name}": value for name, value in result.items()}
+        dist.print(begin + report(record, label))
+    return record
 
 
 @torch.no_grad()
