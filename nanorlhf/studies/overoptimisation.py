@@ -33,7 +33,6 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
 from ..runtime import cli
-from ..runtime.files import check_can_write
 from .common import (
     Cell,
     KeptFlags,
@@ -552,9 +551,7 @@ def main(args=None):
         return
     print_remarks(remarks)
     with cli.errors_in_one_line():
-        path = file_of_cells(a)
-        check_can_write(path)
-        run_study(a, path)
+        run_study(a, file_of_cells(a))
 
 
 def run_study(a, path: str):
