@@ -400,7 +400,8 @@ def test_quoted_lines_stand_in_the_code(page):
 
 
 def test_quotes_that_no_code_has_are_found():
-    text = "`penalties = 1`\n\nThe lines: `penalties = torch.where(response_mask,\n-kl_coef * kl, 0.0)`; `penalties = 2`\n"
+    right = "`penalties = torch.where(response_mask,\n-kl_coef * kl, 0.0)`"
+    text = f"`penalties = 1`\n\nThe lines: {right}; `penalties = 2`\n"
     assert faults_of_quotes(text) == [(4, "penalties = 2: no code has this line")]
 
 
