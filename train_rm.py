@@ -154,8 +154,11 @@ class Config(sarm_training.Flags, RunConfig):
             self.members == 1 or "{seed}" in self.output_dir,
             "--members needs {seed} in --output_dir: each has its own folder",
         )
-        require(self.members == 1 or self.distributed == "ddp", "--members trains each on one process; for --distributed fsdp "
-                    "start train_rm.py once for each --seed")  # fmt: skip
+        require(
+            self.members == 1 or self.distributed == "ddp",
+            "--members trains each on one process; for --distributed fsdp start train_rm.py once "
+            "for each --seed",
+        )
         require(
             self.members > 1 or not self.independent_noise,
             "--independent_noise is for --members; one has its --noise_seed",

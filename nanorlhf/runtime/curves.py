@@ -148,7 +148,9 @@ def without_common_ends(texts: set[str]) -> dict[str, str]:
 def ends_are_common(parts: list[list[str]], end: int) -> bool:
     """Whether all lists have the same item at an end (0 or -1), and none has only that item."""
     items = {part[end] for part in parts}
-    return len(items) == 1 and all(len(part) > 1 for part in parts)
+    if len(items) != 1:
+        return False
+    return all(len(part) > 1 for part in parts)
 
 
 def objectives_of(configs: list[dict]) -> list[str]:

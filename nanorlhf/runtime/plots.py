@@ -275,10 +275,14 @@ def draw_legend(figure, rows: dict, handles: list[tuple]):
     """Put labels with their numbers of runs above a comparison, in as many columns as fit."""
     texts = []
     for label, _ in handles:
-        counts = sorted({len(row[label]) for row in rows.values() if label in row})
+        counts = set()  # rows of panels may have different numbers of runs
+        for row in rows.values():
+            if label in row:
+                counts.add(len(row[label]))
         text = label
-        if counts != [1]:
-            text += f", {'-'.join(map(str, counts))} runs"
+        if counts != {1}:
+            numbers = "-".join(map(str, sorted(counts)))
+            text += f", {numbers} runs"
         texts.append(text)
 
     widths = [len(text) + LEGEND_HANDLE for text in texts]
@@ -297,15 +301,20 @@ def colours_of(labels: list[str]) -> dict[str, str]:
     """
     from ..ensemble import OBJECTIVES
 
+    fixed = ["single"]
+    for objective in OBJECTIVES:
+        if objective != "uwo":
+            fixed.append(objective)
+
     names = {label: label.split(" (")[0] for label in labels}  # without "(mean of K members)"
     order = list(names.values())
-    first = ["single", *(objective for objective in OBJECTIVES if objective != "uwo")]
-    if set(first) & set(order):
-        order = first + order
-    order = list(dict.fromkeys(order))
+    if set(fixed) & set(order):
+        order = fixed + order
+    order = list(dict.fromkeys(order))  # each once
 
-    in_order = sorted(names, key=lambda label: order.index(names[label]))
-    return {label: f"C{order.index(names[label]) % 10}" for label in in_order}
+    numbers = {label: order.index(name) for label, name in names.items()}
+    in_order = sorted(labels, key=numbers.get)
+    return {label: f"C{numbers[label] % 10}" for label in in_order}
 
 
 def draw_group(axes, curves: dict[str, np.ndarray], colour: str, look: Look):
