@@ -32,7 +32,7 @@ import probe
 
 WIDEST = 110
 LONGEST_README = 250
-INSTALL = "pip install -r requirements.txt && "
+INSTALL = "pip install --no-compile -r requirements.txt && "
 
 every_page = pytest.mark.parametrize(
     "page", find_pages(), ids=lambda page: str(page.relative_to(REPO))

@@ -464,4 +464,5 @@ def test_the_answer_is_compared_with_the_truth(study):
 
 
 def test_picture(study):
+    pytest.importorskip("matplotlib")
     assert (study.folder / "control.png").exists()
