@@ -699,7 +699,7 @@ def needs_full_kl(config, place):
 
 
 def kl_in_reward(config, outputs):
-    """The KL that is a penalty in the reward: [B, R]; all 0 where it is part of the loss instead."""
+    """The KL that is a penalty in the reward: [B, R]; all 0 where it is in the loss instead."""
     if config.kl_in == "loss":
         return torch.zeros_like(outputs["old_logprobs"])
     if needs_full_kl(config, "reward"):

@@ -558,7 +558,7 @@ def encode_pairs(rows, tokenizer, max_length, config):
 
 
 def encode_splits(held_out, tokenizer, max_length, config):
-    """Held-out rows {label of a split: rows} -> {label: Pairs}, encoded once for all evaluations."""
+    """Held-out rows {label of a split: rows} -> {label: Pairs}, once for all evaluations."""
     encoded = {}
     for label, rows in held_out.items():
         encoded[label], _ = encode_pairs(rows, tokenizer, max_length, config)

@@ -217,7 +217,7 @@ def train_members(a, s, noise, ensemble: str) -> list[str]:
 
 
 def without_training(rm_flags: str) -> str:
-    """Those of --rm_flags that train_rm.py --average takes: it refuses a training's, and --model."""
+    """Those of --rm_flags that train_rm.py --average takes: none of a training, and no --model."""
     # The script is imported by its name: no module imports a script.
     refused = [*importlib.import_module("train_rm").TRAINING_FLAGS, "model"]
     kept = []
