@@ -62,9 +62,11 @@ from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import bootstrap
 from nanorlhf.tokens import leave_out_control_tokens, ready_prompts
 
-# These may change between calls on one folder: they only read the answers, and scores are cached by their reward.
-FREE = (*PLACES, "reward_model", "gold_model", "n", "uwo_lambda", "objective", "save_best", "save_pairs", "batch_size", "micro_batch_size",
-        *(f.name for f in fields(diversity_report.Flags)))  # fmt: skip
+# These may change between calls on one folder: they only read the answers, and scores are cached by
+# their reward.
+FREE = [*PLACES, "reward_model", "gold_model", "n", "uwo_lambda", "objective"]
+FREE += ["save_best", "save_pairs", "batch_size", "micro_batch_size"]
+FREE += [flag.name for flag in fields(diversity_report.Flags)]
 
 
 @dataclass
@@ -158,14 +160,17 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
         alone = self.split == "test" and not (self.pool or self.from_files)
         why = "--eval_splits takes the place of --split, and needs answers to sample: no --pool, no --from"
         require(alone or not self.eval_splits, why)
-        in_world, own = data.is_world(self.dataset), self.in_distribution or self.prompt_format
+        in_world = data.is_world(self.dataset)
+        is_divided = self.in_distribution or self.prompt_format
         require(
-            not (in_world and own),
+            not (in_world and is_divided),
             "--in_distribution and --prompt_format are for data of one's own: name it with --dataset",
         )
-        require(self.split != "ood" or in_world or self.in_distribution,
-                    "--split ood is the embedded world's; of other data it needs --in_distribution")  # fmt: skip
-        if data.is_world(self.dataset) and not self.pool and not self.gold_model:
+        require(
+            self.split != "ood" or in_world or self.in_distribution,
+            "--split ood is the embedded world's; of other data it needs --in_distribution",
+        )
+        if in_world and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
         if self.from_files:
             require(

@@ -568,20 +568,20 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     What all processes have is gathered first, so that no mean depends on their number.
     """
     config = parts.config
-    g = gather_outputs(parts, rollout, answers)  # {name: [B, ...]}
-    mask = g["mask"]  # [B, R]
+    outputs = gather_outputs(parts, rollout, answers)  # {name: [B, ...]}
+    mask = outputs["mask"]  # [B, R]
     lengths = mask.sum(1)  # [B]
 
     # What PPO maximises: `scores` [B]. A scoring that learns does so only now, so that no rollout
     # is judged by what was learned from it.
-    scored = parts.scoring.combine(g)
-    learned = parts.scoring.learn(g)
+    scored = parts.scoring.combine(outputs)
+    learned = parts.scoring.learn(outputs)
 
     # The rules on endings and length come before the scale of the scores.
     shaped = ppo.shape_scores(
         scored.scores,
         lengths,
-        g["finished"],
+        outputs["finished"],
         config.missing_eos_penalty,
         config.eos_required,
         config.length_penalty,
@@ -591,13 +591,13 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         shaped = shaped.clamp(-config.score_clip, config.score_clip)
 
     # Rewards of tokens, then advantages.
-    rewards = ppo.token_rewards(shaped, kl_in_reward(config, g), mask, kl_coef)  # [B, R]
-    advantages, returns, advantage_record = estimate_advantages(config, g, rewards)
+    rewards = ppo.token_rewards(shaped, kl_in_reward(config, outputs), mask, kl_coef)  # [B, R]
+    advantages, returns, advantage_record = estimate_advantages(config, outputs, rewards)
 
     # The KL is recorded by all its estimators, whatever kind is in the reward.
     kl = {}  # {kind: [B, R], 0 where masked}
     for kind in ppo.KL_ESTIMATES:
-        kl[kind] = ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], kind)
+        kl[kind] = ppo.kl_estimate(outputs["old_logprobs"], outputs["ref_logprobs"], kind)
 
     record = {
         "score_mean": scored.proxy.mean().item(),
@@ -608,9 +608,9 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         "kl": kl["k1"].sum(1).mean().item(),  # of a sequence, nats
         "kl_k2": kl["k2"].sum(1).mean().item(),
         "kl_k3": kl["k3"].sum(1).mean().item(),
-        "entropy": (g["entropies"].sum() / mask.sum()).item(),  # of a token, nats
+        "entropy": (outputs["entropies"].sum() / mask.sum()).item(),  # of a token, nats
         "length": lengths.float().mean().item(),
-        "eos_rate": g["finished"].float().mean().item(),
+        "eos_rate": outputs["finished"].float().mean().item(),
         **advantage_record,
     }
     if len(scored.members) > 1:
@@ -620,27 +620,27 @@ def experience(parts, scaler, rollout, answers, kl_coef):
 
     x = Experience(
         mask=mask,
-        old_logprobs=g["old_logprobs"],
-        ref_logprobs=g["ref_logprobs"],
+        old_logprobs=outputs["old_logprobs"],
+        ref_logprobs=outputs["ref_logprobs"],
         advantages=advantages,
         lengths=lengths,
-        values=g.get("values"),
+        values=outputs.get("values"),
         returns=returns,
     )
     return x, record
 
 
-def estimate_advantages(config, g, rewards):
+def estimate_advantages(config, outputs, rewards):
     """How much better than expected each token turned out. rewards [B, R]
 
     -> advantages [B, R]; returns [B, R], or None without a value function; {name: float}
     """
-    mask = g["mask"]
+    mask = outputs["mask"]
     if config.advantage == "gae":
         # The value function says what was expected before each token.
-        bootstrap = g["bootstrap"] if config.bootstrap_truncated else None
+        bootstrap = outputs["bootstrap"] if config.bootstrap_truncated else None
         advantages, returns = ppo.gae(
-            rewards, g["values"], mask, config.gamma, config.lam, bootstrap
+            rewards, outputs["values"], mask, config.gamma, config.lam, bootstrap
         )
     else:
         # The other answers to the prompt say what was expected. An answer's reward is its score,
@@ -657,7 +657,7 @@ def estimate_advantages(config, g, rewards):
     record = {"advantage_mean": mean.item(), "advantage_std": variance.sqrt().item()}
     if config.advantage == "gae":
         advantages = ppo.whiten(advantages, mask, (mean, variance))
-        record["explained_variance"] = ppo.explained_variance(g["values"], returns, mask)
+        record["explained_variance"] = ppo.explained_variance(outputs["values"], returns, mask)
     return advantages, returns, record
 
 
@@ -698,13 +698,13 @@ def needs_full_kl(config, place):
     return config.kl_in == place and config.kl_kind in ppo.KL_OF_LOGITS
 
 
-def kl_in_reward(config, g):
-    """The KL that is a penalty in the reward: [B, R]; all 0 where it is part of the loss instead."""
+def kl_in_reward(config, outputs):
+    """The KL that is a penalty in the reward: [B, R]; all 0 where it is in the loss instead."""
     if config.kl_in == "loss":
-        return torch.zeros_like(g["old_logprobs"])
+        return torch.zeros_like(outputs["old_logprobs"])
     if needs_full_kl(config, "reward"):
-        return g["full_kl"]
-    return ppo.kl_estimate(g["old_logprobs"], g["ref_logprobs"], config.kl_kind)
+        return outputs["full_kl"]
+    return ppo.kl_estimate(outputs["old_logprobs"], outputs["ref_logprobs"], config.kl_kind)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ from nanorlhf.rewards import check_reward, expand, load_reward, score
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import Dist, autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.runtime.files import read_object
-from nanorlhf.runtime.flags import RunConfig
+from nanorlhf.runtime.flags import LoraFlags, OptimFlags, RunConfig
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder
@@ -75,6 +75,12 @@ from nanorlhf.splits import load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
 from nanorlhf.tokens import encode, leave_out_of_splits
+
+# The flags of a training, which --average has no use for: a few, and those of three groups.
+TRAINING_FLAGS = ["label_noise", "noise_seed", "score_l2", "checkpoint_every", "keep_checkpoints"]
+TRAINING_FLAGS += ["checkpoint_activations", "compile"]
+for group in (OptimFlags, LoraFlags, sarm_training.Flags):
+    TRAINING_FLAGS += [flag.name for flag in fields(group)]
 
 
 @dataclass
@@ -148,8 +154,11 @@ class Config(sarm_training.Flags, RunConfig):
             self.members == 1 or "{seed}" in self.output_dir,
             "--members needs {seed} in --output_dir: each has its own folder",
         )
-        require(self.members == 1 or self.distributed == "ddp", "--members trains each on one process; for --distributed fsdp "
-                    "start train_rm.py once for each --seed")  # fmt: skip
+        require(
+            self.members == 1 or self.distributed == "ddp",
+            "--members trains each on one process; for --distributed fsdp start train_rm.py once "
+            "for each --seed",
+        )
         require(
             self.members > 1 or not self.independent_noise,
             "--independent_noise is for --members; one has its --noise_seed",
@@ -179,6 +188,13 @@ class Config(sarm_training.Flags, RunConfig):
         self.model = self.average[0]
         if self.output_dir == defaults.output_dir:
             self.output_dir = "runs/rm/averaged"
+
+        untouched = defaults()
+        unread = []
+        for name in TRAINING_FLAGS:
+            if getattr(self, name) != getattr(untouched, name):
+                unread.append(f"--{name}")
+        require(not unread, f"--average trains nothing, so nothing reads {', '.join(unread)}")
 
 
 @unlock_afterwards()
@@ -253,46 +269,15 @@ def train(config, dist):
         return folder.already_done()
 
     # -------------------------------------------------------------------------------------- data
-    rows, held_out, note = load_splits(config, "pairs")  # held_out: {label of a split: rows}
-    if config.gold_model:
-        check_reward(config.gold_model)
-    sarm_training.check_autoencoder(config)  # before anything is trained for it
-    train_what_is_missing(config, "model")
-    tokenizer = load_tokenizer(config.model)
-    rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
-    rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
-
+    tokenizer, pairs, held_out_pairs = load_pairs(config, dist)  # held out: {label: Pairs}
     # A SARM is loaded and trained in its own way; without --sarm it prepares None.
     training = sarm_training.prepare(config, dist) or PlainTraining(config)
-    max_length = config.max_length or context_length(check_model(config.model))
-    pairs, cuts = encode_pairs(rows, tokenizer, max_length, config)
-    dist.print(f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, {cuts}")
-    held_out_pairs = encode_splits(held_out, tokenizer, max_length, config)  # {label: Pairs}
-    check_texts(pairs, held_out_pairs["eval"], max_length, config)
-
     # Gold scores come before any training: a gold reward that fails then wastes none.
     golds = gold_scores(held_out_pairs, tokenizer, config, dist)  # {label: [2, N]}
 
     # ------------------------------------------------------------------------------------- model
-    reward_model, note = training.load(dist)
-    lm = training.lm
-    speed_up(lm, dist.device, config.dtype, config.compile)
-    cast_frozen(lm, config)
-    n_parameters = sum(parameter.numel() for parameter in reward_model.parameters())
-    dist.print(f"{n_parameters:,} parameters, {note}")
-    if config.checkpoint_activations:
-        checkpoint_activations(reward_model)
-
-    # On several processes the reward model goes into DDP or is sharded (FSDP).
-    example = pack(pairs.prompts[:1], pairs.chosen[:1]).to(dist.device)
-
-    def sum_of_outputs(model):
-        scores, further = training.score(model, example)
-        return scores.sum() + sum(values.sum() for values in further.values())
-
-    model = dist.wrap(reward_model, sum_of_outputs, config.dtype)
+    reward_model, model = prepare_model(training, pairs, config, dist)
     optimizer = adamw(reward_model, config.lr, config.betas, config.weight_decay)
-
     # A run that was killed goes on from its last checkpoint.
     state = checkpoint.load(config.output_dir, reward_model, optimizer, dist) or {"step": 0}
     folder.create(state)
@@ -327,10 +312,8 @@ def train(config, dist):
         }
         is_last = step == config.steps  # it is evaluated below, with standardised scores
         if config.eval_every and step % config.eval_every == 0 and not is_last:
-            for label, part in held_out_pairs.items():
-                result, _ = evaluate(reward_model, part, config, dist)
-                record |= {f"{label}/{name}": value for name, value in result.items()}
-                dist.print(f"step {step}: {report(record, label)}")
+            begin = f"step {step}: "
+            record |= evaluate_splits(reward_model, held_out_pairs, {}, config, dist, begin)
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"loss {record['loss']:.3f}  margin {record['margin']:.2f}")
         if is_last or step % config.checkpoint_every == 0:
@@ -338,12 +321,12 @@ def train(config, dist):
     progress.close()
 
     # -------------------------------------------------------------- standardise, evaluate, save
-    summary = standardise(reward_model, held_out_pairs, golds, config, dist)
-
+    standardise(reward_model, held_out_pairs["eval"], config, dist)
+    summary = evaluate_splits(reward_model, held_out_pairs, golds, config, dist)
     # transformers saves where torch's rank is 0, and some members are trained on other ranks.
-    lm.should_save_on_this_rank = lambda is_main: is_main
+    training.lm.should_save_on_this_rank = lambda is_main: is_main
     if config.merge:
-        merge(lm)
+        merge(training.lm)
     folder.save_model(training.save, reward_model, tokenizer)
     if dist.main:
         plot_run(config.output_dir)
@@ -352,30 +335,49 @@ def train(config, dist):
     return summary
 
 
-def standardise(reward_model, held_out_pairs, golds, config, dist):
-    """Give the scores of held-out texts mean 0 and standard deviation 1. -> what they are worth
+def load_pairs(config, dist):
+    """Read and encode the data. -> tokenizer, Pairs, held-out {label of a split: Pairs}
 
-    The loss sees differences alone, so a score's zero and unit are arbitrary: the held-out texts
-    set them.
+    A --model that is missing and that a script makes by default is made first.
     """
-    _, scores = evaluate(reward_model, held_out_pairs["eval"], config, dist)
-    require(
-        varies(scores),
-        f"{config.output_dir}: all {scores.numel()} held-out texts have the score "
-        f"{scores[0, 0]:.4g}, so that there is no spread to standardise by: the model has learned "
-        "nothing from its pairs",
-    )
-    reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
+    rows, held_out, note = load_splits(config, "pairs")
+    if config.gold_model:
+        check_reward(config.gold_model)
+    sarm_training.check_autoencoder(config)  # before anything is trained for it
+    train_what_is_missing(config, "model")
+    tokenizer = load_tokenizer(config.model)
+    rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
+    rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
 
-    summary = {}
-    for label, part in held_out_pairs.items():
-        result, scores = evaluate(reward_model, part, config, dist)
-        if golds:
-            tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
-            result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
-        summary |= {f"{label}/{name}": value for name, value in result.items()}
-        dist.print(report(summary, label))
-    return summary
+    max_length = config.max_length or context_length(check_model(config.model))
+    pairs, cuts = encode_pairs(rows, tokenizer, max_length, config)
+    dist.print(f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, {cuts}")
+    held_out_pairs = encode_splits(held_out, tokenizer, max_length, config)
+    check_texts(pairs, held_out_pairs["eval"], max_length, config)
+    return tokenizer, pairs, held_out_pairs
+
+
+def prepare_model(training, pairs, config, dist):
+    """Load the reward model, and choose what is trained. -> it, and what training calls
+
+    On one process the two are the same. On several the second is DDP's or FSDP's.
+    """
+    reward_model, note = training.load(dist)
+    lm = training.lm
+    speed_up(lm, dist.device, config.dtype, config.compile)
+    cast_frozen(lm, config)
+    n_parameters = sum(parameter.numel() for parameter in reward_model.parameters())
+    dist.print(f"{n_parameters:,} parameters, {note}")
+    if config.checkpoint_activations:
+        checkpoint_activations(reward_model)
+
+    example = pack(pairs.prompts[:1], pairs.chosen[:1]).to(dist.device)
+
+    def sum_of_outputs(model):
+        scores, further = training.score(model, example)
+        return scores.sum() + sum(values.sum() for values in further.values())
+
+    return reward_model, dist.wrap(reward_model, sum_of_outputs, config.dtype)
 
 
 # ---------------------------------------------------------------------------- the mean of weights
@@ -409,7 +411,8 @@ def average_members(config, dist):
     n_members = len(config.average)
     dist.print(f"the mean of {n_members} reward models on {config.dataset}: {note}")
 
-    summary = standardise(reward_model, held_out_pairs, golds, config, dist)
+    standardise(reward_model, held_out_pairs["eval"], config, dist)
+    summary = evaluate_splits(reward_model, held_out_pairs, golds, config, dist)
     folder.save_model(save_reward_model, reward_model, tokenizer)
     folder.finish(summary)
     write_page(folder.path, dist)
@@ -555,7 +558,7 @@ def encode_pairs(rows, tokenizer, max_length, config):
 
 
 def encode_splits(held_out, tokenizer, max_length, config):
-    """Held-out rows {label of a split: rows} -> {label: Pairs}, encoded once for all evaluations."""
+    """Held-out rows {label of a split: rows} -> {label: Pairs}, once for all evaluations."""
     encoded = {}
     for label, rows in held_out.items():
         encoded[label], _ = encode_pairs(rows, tokenizer, max_length, config)
@@ -641,6 +644,38 @@ def pair_losses(r_c: torch.Tensor, r_r: torch.Tensor, beta: float) -> torch.Tens
 
 
 # ------------------------------------------------------------------------------------ evaluation
+
+
+def standardise(reward_model, pairs, config, dist):
+    """Give the scores of held-out Pairs mean 0 and standard deviation 1.
+
+    The loss sees differences alone, so a score's zero and unit are arbitrary: the held-out texts
+    set them.
+    """
+    _, scores = evaluate(reward_model, pairs, config, dist)
+    require(
+        varies(scores),
+        f"{config.output_dir}: all {scores.numel()} held-out texts have the score "
+        f"{scores[0, 0]:.4g}, so that there is no spread to standardise by: the model has learned "
+        "nothing from its pairs",
+    )
+    reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
+
+
+def evaluate_splits(reward_model, held_out_pairs, golds, config, dist, begin=""):
+    """What the scores of held-out texts are worth: {"label/name": number}, and printed.
+
+    golds {label: [2, N]}: with them also Kendall's tau. begin: of each line that is printed.
+    """
+    record = {}
+    for label, pairs in held_out_pairs.items():
+        result, scores = evaluate(reward_model, pairs, config, dist)
+        if golds:
+            tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
+            result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
+        record |= {f"{label}/{name}": value for name, value in result.items()}
+        dist.print(begin + report(record, label))
+    return record
 
 
 @torch.no_grad()

@@ -212,8 +212,11 @@ class Config(
             self.base = (
                 "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"
             )
-        hint = f"--layers {self.layers} compares --model with a --base: name one (such as runs/sft), or layers such as 1,3"
-        require(self.base != "none" or ":" not in self.layers, hint)
+        require(
+            self.base != "none" or ":" not in self.layers,
+            f"--layers {self.layers} compares --model with a --base: name one (such as runs/sft), "
+            "or layers such as 1,3",
+        )
 
     def dead_tokens(self):
         """How many tokens without firing make a feature dead: Gao et al.'s 10M, or less in a small run."""

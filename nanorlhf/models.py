@@ -108,7 +108,7 @@ class Policy(nn.Module):
     def hidden(self, batch: Packed, response_mask: Tensor, trunk=None) -> tuple[Tensor, Tensor]:
         """The hidden states that score the response tokens [n, D], and those tokens [n].
 
-        response_mask [B, R]; n row by row.
+        response_mask [B, R]. The n tokens are those of row 0, then those of row 1, and so on.
         """
         hidden = self.last_hidden(batch, trunk)  # [B, T, D]
         row, token = response_mask.nonzero(as_tuple=True)  # [n], [n]

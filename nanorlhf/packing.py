@@ -115,7 +115,7 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int = 0, side: str = "right"
 
 
 def unflatten(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values [n] of the masked positions, row by row -> [B, R], 0 elsewhere."""
+    """Values [n] of the positions where the mask is True, row by row -> [B, R], 0 elsewhere."""
     zeros = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
     return zeros.masked_scatter(mask, flat)
 

@@ -274,7 +274,7 @@ def gae(
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance (ddof 0) over the masked tokens of the whole tensor.
+    """Mean and population variance (ddof 0) over the tokens where the mask is True.
 
     x, mask [B, R] -> two scalars, in float64. ValueError: no token.
     """
@@ -285,7 +285,7 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whiten(x: Tensor, mask: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over all masked tokens of the whole batch; 0 where masked.
+    """(x - mean) / sqrt(var + 1e-8) over all response tokens of the whole batch; 0 where masked.
 
     x, mask [B, R] -> [B, R]. `moments` (mean, var) are those of the whole batch when x is only a
     part of it. Pitfall: never whiten per minibatch, and take the returns before, not after.
@@ -298,7 +298,7 @@ def whiten(x: Tensor, mask: Tensor, moments: tuple[Tensor, Tensor] | None = None
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over masked tokens.
+    """1 - Var(returns - values) / Var(returns) over response tokens.
 
     0 is no better than a constant, 1 is perfect up to a constant. values, returns, mask [B, R].
     """

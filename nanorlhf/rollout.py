@@ -258,14 +258,6 @@ def generate(
 
     mask = attention_mask.bool()  # [B, P]
     u = uniforms(seed, step, index, R, stream).to(device)  # [B, R]
-    # The decode loops write into these, column by column.
-    out = {
-        "logprobs": torch.zeros(B, R, device=device),
-        "entropies": torch.zeros(B, R, device=device),
-        "values": torch.zeros(B, R, device=device),
-        "response_ids": torch.full((B, R), pad_token_id, device=device),
-    }
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
     ends = None
     if eos_token_id is not None:
         ends = torch.tensor(eos_token_id, device=device).view(-1)  # [E]
@@ -273,6 +265,9 @@ def generate(
         has_token = has_token.to(device)
     sampler = Sampler(model, temperature, top_k, top_p, ends, has_token)
 
+    # The decode loops write into these, column by column.
+    out = blank_outputs(B, R, pad_token_id, device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
     with decoding(model, device.type, B):
         written = False
         if static:
@@ -282,24 +277,17 @@ def generate(
     if not out["logprobs"].isfinite().all():
         raise FloatingPointError(f"step {step}: the policy's log-probs are not finite; lower --lr")
 
-    # A finished row may have run on until it was dropped: the response ends with its first EOS.
-    if finished.any():
-        response_mask = mask_up_to_end(sampler.is_end(out["response_ids"]))  # [B, R]
-    else:
-        response_mask = torch.ones(B, R, dtype=torch.bool, device=device)
-    values = None
-    if model.shares_trunk:
-        values = out["values"] * response_mask
-    return Rollout(
-        prompt_ids,
-        mask,
-        torch.where(response_mask, out["response_ids"], pad_token_id),
-        response_mask,
-        out["logprobs"] * response_mask,
-        out["entropies"] * response_mask,
-        values,
-        finished,
-    )
+    return cut_responses(sampler, prompt_ids, mask, out, finished, pad_token_id)
+
+
+def blank_outputs(B: int, R: int, pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """What the decode loops fill in, {name: [B, R]}: zeros and padding."""
+    return {
+        "logprobs": torch.zeros(B, R, device=device),
+        "entropies": torch.zeros(B, R, device=device),
+        "values": torch.zeros(B, R, device=device),
+        "response_ids": torch.full((B, R), pad_token_id, device=device),
+    }
 
 
 def try_static(
@@ -311,6 +299,9 @@ def try_static(
     """
     lm = sampler.model.lm
     rows = (sampler, prompt_ids, mask, u, out, finished)
+    # The reason why compiled blocks failed. It is kept as words: the exception itself would keep
+    # the memory of the loop that it ended.
+    failure = ""
     if is_compiled(lm):
         try:
             decode_compiled(*rows)
@@ -318,26 +309,59 @@ def try_static(
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # a compiler may raise anything
-            warn_of_fallback(lm, "without compiled blocks", e)
+            failure = first_line(e)
 
+    # One warning is enough: it names the loop that writes the responses in the end.
     try:
         decode_static(*rows)
-        return True
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:
-        warn_of_fallback(lm, "with a growing cache", e)
+        warn_of_fallback(lm, "with a growing cache", first_line(e))
         finished.zero_()
-    return False
+        return False
+    if failure:
+        warn_of_fallback(lm, "without compiled blocks", failure)
+    return True
 
 
-def warn_of_fallback(lm, how: str, error: Exception):
+def warn_of_fallback(lm, how: str, reason: str):
     """Say that rollouts take a slower loop, and why. Python shows the same warning once."""
     warnings.warn(
-        f"rollouts decode {how}, which is slower on a GPU "
-        f"({type(lm).__name__}: {first_line(error)})",
+        f"rollouts decode {how}, which is slower on a GPU ({type(lm).__name__}: {reason})",
         RuntimeWarning,
         stacklevel=4,
+    )
+
+
+def cut_responses(
+    sampler: Sampler,
+    prompt_ids: Tensor,
+    mask: Tensor,
+    out: dict[str, Tensor],
+    finished: Tensor,
+    pad_token_id: int,
+) -> Rollout:
+    """What a decode loop has written, with each response cut behind its first EOS.
+
+    A finished row may have run on until it was dropped, or to the end.
+    """
+    if finished.any():
+        response_mask = mask_up_to_end(sampler.is_end(out["response_ids"]))  # [B, R]
+    else:
+        response_mask = torch.ones_like(out["response_ids"], dtype=torch.bool)
+    values = None
+    if sampler.model.shares_trunk:
+        values = out["values"] * response_mask
+    return Rollout(
+        prompt_ids=prompt_ids,
+        attention_mask=mask,
+        response_ids=torch.where(response_mask, out["response_ids"], pad_token_id),
+        response_mask=response_mask,
+        logprobs=out["logprobs"] * response_mask,
+        entropies=out["entropies"] * response_mask,
+        values=values,
+        finished=finished,
     )
 
 

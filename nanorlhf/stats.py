@@ -120,9 +120,9 @@ def resample(
         if statistic is None:
             draws.append(means_of_resamples(values, drawn_rows))
         else:
-            results = [statistic(values[rows]) for rows in drawn_rows]
-            results = [torch.as_tensor(result, dtype=torch.float64) for result in results]
-            draws.append(torch.stack(results))
+            for rows in drawn_rows:
+                result = torch.as_tensor(statistic(values[rows]), dtype=torch.float64)
+                draws.append(result[None])  # [1, ...]
     return torch.cat(draws)
 
 
@@ -132,7 +132,8 @@ def means_of_resamples(values: Tensor, drawn_rows: Tensor) -> Tensor:
     values [N, ...], drawn_rows [r, N] -> [r, ...]
     """
     n = len(values)
-    means = count_draws(drawn_rows) @ values.reshape(n, -1) / n
+    sums = count_draws(drawn_rows) @ values.reshape(n, -1)
+    means = sums / n
     return means.reshape(-1, *values.shape[1:])
 
 
@@ -148,7 +149,8 @@ def count_draws(drawn_rows: Tensor) -> Tensor:
 def percentiles(draws: Tensor, level: float = 0.95) -> Tensor:
     """Draws [R, ...] -> low and high, the ends of their middle `level`: one tensor [2, ...]."""
     tail = (1 - level) / 2
-    return draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    return draws.quantile(ends, dim=0)
 
 
 def mean_over_groups(
@@ -189,7 +191,8 @@ def t_quantile(dof: int) -> float:
     """
     theta = np.linspace(0, math.pi / 2, 20_001)
     middle = (theta[1:] + theta[:-1]) / 2
-    mass = np.cumsum(np.cos(middle) ** (dof - 1))
+    density = np.cos(middle) ** (dof - 1)
+    mass = np.cumsum(density)
     # Half of the distribution lies at theta > 0, so the 97.5% point has 95% of that half below it.
     quantile = np.interp(0.95 * mass[-1], mass, theta[1:])
     return math.sqrt(dof) * math.tan(quantile)
@@ -206,7 +209,8 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     mean = statistics.mean(values)
     if n == 1:
         return mean, float("nan")
-    return mean, t_quantile(n - 1) * statistics.stdev(values) / n**0.5
+    half_width = t_quantile(n - 1) * statistics.stdev(values) / n**0.5
+    return mean, half_width
 
 
 # --------------------------------------------------------------------- comparing and ranking
@@ -214,7 +218,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def pair_wins(chosen: Tensor, rejected: Tensor) -> Tensor:
     """1 where the chosen answer scores higher, 1/2 for a tie, else 0: float64, as the scores."""
-    return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    wins = (chosen > rejected).double()
+    ties = (chosen == rejected).double()
+    return wins + 0.5 * ties
 
 
 def win_points(a, b) -> Tensor:
@@ -272,7 +278,8 @@ def kendall_tau(x, y, permutations: int = 1000, seed: int = 0) -> tuple[float, f
             orders.append(torch.randperm(n, generator=generator))
         shuffled_y = y_ranks[torch.stack(orders)]  # [r, N]
         shuffled_taus = sum_of_signs(x_ranks, shuffled_y) / norm  # [r]
-        n_extreme += (shuffled_taus.abs() >= abs(tau) - 1e-12).sum().item()
+        is_extreme = shuffled_taus.abs() >= abs(tau) - 1e-12
+        n_extreme += is_extreme.sum().item()
     return tau, (n_extreme + 1) / (permutations + 1)
 
 
@@ -327,7 +334,8 @@ def count_inversions(rows: Tensor) -> Tensor:
     while width < full_length:
         left, right = runs.view(n_rows, -1, 2, width).unbind(2)  # [R, pairs of runs, width] each
         n_smaller_or_equal = torch.searchsorted(left.contiguous(), right.contiguous(), right=True)
-        inversions += (width - n_smaller_or_equal).sum((1, 2))
+        n_larger = width - n_smaller_or_equal
+        inversions += n_larger.sum((1, 2))
         width *= 2
         runs = runs.view(n_rows, -1, width).sort().values
     return inversions
@@ -350,9 +358,10 @@ def auc(scores, labels) -> float:
     positive = scores[is_positive]
     negative = scores[~is_positive].sort().values
     # How many negatives lie strictly below each positive, and how many at most as high.
-    wins = torch.searchsorted(negative, positive, side="left").double().mean()
-    wins_and_ties = torch.searchsorted(negative, positive, side="right").double().mean()
-    return ((wins + wins_and_ties) / 2 / len(negative)).item()
+    n_below = torch.searchsorted(negative, positive, side="left").double()
+    n_at_most = torch.searchsorted(negative, positive, side="right").double()
+    mean_points = (n_below.mean() + n_at_most.mean()) / 2  # a tie is half a point
+    return (mean_points / len(negative)).item()
 
 
 def r_squared(y, predicted) -> float:
@@ -410,11 +419,15 @@ def span(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     several times as long).
     """
     is_wide = x.shape[1] > len(x)
-    products = x @ x.T if is_wide else x.T @ x
+    if is_wide:
+        products = x @ x.T
+    else:
+        products = x.T @ x
     eigenvalues, vectors = torch.linalg.eigh(products)
 
     # Eigenvalues that are tiny beside the largest one are rounding.
-    kept = eigenvalues > 1e-12 * eigenvalues[-1].clamp(min=1e-300)
+    largest = eigenvalues[-1].clamp(min=1e-300)
+    kept = eigenvalues > 1e-12 * largest
     eigenvalues = eigenvalues[kept]
     vectors = vectors[:, kept]
 
@@ -469,7 +482,8 @@ def ridge(x, y, alphas: Sequence[float], groups: Labels = None) -> Linear:
         total = 0.0
         for rows in members:
             identity = torch.eye(len(rows)).double()
-            one_minus_h = identity - 1 / len(y) - shrunk[rows] @ p[rows].T  # 1 - H_GG
+            without_mean = identity - 1 / len(y)
+            one_minus_h = without_mean - shrunk[rows] @ p[rows].T  # 1 - H_GG
             errors = torch.linalg.solve(one_minus_h, residual[rows])
             total += errors.square().sum().item()
         return total
@@ -526,7 +540,8 @@ def minimise_by_newton(p: Tensor, sign: Tensor, penalty: Tensor, steps: int) -> 
     """
 
     def loss(w):
-        return -torch.nn.functional.logsigmoid(sign * (p @ w)).sum() + 0.5 * (penalty * w * w).sum()
+        log_likelihood = torch.nn.functional.logsigmoid(sign * (p @ w)).sum()
+        return -log_likelihood + 0.5 * (penalty * w * w).sum()
 
     w = torch.zeros(p.shape[1]).double()
     for _ in range(steps):

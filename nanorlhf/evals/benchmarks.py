@@ -32,7 +32,7 @@ from ..rewards import (
     score,
     split_label,
 )
-from ..runtime import plots
+from ..runtime.curves import without_common_ends
 from ..runtime.distributed import setup
 from ..runtime.flags import FORWARD_HELP, HELD_OUT_HELP, ResultFlags, TextFlags, results_in
 from ..runtime.locks import unlock_afterwards
@@ -412,7 +412,7 @@ def draw(figure, summary: dict):
     """
     metrics = [name for name in choose_metrics(summary) if name != "margin"]
     rewards = summary["rewards"]
-    short_names = plots.without_common_ends(set(rewards))
+    short_names = without_common_ends(set(rewards))
     axis = figure.add_subplot()
     for i, (name, row) in enumerate(rewards.items()):
         # The rewards stand beside each other, around the place of the metric.

@@ -31,10 +31,10 @@ from ..ensemble import combine
 from ..errors import at_least, require
 from ..hf.folders import check_model
 from ..models import load_tokenizer
+from ..runtime.curves import without_common_ends
 from ..runtime.files import check_output, read_file, read_json, write_json
 from ..runtime.flags import FlagGroup
 from ..runtime.locks import LOCK_FILE, lock_folder
-from ..runtime.plots import without_common_ends
 from .encoders import check_nli, nli_scorer, sentence_encoder
 
 FILE = "diversity.json"

@@ -31,7 +31,7 @@ from ..hf.activations import SITES, module_at, place_name
 from ..hf.blocks import blocks
 from ..hf.folders import check_model
 from ..models import load_policy, load_shared_tokenizer
-from ..runtime import plots
+from ..runtime.curves import without_common_ends
 from ..runtime.distributed import setup
 from ..runtime.flags import FlagGroup, ResultFlags, TextFlags, results_in, subset_of
 from ..runtime.locks import unlock_afterwards
@@ -380,7 +380,7 @@ def draw_mmcs(figure, summary: dict):
     paths = set()
     for row in summary["pairs"]:
         paths.update((row["a"], row["b"]))
-    names = plots.without_common_ends(paths)
+    names = without_common_ends(paths)
     edges = [i / 20 for i in range(21)]
     for row in summary["pairs"][:10]:
         n = sum(row["histogram"])

@@ -22,7 +22,7 @@ from ..errors import at_least, require
 from ..hf.activations import module_at
 from ..hf.folders import check_model
 from ..models import load_policy, load_tokenizer
-from ..runtime import plots
+from ..runtime.curves import without_common_ends
 from ..runtime.distributed import setup
 from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags, results_in
 from ..runtime.locks import unlock_afterwards
@@ -305,7 +305,7 @@ def find_results_with_concepts(results: dict[str, dict]) -> dict[str, dict]:
 
 def shorten_names(results: dict[str, dict]) -> dict[str, str]:
     """{path: what tells it from the others}; a path alone stays as it is."""
-    short_names = plots.without_common_ends(set(results))
+    short_names = without_common_ends(set(results))
     return {path: name or path for path, name in short_names.items()}
 
 

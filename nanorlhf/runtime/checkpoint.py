@@ -1,7 +1,8 @@
 """Atomic checkpoints and exact resume: safetensors for tensors, JSON for the rest, no pickle.
 
-A run holds no hidden random state: every draw is keyed by (seed, step, ...), so weights, optimizer, the few numbers of the
-controllers and the step are all that a resumed run needs to end with the same bits as one that was never killed.
+A run holds no hidden random state: every draw is keyed by (seed, step, ...). So weights, optimizer,
+the few numbers of the controllers and the step are all that a resumed run needs to end with the
+same bits as one that was never killed.
 
     checkpoint/step_{N}/
         state.safetensors                 weights and optimizer, or, of a model in shards (FSDP2),
@@ -60,9 +61,10 @@ def checkpoints(folder):
 
 
 def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
-    """Write checkpoint/step_{step} with the trained weights, the optimizer, `state` (JSON) and `more` {name: tensor}; keep the last `keep`.
+    """Write checkpoint/step_{step}, and keep the last `keep` checkpoints.
 
-    The main process calls this alone, or, where the module is in shards, all processes do, with `dist`.
+    It holds the trained weights, the optimizer, `state` (JSON) and `more` {name: tensor}. The main
+    process calls this alone, or, where the module is in shards, all processes do, with `dist`.
     """
     tensors, main = {}, dist is None or dist.main
     for name, p in trainable(module):

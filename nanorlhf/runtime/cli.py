@@ -46,9 +46,10 @@ def script():
 
 
 def parse(config_class, args, command="", description=None):
-    """Command line -> config. With --resume the settings of the run in --output_dir are the defaults.
+    """Command line -> config. With --resume, what the run in --output_dir was given is the default.
 
-    command: the sub-command's name, if it is one; description: what --help says first, by default the docstring of the config's file.
+    command: the sub-command's name, if it is one. description: what --help says first, by default
+    the docstring of the config's file.
     """
     description = description or sys.modules[config_class.__module__].__doc__
     parser = Parser(f"{script()} {command}".strip(), description, config_class)
@@ -188,7 +189,10 @@ def run(config_class, main, args=None):
 
 
 def run_command(commands, args=None):
-    """run() for a script with sub-commands, {name: (config class, function)}; without one, or with --help, it lists them."""
+    """run() for a script with sub-commands, {name: (config class, function)}.
+
+    Without one, or with --help, it lists them.
+    """
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     with errors_in_one_line():
         if name in ("-h", "--help"):

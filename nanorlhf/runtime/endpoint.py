@@ -1,7 +1,8 @@
-"""A chat model that is asked questions: behind an OpenAI-compatible endpoint, or a local one.
+"""A chat model behind an OpenAI-compatible endpoint, which is asked questions.
 
-POST <url>/chat/completions by the standard library alone; the key is the environment's OPENAI_API_KEY. What is asked, and what becomes
-of the answers, is the callers' business (explainer.py, win_rates.py).
+POST <url>/chat/completions by the standard library alone; the key is the environment's
+OPENAI_API_KEY. What is asked, and what becomes of the answers, is the callers' business
+(explainer.py, win_rates.py). A local model is asked by rollout.ask_locally().
 
 The key goes into one header and nowhere else. A URL is printed, stored in config.json and part of
 what caches are named by, so one that holds a password or a query is refused. What a server says may
@@ -38,7 +39,10 @@ class Rejected(Unreachable):
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect becomes an HTTPError: followed, it would show the key to another host, and turn the question into a GET."""
+    """A redirect becomes an HTTPError.
+
+    Followed, it would show the key to another host, and turn the question into a GET.
+    """
 
     def redirect_request(self, *args):
         return None
@@ -55,7 +59,7 @@ def is_endpoint(spec):
     return spec.strip().lower().startswith(("http:", "https:"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the secrets
+# -------------------------------------------------------------------------------------- the secrets
 
 
 def read_key() -> str:
@@ -101,15 +105,16 @@ def redact(text: str) -> str:
     return re.sub(pattern, f"[{KEY}]", text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- an endpoint
+# -------------------------------------------------------------------------------------- an endpoint
 
 
 def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0):
-    """-> the function question -> answer, for any number of threads, which together keep to the rate (0: as fast as it goes).
+    """-> the function question -> answer, for any number of threads.
 
-    A busy or silent endpoint is asked again after `pause` seconds, twice as many each time, or as many as its Retry-After names.
-    The function raises ValueError: what came is no answer, or a refusal; Rejected: the question was; Unreachable: nothing came.
-    InputError: the URL holds a secret, or the key is none.
+    Together they keep to the rate (0: as fast as it goes). A busy or silent endpoint is asked again
+    after `pause` seconds, twice as many each time, or as many as its Retry-After names.
+    The function raises ValueError: what came is no answer, or a refusal; Rejected: the question was
+    refused; Unreachable: nothing came. InputError: the URL holds a secret, or the key is none.
     """
     check_endpoint("the endpoint", url)
     wait_for_turn = pacer(requests_per_minute)
@@ -183,7 +188,10 @@ def request(url, body, headers, timeout):
 
 
 def said(error):
-    """The beginning of what came with an HTTPError: it alone tells what is wrong with a question, or with the model's name."""
+    """The beginning of what came with an HTTPError.
+
+    It alone tells what is wrong with a question, or with the model's name.
+    """
     try:
         text = error.read(LONGEST_ANSWER).decode("utf-8", "replace")
     except (OSError, HTTPException):
@@ -192,7 +200,10 @@ def said(error):
 
 
 def retry_after(value):
-    """The header Retry-After, a number or a date (RFC 9110, 10.2.3), in seconds from now; 0 for anything else."""
+    """The header Retry-After, a number or a date (RFC 9110, 10.2.3), in seconds from now.
+
+    0 for anything else.
+    """
     try:
         return max(0.0, float(value))
     except ValueError:
@@ -210,7 +221,8 @@ def content_of(text):
     """
     try:
         message = json.loads(text)["choices"][0]["message"]
-        content, refusal = message["content"], message.get("refusal")
+        content = message["content"]
+        refusal = message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         beginning = " ".join(redact(text).split())[:60]
         raise ValueError(f"not a chat completion: {beginning!r}") from None
@@ -223,29 +235,37 @@ def content_of(text):
 
 
 def pacer(per_minute):
-    """-> a function that returns at once, or as soon as the last `per_minute` calls a minute allow: one call every 60 / per_minute s."""
-    lock, free_at = threading.Lock(), time.monotonic()
+    """-> a function that waits for its turn: one call every 60 / per_minute seconds; 0: at once"""
+    lock = threading.Lock()
+    free_at = time.monotonic()
+    interval = 0.0
+    if per_minute:
+        interval = 60 / per_minute
 
     def wait_for_turn():
         nonlocal free_at
         with lock:
             mine = max(free_at, time.monotonic())
-            free_at = mine + (60 / per_minute if per_minute else 0)
+            free_at = mine + interval
         time.sleep(max(0.0, mine - time.monotonic()))
 
     return wait_for_turn
 
 
 def ask_all(ask, questions, parallel=1):
-    """Questions, so many at a time -> (i, answer) as they come, with a ValueError or Rejected in the place of an answer.
+    """Questions, so many at a time -> (i, answer) as they come.
 
-    Raises Unreachable once all that was under way has come in; nothing is asked after it, or after the caller has stopped listening.
+    A ValueError or Rejected may stand in the place of an answer. Raises Unreachable once all that
+    was under way has come in. Nothing is asked after it, or after the caller has stopped listening.
     """
-    stop, down = threading.Event(), None
+    stop = threading.Event()
+    down = None
 
     def one(question):
+        if stop.is_set():
+            return None
         try:
-            return None if stop.is_set() else ask(question)
+            return ask(question)
         except (ValueError, Rejected) as e:
             return e
         except Unreachable:
@@ -264,6 +284,3 @@ def ask_all(ask, questions, parallel=1):
             stop.set()
     if down:
         raise down
-
-
-# -------------------------------------------------------------------------------------------------------------------- a local model

@@ -368,7 +368,8 @@ class Progress:
             self.recommends_compile = False
             line = (
                 f"{self.name}: this run will take over an hour; in a new --output_dir, "
-                "--compile true makes updates faster after a minute of warm-up"
+                "--compile true makes whole steps faster, PPO's rollouts too, after a minute of "
+                "warm-up"
             )
             tqdm.write(line, file=sys.stderr)
 

@@ -1,6 +1,7 @@
-"""Random streams. Every draw is keyed by [STREAM, seed, ...]: there is no random state to lose, and nothing to restore on resume.
+"""Random streams: every draw is keyed by [STREAM, seed, ...].
 
-The stream comes first because numpy pads its seeds with zeros: [seed, step] and [seed, step, 0] are one and the same.
+There is no random state to lose, and nothing to restore on resume. The stream comes first because
+numpy pads its seeds with zeros: [seed, step] and [seed, step, 0] are one and the same.
 """
 
 ROLLOUT, ORDER, MINIBATCH, SPLIT, LABELS, DENSITY, POOL = range(1, 8)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ..errors import InputError
 from ..runtime import plots
+from ..runtime.curves import BEST_OF_N, read_records, without_common_ends
 from ..runtime.files import is_of_type, read_object
 from . import kinds
 
@@ -65,7 +66,7 @@ def open_runs(folders: list[str]) -> list[Run]:
     folders = list(dict.fromkeys(folders))
     short_names = {folder: os.path.basename(folder) for folder in folders}
     if len(folders) > 1:
-        short_names = plots.without_common_ends(set(folders))
+        short_names = without_common_ends(set(folders))
     runs = []
     for folder in folders:
         config = read_if_there(os.path.join(folder, "config.json"))
@@ -73,8 +74,8 @@ def open_runs(folders: list[str]) -> list[Run]:
         has_log = os.path.isfile(os.path.join(folder, "metrics.jsonl"))
         if config is None and summary is None and not has_log:
             raise InputError(f"{folder}: no run here (no config.json, metrics.jsonl, summary.json)")
-        records = plots.read_records(folder)
-        kind = name_kind(config or {}, os.path.isfile(os.path.join(folder, plots.BEST_OF_N)))
+        records = read_records(folder)
+        kind = name_kind(config or {}, os.path.isfile(os.path.join(folder, BEST_OF_N)))
         name = short_names[folder] or folder
         runs.append(Run(folder, name, kind, config or {}, summary, records))
     return runs

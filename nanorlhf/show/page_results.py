@@ -11,7 +11,7 @@ import torch
 
 from ..chats import show
 from ..ensemble import combine_all
-from ..runtime import plots
+from ..runtime.curves import BEST_OF_N, read_bon_curve
 from ..runtime.files import read_object, read_rows
 from .page_curves import STANDARD_ERROR, Run, finish_panels, is_number, shorten
 
@@ -27,12 +27,12 @@ NO_INTERVAL = (None, None)  # low and high of a number that has none
 
 def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
     """A best-of-n run -> its panels, and its block of prompts with the answers that are chosen."""
-    if not run.has(plots.BEST_OF_N):
+    if not run.has(BEST_OF_N):
         return [], []
     # The curves come first: they are there without the pool too.
-    results = read_object(run.path(plots.BEST_OF_N), finite=False)
+    results = read_object(run.path(BEST_OF_N), finite=False)
     for name, points in results.items():
-        plots.read_bon_curve(points, name, run.path(plots.BEST_OF_N))  # or an error
+        read_bon_curve(points, name, run.path(BEST_OF_N))  # or an error
     panels = finish_panels(draw_best_of_n(run, results), INTERVAL)
     if not results or not run.has("pool.jsonl"):
         return panels, []

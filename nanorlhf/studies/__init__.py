@@ -1,1 +1,1 @@
-"""studies: experiments on the embedded world over several seeds, each run by `python -m nanorlhf.studies.NAME`."""
+"""Experiments over several seeds, each run by `python -m nanorlhf.studies.NAME`."""

@@ -110,6 +110,11 @@ def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
 # ---------------------------------------------------------------------------------------- commands
 
 
+def join(*words: str) -> str:
+    """A command line of these words, without the empty ones."""
+    return " ".join(word for word in words if word)
+
+
 def run_stage(commands: list[str], jobs: int, is_done: Callable[[str], bool] | None = None):
     """Run those commands of a stage that are not done yet, `jobs` at a time; print each that ends.
 
@@ -203,9 +208,10 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
     """The results of cells, {name: result}. Those that the file does not keep yet are run first.
 
     a: the study's settings. Neither a kept cell is run again, nor what it alone needs. Each result
-    is written as soon as it is there. InputError: a cell is kept with another command, or after
-    other runs.
+    is written as soon as it is there. InputError: the file cannot be written; a cell is kept with
+    another command, or after other runs.
     """
+    check_can_write(path)
     kept = read_cells(path)
     missing = []
     for cell in cells:

@@ -23,13 +23,13 @@ from typing import NamedTuple
 from transformers.hf_argparser import HfArg
 
 from ..runtime import cli
-from ..runtime.files import check_can_write
 from .common import (
     Cell,
     KeptFlags,
     StudyFlags,
     describe_numbers,
     draw_picture,
+    join,
     print_title,
     read_flags,
     results_file,
@@ -109,11 +109,6 @@ class Setting(NamedTuple):
 
     lr: float
     strength: float  # of the pull towards SFT: --kl_coef, or DPO's --dpo_beta
-
-
-def join(*words: str) -> str:
-    """A command line of these words, without the empty ones."""
-    return " ".join(word for word in words if word)
 
 
 def train_sft(a) -> str:
@@ -425,9 +420,7 @@ def main(args=None):
     """Run what is not kept yet, part by part; after each part print its tables."""
     a = read_settings(args)
     with cli.errors_in_one_line():
-        path = results_file(a, __file__)
-        check_can_write(path)
-        run_study(a, path)
+        run_study(a, results_file(a, __file__))
 
 
 def run_study(a, path: str):

@@ -22,6 +22,8 @@ tables and pictures show the proxy, the score that is optimised, and it cannot
 show overoptimisation. A --model of your own has one start, and no sweeps.
 """
 
+import importlib
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from shlex import quote
@@ -31,7 +33,6 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
 from ..runtime import cli
-from ..runtime.files import check_can_write
 from .common import (
     Cell,
     KeptFlags,
@@ -210,9 +211,25 @@ def train_members(a, s, noise, ensemble: str) -> list[str]:
     if ensemble == WARM:
         commands.append(
             f"train_rm.py --average {folder} {pair_flags(a, s)} "
-            f"--output_dir {averaged_folder(a, s, noise)} {a.rm_flags}"
+            f"--output_dir {averaged_folder(a, s, noise)} {without_training(a.rm_flags)}"
         )
     return commands
+
+
+def without_training(rm_flags: str) -> str:
+    """Those of --rm_flags that train_rm.py --average takes: none of a training, and no --model."""
+    # The script is imported by its name: no module imports a script.
+    refused = [*importlib.import_module("train_rm").TRAINING_FLAGS, "model"]
+    kept = []
+    is_kept = True
+    for word in shlex.split(rm_flags):
+        # The values of a flag follow it, up to the next one; or one stands after its =.
+        if word.startswith("--"):
+            name = word.removeprefix("--").partition("=")[0]
+            is_kept = name not in refused
+        if is_kept:
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def train_further(a, s, noise, method: Method) -> list[str]:
@@ -534,9 +551,7 @@ def main(args=None):
         return
     print_remarks(remarks)
     with cli.errors_in_one_line():
-        path = file_of_cells(a)
-        check_can_write(path)
-        run_study(a, path)
+        run_study(a, file_of_cells(a))
 
 
 def run_study(a, path: str):

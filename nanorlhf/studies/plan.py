@@ -80,8 +80,8 @@ def read_command(command: str) -> tuple:
     script, *words = shlex.split(command)
     # The script is imported by its name: no module imports a script.
     module = importlib.import_module(script.removesuffix(".py"))
-    # The folders that {seed} stands for are not there yet; train_rm.py makes them itself.
-    if script != "train_rm.py":
+    # The folders that {seed} stands for are not there yet, or the command makes them itself.
+    if script != "train_rm.py" or "--average" in words:
         words = [word.replace("{seed}", "0") for word in words]
     try:
         if script != "probe.py":
@@ -95,6 +95,8 @@ def read_command(command: str) -> tuple:
 
 def size_of(script: str, config) -> str:
     """Steps times batch of a training, prompts times answers of a sampling, rows of the rest."""
+    if getattr(config, "average", []):
+        return "the mean of models' weights"
     if script in UNITS:
         size = f"{config.steps} steps x {config.batch_size} {UNITS[script]}"
         members = getattr(config, "members", 1)

@@ -28,8 +28,16 @@ from transformers.hf_argparser import HfArg
 from ..errors import at_least, require
 from ..hf.folders import check_model
 from ..runtime import cli
-from ..runtime.files import check_can_write
-from .common import Cell, KeptFlags, StudyFlags, read_cells, read_flags, results_file, run_cells
+from .common import (
+    Cell,
+    KeptFlags,
+    StudyFlags,
+    join,
+    read_cells,
+    read_flags,
+    results_file,
+    run_cells,
+)
 from .plan import print_plan
 from .real_models_data import write_data
 from .real_models_results import (
@@ -62,8 +70,8 @@ PARTS = {
     "hh": ("hh",),
 }
 
-# A policy is the model with adapters. A rollout is gone through once, in steps of 16 answers. With 16
-# answers a rollout PPO moved away from the model and won no reward.
+# A policy is the model with adapters. A rollout is gone through once, in steps of 16 answers. With
+# 16 answers a rollout PPO moved away from the model and won no reward.
 POLICY = "--lora_rank 16 --lr 1e-3 --ppo_epochs 1 --minibatch_size 16 --eval_every 0 --n_samples 2"
 # A reward model learns in its upper blocks alone, which costs half as much.
 REWARD_MODEL = "--freeze_layers 0.8 --lr 1e-4 --batch_size 8"
@@ -98,11 +106,6 @@ QUICK = {
 # In all functions a are the study's Settings, and s is a seed.
 
 # -------------------------------------------------------------------------------------- commands
-
-
-def join(*words: str) -> str:
-    """A command line of these words, without the empty ones."""
-    return " ".join(word for word in words if word)
 
 
 def model_of(a) -> str:
@@ -506,28 +509,38 @@ def main(args=None):
         if a.show:
             return show_kept(read_cells(path), a)
 
-        parts = {}
-        for part in a.parts:
-            missing = missing_files(a, part)
-            if missing:
-                print(f"left out: {part}, which needs {missing}")
-            else:
-                parts[part] = CELLS[part](a)
-        if "diversity" in parts and not a.encoder:
-            print("left out: embeddings in diversity, which need --encoder")
+        parts = cells_of_parts(a)
         if a.dry_run:
-            commands = []
-            for stages in parts.values():
-                commands += [[cell.command for cell in stage] for stage in stages]
-            return print_plan(commands, a, [])
-
-        check_can_write(path)
+            return print_plan(commands_of(parts), a, [])
         prepare_folder(a)
         for part, stages in parts.items():
             results = {}
             for stage in stages:
                 results |= run_cells(stage, a, path)
             print_tables(part, results, a)
+
+
+def cells_of_parts(a) -> dict[str, Stages]:
+    """The cells of each part whose files are given. It prints what is left out."""
+    parts = {}
+    for part in a.parts:
+        missing = missing_files(a, part)
+        if missing:
+            print(f"left out: {part}, which needs {missing}")
+        else:
+            parts[part] = CELLS[part](a)
+    if "diversity" in parts and not a.encoder:
+        print("left out: embeddings in diversity, which need --encoder")
+    return parts
+
+
+def commands_of(parts: dict[str, Stages]) -> list[list[str]]:
+    """The commands of all parts, stage by stage."""
+    stages = []
+    for cells_of_stages in parts.values():
+        for cells in cells_of_stages:
+            stages.append([cell.command for cell in cells])
+    return stages
 
 
 def show_kept(kept: dict[str, dict], a):

@@ -366,6 +366,45 @@ def test_lost_files_are_found():
     ]
 
 
+# ------------------------------------------------------------------------------- quoted code
+
+# An exercise ends with the lines that it was about.
+THE_LINES = re.compile(r"^The lines:.*?(?=\n\s*\n|\Z)", re.DOTALL | re.MULTILINE)
+
+
+@functools.cache
+def all_code():
+    """The code of the scripts and of the package, with single spaces."""
+    texts = []
+    for file in find_files():
+        if file.endswith(".py") and not file.startswith("tests/"):
+            texts.append(read(REPO / file))
+    return " ".join(" ".join(texts).split())
+
+
+def faults_of_quotes(text):
+    """Assignments that a page quotes as the lines of an exercise, and that no code has."""
+    faults = []
+    for paragraph in THE_LINES.finditer(text):
+        for span in CODE_SPAN.finditer(paragraph[0]):
+            quote = " ".join(span[2].split())
+            if " = " in quote and quote not in all_code():
+                line = line_of(text, paragraph.start() + span.start())
+                faults.append((line, f"{quote}: no code has this line"))
+    return faults
+
+
+@every_page
+def test_quoted_lines_stand_in_the_code(page):
+    fail_with(page, faults_of_quotes(read(page)))
+
+
+def test_quotes_that_no_code_has_are_found():
+    right = "`penalties = torch.where(response_mask,\n-kl_coef * kl, 0.0)`"
+    text = f"`penalties = 1`\n\nThe lines: {right}; `penalties = 2`\n"
+    assert faults_of_quotes(text) == [(4, "penalties = 2: no code has this line")]
+
+
 # ------------------------------------------------------------------------------ names in code
 
 FLAG = re.compile(r"(?<![\w-])--([a-z]\w*(?:-\w+)*)")

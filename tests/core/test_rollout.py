@@ -5,6 +5,7 @@ row, no cache, no padding.
 """
 
 import math
+import re
 import warnings
 from collections import Counter
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 import nanorlhf.hf.decode
+import nanorlhf.rollout
 from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, response_mask_of
@@ -608,6 +610,32 @@ def test_other_attentions_with_a_static_cache(config):
     assert torch.equal(static.response_ids, dynamic.response_ids)
     assert torch.equal(static.finished, dynamic.finished)
     same(static.logprobs, dynamic.logprobs)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("bloom", "with a growing cache, .*BloomForCausalLM: The expanded size"),
+        ("opt", "without compiled blocks, .*OPTForCausalLM: no such graph"),
+    ],
+)
+def test_blocks_that_cannot_be_compiled_are_one_warning(monkeypatch, name, words):
+    """It names the loop that writes the responses in the end."""
+    [config] = [config for config in OTHERS if config.model_type == name]
+    policy = other_policy(config)
+    expected = roll(policy)
+
+    def fail(*_):
+        raise RuntimeError("no such graph")
+
+    policy.lm.compiled = True
+    monkeypatch.setattr(nanorlhf.rollout, "decode_compiled", fail)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rollout = roll(policy, static=True)
+    [warning] = caught
+    assert re.search(words, str(warning.message))
+    assert torch.equal(rollout.response_ids, expected.response_ids)
 
 
 def test_a_step_that_cannot_be_captured_falls_back(monkeypatch):

@@ -42,6 +42,7 @@ import train_ppo
 import train_rm
 from nanorlhf import ensemble, world
 from nanorlhf.runtime import cli, distributed, plots
+from nanorlhf.runtime.curves import arrange, curves_of
 from nanorlhf.runtime.help import help_text
 from nanorlhf.scoring import Scoring
 
@@ -620,7 +621,7 @@ def test_ppo_knows_a_further_objective(median, base, tmp_path, monkeypatch):
         rows = read_rows(tmp_path / f"eval/step_{step}.jsonl")
         medians = [statistics.median(row["scores"].values()) for row in rows]
         check_statistics(records[step], "eval/proxy", medians)
-    curves = plots.arrange([str(tmp_path)])[""]
+    curves = arrange([str(tmp_path)])[""]
     assert list(curves) == ["median"]
 
 
@@ -663,7 +664,7 @@ def test_best_of_n_knows_a_further_objective(median_of_n):
 def test_pictures_know_a_further_objective(median_of_n):
     """Its curve is under its own name, and in no mean of the members."""
     folder = str(median_of_n.folder)
-    curves = plots.curves_of(folder, "")
+    curves = curves_of(folder, "")
     assert list(curves) == ["single (mean of 3 members)", "mean", "wco", "uwo_0.5", "median"]
     (point,) = median_of_n.results["median"]
     assert curves["median"]["proxy"] == pytest.approx([point["proxy_score"]])

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from support import (
     write_rows,
 )
 
+import train_rm
 import train_sae
 import train_sft
 from nanorlhf.errors import InputError
@@ -184,6 +186,39 @@ def test_one_bad_member_of_an_ensemble(here, capfd, member, words):
 )
 def test_bad_flags_of_reward_models(here, capfd, flags, words):
     refuses_flags(capfd, "rm", flags, words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--steps 3", "--steps"),
+        ("--lr 1e-3 --betas 0.9 0.99 --compile", "--compile, --lr, --betas"),
+        ("--lora_rank 2 --merge", "--lora_rank, --merge"),
+        ("--label_noise 0.1 --score_l2 0.1", "--label_noise, --score_l2"),
+        ("--sarm_mode frozen", "--sarm_mode"),
+        ("--checkpoint_every 1", "--checkpoint_every"),
+    ],
+)
+def test_flags_of_a_training_without_one(here, capfd, flags, words):
+    """--average does not read them, so it refuses them before it looks for its models."""
+    args = f"--average one two --output_dir out {flags}".split()
+    refused(capfd, "rm", args, f"--average trains nothing, so nothing reads {words}")
+
+
+def test_flags_that_an_average_reads():
+    """Every flag of train_rm.py is one of these, or --average refuses it."""
+    read = {"average": ["one", "two"], "output_dir": "out", "resume": True, "seed": 1}
+    read |= {"dataset": "pairs.jsonl", "columns": ["prompt=q"], "special_in_text": True}
+    read |= {"chat_template": True, "in_distribution": "a=b", "prompt_format": "tldr"}
+    read |= {"eval_dataset": "more.jsonl", "eval_size": 3, "eval_splits": ["test", "ood"]}
+    read |= {"max_rows": 5, "max_length": 9, "gold_model": "the.py:gold", "dtype": "bfloat16"}
+    read |= {"micro_batch_size": 3, "tokens_per_micro_batch": 9, "distributed": "fsdp"}
+    read |= {"device": "cpu"}
+    train_rm.Config(**read)
+    # Their own errors are in test_weight_averages.py.
+    refused_by_name = {"model", "members", "head_seed", "independent_noise"}
+    names = {flag.name for flag in fields(train_rm.Config)}
+    assert names == read.keys() | refused_by_name | set(train_rm.TRAINING_FLAGS)
 
 
 def test_a_member_whose_folder_holds_another_run(here, capfd):

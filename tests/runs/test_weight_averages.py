@@ -72,10 +72,15 @@ def train_members(base, root, folder, **changes):
     train_rm.main(train_rm.Config(output_dir=f"{folder}/seed_{{seed}}", **settings))
 
 
+def without_training(settings):
+    """Those settings of a small reward model that --average takes too."""
+    refused = {"model", *train_rm.TRAINING_FLAGS}
+    return {name: value for name, value in settings.items() if name not in refused}
+
+
 def average(base, root, folder, *paths, **changes):
     """The mean of these reward models, by default of both members. -> its summary"""
-    settings = rm(base, root, **changes)
-    del settings["model"]
+    settings = without_training(rm(base, root, **changes))
     paths = [str(path) for path in paths] or [f"{root}/seed_{{seed}}"]
     return train_rm.main(train_rm.Config(output_dir=str(folder), average=paths, **settings))
 
@@ -273,8 +278,7 @@ def run_starts_and_average(base, root, starts, folder):
     """Members of two starts, members of one, and the mean of these, as drive() takes them."""
     own = rm(base, root, model=f"{starts}/lm_{{seed}}", members=2)
     one = rm(base, root, head_seed=5, members=2)
-    mean = rm(base, root, average=[f"{folder}/one/seed_{{seed}}"])
-    del mean["model"]
+    mean = without_training(rm(base, root, average=[f"{folder}/one/seed_{{seed}}"]))
     jobs = [
         ("rm", {**own, "output_dir": f"{folder}/own/seed_{{seed}}"}),
         ("rm", {**one, "output_dir": f"{folder}/one/seed_{{seed}}"}),

@@ -1,4 +1,4 @@
-"""nanorlhf.runtime.plots: which runs belong together and what they are called, and what is drawn.
+"""nanorlhf.runtime.curves and plots: which runs belong together, how they are called, what is drawn.
 
 Runs are files made by hand, of curves that are known exactly; lines and bands are read back from
 matplotlib's figures. Files are real PNGs.
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from nanorlhf.runtime import plots
+from nanorlhf.runtime.curves import arrange, cells_of, objectives_of, without_common_ends
 
 pytestmark = pytest.mark.usefixtures("pictures")
 
@@ -215,7 +216,7 @@ def is_picture(path):
     ],
 )
 def test_names_without_what_all_have(names):
-    assert plots.without_common_ends(set(names)) == names
+    assert without_common_ends(set(names)) == names
 
 
 def cell_config(seed, noise, members=1, **other):
@@ -231,13 +232,13 @@ def test_cells_are_what_differs_besides_seeds_and_objectives():
         cell_config(0, "b", kl_coef=0.1),
     ]
     first = "reward_model a, kl_coef 0.0"
-    assert plots.cells_of(configs) == [first, first, "reward_model b, kl_coef 0.1"]
-    assert plots.cells_of(configs[:2]) == ["", ""]
+    assert cells_of(configs) == [first, first, "reward_model b, kl_coef 0.1"]
+    assert cells_of(configs[:2]) == ["", ""]
 
 
 def test_a_setting_that_one_run_lacks_makes_another_cell():
     configs = [cell_config(0, "a"), cell_config(0, "a", steps=5)]
-    assert plots.cells_of(configs) == ["steps None", "steps 5"]
+    assert cells_of(configs) == ["steps None", "steps 5"]
 
 
 def objective_config(objective, members, uwo_lambda=0.1):
@@ -272,7 +273,7 @@ FOUR_OBJECTIVES = [
     ],
 )
 def test_objectives_name_lambda_and_members_where_these_differ(configs, labels):
-    assert plots.objectives_of(configs) == labels
+    assert objectives_of(configs) == labels
 
 
 def test_colours_of_objectives_are_the_same_in_all_pictures():
@@ -296,16 +297,16 @@ def sizes(groups):
 
 def test_runs_that_differ_in_seed_belong_together(old_runs):
     # One that is named twice counts once.
-    rows = plots.arrange([*old_runs, old_runs[0] + "/."])
+    rows = arrange([*old_runs, old_runs[0] + "/."])
     assert list(rows) == [""]
     assert sizes(rows[""]) == {"kl_coef 0.0": 2, "kl_coef 0.05": 2}
     second_seed = rows[""]["kl_coef 0.0"][1]
     assert second_seed["proxy"].tolist() == [1, 3, 5, 7, 9]
-    assert list(plots.arrange(old_runs[:2])[""]) == ["single"]
+    assert list(arrange(old_runs[:2])[""]) == ["single"]
 
 
 def test_what_differs_besides_objectives_makes_rows(study):
-    rows = plots.arrange(study)
+    rows = arrange(study)
     assert list(rows) == [
         "kl_coef 0.0, reward_model noise0.0",
         "kl_coef 0.01, reward_model noise0.0",
@@ -478,7 +479,7 @@ def test_best_of_n_runs_that_differ_in_seed_or_noise(tmp_path):
 def test_best_of_n_runs_of_other_members_are_other_rows(tmp_path):
     runs = [bon_run(tmp_path / str(members), 0, members) for members in (1, 3)]
     first_labels = {}
-    for title, row in plots.arrange(runs).items():
+    for title, row in arrange(runs).items():
         first_labels[title] = list(row)[0]
     assert first_labels == {"members 1": "single", "members 3": "single (mean of 3 members)"}
 

@@ -16,6 +16,7 @@ from support import write_rows
 from nanorlhf.studies import common, overoptimisation
 from nanorlhf.studies import overoptimisation_results as results_module
 from nanorlhf.studies.overoptimisation import FINETUNE, LAMBDAS, METHODS, PRETRAIN, WARM, Method
+from nanorlhf.studies.plan import describe_size
 
 
 def read_settings(*args):
@@ -211,6 +212,20 @@ def test_the_warm_method_reads_one_model_averaged_over_members_of_one_head():
     assert value_of(members, "--model") == "out/sft/seed_0"
     assert value_of(members, "--members") == "5"
     assert value_of(average, "--average") == value_of(members, "--output_dir")
+
+
+def test_an_average_has_no_flags_of_a_training():
+    """train_rm.py --average refuses them; the held-out texts are those of the members."""
+    further = "--lr=1e-3 --model 'my lm' --betas 0.9 0.99 --eval_size 7 --steps 3 --dtype bfloat16"
+    a = read_settings("--rm_flags", further)
+    members, average = overoptimisation.train_members(a, 2, 0.25, WARM)
+    assert members.endswith(further)
+    own = {"--eval_size": ["7"], "--dtype": ["bfloat16"]}
+    _, plain = overoptimisation.train_members(read_settings(), 2, 0.25, WARM)
+    assert flags_of(average) == flags_of(plain) | own
+    # A dry run asks the script, before there are any members.
+    first = "out/rm_noise0.25/warm/seed_2/seed_0"
+    assert describe_size(average) == f"the mean of models' weights, from {first}"
 
 
 @pytest.mark.parametrize("label", METHODS)
