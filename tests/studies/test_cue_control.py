@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from support import parse_command
 
-from nanorlhf import world
+from nanorlhf import data, world
 from nanorlhf.studies import cue_control as module
 
 pytestmark = pytest.mark.slow
@@ -232,12 +232,13 @@ def test_quick_marks_its_tables(study):
 def test_texts_of_the_autoencoder_on_a_reward_model(study):
     """Both sides of the pairs that the reward model is trained on, and demonstrations."""
     rows = study.read_rows("texts/seed_0.jsonl")
-    first, second, *_ = world.preferences(800, 0)
+    n_pairs = data.WORLD_SIZES["pairs"]
+    first, second, *_ = world.preferences(n_pairs, 0)
     assert rows[0]["response"] == first["chosen"]
     assert rows[1]["response"] == first["rejected"]
     assert rows[2]["response"] == second["chosen"]
     assert rows[3]["response"] == second["rejected"]
-    assert rows[1600:] == world.demonstrations(module.DEMONSTRATIONS)
+    assert rows[2 * n_pairs :] == world.demonstrations(module.DEMONSTRATIONS)
 
 
 def test_the_autoencoder_on_a_reward_model_learns_from_last_tokens(study):
