@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, require
-from .blocks import freeze
+from .blocks import autocast_dtype, freeze
 
 SEARCH_SECONDS = 5  # for the layers that a regular expression names
 HEADS = ("score", "classifier")  # of sequence classifiers: trained in full and saved whole
@@ -33,7 +33,8 @@ class LoRA(nn.Module):
     """A linear layer with an adapter: y = W x + (alpha / r) B A dropout(x), [.., in] -> [.., out].
 
     With `on` False, y = W x. A and B are float32 parameters, and are cast to the type of x to
-    compute with it; autocast does to them what it does to W.
+    compute with it; autocast does to them what it does to W. Under it x is cast here, once for W
+    and A, so that the two gradients of x are added up in autocast's type.
     """
 
     def __init__(
@@ -57,11 +58,22 @@ class LoRA(nn.Module):
         self.train(base_layer.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(x)
         if not self.on:
-            return y
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # [.., r]
-        return y + F.linear(self.scale * low, self.lora_B.to(x.dtype))
+            return self.base_layer(x)
+
+        A = self.lora_A
+        B = self.lora_B
+        dtype = autocast_dtype(x.device.type)
+        if dtype is None:
+            A = A.to(x.dtype)
+            B = B.to(x.dtype)
+        else:
+            x = x.to(dtype)
+
+        low = F.linear(self.dropout(x), A)  # [.., r]
+        change = F.linear(self.scale * low, B)  # [.., out]
+        # In place: a third tensor of this size would have to come from somewhere.
+        return change.add_(self.base_layer(x))
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
