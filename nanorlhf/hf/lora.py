@@ -311,7 +311,8 @@ def cast_frozen(lm, config):
     """Cast the linear layers that are not trained to the type of --frozen_dtype, in place.
 
     Autocast computes with their weights in bfloat16 anyway, so results stay the same, bit for bit.
-    Embeddings, a head that is tied to them, and norms stay in float32, as autocast leaves them.
+    Embeddings and norms stay in float32, as autocast leaves them. So does a head that is tied to
+    the embeddings, but where adapters alone are saved it gets a copy of its own.
     InputError: the run saves these weights, and their files hold more than bfloat16.
     """
     if config.frozen_dtype == "float32":
@@ -330,5 +331,10 @@ def cast_frozen(lm, config):
         "--frozen_dtype bfloat16 would round weights that this run saves, since the model's files "
         "do not hold bfloat16; with --lora_rank and without --merge, adapters alone are saved",
     )
+    head = lm.get_output_embeddings()
+    if saves_adapters_alone and head is not None and is_tied(lm, head):
+        head.weight = nn.Parameter(head.weight.to(torch.bfloat16), requires_grad=False)
+        frozen.append(head)
+
     for layer in frozen:
         layer.to(torch.bfloat16)
