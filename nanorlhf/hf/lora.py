@@ -72,7 +72,7 @@ class LoRA(nn.Module):
 
         low = F.linear(self.dropout(x), A)  # [.., r]
         change = F.linear(self.scale * low, B)  # [.., out]
-        # In place: a third tensor of this size would have to come from somewhere.
+        # In place: the sum needs no memory of its own.
         return change.add_(self.base_layer(x))
 
     @torch.no_grad()
