@@ -69,6 +69,13 @@ def freeze(lm, fraction: float) -> str:
 # ----------------------------------------------------------------------------------------- speed
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type that autocast casts to on this kind of device; None where it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def speed_up(lm, device: torch.device, dtype: str, compile: bool = False):
     """Make the same forward and backward passes faster on this hardware.
 

@@ -33,11 +33,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.pytorch_utils import Conv1D
 
-from .blocks import attention_is, blocks
+from .blocks import attention_is, autocast_dtype, blocks
 from .decode import (
     ALIGNMENT,
     CHECK_EVERY,
-    autocast_dtype,
     capture,
     count_positions,
     has_fsdp_units,

@@ -20,6 +20,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from ..errors import InputError, first_line
+from .blocks import autocast_dtype
 from .weight_layout import packed_weights, turned_weights
 
 # Decode steps before one is captured: as many as torch's documentation asks for.
@@ -89,13 +90,6 @@ class KeyValueCache(Cache):
     def update(self, key_states, value_states, *args, **kwargs):
         dtype = autocast_dtype(key_states.device.type) or key_states.dtype
         return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The type that autocast casts to on this kind of device; None where it is off."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
 
 
 # --------------------------------------------------------------------------- around both loops

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, require
-from .blocks import freeze
+from .blocks import autocast_dtype, freeze
 
 SEARCH_SECONDS = 5  # for the layers that a regular expression names
 HEADS = ("score", "classifier")  # of sequence classifiers: trained in full and saved whole
@@ -33,7 +33,8 @@ class LoRA(nn.Module):
     """A linear layer with an adapter: y = W x + (alpha / r) B A dropout(x), [.., in] -> [.., out].
 
     With `on` False, y = W x. A and B are float32 parameters, and are cast to the type of x to
-    compute with it; autocast does to them what it does to W.
+    compute with it; autocast does to them what it does to W. Under it x is cast here, once for W
+    and A, so that the two gradients of x are added up in autocast's type.
     """
 
     def __init__(
@@ -57,11 +58,22 @@ class LoRA(nn.Module):
         self.train(base_layer.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(x)
         if not self.on:
-            return y
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # [.., r]
-        return y + F.linear(self.scale * low, self.lora_B.to(x.dtype))
+            return self.base_layer(x)
+
+        A = self.lora_A
+        B = self.lora_B
+        dtype = autocast_dtype(x.device.type)
+        if dtype is None:
+            A = A.to(x.dtype)
+            B = B.to(x.dtype)
+        else:
+            x = x.to(dtype)
+
+        low = F.linear(self.dropout(x), A)  # [.., r]
+        change = F.linear(self.scale * low, B)  # [.., out]
+        # In place: the sum needs no memory of its own.
+        return change.add_(self.base_layer(x))
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -299,7 +311,8 @@ def cast_frozen(lm, config):
     """Cast the linear layers that are not trained to the type of --frozen_dtype, in place.
 
     Autocast computes with their weights in bfloat16 anyway, so results stay the same, bit for bit.
-    Embeddings, a head that is tied to them, and norms stay in float32, as autocast leaves them.
+    Embeddings and norms stay in float32, as autocast leaves them. So does a head that is tied to
+    the embeddings, but where adapters alone are saved it gets a copy of its own.
     InputError: the run saves these weights, and their files hold more than bfloat16.
     """
     if config.frozen_dtype == "float32":
@@ -318,5 +331,10 @@ def cast_frozen(lm, config):
         "--frozen_dtype bfloat16 would round weights that this run saves, since the model's files "
         "do not hold bfloat16; with --lora_rank and without --merge, adapters alone are saved",
     )
+    head = lm.get_output_embeddings()
+    if saves_adapters_alone and head is not None and is_tied(lm, head):
+        head.weight = nn.Parameter(head.weight.to(torch.bfloat16), requires_grad=False)
+        frozen.append(head)
+
     for layer in frozen:
         layer.to(torch.bfloat16)

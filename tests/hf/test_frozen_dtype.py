@@ -76,6 +76,7 @@ def test_results_are_those_of_autocast_bit_for_bit(architecture, way):
 @each_way
 @each_architecture
 def test_only_linear_layers_that_are_not_trained_are_cast(architecture, way):
+    """A tied head is one of them where it has a copy of its own."""
     policy, reference = make_models(architecture, way, "bfloat16")
     embeddings = policy.lm.get_input_embeddings().weight
     n_cast = 0
@@ -89,6 +90,28 @@ def test_only_linear_layers_that_are_not_trained_are_cast(architecture, way):
     # Blocks that are frozen in the policy are the reference's own, still.
     frozen = {id(p) for p in policy.lm.parameters() if not p.requires_grad}
     assert frozen <= {id(p) for p in reference.lm.parameters()}
+
+
+@each_way
+def test_a_tied_head_has_a_copy_where_adapters_alone_are_saved(way):
+    policy, _ = make_models("gpt2", way, "bfloat16")
+    embeddings = policy.lm.get_input_embeddings().weight
+    head = policy.lm.get_output_embeddings().weight
+    assert embeddings.dtype == torch.float32
+    if way == "freeze":
+        assert head is embeddings
+        return
+    assert head.dtype == torch.bfloat16
+    assert not head.requires_grad
+    assert torch.equal(head, embeddings.bfloat16())
+
+
+def test_merging_leaves_a_head_tied():
+    lm = tiny_policy("gpt2").lm
+    lm.stored_dtype = torch.bfloat16
+    add_lora(lm, rank=3)
+    cast_frozen(lm, settings("lora", merge=True))
+    assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("conv", [False, True])

@@ -235,6 +235,29 @@ def test_autocast_computes_in_half_precision_and_trains_in_full(architecture):
         assert p.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("conv", [False, True])
+def test_autocast_computes_what_it_would_with_one_cast_of_each(conv):
+    """To the last bit; the gradient of x is the sum of two, which autocast's type rounds."""
+    torch.manual_seed(0)
+    layer = make_layer(conv).requires_grad_(False)
+    adapted = LoRA(layer, torch.randn(2, 4), torch.randn(5, 2), alpha=3.0, dropout=0.0)
+    x = torch.randn(7, 3, 4, requires_grad=True)
+    g = torch.randn(7, 3, 5).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = adapted(x)
+        own = layer(x)
+    A = adapted.lora_A.bfloat16()
+    B = adapted.lora_B.bfloat16()
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, own + 1.5 * (x.bfloat16() @ A.T) @ B.T)
+
+    y.backward(g)
+    W = layer.weight.T if conv else layer.weight  # [out, in]
+    exact = g.double() @ (W + 1.5 * adapted.lora_B @ adapted.lora_A).double()
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(x.grad.double(), exact, rtol=0.03, atol=0.03)
+
+
 def test_adapters_of_a_model_in_half_precision_are_in_full():
     half = tiny_lm("llama").to(torch.bfloat16)
     add_lora(half, rank=2)

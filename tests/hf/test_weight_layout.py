@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from nanorlhf.hf import weight_layout
-from nanorlhf.hf.lora import add_lora
+from nanorlhf.hf.lora import LoRA, adapters, adapters_off, add_lora
 from nanorlhf.hf.weight_layout import large_layers, packed_weights, turned_weights
 from nanorlhf.models import Policy
 from nanorlhf.rollout import Sampler, generate, left_pad
@@ -42,6 +42,7 @@ def roll_as_it_lies(policy, monkeypatch, bfloat16=False):
     """The rollout without any of this."""
     with monkeypatch.context() as patch:
         patch.setattr(weight_layout, "LARGE_WEIGHT", 2**60)
+        patch.setattr(weight_layout, "can_pack", lambda: False)
         assert large_layers(policy.lm) == []
         return roll(policy, bfloat16)
 
@@ -148,6 +149,8 @@ def test_few_rows_turn_no_weights():
 def test_packed_weights_sample_the_same_to_the_last_bit(policy, monkeypatch, rank):
     if rank:
         add_lora(policy.lm, rank=rank)
+        for layer in adapters(policy.lm).values():
+            layer.lora_B.data.normal_()
     plain = roll_as_it_lies(policy, monkeypatch, bfloat16=True)
     packed = roll(policy, bfloat16=True)
     for name, tensor in vars(plain).items():
@@ -168,6 +171,38 @@ def test_a_packed_layer_gives_what_autocast_gives(bias):
                 found = model(x)
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, expected)
+
+
+@needs_packing
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_adapter_gives_what_autocast_gives(bias):
+    """In float32, as a norm puts it out, and in bfloat16, as attention does."""
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 24, bias=bias)
+    model = nn.Sequential(LoRA(layer, torch.randn(3, 40), torch.randn(24, 3), 5.0, 0.0))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5, 2, 40).to(dtype)
+        before = x.clone()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = model(x)
+            without = layer(x)
+            with packed_weights(model, 10):
+                assert "forward" in vars(model[0])
+                found = model(x)
+        assert not torch.equal(expected, without)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, expected)
+        assert torch.equal(x, before)
+
+
+@needs_packing
+def test_an_adapter_that_is_off_stays_off():
+    model = nn.Sequential(LoRA(nn.Linear(40, 24), torch.randn(3, 40), torch.randn(24, 3), 5.0, 0.0))
+    x = torch.randn(5, 40)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), adapters_off(model):
+        expected = model[0].base_layer(x)
+        with packed_weights(model, 5):
+            assert torch.equal(model(x), expected)
 
 
 def test_without_the_operators_nothing_is_packed(monkeypatch):
