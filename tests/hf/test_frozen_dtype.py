@@ -197,6 +197,18 @@ def stored_in_bfloat16(base, tmp_path):
     return str(folder)
 
 
+@pytest.fixture
+def tied(base, tmp_path):
+    """The SFT policy, with its embeddings as its head too."""
+    folder = tmp_path / "tied"
+    shutil.copytree(base / "sft/model", folder)
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    lm.config.tie_word_embeddings = True
+    lm.tie_weights()
+    lm.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo", "rm", "ppo"])
 def test_runs_with_adapters_are_the_same(base, tmp_path, kind):
@@ -222,9 +234,10 @@ def test_whole_models_are_saved_as_before(base, tmp_path, stored_in_bfloat16, ki
 
 
 @pytest.mark.slow
-def test_a_run_may_go_on_with_the_other_type(base, tmp_path, monkeypatch):
+def test_a_run_may_go_on_with_the_other_type(base, tmp_path, tied, monkeypatch):
     """A run that did not fit in memory: it is the same run still."""
     changes = {"lora_rank": 2, "lr": 1e-2, "checkpoint_every": 1, "dtype": "bfloat16"}
+    changes["model"] = tied
     train(base, "ppo", tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         patch.setattr("train_ppo.save_policy", kill)
@@ -254,6 +267,20 @@ def test_two_processes_change_nothing(base, tmp_path, stored_in_bfloat16, distri
         "lora_rank": 2,
         "lr": 1e-2,
         "merge": True,
+        "dtype": "bfloat16",
+        "distributed": distributed,
+    }
+    join(*ranks(2, train_on_ranks, str(base), str(tmp_path), changes))
+    assert_bit_equal(tmp_path / "float32", tmp_path / "bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
+def test_on_two_processes_a_tied_head_has_its_copy_too(base, tmp_path, tied, distributed):
+    changes = {
+        "model": tied,
+        "lora_rank": 2,
+        "lr": 1e-2,
         "dtype": "bfloat16",
         "distributed": distributed,
     }
