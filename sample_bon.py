@@ -161,9 +161,9 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
         why = "--eval_splits takes the place of --split, and needs answers to sample: no --pool, no --from"
         require(alone or not self.eval_splits, why)
         in_world = data.is_world(self.dataset)
-        is_divided = self.in_distribution or self.prompt_format
+        is_for_own_data = bool(self.in_distribution or self.prompt_format)
         require(
-            not (in_world and is_divided),
+            not (in_world and is_for_own_data),
             "--in_distribution and --prompt_format are for data of one's own: name it with --dataset",
         )
         require(

@@ -79,8 +79,11 @@ from nanorlhf.tokens import encode, leave_out_of_splits
 # The flags of a training, which --average has no use for: a few, and those of three groups.
 TRAINING_FLAGS = ["label_noise", "noise_seed", "score_l2", "checkpoint_every", "keep_checkpoints"]
 TRAINING_FLAGS += ["checkpoint_activations", "compile"]
-for group in (OptimFlags, LoraFlags, sarm_training.Flags):
-    TRAINING_FLAGS += [flag.name for flag in fields(group)]
+TRAINING_FLAGS += [flag.name for flag in fields(OptimFlags)]
+TRAINING_FLAGS += [flag.name for flag in fields(LoraFlags)]
+TRAINING_FLAGS += [flag.name for flag in fields(sarm_training.Flags)]
+# It refuses these too: what its models start from is settled.
+NOT_FOR_AVERAGE = [*TRAINING_FLAGS, "model", "members", "independent_noise", "head_seed"]
 
 
 @dataclass
@@ -180,19 +183,19 @@ class Config(sarm_training.Flags, RunConfig):
         require(self.members == 1 and not self.sarm, "--average trains no --members and no --sarm")
         require(self.head_seed is None, "--average starts no score head, which --head_seed is for")
         self.average = expand(self.average, "--average")
-        defaults = type(self)
+        config_class = type(self)
         require(
-            self.model in (defaults.model, self.average[0]),
+            self.model in (config_class.model, self.average[0]),
             "--average starts from its own models, and takes no --model",
         )
         self.model = self.average[0]
-        if self.output_dir == defaults.output_dir:
+        if self.output_dir == config_class.output_dir:
             self.output_dir = "runs/rm/averaged"
 
-        untouched = defaults()
+        defaults = config_class()
         unread = []
         for name in TRAINING_FLAGS:
-            if getattr(self, name) != getattr(untouched, name):
+            if getattr(self, name) != getattr(defaults, name):
                 unread.append(f"--{name}")
         require(not unread, f"--average trains nothing, so nothing reads {', '.join(unread)}")
 
@@ -269,9 +272,14 @@ def train(config, dist):
         return folder.already_done()
 
     # -------------------------------------------------------------------------------------- data
-    tokenizer, pairs, held_out_pairs = load_pairs(config, dist)  # held out: {label: Pairs}
+    rows, held_out, note = load_splits(config, "pairs")  # held_out: {label of a split: rows}
+    if config.gold_model:
+        check_reward(config.gold_model)
+    sarm_training.check_autoencoder(config)  # before anything is trained for it
+    train_what_is_missing(config, "model")
     # A SARM is loaded and trained in its own way; without --sarm it prepares None.
     training = sarm_training.prepare(config, dist) or PlainTraining(config)
+    tokenizer, pairs, held_out_pairs = encode_data(rows, held_out, note, config, dist)
     # Gold scores come before any training: a gold reward that fails then wastes none.
     golds = gold_scores(held_out_pairs, tokenizer, config, dist)  # {label: [2, N]}
 
@@ -312,8 +320,8 @@ def train(config, dist):
         }
         is_last = step == config.steps  # it is evaluated below, with standardised scores
         if config.eval_every and step % config.eval_every == 0 and not is_last:
-            begin = f"step {step}: "
-            record |= evaluate_splits(reward_model, held_out_pairs, {}, config, dist, begin)
+            prefix = f"step {step}: "
+            record |= evaluate_splits(reward_model, held_out_pairs, {}, config, dist, prefix)
         folder.append("metrics.jsonl", [record])
         progress.step(step, f"loss {record['loss']:.3f}  margin {record['margin']:.2f}")
         if is_last or step % config.checkpoint_every == 0:
@@ -335,16 +343,11 @@ def train(config, dist):
     return summary
 
 
-def load_pairs(config, dist):
-    """Read and encode the data. -> tokenizer, Pairs, held-out {label of a split: Pairs}
+def encode_data(rows, held_out, note, config, dist):
+    """Encode the rows, some with flipped labels. -> tokenizer, Pairs, {label of a split: Pairs}
 
-    A --model that is missing and that a script makes by default is made first.
+    note: how the rows were divided, which is printed.
     """
-    rows, held_out, note = load_splits(config, "pairs")
-    if config.gold_model:
-        check_reward(config.gold_model)
-    sarm_training.check_autoencoder(config)  # before anything is trained for it
-    train_what_is_missing(config, "model")
     tokenizer = load_tokenizer(config.model)
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
@@ -358,7 +361,7 @@ def load_pairs(config, dist):
 
 
 def prepare_model(training, pairs, config, dist):
-    """Load the reward model, and choose what is trained. -> it, and what training calls
+    """Load the reward model, and make it ready. -> the model, and the module that the loop calls
 
     On one process the two are the same. On several the second is DDP's or FSDP's.
     """
@@ -662,10 +665,10 @@ def standardise(reward_model, pairs, config, dist):
     reward_model.standardise(scores.mean().item(), scores.std().item())  # ddof 1
 
 
-def evaluate_splits(reward_model, held_out_pairs, golds, config, dist, begin=""):
-    """What the scores of held-out texts are worth: {"label/name": number}, and printed.
+def evaluate_splits(reward_model, held_out_pairs, golds, config, dist, prefix=""):
+    """Evaluate the held-out splits, and print a line for each. -> {"label/name": number}
 
-    golds {label: [2, N]}: with them also Kendall's tau. begin: of each line that is printed.
+    golds {label: [2, N]}: with them also Kendall's tau. prefix: what each line begins with.
     """
     record = {}
     for label, pairs in held_out_pairs.items():
@@ -674,7 +677,7 @@ def evaluate_splits(reward_model, held_out_pairs, golds, config, dist, begin="")
             tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
             result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
         record |= {f"{label}/{name}": value for name, value in result.items()}
-        dist.print(begin + report(record, label))
+        dist.print(prefix + report(record, label))
     return record
 
 

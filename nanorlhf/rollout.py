@@ -293,9 +293,10 @@ def blank_outputs(B: int, R: int, pad_token_id: int, device: torch.device) -> di
 def try_static(
     sampler: Sampler, prompt_ids: Tensor, mask: Tensor, u: Tensor, out: dict, finished: Tensor
 ) -> bool:
-    """Decode with shapes that never change, and say whether that worked.
+    """Decode by a loop whose shapes never change: the compiled one, or else decode_static().
 
-    It does not for some architectures. What was written so far will be written again.
+    -> whether one of them wrote the responses. Some architectures can do neither; then decode()
+    writes everything again.
     """
     lm = sampler.model.lm
     rows = (sampler, prompt_ids, mask, u, out, finished)

@@ -7,8 +7,8 @@ import gc
 import os
 import sys
 
-# What is imported and collected stays: looking through it for garbage takes seconds. workers.py
-# turns the collector on again.
+# Modules and the list of tests live to the end: looking through them for garbage takes seconds.
+# workers.py turns the garbage collector on again.
 gc.disable()
 
 # Tests run on the CPU, also where there is a GPU, unless pytest is called with --gpu. Torch must
@@ -18,8 +18,7 @@ if "--gpu" not in sys.argv:
 # One thread, before torch makes a second: workers.py forks, and a fork has no copies of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Nor does transformers need a pool of threads to read a model: for a tiny one that takes twice as
-# long.
+# transformers needs no pool of threads to read a model: with one, a tiny model takes twice as long.
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 # No test asks the hub: without a network each question would be tried again for half a minute.
 os.environ["HF_HUB_OFFLINE"] = "1"

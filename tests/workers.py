@@ -15,8 +15,8 @@ import traceback
 
 def pytest_runtestloop(session):
     """A hook of pytest, in the place of its own loop where there is something to share out."""
-    # What has been collected is no garbage: the collector, off since conftest.py, leaves it out.
-    # It also looks less often than usual, since it finds little.
+    # The garbage collector, off since conftest.py, leaves out what is there by now. It also looks
+    # less often than usual, since it finds little.
     gc.freeze()
     gc.set_threshold(10_000)
     gc.enable()

@@ -184,10 +184,7 @@ def has_tokenizer(path: str) -> bool:
 
 
 def read_text_config(path: str):
-    """The config of what reads text in the model beside a tokenizer.
-
-    None: the folder holds a tokenizer alone.
-    """
+    """The text config of the model in a tokenizer's folder; None: it holds a tokenizer alone."""
     if os.path.isdir(path) and not has_weights(path) and not is_adapter(path):
         return None
     return check_model(path).get_text_config()

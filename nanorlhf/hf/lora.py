@@ -33,8 +33,8 @@ class LoRA(nn.Module):
     """A linear layer with an adapter: y = W x + (alpha / r) B A dropout(x), [.., in] -> [.., out].
 
     With `on` False, y = W x. A and B are float32 parameters, and are cast to the type of x to
-    compute with it; autocast does to them what it does to W. Under it x is cast here, once for W
-    and A, so that the two gradients of x are added up in autocast's type.
+    compute with it; autocast does to them what it does to W. Under autocast x is cast here once, in
+    place of once for W and once for A. The two gradients of x are then added up in autocast's type.
     """
 
     def __init__(
@@ -312,29 +312,28 @@ def cast_frozen(lm, config):
 
     Autocast computes with their weights in bfloat16 anyway, so results stay the same, bit for bit.
     Embeddings and norms stay in float32, as autocast leaves them. So does a head that is tied to
-    the embeddings, but where adapters alone are saved it gets a copy of its own.
+    the embeddings; but where adapters alone are saved, it gets weights of its own, in bfloat16.
     InputError: the run saves these weights, and their files hold more than bfloat16.
     """
     if config.frozen_dtype == "float32":
         return
-    frozen = []
-    for layer in linear_layers(lm).values():
-        is_trained = any(p.requires_grad for p in layer.parameters())
-        if not is_trained and not is_tied(lm, layer):
-            frozen.append(layer)
-
     # An adapter folder holds nothing of its base. A whole model holds what would be rounded here.
     saves_adapters_alone = config.lora_rank and not config.merge
+    frozen = []
+    for layer in linear_layers(lm).values():
+        if any(p.requires_grad for p in layer.parameters()):
+            continue
+        if not is_tied(lm, layer):
+            frozen.append(layer)
+        elif saves_adapters_alone:
+            layer.weight = nn.Parameter(layer.weight.to(torch.bfloat16), requires_grad=False)
+            frozen.append(layer)
+
     is_in_bfloat16 = getattr(lm, "stored_dtype", torch.float32) == torch.bfloat16
     require(
         saves_adapters_alone or is_in_bfloat16 or not frozen,
         "--frozen_dtype bfloat16 would round weights that this run saves, since the model's files "
         "do not hold bfloat16; with --lora_rank and without --merge, adapters alone are saved",
     )
-    head = lm.get_output_embeddings()
-    if saves_adapters_alone and head is not None and is_tied(lm, head):
-        head.weight = nn.Parameter(head.weight.to(torch.bfloat16), requires_grad=False)
-        frozen.append(head)
-
     for layer in frozen:
         layer.to(torch.bfloat16)

@@ -101,15 +101,15 @@ def can_pack() -> bool:
 
 @torch.no_grad()
 def packed_forward(weight: Tensor, bias: Tensor | None, n_rows: int) -> Callable[[Tensor], Tensor]:
-    """A linear layer as a function in bfloat16, [.., i] -> [.., o], made for n_rows rows at a time."""
+    """A linear layer as a function in bfloat16, [.., i] -> [.., o], for n_rows rows at a time."""
     weight = weight.to(torch.bfloat16)
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
     if bias is not None:
         bias = bias.to(torch.bfloat16)
 
     def forward(x):
-        # The last three say that nothing is done to the product.
         x = x.to(torch.bfloat16)
+        # The last three say that nothing is done to the product.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     return forward
@@ -118,8 +118,8 @@ def packed_forward(weight: Tensor, bias: Tensor | None, n_rows: int) -> Callable
 def packed_adapter(layer: LoRA, n_rows: int) -> Callable[[Tensor], Tensor]:
     """A layer with its adapter as a function in bfloat16, without dropout, [.., i] -> [.., o].
 
-    A product with A or B takes less time than to look for its operator. So x is cast once for W and
-    A, and no copy is looked up.
+    These products are so small that to cast A and B for each, or to find autocast's copies, would
+    take longer than to multiply. So they are cast here, and x is cast once for W and A.
     """
     A = packed_forward(layer.lora_A, None, n_rows)
     B = packed_forward(layer.lora_B, None, n_rows)

@@ -217,15 +217,15 @@ def train_members(a, s, noise, ensemble: str) -> list[str]:
 
 
 def without_training(rm_flags: str) -> str:
-    """Those of --rm_flags that train_rm.py --average takes: none of a training, and no --model."""
+    """Those of --rm_flags that train_rm.py --average takes too. Their names are written in full."""
     # The script is imported by its name: no module imports a script.
-    refused = [*importlib.import_module("train_rm").TRAINING_FLAGS, "model"]
+    refused = importlib.import_module("train_rm").NOT_FOR_AVERAGE
     kept = []
     is_kept = True
     for word in shlex.split(rm_flags):
         # The values of a flag follow it, up to the next one; or one stands after its =.
         if word.startswith("--"):
-            name = word.removeprefix("--").partition("=")[0]
+            name = word.removeprefix("--").partition("=")[0].replace("-", "_")
             is_kept = name not in refused
         if is_kept:
             kept.append(word)

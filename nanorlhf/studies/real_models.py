@@ -28,6 +28,7 @@ from transformers.hf_argparser import HfArg
 from ..errors import at_least, require
 from ..hf.folders import check_model
 from ..runtime import cli
+from ..runtime.files import check_can_write
 from .common import (
     Cell,
     KeptFlags,
@@ -512,6 +513,7 @@ def main(args=None):
         parts = cells_of_parts(a)
         if a.dry_run:
             return print_plan(commands_of(parts), a, [])
+        check_can_write(path)
         prepare_folder(a)
         for part, stages in parts.items():
             results = {}

@@ -106,6 +106,14 @@ def test_a_tied_head_has_a_copy_where_adapters_alone_are_saved(way):
     assert torch.equal(head, embeddings.bfloat16())
 
 
+def test_a_head_with_an_adapter_is_cast():
+    lm = tiny_policy("llama").lm
+    add_lora(lm, rank=3, pattern=["q_proj", "lm_head"])
+    cast_frozen(lm, settings("lora"))
+    assert lm.lm_head.base_layer.weight.dtype == torch.bfloat16
+    assert lm.lm_head.lora_A.dtype == torch.float32
+
+
 def test_merging_leaves_a_head_tied():
     lm = tiny_policy("gpt2").lm
     lm.stored_dtype = torch.bfloat16

@@ -216,9 +216,8 @@ def test_flags_that_an_average_reads():
     read |= {"device": "cpu"}
     train_rm.Config(**read)
     # Their own errors are in test_weight_averages.py.
-    refused_by_name = {"model", "members", "head_seed", "independent_noise"}
     names = {flag.name for flag in fields(train_rm.Config)}
-    assert names == read.keys() | refused_by_name | set(train_rm.TRAINING_FLAGS)
+    assert names == read.keys() | set(train_rm.NOT_FOR_AVERAGE)
 
 
 def test_a_member_whose_folder_holds_another_run(here, capfd):

@@ -74,8 +74,7 @@ def train_members(base, root, folder, **changes):
 
 def without_training(settings):
     """Those settings of a small reward model that --average takes too."""
-    refused = {"model", *train_rm.TRAINING_FLAGS}
-    return {name: value for name, value in settings.items() if name not in refused}
+    return {name: value for name, value in settings.items() if name not in train_rm.NOT_FOR_AVERAGE}
 
 
 def average(base, root, folder, *paths, **changes):

@@ -217,6 +217,7 @@ def test_the_warm_method_reads_one_model_averaged_over_members_of_one_head():
 def test_an_average_has_no_flags_of_a_training():
     """train_rm.py --average refuses them; the held-out texts are those of the members."""
     further = "--lr=1e-3 --model 'my lm' --betas 0.9 0.99 --eval_size 7 --steps 3 --dtype bfloat16"
+    further += " --lora-rank 3 --independent_noise"
     a = read_settings("--rm_flags", further)
     members, average = overoptimisation.train_members(a, 2, 0.25, WARM)
     assert members.endswith(further)
