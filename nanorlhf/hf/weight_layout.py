@@ -69,7 +69,7 @@ def turned_weights(lm, n_rows: int) -> Iterator[None]:
 def packed_weights(lm, n_rows: int) -> Iterator[None]:
     """A context in which large layers multiply in bfloat16 by packed copies of their weights.
 
-    So do adapters that are on. The outputs are those of autocast, to the last bit, and the copies
+    So do their adapters that are on. The outputs are those of autocast, to the last bit, and the copies
     take the place of those that it would make. The operators are oneDNN's, by the names that
     torch.compile has for them: they are not public, so without them nothing happens.
     """
@@ -77,9 +77,9 @@ def packed_weights(lm, n_rows: int) -> Iterator[None]:
     if can_pack():
         for layer in large_layers(lm):
             forwards[layer] = packed_forward(layer.weight, layer.bias, n_rows)
-        for layer in adapters(lm).values():
-            if layer.on:
-                forwards[layer] = packed_adapter(layer, n_rows)
+        for adapter in adapters(lm).values():
+            if adapter.on and adapter.base_layer in forwards:
+                forwards[adapter] = packed_adapter(adapter, n_rows)
 
     try:
         for module, forward in forwards.items():

@@ -42,7 +42,6 @@ def roll_as_it_lies(policy, monkeypatch, bfloat16=False):
     """The rollout without any of this."""
     with monkeypatch.context() as patch:
         patch.setattr(weight_layout, "LARGE_WEIGHT", 2**60)
-        patch.setattr(weight_layout, "can_pack", lambda: False)
         assert large_layers(policy.lm) == []
         return roll(policy, bfloat16)
 

@@ -812,7 +812,9 @@ def test_two_processes_change_nothing(material, tmp_path):
         assert one["rows"].keys() == two["rows"].keys()
         for row, numbers in one["rows"].items():
             for metric in one["metrics"]:
-                expected = pytest.approx(two["rows"][row][metric], abs=1e-3)
+                # Words of one value have almost one prediction: their order is that of rounding.
+                tolerance = 0.1 if metric == "tau" else 1e-3
+                expected = pytest.approx(two["rows"][row][metric], abs=tolerance)
                 assert numbers[metric] == expected, (name, row, metric)
 
 

@@ -40,6 +40,7 @@ from support import ALL_SCRIPTS, ENV, REPO, free_port, metrics
 from torch.distributed.run import parse_args as parse_torchrun
 
 import probe
+import train_rm
 import train_sae
 from nanorlhf import data, ppo
 from nanorlhf.runtime import cli, distributed
@@ -380,7 +381,9 @@ def size_flags(script, args):
     values = flags_of(script, args)
     added = []
     for name, limit in SIZES[script].items():
-        if name not in values:
+        # A mean of models refuses the sizes of a training.
+        is_refused = values.get("average") and name in train_rm.NOT_FOR_AVERAGE
+        if name not in values or is_refused:
             continue
         value = values[name]
         if isinstance(value, list):
