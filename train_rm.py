@@ -82,7 +82,7 @@ TRAINING_FLAGS += ["checkpoint_activations", "compile"]
 TRAINING_FLAGS += [flag.name for flag in fields(OptimFlags)]
 TRAINING_FLAGS += [flag.name for flag in fields(LoraFlags)]
 TRAINING_FLAGS += [flag.name for flag in fields(sarm_training.Flags)]
-# It refuses these too: what its models start from is settled.
+# --average refuses these too: its own models are what it starts from.
 NOT_FOR_AVERAGE = [*TRAINING_FLAGS, "model", "members", "independent_noise", "head_seed"]
 
 

@@ -69,9 +69,9 @@ def turned_weights(lm, n_rows: int) -> Iterator[None]:
 def packed_weights(lm, n_rows: int) -> Iterator[None]:
     """A context in which large layers multiply in bfloat16 by packed copies of their weights.
 
-    So do their adapters that are on. The outputs are those of autocast, to the last bit, and the copies
-    take the place of those that it would make. The operators are oneDNN's, by the names that
-    torch.compile has for them: they are not public, so without them nothing happens.
+    So do their adapters, where they are on. The outputs are those of autocast, to the last bit, and
+    the copies take the place of those that it would make. The operators are oneDNN's, by the names
+    that torch.compile has for them: they are not public, so without them nothing happens.
     """
     forwards = {}  # {module: what it does in this context}
     if can_pack():
@@ -118,8 +118,8 @@ def packed_forward(weight: Tensor, bias: Tensor | None, n_rows: int) -> Callable
 def packed_adapter(layer: LoRA, n_rows: int) -> Callable[[Tensor], Tensor]:
     """A layer with its adapter as a function in bfloat16, without dropout, [.., i] -> [.., o].
 
-    These products are so small that to cast A and B for each, or to find autocast's copies, would
-    take longer than to multiply. So they are cast here, and x is cast once for W and A.
+    Products with A and B are so small that autocast takes longer to find its copies of the two than
+    to multiply. So the copies are made here, once; and x is cast once for both W and A.
     """
     A = packed_forward(layer.lora_A, None, n_rows)
     B = packed_forward(layer.lora_B, None, n_rows)

@@ -435,7 +435,9 @@ def test_resume_reads_the_settings_of_its_own_folder(tmp_path, monkeypatch):
         ({"d": 64}, "width 64"),
     ],
 )
-def test_the_wrong_autoencoder(base, tmp_path, no_models, kind, words):
+def test_the_wrong_autoencoder(base, tmp_path, no_models, monkeypatch, kind, words):
+    """It is found before texts are encoded, which may take long."""
+    monkeypatch.setattr(train_rm, "encode_data", lambda *args: pytest.fail("texts were encoded"))
     save_autoencoder(tmp_path / "sae", **kind)
     with refuses(words):
         train(base, tmp_path / "run", sarm=f"{tmp_path}/sae")

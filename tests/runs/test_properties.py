@@ -306,17 +306,12 @@ def test_the_last_k_checkpoints_are_kept(base, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- run again
 
 
-# Of its forty steps a run of train_sae.py needs few to be finished.
-FEWER_STEPS = {"sae": {"steps": 6}}
-
-
 @pytest.fixture(scope="module", params=[*SCRIPTS, "sae"])
 def finished(request, base, tmp_path_factory):
     """A finished run of each kind: (kind, folder). It is only read."""
-    kind = request.param
-    folder = tmp_path_factory.mktemp("finished") / kind
-    train(base, kind, folder, **FEWER_STEPS.get(kind, {}))
-    return kind, folder
+    folder = tmp_path_factory.mktemp("finished") / request.param
+    train(base, request.param, folder)
+    return request.param, folder
 
 
 def call_again(kind, folder, *args):
@@ -329,8 +324,7 @@ def test_the_same_call_on_a_finished_run_says_that_it_is_done(base, finished, ca
     kind, folder = finished
     before = hashes(folder)
     script = RUNS[kind]
-    settings = small(base, kind, **FEWER_STEPS.get(kind, {}))
-    config = script.Config(output_dir=str(folder), **settings)
+    config = script.Config(output_dir=str(folder), **small(base, kind))
     assert script.main(config) == summary(folder)
     assert "this run is done" in capsys.readouterr().out
     assert hashes(folder) == before
@@ -374,5 +368,4 @@ def test_another_run_needs_another_folder(finished, capsys, args, setting):
 
 def test_a_run_with_another_seed_needs_another_folder(base, finished, capsys):
     kind, _ = finished
-    settings = small(base, kind, seed=1, **FEWER_STEPS.get(kind, {}))
-    check_another_run(capsys, finished, flags(settings), "seed")
+    check_another_run(capsys, finished, flags(small(base, kind, seed=1)), "seed")
