@@ -46,7 +46,7 @@ from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
 from nanorlhf.models import load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rewards import expand, load_reward
-from nanorlhf.rollout import SamplingFlags, roll_out
+from nanorlhf.rollout import SamplingFlags, check_rollouts, roll_out
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import (
     autocast,
@@ -390,6 +390,7 @@ def main(config):
         value_model=config.value_model or None,
         device=dist.load_device,
     )
+    check_rollouts(policy)
     note = choose_trained(policy.lm, config)
     n_parameters = sum(parameter.numel() for parameter in policy.parameters())
     dist.print(f"{n_parameters:,} parameters, {note}")

@@ -42,7 +42,7 @@ from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
 from nanorlhf.models import Policy, load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import micro_batches, pack, response_mask_of
 from nanorlhf.rewards import check_reward, expand, load_reward
-from nanorlhf.rollout import generate, left_pad
+from nanorlhf.rollout import check_rollouts, generate, left_pad
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup, sync_on
 from nanorlhf.runtime.flags import RunConfig
@@ -266,6 +266,9 @@ def main(config):
         policy = Policy(lm, value_head=False).to(dist.load_device)
     else:
         policy = load_policy(config.model, value_head=False, device=dist.load_device)
+        # Evaluations sample answers.
+        if config.n_samples or config.answers_prompts:
+            check_rollouts(policy)
     note = choose_trained(policy.lm, config)
 
     # An evaluation on prompts measures the KL to the policy as it is now. This is a second model in

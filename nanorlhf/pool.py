@@ -23,7 +23,7 @@ from .errors import require
 from .models import fingerprint, load_policy
 from .packing import Answers, pack
 from .rewards import fingerprint_reward, load_reward, reward_names
-from .rollout import Parts, roll_out
+from .rollout import Parts, check_rollouts, roll_out
 from .runtime.files import append_lines, digest, drop_cut_line, read_checked_lines
 from .runtime.log import Progress
 from .runtime.rng import POOL
@@ -123,6 +123,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
 
     # As many prompts at once as their answers fit into a batch, and at least one.
     policy = load_policy(config.model, value_head=False, device=dist.device)
+    check_rollouts(policy)
     parts = Parts(config, dist, tokenizer, policy)
     prompts_at_once = max(1, config.batch_size // N)
     progress = Progress(dist, "sampling, prompt", len(prompts), len(lines.rows))

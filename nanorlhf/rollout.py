@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from .errors import InputError, at_least, first_line, require
+from .errors import InputError, at_least, first_line, library_call, require
 from .hf.blocks import sampling
 from .hf.compiled_decode import decode_compiled, is_compiled
 from .hf.decode import decode, decode_static, decoding
@@ -373,6 +373,29 @@ def mask_up_to_end(is_end: Tensor) -> Tensor:
     """
     ends_to_the_left = is_end.cumsum(1) - is_end.long()
     return ends_to_the_left == 0
+
+
+def check_rollouts(policy: Policy):
+    """InputError where a rollout's log-probs are not those that the policy gives whole texts.
+
+    A rollout pads on the left and reads a cache. Some architectures count positions by the columns
+    of a batch, padding included, or have no cache that fits: PPO would learn from wrong numbers.
+    """
+    lm = policy.lm
+    refusal = (
+        f"{lm.name_or_path}: {type(lm).__name__} cannot write answers in batches here; take a "
+        "model of another architecture"
+    )
+    prompt_ids, mask = left_pad([[1], [2, 1, 0, 1]], pad_id=0)  # one row has padding
+    device = next(lm.parameters()).device
+    with library_call(refusal):
+        rollout = generate(policy, prompt_ids.to(device), mask.to(device), max_new_tokens=4)
+    with torch.no_grad():
+        of_texts = policy(rollout.packed(), rollout.response_mask)["logprobs"]  # [2, 4]
+    require(
+        torch.allclose(rollout.logprobs, of_texts, atol=1e-3),
+        f"{refusal} (behind padding it computes something else of a text)",
+    )
 
 
 # -------------------------------------------------------------------------- the rollouts of a run

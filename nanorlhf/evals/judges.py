@@ -20,7 +20,7 @@ from ..errors import InputError, require
 from ..hf.folders import check_model
 from ..models import fingerprint, load_policy, load_tokenizer
 from ..rewards import check_reward, reward_names
-from ..rollout import ask_locally
+from ..rollout import ask_locally, check_rollouts
 from ..runtime import files
 from ..runtime.endpoint import Unreachable, ask_all, asker, is_endpoint
 from ..runtime.log import Progress
@@ -290,6 +290,7 @@ def ask(config, spec: str, questions: list[str], dist) -> Iterator[tuple[int, st
     tokenizer = load_tokenizer(path)
     if config.forced_choice:
         return choose_locally(policy, tokenizer, questions)
+    check_rollouts(policy)
     return ask_locally(policy, tokenizer, questions, config.answer_tokens, config.micro_batch_size)
 
 

@@ -378,12 +378,12 @@ def static_cache(lm, length: int) -> KeyValueCache | None:
     graph would not replay. Other kinds of layers keep more than keys and values (an indexer's keys,
     a linear attention's state).
     """
+    if not getattr(lm, "_can_compile_fullgraph", False):
+        return None
     layers = StaticCache(config=lm.config, max_cache_len=length).layers
     for layer in layers:
         if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
             return None
-    if not getattr(lm, "_can_compile_fullgraph", False):
-        return None
     return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
 
 

@@ -40,7 +40,7 @@ from ..hf.folders import check_model
 from ..models import load_policy, load_tokenizer
 from ..packing import Answers
 from ..rewards import check_reward, load_rewards, score
-from ..rollout import Parts, SamplingFlags, roll_out
+from ..rollout import Parts, SamplingFlags, check_rollouts, roll_out
 from ..runtime.distributed import setup
 from ..runtime.flags import (
     FORWARD_HELP,
@@ -218,6 +218,7 @@ def ablate(config):
 
     # The policy, its autoencoder, and what the answers are worth.
     policy = load_policy(model, value_head=False, device=dist.device)
+    check_rollouts(policy)
     rewards = load_rewards(config.reward, tokenizer, dist, config.micro_batch_size, config.dtype)
     module_at(policy.lm, place)
     require(

@@ -13,7 +13,7 @@ import torch
 from ..errors import require
 from ..hf.folders import check_model
 from ..models import load_policy, load_tokenizer
-from ..rollout import ask_locally
+from ..rollout import ask_locally, check_rollouts
 from ..runtime import endpoint
 from ..runtime.endpoint import Unreachable, check_endpoint, is_endpoint
 from ..runtime.files import (
@@ -211,6 +211,7 @@ def local_asker(path: str, device: str) -> Callable[[str], str]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(path, value_head=False, device=device)
+    check_rollouts(policy)
     tokenizer = load_tokenizer(path)
 
     def ask(prompt):

@@ -28,7 +28,7 @@ from ..hf.folders import check_model, context_length
 from ..models import Policy, load_policy, load_tokenizer
 from ..packing import Answers
 from ..rewards import Reward, load_reward, reward_names
-from ..rollout import SamplingFlags, generate, left_pad
+from ..rollout import SamplingFlags, check_rollouts, generate, left_pad
 from ..runtime import cli
 from ..runtime.distributed import Dist, autocast, setup
 from ..runtime.flags import SEED_HELP, DeviceFlags
@@ -137,6 +137,7 @@ def open_chat(config: Config) -> tuple[list[Speaker], dict[str, Reward], Dist]:
     speakers = []
     for name, run, tokenizer in zip(reward_names(config.runs), config.runs, tokenizers):
         policy = load_policy(run, value_head=False, device=dist.device)
+        check_rollouts(policy)
         keeps_turns = bool(tokenizer.chat_template) and not config.plain
         speakers.append(Speaker(printable(name), policy, tokenizer, keeps_turns))
 

@@ -858,6 +858,7 @@ def test_the_noise_is_no_evaluations(base, tmp_path, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(rollout, "uniforms", record)
+    monkeypatch.setattr(pool, "check_rollouts", lambda policy: None)  # it samples too
     tiny(base, tmp_path / "run", seed=3)
 
     pool_noise = torch.cat(seen)  # [3 prompts of 4 answers, R]
