@@ -93,14 +93,14 @@ def hook_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]):
     """
 
     def hook(module, args, output):
-        is_tuple = isinstance(output, tuple)  # (x, attention weights and the like)
-        x = output[0] if is_tuple else output
+        is_tensor = isinstance(output, Tensor)
+        x = output if is_tensor else output[0]  # (x, attention weights and the like)
         new = function(x)
         if new is None:
             new = x
         # Some blocks add to it in place: Falcon's add the attention's output to the MLP's.
         new = new.clone()
-        return (new, *output[1:]) if is_tuple else new
+        return new if is_tensor else (new, *output[1:])
 
     return module.register_forward_hook(hook)
 

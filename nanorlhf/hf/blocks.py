@@ -228,7 +228,7 @@ class FrozenTrunk:
         finally:
             hook.remove()
         output = outputs[0]
-        self.tuples = isinstance(output, tuple)
+        self.tuples = not isinstance(output, torch.Tensor)
         return output[0] if self.tuples else output
 
     def stored(self, lm, hidden: torch.Tensor):

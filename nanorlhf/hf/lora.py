@@ -37,6 +37,8 @@ class LoRA(nn.Module):
     place of once for W and once for A. The two gradients of x are then added up in autocast's type.
     """
 
+    name = "a layer"  # put_adapter() writes down its name in the model
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -56,6 +58,14 @@ class LoRA(nn.Module):
         self.scale = alpha / len(lora_A)
         # A model that is evaluated stays so: without dropout.
         self.train(base_layer.training)
+
+    @property
+    def weight(self):
+        """There is none: a model that multiplies by a layer's weight itself would miss the adapter."""
+        raise InputError(
+            f"LoRA on {self.name}: this architecture reads the layer's weight past the adapter; "
+            "name other layers with --lora_layers"
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.on:
@@ -114,8 +124,8 @@ def add_lora(
     That is kaiming_uniform with a = sqrt(5), as in the authors' code. The score head of a
     classifier stays trained. `seed` alone decides A. -> a sentence on what was done. InputError:
     rank < 1, a pattern that names nothing, a model that has adapters already, a layer that is tied
-    to the embeddings. Pitfall: new weights start small, so LoRA takes a larger learning rate than
-    full training, often ten times.
+    to the embeddings or whose weight the model reads itself. Pitfall: new weights start small, so
+    LoRA takes a larger learning rate than full training, often ten times.
     """
     if rank < 1 or not 0 <= dropout < 1:
         raise InputError(
@@ -135,6 +145,9 @@ def add_lora(
         lora_A = uniform / n_in**0.5
         lora_B = torch.zeros(n_out, rank)
         put_adapter(lm, name, lora_A, lora_B, alpha, dropout)
+    # A model that reads weights past an adapter is found here (LoRA.weight).
+    with torch.no_grad():
+        lm.base_model(input_ids=torch.tensor([[1, 2]], device=lm.device), use_cache=False)
 
     # A classifier's head is new, and small enough to be trained in full.
     heads = []
@@ -206,9 +219,30 @@ def linear_layers(lm) -> dict[str, nn.Module]:
     layers = {}
     for name, module in lm.named_modules():
         in_head = name.split(".")[0] in HEADS
-        if isinstance(module, (nn.Linear, Conv1D)) and not in_head:
+        if is_linear(module) and not in_head:
             layers[name] = module
     return layers
+
+
+@torch.no_grad()
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes W x + b.
+
+    A class that is made from nn.Linear may (Falcon's does), or may compute more (a router's does).
+    """
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    x = module.weight.new_ones(1, 1, module.in_features)
+    try:
+        output = module(x)
+    except Exception:  # it reads something else than hidden states
+        return False
+    expected = F.linear(x, module.weight, module.bias)
+    if not isinstance(output, torch.Tensor) or output.shape != expected.shape:
+        return False
+    return torch.allclose(output, expected, rtol=1e-2, atol=1e-3)
 
 
 @contextlib.contextmanager
@@ -247,7 +281,9 @@ def put_adapter(
         not is_tied(lm, layer),
         f"LoRA on {name}: it is tied to the embeddings, and an adapter on it could not be merged",
     )
-    replace_layer(lm, name, LoRA(layer, lora_A, lora_B, alpha, dropout))
+    adapter = LoRA(layer, lora_A, lora_B, alpha, dropout)
+    adapter.name = name
+    replace_layer(lm, name, adapter)
 
 
 def is_tied(lm, layer: nn.Module) -> bool:
