@@ -173,6 +173,7 @@ def encode_prompts(
         return []
     prompts = [row["prompt"] for row in rows]
     if chat or is_chat(prompts[0]):
+        check_template(tokenizer, rows[0])
         texts = []
         for row in rows:
             messages = as_chat(row["prompt"])
@@ -321,6 +322,23 @@ def render(tokenizer, messages: list[dict], generation: bool = False, place: str
         )
 
 
+def check_template(tokenizer, row: dict):
+    """InputError where the chat template leaves out what a message says.
+
+    Those of models that read images may look for a list of parts in it, and pass by a text.
+    """
+    place = place_of(row)
+    messages = as_chat(row["prompt"])
+    last = messages[-1]
+    longer = {**last, "content": f"{last['content']} and more"}
+    as_it_is = render(tokenizer, messages, generation=True, place=place)
+    require(
+        as_it_is != render(tokenizer, [*messages[:-1], longer], generation=True, place=place),
+        f"{place}: the tokenizer's chat template leaves out what a message says; it may be for lists "
+        "of texts and images (write one for texts into chat_template.jinja of the model's folder)",
+    )
+
+
 def encode_chat_answers(tokenizer, rows: list[dict], field: str) -> list[Ids]:
     """Answers to chats -> token lists of what the template writes behind the prompts."""
     texts = []  # (the prompt, what stands behind it)
@@ -372,6 +390,7 @@ def encode_all_turns(
 
     The tokens of assistant turns are scored, with the ends of these turns.
     """
+    check_template(tokenizer, rows[0])
     prompts = []
     responses = []
     scored = []

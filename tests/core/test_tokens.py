@@ -174,6 +174,15 @@ REFUSED = {
         CHAT,
         "writes earlier turns differently",
     ),
+    # Of a model that reads images: it looks for {"text": ...} in the letters of a text.
+    "texts are passed by": (
+        byte_tokenizer(
+            template="{% for m in messages %}<turn>{% for part in m['content'] %}"
+            "{{ part['text'] }}{% endfor %}<eot>{% endfor %}"
+        ),
+        CHAT,
+        "leaves out what a message says",
+    ),
 }
 
 
