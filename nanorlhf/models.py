@@ -29,13 +29,16 @@ from .hf.adapters import is_adapter, load_merged, read_config, read_notes, resol
 from .hf.blocks import FrozenTrunk, compiled
 from .hf.folders import (
     VALUE_MODEL,
+    check_causal,
     check_complete,
+    check_heads,
     check_model,
     check_run,
     check_vocabulary,
     check_weights,
     has_tokenizer,
     hidden_width,
+    open_tokenizer,
     read_end_ids,
     read_longest_text,
     read_text_config,
@@ -359,6 +362,7 @@ def load_policy(
     if value_head and value_model:
         value_trunk = pretrained(transformers.AutoModel, value_model)
     policy = Policy(lm, value_head, value_trunk).eval()
+    check_causal(path, lm)
     check_logits(path, policy)
     if uses_saved and os.path.lexists(saved_head):
         load_value_head(policy.value_head, saved_head)
@@ -377,7 +381,10 @@ def check_logits(path: str, policy: Policy):
     theirs = policy.lm(input_ids=ids, use_cache=False).logits.float()
     if (ours - theirs).norm() > 1e-3 * theirs.norm():
         name = type(policy.lm).__name__
-        raise InputError(f"{path}: {name} does more to its logits than Policy.logits knows")
+        raise InputError(
+            f"{path}: {name} does more to its logits than Policy.logits knows; take a model of "
+            "another architecture"
+        )
 
 
 def load_value_head(head: nn.Linear, file: str):
@@ -411,6 +418,13 @@ def load_reward_model(path: str, device="cpu", seed: int | None = None) -> Rewar
     """
     path = resolve(path)
     has_new_head = seed is not None
+    config = check_model(path)
+    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
+    require(
+        not is_classifier or config.num_labels == 1,
+        f"{path}: a classifier of {config.num_labels} labels, where a reward model has one; take the "
+        "model that it was made from",
+    )
     model = pretrained(
         transformers.AutoModelForSequenceClassification, path, has_new_head, num_labels=1
     )
@@ -419,6 +433,7 @@ def load_reward_model(path: str, device="cpu", seed: int | None = None) -> Rewar
             f"{path}: {type(model).__name__} has no score head on a decoder; a reward model needs "
             "a causal LM's trunk"
         )
+    check_causal(path, model)
     if has_new_head:
         generator = torch.Generator().manual_seed(seed)
         # Stiennon et al. 2020: 1 / sqrt(D + 1)
@@ -469,6 +484,8 @@ def pretrained(auto, path: str, new_head: bool = False, **kwargs):
     model.eval()
     model.stored_dtype = stored_dtype  # save_model() writes it so again
     check_complete(path, model, info["missing_keys"], new_head)
+    if not new_head and auto is not transformers.AutoModel:
+        check_heads(path, model, info["unexpected_keys"])
     check_weights(path, model)
     check_run(path, model)
     return model
@@ -490,7 +507,7 @@ def load_tokenizer(path: str, needs_eos: bool = True):
         raise InputError(f"{path}: no tokenizer in this model folder")
 
     with library_call(f"{path}: no tokenizer could be loaded"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = open_tokenizer(path)
         tokenizer("a text")  # some settings are only looked at here
     tokenizer.model_max_length = read_longest_text(path, tokenizer)
     text_config = read_text_config(path)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import world
 from .chats import as_chat, is_chat, show
-from .errors import InputError, require, user_code
+from .errors import InputError, library_call, require, user_code
 from .hf.folders import check_model, context_length, readable_length
 from .models import RewardModel, fingerprint, load_tokenizer, pretrained
 from .packing import Answers, Packed, micro_batches, pack
@@ -428,6 +428,8 @@ def model_reward(spec: str, tokenizer, dist: Dist, micro_batch_size: int, dtype:
         reads_packed = model.config.num_labels == 1 and hasattr(model, "score")
         if reads_packed:
             module = RewardModel(model).eval()
+        else:
+            check_reads_text(path, model)
 
     module = dist.wrap(module.to(dist.load_device).requires_grad_(False), dtype=dtype)
     if reads_packed:
@@ -446,6 +448,14 @@ def model_reward(spec: str, tokenizer, dist: Dist, micro_batch_size: int, dtype:
 
     reward.module = module  # for score(), which gathers its shards
     return reward
+
+
+@torch.no_grad()
+def check_reads_text(path: str, model):
+    """InputError where a classifier cannot score what its own tokenizer makes of a text."""
+    tokenizer = load_tokenizer(path, needs_eos=False)
+    with library_call(f"{path}: cannot score a text"):
+        model(**tokenizer("a text", return_tensors="pt"))
 
 
 def packed_scorer(

@@ -9,12 +9,14 @@ import os
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 
 from ..errors import InputError, library_call, require
 from ..runtime.files import is_of_type, read_object, shorten
 from ..runtime.hints import check_made
 from ..runtime.tensors import check_tensors
 from .adapters import is_adapter, read_config, resolve
+from .lora import HEADS
 from .weights import check_config, find_file, has_weights, weight_names
 
 # The folder of a separate value model, inside its policy's.
@@ -127,6 +129,8 @@ def context_length(config) -> int | None:
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     length = length or getattr(config, "n_positions", None)
+    if length == -1:  # so XLNet says that there is none
+        length = None
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         of_config = getattr(config, "original_max_position_embeddings", None)
@@ -181,6 +185,31 @@ def has_tokenizer(path: str) -> bool:
     if not os.path.isdir(path):
         return True
     return any(os.path.isfile(os.path.join(path, name)) for name in TOKENIZER_FILES)
+
+
+def open_tokenizer(path: str):
+    """The tokenizer of a folder or hub name, which cuts texts as its tokenizer.json says.
+
+    transformers may take a class by the model's architecture that cuts them in another way: it does
+    for a Qwen2 model with a tokenizer of its own. Then the file counts, as a model was trained with
+    what it says.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    file = find_file(path, "tokenizer.json", must=False)
+    if file is None or type(tokenizer) is transformers.PreTrainedTokenizerFast:
+        return tokenizer
+
+    of_file = Tokenizer.from_file(file)
+    of_file.no_truncation()
+    of_file.no_padding()
+    some_tokens = sorted(of_file.get_vocab())[::100]
+    text = " ".join(["Once upon 1234 nights,\n\n it's  a naïve\tcat", *some_tokens])
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if ids == of_file.encode(text, add_special_tokens=False).ids:
+        return tokenizer
+    by_file = transformers.PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+    by_file.model_input_names = tokenizer.model_input_names
+    return by_file
 
 
 def read_text_config(path: str):
@@ -310,6 +339,20 @@ def check_complete(path: str, model, missing: list[str], new_head: bool):
         raise InputError(f"{path}: as {type(model).__name__} it lacks the weights {names}")
 
 
+def check_heads(path: str, model, unexpected: list[str]):
+    """InputError where the folder holds weights of a classifier's head that the model has no place for.
+
+    transformers leaves them out without a word: a reward model as a policy whose LM head is tied to
+    its embeddings, or the bias of a score head that has none.
+    """
+    left_out = [name for name in sorted(unexpected) if name.split(".")[0] in HEADS]
+    require(
+        not left_out,
+        f"{path}: it holds {', '.join(left_out[:3])}, for which {type(model).__name__} has no place: "
+        "the head of another kind of model",
+    )
+
+
 def readable_length(model) -> int | None:
     """The most tokens that a loaded model reads, or None where its config names no limit.
 
@@ -338,5 +381,27 @@ def check_run(path: str, model):
     """InputError where a model cannot read two tokens: some wrong settings only show there."""
     with library_call(f"{path}: cannot be run"):
         output = model.base_model(input_ids=torch.tensor([[1, 2]]))
-        hidden = output.last_hidden_state
+    require(
+        hasattr(output, "last_hidden_state"),
+        f"{path}: {type(model).__name__} does not give the hidden states that its head reads; "
+        "take a model of another architecture",
+    )
+    hidden = output.last_hidden_state
     require(bool(hidden.isfinite().all()), f"{path}: what the model computes is not finite")
+
+
+@torch.no_grad()
+def check_causal(path: str, model):
+    """InputError where a token's hidden state depends on a token to its right.
+
+    Rows are padded on the right, and no mask hides the padding.
+    """
+    with_1 = model.base_model(input_ids=torch.tensor([[1, 1]]), use_cache=False)
+    with_2 = model.base_model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+    first_1 = with_1.last_hidden_state[:, 0]  # [1, D]
+    first_2 = with_2.last_hidden_state[:, 0]
+    require(
+        torch.allclose(first_1, first_2, rtol=1e-3, atol=1e-3),
+        f"{path}: {type(model).__name__} reads what stands to the right of a token; a policy and "
+        "a reward model need a decoder, which does not",
+    )
