@@ -349,6 +349,10 @@ def load_policy(
     separate one. InputError: hf/folders.py.
     """
     path = resolve(path)
+    require(
+        not check_model(path).is_encoder_decoder,
+        f"{path}: an encoder-decoder, where a policy is a decoder alone",
+    )
     lm = pretrained(transformers.AutoModelForCausalLM, path)
 
     # A value model that the caller names starts with a new value head.

@@ -25,13 +25,15 @@ from ..errors import InputError
 def block_list(lm) -> tuple[nn.Module, str, nn.ModuleList]:
     """The decoder blocks of any HF model: the module that owns them, their name there, the blocks.
 
-    They are the first ModuleList with one entry for each layer of the config.
+    They are the first ModuleList with one entry for each layer of the config. A model that reads
+    images too may have as many blocks for these, outside the part that transformers calls decoder.
     """
     n_layers = lm.config.get_text_config().num_hidden_layers
-    for module in lm.base_model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == n_layers:
-                return module, name, child
+    for part in (lm.base_model.get_decoder(), lm.base_model):
+        for module in part.modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) == n_layers:
+                    return module, name, child
     raise InputError(f"{type(lm).__name__}: found no list of its {n_layers} blocks")
 
 

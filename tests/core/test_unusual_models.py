@@ -11,17 +11,22 @@ from safetensors.torch import load_file, save_file
 from support import refuses, write_rows
 from tiny_models import BATCH, EOS, MASK, SIZE, SPECIAL, tiny_lm, word_tokenizer
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BertGenerationConfig,
     DeepseekV4Config,
     FalconConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MambaConfig,
     OpenAIGPTConfig,
     PhimoeConfig,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 
 import sample_bon
@@ -29,7 +34,7 @@ import train_ppo
 import train_sft
 from nanorlhf.errors import InputError
 from nanorlhf.hf.activations import activations, replaced
-from nanorlhf.hf.blocks import freeze
+from nanorlhf.hf.blocks import blocks, freeze
 from nanorlhf.hf.decode import static_cache
 from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import (
@@ -143,7 +148,34 @@ def test_a_model_that_reads_to_the_right_is_refused(tmp_path):
         load_policy(path)
 
 
+def test_an_encoder_decoder_is_refused(tmp_path):
+    """transformers would take its decoder, whose attention to the encoder then has nothing to read."""
+    model = make(BartConfig(**BART), AutoModelForSeq2SeqLM)
+    path = save(model, tmp_path / "model")
+    with pytest.raises(InputError, match="model: an encoder-decoder"):
+        load_policy(path)
+
+
 # ------------------------------------------------------------------------------- adapters and hooks
+
+
+def test_blocks_are_those_that_read_texts():
+    """A model of texts and images may have as many blocks for images."""
+    text = Gemma3TextConfig(**SIZE, num_key_value_heads=2, head_dim=8)
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    config = Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4
+    )
+    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModel):
+        model = make(config, auto)
+        assert type(blocks(model)[0]).__name__ == "Gemma3DecoderLayer"
 
 
 def test_an_adapter_that_the_model_would_pass_by_is_refused():
