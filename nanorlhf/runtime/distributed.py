@@ -136,13 +136,27 @@ class Dist:
         if self.sharded:
             model = fsdp.shard(module, self, dtype)
         else:
-            model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            # DDP waits for a gradient of each trained weight, unless it is told that some get none.
+            model = DistributedDataParallel(
+                module,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=self.has_unused_weights(module, total, dtype),
+            )
         with torch.set_grad_enabled(trained), autocast(self, dtype):
             value = total(model) if total else None
         if trained:
             value.backward()
             model.zero_grad(set_to_none=True)
         return model
+
+    def has_unused_weights(self, module, total, dtype) -> bool:
+        """Whether a text reaches only some of the trained weights: blocks for images have others."""
+        with autocast(self, dtype):
+            value = total(module)
+        value.backward()
+        unused = [p for p in module.parameters() if p.requires_grad and p.grad is None]
+        module.zero_grad(set_to_none=True)
+        return bool(unused)
 
 
 def libc():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checks import same
 from safetensors.torch import load_file, save_file
-from support import refuses, write_rows
+from support import join, ranks, refuses, write_rows
 from tiny_models import BATCH, EOS, MASK, SIZE, SPECIAL, tiny_lm, word_tokenizer
 from transformers import (
     AutoModel,
@@ -46,7 +46,7 @@ from nanorlhf.models import (
 )
 from nanorlhf.rewards import load_reward
 from nanorlhf.rollout import check_rollouts
-from nanorlhf.runtime.distributed import Dist
+from nanorlhf.runtime.distributed import Dist, setup
 
 BART = dict(
     SPECIAL,
@@ -224,6 +224,34 @@ def test_blocks_that_return_lists_can_be_frozen():
     freeze(policy.lm, 0.5)
     reference_of(policy)
     assert policy.frozen.n == 1
+
+
+def step_twice(folder):
+    """Two backward passes of a policy that has weights which no text reaches, as a rank does it."""
+    dist = setup("cpu", "ddp")
+    lm = tiny_lm("llama")
+    lm.for_images = torch.nn.Linear(3, 3)
+    policy = Policy(lm, value_head=False).eval()
+
+    def total(model):
+        return model(BATCH, MASK)["logprobs"].sum()
+
+    model = dist.wrap(policy, total)
+    for _ in range(2):
+        policy.zero_grad()
+        total(model).backward()
+    assert lm.for_images.weight.grad is None
+    if dist.main:
+        torch.save(lm.lm_head.weight.grad, f"{folder}/gradient.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_model_with_weights_that_no_text_reaches(tmp_path):
+    join(*ranks(2, step_twice, str(tmp_path)))
+    policy = Policy(tiny_lm("llama"), value_head=False).eval()
+    policy(BATCH, MASK)["logprobs"].sum().backward()
+    gradient = torch.load(tmp_path / "gradient.pt", weights_only=True)
+    same(gradient, policy.lm.lm_head.weight.grad)
 
 
 # ---------------------------------------------------------------------- tokenizers and heads of folders
