@@ -100,7 +100,9 @@ def hook_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]):
             new = x
         # Some blocks add to it in place: Falcon's add the attention's output to the MLP's.
         new = new.clone()
-        return new if is_tensor else (new, *output[1:])
+        if is_tensor:
+            return new
+        return type(output)([new, *output[1:]])  # a tuple, or the first GPT's list
 
     return module.register_forward_hook(hook)
 

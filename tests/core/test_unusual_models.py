@@ -214,7 +214,9 @@ def test_blocks_that_return_lists_can_be_read_and_replaced():
     lm = make(OpenAIGPTConfig(**GPT1))
     ids = BATCH.ids[:1]
     own = lm(input_ids=ids, output_hidden_states=True)
-    same(activations(lm, ids, [(0, "residual")])[0, "residual"], own.hidden_states[1])
+    read = activations(lm, ids, [(0, "residual"), (1, "attention")])
+    same(read[0, "residual"], own.hidden_states[1])
+    assert read[1, "attention"].norm() > 0
     with replaced(lm, (1, "residual"), torch.zeros_like):
         assert lm(input_ids=ids).logits.abs().max() == 0
 
