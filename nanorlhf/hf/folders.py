@@ -129,6 +129,7 @@ def context_length(config) -> int | None:
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     length = length or getattr(config, "n_positions", None)
+    length = length or getattr(config, "max_seq_len", None)  # so MPT calls it
     if length == -1:  # so XLNet says that there is none
         length = None
     rope = getattr(config, "rope_parameters", None) or {}

@@ -23,6 +23,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MambaConfig,
+    MptConfig,
     OpenAIGPTConfig,
     PhimoeConfig,
     Qwen2Config,
@@ -36,6 +37,7 @@ from nanorlhf.errors import InputError
 from nanorlhf.hf.activations import activations, replaced
 from nanorlhf.hf.blocks import blocks, freeze
 from nanorlhf.hf.decode import static_cache
+from nanorlhf.hf.folders import context_length
 from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import (
     Policy,
@@ -154,6 +156,14 @@ def test_an_encoder_decoder_is_refused(tmp_path):
     path = save(model, tmp_path / "model")
     with pytest.raises(InputError, match="model: an encoder-decoder"):
         load_policy(path)
+
+
+def test_the_context_of_mpt_is_as_long_as_its_biases():
+    lm = make(MptConfig(vocab_size=60, d_model=32, n_heads=4, n_layers=1, max_seq_len=16))
+    assert context_length(lm.config) == 16
+    lm(input_ids=torch.full((1, 16), 5))
+    with pytest.raises(RuntimeError):
+        lm(input_ids=torch.full((1, 17), 5))
 
 
 # ------------------------------------------------------------------------------- adapters and hooks
