@@ -97,6 +97,7 @@ def find_dtype(path: str) -> torch.dtype:
     numbers, which transformers would turn into some without a word. Buffers, such as masks, may
     have any type.
     """
+    # The headers alone are read: safetensors puts names, types and shapes before the numbers.
     found = set()
     for file in weight_files(path):
         for name, (dtype, _) in read_shapes(file).items():
