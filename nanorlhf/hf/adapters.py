@@ -167,6 +167,8 @@ def config_to_save(lm, base: str) -> dict:
     alpha = one.alpha
     if alpha == int(alpha):
         alpha = int(alpha)
+    # For PEFT: GPT-2's weights are stored as [in, out], and merging must turn B A.
+    any_conv = any(isinstance(layer.base_layer, Conv1D) for layer in layers.values())
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
@@ -180,7 +182,7 @@ def config_to_save(lm, base: str) -> dict:
         "modules_to_save": heads or None,
         "bias": "none",
         "init_lora_weights": True,
-        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any_conv,
         "use_rslora": False,
         "use_dora": False,
         "rank_pattern": {},
@@ -348,7 +350,9 @@ def load_adapter(lm, path: str):
     adapted -= unused
     heads = {}
     if config.get("task_type") == "SEQ_CLS":
-        heads = {name: p for name, p in lm.named_parameters() if name.split(".")[0] in HEADS}
+        for name, p in lm.named_parameters():
+            if name.split(".")[0] in HEADS:
+                heads[name] = p
 
     # Each tensor that the config speaks of is there, in the shape that the model has room for.
     expected = expected_shapes(lm, config, adapted, path)
@@ -409,10 +413,11 @@ def check_shapes(tensors: dict[str, torch.Tensor], expected: dict[str, tuple], p
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"{path}: the adapter lacks {name}")
-        found = tuple(tensors[name].shape)
-        if found != shape:
+        saved_shape = list(tensors[name].shape)
+        model_shape = list(shape)
+        if saved_shape != model_shape:
             raise InputError(
-                f"{path}: an adapter for another model: {name} is {list(found)}, not {list(shape)}"
+                f"{path}: an adapter for another model: {name} is {saved_shape}, not {model_shape}"
             )
 
 

@@ -250,10 +250,12 @@ class FrozenTrunk:
         Only the blocks above them run.
         """
         parent, name, layers = block_list(lm)
-        stand_in = Stored((hidden,) if self.tuples else hidden)
+        output = (hidden,) if self.tuples else hidden
+        stand_in = Stored(output)
         # One stand-in for each frozen block: every one of them puts out what the last would. So the
         # list keeps its length, and the blocks above keep their numbers.
-        return swapped(parent, name, nn.ModuleList([stand_in] * self.n + list(layers[self.n :])))
+        upper = list(layers[self.n :])
+        return swapped(parent, name, nn.ModuleList([stand_in] * self.n + upper))
 
 
 def count_frozen(layers: nn.ModuleList) -> int:

@@ -137,8 +137,9 @@ def context_length(config) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
     # The length at which the factors change stands in one of two places.
     if rope.get("rope_type") == "longrope":
-        of_config = getattr(config, "original_max_position_embeddings", None)
-        return rope.get("original_max_position_embeddings") or of_config or length
+        changes_at = rope.get("original_max_position_embeddings")
+        changes_at = changes_at or getattr(config, "original_max_position_embeddings", None)
+        return changes_at or length
     return length
 
 
@@ -195,7 +196,8 @@ def has_tokenizer(path: str) -> bool:
 def read_text_config(path: str):
     """The text config of the model in a tokenizer's folder; None: it holds a tokenizer alone."""
     # `probe.py diversity --tokenizer` takes such a folder.
-    if os.path.isdir(path) and not has_weights(path) and not is_adapter(path):
+    holds_model = has_weights(path) or is_adapter(path)
+    if os.path.isdir(path) and not holds_model:
         return None
     return check_model(path).get_text_config()
 
@@ -237,8 +239,8 @@ def find_special_ids(tokenizer) -> set[int]:
 
     special_ids = set()
     for token_id, token in tokenizer.added_tokens_decoder.items():
-        is_in_chats = token.content in template
-        if token.special and token_id not in in_texts and not is_in_chats:
+        is_in_texts = token_id in in_texts or token.content in template
+        if token.special and not is_in_texts:
             special_ids.add(token_id)
     return special_ids
 
@@ -298,9 +300,9 @@ def read_longest_text(path: str, tokenizer) -> int:
     """
     # tokenizer_config.json may say 512.0 or 1e30: a float will do if it is whole.
     longest = tokenizer.model_max_length
-    is_whole = is_of_type(longest, float) and math.isfinite(longest) and longest == int(longest) > 0
+    is_number = is_of_type(longest, float) and math.isfinite(longest)
     require(
-        is_whole,
+        is_number and longest == int(longest) > 0,
         f"{path}: the tokenizer's model_max_length must be a whole number above 0, "
         f"not {shorten(longest)}",
     )

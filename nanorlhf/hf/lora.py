@@ -200,15 +200,15 @@ def matching(lm, pattern: str | list[str]) -> dict[str, nn.Module]:
     else:
         expressions = [rf"(?:.*\.)?(?:{end})" for end in pattern]
     too_long = f"LoRA layers {pattern}: a search that takes too long; write a simpler one"
-    found = {}
+    matched = {}
     try:
         with time_limit(SEARCH_SECONDS, too_long):
             for name, layer in layers.items():
                 if any(re.fullmatch(expression, name) for expression in expressions):
-                    found[name] = layer
+                    matched[name] = layer
     except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"LoRA layers {pattern}: not a regular expression ({e})") from None
-    return found
+    return matched
 
 
 def linear_layers(lm) -> dict[str, nn.Module]:
