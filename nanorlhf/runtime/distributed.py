@@ -1,8 +1,12 @@
 """Several processes under torchrun: set-up, DDP or FSDP2, and the few reductions of the scripts.
 
-Every rank runs the same script and makes the same number of collective calls. What belongs to a
-sample (its noise, its place in a minibatch) is keyed by its index in the GLOBAL batch, so the
-number of ranks changes results only by float error.
+Every rank runs the same script and makes the same number of collective calls: a rank that makes one
+less leaves the others waiting for ever. What belongs to a sample (its noise, its place in a
+minibatch) is keyed by its index in the GLOBAL batch, so the number of ranks changes results only by
+float error.
+
+A rank is one process; world is how many there are. Without torchrun there is one, rank 0 of 1, for
+which every exchange in here is nothing at all.
 """
 
 import contextlib
@@ -32,6 +36,8 @@ SMALL_PROCESS = 2**29
 
 @dataclass
 class Dist:
+    """This process among the others of its run. setup() makes it, and everything is handed it."""
+
     rank: int
     world: int
     device: torch.device
@@ -70,6 +76,7 @@ class Dist:
         """The sum over all ranks, on the tensor's device."""
         if self.world == 1:
             return tensor
+        # A clone, since all_reduce writes into what it is given. NCCL sends from a GPU alone.
         total = tensor.detach().clone().to(self.device)
         td.all_reduce(total)
         return total.to(tensor.device)
@@ -81,6 +88,11 @@ class Dist:
         """
         if self.world == 1:
             return tensor
+        # all_gather wants tensors of one shape. So everyone's rows are padded to the longest, and
+        # the padding is cut off again:
+        #
+        #     rank 0  a a a        a a a
+        #     rank 1  b        ->  b . .  ->  a a a b
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
         td.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))
         longest = int(max(sizes))
@@ -100,6 +112,7 @@ class Dist:
         parts = list(micro_batches)
         most = int(self.gather(torch.tensor([len(parts)])).max()) if self.sharded else 0
         while len(parts) < most:
+            # However rows are cut into micro-batches, their gradients add up to the same.
             i = max(range(len(parts)), key=lambda i: len(parts[i]))
             parts[i : i + 1] = parts[i].chunk(2)
         return parts
@@ -109,12 +122,15 @@ class Dist:
 
         An InputError on one of them is raised on all.
         """
+        # A process that raised at once would leave the others waiting in their next exchange. So
+        # all of them exchange their messages first, most of which are empty.
         result, message = None, b""
         try:
             result = function()
         except InputError as e:
             if self.world == 1:
                 raise
+            # In one line, with a line end that keeps it apart from the next process's.
             message = " ".join(str(e).split()).encode(errors="backslashreplace") + b"\n"
         messages = bytes(self.gather(torch.tensor(list(message), dtype=torch.uint8)).tolist())
         if messages:
@@ -130,6 +146,7 @@ class Dist:
         after a resume would differ in its last bits. FSDP wants its first pass through the root,
         which generate() is not.
         """
+        # A frozen model has no gradients to exchange: only shards must know of each other.
         trained = any(p.requires_grad for p in module.parameters())
         if self.world == 1 or not (trained or self.sharded):
             return module
@@ -137,6 +154,7 @@ class Dist:
             model = fsdp.shard(module, self, dtype)
         else:
             model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        # The first pass, forward and backward, whose gradients are thrown away.
         with torch.set_grad_enabled(trained), autocast(self, dtype):
             value = total(model) if total else None
         if trained:
@@ -195,6 +213,7 @@ def setup(device="auto", distributed="ddp"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here")
+    # One process a GPU: the local rank counts the processes of this machine, the rank those of all.
     world, rank, local = read_ranks()
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -222,6 +241,7 @@ def setup(device="auto", distributed="ddp"):
 
 def read_ranks() -> tuple[int, int, int]:
     """WORLD_SIZE, RANK and LOCAL_RANK, which torchrun sets; 1, 0 and 0 without it."""
+    # int() would take "-1" and " 1_0 ", too.
     numbers = []
     for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
@@ -239,6 +259,8 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
 
     InputError: the environment does not say where, or not all of them come there.
     """
+    # Short for the meeting, long for what follows: a typing error in MASTER_ADDR shows at once,
+    # while a rank may have to wait for another's work.
     try:
         with without_stderr():  # torch logs each try, with its stack
             meeting = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
@@ -250,12 +272,14 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
         problem = f"the processes of this run do not find each other ({first_line(e)}; {place})"
         raise InputError(f"{problem}; torchrun sets what they need") from None
     store.set_timeout(timeout)
+    # As torch does with a store that it makes itself: our keys are kept apart from torchrun's.
     return td.PrefixStore("default_pg", store)
 
 
 @contextlib.contextmanager
 def without_stderr():
     """A context in which nothing appears on stderr, of C++ neither."""
+    # sys.stderr is only Python's way to descriptor 2, to which C++ writes by itself.
     usual = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -285,6 +309,7 @@ def lost_a_process(error: Exception) -> bool:
         return False
     if isinstance(error, (td.DistBackendError, td.DistNetworkError)):
         return True
+    # gloo raises plain RuntimeErrors, which only their text tells.
     gone = re.search(r"Connection (closed|reset) by peer|Broken pipe|gloo", str(error))
     return isinstance(error, RuntimeError) and gone is not None
 
