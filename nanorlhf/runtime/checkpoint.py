@@ -52,9 +52,15 @@ STATE = {"step": int, "files": dict | None, "logs": dict | None}
 def checkpoints(folder):
     """[(step, path)] of the checkpoints in a run folder, oldest first, whole or not."""
     root = os.path.join(folder, "checkpoint")
-    names = os.listdir(root) if os.path.isdir(root) else []
-    found = [re.fullmatch(r"step_(0|[1-9][0-9]*)", name) for name in names]
-    return sorted((int(m[1]), os.path.join(root, m[0])) for m in found if m)
+    if not os.path.isdir(root):
+        return []
+    by_step = []
+    for name in os.listdir(root):
+        # What has another name is a folder of a write that was broken off.
+        match = re.fullmatch(r"step_(0|[1-9][0-9]*)", name)
+        if match:
+            by_step.append((int(match[1]), os.path.join(root, name)))
+    return sorted(by_step)
 
 
 # --------------------------------------------------------------------------------------------- save
@@ -68,7 +74,8 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
     """
     # {"model/lm.lm_head.weight": [V, D], "optimizer/exp_avg/lm.lm_head.weight": [V, D], ...} of all
     # that is trained. Frozen weights are those of the model that the run starts from.
-    tensors, main = {}, dist is None or dist.main
+    tensors = {}
+    main = dist is None or dist.main
     for name, p in trainable(module):
         tensors[f"model/{name}"] = p.detach().contiguous()
         # A weight that has had no gradient yet has no state.
@@ -102,9 +109,10 @@ def remove_all_but(folder: str, step: int, keep: int):
 
     A later one was damaged: the run went on from an older one.
     """
-    found = checkpoints(folder)
-    kept = [path for s, path in found if s <= step][-keep:]
-    for _, path in found:
+    everything = checkpoints(folder)
+    until_now = [path for its_step, path in everything if its_step <= step]
+    kept = until_now[-keep:]
+    for _, path in everything:
         if path not in kept:
             remove(path)
 
@@ -113,9 +121,11 @@ def save_shards(tensors: dict, path: str):
     """Every process writes its own shards. A disk error on one of them is raised on all."""
     import torch.distributed.checkpoint as dcp
 
+    writer = dcp.HuggingFaceStorageWriter(path, save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))
+        dcp.save(tensors, storage_writer=writer)
     except dcp.CheckpointException as e:
+        # {rank: (its error, where it was raised)}. A full disk is to be reported as one.
         error, _ = list(e.failures.values())[0]
         raise error from None
 
@@ -129,12 +139,15 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
     own = f"shard-{dist.rank + 1:05d}-"
     lines = ""
     for name in sorted(os.listdir(path)):
-        if name.startswith(own) or (dist.main and not name.startswith("shard-")):
-            lines += f"{digest_file(os.path.join(path, name))} {name}\n"
+        is_common = not name.startswith("shard-")
+        if name.startswith(own) or (dist.main and is_common):
+            sha256 = digest_file(os.path.join(path, name))
+            lines += f"{sha256} {name}\n"
     # Processes exchange tensors alone, so the lines travel as their bytes.
-    everyones = dist.gather(torch.tensor(list(lines.encode()), dtype=torch.uint8))
+    own_bytes = torch.tensor(list(lines.encode()), dtype=torch.uint8)
+    all_bytes = dist.gather(own_bytes)
     digests = {}
-    for line in bytes(everyones.tolist()).decode().splitlines():
+    for line in bytes(all_bytes.tolist()).decode().splitlines():
         sha256, name = line.split()
         digests[name] = sha256
     return digests
@@ -178,9 +191,10 @@ def choose(folder: str, module, optimizer, dist: Dist) -> int:
     root = os.path.join(folder, "checkpoint")
     if os.path.lexists(root) and not os.path.isdir(root):
         raise InputError(f"{root} should be a folder; remove it, and the run starts anew")
-    for name in os.listdir(root) if os.path.isdir(root) else []:
-        if name.startswith(".old_step_"):  # a kill came while a new checkpoint took its place
-            recover_folder(os.path.join(root, name.removeprefix(".old_")))
+    if os.path.isdir(root):
+        for name in os.listdir(root):
+            if name.startswith(".old_step_"):  # a kill came while a new checkpoint took its place
+                recover_folder(os.path.join(root, name.removeprefix(".old_")))
     # The newest first. What is wrong with those that are passed over is said, whether or not an
     # older one is whole.
     damaged = []
@@ -265,8 +279,8 @@ def check_tensors(path: str, module, optimizer) -> str:
             slots.setdefault(name, set()).add(slot)
     if not slots:
         return "the optimizer's tensors are missing"
-    for name, own in slots.items():
-        if name not in parameters or own != {"step", "exp_avg", "exp_avg_sq"}:
+    for name, its_slots in slots.items():
+        if name not in parameters or its_slots != {"step", "exp_avg", "exp_avg_sq"}:
             return f"the optimizer's tensors of {name} are not those of Adam"
 
     # Moments are as their weights are; the count of steps is a number. exp_avg is the beginning of

@@ -110,7 +110,10 @@ class Dist:
         The largest are cut in halves.
         """
         parts = list(micro_batches)
-        most = int(self.gather(torch.tensor([len(parts)])).max()) if self.sharded else 0
+        if not self.sharded:
+            return parts
+        counts = self.gather(torch.tensor([len(parts)]))  # [world]
+        most = int(counts.max())
         while len(parts) < most:
             # However rows are cut into micro-batches, their gradients add up to the same.
             i = max(range(len(parts)), key=lambda i: len(parts[i]))
@@ -124,17 +127,21 @@ class Dist:
         """
         # A process that raised at once would leave the others waiting in their next exchange. So
         # all of them exchange their messages first, most of which are empty.
-        result, message = None, b""
+        result = None
+        message = b""
         try:
             result = function()
         except InputError as e:
             if self.world == 1:
                 raise
             # In one line, with a line end that keeps it apart from the next process's.
-            message = " ".join(str(e).split()).encode(errors="backslashreplace") + b"\n"
-        messages = bytes(self.gather(torch.tensor(list(message), dtype=torch.uint8)).tolist())
-        if messages:
-            raise InputError(messages.decode().split("\n")[0])
+            line = " ".join(str(e).split()) + "\n"
+            message = line.encode(errors="backslashreplace")
+        own_bytes = torch.tensor(list(message), dtype=torch.uint8)
+        all_bytes = bytes(self.gather(own_bytes).tolist())
+        if all_bytes:
+            first_message = all_bytes.decode().split("\n")[0]
+            raise InputError(first_message)
         return result
 
     def wrap(self, module, total=None, dtype="float32"):
@@ -266,11 +273,12 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
             meeting = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
             store, _, _ = next(meeting)
     except (ValueError, RuntimeError) as e:
-        place = ", ".join(
-            f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT")
-        )
-        problem = f"the processes of this run do not find each other ({first_line(e)}; {place})"
-        raise InputError(f"{problem}; torchrun sets what they need") from None
+        address = os.environ.get("MASTER_ADDR")
+        port = os.environ.get("MASTER_PORT")
+        raise InputError(
+            f"the processes of this run do not find each other ({first_line(e)}; "
+            f"MASTER_ADDR={address}, MASTER_PORT={port}); torchrun sets what they need"
+        ) from None
     store.set_timeout(timeout)
     # As torch does with a store that it makes itself: our keys are kept apart from torchrun's.
     return td.PrefixStore("default_pg", store)
@@ -335,12 +343,13 @@ def fast_dtype(device):
     A GPU is, and a CPU with AVX-512 BF16 or AMX.
     """
     if device != "cpu" and torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return (
-        "bfloat16"
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        else "float32"
-    )
+        # torch can emulate it on any GPU, slowly.
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if is_fast:
+        return "bfloat16"
+    return "float32"
 
 
 def peak_memory_mb(dist):
