@@ -31,7 +31,7 @@ FEATURES = ("human_latents", "feature_sae", "sarm")
 MOST_FILES = 10_000  # in a folder; one with more is no model and no data set, but / or a home, say
 
 
-# ------------------------------------------------------------------------------- from names to files
+# ------------------------------------------------------------------------------ from names to files
 
 
 def input_paths(config: dict) -> list[str]:
@@ -48,6 +48,7 @@ def input_paths(config: dict) -> list[str]:
             path = path_in(name, text)
             if path:
                 paths.append(path)
+    # An adapter's weights are worth nothing without those of its base.
     for path in list(paths):
         paths += base_models(path)
     return list(dict.fromkeys(paths))
@@ -65,6 +66,7 @@ def path_in(name: str, text: str) -> str:
         candidates = [code_file(text)]
     else:  # PATH, FILE.py:FUNCTION, or FOLDER:SPLIT or FOLDER:CONFIG:SPLIT of a data set
         candidates = without_split(text)
+    # The first that is there, the longest name before its parts: a file's name may hold a colon.
     for path in candidates:
         inner = os.path.join(path, "model")
         if path and os.path.isdir(inner):
@@ -92,7 +94,7 @@ def code_file(text: str) -> str:
 
 
 def base_models(path: str) -> list[str]:
-    """The folders of the models that an adapter folder was made for: its base, the base's base, ..."""
+    """The folders of the models that an adapter was made for: its base, the base's base, ..."""
     bases = []
     while is_adapter(path):
         path = read_config(path)["base_model_name_or_path"]
@@ -108,11 +110,12 @@ def hub_names(config: dict) -> list[str]:
     for setting in MODELS:
         value = config.get(setting) or []
         texts = value if isinstance(value, list) else [value]
+        # NAME or OWNER/NAME. Deeper names are paths, and FILE.py:FUNCTION is no model.
         names += [text for text in texts if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text)]
     return [name for name in dict.fromkeys(names) if not os.path.exists(name)]
 
 
-# ------------------------------------------------------------------------- from files to fingerprints
+# ----------------------------------------------------------------------- from files to fingerprints
 
 
 def files_in(path: str) -> list[str]:
@@ -124,10 +127,14 @@ def files_in(path: str) -> list[str]:
         return [path]
     files = []
     for folder, subfolders, names in os.walk(path):
+        # In place: os.walk() goes on into what is left in its own list.
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-        enough = f"{path}: more than {MOST_FILES:,} files are in this folder, so it is no model or data set"
-        require(len(files) <= MOST_FILES, enough)
+        require(
+            len(files) <= MOST_FILES,
+            f"{path}: more than {MOST_FILES:,} files are in this folder, so it is no model or "
+            "data set",
+        )
     return sorted(file for file in files if os.path.isfile(file))
 
 
@@ -145,6 +152,7 @@ def fingerprint_path(path: str, known: dict | None = None) -> dict:
     InputError: a file cannot be read.
     """
     try:
+        # A look at the files costs nothing, and a model may have many GB to read.
         stats = [os.stat(file) for file in files_in(path)]
         size = sum(stat.st_size for stat in stats)
         mtime = max((stat.st_mtime_ns for stat in stats), default=0)
@@ -164,6 +172,7 @@ def fingerprint_hub(name: str) -> dict | None:
         file = cached_file(name, "config.json", local_files_only=True)
     except OSError:  # not on this machine
         return None
+    # The hub's cache: .../models--OWNER--NAME/snapshots/COMMIT/config.json
     commit = re.search(r"/snapshots/([0-9a-f]+)/", file)
     return {"digest": commit[1], "size": 0, "mtime": 0} if commit else None
 

@@ -11,7 +11,7 @@ from .log import RunFolder
 
 def parse_ids(text):
     """ "3,17" -> [3, 17]"""
-    # Fewer than 19 digits fit 64 bits.
+    # Fewer than 19 digits fit 64 bits. Feature 3 is one feature, however often it is named.
     are_numbers = all(part.strip().isdecimal() and len(part) < 19 for part in text.split(","))
     require(are_numbers or not text, f"--features {text}: it must be numbers, such as 3,17")
     return list(dict.fromkeys(int(part) for part in text.split(",") if part))
@@ -43,6 +43,7 @@ def results_folder(config, dist):
     A folder of anything else is an error. config.json says whose results they are, since the flags
     of `pairs` would pass for those of an early `reward`; those of older results do not say it.
     """
+    # All settings are free: these results are made again by whatever flags, over those of before.
     folder = RunFolder(config, dist, free=(*vars(config), "command"), written_again=True)
     folder.config["command"] = type(config).__name__.removesuffix("Config")
     stored = os.path.join(config.output_dir, "config.json")
@@ -61,6 +62,7 @@ def save(config, folder, summary, text, draw):
     """summary.json, the picture draw(figure, summary) and the table: on the main process."""
     if not folder.dist.main:
         return
+    # config.json first: a kill later leaves a folder that the same command may write into.
     os.makedirs(config.output_dir, exist_ok=True)
     write_json(os.path.join(config.output_dir, "config.json"), folder.config)
     write_json(os.path.join(config.output_dir, "summary.json"), summary)
