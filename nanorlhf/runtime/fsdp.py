@@ -32,13 +32,13 @@ def all_blocks(module: nn.Module) -> list[nn.Module]:
 
     These are the policy's LM, a separate value trunk, a reward model.
     """
-    found = {}
+    by_id = {}
     for model in module.modules():
-        # Every model of transformers has a base_model, an LM's trunk too. Their blocks are the same.
+        # Every model of transformers has a base_model. An LM's trunk has the blocks of the LM.
         if hasattr(model, "base_model"):
             for block in blocks(model):
-                found[id(block)] = block
-    return list(found.values())
+                by_id[id(block)] = block
+    return list(by_id.values())
 
 
 # ------------------------------------------------------------------------------------- in shards
