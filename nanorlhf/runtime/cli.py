@@ -53,6 +53,7 @@ def parse(config_class, args, command="", description=None):
     """
     description = description or sys.modules[config_class.__module__].__doc__
     parser = Parser(f"{script()} {command}".strip(), description, config_class)
+    # The command line by itself: it says where the run is whose settings may be the defaults.
     parsed = vars(parser.parse_args(args))
     if "resume" not in parsed:
         return config_class(**parsed)
@@ -61,11 +62,13 @@ def parse(config_class, args, command="", description=None):
         folder = config_class(**parsed).output_dir  # what is its default may depend on other flags
     folder = folder.replace("{seed}", str(parsed["seed"]))
     stored = os.path.join(folder, "config.json")
+    # A flag that repeats its default counts as not given: argparse does not tell them apart.
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
     if given == {"resume", "output_dir"} and not os.path.isfile(stored):
         # A slip of the pen should not start another run.
         raise InputError(f"{folder}: no run to resume here")
     if parsed["resume"] and os.path.isfile(stored):
+        # What the run was given becomes the default, and the command line is read again over it.
         settings = read_settings(stored, config_class)
         check_stored_code(folder, {k: v for k, v in settings.items() if k not in given})
         parser.set_defaults(**settings)
@@ -95,6 +98,7 @@ def check_stored_code(folder, settings):
 
 def is_inside(file, folder):
     """Whether a file lies in a folder or below it, by its name or by where its links lead."""
+    # runs/x/code.py may be a link to elsewhere, and elsewhere/code.py one into runs/x.
     for real in (os.path.abspath, os.path.realpath):
         if os.path.commonpath([real(file), real(folder)]) == real(folder):
             return True
@@ -106,6 +110,7 @@ def read_settings(path: str, config_class) -> dict:
 
     Each must be of its field's type.
     """
+    # A setting of a flag that no longer exists is passed over. The folder may have been moved.
     stored = read_object(path, finite=False)
     hints = typing.get_type_hints(config_class)
     settings = {}
@@ -129,6 +134,7 @@ def errors_in_one_line(resumable=False):
     2: wrong input. 1: it could not go on (a gradient that is not finite, a full disk, another
     process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug has a traceback.
     """
+    # Two levels, since Ctrl-C may come at any moment, while an error is being told as well.
     try:
         try:
             yield
@@ -137,6 +143,7 @@ def errors_in_one_line(resumable=False):
             if ending is None:
                 raise
             line, code = ending
+            # From torchrun's environment: there may be no process group, or none yet.
             rank = os.environ.get("RANK", "0")
             who = script() + (f" [rank {rank}]" if rank != "0" else "")
             print(f"{who}: error: {' '.join(line.split())}", file=sys.stderr)

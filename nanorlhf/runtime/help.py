@@ -1,5 +1,8 @@
 """What --help prints: the flags of a Config in groups, the script's own first.
 
+argparse's own help is one long list; here each group has a heading, which is the first line of its
+class's docstring:
+
 The KL penalty: what the policy pays for leaving its reference
 
   --kl_coef X           coefficient of the KL divergence (default: 0.05)
@@ -42,6 +45,7 @@ def groups_of(config_class) -> list[tuple[str, list[Field]]]:
     A flag stands with the class that declares it first, also where a script declares it again.
     """
     classes = inspect.getmro(config_class)  # from the Config down to what all of them share
+    # {flag: the class under whose heading it stands}
     home = {}
     for group in classes:
         for name in inspect.get_annotations(group):
@@ -62,6 +66,8 @@ def describe_flag(flag: Field, hint, width: int) -> list[str]:
     lines = textwrap.wrap(
         about, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
+    # Three layouts, by the length of the name: over several lines, on a line of its own, or with
+    # the help beside it.
     if len(name) > width:  # many choices
         names = textwrap.wrap(name.replace(",", ", "), width, subsequent_indent=" " * 2 * INDENT)
         return [*names, *lines]
@@ -72,6 +78,7 @@ def describe_flag(flag: Field, hint, width: int) -> list[str]:
 
 def placeholder_of(flag: Field, hint) -> str:
     """What a flag takes: {a,b} where it has choices, else N, X or TEXT; nothing for a switch."""
+    # list[str] is several TEXT, and int | None is N.
     several = typing.get_origin(hint) is list
     kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
     choices = [choice for choice in choices_of(flag) if choice]

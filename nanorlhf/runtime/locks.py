@@ -43,6 +43,8 @@ def lock(folder: str) -> None:
     check_name(folder)
     place = os.path.realpath(folder)
     file = os.path.join(place, LOCK_FILE)
+    # Each turn opens the file that has the name at that moment, and ends with an error, with the
+    # lock, or with a file that has lost its name meanwhile.
     while place not in held:
         descriptor, made = make_file(file, f"the folder {folder}")
         take(descriptor, folder)
@@ -55,6 +57,7 @@ def lock(folder: str) -> None:
 
 def take(descriptor: int, folder: str) -> None:
     """Lock an open lock file, or close it and raise an InputError."""
+    # LOCK_NB: not to wait. A run that waits unseen for another looks as if it hung.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -81,6 +84,7 @@ def unlock_afterwards() -> Iterator[None]:
 
     The lock file goes, and so do the folders that were made for it, where nothing else is in them.
     """
+    # What was locked before stays so: contexts may be nested.
     before = set(held)
     try:
         yield

@@ -44,6 +44,7 @@ def settings_that_differ(stored: str, config, free=()) -> list[str]:
 
     A flag that is younger than the run had its default.
     """
+    # The two are compared as JSON: a tuple has become a list there, for one.
     run = read_config(stored)
     run.pop("inputs", None)
     own = as_json(config)
@@ -53,6 +54,7 @@ def settings_that_differ(stored: str, config, free=()) -> list[str]:
         elif field.default_factory is not dataclasses.MISSING:
             run.setdefault(field.name, field.default_factory())
 
+    # A flag that the run had and no longer exists differs as well.
     names = []
     for name in {**run, **own}:
         if name not in free and run.get(name) != own.get(name):
