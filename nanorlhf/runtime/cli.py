@@ -70,7 +70,8 @@ def parse(config_class, args, command="", description=None):
     if parsed["resume"] and os.path.isfile(stored):
         # What the run was given becomes the default, and the command line is read again over it.
         settings = read_settings(stored, config_class)
-        check_stored_code(folder, {k: v for k, v in settings.items() if k not in given})
+        only_stored = {name: value for name, value in settings.items() if name not in given}
+        check_stored_code(folder, only_stored)
         parser.set_defaults(**settings)
         parsed = vars(parser.parse_args(args))
     return config_class(**{**parsed, "resume": parsed["resume"]})
@@ -83,10 +84,11 @@ def check_stored_code(folder, settings):
     command itself names it. Of any other file the path is printed.
     """
     for name, value in settings.items():
-        for text in value if isinstance(value, list) else [value]:
-            file = code_file(text) if isinstance(text, str) else ""
-            if not file:
+        texts = value if isinstance(value, list) else [value]
+        for text in texts:
+            if not isinstance(text, str) or not code_file(text):
                 continue
+            file = code_file(text)
             require(
                 not is_inside(file, folder),
                 f"--resume does not run {file}, which lies in the run folder itself; "
@@ -145,8 +147,11 @@ def errors_in_one_line(resumable=False):
             line, code = ending
             # From torchrun's environment: there may be no process group, or none yet.
             rank = os.environ.get("RANK", "0")
-            who = script() + (f" [rank {rank}]" if rank != "0" else "")
-            print(f"{who}: error: {' '.join(line.split())}", file=sys.stderr)
+            who = script()
+            if rank != "0":
+                who += f" [rank {rank}]"
+            in_one_line = " ".join(line.split())
+            print(f"{who}: error: {in_one_line}", file=sys.stderr)
             if "RANK" in os.environ:
                 time.sleep(1)  # the other processes may still be reading what this one sent
             sys.exit(code)
@@ -155,7 +160,9 @@ def errors_in_one_line(resumable=False):
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end the ending
         if os.environ.get("RANK", "0") == "0":
-            kept = "; the last checkpoint is kept: --resume continues" if resumable else ""
+            kept = ""
+            if resumable:
+                kept = "; the last checkpoint is kept: --resume continues"
             print(f"{script()}: interrupted{kept}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
@@ -185,7 +192,9 @@ def errno_of(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     in_text = re.search(r"\(os error (\d+)\)", str(error))
-    return int(in_text[1]) if in_text else None
+    if in_text is None:
+        return None
+    return int(in_text[1])
 
 
 def run(config_class, main, args=None):
@@ -200,13 +209,16 @@ def run_command(commands, args=None):
 
     Without one, or with --help, it lists them.
     """
-    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if args is None:
+        args = sys.argv[1:]
+    name, *rest = args or ["--help"]
     with errors_in_one_line():
         if name in ("-h", "--help"):
             print(sys.modules["__main__"].__doc__ or "")
             print("Commands:")
             for name, (_, function) in commands.items():
-                print(f"  {name:17s}{inspect.getdoc(function).splitlines()[0]}")
+                first_line_of_doc = inspect.getdoc(function).splitlines()[0]
+                print(f"  {name:17s}{first_line_of_doc}")
             print(f"\n{script()} COMMAND --help lists the flags of a command")
             return
         require(name in commands, f"no command {name!r}; there are {', '.join(commands)}")

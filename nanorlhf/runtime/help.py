@@ -18,7 +18,8 @@ from dataclasses import MISSING, Field, fields
 
 from .flags import choices_of
 
-INDENT, COLUMN = 2, 26  # where flags begin, and where their help begins
+INDENT = 2  # where flags begin
+COLUMN = 26  # where their help begins
 MOST_COLUMNS = 100
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT"}
 
@@ -80,15 +81,22 @@ def placeholder_of(flag: Field, hint) -> str:
     """What a flag takes: {a,b} where it has choices, else N, X or TEXT; nothing for a switch."""
     # list[str] is several TEXT, and int | None is N.
     several = typing.get_origin(hint) is list
-    kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
+    kind = hint
+    for part in typing.get_args(hint):
+        if part is not type(None):
+            kind = part
     choices = [choice for choice in choices_of(flag) if choice]
     if choices:
         text = "{" + ",".join(choices) + "}"
+    elif hint is bool and flag.default is True:
+        text = "{True,False}"
     elif hint is bool:
-        text = "{True,False}" if flag.default is True else ""
+        text = ""
     else:
-        text = PLACEHOLDERS[kinds[0]]
-    return f"{text} ..." if several else text
+        text = PLACEHOLDERS[kind]
+    if several:
+        text += " ..."
+    return text
 
 
 def default_of(flag: Field) -> str:

@@ -31,7 +31,12 @@ held: dict[str, Lock] = {}  # {real path of a folder: the lock that this process
 
 def lock_folder(folder: str, dist) -> None:
     """lock() on the main process; its error is raised on all of them. All processes call it."""
-    dist.together(lambda: lock(folder) if dist.main else None)
+
+    def lock_once():
+        if dist.main:
+            lock(folder)
+
+    dist.together(lock_once)
 
 
 def lock(folder: str) -> None:

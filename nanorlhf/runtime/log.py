@@ -306,9 +306,9 @@ def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
         if not isinstance(row, dict):
             return False
         # A prompt is a string, or a chat: a list of messages.
-        if not isinstance(row.get("prompt"), str | list) or not isinstance(
-            row.get("response"), str
-        ):
+        if not isinstance(row.get("prompt"), str | list):
+            return False
+        if not isinstance(row.get("response"), str):
             return False
         return are_ids(row.get("prompt_ids")) and are_ids(row.get("response_ids"))
 
