@@ -249,8 +249,8 @@ def read_bon_curve(points, name: str, path: str) -> dict[str, np.ndarray]:
     for point in points:
         check_fields(point, POINT, f"{path}: {name}")
         # "proxy_score" is called "proxy", as in the evaluations of PPO.
-        own = {key.replace("_score", ""): value for key, value in point.items()}
-        renamed.append({"x": point["n"], **own})
+        same_names = {key.replace("_score", ""): value for key, value in point.items()}
+        renamed.append({"x": point["n"], **same_names})
     return curve_of(renamed)
 
 
@@ -262,7 +262,8 @@ def curve_of(points: list[dict]) -> dict[str, np.ndarray]:
     """
     curve = {}
     for name in ("x", "kl", "proxy", "gold"):
-        curve[name] = np.array([point.get(name) for point in points], dtype=float)  # None: nan
+        numbers = [point.get(name) for point in points]
+        curve[name] = np.array(numbers, dtype=float)  # [L]; None becomes nan
 
     for name in ("proxy", "gold"):
         # An interval that the run has computed may be skewed, as one standard error cannot be.

@@ -22,7 +22,8 @@ from http.client import HTTPException, IncompleteRead, InvalidURL
 
 from ..errors import InputError, first_line
 
-TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
+TRIES = 4  # of one question
+LONGEST_PAUSE = 300  # seconds that an endpoint may ask for
 LONGEST_ANSWER = 2**24  # bytes that are read of one
 KEY = "OPENAI_API_KEY"  # the environment variable
 # Characters of a secret. Less is a placeholder such as "x" or "EMPTY", which local servers take: it
@@ -122,18 +123,18 @@ def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0
 
     # The key is read anew for every question, and kept nowhere in between.
     def ask(question):
+        address = url.rstrip("/") + "/chat/completions"
         headers = {"Content-Type": "application/json"}
         key = read_key()
         if key:
             headers["Authorization"] = f"Bearer {key}"
         messages = [{"role": "user", "content": question}]
-        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        wanted = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        body = json.dumps(wanted).encode()
         # A try counts as a request, whatever comes of it: the rate is what the endpoint allows.
         for attempt in range(TRIES):
             wait_for_turn()
-            text, problem, seconds = post(
-                url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, timeout
-            )
+            text, problem, seconds = post(address, body, headers, timeout)
             if not problem:
                 return content_of(text)
             if attempt + 1 < TRIES:
@@ -169,7 +170,8 @@ def request(url, body, headers, timeout):
     reads it as JSON first.
     """
     try:
-        with OPENER.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
+        http_request = urllib.request.Request(url, body, headers)
+        with OPENER.open(http_request, timeout=timeout) as response:
             text = response.read(LONGEST_ANSWER)
             if response.length:  # bytes that are still to come: read(n) does not miss them
                 raise IncompleteRead(text, response.length)
@@ -213,7 +215,8 @@ def retry_after(value):
     except ValueError:
         pass
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        date = email.utils.parsedate_to_datetime(value)
+        return max(0.0, date.timestamp() - time.time())
     except (ValueError, OverflowError):  # also of a year that the system's clock cannot have
         return 0.0
 
