@@ -119,16 +119,16 @@ def captured(lm, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
     """
     # All errors come before the first hook.
     modules = {place: module_at(lm, place) for place in places}
-    kept = {}
+    outputs = {}
 
     # Each forward starts from nothing: where it fails, no output of the one before is left.
     def forget(module, args):
-        kept.clear()
+        outputs.clear()
 
     # A function for each place: made in the loop below, all would keep to the last place.
     def keep_at(place):
         def keep(x):
-            kept[place] = x
+            outputs[place] = x
 
         return keep
 
@@ -141,7 +141,7 @@ def captured(lm, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
         for place, module in modules.items():
             hook = hook_output(module, keep_at(place))
             stack.callback(hook.remove)
-        yield kept
+        yield outputs
 
 
 @contextlib.contextmanager
@@ -206,7 +206,7 @@ def activations(lm, ids: Tensor, places: Iterable[Place]) -> dict[Place, Tensor]
     # The list of blocks is cut behind the highest place for the length of this forward.
     parent, name, layers = block_list(lm)
     highest = max(layer for layer, _ in places)
-    with captured(lm, places) as kept:
+    with captured(lm, places) as outputs:
         with swapped(parent, name, layers[: highest + 1]):
             lm.base_model(input_ids=ids, use_cache=False)
-    return dict(kept)
+    return dict(outputs)

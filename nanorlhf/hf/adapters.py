@@ -162,9 +162,9 @@ def config_to_save(lm, base: str) -> dict:
     """The content of adapter_config.json. All adapters of a model have one rank and one alpha."""
     layers = adapters(lm)
     heads = heads_of(lm)
-    one = next(iter(layers.values()))
+    first = next(iter(layers.values()))
     # 16.0 is written as 16, which is what PEFT writes.
-    alpha = one.alpha
+    alpha = first.alpha
     if alpha == int(alpha):
         alpha = int(alpha)
     # For PEFT: GPT-2's weights are stored as [in, out], and merging must turn B A.
@@ -175,9 +175,9 @@ def config_to_save(lm, base: str) -> dict:
         "inference_mode": True,
         "revision": None,
         "base_model_name_or_path": base,
-        "r": len(one.lora_A),
+        "r": len(first.lora_A),
         "lora_alpha": alpha,
-        "lora_dropout": one.dropout.p,
+        "lora_dropout": first.dropout.p,
         "target_modules": sorted(layers),
         "modules_to_save": heads or None,
         "bias": "none",

@@ -161,14 +161,14 @@ def compiled_code_aside(lm) -> Iterator[None]:
 @contextlib.contextmanager
 def attention_is(lm, implementation: str) -> Iterator[None]:
     """A context in which the model's attention is computed by one of transformers' functions."""
-    own = lm.config._attn_implementation
+    usual = lm.config._attn_implementation
     try:
-        if implementation != own:
+        if implementation != usual:
             lm.set_attn_implementation(implementation)
         yield
     finally:
-        if implementation != own:
-            lm.set_attn_implementation(own)
+        if implementation != usual:
+            lm.set_attn_implementation(usual)
 
 
 # ------------------------------------------------------------------------------ the frozen trunk
@@ -271,9 +271,9 @@ def count_frozen(layers: nn.ModuleList) -> int:
 @contextlib.contextmanager
 def swapped(parent: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
     """A context in which parent.name is `child`."""
-    own = getattr(parent, name)
+    usual = getattr(parent, name)
     setattr(parent, name, child)
     try:
         yield
     finally:
-        setattr(parent, name, own)
+        setattr(parent, name, usual)

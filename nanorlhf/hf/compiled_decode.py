@@ -111,17 +111,17 @@ def find_decoder(sampler, u: Tensor, n_columns: int) -> "Decoder":
     u [B, R]; n_columns: how many the cache needs. One with a larger cache will do, since a step
     reads no more columns than it must.
     """
-    kept = sampler.model.decoders  # {description: decoder}, the one used last at the end
+    decoders = sampler.model.decoders  # {description: decoder}, the one used last at the end
     key = describe_step(sampler, u)
     # It is taken out and put back, which makes it the one used last.
-    decoder = kept.pop(key, None)
+    decoder = decoders.pop(key, None)
     if decoder is None or decoder.visible.shape[1] < n_columns:
         # What is not kept gives up its memory before a new cache takes more.
         decoder = None
-        while len(kept) >= KEPT:
-            del kept[next(iter(kept))]
+        while len(decoders) >= KEPT:
+            del decoders[next(iter(decoders))]
         decoder = Decoder(sampler, *u.shape, round_up(n_columns, BUCKET), u.device)
-    kept[key] = decoder
+    decoders[key] = decoder
     return decoder
 
 
@@ -417,17 +417,17 @@ def cast_linear(model, device_type: str) -> Iterator[None]:
         model.linear_copies = make_copies(model.lm, dtype)
 
     # What the update has changed is cast anew, into the same memory.
-    own = []
+    master_weights = []
     for layer, name, copy in model.linear_copies:
         weight = layer._parameters[name]
         copy.copy_(weight)
-        own.append(weight)
+        master_weights.append(weight)
     try:
         for layer, name, copy in model.linear_copies:
             layer._parameters[name] = copy
         yield
     finally:
-        for (layer, name, _), weight in zip(model.linear_copies, own):
+        for (layer, name, _), weight in zip(model.linear_copies, master_weights):
             layer._parameters[name] = weight
 
 

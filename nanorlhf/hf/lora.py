@@ -170,10 +170,10 @@ def check_pattern(lm, pattern: str | list[str]):
         entries = {entry: [entry] for entry in pattern}
     for entry, alone in entries.items():
         if not matching(lm, alone):
-            known = ", ".join(sorted(last_names(matching(lm, ".*"))))
+            known_names = ", ".join(sorted(last_names(matching(lm, ".*"))))
             raise InputError(
                 f"LoRA layers {entry}: no linear layer of {type(lm).__name__} has this name; "
-                f"there are {known}"
+                f"there are {known_names}"
             )
 
 

@@ -109,11 +109,11 @@ def remove_all_but(folder: str, step: int, keep: int):
 
     A later one was damaged: the run went on from an older one.
     """
-    everything = checkpoints(folder)
-    until_now = [path for its_step, path in everything if its_step <= step]
-    kept = until_now[-keep:]
-    for _, path in everything:
-        if path not in kept:
+    saved = checkpoints(folder)
+    until_now = [path for its_step, path in saved if its_step <= step]
+    kept_paths = until_now[-keep:]
+    for _, path in saved:
+        if path not in kept_paths:
             remove(path)
 
 
@@ -136,11 +136,11 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
     Each process reads its own shard. All processes call this, and all get the whole.
     """
     # The main process reads the files that are no shards too. Each file is one line, "HEX NAME".
-    own = f"shard-{dist.rank + 1:05d}-"
+    own_prefix = f"shard-{dist.rank + 1:05d}-"
     lines = ""
     for name in sorted(os.listdir(path)):
         is_common = not name.startswith("shard-")
-        if name.startswith(own) or (dist.main and is_common):
+        if name.startswith(own_prefix) or (dist.main and is_common):
             sha256 = digest_file(os.path.join(path, name))
             lines += f"{sha256} {name}\n"
     # Processes exchange tensors alone, so the lines travel as their bytes.

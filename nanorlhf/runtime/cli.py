@@ -42,6 +42,7 @@ class Parser(HfArgumentParser):
 
 
 def script():
+    """The name of the script that runs, which its errors begin with."""
     return os.path.basename(sys.argv[0])
 
 
@@ -217,8 +218,8 @@ def run_command(commands, args=None):
             print(sys.modules["__main__"].__doc__ or "")
             print("Commands:")
             for name, (_, function) in commands.items():
-                first_line_of_doc = inspect.getdoc(function).splitlines()[0]
-                print(f"  {name:17s}{first_line_of_doc}")
+                about = inspect.getdoc(function).splitlines()[0]
+                print(f"  {name:17s}{about}")
             print(f"\n{script()} COMMAND --help lists the flags of a command")
             return
         require(name in commands, f"no command {name!r}; there are {', '.join(commands)}")

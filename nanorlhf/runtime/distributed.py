@@ -45,6 +45,7 @@ class Dist:
 
     @property
     def main(self):
+        """Whether this is rank 0, which alone prints and writes."""
         return self.rank == 0
 
     @property
@@ -56,10 +57,12 @@ class Dist:
         return torch.device("cpu") if self.sharded else self.device
 
     def print(self, *lines):
+        """Print lines once for all processes."""
         if self.main:
             print(*lines, sep="\n", flush=True)
 
     def barrier(self):
+        """Wait until all processes are here."""
         if self.world > 1:
             td.barrier()
 
@@ -300,6 +303,7 @@ def without_stderr():
 
 
 def shutdown():
+    """Leave the process group, if there is one."""
     if td.is_available() and td.is_initialized():
         td.destroy_process_group()
 

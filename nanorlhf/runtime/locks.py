@@ -100,12 +100,12 @@ def unlock_afterwards() -> Iterator[None]:
 
 def unlock(place: str) -> None:
     """Give back the lock on a folder, by its real path."""
-    own = held.pop(place)
+    held_lock = held.pop(place)
     # The file is removed while the lock holds: afterwards it might be another process's.
-    if is_in_place(own.descriptor, own.file):
-        os.unlink(own.file)
-    os.close(own.descriptor)
-    remove_empty(own.made)
+    if is_in_place(held_lock.descriptor, held_lock.file):
+        os.unlink(held_lock.file)
+    os.close(held_lock.descriptor)
+    remove_empty(held_lock.made)
 
 
 def forget() -> None:
@@ -114,8 +114,8 @@ def forget() -> None:
     A copy of the descriptor would keep the lock after the parent's death. It is closed, since
     LOCK_UN would take the lock from the parent.
     """
-    for own in held.values():
-        os.close(own.descriptor)
+    for held_lock in held.values():
+        os.close(held_lock.descriptor)
     held.clear()
 
 

@@ -361,12 +361,12 @@ def draw_fit(axis, curves: dict[str, np.ndarray], look: Look):
 
     It is drawn where gold is known at the start and at two more KL at least.
     """
-    known = np.isfinite(curves["gold"]).all(0)  # [L]
-    kl = curves["kl"][:, known].clip(0)  # [S, known points]
-    gold = curves["gold"][:, known]
+    is_known = np.isfinite(curves["gold"]).all(0)  # [L]
+    kl = curves["kl"][:, is_known].clip(0)  # [S, known points]
+    gold = curves["gold"][:, is_known]
     # The formulas are of what gold gains since the start, where d = 0. Their two coefficients need
     # two further points.
-    knows_start = known[0] and curves["x"][0, 0] == look.start
+    knows_start = is_known[0] and curves["x"][0, 0] == look.start
     if not knows_start:
         return
     later_kl = kl[:, 1:]

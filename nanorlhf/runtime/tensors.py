@@ -45,9 +45,10 @@ def check_tensors(tensors: dict, shapes: dict, place: str):
         require(name in tensors, f"{place}: the tensor {name} is missing")
         tensor = tensors[name]
         if shape is not None:
-            wanted = list(shape)
-            found = list(tensor.shape)
-            require(found == wanted, f"{place}: {name} is {found}, not {wanted}")
+            shape_wanted = list(shape)
+            shape_there = list(tensor.shape)
+            is_same = shape_there == shape_wanted
+            require(is_same, f"{place}: {name} is {shape_there}, not {shape_wanted}")
         dtype = str(tensor.dtype).removeprefix("torch.")
         is_float = tensor.is_floating_point()
         require(is_float, f"{place}: {name} holds {dtype}, not floating-point numbers")
