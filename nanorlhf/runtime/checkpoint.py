@@ -169,6 +169,7 @@ def load(folder, module, optimizer, dist=ALONE):
     step = int(dist.gather(torch.tensor([choice]))[0])  # the main process's
     if step < 0:
         return None
+
     path = os.path.join(folder, "checkpoint", f"step_{step}")
     load_tensors(path, module, optimizer)
     state = read_object(os.path.join(path, "state.json"))
@@ -195,6 +196,7 @@ def choose(folder: str, module, optimizer, dist: Dist) -> int:
         for name in os.listdir(root):
             if name.startswith(".old_step_"):  # a kill came while a new checkpoint took its place
                 recover_folder(os.path.join(root, name.removeprefix(".old_")))
+
     # The newest first. What is wrong with those that are passed over is said, whether or not an
     # older one is whole.
     damaged = []
@@ -221,6 +223,7 @@ def find_damage(folder: str, step: int, module, optimizer) -> str:
             return f"state.json is not that of step {step}"
         for name, log in (state.get("logs") or {}).items():
             check_fields(log, {"size": int, "sha256": str}, f"{path}/state.json: {name}")
+
         # Files that are as they were written may still be those of another model.
         problem = check_digests(folder, path, state) or check_tensors(path, module, optimizer)
         if not problem and os.path.isfile(os.path.join(path, MORE)):
@@ -228,6 +231,7 @@ def find_damage(folder: str, step: int, module, optimizer) -> str:
         return problem
     except FileNotFoundError as e:
         return f"{os.path.basename(e.filename)} is missing"
+    # What reading it raises is what is wrong with it. The caller names the folder.
     except InputError as e:
         return first_line(e).removeprefix(f"{path}/")
     except (OSError, ValueError) as e:
@@ -237,8 +241,7 @@ def find_damage(folder: str, step: int, module, optimizer) -> str:
 def check_digests(folder: str, path: str, state: dict) -> str:
     """Compare a checkpoint's files, and the logs up to it, with what was written -> what differs.
 
-    "" where nothing does.
-    A checkpoint that is older than checksums has none to compare with.
+    "" where nothing does. A checkpoint that is older than checksums has none to compare with.
     """
     # Its own checksum first: the others stand in it. With either of the two names it is not old.
     if "files" in state or "sha256" in state:

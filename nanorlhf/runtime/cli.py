@@ -58,12 +58,15 @@ def parse(config_class, args, command="", description=None):
     parsed = vars(parser.parse_args(args))
     if "resume" not in parsed:
         return config_class(**parsed)
+
+    # The folder may be one's default, which may depend on other flags, or hold a {seed}.
     folder = parsed["output_dir"]
     with contextlib.suppress(InputError):
-        folder = config_class(**parsed).output_dir  # what is its default may depend on other flags
+        folder = config_class(**parsed).output_dir
     folder = folder.replace("{seed}", str(parsed["seed"]))
     stored = os.path.join(folder, "config.json")
-    # A flag that repeats its default counts as not given: argparse does not tell them apart.
+
+    # A flag that repeats its default counts as not given here: argparse does not tell them apart.
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
     if given == {"resume", "output_dir"} and not os.path.isfile(stored):
         # A slip of the pen should not start another run.

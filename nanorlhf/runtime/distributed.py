@@ -101,7 +101,7 @@ class Dist:
         longest = int(max(sizes))
         if longest == 0:
             return tensor
-        padded = tensor.new_zeros(longest, *tensor.shape[1:], device=self.device)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:], device=self.device)  # [longest, ...]
         padded[: len(tensor)] = tensor.to(self.device)
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         td.all_gather(parts, padded)
@@ -223,6 +223,7 @@ def setup(device="auto", distributed="ddp"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here")
+
     # One process a GPU: the local rank counts the processes of this machine, the rank those of all.
     world, rank, local = read_ranks()
     if device == "cuda":
@@ -233,6 +234,7 @@ def setup(device="auto", distributed="ddp"):
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
+
     if world > 1 and not td.is_initialized():
         # A process without a member of an ensemble waits for those that have one.
         a_day = datetime.timedelta(days=1)
@@ -246,6 +248,7 @@ def setup(device="auto", distributed="ddp"):
         # All are connected before one can leave with an error: the others would report only that it
         # is gone.
         td.barrier()
+    # A single process has nobody to share a model with.
     return Dist(rank, world, torch.device(device), sharded=distributed == "fsdp" and world > 1)
 
 
