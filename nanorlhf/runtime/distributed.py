@@ -105,7 +105,8 @@ class Dist:
         padded[: len(tensor)] = tensor.to(self.device)
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         td.all_gather(parts, padded)
-        return torch.cat([part[: int(n)] for part, n in zip(parts, sizes)]).to(tensor.device)
+        rows = [part[: int(n)] for part, n in zip(parts, sizes)]
+        return torch.cat(rows).to(tensor.device)
 
     def even(self, micro_batches):
         """The same number of micro-batches on all ranks: FSDP sends something in each of them.
@@ -119,8 +120,8 @@ class Dist:
         most = int(counts.max())
         while len(parts) < most:
             # However rows are cut into micro-batches, their gradients add up to the same.
-            i = max(range(len(parts)), key=lambda i: len(parts[i]))
-            parts[i : i + 1] = parts[i].chunk(2)
+            largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+            parts[largest : largest + 1] = parts[largest].chunk(2)
         return parts
 
     def together(self, function):
@@ -249,7 +250,8 @@ def setup(device="auto", distributed="ddp"):
         # is gone.
         td.barrier()
     # A single process has nobody to share a model with.
-    return Dist(rank, world, torch.device(device), sharded=distributed == "fsdp" and world > 1)
+    sharded = distributed == "fsdp" and world > 1
+    return Dist(rank, world, torch.device(device), sharded)
 
 
 def read_ranks() -> tuple[int, int, int]:
