@@ -264,6 +264,7 @@ class Decoder:
         """
         # The first one may compile. That waits for the GPU, as a captured step must not.
         self.step()
+        # capture() counts the step above, as it counts the prompts' token in decode_static().
         step, taken = capture(self.step, n_steps, self.token.device, self.pool)
         # With few steps left, and on a CPU, there was no warm-up: nothing was captured.
         if taken > 1:

@@ -117,7 +117,8 @@ def decoding(model, device_type: str, n_rows: int):
     mode = torch.no_grad()
     layout = nullcontext()
     if autocast_dtype(device_type):
-        # No inference mode here: autocast makes its copies inside the loop.
+        # Autocast makes its copies inside the loop, so this cannot be inference mode. It keeps
+        # those of weights that require grad alone.
         for p in parameters:
             if p.is_floating_point() and not p.requires_grad:
                 frozen.append(p)
@@ -225,8 +226,9 @@ def decode(
 
     token = ids[:, -1:]  # [b, 1]: the newest token of each row
     position = count_positions(mask)[:, -1:]  # [b, 1]
-    # From here on a query is one token, which may see every real column. Where the model can read
-    # an additive mask, it is made once here; transformers would make it anew in every step.
+    # From here on a query is one token, which may see every real column: without padding it needs
+    # no mask. Where the model can read an additive mask, it is made once here; transformers would
+    # make it anew in every step.
     visible = torch.cat([mask, mask.new_ones(len(ids), R)], 1)  # [b, P + R]
     if has_padding and reads_plain_mask(lm, cache):
         zeros = torch.zeros(visible.shape, device=ids.device)
@@ -266,7 +268,6 @@ def decode(
         # Dropping rows copies the whole cache, which costs about as much as a step: wait until a
         # quarter of its rows have finished.
         if len(going) <= 0.75 * len(live):
-            # Everything that has a row for each sequence shrinks alike.
             cache.reorder_cache(going)
             live = live[going]
             token = token[going]
