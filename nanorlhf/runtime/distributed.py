@@ -119,7 +119,8 @@ class Dist:
         counts = self.gather(torch.tensor([len(parts)]))  # [world]
         most = int(counts.max())
         while len(parts) < most:
-            # However rows are cut into micro-batches, their gradients add up to the same.
+            # However rows are cut into micro-batches, their gradients add up to the same. All ranks
+            # have as many rows (share), so there is one with two rows to cut.
             largest = max(range(len(parts)), key=lambda i: len(parts[i]))
             parts[largest : largest + 1] = parts[largest].chunk(2)
         return parts
