@@ -16,7 +16,7 @@ POOL = 7  # the noise of the answers in a pool, for best-of-n
 def key(*numbers):
     """Integers -> one seed for torch: the same key, the same draws."""
     seed = 0
-    # + 1, or a leading 0 would change nothing: key(0, 5) would be key(5). torch's seeds have 64 bits.
+    # + 1, or a leading 0 would change nothing: key(0, 5) would be key(5).
     for n in numbers:
         seed = (seed * 1_000_003 + n + 1) % 2**62
     return seed
