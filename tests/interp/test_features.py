@@ -31,6 +31,7 @@ from nanorlhf.interp.features import FeaturesConfig, top_contexts, top_features
 from nanorlhf.interp.sae_files import load_sae, save_sae
 from nanorlhf.models import Policy, load_policy, save_policy
 from nanorlhf.rollout import generate
+from nanorlhf.runtime.results import parse_ids
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
 
 D = 32
@@ -460,6 +461,11 @@ def test_wrong_input_is_one_line(material, tmp_path, capfd, changes, words):
     error = probe_refused(capfd, *features_command(material, tmp_path / "out", **changes))
     assert words in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text, ids", [("", []), ("17", [17]), ("17, 3,17", [17, 3])])
+def test_features_are_named_in_any_order_each_once(text, ids):
+    assert parse_ids(text) == ids
 
 
 # ------------------------------------------------------------------------------------- explainer
