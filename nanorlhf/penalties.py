@@ -90,8 +90,8 @@ def feature_penalty(
             raise ValueError(f"feature {feature} is not one of the {latents.shape[-1]} features")
 
     z = latents[..., list(features)]  # [B, F]
-    thresholds = torch.tensor([float(x) for x in tau], dtype=z.dtype, device=z.device)  # [F]
-    prices = torch.tensor([float(x) for x in alpha], dtype=z.dtype, device=z.device)  # [F]
+    thresholds = z.new_tensor([float(threshold) for threshold in tau])  # [F]
+    prices = z.new_tensor([float(price) for price in alpha])  # [F]
     # By how much each feature is too strong: 1 for any excess, or the excess itself. A step has no
     # gradient, and PPO needs none: to it the penalty is a part of the reward.
     if kind == "indicator":

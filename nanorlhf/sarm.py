@@ -196,19 +196,19 @@ class SARM(nn.Module):
         sarm = cls(trunk, new_sae(config), config)
 
         # The trunk is loaded. What is left are the autoencoder and the weights of its features.
-        own = {}
+        unloaded = {}
         for name, tensor in sarm.layout().items():
             if name.startswith(("sae.", "score.")):
-                own[name] = tensor
+                unloaded[name] = tensor
         # Large models are stored in several files. Each is read once, and let go before the next.
-        for file in sorted({files[name] for name in own}):
+        for file in sorted({files[name] for name in unloaded}):
             tensors = read_tensors(file)
-            names = [name for name in own if files[name] == file]
+            names = [name for name in unloaded if files[name] == file]
             any_shape = dict.fromkeys(names)
             check_tensors(tensors, any_shape, file)
             for name in names:
                 # layout() gives views of the parameters, so this fills the model itself.
-                own[name].copy_(tensors[name])
+                unloaded[name].copy_(tensors[name])
         return sarm
 
     def layout(self) -> dict[str, Tensor]:
@@ -232,7 +232,9 @@ class SARM(nn.Module):
         os.makedirs(path, exist_ok=True)
         self.config.save_pretrained(path)
         # safetensors takes neither transposed views nor tensors that share memory.
-        tensors = {name: p.cpu().contiguous().clone() for name, p in self.layout().items()}
+        tensors = {}
+        for name, p in self.layout().items():
+            tensors[name] = p.cpu().contiguous().clone()
         save_file(tensors, os.path.join(path, WEIGHTS), {"format": "pt"})
 
 
@@ -333,12 +335,12 @@ def reweighted(sarm: SARM, edits: Edits) -> Iterator[SARM]:
     # .data: autograd is not told of an edit that lasts for a while only.
     features = list(edits)
     w = sarm.score.weight.data[0]  # [M]
-    own = w[features].clone()
-    w[features] = edit_latents(own, list(edits.values()))
+    old_weights = w[features].clone()
+    w[features] = edit_latents(old_weights, list(edits.values()))
     try:
         yield sarm
     finally:
-        w[features] = own
+        w[features] = old_weights
 
 
 def checked(
