@@ -331,8 +331,9 @@ def draw_partners(n: int, most: int, seed: int = 0) -> np.ndarray:
     # 3, and text 1 meets 3 and 0.
     order = np.random.default_rng([n, seed]).permutation(n)
     following = np.arange(1, min(most, n - 1) + 1)  # [R]
+    places = (np.arange(n)[:, None] + following) % n  # [n, R]: in the order, around its end
     partner = np.empty((n, len(following)), dtype=np.int64)
-    partner[order] = order[(np.arange(n)[:, None] + following) % n]
+    partner[order] = order[places]
     return partner
 
 
