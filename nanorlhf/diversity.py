@@ -182,7 +182,6 @@ def ngram_diversity(
         left_out[f"ead_{n}"] = adjust(distinct_without, C_without, vocab_size, n)
 
     for name in ("distinct", "ead"):
-        # A figure's mean over n.
         names = [f"{name}_{n}" for n in range(1, orders + 1)]
         values[name] = sum(values[part] for part in names) / orders
         left_out[name] = sum(left_out[part] for part in names) / orders

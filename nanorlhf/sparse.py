@@ -118,8 +118,8 @@ class EncodeTopK(torch.autograd.Function):
         weight = W.to(dtype).T
         bias = bias.to(dtype)
 
-        # A part of the rows at a time: on a CPU its [rows, M] stays in the cache for top_k, and on
-        # a GPU it takes about 1 GB at the most.
+        # A part of the rows at a time: on a CPU its [rows, M] stays in the cache for top_k, on a GPU
+        # it takes about 1 GB.
         rows_at_once = 512
         if z.is_cuda:
             rows_at_once = max(512, 2**28 // len(W))
@@ -132,7 +132,7 @@ class EncodeTopK(torch.autograd.Function):
             ids.append(columns)
         values = torch.cat(values)
         ids = torch.cat(ids)
-        # Neither z nor W is copied: what backward needs beside them are the places.
+        # pre [N, M] is not kept: backward needs only where the kept values are.
         ctx.save_for_backward(z, W, ids)
         ctx.mark_non_differentiable(ids)
         return values.to(z.dtype), ids
