@@ -333,11 +333,11 @@ def auxiliary_loss(
     times as small.
     """
     W, bias = sae.encoder()
-    # The dead features alone, as if they had not lost against the living ones.
+    # Among all M features the dead never come into the top k, so here they compete alone.
     f = F.linear(z, W[dead], bias[dead])  # [N, d]
     if sae.relu:
         f = f.relu()
-    # As TopK itself does: a token is explained by the features that answer to it most.
+    # As in TopK itself, a token is explained by the features that answer to it most.
     if f.shape[1] > AUX_K:
         values, ids = f.topk(AUX_K, sorted=False)
         f = torch.zeros_like(f).scatter(1, ids, values)
