@@ -239,7 +239,8 @@ def matches(a: Tensor, b: Tensor, one_to_one: bool = False) -> tuple[Tensor, Ten
     -> features of A, the feature of B that each is matched with (two index tensors), and their
     cosines. All Ma of A, or with `one_to_one` min(Ma, Mb) of them.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
+    are_of_one_width = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1]
+    if not are_of_one_width or min(len(a), len(b)) == 0:
         shapes = f"{list(a.shape)} and {list(b.shape)}"
         raise ValueError(f"features must be [Ma, D] and [Mb, D], not {shapes}")
     if one_to_one and max(len(a), len(b)) > MAX_ONE_TO_ONE:

@@ -459,7 +459,7 @@ def ridge(x, y, alphas: Sequence[float], groups: Labels = None) -> Linear:
         groups = torch.arange(len(y))
     else:
         groups = torch.as_tensor(groups)
-    if x.ndim != 2 or x.shape != (len(y), x.shape[1]) or len(groups) != len(y):
+    if x.ndim != 2 or len(x) != len(y) or len(groups) != len(y):
         raise ValueError(
             f"ridge needs x [N, D], y [N] and groups [N], not {list(x.shape)}, {list(y.shape)} "
             f"and {len(groups)} groups"
