@@ -200,7 +200,7 @@ class SARM(nn.Module):
         for name, tensor in sarm.layout().items():
             if name.startswith(("sae.", "score.")):
                 unloaded[name] = tensor
-        # Large models are stored in several files. Each is read once, and let go before the next.
+        # Large models are stored in several files: one at a time is read and held.
         for file in sorted({files[name] for name in unloaded}):
             tensors = read_tensors(file)
             names = [name for name in unloaded if files[name] == file]
