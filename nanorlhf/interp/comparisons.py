@@ -111,6 +111,7 @@ def divergence(config):
     # Activations, on the same texts.
     moved = compare_activations(config, {"base": base, "policy": policy}, tokens, dist)
 
+    # The table of results: one row a block, and in it one entry a site and a parameter.
     layers = []
     for layer, relative_divergence in enumerate(add_up(table, "relative")):
         row = {
@@ -203,6 +204,7 @@ def format_divergence(summary: dict, sites: list[str]) -> str:
     moved = []  # of all parameters: (how far, name)
     for row in summary["layers"]:
         mark = "*" if row["selected"] else " "
+        # JSON knows no infinity: summaries hold None in its place.
         relative_divergence = row["relative"]
         if relative_divergence is None:
             relative_divergence = math.inf
@@ -270,6 +272,7 @@ class MmcsConfig(FlagGroup):
     def pairs(self) -> list[tuple[str, str]]:
         """(A, B) to compare: each of --a with each of --b, or with the others of --a."""
         pairs = []
+        # Without --b both orders of two folders are compared, since MMCS is not symmetric.
         for a in self.a:
             for b in self.b or self.a:
                 if a != b:
@@ -300,6 +303,7 @@ def mmcs(config):
     ids = {}  # {path: the features that fire: [M]}
     directions = {}  # {path: their decoder directions: [M, D]}
     for path in dict.fromkeys(config.a + config.b):
+        # A feature that never fires is hardly trained: its direction would bring MMCS near chance.
         all_directions = load_sae(path).decoder_directions().detach()
         ids[path] = find_live_features(path, len(all_directions))
         directions[path] = all_directions[ids[path]]
@@ -329,6 +333,7 @@ def compare_directions(
     noise_b = torch.randn(directions_b.shape, generator=generator)
     _, _, chance = matches(noise_a, noise_b, config.one_to_one)
 
+    # The pairs that are most alike: [feature of A, feature of B, cosine].
     best = []
     for i in cosines.argsort(descending=True)[: config.top].tolist():
         best.append([ids_a[a[i]].item(), ids_b[b[i]].item(), cosines[i].item()])
