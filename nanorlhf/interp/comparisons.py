@@ -178,6 +178,7 @@ def compare_activations(
             y = part[f"policy/{place_name(place)}"]  # [n, D]
             sums[place] += divergence_sums(x, y)
 
+    # One sum a place on every process, however few texts it had: collective calls must match.
     moved = {}
     for place in places:
         moved[place] = in_one_line(from_sums, dist.sum(sums[place]))
