@@ -169,6 +169,7 @@ def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
 
     All processes call this; each one scores a part of the items.
     """
+    # All answers of an item go to one process, which cuts their prompt alike.
     mine = flatten([items[i] for i in dist.part(len(items))])
     tokenizer = None
     if kind_of(spec) == "model":
@@ -230,6 +231,7 @@ def with_intervals(config, rewards: list[str], units: dict[tuple[str, str], Unit
         values = statistic(rows.long())  # [K, metrics]
         return torch.cat([values, values - values[:1]])
 
+    # The rows that bootstrap() draws are the units' places, as float64 numbers.
     everything = torch.arange(len(units))
     values = values_and_differences(everything)
     low, high = bootstrap(everything, values_and_differences, seed=config.seed, strata=index)
@@ -249,6 +251,7 @@ def measure_pairs(units: list[Unit], names: list[str], index: Tensor) -> Measure
 
     units U, the groups' names G, and the number of each unit's group [U] -> a measure.
     """
+    # A unit's sums are computed once; a draw of units only adds them up.
     sums = []
     for unit in units:
         pairs = []
@@ -289,6 +292,7 @@ def measure_rewardbench2(units: list[Unit], names: list[str], index: Tensor) -> 
             credit[u] = shared_credit(scores)
 
     def statistic(rows: Tensor) -> Tensor:
+        # One column a subset, of its units among those that were drawn.
         columns = []
         for group, name in enumerate(names):
             own = rows[index[rows] == group]
@@ -356,6 +360,7 @@ def table(summary: dict) -> str:
     metrics = choose_metrics(summary)
     rewards = summary["rewards"]
     first = next(iter(rewards))
+    # Rows of cells first, since a column is as wide as its widest cell.
     cells = [["", *metrics, f"{metrics[0]} less {first}'s"]]
     for name, row in rewards.items():
         line = [name]

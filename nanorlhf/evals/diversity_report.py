@@ -149,6 +149,7 @@ def read_outputs(path: str, columns: Sequence[str] = (), scores: bool = False) -
             f"{place}: a row must be an object with {prompt} and {one} or {many}",
         )
         asked = read_prompt(place, row.get(prompt), prompt)
+        # A row of one answer becomes a row of a list of one: from here on there is one form.
         has_several = many in row
         if has_several:
             responses = row[many]
@@ -178,6 +179,7 @@ def scores_of(row: dict, n: int, has_several: bool, place: str) -> dict[str, lis
         isinstance(scores, dict) and scores,
         f"{place}: --best_of needs the field 'scores', an object {{reward: score}}",
     )
+    # Beside one answer stands {"rm": 0.3}, beside several {"rm": [0.3, -1.2, ...]}.
     if not has_several:
         scores = {name: [score] for name, score in scores.items()}
     for name, values in scores.items():
@@ -208,6 +210,7 @@ def best_of(rows: list[dict], n: int, objective: str, uwo_lambda: float, seed: i
     without scores, or no more than n answers to a prompt.
     """
     rows = list(group_by_prompt(rows).values())
+    # Every answer must have the same scores, as the members of an ensemble give them.
     names = list(rows[0]["scores"])
     for row in rows:
         prompt = row["prompt"]
@@ -242,6 +245,7 @@ def equal_sets(systems: dict[str, dict[str, dict]]) -> dict[str, list[list[str]]
     say) are compared on their first P ones.
     """
     first_system = next(iter(systems.values()))
+    # The same prompts for all: some prompts allow more different answers than others.
     shared = []
     for prompt in first_system:
         if all(prompt in rows for rows in systems.values()):
@@ -256,6 +260,7 @@ def equal_sets(systems: dict[str, dict[str, dict]]) -> dict[str, list[list[str]]
         else:
             chosen[name] = list(rows.values())[:P]
         smallest[name] = min(len(row["responses"]) for row in chosen[name])
+    # A greedy system has one answer to a prompt: it would leave the others one too.
     K = min((count for count in smallest.values() if count > 1), default=1)
 
     texts = {}
@@ -351,6 +356,7 @@ def measure_sets(
     if embeddings is not None:
         found["embedding"] = embedding_diversity(embeddings)
     if sentences is not None:
+        # All pairs would take too long: each text meets R others, the same ones in every set.
         partner = draw_partners(len(sentences[0]), n_partners, seed)  # [S, R]
         found["nli"] = nli_diversity(nli_of_pairs(sentences, partner, nli), partner)
     return found
@@ -361,6 +367,7 @@ def nli_of_pairs(sets: list[list[list[str]]], partner: np.ndarray, nli: Callable
 
     sets: G sets of S texts, each a list of sentences; partner [S, R] -> [G, S, R].
     """
+    # All sentence pairs go to the model in one list, so that it can batch and remember them.
     sentence_pairs = []
     counts = []  # sentence pairs of each pair of texts
     for texts in sets:
@@ -463,6 +470,7 @@ def compare(
         "systems": measure_each(outputs, simulated, how),
     }
     if truncate:
+        # n-gram figures fall with length: the second list compares texts of about one length.
         length = truncated_length(truncate, tokens)
         cut = measure_each(outputs, simulated, dict(how, truncate=length))
         result["truncated"] = {"length": length, "systems": cut}
@@ -503,6 +511,7 @@ def from_files(config, dist):
     kind = "a folder of sample_bon.py --from"
     dist.together(lambda: check_output(config.output_dir, is_our_folder, kind))
     check_models(config)
+    # In tables a system goes by what tells its path from the others.
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
     lock_folder(config.output_dir, dist)
@@ -528,6 +537,7 @@ def is_our_folder(path: str) -> bool:
 
 def report(config, dist, systems: dict[str, list[dict]]) -> dict:
     """Measure {name: rows}, write OUTPUT_DIR/diversity.json and print the tables."""
+    # A simulated system is one more beside the pool that it is drawn from.
     simulated = {}
     if config.best_of:
         for name, rows in systems.items():
@@ -594,6 +604,7 @@ def table(result: dict, tokenizer: str = "") -> str:
 
 def lines_of_protocol(protocol: str, title: str, systems: dict[str, dict]) -> list[str]:
     """A title, a header and a line for each system that the protocol could measure, if any."""
+    # No line: a system with one output a prompt (per input), and a simulated one too.
     rows = {name: system[protocol] for name, system in systems.items() if system[protocol]}
     if not rows:
         return []

@@ -125,6 +125,7 @@ def judge(config: JudgeConfig) -> dict:
     answers_a = read_answers(config.a, config.n_answers)
     answers_b = read_answers(config.b, config.n_answers)
     rows, counts = match_answers(answers_a, answers_b)
+    # Before the asking: a run that is cut off leaves a folder that says whose choices it holds.
     os.makedirs(config.output_dir, exist_ok=True)
     write_json(os.path.join(config.output_dir, "config.json"), folder.config)
 
@@ -206,6 +207,7 @@ def read_answers(files: list[str], limit: int) -> dict[str, dict]:
                 f"{place}: a row must be an object with prompt and response, both strings "
                 "(or the prompt a list of messages)",
             )
+            # Answers are matched by their prompt as text; rewards are given it as it came.
             chat_or_text = read_prompt(place, row["prompt"])
             prompt = show(chat_or_text)
             split = split_of_file or str(row.get("split") or "")
@@ -281,6 +283,7 @@ def summarise_judge(
     Returns {"splits": {split: win rate and more}, "gap": {other split: first less other}}. A split
     without a judged pair has its number of pairs, 0, and no gap.
     """
+    # A pair without a verdict is left out, not counted as a tie.
     judged = ~(a.isnan() | b.isnan())
     rows = {}
     draws = {}  # of a split's win rate: [resamples]
@@ -299,6 +302,7 @@ def summarise_judge(
             rows[split]["difference"] = mean.item()
             rows[split]["difference_interval"] = percentiles(draws_of_mean).tolist()
 
+    # The gap of the first split to each other one: in distribution less out of it, say.
     gaps = {}
     first = next(iter(rows))
     if first in draws:
@@ -315,6 +319,7 @@ def summarise_split(
 ) -> tuple[dict, Tensor]:
     """The judged pairs of one split -> its win rate and more, and draws of the win rate."""
     points = win_points(a, b)  # [N]
+    # Prompts are drawn, each with all its pairs: answers to one prompt are not independent.
     rate, draws = mean_over_groups(points, prompts, seed=seed)
     row = {
         "win_rate": rate.item(),
