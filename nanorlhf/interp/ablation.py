@@ -146,10 +146,10 @@ def removed(sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
     # Decoder rows are in standardised units. The scale brings their sum into the model's; the mean
     # and the bias b_d belong to no feature, and stay in x.
     _, scale = sae.moments(x)
-    part = sae.encode(x)[..., ids] @ sae.W_dec[ids]
+    contribution = sae.encode(x)[..., ids] @ sae.W_dec[ids]  # [.., D]
     if sae.normalize == "none":
-        return part
-    return part * scale
+        return contribution
+    return contribution * scale
 
 
 def without(sae: SparseAutoencoder, ids: Tensor) -> Callable[[Tensor], Tensor]:
@@ -307,17 +307,17 @@ def read_prompts(config, tokenizer, model_config) -> tuple[Prompts, Prompts]:
     """The prompts to choose features on, and the held-out ones, each N times."""
     rows, held_out, _ = load(config, "prompts")
     prompts = []
-    for part in (rows, held_out):
-        part = leave_out_control_tokens(tokenizer, part, config, print)
-        part_prompts = ready_prompts(
+    for rows_of_split in (rows, held_out):
+        allowed_rows = leave_out_control_tokens(tokenizer, rows_of_split, config, print)
+        prompts_of_split = ready_prompts(
             tokenizer,
-            part,
+            allowed_rows,
             model_config,
             config.max_new_tokens,
             config.max_prompt_length,
             config.chat_template,
         )
-        prompts.append(part_prompts)
+        prompts.append(prompts_of_split)
     train, held_out_prompts = prompts
 
     # The answers to a prompt stand one after another: see mean_with_interval().
@@ -336,7 +336,8 @@ def sample_answers(
     answers = []
     for first in range(0, len(prompts), size):
         # Places among all prompts key the noise, so that it does not depend on --batch_size.
-        places = list(range(first, min(first + size, len(prompts))))
+        last = min(first + size, len(prompts))
+        places = list(range(first, last))
         rollout, batch_answers = roll_out(parts, prompts.at(places), places, step)
         answers.append(batch_answers)
         for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu()):
@@ -481,10 +482,10 @@ def describe_arm(ids: list[int], seen: Seen, sae: SparseAutoencoder) -> dict:
     variance that they hold."""
     share = 0.0
     if ids:
-        # The part is not centred, since its mean goes too. So one that always fires can exceed 1.
+        # What is taken away is not centred, since its mean goes too. So the share can exceed 1.
         variance = (seen.x - seen.x.mean(0)).square().sum()
-        part = removed(sae, torch.tensor(ids, device=seen.x.device), seen.x)
-        share = (part.square().sum() / variance).item()
+        taken_away = removed(sae, torch.tensor(ids, device=seen.x.device), seen.x)  # [n, D]
+        share = (taken_away.square().sum() / variance).item()
     return {"features": ids, "rates": seen.rates[ids].tolist(), "removed": share}
 
 

@@ -239,13 +239,15 @@ def run_models(
     lengths = torch.from_numpy(tokens.lengths[texts])
     out = {}
     # Texts of similar length share a forward pass.
-    for part in micro_batches(lengths, None, TOKENS_AT_ONCE):
-        part = part.numpy()
+    for batch in micro_batches(lengths, None, TOKENS_AT_ONCE):
+        in_batch = batch.numpy()  # [b]
         # No attention mask is needed: a causal model does not look to its right, at padding.
-        ids, mask = tokens.batch(texts[part])  # [b, T]
+        ids, mask = tokens.batch(texts[in_batch])  # [b, T]
         ids = ids.to(dist.device)
         mask = mask.to(dist.device)
-        rows = torch.from_numpy(join_ranges(first[part], counts[part])).to(dist.device)
+        # The rows of the result that the batch's tokens fill.
+        rows = join_ranges(first[in_batch], counts[in_batch])
+        rows = torch.from_numpy(rows).to(dist.device)
         # All models read the same ids, so that row n of every result is the same token.
         for name, lm in lms.items():
             with autocast(dist, dtype):
@@ -295,7 +297,8 @@ def from_disk(
     )
     # Shard i holds the texts edges[i] .. edges[i + 1] - 1.
     edges = find_shard_edges(tokens, shard_tokens)
-    paths = [os.path.join(folder, f"{i:05d}.safetensors") for i in range(len(edges) - 1)]
+    n_shards = len(edges) - 1
+    paths = [os.path.join(folder, f"{i:05d}.safetensors") for i in range(n_shards)]
     # All that the numbers depend on. The shards' edges are part of it: with others, a file of the
     # same name would hold other texts.
     content = {
@@ -393,10 +396,10 @@ def check_folder(folder: str, content: dict):
     )
 
 
-def write_shard(path: str, found: Activations, store: str):
+def write_shard(path: str, computed: Activations, store: str):
     """Write a shard under a temporary name, then rename it: a file of that name is whole."""
     stored = {}
-    for key, x in found.items():
+    for key, x in computed.items():
         # float16 ends at 65504: what lies beyond, as the norm of a BOS may, would be stored as inf.
         stored[key] = x.to(DTYPES[store]).cpu()
         require(
@@ -413,14 +416,21 @@ def map_shard(path: str, keys: set[str], n: int) -> Activations:
     InputError: it holds other keys, or another number of tokens.
     """
     shard = read_tensors(path)
-    fits = shard.keys() == keys and all(x.ndim == 2 and len(x) == n for x in shard.values())
-    require(fits, f"{path}: not the activations that belong here; delete it, it is made again")
+    has_keys = shard.keys() == keys
+    has_tokens = all(x.ndim == 2 and len(x) == n for x in shard.values())
+    require(
+        has_keys and has_tokens,
+        f"{path}: not the activations that belong here; delete it, it is made again",
+    )
     return shard
 
 
 def read_shards(tokens: Tokens, dist, shards: list[Activations], texts: np.ndarray) -> Activations:
     """Indices of texts -> {"name/layer_site": [n, D]} float32, as run_models()."""
-    sizes = [len(next(iter(shard.values()))) for shard in shards]
+    sizes = []  # how many tokens each shard holds
+    for shard in shards:
+        any_tensor = next(iter(shard.values()))
+        sizes.append(len(any_tensor))
     ends = np.cumsum(sizes)  # where each shard's tokens end among all E
     places = tokens.places(texts)  # [n]
     shard_of = np.searchsorted(ends, places, side="right")  # [n]
@@ -533,7 +543,8 @@ class Stream:
 
             # The first text may begin before low, and the last one end after high.
             start = int(ends[first_text] - self.tokens.counts[texts[0]])
-            yield {key: x[low - start : high - start] for key, x in self.source(texts).items()}
+            wanted = slice(low - start, high - start)
+            yield {key: x[wanted] for key, x in self.source(texts).items()}
 
 
 def passes(tokens: Tokens, source: Source, dist, at_once: int = 2**16) -> Iterator[Activations]:
@@ -566,8 +577,9 @@ def open_autoencoder(config, path: str) -> tuple[torch.nn.Module, str, Place]:
     if layer < 0:
         layer = notes.get("layer")
     site = config.site or notes.get("site", "")
+    has_layer = layer is not None and layer >= 0
     require(
-        model and site and layer is not None and layer >= 0,
+        model and site and has_layer,
         f"{path} does not say whose activations it reads: name --model, --layer and --site",
     )
 

@@ -218,7 +218,8 @@ def format_divergence(summary: dict, sites: list[str]) -> str:
             moved.append((norms["frobenius"], f"{row['layer']}.{name}"))
 
     selected = ", ".join(map(str, summary["selected"]))
-    most = ", ".join(f"{name} {how_far:.3f}" for how_far, name in sorted(moved, reverse=True)[:4])
+    moved.sort(reverse=True)
+    most = ", ".join(f"{name} {how_far:.3f}" for how_far, name in moved[:4])
     lines.append(f"  selected (*): {selected}; parameters that moved most: {most}")
     return "\n".join(lines)
 
@@ -233,7 +234,8 @@ def draw_divergence(figure, summary: dict):
         "weights: relative": [row["relative"] or 0 for row in rows],
     }
     for site in rows[0]["activations"]:
-        panels[f"{site}: 1 - cosine"] = [row["activations"][site]["cosine"] for row in rows]
+        turned = [row["activations"][site]["cosine"] for row in rows]
+        panels[f"{site}: 1 - cosine"] = turned
 
     figure.set_size_inches(3 * len(panels), 2.6)
     for i, (name, values) in enumerate(panels.items()):
@@ -366,9 +368,9 @@ def format_mmcs(summary: dict) -> str:
     width = 0
     for row in summary["pairs"]:
         width = max(width, len(row["a"]), len(row["b"]))
-    how = ", one to one" if summary["one_to_one"] else ""
+    matching = ", one to one" if summary["one_to_one"] else ""
     lines = [
-        f"\nMean max cosine similarity{how}:",
+        f"\nMean max cosine similarity{matching}:",
         f"  {'A':{width}s}  {'B':{width}s}   features A, B    MMCS  chance  above 0.9",
     ]
     for row in summary["pairs"]:

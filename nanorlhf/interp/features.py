@@ -354,14 +354,14 @@ def format_counts(results: list[dict]) -> list[str]:
     lines = []
     for kind, title in titles.items():
         # {"of": .., "auc": {"features": .., "coordinates": .., ..}, ..} of each autoencoder
-        found = [result["found"][kind] for result in results]
-        all_concepts = ", ".join(str(row["of"]) for row in found)
+        counts = [result["found"][kind] for result in results]
+        all_concepts = ", ".join(str(row["of"]) for row in counts)
         for score, (_, good) in SCORES.items():
             head = f"  {title} with {score} > {good}"
             lines.append(f"{head:20s}  of {all_concepts}")
             for name in ("features", *CONTROLS):
-                if name in found[0][score]:  # not every control suits every kind
-                    numbers = "".join(f"{row[score][name]:18.3g}" for row in found)
+                if name in counts[0][score]:  # not every control suits every kind
+                    numbers = "".join(f"{row[score][name]:18.3g}" for row in counts)
                     lines.append(f"    {name:16s}{numbers}")
     return lines
 

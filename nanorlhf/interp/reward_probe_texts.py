@@ -210,7 +210,12 @@ def find_contexts(rows: list[dict], lexicon: dict[str, float]) -> dict[str, list
         for match in WORD.finditer(row["response"]):
             if match[0] in lexicon:
                 own_contexts.append(row["response"][: match.start()])
-    return {prompt: own_contexts for prompt, own_contexts in contexts.items() if own_contexts}
+
+    contexts_with_words = {}
+    for prompt, own_contexts in contexts.items():
+        if own_contexts:
+            contexts_with_words[prompt] = own_contexts
+    return contexts_with_words
 
 
 def draw_triples(
@@ -304,25 +309,25 @@ def subtract_neutral(texts: Texts, inputs: dict[str, Tensor]) -> tuple[Texts, di
 
     # The rows that stay, and where each of them will stand.
     rows = torch.arange(len(texts.ids)).view(-1, 3)
-    kept = rows[:, [0, 2]].flatten()  # [2 N / 3]
+    kept_rows = rows[:, [0, 2]].flatten()  # [2 N / 3]
     new_place = torch.zeros(len(texts.ids), dtype=torch.long)  # [N]
-    new_place[kept] = torch.arange(len(kept))
+    new_place[kept_rows] = torch.arange(len(kept_rows))
 
     splits = []
     for split in texts.splits:
         sides = []
         for side in split:
-            kept_of_side = side[torch.isin(side, kept)]
+            kept_of_side = side[torch.isin(side, kept_rows)]
             sides.append(new_place[kept_of_side])
         splits.append(tuple(sides))
 
     new_texts = Texts(
-        ids=[texts.ids[row] for row in kept],
-        first=[texts.first[row] for row in kept],
-        lengths=texts.lengths[kept],
+        ids=[texts.ids[row] for row in kept_rows],
+        first=[texts.first[row] for row in kept_rows],
+        lengths=texts.lengths[kept_rows],
         values=subtract(texts.values),
-        groups=texts.groups[kept],
-        units=texts.units[kept],
+        groups=texts.groups[kept_rows],
+        units=texts.units[kept_rows],
         names=texts.names,
         splits=splits,
     )
@@ -368,11 +373,11 @@ def check_spread(values: Tensor, splits: list[tuple[Tensor, Tensor]], spec: str)
     """
     for number, sides in enumerate(splits):
         for name, rows in zip(("training", "test"), sides):
-            own = values[rows]
+            side_values = values[rows]
             require(
-                varies(own),
-                f"{spec}: all {len(own)} {name} responses of split {number} have the reward "
-                f"{own[0]:.4g}, so that there is nothing to read from them",
+                varies(side_values),
+                f"{spec}: all {len(side_values)} {name} responses of split {number} have the "
+                f"reward {side_values[0]:.4g}, so that there is nothing to read from them",
             )
 
 

@@ -172,14 +172,14 @@ def find_saes(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         check_made(pattern)
         if os.path.isdir(pattern):
-            found = [pattern]
+            matches = [pattern]
         else:
             # No other sign is a wildcard: a folder's name may hold a [ of its own.
             wildcards = glob.escape(pattern).replace("[*]", "*").replace("{seed}", "*")
             files = glob.glob(os.path.join(wildcards, CONFIG))
-            found = sorted(os.path.dirname(file) for file in files)
-        require(found, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")
-        folders.extend(found)
+            matches = sorted(os.path.dirname(file) for file in files)
+        require(matches, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")
+        folders.extend(matches)
     return list(dict.fromkeys(folders))
 
 

@@ -79,23 +79,23 @@ def measure_concepts(sae, x: Tensor, f: Tensor, tokens: Tokens, tokenizer) -> di
         if kind == "word":
             table = torch.eye(len(labels), dtype=torch.bool)  # [V, V]: every word is a concept
         truth = seen.look_up(table, kind)  # [N, C]
-        kept = find_frequent(truth, seen)
+        frequent = find_frequent(truth, seen)
         # The third control searches the same features for other concepts. A word that has been
         # exchanged with another is still a word: there it is no control.
         other_truths = []
         if kind != "word":
             for other_table in exchanged:
-                other_truths.append(seen.look_up(other_table, kind)[:, kept])
+                other_truths.append(seen.look_up(other_table, kind)[:, frequent])
 
-        found[kind] = {"of": len(kept)}
+        found[kind] = {"of": len(frequent)}
         measured = {}
         for title, (score, good) in SCORES.items():
-            result = measure(halves, truth[:, kept], other_truths, seen, score, good)
+            result = measure(halves, truth[:, frequent], other_truths, seen, score, good)
             found[kind][title] = result.counts
             measured[title] = result
         # Single concepts are listed for the token itself alone.
         if kind == "concept":
-            for c, i in enumerate(kept.tolist()):
+            for c, i in enumerate(frequent.tolist()):
                 n_tokens = truth[:, i].sum().item()
                 n_words = labels[present, i].sum().item()
                 row = {"tokens": n_tokens, "words": n_words}
