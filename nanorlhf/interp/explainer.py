@@ -15,7 +15,7 @@ from ..hf.folders import check_model
 from ..models import load_policy, load_tokenizer
 from ..rollout import ask_locally
 from ..runtime import endpoint
-from ..runtime.endpoint import Unreachable, check_endpoint, is_endpoint
+from ..runtime.endpoint import Rejected, Unreachable, check_endpoint, is_endpoint
 from ..runtime.files import (
     append_lines,
     digest,
@@ -113,10 +113,11 @@ def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None
                 ask = asker(config)
             try:
                 answer = read_answer(ask(prompt), config)
+            except (ValueError, Rejected) as e:
+                # It is about this question alone: one that is too long, or that a filter refuses.
+                rubbish.append(f"feature {feature['id']}: {e}")
             except Unreachable as e:
                 error = str(e)
-            except ValueError as e:
-                rubbish.append(f"feature {feature['id']}: {e}")
             else:
                 # It is written at once: no answer is asked, or paid for, twice.
                 known[key] = {"key": key, "sae": folder, "feature": feature["id"], **answer}
