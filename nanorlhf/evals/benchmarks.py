@@ -170,7 +170,7 @@ def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
     All processes call this; each one scores a part of the items.
     """
     # All answers of an item go to one process, which cuts their prompt alike.
-    mine = flatten([items[i] for i in dist.part(len(items))])
+    own_rows = flatten([items[i] for i in dist.part(len(items))])
     tokenizer = None
     if kind_of(spec) == "model":
         path, _ = split_label(spec)
@@ -182,13 +182,13 @@ def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
     n_cut = 0
     if tokenizer and tokenizer.eos_token_id is not None:
         longest = config.max_length or context_length(check_model(path))
-        encoded = encode_items(tokenizer, mine, longest, config.chat_template)
+        encoded = encode_items(tokenizer, own_rows, longest, config.chat_template)
         batch = pack(encoded.prompts, encoded.responses["response"], tokenizer.pad_token_id)
         n_cut = encoded.n_responses_cut
 
     reward = load_reward(spec, tokenizer, dist, config.micro_batch_size, config.dtype)
-    prompts = [row["prompt"] for row in mine]
-    responses = [row["response"] for row in mine]
+    prompts = [row["prompt"] for row in own_rows]
+    responses = [row["response"] for row in own_rows]
     answers = Answers(prompts, responses, batch, chat=config.chat_template)
     scores = score(reward, [answers], dist)
     return dist.gather(scores), int(dist.sum(torch.tensor(n_cut)))
@@ -197,7 +197,8 @@ def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
 def collect_units(items: list[Item], scores: dict[str, Tensor]) -> dict[tuple[str, str], Unit]:
     """Items and the scores {reward: [N]} of all their answers -> {(group, name): unit}."""
     by_reward = torch.stack([values.double() for values in scores.values()])  # [K, N]
-    by_item = by_reward.split([len(item.answers) for item in items], 1)  # [K, A] each
+    n_answers = [len(item.answers) for item in items]
+    by_item = by_reward.split(n_answers, 1)  # [K, A] each
     units = {}
     for item, item_scores in zip(items, by_item):
         units.setdefault((item.group, item.unit), []).append((item, item_scores))
@@ -295,11 +296,11 @@ def measure_rewardbench2(units: list[Unit], names: list[str], index: Tensor) -> 
         # One column a subset, of its units among those that were drawn.
         columns = []
         for group, name in enumerate(names):
-            own = rows[index[rows] == group]
+            drawn = rows[index[rows] == group]
             if name == TIES:
-                columns.append(ties_score(terms[own], known[own]))  # [K]
+                columns.append(ties_score(terms[drawn], known[drawn]))  # [K]
             else:
-                columns.append(credit[own].mean(0))  # [K]
+                columns.append(credit[drawn].mean(0))  # [K]
         overall = torch.stack(columns).mean(0)
         if len(names) == 1:
             return torch.stack([overall], -1)

@@ -143,8 +143,8 @@ class Reader:
             if name not in accepted:
                 continue
             fields[name] = []
-            for own in lists:
-                fields[name].append(own or of_empty.get(name, [0]))
+            for values in lists:
+                fields[name].append(values or of_empty.get(name, [0]))
         return fields
 
 

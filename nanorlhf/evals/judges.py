@@ -85,7 +85,7 @@ def by_rewards(specs: list[str], rows: list[dict], config, dist) -> dict[str, li
         to_score.append({"prompt": row["prompt"], "responses": different})
     scores = pool.score(to_score, specs, None, config, dist)
 
-    found = {}
+    scores_by_spec = {}
     for spec, name in zip(specs, reward_names(specs)):
         # Back from different texts to all answers, side by side: row after row, as the pairs stand.
         sides = {"a": [], "b": []}
@@ -94,8 +94,10 @@ def by_rewards(specs: list[str], rows: list[dict], config, dist) -> dict[str, li
             for side, side_scores in sides.items():
                 for text in row[side]:
                     side_scores.append(score_of[text])
-        found[spec] = [torch.tensor(part, dtype=torch.float64) for part in sides.values()]
-    return found
+        scores_of_a = torch.tensor(sides["a"], dtype=torch.float64)  # [N]
+        scores_of_b = torch.tensor(sides["b"], dtype=torch.float64)
+        scores_by_spec[spec] = [scores_of_a, scores_of_b]
+    return scores_by_spec
 
 
 # ------------------------------------------------------------------------------- language models
@@ -134,7 +136,8 @@ def by_language_model(
     # What the summary and the last line of the run tell of the asking.
     choices = [known[key] for key in questions if key in known]
     n_left = len(questions) - len(choices)
-    if questions and not choices and not problem:
+    nothing_chosen = questions and not choices
+    if nothing_chosen and not problem:
         problem = f"no reply was a choice, the first one: {failures[0]}"
     first_chosen = None
     if choices:
@@ -331,7 +334,7 @@ def choice_of(reply: str) -> int | None:
     """A reply -> 1 or 2, or None where it is neither."""
     # Without that mark the whole reply comes after it.
     _, _, after_thinking = reply.rpartition("</think>")
-    found = CHOICE.fullmatch(after_thinking)
-    if found is None:
+    match = CHOICE.fullmatch(after_thinking)
+    if match is None:
         return None
-    return int(found[2])
+    return int(match[2])
