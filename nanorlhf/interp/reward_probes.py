@@ -349,9 +349,12 @@ def mean_inputs(
     """Average activations, or features, over the tokens of each text from texts.first on.
 
     saes: {place: autoencoder}, for features. -> [N, F], float32, on the CPU; F is D or M for each
-    place, one after another. Each process runs its own part of the texts.
+    place, one after another. Each process runs its own part of the texts. InputError: there are
+    more processes than texts.
     """
-    own_texts = dist.part(len(texts.ids))
+    n_texts = len(texts.ids)
+    require(n_texts >= dist.world, f"{n_texts} texts are too few for {dist.world} processes")
+    own_texts = dist.part(n_texts)
     # Texts of similar length share a forward pass.
     ids = [texts.ids[i] for i in own_texts]
     first = torch.tensor([texts.first[i] for i in own_texts])  # [n]
