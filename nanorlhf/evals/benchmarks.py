@@ -238,6 +238,8 @@ def with_intervals(config, rewards: list[str], units: dict[tuple[str, str], Unit
     low, high = bootstrap(everything, values_and_differences, seed=config.seed, strata=index)
     cells = torch.stack([values, low, high], -1)  # [2 K, metrics, 3]
 
+    # Rows 0 .. K - 1 are the rewards', the others the differences: row K, the first less itself,
+    # says nothing.
     results = [dict(zip(metrics, row)) for row in cells.tolist()]
     k = len(rewards)
     return {
@@ -258,12 +260,15 @@ def measure_pairs(units: list[Unit], names: list[str], index: Tensor) -> Measure
         pairs = []
         for _, scores in unit:
             chosen, rejected = scores.T  # [K] each
-            pairs.append(torch.stack([pair_wins(chosen, rejected), chosen - rejected], -1))
+            wins = pair_wins(chosen, rejected)
+            margins = chosen - rejected
+            pairs.append(torch.stack([wins, margins], -1))
         sums.append(sum(pairs))  # [K, 2]
     sums = torch.stack(sums)  # [U, K, 2]
     counts = torch.tensor([len(unit) for unit in units]).double()  # [U]
 
     def statistic(rows: Tensor) -> Tensor:
+        # Prompts are drawn, but the mean is over pairs: a prompt with two pairs weighs twice.
         return sums[rows].sum(0) / counts[rows].sum()
 
     return ["accuracy", "margin"], statistic

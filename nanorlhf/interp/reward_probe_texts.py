@@ -120,7 +120,7 @@ def word_texts(
         units.append(number_of_word[row.word])
     return Texts(
         ids=ids,
-        first=[len(row) - 1 for row in ids],
+        first=[len(row) - 1 for row in ids],  # the last token of the word, with which a text ends
         lengths=lengths,
         values=torch.tensor(values, dtype=torch.float64),
         groups=torch.tensor(groups),
