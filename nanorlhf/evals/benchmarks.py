@@ -171,6 +171,7 @@ def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
     """
     # All answers of an item go to one process, which cuts their prompt alike.
     own_rows = flatten([items[i] for i in dist.part(len(items))])
+    # A reward model's own tokenizer decides how much of a text fits.
     tokenizer = None
     if kind_of(spec) == "model":
         path, _ = split_label(spec)

@@ -485,6 +485,7 @@ def compare(
         "outputs",
     )
 
+    # All systems have the same V and tokens. "used" says how many outputs equal sets leave.
     how = dict(how, vocab_size=vocab_size, tokenizer=tokenizer)
     result = {
         "prompts": P,
@@ -541,6 +542,7 @@ def from_files(config, dist):
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
     lock_folder(config.output_dir, dist)
+    # Scores are needed for --best_of alone: without it, files of answers may have none.
     systems = {}
     for path in config.from_files:
         systems[names[path]] = read_outputs(path, config.columns, scores=config.best_of > 0)
@@ -595,6 +597,7 @@ def report(config, dist, systems: dict[str, list[dict]]) -> dict:
         seed=config.seed,
     )
 
+    # Figures can be compared only where these settings are the same, so they stand in the file.
     settings = {flag.name: getattr(config, flag.name) for flag in fields(Flags)}
     settings["seed"] = config.seed
     os.makedirs(config.output_dir, exist_ok=True)

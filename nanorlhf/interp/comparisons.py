@@ -305,6 +305,7 @@ def mmcs(config):
     folder = results_folder(config, dist)
     ids = {}  # {path: the features that fire: [M]}
     directions = {}  # {path: their decoder directions: [M, D]}
+    # Each folder is read once, on whichever side and in however many pairs it stands.
     for path in dict.fromkeys(config.a + config.b):
         # A feature that never fires is hardly trained: its direction would bring MMCS near chance.
         all_directions = load_sae(path).decoder_directions().detach()

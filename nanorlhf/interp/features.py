@@ -181,6 +181,7 @@ def describe_features(
     effects = (effects - effects.mean(1, keepdim=True)).cpu()
     n_occurrences = token_ids.bincount(minlength=effects.shape[1])  # [V]
 
+    # The same tokens are shown again and again, and a tokenizer is slow.
     @functools.cache
     def decode_token(i: int) -> str:
         return tokenizer.decode([i])

@@ -355,11 +355,11 @@ def mean_inputs(
     n_texts = len(texts.ids)
     require(n_texts >= dist.world, f"{n_texts} texts are too few for {dist.world} processes")
     own_texts = dist.part(n_texts)
-    # Texts of similar length share a forward pass.
     ids = [texts.ids[i] for i in own_texts]
     first = torch.tensor([texts.first[i] for i in own_texts])  # [n]
     lengths = torch.tensor([len(row) for row in ids])  # [n]
     means = [None] * len(ids)  # [n] of [F]
+    # Texts of similar length share a forward pass.
     for rows in micro_batches(lengths, None, TOKENS_AT_ONCE):
         batch = pad_rows([ids[i] for i in rows])  # [b, T]
         column = torch.arange(batch.shape[1])
@@ -374,6 +374,7 @@ def mean_inputs(
         means_of_places = []
         for place in places:
             x = outputs[place][mask].float()  # [tokens, D], row by row
+            # Features are averaged, not computed of an average, which would be no token's.
             if saes:
                 x = saes[place].encode(x)  # [tokens, M]
             sums = torch.zeros(len(rows), x.shape[1], device=x.device)
