@@ -563,6 +563,7 @@ def test_an_endpoint_is_asked_once_for_each_feature(material, tmp_path):
         ),
         ((200, "<html>"), "not a chat completion: '<html>'", 3),
         pytest.param((200, '{"choices": []}'), "not a chat completion", 3, marks=pytest.mark.slow),
+        ((400, "filtered"), "feature 2: HTTP 400 Bad Request filtered", 3),  # this question alone
         ((401, "no key"), "HTTP 401", 2),  # nobody else will be let in either
         pytest.param((503, ""), "HTTP 503 Service Unavailable, 4 times", 5, marks=pytest.mark.slow),
         pytest.param(0.6, "timed out, 4 times", 5, marks=pytest.mark.slow),  # seconds of silence
