@@ -436,15 +436,19 @@ def draw_strengths(axis, results: dict[str, dict], names: dict[str, str]):
 
 def draw_concepts(axis, results: dict[str, dict], names: dict[str, str]):
     """The best feature of each concept in every autoencoder, and the mean of each control."""
+    all_concepts = []  # autoencoders of different texts may have different ones
     for i, (path, result) in enumerate(results.items()):
         concepts = list(result["concepts"])
         aucs = [row["auc"]["features"] for row in result["concepts"].values()]
         axis.plot(concepts, aucs, "o", color=f"C{i % 10}", label=names[path])
+        for concept in concepts:
+            if concept not in all_concepts:
+                all_concepts.append(concept)
 
-    # The concepts of the last autoencoder, over all autoencoders that have them.
+    # A concept's control is a mean over the autoencoders that have it.
     for control, marker in zip(CONTROLS, "x+."):
         means = []
-        for concept in concepts:
+        for concept in all_concepts:
             values = []
             for result in results.values():
                 if concept in result["concepts"]:
@@ -452,7 +456,7 @@ def draw_concepts(axis, results: dict[str, dict], names: dict[str, str]):
                     if value is not None:
                         values.append(value)
             means.append(np.mean(values or [np.nan]))
-        axis.plot(concepts, means, marker, color="grey", label=control)
+        axis.plot(all_concepts, means, marker, color="grey", label=control)
 
     _, good = SCORES["auc"]
     axis.axhline(good, color="grey", linewidth=0.8)
