@@ -283,9 +283,9 @@ def on_pool(before, after, rows, n):
     for p, row in enumerate(rows):
         n_answers = len(row["responses"])
         n_groups = n_answers // n  # a last group of fewer is left out
-        own = slice(start, start + n_groups * n)  # this prompt's part of the scores
-        best_before = best_of_groups(before[own], n)
-        best_after = best_of_groups(after[own], n)
+        in_groups = slice(start, start + n_groups * n)  # this prompt's part of the scores
+        best_before = best_of_groups(before[in_groups], n)
+        best_after = best_of_groups(after[in_groups], n)
         start += n_answers  # the answers that were left out are passed over too
 
         is_flipped.append(best_before != best_after)
@@ -312,14 +312,16 @@ def on_pool(before, after, rows, n):
 
 def best_of_groups(scores, n):
     """Scores [G n] of one prompt's answers -> the place of the best answer of each n: [G]."""
-    best_in_group = scores.view(-1, n).argmax(1)
-    return best_in_group + torch.arange(0, len(scores), n)
+    best_in_group = scores.view(-1, n).argmax(1)  # [G]: 0 to n - 1
+    first_of_group = torch.arange(0, len(scores), n)  # [G]: 0, n, 2 n, ...
+    return best_in_group + first_of_group
 
 
 def intervals(columns, groups):
     """Means with 95% intervals over groups: {name: [N]} -> {name: {mean, low, high}}."""
     # All columns are resampled as one table: each resample has the same prompts in all of them.
-    means, draws = mean_over_groups(torch.stack(list(columns.values()), 1), groups)
+    table = torch.stack(list(columns.values()), 1)  # [N, columns]
+    means, draws = mean_over_groups(table, groups)
     low, high = percentiles(draws)
     rows = {}
     for i, name in enumerate(columns):
@@ -369,13 +371,13 @@ def draw_arms(figure, summary):
     for i, (key, title) in enumerate(titles.items()):
         axis = figure.add_subplot(1, len(titles), i + 1)
         for j, arm in enumerate(arms.values()):
-            x = arm[key]
+            change = arm[key]
             # Where nothing changes, an end may lie on the wrong side of the mean by rounding.
-            below = max(0, x["mean"] - x["low"])
-            above = max(0, x["high"] - x["mean"])
+            below = max(0, change["mean"] - change["low"])
+            above = max(0, change["high"] - change["mean"])
             # The arm of --edits comes first, and is to stand out from its controls.
             color = "C3" if j == 0 else "grey"
-            axis.errorbar(j, x["mean"], [[below], [above]], fmt="o", color=color)
+            axis.errorbar(j, change["mean"], [[below], [above]], fmt="o", color=color)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(title=title, xticks=range(len(arms)))
         axis.set_xticklabels(list(arms), rotation=70)
@@ -521,7 +523,7 @@ def format_texts(summary, rows, shown=8):
     # A line has room for the end of a text: it is where the features are read.
     most_changed = sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))
     for row in most_changed[:shown]:
-        z = " ".join(f"{x:.2f}" for x in row["latents"].values())
+        z = " ".join(f"{value:.2f}" for value in row["latents"].values())
         text = " ".join(row["response"].split())
         lines.append(
             f"  {row['side']:8s}{row['before']:8.3f}{row['after']:8.3f}   {z[:10]:10s} {text[-98:]}"

@@ -69,8 +69,8 @@ def check_feature_reader(spec, sae="", features=()):
     # A function or a lexicon has no layers, and so no features.
     require(kind_of(spec) == "model", f"{spec} is no reward model, so it has no features")
     check_made(spec)
-    # A SARM's score is a sum of its own autoencoder's features, so those of another one are not what
-    # it scores with. An ordinary reward model has no features until an autoencoder reads a layer.
+    # A SARM's score is a sum of its own autoencoder's features, so it does not score with those of
+    # another one. An ordinary reward model has no features until an autoencoder reads a layer.
     if is_sarm(spec):
         require(
             not sae,
@@ -292,9 +292,10 @@ class WithSAE(nn.Module):
         """Packed rows -> Reading, as SARM.read; edited is scores exactly where nothing changes."""
         features, edits = checked(features, edits, self.sae.m)
         # One forward gives both: the scores, and what the layer puts out on its way to them.
-        with captured(self.reward_model.model, [self.place]) as kept:
+        with captured(self.reward_model.model, [self.place]) as outputs:
             scores = self.reward_model(batch)  # [B]
-        x = kept[self.place][pooled_tokens(batch)].to(self.sae.mean.dtype)  # [B, D]
+        output = outputs[self.place]  # [B, T, D], padding included
+        x = output[pooled_tokens(batch)].to(self.sae.mean.dtype)  # [B, D]
         z = self.encode(x)  # [B, M]
         # The head does not read z, so what an edit does to the score cannot be added up as for a
         # SARM: the layers above have to run again.
@@ -308,9 +309,10 @@ class WithSAE(nn.Module):
         """The scores [B] after edits, from the scores, x [B, D] and z [B, M] before them."""
         # How far each x moves. Only the change of z is decoded and added: were x replaced by what
         # the autoencoder makes of the new z, its reconstruction error would change the score too.
-        chosen = list(edits)
-        change = edit_latents(z[:, chosen], list(edits.values())) - z[:, chosen]  # [B, E]
-        steps = change @ self.sae.W_dec[chosen]  # [B, D]
+        features = list(edits)
+        old_z = z[:, features]  # [B, E]
+        change = edit_latents(old_z, list(edits.values())) - old_z  # [B, E]
+        steps = change @ self.sae.W_dec[features]  # [B, D]
         # Directions are in standardised units, and the scale leads back to the model's. The mean,
         # which standardising subtracts too, has no part in a difference.
         if self.sae.normalize != "none":
