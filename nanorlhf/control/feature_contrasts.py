@@ -82,7 +82,7 @@ def contrast(
         # An interval is that of the measure computed anew in each resample: chosen and rejected
         # answers of one prompt go together, and c and j are resampled together.
         s_drawn = differential(c_drawn, j_drawn, damping_drawn)
-        found = {
+        fields = {
             "chosen": c,
             "rejected": j,
             "differential": differential(c, j, damping),
@@ -90,9 +90,9 @@ def contrast(
         }
         if weights is not None:
             w = weights[columns].double()
-            found["contribution"] = w * (c - j)
-            found["contribution_interval"] = percentiles(w * (c_drawn - j_drawn), level)
-        for name, values in found.items():
+            fields["contribution"] = w * (c - j)
+            fields["contribution_interval"] = percentiles(w * (c_drawn - j_drawn), level)
+        for name, values in fields.items():
             blocks.setdefault(name, []).append(values)
 
     # Rates count features below 0 as well: they fire, although both measures take them for 0.

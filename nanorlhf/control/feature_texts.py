@@ -78,8 +78,10 @@ def encode_texts(config, tokenizer, rows: list[dict], side: str, max_length: int
             continue
         # The prompt may have been cut on its left, to leave room for the answer. Where somebody has
         # changed one of the texts since, the ids are no longer theirs.
-        is_own = prompt_ids == cut_left(prompts[i], len(prompt_ids), tokenizer.bos_token_id)
-        if is_own and tokenizer.decode(response_ids, skip_special_tokens=True) == row[side]:
+        cut_prompt = cut_left(prompts[i], len(prompt_ids), tokenizer.bos_token_id)
+        if prompt_ids != cut_prompt:
+            continue
+        if tokenizer.decode(response_ids, skip_special_tokens=True) == row[side]:
             prompts[i] = prompt_ids
             responses[i] = response_ids
     prompt_texts = [row["prompt"] for row in rows]
@@ -149,8 +151,8 @@ def read_all(reward, answers: Answers, features=None, edits=None) -> tuple[Tenso
         prompts = [answers.prompts[i] for i in rows]
         responses = [answers.responses[i] for i in rows]
         part = Answers(prompts, responses, answers.batch.rows(rows))
-        found = reward.read(part, features, edits)
-        scores.append(found.scores)
-        latents.append(found.latents.to_sparse())
-        edited_scores.append(found.edited)
+        reading = reward.read(part, features, edits)
+        scores.append(reading.scores)
+        latents.append(reading.latents.to_sparse())
+        edited_scores.append(reading.edited)
     return torch.cat(scores), torch.cat(latents).coalesce(), torch.cat(edited_scores)

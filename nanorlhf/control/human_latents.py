@@ -251,10 +251,10 @@ def human_latents(config):
 
     # Each process reads its part of them. An error of one, such as a score that is not finite, ends
     # all of them, where the others would wait for it in gather().
-    def read_own():
+    def read_mine():
         return read_texts(dist, reward, len(rows), pack_texts, ids)
 
-    latents, scores = dist.together(read_own)  # sparse [n, F] or [n, M], [n]
+    latents, scores = dist.together(read_mine)  # sparse [n, F] or [n, M], [n]
 
     # Without --features: all features that fire on any text of any process, so that every process
     # gathers the same columns. Only these become dense: of thousands of features few ever fire.
@@ -262,8 +262,8 @@ def human_latents(config):
         columns = torch.arange(len(ids))
         features = ids
     else:
-        own_columns = latents.indices()[1].unique()
-        columns = dist.gather(own_columns).unique()
+        fired_here = latents.indices()[1].unique()
+        columns = dist.gather(fired_here).unique()
         features = columns.tolist()
     latents = dist.gather(latents.index_select(1, columns).to_dense())  # [N, F]
     scores = dist.gather(scores)  # [N]
@@ -298,13 +298,13 @@ def read_texts(dist, reward, n_texts, pack_texts, ids):
     n_features = len(ids) or reward.m
     latents = [torch.zeros(0, n_features).to_sparse()]
     scores = [torch.zeros(0)]
-    own = dist.part(n_texts)
-    progress = Progress(dist, "human latents, text", len(own))
-    for first in range(own.start, own.stop, CHUNK):
-        last = min(first + CHUNK, own.stop)
+    mine = dist.part(n_texts)
+    progress = Progress(dist, "human latents, text", len(mine))
+    for first in range(mine.start, mine.stop, CHUNK):
+        last = min(first + CHUNK, mine.stop)
         reading = reward.read(pack_texts(first, last), ids or None)
         latents.append(reading.latents.to_sparse())
         scores.append(reading.scores)
-        progress.step(last - own.start, "")
+        progress.step(last - mine.start, "")
     progress.close()
     return torch.cat(latents).coalesce(), torch.cat(scores)

@@ -151,7 +151,7 @@ def reward_features(config):
         first, second = SIDES[kind]
         groups = groups_of(prompts_of_kind)
         contrasts[kind] = contrast(z[first], z[second], weights, groups, reward.m)
-    gaps = score_gaps(list(zip(z.values(), scores.values())))  # [M']
+    gaps = score_gaps([(z[side], scores[side]) for side in texts])  # [M']
 
     # The results, largest features first.
     by = config.by
@@ -347,8 +347,8 @@ def add_tokens(rows, z, texts, tokenizer):
     parts = [(z[side], present[side][:, is_common]) for side in z]
     auc = separation(parts).nan_to_num(0.5)  # [F, C]
 
-    # How often each feature fires on texts with the token, and on the others. An AUC compares sizes;
-    # it does not say how often the feature is there at all.
+    # How often each feature fires on texts with the token, and on the others: an AUC compares sizes
+    # alone, and cannot tell a feature that is always there from one that never is.
     fires = (torch.cat(list(z.values())) != 0).double()  # [N, F] of all sides
     both = fires.T @ has_token[:, is_common].double()  # [F, C]
     rate_with = both / counts
@@ -357,8 +357,9 @@ def add_tokens(rows, z, texts, tokenizer):
     # Each feature gets the tokens whose AUC is farthest from chance, on either side of it.
     for f, row in enumerate(rows):
         row["tokens"] = []
-        best = (auc[f] - 0.5).abs().topk(min(SHOWN, len(words))).indices.tolist()
-        for c in best:
+        from_chance = (auc[f] - 0.5).abs()  # [C]
+        n_shown = min(SHOWN, len(words))
+        for c in from_chance.topk(n_shown).indices.tolist():
             rates = [rate_with[f, c].item(), rate_without[f, c].item()]
             row["tokens"].append([words[c], auc[f, c].item(), int(counts[c]), *rates])
 
@@ -392,7 +393,8 @@ def add_contexts(rows, z, texts, tokenizer, at_most):
 
     for f, row in enumerate(rows):
         row["contexts"] = []
-        strongest = all_z[:, f].topk(min(at_most, len(places))).indices.tolist()
+        n_contexts = min(at_most, len(places))
+        strongest = all_z[:, f].topk(n_contexts).indices.tolist()
         for n in strongest:
             if all_z[n, f] <= 0:  # fewer texts than asked for have the feature
                 continue
