@@ -24,6 +24,7 @@ from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..errors import InputError, at_least, require
+from ..hf.folders import check_model, context_length
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
@@ -193,10 +194,6 @@ class HumanLatentsConfig(FeatureReaderFlags, TextFlags):
         help="the numbers of matrix products; weights are float32 in any case",
     )
 
-    max_length: int = HfArg(
-        default=0, help="tokens in the longest text; longer ones are an error; 0: any"
-    )
-
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 0, "max_rows")
@@ -233,7 +230,7 @@ def human_latents(config):
     fields = ("response",) if config.kind == "sft" else ("chosen", "rejected")
     side = fields[0]  # the texts that are read
     tokenizer = load_tokenizer(config.reward_model)
-    max_length = config.max_length or None
+    max_length = config.max_length or context_length(check_model(config.reward_model))
     rows = leave_out_control_tokens(tokenizer, rows, config, dist.print)
     # Both sides of a pair are cut together, so that they share their prompt.
     encoded = encode(tokenizer, rows, fields, max_length, config.chat_template)
