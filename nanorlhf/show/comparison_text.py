@@ -1,4 +1,17 @@
-"""A comparison of two runs as readable text: what compare.py has found, for a terminal."""
+"""A comparison of two runs as readable text: what compare.py has found, for a terminal.
+
+    A: runs/ppo (PPO, step 60)                                  the two runs
+    B: runs/ppo_no_kl (PPO, step 60)
+
+      kl_coef  0.05  0.0                                        their settings, A's and B's value
+
+      gold  MEAN +- SE  MEAN +- SE  DIFFERENCE [LOW, HIGH] *    their metrics
+
+    > review the hotel :                                        their answers to the same prompts
+    A: the room was ...      B: the pool was ...
+
+Whatever comes from a file goes through terminal.py: it may hold orders to the terminal.
+"""
 
 import json
 
@@ -7,6 +20,7 @@ from .terminal import in_one_line, printable, side_by_side
 
 def table(found: dict, n: int, width: int) -> str:
     """The comparison as readable text, with the answers to n prompts."""
+    # Which runs, at which steps. A flag that only one of them has may be younger than the other.
     lines = []
     for side in ("a", "b"):
         run = found[side]
@@ -17,11 +31,15 @@ def table(found: dict, n: int, width: int) -> str:
         if run["only_here"]:
             lines.append(f"   only here: {in_one_line(', '.join(run['only_here']))}")
     lines += ["", *lines_of_settings(found["settings"], width)]
+
+    # The numbers at these steps. Two runs may have no metric in common, and yet the same prompts.
     if found["metrics"]:
         lines += ["", "Mean +- standard error; the difference B - A, its 95% interval in brackets:"]
         for name, row in found["metrics"].items():
             lines.append(line_of_metric(name, row))
         lines += note_of_pairs(found["metrics"])
+
+    # How one metric went on. A course of one step would say nothing new.
     if len(found["course"]) > 1:
         metric = found["best"]["metric"]
         lines += ["", f"{metric} at the steps that both have evaluated:"]
@@ -42,6 +60,7 @@ def lines_of_settings(settings: dict[str, list], width: int) -> list[str]:
     if not settings:
         return ["No setting differs."]
     lines = ["Settings that differ, A and B:"]
+    # Two spaces stand before the name, behind it, and between the values, which are equally wide.
     longest = max(map(len, settings))
     room = max(10, (width - longest - 6) // 2)
     for name, values in settings.items():
@@ -87,6 +106,8 @@ def lines_of_answers(found: dict, n: int, width: int) -> list[str]:
     if found["sorted_by"] != "file":
         order = f"the largest differences in {found['sorted_by']} first"
     lines = ["", f"Answers to {min(n, len(rows))} of {len(rows)} prompts, {order}:"]
+    # The prompt over the whole width; below it A's answer on the left, B's on the right, and under
+    # each its scores.
     for row in rows[:n]:
         cells = []
         for side in ("a", "b"):
