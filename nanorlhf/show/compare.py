@@ -130,7 +130,7 @@ def choose_steps(steps: list[int], a: Run, b: Run) -> tuple[int, int]:
             is_there = step in run.evaluations
             require(is_there, f"{run.path}: no evaluation at --step {step}; there are {known}")
         return chosen
-    # As much training for both, if a step is the same thing in both. But a step of PPO is a rollout,
+    # As much training for both, if a step means the same in both. But a step of PPO is a rollout,
     # one of SFT an update, and one of best-of-n is n: there each run is taken as it ended.
     shared = a.evaluations.keys() & b.evaluations.keys()
     if a.kind == b.kind and shared:
