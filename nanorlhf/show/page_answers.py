@@ -24,6 +24,7 @@ MOST_EVALUATIONS = 100
 
 def read_answers(run: Run) -> list[dict]:
     """The answers of a run's evaluations: a block for each split that there are answers of."""
+    # The first split stands first, whatever the others are called: False sorts before True.
     blocks = []
     for label, files in sorted(find_evaluations(run).items(), key=lambda item: item[0] != "eval"):
         rows_of_steps = {}
@@ -45,6 +46,7 @@ def read_answers(run: Run) -> list[dict]:
 
 def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
     """{split: {step: file of answers}}; the folder eval_ood is of the split ood."""
+    # By the folders that are there, not by the settings: a run may have been killed before some.
     found = {}
     for name in os.listdir(run.folder):
         folder = re.fullmatch(r"eval(?:_([\w-]+))?", name)
@@ -60,6 +62,7 @@ def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
 
 def arrange_answers(run: Run, split: str, rows_of_steps: dict[int, list[dict]]) -> dict:
     """{step: rows} -> a block of answers, in which each prompt has its answers of all steps."""
+    # The page has a slider over the steps, so each prompt carries a list with one place a step.
     steps = sorted(rows_of_steps)
     names = name_scores(rows_of_steps)
     items = {}  # {(prompt, how many equal prompts came before it): item}
@@ -105,6 +108,8 @@ def name_scores(rows_of_steps: dict[int, list[dict]]) -> list[str]:
 
 def scores_of(row: dict) -> dict[str, float]:
     """The scores of an answer by name. A sample has them beside its texts."""
+    # An evaluation's row is {"prompt", "response", "scores": {"rm_0": 1.2}, "gold": 0.4, ...}, and
+    # a sample's {"step", "prompt", "response", "rm_0": 1.2, ...}.
     scores = row.get("scores")
     if isinstance(scores, dict):
         scores = {**scores, "gold": row.get("gold")}
@@ -131,6 +136,8 @@ def add_proxy(run: Run, block: dict):
     members = [name for name in block["scores"] if name not in ("gold", "controlled")]
     if len(members) < 2:
         return
+    # Scores are lists, in the order of the block's names: so the new one goes to the front of the
+    # names and of each list.
     places = [block["scores"].index(name) for name in members]
     for item in block["items"]:
         for answer in item["answers"]:
@@ -158,6 +165,7 @@ def find_marks(run: Run) -> dict:
     dataset = name_dataset(run)
     if not is_world(dataset):
         return {"marks": [], "cue": ""}
+    # world:3 has the cue of seed 3, world that of seed 0.
     seed = dataset.partition(":")[2] or "0"
     cue = world.cue(int(seed)) if seed.isdecimal() else ""
     return {"marks": list(world.MARKS), "cue": cue}
