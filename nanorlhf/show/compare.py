@@ -11,10 +11,6 @@ Runs of train_ppo.py, train_sft.py, train_rm.py and sample_bon.py can be
 compared; of two different kinds it is what they share. The step of best-of-n
 is n. Where both runs have answered the same prompts, a difference is taken
 prompt by prompt: what makes a prompt hard or easy for both drops out of it.
-
-main() finds everything as one dictionary, which --output writes as it is; what
-is printed of it is made in comparison_text.py. Folders are read by
-evaluations_of_runs.py.
 """
 
 import contextlib
@@ -74,7 +70,10 @@ class Config(FlagGroup):
 
 
 def main(config: Config) -> dict:
-    """Compare two runs, print what was found, and write it to --output."""
+    """Compare two runs, print what was found, and write it to --output.
+
+    The folders are read by evaluations_of_runs.py; comparison_text.py makes the text.
+    """
     # A place that cannot be written to ends the command before any run is read.
     if config.output:
         check_can_write(config.output)
