@@ -308,8 +308,8 @@ def sample_answers(
         )
     # Rewards get the text without EOS and the like, and beside it the sampled ids themselves.
     responses = []
-    for response_ids, kept in zip(rollout.response_ids, rollout.response_mask):
-        responses.append(tokenizer.decode(response_ids[kept], skip_special_tokens=True))
+    for row_ids, is_real in zip(rollout.response_ids, rollout.response_mask):
+        responses.append(tokenizer.decode(row_ids[is_real], skip_special_tokens=True))
     answers = answers_to(prompts.at([0] * config.n), responses, rollout.packed(), False)
     was_cut = (~rollout.finished).tolist()
     return answers, was_cut
@@ -319,7 +319,7 @@ def score_answers(
     answers: Answers, rewards: dict[str, Reward]
 ) -> tuple[list[list[str]], list[str]]:
     """For each of n answers its scores, as texts ["rm +0.50"]; and what rewards could not score."""
-    scores = [[] for _ in answers.responses]
+    scores = [[] for _ in answers.responses]  # a list of texts for each answer
     faults = []
     for name, reward in rewards.items():
         shown_name = in_one_line(name)
@@ -328,11 +328,11 @@ def score_answers(
         except InputError as e:
             # A prompt that is typed may have no gold: the other rewards still score its answers.
             faults.append(str(e))
-            for own in scores:
-                own.append(f"{shown_name} ?")
+            for scores_of_answer in scores:
+                scores_of_answer.append(f"{shown_name} ?")
             continue
-        for own, number in zip(scores, numbers):
-            own.append(f"{shown_name} {number:+.2f}")
+        for scores_of_answer, number in zip(scores, numbers):
+            scores_of_answer.append(f"{shown_name} {number:+.2f}")
     return scores, faults
 
 

@@ -80,7 +80,9 @@ def main(config: Config) -> dict:
         check_output(config.output, is_comparison, "a comparison")
 
     # What is compared: one evaluation of each run, and the prompts that both have answered there.
-    a, b = [read_run(path, config.split) for path in config.runs]
+    path_a, path_b = config.runs
+    a = read_run(path_a, config.split)
+    b = read_run(path_b, config.split)
     step_a, step_b = choose_steps(config.step, a, b)
     pairs = read_pairs(a, step_a, b, step_b, config.split)
     if a.kind != b.kind:
@@ -92,22 +94,22 @@ def main(config: Config) -> dict:
     pairs, sorted_by = sort_pairs(pairs, config.sort)
 
     # The whole of it as one dictionary: what is printed, and written to --output.
-    found = {}
+    comparison = {}
     only_a, only_b = settings_of_one(a, b)
-    found["a"] = {"run": a.path, "kind": a.kind, "step": step_a, "only_here": only_a}
-    found["b"] = {"run": b.path, "kind": b.kind, "step": step_b, "only_here": only_b}
-    found["settings"] = compare_settings(a.settings, b.settings)
-    found["split"] = config.split
-    found["metrics"] = metrics
-    found["best"] = compare_best(a, b, config.split)
-    found["course"] = compare_course(a, b, config.split)
-    found["sorted_by"] = sorted_by
-    found["answers"] = [describe_pair(*pair) for pair in pairs]
+    comparison["a"] = {"run": a.path, "kind": a.kind, "step": step_a, "only_here": only_a}
+    comparison["b"] = {"run": b.path, "kind": b.kind, "step": step_b, "only_here": only_b}
+    comparison["settings"] = compare_settings(a.settings, b.settings)
+    comparison["split"] = config.split
+    comparison["metrics"] = metrics
+    comparison["best"] = compare_best(a, b, config.split)
+    comparison["course"] = compare_course(a, b, config.split)
+    comparison["sorted_by"] = sorted_by
+    comparison["answers"] = [describe_pair(*pair) for pair in pairs]
     with until_nobody_reads():
-        print(table(found, config.n, terminal_width()))
+        print(table(comparison, config.n, terminal_width()))
     if config.output:
-        write_json(config.output, found)
-    return found
+        write_json(config.output, comparison)
+    return comparison
 
 
 def is_comparison(path: str) -> bool:
@@ -287,8 +289,8 @@ def keep_what_all_kinds_have(a: Run, b: Run):
     """Drop the metrics whose names mean different things in runs of different kinds, in place."""
     for run in (a, b):
         for step, numbers in run.evaluations.items():
-            kept = {name: numbers[name] for name in OF_ANSWERS if name in numbers}
-            run.evaluations[step] = kept
+            shared = {name: numbers[name] for name in OF_ANSWERS if name in numbers}
+            run.evaluations[step] = shared
 
 
 def sort_pairs(pairs: Pairs, by: str) -> tuple[Pairs, str]:

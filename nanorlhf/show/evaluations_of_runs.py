@@ -174,7 +174,7 @@ def read_answers(run: Run, step: int, split: str) -> list[Answer]:
         scores.pop("controlled", None)  # what PPO maximised; it is no member
         if scores:
             check_fields(scores, dict.fromkeys(scores, float), f"{place}: scores")
-            members = torch.tensor([[x] for x in scores.values()], dtype=torch.float64)  # [K, 1]
+            members = torch.tensor(list(scores.values()), dtype=torch.float64)[:, None]  # [K, 1]
             numbers["proxy"] = combine_members(members, run.settings).item()
         if isinstance(row.get("response_ids"), list):
             numbers["length"] = float(len(row["response_ids"]))

@@ -105,7 +105,9 @@ def compare_settings(runs: list[Run]) -> list[list]:
         values = []
         for run in runs:
             value = run.config.get(name, "-")
-            values.append(value if isinstance(value, str) else json.dumps(value))
+            if not isinstance(value, str):
+                value = json.dumps(value)
+            values.append(value)
         if len(set(values)) > 1:
             different.append([name, values])
         else:
@@ -182,8 +184,12 @@ def build_page(folders: list[str]) -> str:
         "script": read_web(*SCRIPTS),
         "data": to_json(collect(runs)),
     }
+
+    def fill(place):  # a match of {{title}}, {{style}}, ...
+        return parts[place[1]]
+
     # All at once: what has been put in may hold {{data}} itself.
-    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], read_web("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", fill, read_web("page.html"))
 
 
 def is_page(path: str) -> bool:
@@ -235,8 +241,9 @@ def main(words: list[str] | None = None):
     )
     args = parser.parse_args(words)
     path = args.output
-    if not path:
-        path = os.path.join(args.runs[0], "page.html") if len(args.runs) == 1 else "page.html"
+    if not path and len(args.runs) == 1:
+        path = os.path.join(args.runs[0], "page.html")
+    path = path or "page.html"
     try:
         print(save_page(args.runs, path))
     except (InputError, OSError) as e:

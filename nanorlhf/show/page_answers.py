@@ -25,8 +25,11 @@ MOST_EVALUATIONS = 100
 def read_answers(run: Run) -> list[dict]:
     """The answers of a run's evaluations: a block for each split that there are answers of."""
     # The first split stands first, whatever the others are called: False sorts before True.
+    files_of_splits = find_evaluations(run)
+    labels = sorted(files_of_splits, key=lambda label: label != "eval")
     blocks = []
-    for label, files in sorted(find_evaluations(run).items(), key=lambda item: item[0] != "eval"):
+    for label in labels:
+        files = files_of_splits[label]  # {step: file}
         rows_of_steps = {}
         # Nobody moves a slider over thousands of evaluations, and they may fill the memory.
         for step in thin_out(sorted(files), MOST_EVALUATIONS):
@@ -47,7 +50,7 @@ def read_answers(run: Run) -> list[dict]:
 def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
     """{split: {step: file of answers}}; the folder eval_ood is of the split ood."""
     # By the folders that are there, not by the settings: a run may have been killed before some.
-    found = {}
+    files_of_splits = {}
     for name in os.listdir(run.folder):
         folder = re.fullmatch(r"eval(?:_([\w-]+))?", name)
         if not folder or not os.path.isdir(run.path(name)):
@@ -56,8 +59,9 @@ def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
         for file in os.listdir(run.path(name)):
             step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", file)
             if step:
-                found.setdefault(label, {})[int(step[1])] = run.path(name, file)
-    return found
+                files = files_of_splits.setdefault(label, {})
+                files[int(step[1])] = run.path(name, file)
+    return files_of_splits
 
 
 def arrange_answers(run: Run, split: str, rows_of_steps: dict[int, list[dict]]) -> dict:
@@ -143,10 +147,10 @@ def add_proxy(run: Run, block: dict):
         for answer in item["answers"]:
             if answer is None:
                 continue
-            own = [answer["scores"][place] for place in places]
+            scores = [answer["scores"][place] for place in places]  # K
             proxy = None
-            if None not in own:
-                proxy = combine_members(run, torch.tensor(own))
+            if None not in scores:
+                proxy = combine_members(run, torch.tensor(scores))
             answer["scores"].insert(0, proxy)
     block["scores"].insert(0, "proxy")
 
@@ -176,14 +180,16 @@ def name_dataset(run: Run) -> str:
 
     PPO's own data are prompts alone, and its reward model may know another seed of the world.
     """
-    own = str(run.config.get("dataset", ""))
+    own_dataset = str(run.config.get("dataset", ""))
     reward_models = run.config.get("reward_model")
     has_names = is_of_type(reward_models, list[str]) and reward_models
     if run.kind != "PPO" or not has_names:
-        return own
+        return own_dataset
     config = None
     # The reward model may have no folder, such as world:gold, or a damaged one.
     with contextlib.suppress(InputError):
         config = read_if_there(os.path.join(reward_models[0], "config.json"))
-    learned = str((config or {}).get("dataset", ""))
-    return learned if is_world(learned) else own
+    dataset_of_reward = str((config or {}).get("dataset", ""))
+    if is_world(dataset_of_reward):
+        return dataset_of_reward
+    return own_dataset

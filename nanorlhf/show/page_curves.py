@@ -221,11 +221,11 @@ def draw_metric(runs: list[Run], name: str, key: str) -> list[dict]:
         for record in run.records:
             logged |= set(record)
         n_evaluations = 0
-        for label, own_key in plots.lines_of_panel(name, key, logged).items():
+        for label, line_key in plots.lines_of_panel(name, key, logged).items():
             what = label
             if label == "first split":
                 what = name_first_split(run) if key.startswith("eval/") else TRAINING
-            points = read_points(run, own_key)
+            points = read_points(run, line_key)
             n_evaluations = max(n_evaluations, len(points))
             lines.append({"series": run.name, "what": what, "points": points})
         # A single evaluation is no curve: then the numbers of training are beside it.
@@ -251,10 +251,10 @@ def draw_dictionaries(runs: list[Run], logged: set[str]) -> list[dict]:
             keys.setdefault(measure, []).append(key)
     # One panel for each measure, with a line for each autoencoder: policy/2_mlp is one.
     panels = []
-    for measure, own_keys in keys.items():
+    for measure, keys_of_measure in keys.items():
         lines = []
         for run in runs:
-            for key in own_keys:
+            for key in keys_of_measure:
                 points = read_points(run, key)
                 series = key.rpartition("/")[0]
                 lines.append({"series": series, "what": run.name, "points": points})

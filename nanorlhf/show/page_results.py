@@ -128,7 +128,7 @@ def choose_answers(row: dict, proxies: dict[str, torch.Tensor], ns: list[int]) -
 
 def describe_choice(row: dict, place: int) -> dict:
     """One answer of a row of the pool: {text, place, scores}."""
-    scores = [own[place] for own in scores_of_pool(row).values()]
+    scores = [numbers[place] for numbers in scores_of_pool(row).values()]
     return {"text": shorten(row["responses"][place]), "place": place, "scores": scores}
 
 
@@ -160,9 +160,9 @@ def draw_densities(run: Run) -> list[dict]:
     # In a summary of another script an entry is a number, or has no density.
     lines = []
     for name, result in (run.summary or {}).items():
-        density = result.get("density") if isinstance(result, dict) else None
-        if not density:
+        if not isinstance(result, dict) or not result.get("density"):
             continue
+        density = result["density"]
         edges = density["log10_edges"]
         # Older summaries call features latents.
         counts = density.get("features") or density.get("latents")

@@ -69,7 +69,7 @@ def keep_usable(specs: list[str]) -> tuple[list[str], list[str]]:
 
 def read_settings(runs: list[str], name: str) -> list[str]:
     """What the config.json of each run names with one flag; nothing for a model's folder."""
-    found = []
+    named = []
     for run in runs:
         # A hub name, or a folder without a config.json, has no settings: that is no error here.
         settings = {}
@@ -80,7 +80,7 @@ def read_settings(runs: list[str], name: str) -> list[str]:
         if "output_dir" not in settings or not value:
             continue
         if isinstance(value, str):
-            found.append(value)
+            named.append(value)
         elif is_of_type(value, list[str]):
-            found += value
-    return found
+            named += value
+    return named
