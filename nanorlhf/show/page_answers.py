@@ -24,9 +24,10 @@ MOST_EVALUATIONS = 100
 
 def read_answers(run: Run) -> list[dict]:
     """The answers of a run's evaluations: a block for each split that there are answers of."""
-    # The first split stands first, whatever the others are called: False sorts before True.
+    # The first split stands first (False sorts before True), the others in the order of their
+    # names: a folder's files come in no order.
     files_of_splits = find_evaluations(run)
-    labels = sorted(files_of_splits, key=lambda label: label != "eval")
+    labels = sorted(files_of_splits, key=lambda label: (label != "eval", label))
     blocks = []
     for label in labels:
         files = files_of_splits[label]  # {step: file}
