@@ -250,8 +250,8 @@ def prepare(config):
     for feature, tau, alpha in zip(config.penalize_features, thresholds, alphas):
         prices[feature] = Price(tau, alpha)
 
-    # The density has the features of the file, and a part of its texts is held out: with a few of
-    # either there is nothing to learn a ratio from.
+    # The density is one of all features in the file. A part of the texts is held out, and from very
+    # few of them no ratio can be learned.
     if config.density_beta:
         n_texts = len(human.latents)
         n_features = len(human.features)

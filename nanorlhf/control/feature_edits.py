@@ -229,7 +229,7 @@ def choose_arms(config, edits, rates):
         # Each control has a key of its own, so that more --draws leave the first ones as they were.
         rng = np.random.default_rng([SPLIT, config.seed, i])
         others = alike(rates, list(edits), rng, but=drawn)
-        # The j-th random feature resembles the j-th that is named, and takes its op and value.
+        # The j-th random feature fires about as often as the j-th named one, and takes its edit.
         arms[f"random {i}"] = dict(zip(others, edits.values()))
         drawn += others
     return arms
@@ -429,8 +429,8 @@ def steer(config):
     )
 
     # The scores before and after, and the features that are edited, before any edit. An edit of
-    # features changes z, which one reading can do beside the plain score. An edit of weights
-    # changes the model, w in score = w . z, so the texts are read once more, by the edited head.
+    # features changes z: one reading gives both scores. An edit of weights changes the model, w in
+    # score = w . z, so the texts are read once more, with the edited head.
     rows = []
     for side, answers in texts.items():
         if config.edits:

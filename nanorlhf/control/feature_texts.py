@@ -76,8 +76,8 @@ def encode_texts(config, tokenizer, rows: list[dict], side: str, max_length: int
         response_ids = row.get("response_ids")
         if not (prompt_ids and response_ids):
             continue
-        # The prompt may have been cut on its left, to leave room for the answer. Where somebody has
-        # changed one of the texts since, the ids are no longer theirs.
+        # The prompt may have been cut on its left (--max_prompt_length). Where somebody has changed
+        # one of the texts since, the ids are no longer theirs.
         cut_prompt = cut_left(prompts[i], len(prompt_ids), tokenizer.bos_token_id)
         if prompt_ids != cut_prompt:
             continue

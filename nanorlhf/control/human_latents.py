@@ -115,7 +115,7 @@ def load(path, spec, sae):
         notes and set(NAMES) <= set(tensors),
         f"{path}: not a file of human latents (probe.py human_latents)",
     )
-    # Whoever made it: what is wrong with a number here would be a strange penalty in PPO later.
+    # A wrong number that passes here would be a strange penalty in PPO, hours later.
     check_human_tensors(tensors, path)
     notes = check_fields(parse_json(notes, path), {"complete": bool, "fingerprint": dict}, path)
     check_fingerprint(notes["fingerprint"], path, spec, sae)
@@ -247,7 +247,7 @@ def human_latents(config):
         return Answers([row["prompt"] for row in part], [row[side] for row in part], batch)
 
     # Each process reads its part of them. An error of one, such as a score that is not finite, ends
-    # all of them, where the others would wait for it in gather().
+    # all of them: else the others would wait for it in gather().
     def read_mine():
         return read_texts(dist, reward, len(rows), pack_texts, ids)
 

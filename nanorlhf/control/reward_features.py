@@ -347,8 +347,8 @@ def add_tokens(rows, z, texts, tokenizer):
     parts = [(z[side], present[side][:, is_common]) for side in z]
     auc = separation(parts).nan_to_num(0.5)  # [F, C]
 
-    # How often each feature fires on texts with the token, and on the others: an AUC compares sizes
-    # alone, and cannot tell a feature that is always there from one that never is.
+    # How often each feature fires on texts with the token, and on the others: an AUC says which of
+    # two texts has more of the feature, not how often it is there.
     fires = (torch.cat(list(z.values())) != 0).double()  # [N, F] of all sides
     both = fires.T @ has_token[:, is_common].double()  # [F, C]
     rate_with = both / counts
