@@ -406,7 +406,7 @@ class ControlledScoring:
             controlled = controlled - penalty
         if self.density:
             log_ratio = self.log_ratio(latents)
-            # In warm-up `counts` is False, and the price 0.
+            # In warm-up `counts` is False and the price 0: the net has learned from too little yet.
             density = self.config.density_beta * log_ratio * self.density.counts
             parts["log_ratio"] = log_ratio
             parts["density"] = density

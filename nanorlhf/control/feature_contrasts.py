@@ -1,8 +1,8 @@
 """Which features tell chosen answers from rejected ones, what that is worth to the reward, and
 which tokens they follow.
 
-    N pairs of answers or texts, M features, G groups of pairs (those of one prompt), R resamples,
-    C tokens whose presence is looked at
+    N pairs of answers or texts, M features, b of them in a block, G groups of pairs (those of one
+    prompt), R resamples, C tokens whose presence is looked at
 
 z [N, M] are the latents of whole texts, read at the pooled (last real) token; the score of a SARM
 is w . z. A feature fires where it is not 0: without a ReLU it may fire below 0. The two measures of
@@ -75,10 +75,10 @@ def contrast(
     blocks = {}  # {a field of Contrast: its blocks}
     for columns in torch.arange(chosen.shape[1]).split(max(1, AT_ONCE // resamples)):
         # The same seed each time: all blocks are drawn from the same groups.
-        x = chosen[:, columns].clamp(min=0)  # [N, m]
-        y = rejected[:, columns].clamp(min=0)  # [N, m]
-        c, c_drawn = mean_over_groups(x, groups, resamples, seed)  # [m], [R, m]
-        j, j_drawn = mean_over_groups(y, groups, resamples, seed)  # [m], [R, m]
+        x = chosen[:, columns].clamp(min=0)  # [N, b]
+        y = rejected[:, columns].clamp(min=0)  # [N, b]
+        c, c_drawn = mean_over_groups(x, groups, resamples, seed)  # [b], [R, b]
+        j, j_drawn = mean_over_groups(y, groups, resamples, seed)  # [b], [R, b]
         # An interval is that of the measure computed anew in each resample: chosen and rejected
         # answers of one prompt go together, and c and j are resampled together.
         s_drawn = differential(c_drawn, j_drawn, damping_drawn)
@@ -95,8 +95,8 @@ def contrast(
         for name, values in fields.items():
             blocks.setdefault(name, []).append(values)
 
-    # Rates count features below 0 as well: they fire, although both measures take them for 0.
     whole = {name: torch.cat(parts, -1) for name, parts in blocks.items()}
+    # Rates count features below 0 as well: they fire, although both measures take them for 0.
     rate_chosen = (chosen != 0).double().mean(0)  # [M]
     rate_rejected = (rejected != 0).double().mean(0)  # [M]
     return Contrast(rate_chosen, rate_rejected, **whole)

@@ -139,7 +139,7 @@ def causal(config):
 
     # The texts: both sides of the held-out pairs, and all answers of the pool, row after row. They
     # are read before the reward model is loaded, so that a bad row is found in the first seconds.
-    _, pairs, _ = load(config, "pairs")
+    _, pairs, _ = load(config, "pairs")  # the held-out ones
     pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
     pool_rows = read_pool(config)
     texts = {}
@@ -415,7 +415,7 @@ def steer(config):
         answers = read_answers(config.texts)
         texts["text"] = encode_texts(config, tokenizer, answers, "response", max_length)
     else:
-        _, pairs, _ = load(config, "pairs")
+        _, pairs, _ = load(config, "pairs")  # the held-out ones
         pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
         for side in SIDES:
             texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
