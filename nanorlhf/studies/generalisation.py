@@ -297,7 +297,8 @@ def diversity_command(a, seed: int, part: str) -> str:
 
 
 def diversity_flags_of(a) -> str:
-    """The flags of diversity. The number of the embedded world's words says nothing of other data."""
+    """The flags of diversity. Other data than the embedded world's have other words."""
+    # EAD asks how many n-grams to expect of a vocabulary: there the SFT policy's tokens are it.
     if has_own_data(a) and a.diversity_flags == DIVERSITY_FLAGS:
         return f"--tokenizer {sft_of(a)} --truncate 16"
     return a.diversity_flags
@@ -400,7 +401,7 @@ def win_rate(a: Tensor, b: Tensor) -> float:
 
     a [P, K], b [P, J]: scores of A's and of B's answers to the same prompts.
     """
-    # Every answer of A against every one of B: less noise than K pairs that chance has put together.
+    # Every answer of A against every one of B: less noise than in K pairs put together by chance.
     a, b = torch.broadcast_tensors(a[:, :, None], b[:, None])  # [P, K, J]
     return win_points(a.flatten(), b.flatten()).mean().item()
 
@@ -614,7 +615,7 @@ def is_cell(name: str) -> bool:
 
 def draw_group(axis, group: str, rows: dict[str, dict], won: str, number: int):
     """The systems of a group: a line through their markers, and at each cell its coefficient."""
-    # [(mean, half-width) of each system]: two means are a marker's place, two half-widths its cross.
+    # [(mean, half-width) of each system]: means are a marker's place, half-widths its cross.
     diversity = [t_interval(row["in EAD"]) for row in rows.values()]
     wins = [t_interval(row[won]) for row in rows.values()]
     x, x_half_widths = zip(*diversity)

@@ -58,7 +58,7 @@ def read_run(folder: str) -> dict:
 
 
 def read_bon(folder: str) -> dict:
-    """The curve of best-of-n by one reward: {"n": [...], "kl": [...], "proxy": [...], "gold": [...]}."""
+    """The curve of best-of-n by one reward, {"n", "kl", "proxy", "gold": [a number for each n]}."""
     # {"seed_3": [{"n": 1, "proxy_score": 0.1, "gold_score": -0.6, ...}, {"n": 2, ...}, ...]}
     (points,) = read_object(f"{folder}/bon_results.json").values()
     run = {"n": [], "kl": [], "proxy": [], "gold": []}
@@ -137,7 +137,7 @@ def describe_at_kl(run: dict) -> dict[str, float | None]:
     return row
 
 
-# ------------------------------------------------------------------------------- where the KL stands
+# ------------------------------------------------------------------------------ where the KL stands
 
 
 def compare_places(runs: dict[str, dict[float, list[dict]]], baseline: str) -> tuple[dict, dict]:

@@ -251,7 +251,7 @@ def name_of_place(place: str, coefficient: float, s) -> str:
 
 
 def gold_cells(a, chosen: dict[str, Setting]) -> tuple[list[Cell], list[Cell]]:
-    """The trial of gold as the reward: runs without a KL penalty, and the pools of their policies."""
+    """The trial of gold as the reward: runs without a KL penalty, and pools of their policies."""
     runs = []
     pools = [sft_pool(a)]
     for s in range(a.trial_seeds):
@@ -287,7 +287,7 @@ def commands(a) -> list[list[str]]:
 
 
 def grid_of(a, method: str) -> tuple[list[float], list[float]]:
-    """The learning rates and the strengths that are tried. The first strength is the first round's."""
+    """The learning rates and the strengths that are tried; learning rates at the first strength."""
     if method == DPO:
         return a.dpo_lr, a.dpo_beta
     return a.lr, a.kl_coef

@@ -50,7 +50,7 @@ def read_policy(folder: str) -> dict:
 
 def read_samples(folder: str, last_step: int) -> list[dict]:
     """The same prompts' answers before and after -> [{prompt, before, after}]"""
-    # samples.jsonl has answers to the same few prompts, step by step: {"step": 0, "prompt": ..., ...}
+    # samples.jsonl has answers to the same few prompts: {"step": 0, "prompt": ..., "response": ...}
     answers = {}
     for row in read_rows(f"{folder}/samples.jsonl", {"step": int}):
         question = row["prompt"][-1]["content"]

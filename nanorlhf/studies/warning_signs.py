@@ -110,8 +110,8 @@ def measure_auc(sign: Sign, runs: Runs, resamples: int = 1000) -> dict:
         scores, steps, has_fallen = drawn.T
         if len(has_fallen.unique()) < 2:
             return torch.tensor([NAN, NAN])
-        # Later checkpoints have fallen more often, so whatever grows with time has an AUC above 0.5.
-        # What it has beyond that of the step is its own.
+        # Later checkpoints have fallen more often, so whatever grows with time tells something.
+        # What a sign is worth is its AUC beyond that of the step.
         own_auc = auc(scores, has_fallen)
         return torch.tensor([own_auc, own_auc - auc(steps, has_fallen)])
 
