@@ -65,7 +65,7 @@ def hidden_states(reward_model: RewardModel, rows: list[dict]) -> Tensor:
 
     rows {prompt_ids, response_ids}, as the file of an evaluation has them.
     """
-    # From token ids: a text that is encoded again may have other tokens than those that were scored.
+    # From token ids: a text that is encoded again may have other tokens than were scored.
     states = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
