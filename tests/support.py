@@ -66,8 +66,11 @@ def encode_field(tokenizer, rows, field, max_length=None):
 
 def write_rows(path, rows):
     """A file of one row a line; a row that is a string stands there as it is. Returns the path."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines))
+    text = ""
+    for row in rows:
+        line = row if isinstance(row, str) else json.dumps(row)
+        text += line + "\n"
+    path.write_text(text)
     return path
 
 
@@ -93,19 +96,19 @@ def list_files(folder):
 
 def hashes(folder):
     """{name of a file below the folder: the hash of its bytes}."""
-    found = {}
+    hash_of = {}
     for path in list_files(folder):
-        found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+        hash_of[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hash_of
 
 
 def content(folder="."):
     """Every file and folder below: its bytes, or "folder"."""
-    found = {}
+    content_of = {}
     for path in sorted(Path(folder).rglob("*")):
         if "__pycache__" not in str(path):
-            found[str(path)] = path.read_bytes() if path.is_file() else "folder"
-    return found
+            content_of[str(path)] = path.read_bytes() if path.is_file() else "folder"
+    return content_of
 
 
 # ------------------------------------------ tiny runs of the training scripts, and what they left
@@ -278,11 +281,11 @@ def metrics(folder):
 
 def weights(folder):
     """{file:name: tensor} of every tensor that the run saved."""
-    found = {}
+    tensors = {}
     for path in sorted((Path(folder) / "model").rglob("*.safetensors")):
         for name, tensor in load_file(path).items():
-            found[f"{path.relative_to(folder)}:{name}"] = tensor
-    return found
+            tensors[f"{path.relative_to(folder)}:{name}"] = tensor
+    return tensors
 
 
 def names_of_files(folder):
@@ -316,7 +319,7 @@ def assert_bit_equal(a, b):
 
 def all_files(folder):
     """{name: content} of a finished run, without times, pictures and its page."""
-    found = {}
+    content_of = {}
     for path in list_files(folder):
         if path.suffix in (".png", ".html") or path.name in ("config.json", "metrics.jsonl"):
             continue
@@ -324,8 +327,8 @@ def all_files(folder):
         # transformers writes there whether the process was offline.
         if path.name == "tokenizer_config.json":
             what = {**json.loads(what), "local_files_only": None}
-        found[str(path.relative_to(folder))] = what
-    return found
+        content_of[str(path.relative_to(folder))] = what
+    return content_of
 
 
 def assert_same_tensors(a, b):

@@ -48,17 +48,20 @@ def divide_benchmarks(files: dict[str, str]) -> Sides:
             if item.group == TIES:
                 ties.add(question)
     # draw() has a fixed seed: a study that goes on, or of another model, has the same sides.
-    kept = set(draw(list(questions), len(questions) // 2)) | ties
+    kept_questions = set(draw(list(questions), len(questions) // 2)) | ties
 
     # A question is on the same side in all files.
     learned = {}
     kept_rows = {}
     for name, path in files.items():
-        learned[name] = [item for item in items[name] if canonical(item.prompt) not in kept]
+        learned[name] = []
+        for item in items[name]:
+            if canonical(item.prompt) not in kept_questions:
+                learned[name].append(item)
         kept_rows[name] = []
         # Rows are kept as they are in the file, so that a benchmark reads them as its own.
         for place, row in read_objects(path):
-            if canonical(get_prompt(place, row)) in kept:
+            if canonical(get_prompt(place, row)) in kept_questions:
                 kept_rows[name].append(row)
         enough = learned[name] and kept_rows[name]
         require(enough, f"{path}: too few questions to learn from some and to keep others")

@@ -98,7 +98,9 @@ def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
             parser.set_defaults(**quick)
             flags = config_class(**vars(parser.parse_args(args)))
         # A study that is itself of a real model has no --dataset.
-        has_own = hasattr(flags, "dataset") and (flags.dataset or getattr(flags, "model", ""))
+        has_own = False
+        if hasattr(flags, "dataset"):
+            has_own = bool(flags.dataset or getattr(flags, "model", ""))
         # A folder that was named is taken as it is.
         if has_own and flags.output_dir == config_class.output_dir:
             flags.output_dir += "/own"
@@ -224,11 +226,11 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
     """
     # Before hours of runs, not after them.
     check_can_write(path)
-    kept = read_cells(path)
+    kept_cells = read_cells(path)
     missing = []
     for cell in cells:
-        if cell.name in kept:
-            check_cell(cell, kept[cell.name], a, path)
+        if cell.name in kept_cells:
+            check_cell(cell, kept_cells[cell.name], a, path)
         else:
             missing.append(cell)
 
@@ -242,8 +244,8 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
             pass
 
     # From the file again, as a reader of it will see them: results that were just written, too.
-    kept = read_cells(path)
-    return {cell.name: kept[cell.name]["result"] for cell in cells}
+    kept_cells = read_cells(path)
+    return {cell.name: kept_cells[cell.name]["result"] for cell in cells}
 
 
 def stages_of(cells: list[Cell]) -> list[list[str]]:
@@ -294,12 +296,12 @@ def run_and_keep(cell: Cell, a, path: str):
         commit = "unknown"
     # The script itself says whether the folder's run is done and is this one.
     run_command(cell.command)
-    result = with_null(cell.read(output_of(shlex.split(cell.command))))
+    folder = output_of(shlex.split(cell.command))
     entry = {
         "command": kept_form(cell.command, a),
         "needs": kept_needs(cell, a),
         "commit": commit,
-        "result": result,
+        "result": with_null(cell.read(folder)),
     }
     # Read again and written whole: others have added cells since.
     with FILE_OF_CELLS:
@@ -374,8 +376,10 @@ def print_title(title: str, a):
 
     That of a quick study says that it is one, and of how many seeds.
     """
-    seeds = "one seed" if a.seeds == 1 else f"{a.seeds} seeds"
-    mark = f" [QUICK, {seeds}: not the study's numbers]" if a.quick else ""
+    mark = ""
+    if a.quick:
+        seeds = "one seed" if a.seeds == 1 else f"{a.seeds} seeds"
+        mark = f" [QUICK, {seeds}: not the study's numbers]"
     print(f"\n{title}{mark}")
 
 

@@ -611,7 +611,10 @@ def outcomes_of(a, found):
     arms_to_read = ["plain", *(named(a, arm) for arm in CONTROLLED)]
     if not a.truth:
         for arm in CONTROLS:
-            arms_to_read.append(arm if arm.startswith("kl_") else named(a, arm))
+            # The KL's arms have no features: they are the same runs, however features are found.
+            if not arm.startswith("kl_"):
+                arm = named(a, arm)
+            arms_to_read.append(arm)
     arms_to_read.append(DENSE)
 
     # PPO's arms all start from one policy: the start is read once.
@@ -873,6 +876,7 @@ def main(args=None):
         print_plan(plan(a), a, remarks, later=describe_control(a))
         return
     print_remarks(remarks)
+    # The data that no script of the project writes.
     if has_own_data(a):
         write_sides(divide_benchmarks(benchmarks_of(a)), f"{a.output_dir}/data")
     else:
@@ -888,8 +892,8 @@ def main(args=None):
         for s in seeds(a):
             found[s] = find_features(a, s)
 
-    # PPO under control; arms() reads what the other runs wrote.
-    # A density is fitted to people's values of the very features: they had to be found first.
+    # PPO under control; arms() reads what the other runs wrote. A density is fitted to human texts'
+    # latents of the features that were found, so it comes only now.
     densities = []
     for s in seeds(a):
         if found[s]["features"]:
@@ -930,7 +934,8 @@ def describe_differences(a):
     """What is different on own data: lines to print. InputError: a benchmark cannot be divided."""
     lines = describe_own_data(a)
     if lines:
-        lines.append(describe_sides(divide_benchmarks(benchmarks_of(a))))
+        sides = divide_benchmarks(benchmarks_of(a))
+        lines.append(describe_sides(sides))
         lines.append("no known cue: its rate is not measured, nor whether the rule is right")
     return lines
 

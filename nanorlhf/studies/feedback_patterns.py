@@ -371,8 +371,8 @@ def describe_differences(a) -> list[str]:
     if not a.pairs:
         lines.append("pairs are not probed: there are no --pairs")
     if not a.features:
-        found = folder_of(a, "features", 0)
-        lines.append(f"nothing is ablated: choose --features by what {found} says of them")
+        folder = folder_of(a, "features", 0)
+        lines.append(f"nothing is ablated: choose --features by what {folder} says of them")
     return lines
 
 
@@ -403,7 +403,8 @@ def over_seeds(
     rows = []
     for seed in range(a.seeds):
         path = Path(folder_of(a, name, seed), "summary.json")
-        rows.append(read(json.loads(path.read_text())))
+        summary = json.loads(path.read_text())
+        rows.append(read(summary))
 
     # Every mean is over all seeds: one over fewer of them could not be compared with the others.
     intervals = {}

@@ -342,12 +342,12 @@ def measure_seed(a, seed: int) -> dict[str, dict[str, dict[str, float]]]:
         sft = read_scores(answers_of(a, SFT, seed, part))
         rows = {}
         for name in list_systems(a):
-            own = read_scores(answers_of(a, name, seed, part))
+            scores_of_system = read_scores(answers_of(a, name, seed, part))
             row = {"KL": kl_of(a, name, seed, part)}
-            for key, scores in own.items():
+            for key, scores in scores_of_system.items():
                 row[key] = scores.mean().item()
             # SFT's own row has 0.5 here, by symmetry: half of its answers win over the other half.
-            for key, scores in own.items():
+            for key, scores in scores_of_system.items():
                 row[f"win {key}"] = win_rate(scores, sft[key])
             rows[name] = row
         add_diversity(rows, Path(a.output_dir, f"diversity/seed_{seed}/{part}", FILE))
@@ -357,12 +357,12 @@ def measure_seed(a, seed: int) -> dict[str, dict[str, dict[str, float]]]:
 
 def add_diversity(rows: dict[str, dict[str, float]], path: Path):
     """Add the columns of a diversity.json to the rows of the systems."""
-    found = json.loads(path.read_text())
+    report = json.loads(path.read_text())
     # {"systems": {name: {"per_input": {...}, "across_input": {...}}, ...},
     #  "truncated": {"systems": {...}}}: the same numbers of the first words of each answer alone
-    add_metrics(rows, found["systems"], "")
-    if "truncated" in found:
-        add_metrics(rows, found["truncated"]["systems"], ", cut")
+    add_metrics(rows, report["systems"], "")
+    if "truncated" in report:
+        add_metrics(rows, report["truncated"]["systems"], ", cut")
 
 
 def add_metrics(rows: dict[str, dict[str, float]], systems: dict[str, dict], end: str):
@@ -381,17 +381,17 @@ def add_metrics(rows: dict[str, dict[str, float]], systems: dict[str, dict], end
 def read_scores(path: str) -> dict[str, Tensor]:
     """A file of answers -> {"proxy": [P, K], "gold": [P, K] where there is gold}, float64."""
     # The K answers to a prompt stand in K lines, each with its prompt.
-    found = {}  # {"proxy": {prompt: [K numbers]}, ...}
+    by_metric = {}  # {"proxy": {prompt: [K numbers]}, ...}
     for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
         row = json.loads(line)
         # One reward chooses, so a line has one score beside gold.
         (proxy,) = row["scores"].values()
-        found.setdefault("proxy", {}).setdefault(row["prompt"], []).append(proxy)
+        by_metric.setdefault("proxy", {}).setdefault(row["prompt"], []).append(proxy)
         if row["gold"] is not None:
-            found.setdefault("gold", {}).setdefault(row["prompt"], []).append(row["gold"])
+            by_metric.setdefault("gold", {}).setdefault(row["prompt"], []).append(row["gold"])
 
     scores = {}
-    for key, by_prompt in found.items():
+    for key, by_prompt in by_metric.items():
         scores[key] = torch.tensor(list(by_prompt.values()), dtype=torch.float64)
     return scores
 
@@ -416,7 +416,8 @@ def kl_of(a, name: str, seed: int, part: str) -> float:
         return 0.0
     if name == BON:
         return bon_kl(a.n)
-    summary = json.loads(Path(ppo_folder(a, name, seed), "summary.json").read_text())
+    path = Path(ppo_folder(a, name, seed), "summary.json")
+    summary = json.loads(path.read_text())
     key = "kl"
     if part != names_of_splits(a)[0]:
         key = f"{part}/kl"
@@ -434,16 +435,15 @@ def at_kl(rows: dict[str, dict], kind: str, kl: float, column: str) -> float | N
     for name, row in rows.items():
         if name == SFT or name.startswith(f"{kind}_"):
             points.append((row["KL"], row[column]))
-    x, y = np.array(sorted(points)).T
+    kls, values = np.array(sorted(points)).T
 
-    # A KL that is estimated may come out a little below 0.
-    # Gold rises about linearly in d = sqrt(KL) at first, so lines between points bend less there.
-    d = np.sqrt(x.clip(0))
+    # In d = sqrt(KL) gold is nearer to a line. An estimated KL may come out a little below 0.
+    d = np.sqrt(kls.clip(0))
     kl = max(kl, 0.0)
     # Beyond the last point np.interp() would repeat it, as if nothing changed any more.
     if kl > d[-1] ** 2:
         return None
-    return np.interp(kl**0.5, d, y).item()
+    return np.interp(kl**0.5, d, values).item()
 
 
 # --------------------------------------------------------------------------------------- all seeds
@@ -521,10 +521,10 @@ def tables_of_gap(a, first: str, other: str, seeds: list[dict]) -> dict[str, dic
     # Harder prompts give SFT a gap, too. Only what a system has beyond that is its own.
     whole = {}
     less_sft = {}
-    for name, own in gaps.items():
-        whole[name] = collect(own)
+    for name, seed_gaps in gaps.items():
+        whole[name] = collect(seed_gaps)
         if name != SFT:
-            less_sft[name] = collect(subtract(x, y) for x, y in zip(own, gaps[SFT]))
+            less_sft[name] = collect(subtract(x, y) for x, y in zip(seed_gaps, gaps[SFT]))
     title = f"gap, {first} less {other}"
     return {title: whole, f"{title}, less SFT's": less_sft}
 
@@ -539,12 +539,12 @@ def less_at_its_kl(rows: dict[str, dict], name: str) -> dict[str, float | None]:
 
     So both policies have moved as far from SFT. None where k1 has not moved so far.
     """
-    own = rows[name]
+    row = rows[name]
     differences = {}
-    for column, number in own.items():
+    for column, number in row.items():
         if column == "KL":
             continue
-        k1 = at_kl(rows, "k1", own["KL"], column)
+        k1 = at_kl(rows, "k1", row["KL"], column)
         differences[column] = None
         if k1 is not None:
             differences[column] = number - k1

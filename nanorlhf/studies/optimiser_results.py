@@ -76,8 +76,8 @@ def read_bon(folder: str) -> dict:
 def compare_ends(runs: dict[str, list[dict]]) -> dict:
     """The table of where runs have come to. runs: {method: the run of each seed}"""
     table = {}
-    for method, own in runs.items():
-        table[method] = collect(describe_end(run) for run in own)
+    for method, seed_runs in runs.items():
+        table[method] = collect(describe_end(run) for run in seed_runs)
     for method, row in table.items():
         # Within a seed all have learned from the same pairs.
         if method != PPO:
@@ -104,8 +104,8 @@ def describe_end(run: dict) -> dict[str, float]:
 def compare_answers(runs: dict[str, list[dict]]) -> dict:
     """The table of what the last answers are like, and of the seconds that training took."""
     table = {}
-    for method, own in runs.items():
-        table[method] = collect(describe_answers(run) for run in own)
+    for method, seed_runs in runs.items():
+        table[method] = collect(describe_answers(run) for run in seed_runs)
     return table
 
 
@@ -122,8 +122,8 @@ def describe_answers(run: dict) -> dict[str, float | None]:
 def compare_at_kl(runs: dict[str, list[dict]]) -> dict:
     """The table of gold at the same KL, along each run: None where the run has not gone so far."""
     table = {}
-    for method, own in runs.items():
-        table[method] = collect(describe_at_kl(run) for run in own)
+    for method, seed_runs in runs.items():
+        table[method] = collect(describe_at_kl(run) for run in seed_runs)
     return table
 
 
@@ -150,12 +150,12 @@ def compare_places(runs: dict[str, dict[float, list[dict]]], baseline: str) -> t
     ends = {}
     less_baseline = {}
     for place, by_coefficient in runs.items():
-        for coefficient, own in by_coefficient.items():
+        for coefficient, seed_runs in by_coefficient.items():
             name = f"{place} {coefficient:g}"
             rows = []
             differences = []
             # i is the seed: a run is compared with what the baseline did with the same pairs.
-            for i, run in enumerate(own):
+            for i, run in enumerate(seed_runs):
                 end = describe_end(run)
                 # Of these runs there are two evaluations alone, start and end: a peak would say
                 # nothing.
@@ -218,10 +218,10 @@ def compare_max_at_k(curves: dict[str, list[dict[int, float]]]) -> dict:
     (sft,) = curves[SFT]
     whole = {}
     less_sft = {}
-    for method, own in curves.items():
+    for method, seed_curves in curves.items():
         rows = []
         differences = []
-        for curve in own:
+        for curve in seed_curves:
             row = {}
             difference = {}
             for k in KS:
@@ -241,17 +241,17 @@ def describe_crossings(curves: dict[str, list[dict[int, float]]]) -> list[str]:
     """A sentence for each method: from which k on SFT is as good."""
     (sft,) = curves[SFT]
     sentences = []
-    for method, own in curves.items():
+    for method, seed_curves in curves.items():
         if method == SFT:
             continue
-        found = []
-        for curve in own:
+        places = []
+        for curve in seed_curves:
             k = crossing(curve, sft)
             if k is None:
-                found.append("never")
+                places.append("never")
             else:
-                found.append(f"from k = {k:.0f}")
-        sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(found)}")
+                places.append(f"from k = {k:.0f}")
+        sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(places)}")
     return sentences
 
 
@@ -265,12 +265,12 @@ def draw_against_kl(figure, runs: dict[str, list[dict]]):
     """
     figure.set_size_inches(9.5, 4.4)
     gold_axis, proxy_axis = figure.subplots(1, 2, sharex=True)
-    for method, own in runs.items():
+    for method, seed_runs in runs.items():
         # An estimated KL may come out a little below 0, and has no root then.
-        kl = np.array([run["kl"] for run in own])  # [seeds, evaluations]
+        kl = np.array([run["kl"] for run in seed_runs])  # [seeds, evaluations]
         d = kl.clip(0) ** 0.5
         for axis, score in ((gold_axis, "gold"), (proxy_axis, "proxy")):
-            scores = np.array([run[score] for run in own])
+            scores = np.array([run[score] for run in seed_runs])
             draw_mean(axis, d.mean(0), scores, **look_of(method))
     gold_axis.set(ylabel="gold, on held-out prompts")
     proxy_axis.set(ylabel="proxy (in standard deviations)")
@@ -283,9 +283,9 @@ def draw_max_at_k(figure, curves: dict[str, list[dict[int, float]]]):
     """max@k against k, the mean over seeds."""
     figure.set_size_inches(5.5, 4)
     axis = figure.subplots()
-    for method, own in curves.items():
-        golds = np.array([list(curve.values()) for curve in own])  # [seeds, k]
-        draw_mean(axis, list(own[0]), golds, **look_of(method))
+    for method, seed_curves in curves.items():
+        golds = np.array([list(curve.values()) for curve in seed_curves])  # [seeds, k]
+        draw_mean(axis, list(seed_curves[0]), golds, **look_of(method))
     axis.set(xlabel="k answers to a prompt", ylabel="gold of the best of k", xscale="log")
     axis.legend()
 

@@ -212,10 +212,10 @@ def headline_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
     """The two headline parts, seed by seed. chosen: the setting of each method."""
     cells = []
     for s in range(a.seeds):
-        for method, own in ON_POLICY.items():
+        for method, method_flags in ON_POLICY.items():
             setting = chosen[method]
             flags = flags_of(setting, a.steps, a.eval_every)
-            tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(own, flags))
+            tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(method_flags, flags))
             cells.append(tuned)
 
             # What an optimiser does when nothing pulls it back to SFT, at its own learning rate.
@@ -223,7 +223,7 @@ def headline_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
                 no_kl = setting._replace(strength=0)
                 flags = flags_of(no_kl, a.no_kl_steps, a.no_kl_eval_every)
                 name = f"no_kl/{method}/seed_{s}"
-                cells.append(policy_cell(a, name, s, join(own, flags)))
+                cells.append(policy_cell(a, name, s, join(method_flags, flags)))
 
         dpo = dpo_cell(a, f"tuned/{DPO}/seed_{s}", s, chosen[DPO], a.dpo_eval_every)
         cells.append(dpo)
@@ -235,12 +235,12 @@ def place_cells(a, lr: float) -> list[Cell]:
     """The trial of where RLOO's KL penalty stands."""
     cells = []
     for s in range(a.trial_seeds):
-        for place, own in PLACES.items():
+        for place, place_flags in PLACES.items():
             for coefficient in a.place_coefs:
                 # RLOO's own --kl_in and --kl_kind are the defaults. A place names both.
                 setting = Setting(lr, coefficient)
                 flags = flags_of(setting, a.place_steps, eval_every=0)
-                flags = join(ON_POLICY["rloo"], own, flags)
+                flags = join(ON_POLICY["rloo"], place_flags, flags)
                 name = name_of_place(place, coefficient, s)
                 cells.append(policy_cell(a, name, s, flags))
     return cells
@@ -255,10 +255,10 @@ def gold_cells(a, chosen: dict[str, Setting]) -> tuple[list[Cell], list[Cell]]:
     runs = []
     pools = [sft_pool(a)]
     for s in range(a.trial_seeds):
-        for method, own in ON_POLICY.items():
+        for method, method_flags in ON_POLICY.items():
             no_kl = chosen[method]._replace(strength=0)
             flags = flags_of(no_kl, a.gold_steps, a.eval_every)
-            run = gold_cell(a, f"gold/{method}/seed_{s}", s, join(own, flags))
+            run = gold_cell(a, f"gold/{method}/seed_{s}", s, join(method_flags, flags))
             runs.append(run)
 
             # Noise of its own: the pool of SFT has seed 0.
@@ -321,13 +321,13 @@ def try_settings(a, settings: dict[str, list[Setting]], path: str) -> dict:
     cells = []
     tried = {}
     places = {}  # {name of a cell: the list that its gold goes into}
-    for method, own in settings.items():
+    for method, settings_of_method in settings.items():
         # The lists are filled below: a cell's name says which list its gold belongs to.
-        tried[method] = {setting: [] for setting in own}
+        tried[method] = {setting: [] for setting in settings_of_method}
         lrs, strengths = grid_of(a, method)
         if len(lrs) * len(strengths) == 1:
             continue  # nothing to choose
-        for setting in own:
+        for setting in settings_of_method:
             for s in a.tuning_seeds:
                 cell = tuning_cell(a, method, s, setting)
                 cells.append(cell)
@@ -488,8 +488,8 @@ def run_study(a, path: str):
     largest = min(a.n_answers, a.k_answers)
     # All pools up to the same k. SFT's pool is one for all seeds, so it has one curve.
     curves = {SFT: [curve_of(results["pool"], largest)]}
-    for method, own in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
-        curves[method] = [curve_of(pool, largest) for pool in own]
+    for method, seed_pools in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
+        curves[method] = [curve_of(pool, largest) for pool in seed_pools]
     print_title("max@k: gold of the best of k answers", a)
     print_table(compare_max_at_k(curves))
     print("\n".join(describe_crossings(curves)))
@@ -511,10 +511,10 @@ def runs_of_places(a, results: dict) -> dict[str, dict[float, list[dict]]]:
     for place in PLACES:
         runs[place] = {}
         for coefficient in a.place_coefs:
-            own = []
+            seed_runs = []
             for s in range(a.trial_seeds):
-                own.append(results[name_of_place(place, coefficient, s)])
-            runs[place][coefficient] = own
+                seed_runs.append(results[name_of_place(place, coefficient, s)])
+            runs[place][coefficient] = seed_runs
     return runs
 
 

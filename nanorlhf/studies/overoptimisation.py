@@ -107,7 +107,8 @@ ON_OWN_DATA = (SINGLE, "mean", "wco", "uwo")
 FEW_MEMBERS = (2, 3)
 # UWO with lambda 0 is the mean.
 LAMBDAS = {label: METHODS[label] for label in (SINGLE, "mean")}
-LAMBDAS |= {f"uwo_{x:g}": Method(FINETUNE, "uwo", uwo_lambda=x) for x in (0.1, 1, 10)}
+for uwo_lambda in (0.1, 1, 10):
+    LAMBDAS[f"uwo_{uwo_lambda:g}"] = Method(FINETUNE, "uwo", uwo_lambda=uwo_lambda)
 KL_COEFS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 1)
 # One reward model, and the ensemble whose gold is highest with a penalty.
 IN_KL_SWEEP = {label: METHODS[label] for label in (SINGLE, "wco")}
@@ -232,7 +233,7 @@ def without_training(rm_flags: str) -> str:
     """Those of --rm_flags that train_rm.py --average takes too. Their names are written in full."""
     # The script is imported by its name: no module imports a script.
     refused = importlib.import_module("train_rm").NOT_FOR_AVERAGE
-    kept = []
+    kept_words = []
     is_kept = True
     for word in shlex.split(rm_flags):
         # The values of a flag follow it, up to the next one; or one stands after its =.
@@ -240,8 +241,8 @@ def without_training(rm_flags: str) -> str:
             name = word.removeprefix("--").partition("=")[0].replace("-", "_")
             is_kept = name not in refused
         if is_kept:
-            kept.append(word)
-    return shlex.join(kept)
+            kept_words.append(word)
+    return shlex.join(kept_words)
 
 
 def train_further(a, s, noise, method: Method) -> list[str]:
@@ -490,8 +491,9 @@ def all_cells(a) -> list[Cell]:
     cells = headline_cells(a) + hard_cells(a)
     cells += trial_cells(a, member_counts(a)) + trial_cells(a, LAMBDAS)
     cells += trial_cells(a, IN_KL_SWEEP, KL_COEFS)
-    # The sweeps have some runs of the headline.
-    return list({cell.name: cell for cell in cells}.values())
+    # The sweeps have some runs of the headline: each name once.
+    by_name = {cell.name: cell for cell in cells}
+    return list(by_name.values())
 
 
 def commands(a) -> list[list[str]]:
@@ -665,7 +667,7 @@ def show_curves(a, title: str, runs: dict[str, list[dict]], picture: str):
     """The table, the fits and the picture of runs."""
     measure = measure_of(a)
     # All methods have the same seeds, since differences are taken seed by seed.
-    (n_seeds,) = {len(own) for own in runs.values()}
+    (n_seeds,) = {len(seed_runs) for seed_runs in runs.values()}
     print_title(f"{title}, {count(n_seeds, 'seed')}", a)
     print_table(compare_curves(runs, measure))
     # Gao et al.'s curves are of gold. The proxy does not follow them.
@@ -673,7 +675,7 @@ def show_curves(a, title: str, runs: dict[str, list[dict]], picture: str):
         for line in fit_curves(runs):
             print(line)
     # Best-of-n by UWO has a curve for each lambda, between those of the mean and of WCO.
-    drawn = {label: own for label, own in runs.items() if "uwo_" not in label}
+    drawn = {label: seed_runs for label, seed_runs in runs.items() if "uwo_" not in label}
     draw_picture(draw_curves, drawn, f"{a.output_dir}/{picture}")
 
 
@@ -716,8 +718,8 @@ def show_signs(a, title: str, runs: dict[str, list[dict]]):
 def group_by_seed(runs: dict[str, list[dict]]) -> dict[int, list[dict]]:
     """{label: the run of each seed} -> {seed: its runs}"""
     by_seed = {}
-    for own in runs.values():
-        for s, run in enumerate(own):
+    for seed_runs in runs.values():
+        for s, run in enumerate(seed_runs):
             by_seed.setdefault(s, []).append(run)
     return by_seed
 

@@ -192,8 +192,8 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
     # Labels as those of PPO's METHODS, so that tables and colours of both can be compared.
     first, *_ = pools
     runs = {}
-    for ensemble, own in pools.items():
-        names = list(own[0])
+    for ensemble, seed_pools in pools.items():
+        names = list(seed_pools[0])
         names.remove("n")
         names.remove("kl")
         for name in names:
@@ -204,7 +204,7 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
                 label = ensemble
             runs[label] = []
             # A run as PPO's are: gold, proxy and KL side by side, with n in the place of steps.
-            for pool in own:
+            for pool in seed_pools:
                 runs[label].append({"n": pool["n"], "kl": pool["kl"], **pool[name]})
     return runs
 
@@ -212,9 +212,9 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
 # ------------------------------------------------------------------------------------- comparing
 
 
-def stack(own: list[dict], column: str) -> np.ndarray:
+def stack(seed_runs: list[dict], column: str) -> np.ndarray:
     """A column of the runs of all seeds: [S, L]."""
-    return np.array([run[column] for run in own])
+    return np.array([run[column] for run in seed_runs])
 
 
 def compare_curves(runs: dict[str, list[dict]], measure: str) -> dict:
@@ -224,8 +224,8 @@ def compare_curves(runs: dict[str, list[dict]], measure: str) -> dict:
     model, and of members with a start of their own from members that share it.
     """
     table = {}
-    for label, own in runs.items():
-        table[label] = collect(describe_curve(run, measure) for run in own)
+    for label, seed_runs in runs.items():
+        table[label] = collect(describe_curve(run, measure) for run in seed_runs)
     # Methods of a seed share its pairs and its noise: what these do to both falls out of a
     # difference.
     for label, row in table.items():
@@ -264,10 +264,10 @@ def describe_curve(run: dict, measure: str) -> dict[str, float]:
 def compare_members(runs: dict[str, list[dict]]) -> dict:
     """The table of how alike the members of each ensemble are, on SFT's and on the last answers."""
     table = {}
-    for label, own in runs.items():
+    for label, seed_runs in runs.items():
         # A single reward model has nobody to be like.
-        if own[0]["correlation"][0] is not None:
-            table[label] = collect(describe_members(run) for run in own)
+        if seed_runs[0]["correlation"][0] is not None:
+            table[label] = collect(describe_members(run) for run in seed_runs)
     return table
 
 
@@ -289,15 +289,15 @@ def fit_curves(runs: dict[str, list[dict]]) -> list[str]:
     A method has none where its runs have been to less than two KL beside the start's.
     """
     lines = []
-    for label, own in runs.items():
-        kl = stack(own, "kl").clip(0)  # [S, L]
-        gold = stack(own, "gold")  # [S, L]
+    for label, seed_runs in runs.items():
+        kl = stack(seed_runs, "kl").clip(0)  # [S, L]
+        gold = stack(seed_runs, "gold")  # [S, L]
         # The KL of the policy that a run starts from is 0, whatever rounding says.
         kl[:, 0] = 0.0
         # Two unknowns, a and b, need two KL of which neither is the start's: all curves begin at 0.
         if len(np.unique(kl[kl > 1e-6])) < 2:
             continue
-        if "n" in own[0]:
+        if "n" in seed_runs[0]:
             formula = "d (a - b d)"
             fit = fit_bon(kl, gold)
         else:
@@ -327,8 +327,8 @@ def compare_reward_models(runs: dict[str, list[dict]], measure: str) -> list[str
         numbers = []
         ends = []
         # (x, y) of each run: the measure, known before PPO, and where the run ended.
-        for own in runs.values():
-            for run in own:
+        for seed_runs in runs.values():
+            for run in seed_runs:
                 (number,) = run[name]
                 if number is not None:
                     numbers.append(number)
@@ -353,31 +353,31 @@ def draw_curves(figure, runs: dict[str, list[dict]]):
     """
     figure.set_size_inches(10, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
-    for i, (label, own) in enumerate(runs.items()):
-        kl = stack(own, "kl")  # [S, L]
+    for i, (label, seed_runs) in enumerate(runs.items()):
+        kl = stack(seed_runs, "kl")  # [S, L]
         d = kl.clip(0) ** 0.5
-        positions = own[0].get("step") or own[0]["n"]
+        positions = seed_runs[0].get("step") or seed_runs[0]["n"]
         # Left, by effort; right, by distance from SFT: methods that go at different paces can be
         # compared there.
-        draw_scores(left, positions, own, color=f"C{i}", label=label)
-        draw_scores(right, d.mean(0), own, color=f"C{i}", label=label)
+        draw_scores(left, positions, seed_runs, color=f"C{i}", label=label)
+        draw_scores(right, d.mean(0), seed_runs, color=f"C{i}", label=label)
 
     left.set(xlabel="PPO step", ylabel="gold (solid), proxy (dashed)")
-    if "n" in own[0]:
+    if "n" in seed_runs[0]:
         left.set(xlabel="n", xscale="log")
     right.set(xlabel="d = sqrt(KL to the SFT policy in nats)")
     lines, labels = left.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 6))
 
 
-def draw_scores(axis, x, own: list[dict], color: str, label: str):
+def draw_scores(axis, x, seed_runs: list[dict], color: str, label: str):
     """The mean gold and proxy of the runs of all seeds; the proxy alone where gold is unknown."""
-    proxy = stack(own, "proxy")  # [S, L]
+    proxy = stack(seed_runs, "proxy")  # [S, L]
     # No gold reward, no solid line: the proxy then has the colour's label.
-    if None in own[0]["gold"]:
+    if None in seed_runs[0]["gold"]:
         draw_mean(axis, x, proxy, color=color, label=label, linestyle="--")
         return
-    gold = stack(own, "gold")  # [S, L]
+    gold = stack(seed_runs, "gold")  # [S, L]
     draw_mean(axis, x, gold, color=color, label=label)
     axis.plot(x, proxy.mean(0), "--", color=color, linewidth=1)
 

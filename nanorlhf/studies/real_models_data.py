@@ -115,7 +115,10 @@ def write_sums(n: int) -> list[dict]:
     example = [*ask("What is 4 + 3?"), {"role": "assistant", "content": "4 + 3 = 7"}]
     rows = []
     # Every ordered pair of numbers at most once, so that none is both learned from and held out.
-    pairs = [(first, second) for first in range(2, 21) for second in range(2, 21)]
+    pairs = []
+    for first in range(2, 21):
+        for second in range(2, 21):
+            pairs.append((first, second))
     for first, second in shuffle(pairs, 0)[:n]:
         question = ask(f"What is {first} + {second}?")
         rows.append({"prompt": example + question, "answer": str(first + second)})
@@ -213,7 +216,9 @@ def read_dialogues(source: str) -> list[dict]:
         # Two ends of one dialogue: all messages but the last are the same.
         chosen = read_dialogue(row["chosen"])
         rejected = read_dialogue(row["rejected"])
-        if len(chosen) < 2 or chosen[:-1] != rejected[:-1] or chosen == rejected:
+        has_question = len(chosen) > 1
+        is_same_dialogue = chosen[:-1] == rejected[:-1]
+        if not has_question or not is_same_dialogue or chosen == rejected:
             continue
         answers = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
         pairs.append({"prompt": chosen[:-1], **answers})

@@ -58,7 +58,11 @@ def read_samples(folder: str, last_step: int) -> list[dict]:
         moment = {0: "before", last_step: "after"}.get(row["step"])
         if moment:
             texts[moment] = cut_end(in_one_line(row["response"]), SHOWN_TEXT)
-    return [texts for texts in answers.values() if "before" in texts and "after" in texts]
+    complete = []
+    for texts in answers.values():
+        if "before" in texts and "after" in texts:
+            complete.append(texts)
+    return complete
 
 
 def seconds_of(folder: str) -> float:
@@ -87,10 +91,10 @@ def read_bon(folder: str) -> dict:
         run[name] = []
         # At n = 1 nothing is chosen: what the answers are worth as they come.
         for point in (points[0], points[-1]):
-            kept = {"n": point["n"]}
+            numbers = {"n": point["n"]}
             for column in ("proxy_score", "proxy_se", "gold_score", "gold_se"):
-                kept[column] = shorten(point[column])
-            run[name].append(kept)
+                numbers[column] = shorten(point[column])
+            run[name].append(numbers)
     return run
 
 
@@ -140,9 +144,9 @@ def read_judge(folder: str) -> dict:
 
 def read_diversity(folder: str) -> dict:
     """The diversity of a pool's answers and of its best -> {system: {protocol: {metric: [...]}}}"""
-    found = read_object(f"{folder}/diversity.json")
+    report = read_object(f"{folder}/diversity.json")
     run = {}
-    for system, protocols in found["systems"].items():
+    for system, protocols in report["systems"].items():
         run[system] = {}
         for protocol in ("per_input", "across_input"):
             # A best-of-n repeats answers of one pool, so it has no diversity per input: None.
@@ -169,10 +173,10 @@ def read_divergence(folder: str) -> dict:
 def read_autoencoders(folder: str) -> dict:
     """{autoencoder: what it misses, how many features fire, how many are dead, loss recovered}"""
     run = {}
-    for key, found in read_object(f"{folder}/summary.json").items():
-        run[key] = {"tokens": found["n_tokens"]}
+    for key, numbers in read_object(f"{folder}/summary.json").items():
+        run[key] = {"tokens": numbers["n_tokens"]}
         for name in ("fvu", "l0", "dead", "loss_recovered"):
-            run[key][name] = shorten(found[name])
+            run[key][name] = shorten(numbers[name])
     return run
 
 
@@ -188,9 +192,9 @@ def read_mmcs(folder: str) -> dict:
 
 def read_features(folder: str) -> dict:
     """{id: how often a feature fires, on which tokens, and the model's own words for it}"""
-    (found,) = read_object(f"{folder}/summary.json")["saes"].values()
+    (report,) = read_object(f"{folder}/summary.json")["saes"].values()
     run = {}
-    for feature in found["features"]:
+    for feature in report["features"]:
         run[str(feature["id"])] = {
             "rate": shorten(feature["rate"]),
             "tokens": [token for token, _, _ in feature["tokens"][:5]],
@@ -219,7 +223,11 @@ def read_probe(folder: str) -> dict:
 
 def runs_of(results: dict, part: str) -> list[dict]:
     """The results of all seeds of a part that are kept."""
-    return [result for name, result in results.items() if name.startswith(f"{part}/seed_")]
+    runs = []
+    for name, result in results.items():
+        if name.startswith(f"{part}/seed_"):
+            runs.append(result)
+    return runs
 
 
 def print_tables(part: str, results: dict, a):
@@ -285,7 +293,8 @@ def print_sums(results: dict, a):
             continue
         # sums/temperature_1/before, and sums/temperature_1/seed_0 of a policy
         _, temperature, policy = name.split("/")
-        row = table.setdefault("before" if policy == "before" else "after", {})
+        label = "before" if policy == "before" else "after"
+        row = table.setdefault(label, {})
         column = row.setdefault(temperature.replace("_", " "), [])
         # There is one reward. The best of one answer is any answer: their mean.
         (points,) = results[name].values()

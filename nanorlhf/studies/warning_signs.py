@@ -39,7 +39,8 @@ class Sign(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.column} {'+' if self.direction > 0 else '-'}"
+        mark = "+" if self.direction > 0 else "-"
+        return f"{self.column} {mark}"
 
 
 # How long a run has gone on is a sign too, and free: a sign that is no better earns nothing.
@@ -117,15 +118,15 @@ def measure_auc(sign: Sign, runs: Runs, resamples: int = 1000) -> dict:
 
     # The estimate is that of all seeds once; the interval is that of seeds drawn with replacement.
     seeds = torch.arange(len(tables))
-    found = torch.tensor([NAN, NAN])
+    estimates = torch.tensor([NAN, NAN])
     if tables:
-        found = measure(seeds)
+        estimates = measure(seeds)
     ends = torch.full((2, 2), NAN)  # low and high, of both numbers
-    if len(tables) > 1 and found.isfinite().all():
+    if len(tables) > 1 and estimates.isfinite().all():
         # A seed that has been drawn twice counts twice, with all its checkpoints.
         draws = resample(seeds, measure, resamples)  # [R, 2]
         ends = percentiles(draws[draws.isfinite().all(1)])
-    own_auc, less_step = found.tolist()
+    own_auc, less_step = estimates.tolist()
     auc_ends, less_step_ends = ends.T.tolist()
     return {
         "auc": own_auc,
@@ -194,8 +195,9 @@ def measure_leads(sign: Sign, runs: Runs, rate: float = 0.05) -> dict:
         if not good_scores:
             continue
 
-        # Now the seed's own runs, which the threshold has not seen.
         threshold = choose_threshold(good_scores, rate)
+
+        # Now the seed's own runs, which the threshold has not seen.
         for run in own_runs:
             checkpoints = list_checkpoints(sign, [run])
             if not checkpoints:

@@ -101,7 +101,8 @@ def profile_kernels(function, device):
     ms_by_class = dict.fromkeys(KERNELS, 0.0)
     others = {}
     for event in profiler.key_averages():
-        ms = (event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e3
+        microseconds = event.self_device_time_total if is_cuda else event.self_cpu_time_total
+        ms = microseconds / 1e3
         if ms == 0 or event.key.startswith(RANGES):
             continue
         n_kernels += event.count
@@ -210,6 +211,7 @@ def decode(args, ids, mask, R, bandwidth, replays, compile):
     # On a CPU a step is a part of the whole.
     begin = statistics.median(seconds["begin"] or [0.0])
     step = statistics.median(seconds["step"] or [whole / R])
+    # The share of a copy's bandwidth: what a step must read, over its seconds.
     B, P = ids.shape
     needed = rollout.bytes_of_a_step(policy, args.size, 2, B, P, R)
     row = {
@@ -252,18 +254,18 @@ def profile_replay(sample_answers):
     """profile_kernels() of the first decode step that is replayed in a rollout."""
     # The captured step is out of reach, inside generate(); its replay is not.
     replay = torch.cuda.CUDAGraph.replay
-    found = {}
+    columns = {}
 
     def replay_and_look(graph):
-        if found:
+        if columns:
             replay(graph)
         else:
-            found.update(profile_kernels(partial(replay, graph), "cuda"))
+            columns.update(profile_kernels(partial(replay, graph), "cuda"))
 
     torch.cuda.CUDAGraph.replay = replay_and_look
     sample_answers()
     torch.cuda.CUDAGraph.replay = replay
-    return found
+    return columns
 
 
 # ----------------------------------------------------------------------- phases: update and lora
@@ -323,9 +325,11 @@ def time_update(size, device, **flags):
     # The rows' log-probs are those of the policy itself, so the first ratios should be 1.
     score = partial(forward, parts, parts.policy, batch)
     scored = score()
-    x = make_experience(scored, batch)
+    experience = make_experience(scored, batch)
     # One minibatch, one optimizer step. The arguments are those of train_ppo.py's own call.
-    update_once = partial(train_ppo.update, parts, optimizer, batch, x, 0, 1, 0.05, config.lr)
+    update_once = partial(
+        train_ppo.update, parts, optimizer, batch, experience, 0, 1, 0.05, config.lr
+    )
     first, record = time_call(update_once, device)
     seconds = median_seconds(update_once, device)
     peak = peak_gb(device)
@@ -416,7 +420,8 @@ def measure_attention(args):
     plain = torch.compile(attend_plainly)
     # As many keys as queries (Pythia), and four queries to a key (Llama).
     for H, H_kv in ((16, 16), (32, 8)):
-        shapes = [(B, H_kv, H // H_kv, d), (B, H_kv, C, d), (B, H_kv, C, d)]  # heads of a key: rows
+        # Queries that share a key are rows of one product.
+        shapes = [(B, H_kv, H // H_kv, d), (B, H_kv, C, d), (B, H_kv, C, d)]
         query, keys, values = [torch.randn(s, device=args.device).bfloat16() for s in shapes]
         # What is real of the cache: all of it, as at a rollout's end, or less.
         for n in (C, 2 * C // 3, C // 2):
@@ -429,6 +434,7 @@ def measure_attention(args):
             ways["slice"] = partial(attend, *shown)
             if H == H_kv:
                 ways["plain operators"] = partial(plain, *shown)
+            # Read at the least: keys and values, two bytes a number.
             for way, function in ways.items():
                 error = (function() - expected).abs().max().item()
                 seconds = short_seconds(function, args.device)

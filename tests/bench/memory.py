@@ -126,9 +126,13 @@ def needs(
     # How many weights there are, and how many are trained.
     adapters = shape.adapters(lora)  # of a block
     N = L * (shape.block + adapters) + shape.root
-    N_trained, trained_root, trained_block = N, shape.root, shape.block
+    N_trained = N
+    trained_root = shape.root
+    trained_block = shape.block
     if lora:
-        N_trained, trained_root, trained_block = L * adapters, 0, adapters
+        N_trained = L * adapters
+        trained_root = 0
+        trained_block = adapters
     if frozen:
         # What is left are the upper blocks and the LM head, which is half of the root.
         trained_root = shape.root // 2
@@ -164,15 +168,16 @@ def needs(
         "reference": reference,
         "reward": 4 * sum(members) / s,
     }
-    # What is there for a while. Phases follow each other, so only the largest counts.
+    # What is there for a while. Phases follow each other, so only the largest counts. An update has
+    # four chunks of float32 logits, of at most 2^28 numbers each.
     kv_and_step = 2 * c * L * rollout * tokens * shape.kv + 24 * rollout * shape.vocabulary
     phases = {
         "rollout": kv_and_step,
         "scoring": 0,
         "update": 4 * 4 * min(2**28, micro_batch * tokens * shape.vocabulary),
     }
-    # FSDP gathers what a phase computes with; DDP and one process have it, but for autocast's
-    # copies.
+    # FSDP gathers the weights that a phase computes with. Elsewhere they are there already, and
+    # autocast adds copies of them in bfloat16.
     if sharded:
         phases["rollout"] += c * N
         phases["scoring"] += c * max(members, default=0)
@@ -186,8 +191,7 @@ def needs(
         if lora and not N_cast:
             n_blocks = 1 if checkpointed else L
             phases["update"] += c * n_blocks * shape.block
-    # What a forward keeps for the backward pass, of the tokens of one micro-batch.
-    of_a_block = micro_batch * tokens * c * shape.activations
+    # With --compile a rollout's buffers stay for the next one: no phase frees them.
     if compiled and not sharded:
         fixed["kept"] = kv_and_step
         if dtype == "bfloat16":
@@ -195,6 +199,8 @@ def needs(
             N_linear = L * shape.block + shape.root // 2
             fixed["kept"] += 2 * (N_linear - N_cast)
         phases["rollout"] = 0
+    # What a forward keeps for the backward pass, of the tokens of one micro-batch.
+    of_a_block = micro_batch * tokens * c * shape.activations
     if checkpointed:
         phases["update"] += micro_batch * tokens * c * L * shape.hidden + of_a_block
     else:
