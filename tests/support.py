@@ -230,7 +230,6 @@ def small(base, kind, **changes):
     if kind.startswith("sarm_"):
         settings = sarm_settings(base, kind.removeprefix("sarm_"))
     else:
-        # The caller's changes win over what is here.
         settings = SETTINGS[kind](base)
     return {**settings, **changes}
 
@@ -290,7 +289,7 @@ def weights(folder):
 
 def names_of_files(folder):
     """The names of a run's files, but for pictures and its page."""
-    # Pictures depend on matplotlib being there, and tests write no page unless they ask for it.
+    # Whether there are pictures depends on matplotlib.
     paths = [path for path in list_files(folder) if path.suffix not in (".png", ".html")]
     return sorted(str(path.relative_to(folder)) for path in paths)
 

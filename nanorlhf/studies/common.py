@@ -294,7 +294,6 @@ def run_and_keep(cell: Cell, a, path: str):
     # Nothing says which code a run is of that was there before.
     if is_finished(cell.command):
         commit = "unknown"
-    # The script itself says whether the folder's run is done and is this one.
     run_command(cell.command)
     folder = output_of(shlex.split(cell.command))
     entry = {

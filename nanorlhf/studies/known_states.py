@@ -72,7 +72,6 @@ def hidden_states(reward_model: RewardModel, rows: list[dict]) -> Tensor:
         prompt_ids = [row["prompt_ids"] for row in chunk]
         response_ids = [row["response_ids"] for row in chunk]
         batch = pack(prompt_ids, response_ids)
-        # use_cache=False: nothing is decoded behind these tokens.
         output = reward_model.model.base_model(input_ids=batch.ids, use_cache=False)
         states.append(hidden_at_end(output.last_hidden_state, batch))
     return torch.cat(states)
@@ -108,7 +107,7 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
 
     distances = []
     for evaluation in evaluations:
-        # The pool's prompts may be some of the evaluation's.
+        # Others are far away by their prompts alone, whatever the answer.
         rows = [row for row in evaluation if row["prompt_ids"] in known_prompts]
         require(rows, f"{pool_file} has none of the prompts that {run} was evaluated on")
         distance = known.distance(hidden_states(reward_model, rows))

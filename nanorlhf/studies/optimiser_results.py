@@ -89,8 +89,7 @@ def describe_end(run: dict) -> dict[str, float]:
     """A run's end, its peak, and what going on from the peak cost."""
     golds = run["gold"]
     peak = max(golds)
-    # The peak is the best of several noisy numbers, so it is a little too high, and the fall with
-    # it.
+    # The peak is picked since it is the highest, so chance makes it, and the fall, a little larger.
     return {
         "gold": golds[-1],
         "proxy": run["proxy"][-1],
@@ -200,7 +199,7 @@ def crossing(curve: dict[int, float], other: dict[int, float]) -> float | None:
     last_lead = None
     for k in sorted(curve):
         lead = curve[k] - other[k]
-        # Below from the start: there is no k before, to draw a line from.
+        # Not above even at the smallest k: there is no k before it to draw a line from.
         if lead <= 0 and last_k is None:
             return float(k)
         if lead <= 0:

@@ -437,8 +437,7 @@ def main(args=None):
 
 def run_study(a, path: str):
     """All parts, in order. path: the file of results"""
-    # 1. Tuning, on seeds of its own.
-    # Tuning has reward models of its own: no setting owes its place to the noise of those below.
+    # 1. Tuning, on seeds of its own: no setting owes its place to the reward models of the results.
     tried = tune(a, path)
     chosen = {method: best_of(golds) for method, golds in tried.items()}
     print_title("Tuning: gold at the end, mean over seeds (and of each seed)", a)

@@ -88,10 +88,10 @@ def sft_of(a) -> str:
 
 def sft_commands(a) -> list[str]:
     """The command that trains the SFT policy; none where --model is one."""
+    # Without demonstrations there is nothing to train.
     if a.model and not a.sft_dataset:
         return []
-    # Without demonstrations there is nothing to train: --model is the SFT policy. In the embedded
-    # world train_sft.py knows what to start from.
+    # In the embedded world train_sft.py starts from random weights.
     start = ""
     if a.sft_dataset:
         start = f"--model {quote(a.model)} --dataset {quote(a.sft_dataset)} {spaced(a.data_flags)}"

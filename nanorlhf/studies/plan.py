@@ -147,7 +147,6 @@ def sources_of(script: str, config) -> list[str]:
     if getattr(config, "pool", ""):
         unused.append("model")
 
-    # The order is that of SOURCES; a policy stands before the autoencoders that read it.
     sources = []
     for flag in SOURCES:
         if flag not in unused:
