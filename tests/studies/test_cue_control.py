@@ -5,6 +5,7 @@ made-up numbers, the rest on models that learn nothing.
 import shutil
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
@@ -145,6 +146,19 @@ def test_arms_that_not_every_seed_has_are_compared_in_their_own_seeds():
     some = tables["at the end, seeds with features"]
     assert gold_of(some) == {"before": 2.0, "plain": 3.0, "clamp": 7.0}
     assert gold_of(tables["less plain, the same seeds"])["clamp"] == 4.0
+
+
+def test_arms_of_named_features_are_read_from_their_own_folders(tmp_path, monkeypatch):
+    """Those of a larger KL coefficient have no features: they are one run, whatever is named."""
+    arms = ["plain", "indicator", "random", "kl_0.1", "dense"]
+    for arm in arms:
+        for folder in (arm, f"named_3_17_{arm}"):
+            (tmp_path / "ppo" / folder).mkdir(parents=True)
+    monkeypatch.setattr(module, "read_outcome", lambda a, s, arm, when="after": {"arm": arm})
+    a = SimpleNamespace(output_dir=tmp_path, features="3,17", truth=False, first_seed=0, seeds=1)
+    outcomes = module.outcomes_of(a, {0: {"features": [3, 17]}})
+    own = ["named_3_17_indicator", "named_3_17_random"]
+    assert list(outcomes) == ["before", "plain", *own, "kl_0.1", "dense"]
 
 
 # --------------------------------------------------------------------------------- the study's runs
