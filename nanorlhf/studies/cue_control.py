@@ -354,7 +354,8 @@ def find_suspects(summary):
         # A feature that was not described follows nothing.
         if not row.get("tokens"):
             continue
-            # The first of a row's tokens is the one whose presence says most of the feature.
+
+        # The first of a row's tokens is the one whose presence says most of the feature.
         token, area, *_ = row["tokens"][0]
         gain = row["policy"]["differential"]
         is_exploited = gain["low"] > 0
@@ -378,6 +379,12 @@ def choose_controls(rows, ids, s):
         rates[i] = row["policy"]["rate_before"]
         if i not in ids and rates[i] >= RARE:
             others[i] = row
+
+    require(
+        len(others) >= len(ids),
+        f"{len(ids)} controls are needed that fire on {RARE:.0%} of the answers, and the reward model "
+        f"has {len(others)}: take an autoencoder in which fewer features are dead",
+    )
 
     # Of equally near ones those count as nearer that come first in the set: the answers that were
     # written down depend on that order.

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from support import parse_command
 
 from nanorlhf import data, world
+from nanorlhf.errors import InputError
 from nanorlhf.studies import cue_control as module
 
 pytestmark = pytest.mark.slow
@@ -101,6 +102,12 @@ def test_random_controls_fire_about_as_often():
 
 def test_where_nothing_is_suspicious_nothing_is_found():
     assert identify(INNOCENT + OTHERS) == {"token": None, "features": []}
+
+
+def test_too_few_live_features_for_controls_are_one_line():
+    rare = [feature(20 + n, gain=0.0, low=-1.0, rate=0.001) for n in range(5)]
+    with pytest.raises(InputError, match="2 controls are needed .* has 1:"):
+        module.by_name({"features": [feature(1), feature(2), feature(3), *rare]}, 0, [1, 2])
 
 
 def test_without_head_weights_there_are_no_negative_controls():
