@@ -500,14 +500,14 @@ def leave_out_of_splits(
 
     # One sentence counts what is left out of all splits, so all are gone through before it is said.
     pattern = pattern_of_control_tokens(tokenizer)
-    left_out = {}  # {place: the control token that is spelled there}
+    left_out = []  # (place, the control token that is spelled there), one for each row
 
     def keep(part: list[dict]) -> list[dict]:
         kept = []
         for row in part:
-            found = find_control_token(tokenizer, pattern, row)
-            if found:
-                left_out[place_of(row)] = found
+            token = find_control_token(tokenizer, pattern, row)
+            if token:
+                left_out.append((place_of(row), token))
             else:
                 kept.append(row)
         return kept
@@ -518,11 +518,12 @@ def leave_out_of_splits(
         return rows, held_out
 
     # Places end in the row's number, so that shorter ones come first.
-    first = min(left_out, key=lambda place: (len(place), place))
+    place, token = min(left_out, key=lambda item: (len(item[0]), item))
     n = len(left_out)
+    chats = "chat" if n == 1 else "chats"
     sentence = (
-        f"{n} {'chat' if n == 1 else 'chats'} left out whose turns spell a control token, the "
-        f"first at {first}: {left_out[first]!r} (--special_in_text true keeps them)"
+        f"{n} {chats} left out whose turns spell a control token, the first at {place}: {token!r} "
+        "(--special_in_text true keeps them)"
     )
     for label, part in {"training": kept_rows, **kept_held_out}.items():
         require(part, f"{config.dataset}: no row of {label} is left; {sentence}")
