@@ -261,7 +261,10 @@ def number_prompts(prompts: list[str]) -> list[int]:
     number_of = {}
     numbers = []
     for prompt in prompts:
-        numbers.append(number_of.setdefault(canonical(prompt), len(number_of)))
+        text = canonical(prompt)
+        if text not in number_of:
+            number_of[text] = len(number_of)
+        numbers.append(number_of[text])
     return numbers
 
 

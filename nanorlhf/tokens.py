@@ -231,7 +231,8 @@ def encode_responses(tokenizer, rows: list[dict], field: str, chat: bool = False
     """
     if rows and (chat or is_chat(rows[0]["prompt"])):
         return encode_chat_answers(tokenizer, rows, field)
-    encoded = encode_strings(tokenizer, [without_eos(tokenizer, row[field]) for row in rows])
+    texts = [without_eos(tokenizer, row[field]) for row in rows]
+    encoded = encode_strings(tokenizer, texts)
     return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 
@@ -540,7 +541,8 @@ def pattern_of_control_tokens(tokenizer) -> re.Pattern:
         if token.special:
             tokens.add(token.content)
     # A pattern takes the first alternative that fits, so the longest come first.
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
 
 
 def find_control_token(tokenizer, pattern: re.Pattern, row: dict) -> str:
@@ -556,9 +558,9 @@ def find_control_token(tokenizer, pattern: re.Pattern, row: dict) -> str:
         if field in row:
             texts.append(without_eos(tokenizer, row[field]))
     for text in texts:
-        found = pattern.search(text)
-        if found:
-            return found[0]
+        match = pattern.search(text)
+        if match:
+            return match[0]
     return ""
 
 
