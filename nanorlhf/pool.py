@@ -60,6 +60,7 @@ class Lines:
         dist.barrier()
         self.rows = dist.together(lambda: read_checked_lines(self.path, fits, remedy))
         dist.barrier()  # all have read before one writes
+        # The next line must begin on a line of its own.
         if dist.main:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             drop_cut_line(self.path)
@@ -80,6 +81,7 @@ def holds_answers(row, index: int, prompt_ids: list[int], N: int) -> bool:
     ids = row.get("response_ids")
     if not is_list(row.get("responses"), N, str) or not is_list(ids, N, list):
         return False
+    # No answer is empty: it has its EOS, or the tokens after which it was cut off.
     return all(response and is_list(response, len(response), int) for response in ids)
 
 
@@ -94,6 +96,7 @@ def is_list(value, length: int, kind: type) -> bool:
     """Whether a value from JSON is a list of this length, all of one type."""
     if not isinstance(value, list) or len(value) != length:
         return False
+    # The type itself: to isinstance(), True would be an int.
     return all(type(x) is kind for x in value)
 
 
@@ -117,6 +120,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
     def fits(i, row):
         return i < len(prompts) and holds_answers(row, i, prompts.ids[i], N)
 
+    # All answers are there: no model has to be loaded.
     lines = Lines(config.output_dir, key, dist, fits)
     if len(lines.rows) == len(prompts):
         return add_own_rows(lines.rows, prompts)
@@ -126,6 +130,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
     parts = Parts(config, dist, tokenizer, policy)
     prompts_at_once = max(1, config.batch_size // N)
     progress = Progress(dist, "sampling, prompt", len(prompts), len(lines.rows))
+    # Each round ends with lines in the file, behind which a later call goes on.
     for first in range(len(lines.rows), len(prompts), prompts_at_once):
         last = min(first + prompts_at_once, len(prompts))
         lines.append(sample_rows(parts, prompts, range(first, last)))
@@ -136,6 +141,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
 
 def add_own_rows(rows: list[dict], prompts: Prompts) -> list[dict]:
     """Rows of the cache, with the data's own prompts, and its rows where they have more columns."""
+    # These come from the data: the cache, which is JSON, could not hold a column of images.
     complete = []
     for row, data_row in zip(rows, prompts.rows):
         complete.append({**row, "prompt": data_row["prompt"]})
@@ -185,6 +191,7 @@ def sample_batch(parts: Parts, prompts: Prompts, pairs: list[tuple[int, int]]) -
         for k in dist.part(len(pairs)):
             i, j = pairs[k]
             index.append(i)
+            # No two answers share a number, and --n_answers does not change it.
             places.append(i * 2**32 + j)
         if not places:  # there are fewer answers than processes
             shape = (0, parts.config.max_new_tokens)
@@ -193,6 +200,7 @@ def sample_batch(parts: Parts, prompts: Prompts, pairs: list[tuple[int, int]]) -
         rollout, _ = roll_out(parts, prompts.at(index), places, 0, POOL)
         return rollout.response_ids, rollout.response_mask.sum(1)
 
+    # Rows of ids are padded, so their lengths say where they end: an EOS may be the padding too.
     own_ids, own_lengths = dist.together(sample_mine)  # [n, R], [n]
     ids = dist.gather(own_ids).tolist()
     lengths = dist.gather(own_lengths).tolist()
@@ -256,6 +264,7 @@ def further_keys(place: str, row: dict, prompt) -> dict:
     A pool that sample_bon.py wrote keeps the data's own row. In any other pool, every
     column outside COLUMNS is the data's.
     """
+    # A row is kept only where it says more than the prompt: a reward may ask for it.
     keys = {}
     if is_chat(prompt):
         keys["place"] = place
@@ -269,6 +278,7 @@ def further_keys(place: str, row: dict, prompt) -> dict:
 
 def rename_columns(place: str, row: dict) -> dict:
     """A row {instruction, input, answers} -> {prompt, responses}."""
+    # Alpaca's columns: the input is what the instruction is about, and often empty.
     instruction = row["instruction"]
     further = row.get("input") or ""
     are_texts = isinstance(instruction, str) and isinstance(further, str)
@@ -304,6 +314,7 @@ def score(
         if len(lines[name].rows) < len(rows):
             rewards[name] = load_reward(spec, tokenizer, dist, config.micro_batch_size)
 
+    # Chunk by chunk, and within it reward by reward: after a kill each file goes on where it ends.
     progress = Progress(dist, "scoring, prompt", len(rows))
     for first, last in split_into_chunks(rows):
         missing = [name for name in rewards if len(lines[name].rows) < last]
@@ -337,6 +348,8 @@ def open_scores(rows, specs: dict[str, str], chat: bool, config, dist) -> dict[s
 
     Copies of a model share one file.
     """
+    # All that a reward may read: texts, sampled ids, and the data's own columns. If any of it is
+    # another, so is the file's name.
     texts = []
     for row in rows:
         text = [row["prompt"], row["responses"], row.get("response_ids")]
@@ -385,6 +398,7 @@ def score_chunk(reward, answers: Answers, dist) -> list[float]:
 
 def group_by_prompt(scores: list[float], rows: list[dict], first: int, last: int) -> list[dict]:
     """Divide the scores of all answers to the prompts first .. last - 1. -> a line a prompt"""
+    # Prompts of a pool that was read may have different numbers of answers.
     lines = []
     start = 0
     for i in range(first, last):
