@@ -169,13 +169,13 @@ def sample_rows(parts: Parts, prompts: Prompts, index: range) -> list[dict]:
 
     rows = []
     for p, i in enumerate(index):
-        own = slice(p * N, (p + 1) * N)
+        answers = slice(p * N, (p + 1) * N)
         row = {
             "index": i,
             "prompt": prompts.rows[i]["prompt"],
-            "responses": texts[own],
+            "responses": texts[answers],
             "prompt_ids": prompts.ids[i],
-            "response_ids": responses[own],
+            "response_ids": responses[answers],
         }
         rows.append(row)
     return rows
@@ -233,7 +233,7 @@ def read_row(place: str, row) -> dict:
     place: its file and line, for InputErrors.
     """
     require(isinstance(row, dict), f"{place}: a row must be an object with prompt and responses")
-    own = row
+    data_row = row  # with the data's own names of columns
     if "prompt" not in row and "instruction" in row:
         row = {**row, **rename_columns(place, row)}
 
@@ -255,7 +255,7 @@ def read_row(place: str, row) -> dict:
             f"{place}: {len(gold)} gold_scores for {len(responses)} responses",
         )
         new["gold_scores"] = gold
-    return new | further_keys(place, own, prompt)
+    return new | further_keys(place, data_row, prompt)
 
 
 def further_keys(place: str, row: dict, prompt) -> dict:
@@ -304,13 +304,13 @@ def score(
 
     The answers of a chunk are tokenized and sorted by length once, for all members of an ensemble.
     """
-    specs = dict(zip(reward_names(specs), specs))  # by their names
+    spec_of = dict(zip(reward_names(specs), specs))  # {name: spec}
     is_templated = getattr(config, "chat_template", False)
-    lines = open_scores(rows, specs, is_templated, config, dist)  # {name: Lines}
+    lines = open_scores(rows, spec_of, is_templated, config, dist)  # {name: Lines}
 
     # A reward whose scores are all there is not even loaded.
     rewards = {}
-    for name, spec in specs.items():
+    for name, spec in spec_of.items():
         if len(lines[name].rows) < len(rows):
             rewards[name] = load_reward(spec, tokenizer, dist, config.micro_batch_size)
 
@@ -338,12 +338,12 @@ def score(
     progress.close()
 
     scores_of = {}
-    for name in specs:
+    for name in spec_of:
         scores_of[name] = [row["scores"] for row in lines[name].rows]
     return scores_of
 
 
-def open_scores(rows, specs: dict[str, str], chat: bool, config, dist) -> dict[str, Lines]:
+def open_scores(rows, spec_of: dict[str, str], chat: bool, config, dist) -> dict[str, Lines]:
     """Open the file of each reward's scores of these rows: {name: Lines}.
 
     Copies of a model share one file.
@@ -363,7 +363,7 @@ def open_scores(rows, specs: dict[str, str], chat: bool, config, dist) -> dict[s
 
     files = {}
     lines = {}
-    for name, spec in specs.items():
+    for name, spec in spec_of.items():
         key = "scores_" + digest(LAYOUT, fingerprint_reward(spec), data)
         if key not in files:
             files[key] = Lines(config.output_dir, key, dist, fits)

@@ -205,7 +205,9 @@ def check_label(path: str, config, label: str):
     """
     names = config.architectures
     is_list = isinstance(names, list)  # a damaged config may hold anything
-    is_classifier = is_list and any(str(x).endswith("ForSequenceClassification") for x in names)
+    is_classifier = False
+    if is_list:
+        is_classifier = any(str(name).endswith("ForSequenceClassification") for name in names)
     if label or is_classifier:
         choose_label(path, config, label)
 
@@ -343,10 +345,10 @@ def read_scores(returned) -> list[float]:
         raise TypeError(f"it returned a {type(returned).__name__}")
 
     scores = []
-    for x in returned:
-        number = x
-        if hasattr(x, "item"):  # numpy's and torch's numbers
-            number = x.item()
+    for value in returned:
+        number = value
+        if hasattr(value, "item"):  # numpy's and torch's numbers
+            number = value.item()
         if not isinstance(number, Real):
             raise TypeError(f"{number!r:.60} is of type {type(number).__name__}")
         scores.append(float(number))

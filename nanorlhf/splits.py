@@ -66,8 +66,10 @@ def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], s
         else:
             held_out[label] = draw(read_named(source, kind, config), config.eval_size)
 
-    everything = rows + [row for part in held_out.values() for row in part]
-    remarks = describe_rows(everything, config.dataset, kind, config.columns, config.prompt_format)
+    all_rows = list(rows)
+    for part in held_out.values():
+        all_rows += part
+    remarks = describe_rows(all_rows, config.dataset, kind, config.columns, config.prompt_format)
     if config.in_distribution:
         remarks.append(left_out)
     # A pair of two equal answers says nothing about which is better.
