@@ -329,8 +329,8 @@ def run_each_split(config, dist):
     results = {}
     for item in config.eval_splits:
         name, _, _ = item.partition("=")
-        own = replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")
-        results[name] = main(own)
+        of_split = replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")
+        results[name] = main(of_split)
     return results
 
 
@@ -342,8 +342,8 @@ def prompts_of(config):
     is_whole = config.split == "all" or (config.split == "ood" and in_world)
     if not is_whole:
         wanted = config.eval_splits or ["ood" if config.split == "ood" else "test"]
-        own = replace(config, eval_splits=wanted, split="test")
-        train, held_out, note = load_splits(own, "prompts")
+        with_splits = replace(config, eval_splits=wanted, split="test")
+        train, held_out, note = load_splits(with_splits, "prompts")
         rows = train if config.split == "train" else held_out["eval"]
         return rows, note
 
@@ -438,10 +438,11 @@ def join_scores(rows, scores, gold) -> list[dict]:
     """The scored pool: rows {prompt, responses: [N], scores: {name: [N]}[, gold_scores: [N]]}."""
     scored_rows = []
     for p, row in enumerate(rows):
+        row_scores = {name: by_prompt[p] for name, by_prompt in scores.items()}
         scored = {
             "prompt": row["prompt"],
             "responses": row["responses"],
-            "scores": {name: by_prompt[p] for name, by_prompt in scores.items()},
+            "scores": row_scores,
         }
         if gold is not None:
             scored["gold_scores"] = gold[p]
@@ -469,7 +470,7 @@ def choose_best(row, scores: torch.Tensor, n: int, split: str | None) -> list[di
         best = {
             "prompt": row["prompt"],
             "response": row["responses"][j],
-            "scores": {name: own[j] for name, own in row["scores"].items()},
+            "scores": {name: numbers[j] for name, numbers in row["scores"].items()},
             "gold": gold,
             "split": split,
             "sample": j,
