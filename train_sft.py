@@ -537,9 +537,8 @@ def add_gradients(model, answers, mine, n_tokens, ref_logprobs, tokenizer, confi
             with autocast(dist, config.dtype):
                 logprobs = model(batch, mask)["logprobs"]  # [S b, R]
             if config.loss == "sft":
-                # loss = -sum of log pi(response token) / number of response tokens
-                # of the whole batch: in means of micro-batches, tokens of a small one would weigh
-                # more.
+                # loss = -sum of log pi(response token) / response tokens of the whole batch
+                # In means of micro-batches, the tokens of a small one would weigh more.
                 loss = -logprobs.sum() / n_tokens
                 stats = {}
             else:
