@@ -174,8 +174,10 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
             self.split != "ood" or in_world or self.in_distribution,
             "--split ood is the embedded world's; of other data it needs --in_distribution",
         )
+        # The world's own gold is known; that of other data somebody must name.
         if in_world and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
+        # To measure files there is no policy and no reward, and results have a folder of their own.
         if self.from_files:
             require(
                 not (self.pool or self.diversity),

@@ -290,10 +290,13 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
             not self.kl_target or self.kl_coef > 0,
             "--kl_target adapts --kl_coef, which must start above 0",
         )
+        # A rollout with a low KL multiplies the coefficient by 1 - 0.2 batch_size / kl_horizon
+        # (ppo.AdaptiveKL), which must stay above 0.
         require(
             self.batch_size < 5 * self.kl_horizon,
             "--kl_horizon must be above a fifth of --batch_size",
         )
+        # The world's gold is known. Here it only evaluates: it shows what the proxy is worth.
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)
@@ -723,6 +726,7 @@ def bootstrap_values(parts, rollout, batch):
     """[b]: the value after the last token of a response that was cut off, 0 for one that ended."""
     config = parts.config
     dist = parts.dist
+    # After an EOS nothing follows, so its value is 0. After a cut the answer might have gone on.
     values = torch.zeros(len(batch), device=dist.device)
     cut_off = (~rollout.finished).nonzero()[:, 0]  # rows
     if len(cut_off) == 0:
@@ -806,6 +810,7 @@ def loss_of(parts, batch, x, at, n_tokens, kl_coef):
     """
     config = parts.config
     mask = response_mask_of(batch)  # [m, R'], trimmed to its longest response
+    # What the rollout knows of these tokens. All of it was computed before the first update.
     width = mask.shape[1]
     old_logprobs = x.old_logprobs[at, :width]
     ref_logprobs = x.ref_logprobs[at, :width]

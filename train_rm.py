@@ -174,6 +174,7 @@ class Config(sarm_training.Flags, RunConfig):
             self.check_average()
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
+        # Of several members each has a seed of its own, and fills it in itself (train_members).
         if self.members == 1:
             self.output_dir = self.output_dir.replace("{seed}", str(self.seed))
             self.model = self.model.replace("{seed}", str(self.seed))
@@ -192,6 +193,7 @@ class Config(sarm_training.Flags, RunConfig):
         if self.output_dir == config_class.output_dir:
             self.output_dir = "runs/rm/averaged"
 
+        # A flag that nothing reads is a mistake: whoever named it expects something of it.
         defaults = config_class()
         unread = []
         for name in TRAINING_FLAGS:
@@ -691,6 +693,7 @@ def evaluate_splits(reward_model, held_out_pairs, golds, config, dist, prefix=""
     record = {}
     for label, pairs in held_out_pairs.items():
         result, scores = evaluate(reward_model, pairs, config, dist)
+        # Of all texts together, chosen and rejected: does their order by score agree with gold's?
         if golds:
             tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
             result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
@@ -739,6 +742,7 @@ def evaluate(reward_model, pairs, config, dist):
 
 def score_rows(reward_model, batch, config, dist):
     """This process's packed rows, b of them -> their scores [b]. All processes call this."""
+    # To gather is a collective call, so that a process without rows enters too.
     scores = torch.zeros(len(batch), device=dist.device)
     with gathered(reward_model), autocast(dist, config.dtype):
         if len(batch) == 0:  # there are fewer rows than processes

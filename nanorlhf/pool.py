@@ -233,6 +233,7 @@ def read_row(place: str, row) -> dict:
     place: its file and line, for InputErrors.
     """
     require(isinstance(row, dict), f"{place}: a row must be an object with prompt and responses")
+    # {prompt, responses} as sample_bon.py writes them, or {instruction, input, answers}.
     data_row = row  # with the data's own names of columns
     if "prompt" not in row and "instruction" in row:
         row = {**row, **rename_columns(place, row)}
@@ -246,6 +247,7 @@ def read_row(place: str, row) -> dict:
     )
     new = {"prompt": prompt, "responses": responses}
 
+    # Gold scores may come with the answers: then nothing has to compute them.
     gold = row.get("gold_scores")
     if gold is not None:
         are_numbers = isinstance(gold, list) and all(is_finite_number(x) for x in gold)
@@ -419,6 +421,7 @@ def collect_answers(chunk: list[tuple[dict, int]], chat: bool = False) -> Answer
         prompts.append(row["prompt"])
         responses.append(row["responses"][j])
         rows.append(own_row(row))
+        # Answers that were sampled here have ids, which a reward model may read as they are.
         if "response_ids" in row:
             prompt_ids.append(row["prompt_ids"])
             response_ids.append(row["response_ids"][j])

@@ -379,6 +379,7 @@ def read_lexicon(path: str) -> tuple[dict[str, float], str]:
     The sentence is "" where every line has an effect. A word that cannot be one of find_words()
     never matches: "very good", say, which is two. InputError: a line of another form, or no word.
     """
+    # A line without effect is told, not refused: some lexicons have entries of two words.
     lexicon = {}
     no_match = []
     repeated = []
@@ -508,6 +509,7 @@ def packed_reader(
             if not said:
                 dist.print(f"{path}: of {len(answers)} texts, {sentence} (not said again)")
             said.append(sentence)
+        # Rows of similar length together, each part trimmed to its longest.
         batch = batch.to(dist.device)
         parts = []
         for rows in batch.micro_batches(micro_batch_size):
