@@ -209,9 +209,8 @@ class Config(
         require(self.expansion <= MOST_EXPANSION, f"--expansion must be at most {MOST_EXPANSION}")
         require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
         if not self.base:
-            self.base = (
-                "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"
-            )
+            is_default = data.is_world(self.dataset) and self.model == "runs/ppo"
+            self.base = "runs/sft" if is_default else "none"
         require(
             self.base != "none" or ":" not in self.layers,
             f"--layers {self.layers} compares --model with a --base: name one (such as runs/sft), "
@@ -394,6 +393,7 @@ def load_lm(path, device):
 
 def check_last_tokens(config):
     """Refuse --tokens last where a text's last token, EOS, has BOS's id and is left out with it."""
+    # Some tokenizers, such as GPT-2's, have one token for both.
     tokenizer = load_tokenizer(config.model, needs_eos=False)
     has_eos = tokenizer.eos_token_id is not None
     eos_is_bos = has_eos and tokenizer.eos_token_id == tokenizer.bos_token_id
@@ -550,8 +550,9 @@ def evaluate(config, saes, lms, held_out, places, dist):
         for place in places:
             key = f"{name}/{place_name(place)}"
             sae = saes[key]
-            own = totals.get(key) or no_sums(sae)  # a process may have no texts
-            result = measures({name: dist.sum(value) for name, value in own.items()})
+            own_sums = totals.get(key) or no_sums(sae)  # a process may have no texts
+            sums = {name: dist.sum(value) for name, value in own_sums.items()}
+            result = measures(sums)
             densities[key] = result.pop("density")
             summary[key] = {
                 **result,

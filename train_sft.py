@@ -331,6 +331,7 @@ def main(config):
 
         answered: what answer_splits() has found.
         """
+        # How good its answers are, where they were sampled; then the loss's own measures.
         record = {}
         for label, (numbers, answer_rows) in answered.items():
             record |= record_evaluation(folder, step, label, numbers, answer_rows)
@@ -521,19 +522,19 @@ def add_gradients(model, answers, mine, n_tokens, ref_logprobs, tokenizer, confi
     # Both answers of a pair are in one micro-batch, since the loss is of their difference. A row is
     # S sequences, so each of them may have 1/S of the tokens.
     tokens = math.ceil(config.tokens_per_micro_batch / len(answers))
-    lengths = longest_of_rows(answers, mine)
-    parts = dist.even(micro_batches(lengths, config.micro_batch_size, tokens))
+    row_lengths = longest_of_rows(answers, mine)  # [len(mine)]
+    parts = dist.even(micro_batches(row_lengths, config.micro_batch_size, tokens))
 
     totals = defaultdict(lambda: torch.zeros((), device=dist.device))
     for i, part in enumerate(parts, 1):
         index = [mine[k] for k in part.tolist()]
         # Of pairs, row j holds the chosen answer of pair j, row b + j the rejected one.
-        batch_of_texts = join([sequences.at(index) for sequences in answers])
-        batch = pack(batch_of_texts.prompts, batch_of_texts.responses, tokenizer.pad_token_id)
+        texts = join([sequences.at(index) for sequences in answers])
+        batch = pack(texts.prompts, texts.responses, tokenizer.pad_token_id)
         batch = batch.to(dist.device)  # [S b, T]
 
         with sync_on(model, last=i == len(parts)):
-            mask = batch_of_texts.mask(batch)  # [S b, R]
+            mask = texts.mask(batch)  # [S b, R]
             with autocast(dist, config.dtype):
                 logprobs = model(batch, mask)["logprobs"]  # [S b, R]
             if config.loss == "sft":
@@ -680,9 +681,8 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
     if not rows:
         return []
     # A text without a prompt begins with its first token, where the tokenizer has no BOS.
-    prompts = encode(
-        tokenizer, rows, LOSSES[config.loss].answers[:1], chat=config.chat_template
-    ).prompts
+    first_answer = LOSSES[config.loss].answers[:1]
+    prompts = encode(tokenizer, rows, first_answer, chat=config.chat_template).prompts
     # Prompt and answer must fit into the context together: the answer gets its room first.
     longest = config.max_new_tokens
     if max_length:
@@ -724,6 +724,7 @@ def load_prompts(held_out, tokenizer, model_config, config, dist):
     """
     if data.is_world(config.dataset):
         _, held_out, _ = load_splits(config, "prompts")
+    # What is left of the context for the prompt; 0 stands for no limit.
     context = context_length(model_config)
     room = max(1, context - config.max_new_tokens) if context else 0
 
