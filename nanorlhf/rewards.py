@@ -489,7 +489,8 @@ def packed_reader(
     decoded and tokenised again. A text that is longer than the model's context is cut: see
     tokens.fit_item(). InputError, of the function: a text holds a token without an embedding.
     """
-    # Decoded and tokenised again, a text may get other tokens than those that were sampled.
+    # Decoded and tokenised again, a text may get other tokens than those that were sampled. So the
+    # sampled ids are read as they are wherever they mean the same to both models.
     own_tokenizer = load_tokenizer(path)
     reads_ids = tokenizer is not None and own_tokenizer.get_vocab() == tokenizer.get_vocab()
     context = context_length(config)
