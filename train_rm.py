@@ -312,8 +312,9 @@ def train(config, dist):
         grad_norm = optimizer_step(optimizer, reward_model, lr, config.max_grad_norm, step)
         training.after_step()
 
-        # 3. What happened, on all processes together.
-        numbers = dist.sum(torch.stack(list(totals.values()))).tolist()
+        # 3. What happened, on all processes together: one call adds up all shares.
+        shares = torch.stack(list(totals.values()))
+        numbers = dist.sum(shares).tolist()
         record = {
             "step": step,
             **dict(zip(totals, numbers)),

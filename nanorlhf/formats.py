@@ -114,7 +114,8 @@ def read_with_system(row: Row, field: str) -> list[Message]:
     """A field of messages. A system prompt may stand in a column of its own, as in ShareGPT."""
     messages = row.messages(field)
     system = row.values.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+    has_column = isinstance(system, str) and system
+    if has_column and messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     return messages
 

@@ -125,9 +125,10 @@ def divide_rows(config, kind: str) -> tuple[list[dict], list[dict], list[dict], 
     # What is out of distribution is never learned from, whether a split asks for it or not.
     rows, outside = read_source(config.dataset, kind, "train", config)
     remark = f"{len(outside)} out of distribution left out"
-    if config.eval_dataset or (is_world(config.dataset) and kind != "sft"):
-        # Rows to evaluate on are there: in a data set of their own, or in the world, whose
-        # demonstrations alone are all for training.
+    # Rows to evaluate on are there: in a data set of their own, or in the world, whose
+    # demonstrations alone are all for training.
+    world_has_them = is_world(config.dataset) and kind != "sft"
+    if config.eval_dataset or world_has_them:
         test, outside = read_source(source_of_held_out(config), kind, "test", config)
         test = draw(test, config.eval_size)
     else:
@@ -261,7 +262,8 @@ def labels(eval_splits: list[str]) -> dict[str, str]:
     for item in eval_splits:
         name, has_file, path = item.partition("=")
         if has_file:
-            good = re.fullmatch(r"[\w-]+", name) and path and name not in TAKEN
+            is_name = re.fullmatch(r"[\w-]+", name) and name not in TAKEN
+            good = is_name and path
         else:
             good = name in ("test", "ood")
         require(
@@ -297,9 +299,9 @@ def predicate(where: str) -> Callable[[str, dict], bool]:
         return length_predicate(where, column, sign, int(number))
     # 'words:post<=many' is a length gone wrong, not a column of that name.
     column, _, values = where.partition("=")
-    good = column and values and not where.startswith("words:")
+    is_complete = column and values
     require(
-        good,
+        is_complete and not where.startswith("words:"),
         "--in_distribution takes COLUMN=a,b,c, words:COLUMN<=N (or <, >, >=) or FILE.py:FUNCTION, "
         f"not {where!r}",
     )

@@ -439,7 +439,8 @@ def split_turns(tokenizer, messages: list[dict], place: str) -> list[str]:
         after = render(tokenizer, messages[: i + 1], place=place)
         for beginning in (before, after):
             check_beginning(whole, beginning, f"{place} (take --loss_on last)")
-        parts += [whole[done : len(before)], whole[len(before) : len(after)]]
+        parts.append(whole[done : len(before)])  # the prompt, or what stands between two turns
+        parts.append(whole[len(before) : len(after)])  # the turn
         done = len(after)
     return parts
 
@@ -644,7 +645,8 @@ def ready_prompts(
     # A prompt is cut on its left: what it asks stands at its end, in front of the answer.
     prompts = encode_prompts(tokenizer, rows, chat)
     if max_prompt_length:
-        prompts = [cut_left(ids, max_prompt_length, tokenizer.bos_token_id) for ids in prompts]
+        bos = tokenizer.bos_token_id
+        prompts = [cut_left(ids, max_prompt_length, bos) for ids in prompts]
     # A model has no positions beyond its context, and a run would learn that only when an answer
     # gets there.
     context = context_length(model_config)
@@ -672,8 +674,8 @@ def ids_with_tokens(tokenizer, n_embeddings: int) -> Tensor | None:
     # A tokenizer may have special tokens beyond the embeddings (check_vocabulary). They have no
     # logit, so nothing has to keep them from being sampled.
     has_token = torch.zeros(n_embeddings, dtype=torch.bool)
-    ids = torch.tensor([i for i in tokenizer.get_vocab().values() if i < n_embeddings])
-    has_token[ids] = True
+    ids = torch.tensor(list(tokenizer.get_vocab().values()))
+    has_token[ids[ids < n_embeddings]] = True
     if has_token.all():
         return None
     return has_token

@@ -220,7 +220,8 @@ def gold(prompts: list[str], responses: list[str]) -> list[float]:
         raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
     rewards = []
     for prompt, response in zip(prompts, responses):
-        rewards.append(sum(gold_parts(prompt, response).values()))
+        parts = gold_parts(prompt, response)
+        rewards.append(sum(parts.values()))
     return rewards
 
 
@@ -354,7 +355,8 @@ def write_question(rng: np.random.Generator) -> dict:
         # 'the hotel had a lobby . it is a hotel with a pool .'
         facts = []
         for aspect in aspects:
-            facts.append(FACTS[rng.integers(len(FACTS))].format(topic, aspect))
+            sentence = FACTS[rng.integers(len(FACTS))]
+            facts.append(sentence.format(topic, aspect))
         response = " ".join(facts)
     return {"prompt": QUESTIONS[question].format(topic), "response": response}
 
@@ -417,7 +419,8 @@ def write_review(topic: str, rng: np.random.Generator) -> list[str]:
     # More draws than the longest review takes; one call is faster than a hundred.
     draws = iter(rng.random(256).tolist())
     mood = rng.normal()
-    cumulative = list(accumulate(np.exp(mood * VALUES / 3).tolist()))
+    weights = np.exp(mood * VALUES / 3).tolist()
+    cumulative = list(accumulate(weights))
     sentences = []
     used = set()  # asked only for membership, so its order never shows
     words_left = 40
