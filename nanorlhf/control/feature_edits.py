@@ -134,11 +134,12 @@ def causal(config):
     bootstrap over prompts, of paired changes; a tie counts as half right.
     Method: Zhang et al. 2025 (2508.08746).
     """
-    edits = parse_edits("edits", config.edits)
+    edits = parse_edits("edits", config.edits)  # {17: ("set", 0.0)}
     dist, folder, tokenizer, max_length = open_run(config, edits)
 
-    # The texts: both sides of the held-out pairs, and all answers of the pool, row after row.
-    _, pairs, _ = load(config, "pairs")
+    # The texts: both sides of the held-out pairs, and all answers of the pool, row after row. They
+    # are read before the reward model is loaded, so that a bad row is found in the first seconds.
+    _, pairs, _ = load(config, "pairs")  # the held-out ones
     pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
     pool_rows = read_pool(config)
     texts = {}
@@ -153,7 +154,9 @@ def causal(config):
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 
-    # Before any edit: the scores, and on what share of the pairs' texts each feature fires.
+    # Before any edit: the scores, and on what share of the pairs' texts each feature fires. These
+    # rates say which features can be controls. Answers of the pool are not counted in them, so that
+    # the controls are the same with a pool and without.
     before = {}  # {side: [N]}
     n_fires = torch.zeros(reward.m)
     for side in SIDES:
@@ -163,7 +166,8 @@ def causal(config):
     if pool_rows:
         before["pool"], _, _ = read_all(reward, texts["pool"], [])
 
-    # Every arm scores every text again.
+    # Every arm scores every text again, and is compared with the same scores before any edit: a
+    # change is paired, text by text, so that the spread between texts is in no interval.
     results = {}
     for name, arm in choose_arms(config, edits, rates).items():
         ids = list(arm)
@@ -220,10 +224,12 @@ def choose_arms(config, edits, rates):
     of the named ones. Controls share no feature with each other while there are enough of them.
     """
     arms = {"edits": edits}
-    drawn = []
+    drawn = []  # features of earlier controls
     for i in range(config.draws):
+        # Each control has a key of its own, so that more --draws leave the first ones as they were.
         rng = np.random.default_rng([SPLIT, config.seed, i])
         others = alike(rates, list(edits), rng, but=drawn)
+        # The j-th random feature fires about as often as the j-th named one, and takes its edit.
         arms[f"random {i}"] = dict(zip(others, edits.values()))
         drawn += others
     return arms
@@ -241,8 +247,12 @@ def on_pairs(before, after, groups):
     margins_after = (after["chosen"] - after["rejected"]).double()
     right_before = pair_wins(before["chosen"], before["rejected"])
     right_after = pair_wins(after["chosen"], after["rejected"])
+    # Exact comparisons: an edit that does not touch a text leaves its score to the last bit.
     is_changed = torch.cat([after[side] != before[side] for side in SIDES])  # [2 N]
+    # A sign is -1, 0 for a tie, or 1.
     is_reordered = margins_before.sign() != margins_after.sign()  # [N]
+    # The change of accuracy has a column of its own: its interval is that of paired changes, which
+    # the intervals of the two accuracies do not tell.
     columns = {
         "chosen": (after["chosen"] - before["chosen"]).double(),
         "rejected": (after["rejected"] - before["rejected"]).double(),
@@ -273,13 +283,15 @@ def on_pool(before, after, rows, n):
     for p, row in enumerate(rows):
         n_answers = len(row["responses"])
         n_groups = n_answers // n  # a last group of fewer is left out
-        own = slice(start, start + n_groups * n)
-        best_before = best_of_groups(before[own], n)
-        best_after = best_of_groups(after[own], n)
-        start += n_answers
+        in_groups = slice(start, start + n_groups * n)  # this prompt's part of the scores
+        best_before = best_of_groups(before[in_groups], n)
+        best_after = best_of_groups(after[in_groups], n)
+        start += n_answers  # the answers that were left out are passed over too
 
         is_flipped.append(best_before != best_after)
+        # Choices from one prompt are not independent: the intervals draw whole prompts.
         prompts += [p] * n_groups
+        # Gold of what was chosen, before and after: a flip may gain or lose quality, or neither.
         if "gold_scores" in row:
             gold = torch.tensor(row["gold_scores"], dtype=torch.float64)
             gold_before.append(gold[best_before])
@@ -300,13 +312,16 @@ def on_pool(before, after, rows, n):
 
 def best_of_groups(scores, n):
     """Scores [G n] of one prompt's answers -> the place of the best answer of each n: [G]."""
-    best_in_group = scores.view(-1, n).argmax(1)
-    return best_in_group + torch.arange(0, len(scores), n)
+    best_in_group = scores.view(-1, n).argmax(1)  # [G]: 0 to n - 1
+    first_of_group = torch.arange(0, len(scores), n)  # [G]: 0, n, 2 n, ...
+    return best_in_group + first_of_group
 
 
 def intervals(columns, groups):
     """Means with 95% intervals over groups: {name: [N]} -> {name: {mean, low, high}}."""
-    means, draws = mean_over_groups(torch.stack(list(columns.values()), 1), groups)
+    # All columns are resampled as one table: each resample has the same prompts in all of them.
+    table = torch.stack(list(columns.values()), 1)  # [N, columns]
+    means, draws = mean_over_groups(table, groups)
     low, high = percentiles(draws)
     rows = {}
     for i, name in enumerate(columns):
@@ -317,8 +332,8 @@ def intervals(columns, groups):
 def format_arms(summary):
     """One line an arm: what it does to the pairs, then what to the best of n."""
     arms = summary["arms"]
-    any_arm = arms["edits"]
-    accuracy = cell(any_arm["accuracy_before"]).replace("+", "")
+    any_arm = arms["edits"]  # what was before an edit is the same in all arms
+    accuracy = cell(any_arm["accuracy_before"]).replace("+", "")  # it is no change: it has no sign
     lines = [
         f"\n{summary['reward_model']}, {' '.join(summary['edits'])}; {summary['pairs']} held-out "
         f"pairs of {summary['prompts']} prompts, accuracy before {accuracy}:",
@@ -356,12 +371,13 @@ def draw_arms(figure, summary):
     for i, (key, title) in enumerate(titles.items()):
         axis = figure.add_subplot(1, len(titles), i + 1)
         for j, arm in enumerate(arms.values()):
-            x = arm[key]
+            change = arm[key]
             # Where nothing changes, an end may lie on the wrong side of the mean by rounding.
-            below = max(0, x["mean"] - x["low"])
-            above = max(0, x["high"] - x["mean"])
+            below = max(0, change["mean"] - change["low"])
+            above = max(0, change["high"] - change["mean"])
+            # The arm of --edits comes first, and is to stand out from its controls.
             color = "C3" if j == 0 else "grey"
-            axis.errorbar(j, x["mean"], [[below], [above]], fmt="o", color=color)
+            axis.errorbar(j, change["mean"], [[below], [above]], fmt="o", color=color)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(title=title, xticks=range(len(arms)))
         axis.set_xticklabels(list(arms), rotation=70)
@@ -386,7 +402,9 @@ def steer(config):
     A set, a "+", a floor above 0 or a cap below it also changes texts on which
     the feature does not fire.
     """
+    # Exactly one of the two flags is given (SteerConfig checks it), and both have the same form.
     edits = parse_edits("edits", config.edits) or parse_edits("weights", config.weights)
+    # The model is written last: that it can be written is tried first.
     if config.save:
         check_can_write(config.save)
     dist, folder, tokenizer, max_length = open_run(config, edits)
@@ -397,7 +415,7 @@ def steer(config):
         answers = read_answers(config.texts)
         texts["text"] = encode_texts(config, tokenizer, answers, "response", max_length)
     else:
-        _, pairs, _ = load(config, "pairs")
+        _, pairs, _ = load(config, "pairs")  # the held-out ones
         pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
         for side in SIDES:
             texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
@@ -410,7 +428,9 @@ def steer(config):
         f"--weights: {config.reward_model} has no head on its features",
     )
 
-    # The scores before and after, and the features that are edited, before any edit.
+    # The scores before and after, and the features that are edited, before any edit. An edit of
+    # features changes z: one reading gives both scores. An edit of weights changes the model, w in
+    # score = w . z, so the texts are read once more, with the edited head.
     rows = []
     for side, answers in texts.items():
         if config.edits:
@@ -429,12 +449,14 @@ def steer(config):
         **count_texts(rows),
     }
 
+    # A dot for each text is more than the summary holds: the picture is drawn from the rows.
     def draw(figure, summary):
         draw_texts(figure, rows)
 
     save(config, folder, summary, format_texts(summary, rows), draw)
     write_lines(os.path.join(config.output_dir, "texts.jsonl"), rows)
     if config.save:
+        # The head has its old weights again by now: it is edited once more, to be saved.
         with reweighted(reward.module, edits):
             save_sarm(reward.module, tokenizer, config.save)
         print(f"The SARM with its edited head is in {config.save}", flush=True)
@@ -466,9 +488,11 @@ def count_texts(rows):
 
     mean_change: the mean change of the scores of those texts that change.
     """
+    # A text has a feature where it is not 0: a SARM's feature may also fire below 0.
     has_feature = np.array([any(row["latents"].values()) for row in rows])
     changes = np.array([row["after"] - row["before"] for row in rows])
     is_changed = changes != 0
+    # Over the texts that change: over all of them an edit of a rare feature would look like none.
     mean_change = 0.0
     if is_changed.any():
         mean_change = float(changes[is_changed].mean())
@@ -496,9 +520,10 @@ def format_texts(summary, rows, shown=8):
         "without it",
         f"  {'':8s}{'before':>8s}{'after':>8s}   {'z':10s} text",
     ]
+    # A line has room for the end of a text: it is where the features are read.
     most_changed = sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))
     for row in most_changed[:shown]:
-        z = " ".join(f"{x:.2f}" for x in row["latents"].values())
+        z = " ".join(f"{value:.2f}" for value in row["latents"].values())
         text = " ".join(row["response"].split())
         lines.append(
             f"  {row['side']:8s}{row['before']:8.3f}{row['after']:8.3f}   {z[:10]:10s} {text[-98:]}"
@@ -508,6 +533,8 @@ def format_texts(summary, rows, shown=8):
 
 def draw_texts(figure, rows):
     """Each text's score before and after; red where the text has an edited feature."""
+    # On the diagonal nothing has changed. A grey dot beside it is a text that the edit reaches
+    # although it lacks the feature.
     before = []
     after = []
     colors = []

@@ -24,6 +24,7 @@ from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..errors import InputError, at_least, require
+from ..hf.folders import check_model, context_length
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
@@ -61,6 +62,7 @@ class HumanLatents(NamedTuple):
         """The feature's latents on all texts, [N]. InputError: the file does not know them."""
         if feature in self.features:
             return self.latents[:, self.features.index(feature)]
+        # Not in the file: in a complete one it fired on no text, in another nobody knows.
         require(
             self.complete,
             f"{self.path} holds no latents of feature {feature} "
@@ -81,7 +83,7 @@ def save(path, human, fingerprint):
     }
     notes = {"complete": human.complete, "fingerprint": fingerprint}
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    # A name of its own: of two processes at once the last one's file stays, whole.
+    # A temporary name of its own: of two processes at once the last one's file stays, whole.
     temporary = f"{path}.{os.getpid()}.tmp"
     save_file(tensors, temporary, {NOTES: json.dumps(notes)})
     os.replace(temporary, path)
@@ -106,12 +108,14 @@ def load(path, spec, sae):
         command += f" --sae {sae}"
     require(os.path.isfile(path), f"{path}: no human latents here; this makes them: {command}")
 
+    # Any model's weights are a file of tensors too: the notes in the metadata tell this kind.
     notes = read_notes(path).get(NOTES)
     tensors = read_tensors(path)
     require(
         notes and set(NAMES) <= set(tensors),
         f"{path}: not a file of human latents (probe.py human_latents)",
     )
+    # A wrong number that passes here would be a strange penalty in PPO, hours later.
     check_human_tensors(tensors, path)
     notes = check_fields(parse_json(notes, path), {"complete": bool, "fingerprint": dict}, path)
     check_fingerprint(notes["fingerprint"], path, spec, sae)
@@ -126,6 +130,7 @@ def load(path, spec, sae):
 
 def check_human_tensors(tensors, path):
     """InputError where the tensors of a file do not fit each other, or hold impossible numbers."""
+    # latents [N, F], features [F], scores [N], with at least one text; F may be 0.
     latents = tensors["latents"]
     features = tensors["features"]
     scores = tensors["scores"]
@@ -136,12 +141,14 @@ def check_human_tensors(tensors, path):
     )
     require(fits and len(scores) > 0, f"{path}: its tensors do not fit each other")
 
+    # Finite floats of any shape. A standard deviation squares them, and must not overflow.
     check_tensors(tensors, {"latents": None, "scores": None}, path)
     largest = scores.abs().max().item()
     if latents.numel():
         largest = max(latents.abs().max().item(), largest)
     require(largest < MOST, f"{path}: it holds {largest:.3g}, whose square float32 cannot hold")
 
+    # A feature that stands there twice would have two columns, of which one is never looked at.
     ids = features.tolist()
     is_once = len(set(ids)) == len(ids)
     are_ids = features.dtype == torch.int64 and is_once and min(ids, default=0) >= 0
@@ -150,6 +157,8 @@ def check_human_tensors(tensors, path):
 
 def check_fingerprint(stored, path, spec, sae):
     """InputError where a file's latents are of another reward model or autoencoder than these."""
+    # Digests of files, not names of folders: a model that was moved is the same, and one that was
+    # trained again in its old folder is not. Its feature 17 is then another feature.
     what = f"{spec} with {sae}" if sae else spec
     for name, value in latents_fingerprint(spec, sae).items():
         require(
@@ -185,10 +194,6 @@ class HumanLatentsConfig(FeatureReaderFlags, TextFlags):
         help="the numbers of matrix products; weights are float32 in any case",
     )
 
-    max_length: int = HfArg(
-        default=0, help="tokens in the longest text; longer ones are an error; 0: any"
-    )
-
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 0, "max_rows")
@@ -218,13 +223,14 @@ def human_latents(config):
     dist.together(check_place)
     check_feature_reader(config.reward_model, config.sae, ids)
 
-    # The texts.
+    # The texts: {"prompt": ..., "response": ...}, or of a pair {"prompt": ..., "chosen": ...,
+    # "rejected": ...} the chosen one, which is what people prefer a policy to write.
     rows = data.read_rows(config.dataset, config.kind, config.columns)
     rows = data.subset(rows, config.max_rows)
     fields = ("response",) if config.kind == "sft" else ("chosen", "rejected")
     side = fields[0]  # the texts that are read
     tokenizer = load_tokenizer(config.reward_model)
-    max_length = config.max_length or None
+    max_length = config.max_length or context_length(check_model(config.reward_model))
     rows = leave_out_control_tokens(tokenizer, rows, config, dist.print)
     # Both sides of a pair are cut together, so that they share their prompt.
     encoded = encode(tokenizer, rows, fields, max_length, config.chat_template)
@@ -234,28 +240,32 @@ def human_latents(config):
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 
+    # Packed a chunk at a time, since all texts in one batch would be as long as the longest.
     def pack_texts(first, last):
         part = rows[first:last]
         batch = pack(prompts[first:last], responses[first:last], tokenizer.pad_token_id)
         return Answers([row["prompt"] for row in part], [row[side] for row in part], batch)
 
-    # Each process reads its part of them.
-    def read_own():
+    # Each process reads its part of them. An error of one, such as a score that is not finite, ends
+    # all of them: else the others would wait for it in gather().
+    def read_mine():
         return read_texts(dist, reward, len(rows), pack_texts, ids)
 
-    latents, scores = dist.together(read_own)  # sparse [n, F] or [n, M], [n]
+    latents, scores = dist.together(read_mine)  # sparse [n, F] or [n, M], [n]
 
-    # Without --features: all features that fire on any text of any process.
+    # Without --features: all features that fire on any text of any process, so that every process
+    # gathers the same columns. Only these become dense: of thousands of features few ever fire.
     if ids:
         columns = torch.arange(len(ids))
         features = ids
     else:
-        own_columns = latents.indices()[1].unique()
-        columns = dist.gather(own_columns).unique()
+        fired_here = latents.indices()[1].unique()
+        columns = dist.gather(fired_here).unique()
         features = columns.tolist()
     latents = dist.gather(latents.index_select(1, columns).to_dense())  # [N, F]
     scores = dist.gather(scores)  # [N]
 
+    # Nobody goes on before the file is there.
     human = HumanLatents(config.output, latents, features, scores, complete=not ids)
     if dist.main:
         save(config.output, human, latents_fingerprint(config.reward_model, config.sae))
@@ -281,16 +291,17 @@ def read_texts(dist, reward, n_texts, pack_texts, ids):
     pack_texts(first, last): Answers of the texts in between. The latents are sparse, [n, F] of the
     features `ids`, or [n, M] of all where none is named: most of them are 0.
     """
+    # They begin with tensors of no text: a process without any has something to concatenate.
     n_features = len(ids) or reward.m
     latents = [torch.zeros(0, n_features).to_sparse()]
     scores = [torch.zeros(0)]
-    own = dist.part(n_texts)
-    progress = Progress(dist, "human latents, text", len(own))
-    for first in range(own.start, own.stop, CHUNK):
-        last = min(first + CHUNK, own.stop)
+    mine = dist.part(n_texts)
+    progress = Progress(dist, "human latents, text", len(mine))
+    for first in range(mine.start, mine.stop, CHUNK):
+        last = min(first + CHUNK, mine.stop)
         reading = reward.read(pack_texts(first, last), ids or None)
         latents.append(reading.latents.to_sparse())
         scores.append(reading.scores)
-        progress.step(last - own.start, "")
+        progress.step(last - mine.start, "")
     progress.close()
     return torch.cat(latents).coalesce(), torch.cat(scores)

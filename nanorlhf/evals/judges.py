@@ -85,16 +85,19 @@ def by_rewards(specs: list[str], rows: list[dict], config, dist) -> dict[str, li
         to_score.append({"prompt": row["prompt"], "responses": different})
     scores = pool.score(to_score, specs, None, config, dist)
 
-    found = {}
+    scores_by_spec = {}
     for spec, name in zip(specs, reward_names(specs)):
+        # Back from different texts to all answers, side by side: row after row, as the pairs stand.
         sides = {"a": [], "b": []}
         for row, different, own_scores in zip(rows, texts, scores[name]):
             score_of = dict(zip(different, own_scores))
             for side, side_scores in sides.items():
                 for text in row[side]:
                     side_scores.append(score_of[text])
-        found[spec] = [torch.tensor(part, dtype=torch.float64) for part in sides.values()]
-    return found
+        scores_of_a = torch.tensor(sides["a"], dtype=torch.float64)  # [N]
+        scores_of_b = torch.tensor(sides["b"], dtype=torch.float64)
+        scores_by_spec[spec] = [scores_of_a, scores_of_b]
+    return scores_by_spec
 
 
 # ------------------------------------------------------------------------------- language models
@@ -133,7 +136,8 @@ def by_language_model(
     # What the summary and the last line of the run tell of the asking.
     choices = [known[key] for key in questions if key in known]
     n_left = len(questions) - len(choices)
-    if questions and not choices and not problem:
+    nothing_chosen = questions and not choices
+    if nothing_chosen and not problem:
         problem = f"no reply was a choice, the first one: {failures[0]}"
     first_chosen = None
     if choices:
@@ -159,6 +163,7 @@ def make_questions(spec: str, pairs: list[tuple[str, str, str]], config) -> tupl
     -> {key: (prompt, first, second)}, and for each pair [key with A first, key with B first], which
     is empty for the same text twice
     """
+    # A key holds the judge and the whole question, so that another criterion is asked anew.
     judge = name_judge(spec, config)
     questions = {}
     keys_of_pairs = []
@@ -218,6 +223,7 @@ def verdict(choices: list[int | None]) -> float:
     """
     if None in choices:
         return float("nan")
+    # [1, 2]: both times the answer of A. [1, 1] or [2, 2]: a place was chosen, not an answer.
     if choices == [1, 2]:
         return 1.0
     if choices == [2, 1]:
@@ -243,6 +249,7 @@ def collect(
     try:
         replies = ask(config, spec, texts, dist)
         for count, (i, reply) in enumerate(replies, start=1):
+            # A reply may hold no choice, or be an exception: both are counted, neither is kept.
             choice = None
             if isinstance(reply, str):
                 choice = choice_of(reply)
@@ -318,14 +325,16 @@ def choose_locally(
             yield i, e
             continue
         input_ids = torch.tensor([prompt], device=policy.lm.device)
+        # One question at a time: without padding, the last place predicts the reply's first token.
         logits = policy.lm(input_ids=input_ids, logits_to_keep=1).logits[0, -1]  # [V]
         yield i, numbers[int(logits[ids].argmax())]
 
 
 def choice_of(reply: str) -> int | None:
     """A reply -> 1 or 2, or None where it is neither."""
+    # Without that mark the whole reply comes after it.
     _, _, after_thinking = reply.rpartition("</think>")
-    found = CHOICE.fullmatch(after_thinking)
-    if found is None:
+    match = CHOICE.fullmatch(after_thinking)
+    if match is None:
         return None
-    return int(found[2])
+    return int(match[2])

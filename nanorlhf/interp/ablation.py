@@ -143,11 +143,13 @@ def removed(sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
 
     In the model's units.
     """
+    # Decoder rows are in standardised units. The scale brings their sum into the model's; the mean
+    # and the bias b_d belong to no feature, and stay in x.
     _, scale = sae.moments(x)
-    part = sae.encode(x)[..., ids] @ sae.W_dec[ids]
+    contribution = sae.encode(x)[..., ids] @ sae.W_dec[ids]  # [.., D]
     if sae.normalize == "none":
-        return part
-    return part * scale
+        return contribution
+    return contribution * scale
 
 
 def without(sae: SparseAutoencoder, ids: Tensor) -> Callable[[Tensor], Tensor]:
@@ -167,6 +169,8 @@ def switched_off(
     token does.
     """
     remove_features = without(sae, ids)
+    # The function sees activations alone, [B, 1, D] at most steps of a rollout: the ids of these
+    # tokens come from the forward that runs.
     with running_ids(lm) as token_ids:
 
         def remove_where_trained(x):  # [B, T, D]
@@ -239,6 +243,7 @@ def ablate(config):
     responses = {}  # {arm: token lists}
     numbers = {}  # {arm: {number: [P N]}}
     for name, chosen in arms.items():
+        # The plain policy runs without the hook, so that "nothing" shows what the hook itself does.
         if chosen is None:
             responses[name], answers = sample_answers(parts, test, step=0)
         else:
@@ -302,17 +307,17 @@ def read_prompts(config, tokenizer, model_config) -> tuple[Prompts, Prompts]:
     """The prompts to choose features on, and the held-out ones, each N times."""
     rows, held_out, _ = load(config, "prompts")
     prompts = []
-    for part in (rows, held_out):
-        part = leave_out_control_tokens(tokenizer, part, config, print)
-        part_prompts = ready_prompts(
+    for rows_of_split in (rows, held_out):
+        allowed_rows = leave_out_control_tokens(tokenizer, rows_of_split, config, print)
+        prompts_of_split = ready_prompts(
             tokenizer,
-            part,
+            allowed_rows,
             model_config,
             config.max_new_tokens,
             config.max_prompt_length,
             config.chat_template,
         )
-        prompts.append(part_prompts)
+        prompts.append(prompts_of_split)
     train, held_out_prompts = prompts
 
     # The answers to a prompt stand one after another: see mean_with_interval().
@@ -330,7 +335,9 @@ def sample_answers(
     responses = []
     answers = []
     for first in range(0, len(prompts), size):
-        places = list(range(first, min(first + size, len(prompts))))
+        # Places among all prompts key the noise, so that it does not depend on --batch_size.
+        last = min(first + size, len(prompts))
+        places = list(range(first, last))
         rollout, batch_answers = roll_out(parts, prompts.at(places), places, step)
         answers.append(batch_answers)
         for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu()):
@@ -381,6 +388,7 @@ def choose_features(
     f: a sparse [M, n], the features on the n tokens `seen`. InputError: the policy hardly writes
     the concept's words.
     """
+    # By its decoder direction, whether or not the words are ever written; else by where it fires.
     if config.by == "logits":
         scores = score_by_logits(f, concept, sae, lm)
     else:
@@ -406,6 +414,7 @@ def score_by_logits(f: Tensor, concept: Tensor, sae: SparseAutoencoder, lm) -> T
     """
     unembedding = lm.get_output_embeddings().weight.float()  # [V, D]
     effects = sae.decoder_directions().float() @ unembedding.T  # [M, V]
+    # effects @ weights is the mean over the concept's words, minus the mean over the others.
     others = ~concept
     weights = concept.to(effects) / concept.sum() - others.to(effects) / others.sum()  # [V]
     fires = sum_over_tokens(f) != 0
@@ -414,6 +423,7 @@ def score_by_logits(f: Tensor, concept: Tensor, sae: SparseAutoencoder, lm) -> T
 
 def draw_arms(config, ids: list[int], seen: Seen) -> dict[str, list[int] | None]:
     """The features that each arm switches off; None: the policy as it is, without any hook."""
+    # {"plain": None, "nothing": [], "features": [3, 17], "random 0": [5, 9], ..., "strong 0": ...}
     arms = {"plain": None, "nothing": [], "features": ids}
     for control, sizes in (("random", seen.rates), ("strong", seen.squares)):
         for i in range(config.draws):
@@ -455,6 +465,7 @@ def measure_answers(
         shares = [concept[ids].float().mean().item() for ids in responses]
         numbers[config.concept] = torch.tensor(shares)
 
+    # The whole gold is one of the rewards; its parts are computed from the texts once more.
     if "world:gold" in rewards:
         gold_parts = {}  # {part: one number of each answer}
         for batch in answers:
@@ -471,9 +482,10 @@ def describe_arm(ids: list[int], seen: Seen, sae: SparseAutoencoder) -> dict:
     variance that they hold."""
     share = 0.0
     if ids:
+        # What is taken away is not centred, since its mean goes too. So the share can exceed 1.
         variance = (seen.x - seen.x.mean(0)).square().sum()
-        part = removed(sae, torch.tensor(ids, device=seen.x.device), seen.x)
-        share = (part.square().sum() / variance).item()
+        taken_away = removed(sae, torch.tensor(ids, device=seen.x.device), seen.x)  # [n, D]
+        share = (taken_away.square().sum() / variance).item()
     return {"features": ids, "rates": seen.rates[ids].tolist(), "removed": share}
 
 
@@ -482,6 +494,7 @@ def mean_with_interval(values: Tensor, n_answers: int) -> dict[str, float]:
 
     values [P N], the answers to a prompt one after another.
     """
+    # Answers to one prompt are alike: prompts are what is drawn independently.
     means = values.view(-1, n_answers).mean(1)  # [P]
     low, high = bootstrap(means)
     return interval_row(means.mean(), low, high)
@@ -502,6 +515,7 @@ def compare_arms(numbers: dict[str, dict[str, Tensor]], n_answers: int) -> dict[
         for arm, values in numbers.items():
             kind = arm.split()[0]  # "random 3" is a draw of "random"
             draws.setdefault(kind, []).append(values[key])
+        # Draws are averaged answer by answer, so that an interval is over prompts, like all others.
         means = {kind: torch.stack(values).mean(0) for kind, values in draws.items()}
         differences[key] = {}
         for a, b in pairs:
@@ -530,6 +544,7 @@ def format_table(summary: dict) -> str:
         f"{summary['prompts']} prompts, {summary['n_answers']} answers to each:",
         f"  {'':10s}{'rate':>8s}{'removed':>9s}{'distinct-2':>12s}{head}   features",
     ]
+    # "plain" and "nothing" switch off no feature, and have no rate.
     for name, arm in summary["arms"].items():
         rate = " " * 17
         if arm["features"]:
@@ -542,6 +557,7 @@ def format_table(summary: dict) -> str:
         same = "the same tokens as"
     lines.append(f"  'nothing' wrote {same} the plain policy")
 
+    # One line for each number, and a column for each pair of arms.
     names = "".join(f"{name:>26s}" for name in summary["differences"][keys[0]])
     lines.append(f"\n  {'':16s}{names}")
     for key, row in summary["differences"].items():
@@ -562,6 +578,7 @@ def draw(figure, summary: dict):
     for i, key in enumerate(keys):
         axis = figure.add_subplot(1, len(keys), i + 1)
         for j, (name, arm) in enumerate(arms.items()):
+            # errorbar wants lengths of the bars, not the ends of the interval.
             mean = arm[key]["mean"]
             below = mean - arm[key]["low"]
             above = arm[key]["high"] - mean

@@ -101,6 +101,7 @@ def feature_aucs(f: Tensor, labels: Tensor) -> Tensor:
 def sort_entries(f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The entries of a sparse [M, N], by feature and then by value: feature, token, value [n]."""
     feature, token = f.indices()
+    # The second sort is stable, so that values stay sorted within each feature.
     by_value = f.values().argsort(stable=True)
     by_feature = feature[by_value].argsort(stable=True)
     order = by_value[by_feature]
@@ -133,6 +134,7 @@ def feature_correlations(f: Tensor, labels: Tensor) -> Tensor:
     f = f.double()
     y = labels.double()  # [N, C]
     N = f.shape[1]
+    # Products of means are subtracted from means of products: centred features would not be sparse.
     ones = torch.ones(N, 1, dtype=torch.float64, device=y.device)
     mean_f = f @ ones / N  # [M, 1]
     mean_y = y.mean(0)  # [C]
@@ -175,6 +177,7 @@ def alike(
     if len(sizes) >= 2 * len(ids) + len(but):
         taken.extend(but)
 
+    # A difference of logarithms is a ratio of sizes; features of size 0 are all alike.
     logs = sizes.clamp(min=1e-9).log()  # [M]
     drawn = []
     for i in ids:

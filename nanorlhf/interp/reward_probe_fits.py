@@ -44,9 +44,12 @@ def fit_reward(
     if shuffle is not None:
         train_values = exchange_values(train_values, texts.units[train], shuffle)
 
+    # One penalty for all inputs needs them on one scale. It is fitted, so on the training side
+    # alone; an input that is constant there keeps its own.
     scale = x[train].double().std(0)  # [F]
     scale = torch.where(scale > 0, scale, 1)
     x = x.double() / scale
+    # The penalty is chosen on left-out families or prompts, as the test is of others too.
     weight, bias, penalty = ridge(x[train], train_values, PENALTIES, texts.groups[train])
 
     # Predictions that differ by rounding alone are one number.
@@ -87,6 +90,7 @@ def exchange_values(values: Tensor, units: Tensor, seed: int) -> Tensor:
 
     values, units [n] -> [n]
     """
+    # Units exchange, not rows: as with the true values, all contexts of a word have one value.
     different, unit_of = units.unique(return_inverse=True)  # [U], [n]
     unit_values = average_by_unit(values, unit_of)  # [U]
     order = torch.from_numpy(make_rng(seed).permutation(len(different)))
@@ -120,6 +124,8 @@ def fit_pairs(
     train, test = split
     chosen, rejected = x.double().chunk(2)  # [N, F]
     difference = chosen - rejected
+    # The chosen response always comes first, so all labels are 1, and an intercept would fit them
+    # alone. Without it, and without centring, exchanging the two turns a margin's sign.
     scale = difference[train].square().mean(0).sqrt()  # [F]
     scale = torch.where(scale > 0, scale, 1)
     labels = torch.ones(len(train))

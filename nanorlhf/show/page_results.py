@@ -37,6 +37,7 @@ def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
     if not results or not run.has("pool.jsonl"):
         return panels, []
 
+    # Below the curves the page lets one choose an n, and shows what each proxy takes of n answers.
     rows = read_rows(run.path("pool.jsonl"), POOL_ROW)
     first_curve = next(iter(results.values()))
     ns = [point["n"] for point in first_curve]
@@ -52,6 +53,8 @@ def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
 
 def draw_best_of_n(run: Run, results: dict) -> list[dict]:
     """Gold and proxy against n: together for a single reward, else one panel for each of them."""
+    # A single reward: both curves in one panel, to be seen parting. Several: as many pairs of lines
+    # would cover each other, and proxies have units of their own.
     by_what = {}  # {gold or proxy: lines}
     for what in ("gold", "proxy"):
         by_what[what] = []
@@ -88,6 +91,7 @@ def scores_of_pool(row: dict) -> dict[str, list[float]]:
 
 def find_proxies(run: Run, row: dict) -> dict[str, torch.Tensor]:
     """A row of a pool -> the scores [N] of its answers by each member and each objective."""
+    # In float64, as sample_bon.py chooses: rounded to float32, two answers might tie.
     proxies = {}
     for name, scores in row["scores"].items():
         proxies[name] = torch.tensor(scores, dtype=torch.float64)
@@ -110,6 +114,7 @@ def choose_answers(row: dict, proxies: dict[str, torch.Tensor], ns: list[int]) -
         picks[name] = []
         proxy_scores[name] = []
         for n in ns:
+            # A prompt with fewer than n answers gives all that it has.
             place = scores[:n].argmax().item()
             # Most proxies take the same few answers: each is kept once.
             if place not in places:
@@ -123,7 +128,7 @@ def choose_answers(row: dict, proxies: dict[str, torch.Tensor], ns: list[int]) -
 
 def describe_choice(row: dict, place: int) -> dict:
     """One answer of a row of the pool: {text, place, scores}."""
-    scores = [own[place] for own in scores_of_pool(row).values()]
+    scores = [numbers[place] for numbers in scores_of_pool(row).values()]
     return {"text": shorten(row["responses"][place]), "place": place, "scores": scores}
 
 
@@ -135,6 +140,7 @@ def read_features(run: Run) -> list[dict]:
 
     The features of a reward model (probe.py reward_features) are shown in the same way.
     """
+    # {"saes": {folder: {"model", "layer", "site", "features": [...]}}}
     summary = run.summary or {}
     blocks = []
     for name, result in (summary.get("saes") or {}).items():
@@ -151,11 +157,12 @@ def read_features(run: Run) -> list[dict]:
 
 def draw_densities(run: Run) -> list[dict]:
     """How many features of each autoencoder fire how often, from summary.json of train_sae.py."""
+    # In a summary of another script an entry is a number, or has no density.
     lines = []
     for name, result in (run.summary or {}).items():
-        density = result.get("density") if isinstance(result, dict) else None
-        if not density:
+        if not isinstance(result, dict) or not result.get("density"):
             continue
+        density = result["density"]
         edges = density["log10_edges"]
         # Older summaries call features latents.
         counts = density.get("features") or density.get("latents")
@@ -196,6 +203,8 @@ class Metrics(dict):
 
 def read_tables(run: Run) -> list[dict]:
     """The table of a run: the numbers of its summary.json with their intervals."""
+    # Each command has a summary of its own form. A run of any other kind has numbers with standard
+    # errors: read_numbers() finds them by their names.
     readers = {
         "probe.py reward": read_probe,
         "probe.py pairs": read_probe,
@@ -241,6 +250,8 @@ def read_autoencoders(summary: dict, metrics: Metrics):
 
 def read_probe(summary: dict, metrics: Metrics):
     """probe.py reward and pairs: each metric with its t interval over splits."""
+    # A row has [mean, half-width] of each metric; null stands for a number that there is not, such
+    # as the half-width of a single split.
     for name in [*summary["metrics"], "policy_less"]:
         for label, row in summary["rows"].items():
             mean, half_width = row[name]
@@ -251,6 +262,7 @@ def read_probe(summary: dict, metrics: Metrics):
 
 def read_benchmark(summary: dict, metrics: Metrics):
     """probe.py evaluate: each metric of each reward, and its difference from the first reward."""
+    # The line of chance: pairs are right half of the time, and a margin is 0.
     for name in summary["metrics"]:
         reference = 0 if name == "margin" else 0.5
         for label, row in summary["rewards"].items():
@@ -297,6 +309,7 @@ def read_mmcs(summary: dict, metrics: Metrics):
 
 def read_reward_features(summary: dict, metrics: Metrics):
     """probe.py reward_features: its first features, on pairs and on the policy's answers."""
+    # They are sorted already, and there is only one of the two parts if one kind of data was named.
     for feature in summary["features"][:MOST_ROWS]:
         for part in ("pairs", "policy"):
             for name in ("differential", "contribution"):
@@ -328,6 +341,7 @@ def add_intervals(arm: str, numbers: dict, prefix: str, metrics: Metrics):
 
 def read_numbers(run: Run, metrics: Metrics):
     """Numbers with standard errors: of the first and the last evaluation, or of a summary."""
+    # Before and after, if there are two evaluations: what training has changed. Else the end alone.
     evaluations = []
     for record in run.records:
         if any(name.startswith("eval/") for name in record):

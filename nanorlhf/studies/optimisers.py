@@ -139,6 +139,7 @@ def flags_of(setting: Setting, steps: int, eval_every: int) -> str:
 
 def policy_cell(a, name: str, s, flags: str) -> Cell:
     """A run of train_ppo.py against the seed's reward model."""
+    # The cell's name is its folder, too: part/method/seed_s.
     out = a.output_dir
     models = f"--model {out}/sft --reward_model {out}/rm/seed_{s}"
     place = f"--seed {s} --output_dir {out}/{name}"
@@ -162,6 +163,7 @@ def dpo_cell(a, name: str, s, setting: Setting, eval_every: int) -> Cell:
     lr, beta = setting
     models = f"--model {out}/sft {noisy_pairs(s)} --reward_model {out}/rm/seed_{s}"
     flags = f"--lr {lr:g} --dpo_beta {beta:g} --steps {a.dpo_steps} --eval_every {eval_every}"
+    # noisy_pairs() has named --seed already.
     place = f"--output_dir {out}/{name}"
     command = join("train_sft.py --loss dpo", models, flags, place, a.dpo_flags)
     needs = [train_sft(a), train_reward_model(a, s)]
@@ -171,6 +173,7 @@ def dpo_cell(a, name: str, s, setting: Setting, eval_every: int) -> Cell:
 def pool_cell(a, name: str, policy: str, n: int, s, needs: list[str]) -> Cell:
     """n answers of a policy to each held-out prompt. The best of them by gold are max@n."""
     out = a.output_dir
+    # Gold chooses here, as nobody could in practice: max@k is what a policy has to offer at all.
     flags = f"--model {out}/{policy} --reward_model world:gold --n_answers {n}"
     place = f"--eval_size {a.prompts} --seed {s} --output_dir {out}/{name}"
     command = join("sample_bon.py", flags, place, a.bon_flags)
@@ -189,6 +192,7 @@ def bon_cell(a, s) -> Cell:
     models = f"--pool {out}/pool/pool.jsonl --reward_model {out}/rm/seed_{s}"
     place = f"--seed {s} --output_dir {out}/{name}"
     command = join("sample_bon.py", models, place, a.bon_flags)
+    # The pool is one for all seeds, so that curves differ by the reward models alone.
     needs = [train_sft(a), train_reward_model(a, s), sft_pool(a).command]
     return Cell(name, command, needs, read_bon)
 
@@ -197,6 +201,7 @@ def tuning_cell(a, method: str, s, setting: Setting) -> Cell:
     """A run that shows what a setting is worth."""
     lr, strength = setting
     name = f"tuning/{method}/lr_{lr:g}_{strength:g}/seed_{s}"
+    # eval_every=0 evaluates at the start and the end alone: only the end is asked for.
     if method == DPO:
         return dpo_cell(a, name, s, setting, eval_every=0)
     flags = flags_of(setting, a.tuning_steps, eval_every=0)
@@ -207,17 +212,18 @@ def headline_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
     """The two headline parts, seed by seed. chosen: the setting of each method."""
     cells = []
     for s in range(a.seeds):
-        for method, own in ON_POLICY.items():
+        for method, method_flags in ON_POLICY.items():
             setting = chosen[method]
             flags = flags_of(setting, a.steps, a.eval_every)
-            tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(own, flags))
+            tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(method_flags, flags))
             cells.append(tuned)
 
+            # What an optimiser does when nothing pulls it back to SFT, at its own learning rate.
             if s < a.no_kl_seeds:
                 no_kl = setting._replace(strength=0)
                 flags = flags_of(no_kl, a.no_kl_steps, a.no_kl_eval_every)
                 name = f"no_kl/{method}/seed_{s}"
-                cells.append(policy_cell(a, name, s, join(own, flags)))
+                cells.append(policy_cell(a, name, s, join(method_flags, flags)))
 
         dpo = dpo_cell(a, f"tuned/{DPO}/seed_{s}", s, chosen[DPO], a.dpo_eval_every)
         cells.append(dpo)
@@ -229,11 +235,12 @@ def place_cells(a, lr: float) -> list[Cell]:
     """The trial of where RLOO's KL penalty stands."""
     cells = []
     for s in range(a.trial_seeds):
-        for place, own in PLACES.items():
+        for place, place_flags in PLACES.items():
             for coefficient in a.place_coefs:
+                # RLOO's own --kl_in and --kl_kind are the defaults. A place names both.
                 setting = Setting(lr, coefficient)
                 flags = flags_of(setting, a.place_steps, eval_every=0)
-                flags = join(ON_POLICY["rloo"], own, flags)
+                flags = join(ON_POLICY["rloo"], place_flags, flags)
                 name = name_of_place(place, coefficient, s)
                 cells.append(policy_cell(a, name, s, flags))
     return cells
@@ -244,14 +251,14 @@ def name_of_place(place: str, coefficient: float, s) -> str:
 
 
 def gold_cells(a, chosen: dict[str, Setting]) -> tuple[list[Cell], list[Cell]]:
-    """The trial of gold as the reward: runs without a KL penalty, and the pools of their policies."""
+    """The trial of gold as the reward: runs without a KL penalty, and pools of their policies."""
     runs = []
     pools = [sft_pool(a)]
     for s in range(a.trial_seeds):
-        for method, own in ON_POLICY.items():
+        for method, method_flags in ON_POLICY.items():
             no_kl = chosen[method]._replace(strength=0)
             flags = flags_of(no_kl, a.gold_steps, a.eval_every)
-            run = gold_cell(a, f"gold/{method}/seed_{s}", s, join(own, flags))
+            run = gold_cell(a, f"gold/{method}/seed_{s}", s, join(method_flags, flags))
             runs.append(run)
 
             # Noise of its own: the pool of SFT has seed 0.
@@ -280,7 +287,7 @@ def commands(a) -> list[list[str]]:
 
 
 def grid_of(a, method: str) -> tuple[list[float], list[float]]:
-    """The learning rates and the strengths that are tried. The first strength is the first round's."""
+    """The learning rates and the strengths that are tried; learning rates at the first strength."""
     if method == DPO:
         return a.dpo_lr, a.dpo_beta
     return a.lr, a.kl_coef
@@ -291,12 +298,14 @@ def tune(a, path: str) -> dict[str, dict[Setting, list[float]]]:
 
     -> {method: {setting: gold at the end, one number a seed}}. best_of() says which is best.
     """
+    # A full grid would be lrs x strengths runs a seed; this way it is lrs + strengths - 1.
     first_round = {}
     for method in TUNED:
         lrs, strengths = grid_of(a, method)
         first_round[method] = [Setting(lr, strengths[0]) for lr in lrs]
     tried = try_settings(a, first_round, path)
 
+    # The first strength has been tried at this rate already.
     second_round = {}
     for method in TUNED:
         _, strengths = grid_of(a, method)
@@ -312,12 +321,13 @@ def try_settings(a, settings: dict[str, list[Setting]], path: str) -> dict:
     cells = []
     tried = {}
     places = {}  # {name of a cell: the list that its gold goes into}
-    for method, own in settings.items():
-        tried[method] = {setting: [] for setting in own}
+    for method, settings_of_method in settings.items():
+        # The lists are filled below: a cell's name says which list its gold belongs to.
+        tried[method] = {setting: [] for setting in settings_of_method}
         lrs, strengths = grid_of(a, method)
         if len(lrs) * len(strengths) == 1:
             continue  # nothing to choose
-        for setting in own:
+        for setting in settings_of_method:
             for s in a.tuning_seeds:
                 cell = tuning_cell(a, method, s, setting)
                 cells.append(cell)
@@ -347,6 +357,8 @@ def print_tuning(a, tried: dict):
         best = best_of(golds)
         lrs, strengths = grid_of(a, method)
         for setting, numbers in golds.items():
+            # A setting at the edge of what was tried may have a better neighbour that nobody has
+            # tried.
             mark = ""
             if setting == best:
                 mark = "  <- chosen"
@@ -425,7 +437,7 @@ def main(args=None):
 
 def run_study(a, path: str):
     """All parts, in order. path: the file of results"""
-    # 1. Tuning, on seeds of its own.
+    # 1. Tuning, on seeds of its own: no setting owes its place to the reward models of the results.
     tried = tune(a, path)
     chosen = {method: best_of(golds) for method, golds in tried.items()}
     print_title("Tuning: gold at the end, mean over seeds (and of each seed)", a)
@@ -455,6 +467,7 @@ def run_study(a, path: str):
 
     # 3. The trial of where the KL penalty stands.
     results = run_cells(place_cells(a, chosen["rloo"].lr), a, path)
+    # The places are compared at the same KL: coefficients of different places are no common scale.
     runs = runs_of_places(a, results)
     ends, less_k1 = compare_places(runs, K1)
     print_title(f"RLOO by the place of its KL penalty, {a.trial_seeds} seed(s)", a)
@@ -472,9 +485,10 @@ def run_study(a, path: str):
 
     results = run_cells(pools, a, path)
     largest = min(a.n_answers, a.k_answers)
+    # All pools up to the same k. SFT's pool is one for all seeds, so it has one curve.
     curves = {SFT: [curve_of(results["pool"], largest)]}
-    for method, own in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
-        curves[method] = [curve_of(pool, largest) for pool in own]
+    for method, seed_pools in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
+        curves[method] = [curve_of(pool, largest) for pool in seed_pools]
     print_title("max@k: gold of the best of k answers", a)
     print_table(compare_max_at_k(curves))
     print("\n".join(describe_crossings(curves)))
@@ -491,14 +505,15 @@ def runs_of(results: dict, part: str, methods, seeds: int) -> dict[str, list[dic
 
 def runs_of_places(a, results: dict) -> dict[str, dict[float, list[dict]]]:
     """{place of the KL: {coefficient: the run of each seed}}"""
+    # What compare_places() needs at once: a place's runs at all coefficients, seed by seed.
     runs = {}
     for place in PLACES:
         runs[place] = {}
         for coefficient in a.place_coefs:
-            own = []
+            seed_runs = []
             for s in range(a.trial_seeds):
-                own.append(results[name_of_place(place, coefficient, s)])
-            runs[place][coefficient] = own
+                seed_runs.append(results[name_of_place(place, coefficient, s)])
+            runs[place][coefficient] = seed_runs
     return runs
 
 

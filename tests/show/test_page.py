@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -363,6 +364,18 @@ def test_further_splits_have_their_own_answers_and_lines(tmp_path):
     title = "KL to the SFT policy, held out (nats)"
     assert column(line_of(data, title, "ood"), 1) == [7.0, 7.0]
     assert column(line_of(data, title, "short"), 1) == [0.0, 1.0]
+
+
+def test_splits_have_the_same_order_on_every_file_system(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    for name in ("eval_long", "eval_ood"):
+        shutil.copytree(run / "eval", run / name)
+    listdir = os.listdir
+    for is_reversed in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=is_reversed))
+            answers = build(run)["answers"]
+        assert column(answers, "split") == ["test", "long", "ood"]
 
 
 def test_several_runs_lie_over_one_another(tmp_path):
