@@ -20,8 +20,8 @@ prepare() makes a ControlledScoring, which stands in for scoring.Scoring.
     b answers of this process, B of a whole rollout, F features that are read,
     d those whose density is compared, N human texts
 
-In the order of a run: check_flags (no file is opened), prepare (files, no model), and then in each
-rollout ControlledScoring.read, combine and learn.
+In the order of a run: check_flags() looks at the flags alone, prepare() at files, and load() loads
+the reward model. Then read(), combine() and learn() follow one another in each rollout.
 """
 
 import math
@@ -47,7 +47,7 @@ from .feature_reader import check_feature_reader, load_feature_reader, parse_edi
 CLAMPS = ("set", "min", "max")
 LOGGED = 8  # so many features of the density at most are logged one by one; with more, none is
 
-# The density ratio, learned by AdamW. Its price is set by --density_beta: these are no flags.
+# How the density ratio is learned, by AdamW. Only its price, --density_beta, is a flag.
 LR = 1e-4
 UPDATES = 16  # optimizer steps a rollout
 BATCH = 256  # texts of the policy in a step, and as many of people
@@ -111,8 +111,8 @@ class Flags(FlagGroup):
 
 def check_flags(config):
     """What can be wrong with the flags by themselves; InputErrors."""
-    # --penalize_features 17 23 --tau q0.95 0.5 --alpha 0.5std 1.0: the lists belong together by
-    # place, and a feature past the end of one of them would go without its price.
+    # --penalize_features 17 23 --tau q0.95 0.5 --alpha 0.5std 1.0: the lists are read side by side,
+    # and a feature past the end of a shorter one would silently go without a price.
     n = len(config.penalize_features)
     n_tau = len(config.tau)
     n_alpha = len(config.alpha)
@@ -125,8 +125,8 @@ def check_flags(config):
     at_least(config, 0, "density_beta")
     parse_edits("clamp", config.clamp, CLAMPS)
 
-    # Reference data without a flag that reads them are refused too: whoever gives the file believes
-    # that it has an effect.
+    # Reference data that no flag reads are refused too: whoever names the file believes that it has
+    # an effect.
     comparing = flags_that_compare(config)
     if comparing:
         require(
@@ -149,7 +149,7 @@ def check_flags(config):
 
 def flags_that_compare(config):
     """The flags that are given in units of human texts, as on the command line: ["--tau q0.95"]."""
-    # A density is always compared. A threshold or a price is, if it has the unit for it.
+    # A threshold compares if it is a quantile, a price if it is in std. The density always does.
     flags = []
     for text, (_, is_quantile) in zip(config.tau, parse_tau(config.tau)):
         if is_quantile:
@@ -228,8 +228,8 @@ def prepare(config):
     """
     if not wanted(config):
         return None
-    # Feature 17 of one reward model has nothing to do with feature 17 of another: an ensemble has
-    # no features of its own.
+    # Feature 17 of one reward model has nothing to do with feature 17 of another, so an ensemble
+    # has no features.
     members = len(config.reward_model)
     require(
         members == 1,
@@ -250,8 +250,8 @@ def prepare(config):
     for feature, tau, alpha in zip(config.penalize_features, thresholds, alphas):
         prices[feature] = Price(tau, alpha)
 
-    # The density is one of all features in the file. A part of the texts is held out, and from very
-    # few of them no ratio can be learned.
+    # The density is over all features in the file. A part of its texts is held out, and the ratio
+    # cannot be learned from very few.
     if config.density_beta:
         n_texts = len(human.latents)
         n_features = len(human.features)
@@ -318,8 +318,8 @@ class ControlledScoring:
         self.features = list(dict.fromkeys([*prices, *clamps, *density_features]))
         self.column = {feature: f for f, feature in enumerate(self.features)}
         self.of_density = [self.column[feature] for feature in density_features]  # [d] columns
-        # Those that are logged one by one. A file of human latents may have hundreds: then only the
-        # ones that the command names.
+        # These features are logged one by one. A file of human latents may have hundreds: then only
+        # those that the flags name are logged.
         self.named = self.features
         if len(density_features) > LOGGED:
             self.named = list(dict.fromkeys([*prices, *clamps]))
@@ -348,22 +348,21 @@ class ControlledScoring:
         All processes call this.
         """
 
-        # Gathered once, around all parts: the processes may have different numbers of them, and so
-        # no collective call may stand inside the loop.
         def read_parts():
             readings = []
             for part in parts:
                 readings.append(self.reward.read_gathered(part, self.features, self.clamps))
             return readings
 
+        # The model is gathered once, around all parts: processes may have different numbers of
+        # them, so no collective call may stand inside the loop.
         with gathered(self.reward.module):
             readings = self.dist.together(read_parts)
-        # R is not made yet. The caller gathers the readings of all processes first: the density
-        # judges a rollout, and learns from it, as a whole.
+        # R is made later, by combine(): the caller first gathers the readings of all processes.
         scores = torch.cat([reading.scores for reading in readings])
         latents = torch.cat([reading.latents for reading in readings])
         clamped = torch.cat([reading.edited for reading in readings])
-        # Without --clamp, `edited` is the plain score: R starts from it in any case.
+        # Without --clamp `edited` is the plain score, so R can start from it in any case.
         return {"member_scores": scores[:, None], "latents": latents, "clamped": clamped}
 
     def combine(self, readings: dict[str, torch.Tensor]) -> Scored:
@@ -395,7 +394,7 @@ class ControlledScoring:
             parts[f"rate/{feature}"] = is_active.float()
 
         # R: the clamped score, less a penalty for each feature that has a price, less the density.
-        # One feature at a time, so that each penalty is in the record by itself.
+        # Penalties are computed feature by feature, so that the record has each of them.
         controlled = clamped
         for feature, price in self.prices.items():
             column = self.column[feature]
@@ -406,7 +405,7 @@ class ControlledScoring:
             controlled = controlled - penalty
         if self.density:
             log_ratio = self.log_ratio(latents)
-            # In warm-up `counts` is False and the price 0: the net has learned from too little yet.
+            # In warm-up `counts` is False, so the term is 0: the net has learned from too little.
             density = self.config.density_beta * log_ratio * self.density.counts
             parts["log_ratio"] = log_ratio
             parts["density"] = density
@@ -418,8 +417,8 @@ class ControlledScoring:
 
         All processes take the first one's numbers, so that all have the same bits.
         """
-        # Every process has the same latents and the same net, but may round otherwise: all but the
-        # first give no rows, so that all get the first one's.
+        # All processes have the same latents and the same net, but may round differently. Only the
+        # first one gives rows, so gather() hands its numbers to all.
         log_ratio = self.density.log_ratio(latents[:, self.of_density].cpu())
         if not self.dist.main:
             log_ratio = log_ratio[:0]
@@ -441,7 +440,7 @@ class ControlledScoring:
         return self.density.tensors()
 
     def restore(self, tensors: dict[str, torch.Tensor]):
-        """Take back what an earlier part of the run has learned: what tensors() gave."""
+        """Take back what tensors() gave: what an earlier part of the run has learned."""
         if self.density:
             self.density.restore(tensors)
 
@@ -462,15 +461,15 @@ class Density:
         self.rollouts = 0  # so many were learned from
         self.replay = []  # latents [B, d] of the last REPLAY rollouts
 
-        # A part of the human texts, drawn by the seed, is never learned from: on texts that the
-        # classifier knows by heart its AUC would look better than it is.
+        # A part of the human texts, drawn by the seed, is never learned from: on texts that it was
+        # trained on, a classifier looks better than it is.
         generator = torch.Generator().manual_seed(key(DENSITY, seed))
         order = torch.randperm(len(human), generator=generator)
         n_held_out = math.ceil(HELD_OUT * len(human))
         self.held_out, self.human = human[order].tensor_split([n_held_out])
 
-        # The net starts at the ratio 1 everywhere, and standardises by the human texts that it may
-        # see. Those do not change, so neither does the scale of its inputs.
+        # The net starts at the ratio 1 everywhere. It standardises by the human texts that it may
+        # see: they stay the same through the run, and so does the scale of its inputs.
         self.net = DensityRatio(human.shape[1], seed).fit(self.human)
         self.optimizer = adamw(self.net, LR, (0.9, 0.999), 0.0)
 
@@ -490,18 +489,19 @@ class Density:
         density_auc: how well z is told from the held-out texts, before anything is learned from it.
         density_loss: the mean loss of the UPDATES from the replay, which z has then joined.
         """
-        # The AUC first, by the net that has just judged these texts, and has seen none of them.
+        # The AUC comes first: so far the net has learned neither from z nor from held-out texts.
         with torch.no_grad():
             logits = torch.cat([self.net(z), self.net(self.held_out)])
-        is_policy = torch.arange(len(logits)) < len(z)  # the first B of them
+        is_policy = torch.arange(len(logits)) < len(z)  # the logits of z stand first
         density_auc = auc(logits, is_policy)
 
-        # One rollout is few texts, and an old one is another policy's: the last few together.
+        # One rollout has few texts, and an old one was written by another policy: so the net learns
+        # from the last few together.
         self.replay = [*self.replay, z][-REPLAY:]
         past = torch.cat(self.replay)  # [up to REPLAY B, d]
 
-        # The two classes weigh the same, however many texts there are of each: that is what makes
-        # the logit the log ratio (penalties.DensityRatio).
+        # Both classes weigh the same, however many texts each has: only then is the logit the log
+        # ratio (penalties.DensityRatio).
         generator = torch.Generator().manual_seed(key(DENSITY, self.seed, self.rollouts))
         losses = []
         for _ in range(UPDATES):
@@ -518,7 +518,7 @@ class Density:
 
     def tensors(self):
         """Weights, the optimizer's moments, replay and count: {name: tensor}."""
-        # "hidden.weight" is a weight, "exp_avg/hidden.weight" the optimizer's moment of it. The
+        # "hidden.weight" is a weight, "exp_avg/hidden.weight" a moment of it in the optimizer. The
         # human texts are not kept: the file and the seed give them again.
         tensors = dict(self.net.state_dict())
         names = {p: name for name, p in self.net.named_parameters()}
@@ -534,8 +534,8 @@ class Density:
         """Take back what tensors() gave."""
         weights = {name: tensors[name] for name in self.net.state_dict()}
         self.net.load_state_dict(weights)
-        # AdamW makes its state in its first step. Here it is put in from outside, by parameter,
-        # under the names that tensors() gave it.
+        # AdamW would make its state in its first step. Here each parameter's state is put back from
+        # the tensors that are named after it: "exp_avg/hidden.weight".
         for name, p in self.net.named_parameters():
             state = {}
             for key_of_tensor, tensor in tensors.items():
@@ -543,7 +543,7 @@ class Density:
                 if parameter == name:
                     state[slot] = tensor
             self.optimizer.state[p] = state
-        # The count says how many rollouts the replay holds; it is also the key of the next draws.
+        # The count tells how many rollouts the replay holds, and is part of the next draws' key.
         self.rollouts = int(tensors["rollouts"])
         n_replay = min(self.rollouts, REPLAY)
         self.replay = [tensors[f"replay/{i}"] for i in range(n_replay)]

@@ -67,11 +67,11 @@ def contrast(
     # sample, and in each resample.
     n_features = m or chosen.shape[1]
     positive = chosen.clamp(min=0) + rejected.clamp(min=0)  # [N, M]
-    # mean_i(c + j) of the equation is a mean over pairs too, so it is resampled as any other.
+    # mean_i(c + j) of the equation is a mean over pairs too, so it is resampled with them.
     per_pair = positive.sum(1, keepdim=True).double() / n_features  # [N, 1]
     damping, damping_drawn = mean_over_groups(per_pair, groups, resamples, seed)  # [1], [R, 1]
 
-    # A block of features at a time: the resampled means of all, [R, M], may not fit into memory.
+    # Features are taken in blocks: the resampled means of all, [R, M], may not fit into memory.
     blocks = {}  # {a field of Contrast: its blocks}
     for columns in torch.arange(chosen.shape[1]).split(max(1, AT_ONCE // resamples)):
         # The same seed each time: all blocks are drawn from the same groups.
@@ -79,8 +79,8 @@ def contrast(
         y = rejected[:, columns].clamp(min=0)  # [N, b]
         c, c_drawn = mean_over_groups(x, groups, resamples, seed)  # [b], [R, b]
         j, j_drawn = mean_over_groups(y, groups, resamples, seed)  # [b], [R, b]
-        # An interval is that of the measure computed anew in each resample: chosen and rejected
-        # answers of one prompt go together, and c and j are resampled together.
+        # The measure is computed anew in each resample, from a c and a j of the same pairs: the two
+        # answers of a pair are not independent.
         s_drawn = differential(c_drawn, j_drawn, damping_drawn)
         fields = {
             "chosen": c,
@@ -96,7 +96,7 @@ def contrast(
             blocks.setdefault(name, []).append(values)
 
     whole = {name: torch.cat(parts, -1) for name, parts in blocks.items()}
-    # Rates count features below 0 as well: they fire, although both measures take them for 0.
+    # A feature below 0 counts as firing here, although both measures take it for 0.
     rate_chosen = (chosen != 0).double().mean(0)  # [M]
     rate_rejected = (rejected != 0).double().mean(0)  # [M]
     return Contrast(rate_chosen, rate_rejected, **whole)
@@ -138,8 +138,8 @@ def separation(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     Why only within a part: between a policy's answers before and after training, all that has
     changed goes together. A feature would be taken for whatever else has changed.
     """
-    # The parts' AUCs are averaged by how many pairs of texts each of them compares. That is the AUC
-    # of all these pairs together.
+    # Each part's AUC is weighted by the number of pairs of texts that it compares. The mean is the
+    # AUC over the pairs of all parts.
     wins = 0.0
     pairs = 0.0
     for z, present in parts:
@@ -147,7 +147,7 @@ def separation(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         n0 = len(present) - n1
         n_pairs = n1 * n0
         auc = feature_aucs(sparse(z), present)  # [M, C]
-        # nan where the part has no pairs, and 0 nan would be nan.
+        # A part without pairs has the AUC nan, and 0 times nan would be nan.
         wins = wins + torch.where(n_pairs > 0, auc * n_pairs, 0.0)
         pairs = pairs + n_pairs
     return wins / pairs
@@ -164,7 +164,8 @@ def score_gaps(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     Pitfall: it is no effect. It stands beside the head's weight since it shows what w_i alone does
     not: features that fire together share their reward.
     """
-    # Sides score differently as wholes, after training above all. Within a part that is no matter.
+    # One side may score higher as a whole, as answers after training do. Texts are therefore
+    # compared within their part.
     total = 0.0
     weight = 0.0
     for z, scores in parts:
@@ -172,7 +173,8 @@ def score_gaps(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         scores = scores.double()
         n1 = fires.sum(0)  # [M]
         n0 = len(fires) - n1
-        # A mean of no text is nan; its weight v is then 0, and it is left out.
+        # Where no text, or every text, has the feature, one of the means is nan. Its weight v is
+        # then 0, and it is left out.
         gap = scores @ fires / n1 - scores @ (1 - fires) / n0
         v = n1 * n0 / len(fires)
         total = total + torch.where(v > 0, v * gap, 0.0)

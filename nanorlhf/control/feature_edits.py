@@ -138,7 +138,7 @@ def causal(config):
     dist, folder, tokenizer, max_length = open_run(config, edits)
 
     # The texts: both sides of the held-out pairs, and all answers of the pool, row after row. They
-    # are read before the reward model is loaded, so that a bad row is found in the first seconds.
+    # are read before the reward model is loaded, so that a bad row is found early.
     _, pairs, _ = load(config, "pairs")  # the held-out ones
     pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
     pool_rows = read_pool(config)
@@ -154,9 +154,8 @@ def causal(config):
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 
-    # Before any edit: the scores, and on what share of the pairs' texts each feature fires. These
-    # rates say which features can be controls. Answers of the pool are not counted in them, so that
-    # the controls are the same with a pool and without.
+    # Before any edit: the scores, and on what share of the pairs' texts each feature fires. The
+    # rates choose the controls. They do not count the pool, so that it changes no control.
     before = {}  # {side: [N]}
     n_fires = torch.zeros(reward.m)
     for side in SIDES:
@@ -166,8 +165,8 @@ def causal(config):
     if pool_rows:
         before["pool"], _, _ = read_all(reward, texts["pool"], [])
 
-    # Every arm scores every text again, and is compared with the same scores before any edit: a
-    # change is paired, text by text, so that the spread between texts is in no interval.
+    # Every arm scores every text again. Its scores are compared with those before any edit text by
+    # text, so that the spread of scores between texts does not widen the interval of a change.
     results = {}
     for name, arm in choose_arms(config, edits, rates).items():
         ids = list(arm)
@@ -247,12 +246,12 @@ def on_pairs(before, after, groups):
     margins_after = (after["chosen"] - after["rejected"]).double()
     right_before = pair_wins(before["chosen"], before["rejected"])
     right_after = pair_wins(after["chosen"], after["rejected"])
-    # Exact comparisons: an edit that does not touch a text leaves its score to the last bit.
+    # Scores are compared exactly: a text that an edit does not touch keeps its score's very bits.
     is_changed = torch.cat([after[side] != before[side] for side in SIDES])  # [2 N]
     # A sign is -1, 0 for a tie, or 1.
     is_reordered = margins_before.sign() != margins_after.sign()  # [N]
-    # The change of accuracy has a column of its own: its interval is that of paired changes, which
-    # the intervals of the two accuracies do not tell.
+    # The change of accuracy is paired too, so it has a column of its own: its interval does not
+    # follow from those of the two accuracies.
     columns = {
         "chosen": (after["chosen"] - before["chosen"]).double(),
         "rejected": (after["rejected"] - before["rejected"]).double(),
@@ -283,7 +282,7 @@ def on_pool(before, after, rows, n):
     for p, row in enumerate(rows):
         n_answers = len(row["responses"])
         n_groups = n_answers // n  # a last group of fewer is left out
-        in_groups = slice(start, start + n_groups * n)  # this prompt's part of the scores
+        in_groups = slice(start, start + n_groups * n)  # the scores of this prompt's groups
         best_before = best_of_groups(before[in_groups], n)
         best_after = best_of_groups(after[in_groups], n)
         start += n_answers  # the answers that were left out are passed over too
@@ -291,7 +290,7 @@ def on_pool(before, after, rows, n):
         is_flipped.append(best_before != best_after)
         # Choices from one prompt are not independent: the intervals draw whole prompts.
         prompts += [p] * n_groups
-        # Gold of what was chosen, before and after: a flip may gain or lose quality, or neither.
+        # A flip may gain quality, lose it, or neither: the gold of both choices tells.
         if "gold_scores" in row:
             gold = torch.tensor(row["gold_scores"], dtype=torch.float64)
             gold_before.append(gold[best_before])
@@ -319,7 +318,7 @@ def best_of_groups(scores, n):
 
 def intervals(columns, groups):
     """Means with 95% intervals over groups: {name: [N]} -> {name: {mean, low, high}}."""
-    # All columns are resampled as one table: each resample has the same prompts in all of them.
+    # All columns are resampled as one table, so that a resample has the same prompts in each.
     table = torch.stack(list(columns.values()), 1)  # [N, columns]
     means, draws = mean_over_groups(table, groups)
     low, high = percentiles(draws)
@@ -332,8 +331,8 @@ def intervals(columns, groups):
 def format_arms(summary):
     """One line an arm: what it does to the pairs, then what to the best of n."""
     arms = summary["arms"]
-    any_arm = arms["edits"]  # what was before an edit is the same in all arms
-    accuracy = cell(any_arm["accuracy_before"]).replace("+", "")  # it is no change: it has no sign
+    any_arm = arms["edits"]  # before the edits all arms are the same
+    accuracy = cell(any_arm["accuracy_before"]).replace("+", "")  # only changes have a sign
     lines = [
         f"\n{summary['reward_model']}, {' '.join(summary['edits'])}; {summary['pairs']} held-out "
         f"pairs of {summary['prompts']} prompts, accuracy before {accuracy}:",
@@ -375,7 +374,7 @@ def draw_arms(figure, summary):
             # Where nothing changes, an end may lie on the wrong side of the mean by rounding.
             below = max(0, change["mean"] - change["low"])
             above = max(0, change["high"] - change["mean"])
-            # The arm of --edits comes first, and is to stand out from its controls.
+            # The arm of --edits comes first. It stands out from its controls by its colour.
             color = "C3" if j == 0 else "grey"
             axis.errorbar(j, change["mean"], [[below], [above]], fmt="o", color=color)
         axis.axhline(0, color="black", linewidth=0.8)
@@ -404,7 +403,7 @@ def steer(config):
     """
     # Exactly one of the two flags is given (SteerConfig checks it), and both have the same form.
     edits = parse_edits("edits", config.edits) or parse_edits("weights", config.weights)
-    # The model is written last: that it can be written is tried first.
+    # The model is written last, so whether it can be written is tried first.
     if config.save:
         check_can_write(config.save)
     dist, folder, tokenizer, max_length = open_run(config, edits)
@@ -428,9 +427,8 @@ def steer(config):
         f"--weights: {config.reward_model} has no head on its features",
     )
 
-    # The scores before and after, and the features that are edited, before any edit. An edit of
-    # features changes z: one reading gives both scores. An edit of weights changes the model, w in
-    # score = w . z, so the texts are read once more, with the edited head.
+    # The scores before and after. An edit of features changes z, so one reading gives both. An edit
+    # of weights changes w in score = w . z, so the texts are read again with the edited head.
     rows = []
     for side, answers in texts.items():
         if config.edits:
@@ -449,14 +447,14 @@ def steer(config):
         **count_texts(rows),
     }
 
-    # A dot for each text is more than the summary holds: the picture is drawn from the rows.
+    # The picture has a dot for each text. The summary holds only counts, so `rows` are drawn.
     def draw(figure, summary):
         draw_texts(figure, rows)
 
     save(config, folder, summary, format_texts(summary, rows), draw)
     write_lines(os.path.join(config.output_dir, "texts.jsonl"), rows)
     if config.save:
-        # The head has its old weights again by now: it is edited once more, to be saved.
+        # The head has its old weights again by now, so it is edited once more to be saved.
         with reweighted(reward.module, edits):
             save_sarm(reward.module, tokenizer, config.save)
         print(f"The SARM with its edited head is in {config.save}", flush=True)
@@ -492,7 +490,7 @@ def count_texts(rows):
     has_feature = np.array([any(row["latents"].values()) for row in rows])
     changes = np.array([row["after"] - row["before"] for row in rows])
     is_changed = changes != 0
-    # Over the texts that change: over all of them an edit of a rare feature would look like none.
+    # A mean over all texts would be near 0 for an edit of a rare feature, however strong it is.
     mean_change = 0.0
     if is_changed.any():
         mean_change = float(changes[is_changed].mean())
@@ -520,10 +518,10 @@ def format_texts(summary, rows, shown=8):
         "without it",
         f"  {'':8s}{'before':>8s}{'after':>8s}   {'z':10s} text",
     ]
-    # A line has room for the end of a text: it is where the features are read.
     most_changed = sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))
     for row in most_changed[:shown]:
         z = " ".join(f"{value:.2f}" for value in row["latents"].values())
+        # A line has room for the end of a text only, which is where features are read.
         text = " ".join(row["response"].split())
         lines.append(
             f"  {row['side']:8s}{row['before']:8.3f}{row['after']:8.3f}   {z[:10]:10s} {text[-98:]}"
@@ -533,8 +531,8 @@ def format_texts(summary, rows, shown=8):
 
 def draw_texts(figure, rows):
     """Each text's score before and after; red where the text has an edited feature."""
-    # On the diagonal nothing has changed. A grey dot beside it is a text that the edit reaches
-    # although it lacks the feature.
+    # A text on the diagonal has not changed. A grey dot off the diagonal is a text that the edit
+    # reaches although it lacks the feature.
     before = []
     after = []
     colors = []

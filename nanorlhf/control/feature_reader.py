@@ -6,9 +6,9 @@ FeatureReader.read.
 
     B answers, F chosen features, E edited features, M features in all, D hidden, T tokens
 
-Flags and folders are checked first (check_feature_reader), then one class stands over both kinds of
-model (FeatureReader). What a SARM does when it is read is in sarm.py; WithSAE, at the end, does the
-same for an ordinary reward model.
+Flags and folders are checked first (check_feature_reader). FeatureReader then stands over both
+kinds of model: a SARM (sarm.py), or an ordinary reward model in WithSAE, at the end of this file,
+which can be read as a SARM can.
 """
 
 import math
@@ -66,11 +66,11 @@ def check_feature_reader(spec, sae="", features=()):
     without features; an autoencoder of another width, or of no layer of it; a feature that is not
     there.
     """
-    # A function or a lexicon has no layers, and so no features.
+    # A reward that is no model, such as a function or a lexicon, has no layers to read.
     require(kind_of(spec) == "model", f"{spec} is no reward model, so it has no features")
     check_made(spec)
-    # A SARM's score is a sum of its own autoencoder's features, so it does not score with those of
-    # another one. An ordinary reward model has no features until an autoencoder reads a layer.
+    # A SARM's score is a weighted sum of its own autoencoder's features, so it takes no other one.
+    # An ordinary reward model has no features until an autoencoder reads one of its layers.
     if is_sarm(spec):
         require(
             not sae,
@@ -93,8 +93,8 @@ def check_autoencoder(spec, sae):
     """InputError where the autoencoder in folder `sae` does not fit the reward model. -> M"""
     sae_config = sae_files.read_config(sae)
     config = check_model(spec)
-    # Width and layer are what the configs can tell. Pitfall: an autoencoder that was trained on
-    # another model of the same width passes, and what it finds in this one means little.
+    # Only width and layer are checked. Pitfall: an autoencoder that was trained on another model of
+    # the same width passes, and what it finds in this one means little.
     d_in = sae_config["d_in"]
     width = config.get_text_config().hidden_size
     require(
@@ -129,7 +129,7 @@ def parse_edits(flag, texts, ops=OPS):
     """
     edits = {}
     for text in texts:
-        # A text of another form leaves three empty parts, so that one message below fits all.
+        # A text of another form leaves three empty parts, which fail the check below.
         feature, op, value = "", "", ""
         if text.count(":") == 2:
             feature, op, value = text.split(":")
@@ -144,7 +144,7 @@ def parse_edits(flag, texts, ops=OPS):
             f"--{flag} {text}: it must be FEATURE:OP:VALUE with OP one of {', '.join(ops)}, "
             "such as 17:set:0",
         )
-        # All edits work at once, on z before any of them: two of one feature would have no order.
+        # All edits start from the same z, so two edits of one feature would have no order.
         require(int(feature) not in edits, f"--{flag} names feature {int(feature)} twice")
         edits[int(feature)] = (op, number)
     return edits
@@ -167,7 +167,7 @@ def load_feature_reader(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="
     tokenizer: the policy's, whose ids are read as they are; None: there is only text.
     """
     check_feature_reader(spec, sae)
-    # Both kinds have the same three things: read(), the autoencoder as `sae`, the HF config.
+    # Both kinds of module have read(), the autoencoder as `sae` and the HF config as `config`.
     if sae:
         sae = the_one_sae(sae)
         width = check_model(spec).get_text_config().hidden_size
@@ -195,7 +195,7 @@ class FeatureReader:
         self.dist = dist
         self.dtype = dtype
         self.m = module.sae.m
-        # Here, since wrap() below may leave this process a part of each weight only.
+        # The weights are copied before wrap(), which may leave this process a shard of them only.
         self.weights = None
         if isinstance(module, SARM):
             self.weights = module.score.weight[0].float().cpu()
@@ -224,28 +224,28 @@ class FeatureReader:
 
     def read_gathered(self, answers, features=None, edits=None):
         """read() of a model that the caller has gathered: without collective calls."""
-        # What is read goes to the CPU part by part: of the latents [B, M] a GPU need never hold
-        # more than a micro-batch's.
+        # Readings go to the CPU micro-batch by micro-batch: a GPU never holds the latents [B, M] of
+        # all answers.
         n_features = self.m if features is None else len(features)
         readings = Reading(
             scores=torch.zeros(len(answers)),
             latents=torch.zeros(len(answers), n_features),
             edited=torch.zeros(len(answers)),
         )
-        # A process may have no answers, and none cannot be packed.
+        # A process may have no answers, and self.packed() needs at least one.
         micro_batches = []
         if len(answers):
             micro_batches = self.packed(answers)
         for rows, part in micro_batches:
             with autocast(self.dist, self.dtype):
                 reading = self.module.read(part, features, edits)
-            # Micro-batches come by length: `rows` are the places of these texts among the answers.
+            # Micro-batches are sorted by length; `rows` are the places of their texts in `answers`.
             rows = rows.cpu()
             readings.scores[rows] = reading.scores.float().cpu()
             readings.latents[rows] = reading.latents.float().cpu()
             readings.edited[rows] = reading.edited.float().cpu()
 
-        # Two messages for two causes: the model's own score, and what an edit makes of it.
+        # A bad score is the model's fault, or that of an edit: each has a message of its own.
         require(
             bool(readings.scores.isfinite().all()),
             f"the reward model {self.path} gave a score that is not finite",
@@ -291,7 +291,7 @@ class WithSAE(nn.Module):
     def read(self, batch, features=None, edits=None):
         """Packed rows -> Reading, as SARM.read; edited is scores exactly where nothing changes."""
         features, edits = checked(features, edits, self.sae.m)
-        # One forward gives both: the scores, and what the layer puts out on its way to them.
+        # One forward gives the scores, and the output of the layer on the way to them.
         with captured(self.reward_model.model, [self.place]) as outputs:
             scores = self.reward_model(batch)  # [B]
         output = outputs[self.place]  # [B, T, D], padding included
@@ -307,27 +307,27 @@ class WithSAE(nn.Module):
 
     def score_edited(self, batch, scores, x, z, edits):
         """The scores [B] after edits, from the scores, x [B, D] and z [B, M] before them."""
-        # How far each x moves. Only the change of z is decoded and added: were x replaced by what
-        # the autoencoder makes of the new z, its reconstruction error would change the score too.
+        # How far each x moves. Only the change of z is decoded and added: if x were replaced by the
+        # decoded new z, the autoencoder's reconstruction error would change the score too.
         features = list(edits)
         old_z = z[:, features]  # [B, E]
         change = edit_latents(old_z, list(edits.values())) - old_z  # [B, E]
         steps = change @ self.sae.W_dec[features]  # [B, D]
-        # Directions are in standardised units, and the scale leads back to the model's. The mean,
-        # which standardising subtracts too, has no part in a difference.
+        # Directions are in standardised units, and the scale leads back to the model's. The mean
+        # cancels in a difference.
         if self.sae.normalize != "none":
             _, scale = self.sae.moments(x)
             steps = steps * scale
 
-        # Texts whose features do not change keep their scores, without a second forward, and so to
-        # the last bit: in a batch of another size the same text may round otherwise.
+        # Texts whose features do not change keep their scores, bit by bit, since they get no second
+        # forward: in a batch of another size it might round differently.
         rows = (change != 0).any(1).nonzero()[:, 0]
         if not len(rows):
             return scores
         part = batch.rows(rows)
         pooled = pooled_tokens(part)
 
-        # The second forward: the layer's output is moved at the pooled tokens alone.
+        # In the second forward the layer's output is moved, at the pooled tokens alone.
         def move(output):  # [rows, T, D]
             moved = output.clone()
             moved[pooled] += steps[rows].to(output.dtype)

@@ -68,16 +68,16 @@ def encode_texts(config, tokenizer, rows: list[dict], side: str, max_length: int
     responses = encoded.responses[side]
     if encoded.n_prompts_cut or encoded.n_responses_cut:
         print(f"texts ({side}): {encoded.describe_cuts(max_length)}", flush=True)
-    # A text that was sampled is read by its sampled ids, if they are still the ids of this text. An
-    # answer that was cut off has no EOS, which encode() puts behind every text; and text that is
-    # tokenized again may become other tokens than those that were sampled.
+    # A text that was sampled is read by its sampled ids, if they are still the ids of this text.
+    # Tokenized again it might become other tokens, and encode() puts an EOS even behind an answer
+    # that was cut off in sampling.
     for i, row in enumerate(rows):
         prompt_ids = row.get("prompt_ids")
         response_ids = row.get("response_ids")
         if not (prompt_ids and response_ids):
             continue
-        # The prompt may have been cut on its left (--max_prompt_length). Where somebody has changed
-        # one of the texts since, the ids are no longer theirs.
+        # The prompt may have been cut on its left in sampling (--max_prompt_length). Somebody may
+        # have changed one of the texts since: then its ids are those of another text.
         cut_prompt = cut_left(prompts[i], len(prompt_ids), tokenizer.bos_token_id)
         if prompt_ids != cut_prompt:
             continue
@@ -97,7 +97,7 @@ def read_answers(path: str) -> list[dict]:
     """
     check_made(path)
     rows = data.read_rows(path, "sft")
-    # What is read as {prompt, response} keeps the file's own row, where the sampled ids are.
+    # read_rows() gives prompt and response alone; the sampled ids are in the file's own row.
     for row in rows:
         own = data.own_row(row)
         row["prompt_ids"] = own.get("prompt_ids")
@@ -111,11 +111,11 @@ def match_answers(after: list[dict], before: list[dict], names: tuple[str, str])
     The k-th answer to a prompt stands beside the k-th to it in the other file. names: of the two
     files. InputError: one of them has fewer answers to a prompt than the other.
     """
+    # Prompts are compared as text: a chat is a list, which cannot be a key of a dictionary.
     rest = {}  # {prompt, shown: rows of `before` that have no partner yet}
     for row in before:
         rest.setdefault(show(row["prompt"]), []).append(row)
 
-    # Prompts may be chats, which cannot be keys of a dictionary: they are compared as text.
     partners = []
     for row in after:
         prompt = show(row["prompt"])
@@ -142,8 +142,8 @@ def read_all(reward, answers: Answers, features=None, edits=None) -> tuple[Tenso
 
     -> scores [N], latents, a sparse [N, M] or [N, F] of the features, edited scores [N]
     """
-    # A SARM may have tens of thousands of features: dense latents of all texts would fill the
-    # memory, and of a text few are not 0.
+    # A SARM may have tens of thousands of features, of which a text has few that are not 0. Dense
+    # latents of all texts could fill the memory.
     scores = []
     latents = []
     edited_scores = []

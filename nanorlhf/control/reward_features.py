@@ -127,8 +127,8 @@ def reward_features(config):
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 
-    # Each text is read once: its score, and all features at its last token. A text has few features
-    # and a SARM many thousands, so they are held sparse until it is known which of them matter.
+    # Each text is read once: its score, and all features at its last token. Few of a SARM's many
+    # features fire on a text, so they are held sparse until it is known which fire on any.
     scores = {}  # {side: [N]}
     sparse = {}  # {side: sparse [N, M]}
     for side, answers in texts.items():
@@ -144,8 +144,8 @@ def reward_features(config):
     if reward.weights is not None:
         weights = reward.weights[ids]  # [M']
 
-    # What each kind of evidence says of each feature, and how texts score on which it fires. The
-    # features that were left out count by reward.m: differentials are damped by a mean over all M.
+    # What each kind of evidence says of each feature, and how texts score on which it fires.
+    # contrast() damps by a mean over all M features, also those left out here: so it is told M.
     contrasts = {}  # {"pairs" or "policy": Contrast}
     for kind, prompts_of_kind in prompts.items():
         first, second = SIDES[kind]
@@ -217,7 +217,7 @@ def read_texts(config, tokenizer, max_length):
 
 def find_firing(sparse, named_ids):
     """The features that fire on any text, {side: sparse [N, M]}, and those that are named: [M']."""
-    # A named one may be silent on all texts: then its zeros are the answer to the question.
+    # A feature that is named may fire on no text: then its zeros answer the question about it.
     ids = [torch.tensor(named_ids, dtype=torch.long)]
     for rows_of_side in sparse.values():
         ids.append(rows_of_side.indices()[1])
@@ -229,11 +229,11 @@ def rank_features(contrasts, weights, by):
 
     Where there is a policy, the size is that of its answers: it shows what has been exploited.
     """
-    # By absolute size: a feature that has gone away in training tells as much as one that has come.
+    # The sign does not count: a feature that training took away matters as much as one it brought.
     if by == "weight":
         sizes = weights
     else:
-        last_kind = list(contrasts)[-1]  # "policy" stands behind "pairs"
+        last_kind = list(contrasts)[-1]  # "policy" comes after "pairs"
         sizes = getattr(contrasts[last_kind], by)
     return sizes.abs().argsort(descending=True, stable=True).tolist()
 
@@ -272,7 +272,7 @@ def make_row(k, feature, weights, gaps, contrasts):
         weight = weights[k].item()
         row["weight"] = weight
         row["raises"] = weight > 0
-    # For a Contrast any first side is the "chosen" one: after training, too.
+    # A Contrast calls the first side "chosen", also where it is the policy's after training.
     for kind, numbers in contrasts.items():
         first, second = SIDES[kind]
         row[kind] = {
@@ -302,8 +302,8 @@ def compare_scores(scores, prompts, kind, numbers):
     first_side, second_side = SIDES[kind]
     first = scores[first_side].double()
     second = scores[second_side].double()
-    # The score is w . z, so without features below 0 these would add up to the margin: the rest of
-    # it is what the ranking by contribution cannot see.
+    # The score is w . z, so if no feature were below 0, the contributions would add up to the
+    # margin. What is missing comes from features below 0, which contributions leave out.
     contributions = None
     if numbers.contribution is not None:
         contributions = numbers.contribution.sum().item()
@@ -327,8 +327,8 @@ def add_tokens(rows, z, texts, tokenizer):
     below .5) with a small one: feature_contrasts.separation. z {side: [N, F]}, texts {side:
     Answers}.
     """
-    # Which tokens each text has. The padding's id is in the vocabulary too, but find_tokens() looks
-    # at real tokens alone.
+    # Which tokens each text has. The padding's id gets a column too, but find_tokens() looks only
+    # at real tokens.
     all_ids = torch.cat([answers.batch.ids.flatten() for answers in texts.values()])
     vocabulary = all_ids.unique()  # [V]
     present = {}  # {side: [N, V]}
@@ -347,14 +347,14 @@ def add_tokens(rows, z, texts, tokenizer):
     parts = [(z[side], present[side][:, is_common]) for side in z]
     auc = separation(parts).nan_to_num(0.5)  # [F, C]
 
-    # How often each feature fires on texts with the token, and on the others: an AUC says which of
-    # two texts has more of the feature, not how often it is there.
+    # How often each feature fires on texts with the token, and on the others. The AUC does not say
+    # so: it only says which of two texts has more of the feature.
     fires = (torch.cat(list(z.values())) != 0).double()  # [N, F] of all sides
     both = fires.T @ has_token[:, is_common].double()  # [F, C]
     rate_with = both / counts
     rate_without = (fires.sum(0)[:, None] - both) / (n_texts - counts)
 
-    # Each feature gets the tokens whose AUC is farthest from chance, on either side of it.
+    # Each feature gets the tokens whose AUC is farthest from chance, 0.5, above or below.
     for f, row in enumerate(rows):
         row["tokens"] = []
         from_chance = (auc[f] - 0.5).abs()  # [C]
@@ -366,8 +366,8 @@ def add_tokens(rows, z, texts, tokenizer):
 
 def find_tokens(batch, vocabulary):
     """Which tokens of a sorted vocabulary [V] each text of a packed batch has: [N, V] bool."""
-    # nonzero() and a mask both go through the texts row by row: so the k-th number of one list and
-    # of the other belong to the same token.
+    # nonzero() and indexing by a mask both go row by row, so entry k of both lists below belongs to
+    # the same token.
     is_real = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]  # [N, T]
     text_of_token = is_real.nonzero()[:, 0]  # [tokens of all texts]
     place_in_vocabulary = torch.searchsorted(vocabulary, batch.ids[is_real])
@@ -383,9 +383,9 @@ def add_contexts(rows, z, texts, tokenizer, at_most):
     where features are read, z as a share of the largest. z {side: [N, F]}, texts {side: Answers}.
     """
     # Values are shares of the feature's largest: an explainer is shown strengths from 1 to 10,
-    # whatever the units of z. The floor is for features that are nowhere above 0, without contexts.
+    # whatever the units of z.
     all_z = torch.cat(list(z.values()))  # [N, F] of all sides
-    largest = all_z.max(0).values.clamp(min=1e-9)  # [F]
+    largest = all_z.max(0).values  # [F]
     places = []  # of each row of all_z: its side, and its row there
     for side, values in z.items():
         for i in range(len(values)):
@@ -396,7 +396,7 @@ def add_contexts(rows, z, texts, tokenizer, at_most):
         n_contexts = min(at_most, len(places))
         strongest = all_z[:, f].topk(n_contexts).indices.tolist()
         for n in strongest:
-            if all_z[n, f] <= 0:  # fewer texts than asked for have the feature
+            if all_z[n, f] <= 0:  # fewer texts than were asked for have the feature above 0
                 continue
             side, i = places[n]
             batch = texts[side].batch
@@ -412,7 +412,7 @@ def add_contexts(rows, z, texts, tokenizer, at_most):
 
 def format_table(summary, rows, with_contexts):
     """One line a feature; with_contexts also the ends of the texts on which it is largest."""
-    # One of the two measures: a line has no room for both, each with its interval, for two kinds.
+    # A line has room for one of the two measures only, with its interval, for each kind.
     kinds = kinds_in(summary)
     measure = "differential"
     if rows and rows[0]["weight"] is not None and summary["by"] != "differential":
@@ -425,8 +425,8 @@ def format_table(summary, rows, with_contexts):
     for row in rows:
         lines.append(format_row(row, kinds, measure))
         if with_contexts:
-            # The end of a text: there the feature is read.
             for context in row["contexts"]:
+                # A feature is read where its text ends, so the end is shown.
                 text = " ".join(token.strip() for token in context["tokens"])
                 lines.append(
                     f"          > {context['side']:8s} z {context['z']:6.2f}  {text[-105:]}"
@@ -489,7 +489,7 @@ def format_row(row, kinds, measure):
             line += f"{numbers[f'rate_{side}']:9.1%}"
         line += f"{cell(numbers[measure]):>25s}"
 
-    # magnificent .93  terrible .12: the tokens, and how well they go with the feature.
+    # The tokens, each with its AUC: magnificent .93 terrible .12
     line += "  "
     for token, auc, *_ in row["tokens"]:
         area = f"{auc:.2f}".replace("0.", ".")
@@ -511,8 +511,8 @@ def draw(figure, summary):
     last_kind = kinds[-1]
     measure = "differential" if rows[0]["weight"] is None else "contribution"
 
-    # What people's preferences say of a feature goes to the right, what the policy has made of it
-    # upwards: an exploit stands far above what the pairs ask for.
+    # With both kinds, x is what people's preferences say of a feature, and y what the policy has
+    # made of it: an exploit stands far above what the pairs ask for.
     points = []
     colors = []
     for row in rows:
@@ -525,7 +525,7 @@ def draw(figure, summary):
 
     axis = figure.add_subplot()
     axis.scatter(*zip(*points), c=colors, s=12)
-    # More than ten numbers would cover each other.
+    # Only the first ten get their number: more would cover each other.
     for row, point in zip(rows, points):
         if row["id"] in summary["described"][:10]:
             axis.annotate(str(row["id"]), point, fontsize=8)

@@ -169,7 +169,7 @@ def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
 
     All processes call this; each one scores a part of the items.
     """
-    # All answers of an item go to one process, which cuts their prompt alike.
+    # All answers of an item go to one process, so that their prompt is cut alike.
     own_rows = flatten([items[i] for i in dist.part(len(items))])
     # A reward model's own tokenizer decides how much of a text fits.
     tokenizer = None
@@ -233,14 +233,14 @@ def with_intervals(config, rewards: list[str], units: dict[tuple[str, str], Unit
         values = statistic(rows.long())  # [K, metrics]
         return torch.cat([values, values - values[:1]])
 
-    # The rows that bootstrap() draws are the units' places, as float64 numbers.
+    # bootstrap() draws from rows of numbers: here the units' places, which come back as float64.
     everything = torch.arange(len(units))
     values = values_and_differences(everything)
     low, high = bootstrap(everything, values_and_differences, seed=config.seed, strata=index)
     cells = torch.stack([values, low, high], -1)  # [2 K, metrics, 3]
 
-    # Rows 0 .. K - 1 are the rewards', the others the differences: row K, the first less itself,
-    # says nothing.
+    # The first K rows are the rewards', the others the differences. Row K, the first reward less
+    # itself, says nothing.
     results = [dict(zip(metrics, row)) for row in cells.tolist()]
     k = len(rewards)
     return {
@@ -255,7 +255,7 @@ def measure_pairs(units: list[Unit], names: list[str], index: Tensor) -> Measure
 
     units U, the groups' names G, and the number of each unit's group [U] -> a measure.
     """
-    # A unit's sums are computed once; a draw of units only adds them up.
+    # The sums of a unit are computed once, so that a resample only has to add them up.
     sums = []
     for unit in units:
         pairs = []
@@ -269,7 +269,7 @@ def measure_pairs(units: list[Unit], names: list[str], index: Tensor) -> Measure
     counts = torch.tensor([len(unit) for unit in units]).double()  # [U]
 
     def statistic(rows: Tensor) -> Tensor:
-        # Prompts are drawn, but the mean is over pairs: a prompt with two pairs weighs twice.
+        # Prompts are drawn, but the mean is over pairs: a prompt with two pairs weighs double.
         return sums[rows].sum(0) / counts[rows].sum()
 
     return ["accuracy", "margin"], statistic
@@ -299,7 +299,7 @@ def measure_rewardbench2(units: list[Unit], names: list[str], index: Tensor) -> 
             credit[u] = shared_credit(scores)
 
     def statistic(rows: Tensor) -> Tensor:
-        # One column a subset, of its units among those that were drawn.
+        # Each subset has a column, computed from those of its units that were drawn.
         columns = []
         for group, name in enumerate(names):
             drawn = rows[index[rows] == group]
@@ -367,7 +367,7 @@ def table(summary: dict) -> str:
     metrics = choose_metrics(summary)
     rewards = summary["rewards"]
     first = next(iter(rewards))
-    # Rows of cells first, since a column is as wide as its widest cell.
+    # All cells are made before any line, since a column is as wide as its widest cell.
     cells = [["", *metrics, f"{metrics[0]} less {first}'s"]]
     for name, row in rewards.items():
         line = [name]

@@ -150,7 +150,7 @@ def read_outputs(path: str, columns: Sequence[str] = (), scores: bool = False) -
             f"{responses_field}",
         )
         prompt = read_prompt(place, row.get(prompt_field), prompt_field)
-        # A row of one answer becomes a row of a list of one: from here on there is one form.
+        # A single answer becomes a list of one, so that all rows have one form from here on.
         has_several = responses_field in row
         if has_several:
             responses = row[responses_field]
@@ -180,7 +180,7 @@ def scores_of(row: dict, n: int, has_several: bool, place: str) -> dict[str, lis
         isinstance(scores, dict) and scores,
         f"{place}: --best_of needs the field 'scores', an object {{reward: score}}",
     )
-    # Beside one answer stands {"rm": 0.3}, beside several {"rm": [0.3, -1.2, ...]}.
+    # One answer has {"rm": 0.3}, several answers have {"rm": [0.3, -1.2, ...]}.
     if not has_several:
         scores = {name: [score] for name, score in scores.items()}
     for name, values in scores.items():
@@ -211,7 +211,7 @@ def best_of(rows: list[dict], n: int, objective: str, uwo_lambda: float, seed: i
     without scores, or no more than n answers to a prompt.
     """
     rows = list(group_by_prompt(rows).values())
-    # Every answer must have the same scores, as the members of an ensemble give them.
+    # combine() takes the members of one ensemble, so every answer must be scored by all of them.
     names = list(rows[0]["scores"])
     for row in rows:
         prompt = row["prompt"]
@@ -246,7 +246,7 @@ def equal_sets(systems: dict[str, dict[str, dict]]) -> dict[str, list[list[str]]
     say) are compared on their first P ones.
     """
     first_system = next(iter(systems.values()))
-    # The same prompts for all: some prompts allow more different answers than others.
+    # All systems get the same prompts, since some prompts allow more different answers than others.
     shared = []
     for prompt in first_system:
         if all(prompt in rows for rows in systems.values()):
@@ -261,7 +261,8 @@ def equal_sets(systems: dict[str, dict[str, dict]]) -> dict[str, list[list[str]]
         else:
             chosen[name] = list(rows.values())[:P]
         smallest[name] = min(len(row["responses"]) for row in chosen[name])
-    # A greedy system has one answer to a prompt: it would leave the others one too.
+    # A system with one answer to a prompt, such as a greedy one, is left out of the minimum: the
+    # others would keep one answer too.
     K = min((count for count in smallest.values() if count > 1), default=1)
 
     texts = {}
@@ -362,7 +363,7 @@ def measure_sets(
     if embeddings is not None:
         metrics["embedding"] = embedding_diversity(embeddings)
     if sentences is not None:
-        # All pairs would take too long: each text meets R others, the same ones in every set.
+        # All pairs would take too long, so each text meets R others: the same places in every set.
         partner = draw_partners(len(sentences[0]), n_partners, seed)  # [S, R]
         scores = nli_of_pairs(sentences, partner, nli)  # [G, S, R]
         metrics["nli"] = nli_diversity(scores, partner)
@@ -374,7 +375,7 @@ def nli_of_pairs(sets: list[list[list[str]]], partner: np.ndarray, nli: Callable
 
     sets: G sets of S texts, each a list of sentences; partner [S, R] -> [G, S, R].
     """
-    # All sentence pairs go to the model in one list, so that it can batch and remember them.
+    # All sentence pairs go to the model in one list, so that it can batch them by length.
     sentence_pairs = []
     counts = []  # sentence pairs of each pair of texts
     for texts in sets:
@@ -485,7 +486,7 @@ def compare(
         "outputs",
     )
 
-    # All systems have the same V and tokens. "used" says how many outputs equal sets leave.
+    # All systems get the same V and tokenizer. "used" says how many outputs the equal sets hold.
     how = dict(how, vocab_size=vocab_size, tokenizer=tokenizer)
     result = {
         "prompts": P,
@@ -495,7 +496,7 @@ def compare(
         "systems": measure_each(outputs, simulated, how),
     }
     if truncate:
-        # n-gram figures fall with length: the second list compares texts of about one length.
+        # n-gram figures fall with length, so the second list compares texts of about one length.
         length = truncated_length(truncate, tokens)
         cut = measure_each(outputs, simulated, dict(how, truncate=length))
         result["truncated"] = {"length": length, "systems": cut}
@@ -538,11 +539,11 @@ def from_files(config, dist):
     kind = "a folder of sample_bon.py --from"
     dist.together(lambda: check_output(config.output_dir, is_our_folder, kind))
     check_models(config)
-    # In tables a system goes by what tells its path from the others.
+    # The name of a system is the part of its path that tells it from the others.
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
     lock_folder(config.output_dir, dist)
-    # Scores are needed for --best_of alone: without it, files of answers may have none.
+    # Only --best_of needs scores: without it files may have none.
     systems = {}
     for path in config.from_files:
         systems[names[path]] = read_outputs(path, config.columns, scores=config.best_of > 0)
@@ -567,7 +568,7 @@ def is_our_folder(path: str) -> bool:
 
 def report(config, dist, systems: dict[str, list[dict]]) -> dict:
     """Measure {name: rows}, write OUTPUT_DIR/diversity.json and print the tables."""
-    # A simulated system is one more beside the pool that it is drawn from.
+    # Each simulated best-of-n is a further system, beside the pool that it is drawn from.
     simulated = {}
     if config.best_of:
         for name, rows in systems.items():
@@ -597,7 +598,7 @@ def report(config, dist, systems: dict[str, list[dict]]) -> dict:
         seed=config.seed,
     )
 
-    # Figures can be compared only where these settings are the same, so they stand in the file.
+    # Figures can be compared only where these settings are the same, so the file holds them.
     settings = {flag.name: getattr(config, flag.name) for flag in fields(Flags)}
     settings["seed"] = config.seed
     os.makedirs(config.output_dir, exist_ok=True)
@@ -635,7 +636,7 @@ def table(result: dict, tokenizer: str = "") -> str:
 
 def lines_of_protocol(protocol: str, title: str, systems: dict[str, dict]) -> list[str]:
     """A title, a header and a line for each system that the protocol could measure, if any."""
-    # Per input a system with one output to a prompt has no line, and a simulated one has none.
+    # A system with one output to a prompt has no figures per input, nor has a simulated one.
     rows = {}
     for name, system in systems.items():
         if system[protocol]:

@@ -122,7 +122,7 @@ class Reader:
 
     def tokenize(self, new) -> dict[str, list[list[int]]]:
         """Texts or pairs -> {field: a list for each}: the fields that the model's forward takes."""
-        # One column of texts, or a column of premises and one of hypotheses.
+        # The tokenizer takes one list of texts, or one of premises and one of hypotheses.
         columns = [new]
         if isinstance(new[0], tuple):
             premises, hypotheses = zip(*new)

@@ -87,7 +87,7 @@ def by_rewards(specs: list[str], rows: list[dict], config, dist) -> dict[str, li
 
     scores_by_spec = {}
     for spec, name in zip(specs, reward_names(specs)):
-        # Back from different texts to all answers, side by side: row after row, as the pairs stand.
+        # Each different text has one score. Here all answers get theirs, in the order of the pairs.
         sides = {"a": [], "b": []}
         for row, different, own_scores in zip(rows, texts, scores[name]):
             score_of = dict(zip(different, own_scores))
@@ -163,7 +163,7 @@ def make_questions(spec: str, pairs: list[tuple[str, str, str]], config) -> tupl
     -> {key: (prompt, first, second)}, and for each pair [key with A first, key with B first], which
     is empty for the same text twice
     """
-    # A key holds the judge and the whole question, so that another criterion is asked anew.
+    # A key is made of the judge and the whole question: with another --criterion all is asked anew.
     judge = name_judge(spec, config)
     questions = {}
     keys_of_pairs = []
@@ -223,7 +223,7 @@ def verdict(choices: list[int | None]) -> float:
     """
     if None in choices:
         return float("nan")
-    # [1, 2]: both times the answer of A. [1, 1] or [2, 2]: a place was chosen, not an answer.
+    # [1, 2] is A's answer both times. [1, 1] and [2, 2] choose a place, not an answer.
     if choices == [1, 2]:
         return 1.0
     if choices == [2, 1]:
@@ -249,7 +249,7 @@ def collect(
     try:
         replies = ask(config, spec, texts, dist)
         for count, (i, reply) in enumerate(replies, start=1):
-            # A reply may hold no choice, or be an exception: both are counted, neither is kept.
+            # A reply without a choice, or an exception in its place, is counted but not kept.
             choice = None
             if isinstance(reply, str):
                 choice = choice_of(reply)
@@ -325,14 +325,14 @@ def choose_locally(
             yield i, e
             continue
         input_ids = torch.tensor([prompt], device=policy.lm.device)
-        # One question at a time: without padding, the last place predicts the reply's first token.
+        # With one question at a time there is no padding, so the last place predicts the reply.
         logits = policy.lm(input_ids=input_ids, logits_to_keep=1).logits[0, -1]  # [V]
         yield i, numbers[int(logits[ids].argmax())]
 
 
 def choice_of(reply: str) -> int | None:
     """A reply -> 1 or 2, or None where it is neither."""
-    # Without that mark the whole reply comes after it.
+    # rpartition() gives the whole reply as the last part where there is no </think>.
     _, _, after_thinking = reply.rpartition("</think>")
     match = CHOICE.fullmatch(after_thinking)
     if match is None:

@@ -125,7 +125,8 @@ def judge(config: JudgeConfig) -> dict:
     answers_a = read_answers(config.a, config.n_answers)
     answers_b = read_answers(config.b, config.n_answers)
     rows, counts = match_answers(answers_a, answers_b)
-    # Before the asking: a run that is cut off leaves a folder that says whose choices it holds.
+    # The config is written before any judge is asked: choices come one by one into this folder, and
+    # it must say whose they are even if the run is cut off.
     os.makedirs(config.output_dir, exist_ok=True)
     write_json(os.path.join(config.output_dir, "config.json"), folder.config)
 
@@ -207,7 +208,7 @@ def read_answers(files: list[str], limit: int) -> dict[str, dict]:
                 f"{place}: a row must be an object with prompt and response, both strings "
                 "(or the prompt a list of messages)",
             )
-            # Answers are matched by their prompt as text; rewards are given it as it came.
+            # The prompt as text matches answers; rewards get it as it came, text or chat.
             chat_or_text = read_prompt(place, row["prompt"])
             prompt = show(chat_or_text)
             split = split_of_file or str(row.get("split") or "")
@@ -305,7 +306,7 @@ def summarise_judge(
             rows[split]["difference"] = mean.item()
             rows[split]["difference_interval"] = percentiles(draws_of_mean).tolist()
 
-    # The gap of the first split to each other one: in distribution less out of it, say.
+    # The first split less each other one, such as in distribution less out of distribution.
     gaps = {}
     first = next(iter(rows))
     if first in draws:
@@ -322,7 +323,7 @@ def summarise_split(
 ) -> tuple[dict, Tensor]:
     """The judged pairs of one split -> its win rate and more, and draws of the win rate."""
     points = win_points(a, b)  # [N]
-    # Prompts are drawn, each with all its pairs: answers to one prompt are not independent.
+    # Answers to one prompt are not independent, so whole prompts are drawn, with all their pairs.
     rate, draws = mean_over_groups(points, prompts, seed=seed)
     row = {
         "win_rate": rate.item(),

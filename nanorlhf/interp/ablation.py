@@ -143,8 +143,8 @@ def removed(sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
 
     In the model's units.
     """
-    # Decoder rows are in standardised units. The scale brings their sum into the model's; the mean
-    # and the bias b_d belong to no feature, and stay in x.
+    # Decoder rows are in standardised units, and the scale leads to the model's. The mean and the
+    # bias b_d belong to no feature, so they stay in x.
     _, scale = sae.moments(x)
     contribution = sae.encode(x)[..., ids] @ sae.W_dec[ids]  # [.., D]
     if sae.normalize == "none":
@@ -169,8 +169,7 @@ def switched_off(
     token does.
     """
     remove_features = without(sae, ids)
-    # The function sees activations alone, [B, 1, D] at most steps of a rollout: the ids of these
-    # tokens come from the forward that runs.
+    # The hook sees activations, not tokens. So it asks the forward that runs for its token ids.
     with running_ids(lm) as token_ids:
 
         def remove_where_trained(x):  # [B, T, D]
@@ -243,7 +242,7 @@ def ablate(config):
     responses = {}  # {arm: token lists}
     numbers = {}  # {arm: {number: [P N]}}
     for name, chosen in arms.items():
-        # The plain policy runs without the hook, so that "nothing" shows what the hook itself does.
+        # The plain policy runs without the hook, so "nothing" shows what the hook alone does.
         if chosen is None:
             responses[name], answers = sample_answers(parts, test, step=0)
         else:
@@ -335,7 +334,7 @@ def sample_answers(
     responses = []
     answers = []
     for first in range(0, len(prompts), size):
-        # Places among all prompts key the noise, so that it does not depend on --batch_size.
+        # The places among all prompts key the noise, which then does not depend on --batch_size.
         last = min(first + size, len(prompts))
         places = list(range(first, last))
         rollout, batch_answers = roll_out(parts, prompts.at(places), places, step)
@@ -388,7 +387,8 @@ def choose_features(
     f: a sparse [M, n], the features on the n tokens `seen`. InputError: the policy hardly writes
     the concept's words.
     """
-    # By its decoder direction, whether or not the words are ever written; else by where it fires.
+    # "logits" ranks features by their directions, so the words need not be written. "on" and
+    # "before" rank features by where they fire.
     if config.by == "logits":
         scores = score_by_logits(f, concept, sae, lm)
     else:
@@ -414,7 +414,8 @@ def score_by_logits(f: Tensor, concept: Tensor, sae: SparseAutoencoder, lm) -> T
     """
     unembedding = lm.get_output_embeddings().weight.float()  # [V, D]
     effects = sae.decoder_directions().float() @ unembedding.T  # [M, V]
-    # effects @ weights is the mean over the concept's words, minus the mean over the others.
+    # With these weights, effects @ weights is the mean over the concept's words minus that over the
+    # other words.
     others = ~concept
     weights = concept.to(effects) / concept.sum() - others.to(effects) / others.sum()  # [V]
     fires = sum_over_tokens(f) != 0
@@ -465,7 +466,7 @@ def measure_answers(
         shares = [concept[ids].float().mean().item() for ids in responses]
         numbers[config.concept] = torch.tensor(shares)
 
-    # The whole gold is one of the rewards; its parts are computed from the texts once more.
+    # The reward gives the whole gold only, so its parts are computed from the texts once more.
     if "world:gold" in rewards:
         gold_parts = {}  # {part: one number of each answer}
         for batch in answers:
@@ -482,7 +483,7 @@ def describe_arm(ids: list[int], seen: Seen, sae: SparseAutoencoder) -> dict:
     variance that they hold."""
     share = 0.0
     if ids:
-        # What is taken away is not centred, since its mean goes too. So the share can exceed 1.
+        # What is taken away is not centred, since its mean goes too: so the share can exceed 1.
         variance = (seen.x - seen.x.mean(0)).square().sum()
         taken_away = removed(sae, torch.tensor(ids, device=seen.x.device), seen.x)  # [n, D]
         share = (taken_away.square().sum() / variance).item()
@@ -494,7 +495,7 @@ def mean_with_interval(values: Tensor, n_answers: int) -> dict[str, float]:
 
     values [P N], the answers to a prompt one after another.
     """
-    # Answers to one prompt are alike: prompts are what is drawn independently.
+    # Answers to one prompt are alike, so the bootstrap draws prompts, with the mean of each.
     means = values.view(-1, n_answers).mean(1)  # [P]
     low, high = bootstrap(means)
     return interval_row(means.mean(), low, high)
@@ -515,7 +516,7 @@ def compare_arms(numbers: dict[str, dict[str, Tensor]], n_answers: int) -> dict[
         for arm, values in numbers.items():
             kind = arm.split()[0]  # "random 3" is a draw of "random"
             draws.setdefault(kind, []).append(values[key])
-        # Draws are averaged answer by answer, so that an interval is over prompts, like all others.
+        # A control's draws are averaged answer by answer, so that its interval is over prompts too.
         means = {kind: torch.stack(values).mean(0) for kind, values in draws.items()}
         differences[key] = {}
         for a, b in pairs:
@@ -557,7 +558,7 @@ def format_table(summary: dict) -> str:
         same = "the same tokens as"
     lines.append(f"  'nothing' wrote {same} the plain policy")
 
-    # One line for each number, and a column for each pair of arms.
+    # The differences: one line for each number, and a column for each pair of arms.
     names = "".join(f"{name:>26s}" for name in summary["differences"][keys[0]])
     lines.append(f"\n  {'':16s}{names}")
     for key, row in summary["differences"].items():
@@ -578,7 +579,7 @@ def draw(figure, summary: dict):
     for i, key in enumerate(keys):
         axis = figure.add_subplot(1, len(keys), i + 1)
         for j, (name, arm) in enumerate(arms.items()):
-            # errorbar wants lengths of the bars, not the ends of the interval.
+            # errorbar() takes the lengths of the bars, not the ends of the interval.
             mean = arm[key]["mean"]
             below = mean - arm[key]["low"]
             above = arm[key]["high"] - mean

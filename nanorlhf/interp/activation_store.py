@@ -60,12 +60,12 @@ def token_rows(
     A demonstration is prompt + response + EOS, a pair is two such rows, a prompt is the text as it
     is. Each has at most max_length tokens.
     """
-    # The columns of a row say of what kind it is:
+    # A row's columns say which kind it is:
     #     {"prompt"}, {"prompt", "response"} or {"prompt", "chosen", "rejected"}
     fields = [field for field in ("response", "chosen", "rejected") if field in rows[0]]
     texts = []
     n_cut = 0
-    # Prompts alone: nothing is added to them, and encode() would have no answer to cut.
+    # A prompt alone has no answer, so it gets no EOS, and is cut at its end.
     if not fields:
         for ids in encode_prompts(tokenizer, rows, chat):
             text = ids[:max_length]
@@ -74,8 +74,8 @@ def token_rows(
                 n_cut += 1
         return texts, n_cut
 
-    # The model reads prompt and answer in one row, so that is a text. Of pairs, all chosen texts
-    # come first, then all rejected ones.
+    # A text is what the model reads in one row: a prompt and its answer. All chosen answers of
+    # pairs come before all rejected ones.
     encoded = encode(tokenizer, rows, fields, max_length, chat)
     for responses in encoded.responses.values():
         for prompt, response in zip(encoded.prompts, responses):
@@ -106,7 +106,7 @@ def hold_out(rows: list[list[int]], n: int, tokenizer) -> tuple[list[list[int]],
     No text is on both sides. Texts that differ by white space alone are one text.
     """
     texts = [canonical(text) for text in tokenizer.batch_decode(rows)]
-    # Texts are drawn, not rows: all rows of one text then go to the same side.
+    # Texts are drawn, not rows, so that all rows of one text go to the same side.
     different = list(dict.fromkeys(texts))  # in their order
     n = min(n, len(different) // 5)
     # The key has no seed of the run, so that train_sae.py and probe.py hold out the same texts.
@@ -125,7 +125,7 @@ def hold_out(rows: list[list[int]], n: int, tokenizer) -> tuple[list[list[int]],
 
 def sentence_ends(tokenizer) -> list[int]:
     """The ids of the tokens whose text ends in . ! or ? (white space after it aside)."""
-    # By decoding, since a tokenizer's own spelling hides white space: ".\n" may be stored as ".Ċ".
+    # Tokens are decoded, since a vocabulary spells white space otherwise: ".\n" may stand as ".Ċ".
     every_id = [[i] for i in range(len(tokenizer))]
     ends = []
     for i, text in enumerate(tokenizer.batch_decode(every_id)):
@@ -158,14 +158,13 @@ class Tokens:
         # One mask of all rows, one after another, is cut into rows at the end.
         ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
         row_ends = self.lengths.cumsum()  # [N]
-        # By default every token counts; with `ends`, a text that does not end in one of them still
-        # has its last token.
+        # By default every token counts. With `ends`, the last token of a text counts in any case.
         if ends is None:
             mask = np.full(len(ids), True)
         else:
             mask = np.isin(ids, self.ends)
             mask[row_ends[self.lengths > 0] - 1] = True
-        # This comes last: a BOS does not count even where it is the last token of its text.
+        # This comes last, since a BOS does not count even where it is the last token of its text.
         if skip_bos is not None:
             mask[ids == skip_bos] = False
 
@@ -245,7 +244,7 @@ def run_models(
         ids, mask = tokens.batch(texts[in_batch])  # [b, T]
         ids = ids.to(dist.device)
         mask = mask.to(dist.device)
-        # The rows of the result that the batch's tokens fill.
+        # The rows of the result where the tokens of this batch go.
         rows = join_ranges(first[in_batch], counts[in_batch])
         rows = torch.from_numpy(rows).to(dist.device)
         # All models read the same ids, so that row n of every result is the same token.
@@ -299,7 +298,7 @@ def from_disk(
     edges = find_shard_edges(tokens, shard_tokens)
     n_shards = len(edges) - 1
     paths = [os.path.join(folder, f"{i:05d}.safetensors") for i in range(n_shards)]
-    # All that the numbers depend on. The shards' edges are part of it: with others, a file of the
+    # What the numbers depend on. The shards' edges are part of it: with other edges a file of the
     # same name would hold other texts.
     content = {
         "models": fingerprints,
@@ -316,8 +315,8 @@ def from_disk(
             lock(folder)
 
     def fill(missing: list[int]):
-        # The processes take the missing shards in turn, like cards: each file has one writer.
         source = from_models(tokens, load(), places, dist, dtype)
+        # The processes take the missing shards in turn, so that each file has one writer.
         for i in missing[dist.rank :: dist.world]:
             texts = np.arange(edges[i], edges[i + 1])
             write_shard(paths[i], source(texts), store)
@@ -330,14 +329,16 @@ def from_disk(
         # The folder is looked at again: another program may have filled it before it was locked.
         dist.together(lambda: check_folder(folder, content))
         missing = find_missing(paths)
-        dist.barrier()  # all have looked before one writes
+        # The notes come before the first shard: else a run that was killed would not know its own
+        # folder again.
+        if missing and dist.main:
+            write_json(os.path.join(folder, "cache.json"), content)
+        dist.barrier()  # all have looked, and the notes are there, before one writes a shard
         if missing:
-            # The notes come before the first shard: a run that was killed finds its own folder.
-            if dist.main:
-                write_json(os.path.join(folder, "cache.json"), content)
             dist.together(lambda: fill(missing))
 
-    # All shards are there now. Their keys and sizes are checked at once, their numbers read later.
+    # All shards are there now. Their keys and sizes are checked here; their numbers are read later,
+    # when they are asked for.
     keys = set()
     for name in fingerprints:
         for place in places:
@@ -354,7 +355,7 @@ def find_shard_edges(tokens: Tokens, shard_tokens: int) -> list[int]:
 
     -> the first text of each shard, and the number of all texts at the end
     """
-    # A text belongs to the shard in which its last token falls; so no text is cut in two.
+    # A text belongs to the shard in which its last token falls, so no text is cut in two.
     shard_of = (tokens.counts.cumsum() - 1) // shard_tokens  # [N]
     inner_edges = np.flatnonzero(np.diff(shard_of)) + 1
     return [0, *inner_edges.tolist(), len(tokens.rows)]
@@ -400,7 +401,7 @@ def write_shard(path: str, computed: Activations, store: str):
     """Write a shard under a temporary name, then rename it: a file of that name is whole."""
     stored = {}
     for key, x in computed.items():
-        # float16 ends at 65504: what lies beyond, as the norm of a BOS may, would be stored as inf.
+        # float16 ends at 65504: a larger number, as a BOS may have it, would be stored as inf.
         stored[key] = x.to(DTYPES[store]).cpu()
         require(
             stored[key].isfinite().all(),
@@ -435,7 +436,7 @@ def read_shards(tokens: Tokens, dist, shards: list[Activations], texts: np.ndarr
     places = tokens.places(texts)  # [n]
     shard_of = np.searchsorted(ends, places, side="right")  # [n]
     out = {}
-    # Each shard is indexed once: which of its rows are asked for, and where they go in the result.
+    # Each shard is indexed once, for all its rows that are asked for.
     for i in np.unique(shard_of):
         rows = np.flatnonzero(shard_of == i)
         first = ends[i] - sizes[i]
@@ -487,7 +488,7 @@ class Stream:
         self.dist = dist
         self.seed = seed
         self.B = batch_size
-        # No more than an epoch is held, and one batch at least, even if it is longer than an epoch.
+        # A buffer is at most an epoch, but at least one batch, even where a batch is the longer.
         self.S = max(1, min(buffer_tokens, tokens.total) // batch_size)
         self.loaded = None  # the number of the buffer that is held
         self.buffer = {}  # this process's strata: {key: [S B / W, D]}
@@ -495,7 +496,7 @@ class Stream:
 
     def batch(self, step: int) -> Activations:
         """This process's share of a step's batch: {"name/layer_site": [B / W, D]}."""
-        # Step 7 with S = 3 is batch 1 of buffer 2. Steps in order load each buffer once.
+        # With S = 3, step 7 is batch 1 of buffer 2. In the order of steps each buffer loads once.
         buffer, j = divmod(step, self.S)
         if self.loaded != buffer:
             self.load(buffer)
@@ -514,7 +515,8 @@ class Stream:
         first_rows = self.S * np.arange(len(strata))[:, None]
         self.order = torch.from_numpy(orders[strata] + first_rows)  # [B / W, S]
 
-        # These strata are one stretch of the endless row, in parts where it crosses an epoch's end.
+        # Neighbouring strata are one stretch of the endless row. It comes in parts where it crosses
+        # the end of an epoch.
         first = (buffer * self.B + strata[0]) * self.S
         last = first + len(strata) * self.S
         parts = list(self.read_stretch(first, last))
@@ -554,7 +556,7 @@ def passes(tokens: Tokens, source: Source, dist, at_once: int = 2**16) -> Iterat
     """
     texts = np.array(dist.part(len(tokens.rows)), dtype=np.int64)
     texts = texts[tokens.counts[texts] > 0]  # a text of a BOS alone has nothing to pass on
-    # A text goes to the group in which its last token falls.
+    # A text goes to the group of at_once tokens in which its last token falls.
     group = (tokens.counts[texts].cumsum() - 1) // at_once
     for i in np.unique(group):
         yield source(texts[group == i])
@@ -569,8 +571,8 @@ def open_autoencoder(config, path: str) -> tuple[torch.nn.Module, str, Place]:
     The folder says whose activations the autoencoder reads, unless flags say otherwise. InputError:
     neither says it, or model, layer, autoencoder and --features do not fit.
     """
-    # What train_sae.py notes: {"model": "runs/sft", "layer": 3, "site": "mlp", ...}. Flags come
-    # first, for folders of SAELens, which say nothing of it, and for other models of this width.
+    # train_sae.py notes {"model": "runs/sft", "layer": 3, "site": "mlp", ...}. Flags come first,
+    # for folders of SAELens, which lack these notes, and for other models of this width.
     notes = read_config(path).get("metadata") or {}
     model = config.model or notes.get("model", "")
     layer = config.layer
@@ -583,7 +585,7 @@ def open_autoencoder(config, path: str) -> tuple[torch.nn.Module, str, Place]:
         f"{path} does not say whose activations it reads: name --model, --layer and --site",
     )
 
-    # The model's configuration is enough for these checks: the model is loaded by the caller.
+    # These checks need the model's config alone; the caller loads the model.
     model_config = check_model(model).get_text_config()
     last_layer = model_config.num_hidden_layers - 1
     require(layer <= last_layer, f"layer {layer}: {model} has the layers 0 to {last_layer}")

@@ -111,7 +111,7 @@ def divergence(config):
     # Activations, on the same texts.
     moved = compare_activations(config, {"base": base, "policy": policy}, tokens, dist)
 
-    # The table of results: one row a block, and in it one entry a site and a parameter.
+    # The results: one row a block, which has an entry for each site and for each parameter.
     layers = []
     for layer, relative_divergence in enumerate(add_up(table, "relative")):
         row = {
@@ -178,7 +178,7 @@ def compare_activations(
             y = part[f"policy/{place_name(place)}"]  # [n, D]
             sums[place] += divergence_sums(x, y)
 
-    # One sum a place on every process, however few texts it had: collective calls must match.
+    # Every process calls sum() once a place, however few texts it had: collective calls must match.
     moved = {}
     for place in places:
         moved[place] = in_one_line(from_sums, dist.sum(sums[place]))
@@ -234,8 +234,8 @@ def draw_divergence(figure, summary: dict):
         "weights: relative": [row["relative"] or 0 for row in rows],
     }
     for site in rows[0]["activations"]:
-        turned = [row["activations"][site]["cosine"] for row in rows]
-        panels[f"{site}: 1 - cosine"] = turned
+        cosine_distances = [row["activations"][site]["cosine"] for row in rows]
+        panels[f"{site}: 1 - cosine"] = cosine_distances
 
     figure.set_size_inches(3 * len(panels), 2.6)
     for i, (name, values) in enumerate(panels.items()):
@@ -274,8 +274,8 @@ class MmcsConfig(FlagGroup):
 
     def pairs(self) -> list[tuple[str, str]]:
         """(A, B) to compare: each of --a with each of --b, or with the others of --a."""
+        # Without --b two folders are compared in both orders, since MMCS is not symmetric.
         pairs = []
-        # Without --b both orders of two folders are compared, since MMCS is not symmetric.
         for a in self.a:
             for b in self.b or self.a:
                 if a != b:
@@ -305,9 +305,9 @@ def mmcs(config):
     folder = results_folder(config, dist)
     ids = {}  # {path: the features that fire: [M]}
     directions = {}  # {path: their decoder directions: [M, D]}
-    # Each folder is read once, on whichever side and in however many pairs it stands.
+    # Each folder is read once, in however many pairs it stands.
     for path in dict.fromkeys(config.a + config.b):
-        # A feature that never fires is hardly trained: its direction would bring MMCS near chance.
+        # A feature that never fires explains nothing, and would only bring MMCS nearer to chance.
         all_directions = load_sae(path).decoder_directions().detach()
         ids[path] = find_live_features(path, len(all_directions))
         directions[path] = all_directions[ids[path]]

@@ -87,7 +87,7 @@ def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None
 
     -> a sentence on what is missing and why; None where nothing is
     """
-    # Answers of earlier runs: {"key", "sae", "feature", "description", "related"} a line.
+    # The answers of earlier runs, each a line {"key", "sae", "feature", "description", "related"}.
     path = os.path.join(config.output_dir, FILE)
     # A line says itself what it explains: its place does not matter, and it can be deleted alone.
     remedy = "delete this line, its feature is asked about again"
@@ -105,7 +105,7 @@ def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None
     error = None  # why nothing more is asked
     for folder, feature in features:
         prompt = prompt_of(feature, config, question)
-        # The key holds all that decides the answer: who is asked, and with which contexts.
+        # The key is made of all that decides the answer: who is asked, and the whole question.
         key = digest(config.explainer, config.explainer_model, prompt)
         if key not in known and not error:
             # A local model is loaded only if there is something to ask.
@@ -114,19 +114,20 @@ def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None
             try:
                 answer = read_answer(ask(prompt), config)
             except (ValueError, Rejected) as e:
-                # It is about this question alone: one that is too long, or that a filter refuses.
+                # Only this question failed: its answer is none, or it is too long, or refused. A
+                # Rejected is an Unreachable too, so it must be caught before that.
                 rubbish.append(f"feature {feature['id']}: {e}")
             except Unreachable as e:
                 error = str(e)
             else:
-                # It is written at once: no answer is asked, or paid for, twice.
+                # The answer is written at once, so that none is asked, or paid, for twice.
                 known[key] = {"key": key, "sae": folder, "feature": feature["id"], **answer}
                 append_lines(path, [known[key]])
         if key in known:
             feature["description"] = known[key]["description"]
             feature["related"] = known[key]["related"]
 
-    # One sentence for all that is missing: why no more was asked, or else the first bad answer.
+    # One sentence says why some are missing: the asking stopped, or else the first bad answer.
     missing = sum("description" not in feature for _, feature in features)
     if not missing:
         return None
@@ -153,7 +154,7 @@ def prompt_of(feature: dict, config, question: str = PROMPT) -> str:
     if config.plain_answers:
         request = IN_PLAIN_WORDS
     lines = []
-    # One line a context: - the lobby was gloomy [[10]] and loud [[4]] .
+    # A context becomes one line: "- the lobby was gloomy [[10]] and loud [[4]] ."
     for context in feature["contexts"]:
         words = []
         for token, value in zip(context["tokens"], context["values"]):
@@ -189,7 +190,7 @@ def parse(text: str) -> dict:
     """
     start_of_text = repr(" ".join(text.split())[:60])
     try:
-        # From the first brace to the last one; index() raises a ValueError where there is none.
+        # The JSON goes from the first brace to the last. Without braces index() raises ValueError.
         answer = parse_json(text[text.index("{") : text.rindex("}") + 1], "the answer")
         description = answer["description"]
         related = answer["related"]
@@ -221,7 +222,7 @@ def local_asker(path: str, device: str) -> Callable[[str], str]:
     tokenizer = load_tokenizer(path)
 
     def ask(prompt):
-        # One question gives one (index, answer); an error stands in the answer's place.
+        # One question gives one (index, answer), and an error stands in the place of an answer.
         ((_, answer),) = ask_locally(policy, tokenizer, [prompt], ANSWER_TOKENS)
         if isinstance(answer, ValueError):
             raise answer

@@ -134,7 +134,8 @@ def feature_correlations(f: Tensor, labels: Tensor) -> Tensor:
     f = f.double()
     y = labels.double()  # [N, C]
     N = f.shape[1]
-    # Products of means are subtracted from means of products: centred features would not be sparse.
+    # A covariance is the mean of the product less the product of the means. To centre the features
+    # instead would fill the sparse matrix.
     ones = torch.ones(N, 1, dtype=torch.float64, device=y.device)
     mean_f = f @ ones / N  # [M, 1]
     mean_y = y.mean(0)  # [C]
@@ -177,7 +178,8 @@ def alike(
     if len(sizes) >= 2 * len(ids) + len(but):
         taken.extend(but)
 
-    # A difference of logarithms is a ratio of sizes; features of size 0 are all alike.
+    # Equal differences of logarithms are equal ratios of sizes. The floor makes all features of
+    # size 0 alike.
     logs = sizes.clamp(min=1e-9).log()  # [M]
     drawn = []
     for i in ids:

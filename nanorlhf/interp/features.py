@@ -100,12 +100,12 @@ def features(config):
     opened = {path: open_autoencoder(config, path) for path in find_saes(config.sae)}
     rows = data.read_rows(config.dataset, config.kind, config.columns)
 
-    # The texts are tokenized for each autoencoder: its model may have a tokenizer of its own.
     lms = {}  # {model: its language model}, each loaded once
     results = {}
     for path, (sae, model, place) in opened.items():
         if model not in lms:
             lms[model] = load_policy(model, value_head=False, device=dist.device).lm
+        # Each model may have a tokenizer of its own, so the texts are tokenized again.
         tokenizer = load_tokenizer(model, needs_eos=config.kind != "prompts")
         tokens = read_tokens(config, rows, model, tokenizer, dist)
         results[path] = {"model": model, "layer": place[0], "site": place[1]}
@@ -141,7 +141,7 @@ def look_at_features(
     x = read_activations(tokens, lm, place, dist, config.dtype)  # [N, D]
     f = encoded(sae.to(dist.device), x)  # sparse [M, N]
 
-    # All features are set against the concepts; only the chosen ones are described.
+    # All features are set against the concepts, but only some are described.
     result = {"m": sae.m, "texts": len(tokens.rows), "tokens": tokens.total}
     if is_world_model(tokenizer):
         result |= measure_concepts(sae, x, f, tokens, tokenizer)
@@ -153,8 +153,8 @@ def look_at_features(
 def top_features(f: Tensor, n: int) -> list[int]:
     """The n features with the largest mean activation over all tokens: how often times how
     strongly. f: a sparse [M, N]."""
-    # The sum over all tokens ranks as the mean does. By rate alone, faint features that always fire
-    # would lead; by strength alone, those that fire once.
+    # The sum ranks features as their mean does. If the rate alone ranked them, faint features that
+    # always fire would lead; if the strength did, features that fire once.
     sums = sum_over_tokens(f)  # [M]
     return sums.topk(min(n, len(sums))).indices.tolist()
 
@@ -181,7 +181,7 @@ def describe_features(
     effects = (effects - effects.mean(1, keepdim=True)).cpu()
     n_occurrences = token_ids.bincount(minlength=effects.shape[1])  # [V]
 
-    # The same tokens are shown again and again, and a tokenizer is slow.
+    # The same tokens are shown again and again, so each is decoded once.
     @functools.cache
     def decode_token(i: int) -> str:
         return tokenizer.decode([i])
@@ -220,7 +220,7 @@ def count_values(value: Tensor) -> dict:
     """The histogram of a feature's values [n]: {low, high, counts in bins of one width}."""
     if len(value) == 0:
         return {"low": 0.0, "high": 0.0, "counts": []}
-    # The range always holds 0, so that a reader sees how far from it the values lie.
+    # The range always includes 0, so that a reader sees how far from 0 the values lie.
     low = min(0.0, value.min().item())
     high = max(0.0, value.max().item())
     counts = torch.histc(value.float(), BINS, low, high)
@@ -236,13 +236,13 @@ def find_top_tokens(
     -> [[token, its share of all that the feature adds up to, share of occurrences it fires on]]
     """
     V = len(n_occurrences)
-    # A token counts by all its occurrences, not by its largest value. Without ReLU (SARM) sums may
-    # be negative.
+    # A token counts by the sum over its occurrences, not by its largest value. Without a ReLU
+    # (SARM) a sum may be below 0: hence abs().
     total = torch.zeros(V).index_add(0, token_ids, value)  # [V]
     n_fired = token_ids.bincount(minlength=V)  # [V]
     rows = []
     for i in total.abs().topk(min(SHOWN, V)).indices.tolist():
-        # A feature may fire on fewer different tokens than are shown.
+        # topk() fills up with tokens of sum 0 where a feature fires on fewer than SHOWN tokens.
         if n_fired[i] > 0:
             share = (total[i] / total.sum()).item()
             how_often = (n_fired[i] / n_occurrences[i]).item()
@@ -276,7 +276,7 @@ def top_contexts(
     are given as shares of `largest`, the feature's largest anywhere.
     """
     n_texts = len(tokens.rows)
-    # The largest value in each text; 0 where it does not fire.
+    # The largest value in each text; 0 where the feature is nowhere above 0.
     peak = torch.zeros(n_texts).scatter_reduce(0, text_of[at], value, "amax")  # [texts]
     columns = torch.from_numpy(tokens.columns())  # [N]
     contexts = []
@@ -404,7 +404,8 @@ def mark_context(context: dict, before: int = 8, after: int = 12) -> str:
         mark = f"[{round(10 * value)}]" if value else ""
         parts.append(token.strip() + mark)
         sizes.append(abs(value))
-    # What makes a feature fire stands at its peak or before; what follows may be what it predicts.
+    # What made the feature fire stands at its peak or before it, since the model is causal. What
+    # follows may be what the feature predicts.
     peak = sizes.index(max(sizes))
     return " ".join(parts[max(0, peak - before) : peak + after])
 
@@ -436,7 +437,7 @@ def draw_strengths(axis, results: dict[str, dict], names: dict[str, str]):
 
 def draw_concepts(axis, results: dict[str, dict], names: dict[str, str]):
     """The best feature of each concept in every autoencoder, and the mean of each control."""
-    all_concepts = []  # autoencoders of different texts may have different ones
+    all_concepts = []  # models may have different texts, and so different concepts
     for i, (path, result) in enumerate(results.items()):
         concepts = list(result["concepts"])
         aucs = [row["auc"]["features"] for row in result["concepts"].values()]

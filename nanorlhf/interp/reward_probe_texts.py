@@ -101,14 +101,14 @@ def word_texts(
     for seed in range(config.seeds):
         rng = np.random.default_rng([SPLIT, seed])
         sides = []
-        # A side is rows of `placed`: splits hold their numbers, e.g. (0 .. 1205, 1206 .. 1799).
+        # A split holds row numbers of `placed`, such as 0 .. 1205 and 1206 .. 1799.
         for side in draw_triples(config, rng, families_of, sign_of, contexts):
             sides.append(len(placed) + torch.arange(len(side)))
             placed.extend(side)
         splits.append(tuple(sides))
 
     ids, lengths = tokenize_placed_words(config, tokenizer, list(contexts), placed, max_length)
-    # Each row's value, its family and its word, the last two as numbers.
+    # The value of each row, and its family and its word as numbers.
     number_of_word = {word: i for i, word in enumerate(words)}
     number_of_stem = {stem: i for i, stem in enumerate(families)}
     values = []
@@ -120,7 +120,7 @@ def word_texts(
         units.append(number_of_word[row.word])
     return Texts(
         ids=ids,
-        first=[len(row) - 1 for row in ids],  # the last token of the word, with which a text ends
+        first=[len(row) - 1 for row in ids],  # a text's last token, which is the word's last too
         lengths=lengths,
         values=torch.tensor(values, dtype=torch.float64),
         groups=torch.tensor(groups),
@@ -132,7 +132,7 @@ def word_texts(
 
 def find_words(tokenizer, rows: list[dict], lexicon: dict[str, float]) -> list[str]:
     """The words of the lexicon that a response holds and that the tokenizer can write, sorted."""
-    # A word that no response holds may be one that the models have hardly read.
+    # The models may hardly have read a word that no response holds.
     held = set()
     for row in rows:
         held.update(WORD.findall(row["response"]))
@@ -166,7 +166,7 @@ def sort_by_sign(
 
     A family may hold words of other signs as well.
     """
-    # Empty lists for all signs, so that check_families() counts what is missing.
+    # Every sign gets a list, if an empty one, so that check_families() sees which are missing.
     families_of = {}
     for sign in SIGNS:
         families_of[sign] = []
@@ -248,7 +248,7 @@ def draw_triples(
             words_in_turn.append(deal(rng, words_of[sign], n))
         prompts_in_turn = deal(rng, prompts, n)
         side = []
-        # All three words stand in one context, so only the word tells their values apart.
+        # The three words of a triple stand in one context, so only the word tells values apart.
         for prompt, *triple in zip(prompts_in_turn, *words_in_turn):
             before = contexts[prompt][rng.integers(len(contexts[prompt]))]
             for word in triple:
@@ -285,7 +285,7 @@ def tokenize_placed_words(
     ids = []
     lengths = []
     for row, response in zip(placed, responses):
-        # The word's last token is put aside, so that cutting cannot take it.
+        # The word's last token is put aside, so that it cannot be cut away.
         before = prompt_ids[row.prompt] + response[:-1]
         last = response[-1:]
         if max_length:
@@ -303,7 +303,7 @@ def subtract_neutral(texts: Texts, inputs: dict[str, Tensor]) -> tuple[Texts, di
     """
 
     def subtract(x: Tensor) -> Tensor:  # [N, ...] -> [2 N / 3, ...]
-        # Rows of a triple stand in the order of SIGNS: the neutral one is in the middle.
+        # The rows of a triple stand in the order of SIGNS, with the neutral one in the middle.
         triples = x.unflatten(0, (-1, 3))
         return (triples[:, [0, 2]] - triples[:, [1]]).flatten(0, 1)
 
@@ -355,7 +355,7 @@ def sequence_texts(config, tokenizer, rows: list[dict], spec: str, max_length: i
         own_prompts.append(rows[i]["prompt"])
         own_responses.append(rows[i]["response"])
         own_rows.append(data.own_row(rows[i]))
-    # There are only texts: what a reward model reads it tokenizes itself.
+    # The reward gets texts without ids: a reward model tokenizes them itself.
     answers = Answers(own_prompts, own_responses, None, own_rows, config.chat_template)
     reward = load_reward(spec, None, dist)
     values = dist.gather(score(reward, [answers], dist))  # [N]
@@ -450,7 +450,7 @@ def split_by_prompt(config, rows: list[dict]) -> tuple[Tensor, list[tuple[Tensor
             f"--test_share {config.test_share} leaves {len(train)} prompts for training "
             f"({TRAINING} at least)",
         )
-        # Prompts are split, and rows go where their prompt goes.
+        # Rows go where their prompt goes.
         is_test = torch.isin(groups, torch.tensor(test))
         train_rows = (~is_test).nonzero()[:, 0]
         test_rows = is_test.nonzero()[:, 0]
@@ -470,7 +470,7 @@ def split_things(rng: np.random.Generator, things: list, share: float) -> tuple[
 
 def deal(rng: np.random.Generator, things: list, n: int) -> list:
     """n of the things, each as often as the others (to within one), in random order."""
-    # Whole permutations, one after another: all things come before one comes again.
+    # Permutations are strung together, so that all things come before one comes again.
     order = []
     while len(order) < n:
         order.extend(rng.permutation(len(things)))

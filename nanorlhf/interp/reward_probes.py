@@ -177,7 +177,7 @@ def reward(config):
     """
     run = check_and_set_up(config)
     spec = config.reward or "world:gold"
-    # "word": the inputs are one token's, the word's. "sequence": they are means over an answer.
+    # "word": inputs are read at the word's last token. "sequence": they are means over an answer.
     if config.task == "word":
         lexicon = open_lexicon(config, run.dist)
         rows = read_rows(config, "sft", run)
@@ -192,7 +192,7 @@ def reward(config):
         note = ""
 
     inputs, layers = collect_inputs(config, texts, run.dist)
-    # What the positive and the negative word share with the neutral one, the context, drops out.
+    # The words of a triple share their context. What the inputs owe to it largely drops out.
     if config.difference:
         texts, inputs = subtract_neutral(texts, inputs)
     return compare_inputs(config, run.folder, fit_reward, texts, inputs, layers, note)
@@ -240,7 +240,7 @@ def check_and_set_up(config) -> Setup:
     folder = results_folder(config, dist)
     model_config = check_model(config.policy)
     check_model(config.model)
-    # All models are given the same token ids, so that an input's row is the same text for all.
+    # All models read the same token ids, so that a row of inputs is the same text for each.
     tokenizer = load_shared_tokenizer(config.policy, [config.model])
     if config.sae:
         for name in ("policy", "base"):
@@ -374,7 +374,7 @@ def mean_inputs(
         means_of_places = []
         for place in places:
             x = outputs[place][mask].float()  # [tokens, D], row by row
-            # Features are averaged, not computed of an average, which would be no token's.
+            # Features are averaged, not computed from a mean activation, which no token has.
             if saes:
                 x = saes[place].encode(x)  # [tokens, M]
             sums = torch.zeros(len(rows), x.shape[1], device=x.device)
@@ -427,12 +427,13 @@ def compare_inputs(
     results = {}  # {name: [(numbers, more) of each split]}
     for name, x in inputs.items():
         results[name] = [fit(x, texts, split) for split in texts.splits]
-    # Fitted to exchanged values or to coins, and measured on the truth: what is reached by chance.
+    # A probe that is fitted to exchanged values, or to coin flips, shows what chance reaches on the
+    # true ones.
     results[SHUFFLED] = []
     for seed, split in enumerate(texts.splits):
         results[SHUFFLED].append(fit(inputs[policy], texts, split, shuffle=seed))
 
-    # The table is over splits. The picture shows single predictions, those of one split.
+    # The table is over all splits. The picture shows single predictions, of the first split alone.
     numbers_of_first_split, more_of_first_split = results[policy][0]
     metrics = list(numbers_of_first_split)
     rows = {}
@@ -470,7 +471,7 @@ def summarize_splits(
     differences = []
     p_values = []
     seeds = []
-    # The first metric leads: tau of rewards, accuracy of pairs.
+    # Inputs are compared by the first metric: tau for rewards, accuracy for pairs.
     for (numbers, more), (policy_numbers, _) in zip(results, policy_results):
         differences.append(policy_numbers[metrics[0]] - numbers[metrics[0]])
         p_values.append(more.get("p", 1.0))
@@ -521,7 +522,7 @@ def format_table(summary: dict) -> str:
             line += f"      {format_interval(row['policy_less'])}"
         lines.append(line)
 
-    # What guessing reaches: a share of right signs says something only where it is above this.
+    # A share of right signs says something only where it is above that of guessing.
     if "tau" in metrics:
         positive = sum(seed["positive"] for seed in seeds) / len(seeds)
         share = max(positive, 1 - positive)

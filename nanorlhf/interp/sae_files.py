@@ -69,7 +69,7 @@ def save_sae(sae, path: str, density: Tensor | None = None, **notes):
     else:
         scale = 1.0
         mean = 0.0
-    # SAELens has no tied weights: the encoder is written out, and `tied` is among our notes.
+    # SAELens has no tied weights, so the encoder is written out; our notes say `tied`.
     W_enc = sae.W_dec if sae.tied else sae.W_enc  # [M, D]
     tensors = {
         "W_enc": W_enc.T / scale,
@@ -81,7 +81,7 @@ def save_sae(sae, path: str, density: Tensor | None = None, **notes):
     config = make_config(sae, {**notes, "nanorlhf": own_notes})
 
     def write(folder: str):
-        # safetensors takes tensors that lie in memory row by row: a transposed one does not.
+        # safetensors takes only tensors that lie in memory row by row: no transposed views.
         own_copies = {}
         for name, x in tensors.items():
             own_copies[name] = x.detach().cpu().contiguous().clone()
@@ -154,7 +154,7 @@ def load_sae(path: str, width: int | None = None, device="cpu") -> SparseAutoenc
         if not sae.tied:
             sae.W_enc.copy_(tensors["W_enc"].T * scale)
         sae.b_enc.copy_(tensors["b_enc"])
-        # The whole of the file's b_dec, s b_d + mean, becomes the mean, and b_d stays at 0.
+        # The file's b_dec is s b_d + mean. All of it becomes the mean, and b_d stays 0.
         if normalize == "dataset":
             sae.mean.copy_(tensors["b_dec"])
         else:

@@ -67,7 +67,7 @@ def measure_concepts(sae, x: Tensor, f: Tensor, tokens: Tokens, tokenizer) -> di
     # The features and two of the controls differ in what is searched for a good direction.
     halves = {
         "features": split_features(f, seen),
-        # A coordinate may tell a concept by small values too, so it is there with both signs.
+        # A coordinate may also be low where a concept is, so it is searched with both signs.
         "coordinates": split_features(sparse(torch.cat([x, -x], 1)), seen),
         "untrained": split_features(encoded(make_untrained(sae, x), x), seen),
     }
@@ -119,7 +119,7 @@ def concept_table(tokenizer) -> tuple[list[str], Tensor]:
     Where several concepts are of the same words, the first one stands for all of them.
     """
     ids = tokenizer.get_vocab()
-    # {"positive": {ids of superb, perfect, ...}, ...}: concepts of the same set are one.
+    # {"positive": {ids of superb, perfect, ...}, ...}
     members = {}  # {concept: ids of its words}
     for word in world.vocabulary():
         for name in world.concepts(word):
@@ -156,7 +156,7 @@ def look_at(tokens: Tokens) -> Seen:
     """Find the ids of the tokens and what follows them, and draw the two halves of the texts."""
     text_of, ids = where(tokens)
     following, goes_on = next_ids(tokens)
-    # Texts are halved, not tokens: what is peculiar to a text is on one half alone.
+    # Texts are halved, not tokens, so that what is peculiar to a text is in one half only.
     order = np.random.default_rng([SPLIT, 1]).permutation(len(tokens.rows))
     text_in_a = torch.from_numpy(order % 2 == 0)
     return Seen(ids, following, goes_on, text_in_a[text_of])
@@ -190,7 +190,7 @@ def find_frequent(truth: Tensor, seen: Seen) -> Tensor:
 
 def exchange_words(labels: Tensor, present: Tensor) -> list[Tensor]:
     """SHUFFLES tables like labels [V, C], in which the words `present` have exchanged concepts."""
-    # Only words that occur are exchanged: a concept keeps as many words that can be seen.
+    # Only words that occur are exchanged, so each concept still has as many of them as before.
     tables = []
     for seed in range(SHUFFLES):
         order = np.random.default_rng([SPLIT, 2, seed]).permutation(len(present))
