@@ -329,8 +329,8 @@ def run_each_split(config, dist):
     results = {}
     for item in config.eval_splits:
         name, _, _ = item.partition("=")
-        of_split = replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")
-        results[name] = main(of_split)
+        output_dir = f"{config.output_dir}/{name}"
+        results[name] = main(replace(config, eval_splits=[item], output_dir=output_dir))
     return results
 
 
@@ -342,8 +342,8 @@ def prompts_of(config):
     is_whole = config.split == "all" or (config.split == "ood" and in_world)
     if not is_whole:
         wanted = config.eval_splits or ["ood" if config.split == "ood" else "test"]
-        with_splits = replace(config, eval_splits=wanted, split="test")
-        train, held_out, note = load_splits(with_splits, "prompts")
+        split_config = replace(config, eval_splits=wanted, split="test")
+        train, held_out, note = load_splits(split_config, "prompts")
         rows = train if config.split == "train" else held_out["eval"]
         return rows, note
 

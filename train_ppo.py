@@ -378,6 +378,7 @@ def main(config):
             config.chat_template,
         )
 
+    # Everything becomes token ids once, before the loop: a step only picks prompts.
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     prompts = encode(rows).compact()
     held_out_prompts = {label: encode(part) for label, part in held_out.items()}

@@ -682,8 +682,8 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
     if not rows:
         return []
     # A text without a prompt begins with its first token, where the tokenizer has no BOS.
-    first_answer = LOSSES[config.loss].answers[:1]
-    prompts = encode(tokenizer, rows, first_answer, chat=config.chat_template).prompts
+    first_field = LOSSES[config.loss].answers[:1]
+    prompts = encode(tokenizer, rows, first_field, chat=config.chat_template).prompts
     # Prompt and answer must fit into the context together: the answer gets its room first.
     longest = config.max_new_tokens
     if max_length:

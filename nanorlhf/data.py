@@ -141,7 +141,7 @@ def show_all(row: Row, fields: dict, form: Format) -> dict:
 
     A column that is a field by its own name holds the field: of two dialogues, their answers.
     """
-    # Where a column and a field share a name the column wins: whoever writes a rule sees the file.
+    # With --columns prompt=question a file may have a column 'prompt' too: a rule means that one.
     seen = {**fields, **row.values}
     for field in form.columns:
         if field in fields and field not in row.columns:
