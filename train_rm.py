@@ -323,7 +323,7 @@ def train(config, dist):
             "seconds": time.perf_counter() - begun,
             "peak_memory_mb": peak_memory_mb(dist),
         }
-        # Training pairs are visited more than once, so only held-out pairs show what was learned.
+        # Training pairs may be visited many times, so only held-out ones show what was learned.
         is_last = step == config.steps  # it is evaluated below, with standardised scores
         if config.eval_every and step % config.eval_every == 0 and not is_last:
             prefix = f"step {step}: "
@@ -593,11 +593,11 @@ def check_texts(pairs, held_out, max_length, config):
     Scores are standardised by their spread. Texts may be the same to a model once they are cut to
     max_length, or where the tokenizer knows none of their words.
     """
-    # A pair of two equal answers teaches nothing: r_c - r_r is 0 whatever the weights are.
     what = "as token ids"
     if max_length is not None:
         what = f"as token ids, cut to {max_length},"
 
+    # A pair of two equal answers teaches nothing: r_c - r_r is 0 whatever the weights are.
     require(
         pairs.chosen != pairs.rejected,
         f"{config.dataset}: {what} chosen and rejected of every training pair are the same",

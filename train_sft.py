@@ -331,7 +331,7 @@ def main(config):
 
         answered: what answer_splits() has found.
         """
-        # First the evaluation of its answers, if it has any, then the loss's own measures.
+        # First the evaluation of the policy's answers, if any, then the loss's own measures.
         record = {}
         for label, (numbers, answer_rows) in answered.items():
             record |= record_evaluation(folder, step, label, numbers, answer_rows)

@@ -60,7 +60,7 @@ class Lines:
         dist.barrier()
         self.rows = dist.together(lambda: read_checked_lines(self.path, fits, remedy))
         dist.barrier()  # all have read before one writes
-        # The next line must begin on a line of its own.
+        # A line that a kill has cut short is dropped: the next one must not be joined to it.
         if dist.main:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             drop_cut_line(self.path)

@@ -456,8 +456,8 @@ def through_frozen_blocks(parts: Parts, batch: Packed) -> Packed:
         part = batch.rows(rows)
         with autocast(parts.dist, config.dtype):
             hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
-        # The first part tells D and the dtype. Columns behind a part's longest row stay 0, and are
-        # never read.
+        # The first part tells D and the dtype. Columns behind a part's longest row stay 0: no
+        # real token sees them.
         if batch.trunk is None:
             batch.trunk = hidden.new_zeros(*batch.ids.shape, hidden.shape[-1])
         batch.trunk[rows, : hidden.shape[1]] = hidden

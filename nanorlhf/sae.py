@@ -452,7 +452,7 @@ def update(saes: Sequence[SparseAutoencoder], optimizer: torch.optim.Optimizer, 
 
     Their decoder directions stay of unit length.
     """
-    # Before the step, or Adam's running means would fill up with what normalise() undoes.
+    # This comes before the step: else Adam's running means fill up with what normalise() undoes.
     for sae in saes:
         sae.remove_parallel()
     for group in optimizer.param_groups:
