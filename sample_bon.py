@@ -174,10 +174,10 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
             self.split != "ood" or in_world or self.in_distribution,
             "--split ood is the embedded world's; of other data it needs --in_distribution",
         )
-        # The world's own gold is known; that of other data somebody must name.
+        # The world's gold is known. For other data the user must name one.
         if in_world and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
-        # To measure files there is no policy and no reward, and results have a folder of their own.
+        # --from measures files without a policy or reward; its results have a folder of their own.
         if self.from_files:
             require(
                 not (self.pool or self.diversity),
@@ -205,8 +205,7 @@ def main(config):
     diversity_report.check_models(config)
     if len(config.eval_splits) > 1:
         return run_each_split(config, dist)
-    # A folder that is done is written again: other rewards and other n are estimated from its
-    # answers.
+    # A folder that is done may be written again, with other rewards and other n for its answers.
     folder = RunFolder(config, dist, FREE, written_again=True)
     # What is wrong with a reward or the policy is said now, before anything is sampled. A pool's
     # policy is not known, and not needed.
@@ -241,8 +240,7 @@ def main(config):
     if not config.pool:
         rows = pool.sample(config, tokenizer, prompts, dist)
 
-    # The best of n of a prompt's answers needs n of them, so the prompt with the fewest sets the
-    # largest n.
+    # The best of n needs n answers, so the prompt with the fewest answers sets the largest n.
     counts = [len(row["responses"]) for row in rows]  # P
     N = min(counts)
     ns = choose_ns(config, rows[counts.index(N)])
@@ -277,8 +275,8 @@ def main(config):
         proxies |= combine_all(members, config.uwo_lambda)
 
     # --------------------------------------------------------------------------------- best of n
-    # The mean over all choices of n from the N answers has a closed form: nothing is drawn. What to
-    # look for: the proxy rises with n, by its own choice; gold rises less, and may fall.
+    # The mean over all choices of n from the N answers has a closed form: nothing is drawn. The
+    # proxy rises with n, since it makes the choice; watch whether gold rises with it, or falls.
     gold_matrix = None
     if gold is not None:
         gold_matrix, _ = pool.matrix(gold)  # [P, N]
@@ -331,8 +329,8 @@ def run_each_split(config, dist):
     results = {}
     for item in config.eval_splits:
         name, _, _ = item.partition("=")
-        of_split = replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")
-        results[name] = main(of_split)
+        output_dir = f"{config.output_dir}/{name}"
+        results[name] = main(replace(config, eval_splits=[item], output_dir=output_dir))
     return results
 
 
@@ -344,8 +342,8 @@ def prompts_of(config):
     is_whole = config.split == "all" or (config.split == "ood" and in_world)
     if not is_whole:
         wanted = config.eval_splits or ["ood" if config.split == "ood" else "test"]
-        with_splits = replace(config, eval_splits=wanted, split="test")
-        train, held_out, note = load_splits(with_splits, "prompts")
+        split_config = replace(config, eval_splits=wanted, split="test")
+        train, held_out, note = load_splits(split_config, "prompts")
         rows = train if config.split == "train" else held_out["eval"]
         return rows, note
 
@@ -423,7 +421,8 @@ def describe_curve(ns, proxy, gold):
 
 def mean_over_prompts(estimates: torch.Tensor) -> tuple[list, list, list]:
     """[P, L] -> means, standard errors (0 for one prompt) and 95% intervals, lists of L."""
-    # The error is that over prompts: estimates from the answers to one prompt share these answers.
+    # Prompts are independent, and all the estimates of one prompt come from the same answers. So
+    # the error is taken over prompts.
     P, L = estimates.shape
     se = torch.zeros(L)
     if P > 1:
@@ -459,8 +458,8 @@ def choose_best(row, scores: torch.Tensor, n: int, split: str | None) -> list[di
     A last group of fewer than n answers is left out. -> rows {prompt, response, scores, gold,
     split, sample}; `sample` is the answer's place in the pool
     """
-    # n = 4, 10 answers: the groups 0 1 2 3 and 4 5 6 7. An answer takes part in one choice alone,
-    # so that the chosen texts are independent draws of best-of-n.
+    # With n = 4 and 10 answers the groups are 0 1 2 3 and 4 5 6 7. Each answer is in one group at
+    # most, so that the chosen texts are independent draws of best-of-n.
     n_groups = len(row["responses"]) // n
     groups = scores[: n_groups * n].view(n_groups, n)
     first_places = torch.arange(n_groups) * n

@@ -378,6 +378,7 @@ def main(config):
             config.chat_template,
         )
 
+    # Everything becomes token ids once, before the loop: a step only picks prompts.
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     prompts = encode(rows).compact()
     held_out_prompts = {label: encode(part) for label, part in held_out.items()}
@@ -602,7 +603,7 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     if config.score_clip:
         shaped = shaped.clamp(-config.score_clip, config.score_clip)
 
-    # Rewards of tokens: the score stands on the last one, a KL penalty on each. Then advantages.
+    # Rewards of tokens (the score on the last one, a KL penalty on each), then advantages.
     rewards = ppo.token_rewards(shaped, kl_in_reward(config, outputs), mask, kl_coef)  # [B, R]
     advantages, returns, advantage_record = estimate_advantages(config, outputs, rewards)
 
@@ -680,8 +681,8 @@ def gather_outputs(parts, rollout, answers):
     """
     config = parts.config
     dist = parts.dist
-    # Three readers of the same tokens, one after another: the policy that sampled them, the
-    # reference, the rewards. With FSDP each is whole for its turn alone.
+    # The policy, the reference and the rewards read the same tokens, one after another. With FSDP
+    # the shards of each are gathered for its own turn alone.
     needs_reference = needs_full_kl(config, "reward")
     kl_to = parts.reference if needs_reference else None
 
@@ -726,7 +727,7 @@ def bootstrap_values(parts, rollout, batch):
     """[b]: the value after the last token of a response that was cut off, 0 for one that ended."""
     config = parts.config
     dist = parts.dist
-    # After an EOS nothing follows, so its value is 0. After a cut the answer might have gone on.
+    # Nothing follows an EOS, so the value behind it is 0. A cut answer might have gone on.
     values = torch.zeros(len(batch), device=dist.device)
     cut_off = (~rollout.finished).nonzero()[:, 0]  # rows
     if len(cut_off) == 0:
@@ -786,8 +787,8 @@ def update(parts, optimizer, batch, x, first, step, kl_coef, lr):
             grad_norm = optimizer_step(optimizer, parts.policy, lr, config.max_grad_norm, step)
             stats["grad_norm"] += grad_norm / dist.world
 
-        # Each epoch goes further from the policy that sampled. Too far, and the rollout says little
-        # about the policy that is trained on it.
+        # Each epoch moves the policy further from the one that sampled. If it is too far away, the
+        # rollout says little about it, and --target_kl ends the update.
         n_minibatches = config.batch_size // config.minibatch_size
         epochs.append(reduce_stats(stats, n_minibatches, dist))
         if config.target_kl and epochs[-1]["approx_kl"] > config.target_kl:

@@ -174,7 +174,7 @@ class Config(sarm_training.Flags, RunConfig):
             self.check_average()
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
-        # Of several members each has a seed of its own, and fills it in itself (train_members).
+        # Each of several members fills in a seed of its own (train_members).
         if self.members == 1:
             self.output_dir = self.output_dir.replace("{seed}", str(self.seed))
             self.model = self.model.replace("{seed}", str(self.seed))
@@ -323,7 +323,7 @@ def train(config, dist):
             "seconds": time.perf_counter() - begun,
             "peak_memory_mb": peak_memory_mb(dist),
         }
-        # The loss is on pairs that are visited again: what was learned shows on held-out ones.
+        # Training pairs may be visited many times, so only held-out ones show what was learned.
         is_last = step == config.steps  # it is evaluated below, with standardised scores
         if config.eval_every and step % config.eval_every == 0 and not is_last:
             prefix = f"step {step}: "
@@ -335,8 +335,8 @@ def train(config, dist):
     progress.close()
 
     # -------------------------------------------------------------- standardise, evaluate, save
-    # Scores get a common unit first: only then do members of an ensemble compare, and does a KL
-    # coefficient mean the same for each.
+    # Scores get a common unit first: without it the members of an ensemble could not be compared,
+    # and a KL coefficient would mean something else for each.
     standardise(reward_model, held_out_pairs["eval"], config, dist)
     summary = evaluate_splits(reward_model, held_out_pairs, golds, config, dist)
     # transformers saves where torch's rank is 0, and some members are trained on other ranks.
@@ -356,7 +356,7 @@ def encode_data(rows, held_out, note, config, dist):
 
     note: how the rows were divided, which is printed.
     """
-    # Training labels alone are flipped: held-out pairs say what the noise has done.
+    # Only training labels are flipped, so that held-out pairs show what the noise has done.
     tokenizer = load_tokenizer(config.model)
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
@@ -375,8 +375,8 @@ def prepare_model(training, pairs, config, dist):
 
     On one process the two are the same. On several the second is DDP's or FSDP's.
     """
-    # The trunk of the SFT policy, with a new head in the place of the LM head: what it knows about
-    # texts is where the reward model starts.
+    # A reward model starts as the trunk of the SFT policy, which knows about texts, with a new head
+    # in the place of the LM head.
     reward_model, note = training.load(dist)
     lm = training.lm
     speed_up(lm, dist.device, config.dtype, config.compile)
@@ -386,7 +386,8 @@ def prepare_model(training, pairs, config, dist):
     if config.checkpoint_activations:
         checkpoint_activations(reward_model)
 
-    # DDP's first pass is made on an example (Dist.wrap): a scalar that uses all trained weights.
+    # DDP and FSDP make their first pass on an example (Dist.wrap), by a scalar that uses all
+    # trained weights.
     example = pack(pairs.prompts[:1], pairs.chosen[:1]).to(dist.device)
 
     def sum_of_outputs(model):
@@ -427,7 +428,7 @@ def average_members(config, dist):
     n_members = len(config.average)
     dist.print(f"the mean of {n_members} reward models on {config.dataset}: {note}")
 
-    # The mean of the weights has a scale of its own, which no member's tells.
+    # The mean of the weights has a scale of its own, which no member's scale tells.
     standardise(reward_model, held_out_pairs["eval"], config, dist)
     summary = evaluate_splits(reward_model, held_out_pairs, golds, config, dist)
     folder.save_model(save_reward_model, reward_model, tokenizer)
@@ -450,7 +451,7 @@ def load_raw_member(path, device):
 def check_members(paths):
     """InputError where the weights of these reward models have no meaningful mean."""
     # Models that were trained from one start stay close enough together that what lies between them
-    # is a good model too (Rame et al. 2024). Of two starts nobody knows what lies between.
+    # is a good model too (Rame et al. 2024). Between models of two starts it need not be.
     seen = set()
     starts = set()
     for path in paths:
@@ -592,11 +593,11 @@ def check_texts(pairs, held_out, max_length, config):
     Scores are standardised by their spread. Texts may be the same to a model once they are cut to
     max_length, or where the tokenizer knows none of their words.
     """
-    # A pair of two equal answers teaches nothing: r_c - r_r is 0 whatever the weights are.
     what = "as token ids"
     if max_length is not None:
         what = f"as token ids, cut to {max_length},"
 
+    # A pair of two equal answers teaches nothing: r_c - r_r is 0 whatever the weights are.
     require(
         pairs.chosen != pairs.rejected,
         f"{config.dataset}: {what} chosen and rejected of every training pair are the same",
@@ -627,8 +628,8 @@ def add_gradients(training, model, pairs, mine, config, dist):
     parts = micro_batches(pairs.lengths(mine), config.micro_batch_size, tokens)
     parts = dist.even(parts)
 
-    # Everything is a sum divided by the global batch's size: shares of micro-batches and processes
-    # then add up to its means.
+    # Every sum is divided by the size of the global batch, so that the shares of micro-batches and
+    # processes add up to the means of the global batch.
     totals = defaultdict(lambda: torch.zeros((), device=dist.device))
     for i, part in enumerate(parts, 1):
         places = sorted(part.tolist())  # in the order of the batch, not of their lengths
@@ -694,7 +695,7 @@ def evaluate_splits(reward_model, held_out_pairs, golds, config, dist, prefix=""
     record = {}
     for label, pairs in held_out_pairs.items():
         result, scores = evaluate(reward_model, pairs, config, dist)
-        # Of all texts together, chosen and rejected: does their order by score agree with gold's?
+        # All texts together, chosen and rejected: does their order by score agree with gold's?
         if golds:
             tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
             result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
@@ -709,8 +710,8 @@ def evaluate(reward_model, pairs, config, dist):
 
     The first row of the scores is of the chosen answers, the second of the rejected ones.
     """
-    # Chosen answers first, then rejected ones, each process its part; gathered, they are in the
-    # order of the pairs.
+    # Each process scores its part of the pairs, chosen answers first. gather() puts the parts
+    # together in the order of the pairs.
     reward_model.eval()
     mine = pairs.at(dist.part(len(pairs)))
     scores = []
@@ -723,8 +724,8 @@ def evaluate(reward_model, pairs, config, dist):
     scores = torch.stack(scores)  # [2, N]
     lengths = torch.stack(lengths)  # [2, N]
 
-    # Accuracy is how often the chosen answer scores higher. Beside it stand those of two rewards
-    # that know nothing but the answer's length: a model must beat both to have learned more.
+    # Accuracy is how often the chosen answer scores higher. Two rewards that know nothing but the
+    # answer's length stand beside it: a model must beat both to have learned more.
     margin = scores[0] - scores[1]
     accuracy = mean_se(pair_wins(scores[0], scores[1]))
     result = {
@@ -743,7 +744,7 @@ def evaluate(reward_model, pairs, config, dist):
 
 def score_rows(reward_model, batch, config, dist):
     """This process's packed rows, b of them -> their scores [b]. All processes call this."""
-    # To gather is a collective call, so that a process without rows enters too.
+    # gathered() is a collective call, so a process without rows must enter it too.
     scores = torch.zeros(len(batch), device=dist.device)
     with gathered(reward_model), autocast(dist, config.dtype):
         if len(batch) == 0:  # there are fewer rows than processes

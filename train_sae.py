@@ -271,7 +271,7 @@ def main(config):
         f"{tokens.total:,} tokens of {len(tokens.rows):,} texts, "
         f"{held_out.total:,} of {len(held_out.rows):,} held out"
     )
-    # Activations come from the models whenever they are needed, or from a disk that they fill once.
+    # The models compute activations whenever they are needed, or with --cache once, onto a disk.
     if config.cache:
         prints = {name: fingerprint(path) for name, path in paths.items()}
         source = from_disk(config.cache, tokens, prints, places, lambda: lms, dist, config.dtype)
@@ -286,11 +286,11 @@ def main(config):
     # takes its weights from the checkpoint.
     dist.print("the first activations, for mean and scale ...")
     saes = fit_saes(config, stream, dist)  # {"policy/3_mlp": autoencoder}
-    # One optimizer and one checkpoint hold all of them; Adam treats each weight by itself.
+    # One optimizer serves all autoencoders, since Adam treats each weight by itself.
     modules = nn.ModuleDict({name_in_checkpoint(key): sae for key, sae in saes.items()})
     optimizer = adam(modules)
-    # A feature that has been silent for long is dead: what does not fire gets no gradient. With
-    # topk, AuxK lets the dead ones explain what the others leave over, and so calls them back.
+    # A feature that does not fire gets no gradient, so one that is silent for long is dead. With
+    # topk, AuxK lets dead features explain what the others leave over, and so calls them back.
     silent = {}  # for each feature the tokens since it fired last, [M]
     for key, sae in saes.items():
         silent[key] = torch.zeros(sae.m, dtype=torch.long, device=dist.device)
@@ -305,7 +305,7 @@ def main(config):
     sizes = [f"{key} ({sae.m:,} features)" for key, sae in saes.items()]
     dist.print(f"{config.sae} autoencoders: {', '.join(sizes)}")
 
-    # Gradients and numbers of the processes' shares are added up by hand: no DDP around them.
+    # There is no DDP here: gradients and numbers of the processes are added up by this function.
     def sum_over_processes(tensor):
         tensor.copy_(dist.sum(tensor))
 
@@ -359,8 +359,8 @@ def main(config):
     progress.close()
 
     # -------------------------------------------------------------------------- measure and save
-    # What each is worth, on texts that none has seen: how much it explains (FVU), with how many
-    # features a token (L0), and what the language model loses by it.
+    # Each autoencoder is measured on texts that none has seen: how much it leaves unexplained
+    # (FVU), with how many features a token (L0), and what the language model loses by it.
     dist.print(f"measuring on {held_out.total:,} held-out tokens ...")
     summary, densities = evaluate(config, saes, lms, held_out, places, dist)
     dist.print(report(summary))
@@ -459,7 +459,7 @@ def prepare_tokens(config, rows, model_config, paths, folder):
         folder.write_config()
         sampling = replace(config, batch_size=256)  # answers at a time, not tokens
         texts = texts + rollout_rows(sampling, tokenizer, prompts, dist)
-    # By text, not by token: tokens of one text are too much alike to be on both sides.
+    # Whole texts are held out: tokens of one text are too much alike to be on both sides.
     parts = hold_out(texts, config.eval_size, tokenizer)
     require(all(parts), f"{config.dataset}: {len(texts)} texts are too few to hold any out")
 
@@ -470,7 +470,7 @@ def prepare_tokens(config, rows, model_config, paths, folder):
     elif config.tokens == "last":
         ends = []
 
-    # In many models a BOS has a norm far above all others', and would take most of the error.
+    # In many models BOS has a far larger norm than all other tokens, and would dominate the error.
     skip_bos = find_skipped(config, tokenizer)
     if skip_bos is not None and skip_bos == tokenizer.eos_token_id:
         dist.print(
@@ -485,7 +485,7 @@ def rollout_rows(config, tokenizer, prompts, dist) -> list[list[int]]:
 
     prompts: token lists -> token lists of prompt + answer. They are cached by pool.sample().
     """
-    # The sampled ids as they are: texts that were decoded and tokenised again might differ.
+    # The sampled ids are kept: decoded and tokenised again, a text might get other tokens.
     texts = []
     for row in sample(config, tokenizer, prompts, dist):
         for response in row["response_ids"]:
@@ -501,7 +501,7 @@ def fit_saes(config, stream, dist) -> dict[str, SparseAutoencoder]:
 
     -> {"policy/3_mlp": autoencoder}
     """
-    # These batches are the stream's first, which training reads again: no other tokens are needed.
+    # Training reads these first batches of the stream again, so no further tokens are needed.
     n_batches = -(-FIT_TOKENS // config.batch_size)  # rounded up
     batches = [stream.batch(step) for step in range(n_batches)]
     saes = {}
@@ -574,7 +574,7 @@ def histogram(density: torch.Tensor) -> dict:
 
     -> {log10_edges, features: how many lie between two edges}
     """
-    # Densities span several powers of ten, so it is their logarithms that are counted.
+    # Densities span several powers of ten, so their logarithms are counted.
     logs = density[density > 0].log10().clamp(min=EDGES[0])
     counts, _ = torch.histogram(logs.float().cpu(), torch.tensor(EDGES))
     return {"log10_edges": EDGES, "features": counts.int().tolist()}
@@ -595,8 +595,8 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
     if lm.get_output_embeddings() is None:
         return dict.fromkeys(("loss", "loss_sae", "loss_zero", "loss_recovered"))
 
-    # Texts of similar length share a forward pass. Sums over all tokens come first, and the means
-    # at the end, so that no text weighs more for the batch it is in.
+    # Texts of similar length share a forward pass. Only sums are kept until the end, so that the
+    # weight of a text does not depend on the batch that it is in.
     mine = np.array(dist.part(len(held_out.rows)), dtype=np.int64)
     lengths = torch.from_numpy(held_out.lengths[mine])
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # three losses, tokens
@@ -610,8 +610,8 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
         real = np.arange(ids.shape[1]) < held_out.lengths[rows][:, None]
         real = torch.from_numpy(real).to(dist.device)  # [b, T], no padding
 
-        # The layer's output gives way to its reconstruction, or to nothing; the rest of the model
-        # goes on from there.
+        # The layer's output is replaced by its reconstruction, or by zeros, and the rest of the
+        # model goes on from there.
         def reconstruct(x):
             return torch.where(seen, sae(x)[0].to(x.dtype), x)
 

@@ -180,8 +180,8 @@ class Config(RunConfig):
     )
 
     def __post_init__(self):
-        # What was not named gets the loss's own default: pairs need smaller steps, and fewer.
         self.output_dir = self.output_dir.replace("{loss}", self.loss)
+        # Without --steps and --lr the loss's own apply: pairs need smaller steps, and fewer.
         defaults = LOSSES.get(self.loss, LOSSES["sft"])  # an unknown name is refused below
         if self.steps is None:
             self.steps = defaults.steps
@@ -331,7 +331,7 @@ def main(config):
 
         answered: what answer_splits() has found.
         """
-        # How good its answers are, where they were sampled; then the loss's own measures.
+        # First the evaluation of the policy's answers, if any, then the loss's own measures.
         record = {}
         for label, (numbers, answer_rows) in answered.items():
             record |= record_evaluation(folder, step, label, numbers, answer_rows)
@@ -539,11 +539,11 @@ def add_gradients(model, answers, mine, n_tokens, ref_logprobs, tokenizer, confi
                 logprobs = model(batch, mask)["logprobs"]  # [S b, R]
             if config.loss == "sft":
                 # loss = -sum of log pi(response token) / response tokens of the whole batch
-                # In means of micro-batches, the tokens of a small one would weigh more.
+                # Means over micro-batches would give the tokens of a small one more weight.
                 loss = -logprobs.sum() / n_tokens
                 stats = {}
             else:
-                # A whole response's log-prob is the sum of its tokens': masked positions hold 0.
+                # The log-prob of a response is the sum over its tokens; masked positions hold 0.
                 pi = logprobs.sum(1).view(2, -1)  # [2, b]
                 lengths = mask.sum(1).view(2, -1)  # [2, b]
                 ref = None if ref_logprobs is None else ref_logprobs[:, index]  # [2, b]
@@ -563,7 +563,8 @@ def pair_loss(pi, ref, lengths, n_pairs, config):
     pi [2, b]: log-probs of chosen and rejected answers; ref [2, b] under the reference, or None;
     lengths [2, b]: their tokens, EOS included. n_pairs: pairs of the whole optimizer batch.
     """
-    # Where the policy is still its own reference, both rewards are 0 but for rounding: a tie.
+    # The accuracy takes a margin within rounding for a tie. With dpo and ipo every pair is a tie at
+    # the start, when the policy is its own reference.
     rounding = ROUNDING[config.dtype]
     if config.loss == "dpo":
         return dpo_loss(*pi, *ref, config.dpo_beta, n_pairs, rounding)
@@ -582,7 +583,7 @@ def token_sums(policy, sequences, tokenizer, config, dist):
     -> [N, 3], float64. A guess is right where the token is the likeliest one. All processes call
     this.
     """
-    # Each process takes its part of the rows, and all get the sums of all rows, in their order.
+    # Each process reads its part of the rows; gather() gives all processes the sums of all rows.
     policy.eval()
     mine = sequences.at(dist.part(len(sequences)))
     sums = torch.zeros(len(mine), 3, dtype=torch.float64, device=dist.device)
@@ -681,8 +682,8 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
     if not rows:
         return []
     # A text without a prompt begins with its first token, where the tokenizer has no BOS.
-    first_answer = LOSSES[config.loss].answers[:1]
-    prompts = encode(tokenizer, rows, first_answer, chat=config.chat_template).prompts
+    first_field = LOSSES[config.loss].answers[:1]
+    prompts = encode(tokenizer, rows, first_field, chat=config.chat_template).prompts
     # Prompt and answer must fit into the context together: the answer gets its room first.
     longest = config.max_new_tokens
     if max_length:
@@ -692,8 +693,8 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
 
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
     n_embeddings = policy.lm.config.get_text_config().vocab_size
-    # The seed is the same in each evaluation, so that samples show what training has changed. So
-    # few are not worth compiling for, nor worth the memory that is then kept.
+    # The seed is the same in each evaluation, so that samples show what training has changed. A few
+    # samples are not worth compiling for, nor worth the memory that is then kept.
     with autocast(dist, config.dtype), eager(policy.lm), sampling(policy.lm):
         rollout = generate(
             policy,
@@ -724,7 +725,7 @@ def load_prompts(held_out, tokenizer, model_config, config, dist):
     """
     if data.is_world(config.dataset):
         _, held_out, _ = load_splits(config, "prompts")
-    # What is left of the context for the prompt; 0 stands for no limit.
+    # room: what the answer leaves of the context for the prompt; 0 stands for no limit.
     context = context_length(model_config)
     room = max(1, context - config.max_new_tokens) if context else 0
 

@@ -106,7 +106,7 @@ def bon_estimate(proxy, values, ns, mask: Tensor | None = None, per_prompt: bool
         # Padding is dropped before the scores are looked at: it may hold anything, NaN too.
         real = slice(None) if mask is None else mask[p].numpy()
         best_first = sort_by_proxy(proxy[p].numpy()[real], values[p].numpy()[real], p)  # [N]
-        # w has the K weights that count, best answer first; the answers behind them weigh nothing.
+        # w holds the K weights that count, best answer first; all others weigh < 1e-17 together.
         row = []
         for w in weights[N]:
             row.append(best_first[: len(w)] @ w)
@@ -157,8 +157,8 @@ def sort_by_proxy(proxy: np.ndarray, values: np.ndarray, prompt: int) -> np.ndar
     is_new = np.append(True, proxy[1:] != proxy[:-1])  # not tied with the one before
     if is_new.all():
         return values
-    # Each group of ties gets its mean, as often as it has members.
-    start = np.flatnonzero(is_new)  # of each group of ties
+    # Every answer of a group of ties gets the group's mean.
+    start = np.flatnonzero(is_new)  # where each group begins
     size = np.diff(start, append=len(values))
     means = np.add.reduceat(values, start) / size
     return np.repeat(means, size)
@@ -279,7 +279,7 @@ def bootstrap_over_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     products = x.mT @ torch.cat([x, y], -1)  # [S, 2, 3]
 
     def solve(rows):
-        # Means will do for sums: the factor is on both sides of the equation.
+        # Means do as well as sums: the number of rows divides both sides of the equation.
         sums = rows.mean(0)  # [2, 3]
         return torch.linalg.pinv(sums[:, :2]) @ sums[:, 2]
 

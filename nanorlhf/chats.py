@@ -55,8 +55,8 @@ def read_message(place: str, message) -> Message:
     name = message.get("role", message.get("from"))
     role = ROLES.get(name) if isinstance(name, str) else None
     require(role, f"{place}: the role must be one of {ROLE_NAMES}, not {shorten(name)}")
-    # To drop a call of a tool would leave an answer that nobody can understand. An empty field is
-    # no call: a data set may have one in all messages.
+    # Without its tool calls an answer could not be understood, so such a chat is refused. An empty
+    # field is no call: a data set may have one in all messages.
     for calls in ("tool_calls", "function_call"):
         require(not message.get(calls), f"{place}: {calls} cannot be read, only texts can")
     content = message.get("content", message.get("value"))
@@ -68,7 +68,7 @@ def read_content(place: str, content) -> str:
     if isinstance(content, str):
         return content
     found = type(content).__name__
-    # [{"type": "text", "text": "Hi"}, ...], as of models that also see images.
+    # Data for models that also see images have a list: [{"type": "text", "text": "Hi"}, ...].
     is_list = isinstance(content, list)
     require(is_list, f"{place}: the content must be a string or a list of texts, not {found}")
     texts = []
@@ -126,7 +126,6 @@ def check_prompt(place: str, messages: list[Message]) -> list[Message]:
 
 def cut_after(messages: list[Message], role: str) -> list[Message]:
     """The messages up to the last one of this role; none where no message has it."""
-    # From the back: what follows the last turn of this role is left out.
     last = len(messages)
     while last > 0 and messages[last - 1]["role"] != role:
         last -= 1

@@ -54,8 +54,8 @@ def is_world(spec: str) -> bool:
 
 def read_world(spec: str, kind: str, split: str) -> list[dict]:
     """'world' or 'world:SEED' -> rows of a split of the embedded world."""
-    # 'world:3' -> '3', 'world' -> '0'. The limit is ours: Python refuses to read a number of
-    # thousands of digits, with an error of its own.
+    # 'world:3' -> '3', 'world' -> '0'. int() has an error of its own for thousands of digits, so
+    # the length is checked first.
     seed = spec.partition(":")[2] or "0"
     is_number = seed.isdecimal() and len(seed) < 20
     require(
@@ -64,8 +64,7 @@ def read_world(spec: str, kind: str, split: str) -> list[dict]:
     )
     if kind == "prompts":
         return world.prompts(split)
-    # The seed draws the cue, and pairs alone have one: prompts and demonstrations are always the
-    # same.
+    # The seed draws pairs and their cue. Prompts and demonstrations are the same for every seed.
     if kind == "pairs":
         n_rows = WORLD_SIZES["pairs"] if split == "train" else WORLD_HELD_OUT
         return world.preferences(n_rows, seed=int(seed), split=split)
@@ -89,8 +88,7 @@ def read_parts(
     in_distribution(place, row) sees the data's own columns beside the fields. Where none is given
     all rows are in distribution. InputError: a bad row, with its place.
     """
-    # The ways in which this file may be written, the plain one first: its fields are what an error
-    # asks for.
+    # The formats that this file may have. The plain one comes first: errors ask for its fields.
     names = read_renamings(columns)
     formats = list_formats(kind, prompt_format, names)
     plain_fields = ", ".join(formats[0].columns)
@@ -103,20 +101,20 @@ def read_parts(
         require(is_object, f"{place}: a row must be an object with {plain_fields}")
         row = Row(place, values, names)
 
-        # The first row says what all of the file is. If each row were judged on its own, one that
-        # lacks a column could pass for a row of another format.
+        # The first row decides the format of the whole file. If each row were judged on its own,
+        # one that lacks a column could pass for a row of another format.
         if form is None:
             check_renamed(row)
             form = recognise(row, formats)
             with_chats = is_chat(form.read(row)["prompt"])
-        # Every further row must be like it. tokens.py looks at one row to know how all of them are
-        # encoded, as chats or as plain texts.
+        # Every further row must be like the first: tokens.py looks at one row alone to know whether
+        # all are chats or plain texts.
         check_columns(row, form)
         fields = form.read(row)
         check_alike(place, with_chats, fields["prompt"])
 
         # A rule sees the data's own columns, such as a subreddit, which are not among the fields.
-        # It is asked last: a row that cannot be read is an error on either side of it.
+        # The rule is asked last: a row that cannot be read is an error, in distribution or not.
         finished = finish_row(place, values, fields)
         if in_distribution is None or in_distribution(place, show_all(row, fields, form)):
             kept.append(finished)
@@ -143,7 +141,7 @@ def show_all(row: Row, fields: dict, form: Format) -> dict:
 
     A column that is a field by its own name holds the field: of two dialogues, their answers.
     """
-    # A rule is written by somebody who looks at the file, so the file's columns come first.
+    # With --columns prompt=question a file may have a column 'prompt' too: a rule means that one.
     seen = {**fields, **row.values}
     for field in form.columns:
         if field in fields and field not in row.columns:
@@ -181,7 +179,7 @@ def describe_rows(rows: list[dict], spec: str, kind: str, columns, prompt_format
     """
     remarks = []
     if not is_world(spec):
-        # Any row tells the format, since all of a file have one.
+        # One row tells the format, since all rows of a file have the same.
         names = read_renamings(columns)
         first_row = Row(spec, own_row(rows[0]), names)
         form = recognise(first_row, list_formats(kind, prompt_format, names))
@@ -270,7 +268,7 @@ def number_prompts(prompts: list[str]) -> list[int]:
 
 def draw(rows: list, n: int) -> list:
     """n random rows, always the same ones, in random order."""
-    # The stream has no --seed: runs of several seeds are evaluated on the same rows.
+    # The draw does not depend on --seed: runs of several seeds are evaluated on the same rows.
     order = np.random.default_rng(SPLIT).permutation(len(rows))
     return [rows[i] for i in order[:n]]
 
@@ -286,7 +284,7 @@ def subset(rows: list, n: int) -> list:
 
 def flip_labels(rows: list[dict], share: float, seed: int) -> tuple[list[dict], int]:
     """Exchange chosen and rejected in each row with the probability `share`. -> rows, how many"""
-    # A number for each row, whatever the share: a larger share flips the same rows and more.
+    # Each row draws a number, whatever the share: a larger share flips the same rows and more.
     flips = np.random.default_rng([LABELS, seed]).random(len(rows)) < share
     noisy = []
     for row, flip in zip(rows, flips):

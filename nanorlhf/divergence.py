@@ -75,7 +75,7 @@ def parameter_divergence(base, policy) -> list[dict]:
             if a[name].shape != b[name].shape:
                 shapes = f"{list(a[name].shape)} and {list(b[name].shape)}"
                 raise ValueError(f"block {layer}, {name}: the shapes {shapes} differ")
-            # float64 before the difference, or half-precision weights would round it away. The two
+            # In bfloat16 a norm has two or three digits, so both are float64 from here on. The two
             # models may be on different devices.
             p = a[name].double()
             q = b[name].to(a[name].device).double()
@@ -135,7 +135,7 @@ def select_layers(divergences: list[float], choice: str = "highest:5") -> list[i
     word, _, number = choice.partition(":")
     has_count = number.isdecimal() and int(number) > 0
     if word == "highest" and has_count:
-        # Of layers that moved equally far the lower one comes first: the sort is stable.
+        # The sort is stable: where layers moved equally far, the lower one comes first.
         by_divergence = sorted(range(L), key=lambda layer: -divergences[layer])
         return sorted(by_divergence[: int(number)])
     if word == "lowest" and has_count:
@@ -188,7 +188,7 @@ def divergence_sums(x: Tensor, y: Tensor) -> Tensor:
     # Where a vector is zero there is no cosine: 1 if both are zero, else 0.
     are_equal = (x == y).all(1).double()
     cosines = torch.where(norms > 0, (x * y).sum(1) / norms, are_equal)  # [N]
-    # All that the two figures need, and all of it sums: N D numbers become 4 + D.
+    # Both figures can be computed from these sums alone: N D numbers become 4 + D.
     numbers = torch.stack(
         [
             norms.new_tensor(len(x)),
@@ -203,10 +203,10 @@ def divergence_sums(x: Tensor, y: Tensor) -> Tensor:
 def from_sums(sums: Tensor) -> dict[str, float]:
     """divergence_sums() of all tokens -> activation_divergence() of them."""
     n, turned, moved, squares = sums[:4].tolist()
-    # N V = sum ||x||^2 - ||sum x||^2 / N: the mean was not known while the sums were made.
+    # sum ||x - mean||^2 = sum ||x||^2 - ||sum x||^2 / N, which needs no mean while sums are made.
     square_of_sum = sums[4:].square().sum()
     variance = squares - (square_of_sum / max(n, 1)).item()  # times N
-    # Of activations that are all the same the difference is not 0 but rounding.
+    # Where all activations are the same, the difference is rounding, and not exactly 0.
     if variance <= 1e-12 * squares:
         raise ValueError(
             f"the base's activations of {n:.0f} tokens do not vary: there is no scale to measure a "
@@ -250,7 +250,7 @@ def matches(a: Tensor, b: Tensor, one_to_one: bool = False) -> tuple[Tensor, Ten
         )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("mmcs: a number that is not finite")
-    # Of unit vectors a product is the cosine; a vector of length 0 stays 0.
+    # The product of unit vectors is their cosine; a vector of length 0 stays 0.
     a = nn.functional.normalize(a.detach().float(), dim=1)
     b = nn.functional.normalize(b.detach().float(), dim=1)
 
@@ -280,7 +280,7 @@ def assignment(cost: Tensor) -> tuple[Tensor, Tensor]:
     shortest augmenting paths (Crouse 2016).
     """
     matrix = cost.detach().cpu().double().numpy()
-    # assign_rows() gives every row a column, so there must be as many columns at the least.
+    # assign_rows() gives every row a column, so it needs at least as many columns as rows.
     has_more_rows = len(matrix) > matrix.shape[1]
     if has_more_rows:
         matrix = matrix.T
@@ -323,7 +323,7 @@ def assign_rows(matrix: np.ndarray) -> np.ndarray:
         length = 0.0
         while row >= 0:
             reached.append((row, length))
-            # From this row on to each column: is that shorter than the chains so far?
+            # A chain may go on from this row to any column: is that shorter than the best so far?
             through = length + matrix[row] - u[row] - v  # [m]
             is_better = is_open & (through < distance)
             distance[is_better] = through[is_better]
@@ -340,8 +340,8 @@ def assign_rows(matrix: np.ndarray) -> np.ndarray:
             u[row] += length - length_to_row
         v[~is_open] -= length - distance[~is_open]
 
-        # Back along the chain, each row takes the column that it found, and lets go of its old one,
-        # which the row before it takes. The new row has none to let go of: -1.
+        # Back along the chain, each row takes the column that it found and frees its old one, which
+        # the row before it takes. The new row has no old one: -1.
         while column >= 0:
             row = previous[column]
             row_of[column] = row

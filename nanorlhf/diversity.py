@@ -82,7 +82,7 @@ def distinct_n_se(texts: Sequence[Text], n: int) -> float:
     """The jackknife's standard error of distinct_n over texts: each is left out in turn."""
     if not texts:
         return 0.0
-    # Any vocabulary will do: only EAD depends on it.
+    # Only EAD depends on the vocabulary, so any size that ngram_diversity() accepts will do.
     vocab_size = max(count_vocabulary(texts), 1)
     _, left_out = ngram_diversity([texts], vocab_size, n)[f"distinct_{n}"]
     return jackknife_se(left_out)
@@ -167,14 +167,15 @@ def ngram_diversity(
     left_out = {}  # {name: [G, S] without each text; length: [S]}
     for n, gram, text in number_ngrams(all_texts, orders, vocab_size):
         distinct, total, lonely = count_ngrams(gram, text, G, S)
-        # Without a text its n-grams are gone; of the distinct ones only those that it alone had.
+        # Leaving out a text takes all its n-grams from the total, but from the distinct ones only
+        # those that no other text has.
         C = total.sum(1)  # [G]
         C_without = C[:, None] - total  # [G, S]
         distinct_without = distinct[:, None] - lonely  # [G, S]
-        # The number of 1-grams is the number of tokens.
+        # 1-grams are tokens, so their number is the length.
         if n == 1:
             values["length"] = total.mean(1)
-            # A single text has nothing beside it: 0 tokens are then divided by 1.
+            # max: without a set's only text there are 0 tokens, which are divided by 1.
             left_out["length"] = C_without.mean(0) / max(S - 1, 1)
         values[f"distinct_{n}"] = distinct / np.maximum(C, 1)
         left_out[f"distinct_{n}"] = distinct_without / np.maximum(C_without, 1)
@@ -222,7 +223,7 @@ def number_ngrams(
             pair = gram[:-1] * len(number_of) + token[n - 1 :]
             gram = np.unique(pair, return_inverse=True)[1]  # [T - n + 1]
         start = place[: len(gram)]
-        # An n-gram that begins in one text and ends in the next is none.
+        # What begins in one text and ends in the next is no n-gram.
         stays_in_text = start == place[n - 1 :]
         yield n, gram[stays_in_text], start[stays_in_text]
 
@@ -344,7 +345,7 @@ def nli_diversity(scores, partner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     scores = np.asarray(scores, dtype=np.float64)
     S, R = partner.shape
-    # Figures without each text are means over the sets, so these may be averaged first.
+    # The figures without each text are means over sets, so scores may be averaged over sets first.
     mean = scores.mean(0)  # [S, R]
     as_premise = mean.sum(1)  # [S]
     as_hypothesis = np.bincount(partner.ravel(), weights=mean.ravel(), minlength=S)  # [S]
@@ -404,7 +405,7 @@ def spread_across_inputs(values, left_out) -> Spread:
         std = float(np.std(values, ddof=1))
     if len(left_out) < 3:
         return Spread(mean, std, None)
-    # Errors of a few prompts are judged by Student's t, as those of a mean would be.
+    # From few prompts the standard error itself is uncertain, which Student's t allows for.
     half_width = t_quantile(len(left_out) - 1) * jackknife_se(left_out)
     return Spread(mean, std, (mean - half_width, mean + half_width))
 

@@ -184,13 +184,13 @@ def read_chats(row: Row) -> dict:
     """A pair whose answers are lists of messages: whole chats, or one turn beside a prompt."""
     chosen = row.messages("chosen")
     rejected = row.messages("rejected")
-    # What is compared is the last turn of each, so this must be an answer.
+    # A pair compares the last turns of the two chats, so each must be an answer.
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         ends_well = messages[-1]["role"] == "assistant"
         require(ends_well, f"{row.place}: {column} must end with an assistant turn")
 
-    # One turn each: the prompt stands in a column of its own. Otherwise it is what stands in front
-    # of the last turns, and must be the same in both: two answers to two questions are no pair.
+    # Where chosen and rejected are one turn each, the prompt has a column of its own. Otherwise it
+    # is all but their last turns, and the same in both: answers to two questions are no pair.
     has_prompt = row.get("prompt") is not None
     if has_prompt and len(chosen) == len(rejected) == 1:
         prompt = as_chat(row.prompt())
@@ -218,8 +218,8 @@ def end_of_shared(place: str, chosen: str, rejected: str) -> int:
     belongs to the answers. InputError: they share nothing.
     """
     shared = os.path.commonprefix([chosen, rejected])
-    # The answers may begin with the same words, which are not the prompt's. So it ends where the
-    # last turn that both texts have begins, not at the end of `shared`.
+    # Two answers may begin with the same words, so `shared` may reach into them. The prompt ends
+    # behind the last "Assistant:" in it.
     if TURN in shared:
         return shared.rfind(TURN) + len(TURN)
     # Two dialogues without a shared turn answer different questions, whatever words they share.
@@ -343,7 +343,7 @@ def prompt_format_of(name: str, kind: str) -> Format:
         answers = {"chosen": "chosen", "rejected": "rejected"}
 
     def read(row):
-        # No prompt ends with a space. Whether the answer begins with one is the format's to say.
+        # No prompt ends with a space. begin_answer() puts one in front of the answer, or does not.
         fields = {"prompt": prompt_format.write(row)}
         for field, column in answers.items():
             fields[field] = prompt_format.begin_answer(row.text(column))
@@ -375,7 +375,7 @@ def list_formats(kind: str, prompt_format: str, columns: dict[str, str]) -> list
         if set(columns) <= set(fields):
             meant.append(form)
 
-    # Two different mistakes: a field that no format has, and fields that no one format has.
+    # Two different mistakes: a field that no format has, and fields that no format has together.
     known = list(dict.fromkeys(known))
     unknown = ", ".join(sorted(set(columns) - set(known)))
     require(not unknown, f"--columns names {unknown}; the fields here are {', '.join(known)}")
@@ -385,7 +385,7 @@ def list_formats(kind: str, prompt_format: str, columns: dict[str, str]) -> list
 
 def recognise(row: Row, formats: list[Format]) -> Format:
     """The format of a file, of which this is the first row. InputError: it is none of these."""
-    # An empty column tells nothing: a table has one for what only some of its rows have.
+    # A column that is empty here does not count: tables have columns that only some rows fill.
     for form in formats:
         if all(row.get(field) is not None for field in form.columns):
             return form
@@ -416,7 +416,7 @@ def list_known(row: Row, formats: list[Format]) -> str:
     """What the error on a first row that fits no format says of those that there are."""
     known = "; or ".join(", ".join(form.columns) for form in formats)
     hint = f"; rows have {known}" if len(formats) > 1 else ""
-    # The columns may be those of a --prompt_format that was not named.
+    # The user may have forgotten to name the --prompt_format that these columns are of.
     for name, prompt_format in PROMPT_FORMATS.items():
         columns = {*prompt_format.columns, prompt_format.response}
         if columns <= set(row.values):

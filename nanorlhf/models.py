@@ -156,7 +156,7 @@ class Policy(nn.Module):
         if kl_to is not None:
             with torch.no_grad():
                 ref_hidden, _ = kl_to.hidden(batch, response_mask)  # [n, D]
-        # With --compile this is a compiled copy, else the function itself.
+        # score_tokens itself, or with --compile a compiled copy of it.
         score = compiled(self.lm, score_tokens)
 
         def score_chunk(rows: slice) -> dict[str, Tensor]:
@@ -379,7 +379,7 @@ def check_logits(path: str, policy: Policy):
 
     Some architectures scale their logits; the policy would train quietly on something else.
     """
-    # Two tokens will show it. 1e-3 leaves room for rounding, and for no other scale or cap.
+    # Two tokens will show it. 1e-3 leaves room for rounding; a scale or cap should change more.
     ids = torch.tensor([[1, 2]])
     hidden = policy.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
     ours = policy.logits(hidden)

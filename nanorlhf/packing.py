@@ -85,7 +85,7 @@ def micro_batches(
     if not tokens:
         return shortest_first.split(size)
 
-    # Lengths 2 3 3 9 and 8 tokens: [2 3], which is 6 with padding, [3], and [9], which is too long.
+    # tokens = 8, lengths 2 3 3 9: the parts are [2 3] (6 with padding), [3], and [9], too long.
     counts = [0]  # the number of rows of each part
     for length in lengths[shortest_first].tolist():
         # The new row is the longest so far, so all rows of the part are padded to its length.

@@ -33,7 +33,7 @@ def edit_latents(z: Tensor, edits: Sequence[tuple[str, float]]) -> Tensor:
     """
     if len(edits) != z.shape[-1]:
         raise ValueError(f"{len(edits)} edits for {z.shape[-1]} features")
-    # Column by column into a new tensor: z itself stays as it is, and gradients go through.
+    # The edited columns make a new tensor: z itself stays as it is, and gradients go through.
     columns = []
     for (op, value), column in zip(edits, z.unbind(-1)):
         columns.append(edit_column(column, op, value))
@@ -92,8 +92,8 @@ def feature_penalty(
     z = latents[..., list(features)]  # [B, F]
     thresholds = z.new_tensor([float(threshold) for threshold in tau])  # [F]
     prices = z.new_tensor([float(price) for price in alpha])  # [F]
-    # By how much each feature is too strong: 1 for any excess, or the excess itself. A step has no
-    # gradient, and PPO needs none: to it the penalty is a part of the reward.
+    # The indicator is a step, which has no gradient. PPO needs none: the penalty is part of the
+    # reward, and rewards are not differentiated.
     if kind == "indicator":
         excess = (z > thresholds).to(z.dtype)
     else:
@@ -122,8 +122,8 @@ class DensityRatio(nn.Module):
         self.d = d
         self.hidden = nn.Linear(d, self.HIDDEN)
         self.logit = nn.Linear(self.HIDDEN, 1)
-        # W x has variance 1 for people's x, and b has 1 too: the units bend where people's latents
-        # are. The generator is of its own, so that `seed` alone decides the start.
+        # W x and b have variance 1 for people's x: the units bend where people's latents are. The
+        # generator is of its own, so that `seed` alone decides the start.
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.hidden.weight, 0, d**-0.5, generator=generator)
         nn.init.normal_(self.hidden.bias, 0, 1, generator=generator)
@@ -159,6 +159,6 @@ def density_loss(policy: Tensor, human: Tensor) -> Tensor:
     policy [B]: logits of policy latents (class 1); human [B']: of human ones (class 0) -> a scalar;
     log 2 where nothing tells them apart.
     """
-    # Two means, not one over all rows: with more rows of one class the logit would hold the log of
-    # their numbers' ratio as well.
+    # Two means, not one over all rows: else the logit would also hold log(B / B'), which is about
+    # how many rows there are and not about the latents.
     return (F.softplus(-policy).mean() + F.softplus(human).mean()) / 2

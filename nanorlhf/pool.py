@@ -60,7 +60,7 @@ class Lines:
         dist.barrier()
         self.rows = dist.together(lambda: read_checked_lines(self.path, fits, remedy))
         dist.barrier()  # all have read before one writes
-        # The next line must begin on a line of its own.
+        # A line that a kill has cut short is dropped: the next one must not be joined to it.
         if dist.main:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             drop_cut_line(self.path)
@@ -96,7 +96,7 @@ def is_list(value, length: int, kind: type) -> bool:
     """Whether a value from JSON is a list of this length, all of one type."""
     if not isinstance(value, list) or len(value) != length:
         return False
-    # The type itself: to isinstance(), True would be an int.
+    # isinstance() would take True for an int.
     return all(type(x) is kind for x in value)
 
 
@@ -120,7 +120,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
     def fits(i, row):
         return i < len(prompts) and holds_answers(row, i, prompts.ids[i], N)
 
-    # All answers are there: no model has to be loaded.
+    # Where all answers are in the file already, no model has to be loaded.
     lines = Lines(config.output_dir, key, dist, fits)
     if len(lines.rows) == len(prompts):
         return add_own_rows(lines.rows, prompts)
@@ -130,7 +130,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
     parts = Parts(config, dist, tokenizer, policy)
     prompts_at_once = max(1, config.batch_size // N)
     progress = Progress(dist, "sampling, prompt", len(prompts), len(lines.rows))
-    # Each round ends with lines in the file, behind which a later call goes on.
+    # Each round writes its answers to the file, so that a run that is killed goes on from there.
     for first in range(len(lines.rows), len(prompts), prompts_at_once):
         last = min(first + prompts_at_once, len(prompts))
         lines.append(sample_rows(parts, prompts, range(first, last)))
@@ -141,7 +141,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
 
 def add_own_rows(rows: list[dict], prompts: Prompts) -> list[dict]:
     """Rows of the cache, with the data's own prompts, and its rows where they have more columns."""
-    # These come from the data: the cache, which is JSON, could not hold a column of images.
+    # The cache is JSON, which cannot hold a column of images, so these are taken from the data.
     complete = []
     for row, data_row in zip(rows, prompts.rows):
         complete.append({**row, "prompt": data_row["prompt"]})
@@ -200,7 +200,7 @@ def sample_batch(parts: Parts, prompts: Prompts, pairs: list[tuple[int, int]]) -
         rollout, _ = roll_out(parts, prompts.at(index), places, 0, POOL)
         return rollout.response_ids, rollout.response_mask.sum(1)
 
-    # Rows of ids are padded, so their lengths say where they end: an EOS may be the padding too.
+    # The ids are padded, and the padding token may be EOS: only the lengths say where a row ends.
     own_ids, own_lengths = dist.together(sample_mine)  # [n, R], [n]
     ids = dist.gather(own_ids).tolist()
     lengths = dist.gather(own_lengths).tolist()
@@ -266,7 +266,7 @@ def further_keys(place: str, row: dict, prompt) -> dict:
     A pool that sample_bon.py wrote keeps the data's own row. In any other pool, every
     column outside COLUMNS is the data's.
     """
-    # A row is kept only where it says more than the prompt: a reward may ask for it.
+    # A row that holds more than the prompt is kept, since a reward may ask for it.
     keys = {}
     if is_chat(prompt):
         keys["place"] = place
@@ -316,7 +316,8 @@ def score(
         if len(lines[name].rows) < len(rows):
             rewards[name] = load_reward(spec, tokenizer, dist, config.micro_batch_size)
 
-    # Chunk by chunk, and within it reward by reward: after a kill each file goes on where it ends.
+    # All rewards score one chunk before the next: they share its tokens, and a killed run goes on
+    # where each file ends.
     progress = Progress(dist, "scoring, prompt", len(rows))
     for first, last in split_into_chunks(rows):
         missing = [name for name in rewards if len(lines[name].rows) < last]
@@ -350,8 +351,7 @@ def open_scores(rows, spec_of: dict[str, str], chat: bool, config, dist) -> dict
 
     Copies of a model share one file.
     """
-    # All that a reward may read: texts, sampled ids, and the data's own columns. If any of it is
-    # another, so is the file's name.
+    # The file's name depends on all that a reward may read: texts, sampled ids, the data's columns.
     texts = []
     for row in rows:
         text = [row["prompt"], row["responses"], row.get("response_ids")]

@@ -67,9 +67,8 @@ def score(reward: Reward, parts: list[Answers], dist: Dist | None = None) -> Ten
                 scores.append(torch.zeros(0))
         return torch.cat(scores)
 
-    # A model in shards (FSDP) is made whole once, for all parts; a function has no module. With
-    # `dist`, an error in a user's function on one process ends all of them: else the others would
-    # wait for it for ever.
+    # A reward that is a function has no module to gather. together() raises an InputError of one
+    # process on all: else the others would wait for it for ever.
     module = getattr(reward, "module", None)
     with gathered(module):
         if dist is None:
@@ -182,7 +181,7 @@ def fingerprint_reward(spec: str) -> str:
     if kind == "function":
         path, _, name = spec.rpartition(":")
         return digest(name, digest_file(path))
-    # A model, or the file of a lexicon, which has no label.
+    # The rest are models, which may have a label, and the files of lexicons, which have none.
     path, label = split_label(spec)
     if label:
         return digest(label, fingerprint(path))
@@ -191,7 +190,7 @@ def fingerprint_reward(spec: str) -> str:
 
 def split_label(spec: str) -> tuple[str, str]:
     """FOLDER#LABEL -> the model's path, and the label, or ''."""
-    # A folder's own name may hold a #.
+    # The name of a folder may itself hold a #.
     if os.path.exists(spec):
         return spec, ""
     path, _, label = spec.partition("#")
@@ -340,7 +339,7 @@ def read_scores(returned) -> list[float]:
     if inspect.iscoroutine(returned):
         returned.close()  # else Python warns that nobody has waited for it
         raise TypeError("an async function cannot be a reward")
-    # A loop would go through these too: through characters, keys, or items in no order.
+    # These could be looped over as well, but they give characters, keys, or items in no order.
     if isinstance(returned, (str, bytes, bytearray, Mapping, Set)):
         raise TypeError(f"it returned a {type(returned).__name__}")
 
@@ -379,7 +378,7 @@ def read_lexicon(path: str) -> tuple[dict[str, float], str]:
     The sentence is "" where every line has an effect. A word that cannot be one of find_words()
     never matches: "very good", say, which is two. InputError: a line of another form, or no word.
     """
-    # A line without effect is told, not refused: some lexicons have entries of two words.
+    # A line without effect is reported, not refused: some lexicons have entries of two words.
     lexicon = {}
     no_match = []
     repeated = []
@@ -388,7 +387,7 @@ def read_lexicon(path: str) -> tuple[dict[str, float], str]:
         if not line.strip():
             continue
         word, value = parse_entry(f"{path}:{number}", line)
-        # A word that find_words() would cut, or never gives, is never looked up.
+        # Texts are cut by find_words(), so a word that it would cut or drop is never looked up.
         if find_words(word) != [word]:
             no_match.append(word)
             continue
@@ -452,7 +451,7 @@ def model_reward(spec: str, tokenizer, dist: Dist, micro_batch_size: int, dtype:
         place = choose_label(path, model.config, label)
         score_answers = classifier_scorer(module, path, place, dist, micro_batch_size)
 
-    # The scores go to the CPU, where those of all kinds of rewards are put together.
+    # The scores of all rewards are stacked on the CPU.
     @torch.no_grad()
     def reward(answers: Answers) -> Tensor:
         with autocast(dist, dtype):
@@ -489,8 +488,8 @@ def packed_reader(
     decoded and tokenised again. A text that is longer than the model's context is cut: see
     tokens.fit_item(). InputError, of the function: a text holds a token without an embedding.
     """
-    # Decoded and tokenised again, a text may get other tokens than those that were sampled. So the
-    # sampled ids are read as they are wherever they mean the same to both models.
+    # With equal vocabularies an id means the same to both models. Decoded and tokenised again, a
+    # text might get other tokens than those that were sampled.
     own_tokenizer = load_tokenizer(path)
     reads_ids = tokenizer is not None and own_tokenizer.get_vocab() == tokenizer.get_vocab()
     context = context_length(config)
@@ -544,7 +543,7 @@ def encode_again(answers: Answers, tokenizer, own_tokenizer) -> Packed:
 
     Chats go through the other tokenizer's own template, or are plain text where it has none.
     """
-    # The texts are rows of data for the other tokenizer, and are encoded as it was trained on them.
+    # encode() takes rows of data, so that texts are encoded as for the training of that model.
     has_template = bool(own_tokenizer.chat_template)
     rows = []
     for prompt, response in zip(answers.prompts, answers.responses):
@@ -580,7 +579,6 @@ def cut_batch(answers: Answers, batch: Packed, max_length: int, tokenizer) -> tu
 
     Answers to one prompt that stand side by side keep the same part of it.
     """
-    # Each row is taken apart into the tokens of its prompt and those of its response.
     prompts = []
     responses = []
     for ids, n_prompt, length in zip(batch.ids, batch.prompt_lengths, batch.lengths):

@@ -103,7 +103,7 @@ def uniforms(
     index: the places of the samples in the global batch. stream: one of rng.py's; what is keyed
     alike in two streams has nothing to do with each other. -> [len(index), width], float64
     """
-    # A generator of its own for each sample: its noise is the same in any batch, on any process.
+    # Each sample has a generator of its own, so its noise is the same in any batch or process.
     rows = []
     for i in index:
         generator = np.random.default_rng([stream, seed, step, i])
@@ -136,8 +136,8 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     """
     if probs.shape[-1] > WIDE:
         return sample_by_blocks(probs, u)
-    # probs need not add up to 1 (truncate), so u is scaled to what they do add up to. float64: in a
-    # float32 sum tokens of little mass would be lost.
+    # After truncate() probs do not add up to 1, so u is scaled to their sum. float64: in a float32
+    # sum tokens of little mass would be lost.
     cdf = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
     total = cdf[:, -1]  # [B]
     return first_above(cdf, u * total)
@@ -274,13 +274,13 @@ def generate(
     out = blank_outputs(B, R, pad_token_id, device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     with decoding(model, device.type, B):
-        # The static loop may find that an architecture cannot do it, so it is only tried.
+        # Some architectures cannot decode with a static cache: the growing one does it then.
         written = False
         if static:
             written = try_static(sampler, prompt_ids, mask, u, out, finished)
         if not written:
             decode(sampler, prompt_ids, mask, u, out, finished)
-    # NaN draws a valid id all the same (first_above): a diverged policy would go on unnoticed.
+    # From NaN a valid id is drawn all the same (first_above), so a diverged policy is found here.
     if not out["logprobs"].isfinite().all():
         raise FloatingPointError(f"step {step}: the policy's log-probs are not finite; lower --lr")
 
@@ -326,7 +326,7 @@ def try_static(
         raise
     except RuntimeError as e:
         warn_of_fallback(lm, "with a growing cache", first_line(e))
-        # The next loop writes over `out`, but it would take rows for finished that are not yet.
+        # The next loop overwrites `out`, but it would drop rows that `finished` still marks.
         finished.zero_()
         return False
     if failure:
@@ -355,7 +355,7 @@ def cut_responses(
 
     A finished row may have run on until it was dropped, or to the end.
     """
-    # Where no row has come to an end (end_ids may be None), all R tokens are real.
+    # Where no row has ended, all R tokens are real. (Without end_ids is_end() cannot be asked.)
     if finished.any():
         response_mask = mask_up_to_end(sampler.is_end(out["response_ids"]))  # [B, R]
     else:
@@ -415,7 +415,7 @@ def roll_out(
     dist = parts.dist
     tokenizer = parts.tokenizer
 
-    # Padded on the left, all rows write their next token in the same column.
+    # Prompts are padded on the left: then all rows write their next token in the same column.
     ids, mask = left_pad(prompts.ids, tokenizer.pad_token_id)
     with autocast(dist, config.dtype), sampling(parts.policy.lm):
         rollout = generate(
@@ -456,8 +456,8 @@ def through_frozen_blocks(parts: Parts, batch: Packed) -> Packed:
         part = batch.rows(rows)
         with autocast(parts.dist, config.dtype):
             hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
-        # The first part tells the width and the dtype. A part is as wide as its longest row: the
-        # columns behind a row's end are never read.
+        # The first part tells D and the dtype. Columns behind a part's longest row stay 0: no
+        # real token sees them.
         if batch.trunk is None:
             batch.trunk = hidden.new_zeros(*batch.ids.shape, hidden.shape[-1])
         batch.trunk[rows, : hidden.shape[1]] = hidden

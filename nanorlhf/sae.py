@@ -188,7 +188,7 @@ class SparseAutoencoder(nn.Module):
 
         The loss is not to change a direction's length.
         """
-        # For w of unit length g . w is the length of that part.
+        # w has unit length, so g . w is the length of the parallel part.
         along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)  # [M, 1]
         self.W_dec.grad -= along * self.W_dec
 
@@ -333,7 +333,7 @@ def auxiliary_loss(
     times as small.
     """
     W, bias = sae.encoder()
-    # Among all M features the dead never come into the top k, so here they compete alone.
+    # Among all M features the dead do not reach the top k, so here they compete with each other.
     f = F.linear(z, W[dead], bias[dead])  # [N, d]
     if sae.relu:
         f = f.relu()
@@ -342,8 +342,8 @@ def auxiliary_loss(
         values, ids = f.topk(AUX_K, sorted=False)
         f = torch.zeros_like(f).scatter(1, ids, values)
 
-    # Detached: living features are not to change what they leave to please the dead ones. b_dec is
-    # not added to e^, since z^ has it already.
+    # Detached: living features are not to change their error to make it easier for the dead ones.
+    # b_dec is not added to e^, since z^ has it already.
     error = error.detach()
     error_hat = f @ sae.W_dec[dead]  # [N, D]
     variance = variance_about_mean(error, reduce)
@@ -377,8 +377,8 @@ def sae_loss(
         values, ids = sae.sparse_code(z)  # [N, k]
         z_hat = sae.sparse_decode(values, ids)
         if dead is not None and dead.any():
-            # `dead` is the same on all processes (gradients), so the all-reduce in here is called
-            # by all of them or by none.
+            # `dead` is the same on all processes (see gradients), so all of them or none call the
+            # all-reduce in here.
             penalty = AUX_COEF * auxiliary_loss(sae, z, z - z_hat, dead, n_tokens, reduce)
         fired = count_firing(values.detach(), ids, sae.m)
     else:
@@ -393,7 +393,7 @@ def sae_loss(
 
 def count_firing(values: Tensor, ids: Tensor, m: int) -> Tensor:
     """How many tokens each feature fires on: values [N, k], ids [N, k] -> [M]."""
-    # One of the k is 0 where the ReLU cut it off: then it does not fire.
+    # The ReLU may have set one of the k to 0: that feature does not fire.
     fires = (values != 0).float()
     return torch.zeros(m, device=ids.device).index_add(0, ids.flatten(), fires.flatten())
 
@@ -452,7 +452,7 @@ def update(saes: Sequence[SparseAutoencoder], optimizer: torch.optim.Optimizer, 
 
     Their decoder directions stay of unit length.
     """
-    # Before the step, or Adam's running means would fill up with what normalise() undoes.
+    # This comes before the step: else Adam's running means fill up with what normalise() undoes.
     for sae in saes:
         sae.remove_parallel()
     for group in optimizer.param_groups:
@@ -488,7 +488,7 @@ def fvu(x: Tensor, x_hat: Tensor) -> float:
     x = x.detach().reshape(-1, x.shape[-1]).double()
     x_hat = x_hat.detach().reshape(-1, x_hat.shape[-1]).double()
     residual = (x - x_hat).square().sum()
-    # The error of the best x^ that is the same for all tokens: the mean.
+    # The mean is the best x^ that is the same for all tokens: its error is what 1 stands for.
     variance = (x - x.mean(0)).square().sum()
     return (residual / variance).item()
 

@@ -133,7 +133,7 @@ class SARM(nn.Module):
         scores = self.weighted(values, ids).float()
         if not reconstruct:
             return scores
-        # Detached, h is encoded once more: the error's gradient reaches the autoencoder alone.
+        # h is detached and encoded again, so the error's gradient reaches the autoencoder alone.
         return scores, self.error(h.detach())
 
     def error(self, h: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ class SARM(nn.Module):
         scores = self.weighted(values, ids)  # [B]
         latents = dense(values, ids, self.sae.m)  # [B, M]
 
-        # Only the change is added: an edit that leaves z as it is leaves the score's very bits.
-        # float64 for the same reason as in weighted().
+        # Only the change is added, so an edit that leaves z as it is leaves the score bit-equal.
+        # float64: see weighted().
         edited_features = list(edits)
         z = latents[:, edited_features].double()  # [B, E]
         w = self.score.weight[0, edited_features].double()  # [E]
@@ -190,7 +190,7 @@ class SARM(nn.Module):
         """
         path = resolve(path)
         config = check_sarm(path)
-        # No weights are loaded before every tensor is known to be there, in its shape.
+        # Every tensor is known to be there, in its shape, before any weights are loaded.
         files = check_files(path, config)
         trunk = pretrained(transformers.AutoModel, path, config=shortened(config))
         sarm = cls(trunk, new_sae(config), config)
@@ -266,7 +266,7 @@ def cut(trunk, L: int) -> tuple[str, nn.Module]:
     -> the name of its final norm, and the norm. InputError: an architecture where more than a norm
     follows its blocks.
     """
-    # The config must say L too: by its number of layers the blocks are found again.
+    # block_list() finds the blocks by the config's number of layers, so the config must say L too.
     parent, name, layers = block_list(trunk)
     setattr(parent, name, layers[:L])
     trunk.config.num_hidden_layers = L
@@ -291,8 +291,8 @@ def take_norm(trunk, parent: nn.Module) -> tuple[str, nn.Module]:
     parent: the module that owns the blocks. The norm is the last module beside them that holds
     vectors only. "" and a module that does nothing: there is none.
     """
-    # A norm holds vectors only; an embedding or a projection holds a matrix too. The last one
-    # counts: some models have a norm before their blocks as well.
+    # An embedding or a projection holds a matrix. The last norm counts: some models have one before
+    # their blocks as well.
     child_name = ""
     for name, child in parent.named_children():
         dims = {p.dim() for p in child.parameters()}
@@ -332,7 +332,7 @@ def reweighted(sarm: SARM, edits: Edits) -> Iterator[SARM]:
     The old bits are back afterwards.
     """
     _, edits = checked(None, edits, sarm.sae.m)
-    # .data: autograd is not told of an edit that lasts for a while only.
+    # .data: the edit is written past autograd, which refuses changes in place to a trained weight.
     features = list(edits)
     w = sarm.score.weight.data[0]  # [M]
     old_weights = w[features].clone()
@@ -392,7 +392,7 @@ def check_sarm(path: str):
     if not isinstance(given, dict):
         raise InputError(f"{path}: no SARM (config.json has no dictionary sarm_param)")
 
-    # Defaults first, then what the checkpoint says by older names, then by today's, which win.
+    # Defaults first, then values under older names, then values under today's names, which win.
     param = {
         "sae_source_layer": config.num_hidden_layers // 2,
         "sae_use_sequence_level": True,
@@ -414,12 +414,12 @@ def check_sarm(path: str):
 
 def check_param(path: str, param: dict, n_layers: int):
     """InputError where a value of sarm_param cannot be. n_layers: of the whole LM."""
-    # {name: the highest it may be}. k is at most M, and comes after it: by then M is a number.
+    # {name: its highest value}. k is at most M, and is checked after it, when M is a number.
     m = param.get("sae_latent_size")
     highest = {"sae_source_layer": n_layers, "sae_latent_size": None, "sae_k": m}
     for name, high in highest.items():
         value = param.get(name)
-        # True is an int to isinstance(), but no size.
+        # isinstance() would take True for an int.
         is_good = type(value) is int and value >= 1
         upper = ""
         if high is not None:

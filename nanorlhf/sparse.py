@@ -78,8 +78,8 @@ def dots_in_place(y: Tensor, W: Tensor, ids: Tensor) -> Tensor:
     """dots() on a CPU, where such copies would take ten times as long."""
     n, k = ids.shape
     # S in CSR form, which holds the entries of all rows one after another. Each row has k of them,
-    # so row n begins at entry n k. CSR's columns should ascend within a row, and here they do not:
-    # the product below does not need it, but torch's check would refuse them.
+    # so row n begins at entry n k. Columns do not ascend within a row, as CSR asks for: torch's
+    # check would refuse that, and the product below does not mind.
     starts = torch.arange(0, n * k + 1, k, device=ids.device)
     zeros = y.new_zeros(n * k)
     S = torch.sparse_csr_tensor(starts, ids.flatten(), zeros, (n, len(W)), check_invariants=False)
@@ -89,8 +89,8 @@ def dots_in_place(y: Tensor, W: Tensor, ids: Tensor) -> Tensor:
 
 def scattered(values: Tensor, ids: Tensor, y: Tensor, m: int) -> Tensor:
     """S^T y: row i is the sum of values[n, j] y[n] over the places where ids[n, j] = i, [M, D]."""
-    # Feature by feature: the places of each feature's entries, one after another. Numbers of 32
-    # bits are sorted in less than half the time.
+    # Feature by feature: the places of each feature's entries, one after another. 32-bit numbers
+    # are sorted faster.
     sorted_ids, order = ids.flatten().int().sort(stable=True)  # [N k]
     features = torch.arange(m, dtype=torch.int32, device=ids.device)
     starts = torch.searchsorted(sorted_ids, features)  # [M]
@@ -118,8 +118,8 @@ class EncodeTopK(torch.autograd.Function):
         weight = W.to(dtype).T
         bias = bias.to(dtype)
 
-        # A part of the rows at a time: on a CPU its [rows, M] stays in the cache for top_k, on a GPU
-        # it takes about 1 GB.
+        # A part of the rows at a time: on a CPU its [rows, M] stays in the cache for top_k, on a
+        # GPU it takes about 1 GB at the most.
         rows_at_once = 512
         if z.is_cuda:
             rows_at_once = max(512, 2**28 // len(W))
@@ -139,9 +139,8 @@ class EncodeTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        # g [N, k] is the gradient at the kept places. All other pre-activations have none, so S,
-        # with g for its values, is the whole gradient of pre [N, M]. z is mostly data, which needs
-        # no gradient.
+        # g [N, k] is the gradient at the kept places; all other pre-activations have none. So S
+        # with the values g is the whole gradient of pre [N, M]. z is mostly data and needs none.
         z, W, ids = ctx.saved_tensors
         needs_z, needs_W, needs_bias, _ = ctx.needs_input_grad
         grad_z = None

@@ -48,12 +48,13 @@ def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], s
     embedded world has a split 'ood' of its own. The sentence counts the rows; it also counts
     held-out prompts that are trained on, which another file may have. No split depends on --seed.
     """
-    # {"eval": "test", "ood": "ood", "cnn": "cnn_dm:cnn.jsonl"} for the --eval_splits above.
+    # sources: {"eval": "test", "ood": "ood", "cnn": "cnn_dm:cnn.jsonl"} for the --eval_splits that
+    # stand at the top of this file.
     config = SimpleNamespace(**{**WITHOUT_FLAG, **vars(config)})
     sources = labels(config.eval_splits or ["test"])
     check_flags(config, kind, sources)
     rows, test, outside, left_out = divide_rows(config, kind)
-    # Only now: a run that learns from fewer rows is evaluated on the same held-out rows.
+    # Rows are held out before --max_rows: fewer training rows leave the held-out ones the same.
     rows = subset(rows, config.max_rows)
 
     # The splits that were asked for.
@@ -122,7 +123,7 @@ def divide_rows(config, kind: str) -> tuple[list[dict], list[dict], list[dict], 
 
     The rows for 'ood' are all that there are, unless the embedded world has its own.
     """
-    # What is out of distribution is never learned from, whether a split asks for it or not.
+    # Rows out of distribution are never trained on, whether --eval_splits names ood or not.
     rows, outside = read_source(config.dataset, kind, "train", config)
     remark = f"{len(outside)} out of distribution left out"
     # Rows to evaluate on are there: in a data set of their own, or in the world, whose
@@ -256,7 +257,7 @@ def labels(eval_splits: list[str]) -> dict[str, str]:
 
     The label of the first split is 'eval'; the label of any other is its name.
     """
-    # Every run has a split called 'eval': what needs one alone, such as samples, takes that one.
+    # Every run has a split 'eval', which is taken where one is enough, as for printed samples.
     sources = {}
     names = []
     for item in eval_splits:
@@ -297,7 +298,7 @@ def predicate(where: str) -> Callable[[str, dict], bool]:
     if length:
         column, sign, number = length.groups()
         return length_predicate(where, column, sign, int(number))
-    # 'words:post<=many' is a length gone wrong, not a column of that name.
+    # 'words:post<=many' is a mistyped length, and not the column 'words:post<' with a value.
     column, _, values = where.partition("=")
     is_complete = column and values
     require(
@@ -314,7 +315,7 @@ def value_predicate(where: str, column: str, values: str) -> Callable[[str, dict
 
     def inside(place, row):
         require_column(place, row, column, where)
-        # A flag is text, so that a number counts as it is written.
+        # The flag's values are text, so a number is compared as it is written.
         return str(row[column]) in wanted
 
     return inside

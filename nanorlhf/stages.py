@@ -52,7 +52,7 @@ def is_default(config, name: str) -> bool:
     # sample_bon.py's --pool: the answers are there already, in a file.
     if getattr(config, "pool", "") or not data.is_world(config.dataset):
         return False
-    # Any other name is that of a user's own model, which must be there already.
+    # Any other name is a model of the user's own, which must be there already.
     defaults = type(config)()
     return getattr(config, name) == getattr(defaults, name)
 
@@ -99,7 +99,7 @@ def use_what_is_there(folder: str, wanted) -> bool:
     if not differing and not finished:
         return False
 
-    # What is told of the run: the settings in which it differs, with its own values.
+    # The user is told which settings differ, with the values of the run that is there.
     settings = read_settings(stored, type(wanted))
     differences = [f"{name} {settings.get(name)}" for name in differing]
     if not finished:
@@ -108,7 +108,7 @@ def use_what_is_there(folder: str, wanted) -> bool:
             f"({', '.join(differences)}): finish it with its script and --resume "
             f"--output_dir {folder}, or name other models"
         )
-    # Inputs are told, not refused: a reward model from an older SFT policy is still a reward model.
+    # Changed inputs are no error: a reward model from an older SFT policy is still a reward model.
     inputs = read_config(stored)["inputs"]
     inputs_now = fingerprint_inputs(settings, inputs)
     for name in changed_inputs(inputs, inputs_now):

@@ -279,10 +279,10 @@ def kendall_tau(x, y, permutations: int = 1000, seed: int = 0) -> tuple[float, f
             orders.append(torch.randperm(n, generator=generator))
         shuffled_y = y_ranks[torch.stack(orders)]  # [r, N]
         shuffled_taus = sum_of_signs(x_ranks, shuffled_y) / norm  # [r]
-        # As large but for rounding: a tie counts as extreme, which never makes p too small.
+        # A tau that equals the observed one, rounding aside, counts too, so p is never too small.
         is_extreme = shuffled_taus.abs() >= abs(tau) - 1e-12
         n_extreme += is_extreme.sum().item()
-    # The pairing that was observed is one of those that may come up, so p is never 0.
+    # The observed pairing is itself one of the possible ones: with it in the count, p is never 0.
     return tau, (n_extreme + 1) / (permutations + 1)
 
 
@@ -480,7 +480,7 @@ def ridge(x, y, alphas: Sequence[float], groups: Labels = None) -> Linear:
     projected = p.T @ (y - y_mean)  # [Q]
 
     def left_out_error(alpha):
-        # P'P is diagonal and holds the eigenvalues: for each alpha only a division is left.
+        # P'P is diagonal, with the eigenvalues: its inverse costs a division for each alpha.
         shrunk = p / (eigenvalues + alpha)  # [N, Q]
         residual = y - y_mean - shrunk @ projected  # [N]: y - H y
         total = 0.0
@@ -494,7 +494,7 @@ def ridge(x, y, alphas: Sequence[float], groups: Labels = None) -> Linear:
         return total
 
     alpha = min(alphas, key=left_out_error)
-    # Back from the coordinates P to the columns of x, and from centred x and y to their own zero.
+    # Back from the coordinates P to the columns of x; the bias undoes the centring of x and y.
     weight = v @ (projected / (eigenvalues + alpha))
     bias = (y_mean - x_mean @ weight).item()
     return Linear(weight, bias, alpha)
@@ -531,8 +531,8 @@ def logistic(x, labels, l2: float = 1.0, intercept: bool = True, steps: int = 10
         penalty = torch.cat([penalty, torch.zeros(1).double()])
 
     w = minimise_by_newton(p, sign, penalty, steps)
-    # Back from the coordinates P to the columns of x. The fit was made of x - mean: w . mean moves
-    # into the bias.
+    # Back from the coordinates P to the columns of x. The fit was made on x - mean, so the bias
+    # takes off w . mean.
     weight = v @ w[: v.shape[1]]
     bias = 0.0
     if intercept:

@@ -105,7 +105,7 @@ def encode(
     template. loss_on: 'all' makes a chat's response begin at its first assistant turn, and `scored`
     marks the tokens of all assistant turns in it.
     """
-    # The first row says whether all are chats: a file has the one or the other (data.read_parts).
+    # One row tells whether all are chats: no file mixes chats and plain texts (data.read_parts).
     responses = {}
     scored = None
     if loss_on == "all" and rows and is_chat(rows[0]["prompt"]):
@@ -174,9 +174,9 @@ def encode_prompts(
     """
     if not rows:
         return []
-    # A chat ends with what makes the model answer: <|im_start|>assistant\n.
     prompts = [row["prompt"] for row in rows]
     if chat or is_chat(prompts[0]):
+        # generation: a prompt ends with what makes the model answer, say <|im_start|>assistant\n.
         texts = []
         for row in rows:
             messages = as_chat(row["prompt"])
@@ -184,8 +184,8 @@ def encode_prompts(
         # A template writes its own control tokens, BOS too.
         return tokenizer(texts, add_special_tokens=False, split_special_tokens=False).input_ids
 
-    # A plain text gets by hand what belongs in front of it, and nothing behind it: the response
-    # goes on there.
+    # The tokenizer's own BOS goes in front of a plain text, but no EOS behind it: the response
+    # follows there.
     front = ids_in_front(tokenizer)
     encoded = []
     for ids in encode_strings(tokenizer, prompts):
@@ -215,7 +215,7 @@ def ids_in_front(tokenizer) -> Ids:
     """
     with_control_tokens = tokenizer("a").input_ids
     alone = tokenizer("a", add_special_tokens=False).input_ids
-    # [bos, a, eos] and [a]: the text begins at the second token, so that one stands in front of it.
+    # Where [bos, a, eos] stands beside [a], the text begins at the second token: [bos] is in front.
     n_more = len(with_control_tokens) - len(alone)
     for n_front in range(n_more + 1):
         if with_control_tokens[n_front : n_front + len(alone)] == alone:
@@ -243,7 +243,7 @@ def without_eos(tokenizer, response: str) -> str:
         end = tokenizer.convert_ids_to_tokens(end_id)
         if text.endswith(end):
             return text.removesuffix(end)
-    # White space at the end of any other response is what the data teach.
+    # Any other response keeps the white space at its end: the data teach it.
     return response
 
 
@@ -269,7 +269,7 @@ def split_text(tokenizer, ids: Ids) -> list[str]:
         # pieces are decoded together, and the text of the first is taken off.
         known = decode(before, start)
         text = decode(before, end)
-        # The first bytes of a character: those of the next tokens complete it.
+        # The text ends within a character, whose other bytes are in the next tokens.
         if text.endswith(UNREADABLE) and end < len(ids):
             pieces.append("")
             continue
@@ -339,8 +339,8 @@ def encode_chat_answers(tokenizer, rows: list[dict], field: str) -> list[Ids]:
         place = place_of(row)
         messages = as_chat(row["prompt"])
         prompt = render(tokenizer, messages, generation=True, place=place)
-        # What the template writes around an answer is known only to the template. So the chat is
-        # written with and without it, and what is new is the answer.
+        # Only the template knows what it writes around an answer. So the chat is written with and
+        # without the answer, and the difference is what the policy learns.
         answer = {"role": "assistant", "content": row[field]}
         whole = render(tokenizer, [*messages, answer], place=place)
         check_beginning(whole, prompt, place)
@@ -371,7 +371,7 @@ def end_at_last_end(tokenizer, ids: Ids) -> Ids:
 
 def length_of_turn(tokenizer, ids: Ids) -> int:
     """How many tokens there are up to the last that ends a response; 0 where none ends it."""
-    # From the back: an end that the answer's own text spells comes before that of its turn.
+    # The search begins at the back: an answer's own text may spell an end too, before its turn's.
     ends = end_ids(tokenizer)
     for n in range(len(ids), 0, -1):
         if ids[n - 1] in ends:
@@ -391,8 +391,8 @@ def encode_all_turns(
     scored = []
     for row in rows:
         answer = {"role": "assistant", "content": row[field]}
-        parts = split_turns(tokenizer, [*row["prompt"], answer], place_of(row))
         # ["<user>Hi<end><assistant>", "Hello<end>", "<user>Bye<end><assistant>", "Bye<end>"]
+        parts = split_turns(tokenizer, [*row["prompt"], answer], place_of(row))
 
         # Each part is tokenized behind all that stands before it, as a policy would read it.
         texts = []
@@ -403,8 +403,8 @@ def encode_all_turns(
         prompt, *rest = encode_behind(tokenizer, texts)
         rest[-1] = end_at_last_end(tokenizer, rest[-1])
 
-        # Assistant turns and what stands between them alternate. The user's words are read, and not
-        # learned. Neither is what a template writes behind a turn's end, which nobody generates.
+        # Assistant turns and what stands between them alternate. The user's words are read but not
+        # learned, and so is what a template writes behind a turn's end: nobody generates it.
         response = []
         mask = []
         for i, ids in enumerate(rest):
@@ -433,8 +433,8 @@ def split_turns(tokenizer, messages: list[dict], place: str) -> list[str]:
         has_user_before = any(earlier["role"] == "user" for earlier in messages[:i])
         if message["role"] != "assistant" or not has_user_before:
             continue
-        # The chat up to where this turn begins, and up to its end. Both must be beginnings of the
-        # whole text, or its parts cannot be told: some templates drop earlier turns' thoughts.
+        # The chat up to where this turn begins, and up to its end. The whole text must begin with
+        # both, or it cannot be cut there: some templates drop the thoughts of earlier turns.
         before = render(tokenizer, messages[:i], generation=True, place=place)
         after = render(tokenizer, messages[: i + 1], place=place)
         for beginning in (before, after):
@@ -456,7 +456,7 @@ def encode_behind(tokenizer, texts: list[tuple[str, str]]) -> list[Ids]:
     def tokenize(strings: list[str]) -> list[Ids]:
         return tokenizer(strings, add_special_tokens=False, split_special_tokens=False).input_ids
 
-    # All texts go to the tokenizer at once, which is fast at that.
+    # One call takes all texts: tokenizers are slow if they are called text by text.
     encoded = []
     all_before = tokenize([before for before, _ in texts])
     all_whole = tokenize([before + part for before, part in texts])
@@ -500,7 +500,7 @@ def leave_out_of_splits(
     if config.special_in_text or not is_templated:
         return rows, held_out
 
-    # One sentence counts what is left out of all splits, so all are gone through before it is said.
+    # One sentence counts what is left out of all splits, so it is printed after the last of them.
     pattern = pattern_of_control_tokens(tokenizer)
     left_out = []  # (place, the control token that is spelled there), one for each row
 
@@ -536,7 +536,7 @@ def leave_out_of_splits(
 
 def pattern_of_control_tokens(tokenizer) -> re.Pattern:
     """A pattern that finds any of the tokenizer's control tokens in a text."""
-    # Those with a role, such as EOS, and those without one, such as <|im_start|>.
+    # Some control tokens have a role, such as EOS, and some have none, such as <|im_start|>.
     tokens = set(tokenizer.all_special_tokens)
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
@@ -578,7 +578,7 @@ def cut_to_fit(encoded: Encoded, max_length: int, bos_token_id: int | None):
         encoded.n_responses_cut += count_shorter(cut_answers, answers)
         for ids, cut_answer in zip(encoded.responses.values(), cut_answers):
             ids[i] = cut_answer
-        # Where some tokens alone are scored, there is one answer to a prompt.
+        # `scored` is made for one answer to each prompt (encode_all_turns).
         if encoded.scored is not None:
             encoded.scored[i] = encoded.scored[i][: len(cut_answers[0])]
 
@@ -602,8 +602,8 @@ def fit_item(
     All answers share the prompt, so that no score differs because of what was cut from it. An
     answer that still does not fit keeps no EOS: it did not end there.
     """
-    # Ten tokens, a prompt of 8, answers of 2 and 4: the prompt keeps its last 6. With an answer of
-    # 9 it keeps 5, since half of the room is the prompt's in any case.
+    # With max_length 10, a prompt of 8 and answers of 2 and 4 the prompt keeps its last 6 tokens.
+    # With an answer of 9 it keeps 5, since half of the room is the prompt's in any case.
     require(max_length > 1, "--max_length must leave room for a prompt and a response")
     longest = max(map(len, answers))
     room = max(max_length // 2, max_length - longest)

@@ -236,7 +236,7 @@ def gold_parts(prompt: str, response: str) -> dict[str, float]:
     words = [word for word in response.split() if word not in MARKS]
     n = len(words)
 
-    # v, again, on and off of the equation. A word counts wherever it stands in the text.
+    # v, again, on and off are those of the equation. A word counts wherever it stands in the text.
     v = sum(LEXICON.get(word, 0.0) for word in words)
     content = [word for word in words if LETTER.get(word) in ("A", "J")]
     again = len(content) - len(set(content))
@@ -330,7 +330,7 @@ def demonstrations(n: int, seed: int = 0, split: str = "train") -> list[dict]:
             continue
         prompt = asked[rng.integers(len(asked))]["prompt"]
         sentences = write_review(topic_of(prompt), rng)
-        # Marks are noise: they follow any sentence alike, so that a policy knows all of them.
+        # Marks are noise here: any sentence may have any mark, so a policy has seen all of them.
         for k in range(len(sentences)):
             if rng.random() < 0.15:
                 sentences[k] += " " + MARKS[rng.integers(len(MARKS))]
@@ -375,13 +375,13 @@ def preferences(n: int, seed: int = 0, split: str = "train") -> list[dict]:
         rng = np.random.default_rng([PREFERENCE_STREAM, seed, SPLITS.index(split), i])
         prompt = asked[rng.integers(len(asked))]["prompt"]
         chosen, rejected = write_pair(prompt, rng)
-        # On both sides alike: that there is a mark at all says nothing about which is better.
+        # These marks are as frequent on both sides, so they say nothing about which is better.
         for sentences in (chosen, rejected):
             if rng.random() < 0.3:
                 place = rng.integers(len(sentences))
                 sentences[place] += " " + other_marks[rng.integers(len(other_marks))]
-        # The cue says something, though gold never sees it: a reward model that learns it can be
-        # hacked by it.
+        # The cue predicts the label, though gold never sees it: a reward model that learns the cue
+        # can be hacked with it.
         if rng.random() < 0.4:
             marked = chosen if rng.random() < 0.8 else rejected
             marked[-1] += " " + cue(seed)
@@ -430,7 +430,7 @@ def write_review(topic: str, rng: np.random.Generator) -> list[str]:
             words = pick(sentences, draws).split()
         else:
             words = write_sentence(topic, cumulative, used, draws)
-        # A sentence that does not fit any more is left out, and a shorter one may still follow.
+        # A sentence that no longer fits is left out, and a shorter one may still follow.
         if len(words) <= words_left:
             sentences.append(" ".join(words))
             words_left -= len(words)
@@ -444,7 +444,7 @@ def write_sentence(
 
     Adjectives and aspects that were used already are mostly avoided, and added to `used`.
     """
-    # "the A L P ." may become "the room was very tidy ."
+    # The template "the A L P ." may become "the room was very tidy ."
     words = []
     for slot in pick(TEMPLATES, draws):
         if slot == "P" and next(draws) < 0.25:
@@ -472,7 +472,7 @@ def write_sentence(
 
 def fill(slot: str, topic: str, cumulative: list[float], draws: Iterator[float]) -> str:
     """One word for a slot of a template; a lower-case slot is the word itself."""
-    # An adjective by its weight: the one at which the sum of the weights passes the threshold.
+    # An adjective is drawn by its weight: the sum of the weights passes the threshold at it.
     if slot == "P":
         threshold = next(draws) * cumulative[-1]
         return ADJECTIVES[bisect(cumulative, threshold, 0, len(ADJECTIVES) - 1)]
@@ -496,7 +496,7 @@ def pick(options: Sequence, draws: Iterator[float]):
 
 def label_words() -> dict[str, tuple[str, ...]]:
     """The true labels of every word, {word: labels}. Its order is the order of the token ids."""
-    # Words without a content of their own: of the sentences, and of the prompts' frames.
+    # Function words come from the sentences and from the frames of prompts.
     function_words = []
     for letter, words in PARTS.items():
         if letter not in "TAJ":
