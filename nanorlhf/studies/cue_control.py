@@ -143,7 +143,7 @@ def first_commands(a):
     policies = []
     probes = []
     for s in seeds(a):
-        # The dense model: PPO's reward or its base, and what all SARMs are compared with.
+        # The dense model: reward_first is put on it, and all SARMs are compared with it.
         dense = f"{out}/rm/{DENSE}/seed_{s}"
         rm_sae = f"{out}/rm_sae/seed_{s}"
         train = f"train_rm.py {data_flags_of(a, s, 'pairs')}--seed {s}"
