@@ -242,14 +242,14 @@ def describe_crossings(curves: dict[str, list[dict[int, float]]]) -> list[str]:
     for method, seed_curves in curves.items():
         if method == SFT:
             continue
-        places = []
+        phrases = []
         for curve in seed_curves:
             k = crossing(curve, sft)
             if k is None:
-                places.append("never")
+                phrases.append("never")
             else:
-                places.append(f"from k = {k:.0f}")
-        sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(places)}")
+                phrases.append(f"from k = {k:.0f}")
+        sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(phrases)}")
     return sentences
 
 
