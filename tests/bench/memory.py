@@ -140,7 +140,7 @@ def needs(
     if members is None:
         members = [shape.without_head()]
 
-    # With LoRA the reference is the policy itself. Frozen weights are the policy's too, but for FSDP.
+    # With LoRA the reference is the policy itself. Without FSDP it shares the frozen weights.
     reference = 4 * N / s
     if lora:
         reference = 0
