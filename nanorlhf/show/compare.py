@@ -255,7 +255,7 @@ def compare_best(a: Run, b: Run, split: str) -> dict | None:
     name = choose_metric(a, b)
     if name is None:
         return None
-    # The best evaluation need not be the last one: after too much training a run gets worse.
+    # The best evaluation need not be the last one: after too much training gold may fall.
     best = []
     for run in (a, b):
         means = {}

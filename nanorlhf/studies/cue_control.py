@@ -125,7 +125,7 @@ def first_commands(a):
     sft = sft_of(a)
     demonstrations = own_flags(a, "demonstrations")
     # A SARM needs an autoencoder of one model's residual stream, so there is no base. It has to
-    # normalise each token by itself and to have no ReLU: nanorlhf/sarm.py reads no other kind.
+    # normalise each token by itself and to have no ReLU: train_rm.py --sarm takes no other kind.
     shape = f"--base none --site residual --layers {a.layer} --normalize token --relu False"
 
     # On the SFT policy: the autoencoders that the SARMs start from.
@@ -497,8 +497,8 @@ def control_flags(a, s, found):
     n = len(ids)
     indicator_alphas = [f"{ALPHA / n:.4g}std"] * n
     texts = human_latents.load(human_file(a, s), target(a, s), feature_sae(a, s))
-    # A hinge costs its alpha for each 1 above the threshold. Divided by the feature's standard
-    # deviation it costs the same for each of these, so features of all scales cost alike.
+    # A hinge costs alpha for each 1 above the threshold. Alpha is divided by the feature's standard
+    # deviation, so that one standard deviation above it costs the same for every feature.
     hinge_alphas = []
     for feature in ids:
         spread = texts.column(feature).std().item() or 1

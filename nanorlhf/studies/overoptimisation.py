@@ -207,7 +207,7 @@ def train_rms(a, ensemble: str, pairs: str, folder: str, first: int = 0) -> str:
     if ensemble == PRETRAIN:
         start = f"{sft_of(a)}/seed_{{seed}}"
     head = ""
-    # Members of WARM are averaged, so all their weights, the head's too, must start as the same.
+    # Members of WARM are averaged: all their weights, the head's too, must start out equal.
     if ensemble == WARM:
         head = "--head_seed 0 "
     return (
@@ -373,7 +373,7 @@ def bon_cell(a, s, noise, ensemble: str) -> Cell:
     # One run gives the curves of each member and of every objective, by every lambda of UWO.
     lambdas = " ".join(map(str, BON_LAMBDAS))
     name = bon_name(s, noise, ensemble)
-    # The command names no gold: the pool has each answer's gold score.
+    # The command names no gold: the pool has each answer's gold score, where there is gold.
     command = (
         f"sample_bon.py --pool {a.output_dir}/pool/pool.jsonl "
         f"--reward_model {rewards_of(a, s, noise, Method(ensemble))} --uwo_lambda {lambdas} "

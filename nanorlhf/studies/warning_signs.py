@@ -111,8 +111,8 @@ def measure_auc(sign: Sign, runs: Runs, resamples: int = 1000) -> dict:
         scores, steps, has_fallen = drawn.T
         if len(has_fallen.unique()) < 2:
             return torch.tensor([NAN, NAN])
-        # Later checkpoints have fallen more often, so any number that grows with time has an AUC
-        # above 0.5. A sign is worth what its AUC has beyond that of the step.
+        # Gold tends to fall late in a run, so the mere number of steps tells much already. A sign
+        # is worth what its AUC has beyond that of the step.
         own_auc = auc(scores, has_fallen)
         return torch.tensor([own_auc, own_auc - auc(steps, has_fallen)])
 

@@ -285,7 +285,7 @@ def measure_lora(args):
     _, _, _, m = ppo.workload(size)
     recompute = {"checkpoint_activations": True}
     in_bfloat16 = {"frozen_dtype": "bfloat16"}
-    # Every variant does more at once, or computes less again, than the one before it.
+    # From slow to fast: more rows at once, then nothing recomputed, then --compile.
     variants = (
         (f"{m // 4} rows, recompute, float32", m // 4, recompute),
         (f"{m} rows, recompute, bfloat16", m, recompute | in_bfloat16),
