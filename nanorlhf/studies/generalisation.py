@@ -438,8 +438,8 @@ def at_kl(rows: dict[str, dict], kind: str, kl: float, column: str) -> float | N
             points.append((row["KL"], row[column]))
     kls, values = np.array(sorted(points)).T
 
-    # Between two points gold follows a straight line in d = sqrt(KL) better than one in the KL, most
-    # of all near the start. An estimate of the KL may come out a little below 0.
+    # Between two points gold follows a line in d = sqrt(KL) better than a line in the KL, most of
+    # all near the start. An estimate of the KL may come out a little below 0.
     d = np.sqrt(kls.clip(0))
     kl = max(kl, 0.0)
     # Beyond the last point np.interp() would repeat it, as if nothing changed any more.
