@@ -80,7 +80,7 @@ def draw_only(draw, what, path):
 
     That takes a tenth of the time.
     """
-    # Where matplotlib is missing, save() returns None too.
+    # plots.save() returns None as well where matplotlib is missing.
     try:
         import matplotlib.figure
     except ImportError:
@@ -96,7 +96,7 @@ def no_pictures():
     No test writes a run's page but those that take `written_pages`.
     """
     with pytest.MonkeyPatch.context() as patch:
-        # Scripts have imported the functions by name: each has one of its own to replace.
+        # Each script has imported the functions by name, so they are replaced in each script.
         for script in (*SCRIPTS.values(), sample_bon):
             patch.setattr(script, "plot_run", lambda run: None)
         for script in ALL_SCRIPTS.values():
@@ -149,7 +149,7 @@ def base(tmp_path_factory):
     model of random weights that has dropout.
     """
     root = tmp_path_factory.mktemp("base")
-    # Small files in the formats that users have, beside the world's own data.
+    # Rows of the world as files, in the formats of users' own data.
     write_rows(root / "sft.jsonl", world.demonstrations(120))
     write_rows(root / "pairs.jsonl", world.preferences(120))
     write_rows(root / "prompts.jsonl", world.prompts("train")[::6])
@@ -163,7 +163,7 @@ def base(tmp_path_factory):
 
 
 def train_base_policy(root):
-    # A few steps: most tests need some model, and not a good one.
+    # 20 steps: most tests need a trained model, but not a good one.
     config = train_sft.Config(
         output_dir=f"{root}/sft",
         steps=20,
@@ -190,7 +190,7 @@ def train_base_reward_model(root):
 
 
 def train_base_autoencoder(root):
-    # As a SARM needs it: TopK, each token normalised by itself, no ReLU.
+    # A SARM needs this kind: TopK, each token normalised by itself, no ReLU.
     config = train_sae.Config(
         output_dir=f"{root}/sae",
         model=f"{root}/sft",

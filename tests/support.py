@@ -113,7 +113,7 @@ def content(folder="."):
 
 # ------------------------------------------ tiny runs of the training scripts, and what they left
 
-# What may differ between two runs that are otherwise equal in every bit.
+# Metrics that may differ between two runs which are otherwise equal in every bit.
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 
 
@@ -410,16 +410,16 @@ def fork(target, *args, **env):
 
 def in_child(target, args, env):
     """What a process of fork() does. If STDERR is set, its stderr goes to {STDERR}_{RANK}."""
-    # Before anything asks for its rank or its port.
+    # The environment comes first: all else asks it for the rank and the port.
     os.environ.update(env)
     torch.set_num_threads(1)
-    # What it prints would come between the lines of pytest. dup2() also catches what C code prints.
+    # Its output would come between the lines of pytest. dup2() also catches what C code prints.
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     if "STDERR" in env:
         with open(f"{env['STDERR']}_{env['RANK']}", "w") as file:
             os.dup2(file.fileno(), 2)
-    # A fixture of the first process does not reach here: pictures and pages are left out once more.
+    # The fixture no_pictures does not reach this process: it makes no pictures and pages either.
     for script in (*SCRIPTS.values(), sample_bon):
         script.plot_run = lambda run: None
     for script in ALL_SCRIPTS.values():
@@ -438,7 +438,7 @@ def ports():
 
 def free_port():
     """A port that nobody has, and that nobody else takes before it is used."""
-    # Bound for a moment, to see whether somebody has it.
+    # Binding a port for a moment shows whether somebody has it.
     for port in ports():
         with socket.socket() as s:
             try:
@@ -468,13 +468,13 @@ def drive(folder, runs):
 
     The record: (step, place in the global batch, response ids) of every response.
     """
-    # Names that the modules have imported are replaced by one that writes down what it returns.
+    # recorded() takes the place of roll_out() where PPO and its evaluations have imported it.
     roll_out = rollout.roll_out
     rank = os.environ.get("RANK", "0")
 
     def recorded(parts, prompts, place, step):
         rollout, answers = roll_out(parts, prompts, place, step)
-        # SFT and DPO sample too, for their evaluations: that is not recorded.
+        # SFT and DPO sample too, in their evaluations. Those samples are not recorded.
         if not isinstance(parts.config, train_ppo.Config):
             return rollout, answers
         with open(Path(folder) / f"rollouts_{rank}.jsonl", "a") as file:
@@ -536,7 +536,7 @@ def rank_settings(base):
 
 def rollouts(folder):
     """The records that drive() wrote in all processes, in one order."""
-    # Each process has written its own part, so that the order of lines says nothing.
+    # Each process wrote the answers of its own share, so only a sorted list compares.
     rows = []
     for path in Path(folder).glob("rollouts_*.jsonl"):
         rows += read_rows(path)
@@ -622,8 +622,8 @@ class KillAt:
         self.n = n
         self.count = 0  # writes so far
         self.at = ""  # what the last one was
-        # All ways in which a run writes: a file or folder gets its name, an old folder goes, a
-        # checkpoint's tensors, a line of metrics.
+        # All ways in which a run writes: it gives a file or folder its name, removes a folder,
+        # saves a checkpoint's tensors, or appends a line of metrics.
         monkeypatch.setattr(os, "replace", self.stop_moves(os.replace))
         monkeypatch.setattr(os, "rename", self.stop_moves(os.rename))
         monkeypatch.setattr(shutil, "rmtree", self.stop_removals(shutil.rmtree))
@@ -647,7 +647,7 @@ class KillAt:
     def stop_removals(self, real):
         def rmtree(path, *args, **kwargs):
             if os.path.isdir(path) and self.is_the_last(f"rmtree {os.path.basename(path)}"):
-                # A kill in the middle of a removal: the folder is there, and not whole.
+                # A kill in the middle of a removal leaves a folder that is not whole.
                 first_file = list_files(path)[0]
                 first_file.unlink()
                 raise Killed(self.at)
@@ -737,7 +737,7 @@ def arguments(kind, **changes):
 
 def fails(capfd, kind, args, *words, code=2, lines=1):
     """Run the script here: it must exit with `code` and one line that holds all the words."""
-    # What was printed before is not this call's.
+    # The first call throws away what was printed before.
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
         cli.run(SCRIPTS[kind].Config, SCRIPTS[kind].main, args)
@@ -781,7 +781,7 @@ def parse_command(command):
         name, *words = words
         config_class, main = probe.COMMANDS[name]
         return main, cli.parse(config_class, words, name, "")
-    # Scripts are called by their files' names in a command, as a user types them.
+    # A command names a script by its file, such as train_ppo.py.
     modules = {f"{module.__name__}.py": module for module in ALL_SCRIPTS.values()}
     module = modules[script]
     return module.main, cli.parse(module.Config, words)
@@ -831,7 +831,7 @@ class ChatHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         length = int(self.headers["Content-Length"])
         body = json.loads(self.rfile.read(length))
-        # The reply is what the test has prepared, whatever was asked.
+        # The reply is what the test has prepared, or what its function makes of the question.
         reply = self.server.endpoint.next_reply(self.path, dict(self.headers), body)
         if callable(reply):
             reply = reply(question_of(body))

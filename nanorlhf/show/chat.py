@@ -131,7 +131,7 @@ def open_chat(config: Config) -> tuple[list[Speaker], dict[str, Reward], Dist]:
     for run in config.runs:
         check_model(run)
         tokenizers.append(load_tokenizer(run))
-    # The world's gold knows its own words alone: it is a default where a policy has them.
+    # The world's gold reads the world's words alone: it is a default if a policy writes in them.
     in_world = any(is_of_world(tokenizer) for tokenizer in tokenizers)
     specs, notes = choose_rewards(config.runs, config.reward_model, config.gold_model, in_world)
 
@@ -150,9 +150,9 @@ def open_chat(config: Config) -> tuple[list[Speaker], dict[str, Reward], Dist]:
     for name, spec in zip(reward_names(specs), specs):
         rewards[name] = load_reward(spec, first, dist, dtype=config.dtype)
 
-    # Where prompts come from a file, nobody is there to be greeted.
     for note in notes:
         print(in_one_line(note))
+    # Where prompts come from a file, nobody is there to be greeted.
     if sys.stdin.isatty():
         introduce(speakers, rewards)
     return speakers, rewards, dist
@@ -174,9 +174,9 @@ def introduce(speakers: list[Speaker], rewards: dict[str, Reward]):
 
 def talk(config: Config, speakers: list[Speaker], rewards: dict[str, Reward], dist: Dist):
     """Read prompts and print answers until there is no further prompt."""
-    # /help and the like are words alone: a prompt may begin with a slash, if there is more of it.
     turn = 0
     while True:
+        # A command is a single word. A prompt of several words may begin with a slash.
         line = read_line()
         if line is None or line == "/quit":
             return
@@ -203,8 +203,7 @@ def answer_prompt(
     turn: int,
 ):
     """Print what every speaker answers to a prompt, side by side, one line of scores below each."""
-    # One speaker after the other answers. What one of them cannot read is its own affair: a word
-    # that the embedded world does not have is no reason for a large model to be silent.
+    # A prompt that one speaker cannot read is an error of that speaker alone: the others answer.
     cells = []  # for each speaker the texts of its n answers, or one error
     problems = []
     notes = []
@@ -229,7 +228,7 @@ def answer_prompt(
     if len(problems) == len(speakers) and len(set(problems)) == 1:
         print(in_one_line(problems[0]))
         return
-    # Row j has the j-th answer of every speaker, which were sampled with the same noise.
+    # Row j has the j-th answer of every speaker. All answers of a row were sampled with one noise.
     width = terminal_width()
     for j in range(config.n):
         row = []
@@ -243,13 +242,13 @@ def answer_prompt(
 
 def check_prompt(speaker: Speaker, prompt: str):
     """InputError where a prompt holds what this policy cannot read as the text that it is."""
-    # A prompt that spells <|im_end|> would end the user's turn, and could go on as the assistant.
     tokenizer = speaker.tokenizer
+    # A prompt that spells <|im_end|> would end the user's turn, and could go on as the assistant.
     if speaker.keeps_turns:
         pattern = pattern_of_control_tokens(tokenizer)
         token = find_control_token(tokenizer, pattern, {"prompt": prompt})
         require(not token, f"the prompt spells {token}, which the chat template takes for its own")
-    # The tokenizer of the world would read every unknown word as one token, and say nothing.
+    # The world's tokenizer turns every unknown word into <unk>, without an error.
     if is_of_world(tokenizer):
         known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
         unknown = [word for word in prompt.split() if word not in known]
@@ -274,7 +273,7 @@ def sample_answers(
     The noise is keyed by the turn and the answer's number. So all speakers draw the same numbers:
     what differs between two answers side by side is the policies' doing.
     """
-    # As a row of data, so that it is encoded as in training: a text, or a chat up to a user's turn.
+    # The prompt becomes a row of data, so that it is encoded in the way that training encodes it.
     tokenizer = speaker.tokenizer
     row = {"prompt": prompt}
     if speaker.keeps_turns:
@@ -289,7 +288,7 @@ def sample_answers(
     if context is not None:
         max_new_tokens = min(max_new_tokens, context - len(ids))
 
-    # n rows with the same prompt of P tokens: the number of its row is what keys an answer's noise.
+    # The n answers differ although their prompt is the same: the noise is keyed by the row, too.
     prompt_ids, mask = left_pad([ids] * config.n, tokenizer.pad_token_id)  # [n, P]
     with autocast(dist, config.dtype), sampling(lm):
         rollout = generate(
@@ -306,7 +305,7 @@ def sample_answers(
             seed=config.seed,
             step=turn,
         )
-    # Rewards get the text without EOS and the like, and beside it the sampled ids themselves.
+    # Rewards get the text without special tokens such as EOS, and also the ids that were sampled.
     responses = []
     for row_ids, is_real in zip(rollout.response_ids, rollout.response_mask):
         responses.append(tokenizer.decode(row_ids[is_real], skip_special_tokens=True))
@@ -340,7 +339,6 @@ def describe_answers(
     speaker: Speaker, answers: Answers, was_cut: list[bool], scores: list[list[str]]
 ) -> list[str]:
     """For each of n answers a text: whose it is, what it says, and its scores."""
-    # The texts come from a model, and what they hold is not to be obeyed by the terminal.
     n_answers = len(answers)
     texts = []
     for j, response in enumerate(answers.responses):
@@ -350,6 +348,7 @@ def describe_answers(
         numbers = list(scores[j])
         if was_cut[j]:
             numbers.append("[cut off]")
+        # A model may write anything, escape codes for the terminal too.
         text = printable(response) or "(no words)"
         texts.append(f"{title}:\n{text}\n{'   '.join(numbers)}".rstrip())
     return texts

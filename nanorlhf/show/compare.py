@@ -32,8 +32,10 @@ from .terminal import in_one_line, name_runs, terminal_width, until_nobody_reads
 OF_ANSWERS = "gold proxy variance kl kl_k2 kl_k3 length eos_rate distinct_2".split()
 # By which metric the best evaluation is chosen: the first that both runs have. More is better.
 BEST_BY = ("gold", "proxy", "accuracy")
-# Settings that say nothing of what was trained; the inputs are compared by themselves.
+# Settings that say nothing of what was trained. The inputs (digests of files) are compared file by
+# file.
 PLACES = {"output_dir", "inputs", "resume"}
+
 Pairs = list[tuple[Answer, Answer]]  # two answers to one prompt
 
 
@@ -79,7 +81,7 @@ def main(config: Config) -> dict:
         check_can_write(config.output)
         check_output(config.output, is_comparison, "a comparison")
 
-    # What is compared: one evaluation of each run, and the prompts that both have answered there.
+    # One evaluation of each run is compared, and the answers to the prompts that both have.
     path_a, path_b = config.runs
     a = read_run(path_a, config.split)
     b = read_run(path_b, config.split)
@@ -88,12 +90,12 @@ def main(config: Config) -> dict:
     if a.kind != b.kind:
         keep_what_all_kinds_have(a, b)
     metrics = compare_metrics(a.evaluations[step_a], b.evaluations[step_b], pairs)
-    # The kind of a run is read from its config.json, and may hold orders to a terminal.
+    # The kind of a run is text from its config.json, and may hold escape codes for the terminal.
     both = in_one_line(f"{a.path} ({a.kind}) and {b.path} ({b.kind})")
     require(metrics or pairs, f"{both} have no metric and no prompt in common")
     pairs, sorted_by = sort_pairs(pairs, config.sort)
 
-    # The whole of it as one dictionary: what is printed, and written to --output.
+    # One dictionary holds the whole comparison: it is printed, and written to --output.
     comparison = {}
     only_a, only_b = settings_of_one(a, b)
     comparison["a"] = {"run": a.path, "kind": a.kind, "step": step_a, "only_here": only_a}
@@ -125,14 +127,14 @@ def is_comparison(path: str) -> bool:
 def choose_steps(steps: list[int], a: Run, b: Run) -> tuple[int, int]:
     """The steps of the two evaluations. InputError: a run has no evaluation at its step."""
     if steps:
-        chosen = (steps[0], steps[-1])  # the same one, where one was named
+        chosen = (steps[0], steps[-1])  # twice the same, where --step has one number
         for run, step in zip((a, b), chosen):
             known = ", ".join(map(str, run.evaluations))
             is_there = step in run.evaluations
             require(is_there, f"{run.path}: no evaluation at --step {step}; there are {known}")
         return chosen
-    # As much training for both, if a step means the same in both. But a step of PPO is a rollout,
-    # one of SFT an update, and one of best-of-n is n: there each run is taken as it ended.
+    # Two runs of one kind are compared after the same number of steps. Between kinds a step means
+    # different things (PPO: a rollout, SFT: an update, best-of-n: n): each run's last one is taken.
     shared = a.evaluations.keys() & b.evaluations.keys()
     if a.kind == b.kind and shared:
         last = max(shared)
@@ -151,7 +153,7 @@ def compare_settings(a: dict, b: dict) -> dict[str, list]:
         if values[0] != values[1]:
             differing[name] = values
 
-    # Two runs may name the same file, say runs/rm/seed_0, and mean another model by it.
+    # Two runs may name the same folder, say runs/rm/seed_0, which held another model each time.
     inputs = a["inputs"]
     others = b["inputs"]
     for path in sorted(inputs.keys() & others.keys()):
@@ -175,8 +177,8 @@ def settings_of_one(a: Run, b: Run) -> tuple[list[str], list[str]]:
 
 def read_pairs(a: Run, step_a: int, b: Run, step_b: int, split: str) -> Pairs:
     """Answers of both runs to one prompt side by side: the first to the first, and so on."""
-    # By the prompts' texts, not by their places: the files may have them in another order, and one
-    # of them may have more. What has no partner is left out.
+    # Answers are matched by the text of their prompt, not by its place: two files may have their
+    # prompts in different orders, or different prompts. An answer without a partner is left out.
     waiting = {}  # {prompt: the answers of B to it}
     for answer in read_answers(b, step_b, split):
         waiting.setdefault(answer.prompt, []).append(answer)
@@ -203,7 +205,8 @@ def compare_metrics(a: dict[str, Number], b: dict[str, Number], pairs: Pairs) ->
 
 def subtract(name: str, a: Number, b: Number, pairs: Pairs) -> dict:
     """B less A of one metric: {difference, se, interval, pairs}."""
-    # Paired, if any answers have this number: an easy prompt is easy for both, and that drops out.
+    # Differences are taken prompt by prompt, if answers have this number: an easy prompt is easy
+    # for both runs, and that drops out.
     differences = []
     prompts = []  # of each difference: answers to one prompt are not independent
     for first, second in pairs:
@@ -221,8 +224,8 @@ def subtract(name: str, a: Number, b: Number, pairs: Pairs) -> dict:
             "pairs": len(differences),
         }
 
-    # Else by the recorded means alone. As if they were independent, their variances add up: on the
-    # same prompts they are not, and the interval is usually wider than it would have to be.
+    # Otherwise the two recorded means are subtracted as if they were independent: variances add up.
+    # On the same prompts they are not independent, so this interval is usually too wide.
     difference = b["mean"] - a["mean"]
     se = (a["se"] ** 2 + b["se"] ** 2) ** 0.5
     interval = [difference - 1.96 * se, difference + 1.96 * se]
@@ -252,7 +255,7 @@ def compare_best(a: Run, b: Run, split: str) -> dict | None:
     name = choose_metric(a, b)
     if name is None:
         return None
-    # Not the last evaluations: with too much training each run may have passed its best.
+    # The best evaluation need not be the last one: after too much training gold may fall.
     best = []
     for run in (a, b):
         means = {}
@@ -264,7 +267,7 @@ def compare_best(a: Run, b: Run, split: str) -> dict | None:
 
 def compare_course(a: Run, b: Run, split: str) -> list[dict]:
     """The same metric at every step that both runs have evaluated."""
-    # Steps of different kinds cannot be laid beside each other.
+    # A step of one kind of run is not comparable with a step of another kind.
     name = choose_metric(a, b)
     if name is None or a.kind != b.kind:
         return []
@@ -295,7 +298,7 @@ def keep_what_all_kinds_have(a: Run, b: Run):
 
 def sort_pairs(pairs: Pairs, by: str) -> tuple[Pairs, str]:
     """Pairs in the order in which they are shown, and what they are sorted by."""
-    # A number can sort if every answer has it: one without it would have no place in the order.
+    # Only a number that every answer has can sort: an answer without it would have no place.
     known = []
     for name in ("gold", "proxy"):
         have_it = [name in a.numbers and name in b.numbers for a, b in pairs]
@@ -308,7 +311,7 @@ def sort_pairs(pairs: Pairs, by: str) -> tuple[Pairs, str]:
     if by == "file":
         return pairs, by
 
-    # By size, whichever of the two is better: the largest differences are what one wants to read.
+    # The sign does not matter: the largest differences come first, whichever run is better.
     def difference(pair):
         a, b = pair
         return abs(b.numbers[by] - a.numbers[by])

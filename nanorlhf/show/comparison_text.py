@@ -10,7 +10,7 @@
     > review the hotel :                                        their answers to the same prompts
     A: the room was ...      B: the pool was ...
 
-Whatever comes from a file goes through terminal.py: it may hold orders to the terminal.
+Whatever comes from a file goes through terminal.py: it may hold escape codes for the terminal.
 """
 
 import json
@@ -20,7 +20,7 @@ from .terminal import in_one_line, printable, side_by_side
 
 def table(comparison: dict, n: int, width: int) -> str:
     """The comparison as readable text, with the answers to n prompts."""
-    # Which runs, at which steps. A flag that only one of them has may be younger than the other.
+    # Which runs, at which steps. A setting that only one run has may be newer than the other run.
     lines = []
     for side in ("a", "b"):
         run = comparison[side]
@@ -39,7 +39,7 @@ def table(comparison: dict, n: int, width: int) -> str:
             lines.append(line_of_metric(name, row))
         lines += note_of_pairs(comparison["metrics"])
 
-    # How one metric went on. A course of one step would say nothing new.
+    # One metric over the whole course. A course of one step would only repeat the numbers above.
     if len(comparison["course"]) > 1:
         metric = comparison["best"]["metric"]
         lines += ["", f"{metric} at the steps that both have evaluated:"]
@@ -60,7 +60,7 @@ def lines_of_settings(settings: dict[str, list], width: int) -> list[str]:
     if not settings:
         return ["No setting differs."]
     lines = ["Settings that differ, A and B:"]
-    # Two spaces stand before the name, behind it, and between the values, which are equally wide.
+    # A line is "  name  value of A  value of B": six spaces, and the same room for both values.
     longest = max(map(len, settings))
     room = max(10, (width - longest - 6) // 2)
     for name, values in settings.items():
@@ -106,8 +106,8 @@ def lines_of_answers(comparison: dict, n: int, width: int) -> list[str]:
     if comparison["sorted_by"] != "file":
         order = f"the largest differences in {comparison['sorted_by']} first"
     lines = ["", f"Answers to {min(n, len(rows))} of {len(rows)} prompts, {order}:"]
-    # The prompt over the whole width; below it A's answer on the left, B's on the right, and under
-    # each its scores.
+    # The prompt takes the whole width. Below it stand A's answer on the left and B's on the right,
+    # each with its scores in its last line.
     for row in rows[:n]:
         cells = []
         for side in ("a", "b"):

@@ -46,13 +46,13 @@ LARGEST = 4_500_000  # bytes of the blocks with many items; all else is small
 
 def collect(runs: list[Run]) -> dict:
     """All that a page shows of these runs, for JSON."""
-    # Answers come first: one of the curves, how often they hold the cue, is counted in them.
+    # Answers are read first: the curve of how often they hold the cue is counted in them.
     answers = []
     for run in runs:
         answers += read_part(read_answers, run)
     panels = read_panels(runs, answers)
 
-    # Each reader gives nothing for a run of a kind that is not its own.
+    # A reader returns empty lists for a run that has nothing for it.
     best_of_n = []
     features = []
     tables = []
@@ -64,7 +64,7 @@ def collect(runs: list[Run]) -> dict:
         features += read_part(read_features, run)
         tables += read_part(read_tables, run)
 
-    # Only lists of texts grow with the run; curves and tables are small, and stay whole.
+    # Only these blocks hold many texts. Curves and tables are small, and stay whole.
     fit_into([*answers, *best_of_n, *features], LARGEST)
     return {
         "runs": [run.describe() for run in runs],
@@ -101,7 +101,7 @@ def compare_settings(runs: list[Run]) -> list[list]:
     same = []
     different = []
     for name in names:
-        # "-" stands for a setting that a run lacks: it is older, or of another script.
+        # "-" stands for a setting that a run lacks: the run is older, or another script's.
         values = []
         for run in runs:
             value = run.config.get(name, "-")
@@ -124,13 +124,13 @@ def fit_into(blocks: list[dict], room: int):
     sizes = []  # of the items of each block
     for block in blocks:
         sizes.append([len(to_json(item).encode()) for item in block["items"]])
-    # The smallest first: what it does not use of its share is divided among all that come later.
+    # The smallest block comes first: the room that it leaves is shared by all later blocks.
     smallest_first = sorted(range(len(blocks)), key=lambda i: sum(sizes[i]))
     for n_done, i in enumerate(smallest_first):
         share = room / (len(blocks) - n_done)
         kept = 0
         used = 0
-        # The first items stay, up to one that no longer fits: a page goes in the order of the file.
+        # The first items stay, up to one that no longer fits: the order is that of the file.
         for size in sizes[i]:
             if used + size > share:
                 break
@@ -202,10 +202,10 @@ def is_page(path: str) -> bool:
 
 def save_page(folders: list[str], path: str) -> str:
     """Write the page of these runs. -> its path; InputError: see build_page() and check_output()"""
-    # A page is written again as often as one likes; any other file of this name stays.
+    # An older page is replaced; a file of this name that is no page is an error.
     check_output(path, is_page, "a page of this command")
     page = build_page(folders)
-    # Under a temporary name first: the page that is there stays until the new one is whole. The
+    # The page gets its name when it is whole: until then an older one stays. errors="replace": the
     # name of a folder may hold bytes that are not UTF-8.
     with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:
         f.write(page)

@@ -24,8 +24,8 @@ MOST_EVALUATIONS = 100
 
 def read_answers(run: Run) -> list[dict]:
     """The answers of a run's evaluations: a block for each split that there are answers of."""
-    # The first split stands first (False sorts before True), the others in the order of their
-    # names: a folder's files come in no order.
+    # The first split, eval, stands first (False sorts before True), the others by their names:
+    # os.listdir() gives folders in no fixed order.
     files_of_splits = find_evaluations(run)
     labels = sorted(files_of_splits, key=lambda label: (label != "eval", label))
     blocks = []
@@ -50,7 +50,7 @@ def read_answers(run: Run) -> list[dict]:
 
 def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
     """{split: {step: file of answers}}; the folder eval_ood is of the split ood."""
-    # By the folders that are there, not by the settings: a run may have been killed before some.
+    # The folders that are there decide, not the settings: a run may have been killed early.
     files_of_splits = {}
     for name in os.listdir(run.folder):
         folder = re.fullmatch(r"eval(?:_([\w-]+))?", name)
@@ -67,7 +67,7 @@ def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
 
 def arrange_answers(run: Run, split: str, rows_of_steps: dict[int, list[dict]]) -> dict:
     """{step: rows} -> a block of answers, in which each prompt has its answers of all steps."""
-    # The page has a slider over the steps, so each prompt carries a list with one place a step.
+    # The page has a slider over the steps, so each prompt has a list with one place for each step.
     steps = sorted(rows_of_steps)
     names = name_scores(rows_of_steps)
     items = {}  # {(prompt, how many equal prompts came before it): item}
@@ -113,8 +113,8 @@ def name_scores(rows_of_steps: dict[int, list[dict]]) -> list[str]:
 
 def scores_of(row: dict) -> dict[str, float]:
     """The scores of an answer by name. A sample has them beside its texts."""
-    # An evaluation's row is {"prompt", "response", "scores": {"rm_0": 1.2}, "gold": 0.4, ...}, and
-    # a sample's {"step", "prompt", "response", "rm_0": 1.2, ...}.
+    # A row of an evaluation: {"prompt", "response", "scores": {"seed_0": 1.2}, "gold": 0.4, ...}
+    # A row of samples.jsonl: {"step", "prompt", "response", "seed_0": 1.2, "gold": 0.4}
     scores = row.get("scores")
     if isinstance(scores, dict):
         scores = {**scores, "gold": row.get("gold")}
@@ -141,14 +141,13 @@ def add_proxy(run: Run, block: dict):
     members = [name for name in block["scores"] if name not in ("gold", "controlled")]
     if len(members) < 2:
         return
-    # Scores are lists, in the order of the block's names: so the new one goes to the front of the
-    # names and of each list.
+    # Scores are lists in the order of the block's names. So the proxy goes to the front of both.
     places = [block["scores"].index(name) for name in members]
     for item in block["items"]:
         for answer in item["answers"]:
             if answer is None:
                 continue
-            scores = [answer["scores"][place] for place in places]  # K
+            scores = [answer["scores"][place] for place in places]  # [K]
             proxy = None
             if None not in scores:
                 proxy = combine_members(run, torch.tensor(scores))

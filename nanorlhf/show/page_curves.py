@@ -63,15 +63,15 @@ class Run:
 
 def open_runs(folders: list[str]) -> list[Run]:
     """Look into the folders of runs. InputError: one of them holds no run."""
-    # The name of a run is a label in every legend: its folder alone, or of several the part of the
-    # path in which they differ.
+    # A run's name is its label in every legend. One run has its folder's own name; several runs
+    # have the parts of their paths in which they differ.
     folders = [os.path.normpath(folder) for folder in folders]
     folders = list(dict.fromkeys(folders))
     short_names = {folder: os.path.basename(folder) for folder in folders}
     if len(folders) > 1:
         short_names = without_common_ends(set(folders))
+    # Any of three files makes a folder a run: a run that was killed early may have only one.
     runs = []
-    # Any of the three files makes a folder a run: one that was killed early has no more than one.
     for folder in folders:
         config = read_if_there(os.path.join(folder, "config.json"))
         summary = read_if_there(os.path.join(folder, "summary.json"))
@@ -124,7 +124,7 @@ def read_panels(runs: list[Run], answers: list[dict]) -> list[dict]:
         for record in run.records:
             logged |= set(record)
 
-    # First what the page is about: whether gold follows the proxy, and the cue in the answers.
+    # The page begins with its main questions: does gold follow the proxy, and is the cue exploited?
     panels = []
     if logged & {"eval/proxy", "eval/gold"}:
         panels += draw_rewards(runs)
@@ -150,8 +150,8 @@ def finish_panels(panels: list[dict], band: str) -> list[dict]:
 
 def draw_rewards(runs: list[Run]) -> list[dict]:
     """Proxy and gold of the first split, against the step and against the distance sqrt(KL)."""
-    # Steps cannot be compared between runs with other learning rates or KL coefficients. How far a
-    # policy has moved can, and it is the axis on which overoptimisation has its known form.
+    # Runs with different learning rates or KL coefficients move at different paces, so equal steps
+    # do not compare them. Equal distances do: Gao et al.'s curves of gold are over the distance.
     by_step = []
     by_distance = []
     for run in runs:
@@ -159,7 +159,7 @@ def draw_rewards(runs: list[Run]) -> list[dict]:
         for what in ("gold", "proxy"):
             points = read_points(run, f"eval/{what}")
             by_step.append({"series": run.name, "what": what, "points": points})
-            # The same points at another x. An evaluation whose KL is not known has none.
+            # The same points at another x. An evaluation whose KL is not known has no place here.
             moved = []
             for step, *numbers in points:
                 if step in distances:
@@ -188,7 +188,7 @@ def read_distances(run: Run) -> dict[int, float]:
 
 def draw_cue(blocks: list[dict]) -> list[dict]:
     """A panel of the share of answers that hold the cue, one line for each block of answers."""
-    # Printed samples are too few for a share, and data of one's own have no cue that is known.
+    # Printed samples are too few for a share, and data from outside the world have no known cue.
     lines = []
     for block in blocks:
         if not block["cue"] or block["split"] == SAMPLES:
@@ -215,8 +215,8 @@ def draw_cue(blocks: list[dict]) -> list[dict]:
 def draw_metric(runs: list[Run], name: str, key: str) -> list[dict]:
     """The lines of one metric: one for each run and each split that it was measured on."""
     lines = []
-    # By what each run has logged itself: two runs may have other splits.
     for run in runs:
+        # Runs may have different splits, so each run's own log says which lines it has.
         logged = set()
         for record in run.records:
             logged |= set(record)
@@ -284,7 +284,7 @@ def is_number(value) -> bool:
 
 def thin_out(points: list, most: int) -> list:
     """About `most` of a list's items at most, evenly spaced; the first and the last one stay."""
-    # Thinned evenly, so that a point on the page is a point that was logged, not a mean of some.
+    # Points are left out, not averaged: every point on the page is one that was logged.
     stride = math.ceil(len(points) / most)
     if stride <= 1:
         return points

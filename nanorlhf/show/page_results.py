@@ -37,7 +37,7 @@ def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
     if not results or not run.has("pool.jsonl"):
         return panels, []
 
-    # Below the curves the page lets one choose an n, and shows what each proxy takes of n answers.
+    # Below the curves the page has a slider for n, and shows which of n answers each proxy takes.
     rows = read_rows(run.path("pool.jsonl"), POOL_ROW)
     first_curve = next(iter(results.values()))
     ns = [point["n"] for point in first_curve]
@@ -53,8 +53,8 @@ def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
 
 def draw_best_of_n(run: Run, results: dict) -> list[dict]:
     """Gold and proxy against n: together for a single reward, else one panel for each of them."""
-    # A single reward: both curves in one panel, to be seen parting. Several: as many pairs of lines
-    # would cover each other, and proxies have units of their own.
+    # A single reward has gold and proxy in one panel, so that one sees them part. Several rewards
+    # have two panels: their lines would cover each other, and each proxy has a unit of its own.
     by_what = {}  # {gold or proxy: lines}
     for what in ("gold", "proxy"):
         by_what[what] = []
@@ -91,7 +91,7 @@ def scores_of_pool(row: dict) -> dict[str, list[float]]:
 
 def find_proxies(run: Run, row: dict) -> dict[str, torch.Tensor]:
     """A row of a pool -> the scores [N] of its answers by each member and each objective."""
-    # In float64, as sample_bon.py chooses: rounded to float32, two answers might tie.
+    # float64, in which sample_bon.py chooses too: rounded to float32, two answers might tie.
     proxies = {}
     for name, scores in row["scores"].items():
         proxies[name] = torch.tensor(scores, dtype=torch.float64)
@@ -114,7 +114,7 @@ def choose_answers(row: dict, proxies: dict[str, torch.Tensor], ns: list[int]) -
         picks[name] = []
         proxy_scores[name] = []
         for n in ns:
-            # A prompt with fewer than n answers gives all that it has.
+            # Where a prompt has fewer than n answers, the best of all of them is taken.
             place = scores[:n].argmax().item()
             # Most proxies take the same few answers: each is kept once.
             if place not in places:
@@ -157,9 +157,9 @@ def read_features(run: Run) -> list[dict]:
 
 def draw_densities(run: Run) -> list[dict]:
     """How many features of each autoencoder fire how often, from summary.json of train_sae.py."""
-    # In a summary of another script an entry is a number, or has no density.
     lines = []
     for name, result in (run.summary or {}).items():
+        # Summaries of other scripts have entries without a density.
         if not isinstance(result, dict) or not result.get("density"):
             continue
         density = result["density"]
@@ -203,8 +203,8 @@ class Metrics(dict):
 
 def read_tables(run: Run) -> list[dict]:
     """The table of a run: the numbers of its summary.json with their intervals."""
-    # Each command has a summary of its own form. A run of any other kind has numbers with standard
-    # errors: read_numbers() finds them by their names.
+    # Each command's summary has a form of its own. In runs of all other kinds read_numbers() looks
+    # for numbers with standard errors.
     readers = {
         "probe.py reward": read_probe,
         "probe.py pairs": read_probe,
@@ -250,8 +250,7 @@ def read_autoencoders(summary: dict, metrics: Metrics):
 
 def read_probe(summary: dict, metrics: Metrics):
     """probe.py reward and pairs: each metric with its t interval over splits."""
-    # A row has [mean, half-width] of each metric; null stands for a number that there is not, such
-    # as the half-width of a single split.
+    # A row has [mean, half-width] for each metric. A single split has no half-width: null.
     for name in [*summary["metrics"], "policy_less"]:
         for label, row in summary["rows"].items():
             mean, half_width = row[name]
@@ -262,7 +261,8 @@ def read_probe(summary: dict, metrics: Metrics):
 
 def read_benchmark(summary: dict, metrics: Metrics):
     """probe.py evaluate: each metric of each reward, and its difference from the first reward."""
-    # The line of chance: pairs are right half of the time, and a margin is 0.
+    # The line in the picture: chance is right on half of the pairs, and its margin is 0. Pitfall:
+    # the line is at 0.5 for RewardBench 2 too, where one of four answers is right: chance has 0.25.
     for name in summary["metrics"]:
         reference = 0 if name == "margin" else 0.5
         for label, row in summary["rewards"].items():
@@ -309,7 +309,8 @@ def read_mmcs(summary: dict, metrics: Metrics):
 
 def read_reward_features(summary: dict, metrics: Metrics):
     """probe.py reward_features: its first features, on pairs and on the policy's answers."""
-    # They are sorted already, and there is only one of the two parts if one kind of data was named.
+    # The features are sorted already, largest first. A run that was given only pairs, or only a
+    # policy's answers, has only that part.
     for feature in summary["features"][:MOST_ROWS]:
         for part in ("pairs", "policy"):
             for name in ("differential", "contribution"):
@@ -341,7 +342,8 @@ def add_intervals(arm: str, numbers: dict, prefix: str, metrics: Metrics):
 
 def read_numbers(run: Run, metrics: Metrics):
     """Numbers with standard errors: of the first and the last evaluation, or of a summary."""
-    # Before and after, if there are two evaluations: what training has changed. Else the end alone.
+    # The first and the last evaluation show what training has changed. A run without two of them
+    # has the numbers of its end alone.
     evaluations = []
     for record in run.records:
         if any(name.startswith("eval/") for name in record):

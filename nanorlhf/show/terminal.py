@@ -69,8 +69,8 @@ def wrap(text: str, width: int) -> list[str]:
 
     A word that is wider than that is broken too. Indentation stays.
     """
-    # textwrap counts letters too, so lines are filled here, word by word. A word brings the spaces
-    # in front of it along; where it begins a broken line they go.
+    # textwrap counts letters and not columns, so lines are filled here, word by word. A word comes
+    # with the spaces in front of it, and loses them where it begins a new line.
     lines = []
     for paragraph in text.split("\n"):
         line = ""
@@ -106,7 +106,7 @@ def side_by_side(cells: list[str], width: int) -> str:
             lines += wrap(cell, width)
         return "\n".join(lines)
 
-    # Each text is wrapped by itself; then the first lines of all of them make one, and so on.
+    # Each text is wrapped by itself. Then line i of the output joins line i of every text.
     wrapped = [wrap(cell, column) for cell in cells]
     lines = []
     for parts in itertools.zip_longest(*wrapped, fillvalue=""):
@@ -125,7 +125,7 @@ def terminal_width() -> int:
 
 def read_line() -> str | None:
     """What is typed, or the next line of a file; None at the end. InputError: it is not UTF-8."""
-    # Only a person needs to see that it is their turn: in a pipe the mark would be output.
+    # The mark tells a person to type. With prompts from a file it would stand among the answers.
     is_typed = sys.stdin.isatty()
     mark = ""
     if is_typed:

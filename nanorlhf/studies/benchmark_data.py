@@ -47,7 +47,7 @@ def divide_benchmarks(files: dict[str, str]) -> Sides:
             questions[question] = None
             if item.group == TIES:
                 ties.add(question)
-    # draw() has a fixed seed: a study that goes on, or of another model, has the same sides.
+    # draw() has a fixed seed: the sides are the same when a study goes on, and for another model.
     kept_questions = set(draw(list(questions), len(questions) // 2)) | ties
 
     # A question is on the same side in all files.
@@ -93,7 +93,7 @@ def write_sides(sides: Sides, folder: str):
                 wrong.append({"prompt": item.prompt, "response": answer})
             pairs += pairs_of(name, item)
 
-    # What policies are evaluated on: prompts alone, without the benchmark's answers.
+    # Policies are evaluated on the kept questions: prompts alone, without the benchmark's answers.
     held_out = {}
     for rows in sides.kept.values():
         for row in rows:

@@ -89,8 +89,8 @@ def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
     runs would be taken for the study's, since what is there is not run again.
     """
     with cli.errors_in_one_line():
-        # Read twice with --quick: the second time its values are the defaults, so that flags that
-        # are given still win over them.
+        # With --quick the command line is read twice. The second time the quick values are the
+        # defaults, and flags that are given still win over them.
         parser = cli.Parser(cli.script(), doc, config_class)
         flags = config_class(**vars(parser.parse_args(args)))
         check_name(flags.output_dir)
@@ -101,7 +101,7 @@ def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
         has_own = False
         if hasattr(flags, "dataset"):
             has_own = bool(flags.dataset or getattr(flags, "model", ""))
-        # A folder that was named is taken as it is.
+        # Only the default folder gets own/: a folder that was named is the user's own choice.
         if has_own and flags.output_dir == config_class.output_dir:
             flags.output_dir += "/own"
         if flags.quick:
@@ -144,8 +144,8 @@ def run_command(command: str):
     # runs/study/rm/seed_{seed} -> runs/study/rm/seed_members.log
     log = Path(output_of(flags).replace("{seed}", "members") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    # One thread each: several commands share the machine, and on the same number of threads a run
-    # gives the same bits.
+    # One thread each: several commands share the machine, and a run gives the same bits again only
+    # on the same number of threads.
     with open(log, "w") as f:
         code = subprocess.run(
             [sys.executable, str(REPO / script), *flags],
@@ -169,8 +169,8 @@ def is_finished(command: str) -> bool:
     Of several members, {seed} in the folder's name, it is the last one's folder that counts.
     """
     words = shlex.split(command)
-    # Members have the seeds --seed, --seed + 1, ..., one after another: with the last, all are
-    # done.
+    # Members are trained one after another, with the seeds --seed, --seed + 1, ...: when the last
+    # one is done, all are.
     numbers = {"--seed": 0, "--members": 1}
     for flag in numbers:
         if flag in words:
@@ -224,7 +224,7 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
     is written as soon as it is there. InputError: the file cannot be written; a cell is kept with
     another command, or after other runs.
     """
-    # Before hours of runs, not after them.
+    # A file that cannot be written is an error now, and not after hours of runs.
     check_can_write(path)
     kept_cells = read_cells(path)
     missing = []
@@ -243,14 +243,14 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
         for _ in workers.map(lambda cell: run_and_keep(cell, a, path), missing):
             pass
 
-    # From the file again, as a reader of it will see them: results that were just written, too.
+    # All results come from the file, the new ones too: tables show what the file's readers find.
     kept_cells = read_cells(path)
     return {cell.name: kept_cells[cell.name]["result"] for cell in cells}
 
 
 def stages_of(cells: list[Cell]) -> list[list[str]]:
     """The commands that cells need, each once. Stage i has the i-th need of every cell."""
-    # Two cells may need one command at different places. It runs at the earlier one.
+    # Two cells may need one command in different stages. It runs in the earlier one.
     most_needs = max([len(cell.needs) for cell in cells], default=0)
     stages = []
     listed = set()
@@ -302,7 +302,7 @@ def run_and_keep(cell: Cell, a, path: str):
         "commit": commit,
         "result": with_null(cell.read(folder)),
     }
-    # Read again and written whole: others have added cells since.
+    # The file is read again before it is written: other commands have added their cells since.
     with FILE_OF_CELLS:
         write_cells(path, read_cells(path) | {cell.name: entry})
     print(f"kept: {cell.name} of python {cell.command}", flush=True)
@@ -310,7 +310,7 @@ def run_and_keep(cell: Cell, a, path: str):
 
 def kept_form(command: str, a) -> str:
     """A command as it is kept: in the study's default folder, wherever it has run."""
-    # "--output_dir runs/again/ppo" -> "--output_dir runs/optimisers/ppo"; llm: is a judge's prefix.
+    # "--output_dir runs/again/ppo" -> "--output_dir runs/optimisers/ppo". A judge is llm:FOLDER.
     for mark in (" ", "llm:"):
         command = command.replace(f"{mark}{a.output_dir}/", f"{mark}{type(a).output_dir}/")
     return command
@@ -352,7 +352,7 @@ def describe_commit() -> str:
     """
     try:
         commit = ask_git("rev-parse", "--short", "HEAD")
-        # Only Python files that git knows: a study writes its results beside them as it runs.
+        # Only Python files count: the study itself changes its JSON file of results.
         changes = ask_git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -409,7 +409,7 @@ def as_text(numbers: list[float], most: int) -> str:
 
 def collect(rows) -> dict[str, list[float]]:
     """Rows {column: number or None} of the seeds -> {column: the numbers}."""
-    # A column is there even if no seed has a number for it.
+    # A column that no seed has a number for stays, as an empty list.
     columns = {}
     for row in rows:
         for column, number in row.items():

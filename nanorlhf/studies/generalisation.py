@@ -166,7 +166,7 @@ def answers_of(a, name: str, seed: int, part: str) -> str:
 
     Its rows are {prompt, response, scores, gold}.
     """
-    # sample_bon.py writes the best of each n answers in turn; with n = 1 that is all answers.
+    # sample_bon.py writes the best of each n answers in turn: with n = 1 every answer.
     n = 1
     if name == BON:
         n = a.n
@@ -188,7 +188,7 @@ def commands(a) -> list[list[str]]:
                 f"--output_dir {reward_of(a, seed)} {a.rm_flags}"
             )
 
-    # The pool is one more run beside those of PPO: both need SFT, and neither reads the other.
+    # The pool is sampled beside the PPO runs: neither reads what the other writes.
     runs = [pool_command(a)]
     answers = []
     diversity = []
@@ -197,7 +197,7 @@ def commands(a) -> list[list[str]]:
             if cell is not None:
                 runs.append(ppo_command(a, name, cell, seed))
             answers += answer_commands(a, name, seed)
-        # One command measures all systems of a seed on a split: their answers to the same prompts.
+        # One command measures all systems of a seed on a split, since they answer the same prompts.
         for part in names_of_splits(a):
             diversity.append(diversity_command(a, seed, part))
     return [policies, rewards, runs, answers, diversity]
@@ -228,7 +228,7 @@ def sampling_flags_of(a) -> str:
 
 def pool_command(a) -> str:
     """Sample the n K answers of SFT that all seeds choose their best-of-n answers from."""
-    # Seed 2000 is noise that no system's own answers have: see answer_commands().
+    # --seed 2000: noise that no system's own answers have, see answer_commands().
     return (
         f"sample_bon.py --model {sft_of(a)} --reward_model {reward_of_pool(a)} "
         f"--n_answers {a.n * a.answers} {sampling_flags_of(a)} --seed 2000 "
@@ -238,7 +238,7 @@ def pool_command(a) -> str:
 
 def reward_of_pool(a) -> str:
     """The reward that looks at the pool first; it chooses nothing."""
-    # sample_bon.py scores what it samples. Nothing reads these scores: seeds choose by their own.
+    # sample_bon.py scores what it samples, but no seed reads these scores: each has its own reward.
     if has_own_data(a) or a.reward_model:
         return reward_of(a, 0)
     return "world:gold"
@@ -247,7 +247,7 @@ def reward_of_pool(a) -> str:
 def ppo_command(a, name: str, cell: tuple[str, float], seed: int) -> str:
     """Train the PPO policy of a cell."""
     kind, coefficient = cell
-    # PPO is evaluated on the splits of the tables, and its summary has the KL on each: kl_of().
+    # PPO is evaluated on the same splits as the tables: kl_of() reads the KL on each of them.
     return (
         f"train_ppo.py --model {sft_of(a)} --reward_model {reward_of(a, seed)} "
         f"--kl_kind {kind} --kl_coef {coefficient:g} --seed {seed} --steps {a.steps} "
@@ -263,7 +263,7 @@ def answer_commands(a, name: str, seed: int) -> list[str]:
     # Best-of-n chooses from the pool, in which each split has a folder of its own.
     if name == BON:
         lines = []
-        # Of each n answers of the pool in turn the best one is kept: K answers from n K.
+        # The best of each n answers in turn is kept: n K answers of the pool give K.
         for part in names_of_splits(a):
             lines.append(
                 f"sample_bon.py --pool {a.output_dir}/pool/{part}/pool.jsonl "
@@ -286,7 +286,7 @@ def answer_commands(a, name: str, seed: int) -> list[str]:
 def diversity_command(a, seed: int, part: str) -> str:
     """Measure the diversity of all systems' answers to the prompts of a split."""
     files = " ".join(answers_of(a, name, seed, part) for name in list_systems(a))
-    # Without a sentence encoder texts are compared by what the SFT policy makes of them.
+    # Without a sentence encoder, embeddings are hidden states of the SFT policy.
     encoder = sft_of(a)
     if a.encoder:
         encoder = quote(a.encoder)
@@ -297,8 +297,9 @@ def diversity_command(a, seed: int, part: str) -> str:
 
 
 def diversity_flags_of(a) -> str:
-    """The flags of diversity. Other data than the embedded world's have other words."""
-    # EAD asks how many n-grams to expect of a vocabulary: there the SFT policy's tokens are it.
+    """The flags with which diversity is measured."""
+    # EAD depends on the size of the vocabulary. The default is the number of the world's words; on
+    # own data the vocabulary is that of the SFT policy's tokenizer.
     if has_own_data(a) and a.diversity_flags == DIVERSITY_FLAGS:
         return f"--tokenizer {sft_of(a)} --truncate 16"
     return a.diversity_flags
@@ -313,8 +314,8 @@ def finished(a, command: str) -> bool:
     words = split(command)
     folder = Path(words[words.index("--output_dir") + 1])
     if "--from" in words:
-        # A study with fewer coefficients measures fewer systems, in the same folder. The file says
-        # whose answers it is about.
+        # With other coefficients the study measures other systems in the same folder. The file says
+        # which answers it has measured.
         stored = {}
         if (folder / FILE).is_file():
             stored = json.loads((folder / FILE).read_text())
@@ -326,7 +327,7 @@ def finished(a, command: str) -> bool:
 
     if is_finished(command):
         return True
-    # Splits are sampled one after another, each into its folder: with the last one all are there.
+    # Splits are sampled one after another, each into its folder: when the last is there, all are.
     last_split = names_of_splits(a)[-1]
     return "--eval_splits" in words and (folder / last_split / "summary.json").is_file()
 
@@ -338,7 +339,7 @@ def measure_seed(a, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     """All that is read of one seed: {split: {system: {column: number}}}."""
     tables = {}
     for part in names_of_splits(a):
-        # {"proxy": [P, K], "gold": [P, K]}: what each system's answers are compared with.
+        # Each system's answers are compared with SFT's to the same prompts.
         sft = read_scores(answers_of(a, SFT, seed, part))
         rows = {}
         for name in list_systems(a):
@@ -346,7 +347,7 @@ def measure_seed(a, seed: int) -> dict[str, dict[str, dict[str, float]]]:
             row = {"KL": kl_of(a, name, seed, part)}
             for key, scores in scores_of_system.items():
                 row[key] = scores.mean().item()
-            # SFT's own row has 0.5 here, by symmetry: half of its answers win over the other half.
+            # SFT's own row has 0.5 here: each of its pairs is counted once in either direction.
             for key, scores in scores_of_system.items():
                 row[f"win {key}"] = win_rate(scores, sft[key])
             rows[name] = row
@@ -359,7 +360,7 @@ def add_diversity(rows: dict[str, dict[str, float]], path: Path):
     """Add the columns of a diversity.json to the rows of the systems."""
     report = json.loads(path.read_text())
     # {"systems": {name: {"per_input": {...}, "across_input": {...}}, ...},
-    #  "truncated": {"systems": {...}}}: the same numbers of the first words of each answer alone
+    #  "truncated": {"systems": {...}}}: the same numbers, of the first words of each answer alone.
     add_metrics(rows, report["systems"], "")
     if "truncated" in report:
         add_metrics(rows, report["truncated"]["systems"], ", cut")
@@ -384,7 +385,7 @@ def read_scores(path: str) -> dict[str, Tensor]:
     by_metric = {}  # {"proxy": {prompt: [K numbers]}, ...}
     for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
         row = json.loads(line)
-        # One reward chooses, so a line has one score beside gold.
+        # A system's answers are scored by one reward, so a line has one score beside gold.
         (proxy,) = row["scores"].values()
         by_metric.setdefault("proxy", {}).setdefault(row["prompt"], []).append(proxy)
         if row["gold"] is not None:
@@ -401,7 +402,7 @@ def win_rate(a: Tensor, b: Tensor) -> float:
 
     a [P, K], b [P, J]: scores of A's and of B's answers to the same prompts.
     """
-    # Every answer of A against every one of B: less noise than in K pairs put together by chance.
+    # Every answer of A meets every answer of B: that has less noise than K random pairs.
     a, b = torch.broadcast_tensors(a[:, :, None], b[:, None])  # [P, K, J]
     return win_points(a.flatten(), b.flatten()).mean().item()
 
@@ -430,14 +431,15 @@ def at_kl(rows: dict[str, dict], kind: str, kl: float, column: str) -> float | N
     It lies between the kind's cells (and SFT, at 0) on straight lines in sqrt(KL). None for a KL
     beyond them.
     """
-    # SFT is where every run began: a point at KL 0, for both kinds.
+    # Every run starts from SFT, so SFT is a point at KL 0 for both kinds.
     points = []
     for name, row in rows.items():
         if name == SFT or name.startswith(f"{kind}_"):
             points.append((row["KL"], row[column]))
     kls, values = np.array(sorted(points)).T
 
-    # In d = sqrt(KL) gold is nearer to a line. An estimated KL may come out a little below 0.
+    # Between two points gold follows a line in d = sqrt(KL) better than a line in the KL, most of
+    # all near the start. An estimate of the KL may come out a little below 0.
     d = np.sqrt(kls.clip(0))
     kl = max(kl, 0.0)
     # Beyond the last point np.interp() would repeat it, as if nothing changed any more.
@@ -468,7 +470,7 @@ def compare_seeds(a, seeds: list[dict]) -> dict[str, dict]:
 def tables_of_split(a, part: str, seeds: list[dict]) -> dict[str, dict]:
     """The tables of one split. seeds: {system: {column: number}} of each."""
     names = list(list_systems(a))
-    # Each system as it is, and less SFT seed by seed.
+    # Each system's numbers, and their differences from SFT's, which are taken seed by seed.
     whole = {}
     less_sft = {}
     for name in names:
@@ -505,7 +507,7 @@ def tables_of_split(a, part: str, seeds: list[dict]) -> dict[str, dict]:
 
 def tables_of_gap(a, first: str, other: str, seeds: list[dict]) -> dict[str, dict]:
     """The generalisation gap, the first split less another one, and what it is beyond SFT's gap."""
-    # What can be compared between splits: what answers are worth. Gold may be missing.
+    # Gaps are differences of scores, so only the columns of scores have one. Gold may be missing.
     columns = []
     for column in ("proxy", "gold", "win proxy", "win gold"):
         if column in seeds[0][first][SFT]:
@@ -518,7 +520,7 @@ def tables_of_gap(a, first: str, other: str, seeds: list[dict]) -> dict[str, dic
             inside = {column: seed[first][name][column] for column in columns}
             gaps[name].append(subtract(inside, seed[other][name]))
 
-    # Harder prompts give SFT a gap, too. Only what a system has beyond that is its own.
+    # If the other prompts are harder, SFT has a gap too. Training explains only what is beyond it.
     whole = {}
     less_sft = {}
     for name, seed_gaps in gaps.items():
@@ -559,7 +561,7 @@ def print_table(rows: dict[str, dict[str, list[float]]]):
 
     In brackets it says how many seeds have a number, where not all do.
     """
-    # Systems are few and columns many, so this table is on its side: columns go down.
+    # There are more metrics than systems, so a line is a metric here, and a column is a system.
     columns = {}  # a set that keeps the order
     most = 0  # seeds
     for row in rows.values():
@@ -615,7 +617,7 @@ def is_cell(name: str) -> bool:
 
 def draw_group(axis, group: str, rows: dict[str, dict], won: str, number: int):
     """The systems of a group: a line through their markers, and at each cell its coefficient."""
-    # [(mean, half-width) of each system]: means are a marker's place, half-widths its cross.
+    # [(mean, half-width) of each system]: the means place a marker, the half-widths are its bars.
     diversity = [t_interval(row["in EAD"]) for row in rows.values()]
     wins = [t_interval(row[won]) for row in rows.values()]
     x, x_half_widths = zip(*diversity)
@@ -647,7 +649,7 @@ def main(args=None):
     """Run what is not done yet, then print the tables and draw the picture."""
     a = read_settings(args)
 
-    # A command of this study may have written its files, and yet not be done: see finished().
+    # is_finished() of common.py does not know all files of sample_bon.py: see finished().
     def is_done(command):
         return finished(a, command)
 

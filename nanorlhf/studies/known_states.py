@@ -40,11 +40,11 @@ class KnownStates:
     def __init__(self, hidden: Tensor, shrinkage: float = 1e-4):
         # In float64: the covariance's eigenvalues differ by many orders of magnitude.
         hidden = hidden.double()
-        # A coordinate without variance would leave S singular, whatever the shrinkage.
-        # A single text varies in none.
+        # A coordinate without variance leaves S singular, whatever the shrinkage. In a single text
+        # no coordinate varies.
         if (hidden == hidden[:1]).all(0).any():
             raise ValueError("known states need at least 2 texts, and coordinates that all vary")
-        # Shrinking makes the entries beside the diagonal a little smaller, and leaves the diagonal.
+        # Shrinking makes the entries off the diagonal smaller, and leaves the diagonal as it is.
         covariance = hidden.T.cov()  # [D, D]
         diagonal = covariance.diag().diag()
         shrunk = (1 - shrinkage) * covariance + shrinkage * diagonal
@@ -65,7 +65,7 @@ def hidden_states(reward_model: RewardModel, rows: list[dict]) -> Tensor:
 
     rows {prompt_ids, response_ids}, as the file of an evaluation has them.
     """
-    # From token ids: a text that is encoded again may have other tokens than were scored.
+    # Ids are read, not texts: a text that is encoded again may have other tokens than were scored.
     states = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
@@ -89,7 +89,6 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
     Pitfall: the answers of the start are few, and the Gaussian is fitted to these very texts: their
     own distance comes out too small.
     """
-    # A run's own settings name its reward models. It is the first that the distance is measured in.
     fields = {"reward_model": list[str], "max_new_tokens": int, "chat_template": bool | None}
     settings = read_object(f"{run}/config.json", fields, finite=False)
     spec, *_ = settings["reward_model"]
@@ -98,7 +97,7 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
     reward_model = load_reward_model(spec)
     evaluations = read_evaluations(run)
 
-    # evaluations[0] is the one before the first step: SFT's own answers.
+    # evaluations[0] was made before the first step: its answers are the SFT policy's.
     known_rows = evaluations[0]
     if pool_file:
         known_rows = read_pool_answers(pool_file, answers_each, tokenizer, settings)
@@ -107,7 +106,7 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
 
     distances = []
     for evaluation in evaluations:
-        # Others are far away by their prompts alone, whatever the answer.
+        # Answers to other prompts would be far away by their prompts alone.
         rows = [row for row in evaluation if row["prompt_ids"] in known_prompts]
         require(rows, f"{pool_file} has none of the prompts that {run} was evaluated on")
         distance = known.distance(hidden_states(reward_model, rows))
@@ -118,7 +117,7 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
 def read_evaluations(run: str) -> list[list[dict]]:
     """The answers of each evaluation of a finished run: rows {prompt_ids, response_ids, ...}."""
     evaluations = []
-    # metrics.jsonl has a line for each step; those of an evaluation have numbers eval/...
+    # metrics.jsonl has a line for each step. Only lines of an evaluation have numbers eval/...
     for record in read_rows(f"{run}/metrics.jsonl", {"step": int}):
         if "eval/kl" in record:
             path = f"{run}/eval/step_{record['step']}.jsonl"

@@ -39,12 +39,12 @@ def read_run(folder: str) -> dict:
     -> {"step": [...], "gold": [...], ..., "entropy": [...], "seconds": [x]}. The entropy, in nats a
     token, is that of the answers that the step learned from: None where nothing was sampled.
     """
-    # metrics.jsonl has a line for each step, and numbers of an evaluation in some of them:
+    # metrics.jsonl has a line for each step. Some lines also have an evaluation's numbers:
     #   {"step": 5, "entropy": 1.9, "seconds_rollout": 0.8, "eval/gold": -0.1, "eval/kl": 4.2, ...}
     run = {name: [] for name in ("step", *EVALUATED, "entropy")}
     seconds = 0.0
     for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
-        # Every step has taken its time, also those without an evaluation.
+        # Time is counted over all steps, also those without an evaluation.
         for name, value in row.items():
             if name.startswith("seconds"):
                 seconds += value
@@ -89,7 +89,7 @@ def describe_end(run: dict) -> dict[str, float]:
     """A run's end, its peak, and what going on from the peak cost."""
     golds = run["gold"]
     peak = max(golds)
-    # The peak is picked since it is the highest, so chance makes it, and the fall, a little larger.
+    # Pitfall: the peak is the largest of many noisy numbers: peak and fall are a little too large.
     return {
         "gold": golds[-1],
         "proxy": run["proxy"][-1],
@@ -110,7 +110,7 @@ def compare_answers(runs: dict[str, list[dict]]) -> dict:
 
 def describe_answers(run: dict) -> dict[str, float | None]:
     """What a run's last answers are like. Best-of-n is no policy, and has none of these."""
-    # DPO samples nothing while it trains: its entropy is None, and left out of the mean.
+    # DPO samples nothing while it trains, so its entropy is None: collect() leaves it out.
     row = {}
     for name in ("length", "distinct_2", "entropy", "seconds"):
         if name in run:
@@ -128,7 +128,7 @@ def compare_at_kl(runs: dict[str, list[dict]]) -> dict:
 
 def describe_at_kl(run: dict) -> dict[str, float | None]:
     """Gold at each of KLS."""
-    # In the order of the run: where it comes back to a KL, its first visit counts.
+    # Points are in the order of the run: if it comes back to a KL, its first visit counts.
     points = list(zip(run["kl"], run["gold"]))
     row = {}
     for kl in KLS:
@@ -156,8 +156,7 @@ def compare_places(runs: dict[str, dict[float, list[dict]]], baseline: str) -> t
             # i is the seed: a run is compared with what the baseline did with the same pairs.
             for i, run in enumerate(seed_runs):
                 end = describe_end(run)
-                # Of these runs there are two evaluations alone, start and end: a peak would say
-                # nothing.
+                # These runs were evaluated only at their start and end: a peak would say nothing.
                 rows.append({column: end[column] for column in ("gold", "proxy", "KL")})
 
                 # The seed's runs of the baseline, from the smallest KL to the largest.
@@ -194,16 +193,16 @@ def crossing(curve: dict[int, float], other: dict[int, float]) -> float | None:
 
     Between two k it lies on a straight line in log k. None: the other curve stays below.
     """
-    # lead: how far this curve is above the other. It is followed from the smallest k upwards.
+    # The lead is how far this curve is above the other. It is followed from the smallest k upwards.
     last_k = None
     last_lead = None
     for k in sorted(curve):
         lead = curve[k] - other[k]
-        # Not above even at the smallest k: there is no k before it to draw a line from.
+        # This curve is not above the other even at the smallest k: no line leads there.
         if lead <= 0 and last_k is None:
             return float(k)
         if lead <= 0:
-            # A line from last_lead above 0 to lead below it; share of the way to where it meets 0.
+            # On a line from last_lead > 0 to lead <= 0, this share of the way leads to 0.
             share = last_lead / (last_lead - lead)
             return last_k * (k / last_k) ** share
         last_k = k
@@ -213,7 +212,7 @@ def crossing(curve: dict[int, float], other: dict[int, float]) -> float | None:
 
 def compare_max_at_k(curves: dict[str, list[dict[int, float]]]) -> dict:
     """The table of max@k at the k of KS, and of what it is less SFT's. SFT has a single curve."""
-    # SFT's pool is shared, so what varies between seeds is the policy's curve alone.
+    # All seeds share SFT's pool, so differences vary between seeds by the policy's curve alone.
     (sft,) = curves[SFT]
     whole = {}
     less_sft = {}
@@ -224,7 +223,7 @@ def compare_max_at_k(curves: dict[str, list[dict[int, float]]]) -> dict:
             row = {}
             difference = {}
             for k in KS:
-                # A pool that is smaller than k, as with --quick, has no such column.
+                # A pool with fewer than k answers, as with --quick, has no such column.
                 if k in curve:
                     row[f"k = {k}"] = curve[k]
                     difference[f"k = {k}"] = curve[k] - sft[k]
@@ -243,14 +242,14 @@ def describe_crossings(curves: dict[str, list[dict[int, float]]]) -> list[str]:
     for method, seed_curves in curves.items():
         if method == SFT:
             continue
-        places = []
+        phrases = []
         for curve in seed_curves:
             k = crossing(curve, sft)
             if k is None:
-                places.append("never")
+                phrases.append("never")
             else:
-                places.append(f"from k = {k:.0f}")
-        sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(places)}")
+                phrases.append(f"from k = {k:.0f}")
+        sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(phrases)}")
     return sentences
 
 
@@ -265,8 +264,8 @@ def draw_against_kl(figure, runs: dict[str, list[dict]]):
     figure.set_size_inches(9.5, 4.4)
     gold_axis, proxy_axis = figure.subplots(1, 2, sharex=True)
     for method, seed_runs in runs.items():
-        # An estimated KL may come out a little below 0, and has no root then.
         kl = np.array([run["kl"] for run in seed_runs])  # [seeds, evaluations]
+        # An estimated KL may come out a little below 0, and would have no root.
         d = kl.clip(0) ** 0.5
         for axis, score in ((gold_axis, "gold"), (proxy_axis, "proxy")):
             scores = np.array([run[score] for run in seed_runs])

@@ -139,7 +139,7 @@ def flags_of(setting: Setting, steps: int, eval_every: int) -> str:
 
 def policy_cell(a, name: str, s, flags: str) -> Cell:
     """A run of train_ppo.py against the seed's reward model."""
-    # The cell's name is its folder, too: part/method/seed_s.
+    # The cell's name is also its folder: part/method/seed_s.
     out = a.output_dir
     models = f"--model {out}/sft --reward_model {out}/rm/seed_{s}"
     place = f"--seed {s} --output_dir {out}/{name}"
@@ -173,7 +173,8 @@ def dpo_cell(a, name: str, s, setting: Setting, eval_every: int) -> Cell:
 def pool_cell(a, name: str, policy: str, n: int, s, needs: list[str]) -> Cell:
     """n answers of a policy to each held-out prompt. The best of them by gold are max@n."""
     out = a.output_dir
-    # Gold chooses here, as nobody could in practice: max@k is what a policy has to offer at all.
+    # Gold itself chooses here, which nobody could do in practice: max@k asks what is the best that
+    # a policy can write.
     flags = f"--model {out}/{policy} --reward_model world:gold --n_answers {n}"
     place = f"--eval_size {a.prompts} --seed {s} --output_dir {out}/{name}"
     command = join("sample_bon.py", flags, place, a.bon_flags)
@@ -192,7 +193,7 @@ def bon_cell(a, s) -> Cell:
     models = f"--pool {out}/pool/pool.jsonl --reward_model {out}/rm/seed_{s}"
     place = f"--seed {s} --output_dir {out}/{name}"
     command = join("sample_bon.py", models, place, a.bon_flags)
-    # The pool is one for all seeds, so that curves differ by the reward models alone.
+    # All seeds choose from one pool, so that their curves differ by the reward models alone.
     needs = [train_sft(a), train_reward_model(a, s), sft_pool(a).command]
     return Cell(name, command, needs, read_bon)
 
@@ -201,7 +202,7 @@ def tuning_cell(a, method: str, s, setting: Setting) -> Cell:
     """A run that shows what a setting is worth."""
     lr, strength = setting
     name = f"tuning/{method}/lr_{lr:g}_{strength:g}/seed_{s}"
-    # eval_every=0 evaluates at the start and the end alone: only the end is asked for.
+    # A setting is judged by its end alone. eval_every=0 evaluates only there and at the start.
     if method == DPO:
         return dpo_cell(a, name, s, setting, eval_every=0)
     flags = flags_of(setting, a.tuning_steps, eval_every=0)
@@ -218,7 +219,7 @@ def headline_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
             tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(method_flags, flags))
             cells.append(tuned)
 
-            # What an optimiser does when nothing pulls it back to SFT, at its own learning rate.
+            # The same learning rate, with nothing that pulls the policy back to SFT.
             if s < a.no_kl_seeds:
                 no_kl = setting._replace(strength=0)
                 flags = flags_of(no_kl, a.no_kl_steps, a.no_kl_eval_every)
@@ -237,7 +238,7 @@ def place_cells(a, lr: float) -> list[Cell]:
     for s in range(a.trial_seeds):
         for place, place_flags in PLACES.items():
             for coefficient in a.place_coefs:
-                # RLOO's own --kl_in and --kl_kind are the defaults. A place names both.
+                # ON_POLICY["rloo"] names neither --kl_in nor --kl_kind: the place does.
                 setting = Setting(lr, coefficient)
                 flags = flags_of(setting, a.place_steps, eval_every=0)
                 flags = join(ON_POLICY["rloo"], place_flags, flags)
@@ -298,14 +299,14 @@ def tune(a, path: str) -> dict[str, dict[Setting, list[float]]]:
 
     -> {method: {setting: gold at the end, one number a seed}}. best_of() says which is best.
     """
-    # A full grid would be lrs x strengths runs a seed; this way it is lrs + strengths - 1.
+    # A full grid would take lrs x strengths runs a seed; two rounds take lrs + strengths - 1.
     first_round = {}
     for method in TUNED:
         lrs, strengths = grid_of(a, method)
         first_round[method] = [Setting(lr, strengths[0]) for lr in lrs]
     tried = try_settings(a, first_round, path)
 
-    # The first strength has been tried at this rate already.
+    # The first strength has been tried already, at every learning rate.
     second_round = {}
     for method in TUNED:
         _, strengths = grid_of(a, method)
@@ -322,7 +323,7 @@ def try_settings(a, settings: dict[str, list[Setting]], path: str) -> dict:
     tried = {}
     places = {}  # {name of a cell: the list that its gold goes into}
     for method, settings_of_method in settings.items():
-        # The lists are filled below: a cell's name says which list its gold belongs to.
+        # These lists are filled when the cells have run.
         tried[method] = {setting: [] for setting in settings_of_method}
         lrs, strengths = grid_of(a, method)
         if len(lrs) * len(strengths) == 1:
@@ -357,8 +358,7 @@ def print_tuning(a, tried: dict):
         best = best_of(golds)
         lrs, strengths = grid_of(a, method)
         for setting, numbers in golds.items():
-            # A setting at the edge of what was tried may have a better neighbour that nobody has
-            # tried.
+            # Beyond a setting at the edge of the grid there may be a better one.
             mark = ""
             if setting == best:
                 mark = "  <- chosen"
@@ -437,7 +437,7 @@ def main(args=None):
 
 def run_study(a, path: str):
     """All parts, in order. path: the file of results"""
-    # 1. Tuning, on seeds of its own: no setting owes its place to the reward models of the results.
+    # 1. Tuning, on seeds of its own: no setting is chosen by reward models that the results use.
     tried = tune(a, path)
     chosen = {method: best_of(golds) for method, golds in tried.items()}
     print_title("Tuning: gold at the end, mean over seeds (and of each seed)", a)
@@ -467,7 +467,7 @@ def run_study(a, path: str):
 
     # 3. The trial of where the KL penalty stands.
     results = run_cells(place_cells(a, chosen["rloo"].lr), a, path)
-    # The places are compared at the same KL: coefficients of different places are no common scale.
+    # Places are compared at the same KL: one coefficient does not mean the same in all places.
     runs = runs_of_places(a, results)
     ends, less_k1 = compare_places(runs, K1)
     print_title(f"RLOO by the place of its KL penalty, {a.trial_seeds} seed(s)", a)
@@ -485,7 +485,7 @@ def run_study(a, path: str):
 
     results = run_cells(pools, a, path)
     largest = min(a.n_answers, a.k_answers)
-    # All pools up to the same k. SFT's pool is one for all seeds, so it has one curve.
+    # All curves go up to the same k. SFT has one curve, since all seeds share its pool.
     curves = {SFT: [curve_of(results["pool"], largest)]}
     for method, seed_pools in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
         curves[method] = [curve_of(pool, largest) for pool in seed_pools]
@@ -505,7 +505,6 @@ def runs_of(results: dict, part: str, methods, seeds: int) -> dict[str, list[dic
 
 def runs_of_places(a, results: dict) -> dict[str, dict[float, list[dict]]]:
     """{place of the KL: {coefficient: the run of each seed}}"""
-    # What compare_places() needs at once: a place's runs at all coefficients, seed by seed.
     runs = {}
     for place in PLACES:
         runs[place] = {}

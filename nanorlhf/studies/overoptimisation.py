@@ -87,8 +87,8 @@ class Method(NamedTuple):
     uwo_lambda: float | None = None
 
 
-# {a method's name in tables and folders: the method}. From pretrain_NAME tables subtract NAME, the
-# same objective of members that share their start.
+# {a method's name in tables and folders: the method}. pretrain_NAME has the objective of NAME and
+# members with a start of their own: tables show the difference of the two.
 METHODS = {
     SINGLE: Method(FINETUNE, members=1),
     "mean": Method(FINETUNE),
@@ -146,12 +146,12 @@ def has_one_sft(a) -> bool:
 
 def sft_models(a, ensemble: str) -> list[str]:
     """The SFT policies that the members of an ensemble start from. The first is PPO's too."""
-    # One policy for all: nothing is trained, and PRETRAIN is refused when flags are read.
+    # Here --model is the only SFT policy. (PRETRAIN was refused when the flags were read.)
     if has_one_sft(a):
         return [sft_of(a)]
     if ensemble == PRETRAIN:
         return [f"{sft_of(a)}/seed_{i}" for i in range(a.members)]
-    # seed_0 is the first of PRETRAIN's too: all ensembles judge answers of one and the same policy.
+    # seed_0 is also the first of PRETRAIN's policies: PPO starts from it with every ensemble.
     return [f"{sft_of(a)}/seed_0"]
 
 
@@ -180,8 +180,8 @@ def train_sfts(a, ensemble: str) -> list[str]:
 
 def member_folder(a, s, noise, ensemble: str) -> str:
     """The folders of a seed's reward models: {seed} stands for their own seeds."""
-    # Two seeds: the study's own, s, decides pairs, noise and PPO; a member's, {seed}, its order and
-    # its head. train_rm.py replaces {seed} by 0, 1, 2, ... of its --members.
+    # There are two kinds of seeds. The study's own, s, decides pairs, label noise and PPO's draws.
+    # A member's decides the order of its pairs and its score head: train_rm.py puts it for {seed}.
     return f"{a.output_dir}/rm_noise{noise:g}/{ensemble}/seed_{s}/seed_{{seed}}"
 
 
@@ -197,17 +197,17 @@ def noisy_pairs(a, s, noise) -> str:
 
 def train_rms(a, ensemble: str, pairs: str, folder: str, first: int = 0) -> str:
     """The command that trains the members of an ensemble. first: the first one's own seed"""
-    # Members of one training have the seeds first, first + 1, ...
+    # The members have the seeds first, first + 1, ...
     seed = ""
     if first:
         seed = f"--seed {first} "
-    # What makes members differ. Of FINETUNE: the order of their pairs, and where their heads start.
+    # Members of FINETUNE differ in the order of their pairs and in the start of their score heads.
     start = policy_of(a)
-    # Here each starts elsewhere too: train_rm.py puts a member's own seed for {seed}.
+    # Members of PRETRAIN also start from different SFT policies: {seed} is the member's own seed.
     if ensemble == PRETRAIN:
         start = f"{sft_of(a)}/seed_{{seed}}"
     head = ""
-    # Weights that are to be averaged must have grown from the same ones, the head's included.
+    # Members of WARM are averaged: all their weights, the head's too, must start out equal.
     if ensemble == WARM:
         head = "--head_seed 0 "
     return (
@@ -220,7 +220,7 @@ def train_members(a, s, noise, ensemble: str) -> list[str]:
     """The commands that make a seed's ensemble: one, and of WARM a second one for the average."""
     folder = member_folder(a, s, noise, ensemble)
     commands = [train_rms(a, ensemble, noisy_pairs(a, s, noise), folder)]
-    # PPO is given the average. Held-out pairs are read again: they set the scale of its scores.
+    # PPO's reward is the average. The held-out pairs are needed again, to set its scores' scale.
     if ensemble == WARM:
         commands.append(
             f"train_rm.py --average {folder} {pair_flags(a, s)} "
@@ -249,7 +249,7 @@ def train_further(a, s, noise, method: Method) -> list[str]:
     """The command that trains as many members once more, for an ensemble of twice the size."""
     if method.members is None or method.members <= a.members:
         return []
-    # In a folder of their own, with the seeds that follow: five members and five further ones.
+    # The further members have a folder of their own, and the seeds that follow those of the others.
     folder = member_folder(a, s, noise, "further")
     return [train_rms(a, FINETUNE, noisy_pairs(a, s, noise), folder, first=a.members)]
 
@@ -259,7 +259,7 @@ def rewards_of(a, s, noise, method: Method) -> str:
     folder = member_folder(a, s, noise, method.ensemble)
     if method.ensemble == WARM:
         return averaged_folder(a, s, noise)
-    # The scripts take {seed} in a name for all members that are there.
+    # In a reward's name {seed} stands for all members that are there.
     if method.members is None:
         return folder
     if method.members > a.members:
@@ -280,7 +280,7 @@ def measure_of(a) -> str:
 
 def sample_pool(a) -> list[str]:
     """The commands that sample SFT's answers, which best-of-n chooses from, for all seeds."""
-    # Gold is known, so no reward model is needed yet: the cells score the same answers later.
+    # Gold scores the pool, so no reward model is needed yet: best-of-n reads the pool later.
     before = []
     reward_model = "world:gold"
     if has_own_data(a):
@@ -290,8 +290,8 @@ def sample_pool(a) -> list[str]:
         noise = a.label_noise[0]
         before = train_members(a, 0, noise, FINETUNE)
         reward_model = rewards_of(a, 0, noise, METHODS[SINGLE])
-    # One pool for all seeds and ensembles: what differs between their curves is which answers they
-    # choose, and not chance in the sampling.
+    # All seeds and ensembles choose from one pool, so that their curves do not differ by the chance
+    # of sampling.
     pool = (
         f"sample_bon.py --model {policy_of(a)} --reward_model {reward_model} {prompt_flags(a)}"
         f"--n_answers {a.n_answers} --eval_size {a.prompts} --output_dir {a.output_dir}/pool "
@@ -315,7 +315,7 @@ def ppo_name(s, noise, kl_coef, label: str) -> str:
 
 def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
     """One PPO run."""
-    # In the order in which they are needed: a command reads what those ahead of it have written.
+    # The order matters: a command reads what those ahead of it have written.
     needs = list_once(
         train_sfts(a, method.ensemble),
         sample_known(a),
@@ -323,7 +323,7 @@ def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
         train_further(a, s, noise, method),
     )
 
-    # The other flags are the same for all methods: they differ in their reward alone.
+    # Methods differ in --reward_model, --objective and --uwo_lambda; all other flags are the same.
     objective = f"--objective {method.objective} "
     if method.uwo_lambda is not None:
         objective += f"--uwo_lambda {method.uwo_lambda:g} "
@@ -333,8 +333,8 @@ def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
         f"{prompt_flags(a)}{objective}--kl_coef {kl_coef:g} --seed {s} --steps {a.steps} "
         f"--eval_every {a.eval_every} --output_dir {a.output_dir}/{name} {a.ppo_flags}"
     )
-    # Distances are a sign to be judged beside the others. They need a model that reads the answers
-    # again, so they are measured when the run's result is read, and kept with it.
+    # The distance is one of the signs in warning_signs.py. train_ppo.py does not log it: a reward
+    # model reads the answers once more when the run's result is read.
     read = read_ppo
     if sample_known(a):
         read = partial(read_with_distance, known=f"{a.output_dir}/known/pool.jsonl")
@@ -358,7 +358,7 @@ def sample_known(a) -> list[str]:
 def read_with_distance(folder: str, known: str) -> dict:
     """What a PPO run has found, with the distance of its answers from those in a pool."""
     distances = measure_distances(folder, known)
-    # read_ppo() leaves the column empty, and the right side of | wins.
+    # read_ppo() has an empty column of this name, which is replaced.
     return read_ppo(folder) | {"distance": [shorten(distance) for distance in distances]}
 
 
@@ -370,10 +370,10 @@ def bon_name(s, noise, ensemble: str) -> str:
 def bon_cell(a, s, noise, ensemble: str) -> Cell:
     """Best-of-n by a seed's ensemble, each of its members and each objective."""
     needs = list_once(train_sfts(a, ensemble), sample_pool(a), train_members(a, s, noise, ensemble))
-    # One run has the curves of each member and of every objective: nothing but arithmetic is added.
+    # One run gives the curves of each member and of every objective, by every lambda of UWO.
     lambdas = " ".join(map(str, BON_LAMBDAS))
     name = bon_name(s, noise, ensemble)
-    # Gold is read from the pool, which keeps each answer's own.
+    # The command names no gold: the pool has each answer's gold score, where there is gold.
     command = (
         f"sample_bon.py --pool {a.output_dir}/pool/pool.jsonl "
         f"--reward_model {rewards_of(a, s, noise, Method(ensemble))} --uwo_lambda {lambdas} "
@@ -390,7 +390,7 @@ def hard_name(s, ensemble: str) -> str:
 def hard_cell(a, s, ensemble: str) -> Cell:
     """Best-of-n in the hard setting."""
     out = f"{a.output_dir}/hard"
-    # Prompts of topics that no pair is about: reward models are least reliable on these.
+    # The prompts are of held-out topics, about which the reward models have learned no pair.
     pool = (
         f"sample_bon.py --model {policy_of(a)} --reward_model world:gold --split ood "
         f"--max_rows {a.hard_prompts} --n_answers {a.hard_answers} --output_dir {out}/pool "
@@ -436,7 +436,7 @@ def seeds_of(a, noise) -> range:
 def headline_cells(a) -> list[Cell]:
     """PPO by each method, and best-of-n by each ensemble, at each label noise."""
     cells = []
-    # Best-of-n comes first: it needs the reward models, and no training of a policy.
+    # Best-of-n comes first: it trains no policy, so its results are there early.
     for noise in a.label_noise:
         for s in seeds_of(a, noise):
             for ensemble in ensembles_of(a):
@@ -466,7 +466,7 @@ def member_counts(a) -> dict[str, Method]:
     for members in FEW_MEMBERS:
         if members < a.members:
             methods[f"mean_of_{members}"] = Method(FINETUNE, members=members)
-    # All members: the headline's run has the same name and folder, so it is not run again.
+    # "mean" is all members. That run is the headline's, with the same name, and is not run again.
     methods["mean"] = METHODS["mean"]
     methods[f"mean_of_{2 * a.members}"] = Method(FINETUNE, members=2 * a.members)
     return methods
@@ -474,7 +474,7 @@ def member_counts(a) -> dict[str, Method]:
 
 def trial_cells(a, methods: dict[str, Method], kl_coefs=(0,)) -> list[Cell]:
     """A sweep of a few seeds, at the first label noise."""
-    # Sweeps are the embedded world's: they ask about methods, not about one's own data.
+    # Sweeps are run in the embedded world alone: they ask about methods, not about data.
     if a.model:
         return []
     noise = a.label_noise[0]
@@ -499,7 +499,7 @@ def all_cells(a) -> list[Cell]:
 def commands(a) -> list[list[str]]:
     """The study as lists of command lines: what stands in one list can run side by side."""
     cells = all_cells(a)
-    # The cells themselves come last, all in one stage: none reads what another has written.
+    # The cells' own commands are the last stage: no cell reads what another cell has written.
     return [*stages_of(cells), [cell.command for cell in cells]]
 
 
@@ -589,7 +589,7 @@ def main(args=None):
 def run_study(a, path: str):
     """Run the study part by part, and show what each part has found. path: the file of results"""
     # Parts are run and shown one after another, so that the first tables are there long before the
-    # last runs. A cell that an earlier part has run is read from the file.
+    # last runs. A cell that two parts share is run once.
     measure = measure_of(a)
     numbers = "mean over seeds +- half-width of its 95% t interval"
     print(f"\n{measure.capitalize()} on held-out prompts: {numbers}")
@@ -598,7 +598,7 @@ def run_study(a, path: str):
     results = run_cells(headline_cells(a), a, path)
     runs_by_title = {}
     for noise in a.label_noise:
-        # --trial_seeds 0, as with --quick, leaves out the runs without noise.
+        # --trial_seeds 0 leaves no seed for the runs without label noise.
         if not seeds_of(a, noise):
             continue
         show_bon(a, results, noise)
@@ -670,7 +670,7 @@ def show_curves(a, title: str, runs: dict[str, list[dict]], picture: str):
     (n_seeds,) = {len(seed_runs) for seed_runs in runs.values()}
     print_title(f"{title}, {count(n_seeds, 'seed')}", a)
     print_table(compare_curves(runs, measure))
-    # Gao et al.'s curves are of gold. The proxy does not follow them.
+    # Gao et al.'s curves are of gold, so they are not fitted to the proxy.
     if measure == "gold":
         for line in fit_curves(runs):
             print(line)
@@ -709,7 +709,7 @@ def show_signs(a, title: str, runs: dict[str, list[dict]]):
     if lines:
         print_title(f"{title}: does a measure of reward models tell how a run ends?", a)
         print("\n".join(lines))
-    # During PPO: what evaluations show as they come. Signs are judged by gold, so they need one.
+    # During PPO: what evaluations show without gold. Gold judges how good these signs are.
     if measure == "gold":
         print_title(f"{title}: signs that gold has fallen below its start", a)
         print_signs(compare_signs(group_by_seed(runs)))

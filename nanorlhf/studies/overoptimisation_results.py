@@ -38,7 +38,7 @@ def read_ppo(folder: str) -> dict:
     last answers that they overrate most; "spread": [x], the standard deviation of their mean score
     on SFT's answers; "accuracy" and "tau": [x], theirs on held-out pairs; "seconds": [x].
     """
-    # metrics.jsonl has a line for each step, and numbers of an evaluation in some of them:
+    # metrics.jsonl has a line for each step. Some lines also have an evaluation's numbers:
     #   {"step": 5, "entropy": 1.9, "seconds_rollout": 0.8, "eval/gold": -0.1, "eval/kl": 4.2, ...}
     run = {name: [] for name in ("step", *EVALUATED, "entropy")}
     seconds = 0.0
@@ -54,7 +54,7 @@ def read_ppo(folder: str) -> dict:
             run[name].append(shorten(row.get(f"eval/{name}")))
         # The entropy is that of the answers that the step learned from.
         run["entropy"].append(shorten(row.get("entropy")))
-    # Whoever measures distances puts them in this place: a run has the same columns either way.
+    # read_with_distance() of overoptimisation.py fills this column: all runs have the same columns.
     run["distance"] = [None] * len(run["step"])
 
     # PPO begins with SFT's own answers.
@@ -64,7 +64,7 @@ def read_ppo(folder: str) -> dict:
     run["correlation"] = [shorten(correlate_members(first)), shorten(correlate_members(last))]
     run["overrated"] = list_overrated(last)
     run["spread"] = [shorten(float(mean_scores.std(ddof=1)))]
-    # In lists of one, as all columns are lists: a run is a plain dict of lists, and JSON keeps it.
+    # All columns are lists, as a run is said to be: a single number is a list of one.
     run |= describe_reward_models(folder)
     run["seconds"] = [shorten(seconds)]
     return run
@@ -86,8 +86,8 @@ def correlate_members(answers: list[dict]) -> float | None:
 
     None also where a member gives all answers the same score.
     """
-    # A member whose scores do not vary has no correlation: it would be 0 / 0.
     scores = scores_of(answers)  # [K, N]
+    # The correlation of scores that do not vary would be 0 / 0.
     if len(scores) < 2 or not scores.std(1).all():
         return None
     coefficients = np.corrcoef(scores)  # [K, K]
@@ -103,12 +103,11 @@ def list_overrated(answers: list[dict]) -> list[str]:
     """
     if answers[0].get("gold") is None:
         return []
-    # What even the most doubtful member overrates is what no ensemble of these members can notice:
-    # WCO's score is that member's.
+    # WCO takes the lowest member's score. Where even that one is too high, WCO cannot notice.
     lowest = scores_of(answers).min(0)  # [N]
     gold = np.array([row["gold"] for row in answers])
     excess = rank(lowest) - rank(gold)  # [N]
-    # Late in a run many answers are the same text.
+    # Late in a run many answers are the same text: each text is listed once.
     texts = {}  # a set that keeps the order
     for i in np.argsort(-excess, kind="stable"):
         texts[answers[i]["response"]] = None
@@ -117,13 +116,13 @@ def list_overrated(answers: list[dict]) -> list[str]:
 
 def rank(numbers: np.ndarray) -> np.ndarray:
     """The rank of each of N numbers, 0 for the smallest."""
-    # The first argsort says who stands at each place, the second at which place each stands.
+    # argsort() gives the number at each place of the order; argsort() of that, each number's place.
     return np.argsort(np.argsort(numbers, kind="stable"), kind="stable")
 
 
 def describe_reward_models(folder: str) -> dict[str, list[float | None]]:
     """The numbers of HELD_OUT, mean over a PPO run's reward models; None where none has them."""
-    # The run's own settings name its reward models; each one's folder has what train_rm.py found.
+    # The run's settings name its reward models, whose folders have train_rm.py's summaries.
     paths = read_object(f"{folder}/config.json", {"reward_model": list})["reward_model"]
     summaries = []
     for path in paths:
@@ -159,7 +158,7 @@ def read_bon(folder: str) -> dict:
         else:
             curves[name] = [points]
 
-    # All curves of a run have the same n, and the KL follows from n alone.
+    # All curves of a run are at the same n, and the KL is a function of n alone.
     run = {"n": [], "kl": []}
     for point in curves[SINGLE][0]:
         run["n"].append(point["n"])
@@ -189,7 +188,7 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
     The first ensemble's labels are those of its curves, such as wco; another's have its name in
     front. An averaged reward model has one curve, and its name is that of the ensemble.
     """
-    # Labels as those of PPO's METHODS, so that tables and colours of both can be compared.
+    # Labels are named as PPO's METHODS are, so that the tables of both can be compared.
     first, *_ = pools
     runs = {}
     for ensemble, seed_pools in pools.items():
@@ -203,7 +202,7 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
             if len(names) == 1:
                 label = ensemble
             runs[label] = []
-            # A run as PPO's are: gold, proxy and KL side by side, with n in the place of steps.
+            # The same form as a run of PPO, with n in the place of the step.
             for pool in seed_pools:
                 runs[label].append({"n": pool["n"], "kl": pool["kl"], **pool[name]})
     return runs
@@ -226,7 +225,7 @@ def compare_curves(runs: dict[str, list[dict]], measure: str) -> dict:
     table = {}
     for label, seed_runs in runs.items():
         table[label] = collect(describe_curve(run, measure) for run in seed_runs)
-    # Methods of a seed share its pairs and its noise: what these do to both falls out of a
+    # Methods of a seed share its pairs and its noise: what these do to both drops out of a
     # difference.
     for label, row in table.items():
         if label != SINGLE and SINGLE in table:
@@ -243,7 +242,7 @@ def describe_curve(run: dict, measure: str) -> dict[str, float]:
     Of PPO also the accuracy of its reward models on held-out pairs, and its seconds of training.
     """
     values = run[measure]
-    # The peak is picked since it is the highest, so it is a little too high: chance helps it.
+    # Pitfall: the peak is the largest of many noisy numbers, so it is a little too high.
     peak = max(values)
     place = values.index(peak)
     positions = run.get("step") or run["n"]
@@ -265,7 +264,7 @@ def compare_members(runs: dict[str, list[dict]]) -> dict:
     """The table of how alike the members of each ensemble are, on SFT's and on the last answers."""
     table = {}
     for label, seed_runs in runs.items():
-        # A single reward model has nobody to be like.
+        # A single reward model has no other one to be like.
         if seed_runs[0]["correlation"][0] is not None:
             table[label] = collect(describe_members(run) for run in seed_runs)
     return table
@@ -294,7 +293,7 @@ def fit_curves(runs: dict[str, list[dict]]) -> list[str]:
         gold = stack(seed_runs, "gold")  # [S, L]
         # The KL of the policy that a run starts from is 0, whatever rounding says.
         kl[:, 0] = 0.0
-        # Two unknowns, a and b, need two KL of which neither is the start's: all curves begin at 0.
+        # Two unknowns, a and b, need two KL besides the start's, where every curve is 0.
         if len(np.unique(kl[kl > 1e-6])) < 2:
             continue
         if "n" in seed_runs[0]:
@@ -326,7 +325,7 @@ def compare_reward_models(runs: dict[str, list[dict]], measure: str) -> list[str
     for name in (*HELD_OUT, "spread"):
         numbers = []
         ends = []
-        # (x, y) of each run: the measure, known before PPO, and where the run ended.
+        # Each run is a point: a measure of its reward models before PPO, and where the run ended.
         for seed_runs in runs.values():
             for run in seed_runs:
                 (number,) = run[name]
@@ -335,7 +334,7 @@ def compare_reward_models(runs: dict[str, list[dict]], measure: str) -> list[str
                     ends.append(run[measure][-1])
         if len(numbers) < 2:
             continue
-        # permutations=0: without the test, whose p-value is not wanted.
+        # permutations=0: no p-value, see above.
         tau, _ = kendall_tau(numbers, ends, permutations=0)
         lines.append(
             f"{name:10s} Kendall's tau with {measure} at the end {tau:6.2f}, {len(numbers)} runs"
@@ -357,8 +356,8 @@ def draw_curves(figure, runs: dict[str, list[dict]]):
         kl = stack(seed_runs, "kl")  # [S, L]
         d = kl.clip(0) ** 0.5
         positions = seed_runs[0].get("step") or seed_runs[0]["n"]
-        # Left, by effort; right, by distance from SFT: methods that go at different paces can be
-        # compared there.
+        # On the left by effort. On the right by the distance from SFT, where methods that move at
+        # different paces can be compared.
         draw_scores(left, positions, seed_runs, color=f"C{i}", label=label)
         draw_scores(right, d.mean(0), seed_runs, color=f"C{i}", label=label)
 
@@ -373,7 +372,7 @@ def draw_curves(figure, runs: dict[str, list[dict]]):
 def draw_scores(axis, x, seed_runs: list[dict], color: str, label: str):
     """The mean gold and proxy of the runs of all seeds; the proxy alone where gold is unknown."""
     proxy = stack(seed_runs, "proxy")  # [S, L]
-    # No gold reward, no solid line: the proxy then has the colour's label.
+    # Without gold there is no solid line, so the dashed one has the label.
     if None in seed_runs[0]["gold"]:
         draw_mean(axis, x, proxy, color=color, label=label, linestyle="--")
         return

@@ -64,7 +64,7 @@ class OwnDataFlags(FlagGroup):
         is_world = data.is_world(self.dataset)
         require(not is_world, "--dataset world is what a study runs on without --dataset")
         require(self.model or not self.dataset, "--dataset is your own data: name a --model too")
-        # Each of these replaces a part of the world, and would not fit to the parts that are left.
+        # Each of these flags replaces a part of the world, and does not fit the parts that stay.
         for name in ("sft_dataset", "pairs", "gold_model", "data_flags"):
             is_alone = getattr(self, name) and not self.dataset
             require(not is_alone, f"--{name} is for data of your own: it goes with --dataset")
@@ -80,7 +80,7 @@ def has_own_data(a) -> bool:
 
 def sft_of(a) -> str:
     """The SFT policy, as commands name it: the folder that it is trained in, or --model itself."""
-    # quote(): a command is one line of text, and a path may hold spaces.
+    # quote(): a command is one line of text, in which a path with spaces would be several words.
     if a.model and not a.sft_dataset:
         return quote(a.model)
     return f"{a.output_dir}/sft"
@@ -88,7 +88,7 @@ def sft_of(a) -> str:
 
 def sft_commands(a) -> list[str]:
     """The command that trains the SFT policy; none where --model is one."""
-    # Without demonstrations there is nothing to train.
+    # A --model without demonstrations is the SFT policy itself.
     if a.model and not a.sft_dataset:
         return []
     # In the embedded world train_sft.py starts from random weights.

@@ -43,7 +43,7 @@ def print_plan(
     remarks: what is different from the embedded world. later: what cannot be known yet. A flag that
     is wrong ends the program with one line.
     """
-    # A stage whose models are all there already has no commands.
+    # A stage is empty where its models are given, such as a --model that is the SFT policy.
     stages = [stage for stage in stages if stage]
     n_commands = sum(len(stage) for stage in stages)
     print(f"{n_commands} commands in {len(stages)} stages, {a.jobs} side by side; nothing is run")

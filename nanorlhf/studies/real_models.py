@@ -121,7 +121,7 @@ def data_of(a) -> str:
 
 def make_cell(a, name: str, command: str, read: Callable, needs: list[Cell] = ()) -> Cell:
     """A cell whose command writes a folder of the cell's name. needs: cells that run before it."""
-    # Whatever a needed cell needs comes ahead of it, and each command is listed once.
+    # What a needed cell itself needs comes ahead of it. Each command is listed once.
     before = []
     for cell in needs:
         for needed in (*cell.needs, cell.command):
@@ -159,8 +159,7 @@ Stages = list[list[Cell]]
 
 
 def lexicon_cell(a, kl_coef: float) -> Cell:
-    """PPO on the words of a lexicon, with and without a KL penalty."""
-    # Made by a function, since diversity_cells() and inside_cells() start from this run, too.
+    """PPO on the words of a lexicon. diversity_cells() and inside_cells() start from it too."""
     data = f"--dataset {data_of(a)}/prompts.jsonl --reward_model {data_of(a)}/lexicon.tsv"
     size = size_of_rollouts(a, a.steps, a.batch_size)
     name = f"lexicon/kl_{kl_coef:g}/seed_0"
@@ -185,10 +184,10 @@ def lexicon_cells(a) -> Stages:
 
 def sums_cells(a) -> Stages:
     """GRPO on sums whose answers can be checked, with a smaller reward for their form."""
-    # The form pays little: enough to be found, too little to be preferred to a right answer.
+    # The form alone pays a fifth of a right answer: enough to be learned, too little to prefer it.
     rewards = f"{data_of(a)}/rewards.py:is_right {data_of(a)}/rewards.py:is_in_form"
     data = f"--dataset {data_of(a)}/sums.jsonl --reward_model {rewards} --reward_weights 1 0.2"
-    # As in GRPO's paper: the KL in the loss by k3, and a mean over the tokens of each answer.
+    # GRPO's paper has the KL in the loss, estimated by k3, and a mean over each answer's tokens.
     method = "--advantage grpo --loss_mean sequence --kl_in loss --kl_kind k3 --kl_coef 0.02"
     size = f"--steps {a.sums_steps} --group_size 8 --batch_size {a.batch_size} --max_new_tokens 16"
     policies = []
@@ -209,7 +208,7 @@ def sums_cells(a) -> Stages:
 def sums_pool(a, name: str, model: str, temperature: float, needs: list[Cell] = ()) -> Cell:
     """Four answers to each held-out sum at a temperature."""
     reward = f"--reward_model {data_of(a)}/rewards.py:is_right"
-    # Four answers to a sum: with one, a share of 24 sums would be too coarse to compare.
+    # Four answers to each sum: one answer to each of 24 sums would be too coarse a share.
     command = join(
         f"sample_bon.py --model {model} --dataset {data_of(a)}/sums.jsonl {reward} {BFLOAT16}",
         f"--eval_size {a.prompts} --n_answers 4 --max_new_tokens 16 --temperature {temperature:g}",
@@ -223,17 +222,17 @@ def polite_cells(a) -> Stages:
     Their judge has learned from other pairs, without wrong labels.
     """
     data = data_of(a)
-    # All are tested on the same pairs, which none of them learns from.
+    # All reward models are tested on the same pairs, which none of them learns from.
     test = f"--eval_dataset {data}/polite_test.jsonl --eval_size {a.test_pairs}"
     judge_flags = f"--dataset {data}/polite_judge.jsonl {test} --steps {a.rm_steps}"
     judge = reward_cell(a, "polite/judge", judge_flags)
-    # Members differ in their seed alone: the labels that are wrong are the same for all.
+    # Members differ in --seed alone: the same labels are wrong for all of them.
     members = []
     for s in range(a.members):
         flags = f"--dataset {data}/polite_members.jsonl {test} --steps {a.rm_steps} --seed {s}"
         flags += f" --label_noise {LABEL_NOISE}"
         members.append(reward_cell(a, f"polite/members/seed_{s}", flags))
-    # A judge that reads the question is right less often where the answers are to other questions.
+    # A judge that reads the questions must become worse where these are exchanged.
     moved = moved_cell(a, "polite/moved", judge, f"{data}/polite_moved.jsonl", "")
 
     # The same answers are chosen from by each member and by all of them.
@@ -248,7 +247,7 @@ def polite_cells(a) -> Stages:
 
     # These are dear: five reward models score each answer.
     size = size_of_rollouts(a, a.rm_ppo_steps, a.batch_size // 2)
-    # {seed} in a reward's name stands for all members: PPO then maximises their mean.
+    # {seed} in a reward's name stands for all members; PPO maximises their mean by default.
     policies = []
     rewards = {"one": folder_of(a, members[0]), "all": all_members}
     needed = {"one": [judge, members[0]], "all": [judge, *members]}
@@ -262,7 +261,7 @@ def polite_cells(a) -> Stages:
 
 def moved_cell(a, name: str, reward_model: Cell, dataset: str, flags: str) -> Cell:
     """A reward model on a test whose questions have the answers of others."""
-    # --eval_size 0 is all of the test.
+    # --eval_size 0: all pairs of the test.
     data = join(f"--dataset {dataset} --eval_size 0", flags)
     return benchmark_cell(a, name, folder_of(a, reward_model), data, [reward_model])
 
@@ -270,7 +269,7 @@ def moved_cell(a, name: str, reward_model: Cell, dataset: str, flags: str) -> Ce
 def hh_cells(a) -> Stages:
     """Reward models of helpful dialogues."""
     data = data_of(a)
-    # Dialogues are long: where one does not fit, its first turns are cut off.
+    # Dialogues are long: where one does not fit, the beginning of its prompt is cut off first.
     length = "--max_length 256"
     test = f"--eval_dataset {data}/hh_test.jsonl --eval_size {a.test_pairs}"
     training = f"--dataset {data}/hh_train.jsonl {test} {length} --steps {a.rm_steps_long}"
@@ -287,7 +286,7 @@ def hh_cells(a) -> Stages:
 def judge_cells(a) -> Stages:
     """The model as a judge of reviews whose gold is known, each of two standing first once."""
     data = data_of(a)
-    # A has more gold in every pair. world:gold is there to check that: its share for A must be 1.
+    # A has more gold in every pair, so world:gold must choose A every time: a check of the command.
     answers = f"--a {data}/better.jsonl --b {data}/worse.jsonl"
     judges = f"--judge llm:{model_of(a)} world:gold --forced_choice"
     return [[make_cell(a, "judge", f"probe.py judge {answers} {judges}", read_judge)]]
@@ -296,7 +295,7 @@ def judge_cells(a) -> Stages:
 def diversity_cells(a) -> Stages:
     """How different the answers of the model, of its best-of-n and of a policy are."""
     data = data_of(a)
-    # PPO on a lexicon ends in a few words: a measure of diversity has to show it.
+    # PPO on a lexicon repeats a few words. A measure of diversity has to show that.
     policy = lexicon_cell(a, 0.05)
     measures = f"--diversity --tokenizer {model_of(a)}"
     if a.encoder:
@@ -318,7 +317,7 @@ def diversity_cells(a) -> Stages:
 def inside_cells(a) -> Stages:
     """What PPO on the lexicon has changed inside: weights, activations, features, and a probe."""
     data = data_of(a)
-    # What is looked at is the run with a penalty, which has moved less.
+    # The run with a KL penalty is looked at, the one that has moved less.
     policy = lexicon_cell(a, 0.05)
     models = f"--model {model_of(a)} --policy {folder_of(a, policy)}"
     texts = f"--dataset {data}/texts.jsonl"
@@ -326,7 +325,6 @@ def inside_cells(a) -> Stages:
     middle, last = layers_of(a)
     layers = f"--layers {middle},{last}"
 
-    # Everything here needs the policy.
     def inside_cell(label: str, command: str, read: Callable, more: list[Cell] = ()) -> Cell:
         return make_cell(a, f"inside/{label}", command, read, [policy, *more])
 
@@ -344,7 +342,7 @@ def inside_cells(a) -> Stages:
 
     # Words are put into plain texts, as chats have fixed ends.
     plain_texts = f"--dataset {data}/plain_texts.jsonl --triples {a.triples}"
-    # What a word is worth; the same less a neutral word's activations; what a whole text is worth.
+    # Probes of what a word is worth, of the same less a neutral word, and of a whole text's worth.
     tasks = {
         "word": f"--task word {plain_texts}",
         "difference": f"--task word --difference true {plain_texts}",
@@ -356,7 +354,7 @@ def inside_cells(a) -> Stages:
         command = f"probe.py reward {models} {flags}"
         probes.append(inside_cell(f"probe_{label}", command, read_probe))
 
-    # The explainer is the model itself: it is asked what its own features stand for.
+    # The explainer is the model before PPO: it is asked what features of the policy stand for.
     folder = folder_of(a, saes)
     command = join(
         f"probe.py features --sae {folder}/policy/{last}_mlp {texts} {held_out} {BFLOAT16}",
@@ -378,7 +376,7 @@ def layers_of(a) -> tuple[int, int]:
 
 def refusals_cells(a) -> Stages:
     """Reward models of refusals, dense and as a SARM, on each split by questions."""
-    # The splits run side by side, stage by stage: dense, autoencoder, SARM, tests.
+    # Four stages: dense reward models, autoencoders, SARMs, tests. All splits share each stage.
     stages = [[], [], [], []]
     for s in range(a.seeds):
         for stage, cells in zip(stages, refusals_of_split(a, s)):
@@ -389,13 +387,13 @@ def refusals_cells(a) -> Stages:
 def refusals_of_split(a, s: int) -> Stages:
     """The two reward models of one split by questions, and their tests."""
     data = data_of(a)
-    # A seed is a split of the questions: "refusals/{}/seed_0" is filled with what a cell is.
+    # A seed is a split of the questions. {} is filled with dense, sae, sarm or a test's name.
     name = f"refusals/{{}}/seed_{s}"
     length = f"--max_length {a.max_length}"
     test = f"--eval_dataset {data}/safety_{s}_test.jsonl --eval_size {a.test_questions}"
     pairs = f"--dataset {data}/safety_{s}_train.jsonl"
     training = f"{pairs} {test} {length} --steps {a.rm_steps_long} --seed {s}"
-    # The split s has its own test, so that a question is never on both sides.
+    # Split s is tested on the questions that it has not learned from.
     dense = reward_cell(a, name.format("dense"), training)
 
     # The SARM's features are put on the finished dense model.
@@ -416,8 +414,8 @@ def refusals_of_split(a, s: int) -> Stages:
     command = f"train_rm.py --model {trunk} {sarm_flags} {training} {BFLOAT16}"
     sarm = make_cell(a, name.format("sarm"), command, read_reward_model, [dense, sae])
 
-    # All three are measured on the same texts. fits() says what a reward would win that sees
-    # nothing but whether an answer was cut.
+    # All three rewards are measured on the same texts. fits() is a control: it sees nothing but
+    # whether an answer is cut.
     rewards = f"{trunk} {folder_of(a, sarm)} {data}/rewards.py:fits"
     needs = [dense, sae, sarm]
     tests = {
@@ -435,8 +433,7 @@ def refusals_of_split(a, s: int) -> Stages:
 def features_of_last_tokens(a) -> str:
     """The flags of an autoencoder that a reward model can read: that of its last block's output."""
     _, last = layers_of(a)
-    # A reward model reads one token of a text, its last: features of other tokens would be of no
-    # use.
+    # A reward model's score is read at a text's last token, so only features of that one are used.
     place = f"--site residual --layers {last} --tokens last --keep_bos"
     kind = "--normalize token --relu False --expansion 4 --k 32"
     return f"{place} {kind} --batch_size 128 --eval_size 16"
@@ -550,7 +547,7 @@ def main(args=None):
 
 def cells_of_parts(a) -> dict[str, Stages]:
     """The cells of each part whose files are given. It prints what is left out."""
-    # A reader who has some of the files still gets those parts.
+    # A part without its files is left out, so that the others can run.
     parts = {}
     for part in a.parts:
         missing = missing_files(a, part)
@@ -584,7 +581,7 @@ def show_kept(kept: dict[str, dict], a):
 
 def check_model_of_results(a):
     """InputError: another model's results would be kept among those of SmolLM2."""
-    # A folder has no name to trust, so the model is known by its sizes.
+    # A folder may have any name, so the model is recognised by its sizes.
     config = check_model(a.model).get_text_config()
     sizes = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
     has_own_place = a.quick or (a.results and a.output_dir != Settings.output_dir)

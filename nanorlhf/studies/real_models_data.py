@@ -68,7 +68,7 @@ def fits(prompts, responses):
 
 def write_data(a, folder: str):
     """Write all files for which the study has a source. a: the study's settings."""
-    # All that is drawn has a fixed seed: a study that goes on writes the same files again.
+    # All draws have fixed seeds: a study that goes on writes the same files again.
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "rewards.py").write_text(REWARDS.replace("LENGTH", str(a.max_length)))
     write_lines(f"{folder}/sums.jsonl", write_sums(400))
@@ -81,7 +81,7 @@ def write_data(a, folder: str):
         pairs = read_instruction_pairs(a.polite_pairs)
         write_polite(folder, shuffle(pairs, 0), a.test_pairs)
     if a.hh:
-        # The first of them are the test, and the rest is learned from.
+        # The first pairs are the test, and the rest is learned from.
         pairs = shuffle(read_dialogues(a.hh), 0)
         write_test(f"{folder}/hh", pairs, a.test_pairs)
         write_lines(f"{folder}/hh_train.jsonl", pairs[a.test_pairs :])
@@ -130,13 +130,13 @@ def write_reviews(folder: str, n: int):
     rng = np.random.default_rng(0)
     better = []
     worse = []
-    # Two reviews by the same writer: which one has more gold is chance, and so is which is longer.
+    # Both reviews are by the same writer: which of them has more gold is chance.
     for row in shuffle(world.prompts("train"), 0)[:n]:
         prompt = row["prompt"]
         topic = world.topic_of(prompt)
         reviews = [" ".join(world.write_review(topic, rng)) for _ in range(2)]
         first, second = world.gold([prompt, prompt], reviews)
-        # A tie has no right answer.
+        # Where gold is the same, no choice of a judge would be right.
         if first == second:
             continue
         if first < second:
@@ -160,7 +160,7 @@ def question_of(row: dict) -> list[dict]:
 
 def write_instructions(folder: str, source: str, n_texts: int):
     """Rows {instruction, input, output} as prompts, as plain texts, and some of them as chats."""
-    # A question that is there twice is one prompt, or it could be learned from and held out.
+    # Equal questions are one prompt: otherwise one could be both learned from and held out.
     prompts = {}
     texts = []
     plain_texts = []
@@ -195,7 +195,7 @@ def read_instruction_pairs(source: str) -> list[dict]:
 def write_polite(folder: str, pairs: list[dict], n_test: int):
     """A test, and two halves: what the members learn from, and what their judge learns from."""
     write_test(f"{folder}/polite", pairs, n_test)
-    # The judge learns from other pairs than the members: it must not share their mistakes.
+    # The judge learns from other pairs than the members, so as not to share their mistakes.
     rest = pairs[n_test:]
     half = len(rest) // 2
     require(half > 0, "--polite_pairs: too few pairs to learn from some and to test on others")
@@ -213,7 +213,7 @@ def read_dialogues(source: str) -> list[dict]:
     """
     pairs = []
     for _, row in read_any(source):
-        # Two ends of one dialogue: all messages but the last are the same.
+        # In two ends of one dialogue all messages but the last are the same.
         chosen = read_dialogue(row["chosen"])
         rejected = read_dialogue(row["rejected"])
         has_question = len(chosen) > 1
@@ -253,7 +253,7 @@ def read_questions(source: str) -> dict[str, list[dict]]:
 def write_safety(folder: str, questions: dict[str, list[dict]], splits: int, n_test: int):
     """Each split's test and what is left to learn from: of every question its first pair."""
     require(len(questions) > n_test, "--safety: too few questions to learn from some of them")
-    # Several pairs of one question would count it several times, in a test of few questions.
+    # One pair a question: the test has few questions, and none of them should count twice.
     first_pairs = [pairs[0] for pairs in questions.values()]
     for split in range(splits):
         pairs = shuffle(first_pairs, split)
@@ -274,10 +274,10 @@ def move_prompts(pairs: list[dict]) -> list[dict]:
     prompts: dict[str, Prompt] = {}
     for pair in pairs:
         prompts.setdefault(canonical(pair["prompt"]), pair["prompt"])
-    # Every question gives its place to the next one; with a single question there is no other.
+    # Question i becomes question i + 1. A single question would stay as it is.
     names = list(prompts)
     behind = dict(zip(names, names[1:] + names[:1]))
-    # Pairs of one question move together, so none comes back to its own.
+    # All pairs of a question get the same other one, so that none keeps its own.
     moved = []
     for pair in pairs:
         name = behind[canonical(pair["prompt"])]

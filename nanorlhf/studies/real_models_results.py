@@ -89,7 +89,7 @@ def read_bon(folder: str) -> dict:
     run = {}
     for name, points in read_object(f"{folder}/bon_results.json").items():
         run[name] = []
-        # At n = 1 nothing is chosen: what the answers are worth as they come.
+        # At n = 1 nothing is chosen: the numbers are those of all answers.
         for point in (points[0], points[-1]):
             numbers = {"n": point["n"]}
             for column in ("proxy_score", "proxy_se", "gold_score", "gold_se"):
@@ -100,7 +100,7 @@ def read_bon(folder: str) -> dict:
 
 def read_benchmark(folder: str) -> dict:
     """Rewards on pairs or on RM-Bench: each metric with its interval, and how many were cut."""
-    # "cut": by reward, how many answers were longer than what it reads.
+    # summary["cut"] has, for each reward, how many answers were too long for it.
     summary = read_object(f"{folder}/summary.json")
     run = {"units": summary["units"], "answers": summary["answers"], "rewards": {}}
     run["cut"] = {name_of_reward(spec): n for spec, n in summary["cut"].items()}
@@ -128,7 +128,7 @@ def read_judge(folder: str) -> dict:
     """A language model that has judged reviews: the splits' numbers of it and of the controls."""
     summary = read_object(f"{folder}/summary.json")
     run = {"pairs": summary["pairs"]}
-    # The model's, gold's, and the controls' of length: each has one split here.
+    # The judges are the model, gold and a control of length. Each has one split here.
     for spec, judge in summary["judges"].items():
         (split,) = judge["splits"].values()
         shown = {}
@@ -149,7 +149,8 @@ def read_diversity(folder: str) -> dict:
     for system, protocols in report["systems"].items():
         run[system] = {}
         for protocol in ("per_input", "across_input"):
-            # A best-of-n repeats answers of one pool, so it has no diversity per input: None.
+            # Best-of-n draws again and again from one pool and repeats answers, so its diversity
+            # per input would say nothing: None.
             spreads = protocols[protocol] or {}
             shown = {}
             for name in ("length", "distinct", "ead", "embedding", "nli"):
@@ -161,7 +162,7 @@ def read_diversity(folder: str) -> dict:
 
 def read_divergence(folder: str) -> dict:
     """How far each block has moved: its weights, and 1 - cosine of its activations."""
-    # One entry a block, from the first to the last.
+    # summary["layers"] has one entry for each block, from the first to the last.
     layers = read_object(f"{folder}/summary.json")["layers"]
     run = {"weights": [shorten(layer["relative"]) for layer in layers]}
     for site in SITES:
@@ -210,7 +211,7 @@ def read_probe(folder: str) -> dict:
     metric = summary["metrics"][0]
     run = {"metric": metric, "texts": summary["texts"], "inputs": {}}
     for name, row in summary["rows"].items():
-        # Four numbers a row: mean and half-width of the metric, and of what the policy has more.
+        # Mean and half-width of the metric, then those of the policy's metric less this one.
         values = [*row[metric], *row["policy_less"]]
         run["inputs"][name] = [shorten(x) for x in values]
     return run
@@ -316,7 +317,7 @@ def print_judge(results: dict, a):
             continue
         low, high = judge["interval"]
         line = f"{name:14s} for A {judge['win_rate']:.3f} [{low:.3f}, {high:.3f}]"
-        # A pair that is won or lost was decided alike in both orders; all others are ties.
+        # A pair is a win or a loss if both orders gave the same choice, else a tie.
         line += f"; the same answer both times {judge['wins'] + judge['losses']:.3f}"
         if judge["longer_won"] is not None:
             line += f"; the longer answer {judge['longer_won']:.3f}"
@@ -338,7 +339,7 @@ def print_reward_models(title: str, names: dict[str, list[str]], moved: dict, re
                 rows.append({column: results[name][column] for column in REWARD_MODEL_COLUMNS})
         if rows:
             table[label] = collect(rows)
-        # Beside the accuracy with the right questions: what does not read them loses nothing.
+        # A reward model that does not read the questions is as accurate with other ones.
         accuracies = moved_accuracies(moved.get(label, []), results)
         if accuracies:
             table.setdefault(label, {})["moved prompts"] = accuracies
@@ -353,7 +354,7 @@ def moved_accuracies(cells: list[str], results: dict) -> list[float]:
     for name in cells:
         if name in results:
             rewards = results[name]["rewards"]
-            # Beside the reward model stand the controls of length, which no question changes.
+            # The file also has the controls of length, which are the same with any questions.
             (reward,) = rewards.keys() - {"longer wins", "shorter wins"}
             accuracies.append(rewards[reward]["accuracy"][0])
     return accuracies
@@ -472,7 +473,7 @@ def print_refusals(results: dict, a):
     if table:
         print_title(f"Rewards of refusals, one split a seed; {describe_numbers(a)}", a)
         print_table(table)
-        # The texts of a test are the same for all rewards, so one line says enough.
+        # The first split stands for all of them.
         cut = runs_of(results, "refusals/test")
         for run in cut[:1]:
             print(f"cut, of {run['answers']} answers of the first test: {run['cut']}")

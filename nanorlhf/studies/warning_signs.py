@@ -59,7 +59,7 @@ SIGNS = (
 )
 
 
-# To judge a sign is then to judge a classifier: a score for each checkpoint, and its label.
+# A sign is judged as a classifier: each checkpoint has a score and a label.
 class Checkpoint(NamedTuple):
     """A checkpoint as a sign sees it: a higher score is a stronger warning."""
 
@@ -104,19 +104,19 @@ def measure_auc(sign: Sign, runs: Runs, resamples: int = 1000) -> dict:
             rows = [(c.score, c.step, c.has_fallen) for c in checkpoints]
             tables.append(torch.tensor(rows, dtype=torch.float64))
 
-    # auc() compares checkpoints of different runs, too: a sign has one threshold for all of them.
+    # Checkpoints of different runs are compared too, since a sign has one threshold for all runs.
     def measure(seeds: Tensor) -> Tensor:
         """The two numbers of these seeds, places in `tables`."""
         drawn = torch.cat([tables[i] for i in seeds.long().tolist()])
         scores, steps, has_fallen = drawn.T
         if len(has_fallen.unique()) < 2:
             return torch.tensor([NAN, NAN])
-        # Later checkpoints have fallen more often, so whatever grows with time tells something.
-        # What a sign is worth is its AUC beyond that of the step.
+        # Gold tends to fall late in a run, so the mere number of steps tells much already. A sign
+        # is worth what its AUC has beyond that of the step.
         own_auc = auc(scores, has_fallen)
         return torch.tensor([own_auc, own_auc - auc(steps, has_fallen)])
 
-    # The estimate is that of all seeds once; the interval is that of seeds drawn with replacement.
+    # The estimate takes every seed once; its interval comes from seeds drawn with replacement.
     seeds = torch.arange(len(tables))
     estimates = torch.tensor([NAN, NAN])
     if tables:
@@ -141,7 +141,7 @@ def measure_auc(sign: Sign, runs: Runs, resamples: int = 1000) -> dict:
 
 def find_fall(run: dict) -> int | None:
     """The first step at which gold is below its start; None where it never is."""
-    # At the first step gold is equal to its start, and not below it.
+    # The start itself is not below the start, so it needs no exception.
     for step, gold in zip(run["step"], run["gold"], strict=True):
         if gold < run["gold"][0]:
             return step
@@ -150,8 +150,8 @@ def find_fall(run: dict) -> int | None:
 
 def choose_threshold(scores: list[float], rate: float) -> float:
     """The lowest of these scores that at most a share `rate` of them lies above. 0 <= rate < 1"""
-    # A score that is equal to the threshold sounds no alarm: find_alarm() asks for more. So with 40
-    # scores and a rate of 0.05 the third strongest is the threshold, and two lie above it.
+    # 40 scores and a rate of 0.05 allow two alarms, so the threshold is the third strongest score.
+    # A score that is equal to the threshold sounds no alarm in find_alarm().
     strongest_first = sorted(scores, reverse=True)
     n_alarms = int(rate * len(scores))
     return strongest_first[n_alarms]
@@ -159,7 +159,7 @@ def choose_threshold(scores: list[float], rate: float) -> float:
 
 def find_alarm(checkpoints: list[Checkpoint], threshold: float) -> float:
     """The first step at which the sign is above the threshold; infinity where it never is."""
-    # In the order of the run: the first alarm is the one that would have stopped it.
+    # Checkpoints are in the order of the run: its first alarm would have stopped it.
     for checkpoint in checkpoints:
         if checkpoint.score > threshold:
             return checkpoint.step
@@ -184,8 +184,8 @@ def measure_leads(sign: Sign, runs: Runs, rate: float = 0.05) -> dict:
     alarms = []  # of runs that never fall: whether there was one
     for seed, own_runs in runs.items():
         # A threshold that had seen this seed's runs would be tuned to them.
+        # Only checkpoints that have not fallen set it: an alarm at one of them is false.
         good_scores = []
-        # Only checkpoints that have not fallen set it: an alarm at one of these is a false one.
         for other_seed, other_runs in runs.items():
             if other_seed == seed:
                 continue
@@ -204,7 +204,7 @@ def measure_leads(sign: Sign, runs: Runs, rate: float = 0.05) -> dict:
                 continue
             alarm = find_alarm(checkpoints, threshold)
             fall = find_fall(run)
-            # A run that never falls can only be right or a false alarm; one that falls has a lead.
+            # In a run that never falls any alarm is false. In a run that falls an alarm has a lead.
             if fall is None:
                 alarms.append(alarm < math.inf)
             else:

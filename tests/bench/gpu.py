@@ -79,21 +79,20 @@ def run_phase(context, phase, args, deadline):
     """Run a phase until it ends, or until the deadline. -> its line, with the rows that it sent"""
     begun = time.monotonic()
     receiver, sender = context.Pipe(duplex=False)
-    # A process of its own: what it has allocated, compiled or broken is gone with it.
+    # What the phase has allocated, compiled or broken is gone with its process.
     process = context.Process(target=work, args=(sender, phase, args))
     process.start()
     sender.close()
 
     line = {"phase": phase, "rows": []}
     try:
-        # A row is sent as soon as it is there: what was measured before a failure is kept.
         while receiver.poll(max(0.0, deadline - time.monotonic())):
             message = receiver.recv()
             if isinstance(message, str):
                 line["error"] = message
             else:
                 line["rows"].append(message)
-        # poll() has waited to the deadline, and no row came.
+        # poll() has waited until the deadline, and no row came.
         line["error"] = "late"
         end_process(process)
     except EOFError:
@@ -149,14 +148,14 @@ def main():
     first.start()
     first.join()
 
-    # What the imports took goes off the phases' seconds.
+    # The seconds of the imports are a part of the budget, so the phases share what is left.
     deadline = time.monotonic()
     scale = (end - deadline) / sum(SECONDS.values())
     lines = []
     with open(args.out, "w") as file:
         for phase in args.phases:
-            # Deadlines are fixed points in time: a phase that ends early leaves its seconds to the
-            # next ones.
+            # A phase's deadline does not depend on when it began: a phase that ends early leaves
+            # its seconds to the next ones.
             deadline += scale * SECONDS[phase]
             line = run_phase(context, phase, args, deadline)
             lines.append(line)

@@ -62,7 +62,7 @@ SHAPES = {
 
 def time_call(function, device):
     """Seconds of a call, by wall clock, until the device has done its work; and what it returns."""
-    # A GPU's work is only queued by a call: the clock has to wait for it, at both ends.
+    # A call only queues work for a GPU, so the clock has to wait for it at both ends.
     rollout.synchronize(device)
     begun = time.perf_counter()
     result = function()
@@ -78,7 +78,7 @@ def short_seconds(function, device):
     """Seconds of a short call. On a GPU 100 of them are one CUDA graph: none waits for a launch."""
     if device == "cpu":
         return median_seconds(function, device)
-    # A first call compiles, and takes memory: none of that may stand in a graph.
+    # The first call compiles and takes memory, which must not become a part of the graph.
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -96,7 +96,7 @@ def profile_kernels(function, device):
         function()
         rollout.synchronize(device)
 
-    # Each kernel's own time: the sum over kernels is then the time that the device was busy.
+    # An event's own time excludes the events inside it, so that the sum counts nothing twice.
     n_kernels = 0
     ms_by_class = dict.fromkeys(KERNELS, 0.0)
     others = {}
@@ -110,7 +110,7 @@ def profile_kernels(function, device):
         ms_by_class[kind] += ms
         if kind == "other":
             others[event.key[:80]] = round(ms, 3)
-    # Those that no word of KERNELS names, so that a class which is missing shows.
+    # The largest kernels without a class are listed: they show which class is missing.
     largest = sorted(others, key=others.get, reverse=True)[:12]
     return {
         "kernels": n_kernels,
@@ -152,11 +152,11 @@ def measure_ceilings(args):
     # A decode step multiplies B rows, an update all tokens of a minibatch, by the same weights.
     for M in (B, minibatch * (P + R)):
         for n_in, n_out in ((D, 3 * D), (D, D), (D, mlp), (mlp, D), (D, vocab)):
-            # Two operations for each weight and row: 2 M n_in n_out.
             x = torch.randn(M, n_in, device=args.device, dtype=torch.bfloat16)
             weight = torch.randn(n_out, n_in, device=args.device, dtype=torch.bfloat16)
             seconds = short_seconds(partial(linear, x, weight), args.device)
             row = {"variant": f"{M} x {n_in} x {n_out}", "us": round(1e6 * seconds, 1)}
+            # Two operations for each weight and row: 2 M n_in n_out.
             yield {**row, "tflop_per_s": round(2e-12 * M * n_in * n_out / seconds, 3)}
 
 
@@ -172,7 +172,7 @@ def measure_step(args):
     bandwidth = rollout.copy_bandwidth(args.device, COPIED_GB[args.device])
     replays = rollout.note_replays()
 
-    # The same prompts and noise: --compile has to give the same answers, up to rounding.
+    # Prompts and noise are the same: --compile has to give the same answers, up to rounding.
     row, expected = decode(args, ids, mask, R, bandwidth, replays, compile=False)
     yield {"variant": "now", **row}
     compiled, answers = decode(args, ids, mask, R, bandwidth, replays, compile=True)
@@ -211,7 +211,7 @@ def decode(args, ids, mask, R, bandwidth, replays, compile):
     # On a CPU a step is a part of the whole.
     begin = statistics.median(seconds["begin"] or [0.0])
     step = statistics.median(seconds["step"] or [whole / R])
-    # The share of a copy's bandwidth: what a step must read, over its seconds.
+    # "share": how much of a copy's bandwidth a step reaches with the bytes that it must read.
     B, P = ids.shape
     needed = rollout.bytes_of_a_step(policy, args.size, 2, B, P, R)
     row = {
@@ -240,7 +240,7 @@ def compare_answers(answers, expected):
 
     Log-probs are compared up to a row's first token that is not the same.
     """
-    # Behind a token that is different the model goes on from another text.
+    # After a token that is different the model goes on from another text, so that log-probs differ.
     is_same = answers.response_ids == expected.response_ids  # [B, R]
     up_to_there = is_same.cumprod(1).bool()
     difference = (answers.logprobs - expected.logprobs).abs()[up_to_there]
@@ -252,7 +252,7 @@ def compare_answers(answers, expected):
 
 def profile_replay(sample_answers):
     """profile_kernels() of the first decode step that is replayed in a rollout."""
-    # The captured step is out of reach, inside generate(); its replay is not.
+    # generate() keeps the captured step to itself, but every replay goes through this method.
     replay = torch.cuda.CUDAGraph.replay
     columns = {}
 
@@ -285,7 +285,7 @@ def measure_lora(args):
     _, _, _, m = ppo.workload(size)
     recompute = {"checkpoint_activations": True}
     in_bfloat16 = {"frozen_dtype": "bfloat16"}
-    # From what fitted at first to what is fastest, one change at a time.
+    # From slow to fast: more rows at once, then nothing recomputed, then --compile.
     variants = (
         (f"{m // 4} rows, recompute, float32", m // 4, recompute),
         (f"{m} rows, recompute, bfloat16", m, recompute | in_bfloat16),
@@ -295,8 +295,8 @@ def measure_lora(args):
     for variant, n_rows, flags in variants:
         try:
             row = time_update(size, args.device, lora_rank=16, micro_batch_size=n_rows, **flags)
-        # A variant that does not fit is a result, too; the others go on.
         except torch.OutOfMemoryError as error:
+            # That a variant does not fit is a result too. The next ones are still measured.
             row = {"error": str(error).splitlines()[0]}
         yield {"variant": variant, **row}
 
@@ -316,7 +316,7 @@ def time_update(size, device, **flags):
     )
     parts = make_parts(size, config)
     optimizer = adamw(parts.policy, config.lr, config.betas, config.weight_decay)
-    # Rows of full length, P prompt tokens and R response tokens, without padding.
+    # All rows have P prompt tokens and R response tokens, without padding.
     ids = torch.randint(0, ppo.SIZES[size][-1], (B, P + R), device=device)
     lengths = torch.full((2, B), P, device=device)
     lengths[1] = R
@@ -336,10 +336,10 @@ def time_update(size, device, **flags):
 
     passes = 2 if config.lora_rank else 3  # forwards that a forward and a backward are worth
     prompts, _, _, _ = ppo.workload(size)
-    # needed_flop() counts all minibatches of 4 epochs; this is one of them.
+    # needed_flop() counts all minibatches of 4 epochs; this row is of one minibatch.
     needed = ppo.needed_flop(size, lora=config.lora_rank > 0)["update"]  # 4 epochs
     flop = needed / (4 * prompts / B)
-    # Two forwards: scoring keeps nothing, the other one keeps what a backward pass needs.
+    # Two forwards are timed: scoring keeps nothing, the other keeps what a backward pass needs.
     score_seconds = median_seconds(score, device)
     forward_seconds = median_seconds(partial(keep_graphs, parts, batch), device)
     return {
@@ -360,9 +360,8 @@ def make_parts(size, config):
     """What train_ppo.update() needs: a random policy, made on the device, trained by the flags."""
     dist = setup(config.device)
     torch.manual_seed(0)
+    # The steps are those of train_ppo.py, in the same order. An update needs no reference.
     with torch.device(dist.device):
-        # As train_ppo.py does it, in the same order; without a reference, which an update does not
-        # need.
         policy = Policy(AutoModelForCausalLM.from_config(ppo.make_config(size))).eval()
     choose_trained(policy.lm, config)
     speed_up(policy.lm, dist.device, config.dtype, config.compile)
@@ -374,7 +373,7 @@ def make_parts(size, config):
 
 def make_experience(scored, batch):
     """What the policy itself says of the rows, with random advantages and returns."""
-    # The KL is 0 and the ratio is 1 at first: what an update costs does not depend on them.
+    # The KL is 0 and the first ratios are 1. What an update costs does not depend on them.
     logprobs = scored["logprobs"]  # [B, R]
     return train_ppo.Experience(
         mask=torch.ones_like(logprobs, dtype=torch.bool),
@@ -418,26 +417,26 @@ def measure_attention(args):
     B, C, d = (128, 192, 128) if args.device == "cuda" else (8, 48, 32)
     attend = scaled_dot_product_attention
     plain = torch.compile(attend_plainly)
-    # As many keys as queries (Pythia), and four queries to a key (Llama).
+    # Heads of queries and of keys: as many keys (Pythia), or four queries to a key (Llama).
     for H, H_kv in ((16, 16), (32, 8)):
         # Queries that share a key are rows of one product.
         shapes = [(B, H_kv, H // H_kv, d), (B, H_kv, C, d), (B, H_kv, C, d)]
         query, keys, values = [torch.randn(s, device=args.device).bfloat16() for s in shapes]
-        # What is real of the cache: all of it, as at a rollout's end, or less.
+        # How many columns of the cache are real: all of them, as at a rollout's end, or fewer.
         for n in (C, 2 * C // 3, C // 2):
             shown = (query, keys[:, :, :n], values[:, :, :n])
             mask = torch.arange(C, device=args.device)[None, None, None] < n  # [1, 1, 1, C]
-            # In float64, so that errors are the ways' own.
+            # The truth is in float64, so that an error is that of the way alone.
             expected = attend(*[x.double() for x in shown])
-            # The whole cache under a mask, or a view of its real columns.
+            # Attention reads the whole cache under a mask, or a view of its real columns.
             ways = {"mask": partial(attend, query, keys, values, mask)}
             ways["slice"] = partial(attend, *shown)
             if H == H_kv:
                 ways["plain operators"] = partial(plain, *shown)
-            # Read at the least: keys and values, two bytes a number.
             for way, function in ways.items():
                 error = (function() - expected).abs().max().item()
                 seconds = short_seconds(function, args.device)
+                # At the least it reads keys and values, of two bytes a number: 4 B H_kv n d bytes.
                 yield {
                     "variant": f"{H}/{H_kv} heads, {n} columns, {way}",
                     "us": round(1e6 * seconds, 1),
@@ -459,7 +458,7 @@ def attend_plainly(query, keys, values):
 def measure_ppo(args):
     """ppo.py as a whole, with the best flags so far."""
     B, P, R, m = ppo.workload(args.size)
-    # The last of two flags of one name counts: on a GPU three iterations.
+    # The last of two flags with one name counts: three iterations on a GPU.
     flags = ["--device", args.device, "--size", args.size, "--dtype", "bfloat16"]
     flags += ["--micro_batch_size", str(m), "--iterations", "2"]
     if args.device == "cuda":
@@ -483,7 +482,7 @@ def measure_ppo(args):
 
 def measure_tests(args):
     """The tests that say most about numbers on a GPU. Without one all of them are skipped."""
-    # One process: the budget of seconds is for tests, and not for a second start of pytest.
+    # One process: starting further ones would take seconds from the tests.
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--processes", "1"]
     if args.device == "cuda":
         pytest.append("--gpu")

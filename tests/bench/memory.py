@@ -140,6 +140,7 @@ def needs(
     if members is None:
         members = [shape.without_head()]
 
+    # With LoRA the reference is the policy itself. Without FSDP it shares the frozen weights.
     reference = 4 * N / s
     if lora:
         reference = 0
@@ -160,7 +161,7 @@ def needs(
             reference -= 2 * N_trained
 
     parameters = 4 * N - 2 * N_cast
-    # What is there all the time, whichever phase runs.
+    # These are there all the time, whichever phase runs.
     fixed = {
         "parameters": parameters / s,
         "gradients": 4 * N_trained / s,
@@ -168,16 +169,16 @@ def needs(
         "reference": reference,
         "reward": 4 * sum(members) / s,
     }
-    # What is there for a while. Phases follow each other, so only the largest counts. An update has
-    # four chunks of float32 logits, of at most 2^28 numbers each.
+    # These are there for a phase. Phases follow each other, so only the largest one counts. An
+    # update has four chunks of float32 logits, of at most 2^28 numbers each.
     kv_and_step = 2 * c * L * rollout * tokens * shape.kv + 24 * rollout * shape.vocabulary
     phases = {
         "rollout": kv_and_step,
         "scoring": 0,
         "update": 4 * 4 * min(2**28, micro_batch * tokens * shape.vocabulary),
     }
-    # FSDP gathers the weights that a phase computes with. Elsewhere they are there already, and
-    # autocast adds copies of them in bfloat16.
+    # FSDP gathers the weights that a phase computes with. Without FSDP each process has them, and
+    # autocast adds copies in bfloat16.
     if sharded:
         phases["rollout"] += c * N
         phases["scoring"] += c * max(members, default=0)
@@ -199,7 +200,7 @@ def needs(
             N_linear = L * shape.block + shape.root // 2
             fixed["kept"] += 2 * (N_linear - N_cast)
         phases["rollout"] = 0
-    # What a forward keeps for the backward pass, of the tokens of one micro-batch.
+    # A forward keeps activations of a micro-batch's tokens for the backward pass.
     of_a_block = micro_batch * tokens * c * shape.activations
     if checkpointed:
         phases["update"] += micro_batch * tokens * c * L * shape.hidden + of_a_block
@@ -340,10 +341,10 @@ def work(folder, distributed):
     from nanorlhf.runtime.fsdp import local_bytes
 
     torch.set_num_threads(1)
-    # Memory that is freed has to go back to the system: a peak is then what was in use at once.
+    # Freed memory has to go back to the system, so that the peak is what was in use at once.
     d.keep_freed_memory = lambda: None
     dist = d.setup("cpu", distributed)
-    # A step frees the gradients, so whoever looks has to stand around it.
+    # The optimizer step is wrapped: gradients are there right before it, the moments after it.
     held = {}
     real_step = train_ppo.optimizer_step
 

@@ -55,9 +55,11 @@ def workload(size):
 
 
 def make_policy(size, length):
-    """A random policy with a value head and a context of `length`, without an EOS to end with."""
+    """A random policy with a value head and a context of `length`.
+
+    It has no EOS, so no row ends early: every call decodes B x R tokens.
+    """
     hidden, layers, heads, intermediate, vocab = SIZES[size]
-    # Without an EOS no row ends early: every call decodes B x R tokens.
     config = GPTNeoXConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -74,7 +76,7 @@ def make_policy(size, length):
 def draw_prompts(vocab, B, P, shortest):
     """Random prompts and their mask, padded on the left: [B, P] both."""
     lengths = torch.randint(shortest, P + 1, (B, 1))
-    # Column j is real from P - length on: 0 0 1 1 1 for a length of 3 in 5 columns.
+    # A prompt of 3 tokens in 5 columns has the mask 0 0 1 1 1.
     mask = torch.arange(P) >= P - lengths
     ids = torch.randint(1, vocab, (B, P)) * mask
     return ids, mask
@@ -90,14 +92,14 @@ def measure_groups(args, clock, unit):
     ids, mask = draw_prompts(SIZES[args.size][-1], n_prompts, P, P)  # [n_prompts, P] both
     policy = make_policy(args.size, P + R).to(args.device)
 
-    # The same rows in two orders. generate() reads a prompt once for neighbours that share it.
+    # The same rows in two orders. generate() reads a prompt once if its rows are neighbours.
     prompt_of_row = {
         "side_by_side": torch.arange(B) // G,  # 0 0 0 1 1 1
         "in_turn": torch.arange(B) % n_prompts,  # 0 1 0 1 0 1
     }
     seconds = {"side_by_side": [], "in_turn": []}
     for call in range(args.calls + 1):
-        # The orders take turns, so that both meet the same machine, whatever else runs on it.
+        # The orders take turns, so that whatever else runs on the machine slows both down alike.
         for order, prompt in prompt_of_row.items():
             row_ids = ids[prompt].to(args.device)
             row_mask = mask[prompt].to(args.device)
@@ -113,7 +115,7 @@ def measure_groups(args, clock, unit):
     for order, times in seconds.items():
         result[f"{order}_{unit}"] = [round(s, 3) for s in sorted(times)]
         result[f"{order}_tokens_per_{unit}"] = round(B * R / statistics.median(times), 1)
-    # A ratio of neighbours in time is steadier than one of two medians.
+    # A ratio of two calls that follow each other is steadier than a ratio of two medians.
     pairs = [b / a for a, b in zip(seconds["side_by_side"], seconds["in_turn"])]
     result["ratios"] = [round(ratio, 2) for ratio in sorted(pairs)]
     result["ratio"] = round(statistics.median(pairs), 2)
@@ -131,7 +133,7 @@ def copy_bandwidth(device, gigabytes=4.0):
     # float32: 2^28 numbers are a GiB.
     a = torch.empty(int(gigabytes * 2**28), device=device)
     b = torch.empty_like(a)
-    # The first ten take memory from the system; only the last ten are returned.
+    # The first ten copies are a warm-up; the time of the last ten is the one that counts.
     for _warm_up in (True, False):
         synchronize(device)
         start = time.perf_counter()
@@ -174,7 +176,7 @@ def time_rollouts(sample, calls, device, clock, replays):
         result = sample(call)
         synchronize(device)
         end = clock()
-        # It takes memory, chooses kernels and, with --compile, compiles.
+        # The first call takes memory, chooses kernels and, with --compile, compiles.
         if call == 0:
             seconds["first"].append(end - start)
             continue
@@ -190,9 +192,9 @@ def bytes_of_a_step(policy, size, width, B, P, R):
     hidden, layers, *_ = SIZES[size]
     n_parameters = sum(p.numel() for p in policy.parameters())
     n_embeddings = policy.lm.get_input_embeddings().weight.numel()
-    # The rest of the weights is read once a step, however many rows there are.
+    # A step reads a few rows of the embeddings, and all other weights once for all rows.
     weights = width * (n_parameters - n_embeddings)
-    # On average a row has P + R / 2 columns: P at first, P + R at the end.
+    # A row has P columns in the cache at first and P + R at the end: P + R / 2 on average.
     cache = width * B * (P + R / 2) * layers * 2 * hidden
     return weights + cache
 
@@ -250,8 +252,8 @@ def main():
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             return generate(policy, ids, mask, R, step=call)
 
-    # No token was saved by an early end, and values were computed: what the page says was done.
     seconds, rollout = time_rollouts(sample, args.calls, args.device, clock, note_replays())
+    # No row ended early, and values were computed: the work is what is said of it.
     assert rollout.response_mask.all()
     assert rollout.values is not None
 
