@@ -261,10 +261,12 @@ def read_probe(summary: dict, metrics: Metrics):
 
 def read_benchmark(summary: dict, metrics: Metrics):
     """probe.py evaluate: each metric of each reward, and its difference from the first reward."""
-    # The line in the picture: chance is right on half of the pairs, and its margin is 0. Pitfall:
-    # the line is at 0.5 for RewardBench 2 too, where one of four answers is right: chance has 0.25.
+    # The line in the picture is chance: right on half of the pairs, with a margin of 0. In
+    # RewardBench 2 chance differs by subset (one of four answers, or of as many as there are).
     for name in summary["metrics"]:
-        reference = 0 if name == "margin" else 0.5
+        reference = 0.5
+        if name == "margin" or summary["benchmark"] == "rewardbench2":
+            reference = 0
         for label, row in summary["rewards"].items():
             metrics.add(name, label, *row[name], reference=reference)
     for name in summary["metrics"]:
