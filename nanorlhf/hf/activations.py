@@ -6,7 +6,7 @@
 A place is (layer, site), for example (3, "mlp"):
 
     x --+-- norm -- attention --+--  + --+-- norm -- MLP --+--  + --+--  x of the next block
-        |             "attention"    |   |            "mlp"     |   "residual": what leaves the block
+        |             "attention"    |   |            "mlp"     |    "residual": what leaves a block
         `----------------------------'   `----------------------'
 
 Blocks are found by blocks.py, and within a block its attention and its MLP by what they are, never
@@ -56,12 +56,14 @@ def module_at(lm, place: Place) -> nn.Module:
     if site == "residual":
         return block
 
+    # "mlp" is whatever has matrices and is not attention: a plain MLP, a gated one, experts.
     candidates = []
     for part in parts_with_matrices(block):
         # transformers calls an attention layer so in every architecture.
         is_attention = "attention" in type(part).__name__.lower()
         if is_attention == (site == "attention"):
             candidates.append(part)
+    # OPT's blocks hold the two layers of the MLP, fc1 and fc2, side by side: no module is the MLP.
     if len(candidates) != 1 or adds_the_residual(candidates[0]):
         kinds = ", ".join(type(child).__name__ for child in block.children())
         raise InputError(
@@ -119,17 +121,21 @@ def captured(lm, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
     """
     # All errors come before the first hook.
     modules = {place: module_at(lm, place) for place in places}
-    kept = {}
+    outputs = {}
 
+    # Each forward starts with an empty dictionary, so a place that does not run is missing from it.
     def forget(module, args):
-        kept.clear()
+        outputs.clear()
 
+    # keep_at() fixes the place for each hook. A function written in the loop below would look
+    # `place` up when it is called, and all of them would find the last one.
     def keep_at(place):
         def keep(x):
-            kept[place] = x
+            outputs[place] = x
 
         return keep
 
+    # The stack removes every hook in the end, whatever goes wrong inside.
     with contextlib.ExitStack() as stack:
         # Code that was compiled before would not call the hooks.
         stack.enter_context(eager(lm))
@@ -138,7 +144,7 @@ def captured(lm, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
         for place, module in modules.items():
             hook = hook_output(module, keep_at(place))
             stack.callback(hook.remove)
-        yield kept
+        yield outputs
 
 
 @contextlib.contextmanager
@@ -146,12 +152,11 @@ def replaced(lm, place: Place, function: Callable[[Tensor], Tensor]) -> Iterator
     """A context in which function(x [B, T, D]) -> [B, T, D] takes the place of an output.
 
     That is so in every forward, also in rollouts: once for the prompts, each distinct one a row,
-    then once a token (T = 1).
-    torch.zeros_like switches the place off (zero ablation). Contexts can be nested; an inner one at
-    the same place is given what the outer one made. InputError: module_at; ValueError: another
-    shape. Pitfalls: the function also sees padding, so it must treat tokens one by one; a rollout
-    on a CPU calls it in inference mode; a value of the GPU that it waits for (.item()) keeps decode
-    steps from being captured as a graph.
+    then once a token (T = 1). torch.zeros_like switches the place off (zero ablation). Contexts can
+    be nested; an inner one at the same place is given what the outer one made. InputError:
+    module_at; ValueError: another shape. Pitfalls: the function also sees padding, so it must treat
+    tokens one by one; a rollout on a CPU calls it in inference mode; a value of the GPU that it
+    waits for (.item()) keeps decode steps from being captured as a graph.
     """
 
     def replace(x):
@@ -161,9 +166,11 @@ def replaced(lm, place: Place, function: Callable[[Tensor], Tensor]) -> Iterator
                 f"the replacement at {place_name(place)} is {list(new.shape)}, "
                 f"the output {list(x.shape)}"
             )
+        # A function may compute in float32, as autoencoders do; the model may be in bfloat16.
         return new.to(x.dtype)
 
     module = module_at(lm, place)
+    # Compiled code would not call the hook.
     with eager(lm):
         hook = hook_output(module, replace)
         try:
@@ -201,7 +208,8 @@ def activations(lm, ids: Tensor, places: Iterable[Place]) -> dict[Place, Tensor]
     """
     parent, name, layers = block_list(lm)
     highest = max(layer for layer, _ in places)
-    with captured(lm, places) as kept:
+    # During this forward the model's list of blocks ends with the highest one that is asked for.
+    with captured(lm, places) as outputs:
         with swapped(parent, name, layers[: highest + 1]):
             lm.base_model(input_ids=ids, use_cache=False)
-    return dict(kept)
+    return dict(outputs)

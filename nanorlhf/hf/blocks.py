@@ -1,4 +1,4 @@
-"""Inside a Hugging Face model: its decoder blocks, freezing them, and running frozen ones only once.
+"""Inside a Hugging Face model: its decoder blocks, freezing them, running frozen ones only once.
 
     B sequences, T tokens, D hidden, L blocks, n of them frozen
 
@@ -6,10 +6,10 @@ A frozen block maps the same tokens to the same hidden states for ever. So the f
 once over a rollout, and what leaves it is handed to the blocks above, of the policy in every epoch
 and of the reference alike:
 
-    tokens -> embeddings -> blocks 0 .. n-1 -> stored [B, T, D] -+-> blocks n .. L-1 of the policy
-               (frozen, run once a rollout)                      |   (trained)
-                                                                 `-> blocks n .. L-1 of the reference
-                                                                     (a copy)
+    tokens -> embeddings, blocks 0 .. n-1 -> stored [B, T, D] -+-> blocks n .. L-1 of the policy
+              (frozen, run once a rollout)                     |   (trained)
+                                                               `-> blocks n .. L-1 of the reference
+                                                                   (a copy)
 """
 
 import contextlib
@@ -28,6 +28,8 @@ def block_list(lm) -> tuple[nn.Module, str, nn.ModuleList]:
     They are the first ModuleList with one entry for each layer of the config. A model that reads
     images too may have as many blocks for these, outside the part that transformers calls decoder.
     """
+    # The list is found by its length, since its name differs: model.layers in LLaMA, transformer.h
+    # in GPT-2, model.decoder.layers in OPT.
     n_layers = lm.config.get_text_config().num_hidden_layers
     for part in (lm.base_model.get_decoder(), lm.base_model):
         for module in part.modules():
@@ -57,10 +59,13 @@ def freeze(lm, fraction: float) -> str:
         return "everything is trained"
     layers = blocks(lm)
     n = int(fraction * len(layers))
+    # Token embeddings and learned positions. If these were trained, what enters the frozen blocks
+    # would change, and so would what leaves them.
     embeddings = [m for m in lm.base_model.modules() if isinstance(m, nn.Embedding)]
     for module in [*embeddings, *layers[:n]]:
         module.requires_grad_(False)
 
+    # A head that is tied to the embeddings is the same tensor and is frozen too: the user is told.
     note = f"embeddings and the bottom {n} of {len(layers)} blocks are frozen"
     head = lm.get_output_embeddings()
     if head is not None and any(head.weight is module.weight for module in embeddings):
@@ -84,11 +89,13 @@ def speed_up(lm, device: torch.device, dtype: str, compile: bool = False):
     Results change by float error.
     """
     lm.compiled = compile
+    # sampling() goes back to this kind of attention.
     lm.attention = lm.config._attn_implementation
     # In bfloat16 on a CPU the backward pass of torch's fused attention takes 2 to 4 times as long
     # as that of plain matrix products.
     if device.type == "cpu" and dtype == "bfloat16":
         lm.set_attn_implementation("eager")
+    # Block by block: one graph of a deep model would take far longer to compile.
     if compile:
         for block in blocks(lm):
             block.compile()
@@ -113,6 +120,8 @@ def eager(lm) -> Iterator[None]:
     if not getattr(lm, "compiled", False):
         yield
         return
+    # Two kinds of code are compiled. The stance makes torch run blocks as they are written. Other
+    # code, such as compiled() and the rollout's loop, asks lm.compiled first.
     lm.compiled = False
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -140,6 +149,7 @@ def compiled_code_aside(lm) -> Iterator[None]:
     layers = []
     if getattr(lm, "compiled", False):
         layers = list(blocks(lm))
+    # block.compile() keeps its code in _compiled_call_impl; without it a call runs forward().
     compiled = [block._compiled_call_impl for block in layers]
     try:
         for block in layers:
@@ -153,14 +163,14 @@ def compiled_code_aside(lm) -> Iterator[None]:
 @contextlib.contextmanager
 def attention_is(lm, implementation: str) -> Iterator[None]:
     """A context in which the model's attention is computed by one of transformers' functions."""
-    own = lm.config._attn_implementation
+    usual = lm.config._attn_implementation
     try:
-        if implementation != own:
+        if implementation != usual:
             lm.set_attn_implementation(implementation)
         yield
     finally:
-        if implementation != own:
-            lm.set_attn_implementation(own)
+        if implementation != usual:
+            lm.set_attn_implementation(usual)
 
 
 # ------------------------------------------------------------------------------ the frozen trunk
@@ -191,7 +201,8 @@ class FrozenTrunk:
             return
 
         # Something below the last frozen block may be trained (embeddings, a norm on them), and in
-        # some architectures the upper blocks read more than the hidden states.
+        # some architectures the upper blocks read more than the hidden states. No config tells, so
+        # the model is run on two tokens.
         ids = torch.tensor([[1, 2]], device=next(lm.parameters()).device)
         is_trained_below = self.bottom(lm, ids).requires_grad
         if is_trained_below or not self.same(lm, ids):
@@ -200,6 +211,7 @@ class FrozenTrunk:
     @torch.no_grad()
     def same(self, lm, ids: torch.Tensor) -> bool:
         """Whether the blocks above, run on what was stored, give what the whole model gives."""
+        # The frozen blocks alone, then the upper blocks on their output.
         with self.stored(lm, self.run(lm, ids)):
             split = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         whole = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -225,6 +237,7 @@ class FrozenTrunk:
 
         hook = layers[self.n - 1].register_forward_hook(keep)
         try:
+            # The model has n blocks in here. Its last norm runs too, but its output is not used.
             with swapped(parent, name, layers[: self.n]):
                 lm.base_model(input_ids=ids, use_cache=False)
         finally:
@@ -239,9 +252,12 @@ class FrozenTrunk:
         Only the blocks above them run.
         """
         parent, name, layers = block_list(lm)
-        stand_in = Stored((hidden,) if self.tuples else hidden)
-        # One stand-in for each frozen block: every one of them puts out what the last would.
-        return swapped(parent, name, nn.ModuleList([stand_in] * self.n + list(layers[self.n :])))
+        output = (hidden,) if self.tuples else hidden
+        stand_in = Stored(output)
+        # One stand-in for each frozen block: every one of them puts out what the last would. So the
+        # list keeps its length, and the blocks above keep their numbers.
+        upper = list(layers[self.n :])
+        return swapped(parent, name, nn.ModuleList([stand_in] * self.n + upper))
 
 
 def count_frozen(layers: nn.ModuleList) -> int:
@@ -257,9 +273,9 @@ def count_frozen(layers: nn.ModuleList) -> int:
 @contextlib.contextmanager
 def swapped(parent: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
     """A context in which parent.name is `child`."""
-    own = getattr(parent, name)
+    original = getattr(parent, name)
     setattr(parent, name, child)
     try:
         yield
     finally:
-        setattr(parent, name, own)
+        setattr(parent, name, original)

@@ -214,6 +214,8 @@ def read_csv(path: str, text: str) -> list[tuple[str, dict]]:
     rows = []
     number = 1
     try:
+        # line_num counts the lines read so far, of which a quoted text may take several. The next
+        # row begins one line further.
         for cells in reader:
             place = f"{path}:{number}"
             number = reader.line_num + 1
@@ -264,6 +266,8 @@ def append_lines(path: str, rows: Iterable):
 
 def replace_file(path: str):
     """Put the finished file `path`.tmp in the place of `path`."""
+    # First the bytes, then the name, then the folder's list of names. In another order a power cut
+    # could leave a name without its bytes.
     sync(path + ".tmp")
     os.replace(path + ".tmp", path)
     sync(os.path.dirname(path) or ".")
@@ -361,6 +365,7 @@ def check_can_write(path: str):
     A command calls this before it does any work, so that its results have a place to go to.
     """
     check_name(path)
+    # The process id is in the name, since another process may be trying the same folder.
     trial = f"{os.path.abspath(path)}.{os.getpid()}.tmp"
     descriptor, made_folders = make_file(trial, path)
     os.close(descriptor)
@@ -402,6 +407,7 @@ def missing_folders(folder: str) -> list[str]:
 
 def remove_empty(folders: list[str]) -> None:
     """Remove folders, the innermost first, up to the first one that something is in."""
+    # rmdir() fails on a folder that is not empty. The outer ones are then not empty either.
     with contextlib.suppress(OSError):
         for folder in folders:
             if os.path.lexists(folder):
@@ -457,6 +463,7 @@ def put_folder(temporary: str, path: str):
             sync(os.path.join(folder, file))
         sync(folder)
 
+    # A folder that is not empty cannot be replaced in one move, as a file can. So there are two.
     aside = beside(path, ".old_")
     if os.path.lexists(path):
         os.rename(path, aside)
@@ -467,6 +474,7 @@ def put_folder(temporary: str, path: str):
 
 def recover_folder(path: str):
     """After a kill in replace_folder(path): an old folder without a new one gets its place back."""
+    # Where both are there, the kill came after the new folder was in its place: the old one goes.
     aside = beside(path, ".old_")
     if os.path.lexists(aside) and not os.path.lexists(path):
         os.rename(aside, path)
@@ -536,6 +544,8 @@ def python_function(spec: str) -> Callable:
 @functools.cache
 def import_file(path: str, changed: float) -> types.ModuleType:
     """The module that a .py file holds. changed: the file's time, a part of the cache's key."""
+    # All such modules have one name, and none is put into sys.modules. So two files that are both
+    # called reward.py can be used side by side.
     module_spec = importlib.util.spec_from_file_location("reward_function", path)
     module = importlib.util.module_from_spec(module_spec)
     with user_code(f"{path}: cannot be imported:"):

@@ -32,13 +32,13 @@ def all_blocks(module: nn.Module) -> list[nn.Module]:
 
     These are the policy's LM, a separate value trunk, a reward model.
     """
-    found = {}
+    by_id = {}
     for model in module.modules():
+        # Every model of transformers has a base_model. An LM and its trunk have the same blocks.
         if hasattr(model, "base_model"):
-            # An LM and its trunk have the same blocks.
             for block in blocks(model):
-                found[id(block)] = block
-    return list(found.values())
+                by_id[id(block)] = block
+    return list(by_id.values())
 
 
 # ------------------------------------------------------------------------------------- in shards
@@ -60,6 +60,8 @@ def shard(module: nn.Module, dist, dtype: str = "float32") -> nn.Module:
     precision = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    # Inner units come first: a unit holds what no unit inside of it holds. So the embeddings, the
+    # last norm and the LM head are left for the root, which comes last.
     for name, part in module.named_modules():
         if name.split(".")[-1] in FLOAT32_UNITS:
             fully_shard(part, mesh=mesh)
@@ -96,6 +98,7 @@ def gathered(*modules: nn.Module | None):
             units.extend(unit for unit in module.modules() if is_sharded(unit))
     units = list(dict.fromkeys(units))  # each once: modules may share some
 
+    # Usually a unit frees its gathered weights after its own forward pass.
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -126,6 +129,7 @@ def whole(module: nn.Module | None = None, main: bool = True):
     full = {}  # {id of a parameter: the whole of it}
     for _, _, p in places:
         if id(p) not in full:
+            # Only the main process keeps the result, but all processes must take part.
             tensor = p.detach()
             if is_dtensor(p):
                 tensor = tensor.full_tensor()

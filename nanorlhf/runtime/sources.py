@@ -23,6 +23,8 @@ FILES_OF_ROWS = (".jsonl", ".json", ".csv")
 
 def read_any(spec: str) -> list[tuple[str, dict]]:
     """What --dataset names, other than the embedded world -> [(place, row)], one row at least."""
+    # A name that ends like a file of rows is one, even if it is missing: read_file() says so. Any
+    # other file but Parquet is read as JSON.
     is_other_file = os.path.isfile(spec) and not spec.endswith(".parquet")
     if is_file_of_rows(spec) or is_other_file:
         return read_file(spec)
@@ -103,6 +105,7 @@ def split_name(spec: str) -> tuple[str, str | None, str]:
     """
     if os.path.exists(spec):
         return spec, None, "train"
+    # NAME:CONFIG:train[:100] -> NAME, CONFIG, train[:100]. A colon in brackets is no separator.
     head, bracket, part = spec.partition("[")
     names = head.split(":")
     require(len(names) <= 3, f"{spec}: a data set is NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")
@@ -133,6 +136,7 @@ def find_files(spec: str, folder: str, config: str | None, split: str) -> list[s
 
 def check_parquet(path: str):
     """InputError unless a file begins and ends as Parquet does."""
+    # Its last four bytes are written last, so a download that broke off lacks them.
     with open(path, "rb") as f:
         content = f.read(4)
         f.seek(max(4, os.path.getsize(path) - 4))

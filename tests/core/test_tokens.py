@@ -277,6 +277,20 @@ def test_strings_that_spell_a_control_token_are_left_out_of_a_template_alone():
     assert leave_out_control_tokens(tokenizer, rows, in_template, said.append) == rows[:1]
 
 
+def test_texts_with_one_prompt_are_counted_one_by_one():
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    rows = [{"prompt": "Hi<pad>", "response": answer} for answer in ("Yo", "No")]
+    said = []
+
+    in_template = config(chat_template=True)
+    leave_out_control_tokens(
+        tokenizer, [{"prompt": "Hi", "response": "Yo"}, *rows], in_template, said.append
+    )
+
+    (sentence,) = said
+    assert sentence.startswith("d.jsonl: 2 chats left out")
+
+
 # ------------------------------------------------------------------------------------- plain strings
 
 
