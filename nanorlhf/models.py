@@ -373,6 +373,7 @@ def load_policy(
     value_trunk = None
     if value_head and value_model:
         value_trunk = pretrained(transformers.AutoModel, value_model)
+        check_causal(value_model, value_trunk)
     policy = Policy(lm, value_head, value_trunk).eval()
     check_causal(path, lm)
     check_logits(path, policy)

@@ -149,6 +149,10 @@ def test_a_model_that_reads_to_the_right_is_refused(tmp_path):
     with pytest.raises(InputError, match="BertGenerationDecoder reads what stands to the right"):
         load_policy(path)
 
+    policy = save(tiny_lm("llama"), tmp_path / "policy")
+    with pytest.raises(InputError, match="BertGenerationEncoder reads what stands to the right"):
+        load_policy(policy, value_model=path)
+
 
 def test_an_encoder_decoder_is_refused(tmp_path):
     """transformers would take its decoder, whose attention to the encoder then has nothing to read."""
