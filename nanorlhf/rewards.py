@@ -275,6 +275,7 @@ def text_reward(name: str, function: Callable) -> Reward:
     largest = torch.finfo(torch.float32).max
     needs_rows = takes_rows(function)
 
+    @torch.no_grad()
     def reward(answers: Answers) -> Tensor:
         # The function gets lists of its own: it may sort or empty them, and the next reward
         # reads the same answers.
@@ -288,7 +289,7 @@ def text_reward(name: str, function: Callable) -> Reward:
         with user_code(f"the reward {name} raised"):
             returned = function(*given)
         with user_code(f"the reward {name} must return one float for each response:"):
-            scores = read_scores(returned)
+            scores = read_scores(returned, len(answers))
 
         n_scores = len(scores)
         n_answers = len(answers)
@@ -320,10 +321,11 @@ def takes_rows(function: Callable) -> bool:
     return is_positional and (third.name == "rows" or third.default is third.empty)
 
 
-def read_scores(returned) -> list[float]:
+def read_scores(returned, n: int) -> list[float]:
     """The scores that a function returned, in any iterable that keeps their order, as floats.
 
-    Each is a real number of Python, numpy or torch. TypeError: anything else, such as text.
+    Each is a real number of Python, numpy or torch. TypeError: anything else, such as text, or more
+    than n numbers: an iterable may have no end.
     """
     if inspect.iscoroutine(returned):
         returned.close()  # else Python warns that nobody has waited for it
@@ -333,6 +335,8 @@ def read_scores(returned) -> list[float]:
 
     scores = []
     for x in returned:
+        if len(scores) == n:
+            raise TypeError(f"it returned more than {n} scores")
         number = x
         if hasattr(x, "item"):  # numpy's and torch's numbers
             number = x.item()

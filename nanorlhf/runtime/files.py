@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import types
 import typing
 import zlib
@@ -536,8 +537,18 @@ def python_function(spec: str) -> Callable:
 @functools.cache
 def import_file(path: str, changed: float) -> types.ModuleType:
     """The module that a .py file holds. changed: the file's time, a part of the cache's key."""
-    module_spec = importlib.util.spec_from_file_location("reward_function", path)
+    name = f"user_file_{digest(path, changed)}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
-    with user_code(f"{path}: cannot be imported:"):
-        module_spec.loader.exec_module(module)
+    # Dataclasses and pickle look a class's module up by its name, while the file is still read.
+    sys.modules[name] = module
+    try:
+        with user_code(f"{path}: cannot be imported:"):
+            module_spec.loader.exec_module(module)
+    except InputError as e:
+        del sys.modules[name]
+        hint = ""
+        if isinstance(e.__cause__, ModuleNotFoundError):
+            hint = f"; modules beside the file are found with PYTHONPATH={os.path.dirname(path)}"
+        raise InputError(f"{e}{hint}") from None
     return module
