@@ -31,6 +31,7 @@ from torch import Tensor
 from . import world
 from .chats import as_chat, is_chat, show
 from .errors import InputError, require, user_code
+from .hf.adapters import resolve
 from .hf.folders import check_model, context_length, readable_length
 from .models import RewardModel, fingerprint, load_tokenizer, pretrained
 from .packing import Answers, Packed, micro_batches, pack
@@ -104,9 +105,28 @@ def expand(specs: str | list[str], flag: str = "--reward_model") -> list[str]:
             expanded.append(spec)
 
     require(expanded, f"{flag} names no reward")
+    names = {}  # {what a name stands for: the name}
     for spec in expanded:
-        require(expanded.count(spec) == 1, f"{flag} names {spec} twice")
+        reward = locate(spec)
+        also = f" (also as {names[reward]})" if names.get(reward, spec) != spec else ""
+        require(reward not in names, f"{flag} names {spec} twice{also}")
+        names[reward] = spec
     return expanded
+
+
+def locate(spec: str) -> tuple[str, str]:
+    """Where a reward is, and which one there: the same for rm, ./rm, rm/model and links to them."""
+    kind = kind_of(spec)
+    which = ""
+    path = spec
+    if kind == "function":
+        path, _, which = spec.rpartition(":")
+    elif kind == "model":
+        path, which = split_label(spec)
+        path = resolve(path)
+    if os.path.exists(path):
+        path = os.path.realpath(path)
+    return path, which
 
 
 def expand_seeds(spec: str) -> list[str]:
@@ -160,8 +180,11 @@ def check_reward(spec: str):
         read_lexicon(spec)
     elif kind == "model":
         path, label = split_label(spec)
+        is_code = os.path.isfile(path) and path.endswith(".py")
+        require(not is_code, f"{spec}: name a function in it, as {spec}:FUNCTION")
         if is_sarm(path):
             check_sarm(path)
+            require(not label, f"{spec}: a SARM gives one score, and has no label {label!r}")
         else:
             check_label(path, check_model(path), label)
 

@@ -476,14 +476,17 @@ def leave_out_of_splits(
 
     InputError: no row is left of one of them.
     """
-    is_templated = bool(rows) and (config.chat_template or is_chat(rows[0]["prompt"]))
-    if config.special_in_text or not is_templated:
+    if config.special_in_text:
         return rows, held_out
 
     pattern = pattern_of_control_tokens(tokenizer)
     left_out = {}  # {place: the control token that is spelled there}
 
     def keep(part: list[dict]) -> list[dict]:
+        # The rows of a part are all chats, or all texts. Another part may be of another file.
+        is_templated = bool(part) and (config.chat_template or is_chat(part[0]["prompt"]))
+        if not is_templated:
+            return part
         kept = []
         for row in part:
             found = find_control_token(tokenizer, pattern, row)

@@ -227,6 +227,12 @@ def good(prompts, responses):
 """
 
 
+def test_a_file_without_a_function_is_refused(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(CODE)
+    refuses(check_reward, str(path), match=[f"{path}: name a function in it, as {path}:FUNCTION"])
+
+
 def test_what_a_function_sets_for_the_whole_process_is_set_back(tmp_path):
     """Else nothing could be trained any more, and the run's files would be looked for elsewhere.
 
@@ -529,11 +535,29 @@ def test_a_name_without_seed_is_left_as_it_is(folders):
         (["rm/seed_0", "sweep/seed_{seed}/models"], "sweep/seed_{seed}/models: no such folder"),
         (["a", "b", "a"], "names a twice"),
         (["rm/seed_2", "rm/seed_{seed}"], "names rm/seed_2 twice"),
+        (["rm/seed_2", "./rm/seed_2/"], "names ./rm/seed_2/ twice (also as rm/seed_2)"),
         ([], "names no reward"),
     ],
 )
 def test_specs_that_name_no_ensemble(folders, specs, words):
     refuses(expand, specs, match=[words])
+
+
+def test_a_reward_may_have_several_names(folders):
+    """A run folder stands for its model, and a link for what it leads to."""
+    model = folders / "sweep/seed_7/model"
+    (model / "config.json").write_text("{}")
+    (folders / "link").symlink_to("sweep/seed_7")
+    assert expand(["link", "sweep/seed_0"]) == ["link", "sweep/seed_0"]
+    for other in ("sweep/seed_7/model", "link", str(folders / "sweep/seed_7")):
+        refuses(expand, ["sweep/seed_7", other], match=["twice (also as sweep/seed_7)"])
+    # Two labels of one classifier are two rewards.
+    assert expand(["seed_5#a", "seed_5#b"]) == ["seed_5#a", "seed_5#b"]
+    refuses(expand, ["seed_5#a", "./seed_5#a"], match=["names ./seed_5#a twice"])
+    # So are two functions of one file.
+    (folders / "my.py").write_text(CODE)
+    assert expand(["my.py:f", "my.py:g"]) == ["my.py:f", "my.py:g"]
+    refuses(expand, ["my.py:f", "my.py:g", "./my.py:f"], match=["twice (also as my.py:f)"])
 
 
 def test_a_missing_ensemble_says_how_to_train_one(folders):

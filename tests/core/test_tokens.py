@@ -268,6 +268,22 @@ def test_strings_that_spell_a_control_token_are_left_out_of_a_template_alone():
     assert leave_out_control_tokens(tokenizer, rows, in_template, said.append) == rows[:1]
 
 
+def test_chats_and_strings_may_be_parts_of_one_run():
+    """Each part is looked at as what it is: the training rows may be strings, a split chats."""
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    strings = [{"prompt": "Hi <pad>", "response": "Yo"}]
+    chats = []
+    for i, response in enumerate(["Yes", "No<pad>"]):
+        chats.append({"prompt": CHAT, "response": response, "place": f"d.jsonl:{i}"})
+    said = []
+    rows, held_out = leave_out_of_splits(
+        tokenizer, strings, {"x": chats, "y": strings}, config(), said.append
+    )
+    assert rows == strings
+    assert held_out == {"x": chats[:1], "y": strings}
+    assert "1 chat left out" in said[0]
+
+
 # ------------------------------------------------------------------------------------- plain strings
 
 
