@@ -70,7 +70,20 @@ def read_number(digits: str) -> float:
     return number
 
 
+def read_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of a JSON object. ValueError: two have one name, and nobody says which counts."""
+    row = {}
+    for name, value in members:
+        if name in row:
+            raise ValueError(f"an object names {shorten(name)} twice")
+        row[name] = value
+    return row
+
+
 STRICT = json.JSONDecoder(parse_constant=read_number, parse_float=read_number)
+STRICT_ROWS = json.JSONDecoder(
+    parse_constant=read_number, parse_float=read_number, object_pairs_hook=read_members
+)
 
 
 def parse_json(
@@ -78,26 +91,29 @@ def parse_json(
     path: str,
     line: int | None = None,
     finite: bool = True,
-    mend: bool = False,
+    is_row: bool = False,
 ):
     """The value of a JSON text. InputError, with the path and the line: the text is not JSON.
 
     It is stricter than Python's own reader, which lets through NaN and Infinity, though JSON has no
     such numbers (`finite` False lets them through here too), and halves of characters, which no
-    tokenizer takes. mend: such a half becomes U+FFFD instead, as in texts from the web.
+    tokenizer takes. is_row: the text is of data from the web. Such a half becomes U+FFFD instead,
+    and an object that has two members of one name is refused.
     """
     place = path if line is None else f"{path}:{line}"
     if isinstance(text, bytes):
         text = decode_text(text, place)
     try:
-        if finite:
+        if is_row:
+            value = STRICT_ROWS.decode(text)
+        elif finite:
             value = STRICT.decode(text)
         else:
             value = json.loads(text)
         # Two halves may stand side by side and be a character. A half alone cannot be encoded.
         if HALF_CHARACTER.search(text):
             whole = json.dumps(value, ensure_ascii=False)
-            if mend:
+            if is_row:
                 return json.loads(HALVES.sub(UNREADABLE, whole))
             whole.encode()
         return value
@@ -178,7 +194,7 @@ def read_file(path: str) -> list[tuple[str, Any]]:
     if path.removesuffix(".gz").endswith(".csv"):
         rows = read_csv(path, decode_text(content, path))
     elif start == b"[":
-        whole = parse_json(content, path, mend=True)
+        whole = parse_json(content, path, is_row=True)
         rows = [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
     else:
         rows = read_json_lines(path, content)
@@ -194,7 +210,7 @@ def read_json_lines(path: str, content: bytes) -> list[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line, path, number, mend=True)
+            row = parse_json(line, path, number, is_row=True)
         except InputError as e:
             # The first line may be the beginning of an object that goes on below it.
             hint = "" if rows else "; rows are one list, or one on each line"

@@ -106,7 +106,12 @@ class TextFlags(FlagGroup):
 
     def __post_init__(self):
         super().__post_init__()
-        require(all("=" in column for column in self.columns), "--columns takes FIELD=COLUMN")
+        named = []
+        for column in self.columns:
+            field, equals_sign, _ = column.partition("=")
+            require(field and equals_sign, "--columns takes FIELD=COLUMN")
+            require(field not in named, f"--columns names {field} twice")
+            named.append(field)
 
 
 @dataclass

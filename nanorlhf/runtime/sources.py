@@ -23,6 +23,7 @@ FILES_OF_ROWS = (".jsonl", ".json", ".csv")
 
 def read_any(spec: str) -> list[tuple[str, dict]]:
     """What --dataset names, other than the embedded world -> [(place, row)], one row at least."""
+    require(spec, "a data set without a name")
     is_other_file = os.path.isfile(spec) and not spec.endswith(".parquet")
     if is_file_of_rows(spec) or is_other_file:
         return read_file(spec)

@@ -361,9 +361,12 @@ def test_formats_of_prompts_are_those_that_can_be_read():
 @pytest.mark.parametrize(
     "name", [name for name in CONFIGS if "columns" in field_names(CONFIGS[name])]
 )
-def test_columns_without_an_equals_sign(name):
-    with pytest.raises(InputError, match="^--columns takes FIELD=COLUMN$"):
-        parse(name, "--columns", "prompt=question", "prompt")
+def test_columns_that_say_nothing_or_two_things(name):
+    for column in ("prompt", "=question"):
+        with pytest.raises(InputError, match="^--columns takes FIELD=COLUMN$"):
+            parse(name, "--columns", "prompt=question", column)
+    with pytest.raises(InputError, match="^--columns names prompt twice$"):
+        parse(name, "--columns", "prompt=a", "prompt=b")
 
 
 # ----------------------------------------------------------------------- what is missing by default

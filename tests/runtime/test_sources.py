@@ -132,6 +132,8 @@ BAD_FILES = [
     ("a.json", '{\n "prompt": "p"\n}', "; rows are one list, or one on each line"),
     ("a.jsonl", LINES + "{", ":3: not JSON"),
     ("a.jsonl", "[1]\n[2]\n", ":2: not JSON"),
+    ("a.jsonl", LINES + '{"a": {"b": 1, "b": 1}}', ":3: not JSON (an object names 'b' twice)"),
+    ("a.json", '[{"prompt": "p", "prompt": "q"}]', ": not JSON (an object names 'prompt' twice)"),
     ("a.jsonl", LINES.encode("utf-16"), ":1: not UTF-8"),
 ]
 
@@ -386,6 +388,10 @@ BAD_FOLDERS = [
 def test_folders_that_are_refused(folder, name, text, words):
     write(folder / name, text)
     check_refused(folder, str(folder), words)
+
+
+def test_an_empty_name_is_refused():
+    check_refused("", "a data set without a name")
 
 
 def test_an_empty_folder_is_refused(tmp_path):
