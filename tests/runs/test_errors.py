@@ -233,6 +233,14 @@ def test_a_length_without_room_for_a_response(here, capfd, kind):
     refuses_flags(capfd, kind, "--max_length 1", "--max_length must leave room")
 
 
+@pytest.mark.parametrize("kind", ["sft", "rm"])
+def test_a_length_beyond_the_context(here, capfd, kind):
+    """Learned positions have no embedding there, and rotary ones were never trained there."""
+    context = json.loads(Path("model/config.json").read_text())["max_position_embeddings"]
+    words = f"--max_length {context + 1} is above the model's context of {context} tokens"
+    refuses_flags(capfd, kind, f"--max_length {context + 1}", words)
+
+
 @pytest.mark.parametrize(
     "flags, words", [("--betas 1.5 0.9", "--betas"), ("--device banana", "--device")]
 )
