@@ -357,10 +357,13 @@ def read_rows(path: str, fields: dict | None = None) -> list[dict]:
 def check_name(path: str):
     """InputError for a name that an output cannot have.
 
-    It is empty, it is not UTF-8, or a link on the way leads nowhere. Pitfall: Python opens files
-    whose names are not UTF-8, while print() and safetensors take no such names.
+    It is empty, it is not UTF-8, or a link on the way leads nowhere; or a shell has left its ~ as
+    it is, as in --output_dir=~/runs. Pitfall: Python opens files whose names are not UTF-8, while
+    print() and safetensors take no such names.
     """
     require(path, "the output has an empty name")
+    has_home = path == "~" or path.startswith("~/")
+    require(not has_home, f"{path}: here ~ is a name like any other; write the folder out")
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -370,6 +373,14 @@ def check_name(path: str):
     while not os.path.lexists(last_there):
         last_there = os.path.dirname(last_there)
     require(os.path.exists(last_there), f"{path}: the link {last_there} leads nowhere")
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder or below it, by its name or by where its links lead."""
+    for real in (os.path.abspath, os.path.realpath):
+        if os.path.commonpath([real(path), real(folder)]) == real(folder):
+            return True
+    return False
 
 
 def check_can_write(path: str):

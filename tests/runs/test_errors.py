@@ -568,6 +568,15 @@ def test_a_broken_config_in_the_output_folder(here, capfd):
     refused(capfd, "sft", arguments("sft"), "out/config.json")
 
 
+def test_a_broken_summary_does_not_cost_the_checkpoints(here, capfd):
+    """A run that is done needs none; whether this one is done nobody can say."""
+    run("sft", arguments("sft"))
+    Path("out/checkpoint/step_1").mkdir(parents=True)
+    Path("out/summary.json").write_text('{"steps": ')
+    refused(capfd, "sft", arguments("sft"), "out/summary.json")
+    assert Path("out/checkpoint/step_1").exists()
+
+
 # ----------------------------------------------------------------------------------- real processes
 
 

@@ -33,6 +33,7 @@ BAD_NAMES = {
     "too long": "x" * 300,
     "too long, in a folder that is not there": "new/" + "x" * 300,
     "too long in all": "/".join(["x" * 200] * 30),
+    "a home folder": "~/x",
     "not UTF-8": "\udcff",
     "not UTF-8, below": "new/\udcff/x",
     "in a folder that is read only": "read_only/x",
@@ -146,6 +147,17 @@ def test_outputs_that_cannot_be_written(no_work, capfd, door, name):
     error = capfd.readouterr().err
     assert len(error.splitlines()) == 1, error
     assert "error: " in error
+    assert content() == before
+
+
+@pytest.mark.parametrize("door", ["sft", "rm", "ppo", "sae", "bon"])
+def test_outputs_in_a_folder_that_the_run_reads(no_work, capfd, door):
+    """The results would change the model, and the run could not be resumed."""
+    before = content()
+    with pytest.raises(SystemExit) as end:
+        launch(DOORS[door], "model/x")
+    assert end.value.code == 2
+    assert "error: model/x lies in model, which this run reads" in capfd.readouterr().err
     assert content() == before
 
 
