@@ -389,6 +389,7 @@ def check_can_write(path: str):
     A command calls this before it does any work, so that its results have a place to go to.
     """
     check_name(path)
+    require(not path.endswith("/"), f"{path}: the name of a folder; a file is written here")
     trial = f"{os.path.abspath(path)}.{os.getpid()}.tmp"
     descriptor, made_folders = make_file(trial, path)
     os.close(descriptor)

@@ -202,6 +202,8 @@ def test_a_trial_does_not_touch_a_file_that_is_there(tmp_path, monkeypatch):
     Path("file").write_text("old")
     files.check_can_write("file")
     assert content() == {"file": b"old"}
+    with pytest.raises(InputError, match="new/: the name of a folder"):
+        files.check_can_write("new/")
     with pytest.raises(InputError, match="file/x cannot be made or written into"):
         files.check_can_write("file/x")
     assert content() == {"file": b"old"}
