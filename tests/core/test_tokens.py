@@ -238,6 +238,22 @@ def test_chats_that_spell_a_control_token_are_left_out_and_counted():
         leave_out_control_tokens(tokenizer, rows[1:], config(), said.append)
 
 
+THINKING = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+
+
+def test_a_template_must_write_what_is_said():
+    """One that knows a user as `human` would make each chat the same few tokens."""
+    other_names = CHATML.replace("for m in messages", "for m in messages if m['role'] == 'human'")
+    for template in (other_names, " ", "Hello"):
+        tokenizer = byte_tokenizer("<|im_end|>", template)
+        with pytest.raises(InputError, match="d.jsonl:3: .* leaves out what the last turn says"):
+            encode_prompts(tokenizer, [{"prompt": CHAT, "place": "d.jsonl:3"}])
+    # What was thought may be left out, and a turn may be empty.
+    tokenizer = byte_tokenizer("<|im_end|>", THINKING)
+    for answer in ("<think>\nHm\n</think>\n\nYes", ""):
+        encode(tokenizer, [{"prompt": CHAT, "response": answer}], ("response",))
+
+
 def test_splits_are_counted_together():
     tokenizer = byte_tokenizer("<|im_end|>", CHATML)
     good = {"prompt": CHAT, "response": "Yes"}
