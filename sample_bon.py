@@ -62,8 +62,8 @@ from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import bootstrap
 from nanorlhf.tokens import leave_out_control_tokens, ready_prompts
 
-# These may change between calls on one folder: they only read the answers, and scores are cached by
-# their reward.
+# These may change between calls on one folder: they only read the answers, which stay, and scores
+# are cached by their reward.
 FREE = [*PLACES, "reward_model", "gold_model", "n", "uwo_lambda", "objective"]
 FREE += ["save_best", "save_pairs", "batch_size", "micro_batch_size"]
 FREE += [flag.name for flag in fields(diversity_report.Flags)]
@@ -158,26 +158,33 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
         require(not self.save_best or len(self.n) == 1, "--save_best takes one --n")
         labels(self.eval_splits)
         alone = self.split == "test" and not (self.pool or self.from_files)
-        why = "--eval_splits takes the place of --split, and needs answers to sample: no --pool, no --from"
+        why = (
+            "--eval_splits takes the place of --split, and needs answers to sample: no --pool, "
+            "no --from"
+        )
         require(alone or not self.eval_splits, why)
         in_world = data.is_world(self.dataset)
         is_for_own_data = bool(self.in_distribution or self.prompt_format)
         require(
             not (in_world and is_for_own_data),
-            "--in_distribution and --prompt_format are for data of one's own: name it with --dataset",
+            "--in_distribution and --prompt_format are for data of one's own: name it with "
+            "--dataset",
         )
         require(
             self.split != "ood" or in_world or self.in_distribution,
             "--split ood is the embedded world's; of other data it needs --in_distribution",
         )
+        # The world's gold is known. For other data the user must name one.
         if in_world and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
+        # --from measures files without a policy or reward; its results have a folder of their own.
         if self.from_files:
             require(
                 not (self.pool or self.diversity),
                 "--from measures files alone: it takes no --pool and no --diversity",
             )
             self.output_dir = "runs/diversity" if self.output_dir == "runs/bon" else self.output_dir
+        # Rewards and objectives stand side by side in the results, so their names must differ.
         self.reward_model = expand(self.reward_model)
         for name in reward_names(self.reward_model):
             free = objective_of(name) is None
@@ -198,12 +205,16 @@ def main(config):
     diversity_report.check_models(config)
     if len(config.eval_splits) > 1:
         return run_each_split(config, dist)
+    # A folder that is done may be written again, with other rewards and other n for its answers.
     folder = RunFolder(config, dist, FREE, written_again=True)
+    # What is wrong with a reward or the policy is said now, before anything is sampled. A pool's
+    # policy is not known, and not needed.
     check_inputs(config, "reward_model", "gold_model")
     if not config.pool:
         check_inputs(config, "model")
 
     # ----------------------------------------------------------------------------------- answers
+    # rows: {"prompt": ..., "responses": [N answers], ...}, from a file or from the policy.
     if config.pool:
         tokenizer = None  # only the texts are known
         rows = pool.read(config.pool)
@@ -229,6 +240,7 @@ def main(config):
     if not config.pool:
         rows = pool.sample(config, tokenizer, prompts, dist)
 
+    # The best of n needs n answers, so the prompt with the fewest answers sets the largest n.
     counts = [len(row["responses"]) for row in rows]  # P
     N = min(counts)
     ns = choose_ns(config, rows[counts.index(N)])
@@ -238,6 +250,7 @@ def main(config):
     dist.print(f"{len(rows)} prompts, {answers_each} answers each")
 
     # ------------------------------------------------------------------------------------ scores
+    # The rewards of --reward_model choose (the proxy); gold only says what the chosen are worth.
     scores = pool.score(rows, config.reward_model, tokenizer, config, dist)  # {name: P lists of N}
     gold = None  # or P lists of N
     if config.gold_model:
@@ -256,11 +269,14 @@ def main(config):
     members = torch.stack(matrices)  # [K, P, N]
     if mask.all():
         mask = None  # all prompts have the same number of answers
+    # Every member is a proxy of its own, and so is every objective of all of them together.
     proxies = dict(zip(scores, members))  # {name: [P, N]}
     if len(members) > 1:
         proxies |= combine_all(members, config.uwo_lambda)
 
     # --------------------------------------------------------------------------------- best of n
+    # The mean over all choices of n from the N answers has a closed form: nothing is drawn. The
+    # proxy rises with n, since it makes the choice; watch whether gold rises with it, or falls.
     gold_matrix = None
     if gold is not None:
         gold_matrix, _ = pool.matrix(gold)  # [P, N]
@@ -273,6 +289,7 @@ def main(config):
     scored_rows = join_scores(rows, scores, gold)
     write_json(path_of("bon_results.json"), results)
     write_lines(path_of("pool.jsonl"), scored_rows)
+    # The texts that were chosen, for a judge or as demonstrations: by one objective and one n.
     if config.save_best:
         n = config.n[0]
         objective = combine(members, config.objective, config.uwo_lambda[0])  # [P, N]
@@ -280,6 +297,7 @@ def main(config):
         for row, row_scores in zip(scored_rows, objective):
             best_rows += choose_best(row, row_scores, n, name_of_split(config))
         write_lines(path_of(f"best_of_{n}.jsonl"), best_rows)
+    # Pairs labelled by gold, to train a reward model on: {"prompt", "chosen", "rejected"}.
     if config.save_pairs:
         pairs = []
         for row in scored_rows:
@@ -295,6 +313,7 @@ def main(config):
     dist.print(table(results, has_gold), f"Written to {config.output_dir}: {names_of_files}")
     if config.diversity:
         diversity_report.report(config, dist, {"answers": scored_rows})
+    # The summary comes after all other results: by it a run counts as done.
     summary = {"prompts": len(rows), "answers": N, "fits": fits}
     write_json(path_of("summary.json"), summary)
     write_page(config.output_dir, dist)
@@ -310,8 +329,8 @@ def run_each_split(config, dist):
     results = {}
     for item in config.eval_splits:
         name, _, _ = item.partition("=")
-        own = replace(config, eval_splits=[item], output_dir=f"{config.output_dir}/{name}")
-        results[name] = main(own)
+        output_dir = f"{config.output_dir}/{name}"
+        results[name] = main(replace(config, eval_splits=[item], output_dir=output_dir))
     return results
 
 
@@ -323,8 +342,8 @@ def prompts_of(config):
     is_whole = config.split == "all" or (config.split == "ood" and in_world)
     if not is_whole:
         wanted = config.eval_splits or ["ood" if config.split == "ood" else "test"]
-        own = replace(config, eval_splits=wanted, split="test")
-        train, held_out, note = load_splits(own, "prompts")
+        split_config = replace(config, eval_splits=wanted, split="test")
+        train, held_out, note = load_splits(split_config, "prompts")
         rows = train if config.split == "train" else held_out["eval"]
         return rows, note
 
@@ -363,12 +382,14 @@ def estimate_curves(proxies, gold, ns, mask):
     proxies: {name: [P, N]}; gold [P, N] or None; mask [P, N] or None: which entries are answers
     -> {name: rows of describe_curve()}, {name: the fit of Gao et al.'s curve to gold}
     """
+    # The KL of best-of-n follows from n alone. On this axis best-of-n and PPO can be compared.
     kl = torch.tensor([bon_kl(n) for n in ns])  # [L]
     # A fit needs a start at n = 1, two further points, and several prompts for its interval.
     can_fit = gold is not None and ns[0] == 1 and len(ns) > 2 and len(gold) > 1
     results = {}
     fits = {}
     for name, proxy in proxies.items():
+        # The same choice is valued twice: by the proxy that made it, and by gold.
         proxy_curve = bon_estimate(proxy, proxy, ns, mask, per_prompt=True)  # [P, L]
         gold_curve = None
         if gold is not None:
@@ -400,6 +421,8 @@ def describe_curve(ns, proxy, gold):
 
 def mean_over_prompts(estimates: torch.Tensor) -> tuple[list, list, list]:
     """[P, L] -> means, standard errors (0 for one prompt) and 95% intervals, lists of L."""
+    # Prompts are independent, and all the estimates of one prompt come from the same answers. So
+    # the error is taken over prompts.
     P, L = estimates.shape
     se = torch.zeros(L)
     if P > 1:
@@ -416,10 +439,11 @@ def join_scores(rows, scores, gold) -> list[dict]:
     """The scored pool: rows {prompt, responses: [N], scores: {name: [N]}[, gold_scores: [N]]}."""
     scored_rows = []
     for p, row in enumerate(rows):
+        row_scores = {name: by_prompt[p] for name, by_prompt in scores.items()}
         scored = {
             "prompt": row["prompt"],
             "responses": row["responses"],
-            "scores": {name: by_prompt[p] for name, by_prompt in scores.items()},
+            "scores": row_scores,
         }
         if gold is not None:
             scored["gold_scores"] = gold[p]
@@ -434,6 +458,8 @@ def choose_best(row, scores: torch.Tensor, n: int, split: str | None) -> list[di
     A last group of fewer than n answers is left out. -> rows {prompt, response, scores, gold,
     split, sample}; `sample` is the answer's place in the pool
     """
+    # With n = 4 and 10 answers the groups are 0 1 2 3 and 4 5 6 7. Each answer is in one group at
+    # most, so that the chosen texts are independent draws of best-of-n.
     n_groups = len(row["responses"]) // n
     groups = scores[: n_groups * n].view(n_groups, n)
     first_places = torch.arange(n_groups) * n
@@ -445,7 +471,7 @@ def choose_best(row, scores: torch.Tensor, n: int, split: str | None) -> list[di
         best = {
             "prompt": row["prompt"],
             "response": row["responses"][j],
-            "scores": {name: own[j] for name, own in row["scores"].items()},
+            "scores": {name: numbers[j] for name, numbers in row["scores"].items()},
             "gold": gold,
             "split": split,
             "sample": j,
@@ -472,6 +498,7 @@ def make_pairs(row) -> list[dict]:
     gold = row["gold_scores"]
     responses = row["responses"]
     pairs = []
+    # Each answer is in one pair at most, so that pairs of one prompt are independent draws.
     for j in range(0, len(responses) - 1, 2):
         if gold[j] == gold[j + 1]:
             continue
@@ -492,6 +519,7 @@ def table(results, has_gold):
         if what == "gold" and not has_gold:
             continue
         for name, points in results.items():
+            # A few of the values of n, and the largest, fit into one line.
             cells = []
             for point in points:
                 if point["n"] in shown_ns or point is points[-1]:

@@ -67,11 +67,17 @@ from nanorlhf.splits import load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.tokens import leave_out_of_splits, ready_prompts
 
-TRY_NEXT = """Try next:
-  python train_ppo.py --kl_coef 0 --output_dir runs/no_kl                          the proxy rises further; watch gold
-  python train_rm.py --members 5 --label_noise 0.25 --output_dir 'runs/noisy/seed_{seed}'      an ensemble, a quarter of the labels wrong
-  python train_ppo.py --reward_model 'runs/noisy/seed_{seed}' --objective wco --output_dir runs/wco
-  python train_ppo.py --reward_model my.py:reward --output_dir runs/my_reward      def reward(prompts, responses): return [...]"""
+TRY_NEXT = (
+    "Try next:\n"
+    "  python train_ppo.py --kl_coef 0 --output_dir runs/no_kl"
+    "                          the proxy rises further; watch gold\n"
+    "  python train_rm.py --members 5 --label_noise 0.25 --output_dir 'runs/noisy/seed_{seed}'"
+    "      an ensemble, a quarter of the labels wrong\n"
+    "  python train_ppo.py --reward_model 'runs/noisy/seed_{seed}' --objective wco"
+    " --output_dir runs/wco\n"
+    "  python train_ppo.py --reward_model my.py:reward --output_dir runs/my_reward"
+    "      def reward(prompts, responses): return [...]"
+)
 
 
 @dataclass
@@ -105,10 +111,10 @@ class ScoreFlags(FlagGroup):
 class KLFlags(FlagGroup):
     """The KL penalty: what the policy pays for moving away from the model it starts from"""
 
-    # k1 in the reward gives the gradient of the sequence KL. In the loss, on-policy, k2 and full give
-    # the token KL's gradient, without the effect on later states, and k3 gives that of the reversed
-    # KL. In later epochs the samples are the old policy's and have no importance weight there, so
-    # that k2 and k3 are only near this. See kl_estimate and full_kl.
+    # k1 in the reward gives the gradient of the sequence KL. In the loss, on-policy, k2 and full
+    # give the token KL's gradient, without the effect on later states, and k3 gives that of the
+    # reversed KL. In later epochs the samples are the old policy's and have no importance weight
+    # there, so that k2 and k3 are only near this. See kl_estimate and full_kl.
     kl_coef: float = HfArg(default=0.05, help="the price of one nat of KL divergence")
     kl_kind: str = HfArg(
         default="k1",
@@ -284,10 +290,13 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
             not self.kl_target or self.kl_coef > 0,
             "--kl_target adapts --kl_coef, which must start above 0",
         )
+        # A rollout with a low KL multiplies the coefficient by 1 - 0.2 batch_size / kl_horizon
+        # (ppo.AdaptiveKL), which must stay above 0.
         require(
             self.batch_size < 5 * self.kl_horizon,
             "--kl_horizon must be above a fifth of --batch_size",
         )
+        # The world's gold is known. Here it only evaluates: it shows what the proxy is worth.
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
         self.reward_model = expand(self.reward_model)
@@ -299,7 +308,8 @@ def check_group_flags(config):
     """InputError where flags do not fit an --advantage that has no value function."""
     require(
         config.group_size > 1,
-        f"--advantage {config.advantage} compares answers to one prompt: --group_size must be 2 or more",
+        f"--advantage {config.advantage} compares answers to one prompt: --group_size must be 2 "
+        "or more",
     )
     without_meaning = []
     for name in VALUE_FLAGS:
@@ -368,6 +378,7 @@ def main(config):
             config.chat_template,
         )
 
+    # Everything becomes token ids once, before the loop: a step only picks prompts.
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     prompts = encode(rows).compact()
     held_out_prompts = {label: encode(part) for label, part in held_out.items()}
@@ -477,6 +488,7 @@ def main(config):
         prompt_index = data.batch_indices(len(prompts), n_prompts, step - 1, config.seed)
         index = np.repeat(prompt_index, group_size).tolist()  # a prompt's answers adjoin
         place = dist.share(range(config.batch_size))  # which rows of the global batch are mine
+        # With FSDP the weights are gathered once for a whole rollout, not for each token.
         with gathered(policy):
             mine = prompts.at([index[i] for i in place])
             rollout, answers = roll_out(parts, mine, place, step)
@@ -515,7 +527,8 @@ def main(config):
         folder.append("metrics.jsonl", [record])
         progress.step(
             step,
-            f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  length {record['length']:.0f}",
+            f"score {record['score_mean']:.2f}  kl {record['kl']:.1f}  "
+            f"length {record['length']:.0f}",
         )
         if is_last or step % config.checkpoint_every == 0:
             # The controller has moved since this step's kl_coef: the next step's is kept.
@@ -590,7 +603,7 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     if config.score_clip:
         shaped = shaped.clamp(-config.score_clip, config.score_clip)
 
-    # Rewards of tokens, then advantages.
+    # Rewards of tokens (the score on the last one, a KL penalty on each), then advantages.
     rewards = ppo.token_rewards(shaped, kl_in_reward(config, outputs), mask, kl_coef)  # [B, R]
     advantages, returns, advantage_record = estimate_advantages(config, outputs, rewards)
 
@@ -668,6 +681,8 @@ def gather_outputs(parts, rollout, answers):
     """
     config = parts.config
     dist = parts.dist
+    # The policy, the reference and the rewards read the same tokens, one after another. With FSDP
+    # the shards of each are gathered for its own turn alone.
     needs_reference = needs_full_kl(config, "reward")
     kl_to = parts.reference if needs_reference else None
 
@@ -712,6 +727,7 @@ def bootstrap_values(parts, rollout, batch):
     """[b]: the value after the last token of a response that was cut off, 0 for one that ended."""
     config = parts.config
     dist = parts.dist
+    # Nothing follows an EOS, so the value behind it is 0. A cut answer might have gone on.
     values = torch.zeros(len(batch), device=dist.device)
     cut_off = (~rollout.finished).nonzero()[:, 0]  # rows
     if len(cut_off) == 0:
@@ -764,12 +780,15 @@ def update(parts, optimizer, batch, x, first, step, kl_coef, lr):
                     (loss * dist.world).backward()
                 add_to(stats, numbers)
 
-            # Nothing has been learned from this rollout yet, so every ratio should be 1.
+            # At the first minibatch nothing has been learned from this rollout yet, so every ratio
+            # should be 1: what is left is the difference between sampling and training.
             if "first_ratio_error" not in stats:
                 stats["first_ratio_error"] = stats["ratio_error"]
             grad_norm = optimizer_step(optimizer, parts.policy, lr, config.max_grad_norm, step)
             stats["grad_norm"] += grad_norm / dist.world
 
+        # Each epoch moves the policy further from the one that sampled. If it is too far away, the
+        # rollout says little about it, and --target_kl ends the update.
         n_minibatches = config.batch_size // config.minibatch_size
         epochs.append(reduce_stats(stats, n_minibatches, dist))
         if config.target_kl and epochs[-1]["approx_kl"] > config.target_kl:
@@ -792,6 +811,7 @@ def loss_of(parts, batch, x, at, n_tokens, kl_coef):
     """
     config = parts.config
     mask = response_mask_of(batch)  # [m, R'], trimmed to its longest response
+    # What the rollout knows of these tokens. All of it was computed before the first update.
     width = mask.shape[1]
     old_logprobs = x.old_logprobs[at, :width]
     ref_logprobs = x.ref_logprobs[at, :width]
@@ -801,6 +821,7 @@ def loss_of(parts, batch, x, at, n_tokens, kl_coef):
         config.loss_mean, mask.sum(1), n_tokens, config.minibatch_size, config.max_new_tokens
     )
 
+    # The policy as it is now reads what the policy of the rollout has written.
     kl_to = parts.reference if needs_full_kl(config, "loss") else None
     new = parts.model(
         batch, mask, config.temperature, entropy=config.ent_coef > 0, kl_to=kl_to

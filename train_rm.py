@@ -174,6 +174,7 @@ class Config(sarm_training.Flags, RunConfig):
             self.check_average()
         if data.is_world(self.dataset) and not self.gold_model:
             self.gold_model = "world:gold"
+        # Each of several members fills in a seed of its own (train_members).
         if self.members == 1:
             self.output_dir = self.output_dir.replace("{seed}", str(self.seed))
             self.model = self.model.replace("{seed}", str(self.seed))
@@ -192,6 +193,7 @@ class Config(sarm_training.Flags, RunConfig):
         if self.output_dir == config_class.output_dir:
             self.output_dir = "runs/rm/averaged"
 
+        # A flag that nothing reads is a mistake: whoever named it expects something of it.
         defaults = config_class()
         unread = []
         for name in TRAINING_FLAGS:
@@ -232,6 +234,7 @@ def train_members(config, dist):
             independent_noise=False,
         )
         members.append(member)
+    # A process trains its members as if it were the only one: no step waits for another process.
     alone = Dist(0, 1, dist.device)
     mine = members[dist.rank :: dist.world]
 
@@ -272,7 +275,8 @@ def train(config, dist):
         return folder.already_done()
 
     # -------------------------------------------------------------------------------------- data
-    rows, held_out, note = load_splits(config, "pairs")  # held_out: {label of a split: rows}
+    # {"prompt": ..., "chosen": ..., "rejected": ...}. held_out: {label of a split: rows}
+    rows, held_out, note = load_splits(config, "pairs")
     if config.gold_model:
         check_reward(config.gold_model)
     sarm_training.check_autoencoder(config)  # before anything is trained for it
@@ -298,7 +302,7 @@ def train(config, dist):
         # 1. Every process takes its share of the global batch, and adds up gradients.
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         index = data.batch_indices(len(pairs), config.batch_size, step - 1, config.seed)
-        reward_model.train()
+        reward_model.train()  # evaluations have switched dropout off
         totals = add_gradients(training, model, pairs, dist.share(index), config, dist)
 
         # 2. One step of the optimizer.
@@ -308,8 +312,9 @@ def train(config, dist):
         grad_norm = optimizer_step(optimizer, reward_model, lr, config.max_grad_norm, step)
         training.after_step()
 
-        # 3. What happened, on all processes together.
-        numbers = dist.sum(torch.stack(list(totals.values()))).tolist()
+        # 3. What happened, on all processes together: one call adds up all shares.
+        shares = torch.stack(list(totals.values()))
+        numbers = dist.sum(shares).tolist()
         record = {
             "step": step,
             **dict(zip(totals, numbers)),
@@ -318,6 +323,7 @@ def train(config, dist):
             "seconds": time.perf_counter() - begun,
             "peak_memory_mb": peak_memory_mb(dist),
         }
+        # Training pairs may be visited many times, so only held-out ones show what was learned.
         is_last = step == config.steps  # it is evaluated below, with standardised scores
         if config.eval_every and step % config.eval_every == 0 and not is_last:
             prefix = f"step {step}: "
@@ -329,6 +335,8 @@ def train(config, dist):
     progress.close()
 
     # -------------------------------------------------------------- standardise, evaluate, save
+    # Scores get a common unit first: without it the members of an ensemble could not be compared,
+    # and a KL coefficient would mean something else for each.
     standardise(reward_model, held_out_pairs["eval"], config, dist)
     summary = evaluate_splits(reward_model, held_out_pairs, golds, config, dist)
     # transformers saves where torch's rank is 0, and some members are trained on other ranks.
@@ -348,11 +356,13 @@ def encode_data(rows, held_out, note, config, dist):
 
     note: how the rows were divided, which is printed.
     """
+    # Only training labels are flipped, so that held-out pairs show what the noise has done.
     tokenizer = load_tokenizer(config.model)
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
 
     max_length = choose_max_length(config.max_length, check_model(config.model))
+    # Both answers of a pair are cut together, and keep the same part of the prompt.
     pairs, cuts = encode_pairs(rows, tokenizer, max_length, config)
     dist.print(f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, {cuts}")
     held_out_pairs = encode_splits(held_out, tokenizer, max_length, config)
@@ -365,6 +375,8 @@ def prepare_model(training, pairs, config, dist):
 
     On one process the two are the same. On several the second is DDP's or FSDP's.
     """
+    # A reward model starts as the trunk of the SFT policy, which knows about texts, with a new head
+    # in the place of the LM head.
     reward_model, note = training.load(dist)
     lm = training.lm
     speed_up(lm, dist.device, config.dtype, config.compile)
@@ -374,6 +386,8 @@ def prepare_model(training, pairs, config, dist):
     if config.checkpoint_activations:
         checkpoint_activations(reward_model)
 
+    # DDP and FSDP make their first pass on an example (Dist.wrap), by a scalar that uses all
+    # trained weights.
     example = pack(pairs.prompts[:1], pairs.chosen[:1]).to(dist.device)
 
     def sum_of_outputs(model):
@@ -414,6 +428,7 @@ def average_members(config, dist):
     n_members = len(config.average)
     dist.print(f"the mean of {n_members} reward models on {config.dataset}: {note}")
 
+    # The mean of the weights has a scale of its own, which no member's scale tells.
     standardise(reward_model, held_out_pairs["eval"], config, dist)
     summary = evaluate_splits(reward_model, held_out_pairs, golds, config, dist)
     folder.save_model(save_reward_model, reward_model, tokenizer)
@@ -435,6 +450,8 @@ def load_raw_member(path, device):
 
 def check_members(paths):
     """InputError where the weights of these reward models have no meaningful mean."""
+    # Models that were trained from one start stay close enough together that what lies between them
+    # is a good model too (Rame et al. 2024). Between models of two starts it need not be.
     seen = set()
     starts = set()
     for path in paths:
@@ -580,11 +597,13 @@ def check_texts(pairs, held_out, max_length, config):
     if max_length is not None:
         what = f"as token ids, cut to {max_length},"
 
+    # A pair of two equal answers teaches nothing: r_c - r_r is 0 whatever the weights are.
     require(
         pairs.chosen != pairs.rejected,
         f"{config.dataset}: {what} chosen and rejected of every training pair are the same",
     )
 
+    # One text alone has one score, and a spread of zero to divide by.
     texts = set()
     for responses in (held_out.chosen, held_out.rejected):
         for prompt, response in zip(held_out.prompts, responses):
@@ -603,11 +622,14 @@ def add_gradients(training, model, pairs, mine, config, dist):
 
     -> their share of the global batch's means, {loss, accuracy, margin, further losses: scalar}
     """
-    # A pair is two rows, so its longer one may have half of the tokens.
+    # Both rows of a pair are in one micro-batch, since the loss is of their difference. So the
+    # longer one may have half of the tokens.
     tokens = math.ceil(config.tokens_per_micro_batch / 2)
     parts = micro_batches(pairs.lengths(mine), config.micro_batch_size, tokens)
     parts = dist.even(parts)
 
+    # Every sum is divided by the size of the global batch, so that the shares of micro-batches and
+    # processes add up to the means of the global batch.
     totals = defaultdict(lambda: torch.zeros((), device=dist.device))
     for i, part in enumerate(parts, 1):
         places = sorted(part.tolist())  # in the order of the batch, not of their lengths
@@ -673,6 +695,7 @@ def evaluate_splits(reward_model, held_out_pairs, golds, config, dist, prefix=""
     record = {}
     for label, pairs in held_out_pairs.items():
         result, scores = evaluate(reward_model, pairs, config, dist)
+        # All texts together, chosen and rejected: does their order by score agree with gold's?
         if golds:
             tau, p = kendall_tau(scores.flatten(), golds[label].flatten(), permutations=200)
             result |= {"gold_kendall_tau": tau, "gold_kendall_p": p, "n_texts": scores.numel()}
@@ -687,6 +710,8 @@ def evaluate(reward_model, pairs, config, dist):
 
     The first row of the scores is of the chosen answers, the second of the rejected ones.
     """
+    # Each process scores its part of the pairs, chosen answers first. gather() puts the parts
+    # together in the order of the pairs.
     reward_model.eval()
     mine = pairs.at(dist.part(len(pairs)))
     scores = []
@@ -699,13 +724,14 @@ def evaluate(reward_model, pairs, config, dist):
     scores = torch.stack(scores)  # [2, N]
     lengths = torch.stack(lengths)  # [2, N]
 
+    # Accuracy is how often the chosen answer scores higher. Two rewards that know nothing but the
+    # answer's length stand beside it: a model must beat both to have learned more.
     margin = scores[0] - scores[1]
     accuracy = mean_se(pair_wins(scores[0], scores[1]))
     result = {
         "accuracy": accuracy["mean"],
         "accuracy_se": accuracy["se"],
         "n_pairs": accuracy["n"],
-        # The accuracies of two rewards that know nothing but the answer's length.
         "longer_wins": pair_wins(lengths[0], lengths[1]).mean().item(),
         "shorter_wins": pair_wins(lengths[1], lengths[0]).mean().item(),
         "margin": margin.mean().item(),
@@ -718,6 +744,7 @@ def evaluate(reward_model, pairs, config, dist):
 
 def score_rows(reward_model, batch, config, dist):
     """This process's packed rows, b of them -> their scores [b]. All processes call this."""
+    # gathered() is a collective call, so a process without rows must enter it too.
     scores = torch.zeros(len(batch), device=dist.device)
     with gathered(reward_model), autocast(dist, config.dtype):
         if len(batch) == 0:  # there are fewer rows than processes

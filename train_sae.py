@@ -209,9 +209,8 @@ class Config(
         require(self.expansion <= MOST_EXPANSION, f"--expansion must be at most {MOST_EXPANSION}")
         require(0 <= self.warmup <= 1, "--warmup is a share of the steps")
         if not self.base:
-            self.base = (
-                "runs/sft" if data.is_world(self.dataset) and self.model == "runs/ppo" else "none"
-            )
+            is_default = data.is_world(self.dataset) and self.model == "runs/ppo"
+            self.base = "runs/sft" if is_default else "none"
         require(
             self.base != "none" or ":" not in self.layers,
             f"--layers {self.layers} compares --model with a --base: name one (such as runs/sft), "
@@ -219,7 +218,10 @@ class Config(
         )
 
     def dead_tokens(self):
-        """How many tokens without firing make a feature dead: Gao et al.'s 10M, or less in a small run."""
+        """How many tokens without firing make a feature dead.
+
+        They are Gao et al.'s 10 million, or less in a small run.
+        """
         return self.dead_after or min(10_000_000, self.steps * self.batch_size // 10)
 
     def rate(self, step):
@@ -241,6 +243,7 @@ def main(config):
     # What is wrong with the cache, the texts or a model is said before anything is loaded.
     if config.cache:
         dist.together(lambda: check_cache(config.cache) if dist.main else None)
+    # With a base beside the policy, two autoencoders of the same layer show what training changed.
     paths = {"policy": config.model}
     if config.base != "none":
         paths["base"] = config.base
@@ -251,14 +254,16 @@ def main(config):
     check_last_tokens(config)
 
     # ------------------------------------------------------------------------------------ models
+    # The language models are only read: the autoencoders learn from what a layer puts out.
     lms = {name: load_lm(path, dist.device) for name, path in paths.items()}
     for lm in lms.values():
         lm.requires_grad_(False)
         speed_up(lm, dist.device, config.dtype)
     places = [(layer, config.site) for layer in choose_layers(config, lms)]
+    # A place that a model lacks is an error before anything is computed.
     for lm in lms.values():
         for place in places:
-            module_at(lm, place)  # an error before anything is computed
+            module_at(lm, place)
 
     # ------------------------------------------------------------------------------------ tokens
     tokens, held_out = prepare_tokens(config, rows, model_configs["policy"], paths, folder)
@@ -266,6 +271,7 @@ def main(config):
         f"{tokens.total:,} tokens of {len(tokens.rows):,} texts, "
         f"{held_out.total:,} of {len(held_out.rows):,} held out"
     )
+    # The models compute activations whenever they are needed, or with --cache once, onto a disk.
     if config.cache:
         prints = {name: fingerprint(path) for name, path in paths.items()}
         source = from_disk(config.cache, tokens, prints, places, lambda: lms, dist, config.dtype)
@@ -280,13 +286,16 @@ def main(config):
     # takes its weights from the checkpoint.
     dist.print("the first activations, for mean and scale ...")
     saes = fit_saes(config, stream, dist)  # {"policy/3_mlp": autoencoder}
+    # One optimizer serves all autoencoders, since Adam treats each weight by itself.
     modules = nn.ModuleDict({name_in_checkpoint(key): sae for key, sae in saes.items()})
     optimizer = adam(modules)
+    # A feature that does not fire gets no gradient, so one that is silent for long is dead. With
+    # topk, AuxK lets dead features explain what the others leave over, and so calls them back.
     silent = {}  # for each feature the tokens since it fired last, [M]
     for key, sae in saes.items():
         silent[key] = torch.zeros(sae.m, dtype=torch.long, device=dist.device)
 
-    # A run that was killed goes on from its last checkpoint.
+    # A run that was killed goes on from its last checkpoint, with its counts of silence.
     state = checkpoint.load(config.output_dir, modules, optimizer, dist)
     if state:
         for key in saes:
@@ -296,6 +305,7 @@ def main(config):
     sizes = [f"{key} ({sae.m:,} features)" for key, sae in saes.items()]
     dist.print(f"{config.sae} autoencoders: {', '.join(sizes)}")
 
+    # There is no DDP here: gradients and numbers of the processes are added up by this function.
     def sum_over_processes(tensor):
         tensor.copy_(dist.sum(tensor))
 
@@ -320,13 +330,15 @@ def main(config):
             stats = gradients(saes[key], x, silent=silent[key], **options)
             losses.append(stats["loss"])
             record |= {f"{key}/{name}": value for name, value in stats.items()}
+        # A loss that is not finite ends the run while the weights are still good.
         loss = np.mean(losses).item()
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"step {step}: the loss is {loss}; the last checkpoint is kept; lower --lr"
             )
 
-        # 2. One step of the optimizer over all of them.
+        # 2. One step of the optimizer over all of them. Decoder directions stay of unit length:
+        # else long directions with small features would dodge the L1 penalty.
         lr = config.rate(step - 1)
         update(saes.values(), optimizer, lr)
 
@@ -347,6 +359,8 @@ def main(config):
     progress.close()
 
     # -------------------------------------------------------------------------- measure and save
+    # Each autoencoder is measured on texts that none has seen: how much it leaves unexplained
+    # (FVU), with how many features a token (L0), and what the language model loses by it.
     dist.print(f"measuring on {held_out.total:,} held-out tokens ...")
     summary, densities = evaluate(config, saes, lms, held_out, places, dist)
     dist.print(report(summary))
@@ -379,6 +393,7 @@ def load_lm(path, device):
 
 def check_last_tokens(config):
     """Refuse --tokens last where a text's last token, EOS, has BOS's id and is left out with it."""
+    # Some tokenizers, such as GPT-2's, have one token for both.
     tokenizer = load_tokenizer(config.model, needs_eos=False)
     has_eos = tokenizer.eos_token_id is not None
     eos_is_bos = has_eos and tokenizer.eos_token_id == tokenizer.bos_token_id
@@ -397,6 +412,7 @@ def texts_end_with_eos(config) -> bool:
 
 def choose_layers(config, lms) -> list[int]:
     """The layers that --layers names."""
+    # highest:K means the K blocks whose weights training moved furthest from the base's.
     try:
         policy_blocks = blocks(lms["policy"])
         divergences = [0.0] * len(policy_blocks)
@@ -429,6 +445,7 @@ def prepare_tokens(config, rows, model_config, paths, folder):
     texts = []  # token lists
     if config.texts != "rollouts":
         texts = tokenize_rows(config, tokenizer, rows, model_config, dist)
+    # Each prompt is taken once, however many rows have it.
     if config.texts != "dataset":
         different = {data.canonical(row["prompt"]): row for row in rows}
         prompts = ready_prompts(
@@ -442,6 +459,7 @@ def prepare_tokens(config, rows, model_config, paths, folder):
         folder.write_config()
         sampling = replace(config, batch_size=256)  # answers at a time, not tokens
         texts = texts + rollout_rows(sampling, tokenizer, prompts, dist)
+    # Whole texts are held out: tokens of one text are too much alike to be on both sides.
     parts = hold_out(texts, config.eval_size, tokenizer)
     require(all(parts), f"{config.dataset}: {len(texts)} texts are too few to hold any out")
 
@@ -452,6 +470,7 @@ def prepare_tokens(config, rows, model_config, paths, folder):
     elif config.tokens == "last":
         ends = []
 
+    # In many models BOS has a far larger norm than all other tokens, and would dominate the error.
     skip_bos = find_skipped(config, tokenizer)
     if skip_bos is not None and skip_bos == tokenizer.eos_token_id:
         dist.print(
@@ -466,6 +485,7 @@ def rollout_rows(config, tokenizer, prompts, dist) -> list[list[int]]:
 
     prompts: token lists -> token lists of prompt + answer. They are cached by pool.sample().
     """
+    # The sampled ids are kept: decoded and tokenised again, a text might get other tokens.
     texts = []
     for row in sample(config, tokenizer, prompts, dist):
         for response in row["response_ids"]:
@@ -481,10 +501,12 @@ def fit_saes(config, stream, dist) -> dict[str, SparseAutoencoder]:
 
     -> {"policy/3_mlp": autoencoder}
     """
+    # Training reads these first batches of the stream again, so no further tokens are needed.
     n_batches = -(-FIT_TOKENS // config.batch_size)  # rounded up
     batches = [stream.batch(step) for step in range(n_batches)]
     saes = {}
     for key in batches[0]:
+        # All processes fit on the same sample, and so start from the same weights.
         x = torch.cat([batch[key] for batch in batches])
         x = dist.gather(x)  # [n, D]
         sae = new_sae(config, x.shape[1]).to(dist.device)
@@ -511,7 +533,8 @@ def evaluate(config, saes, lms, held_out, places, dist):
     -> {"policy/3_mlp": {fvu, l0, dead, n_tokens, density: a histogram, loss, loss_sae, loss_zero,
     loss_recovered}}, {"policy/3_mlp": density [M]}
     """
-    # Sums over this process's texts.
+    # Sums over this process's texts. FVU and the rest are ratios of sums: means of batches' ratios
+    # would be something else.
     totals = {}  # {key: {name: tensor}}
     source = from_models(held_out, lms, places, dist, config.dtype)
     for part in passes(held_out, source, dist, at_once=2**12):
@@ -527,8 +550,9 @@ def evaluate(config, saes, lms, held_out, places, dist):
         for place in places:
             key = f"{name}/{place_name(place)}"
             sae = saes[key]
-            own = totals.get(key) or no_sums(sae)  # a process may have no texts
-            result = measures({name: dist.sum(value) for name, value in own.items()})
+            own_sums = totals.get(key) or no_sums(sae)  # a process may have no texts
+            sums = {name: dist.sum(value) for name, value in own_sums.items()}
+            result = measures(sums)
             densities[key] = result.pop("density")
             summary[key] = {
                 **result,
@@ -550,6 +574,7 @@ def histogram(density: torch.Tensor) -> dict:
 
     -> {log10_edges, features: how many lie between two edges}
     """
+    # Densities span several powers of ten, so their logarithms are counted.
     logs = density[density > 0].log10().clamp(min=EDGES[0])
     counts, _ = torch.histogram(logs.float().cpu(), torch.tensor(EDGES))
     return {"log10_edges": EDGES, "features": counts.int().tolist()}
@@ -570,6 +595,8 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
     if lm.get_output_embeddings() is None:
         return dict.fromkeys(("loss", "loss_sae", "loss_zero", "loss_recovered"))
 
+    # Texts of similar length share a forward pass. Only sums are kept until the end, so that the
+    # weight of a text does not depend on the batch that it is in.
     mine = np.array(dist.part(len(held_out.rows)), dtype=np.int64)
     lengths = torch.from_numpy(held_out.lengths[mine])
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # three losses, tokens
@@ -583,6 +610,8 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
         real = np.arange(ids.shape[1]) < held_out.lengths[rows][:, None]
         real = torch.from_numpy(real).to(dist.device)  # [b, T], no padding
 
+        # The layer's output is replaced by its reconstruction, or by zeros, and the rest of the
+        # model goes on from there.
         def reconstruct(x):
             return torch.where(seen, sae(x)[0].to(x.dtype), x)
 

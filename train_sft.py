@@ -181,6 +181,7 @@ class Config(RunConfig):
 
     def __post_init__(self):
         self.output_dir = self.output_dir.replace("{loss}", self.loss)
+        # Without --steps and --lr the loss's own apply: pairs need smaller steps, and fewer.
         defaults = LOSSES.get(self.loss, LOSSES["sft"])  # an unknown name is refused below
         if self.steps is None:
             self.steps = defaults.steps
@@ -238,6 +239,7 @@ def main(config):
     torch.manual_seed(config.seed)
 
     # -------------------------------------------------------------------------------------- data
+    # SFT: {"prompt": ..., "response": ...}; pairs: {"prompt": ..., "chosen": ..., "rejected": ...}.
     rows, held_out, note = load_splits(config, LOSSES[config.loss].data)  # held_out: {label: rows}
     if config.model == "world":
         model_config = world.model_config()
@@ -247,6 +249,7 @@ def main(config):
         tokenizer = load_tokenizer(config.model)
     max_length = choose_max_length(config.max_length, model_config)
 
+    # Everything becomes token ids once, before the loop: a step only picks rows and packs them.
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     if config.label_noise:
         rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
@@ -261,6 +264,7 @@ def main(config):
     dist.print(f"{config.loss.upper()} of {config.model} on {config.dataset}: {note}, {cuts}")
 
     # ------------------------------------------------------------------------------------- model
+    # No value head: these losses need log-probs alone.
     if config.model == "world":
         lm = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
         policy = Policy(lm, value_head=False).to(dist.load_device)
@@ -327,6 +331,7 @@ def main(config):
 
         answered: what answer_splits() has found.
         """
+        # First the evaluation of the policy's answers, if any, then the loss's own measures.
         record = {}
         for label, (numbers, answer_rows) in answered.items():
             record |= record_evaluation(folder, step, label, numbers, answer_rows)
@@ -364,6 +369,7 @@ def main(config):
         # 1. Every process takes its share of the global batch, and adds up gradients.
         torch.manual_seed(key(config.seed, step, dist.rank))  # dropout's noise
         index = data.batch_indices(len(rows), config.batch_size, step - 1, config.seed)
+        # Tokens are counted over the whole batch, so that all processes divide by one number.
         n_tokens = count_tokens(answers, index)
         policy.train(config.loss == "sft")  # a reference has no dropout, so pairs have none either
         totals = add_gradients(
@@ -376,7 +382,8 @@ def main(config):
         )
         grad_norm = optimizer_step(optimizer, policy, lr, config.max_grad_norm, step)
 
-        # 3. What happened, on all processes together.
+        # 3. What happened, on all processes together. The last step is always evaluated: its
+        # record becomes the summary.
         record = {
             "step": step,
             **{name: dist.sum(total).item() for name, total in totals.items()},
@@ -464,6 +471,7 @@ def encode_answers(rows, tokenizer, max_length, config):
 
     SFT has one answer in a row, a pair a chosen and a rejected one, in this order.
     """
+    # Chosen and rejected are encoded together, since they share what is left of their prompt.
     names = LOSSES[config.loss].answers
     loss_on = config.loss_on if config.loss == "sft" else "last"
     encoded = encode(tokenizer, rows, names, max_length, config.chat_template, loss_on).compact()
@@ -511,28 +519,31 @@ def add_gradients(model, answers, mine, n_tokens, ref_logprobs, tokenizer, confi
     rejected answers under the reference, or None -> this process's share of the step's numbers,
     {name: scalar}.
     """
-    # A row is S sequences, so each of them may have 1/S of the tokens.
+    # Both answers of a pair are in one micro-batch, since the loss is of their difference. A row is
+    # S sequences, so each of them may have 1/S of the tokens.
     tokens = math.ceil(config.tokens_per_micro_batch / len(answers))
-    lengths = longest_of_rows(answers, mine)
-    parts = dist.even(micro_batches(lengths, config.micro_batch_size, tokens))
+    row_lengths = longest_of_rows(answers, mine)  # [len(mine)]
+    parts = dist.even(micro_batches(row_lengths, config.micro_batch_size, tokens))
 
     totals = defaultdict(lambda: torch.zeros((), device=dist.device))
     for i, part in enumerate(parts, 1):
         index = [mine[k] for k in part.tolist()]
         # Of pairs, row j holds the chosen answer of pair j, row b + j the rejected one.
-        batch_of_texts = join([sequences.at(index) for sequences in answers])
-        batch = pack(batch_of_texts.prompts, batch_of_texts.responses, tokenizer.pad_token_id)
+        texts = join([sequences.at(index) for sequences in answers])
+        batch = pack(texts.prompts, texts.responses, tokenizer.pad_token_id)
         batch = batch.to(dist.device)  # [S b, T]
 
         with sync_on(model, last=i == len(parts)):
-            mask = batch_of_texts.mask(batch)  # [S b, R]
+            mask = texts.mask(batch)  # [S b, R]
             with autocast(dist, config.dtype):
                 logprobs = model(batch, mask)["logprobs"]  # [S b, R]
             if config.loss == "sft":
-                # loss = -sum of log pi(response token) / number of response tokens
+                # loss = -sum of log pi(response token) / response tokens of the whole batch
+                # Means over micro-batches would give the tokens of a small one more weight.
                 loss = -logprobs.sum() / n_tokens
                 stats = {}
             else:
+                # The log-prob of a response is the sum over its tokens; masked positions hold 0.
                 pi = logprobs.sum(1).view(2, -1)  # [2, b]
                 lengths = mask.sum(1).view(2, -1)  # [2, b]
                 ref = None if ref_logprobs is None else ref_logprobs[:, index]  # [2, b]
@@ -552,6 +563,8 @@ def pair_loss(pi, ref, lengths, n_pairs, config):
     pi [2, b]: log-probs of chosen and rejected answers; ref [2, b] under the reference, or None;
     lengths [2, b]: their tokens, EOS included. n_pairs: pairs of the whole optimizer batch.
     """
+    # The accuracy takes a margin within rounding for a tie. With dpo and ipo every pair is a tie at
+    # the start, when the policy is its own reference.
     rounding = ROUNDING[config.dtype]
     if config.loss == "dpo":
         return dpo_loss(*pi, *ref, config.dpo_beta, n_pairs, rounding)
@@ -565,10 +578,12 @@ def pair_loss(pi, ref, lengths, n_pairs, config):
 
 @torch.no_grad()
 def token_sums(policy, sequences, tokenizer, config, dist):
-    """Sum over the tokens of each row that the loss is on: log pi, right guesses, ones. -> [N, 3], float64
+    """Sum over the tokens of each row that the loss is on: log pi, right guesses, ones.
 
-    A guess is right where the token is the likeliest one. All processes call this.
+    -> [N, 3], float64. A guess is right where the token is the likeliest one. All processes call
+    this.
     """
+    # Each process reads its part of the rows; gather() gives all processes the sums of all rows.
     policy.eval()
     mine = sequences.at(dist.part(len(sequences)))
     sums = torch.zeros(len(mine), 3, dtype=torch.float64, device=dist.device)
@@ -591,13 +606,14 @@ def evaluate_demonstrations(policy, sequences, tokenizer, config, dist):
 
     perplexity = exp(-mean of log pi), accuracy = the share of tokens that are the likeliest one.
     """
+    # Means over tokens, with errors over rows: tokens of one text are not independent.
     logprobs, correct, n = token_sums(policy, sequences, tokenizer, config, dist).T  # [N] each
     loss, loss_se = ratio(-logprobs, n)
     accuracy, accuracy_se = ratio(correct, n)
     perplexity = math.exp(min(loss, 700))  # a float holds no e^710
     return {
         "perplexity": perplexity,
-        "perplexity_se": perplexity * loss_se,
+        "perplexity_se": perplexity * loss_se,  # d exp(loss) = exp(loss) d loss
         "accuracy": accuracy,
         "accuracy_se": accuracy_se,
         "n_tokens": int(n.sum()),
@@ -666,9 +682,9 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
     if not rows:
         return []
     # A text without a prompt begins with its first token, where the tokenizer has no BOS.
-    prompts = encode(
-        tokenizer, rows, LOSSES[config.loss].answers[:1], chat=config.chat_template
-    ).prompts
+    first_field = LOSSES[config.loss].answers[:1]
+    prompts = encode(tokenizer, rows, first_field, chat=config.chat_template).prompts
+    # Prompt and answer must fit into the context together: the answer gets its room first.
     longest = config.max_new_tokens
     if max_length:
         longest = min(longest, max_length - 1)  # a prompt keeps at least one token
@@ -677,7 +693,8 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
 
     ids, mask = left_pad(prompts, tokenizer.pad_token_id)
     n_embeddings = policy.lm.config.get_text_config().vocab_size
-    # So few answers are not worth compiling for, nor worth the memory that is then kept.
+    # The seed is the same in each evaluation, so that samples show what training has changed. A few
+    # samples are not worth compiling for, nor worth the memory that is then kept.
     with autocast(dist, config.dtype), eager(policy.lm), sampling(policy.lm):
         rollout = generate(
             policy,
@@ -708,6 +725,7 @@ def load_prompts(held_out, tokenizer, model_config, config, dist):
     """
     if data.is_world(config.dataset):
         _, held_out, _ = load_splits(config, "prompts")
+    # room: what the answer leaves of the context for the prompt; 0 stands for no limit.
     context = context_length(model_config)
     room = max(1, context - config.max_new_tokens) if context else 0
 
@@ -725,6 +743,8 @@ def load_prompts(held_out, tokenizer, model_config, config, dist):
 
 def prepare_evaluation(policy, model, reference, tokenizer, config, dist):
     """What evaluation.evaluate() needs: models, and rewards that only evaluate. -> PPOParts"""
+    # Neither reward is learned from here. The proxy is what PPO would have maximised, and gold says
+    # what the answers are worth.
     settings = SimpleNamespace(**vars(config), **ANSWERING)
     scoring = None
     if config.reward_model:

@@ -103,8 +103,10 @@ def bon_estimate(proxy, values, ns, mask: Tensor | None = None, per_prompt: bool
         N = counts[p].item()
         if N not in weights:
             weights = {N: [bon_weights(n, N).numpy() for n in ns]}  # each [K]
+        # Padding is dropped before the scores are looked at: it may hold anything, NaN too.
         real = slice(None) if mask is None else mask[p].numpy()
         best_first = sort_by_proxy(proxy[p].numpy()[real], values[p].numpy()[real], p)  # [N]
+        # w holds the K weights that count, best answer first; all others weigh < 1e-17 together.
         row = []
         for w in weights[N]:
             row.append(best_first[: len(w)] @ w)
@@ -155,7 +157,8 @@ def sort_by_proxy(proxy: np.ndarray, values: np.ndarray, prompt: int) -> np.ndar
     is_new = np.append(True, proxy[1:] != proxy[:-1])  # not tied with the one before
     if is_new.all():
         return values
-    start = np.flatnonzero(is_new)  # of each group of ties
+    # Every answer of a group of ties gets the group's mean.
+    start = np.flatnonzero(is_new)  # where each group begins
     size = np.diff(start, append=len(values))
     means = np.add.reduceat(values, start) / size
     return np.repeat(means, size)
@@ -260,6 +263,7 @@ def classical_half_width(x: Tensor, y: Tensor, ab: Tensor, solver: Tensor, n_poi
     leave no residual to judge by: infinite.
     """
     dof = n_points - 2
+    # A point that is not used is a row of zeros on both sides, and adds nothing to the sum.
     variance = (y - x @ ab).square().sum() / max(dof, 1)
     if not dof:
         return torch.inf
@@ -271,10 +275,11 @@ def bootstrap_over_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     x [S, L, 2], y [S, L, 1] -> low [2], high [2]
     """
-    # A resample needs only the sums of products of its rows, [X'X, X'y].
+    # Least squares: X'X ab = X'y. A resample needs only the sums of its rows' products, [X'X, X'y].
     products = x.mT @ torch.cat([x, y], -1)  # [S, 2, 3]
 
     def solve(rows):
+        # Means do as well as sums: the number of rows divides both sides of the equation.
         sums = rows.mean(0)  # [2, 3]
         return torch.linalg.pinv(sums[:, :2]) @ sums[:, 2]
 

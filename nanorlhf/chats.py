@@ -42,18 +42,21 @@ def read_messages(place: str, value, name: str = "messages") -> list[Message]:
     require(value, f"{place}: field {name!r} holds no messages")
     messages = []
     for i, message in enumerate(value):
+        # An error names the message: 'chats.jsonl:7: messages[2]'.
         messages.append(read_message(f"{place}: {name}[{i}]", message))
     return messages
 
 
 def read_message(place: str, message) -> Message:
     """A message of a data set -> {role, content}. place: its file, row and place in the chat."""
+    # {"role": "user", "content": "Hi"} or, after ShareGPT, {"from": "human", "value": "Hi"}.
     is_object = isinstance(message, dict)
     require(is_object, f"{place} must be an object with role and content")
     name = message.get("role", message.get("from"))
     role = ROLES.get(name) if isinstance(name, str) else None
     require(role, f"{place}: the role must be one of {ROLE_NAMES}, not {shorten(name)}")
-    # A data set may have an empty field for them in all messages.
+    # Without its tool calls an answer could not be understood, so such a chat is refused. An empty
+    # field is no call: a data set may have one in all messages.
     for calls in ("tool_calls", "function_call"):
         require(not message.get(calls), f"{place}: {calls} cannot be read, only texts can")
     content = message.get("content", message.get("value"))
@@ -65,6 +68,7 @@ def read_content(place: str, content) -> str:
     if isinstance(content, str):
         return content
     found = type(content).__name__
+    # Data for models that also see images have a list: [{"type": "text", "text": "Hi"}, ...].
     is_list = isinstance(content, list)
     require(is_list, f"{place}: the content must be a string or a list of texts, not {found}")
     texts = []

@@ -54,6 +54,8 @@ def is_world(spec: str) -> bool:
 
 def read_world(spec: str, kind: str, split: str) -> list[dict]:
     """'world' or 'world:SEED' -> rows of a split of the embedded world."""
+    # 'world:3' -> '3', 'world' -> '0'. int() has an error of its own for thousands of digits, so
+    # the length is checked first.
     seed = spec.partition(":")[2] or "0"
     is_number = seed.isdecimal() and len(seed) < 20
     require(
@@ -62,6 +64,7 @@ def read_world(spec: str, kind: str, split: str) -> list[dict]:
     )
     if kind == "prompts":
         return world.prompts(split)
+    # The seed draws pairs and their cue. Prompts and demonstrations are the same for every seed.
     if kind == "pairs":
         n_rows = WORLD_SIZES["pairs"] if split == "train" else WORLD_HELD_OUT
         return world.preferences(n_rows, seed=int(seed), split=split)
@@ -69,6 +72,7 @@ def read_world(spec: str, kind: str, split: str) -> list[dict]:
         # Reviews of held-out topics by the same writer. A seed of its own draws them, so that no
         # training row is among them or shares its noise with one.
         return world.demonstrations(WORLD_HELD_OUT, seed=1, split=split)
+    # Demonstrations have no split 'test': splits.py takes some of their prompts out of training.
     return world.demonstrations(WORLD_SIZES["sft"])
 
 
@@ -84,6 +88,7 @@ def read_parts(
     in_distribution(place, row) sees the data's own columns beside the fields. Where none is given
     all rows are in distribution. InputError: a bad row, with its place.
     """
+    # The formats that this file may have. The plain one comes first: errors ask for its fields.
     names = read_renamings(columns)
     formats = list_formats(kind, prompt_format, names)
     plain_fields = ", ".join(formats[0].columns)
@@ -96,15 +101,20 @@ def read_parts(
         require(is_object, f"{place}: a row must be an object with {plain_fields}")
         row = Row(place, values, names)
 
-        # The first row says what all of the file is.
+        # The first row decides the format of the whole file. If each row were judged on its own,
+        # one that lacks a column could pass for a row of another format.
         if form is None:
             check_renamed(row)
             form = recognise(row, formats)
             with_chats = is_chat(form.read(row)["prompt"])
+        # Every further row must be like the first: tokens.py looks at one row alone to know whether
+        # all are chats or plain texts.
         check_columns(row, form)
         fields = form.read(row)
         check_alike(place, with_chats, fields["prompt"])
 
+        # A rule sees the data's own columns, such as a subreddit, which are not among the fields.
+        # The rule is asked last: a row that cannot be read is an error, in distribution or not.
         finished = finish_row(place, values, fields)
         if in_distribution is None or in_distribution(place, show_all(row, fields, form)):
             kept.append(finished)
@@ -131,6 +141,7 @@ def show_all(row: Row, fields: dict, form: Format) -> dict:
 
     A column that is a field by its own name holds the field: of two dialogues, their answers.
     """
+    # With --columns prompt=question a file may have a column 'prompt' too: a rule means that one.
     seen = {**fields, **row.values}
     for field in form.columns:
         if field in fields and field not in row.columns:
@@ -147,6 +158,7 @@ def finish_row(place: str, values: dict, fields: dict) -> dict:
     finished = dict(fields)
     if is_chat(fields["prompt"]):
         finished["place"] = place
+    # Most files hold the plain fields and nothing else: their rows are not kept twice.
     if values != finished:
         finished["row"] = values
     return finished
@@ -167,6 +179,7 @@ def describe_rows(rows: list[dict], spec: str, kind: str, columns, prompt_format
     """
     remarks = []
     if not is_world(spec):
+        # One row tells the format, since all rows of a file have the same.
         names = read_renamings(columns)
         first_row = Row(spec, own_row(rows[0]), names)
         form = recognise(first_row, list_formats(kind, prompt_format, names))
@@ -189,6 +202,7 @@ def describe_chats(rows: list[dict]) -> str:
             has_answer = "response" in row or "chosen" in row
             turns = count_turns(prompt)
             n_turns.append(turns + has_answer)
+            # A message that is no turn is a system prompt.
             n_systems += turns < len(prompt)
     if not n_turns:
         return ""
@@ -229,6 +243,7 @@ def columns_for_files(row: dict) -> dict:
 
     Columns that JSON cannot hold, such as images and NaN, are left out.
     """
+    # Each column is tried by itself, so that an image takes no other column with it.
     columns = {}
     for name, value in row.get("row", {}).items():
         try:
@@ -244,12 +259,16 @@ def number_prompts(prompts: list[str]) -> list[int]:
     number_of = {}
     numbers = []
     for prompt in prompts:
-        numbers.append(number_of.setdefault(canonical(prompt), len(number_of)))
+        text = canonical(prompt)
+        if text not in number_of:
+            number_of[text] = len(number_of)
+        numbers.append(number_of[text])
     return numbers
 
 
 def draw(rows: list, n: int) -> list:
     """n random rows, always the same ones, in random order."""
+    # The draw does not depend on --seed: runs of several seeds are evaluated on the same rows.
     order = np.random.default_rng(SPLIT).permutation(len(rows))
     return [rows[i] for i in order[:n]]
 
@@ -258,12 +277,14 @@ def subset(rows: list, n: int) -> list:
     """n random rows, always the same ones, in the order that they have in `rows`; n = 0: all."""
     if n == 0:
         return rows
+    # The first n of one fixed order, so that a larger subset holds the smaller one.
     order = np.random.default_rng(SPLIT).permutation(len(rows))
     return [rows[i] for i in sorted(order[:n])]
 
 
 def flip_labels(rows: list[dict], share: float, seed: int) -> tuple[list[dict], int]:
     """Exchange chosen and rejected in each row with the probability `share`. -> rows, how many"""
+    # Each row draws a number, whatever the share: a larger share flips the same rows and more.
     flips = np.random.default_rng([LABELS, seed]).random(len(rows)) < share
     noisy = []
     for row, flip in zip(rows, flips):
@@ -282,7 +303,9 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     Each epoch has an order of its own, keyed by (seed, epoch). There is no state, so that a run
     which is resumed sees the same batches.
     """
-    orders = {}
+    # Three rows in batches of two: step 1 takes the last row of epoch 0 and the first of epoch 1.
+    # So each place finds its own epoch.
+    orders = {}  # {epoch: a permutation of the n rows}
     indices = []
     start = step * batch_size
     for i in range(start, start + batch_size):
@@ -302,7 +325,9 @@ def minibatches(
     strata of one size, and each minibatch takes one row of each. So the minibatches are the same on
     any number of processes, and a process trains only on rows that it sampled itself.
     """
-    strata = np.arange(batch_size).reshape(minibatch_size, -1)
+    # Six rows in minibatches of three: the strata 0 1 | 2 3 | 4 5 give, say, 1 2 4 and 0 3 5. A
+    # process samples neighbouring rows, so it has the same strata in each minibatch.
+    strata = np.arange(batch_size).reshape(minibatch_size, -1)  # a stratum a row
     generator = np.random.default_rng([MINIBATCH, seed, step, epoch])
     shuffled = generator.permuted(strata, axis=1)  # each stratum in an order of its own
     return torch.from_numpy(shuffled.T.copy())

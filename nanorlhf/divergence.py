@@ -60,6 +60,7 @@ def parameter_divergence(base, policy) -> list[dict]:
             f"the two models have {len(base_blocks)} and {len(policy_blocks)} blocks: "
             "they must be one architecture"
         )
+    # Parameters are paired by name. Those of adapters that are not merged are in one model only.
     table = []
     for layer, (base_block, policy_block) in enumerate(zip(base_blocks, policy_blocks)):
         a = parameters_of(base_block)
@@ -74,6 +75,8 @@ def parameter_divergence(base, policy) -> list[dict]:
             if a[name].shape != b[name].shape:
                 shapes = f"{list(a[name].shape)} and {list(b[name].shape)}"
                 raise ValueError(f"block {layer}, {name}: the shapes {shapes} differ")
+            # In bfloat16 a norm has two or three digits, so both are float64 from here on. The two
+            # models may be on different devices.
             p = a[name].double()
             q = b[name].to(a[name].device).double()
             row[name] = {"frobenius": (p - q).norm().item(), "base": p.norm().item()}
@@ -127,10 +130,12 @@ def select_layers(divergences: list[float], choice: str = "highest:5") -> list[i
     numbers, ascending; all L where k is more. ValueError: a choice that is none of these, no such
     layer.
     """
+    # "highest:5" -> "highest", "5"; "1,3" has no colon, and is a word by itself.
     L = len(divergences)
     word, _, number = choice.partition(":")
     has_count = number.isdecimal() and int(number) > 0
     if word == "highest" and has_count:
+        # The sort is stable: where layers moved equally far, the lower one comes first.
         by_divergence = sorted(range(L), key=lambda layer: -divergences[layer])
         return sorted(by_divergence[: int(number)])
     if word == "lowest" and has_count:
@@ -183,6 +188,7 @@ def divergence_sums(x: Tensor, y: Tensor) -> Tensor:
     # Where a vector is zero there is no cosine: 1 if both are zero, else 0.
     are_equal = (x == y).all(1).double()
     cosines = torch.where(norms > 0, (x * y).sum(1) / norms, are_equal)  # [N]
+    # Both figures can be computed from these sums alone: N D numbers become 4 + D.
     numbers = torch.stack(
         [
             norms.new_tensor(len(x)),
@@ -197,8 +203,10 @@ def divergence_sums(x: Tensor, y: Tensor) -> Tensor:
 def from_sums(sums: Tensor) -> dict[str, float]:
     """divergence_sums() of all tokens -> activation_divergence() of them."""
     n, turned, moved, squares = sums[:4].tolist()
+    # sum ||x - mean||^2 = sum ||x||^2 - ||sum x||^2 / N, which needs no mean while sums are made.
     square_of_sum = sums[4:].square().sum()
     variance = squares - (square_of_sum / max(n, 1)).item()  # times N
+    # Where all activations are the same, the difference is rounding, and not exactly 0.
     if variance <= 1e-12 * squares:
         raise ValueError(
             f"the base's activations of {n:.0f} tokens do not vary: there is no scale to measure a "
@@ -231,7 +239,8 @@ def matches(a: Tensor, b: Tensor, one_to_one: bool = False) -> tuple[Tensor, Ten
     -> features of A, the feature of B that each is matched with (two index tensors), and their
     cosines. All Ma of A, or with `one_to_one` min(Ma, Mb) of them.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
+    are_of_one_width = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1]
+    if not are_of_one_width or min(len(a), len(b)) == 0:
         shapes = f"{list(a.shape)} and {list(b.shape)}"
         raise ValueError(f"features must be [Ma, D] and [Mb, D], not {shapes}")
     if one_to_one and max(len(a), len(b)) > MAX_ONE_TO_ONE:
@@ -241,17 +250,19 @@ def matches(a: Tensor, b: Tensor, one_to_one: bool = False) -> tuple[Tensor, Ten
         )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("mmcs: a number that is not finite")
+    # The product of unit vectors is their cosine; a vector of length 0 stays 0.
     a = nn.functional.normalize(a.detach().float(), dim=1)
     b = nn.functional.normalize(b.detach().float(), dim=1)
 
     if one_to_one:
         cosines = a @ b.T  # [Ma, Mb]
+        # assignment() finds the least sum, and the largest is wanted.
         rows, columns = assignment(-cosines)
         rows = rows.to(a.device)
         columns = columns.to(a.device)
         return rows, columns, cosines[rows, columns]
 
-    # 64 MB of cosines at a time.
+    # [Ma, Mb] may be far too large: 64 MB of cosines at a time.
     best_columns = []
     best_cosines = []
     for part in a.split(max(1, 2**24 // len(b))):
@@ -269,6 +280,7 @@ def assignment(cost: Tensor) -> tuple[Tensor, Tensor]:
     shortest augmenting paths (Crouse 2016).
     """
     matrix = cost.detach().cpu().double().numpy()
+    # assign_rows() gives every row a column, so it needs at least as many columns as rows.
     has_more_rows = len(matrix) > matrix.shape[1]
     if has_more_rows:
         matrix = matrix.T
@@ -288,12 +300,18 @@ def assign_rows(matrix: np.ndarray) -> np.ndarray:
 
     Rows come in one by one, and each looks for the cheapest chain of changes that ends in a free
     column. A step of that search is done for all columns at once.
+
+        costs  1 2    Row 0 has column 0. Row 1 comes in: it may take column 1, for 3; or column 0,
+               1 3    for 1, and row 0 moves on to column 1, which costs 2 - 1 more. The chain of
+                      two changes costs 2, less than 3.
     """
     k, m = matrix.shape
-    # Prices: cost_ij - u_i - v_j >= 0, and = 0 for pairs.
+    # Prices u of rows and v of columns: the reduced cost, cost_ij - u_i - v_j, is kept at 0 for
+    # pairs and at least 0 elsewhere. So no chain gets shorter by going on, and Dijkstra's search
+    # finds the shortest.
     u = np.zeros(k)
     v = np.zeros(m)
-    column_of = np.full(k, -1)
+    column_of = np.full(k, -1)  # -1: none yet
     row_of = np.full(m, -1)
     for new_row in range(k):
         # The cheapest chain from the new row to each column: its length, and its last row.
@@ -305,21 +323,25 @@ def assign_rows(matrix: np.ndarray) -> np.ndarray:
         length = 0.0
         while row >= 0:
             reached.append((row, length))
+            # A chain may go on from this row to any column: is that shorter than the best so far?
             through = length + matrix[row] - u[row] - v  # [m]
             is_better = is_open & (through < distance)
             distance[is_better] = through[is_better]
             previous[is_better] = row
+            # The nearest open column is reached for good. If a row has it, that row moves on.
             column = int(np.where(is_open, distance, np.inf).argmin())
             length = distance[column]
             is_open[column] = False
             row = row_of[column]  # -1: the column is free, and the chain ends
 
-        # New prices, by which the pairs on the chain cost nothing extra.
+        # New prices: each step of the chain now has the reduced cost 0, as a pair must, and no
+        # reduced cost has become negative.
         for row, length_to_row in reached:
             u[row] += length - length_to_row
         v[~is_open] -= length - distance[~is_open]
 
-        # Back along the chain, each row takes the column that it found.
+        # Back along the chain, each row takes the column that it found and frees its old one, which
+        # the row before it takes. The new row has no old one: -1.
         while column >= 0:
             row = previous[column]
             row_of[column] = row

@@ -51,6 +51,8 @@ def words_of(text: Text) -> list:
 
 def ngrams(text: Text, n: int) -> list[tuple]:
     """The n-grams of a text, in order."""
+    # n = 2: [the, room, was] and [room, was] -> (the, room), (room, was). zip ends with the shorter
+    # list, since the last word begins no bigram.
     words = words_of(text)
     shifted = [words[i:] for i in range(n)]
     return list(zip(*shifted))
@@ -80,6 +82,7 @@ def distinct_n_se(texts: Sequence[Text], n: int) -> float:
     """The jackknife's standard error of distinct_n over texts: each is left out in turn."""
     if not texts:
         return 0.0
+    # Only EAD depends on the vocabulary, so any size that ngram_diversity() accepts will do.
     vocab_size = max(count_vocabulary(texts), 1)
     _, left_out = ngram_diversity([texts], vocab_size, n)[f"distinct_{n}"]
     return jackknife_se(left_out)
@@ -112,7 +115,7 @@ def ead(
     n_words = count_vocabulary(texts)
     check_vocabulary(n_words, vocab_size)
     grams = pooled_ngrams(texts, n)
-    exponent = 1 if reference else n
+    exponent = 1 if reference else n  # U = V^exponent
     return adjust(len(set(grams)), len(grams), vocab_size or n_words, exponent).item()
 
 
@@ -120,8 +123,8 @@ def check_vocabulary(n_words: int, vocab_size: int | None):
     """ValueError where texts hold more different words than the vocabulary is said to have."""
     if vocab_size is not None and vocab_size < max(n_words, 1):
         raise ValueError(
-            f"a vocabulary of {vocab_size}, but there are {n_words} different words (or ids) in the "
-            "texts"
+            f"a vocabulary of {vocab_size}, but there are {n_words} different words (or ids) in "
+            "the texts"
         )
 
 
@@ -130,8 +133,9 @@ def adjust(distinct, total, vocab_size: int, n: int) -> np.ndarray:
 
     U = V^n may be far above what float64 tells from U - 1.
     """
-    U = float(min(vocab_size**n, 10**300))
-    # U = 1 takes log 0, and C = 0 divides 0 by 0: both are meant.
+    U = float(min(vocab_size**n, 10**300))  # float() refuses numbers above about 10^308
+    # 1 - (1 - 1/U)^C = -expm1(C log1p(-1/U)), which keeps its digits where 1/U is tiny. U = 1 takes
+    # log 0, and C = 0 divides 0 by 0: both are meant.
     with np.errstate(divide="ignore", invalid="ignore"):
         if U:
             expected = -U * np.expm1(np.multiply(total, np.log1p(-1 / U)))
@@ -154,6 +158,7 @@ def ngram_diversity(
     if not S or any(len(texts) != S for texts in sets):
         sizes = sorted({len(texts) for texts in sets})
         raise ValueError(f"sets of {sizes} texts: they must be of one size, and not empty")
+    # Text s of set g is at place g S + s: one pass over all texts counts for all sets.
     all_texts = []
     for texts in sets:
         all_texts += texts
@@ -162,11 +167,15 @@ def ngram_diversity(
     left_out = {}  # {name: [G, S] without each text; length: [S]}
     for n, gram, text in number_ngrams(all_texts, orders, vocab_size):
         distinct, total, lonely = count_ngrams(gram, text, G, S)
+        # Leaving out a text takes all its n-grams from the total, but from the distinct ones only
+        # those that no other text has.
         C = total.sum(1)  # [G]
         C_without = C[:, None] - total  # [G, S]
         distinct_without = distinct[:, None] - lonely  # [G, S]
+        # 1-grams are tokens, so their number is the length.
         if n == 1:
             values["length"] = total.mean(1)
+            # max: without a set's only text there are 0 tokens, which are divided by 1.
             left_out["length"] = C_without.mean(0) / max(S - 1, 1)
         values[f"distinct_{n}"] = distinct / np.maximum(C, 1)
         left_out[f"distinct_{n}"] = distinct_without / np.maximum(C_without, 1)
@@ -209,10 +218,12 @@ def number_ngrams(
     gram = token
     for n in range(1, orders + 1):
         if n > 1:
-            # An n-gram is the (n-1)-gram that begins at its place, and one token more.
+            # An n-gram is the (n-1)-gram that begins at its place, and one token more. They are
+            # numbered anew from 0, so that the products stay far below 2^63.
             pair = gram[:-1] * len(number_of) + token[n - 1 :]
             gram = np.unique(pair, return_inverse=True)[1]  # [T - n + 1]
         start = place[: len(gram)]
+        # What begins in one text and ends in the next is no n-gram.
         stays_in_text = start == place[n - 1 :]
         yield n, gram[stays_in_text], start[stays_in_text]
 
@@ -238,7 +249,8 @@ def count_ngrams(
     key = key[np.diff(key, prepend=-1) > 0]  # each n-gram of each text once
     gram_in_set, place = np.divmod(key, S)
 
-    # Where each n-gram of a set begins, and whether one text alone has it.
+    # Where each n-gram of a set begins, and whether one text alone has it. Of "a b" and "b b" the
+    # keys are (a, 0), (b, 0), (b, 1): 2 distinct ones, of which a is lonely in text 0.
     first = np.flatnonzero(np.diff(gram_in_set, prepend=-1))
     n_texts = np.diff(first, append=len(key))
     alone = first[n_texts == 1]
@@ -280,10 +292,12 @@ def embedding_diversity(embeddings) -> tuple[np.ndarray, np.ndarray]:
     norm = x.norm(dim=-1, keepdim=True)  # [G, S, 1]
     if not (norm.isfinite() & (norm > 0)).all():
         raise ValueError("an embedding that is zero or not finite has no direction")
+    # |sum_i u_i|^2 = S + 2 sum_{i<j} u_i . u_j: all pairs at once, without a matrix of pairs.
     u = x / norm
     S = x.shape[1]
     total = u.sum(1, keepdim=True)  # [G, 1, D]
     values = 1 - (total.square().sum((1, 2)) - S) / (S * (S - 1))  # [G]
+    # The same without each text in turn. S - 1 are left; a single one makes no pair, hence max.
     total_without = total - u  # [G, S, D]
     n_pairs_without = max((S - 1) * (S - 2), 1)
     left_out = 1 - (total_without.square().sum(2) - (S - 1)) / n_pairs_without  # [G, S]
@@ -302,6 +316,7 @@ def nli_scores(probs) -> torch.Tensor:
     Kirk et al. 2024 after Stasaski & Hearst 2022, 2205.01497; higher = more diverse (the paper's
     own code has the other sign).
     """
+    # Labels are 0, 1, 2 in that order, so that 1 - label is the sign.
     confidence, label = torch.as_tensor(probs).max(-1)
     return confidence * (1 - label)
 
@@ -312,10 +327,13 @@ def draw_partners(n: int, most: int, seed: int = 0) -> np.ndarray:
     Each text is in as many pairs as any other. There is one draw for all sets of n: each text meets
     the R that follow it in a random order, around the end.
     """
+    # In the order 3 0 2 1 with R = 2 text 3 meets 0 and 2, text 0 meets 2 and 1, text 2 meets 1 and
+    # 3, and text 1 meets 3 and 0.
     order = np.random.default_rng([n, seed]).permutation(n)
     following = np.arange(1, min(most, n - 1) + 1)  # [R]
+    places = (np.arange(n)[:, None] + following) % n  # [n, R]: in the order, around its end
     partner = np.empty((n, len(following)), dtype=np.int64)
-    partner[order] = order[(np.arange(n)[:, None] + following) % n]
+    partner[order] = order[places]
     return partner
 
 
@@ -327,6 +345,7 @@ def nli_diversity(scores, partner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     scores = np.asarray(scores, dtype=np.float64)
     S, R = partner.shape
+    # The figures without each text are means over sets, so scores may be averaged over sets first.
     mean = scores.mean(0)  # [S, R]
     as_premise = mean.sum(1)  # [S]
     as_hypothesis = np.bincount(partner.ravel(), weights=mean.ravel(), minlength=S)  # [S]
@@ -350,6 +369,7 @@ def split_sentences(text: str, most: int, seed: int = 0) -> list[str]:
         return [""]
     if not most or len(sentences) <= most:
         return sentences
+    # hash() of a string differs from process to process; crc32 does not.
     generator = np.random.default_rng([seed, zlib.crc32(text.encode())])
     kept = generator.permutation(len(sentences))[:most]
     return [sentences[i] for i in sorted(kept)]
@@ -385,6 +405,7 @@ def spread_across_inputs(values, left_out) -> Spread:
         std = float(np.std(values, ddof=1))
     if len(left_out) < 3:
         return Spread(mean, std, None)
+    # From few prompts the standard error itself is uncertain, which Student's t allows for.
     half_width = t_quantile(len(left_out) - 1) * jackknife_se(left_out)
     return Spread(mean, std, (mean - half_width, mean + half_width))
 

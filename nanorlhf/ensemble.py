@@ -37,7 +37,7 @@ def combine(scores: torch.Tensor, objective: str, uwo_lambda: float = 0.5) -> to
 
 
 def mean(scores: torch.Tensor, uwo_lambda: float) -> torch.Tensor:
-    """The members' mean: scores [K, ...] -> [...]. It needs no lambda, which all objectives are given."""
+    """The members' mean: scores [K, ...] -> [...]. It needs no lambda; all objectives get one."""
     # mu = (1/k) sum_i r_i
     return scores.mean(0)
 

@@ -64,6 +64,7 @@ def forward(parts: PPOParts, policy: Policy, batch: Packed, **kwargs) -> dict[st
         with autocast(dist, config.dtype):
             result = policy(part, response_mask_of(part), config.temperature, **kwargs)
         for name, values in result.items():  # [m, R']
+            # All outputs have the width of the longest possible response, so they can be stacked.
             if name not in outputs:
                 outputs[name] = torch.zeros(len(batch), config.max_new_tokens, device=dist.device)
             width = values.shape[1]
@@ -158,6 +159,7 @@ def answer_held_out(parts: PPOParts, prompts: Prompts) -> dict[str, Tensor]:
     rollouts = []
     answers = []
     with gathered(parts.policy):
+        # Every evaluation draws the noise of step 0, so two of them differ by the policy alone.
         for start in range(0, len(mine), batch_size):
             places = mine[start : start + batch_size]
             rollout, part = roll_out(parts, prompts.at(places), places, 0)
@@ -214,6 +216,7 @@ def measure_answers(
             numbers[name] = mean_se(term)
     if "gold" in answered:
         numbers["gold"] = mean_se(answered["gold"])
+    # One member alone has no variance, and its score tells nothing that the proxy does not.
     if scored is not None and len(scored.members) > 1:
         numbers["variance"] = mean_se(scored.variance)
         for name, scores in scored.members.items():
@@ -310,6 +313,7 @@ def knows_advantages(config) -> bool:
 def find_advantages(config, answered: dict[str, Tensor], scored: Scored) -> Tensor:
     """Advantages [N, R] of the tokens of held-out answers, as in training but for the whitening."""
     mask = answered["mask"]  # [N, R]
+    # The order is train_ppo.py's: rules on endings and length, clip, KL in the reward, GAE.
     shaped = ppo.shape_scores(
         scored.scores,
         mask.sum(1),

@@ -85,6 +85,8 @@ class Format(NamedTuple):
 def read_response(row: Row, field: str) -> dict:
     """{prompt, response} and {prompt, completion}: two texts, or a chat and its answer."""
     prompt = row.prompt()
+    # {"prompt": "Hi", "completion": [{"role": "assistant", "content": "Hello"}]}: an answer that is
+    # a message belongs to a chat, so that a prompt which is a text becomes one.
     if is_chat(row.get(field)):
         return {"prompt": as_chat(prompt), "response": read_answer(row, field)}
     return {"prompt": prompt, "response": row.text(field, " (or a list of messages)")}
@@ -112,7 +114,8 @@ def read_with_system(row: Row, field: str) -> list[Message]:
     """A field of messages. A system prompt may stand in a column of its own, as in ShareGPT."""
     messages = row.messages(field)
     system = row.values.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+    has_column = isinstance(system, str) and system
+    if has_column and messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     return messages
 
@@ -153,6 +156,8 @@ def read_whole_pair(row: Row) -> dict:
     """{chosen, rejected}: each holds the prompt too, which is what they share."""
     if has_messages(row):
         return read_chats(row)
+    # "\n\nHuman: Hi\n\nAssistant: Hello" and "\n\nHuman: Hi\n\nAssistant: Go away" have the prompt
+    # "\n\nHuman: Hi\n\nAssistant:".
     chosen = row.text("chosen")
     rejected = row.text("rejected")
     end = end_of_shared(row.place, chosen, rejected)
@@ -179,11 +184,13 @@ def read_chats(row: Row) -> dict:
     """A pair whose answers are lists of messages: whole chats, or one turn beside a prompt."""
     chosen = row.messages("chosen")
     rejected = row.messages("rejected")
+    # A pair compares the last turns of the two chats, so each must be an answer.
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         ends_well = messages[-1]["role"] == "assistant"
         require(ends_well, f"{row.place}: {column} must end with an assistant turn")
 
-    # One turn each: the prompt stands in a column of its own.
+    # Where chosen and rejected are one turn each, the prompt has a column of its own. Otherwise it
+    # is all but their last turns, and the same in both: answers to two questions are no pair.
     has_prompt = row.get("prompt") is not None
     if has_prompt and len(chosen) == len(rejected) == 1:
         prompt = as_chat(row.prompt())
@@ -211,13 +218,17 @@ def end_of_shared(place: str, chosen: str, rejected: str) -> int:
     belongs to the answers. InputError: they share nothing.
     """
     shared = os.path.commonprefix([chosen, rejected])
+    # Two answers may begin with the same words, so `shared` may reach into them. The prompt ends
+    # behind the last "Assistant:" in it.
     if TURN in shared:
         return shared.rfind(TURN) + len(TURN)
+    # Two dialogues without a shared turn answer different questions, whatever words they share.
     why_not = f"{place}: no field 'prompt', and chosen and rejected"
     are_dialogues = TURN in chosen and TURN in rejected
     require(not are_dialogues, f"{why_not} are dialogues that share no turn")
 
-    # The last word is a whole one if white space, or nothing, follows it in both texts.
+    # "the room was" and "the roof was" share "the roo", and their prompt is "the". The last shared
+    # word is a whole one if white space, or nothing, follows it in both texts.
     end = len(shared)
     after_chosen = chosen[end : end + 1]
     after_rejected = rejected[end : end + 1]
@@ -233,6 +244,8 @@ def end_of_shared(place: str, chosen: str, rejected: str) -> int:
 # -------------------------------------------------------------------------------- all the formats
 
 SHARED = "prompts are what chosen and rejected share"
+# The first format that fits is taken. So one with more columns stands before one with a part of
+# them: {prompt, chosen, rejected} before {chosen, rejected}.
 FORMATS = {
     "sft": [
         Format(("prompt", "response"), partial(read_response, field="response")),
@@ -256,6 +269,7 @@ FORMATS = {
 
 # -------------------------------------------------------------- prompts written from other columns
 
+# Reddit posts as Stiennon et al. 2020 (2009.01325) write them for a model that summarises them.
 TLDR = "SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
 CNN_DM = "ARTICLE: {article}\nTL;DR:"
 # The two prompts of Taori et al. 2023 (Stanford Alpaca), for rows without and with an input.
@@ -322,13 +336,14 @@ def prompt_format_of(name: str, kind: str) -> Format:
     known = ", ".join(PROMPT_FORMATS)
     require(name in PROMPT_FORMATS, f"--prompt_format must be one of {known}, not {name!r}")
     prompt_format = PROMPT_FORMATS[name]
-    answers = {}
+    answers = {}  # {a field of the answers: its column}
     if kind == "sft":
         answers = {"response": prompt_format.response}
     elif kind == "pairs":
         answers = {"chosen": "chosen", "rejected": "rejected"}
 
     def read(row):
+        # No prompt ends with a space. begin_answer() puts one in front of the answer, or does not.
         fields = {"prompt": prompt_format.write(row)}
         for field, column in answers.items():
             fields[field] = prompt_format.begin_answer(row.text(column))
@@ -351,6 +366,7 @@ def list_formats(kind: str, prompt_format: str, columns: dict[str, str]) -> list
         formats = [prompt_format_of(prompt_format, kind)]
     else:
         formats = FORMATS[kind]
+    # --columns prompt=question leaves the formats that have a prompt: {messages} is not one.
     known = []
     meant = []
     for form in formats:
@@ -359,6 +375,7 @@ def list_formats(kind: str, prompt_format: str, columns: dict[str, str]) -> list
         if set(columns) <= set(fields):
             meant.append(form)
 
+    # Two different mistakes: a field that no format has, and fields that no format has together.
     known = list(dict.fromkeys(known))
     unknown = ", ".join(sorted(set(columns) - set(known)))
     require(not unknown, f"--columns names {unknown}; the fields here are {', '.join(known)}")
@@ -368,6 +385,7 @@ def list_formats(kind: str, prompt_format: str, columns: dict[str, str]) -> list
 
 def recognise(row: Row, formats: list[Format]) -> Format:
     """The format of a file, of which this is the first row. InputError: it is none of these."""
+    # A column that is empty here does not count: tables have columns that only some rows fill.
     for form in formats:
         if all(row.get(field) is not None for field in form.columns):
             return form
@@ -398,6 +416,7 @@ def list_known(row: Row, formats: list[Format]) -> str:
     """What the error on a first row that fits no format says of those that there are."""
     known = "; or ".join(", ".join(form.columns) for form in formats)
     hint = f"; rows have {known}" if len(formats) > 1 else ""
+    # The user may have forgotten to name the --prompt_format that these columns are of.
     for name, prompt_format in PROMPT_FORMATS.items():
         columns = {*prompt_format.columns, prompt_format.response}
         if columns <= set(row.values):

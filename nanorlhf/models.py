@@ -79,6 +79,7 @@ class Policy(nn.Module):
         if value_head:
             trunk = lm if value_trunk is None else value_trunk
             self.value_head = nn.Linear(hidden_width(trunk.config), 1)
+            # Values of 0 at first: a random head would be noise in the first advantages.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         # What rollouts with --compile keep from one to the next: hf/compiled_decode.py.
@@ -155,6 +156,7 @@ class Policy(nn.Module):
         if kl_to is not None:
             with torch.no_grad():
                 ref_hidden, _ = kl_to.hidden(batch, response_mask)  # [n, D]
+        # score_tokens itself, or with --compile a compiled copy of it.
         score = compiled(self.lm, score_tokens)
 
         def score_chunk(rows: slice) -> dict[str, Tensor]:
@@ -163,6 +165,7 @@ class Policy(nn.Module):
             out = score(logits, tokens[rows], entropy)
             if correct:
                 out["correct"] = (logits.argmax(-1) == tokens[rows]).float()
+            # The reference is not trained, so no gradient goes through its logits.
             if kl_to is not None:
                 ref_logits = divide(kl_to.logits(ref_hidden[rows]).detach(), temperature)
                 out["full_kl"] = ppo.full_kl(logits, ref_logits)
@@ -174,6 +177,7 @@ class Policy(nn.Module):
         chunk_size = max(1, MAX_LOGITS[tokens.device.type] // vocab_size)
         out = run_in_chunks(score_chunk, len(tokens), chunk_size)  # {name: [n]}
 
+        # Values are one number a token, [n, D] @ [D]: they need no chunks.
         if self.value_head is not None:
             if self.value_trunk is not None:
                 hidden, _ = self.hidden(batch, response_mask, self.value_trunk)
@@ -221,6 +225,8 @@ def run_in_chunks(
     if n <= size:
         return function(slice(0, n))
 
+    # checkpoint() forgets a chunk's logits until the backward pass makes them again. Without
+    # gradients nothing is kept anyway.
     chunks = []
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
@@ -257,6 +263,7 @@ def reference_of(policy: Policy, share: bool = True) -> Policy:
     adapters. Where the embeddings and bottom blocks are frozen, both then know that these need to
     run only once over a rollout.
     """
+    # The output of frozen blocks is the same in both models, so one run of them serves both.
     policy.frozen = FrozenTrunk(policy.lm)
     if adapters(policy.lm):
         reference = WithoutAdapters(policy)
@@ -317,6 +324,7 @@ class RewardModel(nn.Module):
     def standardise(self, mean: float, std: float):
         """After this, scores that had this mean and standard deviation have 0 and 1."""
         config = self.model.config
+        # (w . h - own_mean - mean) / std = (w / std) . h - (own_mean + mean) / std
         own_mean = getattr(config, "reward_mean", 0.0)
         own_std = getattr(config, "reward_std", 1.0)
         self.model.score.weight /= std
@@ -371,6 +379,7 @@ def check_logits(path: str, policy: Policy):
 
     Some architectures scale their logits; the policy would train quietly on something else.
     """
+    # Two tokens will show it. 1e-3 leaves room for rounding; a scale or cap should change more.
     ids = torch.tensor([[1, 2]])
     hidden = policy.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
     ours = policy.logits(hidden)

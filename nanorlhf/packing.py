@@ -43,6 +43,7 @@ class Packed:
     def rows(self, index: torch.Tensor) -> "Packed":
         """The chosen rows, trimmed to their own longest."""
         part = Packed(self.ids[index], self.prompt_lengths[index], self.response_lengths[index])
+        # Short rows would otherwise be as wide as the longest row of the whole batch.
         width = int(part.lengths.max())
         part.ids = part.ids[:, :width]
         if self.trunk is not None:
@@ -50,6 +51,7 @@ class Packed:
         return part
 
     def to(self, device) -> "Packed":
+        """The rows on another device, without `trunk`, which is made where the policy is."""
         return Packed(
             self.ids.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device)
         )
@@ -83,6 +85,7 @@ def micro_batches(
     if not tokens:
         return shortest_first.split(size)
 
+    # tokens = 8, lengths 2 3 3 9: the parts are [2 3] (6 with padding), [3], and [9], too long.
     counts = [0]  # the number of rows of each part
     for length in lengths[shortest_first].tolist():
         # The new row is the longest so far, so all rows of the part are padded to its length.
@@ -127,6 +130,7 @@ def response_mask_of(batch: Packed, width: int | None = None) -> torch.Tensor:
     """
     if width is None:
         width = int(batch.response_lengths.max())
+    # In [B, R] every response begins at column 0; in `ids` it begins behind its prompt.
     positions = torch.arange(width, device=batch.ids.device)  # [R]
     return positions < batch.response_lengths[:, None]
 

@@ -33,9 +33,11 @@ def edit_latents(z: Tensor, edits: Sequence[tuple[str, float]]) -> Tensor:
     """
     if len(edits) != z.shape[-1]:
         raise ValueError(f"{len(edits)} edits for {z.shape[-1]} features")
+    # The edited columns make a new tensor: z itself stays as it is, and gradients go through.
     columns = []
     for (op, value), column in zip(edits, z.unbind(-1)):
         columns.append(edit_column(column, op, value))
+    # No edits, no columns: torch.stack needs at least one.
     if not columns:
         return z.clone()
     return torch.stack(columns, -1)
@@ -82,13 +84,16 @@ def feature_penalty(
         )
     if kind not in PENALTIES:
         raise ValueError(f"the penalty must be one of {', '.join(PENALTIES)}, not {kind!r}")
+    # A negative number would quietly mean a feature counted from the end.
     for feature in features:
         if not 0 <= feature < latents.shape[-1]:
             raise ValueError(f"feature {feature} is not one of the {latents.shape[-1]} features")
 
     z = latents[..., list(features)]  # [B, F]
-    thresholds = torch.tensor([float(x) for x in tau], dtype=z.dtype, device=z.device)  # [F]
-    prices = torch.tensor([float(x) for x in alpha], dtype=z.dtype, device=z.device)  # [F]
+    thresholds = z.new_tensor([float(threshold) for threshold in tau])  # [F]
+    prices = z.new_tensor([float(price) for price in alpha])  # [F]
+    # The indicator is a step, which has no gradient. PPO needs none: the penalty is part of the
+    # reward, and rewards are not differentiated.
     if kind == "indicator":
         excess = (z > thresholds).to(z.dtype)
     else:
@@ -117,12 +122,15 @@ class DensityRatio(nn.Module):
         self.d = d
         self.hidden = nn.Linear(d, self.HIDDEN)
         self.logit = nn.Linear(self.HIDDEN, 1)
-        # W x has variance 1 for people's x, and the units bend where people's latents are.
+        # W x and b have variance 1 for people's x: the units bend where people's latents are. The
+        # generator is of its own, so that `seed` alone decides the start.
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.hidden.weight, 0, d**-0.5, generator=generator)
         nn.init.normal_(self.hidden.bias, 0, 1, generator=generator)
+        # A logit of 0 everywhere: no text is punished before anything has been learned.
         nn.init.zeros_(self.logit.weight)
         nn.init.zeros_(self.logit.bias)
+        # Buffers: they are saved with the weights that were trained on latents in these units.
         self.register_buffer("mean", torch.zeros(d))
         self.register_buffer("std", torch.ones(d))
 
@@ -151,4 +159,6 @@ def density_loss(policy: Tensor, human: Tensor) -> Tensor:
     policy [B]: logits of policy latents (class 1); human [B']: of human ones (class 0) -> a scalar;
     log 2 where nothing tells them apart.
     """
+    # Two means, not one over all rows: else the logit would also hold log(B / B'), which is about
+    # how many rows there are and not about the latents.
     return (F.softplus(-policy).mean() + F.softplus(human).mean()) / 2

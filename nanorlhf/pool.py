@@ -60,6 +60,7 @@ class Lines:
         dist.barrier()
         self.rows = dist.together(lambda: read_checked_lines(self.path, fits, remedy))
         dist.barrier()  # all have read before one writes
+        # A line that a kill has cut short is dropped: the next one must not be joined to it.
         if dist.main:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             drop_cut_line(self.path)
@@ -80,6 +81,7 @@ def holds_answers(row, index: int, prompt_ids: list[int], N: int) -> bool:
     ids = row.get("response_ids")
     if not is_list(row.get("responses"), N, str) or not is_list(ids, N, list):
         return False
+    # No answer is empty: it has its EOS, or the tokens after which it was cut off.
     return all(response and is_list(response, len(response), int) for response in ids)
 
 
@@ -94,6 +96,7 @@ def is_list(value, length: int, kind: type) -> bool:
     """Whether a value from JSON is a list of this length, all of one type."""
     if not isinstance(value, list) or len(value) != length:
         return False
+    # isinstance() would take True for an int.
     return all(type(x) is kind for x in value)
 
 
@@ -117,6 +120,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
     def fits(i, row):
         return i < len(prompts) and holds_answers(row, i, prompts.ids[i], N)
 
+    # Where all answers are in the file already, no model has to be loaded.
     lines = Lines(config.output_dir, key, dist, fits)
     if len(lines.rows) == len(prompts):
         return add_own_rows(lines.rows, prompts)
@@ -126,6 +130,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
     parts = Parts(config, dist, tokenizer, policy)
     prompts_at_once = max(1, config.batch_size // N)
     progress = Progress(dist, "sampling, prompt", len(prompts), len(lines.rows))
+    # Each round writes its answers to the file, so that a run that is killed goes on from there.
     for first in range(len(lines.rows), len(prompts), prompts_at_once):
         last = min(first + prompts_at_once, len(prompts))
         lines.append(sample_rows(parts, prompts, range(first, last)))
@@ -136,6 +141,7 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
 
 def add_own_rows(rows: list[dict], prompts: Prompts) -> list[dict]:
     """Rows of the cache, with the data's own prompts, and its rows where they have more columns."""
+    # The cache is JSON, which cannot hold a column of images, so these are taken from the data.
     complete = []
     for row, data_row in zip(rows, prompts.rows):
         complete.append({**row, "prompt": data_row["prompt"]})
@@ -163,13 +169,13 @@ def sample_rows(parts: Parts, prompts: Prompts, index: range) -> list[dict]:
 
     rows = []
     for p, i in enumerate(index):
-        own = slice(p * N, (p + 1) * N)
+        answers = slice(p * N, (p + 1) * N)
         row = {
             "index": i,
             "prompt": prompts.rows[i]["prompt"],
-            "responses": texts[own],
+            "responses": texts[answers],
             "prompt_ids": prompts.ids[i],
-            "response_ids": responses[own],
+            "response_ids": responses[answers],
         }
         rows.append(row)
     return rows
@@ -185,6 +191,7 @@ def sample_batch(parts: Parts, prompts: Prompts, pairs: list[tuple[int, int]]) -
         for k in dist.part(len(pairs)):
             i, j = pairs[k]
             index.append(i)
+            # No two answers share a number, and --n_answers does not change it.
             places.append(i * 2**32 + j)
         if not places:  # there are fewer answers than processes
             shape = (0, parts.config.max_new_tokens)
@@ -193,6 +200,7 @@ def sample_batch(parts: Parts, prompts: Prompts, pairs: list[tuple[int, int]]) -
         rollout, _ = roll_out(parts, prompts.at(index), places, 0, POOL)
         return rollout.response_ids, rollout.response_mask.sum(1)
 
+    # The ids are padded, and the padding token may be EOS: only the lengths say where a row ends.
     own_ids, own_lengths = dist.together(sample_mine)  # [n, R], [n]
     ids = dist.gather(own_ids).tolist()
     lengths = dist.gather(own_lengths).tolist()
@@ -225,7 +233,8 @@ def read_row(place: str, row) -> dict:
     place: its file and line, for InputErrors.
     """
     require(isinstance(row, dict), f"{place}: a row must be an object with prompt and responses")
-    own = row
+    # {prompt, responses} as sample_bon.py writes them, or {instruction, input, answers}.
+    data_row = row  # with the data's own names of columns
     if "prompt" not in row and "instruction" in row:
         row = {**row, **rename_columns(place, row)}
 
@@ -238,6 +247,7 @@ def read_row(place: str, row) -> dict:
     )
     new = {"prompt": prompt, "responses": responses}
 
+    # Gold scores may come with the answers: then nothing has to compute them.
     gold = row.get("gold_scores")
     if gold is not None:
         are_numbers = isinstance(gold, list) and all(is_finite_number(x) for x in gold)
@@ -247,7 +257,7 @@ def read_row(place: str, row) -> dict:
             f"{place}: {len(gold)} gold_scores for {len(responses)} responses",
         )
         new["gold_scores"] = gold
-    return new | further_keys(place, own, prompt)
+    return new | further_keys(place, data_row, prompt)
 
 
 def further_keys(place: str, row: dict, prompt) -> dict:
@@ -256,6 +266,7 @@ def further_keys(place: str, row: dict, prompt) -> dict:
     A pool that sample_bon.py wrote keeps the data's own row. In any other pool, every
     column outside COLUMNS is the data's.
     """
+    # A row that holds more than the prompt is kept, since a reward may ask for it.
     keys = {}
     if is_chat(prompt):
         keys["place"] = place
@@ -269,6 +280,7 @@ def further_keys(place: str, row: dict, prompt) -> dict:
 
 def rename_columns(place: str, row: dict) -> dict:
     """A row {instruction, input, answers} -> {prompt, responses}."""
+    # Alpaca's columns: the input is what the instruction is about, and often empty.
     instruction = row["instruction"]
     further = row.get("input") or ""
     are_texts = isinstance(instruction, str) and isinstance(further, str)
@@ -294,16 +306,18 @@ def score(
 
     The answers of a chunk are tokenized and sorted by length once, for all members of an ensemble.
     """
-    specs = dict(zip(reward_names(specs), specs))  # by their names
+    spec_of = dict(zip(reward_names(specs), specs))  # {name: spec}
     is_templated = getattr(config, "chat_template", False)
-    lines = open_scores(rows, specs, is_templated, config, dist)  # {name: Lines}
+    lines = open_scores(rows, spec_of, is_templated, config, dist)  # {name: Lines}
 
     # A reward whose scores are all there is not even loaded.
     rewards = {}
-    for name, spec in specs.items():
+    for name, spec in spec_of.items():
         if len(lines[name].rows) < len(rows):
             rewards[name] = load_reward(spec, tokenizer, dist, config.micro_batch_size)
 
+    # All rewards score one chunk before the next: they share its tokens, and a killed run goes on
+    # where each file ends.
     progress = Progress(dist, "scoring, prompt", len(rows))
     for first, last in split_into_chunks(rows):
         missing = [name for name in rewards if len(lines[name].rows) < last]
@@ -327,16 +341,17 @@ def score(
     progress.close()
 
     scores_of = {}
-    for name in specs:
+    for name in spec_of:
         scores_of[name] = [row["scores"] for row in lines[name].rows]
     return scores_of
 
 
-def open_scores(rows, specs: dict[str, str], chat: bool, config, dist) -> dict[str, Lines]:
+def open_scores(rows, spec_of: dict[str, str], chat: bool, config, dist) -> dict[str, Lines]:
     """Open the file of each reward's scores of these rows: {name: Lines}.
 
     Copies of a model share one file.
     """
+    # The file's name depends on all that a reward may read: texts, sampled ids, the data's columns.
     texts = []
     for row in rows:
         text = [row["prompt"], row["responses"], row.get("response_ids")]
@@ -350,7 +365,7 @@ def open_scores(rows, specs: dict[str, str], chat: bool, config, dist) -> dict[s
 
     files = {}
     lines = {}
-    for name, spec in specs.items():
+    for name, spec in spec_of.items():
         key = "scores_" + digest(LAYOUT, fingerprint_reward(spec), data)
         if key not in files:
             files[key] = Lines(config.output_dir, key, dist, fits)
@@ -385,6 +400,7 @@ def score_chunk(reward, answers: Answers, dist) -> list[float]:
 
 def group_by_prompt(scores: list[float], rows: list[dict], first: int, last: int) -> list[dict]:
     """Divide the scores of all answers to the prompts first .. last - 1. -> a line a prompt"""
+    # Prompts of a pool that was read may have different numbers of answers.
     lines = []
     start = 0
     for i in range(first, last):
@@ -405,6 +421,7 @@ def collect_answers(chunk: list[tuple[dict, int]], chat: bool = False) -> Answer
         prompts.append(row["prompt"])
         responses.append(row["responses"][j])
         rows.append(own_row(row))
+        # Answers that were sampled here have ids, which a reward model may read as they are.
         if "response_ids" in row:
             prompt_ids.append(row["prompt_ids"])
             response_ids.append(row["response_ids"][j])

@@ -425,8 +425,11 @@ def policy_loss(
     if clip_range_high is None:
         clip_range_high = clip_range
 
+    # The mask comes before exp: after it, a gradient of 0 times an infinite ratio would be NaN.
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
+    # The larger loss counts: beyond the clip nothing is gained by making a good token (A > 0)
+    # likelier still, or a bad one rarer still. A move the wrong way is never clipped.
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range_high)
     token_loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
     loss = sum_over_tokens(token_loss, response_mask, n_tokens)
@@ -467,6 +470,8 @@ def value_loss(
     old_values = torch.where(response_mask, old_values, 0.0)
     returns = torch.where(response_mask, returns, 0.0)
 
+    # The larger error counts here too: a value that has moved towards its return by more than the
+    # clip has no gradient. One that has moved away still has.
     clipped_values = torch.clamp(values, old_values - clip_range, old_values + clip_range)
     plain_error = (values - returns).square()
     clipped_error = (clipped_values - returns).square()

@@ -68,6 +68,8 @@ def score(reward: Reward, parts: list[Answers], dist: Dist | None = None) -> Ten
                 scores.append(torch.zeros(0))
         return torch.cat(scores)
 
+    # A reward that is a function has no module to gather. together() raises an InputError of one
+    # process on all: else the others would wait for it for ever.
     module = getattr(reward, "module", None)
     with gathered(module):
         if dist is None:
@@ -131,6 +133,7 @@ def locate(spec: str) -> tuple[str, str]:
 
 def expand_seeds(spec: str) -> list[str]:
     """A path with {seed} in it -> the paths that exist, in the order of their seeds."""
+    # 'runs/rm/seed_{seed}' -> the folder 'runs/rm', and names in it that start with 'seed_'.
     before_seed = spec.partition("{seed}")[0]
     folder, start = os.path.split(before_seed)
     folder = folder or "."
@@ -144,6 +147,7 @@ def expand_seeds(spec: str) -> list[str]:
             if match:
                 seeds.add(match[1])
 
+    # By number: seed_10 comes after seed_9.
     paths = []
     for seed in sorted(seeds, key=int):
         path = spec.replace("{seed}", seed)
@@ -200,6 +204,7 @@ def fingerprint_reward(spec: str) -> str:
     if kind == "function":
         path, _, name = spec.rpartition(":")
         return digest(name, digest_file(path))
+    # The rest are models, which may have a label, and the files of lexicons, which have none.
     path, label = split_label(spec)
     if label:
         return digest(label, fingerprint(path))
@@ -208,6 +213,7 @@ def fingerprint_reward(spec: str) -> str:
 
 def split_label(spec: str) -> tuple[str, str]:
     """FOLDER#LABEL -> the model's path, and the label, or ''."""
+    # The name of a folder may itself hold a #.
     if os.path.exists(spec):
         return spec, ""
     path, _, label = spec.partition("#")
@@ -221,7 +227,9 @@ def check_label(path: str, config, label: str):
     """
     names = config.architectures
     is_list = isinstance(names, list)  # a damaged config may hold anything
-    is_classifier = is_list and any(str(x).endswith("ForSequenceClassification") for x in names)
+    is_classifier = False
+    if is_list:
+        is_classifier = any(str(name).endswith("ForSequenceClassification") for name in names)
     if label or is_classifier:
         choose_label(path, config, label)
 
@@ -295,6 +303,7 @@ def text_reward(name: str, function: Callable) -> Reward:
     columns. InputError, of the reward: it returned something else than one finite number for each
     response, or asked for rows where there are none.
     """
+    # Scores become float32 tensors, in which a larger number would be infinite.
     largest = torch.finfo(torch.float32).max
     needs_rows = takes_rows(function)
 
@@ -314,6 +323,7 @@ def text_reward(name: str, function: Callable) -> Reward:
         with user_code(f"the reward {name} must return one float for each response:"):
             scores = read_scores(returned, len(answers))
 
+        # Anything but a finite number for each answer would spoil the training without a word.
         n_scores = len(scores)
         n_answers = len(answers)
         require(
@@ -339,6 +349,7 @@ def takes_rows(function: Callable) -> bool:
         return False
     if len(parameters) < 3:
         return False
+    # reward(prompts, responses, scale=2.0) asks for no rows.
     third = parameters[2]
     is_positional = third.kind in (third.POSITIONAL_ONLY, third.POSITIONAL_OR_KEYWORD)
     return is_positional and (third.name == "rows" or third.default is third.empty)
@@ -353,16 +364,17 @@ def read_scores(returned, n: int) -> list[float]:
     if inspect.iscoroutine(returned):
         returned.close()  # else Python warns that nobody has waited for it
         raise TypeError("an async function cannot be a reward")
+    # These could be looped over as well, but they give characters, keys, or items in no order.
     if isinstance(returned, (str, bytes, bytearray, Mapping, Set)):
         raise TypeError(f"it returned a {type(returned).__name__}")
 
     scores = []
-    for x in returned:
+    for value in returned:
         if len(scores) == n:
             raise TypeError(f"it returned more than {n} scores")
-        number = x
-        if hasattr(x, "item"):  # numpy's and torch's numbers
-            number = x.item()
+        number = value
+        if hasattr(value, "item"):  # numpy's and torch's numbers
+            number = value.item()
         if not isinstance(number, Real):
             raise TypeError(f"{number!r:.60} is of type {type(number).__name__}")
         scores.append(float(number))
@@ -393,6 +405,7 @@ def read_lexicon(path: str) -> tuple[dict[str, float], str]:
     The sentence is "" where every line has an effect. A word that cannot be one of find_words()
     never matches: "very good", say, which is two. InputError: a line of another form, or no word.
     """
+    # A line without effect is reported, not refused: some lexicons have entries of two words.
     lexicon = {}
     no_match = []
     repeated = []
@@ -401,6 +414,7 @@ def read_lexicon(path: str) -> tuple[dict[str, float], str]:
         if not line.strip():
             continue
         word, value = parse_entry(f"{path}:{number}", line)
+        # Texts are cut by find_words(), so a word that it would cut or drop is never looked up.
         if find_words(word) != [word]:
             no_match.append(word)
             continue
@@ -456,6 +470,7 @@ def model_reward(spec: str, tokenizer, dist: Dist, micro_batch_size: int, dtype:
         if reads_packed:
             module = RewardModel(model).eval()
 
+    # A reward is never trained. Under FSDP it is loaded on the CPU, and goes into shards here.
     module = dist.wrap(module.to(dist.load_device).requires_grad_(False), dtype=dtype)
     if reads_packed:
         score_answers = packed_scorer(module, model.config, path, tokenizer, dist, micro_batch_size)
@@ -463,6 +478,7 @@ def model_reward(spec: str, tokenizer, dist: Dist, micro_batch_size: int, dtype:
         place = choose_label(path, model.config, label)
         score_answers = classifier_scorer(module, path, place, dist, micro_batch_size)
 
+    # The scores of all rewards are stacked on the CPU.
     @torch.no_grad()
     def reward(answers: Answers) -> Tensor:
         with autocast(dist, dtype):
@@ -499,6 +515,8 @@ def packed_reader(
     decoded and tokenised again. A text that is longer than the model's context is cut: see
     tokens.fit_item(). InputError, of the function: a text holds a token without an embedding.
     """
+    # With equal vocabularies an id means the same to both models. Decoded and tokenised again, a
+    # text might get other tokens than those that were sampled.
     own_tokenizer = load_tokenizer(path)
     reads_ids = tokenizer is not None and own_tokenizer.get_vocab() == tokenizer.get_vocab()
     context = context_length(config)
@@ -518,6 +536,7 @@ def packed_reader(
             if not said:
                 dist.print(f"{path}: of {len(answers)} texts, {sentence} (not said again)")
             said.append(sentence)
+        # Rows of similar length together, each part trimmed to its longest.
         batch = batch.to(dist.device)
         parts = []
         for rows in batch.micro_batches(micro_batch_size):
@@ -527,6 +546,7 @@ def packed_reader(
     def read(answers: Answers) -> list[tuple[Tensor, Packed]]:
         if key not in answers.micro_batches:
             answers.micro_batches[key] = prepare(answers)
+        # Members that share micro-batches may still differ in the number of their embeddings.
         parts = answers.micro_batches[key]
         for _, part in parts:
             check_ids(path, part.ids, n_embeddings)
@@ -550,6 +570,7 @@ def encode_again(answers: Answers, tokenizer, own_tokenizer) -> Packed:
 
     Chats go through the other tokenizer's own template, or are plain text where it has none.
     """
+    # encode() takes rows of data, so that texts are encoded as for the training of that model.
     has_template = bool(own_tokenizer.chat_template)
     rows = []
     for prompt, response in zip(answers.prompts, answers.responses):
@@ -617,6 +638,7 @@ def classifier_scorer(model, path: str, label: int, dist: Dist, micro_batch_size
         tokenizer.pad_token_id is not None,
         f"{path}: the tokenizer has neither a padding nor an EOS token",
     )
+    # A classifier on a decoder finds a text's last token by this id.
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.truncation_side = "left"  # the response must stay
     # Tokenizers without a limit of their own have one of 1e30.
@@ -647,6 +669,7 @@ def classifier_scorer(model, path: str, label: int, dist: Dist, micro_batch_size
             add_special_tokens=not with_template,
             split_special_tokens=not with_template,
         )
+        # Texts of similar length share a forward pass, so that little of it is padding.
         lengths = torch.tensor([len(ids) for ids in encoded.input_ids])
         parts = []
         for rows in micro_batches(lengths, micro_batch_size):

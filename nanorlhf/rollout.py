@@ -76,9 +76,10 @@ class Rollout:
 
     def packed(self) -> Packed:
         """Prompt and response side by side, padding on the right only: what models.py reads."""
+        # pad the room : | was bright <eos> pad  ->  the room : was bright <eos> pad pad
         ids = torch.cat([self.prompt_ids, self.response_ids], 1)  # [B, T]
         is_real = torch.cat([self.attention_mask, self.response_mask], 1)  # [B, T]
-        # A stable sort by "is padding" moves the real tokens to the left, in their order.
+        # A stable sort by "is padding" (0 or 1) moves the real tokens to the left, in their order.
         order = (~is_real).int().argsort(dim=1, stable=True)
         return Packed(ids.gather(1, order), self.attention_mask.sum(1), self.response_mask.sum(1))
 
@@ -102,6 +103,7 @@ def uniforms(
     index: the places of the samples in the global batch. stream: one of rng.py's; what is keyed
     alike in two streams has nothing to do with each other. -> [len(index), width], float64
     """
+    # Each sample has a generator of its own, so its noise is the same in any batch or process.
     rows = []
     for i in index:
         generator = np.random.default_rng([stream, seed, step, i])
@@ -134,6 +136,8 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     """
     if probs.shape[-1] > WIDE:
         return sample_by_blocks(probs, u)
+    # After truncate() probs do not add up to 1, so u is scaled to their sum. float64: in a float32
+    # sum tokens of little mass would be lost.
     cdf = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
     total = cdf[:, -1]  # [B]
     return first_above(cdf, u * total)
@@ -256,6 +260,7 @@ def generate(
     if static is None:
         static = prompt_ids.is_cuda
 
+    # All noise of the rollout is drawn before the loop: one uniform number for each token.
     mask = attention_mask.bool()  # [B, P]
     u = uniforms(seed, step, index, R, stream).to(device)  # [B, R]
     ends = None
@@ -269,11 +274,13 @@ def generate(
     out = blank_outputs(B, R, pad_token_id, device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     with decoding(model, device.type, B):
+        # Some architectures cannot decode with a static cache: the growing one does it then.
         written = False
         if static:
             written = try_static(sampler, prompt_ids, mask, u, out, finished)
         if not written:
             decode(sampler, prompt_ids, mask, u, out, finished)
+    # From NaN a valid id is drawn all the same (first_above), so a diverged policy is found here.
     if not out["logprobs"].isfinite().all():
         raise FloatingPointError(f"step {step}: the policy's log-probs are not finite; lower --lr")
 
@@ -319,6 +326,7 @@ def try_static(
         raise
     except RuntimeError as e:
         warn_of_fallback(lm, "with a growing cache", first_line(e))
+        # The next loop overwrites `out`, but it would drop rows that `finished` still marks.
         finished.zero_()
         return False
     if failure:
@@ -347,6 +355,7 @@ def cut_responses(
 
     A finished row may have run on until it was dropped, or to the end.
     """
+    # Where no row has ended, all R tokens are real. (Without end_ids is_end() cannot be asked.)
     if finished.any():
         response_mask = mask_up_to_end(sampler.is_end(out["response_ids"]))  # [B, R]
     else:
@@ -371,6 +380,7 @@ def mask_up_to_end(is_end: Tensor) -> Tensor:
 
     is_end [B, R]: which tokens would end it.
     """
+    # is_end 0 1 0 1 -> ends to the left 0 0 1 1 -> mask 1 1 0 0: the first end itself is kept.
     ends_to_the_left = is_end.cumsum(1) - is_end.long()
     return ends_to_the_left == 0
 
@@ -405,6 +415,7 @@ def roll_out(
     dist = parts.dist
     tokenizer = parts.tokenizer
 
+    # Prompts are padded on the left: then all rows write their next token in the same column.
     ids, mask = left_pad(prompts.ids, tokenizer.pad_token_id)
     with autocast(dist, config.dtype), sampling(parts.policy.lm):
         rollout = generate(
@@ -422,6 +433,7 @@ def roll_out(
             stream=stream,
         )
 
+    # Texts are without EOS and other special tokens; the ids in the batch have them.
     responses = []
     for row, kept in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu()):
         responses.append(row[kept])
@@ -437,12 +449,15 @@ def through_frozen_blocks(parts: Parts, batch: Packed) -> Packed:
     """
     policy = parts.policy
     config = parts.config
+    # Without frozen blocks each forward begins at the embeddings.
     if not policy.frozen or not policy.frozen.n:
         return batch
     for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
         part = batch.rows(rows)
         with autocast(parts.dist, config.dtype):
             hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
+        # The first part tells D and the dtype. Columns behind a part's longest row stay 0: no
+        # real token sees them.
         if batch.trunk is None:
             batch.trunk = hidden.new_zeros(*batch.ids.shape, hidden.shape[-1])
         batch.trunk[rows, : hidden.shape[1]] = hidden
@@ -469,6 +484,7 @@ def ask_locally(
     has_template = bool(tokenizer.chat_template)
     n_embeddings = policy.lm.config.get_text_config().vocab_size
     has_token = ids_with_tokens(tokenizer, n_embeddings)
+    # A question that is too long has its error at once, and the others are asked all the same.
     ready = []  # (i, token ids)
     for i, question in enumerate(questions):
         row = {"prompt": question}
@@ -491,6 +507,7 @@ def ask_locally(
             ids.to(device),
             mask.to(device),
             max_tokens,
+            # so cold that the likeliest token has practically all the mass
             temperature=1e-4,
             eos_token_id=end_ids(tokenizer),
             has_token=has_token,

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from .sparse import DecodeTopK, EncodeTopK
 
 NORMALIZE = ("dataset", "token", "none")
-# Gao et al. 2024, appendix A.2.
+# Gao et al. 2024, appendix A.2: how many dead features may explain what is left of a token, and
+# what that loss weighs beside the error itself.
 AUX_K = 512
 AUX_COEF = 1 / 32
 
@@ -47,8 +48,9 @@ class SparseAutoencoder(nn.Module):
                    that angles stay
         'token'    (x - mean(x)) / (std(x) + 1e-6) over D, std unbiased (SARM)
         'none'     z = x
-    Decoder directions have unit length, and the encoder starts as their transpose. `seed` alone
-    decides the start. ValueError: sizes below 1, k above M, an unknown `normalize`.
+    Decoder directions have unit length: if they could grow, longer directions and smaller f would
+    give the same z^ for a smaller L1 penalty. `seed` alone decides the start. ValueError: sizes
+    below 1, k above M, an unknown `normalize`.
     Pitfall: with 'dataset' or a good b_dec, call fit(x) before training.
     """
 
@@ -64,6 +66,9 @@ class SparseAutoencoder(nn.Module):
         self.m = m
         self.tied = tied
         self.normalize = normalize
+
+        # The encoder starts as the decoder's transpose: a feature that first reads what it writes
+        # is less likely to die (Gao et al. 2024, section 2.4).
         generator = torch.Generator().manual_seed(seed)
         directions = F.normalize(torch.randn(m, d, generator=generator))
         self.W_dec = nn.Parameter(directions)  # [M, D], rows of unit length
@@ -71,6 +76,7 @@ class SparseAutoencoder(nn.Module):
             self.W_enc = nn.Parameter(directions.clone())  # [M, D]
         self.b_enc = nn.Parameter(torch.zeros(m))
         self.b_dec = nn.Parameter(torch.zeros(d))
+        # Buffers are saved with the weights, but are not trained: fit() measures them once.
         self.register_buffer("mean", torch.zeros(d))
         self.register_buffer("scale", torch.ones(()))
 
@@ -88,16 +94,21 @@ class SparseAutoencoder(nn.Module):
         x = x.reshape(-1, self.d).to(self.mean)
         if not len(x) or not x.isfinite().all():
             raise ValueError("fit needs activations, and finite ones")
+
+        # A sum over so many tokens keeps its digits in float64.
         if self.normalize == "dataset":
             self.mean.copy_(x.double().mean(0))
             rms = (x - self.mean).double().square().mean().sqrt()
+            # Activations that are all equal have rms 0, and 0 / 0 would be NaN.
             self.scale.copy_(rms.clamp(min=1e-12))
 
+        # What all tokens share is left to b_dec, so that features explain how tokens differ.
         z = self.standardise(x, *self.moments(x))
         if bias == "mean":
             self.b_dec.copy_(z.mean(0))
         else:
             self.b_dec.copy_(geometric_median(z))
+        # The vanilla kind alone needs a threshold: TopK keeps k features of each token anyway.
         if not isinstance(self, TopKSAE):
             self.b_enc.fill_(-2 * (z - self.b_dec).square().mean().sqrt())
         return self
@@ -151,6 +162,7 @@ class SparseAutoencoder(nn.Module):
         """z^ -> x^, in the model's units."""
         if self.normalize == "none":
             return z_hat
+        # Each token has a scale of its own, known only where x was seen.
         if moments is None and self.normalize == "token":
             return z_hat
         if moments is None:
@@ -176,6 +188,7 @@ class SparseAutoencoder(nn.Module):
 
         The loss is not to change a direction's length.
         """
+        # w has unit length, so g . w is the length of the parallel part.
         along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)  # [M, 1]
         self.W_dec.grad -= along * self.W_dec
 
@@ -223,6 +236,7 @@ class TopKSAE(SparseAutoencoder):
 
         Under autocast the product, and it alone, is bfloat16.
         """
+        # The sparse products take rows: all leading dimensions become one for a moment.
         values, ids = EncodeTopK.apply(z.reshape(-1, self.d), *self.encoder(), self.k)
         values = values.view(*z.shape[:-1], self.k)
         ids = ids.view(*z.shape[:-1], self.k)
@@ -252,9 +266,11 @@ def geometric_median(x: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Te
     """
     y = x.mean(0)
     for _ in range(steps):
+        # A token where y happens to be would have an infinite weight.
         w = 1 / (x - y).norm(dim=1).clamp(min=1e-8)  # [N]
         last = y
         y = w @ x / w.sum()
+        # Each step lowers the sum of distances, so a y that stands still is the median.
         if (y - last).norm() <= tolerance * y.norm():
             break
     return y
@@ -317,12 +333,17 @@ def auxiliary_loss(
     times as small.
     """
     W, bias = sae.encoder()
+    # Among all M features the dead do not reach the top k, so here they compete with each other.
     f = F.linear(z, W[dead], bias[dead])  # [N, d]
     if sae.relu:
         f = f.relu()
+    # As in TopK itself, a token is explained by the features that answer to it most.
     if f.shape[1] > AUX_K:
         values, ids = f.topk(AUX_K, sorted=False)
         f = torch.zeros_like(f).scatter(1, ids, values)
+
+    # Detached: living features are not to change their error to make it easier for the dead ones.
+    # b_dec is not added to e^, since z^ has it already.
     error = error.detach()
     error_hat = f @ sae.W_dec[dead]  # [N, D]
     variance = variance_about_mean(error, reduce)
@@ -349,12 +370,15 @@ def sae_loss(
     gradients(), for what AuxK needs of the whole batch; the loss itself is this process's share.
     """
     n_tokens = n_tokens or len(x)
+    # The loss compares z^ with z: neither is brought back to the model's units.
     z = sae.standardise(x, *sae.moments(x))
     penalty = 0.0
     if isinstance(sae, TopKSAE):
         values, ids = sae.sparse_code(z)  # [N, k]
         z_hat = sae.sparse_decode(values, ids)
         if dead is not None and dead.any():
+            # `dead` is the same on all processes (see gradients), so all of them or none call the
+            # all-reduce in here.
             penalty = AUX_COEF * auxiliary_loss(sae, z, z - z_hat, dead, n_tokens, reduce)
         fired = count_firing(values.detach(), ids, sae.m)
     else:
@@ -369,6 +393,7 @@ def sae_loss(
 
 def count_firing(values: Tensor, ids: Tensor, m: int) -> Tensor:
     """How many tokens each feature fires on: values [N, k], ids [N, k] -> [M]."""
+    # The ReLU may have set one of the k to 0: that feature does not fire.
     fires = (values != 0).float()
     return torch.zeros(m, device=ids.device).index_add(0, ids.flatten(), fires.flatten())
 
@@ -400,11 +425,14 @@ def gradients(
     n_tokens = n_tokens or len(x)
     if silent is None:
         silent = x.new_zeros(sae.m, dtype=torch.long)
+    # Which features are dead is decided by the batches before this one.
     dead = silent >= dead_after
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss, stats = sae_loss(sae, x, l1, dead, n_tokens, reduce)
     loss.backward()
 
+    # Each process has divided its sums by the n_tokens of all, so the batch's means and gradients
+    # are plain sums over processes.
     numbers = torch.stack([loss.detach(), stats["mse"], stats["l0"]])
     if reduce:
         reduce(numbers)
@@ -412,6 +440,7 @@ def gradients(
         for parameter in sae.parameters():
             reduce(parameter.grad)
 
+    # `fired` is now of all processes: a feature that fired on any of their tokens is not silent.
     silent += n_tokens
     silent[stats["fired"] > 0] = 0
     loss, mse, l0 = numbers.tolist()
@@ -423,12 +452,15 @@ def update(saes: Sequence[SparseAutoencoder], optimizer: torch.optim.Optimizer, 
 
     Their decoder directions stay of unit length.
     """
+    # This comes before the step: else Adam's running means fill up with what normalise() undoes.
     for sae in saes:
         sae.remove_parallel()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
+    # Even a step at right angles makes a direction longer, and Adam's, which is scaled coordinate
+    # by coordinate, is not quite at right angles.
     for sae in saes:
         sae.normalise()
 
@@ -456,6 +488,7 @@ def fvu(x: Tensor, x_hat: Tensor) -> float:
     x = x.detach().reshape(-1, x.shape[-1]).double()
     x_hat = x_hat.detach().reshape(-1, x_hat.shape[-1]).double()
     residual = (x - x_hat).square().sum()
+    # The mean is the best x^ that is the same for all tokens: its error is what 1 stands for.
     variance = (x - x.mean(0)).square().sum()
     return (residual / variance).item()
 
@@ -468,12 +501,14 @@ def tally(sae: SparseAutoencoder, x: Tensor) -> dict[str, Tensor]:
     """
     x = x.reshape(-1, sae.d)
     if isinstance(sae, TopKSAE):
+        # The sparse path: no [N, M] is held.
         values, ids = sae.encode_topk(x)
         x_hat = sae.decode_topk(values, ids, sae.moments(x))
         fired = count_firing(values, ids, sae.m)
     else:
         x_hat, f = sae(x)
         fired = (f != 0).sum(0)
+    # Sums of N D squares, and the variance will be a difference of two: both need float64.
     residual = (x - x_hat).double()
     x = x.double()
     return {
@@ -491,6 +526,7 @@ def measures(totals: dict[str, Tensor]) -> dict:
     dead: the share of features that never fired; density [M]: the share of tokens each fires on.
     """
     n = totals["n"]
+    # sum |x - mean|^2 = sum |x|^2 - |sum x|^2 / n: the mean is not known until all batches are in.
     variance = totals["squares"] - totals["sum"].square().sum() / n
     density = totals["fired"] / n  # [M]
     return {

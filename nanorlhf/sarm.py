@@ -84,6 +84,7 @@ class SARM(nn.Module):
         self.config = config
         self.sparse = config.sarm_param["sarm_use_activation"]
         self.score = nn.Linear(sae.m, 1, bias=False)
+        # A new head scores every text 0; from_pretrained() copies a stored one over it.
         nn.init.zeros_(self.score.weight)
         self.norm_name, self.norm = cut(trunk, config.sarm_param["sae_source_layer"])
         self.norm.requires_grad_(False)  # only there to be saved
@@ -107,6 +108,7 @@ class SARM(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             if self.sparse:
                 return self.sae.encode_topk(h.float())
+            # All M features count. The form is the same, with k = M: feature i in column i.
             pre = F.linear(self.standardised(h), *self.sae.encoder())  # [B, M]
             ids = torch.arange(self.sae.m, device=h.device)
             return pre, ids.expand_as(pre)
@@ -131,12 +133,14 @@ class SARM(nn.Module):
         scores = self.weighted(values, ids).float()
         if not reconstruct:
             return scores
+        # h is detached and encoded again, so the error's gradient reaches the autoencoder alone.
         return scores, self.error(h.detach())
 
     def error(self, h: Tensor) -> Tensor:
         """||x - x^||^2 / D of h [B, D], in standardised units: [B]."""
         with torch.autocast(h.device.type, enabled=False):
             x = self.standardised(h)
+            # x^ is made of k features, also where the score counts all M (self.sparse is False).
             values, ids = self.sae.sparse_code(x)
             x_hat = self.sae.sparse_decode(values, ids)
             return (x - x_hat).square().mean(1)
@@ -157,6 +161,8 @@ class SARM(nn.Module):
         scores = self.weighted(values, ids)  # [B]
         latents = dense(values, ids, self.sae.m)  # [B, M]
 
+        # Only the change is added, so an edit that leaves z as it is leaves the score bit-equal.
+        # float64: see weighted().
         edited_features = list(edits)
         z = latents[:, edited_features].double()  # [B, E]
         w = self.score.weight[0, edited_features].double()  # [E]
@@ -170,6 +176,8 @@ class SARM(nn.Module):
     @torch.no_grad()
     def standardise(self, mean: float, std: float):
         """After this, scores that had this mean and standard deviation have 0 and 1."""
+        # (w . z - own_mean - mean) / std = (w / std) . z - (own_mean + mean) / std: no new
+        # parameter, so the layout of the folder stays that of the public checkpoints.
         own_mean = getattr(self.config, "reward_mean", 0.0)
         self.score.weight /= std
         self.config.reward_mean = float((own_mean + mean) / std)
@@ -182,22 +190,25 @@ class SARM(nn.Module):
         """
         path = resolve(path)
         config = check_sarm(path)
+        # Every tensor is known to be there, in its shape, before any weights are loaded.
         files = check_files(path, config)
         trunk = pretrained(transformers.AutoModel, path, config=shortened(config))
         sarm = cls(trunk, new_sae(config), config)
 
         # The trunk is loaded. What is left are the autoencoder and the weights of its features.
-        own = {}
+        unloaded = {}
         for name, tensor in sarm.layout().items():
             if name.startswith(("sae.", "score.")):
-                own[name] = tensor
-        for file in sorted({files[name] for name in own}):
+                unloaded[name] = tensor
+        # Large models are stored in several files: one at a time is read and held.
+        for file in sorted({files[name] for name in unloaded}):
             tensors = read_tensors(file)
-            names = [name for name in own if files[name] == file]
+            names = [name for name in unloaded if files[name] == file]
             any_shape = dict.fromkeys(names)
             check_tensors(tensors, any_shape, file)
             for name in names:
-                own[name].copy_(tensors[name])
+                # layout() gives views of the parameters, so this fills the model itself.
+                unloaded[name].copy_(tensors[name])
         return sarm
 
     def layout(self) -> dict[str, Tensor]:
@@ -206,6 +217,7 @@ class SARM(nn.Module):
         tensors = {}
         for name, p in self.trunk.state_dict().items():
             tensors[f"{prefix}.{name}"] = p
+        # The final norm was taken out of the trunk, and is saved where a plain LM expects it.
         for name, p in self.norm.state_dict().items():
             tensors[f"{prefix}.{self.norm_name}.{name}"] = p
         tensors["sae.pre_bias"] = self.sae.b_dec.detach()
@@ -219,7 +231,10 @@ class SARM(nn.Module):
         """Write config.json and model.safetensors in the public layout."""
         os.makedirs(path, exist_ok=True)
         self.config.save_pretrained(path)
-        tensors = {name: p.cpu().contiguous().clone() for name, p in self.layout().items()}
+        # safetensors takes neither transposed views nor tensors that share memory.
+        tensors = {}
+        for name, p in self.layout().items():
+            tensors[name] = p.cpu().contiguous().clone()
         save_file(tensors, os.path.join(path, WEIGHTS), {"format": "pt"})
 
 
@@ -251,12 +266,14 @@ def cut(trunk, L: int) -> tuple[str, nn.Module]:
     -> the name of its final norm, and the norm. InputError: an architecture where more than a norm
     follows its blocks.
     """
+    # block_list() finds the blocks by the config's number of layers, so the config must say L too.
     parent, name, layers = block_list(trunk)
     setattr(parent, name, layers[:L])
     trunk.config.num_hidden_layers = L
     norm_name, norm = take_norm(trunk, parent)
 
-    # What the trunk puts out must now be what leaves its last block.
+    # What the trunk puts out must now be what leaves its last block, bit for bit. Any two tokens
+    # will show it.
     ids = torch.tensor([[1, 2]], device=next(trunk.parameters()).device)
     with torch.no_grad(), captured(trunk, [(L - 1, "residual")]) as kept:
         output = trunk(input_ids=ids, use_cache=False).last_hidden_state
@@ -274,6 +291,8 @@ def take_norm(trunk, parent: nn.Module) -> tuple[str, nn.Module]:
     parent: the module that owns the blocks. The norm is the last module beside them that holds
     vectors only. "" and a module that does nothing: there is none.
     """
+    # An embedding or a projection holds a matrix. The last norm counts: some models have one before
+    # their blocks as well.
     child_name = ""
     for name, child in parent.named_children():
         dims = {p.dim() for p in child.parameters()}
@@ -313,14 +332,15 @@ def reweighted(sarm: SARM, edits: Edits) -> Iterator[SARM]:
     The old bits are back afterwards.
     """
     _, edits = checked(None, edits, sarm.sae.m)
+    # .data: the edit is written past autograd, which refuses changes in place to a trained weight.
     features = list(edits)
     w = sarm.score.weight.data[0]  # [M]
-    own = w[features].clone()
-    w[features] = edit_latents(own, list(edits.values()))
+    old_weights = w[features].clone()
+    w[features] = edit_latents(old_weights, list(edits.values()))
     try:
         yield sarm
     finally:
-        w[features] = own
+        w[features] = old_weights
 
 
 def checked(
@@ -372,6 +392,7 @@ def check_sarm(path: str):
     if not isinstance(given, dict):
         raise InputError(f"{path}: no SARM (config.json has no dictionary sarm_param)")
 
+    # Defaults first, then values under older names, then values under today's names, which win.
     param = {
         "sae_source_layer": config.num_hidden_layers // 2,
         "sae_use_sequence_level": True,
@@ -393,10 +414,12 @@ def check_sarm(path: str):
 
 def check_param(path: str, param: dict, n_layers: int):
     """InputError where a value of sarm_param cannot be. n_layers: of the whole LM."""
+    # {name: its highest value}. k is at most M, and is checked after it, when M is a number.
     m = param.get("sae_latent_size")
     highest = {"sae_source_layer": n_layers, "sae_latent_size": None, "sae_k": m}
     for name, high in highest.items():
         value = param.get(name)
+        # isinstance() would take True for an int.
         is_good = type(value) is int and value >= 1
         upper = ""
         if high is not None:
@@ -420,7 +443,7 @@ def check_files(path: str, config) -> dict[str, str]:
 
     InputError: a tensor that is missing, unknown or of another shape. No tensor is loaded.
     """
-    # On the device "meta" a model has shapes and no numbers.
+    # What should be there. On the device "meta" a model has shapes and no numbers.
     with library_call(f"{path}: its config.json makes no model"), torch.device("meta"):
         trunk = transformers.AutoModel.from_config(shortened(config), trust_remote_code=False)
     L = config.sarm_param["sae_source_layer"]
@@ -435,6 +458,7 @@ def check_files(path: str, config) -> dict[str, str]:
     shapes["sae.decoder.weight"] = [d, m]
     shapes["score.weight"] = [1, m]
 
+    # What is there: all files' tensors, of which only the headers are read.
     files = {}
     for file in weight_files(path):
         for name, (_, shape) in read_shapes(file).items():

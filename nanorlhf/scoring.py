@@ -54,6 +54,7 @@ class Scoring:
 
     def read(self, parts: list[Answers]) -> dict[str, torch.Tensor]:
         """A list of Answers, b in all -> {"member_scores": [b, K]}. All processes call this."""
+        # Answers are the first dimension, along which processes' readings are gathered.
         return {"member_scores": score_all(self.rewards, parts, self.dist).T}
 
     def combine(self, readings: dict[str, torch.Tensor]) -> Scored:

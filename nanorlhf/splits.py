@@ -48,10 +48,13 @@ def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], s
     embedded world has a split 'ood' of its own. The sentence counts the rows; it also counts
     held-out prompts that are trained on, which another file may have. No split depends on --seed.
     """
+    # sources: {"eval": "test", "ood": "ood", "cnn": "cnn_dm:cnn.jsonl"} for the --eval_splits that
+    # stand at the top of this file.
     config = SimpleNamespace(**{**WITHOUT_FLAG, **vars(config)})
     sources = labels(config.eval_splits or ["test"])
     check_flags(config, kind, sources)
     rows, test, outside, left_out = divide_rows(config, kind)
+    # Rows are held out before --max_rows: fewer training rows leave the held-out ones the same.
     rows = subset(rows, config.max_rows)
 
     # The splits that were asked for.
@@ -64,8 +67,10 @@ def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], s
         else:
             held_out[label] = draw(read_named(source, kind, config), config.eval_size)
 
-    everything = rows + [row for part in held_out.values() for row in part]
-    remarks = describe_rows(everything, config.dataset, kind, config.columns, config.prompt_format)
+    all_rows = list(rows)
+    for part in held_out.values():
+        all_rows += part
+    remarks = describe_rows(all_rows, config.dataset, kind, config.columns, config.prompt_format)
     if config.in_distribution:
         remarks.append(left_out)
     # A pair of two equal answers says nothing about which is better.
@@ -121,11 +126,13 @@ def divide_rows(config, kind: str) -> tuple[list[dict], list[dict], list[dict], 
 
     The rows for 'ood' are all that there are, unless the embedded world has its own.
     """
+    # Rows out of distribution are never trained on, whether --eval_splits names ood or not.
     rows, outside = read_source(config.dataset, kind, "train", config)
     remark = f"{len(outside)} out of distribution left out"
-    if config.eval_dataset or (is_world(config.dataset) and kind != "sft"):
-        # Rows to evaluate on are there: in a data set of their own, or in the world, whose
-        # demonstrations alone are all for training.
+    # Rows to evaluate on are there: in a data set of their own, or in the world, whose
+    # demonstrations alone are all for training.
+    world_has_them = is_world(config.dataset) and kind != "sft"
+    if config.eval_dataset or world_has_them:
         test, outside = read_source(source_of_held_out(config), kind, "test", config)
         test = draw(test, config.eval_size)
     else:
@@ -194,6 +201,7 @@ def read_named(spec: str, kind: str, config) -> list[dict]:
 
     Without a format the file is read as --dataset is.
     """
+    # 'cnn_dm:cnn.jsonl' begins with a format; 'NAME:SPLIT' of a data set does not.
     prompt_format, _, path = spec.partition(":")
     if path and prompt_format in ("", *PROMPT_FORMATS):
         rows, _ = read_parts(path, kind, (), prompt_format)
@@ -252,12 +260,14 @@ def labels(eval_splits: list[str]) -> dict[str, str]:
 
     The label of the first split is 'eval'; the label of any other is its name.
     """
+    # Every run has a split 'eval', which is taken where one is enough, as for printed samples.
     sources = {}
     names = []
     for item in eval_splits:
         name, has_file, path = item.partition("=")
         if has_file:
-            good = re.fullmatch(r"[\w-]+", name) and path and name not in TAKEN
+            is_name = re.fullmatch(r"[\w-]+", name) and name not in TAKEN
+            good = is_name and path
         else:
             good = name in ("test", "ood")
         require(
@@ -291,10 +301,11 @@ def predicate(where: str) -> Callable[[str, dict], bool]:
     if length:
         column, sign, number = length.groups()
         return length_predicate(where, column, sign, int(number))
+    # 'words:post<=many' is a mistyped length, and not the column 'words:post<' with a value.
     column, _, values = where.partition("=")
-    good = column and values and not where.startswith("words:")
+    is_complete = column and values
     require(
-        good,
+        is_complete and not where.startswith("words:"),
         "--in_distribution takes COLUMN=a,b,c, words:COLUMN<=N (or <, >, >=) or FILE.py:FUNCTION, "
         f"not {where!r}",
     )
@@ -307,6 +318,7 @@ def value_predicate(where: str, column: str, values: str) -> Callable[[str, dict
 
     def inside(place, row):
         require_column(place, row, column, where)
+        # The flag's values are text, so a number is compared as it is written.
         return str(row[column]) in wanted
 
     return inside

@@ -52,6 +52,7 @@ def is_default(config, name: str) -> bool:
     # sample_bon.py's --pool: the answers are there already, in a file.
     if getattr(config, "pool", "") or not data.is_world(config.dataset):
         return False
+    # Any other name is a model of the user's own, which must be there already.
     defaults = type(config)()
     return getattr(config, name) == getattr(defaults, name)
 
@@ -98,19 +99,21 @@ def use_what_is_there(folder: str, wanted) -> bool:
     if not differing and not finished:
         return False
 
+    # The user is told which settings differ, with the values of the run that is there.
     settings = read_settings(stored, type(wanted))
-    own = [f"{name} {settings.get(name)}" for name in differing]
+    differences = [f"{name} {settings.get(name)}" for name in differing]
     if not finished:
         raise InputError(
             f"{folder} holds a run that is not finished, with settings of its own "
-            f"({', '.join(own)}): finish it with its script and --resume --output_dir {folder}, "
-            "or name other models"
+            f"({', '.join(differences)}): finish it with its script and --resume "
+            f"--output_dir {folder}, or name other models"
         )
+    # Changed inputs are no error: a reward model from an older SFT policy is still a reward model.
     inputs = read_config(stored)["inputs"]
     inputs_now = fingerprint_inputs(settings, inputs)
     for name in changed_inputs(inputs, inputs_now):
-        own.append(f"{name} has changed since")
-    note = f": {', '.join(own)}" if own else ""
+        differences.append(f"{name} has changed since")
+    note = f": {', '.join(differences)}" if differences else ""
     # All processes come here, and one of them prints.
     dist = setup(wanted.device)
     dist.print(f"{folder} is done already and used as it is{note}")

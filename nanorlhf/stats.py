@@ -190,6 +190,7 @@ def t_quantile(dof: int) -> float:
     With t = sqrt(dof) tan(theta) its density is cos(theta)^(dof - 1), easily summed.
     """
     theta = np.linspace(0, math.pi / 2, 20_001)
+    # The midpoint rule: the mass of each of 20,000 slices, up to a factor that cancels below.
     middle = (theta[1:] + theta[:-1]) / 2
     density = np.cos(middle) ** (dof - 1)
     mass = np.cumsum(density)
@@ -278,8 +279,10 @@ def kendall_tau(x, y, permutations: int = 1000, seed: int = 0) -> tuple[float, f
             orders.append(torch.randperm(n, generator=generator))
         shuffled_y = y_ranks[torch.stack(orders)]  # [r, N]
         shuffled_taus = sum_of_signs(x_ranks, shuffled_y) / norm  # [r]
+        # A tau that equals the observed one, rounding aside, counts too, so p is never too small.
         is_extreme = shuffled_taus.abs() >= abs(tau) - 1e-12
         n_extreme += is_extreme.sum().item()
+    # The observed pairing is itself one of the possible ones: with it in the count, p is never 0.
     return tau, (n_extreme + 1) / (permutations + 1)
 
 
@@ -456,7 +459,7 @@ def ridge(x, y, alphas: Sequence[float], groups: Labels = None) -> Linear:
         groups = torch.arange(len(y))
     else:
         groups = torch.as_tensor(groups)
-    if x.ndim != 2 or x.shape != (len(y), x.shape[1]) or len(groups) != len(y):
+    if x.ndim != 2 or len(x) != len(y) or len(groups) != len(y):
         raise ValueError(
             f"ridge needs x [N, D], y [N] and groups [N], not {list(x.shape)}, {list(y.shape)} "
             f"and {len(groups)} groups"
@@ -477,10 +480,12 @@ def ridge(x, y, alphas: Sequence[float], groups: Labels = None) -> Linear:
     projected = p.T @ (y - y_mean)  # [Q]
 
     def left_out_error(alpha):
+        # P'P is diagonal, with the eigenvalues: its inverse costs a division for each alpha.
         shrunk = p / (eigenvalues + alpha)  # [N, Q]
         residual = y - y_mean - shrunk @ projected  # [N]: y - H y
         total = 0.0
         for rows in members:
+            # The rows of a group pulled the fit towards themselves; without them they miss by more.
             identity = torch.eye(len(rows)).double()
             without_mean = identity - 1 / len(y)
             one_minus_h = without_mean - shrunk[rows] @ p[rows].T  # 1 - H_GG
@@ -489,6 +494,7 @@ def ridge(x, y, alphas: Sequence[float], groups: Labels = None) -> Linear:
         return total
 
     alpha = min(alphas, key=left_out_error)
+    # Back from the coordinates P to the columns of x; the bias undoes the centring of x and y.
     weight = v @ (projected / (eigenvalues + alpha))
     bias = (y_mean - x_mean @ weight).item()
     return Linear(weight, bias, alpha)
@@ -525,6 +531,8 @@ def logistic(x, labels, l2: float = 1.0, intercept: bool = True, steps: int = 10
         penalty = torch.cat([penalty, torch.zeros(1).double()])
 
     w = minimise_by_newton(p, sign, penalty, steps)
+    # Back from the coordinates P to the columns of x. The fit was made on x - mean, so the bias
+    # takes off w . mean.
     weight = v @ w[: v.shape[1]]
     bias = 0.0
     if intercept:

@@ -105,6 +105,7 @@ def encode(
     template. loss_on: 'all' makes a chat's response begin at its first assistant turn, and `scored`
     marks the tokens of all assistant turns in it.
     """
+    # One row tells whether all are chats: no file mixes chats and plain texts (data.read_parts).
     responses = {}
     scored = None
     if loss_on == "all" and rows and is_chat(rows[0]["prompt"]):
@@ -115,6 +116,7 @@ def encode(
         for field in fields:
             responses[field] = encode_responses(tokenizer, rows, field, chat)
         fill_empty_prompts(prompts, responses)
+    # Cutting comes last: how much of a prompt stays depends on how long its answers are.
     encoded = Encoded(prompts, responses, scored, 0, 0)
     if max_length is not None:
         cut_to_fit(encoded, max_length, tokenizer.bos_token_id)
@@ -145,6 +147,7 @@ def cut_items(encoded: Encoded, max_length: int, bos_token_id: int | None):
     responses = encoded.responses["response"]
     first = 0
     while first < len(prompts):
+        # The rows first .. last - 1 are the answers to one prompt.
         last = first + 1
         while last < len(prompts) and prompts[last] == prompts[first]:
             last += 1
@@ -173,6 +176,7 @@ def encode_prompts(
         return []
     prompts = [row["prompt"] for row in rows]
     if chat or is_chat(prompts[0]):
+        # generation: a prompt ends with what makes the model answer, say <|im_start|>assistant\n.
         texts = []
         for row in rows:
             messages = as_chat(row["prompt"])
@@ -180,6 +184,8 @@ def encode_prompts(
         # A template writes its own control tokens, BOS too.
         return tokenizer(texts, add_special_tokens=False, split_special_tokens=False).input_ids
 
+    # The tokenizer's own BOS goes in front of a plain text, but no EOS behind it: the response
+    # follows there.
     front = ids_in_front(tokenizer)
     encoded = []
     for ids in encode_strings(tokenizer, prompts):
@@ -209,6 +215,7 @@ def ids_in_front(tokenizer) -> Ids:
     """
     with_control_tokens = tokenizer("a").input_ids
     alone = tokenizer("a", add_special_tokens=False).input_ids
+    # Where [bos, a, eos] stands beside [a], the text begins at the second token: [bos] is in front.
     n_more = len(with_control_tokens) - len(alone)
     for n_front in range(n_more + 1):
         if with_control_tokens[n_front : n_front + len(alone)] == alone:
@@ -224,7 +231,8 @@ def encode_responses(tokenizer, rows: list[dict], field: str, chat: bool = False
     """
     if rows and (chat or is_chat(rows[0]["prompt"])):
         return encode_chat_answers(tokenizer, rows, field)
-    encoded = encode_strings(tokenizer, [without_eos(tokenizer, row[field]) for row in rows])
+    texts = [without_eos(tokenizer, row[field]) for row in rows]
+    encoded = encode_strings(tokenizer, texts)
     return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 
@@ -235,6 +243,7 @@ def without_eos(tokenizer, response: str) -> str:
         end = tokenizer.convert_ids_to_tokens(end_id)
         if text.endswith(end):
             return text.removesuffix(end)
+    # Any other response keeps the white space at its end: the data teach it.
     return response
 
 
@@ -256,9 +265,11 @@ def split_text(tokenizer, ids: Ids) -> list[str]:
     before = 0  # where the last piece began
     start = 0  # where the next piece begins
     for end in range(1, len(ids) + 1):
-        # What a token adds to a text depends on the token in front of it: often a space.
+        # What a token adds to a text depends on the token in front of it: often a space. So two
+        # pieces are decoded together, and the text of the first is taken off.
         known = decode(before, start)
         text = decode(before, end)
+        # The text ends within a character, whose other bytes are in the next tokens.
         if text.endswith(UNREADABLE) and end < len(ids):
             pieces.append("")
             continue
@@ -334,6 +345,8 @@ def encode_chat_answers(tokenizer, rows: list[dict], field: str) -> list[Ids]:
         place = place_of(row)
         messages = as_chat(row["prompt"])
         prompt = render(tokenizer, messages, generation=True, place=place)
+        # Only the template knows what it writes around an answer. So the chat is written with and
+        # without the answer, and the difference is what the policy learns.
         answer = {"role": "assistant", "content": row[field]}
         whole = render(tokenizer, [*messages, answer], place=place)
         check_beginning(whole, prompt, place)
@@ -364,6 +377,7 @@ def end_at_last_end(tokenizer, ids: Ids) -> Ids:
 
 def length_of_turn(tokenizer, ids: Ids) -> int:
     """How many tokens there are up to the last that ends a response; 0 where none ends it."""
+    # The search begins at the back: an answer's own text may spell an end too, before its turn's.
     ends = end_ids(tokenizer)
     for n in range(len(ids), 0, -1):
         if ids[n - 1] in ends:
@@ -383,6 +397,7 @@ def encode_all_turns(
     scored = []
     for row in rows:
         answer = {"role": "assistant", "content": row[field]}
+        # ["<user>Hi<end><assistant>", "Hello<end>", "<user>Bye<end><assistant>", "Bye<end>"]
         parts = split_turns(tokenizer, [*row["prompt"], answer], place_of(row))
 
         # Each part is tokenized behind all that stands before it, as a policy would read it.
@@ -394,7 +409,8 @@ def encode_all_turns(
         prompt, *rest = encode_behind(tokenizer, texts)
         rest[-1] = end_at_last_end(tokenizer, rest[-1])
 
-        # Assistant turns and what stands between them alternate.
+        # Assistant turns and what stands between them alternate. The user's words are read but not
+        # learned, and so is what a template writes behind a turn's end: nobody generates it.
         response = []
         mask = []
         for i, ids in enumerate(rest):
@@ -423,11 +439,14 @@ def split_turns(tokenizer, messages: list[dict], place: str) -> list[str]:
         has_user_before = any(earlier["role"] == "user" for earlier in messages[:i])
         if message["role"] != "assistant" or not has_user_before:
             continue
+        # The chat up to where this turn begins, and up to its end. The whole text must begin with
+        # both, or it cannot be cut there: some templates drop the thoughts of earlier turns.
         before = render(tokenizer, messages[:i], generation=True, place=place)
         after = render(tokenizer, messages[: i + 1], place=place)
         for beginning in (before, after):
             check_beginning(whole, beginning, f"{place} (take --loss_on last)")
-        parts += [whole[done : len(before)], whole[len(before) : len(after)]]
+        parts.append(whole[done : len(before)])  # the prompt, or what stands between two turns
+        parts.append(whole[len(before) : len(after)])  # the turn
         done = len(after)
     return parts
 
@@ -443,6 +462,7 @@ def encode_behind(tokenizer, texts: list[tuple[str, str]]) -> list[Ids]:
     def tokenize(strings: list[str]) -> list[Ids]:
         return tokenizer(strings, add_special_tokens=False, split_special_tokens=False).input_ids
 
+    # One call takes all texts: tokenizers are slow if they are called text by text.
     encoded = []
     all_before = tokenize([before for before, _ in texts])
     all_whole = tokenize([before + part for before, part in texts])
@@ -455,7 +475,7 @@ def encode_behind(tokenizer, texts: list[tuple[str, str]]) -> list[Ids]:
     return encoded
 
 
-# ----------------------------------------------------------------------- control tokens within chats
+# --------------------------------------------------------------------- control tokens within chats
 
 
 def leave_out_control_tokens(
@@ -485,8 +505,9 @@ def leave_out_of_splits(
     if config.special_in_text:
         return rows, held_out
 
+    # One sentence counts what is left out of all splits, so it is printed after the last of them.
     pattern = pattern_of_control_tokens(tokenizer)
-    left_out = {}  # {place: the control token that is spelled there}
+    left_out = []  # (place, the control token that is spelled there), one for each row
 
     def keep(part: list[dict]) -> list[dict]:
         # The rows of a part are all chats, or all texts. Another part may be of another file.
@@ -495,9 +516,9 @@ def leave_out_of_splits(
             return part
         kept = []
         for row in part:
-            found = find_control_token(tokenizer, pattern, row)
-            if found:
-                left_out[place_of(row)] = found
+            token = find_control_token(tokenizer, pattern, row)
+            if token:
+                left_out.append((place_of(row), token))
             else:
                 kept.append(row)
         return kept
@@ -508,11 +529,12 @@ def leave_out_of_splits(
         return rows, held_out
 
     # Places end in the row's number, so that shorter ones come first.
-    first = min(left_out, key=lambda place: (len(place), place))
+    place, token = min(left_out, key=lambda item: (len(item[0]), item))
     n = len(left_out)
+    chats = "chat" if n == 1 else "chats"
     sentence = (
-        f"{n} {'chat' if n == 1 else 'chats'} left out whose turns spell a control token, the "
-        f"first at {first}: {left_out[first]!r} (--special_in_text true keeps them)"
+        f"{n} {chats} left out whose turns spell a control token, the first at {place}: {token!r} "
+        "(--special_in_text true keeps them)"
     )
     for label, part in {"training": kept_rows, **kept_held_out}.items():
         require(part, f"{config.dataset}: no row of {label} is left; {sentence}")
@@ -523,15 +545,19 @@ def leave_out_of_splits(
 
 def pattern_of_control_tokens(tokenizer) -> re.Pattern:
     """A pattern that finds any of the tokenizer's control tokens in a text."""
+    # Some control tokens have a role, such as EOS, and some have none, such as <|im_start|>.
     tokens = set(tokenizer.all_special_tokens)
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
             tokens.add(token.content)
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    # A pattern takes the first alternative that fits, so the longest come first.
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
 
 
 def find_control_token(tokenizer, pattern: re.Pattern, row: dict) -> str:
     """The first control token that a turn of a row spells out; '' for none."""
+    # An EOS at the end of an assistant's turn harms nothing: render() leaves it to the template.
     texts = []
     for message in as_chat(row["prompt"]):
         text = message["content"]
@@ -542,13 +568,13 @@ def find_control_token(tokenizer, pattern: re.Pattern, row: dict) -> str:
         if field in row:
             texts.append(without_eos(tokenizer, row[field]))
     for text in texts:
-        found = pattern.search(text)
-        if found:
-            return found[0]
+        match = pattern.search(text)
+        if match:
+            return match[0]
     return ""
 
 
-# ----------------------------------------------------------------------------- texts that are too long
+# -------------------------------------------------------------------------- texts that are too long
 
 
 def cut_to_fit(encoded: Encoded, max_length: int, bos_token_id: int | None):
@@ -561,6 +587,7 @@ def cut_to_fit(encoded: Encoded, max_length: int, bos_token_id: int | None):
         encoded.n_responses_cut += count_shorter(cut_answers, answers)
         for ids, cut_answer in zip(encoded.responses.values(), cut_answers):
             ids[i] = cut_answer
+        # `scored` is made for one answer to each prompt (encode_all_turns).
         if encoded.scored is not None:
             encoded.scored[i] = encoded.scored[i][: len(cut_answers[0])]
 
@@ -584,6 +611,8 @@ def fit_item(
     All answers share the prompt, so that no score differs because of what was cut from it. An
     answer that still does not fit keeps no EOS: it did not end there.
     """
+    # With max_length 10, a prompt of 8 and answers of 2 and 4 the prompt keeps its last 6 tokens.
+    # With an answer of 9 it keeps 5, since half of the room is the prompt's in any case.
     require(max_length > 1, "--max_length must leave room for a prompt and a response")
     longest = max(map(len, answers))
     room = max(max_length // 2, max_length - longest)
@@ -606,7 +635,7 @@ def cut_left(ids: Ids, room: int, bos_token_id: int | None = None) -> Ids:
     return ids[-room:]
 
 
-# ------------------------------------------------------------------------- prompts without an answer
+# ----------------------------------------------------------------------- prompts without an answer
 
 
 def ready_prompts(
@@ -622,9 +651,13 @@ def ready_prompts(
     max_prompt_length: longer prompts are cut on the left; 0 leaves them whole. InputError: a prompt
     that does not fit into the model's context together with its answer.
     """
+    # A prompt is cut on its left: what it asks stands at its end, in front of the answer.
     prompts = encode_prompts(tokenizer, rows, chat)
     if max_prompt_length:
-        prompts = [cut_left(ids, max_prompt_length, tokenizer.bos_token_id) for ids in prompts]
+        bos = tokenizer.bos_token_id
+        prompts = [cut_left(ids, max_prompt_length, bos) for ids in prompts]
+    # A model has no positions beyond its context, and a run would learn that only when an answer
+    # gets there.
     context = context_length(model_config)
     for ids, row in zip(prompts, rows):
         require(
@@ -647,9 +680,11 @@ def ids_with_tokens(tokenizer, n_embeddings: int) -> Tensor | None:
 
     Vocabularies are padded to round sizes, and nobody has trained what lies beyond the tokens.
     """
+    # A tokenizer may have special tokens beyond the embeddings (check_vocabulary). They have no
+    # logit, so nothing has to keep them from being sampled.
     has_token = torch.zeros(n_embeddings, dtype=torch.bool)
-    ids = torch.tensor([i for i in tokenizer.get_vocab().values() if i < n_embeddings])
-    has_token[ids] = True
+    ids = torch.tensor(list(tokenizer.get_vocab().values()))
+    has_token[ids[ids < n_embeddings]] = True
     if has_token.all():
         return None
     return has_token

@@ -80,6 +80,7 @@ def draw_only(draw, what, path):
 
     That takes a tenth of the time.
     """
+    # plots.save() returns None as well where matplotlib is missing.
     try:
         import matplotlib.figure
     except ImportError:
@@ -95,6 +96,7 @@ def no_pictures():
     No test writes a run's page but those that take `written_pages`.
     """
     with pytest.MonkeyPatch.context() as patch:
+        # Each script has imported the functions by name, so they are replaced in each script.
         for script in (*SCRIPTS.values(), sample_bon):
             patch.setattr(script, "plot_run", lambda run: None)
         for script in ALL_SCRIPTS.values():
@@ -147,6 +149,7 @@ def base(tmp_path_factory):
     model of random weights that has dropout.
     """
     root = tmp_path_factory.mktemp("base")
+    # Rows of the world as files, in the formats of users' own data.
     write_rows(root / "sft.jsonl", world.demonstrations(120))
     write_rows(root / "pairs.jsonl", world.preferences(120))
     write_rows(root / "prompts.jsonl", world.prompts("train")[::6])
@@ -160,6 +163,7 @@ def base(tmp_path_factory):
 
 
 def train_base_policy(root):
+    # 20 steps: most tests need a trained model, but not a good one.
     config = train_sft.Config(
         output_dir=f"{root}/sft",
         steps=20,
@@ -186,6 +190,7 @@ def train_base_reward_model(root):
 
 
 def train_base_autoencoder(root):
+    # A SARM needs this kind: TopK, each token normalised by itself, no ReLU.
     config = train_sae.Config(
         output_dir=f"{root}/sae",
         model=f"{root}/sft",

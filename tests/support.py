@@ -66,8 +66,11 @@ def encode_field(tokenizer, rows, field, max_length=None):
 
 def write_rows(path, rows):
     """A file of one row a line; a row that is a string stands there as it is. Returns the path."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines))
+    text = ""
+    for row in rows:
+        line = row if isinstance(row, str) else json.dumps(row)
+        text += line + "\n"
+    path.write_text(text)
     return path
 
 
@@ -93,23 +96,24 @@ def list_files(folder):
 
 def hashes(folder):
     """{name of a file below the folder: the hash of its bytes}."""
-    found = {}
+    hash_of = {}
     for path in list_files(folder):
-        found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+        hash_of[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hash_of
 
 
 def content(folder="."):
     """Every file and folder below: its bytes, or "folder"."""
-    found = {}
+    content_of = {}
     for path in sorted(Path(folder).rglob("*")):
         if "__pycache__" not in str(path):
-            found[str(path)] = path.read_bytes() if path.is_file() else "folder"
-    return found
+            content_of[str(path)] = path.read_bytes() if path.is_file() else "folder"
+    return content_of
 
 
 # ------------------------------------------ tiny runs of the training scripts, and what they left
 
+# Metrics that may differ between two runs which are otherwise equal in every bit.
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 
 
@@ -276,15 +280,16 @@ def metrics(folder):
 
 def weights(folder):
     """{file:name: tensor} of every tensor that the run saved."""
-    found = {}
+    tensors = {}
     for path in sorted((Path(folder) / "model").rglob("*.safetensors")):
         for name, tensor in load_file(path).items():
-            found[f"{path.relative_to(folder)}:{name}"] = tensor
-    return found
+            tensors[f"{path.relative_to(folder)}:{name}"] = tensor
+    return tensors
 
 
 def names_of_files(folder):
     """The names of a run's files, but for pictures and its page."""
+    # Whether there are pictures depends on matplotlib.
     paths = [path for path in list_files(folder) if path.suffix not in (".png", ".html")]
     return sorted(str(path.relative_to(folder)) for path in paths)
 
@@ -313,7 +318,7 @@ def assert_bit_equal(a, b):
 
 def all_files(folder):
     """{name: content} of a finished run, without times, pictures and its page."""
-    found = {}
+    content_of = {}
     for path in list_files(folder):
         if path.suffix in (".png", ".html") or path.name in ("config.json", "metrics.jsonl"):
             continue
@@ -321,8 +326,8 @@ def all_files(folder):
         # transformers writes there whether the process was offline.
         if path.name == "tokenizer_config.json":
             what = {**json.loads(what), "local_files_only": None}
-        found[str(path.relative_to(folder))] = what
-    return found
+        content_of[str(path.relative_to(folder))] = what
+    return content_of
 
 
 def assert_same_tensors(a, b):
@@ -405,13 +410,16 @@ def fork(target, *args, **env):
 
 def in_child(target, args, env):
     """What a process of fork() does. If STDERR is set, its stderr goes to {STDERR}_{RANK}."""
+    # The environment comes first: all else asks it for the rank and the port.
     os.environ.update(env)
     torch.set_num_threads(1)
+    # Its output would come between the lines of pytest. dup2() also catches what C code prints.
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     if "STDERR" in env:
         with open(f"{env['STDERR']}_{env['RANK']}", "w") as file:
             os.dup2(file.fileno(), 2)
+    # The fixture no_pictures does not reach this process: it makes no pictures and pages either.
     for script in (*SCRIPTS.values(), sample_bon):
         script.plot_run = lambda run: None
     for script in ALL_SCRIPTS.values():
@@ -430,6 +438,7 @@ def ports():
 
 def free_port():
     """A port that nobody has, and that nobody else takes before it is used."""
+    # Binding a port for a moment shows whether somebody has it.
     for port in ports():
         with socket.socket() as s:
             try:
@@ -459,11 +468,13 @@ def drive(folder, runs):
 
     The record: (step, place in the global batch, response ids) of every response.
     """
+    # recorded() takes the place of roll_out() where PPO and its evaluations have imported it.
     roll_out = rollout.roll_out
     rank = os.environ.get("RANK", "0")
 
     def recorded(parts, prompts, place, step):
         rollout, answers = roll_out(parts, prompts, place, step)
+        # SFT and DPO sample too, in their evaluations. Those samples are not recorded.
         if not isinstance(parts.config, train_ppo.Config):
             return rollout, answers
         with open(Path(folder) / f"rollouts_{rank}.jsonl", "a") as file:
@@ -525,6 +536,7 @@ def rank_settings(base):
 
 def rollouts(folder):
     """The records that drive() wrote in all processes, in one order."""
+    # Each process wrote the answers of its own share, so only a sorted list compares.
     rows = []
     for path in Path(folder).glob("rollouts_*.jsonl"):
         rows += read_rows(path)
@@ -610,6 +622,8 @@ class KillAt:
         self.n = n
         self.count = 0  # writes so far
         self.at = ""  # what the last one was
+        # All ways in which a run writes: it gives a file or folder its name, removes a folder,
+        # saves a checkpoint's tensors, or appends a line of metrics.
         monkeypatch.setattr(os, "replace", self.stop_moves(os.replace))
         monkeypatch.setattr(os, "rename", self.stop_moves(os.rename))
         monkeypatch.setattr(shutil, "rmtree", self.stop_removals(shutil.rmtree))
@@ -633,6 +647,7 @@ class KillAt:
     def stop_removals(self, real):
         def rmtree(path, *args, **kwargs):
             if os.path.isdir(path) and self.is_the_last(f"rmtree {os.path.basename(path)}"):
+                # A kill in the middle of a removal leaves a folder that is not whole.
                 first_file = list_files(path)[0]
                 first_file.unlink()
                 raise Killed(self.at)
@@ -722,6 +737,7 @@ def arguments(kind, **changes):
 
 def fails(capfd, kind, args, *words, code=2, lines=1):
     """Run the script here: it must exit with `code` and one line that holds all the words."""
+    # The first call throws away what was printed before.
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
         cli.run(SCRIPTS[kind].Config, SCRIPTS[kind].main, args)
@@ -765,6 +781,7 @@ def parse_command(command):
         name, *words = words
         config_class, main = probe.COMMANDS[name]
         return main, cli.parse(config_class, words, name, "")
+    # A command names a script by its file, such as train_ppo.py.
     modules = {f"{module.__name__}.py": module for module in ALL_SCRIPTS.values()}
     module = modules[script]
     return module.main, cli.parse(module.Config, words)
@@ -814,6 +831,7 @@ class ChatHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         length = int(self.headers["Content-Length"])
         body = json.loads(self.rfile.read(length))
+        # The reply is what the test has prepared, or what its function makes of the question.
         reply = self.server.endpoint.next_reply(self.path, dict(self.headers), body)
         if callable(reply):
             reply = reply(question_of(body))

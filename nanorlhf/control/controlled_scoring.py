@@ -19,6 +19,9 @@ prepare() makes a ControlledScoring, which stands in for scoring.Scoring.
 
     b answers of this process, B of a whole rollout, F features that are read,
     d those whose density is compared, N human texts
+
+In the order of a run: check_flags() looks at the flags alone, prepare() at files, and load() loads
+the reward model. Then read(), combine() and learn() follow one another in each rollout.
 """
 
 import math
@@ -44,7 +47,7 @@ from .feature_reader import check_feature_reader, load_feature_reader, parse_edi
 CLAMPS = ("set", "min", "max")
 LOGGED = 8  # so many features of the density at most are logged one by one; with more, none is
 
-# The density ratio, learned by AdamW.
+# How the density ratio is learned, by AdamW. Only its price, --density_beta, is a flag.
 LR = 1e-4
 UPDATES = 16  # optimizer steps a rollout
 BATCH = 256  # texts of the policy in a step, and as many of people
@@ -108,6 +111,8 @@ class Flags(FlagGroup):
 
 def check_flags(config):
     """What can be wrong with the flags by themselves; InputErrors."""
+    # --penalize_features 17 23 --tau q0.95 0.5 --alpha 0.5std 1.0: the lists are read side by side,
+    # and a feature past the end of a shorter one would silently go without a price.
     n = len(config.penalize_features)
     n_tau = len(config.tau)
     n_alpha = len(config.alpha)
@@ -120,6 +125,8 @@ def check_flags(config):
     at_least(config, 0, "density_beta")
     parse_edits("clamp", config.clamp, CLAMPS)
 
+    # Reference data that no flag reads are refused too: whoever names the file believes that it has
+    # an effect.
     comparing = flags_that_compare(config)
     if comparing:
         require(
@@ -142,6 +149,7 @@ def check_flags(config):
 
 def flags_that_compare(config):
     """The flags that are given in units of human texts, as on the command line: ["--tau q0.95"]."""
+    # A threshold compares if it is a quantile, a price if it is in std. The density always does.
     flags = []
     for text, (_, is_quantile) in zip(config.tau, parse_tau(config.tau)):
         if is_quantile:
@@ -167,7 +175,7 @@ def parse_tau(texts):
     expected = "a number such as 0.5 or a quantile such as q0.95"
     thresholds = []
     for text in texts:
-        bare = text.removeprefix("q")
+        bare = text.removeprefix("q")  # "q0.95" -> "0.95"
         is_quantile = bare != text
         value = parse_number("tau", text, bare, expected)
         thresholds.append((value, is_quantile))
@@ -185,10 +193,11 @@ def parse_alpha(texts):
     expected = "a number such as 1.0 or in units such as 0.5std"
     prices = []
     for text in texts:
-        bare = text.removesuffix("std")
+        bare = text.removesuffix("std")  # "0.5std" -> "0.5"
         is_in_std = bare != text
         value = parse_number("alpha", text, bare, expected)
         prices.append((value, is_in_std))
+    # A price below 0 would be a reward for the very feature that is to be punished.
     for text, (value, _) in zip(texts, prices):
         require(value >= 0, f"--alpha {text}: a price must be at least 0")
     return prices
@@ -219,6 +228,8 @@ def prepare(config):
     """
     if not wanted(config):
         return None
+    # Feature 17 of one reward model has nothing to do with feature 17 of another, so an ensemble
+    # has no features.
     members = len(config.reward_model)
     require(
         members == 1,
@@ -228,6 +239,8 @@ def prepare(config):
     clamps = parse_edits("clamp", config.clamp, CLAMPS)
     check_feature_reader(spec, config.feature_sae, [*config.penalize_features, *clamps])
 
+    # Units of human texts are turned into numbers once, here: from now on a feature has one
+    # threshold in units of z and one price in units of the score.
     human = None
     if config.human_latents:
         human = human_latents.load(config.human_latents, spec, config.feature_sae)
@@ -237,6 +250,8 @@ def prepare(config):
     for feature, tau, alpha in zip(config.penalize_features, thresholds, alphas):
         prices[feature] = Price(tau, alpha)
 
+    # The density is over all features in the file. A part of its texts is held out, and the ratio
+    # cannot be learned from very few.
     if config.density_beta:
         n_texts = len(human.latents)
         n_features = len(human.features)
@@ -258,6 +273,7 @@ def find_thresholds(config, human):
     """--tau as values of z. InputError: a quantile of a feature that the human texts lack."""
     thresholds = []
     for feature, (value, is_quantile) in zip(config.penalize_features, parse_tau(config.tau)):
+        # q0.95: a text that costs something has more of the feature than 95% of people's texts.
         if is_quantile:
             value = human.column(feature).quantile(value).item()
         thresholds.append(value)
@@ -302,7 +318,8 @@ class ControlledScoring:
         self.features = list(dict.fromkeys([*prices, *clamps, *density_features]))
         self.column = {feature: f for f, feature in enumerate(self.features)}
         self.of_density = [self.column[feature] for feature in density_features]  # [d] columns
-        # Those that are logged one by one.
+        # These features are logged one by one. A file of human latents may have hundreds: then only
+        # those that the flags name are logged.
         self.named = self.features
         if len(density_features) > LOGGED:
             self.named = list(dict.fromkeys([*prices, *clamps]))
@@ -337,11 +354,15 @@ class ControlledScoring:
                 readings.append(self.reward.read_gathered(part, self.features, self.clamps))
             return readings
 
+        # The model is gathered once, around all parts: processes may have different numbers of
+        # them, so no collective call may stand inside the loop.
         with gathered(self.reward.module):
             readings = self.dist.together(read_parts)
+        # R is made later, by combine(): the caller first gathers the readings of all processes.
         scores = torch.cat([reading.scores for reading in readings])
         latents = torch.cat([reading.latents for reading in readings])
         clamped = torch.cat([reading.edited for reading in readings])
+        # Without --clamp `edited` is the plain score, so R can start from it in any case.
         return {"member_scores": scores[:, None], "latents": latents, "clamped": clamped}
 
     def combine(self, readings: dict[str, torch.Tensor]) -> Scored:
@@ -373,6 +394,7 @@ class ControlledScoring:
             parts[f"rate/{feature}"] = is_active.float()
 
         # R: the clamped score, less a penalty for each feature that has a price, less the density.
+        # Penalties are computed feature by feature, so that the record has each of them.
         controlled = clamped
         for feature, price in self.prices.items():
             column = self.column[feature]
@@ -383,7 +405,7 @@ class ControlledScoring:
             controlled = controlled - penalty
         if self.density:
             log_ratio = self.log_ratio(latents)
-            # In warm-up `counts` is False, and the price 0.
+            # In warm-up `counts` is False, so the term is 0: the net has learned from too little.
             density = self.config.density_beta * log_ratio * self.density.counts
             parts["log_ratio"] = log_ratio
             parts["density"] = density
@@ -395,6 +417,8 @@ class ControlledScoring:
 
         All processes take the first one's numbers, so that all have the same bits.
         """
+        # All processes have the same latents and the same net, but may round differently. Only the
+        # first one gives rows, so gather() hands its numbers to all.
         log_ratio = self.density.log_ratio(latents[:, self.of_density].cpu())
         if not self.dist.main:
             log_ratio = log_ratio[:0]
@@ -416,6 +440,7 @@ class ControlledScoring:
         return self.density.tensors()
 
     def restore(self, tensors: dict[str, torch.Tensor]):
+        """Take back what tensors() gave: what an earlier part of the run has learned."""
         if self.density:
             self.density.restore(tensors)
 
@@ -436,12 +461,15 @@ class Density:
         self.rollouts = 0  # so many were learned from
         self.replay = []  # latents [B, d] of the last REPLAY rollouts
 
-        # A part of the human texts, drawn by the seed, is never learned from.
+        # A part of the human texts, drawn by the seed, is never learned from: on texts that it was
+        # trained on, a classifier looks better than it is.
         generator = torch.Generator().manual_seed(key(DENSITY, seed))
         order = torch.randperm(len(human), generator=generator)
         n_held_out = math.ceil(HELD_OUT * len(human))
         self.held_out, self.human = human[order].tensor_split([n_held_out])
 
+        # The net starts at the ratio 1 everywhere. It standardises by the human texts that it may
+        # see: they stay the same through the run, and so does the scale of its inputs.
         self.net = DensityRatio(human.shape[1], seed).fit(self.human)
         self.optimizer = adamw(self.net, LR, (0.9, 0.999), 0.0)
 
@@ -461,13 +489,19 @@ class Density:
         density_auc: how well z is told from the held-out texts, before anything is learned from it.
         density_loss: the mean loss of the UPDATES from the replay, which z has then joined.
         """
+        # The AUC comes first: so far the net has learned neither from z nor from held-out texts.
         with torch.no_grad():
             logits = torch.cat([self.net(z), self.net(self.held_out)])
-        is_policy = torch.arange(len(logits)) < len(z)
+        is_policy = torch.arange(len(logits)) < len(z)  # the logits of z stand first
         density_auc = auc(logits, is_policy)
 
+        # One rollout has few texts, and an old one was written by another policy: so the net learns
+        # from the last few together.
         self.replay = [*self.replay, z][-REPLAY:]
-        past = torch.cat(self.replay)
+        past = torch.cat(self.replay)  # [up to REPLAY B, d]
+
+        # Both classes weigh the same, however many texts each has: only then is the logit the log
+        # ratio (penalties.DensityRatio).
         generator = torch.Generator().manual_seed(key(DENSITY, self.seed, self.rollouts))
         losses = []
         for _ in range(UPDATES):
@@ -484,6 +518,8 @@ class Density:
 
     def tensors(self):
         """Weights, the optimizer's moments, replay and count: {name: tensor}."""
+        # "hidden.weight" is a weight, "exp_avg/hidden.weight" a moment of it in the optimizer. The
+        # human texts are not kept: the file and the seed give them again.
         tensors = dict(self.net.state_dict())
         names = {p: name for name, p in self.net.named_parameters()}
         for p, state in self.optimizer.state.items():
@@ -498,6 +534,8 @@ class Density:
         """Take back what tensors() gave."""
         weights = {name: tensors[name] for name in self.net.state_dict()}
         self.net.load_state_dict(weights)
+        # AdamW would make its state in its first step. Here each parameter's state is put back from
+        # the tensors that are named after it: "exp_avg/hidden.weight".
         for name, p in self.net.named_parameters():
             state = {}
             for key_of_tensor, tensor in tensors.items():
@@ -505,6 +543,7 @@ class Density:
                 if parameter == name:
                     state[slot] = tensor
             self.optimizer.state[p] = state
+        # The count tells how many rollouts the replay holds, and is part of the next draws' key.
         self.rollouts = int(tensors["rollouts"])
         n_replay = min(self.rollouts, REPLAY)
         self.replay = [tensors[f"replay/{i}"] for i in range(n_replay)]

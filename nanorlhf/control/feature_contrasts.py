@@ -1,8 +1,8 @@
 """Which features tell chosen answers from rejected ones, what that is worth to the reward, and
 which tokens they follow.
 
-    N pairs of answers or texts, M features, G groups of pairs (those of one prompt), R resamples,
-    C tokens whose presence is looked at
+    N pairs of answers or texts, M features, b of them in a block, G groups of pairs (those of one
+    prompt), R resamples, C tokens whose presence is looked at
 
 z [N, M] are the latents of whole texts, read at the pooled (last real) token; the score of a SARM
 is w . z. A feature fires where it is not 0: without a ReLU it may fire below 0. The two measures of
@@ -67,18 +67,22 @@ def contrast(
     # sample, and in each resample.
     n_features = m or chosen.shape[1]
     positive = chosen.clamp(min=0) + rejected.clamp(min=0)  # [N, M]
+    # mean_i(c + j) of the equation is a mean over pairs too, so it is resampled with them.
     per_pair = positive.sum(1, keepdim=True).double() / n_features  # [N, 1]
     damping, damping_drawn = mean_over_groups(per_pair, groups, resamples, seed)  # [1], [R, 1]
 
+    # Features are taken in blocks: the resampled means of all, [R, M], may not fit into memory.
     blocks = {}  # {a field of Contrast: its blocks}
     for columns in torch.arange(chosen.shape[1]).split(max(1, AT_ONCE // resamples)):
         # The same seed each time: all blocks are drawn from the same groups.
-        x = chosen[:, columns].clamp(min=0)  # [N, m]
-        y = rejected[:, columns].clamp(min=0)  # [N, m]
-        c, c_drawn = mean_over_groups(x, groups, resamples, seed)  # [m], [R, m]
-        j, j_drawn = mean_over_groups(y, groups, resamples, seed)  # [m], [R, m]
+        x = chosen[:, columns].clamp(min=0)  # [N, b]
+        y = rejected[:, columns].clamp(min=0)  # [N, b]
+        c, c_drawn = mean_over_groups(x, groups, resamples, seed)  # [b], [R, b]
+        j, j_drawn = mean_over_groups(y, groups, resamples, seed)  # [b], [R, b]
+        # The measure is computed anew in each resample, from a c and a j of the same pairs: the two
+        # answers of a pair are not independent.
         s_drawn = differential(c_drawn, j_drawn, damping_drawn)
-        found = {
+        fields = {
             "chosen": c,
             "rejected": j,
             "differential": differential(c, j, damping),
@@ -86,12 +90,13 @@ def contrast(
         }
         if weights is not None:
             w = weights[columns].double()
-            found["contribution"] = w * (c - j)
-            found["contribution_interval"] = percentiles(w * (c_drawn - j_drawn), level)
-        for name, values in found.items():
+            fields["contribution"] = w * (c - j)
+            fields["contribution_interval"] = percentiles(w * (c_drawn - j_drawn), level)
+        for name, values in fields.items():
             blocks.setdefault(name, []).append(values)
 
     whole = {name: torch.cat(parts, -1) for name, parts in blocks.items()}
+    # A feature below 0 counts as firing here, although both measures take it for 0.
     rate_chosen = (chosen != 0).double().mean(0)  # [M]
     rate_rejected = (rejected != 0).double().mean(0)  # [M]
     return Contrast(rate_chosen, rate_rejected, **whole)
@@ -112,6 +117,7 @@ def check_shapes(chosen: Tensor, rejected: Tensor, weights: Tensor | None, group
 
 def differential(c: Tensor, j: Tensor, damping: Tensor) -> Tensor:
     """s of contrast(), of any shape; 0 where no feature at all fires."""
+    # c, j and damping are at least 0, so the sum is 0 only where all of them are.
     total = c + j + damping
     s = (c - j) / total.clamp(min=1e-300)
     return torch.where(total > 0, s, 0.0)
@@ -132,6 +138,8 @@ def separation(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     Why only within a part: between a policy's answers before and after training, all that has
     changed goes together. A feature would be taken for whatever else has changed.
     """
+    # Each part's AUC is weighted by the number of pairs of texts that it compares. The mean is the
+    # AUC over the pairs of all parts.
     wins = 0.0
     pairs = 0.0
     for z, present in parts:
@@ -139,6 +147,7 @@ def separation(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         n0 = len(present) - n1
         n_pairs = n1 * n0
         auc = feature_aucs(sparse(z), present)  # [M, C]
+        # A part without pairs has the AUC nan, and 0 times nan would be nan.
         wins = wins + torch.where(n_pairs > 0, auc * n_pairs, 0.0)
         pairs = pairs + n_pairs
     return wins / pairs
@@ -155,6 +164,8 @@ def score_gaps(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     Pitfall: it is no effect. It stands beside the head's weight since it shows what w_i alone does
     not: features that fire together share their reward.
     """
+    # One side may score higher as a whole, as answers after training do. Texts are therefore
+    # compared within their part.
     total = 0.0
     weight = 0.0
     for z, scores in parts:
@@ -162,6 +173,8 @@ def score_gaps(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         scores = scores.double()
         n1 = fires.sum(0)  # [M]
         n0 = len(fires) - n1
+        # Where no text, or every text, has the feature, one of the means is nan. Its weight v is
+        # then 0, and it is left out.
         gap = scores @ fires / n1 - scores @ (1 - fires) / n0
         v = n1 * n0 / len(fires)
         total = total + torch.where(v > 0, v * gap, 0.0)

@@ -134,11 +134,12 @@ def causal(config):
     bootstrap over prompts, of paired changes; a tie counts as half right.
     Method: Zhang et al. 2025 (2508.08746).
     """
-    edits = parse_edits("edits", config.edits)
+    edits = parse_edits("edits", config.edits)  # {17: ("set", 0.0)}
     dist, folder, tokenizer, max_length = open_run(config, edits)
 
-    # The texts: both sides of the held-out pairs, and all answers of the pool, row after row.
-    _, pairs, _ = load(config, "pairs")
+    # The texts: both sides of the held-out pairs, and all answers of the pool, row after row. They
+    # are read before the reward model is loaded, so that a bad row is found early.
+    _, pairs, _ = load(config, "pairs")  # the held-out ones
     pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
     pool_rows = read_pool(config)
     texts = {}
@@ -153,7 +154,8 @@ def causal(config):
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 
-    # Before any edit: the scores, and on what share of the pairs' texts each feature fires.
+    # Before any edit: the scores, and on what share of the pairs' texts each feature fires. The
+    # rates choose the controls. They do not count the pool, so that it changes no control.
     before = {}  # {side: [N]}
     n_fires = torch.zeros(reward.m)
     for side in SIDES:
@@ -163,7 +165,8 @@ def causal(config):
     if pool_rows:
         before["pool"], _, _ = read_all(reward, texts["pool"], [])
 
-    # Every arm scores every text again.
+    # Every arm scores every text again. Its scores are compared with those before any edit text by
+    # text, so that the spread of scores between texts does not widen the interval of a change.
     results = {}
     for name, arm in choose_arms(config, edits, rates).items():
         ids = list(arm)
@@ -220,10 +223,12 @@ def choose_arms(config, edits, rates):
     of the named ones. Controls share no feature with each other while there are enough of them.
     """
     arms = {"edits": edits}
-    drawn = []
+    drawn = []  # features of earlier controls
     for i in range(config.draws):
+        # Each control has a key of its own, so that more --draws leave the first ones as they were.
         rng = np.random.default_rng([SPLIT, config.seed, i])
         others = alike(rates, list(edits), rng, but=drawn)
+        # The j-th random feature fires about as often as the j-th named one, and takes its edit.
         arms[f"random {i}"] = dict(zip(others, edits.values()))
         drawn += others
     return arms
@@ -241,8 +246,12 @@ def on_pairs(before, after, groups):
     margins_after = (after["chosen"] - after["rejected"]).double()
     right_before = pair_wins(before["chosen"], before["rejected"])
     right_after = pair_wins(after["chosen"], after["rejected"])
+    # Scores are compared exactly: a text that an edit does not touch keeps its score's very bits.
     is_changed = torch.cat([after[side] != before[side] for side in SIDES])  # [2 N]
+    # A sign is -1, 0 for a tie, or 1.
     is_reordered = margins_before.sign() != margins_after.sign()  # [N]
+    # The change of accuracy is paired too, so it has a column of its own: its interval does not
+    # follow from those of the two accuracies.
     columns = {
         "chosen": (after["chosen"] - before["chosen"]).double(),
         "rejected": (after["rejected"] - before["rejected"]).double(),
@@ -273,13 +282,15 @@ def on_pool(before, after, rows, n):
     for p, row in enumerate(rows):
         n_answers = len(row["responses"])
         n_groups = n_answers // n  # a last group of fewer is left out
-        own = slice(start, start + n_groups * n)
-        best_before = best_of_groups(before[own], n)
-        best_after = best_of_groups(after[own], n)
-        start += n_answers
+        in_groups = slice(start, start + n_groups * n)  # the scores of this prompt's groups
+        best_before = best_of_groups(before[in_groups], n)
+        best_after = best_of_groups(after[in_groups], n)
+        start += n_answers  # the answers that were left out are passed over too
 
         is_flipped.append(best_before != best_after)
+        # Choices from one prompt are not independent: the intervals draw whole prompts.
         prompts += [p] * n_groups
+        # A flip may gain quality, lose it, or neither: the gold of both choices tells.
         if "gold_scores" in row:
             gold = torch.tensor(row["gold_scores"], dtype=torch.float64)
             gold_before.append(gold[best_before])
@@ -300,13 +311,16 @@ def on_pool(before, after, rows, n):
 
 def best_of_groups(scores, n):
     """Scores [G n] of one prompt's answers -> the place of the best answer of each n: [G]."""
-    best_in_group = scores.view(-1, n).argmax(1)
-    return best_in_group + torch.arange(0, len(scores), n)
+    best_in_group = scores.view(-1, n).argmax(1)  # [G]: 0 to n - 1
+    first_of_group = torch.arange(0, len(scores), n)  # [G]: 0, n, 2 n, ...
+    return best_in_group + first_of_group
 
 
 def intervals(columns, groups):
     """Means with 95% intervals over groups: {name: [N]} -> {name: {mean, low, high}}."""
-    means, draws = mean_over_groups(torch.stack(list(columns.values()), 1), groups)
+    # All columns are resampled as one table, so that a resample has the same prompts in each.
+    table = torch.stack(list(columns.values()), 1)  # [N, columns]
+    means, draws = mean_over_groups(table, groups)
     low, high = percentiles(draws)
     rows = {}
     for i, name in enumerate(columns):
@@ -317,8 +331,8 @@ def intervals(columns, groups):
 def format_arms(summary):
     """One line an arm: what it does to the pairs, then what to the best of n."""
     arms = summary["arms"]
-    any_arm = arms["edits"]
-    accuracy = cell(any_arm["accuracy_before"]).replace("+", "")
+    any_arm = arms["edits"]  # before the edits all arms are the same
+    accuracy = cell(any_arm["accuracy_before"]).replace("+", "")  # only changes have a sign
     lines = [
         f"\n{summary['reward_model']}, {' '.join(summary['edits'])}; {summary['pairs']} held-out "
         f"pairs of {summary['prompts']} prompts, accuracy before {accuracy}:",
@@ -356,12 +370,13 @@ def draw_arms(figure, summary):
     for i, (key, title) in enumerate(titles.items()):
         axis = figure.add_subplot(1, len(titles), i + 1)
         for j, arm in enumerate(arms.values()):
-            x = arm[key]
+            change = arm[key]
             # Where nothing changes, an end may lie on the wrong side of the mean by rounding.
-            below = max(0, x["mean"] - x["low"])
-            above = max(0, x["high"] - x["mean"])
+            below = max(0, change["mean"] - change["low"])
+            above = max(0, change["high"] - change["mean"])
+            # The arm of --edits comes first. It stands out from its controls by its colour.
             color = "C3" if j == 0 else "grey"
-            axis.errorbar(j, x["mean"], [[below], [above]], fmt="o", color=color)
+            axis.errorbar(j, change["mean"], [[below], [above]], fmt="o", color=color)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(title=title, xticks=range(len(arms)))
         axis.set_xticklabels(list(arms), rotation=70)
@@ -386,7 +401,9 @@ def steer(config):
     A set, a "+", a floor above 0 or a cap below it also changes texts on which
     the feature does not fire.
     """
+    # Exactly one of the two flags is given (SteerConfig checks it), and both have the same form.
     edits = parse_edits("edits", config.edits) or parse_edits("weights", config.weights)
+    # The model is written last, so whether it can be written is tried first.
     if config.save:
         check_can_write(config.save)
     dist, folder, tokenizer, max_length = open_run(config, edits)
@@ -397,7 +414,7 @@ def steer(config):
         answers = read_answers(config.texts)
         texts["text"] = encode_texts(config, tokenizer, answers, "response", max_length)
     else:
-        _, pairs, _ = load(config, "pairs")
+        _, pairs, _ = load(config, "pairs")  # the held-out ones
         pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
         for side in SIDES:
             texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
@@ -410,7 +427,8 @@ def steer(config):
         f"--weights: {config.reward_model} has no head on its features",
     )
 
-    # The scores before and after, and the features that are edited, before any edit.
+    # The scores before and after. An edit of features changes z, so one reading gives both. An edit
+    # of weights changes w in score = w . z, so the texts are read again with the edited head.
     rows = []
     for side, answers in texts.items():
         if config.edits:
@@ -429,12 +447,14 @@ def steer(config):
         **count_texts(rows),
     }
 
+    # The picture has a dot for each text. The summary holds only counts, so `rows` are drawn.
     def draw(figure, summary):
         draw_texts(figure, rows)
 
     save(config, folder, summary, format_texts(summary, rows), draw)
     write_lines(os.path.join(config.output_dir, "texts.jsonl"), rows)
     if config.save:
+        # The head has its old weights again by now, so it is edited once more to be saved.
         with reweighted(reward.module, edits):
             save_sarm(reward.module, tokenizer, config.save)
         print(f"The SARM with its edited head is in {config.save}", flush=True)
@@ -466,9 +486,11 @@ def count_texts(rows):
 
     mean_change: the mean change of the scores of those texts that change.
     """
+    # A text has a feature where it is not 0: a SARM's feature may also fire below 0.
     has_feature = np.array([any(row["latents"].values()) for row in rows])
     changes = np.array([row["after"] - row["before"] for row in rows])
     is_changed = changes != 0
+    # A mean over all texts would be near 0 for an edit of a rare feature, however strong it is.
     mean_change = 0.0
     if is_changed.any():
         mean_change = float(changes[is_changed].mean())
@@ -498,7 +520,8 @@ def format_texts(summary, rows, shown=8):
     ]
     most_changed = sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))
     for row in most_changed[:shown]:
-        z = " ".join(f"{x:.2f}" for x in row["latents"].values())
+        z = " ".join(f"{value:.2f}" for value in row["latents"].values())
+        # A line has room for the end of a text only, which is where features are read.
         text = " ".join(row["response"].split())
         lines.append(
             f"  {row['side']:8s}{row['before']:8.3f}{row['after']:8.3f}   {z[:10]:10s} {text[-98:]}"
@@ -508,6 +531,8 @@ def format_texts(summary, rows, shown=8):
 
 def draw_texts(figure, rows):
     """Each text's score before and after; red where the text has an edited feature."""
+    # A text on the diagonal has not changed. A grey dot off the diagonal is a text that the edit
+    # reaches although it lacks the feature.
     before = []
     after = []
     colors = []

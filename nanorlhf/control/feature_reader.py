@@ -4,7 +4,11 @@ A SARM, or a reward model of train_rm.py with an autoencoder on one of its layer
 works on features in a reward (penalties in PPO, probes, steering) goes through one function,
 FeatureReader.read.
 
-    B answers, F chosen features, E edited features, M features in all, D hidden
+    B answers, F chosen features, E edited features, M features in all, D hidden, T tokens
+
+Flags and folders are checked first (check_feature_reader). FeatureReader then stands over both
+kinds of model: a SARM (sarm.py), or an ordinary reward model in WithSAE, at the end of this file,
+which can be read as a SARM can.
 """
 
 import math
@@ -62,8 +66,11 @@ def check_feature_reader(spec, sae="", features=()):
     without features; an autoencoder of another width, or of no layer of it; a feature that is not
     there.
     """
+    # A reward that is no model, such as a function or a lexicon, has no layers to read.
     require(kind_of(spec) == "model", f"{spec} is no reward model, so it has no features")
     check_made(spec)
+    # A SARM's score is a weighted sum of its own autoencoder's features, so it takes no other one.
+    # An ordinary reward model has no features until an autoencoder reads one of its layers.
     if is_sarm(spec):
         require(
             not sae,
@@ -78,7 +85,7 @@ def check_feature_reader(spec, sae="", features=()):
             f"(train_sae.py --model {spec})",
         )
         m = check_autoencoder(spec, the_one_sae(sae))
-    checked(features, None, m)
+    checked(features, None, m)  # an InputError for a feature that is not below M
     return m
 
 
@@ -86,6 +93,8 @@ def check_autoencoder(spec, sae):
     """InputError where the autoencoder in folder `sae` does not fit the reward model. -> M"""
     sae_config = sae_files.read_config(sae)
     config = check_model(spec)
+    # Only width and layer are checked. Pitfall: an autoencoder that was trained on another model of
+    # the same width passes, and what it finds in this one means little.
     d_in = sae_config["d_in"]
     width = config.get_text_config().hidden_size
     require(
@@ -120,6 +129,7 @@ def parse_edits(flag, texts, ops=OPS):
     """
     edits = {}
     for text in texts:
+        # A text of another form leaves three empty parts, which fail the check below.
         feature, op, value = "", "", ""
         if text.count(":") == 2:
             feature, op, value = text.split(":")
@@ -134,6 +144,7 @@ def parse_edits(flag, texts, ops=OPS):
             f"--{flag} {text}: it must be FEATURE:OP:VALUE with OP one of {', '.join(ops)}, "
             "such as 17:set:0",
         )
+        # All edits start from the same z, so two edits of one feature would have no order.
         require(int(feature) not in edits, f"--{flag} names feature {int(feature)} twice")
         edits[int(feature)] = (op, number)
     return edits
@@ -156,6 +167,7 @@ def load_feature_reader(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="
     tokenizer: the policy's, whose ids are read as they are; None: there is only text.
     """
     check_feature_reader(spec, sae)
+    # Both kinds of module have read(), the autoencoder as `sae` and the HF config as `config`.
     if sae:
         sae = the_one_sae(sae)
         width = check_model(spec).get_text_config().hidden_size
@@ -163,8 +175,9 @@ def load_feature_reader(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="
         module = WithSAE(load_reward_model(spec), autoencoder, read_place(sae)).eval()
     else:
         module = SARM.from_pretrained(spec)
+    # No gradient goes through a reward: PPO learns from its numbers alone.
     module.to(dist.load_device).requires_grad_(False)
-    (name,) = reward_names([os.path.normpath(spec)])
+    (name,) = reward_names([os.path.normpath(spec)])  # runs/sarm -> sarm
     return FeatureReader(module, spec, name, tokenizer, dist, micro_batch_size, dtype)
 
 
@@ -182,6 +195,7 @@ class FeatureReader:
         self.dist = dist
         self.dtype = dtype
         self.m = module.sae.m
+        # The weights are copied before wrap(), which may leave this process a shard of them only.
         self.weights = None
         if isinstance(module, SARM):
             self.weights = module.score.weight[0].float().cpu()
@@ -210,24 +224,28 @@ class FeatureReader:
 
     def read_gathered(self, answers, features=None, edits=None):
         """read() of a model that the caller has gathered: without collective calls."""
+        # Readings go to the CPU micro-batch by micro-batch: a GPU never holds the latents [B, M] of
+        # all answers.
         n_features = self.m if features is None else len(features)
         readings = Reading(
             scores=torch.zeros(len(answers)),
             latents=torch.zeros(len(answers), n_features),
             edited=torch.zeros(len(answers)),
         )
-        # A process may have no answers, and none cannot be packed.
+        # A process may have no answers, and self.packed() needs at least one.
         micro_batches = []
         if len(answers):
             micro_batches = self.packed(answers)
         for rows, part in micro_batches:
             with autocast(self.dist, self.dtype):
                 reading = self.module.read(part, features, edits)
+            # Micro-batches are sorted by length; `rows` are the places of their texts in `answers`.
             rows = rows.cpu()
             readings.scores[rows] = reading.scores.float().cpu()
             readings.latents[rows] = reading.latents.float().cpu()
             readings.edited[rows] = reading.edited.float().cpu()
 
+        # A bad score is the model's fault, or that of an edit: each has a message of its own.
         require(
             bool(readings.scores.isfinite().all()),
             f"the reward model {self.path} gave a score that is not finite",
@@ -273,10 +291,14 @@ class WithSAE(nn.Module):
     def read(self, batch, features=None, edits=None):
         """Packed rows -> Reading, as SARM.read; edited is scores exactly where nothing changes."""
         features, edits = checked(features, edits, self.sae.m)
-        with captured(self.reward_model.model, [self.place]) as kept:
+        # One forward gives the scores, and the output of the layer on the way to them.
+        with captured(self.reward_model.model, [self.place]) as outputs:
             scores = self.reward_model(batch)  # [B]
-        x = kept[self.place][pooled_tokens(batch)].to(self.sae.mean.dtype)  # [B, D]
+        output = outputs[self.place]  # [B, T, D], padding included
+        x = output[pooled_tokens(batch)].to(self.sae.mean.dtype)  # [B, D]
         z = self.encode(x)  # [B, M]
+        # The head does not read z, so what an edit does to the score cannot be added up as for a
+        # SARM: the layers above have to run again.
         edited = scores
         if edits:
             edited = self.score_edited(batch, scores, x, z, edits)
@@ -285,21 +307,27 @@ class WithSAE(nn.Module):
 
     def score_edited(self, batch, scores, x, z, edits):
         """The scores [B] after edits, from the scores, x [B, D] and z [B, M] before them."""
-        # How far each x moves.
-        chosen = list(edits)
-        change = edit_latents(z[:, chosen], list(edits.values())) - z[:, chosen]  # [B, E]
-        steps = change @ self.sae.W_dec[chosen]  # [B, D]
+        # How far each x moves. Only the change of z is decoded and added: if x were replaced by the
+        # decoded new z, the autoencoder's reconstruction error would change the score too.
+        features = list(edits)
+        old_z = z[:, features]  # [B, E]
+        change = edit_latents(old_z, list(edits.values())) - old_z  # [B, E]
+        steps = change @ self.sae.W_dec[features]  # [B, D]
+        # Directions are in standardised units, and the scale leads back to the model's. The mean
+        # cancels in a difference.
         if self.sae.normalize != "none":
             _, scale = self.sae.moments(x)
             steps = steps * scale
 
-        # Texts whose features do not change keep their scores, without a second forward.
+        # Texts whose features do not change keep their scores, bit by bit, since they get no second
+        # forward: in a batch of another size it might round differently.
         rows = (change != 0).any(1).nonzero()[:, 0]
         if not len(rows):
             return scores
         part = batch.rows(rows)
         pooled = pooled_tokens(part)
 
+        # In the second forward the layer's output is moved, at the pooled tokens alone.
         def move(output):  # [rows, T, D]
             moved = output.clone()
             moved[pooled] += steps[rows].to(output.dtype)
@@ -313,5 +341,6 @@ class WithSAE(nn.Module):
 
 def pooled_tokens(batch):
     """The index of each row's last real token: (rows [B], positions [B])."""
+    # Two index tensors pick one token of each row: x[rows, positions] is [B, D] of x [B, T, D].
     rows = torch.arange(len(batch), device=batch.ids.device)
     return rows, batch.lengths - 1

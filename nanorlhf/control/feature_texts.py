@@ -68,16 +68,20 @@ def encode_texts(config, tokenizer, rows: list[dict], side: str, max_length: int
     responses = encoded.responses[side]
     if encoded.n_prompts_cut or encoded.n_responses_cut:
         print(f"texts ({side}): {encoded.describe_cuts(max_length)}", flush=True)
-    # A text that was sampled is read by its sampled ids, if they are still the ids of this text: an
-    # answer that was cut off has no EOS.
+    # A text that was sampled is read by its sampled ids, if they are still the ids of this text.
+    # Tokenized again it might become other tokens, and encode() puts an EOS even behind an answer
+    # that was cut off in sampling.
     for i, row in enumerate(rows):
         prompt_ids = row.get("prompt_ids")
         response_ids = row.get("response_ids")
         if not (prompt_ids and response_ids):
             continue
-        # The prompt may have been cut on its left.
-        is_own = prompt_ids == cut_left(prompts[i], len(prompt_ids), tokenizer.bos_token_id)
-        if is_own and tokenizer.decode(response_ids, skip_special_tokens=True) == row[side]:
+        # The prompt may have been cut on its left in sampling (--max_prompt_length). Somebody may
+        # have changed one of the texts since: then its ids are those of another text.
+        cut_prompt = cut_left(prompts[i], len(prompt_ids), tokenizer.bos_token_id)
+        if prompt_ids != cut_prompt:
+            continue
+        if tokenizer.decode(response_ids, skip_special_tokens=True) == row[side]:
             prompts[i] = prompt_ids
             responses[i] = response_ids
     prompt_texts = [row["prompt"] for row in rows]
@@ -93,6 +97,7 @@ def read_answers(path: str) -> list[dict]:
     """
     check_made(path)
     rows = data.read_rows(path, "sft")
+    # read_rows() gives prompt and response alone; the sampled ids are in the file's own row.
     for row in rows:
         own = data.own_row(row)
         row["prompt_ids"] = own.get("prompt_ids")
@@ -106,6 +111,7 @@ def match_answers(after: list[dict], before: list[dict], names: tuple[str, str])
     The k-th answer to a prompt stands beside the k-th to it in the other file. names: of the two
     files. InputError: one of them has fewer answers to a prompt than the other.
     """
+    # Prompts are compared as text: a chat is a list, which cannot be a key of a dictionary.
     rest = {}  # {prompt, shown: rows of `before` that have no partner yet}
     for row in before:
         rest.setdefault(show(row["prompt"]), []).append(row)
@@ -136,6 +142,8 @@ def read_all(reward, answers: Answers, features=None, edits=None) -> tuple[Tenso
 
     -> scores [N], latents, a sparse [N, M] or [N, F] of the features, edited scores [N]
     """
+    # A SARM may have tens of thousands of features, of which a text has few that are not 0. Dense
+    # latents of all texts could fill the memory.
     scores = []
     latents = []
     edited_scores = []
@@ -143,8 +151,8 @@ def read_all(reward, answers: Answers, features=None, edits=None) -> tuple[Tenso
         prompts = [answers.prompts[i] for i in rows]
         responses = [answers.responses[i] for i in rows]
         part = Answers(prompts, responses, answers.batch.rows(rows))
-        found = reward.read(part, features, edits)
-        scores.append(found.scores)
-        latents.append(found.latents.to_sparse())
-        edited_scores.append(found.edited)
+        reading = reward.read(part, features, edits)
+        scores.append(reading.scores)
+        latents.append(reading.latents.to_sparse())
+        edited_scores.append(reading.edited)
     return torch.cat(scores), torch.cat(latents).coalesce(), torch.cat(edited_scores)

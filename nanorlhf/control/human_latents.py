@@ -62,6 +62,8 @@ class HumanLatents(NamedTuple):
         """The feature's latents on all texts, [N]. InputError: the file does not know them."""
         if feature in self.features:
             return self.latents[:, self.features.index(feature)]
+        # A feature that a complete file lacks fired on no text. If the file is not complete, nobody
+        # knows.
         require(
             self.complete,
             f"{self.path} holds no latents of feature {feature} "
@@ -82,7 +84,8 @@ def save(path, human, fingerprint):
     }
     notes = {"complete": human.complete, "fingerprint": fingerprint}
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    # A name of its own: of two processes at once the last one's file stays, whole.
+    # Each process has a temporary name of its own: if two write at once, the last one's file stays
+    # and is whole.
     temporary = f"{path}.{os.getpid()}.tmp"
     save_file(tensors, temporary, {NOTES: json.dumps(notes)})
     os.replace(temporary, path)
@@ -107,12 +110,14 @@ def load(path, spec, sae):
         command += f" --sae {sae}"
     require(os.path.isfile(path), f"{path}: no human latents here; this makes them: {command}")
 
+    # A model's weights are a file of tensors too; only human latents have these notes.
     notes = read_notes(path).get(NOTES)
     tensors = read_tensors(path)
     require(
         notes and set(NAMES) <= set(tensors),
         f"{path}: not a file of human latents (probe.py human_latents)",
     )
+    # A wrong number that passed here would become a strange penalty in PPO, hours later.
     check_human_tensors(tensors, path)
     notes = check_fields(parse_json(notes, path), {"complete": bool, "fingerprint": dict}, path)
     check_fingerprint(notes["fingerprint"], path, spec, sae)
@@ -127,6 +132,7 @@ def load(path, spec, sae):
 
 def check_human_tensors(tensors, path):
     """InputError where the tensors of a file do not fit each other, or hold impossible numbers."""
+    # latents [N, F], features [F], scores [N], with at least one text; F may be 0.
     latents = tensors["latents"]
     features = tensors["features"]
     scores = tensors["scores"]
@@ -137,12 +143,15 @@ def check_human_tensors(tensors, path):
     )
     require(fits and len(scores) > 0, f"{path}: its tensors do not fit each other")
 
+    # Latents and scores are finite floats. A standard deviation squares them, which must not
+    # overflow.
     check_tensors(tensors, {"latents": None, "scores": None}, path)
     largest = scores.abs().max().item()
     if latents.numel():
         largest = max(latents.abs().max().item(), largest)
     require(largest < MOST, f"{path}: it holds {largest:.3g}, whose square float32 cannot hold")
 
+    # A feature that stands there twice would have two columns, and column() would find the first.
     ids = features.tolist()
     is_once = len(set(ids)) == len(ids)
     are_ids = features.dtype == torch.int64 and is_once and min(ids, default=0) >= 0
@@ -151,6 +160,8 @@ def check_human_tensors(tensors, path):
 
 def check_fingerprint(stored, path, spec, sae):
     """InputError where a file's latents are of another reward model or autoencoder than these."""
+    # Fingerprints are of files, not of folders' names: a model that was moved stays the same one. A
+    # model that was trained again in its old folder does not: its feature 17 is another feature.
     what = f"{spec} with {sae}" if sae else spec
     for name, value in latents_fingerprint(spec, sae).items():
         require(
@@ -215,7 +226,7 @@ def human_latents(config):
     dist.together(check_place)
     check_feature_reader(config.reward_model, config.sae, ids)
 
-    # The texts.
+    # The texts. A pair has two: the chosen one is read, since it is what people want written.
     rows = data.read_rows(config.dataset, config.kind, config.columns)
     rows = data.subset(rows, config.max_rows)
     require(len(rows) > 1, f"{config.dataset}: one text has no spread; there must be two at least")
@@ -232,24 +243,27 @@ def human_latents(config):
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 
+    # Texts are packed a chunk at a time: in one batch all would be padded to the longest.
     def pack_texts(first, last):
         part = rows[first:last]
         batch = pack(prompts[first:last], responses[first:last], tokenizer.pad_token_id)
         return Answers([row["prompt"] for row in part], [row[side] for row in part], batch)
 
-    # Each process reads its part of them.
-    def read_own():
+    # Each process reads its part of the texts. An InputError of one, such as a score that is not
+    # finite, ends all of them: else the others would wait for it in gather().
+    def read_mine():
         return read_texts(dist, reward, len(rows), pack_texts, ids)
 
-    latents, scores = dist.together(read_own)  # sparse [n, F] or [n, M], [n]
+    latents, scores = dist.together(read_mine)  # sparse [n, F] or [n, M], [n]
 
-    # Without --features: all features that fire on any text of any process.
+    # Without --features the file gets all features that fire on any text of any process. All
+    # processes agree on them first, since gather() needs the same columns from each.
     if ids:
         columns = torch.arange(len(ids))
         features = ids
     else:
-        own_columns = latents.indices()[1].unique()
-        columns = dist.gather(own_columns).unique()
+        fired_here = latents.indices()[1].unique()
+        columns = dist.gather(fired_here).unique()
         features = columns.tolist()
     latents = dist.gather(latents.index_select(1, columns).to_dense())  # [N, F]
     scores = dist.gather(scores)  # [N]
@@ -257,7 +271,7 @@ def human_latents(config):
     human = HumanLatents(config.output, latents, features, scores, complete=not ids)
     if dist.main:
         save(config.output, human, latents_fingerprint(config.reward_model, config.sae))
-    dist.barrier()
+    dist.barrier()  # no process goes on before the file is there
     summary = {
         "texts": len(rows),
         "cut": encoded.n_responses_cut,
@@ -279,16 +293,17 @@ def read_texts(dist, reward, n_texts, pack_texts, ids):
     pack_texts(first, last): Answers of the texts in between. The latents are sparse, [n, F] of the
     features `ids`, or [n, M] of all where none is named: most of them are 0.
     """
+    # Both lists begin with a tensor of no text, so that a process without texts can concatenate.
     n_features = len(ids) or reward.m
     latents = [torch.zeros(0, n_features).to_sparse()]
     scores = [torch.zeros(0)]
-    own = dist.part(n_texts)
-    progress = Progress(dist, "human latents, text", len(own))
-    for first in range(own.start, own.stop, CHUNK):
-        last = min(first + CHUNK, own.stop)
+    mine = dist.part(n_texts)
+    progress = Progress(dist, "human latents, text", len(mine))
+    for first in range(mine.start, mine.stop, CHUNK):
+        last = min(first + CHUNK, mine.stop)
         reading = reward.read(pack_texts(first, last), ids or None)
         latents.append(reading.latents.to_sparse())
         scores.append(reading.scores)
-        progress.step(last - own.start, "")
+        progress.step(last - mine.start, "")
     progress.close()
     return torch.cat(latents).coalesce(), torch.cat(scores)

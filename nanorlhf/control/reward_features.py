@@ -118,6 +118,7 @@ def reward_features(config):
     A feature with a weight below 0 is punished already, so a penalty on it is
     useless. Intervals: 95%, by the bootstrap over prompts.
     """
+    # All that can be wrong with flags, folders and texts, before the reward model is loaded.
     named_ids = parse_ids(config.features)
     dist, folder, tokenizer, max_length = open_run(config, named_ids)
     check_explainer(config)
@@ -126,7 +127,8 @@ def reward_features(config):
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
     )
 
-    # Each text is read once: its score, and all features at its last token.
+    # Each text is read once: its score, and all features at its last token. Few of a SARM's many
+    # features fire on a text, so they are held sparse until it is known which fire on any.
     scores = {}  # {side: [N]}
     sparse = {}  # {side: sparse [N, M]}
     for side, answers in texts.items():
@@ -143,12 +145,13 @@ def reward_features(config):
         weights = reward.weights[ids]  # [M']
 
     # What each kind of evidence says of each feature, and how texts score on which it fires.
+    # contrast() damps by a mean over all M features, also those left out here: so it is told M.
     contrasts = {}  # {"pairs" or "policy": Contrast}
     for kind, prompts_of_kind in prompts.items():
         first, second = SIDES[kind]
         groups = groups_of(prompts_of_kind)
         contrasts[kind] = contrast(z[first], z[second], weights, groups, reward.m)
-    gaps = score_gaps(list(zip(z.values(), scores.values())))  # [M']
+    gaps = score_gaps([(z[side], scores[side]) for side in texts])  # [M']
 
     # The results, largest features first.
     by = config.by
@@ -214,6 +217,7 @@ def read_texts(config, tokenizer, max_length):
 
 def find_firing(sparse, named_ids):
     """The features that fire on any text, {side: sparse [N, M]}, and those that are named: [M']."""
+    # A feature that is named may fire on no text: then its zeros answer the question about it.
     ids = [torch.tensor(named_ids, dtype=torch.long)]
     for rows_of_side in sparse.values():
         ids.append(rows_of_side.indices()[1])
@@ -225,10 +229,11 @@ def rank_features(contrasts, weights, by):
 
     Where there is a policy, the size is that of its answers: it shows what has been exploited.
     """
+    # The sign does not count: a feature that training took away matters as much as one it brought.
     if by == "weight":
         sizes = weights
     else:
-        last_kind = list(contrasts)[-1]
+        last_kind = list(contrasts)[-1]  # "policy" comes after "pairs"
         sizes = getattr(contrasts[last_kind], by)
     return sizes.abs().argsort(descending=True, stable=True).tolist()
 
@@ -267,6 +272,7 @@ def make_row(k, feature, weights, gaps, contrasts):
         weight = weights[k].item()
         row["weight"] = weight
         row["raises"] = weight > 0
+    # A Contrast calls the first side "chosen", also where it is the policy's after training.
     for kind, numbers in contrasts.items():
         first, second = SIDES[kind]
         row[kind] = {
@@ -296,6 +302,8 @@ def compare_scores(scores, prompts, kind, numbers):
     first_side, second_side = SIDES[kind]
     first = scores[first_side].double()
     second = scores[second_side].double()
+    # The score is w . z, so if no feature were below 0, the contributions would add up to the
+    # margin. What is missing comes from features below 0, which contributions leave out.
     contributions = None
     if numbers.contribution is not None:
         contributions = numbers.contribution.sum().item()
@@ -319,7 +327,8 @@ def add_tokens(rows, z, texts, tokenizer):
     below .5) with a small one: feature_contrasts.separation. z {side: [N, F]}, texts {side:
     Answers}.
     """
-    # Which tokens each text has.
+    # Which tokens each text has. The padding's id gets a column too, but find_tokens() looks only
+    # at real tokens.
     all_ids = torch.cat([answers.batch.ids.flatten() for answers in texts.values()])
     vocabulary = all_ids.unique()  # [V]
     present = {}  # {side: [N, V]}
@@ -338,22 +347,27 @@ def add_tokens(rows, z, texts, tokenizer):
     parts = [(z[side], present[side][:, is_common]) for side in z]
     auc = separation(parts).nan_to_num(0.5)  # [F, C]
 
-    # How often each feature fires on texts with the token, and on the others.
+    # How often each feature fires on texts with the token, and on the others. The AUC does not say
+    # so: it only says which of two texts has more of the feature.
     fires = (torch.cat(list(z.values())) != 0).double()  # [N, F] of all sides
     both = fires.T @ has_token[:, is_common].double()  # [F, C]
     rate_with = both / counts
     rate_without = (fires.sum(0)[:, None] - both) / (n_texts - counts)
 
+    # Each feature gets the tokens whose AUC is farthest from chance, 0.5, above or below.
     for f, row in enumerate(rows):
         row["tokens"] = []
-        best = (auc[f] - 0.5).abs().topk(min(SHOWN, len(words))).indices.tolist()
-        for c in best:
+        from_chance = (auc[f] - 0.5).abs()  # [C]
+        n_shown = min(SHOWN, len(words))
+        for c in from_chance.topk(n_shown).indices.tolist():
             rates = [rate_with[f, c].item(), rate_without[f, c].item()]
             row["tokens"].append([words[c], auc[f, c].item(), int(counts[c]), *rates])
 
 
 def find_tokens(batch, vocabulary):
     """Which tokens of a sorted vocabulary [V] each text of a packed batch has: [N, V] bool."""
+    # nonzero() and indexing by a mask both go row by row, so entry k of both lists below belongs to
+    # the same token.
     is_real = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]  # [N, T]
     text_of_token = is_real.nonzero()[:, 0]  # [tokens of all texts]
     place_in_vocabulary = torch.searchsorted(vocabulary, batch.ids[is_real])
@@ -368,8 +382,10 @@ def add_contexts(rows, z, texts, tokenizer, at_most):
     A context is {side, z, tokens, values}. values are one a token: 0, but at the last, the only one
     where features are read, z as a share of the largest. z {side: [N, F]}, texts {side: Answers}.
     """
+    # Values are shares of the feature's largest: an explainer is shown strengths from 1 to 10,
+    # whatever the units of z.
     all_z = torch.cat(list(z.values()))  # [N, F] of all sides
-    largest = all_z.max(0).values.clamp(min=1e-9)  # [F]
+    largest = all_z.max(0).values  # [F]
     places = []  # of each row of all_z: its side, and its row there
     for side, values in z.items():
         for i in range(len(values)):
@@ -377,9 +393,10 @@ def add_contexts(rows, z, texts, tokenizer, at_most):
 
     for f, row in enumerate(rows):
         row["contexts"] = []
-        strongest = all_z[:, f].topk(min(at_most, len(places))).indices.tolist()
+        n_contexts = min(at_most, len(places))
+        strongest = all_z[:, f].topk(n_contexts).indices.tolist()
         for n in strongest:
-            if all_z[n, f] <= 0:
+            if all_z[n, f] <= 0:  # fewer texts than were asked for have the feature above 0
                 continue
             side, i = places[n]
             batch = texts[side].batch
@@ -395,6 +412,7 @@ def add_contexts(rows, z, texts, tokenizer, at_most):
 
 def format_table(summary, rows, with_contexts):
     """One line a feature; with_contexts also the ends of the texts on which it is largest."""
+    # A line has room for one of the two measures only, with its interval, for each kind.
     kinds = kinds_in(summary)
     measure = "differential"
     if rows and rows[0]["weight"] is not None and summary["by"] != "differential":
@@ -408,6 +426,7 @@ def format_table(summary, rows, with_contexts):
         lines.append(format_row(row, kinds, measure))
         if with_contexts:
             for context in row["contexts"]:
+                # A feature is read where its text ends, so the end is shown.
                 text = " ".join(token.strip() for token in context["tokens"])
                 lines.append(
                     f"          > {context['side']:8s} z {context['z']:6.2f}  {text[-105:]}"
@@ -460,6 +479,7 @@ def format_head(kinds, measure):
 
 def format_row(row, kinds, measure):
     """A feature's numbers, and as many of the tokens that it follows as fit into the line."""
+    # The cells are as wide as their names in format_head(); "-" stands for a missing number.
     line = f"  {row['id']:6d}"
     line += f"{'-':>8s}" if row["weight"] is None else f"{row['weight']:8.3f}"
     line += f"{'-':>7s}" if row["score_gap"] is None else f"{row['score_gap']:+7.2f}"
@@ -469,6 +489,7 @@ def format_row(row, kinds, measure):
             line += f"{numbers[f'rate_{side}']:9.1%}"
         line += f"{cell(numbers[measure]):>25s}"
 
+    # The tokens, each with its AUC: magnificent .93 terrible .12
     line += "  "
     for token, auc, *_ in row["tokens"]:
         area = f"{auc:.2f}".replace("0.", ".")
@@ -490,6 +511,8 @@ def draw(figure, summary):
     last_kind = kinds[-1]
     measure = "differential" if rows[0]["weight"] is None else "contribution"
 
+    # With both kinds, x is what people's preferences say of a feature, and y what the policy has
+    # made of it: an exploit stands far above what the pairs ask for.
     points = []
     colors = []
     for row in rows:
@@ -502,6 +525,7 @@ def draw(figure, summary):
 
     axis = figure.add_subplot()
     axis.scatter(*zip(*points), c=colors, s=12)
+    # Only the first ten get their number: more would cover each other.
     for row, point in zip(rows, points):
         if row["id"] in summary["described"][:10]:
             axis.annotate(str(row["id"]), point, fontsize=8)

@@ -3,7 +3,8 @@
 train_rm.py meets this file in one place: its Config has the Flags, and with --sarm prepare() makes
 a SarmTraining, which stands in for train_rm.PlainTraining.
 
-    b pairs, D hidden, L blocks, M features, k of them kept
+    b pairs, D hidden, L blocks, M features, k of them kept; r_c and r_r are the scores of a pair's
+    chosen and rejected text, x a text's standardised hidden state h, x^ its reconstruction
 
 What is trained in each mode. w is the head; W_e, b_e are the encoder's, W_d, b_d the decoder's. The
 score does not use W_d, so the preference loss never trains it:
@@ -64,6 +65,7 @@ class Flags(FlagGroup):
         """With --sarm, set --output_dir and --lr to a SARM's defaults where they were not named."""
         if not self.sarm:
             return
+        # A value does not tell whether it was named: the default folder, named, counts as unnamed.
         if self.output_dir == type(self).output_dir:
             self.output_dir = "runs/sarm" if self.members == 1 else "runs/sarm/seed_{seed}"
         if self.lr is None:
@@ -83,11 +85,13 @@ def check_flags(config):
         "--sarm starts from a head of zeros: with --lr 0 every score would stay 0",
     )
     require(config.distributed == "ddp", "--sarm is trained with --distributed ddp only")
+    # The folder of a SARM holds one whole model, and has no place for adapters.
     require(
         not config.lora_rank or config.merge,
         "--sarm with --lora_rank needs --merge: no adapters in its folder",
     )
     require(config.frozen_dtype == "float32", "--sarm takes no --frozen_dtype")
+    # In the mode `frozen` no layer is trained, so there are none to choose.
     chooses_layers = config.lora_rank or config.freeze_layers
     require(
         config.sarm_mode != "frozen" or not chooses_layers,
@@ -132,6 +136,7 @@ class SarmTraining:
         """
         if not self.detached:
             return model(batch), {}
+        # Errors are one a text, losses one a pair: a pair gets the mean of its two errors.
         scores, errors = model(batch, reconstruct=True)  # [2 b], [2 b]
         # The example that a model is first run with (Dist.wrap) is one row, and so one chunk.
         halves = errors.chunk(2)  # [b] of the chosen texts, [b] of the rejected ones
@@ -145,6 +150,8 @@ class SarmTraining:
 
     def after_step(self):
         """Give the decoder's directions unit length again, where they are trained."""
+        # If all directions have unit length, z alone is the size of a feature, and features can be
+        # compared. In the other modes no gradient moves the decoder.
         if self.detached:
             self.sarm.sae.normalise()
 
@@ -163,7 +170,8 @@ def check_start(config, dist):
     notes = sae_config.get("metadata") or {}
     sarm_config = check_model(config.model)
 
-    # The kind of autoencoder.
+    # The kind of autoencoder. A SARM's folder has no place for the mean and scale of a data set.
+    # It says nothing of a ReLU either: as in the paper there is none, so z may be below 0.
     is_right_kind = (
         sae_config["architecture"] == "nanorlhf_topk_without_relu"
         and sae_config.get("normalize_activations") == "layer_norm"
@@ -174,7 +182,8 @@ def check_start(config, dist):
         f"{path}: a SARM needs a TopK autoencoder without ReLU on standardised tokens ({flags})",
     )
 
-    # What it was trained on: the residual stream after one of the model's blocks.
+    # What it was trained on: the residual stream after one of the model's blocks. The LM in the
+    # SARM ends with that block, and the autoencoder reads the block's output.
     site = notes.get("site")
     layer = notes.get("layer")
     n_layers = sarm_config.num_hidden_layers
@@ -192,11 +201,14 @@ def check_start(config, dist):
         d_in == width,
         f"{path}: an autoencoder for activations of width {d_in}; {config.model} has {width}",
     )
+    # Another model of the same width may be what is meant, such as a later checkpoint of the one
+    # that the autoencoder was trained on: so this is a warning, not an error.
     trained_on = str(notes.get("model"))
     if os.path.abspath(resolve(trained_on)) != os.path.abspath(resolve(config.model)):
         dist.print(f"warning: {path} was trained on {trained_on}, not on {config.model}")
 
-    # The model's config becomes the SARM's, in the public checkpoints' words.
+    # The model's config becomes the SARM's, in the public checkpoints' words. These count blocks,
+    # while layers are numbered from 0: an autoencoder on layer 2 needs the first 3 blocks.
     sarm_config.num_labels = 1
     sarm_config.architectures = ["SARM"]
     sarm_config.sarm_param = {
@@ -214,10 +226,13 @@ def start(config, sarm_config, device):
 
     Its head is zero, and what --sarm_mode trains is chosen.
     """
+    # SARM() cuts the LM after the autoencoder's layer, and makes a head of zeros.
     lm = pretrained(transformers.AutoModel, config.model)
     sae = sae_files.load_sae(sae_files.the_one_sae(config.sarm))
     sarm = SARM(lm, sae, sarm_config)
 
+    # What each mode trains is in the table at the top of this file. What gets no gradient must be
+    # frozen: DDP waits for the gradient of every parameter that is not.
     note = choose_trained(sarm.trunk, config)
     if config.sarm_mode == "frozen":
         sarm.trunk.requires_grad_(False)

@@ -136,6 +136,7 @@ def join_flat_rows(rows) -> list[Item]:
         chosen = get_text(place, row, "chosen")
         rejected = get_text(place, row, "rejected")
         question = str(row["question_id"])
+        # The first row of a question makes its item; every row then adds its rejected answer.
         if question not in items:
             group = str(row.get("subset", "all"))
             items[question] = Item(prompt, [chosen], correct=1, group=group, unit=question)
@@ -166,6 +167,7 @@ def read_rm_bench(config) -> list[Item]:
             f"{place}: {len(chosen)} chosen and {len(rejected)} rejected answers, "
             "not 3 each (concise, detailed, markdown)",
         )
+        # "safety-refuse" -> "safety"
         domain, _, _ = str(row.get("domain", "all")).partition("-")
         items.append(Item(prompt, chosen + rejected, correct=3, group=domain, unit=place))
     return items

@@ -59,12 +59,15 @@ def ties_terms(tied: Half | None = None, reference: Half | None = None) -> tuple
     correct = correct.double()
     right = right.double()
 
+    # A gap above 0 says that all right answers beat all wrong ones; the spread says how unequal the
+    # scores of right answers are.
     min_correct = correct.amin(-1)  # [..]
     spread = correct.amax(-1) - min_correct
     gap_t = min_correct - incorrect.double().amax(-1)
     gap_r = right.amin(-1) - wrong.double().amax(-1)
     gap = torch.minimum(gap_t, gap_r)
     hits = torch.stack([gap_t > 0, gap_r > 0, gap_t > spread, gap > spread], -1)  # [.., 4]
+    # Where all right answers score alike, gap / 0 is infinite, and tanh makes +-1 of it.
     margin = torch.tanh(gap / spread - 1)  # [..]
     margin = margin.nan_to_num(nan=0.0)  # where gap and spread are both 0
     terms = torch.cat([hits.double(), margin[..., None]], -1)  # [.., 5]

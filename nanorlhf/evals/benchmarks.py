@@ -169,7 +169,9 @@ def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
 
     All processes call this; each one scores a part of the items.
     """
-    mine = flatten([items[i] for i in dist.part(len(items))])
+    # All answers of an item go to one process, so that their prompt is cut alike.
+    own_rows = flatten([items[i] for i in dist.part(len(items))])
+    # A reward model's own tokenizer decides how much of a text fits.
     tokenizer = None
     if kind_of(spec) == "model":
         path, _ = split_label(spec)
@@ -181,13 +183,13 @@ def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
     n_cut = 0
     if tokenizer and tokenizer.eos_token_id is not None:
         longest = config.max_length or context_length(check_model(path))
-        encoded = encode_items(tokenizer, mine, longest, config.chat_template)
+        encoded = encode_items(tokenizer, own_rows, longest, config.chat_template)
         batch = pack(encoded.prompts, encoded.responses["response"], tokenizer.pad_token_id)
         n_cut = encoded.n_responses_cut
 
     reward = load_reward(spec, tokenizer, dist, config.micro_batch_size, config.dtype)
-    prompts = [row["prompt"] for row in mine]
-    responses = [row["response"] for row in mine]
+    prompts = [row["prompt"] for row in own_rows]
+    responses = [row["response"] for row in own_rows]
     answers = Answers(prompts, responses, batch, chat=config.chat_template)
     scores = score(reward, [answers], dist)
     return dist.gather(scores), int(dist.sum(torch.tensor(n_cut)))
@@ -196,7 +198,8 @@ def scores_of(spec: str, items: list[Item], config, dist) -> tuple[Tensor, int]:
 def collect_units(items: list[Item], scores: dict[str, Tensor]) -> dict[tuple[str, str], Unit]:
     """Items and the scores {reward: [N]} of all their answers -> {(group, name): unit}."""
     by_reward = torch.stack([values.double() for values in scores.values()])  # [K, N]
-    by_item = by_reward.split([len(item.answers) for item in items], 1)  # [K, A] each
+    n_answers = [len(item.answers) for item in items]
+    by_item = by_reward.split(n_answers, 1)  # [K, A] each
     units = {}
     for item, item_scores in zip(items, by_item):
         units.setdefault((item.group, item.unit), []).append((item, item_scores))
@@ -230,11 +233,14 @@ def with_intervals(config, rewards: list[str], units: dict[tuple[str, str], Unit
         values = statistic(rows.long())  # [K, metrics]
         return torch.cat([values, values - values[:1]])
 
+    # bootstrap() draws from rows of numbers: here the units' places, which come back as float64.
     everything = torch.arange(len(units))
     values = values_and_differences(everything)
     low, high = bootstrap(everything, values_and_differences, seed=config.seed, strata=index)
     cells = torch.stack([values, low, high], -1)  # [2 K, metrics, 3]
 
+    # The first K rows are the rewards', the others the differences. Row K, the first reward less
+    # itself, says nothing.
     results = [dict(zip(metrics, row)) for row in cells.tolist()]
     k = len(rewards)
     return {
@@ -249,17 +255,21 @@ def measure_pairs(units: list[Unit], names: list[str], index: Tensor) -> Measure
 
     units U, the groups' names G, and the number of each unit's group [U] -> a measure.
     """
+    # The sums of a unit are computed once, so that a resample only has to add them up.
     sums = []
     for unit in units:
         pairs = []
         for _, scores in unit:
             chosen, rejected = scores.T  # [K] each
-            pairs.append(torch.stack([pair_wins(chosen, rejected), chosen - rejected], -1))
+            wins = pair_wins(chosen, rejected)
+            margins = chosen - rejected
+            pairs.append(torch.stack([wins, margins], -1))
         sums.append(sum(pairs))  # [K, 2]
     sums = torch.stack(sums)  # [U, K, 2]
     counts = torch.tensor([len(unit) for unit in units]).double()  # [U]
 
     def statistic(rows: Tensor) -> Tensor:
+        # Prompts are drawn, but the mean is over pairs: a prompt with two pairs weighs double.
         return sums[rows].sum(0) / counts[rows].sum()
 
     return ["accuracy", "margin"], statistic
@@ -289,13 +299,14 @@ def measure_rewardbench2(units: list[Unit], names: list[str], index: Tensor) -> 
             credit[u] = shared_credit(scores)
 
     def statistic(rows: Tensor) -> Tensor:
+        # Each subset has a column, computed from those of its units that were drawn.
         columns = []
         for group, name in enumerate(names):
-            own = rows[index[rows] == group]
+            drawn = rows[index[rows] == group]
             if name == TIES:
-                columns.append(ties_score(terms[own], known[own]))  # [K]
+                columns.append(ties_score(terms[drawn], known[drawn]))  # [K]
             else:
-                columns.append(credit[own].mean(0))  # [K]
+                columns.append(credit[drawn].mean(0))  # [K]
         overall = torch.stack(columns).mean(0)
         if len(names) == 1:
             return torch.stack([overall], -1)
@@ -356,6 +367,7 @@ def table(summary: dict) -> str:
     metrics = choose_metrics(summary)
     rewards = summary["rewards"]
     first = next(iter(rewards))
+    # All cells are made before any line, since a column is as wide as its widest cell.
     cells = [["", *metrics, f"{metrics[0]} less {first}'s"]]
     for name, row in rewards.items():
         line = [name]

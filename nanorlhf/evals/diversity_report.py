@@ -138,27 +138,29 @@ def read_outputs(path: str, columns: Sequence[str] = (), scores: bool = False) -
     such object.
     """
     names = dict(column.split("=", 1) for column in columns)
-    prompt = names.get("prompt", "prompt")
-    one = names.get("response", "response")
-    many = names.get("responses", "responses")
+    prompt_field = names.get("prompt", "prompt")
+    response_field = names.get("response", "response")
+    responses_field = names.get("responses", "responses")
 
     rows = []
     for place, row in read_file(path):
         require(
             isinstance(row, dict),
-            f"{place}: a row must be an object with {prompt} and {one} or {many}",
+            f"{place}: a row must be an object with {prompt_field} and {response_field} or "
+            f"{responses_field}",
         )
-        asked = read_prompt(place, row.get(prompt), prompt)
-        has_several = many in row
+        prompt = read_prompt(place, row.get(prompt_field), prompt_field)
+        # A single answer becomes a list of one, so that all rows have one form from here on.
+        has_several = responses_field in row
         if has_several:
-            responses = row[many]
-            wanted = f"field {many!r} must be a list of at least one string"
+            responses = row[responses_field]
+            wanted = f"field {responses_field!r} must be a list of at least one string"
         else:
-            responses = [row.get(one)]
-            wanted = f"field {one!r} must be a string"
+            responses = [row.get(response_field)]
+            wanted = f"field {response_field!r} must be a string"
         require(are_texts(responses), f"{place}: {wanted}")
 
-        outputs = {"prompt": asked, "responses": responses}
+        outputs = {"prompt": prompt, "responses": responses}
         if scores:
             outputs["scores"] = scores_of(row, len(responses), has_several, place)
         rows.append(outputs)
@@ -178,6 +180,7 @@ def scores_of(row: dict, n: int, has_several: bool, place: str) -> dict[str, lis
         isinstance(scores, dict) and scores,
         f"{place}: --best_of needs the field 'scores', an object {{reward: score}}",
     )
+    # One answer has {"rm": 0.3}, several answers have {"rm": [0.3, -1.2, ...]}.
     if not has_several:
         scores = {name: [score] for name, score in scores.items()}
     for name, values in scores.items():
@@ -208,6 +211,7 @@ def best_of(rows: list[dict], n: int, objective: str, uwo_lambda: float, seed: i
     without scores, or no more than n answers to a prompt.
     """
     rows = list(group_by_prompt(rows).values())
+    # combine() takes the members of one ensemble, so every answer must be scored by all of them.
     names = list(rows[0]["scores"])
     for row in rows:
         prompt = row["prompt"]
@@ -242,6 +246,7 @@ def equal_sets(systems: dict[str, dict[str, dict]]) -> dict[str, list[list[str]]
     say) are compared on their first P ones.
     """
     first_system = next(iter(systems.values()))
+    # All systems get the same prompts, since some prompts allow more different answers than others.
     shared = []
     for prompt in first_system:
         if all(prompt in rows for rows in systems.values()):
@@ -256,6 +261,8 @@ def equal_sets(systems: dict[str, dict[str, dict]]) -> dict[str, list[list[str]]
         else:
             chosen[name] = list(rows.values())[:P]
         smallest[name] = min(len(row["responses"]) for row in chosen[name])
+    # A system with one answer to a prompt, such as a greedy one, is left out of the minimum: the
+    # others would keep one answer too.
     K = min((count for count in smallest.values() if count > 1), default=1)
 
     texts = {}
@@ -300,12 +307,13 @@ def measure(
     K = counts[0]
 
     # V counts the words of whole texts, also where these are cut afterwards.
-    tokens = [[tokenise(text, tokenizer) for text in row] for row in outputs]
+    tokens = []
+    for row in outputs:
+        tokens.append([tokenise(text, tokenizer) for text in row])
     if not vocab_size:
         vocab_size = default_vocabulary(flatten(tokens), tokenizer)
     if truncate:
-        tokens = [[text[:truncate] for text in row] for row in tokens]
-        outputs = [[join_tokens(text, tokenizer) for text in row] for row in tokens]
+        tokens, outputs = cut_texts(tokens, truncate, tokenizer)
 
     # What the models read: each text once for both protocols.
     embeddings = None
@@ -318,10 +326,12 @@ def measure(
             sentences.append([split_sentences(text, n_sentences, seed) for text in row])
 
     result = {"per_input": None, "across_input": None}
-    how = (vocab_size, nli, n_partners, seed)
+    settings = (vocab_size, nli, n_partners, seed)
     if K > 1 and per_input:
-        found = measure_sets(tokens, embeddings, sentences, *how)
-        result["per_input"] = {name: spread_over_inputs(x) for name, (x, _) in found.items()}
+        metrics = measure_sets(tokens, embeddings, sentences, *settings)
+        result["per_input"] = {}
+        for name, (values, _) in metrics.items():
+            result["per_input"][name] = spread_over_inputs(values)
     if P > 1:
         # The same outputs as K sets of P: the first outputs to all prompts, the second ones, ...
         tokens = transpose(tokens)
@@ -329,8 +339,10 @@ def measure(
             embeddings = embeddings.transpose(0, 1)
         if sentences is not None:
             sentences = transpose(sentences)
-        found = measure_sets(tokens, embeddings, sentences, *how)
-        result["across_input"] = {name: spread_across_inputs(*x) for name, x in found.items()}
+        metrics = measure_sets(tokens, embeddings, sentences, *settings)
+        result["across_input"] = {}
+        for name, (values, left_out) in metrics.items():
+            result["across_input"][name] = spread_across_inputs(values, left_out)
     return result
 
 
@@ -347,13 +359,15 @@ def measure_sets(
 
     tokens and sentences: G lists of S; embeddings [G, S, D].
     """
-    found = ngram_diversity(tokens, vocab_size)
+    metrics = ngram_diversity(tokens, vocab_size)
     if embeddings is not None:
-        found["embedding"] = embedding_diversity(embeddings)
+        metrics["embedding"] = embedding_diversity(embeddings)
     if sentences is not None:
+        # All pairs would take too long, so each text meets R others: the same places in every set.
         partner = draw_partners(len(sentences[0]), n_partners, seed)  # [S, R]
-        found["nli"] = nli_diversity(nli_of_pairs(sentences, partner, nli), partner)
-    return found
+        scores = nli_of_pairs(sentences, partner, nli)  # [G, S, R]
+        metrics["nli"] = nli_diversity(scores, partner)
+    return metrics
 
 
 def nli_of_pairs(sets: list[list[list[str]]], partner: np.ndarray, nli: Callable) -> np.ndarray:
@@ -361,6 +375,7 @@ def nli_of_pairs(sets: list[list[list[str]]], partner: np.ndarray, nli: Callable
 
     sets: G sets of S texts, each a list of sentences; partner [S, R] -> [G, S, R].
     """
+    # All sentence pairs go to the model in one list, so that it can batch them by length.
     sentence_pairs = []
     counts = []  # sentence pairs of each pair of texts
     for texts in sets:
@@ -394,6 +409,17 @@ def join_tokens(tokens: list, tokenizer=None) -> str:
     return tokenizer.decode(tokens)
 
 
+def cut_texts(tokens: list[list], length: int, tokenizer=None) -> tuple[list[list], list[list]]:
+    """Rows of token lists -> the first `length` tokens of each list, and the texts of these."""
+    cut_tokens = []
+    texts = []
+    for row in tokens:
+        cut_row = [text[:length] for text in row]
+        cut_tokens.append(cut_row)
+        texts.append([join_tokens(text, tokenizer) for text in cut_row])
+    return cut_tokens, texts
+
+
 def default_vocabulary(texts: list, tokenizer=None) -> int:
     """The tokenizer's vocabulary, or the number of different words in the texts."""
     if tokenizer is not None:
@@ -403,7 +429,10 @@ def default_vocabulary(texts: list, tokenizer=None) -> int:
 
 def flatten(rows: list[list]) -> list:
     """The items of all rows, one row after the other."""
-    return [item for row in rows for item in row]
+    items = []
+    for row in rows:
+        items.extend(row)
+    return items
 
 
 def transpose(rows: list[list]) -> list[list]:
@@ -433,7 +462,9 @@ def compare(
         given[name] = sum(len(row["responses"]) for row in rows)
         grouped[name] = group_by_prompt(rows)
     outputs = equal_sets(grouped)
-    sizes = {name: len(rows[0]) for name, rows in outputs.items()}  # outputs to a prompt
+    sizes = {}  # {name: outputs to a prompt}
+    for name, rows in outputs.items():
+        sizes[name] = len(rows[0])
     first_rows = next(iter(outputs.values()))
     P = len(first_rows)
     K = max(sizes.values())
@@ -443,7 +474,8 @@ def compare(
     tokens = {}  # {name: the tokens of each of its texts}
     for name, rows in outputs.items():
         tokens[name] = [tokenise(text, tokenizer) for text in flatten(rows)]
-    n_different = max(count_vocabulary(flatten(list(tokens.values()))), 1)
+    texts_of_all = flatten(list(tokens.values()))
+    n_different = max(count_vocabulary(texts_of_all), 1)
     if not vocab_size:
         vocab_size = n_different
         if tokenizer is not None:
@@ -454,6 +486,7 @@ def compare(
         "outputs",
     )
 
+    # All systems get the same V and tokenizer. "used" says how many outputs the equal sets hold.
     how = dict(how, vocab_size=vocab_size, tokenizer=tokenizer)
     result = {
         "prompts": P,
@@ -463,6 +496,7 @@ def compare(
         "systems": measure_each(outputs, simulated, how),
     }
     if truncate:
+        # n-gram figures fall with length, so the second list compares texts of about one length.
         length = truncated_length(truncate, tokens)
         cut = measure_each(outputs, simulated, dict(how, truncate=length))
         result["truncated"] = {"length": length, "systems": cut}
@@ -480,7 +514,9 @@ def measure_each(
         for protocol, spreads in measured.items():
             systems[name][protocol] = None
             if spreads is not None:
-                as_dicts = {metric: spread._asdict() for metric, spread in spreads.items()}
+                as_dicts = {}
+                for metric, spread in spreads.items():
+                    as_dicts[metric] = spread._asdict()
                 systems[name][protocol] = as_dicts
     return systems
 
@@ -503,9 +539,11 @@ def from_files(config, dist):
     kind = "a folder of sample_bon.py --from"
     dist.together(lambda: check_output(config.output_dir, is_our_folder, kind))
     check_models(config)
+    # The name of a system is the part of its path that tells it from the others.
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
     lock_folder(config.output_dir, dist)
+    # Only --best_of needs scores: without it files may have none.
     systems = {}
     for path in config.from_files:
         systems[names[path]] = read_outputs(path, config.columns, scores=config.best_of > 0)
@@ -523,11 +561,14 @@ def is_our_folder(path: str) -> bool:
     if FILE not in names:
         return not names
     stored = read_json(os.path.join(path, FILE))
-    return isinstance(stored, dict) and bool(stored.get("from_files")) and "systems" in stored
+    if not isinstance(stored, dict):
+        return False
+    return bool(stored.get("from_files")) and "systems" in stored
 
 
 def report(config, dist, systems: dict[str, list[dict]]) -> dict:
     """Measure {name: rows}, write OUTPUT_DIR/diversity.json and print the tables."""
+    # Each simulated best-of-n is a further system, beside the pool that it is drawn from.
     simulated = {}
     if config.best_of:
         for name, rows in systems.items():
@@ -557,6 +598,7 @@ def report(config, dist, systems: dict[str, list[dict]]) -> dict:
         seed=config.seed,
     )
 
+    # Figures can be compared only where these settings are the same, so the file holds them.
     settings = {flag.name: getattr(config, flag.name) for flag in fields(Flags)}
     settings["seed"] = config.seed
     os.makedirs(config.output_dir, exist_ok=True)
@@ -594,7 +636,11 @@ def table(result: dict, tokenizer: str = "") -> str:
 
 def lines_of_protocol(protocol: str, title: str, systems: dict[str, dict]) -> list[str]:
     """A title, a header and a line for each system that the protocol could measure, if any."""
-    rows = {name: system[protocol] for name, system in systems.items() if system[protocol]}
+    # A system with one output to a prompt has no figures per input, nor has a simulated one.
+    rows = {}
+    for name, system in systems.items():
+        if system[protocol]:
+            rows[name] = system[protocol]
     if not rows:
         return []
 

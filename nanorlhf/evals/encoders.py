@@ -122,6 +122,7 @@ class Reader:
 
     def tokenize(self, new) -> dict[str, list[list[int]]]:
         """Texts or pairs -> {field: a list for each}: the fields that the model's forward takes."""
+        # The tokenizer takes one list of texts, or one of premises and one of hypotheses.
         columns = [new]
         if isinstance(new[0], tuple):
             premises, hypotheses = zip(*new)
@@ -130,8 +131,8 @@ class Reader:
             *columns, truncation=True, max_length=self.limit, return_attention_mask=True
         )
 
-        # A text without any token becomes its end alone, or else one token of padding, which is read
-        # like a real one. Padding may have an embedding of zeros, which has no direction.
+        # A text without any token becomes its end alone, or else one token of padding, which is
+        # read like a real one. Padding may have an embedding of zeros, which has no direction.
         only_id = self.tokenizer.eos_token_id
         if only_id is None:
             only_id = self.tokenizer.pad_token_id or 0
@@ -142,8 +143,8 @@ class Reader:
             if name not in accepted:
                 continue
             fields[name] = []
-            for own in lists:
-                fields[name].append(own or of_empty.get(name, [0]))
+            for values in lists:
+                fields[name].append(values or of_empty.get(name, [0]))
         return fields
 
 

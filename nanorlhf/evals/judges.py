@@ -85,16 +85,19 @@ def by_rewards(specs: list[str], rows: list[dict], config, dist) -> dict[str, li
         to_score.append({"prompt": row["prompt"], "responses": different})
     scores = pool.score(to_score, specs, None, config, dist)
 
-    found = {}
+    scores_by_spec = {}
     for spec, name in zip(specs, reward_names(specs)):
+        # Each different text has one score. Here all answers get theirs, in the order of the pairs.
         sides = {"a": [], "b": []}
         for row, different, own_scores in zip(rows, texts, scores[name]):
             score_of = dict(zip(different, own_scores))
             for side, side_scores in sides.items():
                 for text in row[side]:
                     side_scores.append(score_of[text])
-        found[spec] = [torch.tensor(part, dtype=torch.float64) for part in sides.values()]
-    return found
+        scores_of_a = torch.tensor(sides["a"], dtype=torch.float64)  # [N]
+        scores_of_b = torch.tensor(sides["b"], dtype=torch.float64)
+        scores_by_spec[spec] = [scores_of_a, scores_of_b]
+    return scores_by_spec
 
 
 # ------------------------------------------------------------------------------- language models
@@ -133,7 +136,8 @@ def by_language_model(
     # What the summary and the last line of the run tell of the asking.
     choices = [known[key] for key in questions if key in known]
     n_left = len(questions) - len(choices)
-    if questions and not choices and not problem:
+    nothing_chosen = questions and not choices
+    if nothing_chosen and not problem:
         problem = f"no reply was a choice, the first one: {failures[0]}"
     first_chosen = None
     if choices:
@@ -159,6 +163,7 @@ def make_questions(spec: str, pairs: list[tuple[str, str, str]], config) -> tupl
     -> {key: (prompt, first, second)}, and for each pair [key with A first, key with B first], which
     is empty for the same text twice
     """
+    # A key is made of the judge and the whole question: with another --criterion all is asked anew.
     judge = name_judge(spec, config)
     questions = {}
     keys_of_pairs = []
@@ -218,6 +223,7 @@ def verdict(choices: list[int | None]) -> float:
     """
     if None in choices:
         return float("nan")
+    # [1, 2] is A's answer both times. [1, 1] and [2, 2] choose a place, not an answer.
     if choices == [1, 2]:
         return 1.0
     if choices == [2, 1]:
@@ -243,6 +249,7 @@ def collect(
     try:
         replies = ask(config, spec, texts, dist)
         for count, (i, reply) in enumerate(replies, start=1):
+            # A reply without a choice, or an exception in its place, is counted but not kept.
             choice = None
             if isinstance(reply, str):
                 choice = choice_of(reply)
@@ -318,14 +325,16 @@ def choose_locally(
             yield i, e
             continue
         input_ids = torch.tensor([prompt], device=policy.lm.device)
+        # With one question at a time there is no padding, so the last place predicts the reply.
         logits = policy.lm(input_ids=input_ids, logits_to_keep=1).logits[0, -1]  # [V]
         yield i, numbers[int(logits[ids].argmax())]
 
 
 def choice_of(reply: str) -> int | None:
     """A reply -> 1 or 2, or None where it is neither."""
+    # rpartition() gives the whole reply as the last part where there is no </think>.
     _, _, after_thinking = reply.rpartition("</think>")
-    found = CHOICE.fullmatch(after_thinking)
-    if found is None:
+    match = CHOICE.fullmatch(after_thinking)
+    if match is None:
         return None
-    return int(found[2])
+    return int(match[2])

@@ -125,6 +125,8 @@ def judge(config: JudgeConfig) -> dict:
     answers_a = read_answers(config.a, config.n_answers)
     answers_b = read_answers(config.b, config.n_answers)
     rows, counts = match_answers(answers_a, answers_b)
+    # The config is written before any judge is asked: choices come one by one into this folder, and
+    # it must say whose they are even if the run is cut off.
     os.makedirs(config.output_dir, exist_ok=True)
     write_json(os.path.join(config.output_dir, "config.json"), folder.config)
 
@@ -206,11 +208,12 @@ def read_answers(files: list[str], limit: int) -> dict[str, dict]:
                 f"{place}: a row must be an object with prompt and response, both strings "
                 "(or the prompt a list of messages)",
             )
+            # The prompt as text matches answers; rewards get it as it came, text or chat.
             chat_or_text = read_prompt(place, row["prompt"])
             prompt = show(chat_or_text)
             split = split_of_file or str(row.get("split") or "")
-            new = {"prompt": chat_or_text, "split": split, "responses": []}
-            entry = answers.setdefault(prompt, new)
+            new_entry = {"prompt": chat_or_text, "split": split, "responses": []}
+            entry = answers.setdefault(prompt, new_entry)
             require(
                 entry["split"] == split,
                 f"{place}: the prompt {prompt[:40]!r} is in the splits "
@@ -281,24 +284,29 @@ def summarise_judge(
     Returns {"splits": {split: win rate and more}, "gap": {other split: first less other}}. A split
     without a judged pair has its number of pairs, 0, and no gap.
     """
+    # A pair without a verdict is left out, not counted as a tie.
     judged = ~(a.isnan() | b.isnan())
     rows = {}
     draws = {}  # of a split's win rate: [resamples]
     for seed, split in enumerate(dict.fromkeys(splits)):
         in_split = torch.tensor([name == split for name in splits])
-        own = (judged & in_split).nonzero()[:, 0]
-        rows[split] = {"pairs": len(own)}
-        if len(own) == 0:
+        pairs = (judged & in_split).nonzero()[:, 0]
+        rows[split] = {"pairs": len(pairs)}
+        if len(pairs) == 0:
             continue
-        own_lengths = [words[own] for words in lengths]
+        split_a = a[pairs]
+        split_b = b[pairs]
+        split_prompts = prompts[pairs]
+        split_lengths = [words[pairs] for words in lengths]
         # Each split has a seed of its own: the gap is between two independent samples.
-        row, draws[split] = summarise_split(a[own], b[own], own_lengths, prompts[own], seed)
+        row, draws[split] = summarise_split(split_a, split_b, split_lengths, split_prompts, seed)
         rows[split] |= row
         if scored:
-            mean, draws_of_mean = mean_over_groups(a[own] - b[own], prompts[own], seed=seed)
+            mean, draws_of_mean = mean_over_groups(split_a - split_b, split_prompts, seed=seed)
             rows[split]["difference"] = mean.item()
             rows[split]["difference_interval"] = percentiles(draws_of_mean).tolist()
 
+    # The first split less each other one, such as in distribution less out of distribution.
     gaps = {}
     first = next(iter(rows))
     if first in draws:
@@ -315,6 +323,7 @@ def summarise_split(
 ) -> tuple[dict, Tensor]:
     """The judged pairs of one split -> its win rate and more, and draws of the win rate."""
     points = win_points(a, b)  # [N]
+    # Answers to one prompt are not independent, so whole prompts are drawn, with all their pairs.
     rate, draws = mean_over_groups(points, prompts, seed=seed)
     row = {
         "win_rate": rate.item(),
@@ -353,8 +362,8 @@ def table(summary: dict) -> str:
     width = max(len(spec) for spec in summary["judges"])
     header = f"  {'judge':{width}s}  {'split':12s}{'A over B':>8s}  {'95%':14s}"
     lines = [title, header + "   A won    tie  B won   A - B  longer won"]
-    for spec, found in summary["judges"].items():
-        lines += lines_of_judge(f"  {spec:{width}s}  ", found)
+    for spec, result in summary["judges"].items():
+        lines += lines_of_judge(f"  {spec:{width}s}  ", result)
 
     # The judge of length has judged all pairs, so its splits say how long all answers are.
     splits = summary["judges"][LONGER]["splits"].values()
@@ -366,26 +375,26 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def lines_of_judge(start: str, found: dict) -> list[str]:
+def lines_of_judge(start: str, result: dict) -> list[str]:
     """The lines of one judge's results; each begins with `start`, the judge's name."""
     lines = []
-    for split, row in found["splits"].items():
+    for split, row in result["splits"].items():
         lines.append(start + line_of_split(split, row))
-    first = next(iter(found["splits"]))
-    for other, row in found["gap"].items():
+    first = next(iter(result["splits"]))
+    for other, row in result["gap"].items():
         low, high = row["interval"]
         lines.append(
             f"{start}gap: {first} less {other} {row['gap']:+.1%} ({low:+.1%} to {high:+.1%})"
         )
 
     # Notes that a language model alone has.
-    if found.get("first_chosen") is not None:
-        share = f"{found['first_chosen']:.1%} of {found['questions']} questions"
+    if result.get("first_chosen") is not None:
+        share = f"{result['first_chosen']:.1%} of {result['questions']} questions"
         lines.append(f"{start}chose the first answer to {share}")
-    if found.get("unanswered"):
-        reason = found["reasons"][0]
+    if result.get("unanswered"):
+        reason = result["reasons"][0]
         lines.append(
-            f"{start}NOT JUDGED: {found['unanswered']} questions without a choice ({reason})"
+            f"{start}NOT JUDGED: {result['unanswered']} questions without a choice ({reason})"
         )
     return lines
 
@@ -420,8 +429,8 @@ def draw(figure, summary: dict):
         heights = []
         rates = []
         intervals = []
-        for height, found in enumerate(judges.values()):
-            row = found["splits"][split]
+        for height, result in enumerate(judges.values()):
+            row = result["splits"][split]
             if row["pairs"]:
                 heights.append(height + shift)
                 rates.append(row["win_rate"])

@@ -6,7 +6,7 @@
 A place is (layer, site), for example (3, "mlp"):
 
     x --+-- norm -- attention --+--  + --+-- norm -- MLP --+--  + --+--  x of the next block
-        |             "attention"    |   |            "mlp"     |   "residual": what leaves the block
+        |             "attention"    |   |            "mlp"     |    "residual": what leaves a block
         `----------------------------'   `----------------------'
 
 Blocks are found by blocks.py, and within a block its attention and its MLP by what they are, never
@@ -56,12 +56,14 @@ def module_at(lm, place: Place) -> nn.Module:
     if site == "residual":
         return block
 
+    # "mlp" is whatever has matrices and is not attention: a plain MLP, a gated one, experts.
     candidates = []
     for part in parts_with_matrices(block):
         # transformers calls an attention layer so in every architecture.
         is_attention = "attention" in type(part).__name__.lower()
         if is_attention == (site == "attention"):
             candidates.append(part)
+    # OPT's MLP is two layers that stand beside the attention: neither is the output of the whole.
     if len(candidates) != 1 or adds_the_residual(candidates[0]):
         kinds = ", ".join(type(child).__name__ for child in block.children())
         raise InputError(
@@ -117,17 +119,20 @@ def captured(lm, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
     """
     # All errors come before the first hook.
     modules = {place: module_at(lm, place) for place in places}
-    kept = {}
+    outputs = {}
 
+    # Each forward starts from nothing: where it fails, no output of the one before is left.
     def forget(module, args):
-        kept.clear()
+        outputs.clear()
 
+    # A function for each place: made in the loop below, all would keep to the last place.
     def keep_at(place):
         def keep(x):
-            kept[place] = x
+            outputs[place] = x
 
         return keep
 
+    # The stack removes every hook in the end, whatever goes wrong inside.
     with contextlib.ExitStack() as stack:
         # Code that was compiled before would not call the hooks.
         stack.enter_context(eager(lm))
@@ -136,7 +141,7 @@ def captured(lm, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
         for place, module in modules.items():
             hook = hook_output(module, keep_at(place))
             stack.callback(hook.remove)
-        yield kept
+        yield outputs
 
 
 @contextlib.contextmanager
@@ -144,12 +149,11 @@ def replaced(lm, place: Place, function: Callable[[Tensor], Tensor]) -> Iterator
     """A context in which function(x [B, T, D]) -> [B, T, D] takes the place of an output.
 
     That is so in every forward, also in rollouts: once for the prompts, each distinct one a row,
-    then once a token (T = 1).
-    torch.zeros_like switches the place off (zero ablation). Contexts can be nested; an inner one at
-    the same place is given what the outer one made. InputError: module_at; ValueError: another
-    shape. Pitfalls: the function also sees padding, so it must treat tokens one by one; a rollout
-    on a CPU calls it in inference mode; a value of the GPU that it waits for (.item()) keeps decode
-    steps from being captured as a graph.
+    then once a token (T = 1). torch.zeros_like switches the place off (zero ablation). Contexts can
+    be nested; an inner one at the same place is given what the outer one made. InputError:
+    module_at; ValueError: another shape. Pitfalls: the function also sees padding, so it must treat
+    tokens one by one; a rollout on a CPU calls it in inference mode; a value of the GPU that it
+    waits for (.item()) keeps decode steps from being captured as a graph.
     """
 
     def replace(x):
@@ -159,8 +163,10 @@ def replaced(lm, place: Place, function: Callable[[Tensor], Tensor]) -> Iterator
                 f"the replacement at {place_name(place)} is {list(new.shape)}, "
                 f"the output {list(x.shape)}"
             )
+        # A function may compute in float32, as autoencoders do. The model goes on in its own type.
         return new.to(x.dtype)
 
+    # Compiled code would not call the hook.
     module = module_at(lm, place)
     with eager(lm):
         hook = hook_output(module, replace)
@@ -197,9 +203,10 @@ def activations(lm, ids: Tensor, places: Iterable[Place]) -> dict[Place, Tensor]
     No block above the highest place runs. Dropout is the caller's: call lm.eval() first.
     InputError: module_at.
     """
+    # The list of blocks is cut behind the highest place for the length of this forward.
     parent, name, layers = block_list(lm)
     highest = max(layer for layer, _ in places)
-    with captured(lm, places) as kept:
+    with captured(lm, places) as outputs:
         with swapped(parent, name, layers[: highest + 1]):
             lm.base_model(input_ids=ids, use_cache=False)
-    return dict(kept)
+    return dict(outputs)

@@ -5,7 +5,10 @@
     nanorlhf.json                what PEFT has no place for: a reward model's mean, and the base
                                  model's folder as seen from this one
 
-The base model stays where it is: a folder names it and does not hold it.
+The base model stays where it is: a folder names it and does not hold it. It may be an adapter
+folder itself, as when PPO starts from a policy that SFT trained with LoRA:
+
+    runs/ppo/model (adapter) -> runs/sft/model (adapter) -> a folder or hub name with the weights
 """
 
 import os
@@ -34,7 +37,8 @@ PREFIX = "base_model.model."  # of PEFT's tensor names
 UNDERSTOOD = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout",
     "target_modules", "modules_to_save", "bias", "init_lora_weights", "fan_in_fan_out",
-    "inference_mode", "peft_version", "revision", "auto_mapping", "megatron_core", "qalora_group_size",
+    "inference_mode", "peft_version", "revision", "auto_mapping", "megatron_core",
+    "qalora_group_size",
 }  # fmt: skip
 
 # The types of fields that are read here; see files.is_of_type.
@@ -91,10 +95,13 @@ def save_model(lm, path: str):
     if dtype == torch.float32:
         lm.save_pretrained(path)
         return
+
+    # Copies are rounded, and the model in memory stays as it is.
     # Tied weights are one tensor under two names, and stay one.
     rounded = {}  # {where a tensor lies in memory: the tensor in `dtype`}
     tensors = {}
     for name, tensor in lm.state_dict().items():
+        # Masks and counters among the buffers are no weights.
         if not tensor.is_floating_point():
             tensors[name] = tensor
             continue
@@ -103,7 +110,8 @@ def save_model(lm, path: str):
             rounded[place] = tensor.to(dtype)
         tensors[name] = rounded[place]
     lm.save_pretrained(path, state_dict=tensors)
-    # save_pretrained writes down the type of the model in memory.
+
+    # save_pretrained writes down the type of the model in memory, and not that of these tensors.
     file = os.path.join(path, "config.json")
     config = read_object(file)
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -124,6 +132,8 @@ def save_adapter(lm, path: str, base: str):
     os.makedirs(path, exist_ok=True)
     save_file(tensors_to_save(lm), os.path.join(path, WEIGHTS), {"format": "pt"})
 
+    # PEFT's config has one field for the base, so the way to it from here goes into the notes:
+    # {"base": "../../sft/model", "reward_mean": 0.3, "reward_std": 1.7}. A hub name needs none.
     notes = {}
     if os.path.isdir(base):
         notes["base"] = os.path.relpath(base, path)
@@ -141,6 +151,7 @@ def tensors_to_save(lm) -> dict[str, torch.Tensor]:
     for name, layer in adapters(lm).items():
         parameters[f"{name}.lora_A.weight"] = layer.lora_A
         parameters[f"{name}.lora_B.weight"] = layer.lora_B
+    # A classifier's head is trained in full, so all of it is saved.
     for head in heads_of(lm):
         for name, p in getattr(lm, head).named_parameters():
             parameters[f"{head}.{name}"] = p
@@ -151,24 +162,27 @@ def config_to_save(lm, base: str) -> dict:
     """The content of adapter_config.json. All adapters of a model have one rank and one alpha."""
     layers = adapters(lm)
     heads = heads_of(lm)
-    one = next(iter(layers.values()))
-    alpha = one.alpha
+    first = next(iter(layers.values()))
+    # 16.0 is written as 16, which is what PEFT writes.
+    alpha = first.alpha
     if alpha == int(alpha):
         alpha = int(alpha)
+    # For PEFT: GPT-2's weights are stored as [in, out], and merging must turn B A.
+    any_conv = any(isinstance(layer.base_layer, Conv1D) for layer in layers.values())
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
         "inference_mode": True,
         "revision": None,
         "base_model_name_or_path": base,
-        "r": len(one.lora_A),
+        "r": len(first.lora_A),
         "lora_alpha": alpha,
-        "lora_dropout": one.dropout.p,
+        "lora_dropout": first.dropout.p,
         "target_modules": sorted(layers),
         "modules_to_save": heads or None,
         "bias": "none",
         "init_lora_weights": True,
-        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any_conv,
         "use_rslora": False,
         "use_dora": False,
         "rank_pattern": {},
@@ -192,6 +206,8 @@ def read_config(path: str) -> dict:
     not back.
     """
     config = read_one_config(path)
+    # Go down the chain of bases until there is a model. Whoever loads it would go round for ever
+    # where two adapters name each other.
     base = resolve_base(config)
     seen = {os.path.realpath(path)}
     while is_adapter(base):
@@ -221,14 +237,17 @@ def read_one_config(path: str) -> dict:
     notes = read_notes(path)
     base = config["base_model_name_or_path"]
     if not os.path.isdir(base):
+        # "?" stands for a place that does not exist: without a note nothing lies beside.
         beside = os.path.join(path, notes.get("base") or "?")
         if os.path.isdir(beside):
             config["base_model_name_or_path"] = os.path.normpath(beside)
+        # An absolute path cannot be a hub name; any other name may be one.
         elif os.path.isabs(base):
             raise InputError(
                 f"{path}: its base model {base} is gone; write its new place into {CONFIG} "
                 "(base_model_name_or_path)"
             )
+        # Without it the hub would give the newest version, for which A and B were not trained.
         elif config.get("revision"):
             config["base_model_name_or_path"] = download(base, config["revision"])
     return config
@@ -246,6 +265,7 @@ def check_adapter_config(config: dict, file: str):
     if peft_type != "LORA":
         raise InputError(f"{file}: no LoRA adapter (its peft_type is {shorten(peft_type)})")
     check_fields(config, FIELDS, file)
+    # Each has the right type by now. It could still be 0 or empty.
     for name in ("r", "lora_alpha", "target_modules", "base_model_name_or_path"):
         require(config[name], f"{file}: {name} cannot be {config[name]!r}")
     rank = config["r"]
@@ -262,6 +282,7 @@ def check_adapter_config(config: dict, file: str):
 
 def find_unsupported(config: dict) -> str | None:
     """The first field of adapter_config.json that changes the adapter in ways unknown here."""
+    # PEFT writes all of its options into every file; one that is off is null, false or empty.
     for name, value in config.items():
         if value and name not in UNDERSTOOD:
             return name
@@ -270,6 +291,7 @@ def find_unsupported(config: dict) -> str | None:
     # Any other start, such as "pissa", changes the weights of the base model.
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         return "init_lora_weights"
+    # Of modules that were trained in full, heads alone are put in place here.
     saved_whole = config.get("modules_to_save") or []
     if not set(saved_whole) <= set(HEADS):
         return "modules_to_save"
@@ -294,8 +316,11 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
     """
     file = os.path.join(path, WEIGHTS)
     tensors = read_file(file)
+    # Each must hold finite floating-point numbers. Shapes are compared with the model's later.
     any_shape = dict.fromkeys(tensors)
     check_tensors(tensors, any_shape, file)
+
+    # base_model.model.layers.0.mlp.lora_A.weight -> layers.0.mlp.lora_A.weight
     by_name = {}
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix(PREFIX)
@@ -318,13 +343,16 @@ def load_adapter(lm, path: str):
     """
     config = read_config(path)
     tensors = read_tensors(path)
+    # The layers for which the file has tensors: {"layers.0.mlp", ...}.
     adapted = {layer_of(name) for name in tensors if ".lora_" in name}
     # A reward model has no LM head, and needs no adapter on it.
     unused = {layer for layer in adapted if "." not in layer and not hasattr(lm, layer)}
     adapted -= unused
     heads = {}
     if config.get("task_type") == "SEQ_CLS":
-        heads = {name: p for name, p in lm.named_parameters() if name.split(".")[0] in HEADS}
+        for name, p in lm.named_parameters():
+            if name.split(".")[0] in HEADS:
+                heads[name] = p
 
     # Each tensor that the config speaks of is there, in the shape that the model has room for.
     expected = expected_shapes(lm, config, adapted, path)
@@ -335,12 +363,14 @@ def load_adapter(lm, path: str):
         has_place = name in expected or layer_of(name) in unused
         require(has_place, f"{path}: the tensor {name} has no place in {type(lm).__name__}")
 
+    # Everything fits: from here on the model is changed.
     for layer in sorted(adapted):
         lora_A = tensors[f"{layer}.lora_A.weight"]
         lora_B = tensors[f"{layer}.lora_B.weight"]
         put_adapter(lm, layer, lora_A, lora_B, config["lora_alpha"], config["lora_dropout"])
     for name, p in heads.items():
         p.data.copy_(tensors[name])
+    # The scale of a reward model's scores, which its config would hold if it had been saved whole.
     notes = read_notes(path)
     for name in SCALE:
         if notes.get(name) is not None:
@@ -359,6 +389,8 @@ def expected_shapes(lm, config: dict, adapted: set[str], path: str) -> dict[str,
     InputError: the model has no such layer, or the config does not name it.
     """
     linears = matching(lm, ".*")
+    # Both ways of disagreement are errors: a layer that is named without tensors is found by
+    # check_shapes(), and tensors without a name for their layer are found below.
     targets = set(matching(lm, config["target_modules"]))
     rank = config["r"]
     expected = {}
@@ -381,10 +413,11 @@ def check_shapes(tensors: dict[str, torch.Tensor], expected: dict[str, tuple], p
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"{path}: the adapter lacks {name}")
-        found = tuple(tensors[name].shape)
-        if found != shape:
+        saved_shape = list(tensors[name].shape)
+        model_shape = list(shape)
+        if saved_shape != model_shape:
             raise InputError(
-                f"{path}: an adapter for another model: {name} is {list(found)}, not {list(shape)}"
+                f"{path}: an adapter for another model: {name} is {saved_shape}, not {model_shape}"
             )
 
 
@@ -396,7 +429,8 @@ def load_merged(load: Callable, auto: type, path: str, new_head: bool, **kwargs)
     """
     config = read_config(path)
     is_classifier = config.get("task_type") == "SEQ_CLS"
-    # A bare trunk, for a value model, comes out of the model that the adapter is for.
+    # A bare trunk, for a value model, comes out of the model that the adapter is for: the adapter's
+    # tensors have the names that layers have in there.
     if auto is transformers.AutoModel:
         whole = transformers.AutoModelForCausalLM
         if is_classifier:
@@ -405,9 +439,11 @@ def load_merged(load: Callable, auto: type, path: str, new_head: bool, **kwargs)
     if is_classifier and auto is transformers.AutoModelForCausalLM:
         raise InputError(f"{path}: the adapter of a reward model, not of a policy")
 
+    # The base may be a causal LM: the score head that it is given has the adapter's labels.
     head = read_tensors(path).get("score.weight")  # [labels, D]
     if head is not None:
         kwargs = {"num_labels": len(head), **kwargs}
+    # A new head may be missing from the base: load_adapter() fills it.
     base = load(auto, config["base_model_name_or_path"], new_head or is_classifier, **kwargs)
     lm = merge(load_adapter(base, path))
     # An adapter that is trained next has this folder for its base.

@@ -1,4 +1,4 @@
-"""Inside a Hugging Face model: its decoder blocks, freezing them, and running frozen ones only once.
+"""Inside a Hugging Face model: its decoder blocks, freezing them, running frozen ones only once.
 
     B sequences, T tokens, D hidden, L blocks, n of them frozen
 
@@ -6,10 +6,10 @@ A frozen block maps the same tokens to the same hidden states for ever. So the f
 once over a rollout, and what leaves it is handed to the blocks above, of the policy in every epoch
 and of the reference alike:
 
-    tokens -> embeddings -> blocks 0 .. n-1 -> stored [B, T, D] -+-> blocks n .. L-1 of the policy
-               (frozen, run once a rollout)                      |   (trained)
-                                                                 `-> blocks n .. L-1 of the reference
-                                                                     (a copy)
+    tokens -> embeddings, blocks 0 .. n-1 -> stored [B, T, D] -+-> blocks n .. L-1 of the policy
+              (frozen, run once a rollout)                     |   (trained)
+                                                               `-> blocks n .. L-1 of the reference
+                                                                   (a copy)
 """
 
 import contextlib
@@ -27,6 +27,8 @@ def block_list(lm) -> tuple[nn.Module, str, nn.ModuleList]:
 
     They are the first ModuleList with one entry for each layer of the config.
     """
+    # LLaMA has it at model.layers, GPT-2 at transformer.h, OPT at model.decoder.layers: the length
+    # tells it, not the name.
     n_layers = lm.config.get_text_config().num_hidden_layers
     for module in lm.base_model.modules():
         for name, child in module.named_children():
@@ -55,10 +57,13 @@ def freeze(lm, fraction: float) -> str:
         return "everything is trained"
     layers = blocks(lm)
     n = int(fraction * len(layers))
+    # Token embeddings and learned positions: with them trained, what the frozen blocks read would
+    # change, and so what leaves them.
     embeddings = [m for m in lm.base_model.modules() if isinstance(m, nn.Embedding)]
     for module in [*embeddings, *layers[:n]]:
         module.requires_grad_(False)
 
+    # One tensor is both, so a user who wants the head trained must hear that it is not.
     note = f"embeddings and the bottom {n} of {len(layers)} blocks are frozen"
     head = lm.get_output_embeddings()
     if head is not None and any(head.weight is module.weight for module in embeddings):
@@ -82,11 +87,13 @@ def speed_up(lm, device: torch.device, dtype: str, compile: bool = False):
     Results change by float error.
     """
     lm.compiled = compile
+    # What sampling() goes back to.
     lm.attention = lm.config._attn_implementation
     # In bfloat16 on a CPU the backward pass of torch's fused attention takes 2 to 4 times as long
     # as that of plain matrix products.
     if device.type == "cpu" and dtype == "bfloat16":
         lm.set_attn_implementation("eager")
+    # Block by block: one graph of a deep model would take far longer to compile.
     if compile:
         for block in blocks(lm):
             block.compile()
@@ -111,6 +118,8 @@ def eager(lm) -> Iterator[None]:
     if not getattr(lm, "compiled", False):
         yield
         return
+    # Two things are compiled: the blocks, which torch itself leaves uncompiled in here, and what
+    # asks for lm.compiled, such as compiled() and the rollout's loop.
     lm.compiled = False
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -138,6 +147,7 @@ def compiled_code_aside(lm) -> Iterator[None]:
     layers = []
     if getattr(lm, "compiled", False):
         layers = list(blocks(lm))
+    # block.compile() puts its code there, and a call of the block prefers it to forward().
     compiled = [block._compiled_call_impl for block in layers]
     try:
         for block in layers:
@@ -151,14 +161,14 @@ def compiled_code_aside(lm) -> Iterator[None]:
 @contextlib.contextmanager
 def attention_is(lm, implementation: str) -> Iterator[None]:
     """A context in which the model's attention is computed by one of transformers' functions."""
-    own = lm.config._attn_implementation
+    usual = lm.config._attn_implementation
     try:
-        if implementation != own:
+        if implementation != usual:
             lm.set_attn_implementation(implementation)
         yield
     finally:
-        if implementation != own:
-            lm.set_attn_implementation(own)
+        if implementation != usual:
+            lm.set_attn_implementation(usual)
 
 
 # ------------------------------------------------------------------------------ the frozen trunk
@@ -190,6 +200,7 @@ class FrozenTrunk:
 
         # Something below the last frozen block may be trained (embeddings, a norm on them), and in
         # some architectures the upper blocks read more than the hidden states.
+        # Both are found out by a small run, since no config tells them.
         ids = torch.tensor([[1, 2]], device=next(lm.parameters()).device)
         is_trained_below = self.bottom(lm, ids).requires_grad
         if is_trained_below or not self.same(lm, ids):
@@ -198,6 +209,7 @@ class FrozenTrunk:
     @torch.no_grad()
     def same(self, lm, ids: torch.Tensor) -> bool:
         """Whether the blocks above, run on what was stored, give what the whole model gives."""
+        # The trunk for itself, then the upper blocks on its output.
         with self.stored(lm, self.run(lm, ids)):
             split = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         whole = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -223,6 +235,7 @@ class FrozenTrunk:
 
         hook = layers[self.n - 1].register_forward_hook(keep)
         try:
+            # The model with n blocks alone. Its last norm runs too, on what is not used.
             with swapped(parent, name, layers[: self.n]):
                 lm.base_model(input_ids=ids, use_cache=False)
         finally:
@@ -237,9 +250,12 @@ class FrozenTrunk:
         Only the blocks above them run.
         """
         parent, name, layers = block_list(lm)
-        stand_in = Stored((hidden,) if self.tuples else hidden)
-        # One stand-in for each frozen block: every one of them puts out what the last would.
-        return swapped(parent, name, nn.ModuleList([stand_in] * self.n + list(layers[self.n :])))
+        output = (hidden,) if self.tuples else hidden
+        stand_in = Stored(output)
+        # One stand-in for each frozen block: every one of them puts out what the last would. So the
+        # list keeps its length, and the blocks above keep their numbers.
+        upper = list(layers[self.n :])
+        return swapped(parent, name, nn.ModuleList([stand_in] * self.n + upper))
 
 
 def count_frozen(layers: nn.ModuleList) -> int:
@@ -255,9 +271,9 @@ def count_frozen(layers: nn.ModuleList) -> int:
 @contextlib.contextmanager
 def swapped(parent: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
     """A context in which parent.name is `child`."""
-    own = getattr(parent, name)
+    usual = getattr(parent, name)
     setattr(parent, name, child)
     try:
         yield
     finally:
-        setattr(parent, name, own)
+        setattr(parent, name, usual)

@@ -21,6 +21,8 @@ it faster:
 
 A captured step reads and writes fixed addresses. What lies there stays allocated between rollouts,
 while PPO updates: the cache, the copies, and a step's temporaries.
+
+Read decode.py first; then decode_compiled() and Decoder here, then what they call.
 """
 
 import math
@@ -78,14 +80,18 @@ def decode_compiled(
     model = sampler.model
     P = ids.shape[1]
     try:
+        # The casts come first: describe_step() compares the addresses that steps will read.
         with cast_linear(model, ids.device.type):
             decoder = find_decoder(sampler, u, P + u.shape[1])
+            # The prompts go through the blocks as they are written: their shape is their own.
             decoder.begin(ids, mask, u)
             with compiled_blocks(model.lm, decoder.window, decoder.layers):
                 n_written = decoder.go_on(P)
     except BaseException:
+        # A decoder whose rollout broke off may be half made.
         model.decoders.clear()
         raise
+    # Copies: the decoder's own tensors are written again in the next rollout.
     for name, tokens in decoder.out.items():
         out[name][:, :n_written] = tokens[:, :n_written]
     finished.copy_(decoder.finished)
@@ -105,16 +111,17 @@ def find_decoder(sampler, u: Tensor, n_columns: int) -> "Decoder":
     u [B, R]; n_columns: how many the cache needs. One with a larger cache will do, since a step
     reads no more columns than it must.
     """
-    kept = sampler.model.decoders  # {description: decoder}, the one used last at the end
+    decoders = sampler.model.decoders  # {description: decoder}, the one used last at the end
     key = describe_step(sampler, u)
-    decoder = kept.pop(key, None)
+    # It is taken out and put back, which makes it the one used last.
+    decoder = decoders.pop(key, None)
     if decoder is None or decoder.visible.shape[1] < n_columns:
         # What is not kept gives up its memory before a new cache takes more.
         decoder = None
-        while len(kept) >= KEPT:
-            del kept[next(iter(kept))]
+        while len(decoders) >= KEPT:
+            del decoders[next(iter(decoders))]
         decoder = Decoder(sampler, *u.shape, round_up(n_columns, BUCKET), u.device)
-    kept[key] = decoder
+    decoders[key] = decoder
     return decoder
 
 
@@ -124,6 +131,7 @@ def describe_step(sampler, u: Tensor) -> tuple:
     Under autocast linear layers have other addresses: those of their copies.
     """
     model = sampler.model
+    # Tensors are told apart by their content: a sampler is made anew for every rollout.
     end_ids = None
     if sampler.end_ids is not None:
         end_ids = tuple(sampler.end_ids.tolist())
@@ -148,7 +156,7 @@ class Decoder:
 
     def __init__(self, sampler, B: int, R: int, C: int, device: torch.device):
         self.sampler = sampler
-        self.layers = None
+        self.layers = None  # made when the first prompts show the sizes of keys and values
         self.steps = {}
         self.pool = None  # the memory of all captured steps
         if device.type == "cuda":
@@ -171,11 +179,14 @@ class Decoder:
         """Read the prompts, ids and mask [B, P], and write the first token of each row."""
         P = ids.shape[1]
         lm = self.sampler.model.lm
+        # The blocks as they are written want a cache of all layers. It is gone after this.
         prompt_cache = static_cache(lm, round_up(P, ALIGNMENT))
         hidden = read_prompts(lm, ids, mask, prompt_cache)  # [B, D]
 
         if self.layers is None:
             self.layers = [self.make_room(layer) for layer in prompt_cache.layers]
+        # Columns from P on still hold the last rollout's keys. No token sees them before they are
+        # written anew.
         for (keys, values), layer in zip(self.layers, prompt_cache.layers):
             keys[:, :, :P] = layer.keys[:, :, :P]
             values[:, :, :P] = layer.values[:, :, :P]
@@ -183,6 +194,8 @@ class Decoder:
         # transformers hides the columns to the right of the window's column.
         self.visible[:, :P] = mask
         self.visible[:, P:] = True
+        # Filled in place, never replaced: captured steps read these addresses. The newest token is
+        # the prompt's last, in column P - 1; write() then moves on by one.
         self.token.copy_(ids[:, -1:])
         self.position.copy_(count_positions(mask)[:, -1:])
         self.window.column.fill_(P - 1)
@@ -229,9 +242,11 @@ class Decoder:
         has_end = self.sampler.end_ids is not None
         t = 1
         while t < R:
+            # Each look waits for the GPU.
             if has_end and t % CHECK_EVERY == 0 and self.finished.all():
                 break
-            # The token that is read stands at column P + t - 1.
+            # The token that is read stands at column P + t - 1, so P + t columns are needed. They
+            # are rounded up, since each width needs a captured step of its own.
             n = round_up(P + t, BUCKET)
             self.window.n = n
             if n in self.steps:
@@ -249,6 +264,7 @@ class Decoder:
         """
         # The first one may compile. That waits for the GPU, as a captured step must not.
         self.step()
+        # capture() counts the step above, as it counts the prompts' token in decode_static().
         step, taken = capture(self.step, n_steps, self.token.device, self.pool)
         # With few steps left, and on a CPU, there was no warm-up: nothing was captured.
         if taken > 1:
@@ -268,6 +284,7 @@ class Window(Cache):
     is_compileable = True
 
     def __init__(self, n: int, device: torch.device):
+        # The one layer is never filled: transformers looks at its kind to make the mask.
         super().__init__(layers=[StaticLayer(max_cache_len=n)])
         self.n = n
         self.column = torch.zeros(1, dtype=torch.long, device=device)
@@ -299,11 +316,13 @@ def compiled_blocks(lm, window: Window, layers: list[tuple[Tensor, Tensor]]) -> 
 
     layers: the keys and values of each block, which `window` shows it.
     """
+    # SDPA would copy the cache (one_token_attention). Other kinds of attention stay as they are.
     attention = lm.config._attn_implementation
     if attention == "sdpa" and lm._can_set_attn_implementation():
         register_one_token_attention()
         attention = "one_token"
 
+    # An attention layer asks the cache for "my keys" by its number, layer_idx.
     numbered = [module for module in lm.modules() if hasattr(module, "layer_idx")]
     numbers = [module.layer_idx for module in numbered]
     own_forwards = [block.__dict__.get("forward") for block in blocks(lm)]
@@ -311,6 +330,8 @@ def compiled_blocks(lm, window: Window, layers: list[tuple[Tensor, Tensor]]) -> 
         # The window ignores these numbers, but torch.compile may ask that each is what it was.
         for module in numbered:
             module.layer_idx = 0
+        # run_block() takes the place of each forward. It knows the one that it hides, and which
+        # layer of the cache is the block's.
         for block, layer in zip(blocks(lm), layers, strict=True):
             block.forward = partial(run_block, block.forward, window, layer)
         with attention_is(lm, attention):
@@ -356,6 +377,7 @@ def one_token_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    # Query heads that share a key stand side by side: H = H_k * (heads of a group).
     B, H, _, d = query.shape
     rows = query.reshape(B, key.shape[1], -1, d)
     # Without the module it does not know that heads share a key.
@@ -395,17 +417,18 @@ def cast_linear(model, device_type: str) -> Iterator[None]:
     if model.linear_copies is None:
         model.linear_copies = make_copies(model.lm, dtype)
 
-    own = []
+    # What the update has changed is cast anew, into the same memory.
+    master_weights = []
     for layer, name, copy in model.linear_copies:
         weight = layer._parameters[name]
         copy.copy_(weight)
-        own.append(weight)
+        master_weights.append(weight)
     try:
         for layer, name, copy in model.linear_copies:
             layer._parameters[name] = copy
         yield
     finally:
-        for (layer, name, _), weight in zip(model.linear_copies, own):
+        for (layer, name, _), weight in zip(model.linear_copies, master_weights):
             layer._parameters[name] = weight
 
 
@@ -419,6 +442,7 @@ def make_copies(lm, dtype: torch.dtype) -> list[tuple[nn.Module, str, nn.Paramet
     for layer in lm.modules():
         if type(layer) not in (nn.Linear, Conv1D):
             continue
+        # Frozen layers may be in bfloat16 already (lora.cast_frozen).
         for name, p in layer.named_parameters(recurse=False):
             if p.dtype != dtype:
                 copy = nn.Parameter(p.detach().to(dtype), requires_grad=False)

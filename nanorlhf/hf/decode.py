@@ -1,7 +1,7 @@
 """The two decode loops behind rollout.generate(), which write the same responses.
 
     B sequences (b still being written), P prompt tokens (left-padded), R response tokens, t of them
-    written so far, C columns of a cache, D hidden
+    written so far, C columns of a cache (one for each token of a row), D hidden
 
 On a CPU arithmetic is dear: decode() lets attention read only the columns written so far, and drops
 rows that have finished. On a GPU launching kernels is dear: decode_static() keeps all shapes, lets
@@ -52,10 +52,13 @@ class RoomyLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         """Write the keys and values of new tokens, and return those of all tokens so far."""
         begin = self.get_seq_length()
+        # The room is made at the first update: only the states tell the number of heads, the size
+        # of each and the type.
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.key_room = self.make_room(key_states)
             self.value_room = self.make_room(value_states)
+        # P tokens at once for the prompts, then one a step.
         end = begin + key_states.shape[2]
         self.key_room[:, :, begin:end] = key_states
         self.value_room[:, :, begin:end] = value_states
@@ -75,7 +78,8 @@ class RoomyLayer(DynamicLayer):
     def reorder_cache(self, rows):
         """Hold these rows in this order. A row may come several times, or not at all."""
         end = self.get_seq_length()
-        self.key_room = self.key_room[rows]
+        # The views show the old rooms until they are made anew.
+        self.key_room = self.key_room[rows]  # [len(rows), heads, length, D/heads]
         self.value_room = self.value_room[rows]
         self.show_columns(end)
 
@@ -97,8 +101,8 @@ class KeyValueCache(Cache):
 
 @contextmanager
 def decoding(model, device_type: str, n_rows: int):
-    """The mode for sampling n_rows responses: dropout off, little overhead for an operator, and what
-    a weight needs before a product is done once a rollout rather than once a token.
+    """A context for sampling n_rows responses: dropout is off, operators cost little overhead, and
+    weights are cast and laid out once a rollout rather than once a token.
 
     Autocast keeps the bfloat16 copy of a weight for the length of its context, but only if the
     weight requires grad: so all weights do in here. On a CPU large weights are laid out for few
@@ -113,6 +117,8 @@ def decoding(model, device_type: str, n_rows: int):
     mode = torch.no_grad()
     layout = nullcontext()
     if autocast_dtype(device_type):
+        # Autocast makes its copies inside the loop, so this cannot be inference mode. It keeps
+        # those of weights that require grad alone.
         for p in parameters:
             if p.is_floating_point() and not p.requires_grad:
                 frozen.append(p)
@@ -162,6 +168,7 @@ def read_prompts(lm, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     distinct_ids, distinct_mask = distinct.chunk(2, dim=1)  # [n, P] both
     distinct_mask = distinct_mask.bool()
 
+    # The trunk alone: of a whole prompt only the last token needs logits.
     trunk = lm.base_model(
         input_ids=distinct_ids,
         attention_mask=distinct_mask,
@@ -169,10 +176,13 @@ def read_prompts(lm, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         past_key_values=cache,
         use_cache=True,
     )
+    # Mamba and the like keep a state of another kind and ignore the cache that they are given.
     if getattr(trunk, "past_key_values", None) is not cache:
         raise InputError(f"{type(lm).__name__} keeps no key-value cache that rollouts could use")
+    # Padding is on the left, so the last column is the last real token of every row.
     hidden = trunk.last_hidden_state[:, -1]  # [n, D]
 
+    # One row for each distinct prompt becomes one row for each answer.
     if len(distinct) < len(rows):
         cache.reorder_cache(prompt_of_row)
         hidden = hidden[prompt_of_row]
@@ -180,7 +190,13 @@ def read_prompts(lm, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
 
 
 def count_positions(mask: Tensor) -> Tensor:
-    """The position of every token: its padding on the left does not count. [B, P] -> [B, P]"""
+    """The position of every token: its padding on the left does not count. [B, P] -> [B, P]
+
+    Of a row with two padding tokens:
+
+        mask      0 0 1 1 1
+        position  0 0 0 1 2
+    """
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
@@ -210,15 +226,16 @@ def decode(
 
     token = ids[:, -1:]  # [b, 1]: the newest token of each row
     position = count_positions(mask)[:, -1:]  # [b, 1]
-    # From here on a query is one token, which may see every real column. Where the model can read
-    # an additive mask, it is made once here; transformers would make it anew in every step.
+    # From here on a query is one token, which may see every real column: without padding it needs
+    # no mask. Where the model can read an additive mask, it is made once here; transformers would
+    # make it anew in every step.
     visible = torch.cat([mask, mask.new_ones(len(ids), R)], 1)  # [b, P + R]
     if has_padding and reads_plain_mask(lm, cache):
         zeros = torch.zeros(visible.shape, device=ids.device)
         visible = zeros.masked_fill(~visible, -torch.inf)[:, None, None]  # [b, 1, 1, P + R]
 
     for t in range(R):
-        # Read the newest token; those of the prompts have been read.
+        # Read the newest token of each row. At t = 0 that is the prompt's, which has been read.
         if t > 0:
             attention_mask = None
             if has_padding:
@@ -232,7 +249,8 @@ def decode(
             )
             hidden = trunk.last_hidden_state[:, -1]  # [b, D]
 
-        # Choose a token for each row.
+        # Choose a token for each row. `live` keeps u and out whole while the batch shrinks: a row
+        # has its own random numbers wherever it stands, so dropping others cannot change it.
         new = sampler(hidden, u[live, t])
         for name, value in new.items():
             out[name][live, t] = value
@@ -242,6 +260,7 @@ def decode(
         # Without an EOS no row ever finishes.
         if sampler.end_ids is None:
             continue
+        # A finished row may stay in the batch for a while: what it writes is cut off afterwards.
         finished[live] |= sampler.is_end(token[:, 0])
         going = (~finished[live]).nonzero()[:, 0]  # places in the running batch
         if len(going) == 0:
@@ -262,6 +281,7 @@ def growing_cache(lm, length: int) -> KeyValueCache:
     Only plain layers are replaced; sliding windows and linear attention keep transformers' own.
     """
     layers = []
+    # From the config transformers knows which kind of layer each block needs.
     for layer in DynamicCache(config=lm.config).layers:
         if type(layer) is DynamicLayer:
             layer = RoomyLayer(length)
@@ -277,8 +297,11 @@ def reads_plain_mask(lm, cache: Cache) -> bool:
     """
     if lm.config._attn_implementation != "sdpa":
         return False
+    # Another layer is a sliding window's or a linear attention's.
     if any(type(layer) is not RoomyLayer for layer in cache.layers):
         return False
+    # Learned positions may be counted from the mask that the model is given (OPT), and ALiBi's
+    # distances too (Bloom). Rotary embeddings are turned by the position ids alone.
     has_rotary = hasattr(lm.base_model, "rotary_emb")
     has_alibi = getattr(lm.config, "alibi", False)
     return has_rotary and not has_alibi
@@ -305,6 +328,7 @@ def decode_static(
     lm = sampler.model.lm
     C = math.ceil((P + R) / ALIGNMENT) * ALIGNMENT
     cache = static_cache(lm, C)
+    # NotImplementedError is a RuntimeError: rollout.try_static() leaves the rows to decode().
     if cache is None:
         raise NotImplementedError("no static cache")
 
@@ -335,6 +359,7 @@ def decode_static(
         )
         write(trunk.last_hidden_state[:, -1])
 
+    # Token 0 comes from the prompts. Each step then reads token t - 1 and writes token t.
     write(hidden)
     # FSDP's hooks wait for streams of their own, which a capture does not allow.
     if has_fsdp_units(lm):
@@ -343,6 +368,7 @@ def decode_static(
     else:
         take_step, t = capture(step, R, ids.device)
 
+    # A step cannot tell Python that all rows have finished, so Python looks now and then.
     while t < R:
         if sampler.end_ids is not None and t % CHECK_EVERY == 0 and finished.all():
             break
@@ -357,7 +383,7 @@ def write_column(
 
     column [1]: no Python number, so nothing here waits for the GPU. -> the tokens [B, 1]
     """
-    new = sampler(hidden, u.index_select(1, column)[:, 0])
+    new = sampler(hidden, u.index_select(1, column)[:, 0])  # {name: [B]}
     for name, value in new.items():
         out[name].index_copy_(1, column, value[:, None])
     token = new["response_ids"]  # [B]
@@ -378,10 +404,12 @@ def static_cache(lm, length: int) -> KeyValueCache | None:
     graph would not replay. Other kinds of layers keep more than keys and values (an indexer's keys,
     a linear attention's state).
     """
+    # transformers' own cache is made only to see which kinds of layers this architecture needs.
     layers = StaticCache(config=lm.config, max_cache_len=length).layers
     for layer in layers:
         if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
             return None
+    # transformers says itself which models compute without a look at numbers in Python.
     if not getattr(lm, "_can_compile_fullgraph", False):
         return None
     return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
@@ -399,6 +427,7 @@ def capture(step: Callable, R: int, device: torch.device, pool=None) -> tuple[Ca
     must not outlive the weights' addresses, which FSDP's gathering and autocast's copies change.
     Capturing anew costs about as much as WARM_UP + 1 steps without a graph.
     """
+    # The warm-up alone would write all that is left.
     if device.type != "cuda" or R <= 1 + WARM_UP:
         return step, 1
 

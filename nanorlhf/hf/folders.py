@@ -43,6 +43,7 @@ def check_model(path: str):
     """
     path = resolve(path)
     check_made(path)
+    # Two folders lead on to further models: a value model's, and that of an adapter's base.
     value_model = os.path.join(path, VALUE_MODEL)
     if os.path.isdir(value_model):
         check_model(value_model)
@@ -50,6 +51,7 @@ def check_model(path: str):
         base = read_config(path)["base_model_name_or_path"]
         return check_model(base)
 
+    # Where there is nothing to load, transformers would ask the hub for a model of this name.
     check_place(path)
     with library_call(f"{path}: neither a model folder nor a model that the hub gives"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -74,11 +76,13 @@ def check_place(path: str):
             raise InputError(f"{path}: no weights (*.safetensors) in this model folder{hint}")
         return
 
-    # A name on the hub is NAME or OWNER/NAME. Anything else with a separator was meant as a path.
+    # A name on the hub is NAME or OWNER/NAME. Anything else with a separator was meant as a path:
+    # one/two/three, ./model, ~/model, /models/llama.
     has_separator = os.path.sep in os.path.normpath(path)
     is_path = has_separator and path.count("/") != 1
     if is_path or path.startswith((".", "~", "/")):
         raise InputError(f"{path}: no such model folder")
+    # runs/sft might be OWNER/NAME, but here runs/ is where scripts write.
     if path.startswith("runs/"):
         raise InputError(f"{path}: no such run yet")
     # What stands below a file, or below a link that leads nowhere, was meant as a path too.
@@ -89,13 +93,15 @@ def check_place(path: str):
 
 def explain_no_weights(path: str) -> str:
     """What to do about a model folder without safetensors, for the end of an error."""
+    # A run writes model/ last, so until then there are only checkpoints.
     if os.path.isdir(os.path.join(path, "checkpoint")):
         return "; the run has not finished"
     names = os.listdir(path)
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         return (
             "; pickles are never read: if you trust this one, load it with "
-            "AutoModelForCausalLM.from_pretrained and call save_pretrained, which writes safetensors"
+            "AutoModelForCausalLM.from_pretrained and call save_pretrained, which writes "
+            "safetensors"
         )
     if any(name.endswith(".gguf") for name in names):
         return "; GGUF is for inference: take the safetensors that it was made from"
@@ -124,13 +130,16 @@ def context_length(config) -> int | None:
     is computed otherwise from its first token on, so that neither a cache nor the log-probs of a
     shorter text would fit.
     """
+    # Older configs say n_positions.
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     length = length or getattr(config, "n_positions", None)
     rope = getattr(config, "rope_parameters", None) or {}
+    # The length at which the factors change stands in one of two places.
     if rope.get("rope_type") == "longrope":
-        of_config = getattr(config, "original_max_position_embeddings", None)
-        return rope.get("original_max_position_embeddings") or of_config or length
+        changes_at = rope.get("original_max_position_embeddings")
+        changes_at = changes_at or getattr(config, "original_max_position_embeddings", None)
+        return changes_at or length
     return length
 
 
@@ -157,6 +166,7 @@ def hidden_width(config) -> int:
 
 def check_sizes(path: str, config):
     """InputError where a config's sizes, its context, or the scale of its scores cannot be."""
+    # A size that is missing has another name in this architecture, and passes.
     text_config = config.get_text_config()
     for name, (low, high) in SIZES.items():
         size = getattr(text_config, name, low)
@@ -197,7 +207,9 @@ def has_tokenizer(path: str) -> bool:
 
 def read_text_config(path: str):
     """The text config of the model in a tokenizer's folder; None: it holds a tokenizer alone."""
-    if os.path.isdir(path) and not has_weights(path) and not is_adapter(path):
+    # `probe.py diversity --tokenizer` takes such a folder.
+    holds_model = has_weights(path) or is_adapter(path)
+    if os.path.isdir(path) and not holds_model:
         return None
     return check_model(path).get_text_config()
 
@@ -207,6 +219,8 @@ def check_vocabulary(path: str, tokenizer, n_embeddings: int):
 
     Special tokens that texts do not hold, such as PAD, may lie beyond the embeddings.
     """
+    # The highest id decides: embeddings are rows 0 to n - 1 of a table, and a GPU that looks up a
+    # row beyond it stops with an error that names no token.
     special_ids = find_special_ids(tokenizer)
     last_token = ""
     last_id = -1
@@ -237,8 +251,8 @@ def find_special_ids(tokenizer) -> set[int]:
 
     special_ids = set()
     for token_id, token in tokenizer.added_tokens_decoder.items():
-        is_in_chats = token.content in template
-        if token.special and token_id not in in_texts and not is_in_chats:
+        is_in_texts = token_id in in_texts or token.content in template
+        if token.special and not is_in_texts:
             special_ids.add(token_id)
     return special_ids
 
@@ -263,6 +277,7 @@ def read_end_ids(path: str, tokenizer, text_config) -> list[int]:
     if not isinstance(listed, list):
         listed = [listed]
     for token_id in listed:
+        # null where the model has no end of its own.
         require(
             is_of_type(token_id, int | None),
             f"{path}: eos_token_id must be a token's id or a list of them, not {shorten(listed)}",
@@ -280,6 +295,7 @@ def read_listed_ends(path: str, text_config):
         # The config of an adapter is that of its base already.
         base = resolve(read_config(path)["base_model_name_or_path"])
         return read_listed_ends(base, text_config)
+    # generate() of transformers asks generation_config.json first, too.
     listed = None
     file = find_file(path, "generation_config.json", must=False)
     if file:
@@ -294,10 +310,11 @@ def read_longest_text(path: str, tokenizer) -> int:
 
     InputError: it is none.
     """
+    # tokenizer_config.json may say 512.0 or 1e30: a float will do if it is whole.
     longest = tokenizer.model_max_length
-    is_whole = is_of_type(longest, float) and math.isfinite(longest) and longest == int(longest) > 0
+    is_number = is_of_type(longest, float) and math.isfinite(longest)
     require(
-        is_whole,
+        is_number and longest == int(longest) > 0,
         f"{path}: the tokenizer's model_max_length must be a whole number above 0, "
         f"not {shorten(longest)}",
     )
@@ -330,6 +347,7 @@ def readable_length(model) -> int | None:
     context = context_length(model.config)
     if context is None:
         return None
+    # With padding id 1 the first token of a text has position 2: 514 positions read 512 tokens.
     n_unused = 0
     for name, module in model.named_modules():
         padding_id = getattr(module, "padding_idx", None)

@@ -2,6 +2,8 @@
 
     y = W x + (alpha / r) B A dropout(x)        (Hu et al. 2021, 2106.09685, section 4.1)
 
+    in, out: the widths of a linear layer; r: the rank of its adapter, far below both
+
 W [out, in] is frozen, A [r, in] starts random, and B [out, r] starts at zero, so that training
 starts from the model as it is. An adapter takes the place of its layer in the model and holds that
 layer as `base_layer`; the rest of the model stays as it was. GPT-2's Conv1D is a linear layer whose
@@ -58,9 +60,11 @@ class LoRA(nn.Module):
         self.train(base_layer.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Without its adapters a policy is the model that it started from: PPO's reference.
         if not self.on:
             return self.base_layer(x)
 
+        # A product wants both of its factors in one type. Autocast sees to the weights itself.
         A = self.lora_A
         B = self.lora_B
         dtype = autocast_dtype(x.device.type)
@@ -70,9 +74,11 @@ class LoRA(nn.Module):
         else:
             x = x.to(dtype)
 
+        # Two thin products, A first: B A would be as large as W. The scale is applied to the
+        # narrow tensor between them.
         low = F.linear(self.dropout(x), A)  # [.., r]
         change = F.linear(self.scale * low, B)  # [.., out]
-        # In place: the sum needs no memory of its own.
+        # In place, so the sum needs no memory of its own. No backward pass reads `change`.
         return change.add_(self.base_layer(x))
 
     @torch.no_grad()
@@ -80,7 +86,7 @@ class LoRA(nn.Module):
         """The plain layer, with W + (alpha / r) B A for its weight."""
         delta = self.scale * self.lora_B @ self.lora_A  # [out, in]
         if isinstance(self.base_layer, Conv1D):
-            delta = delta.T
+            delta = delta.T  # [in, out]
         # The sum of weights that are kept in bfloat16 (cast_frozen) is not rounded to it.
         self.base_layer.to(delta.dtype)
         self.base_layer.weight += delta
@@ -123,17 +129,20 @@ def add_lora(
         )
     if adapters(lm):
         raise InputError("this model has adapters already: merge them first")
+    # A misspelt pattern is an error here, before the model is changed.
     check_pattern(lm, pattern)
     layers = matching(lm, pattern)
 
     # All weights that are there already are frozen; those of the adapters come after.
     lm.requires_grad_(False)
+    # A generator of its own: A depends on the seed alone, whatever torch has drawn before.
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         n_out, n_in = shape_of(layer)
         uniform = 2 * torch.rand(rank, n_in, generator=generator) - 1  # in [-1, 1)
-        lora_A = uniform / n_in**0.5
-        lora_B = torch.zeros(n_out, rank)
+        lora_A = uniform / n_in**0.5  # [r, in]
+        # B = 0, so B A x = 0. A must not be 0 too: neither would ever have a gradient.
+        lora_B = torch.zeros(n_out, rank)  # [out, r]
         put_adapter(lm, name, lora_A, lora_B, alpha, dropout)
 
     # A classifier's head is new, and small enough to be trained in full.
@@ -153,6 +162,7 @@ def add_lora(
 
 def check_pattern(lm, pattern: str | list[str]):
     """InputError where a pattern, or one entry of its list, names no linear layer."""
+    # Each entry is tried alone, since a misspelt one would go unnoticed beside one that is right.
     # {entry: what matching() takes for it alone}; it reads a string differently from a list.
     if isinstance(pattern, str):
         entries = {pattern: pattern}
@@ -160,10 +170,10 @@ def check_pattern(lm, pattern: str | list[str]):
         entries = {entry: [entry] for entry in pattern}
     for entry, alone in entries.items():
         if not matching(lm, alone):
-            known = ", ".join(sorted(last_names(matching(lm, ".*"))))
+            known_names = ", ".join(sorted(last_names(matching(lm, ".*"))))
             raise InputError(
                 f"LoRA layers {entry}: no linear layer of {type(lm).__name__} has this name; "
-                f"there are {known}"
+                f"there are {known_names}"
             )
 
 
@@ -184,21 +194,21 @@ def matching(lm, pattern: str | list[str]) -> dict[str, nn.Module]:
         head = lm.get_output_embeddings()
         return {name: layer for name, layer in layers.items() if layer is not head}
 
-    # An end of a name begins at its start or after a dot.
+    # An end of a name begins at its start or after a dot: "proj" does not name "mlp.up_proj".
     if isinstance(pattern, str):
         expressions = [pattern]
     else:
         expressions = [rf"(?:.*\.)?(?:{end})" for end in pattern]
     too_long = f"LoRA layers {pattern}: a search that takes too long; write a simpler one"
-    found = {}
+    matched = {}
     try:
         with time_limit(SEARCH_SECONDS, too_long):
             for name, layer in layers.items():
                 if any(re.fullmatch(expression, name) for expression in expressions):
-                    found[name] = layer
+                    matched[name] = layer
     except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"LoRA layers {pattern}: not a regular expression ({e})") from None
-    return found
+    return matched
 
 
 def linear_layers(lm) -> dict[str, nn.Module]:
@@ -226,11 +236,13 @@ def time_limit(seconds: float, message: str):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # stop() raises from wherever the search is when the alarm goes off.
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
+        # The alarm first: with the old handler in place again it would end the process.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
@@ -260,6 +272,7 @@ def is_tied(lm, layer: nn.Module) -> bool:
 
 def replace_layer(lm, name: str, layer: nn.Module):
     """Put a layer in the place of the one of this name."""
+    # layers.0.mlp.up_proj is up_proj in layers.0.mlp, and lm_head is lm_head in "", the model.
     parent, _, child = name.rpartition(".")
     setattr(lm.get_submodule(parent), child, layer)
 
@@ -273,6 +286,7 @@ def adapters(module: nn.Module) -> dict[str, LoRA]:
 def adapters_off(module: nn.Module):
     """Within this context the module computes what it did before it had adapters, bit for bit."""
     layers = adapters(module).values()
+    # Each is left as it was found, so that these contexts can be nested.
     before = [layer.on for layer in layers]
     for layer in layers:
         layer.on = False
@@ -320,15 +334,18 @@ def cast_frozen(lm, config):
     # An adapter folder holds nothing of its base. A whole model holds what would be rounded here.
     saves_adapters_alone = config.lora_rank and not config.merge
     frozen = []
+    # The layer inside an adapter is one of these. Its A and B are no layers, and stay float32.
     for layer in linear_layers(lm).values():
         if any(p.requires_grad for p in layer.parameters()):
             continue
         if not is_tied(lm, layer):
             frozen.append(layer)
         elif saves_adapters_alone:
+            # A new parameter for the head alone: to cast the tied one would cast the embeddings.
             layer.weight = nn.Parameter(layer.weight.to(torch.bfloat16), requires_grad=False)
             frozen.append(layer)
 
+    # Before anything is cast. Weights that came in bfloat16 are saved in it, and lose nothing.
     is_in_bfloat16 = getattr(lm, "stored_dtype", torch.float32) == torch.bfloat16
     require(
         saves_adapters_alone or is_in_bfloat16 or not frozen,

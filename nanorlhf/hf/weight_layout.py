@@ -51,10 +51,12 @@ def turned_weights(lm, n_rows: int) -> Iterator[None]:
             if layer.weight.requires_grad and layer.weight is not embeddings:
                 weights.append(layer.weight)
 
-    # Turning them back in place would leave the heap in pieces, and cost time.
+    # The tensors as they lie are kept, and put back afterwards. Turning the copies back would leave
+    # the heap in pieces, and cost time.
     as_they_lie = [weight.data for weight in weights]
     try:
         for weight in weights:
+            # [o, i] -> [i, o] row by row in new memory -> the same memory seen as [o, i] again.
             weight.data = weight.data.t().contiguous().t()
         yield
     finally:
@@ -75,8 +77,10 @@ def packed_weights(lm, n_rows: int) -> Iterator[None]:
     """
     forwards = {}  # {module: what it does in this context}
     if can_pack():
+        # Frozen layers too: autocast would make a copy of each of them as well.
         for layer in large_layers(lm):
             forwards[layer] = packed_forward(layer.weight, layer.bias, n_rows)
+        # An adapter calls its base_layer, which then is packed. A and B are packed for themselves.
         for adapter in adapters(lm).values():
             if adapter.on and adapter.base_layer in forwards:
                 forwards[adapter] = packed_adapter(adapter, n_rows)

@@ -97,7 +97,8 @@ def find_dtype(path: str) -> torch.dtype:
     numbers, which transformers would turn into some without a word. Buffers, such as masks, may
     have any type.
     """
-    found = set()
+    # The headers alone are read: safetensors puts names, types and shapes before the numbers.
+    stored_types = set()
     for file in weight_files(path):
         for name, (dtype, _) in read_shapes(file).items():
             if not name.endswith(".weight"):
@@ -105,10 +106,11 @@ def find_dtype(path: str) -> torch.dtype:
             # safetensors' names of floating-point types have an F: F32, BF16, F8_E4M3.
             if "F" not in dtype:
                 raise InputError(f"{file}: {name} holds {dtype}, not floating-point numbers")
-            found.add(dtype)
-    half_types = {"BF16": torch.bfloat16, "F16": torch.float16}
-    if len(found) == 1:
-        return half_types.get(*found, torch.float32)
+            stored_types.add(dtype)
+    if stored_types == {"BF16"}:
+        return torch.bfloat16
+    if stored_types == {"F16"}:
+        return torch.float16
     return torch.float32
 
 

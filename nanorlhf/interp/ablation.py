@@ -143,11 +143,13 @@ def removed(sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
 
     In the model's units.
     """
+    # Decoder rows are in standardised units, and the scale leads to the model's. The mean and the
+    # bias b_d belong to no feature, so they stay in x.
     _, scale = sae.moments(x)
-    part = sae.encode(x)[..., ids] @ sae.W_dec[ids]
+    contribution = sae.encode(x)[..., ids] @ sae.W_dec[ids]  # [.., D]
     if sae.normalize == "none":
-        return part
-    return part * scale
+        return contribution
+    return contribution * scale
 
 
 def without(sae: SparseAutoencoder, ids: Tensor) -> Callable[[Tensor], Tensor]:
@@ -167,6 +169,7 @@ def switched_off(
     token does.
     """
     remove_features = without(sae, ids)
+    # The hook sees activations, not tokens. So it asks the forward that runs for its token ids.
     with running_ids(lm) as token_ids:
 
         def remove_where_trained(x):  # [B, T, D]
@@ -239,6 +242,7 @@ def ablate(config):
     responses = {}  # {arm: token lists}
     numbers = {}  # {arm: {number: [P N]}}
     for name, chosen in arms.items():
+        # The plain policy runs without the hook, so "nothing" shows what the hook alone does.
         if chosen is None:
             responses[name], answers = sample_answers(parts, test, step=0)
         else:
@@ -300,17 +304,17 @@ def read_prompts(config, tokenizer, model_config) -> tuple[Prompts, Prompts]:
     """The prompts to choose features on, and the held-out ones, each N times."""
     rows, held_out, _ = load(config, "prompts")
     prompts = []
-    for part in (rows, held_out):
-        part = leave_out_control_tokens(tokenizer, part, config, print)
-        part_prompts = ready_prompts(
+    for rows_of_split in (rows, held_out):
+        allowed_rows = leave_out_control_tokens(tokenizer, rows_of_split, config, print)
+        prompts_of_split = ready_prompts(
             tokenizer,
-            part,
+            allowed_rows,
             model_config,
             config.max_new_tokens,
             config.max_prompt_length,
             config.chat_template,
         )
-        prompts.append(part_prompts)
+        prompts.append(prompts_of_split)
     train, held_out_prompts = prompts
 
     # The answers to a prompt stand one after another: see mean_with_interval().
@@ -328,7 +332,9 @@ def sample_answers(
     responses = []
     answers = []
     for first in range(0, len(prompts), size):
-        places = list(range(first, min(first + size, len(prompts))))
+        # The places among all prompts key the noise, which then does not depend on --batch_size.
+        last = min(first + size, len(prompts))
+        places = list(range(first, last))
         rollout, batch_answers = roll_out(parts, prompts.at(places), places, step)
         answers.append(batch_answers)
         for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu()):
@@ -379,6 +385,8 @@ def choose_features(
     f: a sparse [M, n], the features on the n tokens `seen`. InputError: the policy hardly writes
     the concept's words.
     """
+    # "logits" ranks features by their directions, so the words need not be written. "on" and
+    # "before" rank features by where they fire.
     if config.by == "logits":
         scores = score_by_logits(f, concept, sae, lm)
     else:
@@ -404,6 +412,8 @@ def score_by_logits(f: Tensor, concept: Tensor, sae: SparseAutoencoder, lm) -> T
     """
     unembedding = lm.get_output_embeddings().weight.float()  # [V, D]
     effects = sae.decoder_directions().float() @ unembedding.T  # [M, V]
+    # With these weights, effects @ weights is the mean over the concept's words minus that over the
+    # other words.
     others = ~concept
     weights = concept.to(effects) / concept.sum() - others.to(effects) / others.sum()  # [V]
     fires = sum_over_tokens(f) != 0
@@ -412,6 +422,7 @@ def score_by_logits(f: Tensor, concept: Tensor, sae: SparseAutoencoder, lm) -> T
 
 def draw_arms(config, ids: list[int], seen: Seen) -> dict[str, list[int] | None]:
     """The features that each arm switches off; None: the policy as it is, without any hook."""
+    # {"plain": None, "nothing": [], "features": [3, 17], "random 0": [5, 9], ..., "strong 0": ...}
     arms = {"plain": None, "nothing": [], "features": ids}
     for control, sizes in (("random", seen.rates), ("strong", seen.squares)):
         for i in range(config.draws):
@@ -453,6 +464,7 @@ def measure_answers(
         shares = [concept[ids].float().mean().item() for ids in responses]
         numbers[config.concept] = torch.tensor(shares)
 
+    # The reward gives the whole gold only, so its parts are computed from the texts once more.
     if "world:gold" in rewards:
         gold_parts = {}  # {part: one number of each answer}
         for batch in answers:
@@ -469,9 +481,10 @@ def describe_arm(ids: list[int], seen: Seen, sae: SparseAutoencoder) -> dict:
     variance that they hold."""
     share = 0.0
     if ids:
+        # What is taken away is not centred, since its mean goes too: so the share can exceed 1.
         variance = (seen.x - seen.x.mean(0)).square().sum()
-        part = removed(sae, torch.tensor(ids, device=seen.x.device), seen.x)
-        share = (part.square().sum() / variance).item()
+        taken_away = removed(sae, torch.tensor(ids, device=seen.x.device), seen.x)  # [n, D]
+        share = (taken_away.square().sum() / variance).item()
     return {"features": ids, "rates": seen.rates[ids].tolist(), "removed": share}
 
 
@@ -480,6 +493,7 @@ def mean_with_interval(values: Tensor, n_answers: int) -> dict[str, float]:
 
     values [P N], the answers to a prompt one after another.
     """
+    # Answers to one prompt are alike, so the bootstrap draws prompts, with the mean of each.
     means = values.view(-1, n_answers).mean(1)  # [P]
     low, high = bootstrap(means)
     return interval_row(means.mean(), low, high)
@@ -500,6 +514,7 @@ def compare_arms(numbers: dict[str, dict[str, Tensor]], n_answers: int) -> dict[
         for arm, values in numbers.items():
             kind = arm.split()[0]  # "random 3" is a draw of "random"
             draws.setdefault(kind, []).append(values[key])
+        # A control's draws are averaged answer by answer, so that its interval is over prompts too.
         means = {kind: torch.stack(values).mean(0) for kind, values in draws.items()}
         differences[key] = {}
         for a, b in pairs:
@@ -528,6 +543,7 @@ def format_table(summary: dict) -> str:
         f"{summary['prompts']} prompts, {summary['n_answers']} answers to each:",
         f"  {'':10s}{'rate':>8s}{'removed':>9s}{'distinct-2':>12s}{head}   features",
     ]
+    # "plain" and "nothing" switch off no feature, and have no rate.
     for name, arm in summary["arms"].items():
         rate = " " * 17
         if arm["features"]:
@@ -540,6 +556,7 @@ def format_table(summary: dict) -> str:
         same = "the same tokens as"
     lines.append(f"  'nothing' wrote {same} the plain policy")
 
+    # The differences: one line for each number, and a column for each pair of arms.
     names = "".join(f"{name:>26s}" for name in summary["differences"][keys[0]])
     lines.append(f"\n  {'':16s}{names}")
     for key, row in summary["differences"].items():
@@ -560,6 +577,7 @@ def draw(figure, summary: dict):
     for i, key in enumerate(keys):
         axis = figure.add_subplot(1, len(keys), i + 1)
         for j, (name, arm) in enumerate(arms.items()):
+            # errorbar() takes the lengths of the bars, not the ends of the interval.
             mean = arm[key]["mean"]
             below = mean - arm[key]["low"]
             above = arm[key]["high"] - mean

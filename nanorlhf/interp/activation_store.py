@@ -60,9 +60,12 @@ def token_rows(
     A demonstration is prompt + response + EOS, a pair is two such rows, a prompt is the text as it
     is. Each has at most max_length tokens.
     """
+    # A row's columns say which kind it is:
+    #     {"prompt"}, {"prompt", "response"} or {"prompt", "chosen", "rejected"}
     fields = [field for field in ("response", "chosen", "rejected") if field in rows[0]]
     texts = []
     n_cut = 0
+    # A prompt alone has no answer, so it gets no EOS, and is cut at its end.
     if not fields:
         for ids in encode_prompts(tokenizer, rows, chat):
             text = ids[:max_length]
@@ -71,6 +74,8 @@ def token_rows(
                 n_cut += 1
         return texts, n_cut
 
+    # A text is what the model reads in one row: a prompt and its answer. All chosen answers of
+    # pairs come before all rejected ones.
     encoded = encode(tokenizer, rows, fields, max_length, chat)
     for responses in encoded.responses.values():
         for prompt, response in zip(encoded.prompts, responses):
@@ -101,8 +106,10 @@ def hold_out(rows: list[list[int]], n: int, tokenizer) -> tuple[list[list[int]],
     No text is on both sides. Texts that differ by white space alone are one text.
     """
     texts = [canonical(text) for text in tokenizer.batch_decode(rows)]
+    # Texts are drawn, not rows, so that all rows of one text go to the same side.
     different = list(dict.fromkeys(texts))  # in their order
     n = min(n, len(different) // 5)
+    # The key has no seed of the run, so that train_sae.py and probe.py hold out the same texts.
     order = np.random.default_rng(SPLIT).permutation(len(different))
     aside = {different[i] for i in order[:n]}
 
@@ -118,6 +125,7 @@ def hold_out(rows: list[list[int]], n: int, tokenizer) -> tuple[list[list[int]],
 
 def sentence_ends(tokenizer) -> list[int]:
     """The ids of the tokens whose text ends in . ! or ? (white space after it aside)."""
+    # Tokens are decoded, since a vocabulary spells white space otherwise: ".\n" may stand as ".Ċ".
     every_id = [[i] for i in range(len(tokenizer))]
     ends = []
     for i, text in enumerate(tokenizer.batch_decode(every_id)):
@@ -150,11 +158,13 @@ class Tokens:
         # One mask of all rows, one after another, is cut into rows at the end.
         ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
         row_ends = self.lengths.cumsum()  # [N]
+        # By default every token counts. With `ends`, the last token of a text counts in any case.
         if ends is None:
             mask = np.full(len(ids), True)
         else:
             mask = np.isin(ids, self.ends)
             mask[row_ends[self.lengths > 0] - 1] = True
+        # This comes last, since a BOS does not count even where it is the last token of its text.
         if skip_bos is not None:
             mask[ids == skip_bos] = False
 
@@ -179,7 +189,7 @@ class Tokens:
 
     def places(self, texts: np.ndarray) -> np.ndarray:
         """Where the tokens of these texts stand among the E tokens of all texts: [n]."""
-        first = self.counts.cumsum() - self.counts  # [N]
+        first = self.counts.cumsum() - self.counts  # [N]: where each text's tokens begin
         return join_ranges(first[texts], self.counts[texts])
 
     def digest(self) -> str:
@@ -228,18 +238,22 @@ def run_models(
     lengths = torch.from_numpy(tokens.lengths[texts])
     out = {}
     # Texts of similar length share a forward pass.
-    for part in micro_batches(lengths, None, TOKENS_AT_ONCE):
-        part = part.numpy()
+    for batch in micro_batches(lengths, None, TOKENS_AT_ONCE):
+        in_batch = batch.numpy()  # [b]
         # No attention mask is needed: a causal model does not look to its right, at padding.
-        ids, mask = tokens.batch(texts[part])  # [b, T]
+        ids, mask = tokens.batch(texts[in_batch])  # [b, T]
         ids = ids.to(dist.device)
         mask = mask.to(dist.device)
-        rows = torch.from_numpy(join_ranges(first[part], counts[part])).to(dist.device)
+        # The rows of the result where the tokens of this batch go.
+        rows = join_ranges(first[in_batch], counts[in_batch])
+        rows = torch.from_numpy(rows).to(dist.device)
+        # All models read the same ids, so that row n of every result is the same token.
         for name, lm in lms.items():
             with autocast(dist, dtype):
                 outputs = activations(lm, ids, places)
             for place, x in outputs.items():  # [b, T, D]
                 key = f"{name}/{place_name(place)}"
+                # The width D of a place is known from its first forward pass on.
                 if key not in out:
                     out[key] = torch.empty(counts.sum(), x.shape[-1], device=dist.device)
                 out[key][rows] = x[mask].float()
@@ -282,7 +296,10 @@ def from_disk(
     )
     # Shard i holds the texts edges[i] .. edges[i + 1] - 1.
     edges = find_shard_edges(tokens, shard_tokens)
-    paths = [os.path.join(folder, f"{i:05d}.safetensors") for i in range(len(edges) - 1)]
+    n_shards = len(edges) - 1
+    paths = [os.path.join(folder, f"{i:05d}.safetensors") for i in range(n_shards)]
+    # What the numbers depend on. The shards' edges are part of it: with other edges a file of the
+    # same name would hold other texts.
     content = {
         "models": fingerprints,
         "places": [list(place) for place in places],
@@ -299,10 +316,12 @@ def from_disk(
 
     def fill(missing: list[int]):
         source = from_models(tokens, load(), places, dist, dtype)
+        # The processes take the missing shards in turn, so that each file has one writer.
         for i in missing[dist.rank :: dist.world]:
             texts = np.arange(edges[i], edges[i + 1])
             write_shard(paths[i], source(texts), store)
 
+    # A folder that holds something else is refused before a lock file is put in it.
     dist.together(lambda: check_folder(folder, content))
     with unlock_afterwards():
         # A folder in which nothing is missing is only read, by any number of runs at once.
@@ -310,12 +329,16 @@ def from_disk(
         # The folder is looked at again: another program may have filled it before it was locked.
         dist.together(lambda: check_folder(folder, content))
         missing = find_missing(paths)
-        dist.barrier()  # all have looked before one writes
+        # The notes come before the first shard: else a run that was killed would not know its own
+        # folder again.
+        if missing and dist.main:
+            write_json(os.path.join(folder, "cache.json"), content)
+        dist.barrier()  # all have looked, and the notes are there, before one writes a shard
         if missing:
-            if dist.main:
-                write_json(os.path.join(folder, "cache.json"), content)
             dist.together(lambda: fill(missing))
 
+    # All shards are there now. Their keys and sizes are checked here; their numbers are read later,
+    # when they are asked for.
     keys = set()
     for name in fingerprints:
         for place in places:
@@ -332,6 +355,7 @@ def find_shard_edges(tokens: Tokens, shard_tokens: int) -> list[int]:
 
     -> the first text of each shard, and the number of all texts at the end
     """
+    # A text belongs to the shard in which its last token falls, so no text is cut in two.
     shard_of = (tokens.counts.cumsum() - 1) // shard_tokens  # [N]
     inner_edges = np.flatnonzero(np.diff(shard_of)) + 1
     return [0, *inner_edges.tolist(), len(tokens.rows)]
@@ -373,10 +397,11 @@ def check_folder(folder: str, content: dict):
     )
 
 
-def write_shard(path: str, found: Activations, store: str):
+def write_shard(path: str, computed: Activations, store: str):
     """Write a shard under a temporary name, then rename it: a file of that name is whole."""
     stored = {}
-    for key, x in found.items():
+    for key, x in computed.items():
+        # float16 ends at 65504: a larger number, as a BOS may have it, would be stored as inf.
         stored[key] = x.to(DTYPES[store]).cpu()
         require(
             stored[key].isfinite().all(),
@@ -392,18 +417,26 @@ def map_shard(path: str, keys: set[str], n: int) -> Activations:
     InputError: it holds other keys, or another number of tokens.
     """
     shard = read_tensors(path)
-    fits = shard.keys() == keys and all(x.ndim == 2 and len(x) == n for x in shard.values())
-    require(fits, f"{path}: not the activations that belong here; delete it, it is made again")
+    has_keys = shard.keys() == keys
+    has_tokens = all(x.ndim == 2 and len(x) == n for x in shard.values())
+    require(
+        has_keys and has_tokens,
+        f"{path}: not the activations that belong here; delete it, it is made again",
+    )
     return shard
 
 
 def read_shards(tokens: Tokens, dist, shards: list[Activations], texts: np.ndarray) -> Activations:
     """Indices of texts -> {"name/layer_site": [n, D]} float32, as run_models()."""
-    sizes = [len(next(iter(shard.values()))) for shard in shards]
+    sizes = []  # how many tokens each shard holds
+    for shard in shards:
+        any_tensor = next(iter(shard.values()))
+        sizes.append(len(any_tensor))
     ends = np.cumsum(sizes)  # where each shard's tokens end among all E
     places = tokens.places(texts)  # [n]
     shard_of = np.searchsorted(ends, places, side="right")  # [n]
     out = {}
+    # Each shard is indexed once, for all its rows that are asked for.
     for i in np.unique(shard_of):
         rows = np.flatnonzero(shard_of == i)
         first = ends[i] - sizes[i]
@@ -455,6 +488,7 @@ class Stream:
         self.dist = dist
         self.seed = seed
         self.B = batch_size
+        # A buffer is at most an epoch, but at least one batch, even where a batch is the longer.
         self.S = max(1, min(buffer_tokens, tokens.total) // batch_size)
         self.loaded = None  # the number of the buffer that is held
         self.buffer = {}  # this process's strata: {key: [S B / W, D]}
@@ -462,6 +496,7 @@ class Stream:
 
     def batch(self, step: int) -> Activations:
         """This process's share of a step's batch: {"name/layer_site": [B / W, D]}."""
+        # With S = 3, step 7 is batch 1 of buffer 2. In the order of steps each buffer loads once.
         buffer, j = divmod(step, self.S)
         if self.loaded != buffer:
             self.load(buffer)
@@ -476,9 +511,12 @@ class Stream:
         places = np.tile(np.arange(self.S), (self.B, 1))  # [B, S]
         orders = rng.permuted(places, axis=1)  # [B, S]
         strata = self.dist.share(np.arange(self.B))  # [B / W], neighbours
+        # Stratum i of this process lies in rows S i .. S i + S - 1 of its buffer.
         first_rows = self.S * np.arange(len(strata))[:, None]
         self.order = torch.from_numpy(orders[strata] + first_rows)  # [B / W, S]
 
+        # Neighbouring strata are one stretch of the endless row. It comes in parts where it crosses
+        # the end of an epoch.
         first = (buffer * self.B + strata[0]) * self.S
         last = first + len(strata) * self.S
         parts = list(self.read_stretch(first, last))
@@ -507,7 +545,8 @@ class Stream:
 
             # The first text may begin before low, and the last one end after high.
             start = int(ends[first_text] - self.tokens.counts[texts[0]])
-            yield {key: x[low - start : high - start] for key, x in self.source(texts).items()}
+            wanted = slice(low - start, high - start)
+            yield {key: x[wanted] for key, x in self.source(texts).items()}
 
 
 def passes(tokens: Tokens, source: Source, dist, at_once: int = 2**16) -> Iterator[Activations]:
@@ -517,6 +556,7 @@ def passes(tokens: Tokens, source: Source, dist, at_once: int = 2**16) -> Iterat
     """
     texts = np.array(dist.part(len(tokens.rows)), dtype=np.int64)
     texts = texts[tokens.counts[texts] > 0]  # a text of a BOS alone has nothing to pass on
+    # A text goes to the group of at_once tokens in which its last token falls.
     group = (tokens.counts[texts].cumsum() - 1) // at_once
     for i in np.unique(group):
         yield source(texts[group == i])
@@ -531,17 +571,21 @@ def open_autoencoder(config, path: str) -> tuple[torch.nn.Module, str, Place]:
     The folder says whose activations the autoencoder reads, unless flags say otherwise. InputError:
     neither says it, or model, layer, autoencoder and --features do not fit.
     """
+    # train_sae.py notes {"model": "runs/sft", "layer": 3, "site": "mlp", ...}. Flags come first,
+    # for folders of SAELens, which lack these notes, and for other models of this width.
     notes = read_config(path).get("metadata") or {}
     model = config.model or notes.get("model", "")
     layer = config.layer
     if layer < 0:
         layer = notes.get("layer")
     site = config.site or notes.get("site", "")
+    has_layer = layer is not None and layer >= 0
     require(
-        model and site and layer is not None and layer >= 0,
+        model and site and has_layer,
         f"{path} does not say whose activations it reads: name --model, --layer and --site",
     )
 
+    # These checks need the model's config alone; the caller loads the model.
     model_config = check_model(model).get_text_config()
     last_layer = model_config.num_hidden_layers - 1
     require(layer <= last_layer, f"layer {layer}: {model} has the layers 0 to {last_layer}")

@@ -111,6 +111,7 @@ def divergence(config):
     # Activations, on the same texts.
     moved = compare_activations(config, {"base": base, "policy": policy}, tokens, dist)
 
+    # The results: one row a block, which has an entry for each site and for each parameter.
     layers = []
     for layer, relative_divergence in enumerate(add_up(table, "relative")):
         row = {
@@ -177,6 +178,7 @@ def compare_activations(
             y = part[f"policy/{place_name(place)}"]  # [n, D]
             sums[place] += divergence_sums(x, y)
 
+    # Every process calls sum() once a place, however few texts it had: collective calls must match.
     moved = {}
     for place in places:
         moved[place] = in_one_line(from_sums, dist.sum(sums[place]))
@@ -203,6 +205,7 @@ def format_divergence(summary: dict, sites: list[str]) -> str:
     moved = []  # of all parameters: (how far, name)
     for row in summary["layers"]:
         mark = "*" if row["selected"] else " "
+        # JSON knows no infinity: summaries hold None in its place.
         relative_divergence = row["relative"]
         if relative_divergence is None:
             relative_divergence = math.inf
@@ -215,7 +218,8 @@ def format_divergence(summary: dict, sites: list[str]) -> str:
             moved.append((norms["frobenius"], f"{row['layer']}.{name}"))
 
     selected = ", ".join(map(str, summary["selected"]))
-    most = ", ".join(f"{name} {how_far:.3f}" for how_far, name in sorted(moved, reverse=True)[:4])
+    moved.sort(reverse=True)
+    most = ", ".join(f"{name} {how_far:.3f}" for how_far, name in moved[:4])
     lines.append(f"  selected (*): {selected}; parameters that moved most: {most}")
     return "\n".join(lines)
 
@@ -230,7 +234,8 @@ def draw_divergence(figure, summary: dict):
         "weights: relative": [row["relative"] or 0 for row in rows],
     }
     for site in rows[0]["activations"]:
-        panels[f"{site}: 1 - cosine"] = [row["activations"][site]["cosine"] for row in rows]
+        cosine_distances = [row["activations"][site]["cosine"] for row in rows]
+        panels[f"{site}: 1 - cosine"] = cosine_distances
 
     figure.set_size_inches(3 * len(panels), 2.6)
     for i, (name, values) in enumerate(panels.items()):
@@ -269,6 +274,7 @@ class MmcsConfig(FlagGroup):
 
     def pairs(self) -> list[tuple[str, str]]:
         """(A, B) to compare: each of --a with each of --b, or with the others of --a."""
+        # Without --b two folders are compared in both orders, since MMCS is not symmetric.
         pairs = []
         for a in self.a:
             for b in self.b or self.a:
@@ -299,7 +305,9 @@ def mmcs(config):
     folder = results_folder(config, dist)
     ids = {}  # {path: the features that fire: [M]}
     directions = {}  # {path: their decoder directions: [M, D]}
+    # Each folder is read once, in however many pairs it stands.
     for path in dict.fromkeys(config.a + config.b):
+        # A feature that never fires explains nothing, and would only bring MMCS nearer to chance.
         all_directions = load_sae(path).decoder_directions().detach()
         ids[path] = find_live_features(path, len(all_directions))
         directions[path] = all_directions[ids[path]]
@@ -329,6 +337,7 @@ def compare_directions(
     noise_b = torch.randn(directions_b.shape, generator=generator)
     _, _, chance = matches(noise_a, noise_b, config.one_to_one)
 
+    # The pairs that are most alike: [feature of A, feature of B, cosine].
     best = []
     for i in cosines.argsort(descending=True)[: config.top].tolist():
         best.append([ids_a[a[i]].item(), ids_b[b[i]].item(), cosines[i].item()])
@@ -360,9 +369,9 @@ def format_mmcs(summary: dict) -> str:
     width = 0
     for row in summary["pairs"]:
         width = max(width, len(row["a"]), len(row["b"]))
-    how = ", one to one" if summary["one_to_one"] else ""
+    matching = ", one to one" if summary["one_to_one"] else ""
     lines = [
-        f"\nMean max cosine similarity{how}:",
+        f"\nMean max cosine similarity{matching}:",
         f"  {'A':{width}s}  {'B':{width}s}   features A, B    MMCS  chance  above 0.9",
     ]
     for row in summary["pairs"]:

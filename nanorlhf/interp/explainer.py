@@ -15,7 +15,7 @@ from ..hf.folders import check_model
 from ..models import load_policy, load_tokenizer
 from ..rollout import ask_locally
 from ..runtime import endpoint
-from ..runtime.endpoint import Unreachable, check_endpoint, is_endpoint
+from ..runtime.endpoint import Rejected, Unreachable, check_endpoint, is_endpoint
 from ..runtime.files import (
     append_lines,
     digest,
@@ -87,6 +87,7 @@ def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None
 
     -> a sentence on what is missing and why; None where nothing is
     """
+    # The answers of earlier runs, each a line {"key", "sae", "feature", "description", "related"}.
     path = os.path.join(config.output_dir, FILE)
     # A line says itself what it explains: its place does not matter, and it can be deleted alone.
     remedy = "delete this line, its feature is asked about again"
@@ -104,6 +105,7 @@ def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None
     error = None  # why nothing more is asked
     for folder, feature in features:
         prompt = prompt_of(feature, config, question)
+        # The key is made of all that decides the answer: who is asked, and the whole question.
         key = digest(config.explainer, config.explainer_model, prompt)
         if key not in known and not error:
             # A local model is loaded only if there is something to ask.
@@ -111,17 +113,21 @@ def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None
                 ask = asker(config)
             try:
                 answer = read_answer(ask(prompt), config)
+            except (ValueError, Rejected) as e:
+                # Only this question failed: its answer is none, or it is too long, or refused. A
+                # Rejected is an Unreachable too, so it must be caught before that.
+                rubbish.append(f"feature {feature['id']}: {e}")
             except Unreachable as e:
                 error = str(e)
-            except ValueError as e:
-                rubbish.append(f"feature {feature['id']}: {e}")
             else:
+                # The answer is written at once, so that none is asked, or paid, for twice.
                 known[key] = {"key": key, "sae": folder, "feature": feature["id"], **answer}
                 append_lines(path, [known[key]])
         if key in known:
             feature["description"] = known[key]["description"]
             feature["related"] = known[key]["related"]
 
+    # One sentence says why some are missing: the asking stopped, or else the first bad answer.
     missing = sum("description" not in feature for _, feature in features)
     if not missing:
         return None
@@ -148,6 +154,7 @@ def prompt_of(feature: dict, config, question: str = PROMPT) -> str:
     if config.plain_answers:
         request = IN_PLAIN_WORDS
     lines = []
+    # A context becomes one line: "- the lobby was gloomy [[10]] and loud [[4]] ."
     for context in feature["contexts"]:
         words = []
         for token, value in zip(context["tokens"], context["values"]):
@@ -183,6 +190,7 @@ def parse(text: str) -> dict:
     """
     start_of_text = repr(" ".join(text.split())[:60])
     try:
+        # The JSON goes from the first brace to the last. Without braces index() raises ValueError.
         answer = parse_json(text[text.index("{") : text.rindex("}") + 1], "the answer")
         description = answer["description"]
         related = answer["related"]
@@ -214,6 +222,7 @@ def local_asker(path: str, device: str) -> Callable[[str], str]:
     tokenizer = load_tokenizer(path)
 
     def ask(prompt):
+        # One question gives one (index, answer), and an error stands in the place of an answer.
         ((_, answer),) = ask_locally(policy, tokenizer, [prompt], ANSWER_TOKENS)
         if isinstance(answer, ValueError):
             raise answer

@@ -101,6 +101,7 @@ def feature_aucs(f: Tensor, labels: Tensor) -> Tensor:
 def sort_entries(f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The entries of a sparse [M, N], by feature and then by value: feature, token, value [n]."""
     feature, token = f.indices()
+    # The second sort is stable, so that values stay sorted within each feature.
     by_value = f.values().argsort(stable=True)
     by_feature = feature[by_value].argsort(stable=True)
     order = by_value[by_feature]
@@ -133,6 +134,8 @@ def feature_correlations(f: Tensor, labels: Tensor) -> Tensor:
     f = f.double()
     y = labels.double()  # [N, C]
     N = f.shape[1]
+    # A covariance is the mean of the product less the product of the means. To centre the features
+    # instead would fill the sparse matrix.
     ones = torch.ones(N, 1, dtype=torch.float64, device=y.device)
     mean_f = f @ ones / N  # [M, 1]
     mean_y = y.mean(0)  # [C]
@@ -175,6 +178,8 @@ def alike(
     if len(sizes) >= 2 * len(ids) + len(but):
         taken.extend(but)
 
+    # Equal differences of logarithms are equal ratios of sizes. The floor makes all features of
+    # size 0 alike.
     logs = sizes.clamp(min=1e-9).log()  # [M]
     drawn = []
     for i in ids:

@@ -105,6 +105,7 @@ def features(config):
     for path, (sae, model, place) in opened.items():
         if model not in lms:
             lms[model] = load_policy(model, value_head=False, device=dist.device).lm
+        # Each model may have a tokenizer of its own, so the texts are tokenized again.
         tokenizer = load_tokenizer(model, needs_eos=config.kind != "prompts")
         tokens = read_tokens(config, rows, model, tokenizer, dist)
         results[path] = {"model": model, "layer": place[0], "site": place[1]}
@@ -135,10 +136,12 @@ def look_at_features(
 
     InputError: the model has no such place.
     """
+    # A site that the model lacks is an error before the texts are run.
     module_at(lm, place)
     x = read_activations(tokens, lm, place, dist, config.dtype)  # [N, D]
     f = encoded(sae.to(dist.device), x)  # sparse [M, N]
 
+    # All features are set against the concepts, but only some are described.
     result = {"m": sae.m, "texts": len(tokens.rows), "tokens": tokens.total}
     if is_world_model(tokenizer):
         result |= measure_concepts(sae, x, f, tokens, tokenizer)
@@ -150,6 +153,8 @@ def look_at_features(
 def top_features(f: Tensor, n: int) -> list[int]:
     """The n features with the largest mean activation over all tokens: how often times how
     strongly. f: a sparse [M, N]."""
+    # The sum ranks features as their mean does. If the rate alone ranked them, faint features that
+    # always fire would lead; if the strength did, features that fire once.
     sums = sum_over_tokens(f)  # [M]
     return sums.topk(min(n, len(sums))).indices.tolist()
 
@@ -176,6 +181,7 @@ def describe_features(
     effects = (effects - effects.mean(1, keepdim=True)).cpu()
     n_occurrences = token_ids.bincount(minlength=effects.shape[1])  # [V]
 
+    # The same tokens are shown again and again, so each is decoded once.
     @functools.cache
     def decode_token(i: int) -> str:
         return tokenizer.decode([i])
@@ -214,6 +220,7 @@ def count_values(value: Tensor) -> dict:
     """The histogram of a feature's values [n]: {low, high, counts in bins of one width}."""
     if len(value) == 0:
         return {"low": 0.0, "high": 0.0, "counts": []}
+    # The range always includes 0, so that a reader sees how far from 0 the values lie.
     low = min(0.0, value.min().item())
     high = max(0.0, value.max().item())
     counts = torch.histc(value.float(), BINS, low, high)
@@ -229,10 +236,13 @@ def find_top_tokens(
     -> [[token, its share of all that the feature adds up to, share of occurrences it fires on]]
     """
     V = len(n_occurrences)
+    # A token counts by the sum over its occurrences, not by its largest value. Without a ReLU
+    # (SARM) a sum may be below 0: hence abs().
     total = torch.zeros(V).index_add(0, token_ids, value)  # [V]
     n_fired = token_ids.bincount(minlength=V)  # [V]
     rows = []
     for i in total.abs().topk(min(SHOWN, V)).indices.tolist():
+        # topk() fills up with tokens of sum 0 where a feature fires on fewer than SHOWN tokens.
         if n_fired[i] > 0:
             share = (total[i] / total.sum()).item()
             how_often = (n_fired[i] / n_occurrences[i]).item()
@@ -266,6 +276,7 @@ def top_contexts(
     are given as shares of `largest`, the feature's largest anywhere.
     """
     n_texts = len(tokens.rows)
+    # The largest value in each text; 0 where the feature is nowhere above 0.
     peak = torch.zeros(n_texts).scatter_reduce(0, text_of[at], value, "amax")  # [texts]
     columns = torch.from_numpy(tokens.columns())  # [N]
     contexts = []
@@ -305,6 +316,7 @@ def find_results_with_concepts(results: dict[str, dict]) -> dict[str, dict]:
 
 def shorten_names(results: dict[str, dict]) -> dict[str, str]:
     """{path: what tells it from the others}; a path alone stays as it is."""
+    # runs/sae/base/3_mlp and runs/sae/policy/3_mlp -> base and policy
     short_names = without_common_ends(set(results))
     return {path: name or path for path, name in short_names.items()}
 
@@ -342,14 +354,15 @@ def format_counts(results: list[dict]) -> list[str]:
     }
     lines = []
     for kind, title in titles.items():
-        found = [result["found"][kind] for result in results]
-        all_concepts = ", ".join(str(row["of"]) for row in found)
+        # {"of": .., "auc": {"features": .., "coordinates": .., ..}, ..} of each autoencoder
+        counts = [result["found"][kind] for result in results]
+        all_concepts = ", ".join(str(row["of"]) for row in counts)
         for score, (_, good) in SCORES.items():
             head = f"  {title} with {score} > {good}"
             lines.append(f"{head:20s}  of {all_concepts}")
             for name in ("features", *CONTROLS):
-                if name in found[0][score]:  # not every control suits every kind
-                    numbers = "".join(f"{row[score][name]:18.3g}" for row in found)
+                if name in counts[0][score]:  # not every control suits every kind
+                    numbers = "".join(f"{row[score][name]:18.3g}" for row in counts)
                     lines.append(f"    {name:16s}{numbers}")
     return lines
 
@@ -391,6 +404,8 @@ def mark_context(context: dict, before: int = 8, after: int = 12) -> str:
         mark = f"[{round(10 * value)}]" if value else ""
         parts.append(token.strip() + mark)
         sizes.append(abs(value))
+    # What made the feature fire stands at its peak or before it, since the model is causal. What
+    # follows may be what the feature predicts.
     peak = sizes.index(max(sizes))
     return " ".join(parts[max(0, peak - before) : peak + after])
 
@@ -422,15 +437,19 @@ def draw_strengths(axis, results: dict[str, dict], names: dict[str, str]):
 
 def draw_concepts(axis, results: dict[str, dict], names: dict[str, str]):
     """The best feature of each concept in every autoencoder, and the mean of each control."""
+    all_concepts = []  # models may have different texts, and so different concepts
     for i, (path, result) in enumerate(results.items()):
         concepts = list(result["concepts"])
         aucs = [row["auc"]["features"] for row in result["concepts"].values()]
         axis.plot(concepts, aucs, "o", color=f"C{i % 10}", label=names[path])
+        for concept in concepts:
+            if concept not in all_concepts:
+                all_concepts.append(concept)
 
-    # The concepts of the last autoencoder, over all autoencoders that have them.
+    # A concept's control is a mean over the autoencoders that have it.
     for control, marker in zip(CONTROLS, "x+."):
         means = []
-        for concept in concepts:
+        for concept in all_concepts:
             values = []
             for result in results.values():
                 if concept in result["concepts"]:
@@ -438,7 +457,7 @@ def draw_concepts(axis, results: dict[str, dict], names: dict[str, str]):
                     if value is not None:
                         values.append(value)
             means.append(np.mean(values or [np.nan]))
-        axis.plot(concepts, means, marker, color="grey", label=control)
+        axis.plot(all_concepts, means, marker, color="grey", label=control)
 
     _, good = SCORES["auc"]
     axis.axhline(good, color="grey", linewidth=0.8)

@@ -44,9 +44,13 @@ def fit_reward(
     if shuffle is not None:
         train_values = exchange_values(train_values, texts.units[train], shuffle)
 
+    # One penalty for all inputs needs all inputs on one scale. The scale is part of the fit, so it
+    # comes from the training side alone. An input that is constant there keeps its own scale.
     scale = x[train].double().std(0)  # [F]
     scale = torch.where(scale > 0, scale, 1)
     x = x.double() / scale
+    # The penalty is chosen by leaving out whole families of words, or prompts: the test has other
+    # ones too.
     weight, bias, penalty = ridge(x[train], train_values, PENALTIES, texts.groups[train])
 
     # Predictions that differ by rounding alone are one number.
@@ -87,6 +91,7 @@ def exchange_values(values: Tensor, units: Tensor, seed: int) -> Tensor:
 
     values, units [n] -> [n]
     """
+    # Units exchange their values, not rows: a word still has one value in all its contexts.
     different, unit_of = units.unique(return_inverse=True)  # [U], [n]
     unit_values = average_by_unit(values, unit_of)  # [U]
     order = torch.from_numpy(make_rng(seed).permutation(len(different)))
@@ -120,6 +125,8 @@ def fit_pairs(
     train, test = split
     chosen, rejected = x.double().chunk(2)  # [N, F]
     difference = chosen - rejected
+    # The chosen response always comes first, so all labels are 1, and an intercept alone would fit
+    # them. Without it, and without centring, exchanging the two responses turns a margin's sign.
     scale = difference[train].square().mean(0).sqrt()  # [F]
     scale = torch.where(scale > 0, scale, 1)
     labels = torch.ones(len(train))

@@ -101,12 +101,14 @@ def word_texts(
     for seed in range(config.seeds):
         rng = np.random.default_rng([SPLIT, seed])
         sides = []
+        # A split holds row numbers of `placed`, such as 0 .. 1205 and 1206 .. 1799.
         for side in draw_triples(config, rng, families_of, sign_of, contexts):
             sides.append(len(placed) + torch.arange(len(side)))
             placed.extend(side)
         splits.append(tuple(sides))
 
     ids, lengths = tokenize_placed_words(config, tokenizer, list(contexts), placed, max_length)
+    # The value of each row, and its family and its word as numbers.
     number_of_word = {word: i for i, word in enumerate(words)}
     number_of_stem = {stem: i for i, stem in enumerate(families)}
     values = []
@@ -118,7 +120,7 @@ def word_texts(
         units.append(number_of_word[row.word])
     return Texts(
         ids=ids,
-        first=[len(row) - 1 for row in ids],
+        first=[len(row) - 1 for row in ids],  # a text's last token, which is the word's last too
         lengths=lengths,
         values=torch.tensor(values, dtype=torch.float64),
         groups=torch.tensor(groups),
@@ -130,6 +132,7 @@ def word_texts(
 
 def find_words(tokenizer, rows: list[dict], lexicon: dict[str, float]) -> list[str]:
     """The words of the lexicon that a response holds and that the tokenizer can write, sorted."""
+    # The models may hardly have read a word that no response holds.
     held = set()
     for row in rows:
         held.update(WORD.findall(row["response"]))
@@ -163,6 +166,7 @@ def sort_by_sign(
 
     A family may hold words of other signs as well.
     """
+    # Every sign gets a list, if an empty one, so that check_families() sees which are missing.
     families_of = {}
     for sign in SIGNS:
         families_of[sign] = []
@@ -194,17 +198,24 @@ def find_contexts(rows: list[dict], lexicon: dict[str, float]) -> dict[str, list
     """
     require(
         not is_chat(rows[0]["prompt"]),
-        "--task word puts words into plain texts, and these rows are chats; --task sequence reads them",
+        "--task word puts words into plain texts, and these rows are chats; --task sequence reads "
+        "them",
     )
     contexts = {}
     first_spelling = {}  # {canonical form: the prompt as it is written first}
     for row in rows:
         prompt = first_spelling.setdefault(data.canonical(row["prompt"]), row["prompt"])
         own_contexts = contexts.setdefault(prompt, [])
+        # "we found the gloomy lobby" -> "we found the ", where any word of the lexicon may go.
         for match in WORD.finditer(row["response"]):
             if match[0] in lexicon:
                 own_contexts.append(row["response"][: match.start()])
-    return {prompt: own_contexts for prompt, own_contexts in contexts.items() if own_contexts}
+
+    contexts_with_words = {}
+    for prompt, own_contexts in contexts.items():
+        if own_contexts:
+            contexts_with_words[prompt] = own_contexts
+    return contexts_with_words
 
 
 def draw_triples(
@@ -237,6 +248,7 @@ def draw_triples(
             words_in_turn.append(deal(rng, words_of[sign], n))
         prompts_in_turn = deal(rng, prompts, n)
         side = []
+        # The three words of a triple stand in one context, so only the word tells values apart.
         for prompt, *triple in zip(prompts_in_turn, *words_in_turn):
             before = contexts[prompt][rng.integers(len(contexts[prompt]))]
             for word in triple:
@@ -273,6 +285,7 @@ def tokenize_placed_words(
     ids = []
     lengths = []
     for row, response in zip(placed, responses):
+        # The word's last token is put aside, so that it cannot be cut away.
         before = prompt_ids[row.prompt] + response[:-1]
         last = response[-1:]
         if max_length:
@@ -290,30 +303,31 @@ def subtract_neutral(texts: Texts, inputs: dict[str, Tensor]) -> tuple[Texts, di
     """
 
     def subtract(x: Tensor) -> Tensor:  # [N, ...] -> [2 N / 3, ...]
+        # The rows of a triple stand in the order of SIGNS, with the neutral one in the middle.
         triples = x.unflatten(0, (-1, 3))
         return (triples[:, [0, 2]] - triples[:, [1]]).flatten(0, 1)
 
     # The rows that stay, and where each of them will stand.
     rows = torch.arange(len(texts.ids)).view(-1, 3)
-    kept = rows[:, [0, 2]].flatten()  # [2 N / 3]
+    kept_rows = rows[:, [0, 2]].flatten()  # [2 N / 3]
     new_place = torch.zeros(len(texts.ids), dtype=torch.long)  # [N]
-    new_place[kept] = torch.arange(len(kept))
+    new_place[kept_rows] = torch.arange(len(kept_rows))
 
     splits = []
     for split in texts.splits:
         sides = []
         for side in split:
-            kept_of_side = side[torch.isin(side, kept)]
+            kept_of_side = side[torch.isin(side, kept_rows)]
             sides.append(new_place[kept_of_side])
         splits.append(tuple(sides))
 
     new_texts = Texts(
-        ids=[texts.ids[row] for row in kept],
-        first=[texts.first[row] for row in kept],
-        lengths=texts.lengths[kept],
+        ids=[texts.ids[row] for row in kept_rows],
+        first=[texts.first[row] for row in kept_rows],
+        lengths=texts.lengths[kept_rows],
         values=subtract(texts.values),
-        groups=texts.groups[kept],
-        units=texts.units[kept],
+        groups=texts.groups[kept_rows],
+        units=texts.units[kept_rows],
         names=texts.names,
         splits=splits,
     )
@@ -341,6 +355,7 @@ def sequence_texts(config, tokenizer, rows: list[dict], spec: str, max_length: i
         own_prompts.append(rows[i]["prompt"])
         own_responses.append(rows[i]["response"])
         own_rows.append(data.own_row(rows[i]))
+    # The reward gets texts without ids: a reward model tokenizes them itself.
     answers = Answers(own_prompts, own_responses, None, own_rows, config.chat_template)
     reward = load_reward(spec, None, dist)
     values = dist.gather(score(reward, [answers], dist))  # [N]
@@ -358,11 +373,11 @@ def check_spread(values: Tensor, splits: list[tuple[Tensor, Tensor]], spec: str)
     """
     for number, sides in enumerate(splits):
         for name, rows in zip(("training", "test"), sides):
-            own = values[rows]
+            side_values = values[rows]
             require(
-                varies(own),
-                f"{spec}: all {len(own)} {name} responses of split {number} have the reward "
-                f"{own[0]:.4g}, so that there is nothing to read from them",
+                varies(side_values),
+                f"{spec}: all {len(side_values)} {name} responses of split {number} have the "
+                f"reward {side_values[0]:.4g}, so that there is nothing to read from them",
             )
 
 
@@ -435,6 +450,7 @@ def split_by_prompt(config, rows: list[dict]) -> tuple[Tensor, list[tuple[Tensor
             f"--test_share {config.test_share} leaves {len(train)} prompts for training "
             f"({TRAINING} at least)",
         )
+        # Rows go where their prompt goes.
         is_test = torch.isin(groups, torch.tensor(test))
         train_rows = (~is_test).nonzero()[:, 0]
         test_rows = is_test.nonzero()[:, 0]
@@ -454,6 +470,7 @@ def split_things(rng: np.random.Generator, things: list, share: float) -> tuple[
 
 def deal(rng: np.random.Generator, things: list, n: int) -> list:
     """n of the things, each as often as the others (to within one), in random order."""
+    # Permutations are strung together, so that all things come before one comes again.
     order = []
     while len(order) < n:
         order.extend(rng.permutation(len(things)))

@@ -177,6 +177,7 @@ def reward(config):
     """
     run = check_and_set_up(config)
     spec = config.reward or "world:gold"
+    # "word": inputs are read at the word's last token. "sequence": they are means over an answer.
     if config.task == "word":
         lexicon = open_lexicon(config, run.dist)
         rows = read_rows(config, "sft", run)
@@ -191,6 +192,7 @@ def reward(config):
         note = ""
 
     inputs, layers = collect_inputs(config, texts, run.dist)
+    # The words of a triple share their context. What the inputs owe to it largely drops out.
     if config.difference:
         texts, inputs = subtract_neutral(texts, inputs)
     return compare_inputs(config, run.folder, fit_reward, texts, inputs, layers, note)
@@ -238,6 +240,7 @@ def check_and_set_up(config) -> Setup:
     folder = results_folder(config, dist)
     model_config = check_model(config.policy)
     check_model(config.model)
+    # All models read the same token ids, so that a row of inputs is the same text for each.
     tokenizer = load_shared_tokenizer(config.policy, [config.model])
     if config.sae:
         for name in ("policy", "base"):
@@ -283,6 +286,7 @@ def collect_inputs(config, texts: Texts, dist) -> tuple[dict[str, Tensor], list[
     # With --sae the policy's features come first, and all else is compared with these.
     inputs = {}
     if config.sae:
+        # The base's activations go through autoencoders that were trained on the base.
         for name, lm in (("policy", policy), ("base", base)):
             saes = load_saes(os.path.join(config.sae, name), places, policy, dist)
             features = mean_inputs(lm, texts, places, dist, config.dtype, saes)
@@ -332,6 +336,7 @@ def load_saes(folder: str, places: list[tuple[int, str]], lm, dist) -> dict:
 
 def make_untrained(lm, dist):
     """A model of the same architecture as lm, with random weights, always the same ones."""
+    # Hugging Face draws initial weights from torch's global generator.
     torch.manual_seed(key(SPLIT))
     untrained = transformers.AutoModelForCausalLM.from_config(lm.config, trust_remote_code=False)
     return untrained.to(dist.device).eval()
@@ -344,14 +349,17 @@ def mean_inputs(
     """Average activations, or features, over the tokens of each text from texts.first on.
 
     saes: {place: autoencoder}, for features. -> [N, F], float32, on the CPU; F is D or M for each
-    place, one after another. Each process runs its own part of the texts.
+    place, one after another. Each process runs its own part of the texts. InputError: there are
+    more processes than texts.
     """
-    own_texts = dist.part(len(texts.ids))
-    # Texts of similar length share a forward pass.
+    n_texts = len(texts.ids)
+    require(n_texts >= dist.world, f"{n_texts} texts are too few for {dist.world} processes")
+    own_texts = dist.part(n_texts)
     ids = [texts.ids[i] for i in own_texts]
     first = torch.tensor([texts.first[i] for i in own_texts])  # [n]
     lengths = torch.tensor([len(row) for row in ids])  # [n]
     means = [None] * len(ids)  # [n] of [F]
+    # Texts of similar length share a forward pass.
     for rows in micro_batches(lengths, None, TOKENS_AT_ONCE):
         batch = pad_rows([ids[i] for i in rows])  # [b, T]
         column = torch.arange(batch.shape[1])
@@ -366,12 +374,14 @@ def mean_inputs(
         means_of_places = []
         for place in places:
             x = outputs[place][mask].float()  # [tokens, D], row by row
+            # Features are averaged, not computed from a mean activation, which no token has.
             if saes:
                 x = saes[place].encode(x)  # [tokens, M]
             sums = torch.zeros(len(rows), x.shape[1], device=x.device)
             sums = sums.index_add(0, row_of_token, x)
             means_of_places.append(sums / mask.sum(1, keepdim=True))
         means_of_rows = torch.cat(means_of_places, 1).cpu()  # [b, F]
+        # Micro-batches come shortest first: each mean goes back to its text's place.
         for i, mean in zip(rows.tolist(), means_of_rows):
             means[i] = mean
     return dist.gather(torch.stack(means))
@@ -417,10 +427,13 @@ def compare_inputs(
     results = {}  # {name: [(numbers, more) of each split]}
     for name, x in inputs.items():
         results[name] = [fit(x, texts, split) for split in texts.splits]
+    # A probe that is fitted to exchanged values, or to coin flips, shows what chance reaches on the
+    # true ones.
     results[SHUFFLED] = []
     for seed, split in enumerate(texts.splits):
         results[SHUFFLED].append(fit(inputs[policy], texts, split, shuffle=seed))
 
+    # The table is over all splits. The picture shows single predictions, of the first split alone.
     numbers_of_first_split, more_of_first_split = results[policy][0]
     metrics = list(numbers_of_first_split)
     rows = {}
@@ -458,6 +471,7 @@ def summarize_splits(
     differences = []
     p_values = []
     seeds = []
+    # Inputs are compared by the first metric: tau for rewards, accuracy for pairs.
     for (numbers, more), (policy_numbers, _) in zip(results, policy_results):
         differences.append(policy_numbers[metrics[0]] - numbers[metrics[0]])
         p_values.append(more.get("p", 1.0))
@@ -508,6 +522,7 @@ def format_table(summary: dict) -> str:
             line += f"      {format_interval(row['policy_less'])}"
         lines.append(line)
 
+    # A share of right signs says something only where it is above that of guessing.
     if "tau" in metrics:
         positive = sum(seed["positive"] for seed in seeds) / len(seeds)
         share = max(positive, 1 - positive)

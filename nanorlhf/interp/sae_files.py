@@ -69,6 +69,7 @@ def save_sae(sae, path: str, density: Tensor | None = None, **notes):
     else:
         scale = 1.0
         mean = 0.0
+    # SAELens has no tied weights, so the encoder is written out; our notes say `tied`.
     W_enc = sae.W_dec if sae.tied else sae.W_enc  # [M, D]
     tensors = {
         "W_enc": W_enc.T / scale,
@@ -80,6 +81,7 @@ def save_sae(sae, path: str, density: Tensor | None = None, **notes):
     config = make_config(sae, {**notes, "nanorlhf": own_notes})
 
     def write(folder: str):
+        # safetensors takes only tensors that lie in memory row by row: no transposed views.
         own_copies = {}
         for name, x in tensors.items():
             own_copies[name] = x.detach().cpu().contiguous().clone()
@@ -152,6 +154,7 @@ def load_sae(path: str, width: int | None = None, device="cpu") -> SparseAutoenc
         if not sae.tied:
             sae.W_enc.copy_(tensors["W_enc"].T * scale)
         sae.b_enc.copy_(tensors["b_enc"])
+        # The file's b_dec is s b_d + mean. All of it becomes the mean, and b_d stays 0.
         if normalize == "dataset":
             sae.mean.copy_(tensors["b_dec"])
         else:
@@ -169,14 +172,14 @@ def find_saes(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         check_made(pattern)
         if os.path.isdir(pattern):
-            found = [pattern]
+            matches = [pattern]
         else:
             # No other sign is a wildcard: a folder's name may hold a [ of its own.
             wildcards = glob.escape(pattern).replace("[*]", "*").replace("{seed}", "*")
             files = glob.glob(os.path.join(wildcards, CONFIG))
-            found = sorted(os.path.dirname(file) for file in files)
-        require(found, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")
-        folders.extend(found)
+            matches = sorted(os.path.dirname(file) for file in files)
+        require(matches, f"{pattern}: no sparse autoencoder here (train_sae.py trains them)")
+        folders.extend(matches)
     return list(dict.fromkeys(folders))
 
 
@@ -185,6 +188,7 @@ def the_one_sae(path: str) -> str:
     autoencoder's folder. InputError: the run folder holds several."""
     if os.path.isfile(os.path.join(path, CONFIG)):
         return path
+    # runs/sae/policy/3_mlp/cfg.json: a run folder holds MODEL/LAYER_SITE.
     pattern = os.path.join(glob.escape(path), "*", "*", CONFIG)
     folders = sorted(os.path.dirname(file) for file in glob.glob(pattern))
     require(

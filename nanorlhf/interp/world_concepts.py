@@ -67,6 +67,7 @@ def measure_concepts(sae, x: Tensor, f: Tensor, tokens: Tokens, tokenizer) -> di
     # The features and two of the controls differ in what is searched for a good direction.
     halves = {
         "features": split_features(f, seen),
+        # A coordinate may also be low where a concept is, so it is searched with both signs.
         "coordinates": split_features(sparse(torch.cat([x, -x], 1)), seen),
         "untrained": split_features(encoded(make_untrained(sae, x), x), seen),
     }
@@ -78,23 +79,23 @@ def measure_concepts(sae, x: Tensor, f: Tensor, tokens: Tokens, tokenizer) -> di
         if kind == "word":
             table = torch.eye(len(labels), dtype=torch.bool)  # [V, V]: every word is a concept
         truth = seen.look_up(table, kind)  # [N, C]
-        kept = find_frequent(truth, seen)
+        frequent = find_frequent(truth, seen)
         # The third control searches the same features for other concepts. A word that has been
         # exchanged with another is still a word: there it is no control.
         other_truths = []
         if kind != "word":
             for other_table in exchanged:
-                other_truths.append(seen.look_up(other_table, kind)[:, kept])
+                other_truths.append(seen.look_up(other_table, kind)[:, frequent])
 
-        found[kind] = {"of": len(kept)}
+        found[kind] = {"of": len(frequent)}
         measured = {}
         for title, (score, good) in SCORES.items():
-            result = measure(halves, truth[:, kept], other_truths, seen, score, good)
+            result = measure(halves, truth[:, frequent], other_truths, seen, score, good)
             found[kind][title] = result.counts
             measured[title] = result
         # Single concepts are listed for the token itself alone.
         if kind == "concept":
-            for c, i in enumerate(kept.tolist()):
+            for c, i in enumerate(frequent.tolist()):
                 n_tokens = truth[:, i].sum().item()
                 n_words = labels[present, i].sum().item()
                 row = {"tokens": n_tokens, "words": n_words}
@@ -118,6 +119,7 @@ def concept_table(tokenizer) -> tuple[list[str], Tensor]:
     Where several concepts are of the same words, the first one stands for all of them.
     """
     ids = tokenizer.get_vocab()
+    # {"positive": {ids of superb, perfect, ...}, ...}
     members = {}  # {concept: ids of its words}
     for word in world.vocabulary():
         for name in world.concepts(word):
@@ -154,6 +156,7 @@ def look_at(tokens: Tokens) -> Seen:
     """Find the ids of the tokens and what follows them, and draw the two halves of the texts."""
     text_of, ids = where(tokens)
     following, goes_on = next_ids(tokens)
+    # Texts are halved, not tokens, so that what is peculiar to a text is in one half only.
     order = np.random.default_rng([SPLIT, 1]).permutation(len(tokens.rows))
     text_in_a = torch.from_numpy(order % 2 == 0)
     return Seen(ids, following, goes_on, text_in_a[text_of])
@@ -187,6 +190,7 @@ def find_frequent(truth: Tensor, seen: Seen) -> Tensor:
 
 def exchange_words(labels: Tensor, present: Tensor) -> list[Tensor]:
     """SHUFFLES tables like labels [V, C], in which the words `present` have exchanged concepts."""
+    # Only words that occur are exchanged, so each concept still has as many of them as before.
     tables = []
     for seed in range(SHUFFLES):
         order = np.random.default_rng([SPLIT, 2, seed]).permutation(len(present))

@@ -52,9 +52,15 @@ STATE = {"step": int, "files": dict | None, "logs": dict | None}
 def checkpoints(folder):
     """[(step, path)] of the checkpoints in a run folder, oldest first, whole or not."""
     root = os.path.join(folder, "checkpoint")
-    names = os.listdir(root) if os.path.isdir(root) else []
-    found = [re.fullmatch(r"step_(0|[1-9][0-9]*)", name) for name in names]
-    return sorted((int(m[1]), os.path.join(root, m[0])) for m in found if m)
+    if not os.path.isdir(root):
+        return []
+    by_step = []
+    for name in os.listdir(root):
+        # What has another name is a folder of a write that was broken off.
+        match = re.fullmatch(r"step_(0|[1-9][0-9]*)", name)
+        if match:
+            by_step.append((int(match[1]), os.path.join(root, name)))
+    return sorted(by_step)
 
 
 # --------------------------------------------------------------------------------------------- save
@@ -66,11 +72,16 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
     It holds the trained weights, the optimizer, `state` (JSON) and `more` {name: tensor}. The main
     process calls this alone, or, where the module is in shards, all processes do, with `dist`.
     """
-    tensors, main = {}, dist is None or dist.main
+    # {"model/lm.lm_head.weight": [V, D], "optimizer/exp_avg/lm.lm_head.weight": [V, D], ...} of all
+    # that is trained. Frozen weights are those of the model that the run starts from.
+    tensors = {}
+    main = dist is None or dist.main
     for name, p in trainable(module):
         tensors[f"model/{name}"] = p.detach().contiguous()
+        # A weight that has had no gradient yet has no state.
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value
+    # Whole tensors are the same on all processes, so the main one writes as if it were alone.
     writers = dist if is_sharded(module) else ALONE
 
     def write(path):
@@ -80,6 +91,7 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
             save_file(tensors, os.path.join(path, "state.safetensors"))
         if main and more:
             save_file(more, os.path.join(path, MORE))
+        # Checksums are of what is on the disk. They stand in state.json, which has one of itself.
         files = digest_files(path, writers)
         if main:
             content = {"step": step, **state, "files": files}
@@ -97,10 +109,11 @@ def remove_all_but(folder: str, step: int, keep: int):
 
     A later one was damaged: the run went on from an older one.
     """
-    found = checkpoints(folder)
-    kept = [path for s, path in found if s <= step][-keep:]
-    for _, path in found:
-        if path not in kept:
+    saved = checkpoints(folder)
+    until_now = [path for its_step, path in saved if its_step <= step]
+    kept_paths = until_now[-keep:]
+    for _, path in saved:
+        if path not in kept_paths:
             remove(path)
 
 
@@ -108,9 +121,11 @@ def save_shards(tensors: dict, path: str):
     """Every process writes its own shards. A disk error on one of them is raised on all."""
     import torch.distributed.checkpoint as dcp
 
+    writer = dcp.HuggingFaceStorageWriter(path, save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))
+        dcp.save(tensors, storage_writer=writer)
     except dcp.CheckpointException as e:
+        # {rank: (its error, where it was raised)}. A full disk is to be reported as one.
         error, _ = list(e.failures.values())[0]
         raise error from None
 
@@ -120,14 +135,19 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
 
     Each process reads its own shard. All processes call this, and all get the whole.
     """
-    own = f"shard-{dist.rank + 1:05d}-"
+    # The main process reads the files that are no shards too. Each file is one line, "HEX NAME".
+    own_prefix = f"shard-{dist.rank + 1:05d}-"
     lines = ""
     for name in sorted(os.listdir(path)):
-        if name.startswith(own) or (dist.main and not name.startswith("shard-")):
-            lines += f"{digest_file(os.path.join(path, name))} {name}\n"
-    everyones = dist.gather(torch.tensor(list(lines.encode()), dtype=torch.uint8))
+        is_common = not name.startswith("shard-")
+        if name.startswith(own_prefix) or (dist.main and is_common):
+            sha256 = digest_file(os.path.join(path, name))
+            lines += f"{sha256} {name}\n"
+    # Processes exchange tensors alone, so the lines travel as their bytes.
+    own_bytes = torch.tensor(list(lines.encode()), dtype=torch.uint8)
+    all_bytes = dist.gather(own_bytes)
     digests = {}
-    for line in bytes(everyones.tolist()).decode().splitlines():
+    for line in bytes(all_bytes.tolist()).decode().splitlines():
         sha256, name = line.split()
         digests[name] = sha256
     return digests
@@ -143,13 +163,17 @@ def load(folder, module, optimizer, dist=ALONE):
     A damaged checkpoint is named, with what is wrong, and the one before it is taken; where none is
     whole, an InputError says so. The main process decides for all, and all processes call this.
     """
+    # One process looks: with a disk that answers two of them differently, they would not go on from
+    # the same step.
     choice = dist.together(lambda: choose(folder, module, optimizer, dist))
     step = int(dist.gather(torch.tensor([choice]))[0])  # the main process's
     if step < 0:
         return None
+
     path = os.path.join(folder, "checkpoint", f"step_{step}")
     load_tensors(path, module, optimizer)
     state = read_object(os.path.join(path, "state.json"))
+    # What the run itself had put into its state is left.
     for name in ("files", "sha256"):
         state.pop(name, None)
     more = os.path.join(path, MORE)
@@ -168,9 +192,13 @@ def choose(folder: str, module, optimizer, dist: Dist) -> int:
     root = os.path.join(folder, "checkpoint")
     if os.path.lexists(root) and not os.path.isdir(root):
         raise InputError(f"{root} should be a folder; remove it, and the run starts anew")
-    for name in os.listdir(root) if os.path.isdir(root) else []:
-        if name.startswith(".old_step_"):  # a kill came while a new checkpoint took its place
-            recover_folder(os.path.join(root, name.removeprefix(".old_")))
+    if os.path.isdir(root):
+        for name in os.listdir(root):
+            if name.startswith(".old_step_"):  # a kill came while a new checkpoint took its place
+                recover_folder(os.path.join(root, name.removeprefix(".old_")))
+
+    # The newest first. What is wrong with those that are passed over is said, whether or not an
+    # older one is whole.
     damaged = []
     for step, path in reversed(checkpoints(folder)):
         problem = find_damage(folder, step, module, optimizer)
@@ -189,17 +217,21 @@ def find_damage(folder: str, step: int, module, optimizer) -> str:
     """What is wrong with checkpoint/step_{step}, in a few words; "" if it is whole."""
     path = os.path.join(folder, "checkpoint", f"step_{step}")
     try:
+        # state.json first: it says what the other files must be.
         state = read_object(os.path.join(path, "state.json"), STATE)
         if state["step"] != step:
             return f"state.json is not that of step {step}"
         for name, log in (state.get("logs") or {}).items():
             check_fields(log, {"size": int, "sha256": str}, f"{path}/state.json: {name}")
+
+        # Files that are as they were written may still be those of another model.
         problem = check_digests(folder, path, state) or check_tensors(path, module, optimizer)
         if not problem and os.path.isfile(os.path.join(path, MORE)):
             read_tensors(os.path.join(path, MORE))
         return problem
     except FileNotFoundError as e:
         return f"{os.path.basename(e.filename)} is missing"
+    # What reading it raises is what is wrong with it. The caller names the folder.
     except InputError as e:
         return first_line(e).removeprefix(f"{path}/")
     except (OSError, ValueError) as e:
@@ -209,9 +241,9 @@ def find_damage(folder: str, step: int, module, optimizer) -> str:
 def check_digests(folder: str, path: str, state: dict) -> str:
     """Compare a checkpoint's files, and the logs up to it, with what was written -> what differs.
 
-    "" where nothing does.
-    A checkpoint that is older than checksums has none to compare with.
+    "" where nothing does. A checkpoint that is older than checksums has none to compare with.
     """
+    # Its own checksum first: the others stand in it. With either of the two names it is not old.
     if "files" in state or "sha256" in state:
         content = {name: value for name, value in state.items() if name != "sha256"}
         if digest(content) != state.get("sha256") or "files" not in state:
@@ -219,6 +251,7 @@ def check_digests(folder: str, path: str, state: dict) -> str:
     for name, sha256 in (state.get("files") or {}).items():
         if digest_file(os.path.join(path, name)) != sha256:
             return f"{name} differs from its checksum"
+    # The logs have grown since. What they held at the time must still be their beginning.
     for name, log in (state.get("logs") or {}).items():
         if digest_start(os.path.join(folder, name), log["size"]) != log["sha256"]:
             return f"{os.path.join(folder, name)} has lost or changed rows that it had then"
@@ -249,10 +282,12 @@ def check_tensors(path: str, module, optimizer) -> str:
             slots.setdefault(name, set()).add(slot)
     if not slots:
         return "the optimizer's tensors are missing"
-    for name, own in slots.items():
-        if name not in parameters or own != {"step", "exp_avg", "exp_avg_sq"}:
+    for name, its_slots in slots.items():
+        if name not in parameters or its_slots != {"step", "exp_avg", "exp_avg_sq"}:
             return f"the optimizer's tensors of {name} are not those of Adam"
 
+    # Moments are as their weights are; the count of steps is a number. exp_avg is the beginning of
+    # exp_avg_sq too, and a parameter's name has no slash.
     for key, tensor in stored.items():
         if key.startswith(("model/", "optimizer/exp_avg")):
             p = parameters[key.split("/")[-1]]
@@ -275,6 +310,8 @@ def load_tensors(path: str, module, optimizer):
     """Fill module and optimizer from a checkpoint, each process with what it holds of them."""
     import torch.distributed.checkpoint as dcp
 
+    # The reader fills tensors in place. p.detach() shares its memory with p, so weights need no
+    # copy; the optimizer of a new process holds nothing yet, so its tensors are made here.
     parameters = dict(trainable(module))
     tensors = {f"model/{name}": p.detach() for name, p in parameters.items()}
     for key, stored in read_metadata(path).items():

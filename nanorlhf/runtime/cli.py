@@ -42,6 +42,7 @@ class Parser(HfArgumentParser):
 
 
 def script():
+    """The name of the script that runs, which its errors begin with."""
     return os.path.basename(sys.argv[0])
 
 
@@ -53,21 +54,28 @@ def parse(config_class, args, command="", description=None):
     """
     description = description or sys.modules[config_class.__module__].__doc__
     parser = Parser(f"{script()} {command}".strip(), description, config_class)
+    # The command line by itself: it says where the run is whose settings may be the defaults.
     parsed = vars(parser.parse_args(args))
     if "resume" not in parsed:
         return config_class(**parsed)
+
+    # The folder may be one's default, which may depend on other flags, or hold a {seed}.
     folder = parsed["output_dir"]
     with contextlib.suppress(InputError):
-        folder = config_class(**parsed).output_dir  # what is its default may depend on other flags
+        folder = config_class(**parsed).output_dir
     folder = folder.replace("{seed}", str(parsed["seed"]))
     stored = os.path.join(folder, "config.json")
+
+    # A flag that repeats its default counts as not given here: argparse does not tell them apart.
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
     if given == {"resume", "output_dir"} and not os.path.isfile(stored):
         # A slip of the pen should not start another run.
         raise InputError(f"{folder}: no run to resume here")
     if parsed["resume"] and os.path.isfile(stored):
+        # What the run was given becomes the default, and the command line is read again over it.
         settings = read_settings(stored, config_class)
-        check_stored_code(folder, {k: v for k, v in settings.items() if k not in given})
+        only_stored = {name: value for name, value in settings.items() if name not in given}
+        check_stored_code(folder, only_stored)
         parser.set_defaults(**settings)
         parsed = vars(parser.parse_args(args))
     return config_class(**{**parsed, "resume": parsed["resume"]})
@@ -80,10 +88,11 @@ def check_stored_code(folder, settings):
     command itself names it. Of any other file the path is printed.
     """
     for name, value in settings.items():
-        for text in value if isinstance(value, list) else [value]:
-            file = code_file(text) if isinstance(text, str) else ""
-            if not file:
+        texts = value if isinstance(value, list) else [value]
+        for text in texts:
+            if not isinstance(text, str) or not code_file(text):
                 continue
+            file = code_file(text)
             require(
                 not is_inside(file, folder),
                 f"--resume does not run {file}, which lies in the run folder itself; "
@@ -98,6 +107,7 @@ def read_settings(path: str, config_class) -> dict:
 
     Each must be of its field's type.
     """
+    # A setting of a flag that no longer exists is passed over. The folder may have been moved.
     stored = read_object(path, finite=False)
     hints = typing.get_type_hints(config_class)
     settings = {}
@@ -121,6 +131,7 @@ def errors_in_one_line(resumable=False):
     2: wrong input. 1: it could not go on (a gradient that is not finite, a full disk, another
     process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug has a traceback.
     """
+    # Two levels, since Ctrl-C may come at any moment, while an error is being told as well.
     try:
         try:
             yield
@@ -129,9 +140,13 @@ def errors_in_one_line(resumable=False):
             if ending is None:
                 raise
             line, code = ending
+            # From torchrun's environment: there may be no process group, or none yet.
             rank = os.environ.get("RANK", "0")
-            who = script() + (f" [rank {rank}]" if rank != "0" else "")
-            print(f"{who}: error: {' '.join(line.split())}", file=sys.stderr)
+            who = script()
+            if rank != "0":
+                who += f" [rank {rank}]"
+            in_one_line = " ".join(line.split())
+            print(f"{who}: error: {in_one_line}", file=sys.stderr)
             if "RANK" in os.environ:
                 time.sleep(1)  # the other processes may still be reading what this one sent
             sys.exit(code)
@@ -140,7 +155,9 @@ def errors_in_one_line(resumable=False):
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end the ending
         if os.environ.get("RANK", "0") == "0":
-            kept = "; the last checkpoint is kept: --resume continues" if resumable else ""
+            kept = ""
+            if resumable:
+                kept = "; the last checkpoint is kept: --resume continues"
             print(f"{script()}: interrupted{kept}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
@@ -170,7 +187,9 @@ def errno_of(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     in_text = re.search(r"\(os error (\d+)\)", str(error))
-    return int(in_text[1]) if in_text else None
+    if in_text is None:
+        return None
+    return int(in_text[1])
 
 
 def run(config_class, main, args=None):
@@ -185,13 +204,16 @@ def run_command(commands, args=None):
 
     Without one, or with --help, it lists them.
     """
-    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if args is None:
+        args = sys.argv[1:]
+    name, *rest = args or ["--help"]
     with errors_in_one_line():
         if name in ("-h", "--help"):
             print(sys.modules["__main__"].__doc__ or "")
             print("Commands:")
             for name, (_, function) in commands.items():
-                print(f"  {name:17s}{inspect.getdoc(function).splitlines()[0]}")
+                about = inspect.getdoc(function).splitlines()[0]
+                print(f"  {name:17s}{about}")
             print(f"\n{script()} COMMAND --help lists the flags of a command")
             return
         require(name in commands, f"no command {name!r}; there are {', '.join(commands)}")

@@ -59,7 +59,7 @@ def read_config(run: str) -> dict:
     config = read_object(path, {"reward_model": str | list[str] | None}, finite=False)
     config.pop("inputs", None)  # fingerprints, no settings
 
-    # Runs of before there were ensembles name one reward model.
+    # Older runs, from before there were ensembles, name one reward model.
     reward_models = config.get("reward_model", "")
     if isinstance(reward_models, str):
         reward_models = [reward_models]
@@ -79,6 +79,8 @@ def arrange(runs: list[str]) -> dict[str, dict[str, list[dict]]]:
     runs = list(dict.fromkeys(os.path.realpath(run) for run in runs))
     configs = [read_config(run) for run in runs]
 
+    # The settings that differ make the row, the objective makes the colour, and what is left to
+    # differ in one colour of one row is the seed.
     rows = {}
     labels = set()
     for run, cell, objective in zip(runs, cells_of(configs), objectives_of(configs), strict=True):
@@ -127,6 +129,7 @@ def comparable_settings(config: dict) -> dict[str, str]:
     """The settings that make a config another cell, as text: no seeds, objectives or places."""
     # A seed in a path is a seed too.
     config = json.loads(re.sub(r"seed_\d+", "seed_*", json.dumps(config)))
+    # Members that differ in seed alone are one by now, in whatever order they were named.
     config["reward_model"] = " + ".join(sorted(set(config["reward_model"])))
     left_out = ("seed", "objective", "uwo_lambda", *PLACES)
     return {name: str(value) for name, value in config.items() if name not in left_out}
@@ -137,6 +140,7 @@ def without_common_ends(texts: set[str]) -> dict[str, str]:
 
     Parts are what stands between / and _. Something stays of each text.
     """
+    # {"runs/rm_a/seed_*", "runs/rm_b/seed_*"} -> "a" and "b"
     parts = {text: re.split(r"([/_])", text) for text in texts}  # "a/b_c" -> a / b _ c
     for end in (0, -1):
         while ends_are_common(list(parts.values()), end):
@@ -194,6 +198,7 @@ def curves_of(run: str, objective: str) -> dict[str, dict]:
 def ppo_curve(run: str) -> dict[str, np.ndarray]:
     """The curve of a PPO run's evaluations. InputError: the run has none."""
     points = []
+    # Most steps have no evaluation.
     for record in read_records(run):
         if "eval/proxy" not in record:
             continue
@@ -227,7 +232,8 @@ def bon_curves(run: str) -> dict[str, dict]:
     if len(members) == 1:
         return {"single": members[0], **objectives}
 
-    stacked = over_runs(members)  # [K, L]
+    # One curve for all members, at the n that all of them have.
+    stacked = over_runs(members)  # {name: [K, L]}
     single = {name: values.mean(0) for name, values in stacked.items()}
     for score in ("proxy", "gold"):
         single[f"{score}_low"] = stacked[score].min(0)
@@ -243,8 +249,8 @@ def read_bon_curve(points, name: str, path: str) -> dict[str, np.ndarray]:
     for point in points:
         check_fields(point, POINT, f"{path}: {name}")
         # "proxy_score" is called "proxy", as in the evaluations of PPO.
-        own = {key.replace("_score", ""): value for key, value in point.items()}
-        renamed.append({"x": point["n"], **own})
+        same_names = {key.replace("_score", ""): value for key, value in point.items()}
+        renamed.append({"x": point["n"], **same_names})
     return curve_of(renamed)
 
 
@@ -256,9 +262,11 @@ def curve_of(points: list[dict]) -> dict[str, np.ndarray]:
     """
     curve = {}
     for name in ("x", "kl", "proxy", "gold"):
-        curve[name] = np.array([point.get(name) for point in points], dtype=float)  # None: nan
+        numbers = [point.get(name) for point in points]
+        curve[name] = np.array(numbers, dtype=float)  # [L]; None becomes nan
 
     for name in ("proxy", "gold"):
+        # An interval that the run has computed may be skewed, as one standard error cannot be.
         intervals = [point.get(f"{name}_interval") for point in points]
         if all(intervals):
             low, high = np.array(intervals, dtype=float).T
@@ -273,6 +281,7 @@ def curve_of(points: list[dict]) -> dict[str, np.ndarray]:
 
 def over_runs(curves: list[dict]) -> dict[str, np.ndarray]:
     """S curves -> {"x": [S, L], "kl": [S, L], ...} at the x that all of them have."""
+    # Runs of other lengths, or evaluated at other steps, have some points that others lack.
     shared = functools.reduce(np.intersect1d, [curve["x"] for curve in curves])
     stacked = {}
     for name in curves[0]:

@@ -1,8 +1,12 @@
 """Several processes under torchrun: set-up, DDP or FSDP2, and the few reductions of the scripts.
 
-Every rank runs the same script and makes the same number of collective calls. What belongs to a
-sample (its noise, its place in a minibatch) is keyed by its index in the GLOBAL batch, so the
-number of ranks changes results only by float error.
+Every rank runs the same script and makes the same number of collective calls: a rank that makes one
+less leaves the others waiting for ever. What belongs to a sample (its noise, its place in a
+minibatch) is keyed by its index in the GLOBAL batch, so the number of ranks changes results only by
+float error.
+
+A rank is one process; world is how many there are. Without torchrun there is one, rank 0 of 1, for
+which every exchange in here is nothing at all.
 """
 
 import contextlib
@@ -32,6 +36,8 @@ SMALL_PROCESS = 2**29
 
 @dataclass
 class Dist:
+    """This process among the others of its run. setup() makes it, and everything is handed it."""
+
     rank: int
     world: int
     device: torch.device
@@ -39,6 +45,7 @@ class Dist:
 
     @property
     def main(self):
+        """Whether this is rank 0, which alone prints and writes."""
         return self.rank == 0
 
     @property
@@ -50,10 +57,12 @@ class Dist:
         return torch.device("cpu") if self.sharded else self.device
 
     def print(self, *lines):
+        """Print lines once for all processes."""
         if self.main:
             print(*lines, sep="\n", flush=True)
 
     def barrier(self):
+        """Wait until all processes are here."""
         if self.world > 1:
             td.barrier()
 
@@ -70,6 +79,7 @@ class Dist:
         """The sum over all ranks, on the tensor's device."""
         if self.world == 1:
             return tensor
+        # A clone, since all_reduce writes into what it is given. NCCL sends from a GPU alone.
         total = tensor.detach().clone().to(self.device)
         td.all_reduce(total)
         return total.to(tensor.device)
@@ -81,16 +91,22 @@ class Dist:
         """
         if self.world == 1:
             return tensor
+        # all_gather wants tensors of one shape. So everyone's rows are padded to the longest, and
+        # the padding is cut off again:
+        #
+        #     rank 0  a a a        a a a
+        #     rank 1  b        ->  b . .  ->  a a a b
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
         td.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))
         longest = int(max(sizes))
         if longest == 0:
             return tensor
-        padded = tensor.new_zeros(longest, *tensor.shape[1:], device=self.device)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:], device=self.device)  # [longest, ...]
         padded[: len(tensor)] = tensor.to(self.device)
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         td.all_gather(parts, padded)
-        return torch.cat([part[: int(n)] for part, n in zip(parts, sizes)]).to(tensor.device)
+        rows = [part[: int(n)] for part, n in zip(parts, sizes)]
+        return torch.cat(rows).to(tensor.device)
 
     def even(self, micro_batches):
         """The same number of micro-batches on all ranks: FSDP sends something in each of them.
@@ -98,10 +114,15 @@ class Dist:
         The largest are cut in halves.
         """
         parts = list(micro_batches)
-        most = int(self.gather(torch.tensor([len(parts)])).max()) if self.sharded else 0
+        if not self.sharded:
+            return parts
+        counts = self.gather(torch.tensor([len(parts)]))  # [world]
+        most = int(counts.max())
         while len(parts) < most:
-            i = max(range(len(parts)), key=lambda i: len(parts[i]))
-            parts[i : i + 1] = parts[i].chunk(2)
+            # However rows are cut into micro-batches, their gradients add up to the same. All ranks
+            # have as many rows (share), so there is one with two rows to cut.
+            largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+            parts[largest : largest + 1] = parts[largest].chunk(2)
         return parts
 
     def together(self, function):
@@ -109,16 +130,23 @@ class Dist:
 
         An InputError on one of them is raised on all.
         """
-        result, message = None, b""
+        # A process that raised at once would leave the others waiting in their next exchange. So
+        # all of them exchange their messages first, most of which are empty.
+        result = None
+        message = b""
         try:
             result = function()
         except InputError as e:
             if self.world == 1:
                 raise
-            message = " ".join(str(e).split()).encode(errors="backslashreplace") + b"\n"
-        messages = bytes(self.gather(torch.tensor(list(message), dtype=torch.uint8)).tolist())
-        if messages:
-            raise InputError(messages.decode().split("\n")[0])
+            # In one line, with a line end that keeps it apart from the next process's.
+            line = " ".join(str(e).split()) + "\n"
+            message = line.encode(errors="backslashreplace")
+        own_bytes = torch.tensor(list(message), dtype=torch.uint8)
+        all_bytes = bytes(self.gather(own_bytes).tolist())
+        if all_bytes:
+            first_message = all_bytes.decode().split("\n")[0]
+            raise InputError(first_message)
         return result
 
     def wrap(self, module, total=None, dtype="float32"):
@@ -130,6 +158,7 @@ class Dist:
         after a resume would differ in its last bits. FSDP wants its first pass through the root,
         which generate() is not.
         """
+        # A frozen model has no gradients to exchange: only shards must know of each other.
         trained = any(p.requires_grad for p in module.parameters())
         if self.world == 1 or not (trained or self.sharded):
             return module
@@ -137,6 +166,7 @@ class Dist:
             model = fsdp.shard(module, self, dtype)
         else:
             model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        # The first pass, forward and backward, whose gradients are thrown away.
         with torch.set_grad_enabled(trained), autocast(self, dtype):
             value = total(model) if total else None
         if trained:
@@ -195,6 +225,8 @@ def setup(device="auto", distributed="ddp"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here")
+
+    # One process a GPU: the local rank counts the processes of this machine, the rank those of all.
     world, rank, local = read_ranks()
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -204,6 +236,7 @@ def setup(device="auto", distributed="ddp"):
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
+
     if world > 1 and not td.is_initialized():
         # A process without a member of an ensemble waits for those that have one.
         a_day = datetime.timedelta(days=1)
@@ -217,11 +250,14 @@ def setup(device="auto", distributed="ddp"):
         # All are connected before one can leave with an error: the others would report only that it
         # is gone.
         td.barrier()
-    return Dist(rank, world, torch.device(device), sharded=distributed == "fsdp" and world > 1)
+    # A single process has nobody to share a model with.
+    sharded = distributed == "fsdp" and world > 1
+    return Dist(rank, world, torch.device(device), sharded)
 
 
 def read_ranks() -> tuple[int, int, int]:
     """WORLD_SIZE, RANK and LOCAL_RANK, which torchrun sets; 1, 0 and 0 without it."""
+    # int() would take "-1" and " 1_0 ", too.
     numbers = []
     for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
@@ -239,23 +275,28 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
 
     InputError: the environment does not say where, or not all of them come there.
     """
+    # Short for the meeting, long for what follows: a typing error in MASTER_ADDR shows at once,
+    # while a rank may have to wait for another's work.
     try:
         with without_stderr():  # torch logs each try, with its stack
             meeting = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
             store, _, _ = next(meeting)
     except (ValueError, RuntimeError) as e:
-        place = ", ".join(
-            f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT")
-        )
-        problem = f"the processes of this run do not find each other ({first_line(e)}; {place})"
-        raise InputError(f"{problem}; torchrun sets what they need") from None
+        address = os.environ.get("MASTER_ADDR")
+        port = os.environ.get("MASTER_PORT")
+        raise InputError(
+            f"the processes of this run do not find each other ({first_line(e)}; "
+            f"MASTER_ADDR={address}, MASTER_PORT={port}); torchrun sets what they need"
+        ) from None
     store.set_timeout(timeout)
+    # As torch does with a store that it makes itself: our keys are kept apart from torchrun's.
     return td.PrefixStore("default_pg", store)
 
 
 @contextlib.contextmanager
 def without_stderr():
     """A context in which nothing appears on stderr, of C++ neither."""
+    # sys.stderr is only Python's way to descriptor 2, to which C++ writes by itself.
     usual = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -268,6 +309,7 @@ def without_stderr():
 
 
 def shutdown():
+    """Leave the process group, if there is one."""
     if td.is_available() and td.is_initialized():
         td.destroy_process_group()
 
@@ -285,6 +327,7 @@ def lost_a_process(error: Exception) -> bool:
         return False
     if isinstance(error, (td.DistBackendError, td.DistNetworkError)):
         return True
+    # gloo raises plain RuntimeErrors, which only their text tells.
     gone = re.search(r"Connection (closed|reset) by peer|Broken pipe|gloo", str(error))
     return isinstance(error, RuntimeError) and gone is not None
 
@@ -310,12 +353,13 @@ def fast_dtype(device):
     A GPU is, and a CPU with AVX-512 BF16 or AMX.
     """
     if device != "cpu" and torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return (
-        "bfloat16"
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        else "float32"
-    )
+        # torch can emulate it on any GPU, slowly.
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if is_fast:
+        return "bfloat16"
+    return "float32"
 
 
 def peak_memory_mb(dist):

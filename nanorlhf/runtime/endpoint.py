@@ -22,7 +22,8 @@ from http.client import HTTPException, IncompleteRead, InvalidURL
 
 from ..errors import InputError, first_line
 
-TRIES, LONGEST_PAUSE = 4, 300  # of one question; seconds
+TRIES = 4  # of one question
+LONGEST_PAUSE = 300  # seconds that an endpoint may ask for
 LONGEST_ANSWER = 2**24  # bytes that are read of one
 KEY = "OPENAI_API_KEY"  # the environment variable
 # Characters of a secret. Less is a placeholder such as "x" or "EMPTY", which local servers take: it
@@ -31,7 +32,7 @@ SHORTEST_KEY = 6
 
 
 class Unreachable(Exception):
-    """An endpoint that does not answer, or refuses to: there is no use in asking it anything else."""
+    """An endpoint that does not answer, or refuses to: it is no use asking it anything else."""
 
 
 class Rejected(Unreachable):
@@ -96,6 +97,7 @@ def redact(text: str) -> str:
     key = read_key()
     if len(key) < SHORTEST_KEY:
         return text
+    # A server may quote the key in its own way, character by character.
     pattern = ""
     for character in key:
         plain = re.escape(character)
@@ -119,18 +121,20 @@ def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0
     check_endpoint("the endpoint", url)
     wait_for_turn = pacer(requests_per_minute)
 
+    # The key is read anew for every question, and kept nowhere in between.
     def ask(question):
+        address = url.rstrip("/") + "/chat/completions"
         headers = {"Content-Type": "application/json"}
         key = read_key()
         if key:
             headers["Authorization"] = f"Bearer {key}"
         messages = [{"role": "user", "content": question}]
-        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        wanted = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        body = json.dumps(wanted).encode()
+        # A try counts as a request, whatever comes of it: the rate is what the endpoint allows.
         for attempt in range(TRIES):
             wait_for_turn()
-            text, problem, seconds = post(
-                url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, timeout
-            )
+            text, problem, seconds = post(address, body, headers, timeout)
             if not problem:
                 return content_of(text)
             if attempt + 1 < TRIES:
@@ -166,11 +170,13 @@ def request(url, body, headers, timeout):
     reads it as JSON first.
     """
     try:
-        with OPENER.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
+        http_request = urllib.request.Request(url, body, headers)
+        with OPENER.open(http_request, timeout=timeout) as response:
             text = response.read(LONGEST_ANSWER)
             if response.length:  # bytes that are still to come: read(n) does not miss them
                 raise IncompleteRead(text, response.length)
             return text.decode("utf-8", "replace"), "", 0
+    # Three ways to end: the question is refused, the endpoint is of no use, or one may try again.
     except urllib.error.HTTPError as e:
         problem = redact(f"HTTP {e.code} {e.reason}")
         seconds = retry_after(e.headers.get("Retry-After", ""))
@@ -209,7 +215,8 @@ def retry_after(value):
     except ValueError:
         pass
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        date = email.utils.parsedate_to_datetime(value)
+        return max(0.0, date.timestamp() - time.time())
     except (ValueError, OverflowError):  # also of a year that the system's clock cannot have
         return 0.0
 
@@ -244,6 +251,7 @@ def pacer(per_minute):
 
     def wait_for_turn():
         nonlocal free_at
+        # Turns are handed out under the lock, and waited for outside of it.
         with lock:
             mine = max(free_at, time.monotonic())
             free_at = mine + interval
@@ -258,6 +266,7 @@ def ask_all(ask, questions, parallel=1):
     A ValueError or Rejected may stand in the place of an answer. Raises Unreachable once all that
     was under way has come in. Nothing is asked after it, or after the caller has stopped listening.
     """
+    # Set by the first question that finds the endpoint down, and when the caller stops listening.
     stop = threading.Event()
     down = None
 
@@ -274,6 +283,7 @@ def ask_all(ask, questions, parallel=1):
 
     with ThreadPoolExecutor(parallel) as pool:
         asked = {pool.submit(one, question): i for i, question in enumerate(questions)}
+        # Answers that were under way come in and are paid for, so they are handed on all the same.
         try:
             for future in as_completed(asked):
                 if isinstance(future.exception(), Unreachable):

@@ -31,7 +31,7 @@ FEATURES = ("human_latents", "feature_sae", "sarm")
 MOST_FILES = 10_000  # in a folder; one with more is no model and no data set, but / or a home, say
 
 
-# ------------------------------------------------------------------------------- from names to files
+# ------------------------------------------------------------------------------ from names to files
 
 
 def input_paths(config: dict) -> list[str]:
@@ -42,15 +42,22 @@ def input_paths(config: dict) -> list[str]:
     """
     paths = []
     for name in (*MODELS, *DATA, *FEATURES):
-        value = config.get(name) or []
-        texts = value if isinstance(value, list) else [value]
-        for text in texts:
+        for text in texts_of(config, name):
             path = path_in(name, text)
             if path:
                 paths.append(path)
+    # An adapter's weights are worth nothing without those of its base.
     for path in list(paths):
         paths += base_models(path)
     return list(dict.fromkeys(paths))
+
+
+def texts_of(config: dict, name: str) -> list[str]:
+    """The value of one setting as a list: of one text, or of several; empty where it is not set."""
+    value = config.get(name) or []
+    if isinstance(value, list):
+        return value
+    return [value]
 
 
 def path_in(name: str, text: str) -> str:
@@ -65,6 +72,7 @@ def path_in(name: str, text: str) -> str:
         candidates = [code_file(text)]
     else:  # PATH, FILE.py:FUNCTION, or FOLDER:SPLIT or FOLDER:CONFIG:SPLIT of a data set
         candidates = without_split(text)
+    # The first that is there, the longest name before its parts: a file's name may hold a colon.
     for path in candidates:
         inner = os.path.join(path, "model")
         if path and os.path.isdir(inner):
@@ -92,7 +100,7 @@ def code_file(text: str) -> str:
 
 
 def base_models(path: str) -> list[str]:
-    """The folders of the models that an adapter folder was made for: its base, the base's base, ..."""
+    """The folders of the models that an adapter was made for: its base, the base's base, ..."""
     bases = []
     while is_adapter(path):
         path = read_config(path)["base_model_name_or_path"]
@@ -106,13 +114,15 @@ def hub_names(config: dict) -> list[str]:
     """The models that the settings name and that are no files here: names on the hub, mostly."""
     names = []
     for setting in MODELS:
-        value = config.get(setting) or []
-        texts = value if isinstance(value, list) else [value]
-        names += [text for text in texts if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text)]
-    return [name for name in dict.fromkeys(names) if not os.path.exists(name)]
+        for text in texts_of(config, setting):
+            # NAME or OWNER/NAME. Deeper names are paths, and FILE.py:FUNCTION is no model.
+            may_be_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text)
+            if may_be_on_hub and not os.path.exists(text):
+                names.append(text)
+    return list(dict.fromkeys(names))
 
 
-# ------------------------------------------------------------------------- from files to fingerprints
+# ----------------------------------------------------------------------- from files to fingerprints
 
 
 def files_in(path: str) -> list[str]:
@@ -124,10 +134,16 @@ def files_in(path: str) -> list[str]:
         return [path]
     files = []
     for folder, subfolders, names in os.walk(path):
+        # In place: os.walk() goes on into what is left in its own list.
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-        enough = f"{path}: more than {MOST_FILES:,} files are in this folder, so it is no model or data set"
-        require(len(files) <= MOST_FILES, enough)
+        for name in names:
+            if not name.startswith("."):
+                files.append(os.path.join(folder, name))
+        require(
+            len(files) <= MOST_FILES,
+            f"{path}: more than {MOST_FILES:,} files are in this folder, so it is no model or "
+            "data set",
+        )
     return sorted(file for file in files if os.path.isfile(file))
 
 
@@ -135,7 +151,10 @@ def digest_path(path: str) -> str:
     """A digest of a file's bytes, or of the names and bytes of all files in a folder."""
     if os.path.isfile(path):
         return digest(digest_file(path))
-    return digest([(os.path.relpath(file, path), digest_file(file)) for file in files_in(path)])
+    contents = []
+    for file in files_in(path):
+        contents.append((os.path.relpath(file, path), digest_file(file)))
+    return digest(contents)
 
 
 def fingerprint_path(path: str, known: dict | None = None) -> dict:
@@ -145,10 +164,11 @@ def fingerprint_path(path: str, known: dict | None = None) -> dict:
     InputError: a file cannot be read.
     """
     try:
+        # A look at the files costs nothing, and a model may have many GB to read.
         stats = [os.stat(file) for file in files_in(path)]
         size = sum(stat.st_size for stat in stats)
         mtime = max((stat.st_mtime_ns for stat in stats), default=0)
-        if known and (known["size"], known["mtime"]) == (size, mtime):
+        if known and known["size"] == size and known["mtime"] == mtime:
             return known
         return {"digest": digest_path(path), "size": size, "mtime": mtime}
     except OSError as e:
@@ -164,19 +184,29 @@ def fingerprint_hub(name: str) -> dict | None:
         file = cached_file(name, "config.json", local_files_only=True)
     except OSError:  # not on this machine
         return None
+    # The hub's cache: .../models--OWNER--NAME/snapshots/COMMIT/config.json
     commit = re.search(r"/snapshots/([0-9a-f]+)/", file)
-    return {"digest": commit[1], "size": 0, "mtime": 0} if commit else None
+    if commit is None:
+        return None
+    return {"digest": commit[1], "size": 0, "mtime": 0}
 
 
 def fingerprint_inputs(config: dict, known: dict) -> dict[str, dict]:
     """{name: fingerprint} of all that the settings name; known: those of an earlier look."""
-    prints = {path: fingerprint_path(path, known.get(path)) for path in input_paths(config)}
+    prints = {}
+    for path in input_paths(config):
+        prints[path] = fingerprint_path(path, known.get(path))
     for name in hub_names(config):
-        prints[name] = fingerprint_hub(name)
-    return {name: found for name, found in prints.items() if found}
+        commit = fingerprint_hub(name)
+        if commit:
+            prints[name] = commit
+    return prints
 
 
 def changed_inputs(before: dict, now: dict) -> list[str]:
     """The names that stand for something else by now. What is gone is left to whoever opens it."""
-    both = [name for name in before if name in now]
-    return [name for name in both if before[name]["digest"] != now[name]["digest"]]
+    changed = []
+    for name in before:
+        if name in now and before[name]["digest"] != now[name]["digest"]:
+            changed.append(name)
+    return changed

@@ -17,7 +17,8 @@ from ..errors import at_least, require
 from . import distributed
 
 # What torch can hold: whole numbers of 64 bits, numbers of 32.
-LEAST_INT, MOST_INT = -(2**63), 2**63 - 1
+LEAST_INT = -(2**63)
+MOST_INT = 2**63 - 1
 MOST_FLOAT = 3.4e38
 A_DAY = 86_400  # seconds
 
@@ -29,7 +30,8 @@ class FlagGroup:
     def __post_init__(self):
         for flag in fields(self):
             value = getattr(self, flag.name)
-            for item in value if isinstance(value, list) else [value]:
+            items = value if isinstance(value, list) else [value]
+            for item in items:
                 check_value(flag, item)
 
 
@@ -54,7 +56,9 @@ def choices_of(flag) -> list[str]:
     They are looked up at each call, since a list may have grown: PPO's kinds of KL, for example.
     """
     choices = flag.metadata.get("choices", ())
-    return list(choices() if callable(choices) else choices)
+    if callable(choices):
+        choices = choices()
+    return list(choices)
 
 
 # ------------------------------------------------------- flags that scripts declare one by one

@@ -31,7 +31,12 @@ held: dict[str, Lock] = {}  # {real path of a folder: the lock that this process
 
 def lock_folder(folder: str, dist) -> None:
     """lock() on the main process; its error is raised on all of them. All processes call it."""
-    dist.together(lambda: lock(folder) if dist.main else None)
+
+    def lock_once():
+        if dist.main:
+            lock(folder)
+
+    dist.together(lock_once)
 
 
 def lock(folder: str) -> None:
@@ -43,6 +48,8 @@ def lock(folder: str) -> None:
     check_name(folder)
     place = os.path.realpath(folder)
     file = os.path.join(place, LOCK_FILE)
+    # Each turn opens the file that has the name at that moment, and ends with an error, with the
+    # lock, or with a file that has lost its name meanwhile.
     while place not in held:
         descriptor, made = make_file(file, f"the folder {folder}")
         take(descriptor, folder)
@@ -55,6 +62,7 @@ def lock(folder: str) -> None:
 
 def take(descriptor: int, folder: str) -> None:
     """Lock an open lock file, or close it and raise an InputError."""
+    # LOCK_NB: not to wait. A run that waits unseen for another looks as if it hung.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -81,6 +89,7 @@ def unlock_afterwards() -> Iterator[None]:
 
     The lock file goes, and so do the folders that were made for it, where nothing else is in them.
     """
+    # What was locked before stays so: contexts may be nested.
     before = set(held)
     try:
         yield
@@ -91,12 +100,12 @@ def unlock_afterwards() -> Iterator[None]:
 
 def unlock(place: str) -> None:
     """Give back the lock on a folder, by its real path."""
-    own = held.pop(place)
+    held_lock = held.pop(place)
     # The file is removed while the lock holds: afterwards it might be another process's.
-    if is_in_place(own.descriptor, own.file):
-        os.unlink(own.file)
-    os.close(own.descriptor)
-    remove_empty(own.made)
+    if is_in_place(held_lock.descriptor, held_lock.file):
+        os.unlink(held_lock.file)
+    os.close(held_lock.descriptor)
+    remove_empty(held_lock.made)
 
 
 def forget() -> None:
@@ -105,8 +114,8 @@ def forget() -> None:
     A copy of the descriptor would keep the lock after the parent's death. It is closed, since
     LOCK_UN would take the lock from the parent.
     """
-    for own in held.values():
-        os.close(own.descriptor)
+    for held_lock in held.values():
+        os.close(held_lock.descriptor)
     held.clear()
 
 

@@ -58,6 +58,7 @@ class RunFolder:
             if name not in free:
                 self.named[name] = value
 
+        # A folder that holds something else is refused before a lock file is put into it.
         def claim():
             if not dist.main:
                 return
@@ -89,6 +90,7 @@ class RunFolder:
         if not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
 
+        # config.json is the first file of a run, summary.json the last.
         stored = os.path.join(self.path, "config.json")
         if os.path.isfile(stored):
             self.inputs = read_config(stored)["inputs"]
@@ -206,12 +208,14 @@ class RunFolder:
                 size = os.path.getsize(path)
                 logs[name] = {"size": size, "sha256": digest_start(path, size)}
             state = {**state, "logs": logs}
+        # Shards are on all processes; what is whole is the same on all.
         if self.dist.main or is_sharded(module):
             checkpoint.save(self.path, step, module, optimizer, state, keep, self.dist, more)
         self.dist.barrier()
 
     def records(self) -> list[dict]:
         """The rows of metrics.jsonl."""
+        # The main process has written all of them before any process reads.
         self.dist.barrier()
         return read_rows(os.path.join(self.path, "metrics.jsonl"), {"step": int})
 
@@ -247,6 +251,7 @@ class RunFolder:
 
         All processes call this, since shards must be gathered first.
         """
+        # args[0] is the module: a policy, say.
         with whole(*args[:1], main=self.dist.main):
             if self.dist.main:
                 replace_folder(os.path.join(self.path, "model"), lambda path: save(*args, path))
@@ -257,6 +262,7 @@ class RunFolder:
 
         Returns the summary.
         """
+        # In this order: a kill in between leaves a run that is done, with checkpoints to remove.
         if self.dist.main:
             write_json(os.path.join(self.path, "summary.json"), summary)
         self.remove_checkpoints()
@@ -300,6 +306,7 @@ def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
     """
     require(os.path.isfile(path), f"{path}: no such file")
 
+    # An embedding that is asked for an id out of range raises an error that names no file.
     def are_ids(value):
         is_list = isinstance(value, list) and len(value) > 0
         return is_list and all(type(i) is int and 0 <= i < vocabulary for i in value)
@@ -308,9 +315,9 @@ def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
         if not isinstance(row, dict):
             return False
         # A prompt is a string, or a chat: a list of messages.
-        if not isinstance(row.get("prompt"), str | list) or not isinstance(
-            row.get("response"), str
-        ):
+        if not isinstance(row.get("prompt"), str | list):
+            return False
+        if not isinstance(row.get("response"), str):
             return False
         return are_ids(row.get("prompt_ids")) and are_ids(row.get("response_ids"))
 

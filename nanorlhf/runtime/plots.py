@@ -135,6 +135,7 @@ def save(draw: Callable, what, path: str) -> str | None:
         import matplotlib.figure
     except ImportError:
         return None
+    # A figure of its own, without pyplot: no window, no display, and nothing left open.
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(layout="constrained")
         draw(figure, what)
@@ -185,7 +186,8 @@ def choose_panels(logged: set[str]) -> dict[str, str]:
     """Keys of metrics.jsonl -> {name in PANELS: the key that its panel shows}."""
     panels = {}
     for name in PANELS:
-        # A metric that is measured on held-out prompts too is shown on these.
+        # The last name that was logged wins: a metric that is measured on held-out prompts too is
+        # shown on these.
         for key in (f"score_{name}", name, f"eval/{name}"):
             if key in logged:
                 panels[name] = key
@@ -211,12 +213,14 @@ def lines_of_panel(name: str, key: str, logged: set[str]) -> dict[str, str]:
 
 def draw_metric(axis, records: list[dict], key: str, label: str):
     """The line of one metric, with a band of its standard error where there is one."""
+    # Evaluations are in some of the records only.
     points = []
     for record in records:
         if key in record:
             points.append((record["step"], record[key], record.get(f"{key}_se", 0.0)))
     steps, values, errors = np.array(points, dtype=float).T  # [L] each; None becomes nan
 
+    # Of few points each is marked; many would hide the line.
     marker = None
     if len(steps) < 15:
         marker = "o"
@@ -245,6 +249,7 @@ def comparison_figure(figure, runs: list[str]):
         for label, group in row.items():
             labels.append(label)
             most_runs = max(most_runs, len(group))
+    # One colour for a label in all rows, so that rows can be compared at a glance.
     colours = colours_of(labels)
 
     row_height = 3.2
@@ -285,6 +290,7 @@ def draw_legend(figure, rows: dict, handles: list[tuple]):
             text += f", {numbers} runs"
         texts.append(text)
 
+    # One line of text where all of it fits, else columns as wide as the longest.
     widths = [len(text) + LEGEND_HANDLE for text in texts]
     columns = len(texts)
     if sum(widths) >= LEGEND_WIDTH:
@@ -312,6 +318,7 @@ def colours_of(labels: list[str]) -> dict[str, str]:
         order = fixed + order
     order = list(dict.fromkeys(order))  # each once
 
+    # matplotlib's colours C0 to C9, by the place in that order.
     numbers = {label: order.index(name) for label, name in names.items()}
     in_order = sorted(labels, key=numbers.get)
     return {label: f"C{numbers[label] % 10}" for label in in_order}
@@ -328,6 +335,7 @@ def draw_group(axes, curves: dict[str, np.ndarray], colour: str, look: Look):
     if np.isfinite(mean["gold"]).any():
         main = "gold"
 
+    # A single run has its own band; that of several is how far they lie apart.
     low = mean[f"{main}_low"]
     high = mean[f"{main}_high"]
     n_runs = len(curves["x"])
@@ -336,7 +344,8 @@ def draw_group(axes, curves: dict[str, np.ndarray], colour: str, look: Look):
         low = mean[main] - error
         high = mean[main] + error
 
-    d = np.sqrt(curves["kl"].clip(0)).mean(0)
+    # An estimate of a KL near 0 may be below it.
+    d = np.sqrt(curves["kl"].clip(0)).mean(0)  # [L]
     for axis, x, marker in ((axes[0], mean["x"], ""), (axes[1], d, "o")):
         axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         (proxy,) = axis.plot(x, mean["proxy"], "--", color=colour, linewidth=1)
@@ -352,10 +361,12 @@ def draw_fit(axis, curves: dict[str, np.ndarray], look: Look):
 
     It is drawn where gold is known at the start and at two more KL at least.
     """
-    known = np.isfinite(curves["gold"]).all(0)  # [L]
-    kl = curves["kl"][:, known].clip(0)  # [S, known points]
-    gold = curves["gold"][:, known]
-    knows_start = known[0] and curves["x"][0, 0] == look.start
+    is_known = np.isfinite(curves["gold"]).all(0)  # [L]
+    kl = curves["kl"][:, is_known].clip(0)  # [S, known points]
+    gold = curves["gold"][:, is_known]
+    # The formulas are of what gold gains since the start, where d = 0. Their two coefficients need
+    # two further points.
+    knows_start = is_known[0] and curves["x"][0, 0] == look.start
     if not knows_start:
         return
     later_kl = kl[:, 1:]

@@ -11,10 +11,16 @@ from .log import RunFolder
 
 def parse_ids(text):
     """ "3,17" -> [3, 17]"""
-    # Fewer than 19 digits fit 64 bits.
-    are_numbers = all(part.strip().isdecimal() and len(part) < 19 for part in text.split(","))
-    require(are_numbers or not text, f"--features {text}: it must be numbers, such as 3,17")
-    return list(dict.fromkeys(int(part) for part in text.split(",") if part))
+    if not text:
+        return []
+    ids = []
+    for part in text.split(","):
+        # Fewer than 19 digits fit 64 bits.
+        is_number = part.strip().isdecimal() and len(part) < 19
+        require(is_number, f"--features {text}: it must be numbers, such as 3,17")
+        ids.append(int(part))
+    # Feature 3 is one feature, however often it is named.
+    return list(dict.fromkeys(ids))
 
 
 def cell(x, digits=3):
@@ -43,14 +49,16 @@ def results_folder(config, dist):
     A folder of anything else is an error. config.json says whose results they are, since the flags
     of `pairs` would pass for those of an early `reward`; those of older results do not say it.
     """
+    # All settings are free: these results are made again by whatever flags, over those of before.
     folder = RunFolder(config, dist, free=(*vars(config), "command"), written_again=True)
     folder.config["command"] = type(config).__name__.removesuffix("Config")
     stored = os.path.join(config.output_dir, "config.json")
     if os.path.isfile(stored):
         settings = read_object(stored, finite=False)
-        same = settings.get("command", folder.config["command"]) == folder.config["command"]
+        command = folder.config["command"]
+        is_same = settings.get("command", command) == command
         require(
-            same and "output_dir" in settings,
+            is_same and "output_dir" in settings,
             f"{config.output_dir} holds no results of this command, but something else; "
             "choose another --output_dir",
         )
@@ -61,18 +69,20 @@ def save(config, folder, summary, text, draw):
     """summary.json, the picture draw(figure, summary) and the table: on the main process."""
     if not folder.dist.main:
         return
+    # config.json first: a kill later leaves a folder that the same command may write into.
     os.makedirs(config.output_dir, exist_ok=True)
     write_json(os.path.join(config.output_dir, "config.json"), folder.config)
     write_json(os.path.join(config.output_dir, "summary.json"), summary)
     picture = plots.save(draw, summary, os.path.join(config.output_dir, "picture.png"))
-    print(
-        text,
-        f"Written to {config.output_dir}: summary.json{', picture.png' if picture else ''}",
-        sep="\n",
-        flush=True,
-    )
+    written = "summary.json"
+    if picture:  # not without matplotlib
+        written += ", picture.png"
+    print(text)
+    print(f"Written to {config.output_dir}: {written}", flush=True)
 
 
 def finite(x):
     """A number as JSON knows it: null for what is infinite."""
-    return x if math.isfinite(x) else None
+    if math.isfinite(x):
+        return x
+    return None

@@ -34,8 +34,8 @@ def read_config(stored: str) -> dict:
     """What is in a run's config.json: settings, and as "inputs" fingerprints of what they name."""
     run = read_object(stored, {"inputs": dict | None}, finite=False)  # a setting may be infinite
     run["inputs"] = run.get("inputs") or {}  # older runs have no fingerprints
-    for name, known in run["inputs"].items():
-        check_fields(known, FINGERPRINT, f"{stored}: the fingerprint of {name}")
+    for name, fingerprint in run["inputs"].items():
+        check_fields(fingerprint, FINGERPRINT, f"{stored}: the fingerprint of {name}")
     return run
 
 
@@ -44,17 +44,19 @@ def settings_that_differ(stored: str, config, free=()) -> list[str]:
 
     A flag that is younger than the run had its default.
     """
+    # The two are compared as JSON: a tuple has become a list there, for one.
     run = read_config(stored)
     run.pop("inputs", None)
-    own = as_json(config)
+    settings = as_json(config)
     for field in dataclasses.fields(config):
         if field.default is not dataclasses.MISSING:
             run.setdefault(field.name, field.default)
         elif field.default_factory is not dataclasses.MISSING:
             run.setdefault(field.name, field.default_factory())
 
+    # A flag that the run had and no longer exists differs as well.
     names = []
-    for name in {**run, **own}:
-        if name not in free and run.get(name) != own.get(name):
+    for name in {**run, **settings}:
+        if name not in free and run.get(name) != settings.get(name):
             names.append(name)
     return names

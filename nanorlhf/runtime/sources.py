@@ -24,6 +24,7 @@ FILES_OF_ROWS = (".jsonl", ".json", ".csv")
 def read_any(spec: str) -> list[tuple[str, dict]]:
     """What --dataset names, other than the embedded world -> [(place, row)], one row at least."""
     require(spec, "a data set without a name")
+    # A name that ends like those is a file, there or not. Any other file but Parquet may be JSON.
     is_other_file = os.path.isfile(spec) and not spec.endswith(".parquet")
     if is_file_of_rows(spec) or is_other_file:
         return read_file(spec)
@@ -118,6 +119,7 @@ def split_name(spec: str) -> tuple[str, str | None, str]:
     """
     if os.path.exists(spec):
         return spec, None, "train"
+    # NAME:CONFIG:train[:100] -> NAME, CONFIG and train[:100], whose colon separates nothing.
     head, bracket, part = spec.partition("[")
     names = head.split(":")
     require(len(names) <= 3, f"{spec}: a data set is NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")
@@ -164,6 +166,7 @@ def check_inside(paths: list[str], folder: str):
 
 def check_parquet(path: str):
     """InputError unless a file begins and ends as Parquet does."""
+    # Its last four bytes are written last, so a download that broke off lacks them.
     with open(path, "rb") as f:
         content = f.read(4)
         f.seek(max(4, os.path.getsize(path) - 4))

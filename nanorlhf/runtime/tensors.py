@@ -40,15 +40,18 @@ def check_tensors(tensors: dict, shapes: dict, place: str):
 
     Each must hold floating-point numbers, and all of them must be finite in float32.
     """
+    # Tensors that nobody expects are left to the caller.
     for name, shape in shapes.items():
         require(name in tensors, f"{place}: the tensor {name} is missing")
         tensor = tensors[name]
         if shape is not None:
-            wanted = list(shape)
-            found = list(tensor.shape)
-            require(found == wanted, f"{place}: {name} is {found}, not {wanted}")
+            shape_wanted = list(shape)
+            shape_there = list(tensor.shape)
+            is_same = shape_there == shape_wanted
+            require(is_same, f"{place}: {name} is {shape_there}, not {shape_wanted}")
         dtype = str(tensor.dtype).removeprefix("torch.")
         is_float = tensor.is_floating_point()
         require(is_float, f"{place}: {name} holds {dtype}, not floating-point numbers")
+        # A run that diverged saves NaN, a damaged file holds anything, and float64 may hold 1e300.
         is_finite = bool(tensor.detach().float().isfinite().all())
         require(is_finite, f"{place}: {name} holds numbers that are not finite")

@@ -131,9 +131,11 @@ def open_chat(config: Config) -> tuple[list[Speaker], dict[str, Reward], Dist]:
     for run in config.runs:
         check_model(run)
         tokenizers.append(load_tokenizer(run))
+    # The world's gold reads the world's words alone: it is a default if a policy writes in them.
     in_world = any(is_of_world(tokenizer) for tokenizer in tokenizers)
     specs, notes = choose_rewards(config.runs, config.reward_model, config.gold_model, in_world)
 
+    # Policies answer and are not trained: they need no value head.
     speakers = []
     for name, run, tokenizer in zip(reward_names(config.runs), config.runs, tokenizers):
         policy = load_policy(run, value_head=False, device=dist.device)
@@ -150,6 +152,7 @@ def open_chat(config: Config) -> tuple[list[Speaker], dict[str, Reward], Dist]:
 
     for note in notes:
         print(in_one_line(note))
+    # Where prompts come from a file, nobody is there to be greeted.
     if sys.stdin.isatty():
         introduce(speakers, rewards)
     return speakers, rewards, dist
@@ -173,6 +176,7 @@ def talk(config: Config, speakers: list[Speaker], rewards: dict[str, Reward], di
     """Read prompts and print answers until there is no further prompt."""
     turn = 0
     while True:
+        # A command is a single word. A prompt of several words may begin with a slash.
         line = read_line()
         if line is None or line == "/quit":
             return
@@ -199,6 +203,7 @@ def answer_prompt(
     turn: int,
 ):
     """Print what every speaker answers to a prompt, side by side, one line of scores below each."""
+    # A prompt that one speaker cannot read is an error of that speaker alone: the others answer.
     cells = []  # for each speaker the texts of its n answers, or one error
     problems = []
     notes = []
@@ -213,6 +218,7 @@ def answer_prompt(
         scores, faults = score_answers(answers, rewards)
         notes += faults
         cells.append(describe_answers(speaker, answers, was_cut, scores))
+        # Each speaker remembers its own answer, so from the second turn on their chats differ.
         if speaker.keeps_turns:
             question = {"role": "user", "content": prompt}
             reply = {"role": "assistant", "content": answers.responses[0]}
@@ -222,6 +228,7 @@ def answer_prompt(
     if len(problems) == len(speakers) and len(set(problems)) == 1:
         print(in_one_line(problems[0]))
         return
+    # Row j has the j-th answer of every speaker. All answers of a row were sampled with one noise.
     width = terminal_width()
     for j in range(config.n):
         row = []
@@ -236,10 +243,12 @@ def answer_prompt(
 def check_prompt(speaker: Speaker, prompt: str):
     """InputError where a prompt holds what this policy cannot read as the text that it is."""
     tokenizer = speaker.tokenizer
+    # A prompt that spells <|im_end|> would end the user's turn, and could go on as the assistant.
     if speaker.keeps_turns:
         pattern = pattern_of_control_tokens(tokenizer)
         token = find_control_token(tokenizer, pattern, {"prompt": prompt})
         require(not token, f"the prompt spells {token}, which the chat template takes for its own")
+    # The world's tokenizer turns every unknown word into <unk>, without an error.
     if is_of_world(tokenizer):
         known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
         unknown = [word for word in prompt.split() if word not in known]
@@ -264,6 +273,7 @@ def sample_answers(
     The noise is keyed by the turn and the answer's number. So all speakers draw the same numbers:
     what differs between two answers side by side is the policies' doing.
     """
+    # The prompt becomes a row of data, so that it is encoded in the way that training encodes it.
     tokenizer = speaker.tokenizer
     row = {"prompt": prompt}
     if speaker.keeps_turns:
@@ -278,6 +288,7 @@ def sample_answers(
     if context is not None:
         max_new_tokens = min(max_new_tokens, context - len(ids))
 
+    # The n answers differ although their prompt is the same: the noise is keyed by the row, too.
     prompt_ids, mask = left_pad([ids] * config.n, tokenizer.pad_token_id)  # [n, P]
     with autocast(dist, config.dtype), sampling(lm):
         rollout = generate(
@@ -294,9 +305,10 @@ def sample_answers(
             seed=config.seed,
             step=turn,
         )
+    # Rewards get the text without special tokens such as EOS, and also the ids that were sampled.
     responses = []
-    for response_ids, kept in zip(rollout.response_ids, rollout.response_mask):
-        responses.append(tokenizer.decode(response_ids[kept], skip_special_tokens=True))
+    for row_ids, is_real in zip(rollout.response_ids, rollout.response_mask):
+        responses.append(tokenizer.decode(row_ids[is_real], skip_special_tokens=True))
     answers = answers_to(prompts.at([0] * config.n), responses, rollout.packed(), False)
     was_cut = (~rollout.finished).tolist()
     return answers, was_cut
@@ -306,7 +318,7 @@ def score_answers(
     answers: Answers, rewards: dict[str, Reward]
 ) -> tuple[list[list[str]], list[str]]:
     """For each of n answers its scores, as texts ["rm +0.50"]; and what rewards could not score."""
-    scores = [[] for _ in answers.responses]
+    scores = [[] for _ in answers.responses]  # a list of texts for each answer
     faults = []
     for name, reward in rewards.items():
         shown_name = in_one_line(name)
@@ -315,11 +327,11 @@ def score_answers(
         except InputError as e:
             # A prompt that is typed may have no gold: the other rewards still score its answers.
             faults.append(str(e))
-            for own in scores:
-                own.append(f"{shown_name} ?")
+            for scores_of_answer in scores:
+                scores_of_answer.append(f"{shown_name} ?")
             continue
-        for own, number in zip(scores, numbers):
-            own.append(f"{shown_name} {number:+.2f}")
+        for scores_of_answer, number in zip(scores, numbers):
+            scores_of_answer.append(f"{shown_name} {number:+.2f}")
     return scores, faults
 
 
@@ -336,6 +348,7 @@ def describe_answers(
         numbers = list(scores[j])
         if was_cut[j]:
             numbers.append("[cut off]")
+        # A model may write anything, escape codes for the terminal too.
         text = printable(response) or "(no words)"
         texts.append(f"{title}:\n{text}\n{'   '.join(numbers)}".rstrip())
     return texts

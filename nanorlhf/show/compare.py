@@ -33,6 +33,8 @@ from .terminal import in_one_line, name_runs, terminal_width, until_nobody_reads
 OF_ANSWERS = "gold proxy variance kl kl_k2 kl_k3 length eos_rate distinct_2".split()
 # By which metric the best evaluation is chosen: the first that both runs have. More is better.
 BEST_BY = ("gold", "proxy", "accuracy")
+# Settings that say nothing of what was trained. The inputs (digests of files) are compared file by
+# file.
 PLACES = {"output_dir", "inputs", "resume"}
 
 Pairs = list[tuple[Answer, Answer]]  # two answers to one prompt
@@ -71,37 +73,47 @@ class Config(FlagGroup):
 
 
 def main(config: Config) -> dict:
-    """Compare two runs, print what was found, and write it to --output."""
+    """Compare two runs, print what was found, and write it to --output.
+
+    The folders are read by evaluations_of_runs.py; comparison_text.py makes the text.
+    """
+    # A place that cannot be written to ends the command before any run is read.
     if config.output:
         check_can_write(config.output)
         check_output(config.output, is_comparison, "a comparison")
-    a, b = [read_run(path, config.split) for path in config.runs]
+
+    # One evaluation of each run is compared, and the answers to the prompts that both have.
+    path_a, path_b = config.runs
+    a = read_run(path_a, config.split)
+    b = read_run(path_b, config.split)
     step_a, step_b = choose_steps(config.step, a, b)
     pairs = read_pairs(a, step_a, b, step_b, config.split)
     if a.kind != b.kind:
         keep_what_all_kinds_have(a, b)
     metrics = compare_metrics(a.evaluations[step_a], b.evaluations[step_b], pairs)
+    # The kind of a run is text from its config.json, and may hold escape codes for the terminal.
     both = in_one_line(f"{a.path} ({a.kind}) and {b.path} ({b.kind})")
     require(metrics or pairs, f"{both} have no metric and no prompt in common")
     pairs, sorted_by = sort_pairs(pairs, config.sort)
 
-    found = {}
+    # One dictionary holds the whole comparison: it is printed, and written to --output.
+    comparison = {}
     only_a, only_b = settings_of_one(a, b)
-    found["a"] = {"run": a.path, "kind": a.kind, "step": step_a, "only_here": only_a}
-    found["b"] = {"run": b.path, "kind": b.kind, "step": step_b, "only_here": only_b}
-    found["settings"] = compare_settings(a.settings, b.settings)
-    found["split"] = config.split
-    found["metrics"] = metrics
-    found["best"] = compare_best(a, b, config.split)
-    found["course"] = compare_course(a, b, config.split)
-    found["sorted_by"] = sorted_by
-    found["answers"] = [describe_pair(*pair) for pair in pairs]
+    comparison["a"] = {"run": a.path, "kind": a.kind, "step": step_a, "only_here": only_a}
+    comparison["b"] = {"run": b.path, "kind": b.kind, "step": step_b, "only_here": only_b}
+    comparison["settings"] = compare_settings(a.settings, b.settings)
+    comparison["split"] = config.split
+    comparison["metrics"] = metrics
+    comparison["best"] = compare_best(a, b, config.split)
+    comparison["course"] = compare_course(a, b, config.split)
+    comparison["sorted_by"] = sorted_by
+    comparison["answers"] = [describe_pair(*pair) for pair in pairs]
     with until_nobody_reads():
-        print(table(found, config.n, terminal_width()))
+        print(table(comparison, config.n, terminal_width()))
     if config.output:
         os.makedirs(os.path.dirname(config.output) or ".", exist_ok=True)
-        write_json(config.output, found)
-    return found
+        write_json(config.output, comparison)
+    return comparison
 
 
 def is_comparison(path: str) -> bool:
@@ -117,12 +129,14 @@ def is_comparison(path: str) -> bool:
 def choose_steps(steps: list[int], a: Run, b: Run) -> tuple[int, int]:
     """The steps of the two evaluations. InputError: a run has no evaluation at its step."""
     if steps:
-        chosen = (steps[0], steps[-1])
+        chosen = (steps[0], steps[-1])  # twice the same, where --step has one number
         for run, step in zip((a, b), chosen):
             known = ", ".join(map(str, run.evaluations))
             is_there = step in run.evaluations
             require(is_there, f"{run.path}: no evaluation at --step {step}; there are {known}")
         return chosen
+    # Two runs of one kind are compared after the same number of steps. Between kinds a step means
+    # different things (PPO: a rollout, SFT: an update, best-of-n: n): each run's last one is taken.
     shared = a.evaluations.keys() & b.evaluations.keys()
     if a.kind == b.kind and shared:
         last = max(shared)
@@ -141,6 +155,7 @@ def compare_settings(a: dict, b: dict) -> dict[str, list]:
         if values[0] != values[1]:
             differing[name] = values
 
+    # Two runs may name the same folder, say runs/rm/seed_0, which held another model each time.
     inputs = a["inputs"]
     others = b["inputs"]
     for path in sorted(inputs.keys() & others.keys()):
@@ -164,6 +179,8 @@ def settings_of_one(a: Run, b: Run) -> tuple[list[str], list[str]]:
 
 def read_pairs(a: Run, step_a: int, b: Run, step_b: int, split: str) -> Pairs:
     """Answers of both runs to one prompt side by side: the first to the first, and so on."""
+    # Answers are matched by the text of their prompt, not by its place: two files may have their
+    # prompts in different orders, or different prompts. An answer without a partner is left out.
     waiting = {}  # {prompt: the answers of B to it}
     for answer in read_answers(b, step_b, split):
         waiting.setdefault(answer.prompt, []).append(answer)
@@ -190,6 +207,8 @@ def compare_metrics(a: dict[str, Number], b: dict[str, Number], pairs: Pairs) ->
 
 def subtract(name: str, a: Number, b: Number, pairs: Pairs) -> dict:
     """B less A of one metric: {difference, se, interval, pairs}."""
+    # Differences are taken prompt by prompt, if answers have this number: an easy prompt is easy
+    # for both runs, and that drops out.
     differences = []
     prompts = []  # of each difference: answers to one prompt are not independent
     for first, second in pairs:
@@ -207,7 +226,8 @@ def subtract(name: str, a: Number, b: Number, pairs: Pairs) -> dict:
             "pairs": len(differences),
         }
 
-    # Independent means: their variances add up.
+    # Otherwise the two recorded means are subtracted as if they were independent: variances add up.
+    # On the same prompts they are not independent, so this interval is usually too wide.
     difference = b["mean"] - a["mean"]
     se = (a["se"] ** 2 + b["se"] ** 2) ** 0.5
     interval = [difference - 1.96 * se, difference + 1.96 * se]
@@ -237,6 +257,7 @@ def compare_best(a: Run, b: Run, split: str) -> dict | None:
     name = choose_metric(a, b)
     if name is None:
         return None
+    # The best evaluation need not be the last one: after too much training gold may fall.
     best = []
     for run in (a, b):
         means = {}
@@ -248,6 +269,7 @@ def compare_best(a: Run, b: Run, split: str) -> dict | None:
 
 def compare_course(a: Run, b: Run, split: str) -> list[dict]:
     """The same metric at every step that both runs have evaluated."""
+    # A step of one kind of run is not comparable with a step of another kind.
     name = choose_metric(a, b)
     if name is None or a.kind != b.kind:
         return []
@@ -272,12 +294,13 @@ def keep_what_all_kinds_have(a: Run, b: Run):
     """Drop the metrics whose names mean different things in runs of different kinds, in place."""
     for run in (a, b):
         for step, numbers in run.evaluations.items():
-            kept = {name: numbers[name] for name in OF_ANSWERS if name in numbers}
-            run.evaluations[step] = kept
+            shared = {name: numbers[name] for name in OF_ANSWERS if name in numbers}
+            run.evaluations[step] = shared
 
 
 def sort_pairs(pairs: Pairs, by: str) -> tuple[Pairs, str]:
     """Pairs in the order in which they are shown, and what they are sorted by."""
+    # Only a number that every answer has can sort: an answer without it would have no place.
     known = []
     for name in ("gold", "proxy"):
         have_it = [name in a.numbers and name in b.numbers for a, b in pairs]
@@ -290,6 +313,7 @@ def sort_pairs(pairs: Pairs, by: str) -> tuple[Pairs, str]:
     if by == "file":
         return pairs, by
 
+    # The sign does not matter: the largest differences come first, whichever run is better.
     def difference(pair):
         a, b = pair
         return abs(b.numbers[by] - a.numbers[by])

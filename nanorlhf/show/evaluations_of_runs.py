@@ -70,6 +70,7 @@ def read_run(path: str, split: str) -> Run:
     is_there = os.path.isfile(file)
     require(is_there, f"{path}: no run here (it has no config.json)")
     settings = read_config(file)
+    # A model's folder has a config.json too, of another kind: it names no --output_dir.
     require("output_dir" in settings, f"{path}: no run here (its config.json is another program's)")
     check_fields(settings, SETTINGS, file)
     kind = name_kind(settings)
@@ -88,6 +89,7 @@ def read_metrics(path: str, split: str) -> dict[int, dict[str, Number]]:
 
     They are in metrics.jsonl. The last one of a reward model is in summary.json alone.
     """
+    # {"step": 60, "loss": ..., "eval/gold": ..., "eval/gold_se": ..., "ood/gold": ...}
     records = read_rows(os.path.join(path, "metrics.jsonl"), {"step": int})
     summary = os.path.join(path, "summary.json")
     if records and os.path.isfile(summary):
@@ -100,7 +102,8 @@ def read_metrics(path: str, split: str) -> dict[int, dict[str, Number]]:
         for name, value in record.items():
             metric = name.removeprefix(f"{split}/")
             se = record.get(f"{name}_se")
-            # There is nothing to compare with a number that is not finite.
+            # A metric has the split's prefix, and its standard error beside it. So gold_se is no
+            # metric: there is no gold_se_se. A number that is not finite cannot be compared.
             if metric != name and is_finite(value) and is_finite(se):
                 numbers[metric] = {"mean": value, "se": se}
         if numbers:
@@ -114,6 +117,9 @@ def is_finite(value) -> bool:
 
 def read_curve(path: str, settings: dict) -> dict[int, dict[str, Number]]:
     """The estimates of best-of-n by the run's objective: {n: {proxy, kl[, gold]}}."""
+    # The file has a curve for each reward and each objective that can choose; the run's own
+    # objective says which of them is read:
+    #   {"mean": [{"n": 1, "kl": 0.0, "proxy_score": ...}, {"n": 2, ...}], "uwo_0.5": [...]}
     file = os.path.join(path, "bon_results.json")
     curves = read_object(file)
     evaluations = {}
@@ -155,6 +161,7 @@ def read_answers(run: Run, step: int, split: str) -> list[Answer]:
     path = os.path.join(run.path, eval_folder(split), f"step_{step}.jsonl")
     if not os.path.isfile(path):
         return []
+    # {"prompt": ..., "response": ..., "scores": {"seed_0": 1.2, "seed_1": 0.9}, "gold": 0.4, ...}
     fields = {"prompt": str | list, "response": str, "scores": dict | None, "gold": float | None}
     answers = []
     for place, row in read_file(path):
@@ -162,11 +169,13 @@ def read_answers(run: Run, step: int, split: str) -> list[Answer]:
         numbers = {}
         if row.get("gold") is not None:
             numbers["gold"] = row["gold"]
+        # The file has the members' scores, but not the proxy: the one number that the objective
+        # makes of them.
         scores = dict(row.get("scores") or {})
         scores.pop("controlled", None)  # what PPO maximised; it is no member
         if scores:
             check_fields(scores, dict.fromkeys(scores, float), f"{place}: scores")
-            members = torch.tensor([[x] for x in scores.values()], dtype=torch.float64)  # [K, 1]
+            members = torch.tensor(list(scores.values()), dtype=torch.float64)[:, None]  # [K, 1]
             numbers["proxy"] = combine_members(members, run.settings).item()
         if isinstance(row.get("response_ids"), list):
             numbers["length"] = float(len(row["response_ids"]))
@@ -198,6 +207,7 @@ def choose_from_pool(run: Run, n: int) -> list[Answer]:
         are_alike = all(len(column) == n_answers for column in columns)
         require(columns and are_alike and n <= n_answers, f"{place}: not a row of a scored pool")
 
+        # The answer that is shown is one draw: the best of the first n.
         members = torch.tensor(columns, dtype=torch.float64)  # [K, N]
         by_name = {"proxy": combine_members(members, run.settings)}  # [N]
         best = int(by_name["proxy"][:n].argmax())
@@ -205,6 +215,8 @@ def choose_from_pool(run: Run, n: int) -> list[Answer]:
         if len(gold) == n_answers:
             by_name["gold"] = torch.tensor(gold, dtype=torch.float64)
 
+        # One draw of n from N answers wastes the others. So the run's metrics are means over all
+        # draws, and differences between runs are taken of these.
         numbers = {}
         expected = {}
         for name, values in by_name.items():

@@ -46,10 +46,13 @@ LARGEST = 4_500_000  # bytes of the blocks with many items; all else is small
 
 def collect(runs: list[Run]) -> dict:
     """All that a page shows of these runs, for JSON."""
+    # Answers are read first: the curve of how often they hold the cue is counted in them.
     answers = []
     for run in runs:
         answers += read_part(read_answers, run)
     panels = read_panels(runs, answers)
+
+    # A reader returns empty lists for a run that has nothing for it.
     best_of_n = []
     features = []
     tables = []
@@ -60,6 +63,8 @@ def collect(runs: list[Run]) -> dict:
         best_of_n += bon_blocks
         features += read_part(read_features, run)
         tables += read_part(read_tables, run)
+
+    # Only these blocks hold many texts. Curves and tables are small, and stay whole.
     fit_into([*answers, *best_of_n, *features], LARGEST)
     return {
         "runs": [run.describe() for run in runs],
@@ -84,7 +89,10 @@ def read_part(reader, run: Run):
 
 
 def compare_settings(runs: list[Run]) -> list[list]:
-    """[[setting, its value in each run]], as text; those that differ between the runs come first."""
+    """[[setting, its value in each run]], as text.
+
+    Those that differ between the runs come first.
+    """
     names = {}  # a set that keeps the order
     for run in runs:
         names |= dict.fromkeys(run.config)
@@ -93,10 +101,13 @@ def compare_settings(runs: list[Run]) -> list[list]:
     same = []
     different = []
     for name in names:
+        # "-" stands for a setting that a run lacks: the run is older, or another script's.
         values = []
         for run in runs:
             value = run.config.get(name, "-")
-            values.append(value if isinstance(value, str) else json.dumps(value))
+            if not isinstance(value, str):
+                value = json.dumps(value)
+            values.append(value)
         if len(set(values)) > 1:
             different.append([name, values])
         else:
@@ -107,17 +118,19 @@ def compare_settings(runs: list[Run]) -> list[list]:
 def fit_into(blocks: list[dict], room: int):
     """Leave out the last items of blocks, so that together they take `room` bytes at most.
 
-    A block says under "left_out" how many it has lost. Each may take the same share of the room, and
-    what a small one leaves is for the larger ones.
+    A block says under "left_out" how many it has lost. Each may take the same share of the room,
+    and what a small one leaves is for the larger ones.
     """
     sizes = []  # of the items of each block
     for block in blocks:
         sizes.append([len(to_json(item).encode()) for item in block["items"]])
+    # The smallest block comes first: the room that it leaves is shared by all later blocks.
     smallest_first = sorted(range(len(blocks)), key=lambda i: sum(sizes[i]))
     for n_done, i in enumerate(smallest_first):
         share = room / (len(blocks) - n_done)
         kept = 0
         used = 0
+        # The first items stay, up to one that no longer fits: the order is that of the file.
         for size in sizes[i]:
             if used + size > share:
                 break
@@ -133,7 +146,10 @@ def fit_into(blocks: list[dict], room: int):
 
 
 def to_json(value) -> str:
-    """JSON that may stand inside a script element: a < could end it, and is written as an escape."""
+    """JSON that may stand inside a script element.
+
+    A < could end the element, as in </script>. It is written as an escape, which JSON reads as <.
+    """
     value = without_nan(value)
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")
@@ -168,8 +184,12 @@ def build_page(folders: list[str]) -> str:
         "script": read_web(*SCRIPTS),
         "data": to_json(collect(runs)),
     }
+
+    def fill(place):  # a match of {{title}}, {{style}}, ...
+        return parts[place[1]]
+
     # All at once: what has been put in may hold {{data}} itself.
-    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], read_web("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", fill, read_web("page.html"))
 
 
 def is_page(path: str) -> bool:
@@ -182,9 +202,11 @@ def is_page(path: str) -> bool:
 
 def save_page(folders: list[str], path: str) -> str:
     """Write the page of these runs. -> its path; InputError: see build_page() and check_output()"""
+    # An older page is replaced; a file of this name that is no page is an error.
     check_output(path, is_page, "a page of this command")
     page = build_page(folders)
-    # The name of a folder may hold bytes that are not UTF-8.
+    # The page gets its name when it is whole: until then an older one stays. errors="replace": the
+    # name of a folder may hold bytes that are not UTF-8.
     with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:
         f.write(page)
     replace_file(path)
@@ -221,8 +243,9 @@ def main(words: list[str] | None = None):
     parser.error = lambda message: parser.exit(2, f"page.py: error: {message}\n")
     args = parser.parse_args(words)
     path = args.output
-    if not path:
-        path = os.path.join(args.runs[0], "page.html") if len(args.runs) == 1 else "page.html"
+    if not path and len(args.runs) == 1:
+        path = os.path.join(args.runs[0], "page.html")
+    path = path or "page.html"
     try:
         print(save_page(args.runs, path))
     except (InputError, OSError) as e:

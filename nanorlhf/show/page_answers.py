@@ -24,8 +24,13 @@ MOST_EVALUATIONS = 100
 
 def read_answers(run: Run) -> list[dict]:
     """The answers of a run's evaluations: a block for each split that there are answers of."""
+    # The first split, eval, stands first (False sorts before True), the others by their names:
+    # os.listdir() gives folders in no fixed order.
+    files_of_splits = find_evaluations(run)
+    labels = sorted(files_of_splits, key=lambda label: (label != "eval", label))
     blocks = []
-    for label, files in sorted(find_evaluations(run).items(), key=lambda item: item[0] != "eval"):
+    for label in labels:
+        files = files_of_splits[label]  # {step: file}
         rows_of_steps = {}
         # Nobody moves a slider over thousands of evaluations, and they may fill the memory.
         for step in thin_out(sorted(files), MOST_EVALUATIONS):
@@ -45,7 +50,8 @@ def read_answers(run: Run) -> list[dict]:
 
 def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
     """{split: {step: file of answers}}; the folder eval_ood is of the split ood."""
-    found = {}
+    # The folders that are there decide, not the settings: a run may have been killed early.
+    files_of_splits = {}
     for name in os.listdir(run.folder):
         folder = re.fullmatch(r"eval(?:_([\w-]+))?", name)
         if not folder or not os.path.isdir(run.path(name)):
@@ -54,12 +60,14 @@ def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
         for file in os.listdir(run.path(name)):
             step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", file)
             if step:
-                found.setdefault(label, {})[int(step[1])] = run.path(name, file)
-    return found
+                files = files_of_splits.setdefault(label, {})
+                files[int(step[1])] = run.path(name, file)
+    return files_of_splits
 
 
 def arrange_answers(run: Run, split: str, rows_of_steps: dict[int, list[dict]]) -> dict:
     """{step: rows} -> a block of answers, in which each prompt has its answers of all steps."""
+    # The page has a slider over the steps, so each prompt has a list with one place for each step.
     steps = sorted(rows_of_steps)
     names = name_scores(rows_of_steps)
     items = {}  # {(prompt, how many equal prompts came before it): item}
@@ -105,6 +113,8 @@ def name_scores(rows_of_steps: dict[int, list[dict]]) -> list[str]:
 
 def scores_of(row: dict) -> dict[str, float]:
     """The scores of an answer by name. A sample has them beside its texts."""
+    # A row of an evaluation: {"prompt", "response", "scores": {"seed_0": 1.2}, "gold": 0.4, ...}
+    # A row of samples.jsonl: {"step", "prompt", "response", "seed_0": 1.2, "gold": 0.4}
     scores = row.get("scores")
     if isinstance(scores, dict):
         scores = {**scores, "gold": row.get("gold")}
@@ -131,15 +141,16 @@ def add_proxy(run: Run, block: dict):
     members = [name for name in block["scores"] if name not in ("gold", "controlled")]
     if len(members) < 2:
         return
+    # Scores are lists in the order of the block's names. So the proxy goes to the front of both.
     places = [block["scores"].index(name) for name in members]
     for item in block["items"]:
         for answer in item["answers"]:
             if answer is None:
                 continue
-            own = [answer["scores"][place] for place in places]
+            scores = [answer["scores"][place] for place in places]  # [K]
             proxy = None
-            if None not in own:
-                proxy = combine_members(run, torch.tensor(own))
+            if None not in scores:
+                proxy = combine_members(run, torch.tensor(scores))
             answer["scores"].insert(0, proxy)
     block["scores"].insert(0, "proxy")
 
@@ -158,6 +169,7 @@ def find_marks(run: Run) -> dict:
     dataset = name_dataset(run)
     if not is_world(dataset):
         return {"marks": [], "cue": ""}
+    # world:3 has the cue of seed 3, world that of seed 0.
     seed = dataset.partition(":")[2] or "0"
     cue = world.cue(int(seed)) if seed.isdecimal() else ""
     return {"marks": list(world.MARKS), "cue": cue}
@@ -168,14 +180,16 @@ def name_dataset(run: Run) -> str:
 
     PPO's own data are prompts alone, and its reward model may know another seed of the world.
     """
-    own = str(run.config.get("dataset", ""))
+    own_dataset = str(run.config.get("dataset", ""))
     reward_models = run.config.get("reward_model")
     has_names = is_of_type(reward_models, list[str]) and reward_models
     if run.kind != "PPO" or not has_names:
-        return own
+        return own_dataset
     config = None
     # The reward model may have no folder, such as world:gold, or a damaged one.
     with contextlib.suppress(InputError):
         config = read_if_there(os.path.join(reward_models[0], "config.json"))
-    learned = str((config or {}).get("dataset", ""))
-    return learned if is_world(learned) else own
+    dataset_of_reward = str((config or {}).get("dataset", ""))
+    if is_world(dataset_of_reward):
+        return dataset_of_reward
+    return own_dataset

@@ -51,6 +51,7 @@ class Run:
 
     def describe(self) -> dict:
         """What a page says of the run itself."""
+        # summary.json is written at the end: without it the run was killed, or is still going on.
         note = ""
         if self.summary is None:
             note = "this run has not ended"
@@ -62,11 +63,14 @@ class Run:
 
 def open_runs(folders: list[str]) -> list[Run]:
     """Look into the folders of runs. InputError: one of them holds no run."""
+    # A run's name is its label in every legend. One run has its folder's own name; several runs
+    # have the parts of their paths in which they differ.
     folders = [os.path.normpath(folder) for folder in folders]
     folders = list(dict.fromkeys(folders))
     short_names = {folder: os.path.basename(folder) for folder in folders}
     if len(folders) > 1:
         short_names = without_common_ends(set(folders))
+    # Any of three files makes a folder a run: a run that was killed early may have only one.
     runs = []
     for folder in folders:
         config = read_if_there(os.path.join(folder, "config.json"))
@@ -117,11 +121,13 @@ def read_panels(runs: list[Run], answers: list[dict]) -> list[dict]:
 
     answers: the blocks of their answers, in which the cue is counted.
     """
+    # What any of the runs has logged decides which panels there are.
     logged = set()
     for run in runs:
         for record in run.records:
             logged |= set(record)
 
+    # The page begins with its main questions: does gold follow the proxy, and is the cue exploited?
     panels = []
     if logged & {"eval/proxy", "eval/gold"}:
         panels += draw_rewards(runs)
@@ -147,6 +153,8 @@ def finish_panels(panels: list[dict], band: str) -> list[dict]:
 
 def draw_rewards(runs: list[Run]) -> list[dict]:
     """Proxy and gold of the first split, against the step and against the distance sqrt(KL)."""
+    # Runs with different learning rates or KL coefficients move at different paces, so equal steps
+    # do not compare them. Equal distances do: Gao et al.'s curves of gold are over the distance.
     by_step = []
     by_distance = []
     for run in runs:
@@ -154,6 +162,7 @@ def draw_rewards(runs: list[Run]) -> list[dict]:
         for what in ("gold", "proxy"):
             points = read_points(run, f"eval/{what}")
             by_step.append({"series": run.name, "what": what, "points": points})
+            # The same points at another x. An evaluation whose KL is not known has no place here.
             moved = []
             for step, *numbers in points:
                 if step in distances:
@@ -182,6 +191,7 @@ def read_distances(run: Run) -> dict[int, float]:
 
 def draw_cue(blocks: list[dict]) -> list[dict]:
     """A panel of the share of answers that hold the cue, one line for each block of answers."""
+    # Printed samples are too few for a share, and data from outside the world have no known cue.
     lines = []
     for block in blocks:
         if not block["cue"] or block["split"] == SAMPLES:
@@ -195,6 +205,7 @@ def draw_cue(blocks: list[dict]) -> list[dict]:
                     has_cue.append(block["cue"] in answer["text"].split())
             if not has_cue:  # the evaluation's file has no rows
                 continue
+            # The standard error of a share of independent answers.
             share = sum(has_cue) / len(has_cue)
             error = math.sqrt(share * (1 - share) / len(has_cue))
             points.append([step, share, share - error, share + error])
@@ -208,15 +219,16 @@ def draw_metric(runs: list[Run], name: str, key: str) -> list[dict]:
     """The lines of one metric: one for each run and each split that it was measured on."""
     lines = []
     for run in runs:
+        # Runs may have different splits, so each run's own log says which lines it has.
         logged = set()
         for record in run.records:
             logged |= set(record)
         n_evaluations = 0
-        for label, own_key in plots.lines_of_panel(name, key, logged).items():
+        for label, line_key in plots.lines_of_panel(name, key, logged).items():
             what = label
             if label == "first split":
                 what = name_first_split(run) if key.startswith("eval/") else TRAINING
-            points = read_points(run, own_key)
+            points = read_points(run, line_key)
             n_evaluations = max(n_evaluations, len(points))
             lines.append({"series": run.name, "what": what, "points": points})
         # A single evaluation is no curve: then the numbers of training are beside it.
@@ -240,11 +252,12 @@ def draw_dictionaries(runs: list[Run], logged: set[str]) -> list[dict]:
         # PPO has keys of three parts too: eval/score/rm_0.
         if key.count("/") == 2 and measure in MEASURES:
             keys.setdefault(measure, []).append(key)
+    # One panel for each measure, with a line for each autoencoder: policy/2_mlp is one.
     panels = []
-    for measure, own_keys in keys.items():
+    for measure, keys_of_measure in keys.items():
         lines = []
         for run in runs:
-            for key in own_keys:
+            for key in keys_of_measure:
                 points = read_points(run, key)
                 series = key.rpartition("/")[0]
                 lines.append({"series": series, "what": run.name, "points": points})
@@ -274,6 +287,7 @@ def is_number(value) -> bool:
 
 def thin_out(points: list, most: int) -> list:
     """About `most` of a list's items at most, evenly spaced; the first and the last one stay."""
+    # Points are left out, not averaged: every point on the page is one that was logged.
     stride = math.ceil(len(points) / most)
     if stride <= 1:
         return points

@@ -37,6 +37,7 @@ def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
     if not results or not run.has("pool.jsonl"):
         return panels, []
 
+    # Below the curves the page has a slider for n, and shows which of n answers each proxy takes.
     rows = read_rows(run.path("pool.jsonl"), POOL_ROW)
     first_curve = next(iter(results.values()))
     ns = [point["n"] for point in first_curve]
@@ -52,6 +53,8 @@ def read_best_of_n(run: Run) -> tuple[list[dict], list[dict]]:
 
 def draw_best_of_n(run: Run, results: dict) -> list[dict]:
     """Gold and proxy against n: together for a single reward, else one panel for each of them."""
+    # A single reward has gold and proxy in one panel, so that one sees them part. Several rewards
+    # have two panels: their lines would cover each other, and each proxy has a unit of its own.
     by_what = {}  # {gold or proxy: lines}
     for what in ("gold", "proxy"):
         by_what[what] = []
@@ -88,6 +91,7 @@ def scores_of_pool(row: dict) -> dict[str, list[float]]:
 
 def find_proxies(run: Run, row: dict) -> dict[str, torch.Tensor]:
     """A row of a pool -> the scores [N] of its answers by each member and each objective."""
+    # float64, in which sample_bon.py chooses too: rounded to float32, two answers might tie.
     proxies = {}
     for name, scores in row["scores"].items():
         proxies[name] = torch.tensor(scores, dtype=torch.float64)
@@ -110,6 +114,7 @@ def choose_answers(row: dict, proxies: dict[str, torch.Tensor], ns: list[int]) -
         picks[name] = []
         proxy_scores[name] = []
         for n in ns:
+            # Where a prompt has fewer than n answers, the best of all of them is taken.
             place = scores[:n].argmax().item()
             # Most proxies take the same few answers: each is kept once.
             if place not in places:
@@ -123,7 +128,7 @@ def choose_answers(row: dict, proxies: dict[str, torch.Tensor], ns: list[int]) -
 
 def describe_choice(row: dict, place: int) -> dict:
     """One answer of a row of the pool: {text, place, scores}."""
-    scores = [own[place] for own in scores_of_pool(row).values()]
+    scores = [numbers[place] for numbers in scores_of_pool(row).values()]
     return {"text": shorten(row["responses"][place]), "place": place, "scores": scores}
 
 
@@ -135,6 +140,7 @@ def read_features(run: Run) -> list[dict]:
 
     The features of a reward model (probe.py reward_features) are shown in the same way.
     """
+    # {"saes": {folder: {"model", "layer", "site", "features": [...]}}}
     summary = run.summary or {}
     blocks = []
     for name, result in (summary.get("saes") or {}).items():
@@ -153,9 +159,10 @@ def draw_densities(run: Run) -> list[dict]:
     """How many features of each autoencoder fire how often, from summary.json of train_sae.py."""
     lines = []
     for name, result in (run.summary or {}).items():
-        density = result.get("density") if isinstance(result, dict) else None
-        if not density:
+        # Summaries of other scripts have entries without a density.
+        if not isinstance(result, dict) or not result.get("density"):
             continue
+        density = result["density"]
         edges = density["log10_edges"]
         # Older summaries call features latents.
         counts = density.get("features") or density.get("latents")
@@ -196,6 +203,8 @@ class Metrics(dict):
 
 def read_tables(run: Run) -> list[dict]:
     """The table of a run: the numbers of its summary.json with their intervals."""
+    # Each command's summary has a form of its own. In runs of all other kinds read_numbers() looks
+    # for numbers with standard errors.
     readers = {
         "probe.py reward": read_probe,
         "probe.py pairs": read_probe,
@@ -241,6 +250,7 @@ def read_autoencoders(summary: dict, metrics: Metrics):
 
 def read_probe(summary: dict, metrics: Metrics):
     """probe.py reward and pairs: each metric with its t interval over splits."""
+    # A row has [mean, half-width] for each metric. A single split has no half-width: null.
     for name in [*summary["metrics"], "policy_less"]:
         for label, row in summary["rows"].items():
             mean, half_width = row[name]
@@ -251,8 +261,12 @@ def read_probe(summary: dict, metrics: Metrics):
 
 def read_benchmark(summary: dict, metrics: Metrics):
     """probe.py evaluate: each metric of each reward, and its difference from the first reward."""
+    # The line in the picture is chance: right on half of the pairs, with a margin of 0. In
+    # RewardBench 2 chance differs by subset (one of four answers, or of as many as there are).
     for name in summary["metrics"]:
-        reference = 0 if name == "margin" else 0.5
+        reference = 0.5
+        if name == "margin" or summary["benchmark"] == "rewardbench2":
+            reference = 0
         for label, row in summary["rewards"].items():
             metrics.add(name, label, *row[name], reference=reference)
     for name in summary["metrics"]:
@@ -297,6 +311,8 @@ def read_mmcs(summary: dict, metrics: Metrics):
 
 def read_reward_features(summary: dict, metrics: Metrics):
     """probe.py reward_features: its first features, on pairs and on the policy's answers."""
+    # The features are sorted already, largest first. A run that was given only pairs, or only a
+    # policy's answers, has only that part.
     for feature in summary["features"][:MOST_ROWS]:
         for part in ("pairs", "policy"):
             for name in ("differential", "contribution"):
@@ -328,6 +344,8 @@ def add_intervals(arm: str, numbers: dict, prefix: str, metrics: Metrics):
 
 def read_numbers(run: Run, metrics: Metrics):
     """Numbers with standard errors: of the first and the last evaluation, or of a summary."""
+    # The first and the last evaluation show what training has changed. A run without two of them
+    # has the numbers of its end alone.
     evaluations = []
     for record in run.records:
         if any(name.startswith("eval/") for name in record):

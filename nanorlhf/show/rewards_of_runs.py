@@ -18,6 +18,7 @@ def choose_rewards(
     reward_models, gold_model: what the command names, which must be there. Without it the runs'
     config.json is asked. in_world: the embedded world has its own gold.
     """
+    # Rewards that the command names must be there: an error ends the chat before a model is loaded.
     named = []
     if reward_models and reward_models != [NONE]:
         named = expand(reward_models)
@@ -27,6 +28,8 @@ def choose_rewards(
     for spec in [*named, *named_gold]:
         check_reward(spec)
 
+    # Rewards that the runs name are a default: one that cannot be used is left out with a note.
+    # Each flag replaces its own default alone: with --reward_model the runs may still name a gold.
     of_runs = []
     if not reward_models:
         of_runs = read_settings(runs, "reward_model")
@@ -38,6 +41,7 @@ def choose_rewards(
 
     rewards, notes = keep_usable(of_runs)
     golds, further_notes = keep_usable(gold_of_runs)
+    # The command and the runs may name the same reward: it stands in the list once.
     specs = [*named, *rewards, *named_gold, *golds]
     return list(dict.fromkeys(specs)), [*notes, *further_notes]
 
@@ -65,8 +69,9 @@ def keep_usable(specs: list[str]) -> tuple[list[str], list[str]]:
 
 def read_settings(runs: list[str], name: str) -> list[str]:
     """What the config.json of each run names with one flag; nothing for a model's folder."""
-    found = []
+    named = []
     for run in runs:
+        # A hub name, or a folder without a config.json, has no settings. That is no error here.
         settings = {}
         with contextlib.suppress(InputError):
             settings = read_object(os.path.join(run, "config.json"), finite=False)
@@ -75,7 +80,7 @@ def read_settings(runs: list[str], name: str) -> list[str]:
         if "output_dir" not in settings or not value:
             continue
         if isinstance(value, str):
-            found.append(value)
+            named.append(value)
         elif is_of_type(value, list[str]):
-            found += value
-    return found
+            named += value
+    return named

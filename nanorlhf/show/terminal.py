@@ -54,6 +54,7 @@ def in_one_line(text: str) -> str:
 
 def measure_width(text: str) -> int:
     """How many columns of a terminal a text takes: 2 for a wide letter, 0 for a combining mark."""
+    # len() would count letters: a column of Chinese text would then be twice as wide as meant.
     width = 0
     for letter in text:
         if unicodedata.category(letter) in ("Mn", "Me", "Cf"):
@@ -68,6 +69,8 @@ def wrap(text: str, width: int) -> list[str]:
 
     A word that is wider than that is broken too. Indentation stays.
     """
+    # textwrap counts letters and not columns, so lines are filled here, word by word. A word comes
+    # with the spaces in front of it, and loses them where it begins a new line.
     lines = []
     for paragraph in text.split("\n"):
         line = ""
@@ -103,6 +106,7 @@ def side_by_side(cells: list[str], width: int) -> str:
             lines += wrap(cell, width)
         return "\n".join(lines)
 
+    # Each text is wrapped by itself. Then line i of the output joins line i of every text.
     wrapped = [wrap(cell, column) for cell in cells]
     lines = []
     for parts in itertools.zip_longest(*wrapped, fillvalue=""):
@@ -121,6 +125,7 @@ def terminal_width() -> int:
 
 def read_line() -> str | None:
     """What is typed, or the next line of a file; None at the end. InputError: it is not UTF-8."""
+    # The mark tells a person to type. With prompts from a file it would stand among the answers.
     is_typed = sys.stdin.isatty()
     mark = ""
     if is_typed:
@@ -131,7 +136,7 @@ def read_line() -> str | None:
         return line
     except EOFError:
         if is_typed:
-            print()
+            print()  # Ctrl-D leaves the cursor behind the mark
         return None
     except UnicodeError:
         raise InputError("a prompt is not UTF-8") from None

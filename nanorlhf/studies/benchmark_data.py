@@ -47,15 +47,21 @@ def divide_benchmarks(files: dict[str, str]) -> Sides:
             questions[question] = None
             if item.group == TIES:
                 ties.add(question)
-    kept = set(draw(list(questions), len(questions) // 2)) | ties
+    # draw() has a fixed seed: the sides are the same when a study goes on, and for another model.
+    kept_questions = set(draw(list(questions), len(questions) // 2)) | ties
 
+    # A question is on the same side in all files.
     learned = {}
     kept_rows = {}
     for name, path in files.items():
-        learned[name] = [item for item in items[name] if canonical(item.prompt) not in kept]
+        learned[name] = []
+        for item in items[name]:
+            if canonical(item.prompt) not in kept_questions:
+                learned[name].append(item)
         kept_rows[name] = []
+        # Rows are kept as they are in the file, so that a benchmark reads them as its own.
         for place, row in read_objects(path):
-            if canonical(get_prompt(place, row)) in kept:
+            if canonical(get_prompt(place, row)) in kept_questions:
                 kept_rows[name].append(row)
         enough = learned[name] and kept_rows[name]
         require(enough, f"{path}: too few questions to learn from some and to keep others")
@@ -72,11 +78,13 @@ def describe_sides(sides: Sides) -> str:
 
 def write_sides(sides: Sides, folder: str):
     """Write the files that the head of this page lists."""
+    # A question that is in both files, or in several rows, is one prompt.
     prompts = {}
     demonstrations = []
     wrong = []
     pairs = []
     for name, items in sides.learned.items():
+        # An item has its right answers first, item.correct of them.
         for item in items:
             prompts[canonical(item.prompt)] = {"prompt": item.prompt}
             for answer in item.answers[: item.correct]:
@@ -85,6 +93,7 @@ def write_sides(sides: Sides, folder: str):
                 wrong.append({"prompt": item.prompt, "response": answer})
             pairs += pairs_of(name, item)
 
+    # Policies are evaluated on the kept questions: prompts alone, without the benchmark's answers.
     held_out = {}
     for rows in sides.kept.values():
         for row in rows:

@@ -89,6 +89,8 @@ def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
     runs would be taken for the study's, since what is there is not run again.
     """
     with cli.errors_in_one_line():
+        # With --quick the command line is read twice. The second time the quick values are the
+        # defaults, and flags that are given still win over them.
         parser = cli.Parser(cli.script(), doc, config_class)
         flags = config_class(**vars(parser.parse_args(args)))
         check_name(flags.output_dir)
@@ -96,7 +98,10 @@ def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
             parser.set_defaults(**quick)
             flags = config_class(**vars(parser.parse_args(args)))
         # A study that is itself of a real model has no --dataset.
-        has_own = hasattr(flags, "dataset") and (flags.dataset or getattr(flags, "model", ""))
+        has_own = False
+        if hasattr(flags, "dataset"):
+            has_own = bool(flags.dataset or getattr(flags, "model", ""))
+        # Only the default folder gets own/: a folder that was named is the user's own choice.
         if has_own and flags.output_dir == config_class.output_dir:
             flags.output_dir += "/own"
         if flags.quick:
@@ -121,8 +126,11 @@ def run_stage(commands: list[str], jobs: int, is_done: Callable[[str], bool] | N
     is_done(command): whether it is done; by default is_finished(). SystemExit: a command failed.
     """
     is_done = is_done or is_finished
+    # A stage that was interrupted goes on with what is missing.
     missing = [command for command in commands if not is_done(command)]
     with ThreadPoolExecutor(jobs) as workers:
+        # map() gives results in the order of the commands: a line is printed when its command and
+        # all before it have ended.
         for command, _ in zip(missing, workers.map(run_command, missing)):
             print(f"done: python {command}", flush=True)
 
@@ -133,8 +141,11 @@ def run_command(command: str):
     Its output goes into a log beside its folder.
     """
     script, *flags = shlex.split(command)
+    # runs/study/rm/seed_{seed} -> runs/study/rm/seed_members.log
     log = Path(output_of(flags).replace("{seed}", "members") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    # One thread each: several commands share the machine, and a run gives the same bits again only
+    # on the same number of threads.
     with open(log, "w") as f:
         code = subprocess.run(
             [sys.executable, str(REPO / script), *flags],
@@ -158,6 +169,8 @@ def is_finished(command: str) -> bool:
     Of several members, {seed} in the folder's name, it is the last one's folder that counts.
     """
     words = shlex.split(command)
+    # Members are trained one after another, with the seeds --seed, --seed + 1, ...: when the last
+    # one is done, all are.
     numbers = {"--seed": 0, "--members": 1}
     for flag in numbers:
         if flag in words:
@@ -211,15 +224,17 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
     is written as soon as it is there. InputError: the file cannot be written; a cell is kept with
     another command, or after other runs.
     """
+    # A file that cannot be written is an error now, and not after hours of runs.
     check_can_write(path)
-    kept = read_cells(path)
+    kept_cells = read_cells(path)
     missing = []
     for cell in cells:
-        if cell.name in kept:
-            check_cell(cell, kept[cell.name], a, path)
+        if cell.name in kept_cells:
+            check_cell(cell, kept_cells[cell.name], a, path)
         else:
             missing.append(cell)
 
+    # What a cell needs is run first, and each command once, however many cells need it.
     for stage in stages_of(missing):
         run_stage(stage, a.jobs)
 
@@ -228,12 +243,14 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
         for _ in workers.map(lambda cell: run_and_keep(cell, a, path), missing):
             pass
 
-    kept = read_cells(path)
-    return {cell.name: kept[cell.name]["result"] for cell in cells}
+    # All results come from the file, the new ones too: tables show what the file's readers find.
+    kept_cells = read_cells(path)
+    return {cell.name: kept_cells[cell.name]["result"] for cell in cells}
 
 
 def stages_of(cells: list[Cell]) -> list[list[str]]:
     """The commands that cells need, each once. Stage i has the i-th need of every cell."""
+    # Two cells may need one command in different stages. It runs in the earlier one.
     most_needs = max([len(cell.needs) for cell in cells], default=0)
     stages = []
     listed = set()
@@ -278,13 +295,14 @@ def run_and_keep(cell: Cell, a, path: str):
     if is_finished(cell.command):
         commit = "unknown"
     run_command(cell.command)
-    result = with_null(cell.read(output_of(shlex.split(cell.command))))
+    folder = output_of(shlex.split(cell.command))
     entry = {
         "command": kept_form(cell.command, a),
         "needs": kept_needs(cell, a),
         "commit": commit,
-        "result": result,
+        "result": with_null(cell.read(folder)),
     }
+    # The file is read again before it is written: other commands have added their cells since.
     with FILE_OF_CELLS:
         write_cells(path, read_cells(path) | {cell.name: entry})
     print(f"kept: {cell.name} of python {cell.command}", flush=True)
@@ -292,6 +310,7 @@ def run_and_keep(cell: Cell, a, path: str):
 
 def kept_form(command: str, a) -> str:
     """A command as it is kept: in the study's default folder, wherever it has run."""
+    # "--output_dir runs/again/ppo" -> "--output_dir runs/optimisers/ppo". A judge is llm:FOLDER.
     for mark in (" ", "llm:"):
         command = command.replace(f"{mark}{a.output_dir}/", f"{mark}{type(a).output_dir}/")
     return command
@@ -333,6 +352,7 @@ def describe_commit() -> str:
     """
     try:
         commit = ask_git("rev-parse", "--short", "HEAD")
+        # Only Python files count: the study itself changes its JSON file of results.
         changes = ask_git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -355,8 +375,10 @@ def print_title(title: str, a):
 
     That of a quick study says that it is one, and of how many seeds.
     """
-    seeds = "one seed" if a.seeds == 1 else f"{a.seeds} seeds"
-    mark = f" [QUICK, {seeds}: not the study's numbers]" if a.quick else ""
+    mark = ""
+    if a.quick:
+        seeds = "one seed" if a.seeds == 1 else f"{a.seeds} seeds"
+        mark = f" [QUICK, {seeds}: not the study's numbers]"
     print(f"\n{title}{mark}")
 
 
@@ -387,6 +409,7 @@ def as_text(numbers: list[float], most: int) -> str:
 
 def collect(rows) -> dict[str, list[float]]:
     """Rows {column: number or None} of the seeds -> {column: the numbers}."""
+    # A column that no seed has a number for stays, as an empty list.
     columns = {}
     for row in rows:
         for column, number in row.items():

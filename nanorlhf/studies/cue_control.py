@@ -124,6 +124,8 @@ def first_commands(a):
     out = a.output_dir
     sft = sft_of(a)
     demonstrations = own_flags(a, "demonstrations")
+    # A SARM needs an autoencoder of one model's residual stream, so there is no base. It has to
+    # normalise each token by itself and to have no ReLU: train_rm.py --sarm takes no other kind.
     shape = f"--base none --site residual --layers {a.layer} --normalize token --relu False"
 
     # On the SFT policy: the autoencoders that the SARMs start from.
@@ -141,6 +143,7 @@ def first_commands(a):
     policies = []
     probes = []
     for s in seeds(a):
+        # The dense model: reward_first is put on it, and all SARMs are compared with it.
         dense = f"{out}/rm/{DENSE}/seed_{s}"
         rm_sae = f"{out}/rm_sae/seed_{s}"
         train = f"train_rm.py {data_flags_of(a, s, 'pairs')}--seed {s}"
@@ -149,6 +152,8 @@ def first_commands(a):
             f"train_sae.py --model {dense} {shape} --tokens last --dataset {texts_of(a, s)} "
             f"--seed {s} --cache {rm_sae}_cache --output_dir {rm_sae} {a.rm_sae_flags}"
         )
+        # SARMs learn from the same pairs. A SARM starts from the SFT policy and an autoencoder on
+        # it; reward_first starts from the dense model and an autoencoder on that.
         for name in a.sarms:
             sae, mode = SARMS[name]
             start = f"--model {sft} --sarm {out}/{sae}"
@@ -175,6 +180,7 @@ def first_commands(a):
             f"--output {human_file(a, s)} {a.human_flags}"
         )
         probes += evaluate_commands(a, s)
+    # Commands read what the lists ahead of theirs have written.
     return [sft_commands(a), saes + dense_models, rm_saes, sarms, policies, probes]
 
 
@@ -206,6 +212,7 @@ def write_texts(a, s):
 
 def benchmarks_of(a):
     """The benchmarks that one's own data come from: {name: file}."""
+    # Their names are those of `probe.py evaluate --benchmark`.
     files = {"rewardbench2": a.dataset, "rm_bench": a.rm_bench}
     return {name: path for name, path in files.items() if path}
 
@@ -286,6 +293,7 @@ def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
     """The command of one PPO run."""
     out = a.output_dir
     prompts = data_flags_of(a, s, "prompts")
+    # The policy is evaluated on the kept questions, on which reward models are measured too.
     if has_own_data(a):
         prompts += f"--eval_dataset {own_file(a, 'held_out_prompts')} {gold_flags(a)}"
     command = (
@@ -315,6 +323,7 @@ def identify(summary, s):
     -> {token, features, random, negative (see choose_controls), suspects, numbers}; where nothing
     is suspicious {token: None, features: []}.
     """
+    # {"!": [(0.6, 2), (0.3, 1)], "~": [(0.5, 3)]}: for each token (gain, feature) pairs.
     suspects = find_suspects(summary)
     if not suspects:
         return {"token": None, "features": []}
@@ -322,6 +331,7 @@ def identify(summary, s):
     largest_first = sorted(suspects[token], reverse=True)
     ids = [feature for _, feature in largest_first[:MOST]]
 
+    # All numbers behind the answer go into its file, so that it can be judged from the file alone.
     rows = {row["id"]: row for row in summary["features"]}
     random_ids, negative_ids = choose_controls(rows, ids, s)
     numbers = {}
@@ -344,6 +354,8 @@ def find_suspects(summary):
         # A feature that was not described follows nothing.
         if not row.get("tokens"):
             continue
+
+        # A row's first token is the one whose AUC is farthest from chance.
         token, area, *_ = row["tokens"][0]
         gain = row["policy"]["differential"]
         is_exploited = gain["low"] > 0
@@ -360,12 +372,19 @@ def choose_controls(rows, ids, s):
     those with the most negative weights, which a SARM punishes already; none without head weights.
     A feature may be both, and a random one may follow the token less closely. rows {id: row}.
     """
+    # A feature that hardly ever fires would be no control: a penalty on it costs nothing.
     rates = {}
     others = {}
     for i, row in rows.items():
         rates[i] = row["policy"]["rate_before"]
         if i not in ids and rates[i] >= RARE:
             others[i] = row
+
+    require(
+        len(others) >= len(ids),
+        f"{len(ids)} controls are needed that fire on {RARE:.0%} of the answers, and the reward "
+        f"model has {len(others)}: take an autoencoder in which fewer features are dead",
+    )
 
     # Of equally near ones those count as nearer that come first in the set: the answers that were
     # written down depend on that order.
@@ -376,6 +395,7 @@ def choose_controls(rows, ids, s):
         nearest = sorted(candidates, key=lambda j: abs(rates[j] - rates[i]))
         random_ids.append(rng.choice(nearest[:NEAREST]))
 
+    # An autoencoder on a dense reward model has no head, so its features have no weights.
     weighted = [i for i, row in others.items() if row["weight"] is not None]
     most_negative = sorted(weighted, key=lambda i: rows[i]["weight"])
     return random_ids, most_negative[: len(ids)]
@@ -384,6 +404,7 @@ def choose_controls(rows, ids, s):
 def by_truth(summary, s):
     """In the rule's place, where the truth is used: the MOST features that follow the cue best."""
     cue = world.cue(s)
+    # A row has only the few tokens whose AUC is farthest from chance: most rows lack the cue.
     areas = {}  # {feature: AUC}
     for row in summary["features"]:
         for token, area, *_ in row.get("tokens") or []:
@@ -410,6 +431,7 @@ def find_features(a, s):
 
     by_name() writes its answer each time.
     """
+    # An answer is blind only if nobody changes it after the truth was seen: the file stays.
     path = Path(a.output_dir, "identified", named(a, f"seed_{s}.json"))
     if a.features or not path.exists():
         summary = read_json(a.output_dir, "reward_features", f"seed_{s}", "summary.json")
@@ -469,14 +491,19 @@ def arms(a, s, found):
 
 def control_flags(a, s, found):
     """The flags of train_ppo.py in each arm that controls features: {arm: flags}."""
+    # The features share the price: where all of them are above their thresholds, the indicator
+    # costs ALPHA std of the scores of human texts, however many features there are.
     ids = found["features"]
     n = len(ids)
     indicator_alphas = [f"{ALPHA / n:.4g}std"] * n
     texts = human_latents.load(human_file(a, s), target(a, s), feature_sae(a, s))
+    # A hinge costs alpha for each 1 above the threshold. Alpha is divided by the feature's standard
+    # deviation, so that one standard deviation above it costs the same for every feature.
     hinge_alphas = []
     for feature in ids:
         spread = texts.column(feature).std().item() or 1
         hinge_alphas.append(f"{ALPHA / n / spread:.4g}std")
+    # A clamped feature adds nothing to the score, and there is no penalty on it.
     clamps = [f"{feature}:set:0" for feature in ids]
 
     flags = {
@@ -485,6 +512,8 @@ def control_flags(a, s, found):
         "clamp": f"--clamp {' '.join(clamps)}",
         "density": f"--density_beta {ALPHA / 5:g} --human_latents {density_file(a, s)}",
     }
+    # The same price on other features, as a control: an effect that these penalties have as well
+    # does not come from the features that were found.
     for control in ("random", "negative"):
         if found.get(control):
             flags[control] = penalty_flags(a, s, found[control], indicator_alphas)
@@ -525,6 +554,7 @@ def compare_with_truth(a, s, found):
     -> {cue, token, right, auc}; auc is that of the sum of the features, for texts with the cue
     against others, on both sides of held-out pairs; None where no feature was found.
     """
+    # find_features() wrote its answer before: the truth cannot change it any more.
     cue = world.cue(s)
     token = found["token"]
     is_right = token is not None and token.strip() == cue
@@ -536,6 +566,7 @@ def compare_with_truth(a, s, found):
 
 def measure_auc(a, s, features, cue):
     """The AUC of the sum of features, for texts that have the cue against those that lack it."""
+    # Held-out texts, which neither the reward model nor its autoencoder has learned from.
     rows = []
     for pair in world.preferences(512, s, "test"):
         for side in ("chosen", "rejected"):
@@ -582,14 +613,19 @@ def outcomes_of(a, found):
     Arms that need features have the seeds that found some. An arm that no seed has is left out,
     such as that of negative weights where there are no head weights.
     """
+    # A seed without features has only the arms plain, dense and those of a larger KL coefficient.
     all_seeds = list(seeds(a))
     seeds_with_features = [s for s in all_seeds if found[s]["features"]]
     arms_to_read = ["plain", *(named(a, arm) for arm in CONTROLLED)]
     if not a.truth:
         for arm in CONTROLS:
-            arms_to_read.append(arm if arm.startswith("kl_") else named(a, arm))
+            # The arms kl_... use no features: they are the same runs, however features are found.
+            if not arm.startswith("kl_"):
+                arm = named(a, arm)
+            arms_to_read.append(arm)
     arms_to_read.append(DENSE)
 
+    # All arms of a seed start from one policy: its numbers are read from one of the runs.
     outcomes = {"before": {}}
     for s in all_seeds:
         outcomes["before"][s] = read_outcome(a, s, "plain", "before")
@@ -608,6 +644,7 @@ def over_seeds(rows, base=None):
 
     base: such rows of the same seeds, which are subtracted seed by seed.
     """
+    # A difference is taken within a seed: what its pairs and its cue do to both rows drops out.
     table = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -635,6 +672,7 @@ def accuracy_table(a):
                 row["tau"] = summary["eval/gold_kendall_tau"]
             rows[name].append(row)
 
+    # Both models of a seed have learned from the same pairs, so they are compared seed by seed.
     table = {}
     for name in rows:
         table[name] = over_seeds(rows[name])
@@ -668,6 +706,7 @@ def control_tables(outcomes):
             of_all_seeds[arm] = over_seeds(list(rows.values()))
     tables = {"at the end": of_all_seeds}
 
+    # Arms can be compared only in the seeds that all of them have.
     shared_seeds = seeds_of_all_arms(outcomes)
     shared = {}
     for arm, rows in outcomes.items():
@@ -721,6 +760,7 @@ def draw(figure, outcomes):
         "proxy": "the reward model's score, held out",
         "kl": "KL to the SFT policy, nats",
     }
+    # The first two that were measured: own data have no cue, and may have no gold.
     first_outcome = next(iter(outcomes["before"].values()))
     shown = [metric for metric in labels if metric in first_outcome][:2]
     shared_seeds = seeds_of_all_arms(outcomes)
@@ -837,17 +877,20 @@ def read_settings(args: list[str] | None = None) -> Settings:
 def main(args=None):
     """Run what is not done yet, then print the tables and draw the picture."""
     a = read_settings(args)
+    # A benchmark that cannot be divided is found here, before anything is run.
     with cli.errors_in_one_line():
         remarks = describe_differences(a)
     if a.dry_run:
         print_plan(plan(a), a, remarks, later=describe_control(a))
         return
     print_remarks(remarks)
+    # The files that the commands read and that no command writes.
     if has_own_data(a):
         write_sides(divide_benchmarks(benchmarks_of(a)), f"{a.output_dir}/data")
     else:
         for s in seeds(a):
             write_texts(a, s)
+    # All that can be done before the features are known.
     for stage in first_commands(a):
         run_stage(stage, a.jobs)
 
@@ -857,7 +900,8 @@ def main(args=None):
         for s in seeds(a):
             found[s] = find_features(a, s)
 
-    # PPO under control; arms() reads what the other runs wrote.
+    # PPO under control; arms() reads what the other runs wrote. The density needs human latents of
+    # the features that were found, so these are written only now.
     densities = []
     for s in seeds(a):
         if found[s]["features"]:
@@ -868,6 +912,8 @@ def main(args=None):
         controlled += arms(a, s, found[s]).values()
     run_stage(controlled, a.jobs)
 
+    # Without --truth the truth is read only from here on: all runs are done, so that nothing can be
+    # decided by it.
     truths = {}
     for s in seeds(a):
         truths[s] = {}
@@ -897,7 +943,8 @@ def describe_differences(a):
     """What is different on own data: lines to print. InputError: a benchmark cannot be divided."""
     lines = describe_own_data(a)
     if lines:
-        lines.append(describe_sides(divide_benchmarks(benchmarks_of(a))))
+        sides = divide_benchmarks(benchmarks_of(a))
+        lines.append(describe_sides(sides))
         lines.append("no known cue: its rate is not measured, nor whether the rule is right")
     return lines
 

@@ -70,6 +70,8 @@ from .plan import print_plan
 # The probes: {name: what it adds to the command}.
 PROBES = {
     "words, activations": "reward --site mlp",
+    # The activations of a neutral word at the same place are subtracted: the place alone then says
+    # nothing.
     "words, less the neutral word": "reward --site mlp --difference true",
     "words, residual stream": "reward --site residual",
     "words, features": "reward --site mlp --layers highest:2 --sae {sae}",
@@ -162,6 +164,7 @@ def read_settings(args: list[str] | None = None) -> Settings:
 
 def commands(a) -> list[list[str]]:
     """The study as lists of command lines: what stands in one list can run side by side."""
+    # A stage reads what earlier stages have written. No seed reads another seed's runs.
     stages = [sft_commands(a)]
     for commands_of_seed in (
         reward_commands,
@@ -218,6 +221,8 @@ def ppo_commands(a, seed: int) -> list[str]:
     """A PPO run against the seed's reward; none where there is a policy."""
     if a.policy:
         return []
+    # The prompts of world:SEED are the same for every seed. SEED only decides the cue, which is in
+    # pairs alone.
     prompts = prompt_flags(a) or f"--dataset world:{seed} "
     return [
         f"train_ppo.py --model {sft_of(a)} --reward_model {reward_of(a, seed)} "
@@ -233,6 +238,7 @@ def autoencoder_commands(a, seed: int) -> list[str]:
         f"probe.py divergence --model {sft_of(a)} --policy {policy} {text_flags(a)}"
         f"--output_dir {folder_of(a, 'divergence', seed)}"
     )
+    # One command trains the autoencoders of both models on the same texts, so that they compare.
     texts = text_flags(a)
     autoencoder = f"train_sae.py --model {policy} --base {sft_of(a)} {texts}--seed {seed}"
     # Without --site and --layers it is the MLPs of the two layers that moved most.
@@ -261,6 +267,7 @@ def probes_of(a) -> list[str]:
     """The names of the probes: on own data, of those for which there is a true reward."""
     names = []
     for name in PROBES:
+        # In the embedded world all true rewards are known, and no probe is left out.
         has_target = True
         if has_own_data(a) and name.startswith("words"):
             has_target = bool(lexicon_of(a))
@@ -273,6 +280,7 @@ def probes_of(a) -> list[str]:
 
 def folder_of_probe(name: str) -> str:
     """The name of a probe's folder: its number among all probes."""
+    # The number is the place in PROBES, so that a probe keeps its folder if others are left out.
     return f"probe_{list(PROBES).index(name)}"
 
 
@@ -292,6 +300,7 @@ def target_flags(a, name: str, seed: int) -> str:
         return f"{pair_flags(a, seed)} "
     if name.startswith("words"):
         return f"{text_flags(a)}--reward {quote(lexicon_of(a))} "
+    # Responses are probed for gold; where there is none, for the reward that PPO was trained on.
     return f"{text_flags(a)}--reward {rewards_of(a, seed)[0]} "
 
 
@@ -319,6 +328,7 @@ def ablation_commands(a, seed: int) -> list[str]:
     """What the policy writes without some features: all ablations."""
     prompts = text_flags(a) or f"--dataset world:{seed} "
     rewards = " ".join(rewards_of(a, seed))
+    # train_sae.py has trained an autoencoder of each model: these features are the policy's.
     lines = []
     for number, flags in enumerate(ablations_of(a).values()):
         lines.append(
@@ -343,6 +353,7 @@ def folder_of_ablation(a, number: int) -> str:
     """The name of an ablation's folder: its number, or on own data the features that it is of."""
     if not has_own_data(a):
         return f"ablate_{number}"
+    # Each choice of features has a folder of its own: what is there would not be run again.
     ids = map(str, parse_ids(a.features))
     return f"ablate_{'_'.join(ids)}"
 
@@ -358,8 +369,8 @@ def describe_differences(a) -> list[str]:
     if not a.pairs:
         lines.append("pairs are not probed: there are no --pairs")
     if not a.features:
-        found = folder_of(a, "features", 0)
-        lines.append(f"nothing is ablated: choose --features by what {found} says of them")
+        folder = folder_of(a, "features", 0)
+        lines.append(f"nothing is ablated: choose --features by what {folder} says of them")
     return lines
 
 
@@ -390,8 +401,10 @@ def over_seeds(
     rows = []
     for seed in range(a.seeds):
         path = Path(folder_of(a, name, seed), "summary.json")
-        rows.append(read(json.loads(path.read_text())))
+        summary = json.loads(path.read_text())
+        rows.append(read(summary))
 
+    # Every mean is over all seeds: a mean over fewer of them would not compare with the others.
     intervals = {}
     for key in rows[0]:
         if all(key in row for row in rows):
@@ -406,10 +419,13 @@ def read_divergences(summary: dict) -> dict[str, float]:
 
 def read_probe(summary: dict) -> dict[str, float]:
     """The first metric of every row, tau or accuracy, and how far the policy is above the row."""
+    # summary["rows"] has a row for each input of the probe, each number with its half-width:
+    #   {"base, activations": {"tau": [0.4, 0.1], "policy_less": [0.2, 0.1], ...}, ...}
     metric = summary["metrics"][0]
     numbers = {}
     for name, row in summary["rows"].items():
         numbers[f"{metric}: {name}"] = row[metric][0]
+    # The differences come after the numbers. probe.py has taken them split by split.
     for name, row in summary["rows"].items():
         if "policy" not in name:
             numbers[f"policy less {name}"] = row["policy_less"][0]
@@ -421,6 +437,8 @@ def read_concepts(summary: dict) -> dict[str, float]:
 
     A row is called "policy 3_mlp, concept (of 9): features".
     """
+    # summary["saes"] has, for each autoencoder, how many concepts its features and controls found:
+    #   {".../policy/3_mlp": {"found": {"concept": {"of": 9, "auc": {"features": 6, ...}}}}, ...}
     numbers = {}
     for path, result in summary["saes"].items():
         autoencoder = " ".join(path.split("/")[-2:])  # of which model, and of which layer
@@ -432,6 +450,8 @@ def read_concepts(summary: dict) -> dict[str, float]:
 
 def read_effects(summary: dict) -> dict[str, float]:
     """The differences between arms of every number."""
+    # summary["differences"] has, for each number that is measured, one arm less another:
+    #   {"world:gold": {"features - random": {"mean": -0.3, ...}}, "seed_2": ..., "cue": ...}
     numbers = {}
     for key, differences in summary["differences"].items():
         # The seeds' reward models have one name, so that their numbers stand in one row.
@@ -473,6 +493,7 @@ def draw(figure, lines: dict[str, dict[str, tuple[float, float]]]):
     """
     figure.set_size_inches(8, 3.6)
     axis = figure.add_subplot()
+    # A source (policy, base, a control) has one marker, at the height of each probe that reads it.
     for source, style in MARKERS.items():
         means = []
         heights = []
@@ -513,6 +534,7 @@ def main(args=None):
     for stage in commands(a):
         run_stage(stage, a.jobs)
 
+    # Tables are read from the runs' summaries: a study that is done prints them again at once.
     tables = read_tables(a)
     for title, table in tables.items():
         print_title(f"{title}: {describe_numbers(a)}", a)

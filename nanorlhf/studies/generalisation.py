@@ -125,6 +125,7 @@ class Settings(OwnDataFlags, StudyFlags):
 
     def __post_init__(self):
         super().__post_init__()
+        # The embedded world has its held-out topics. For other data a rule must say what is in.
         needs_rule = self.dataset and "ood" in self.splits
         require(
             not needs_rule or "--in_distribution" in self.data_flags,
@@ -165,6 +166,7 @@ def answers_of(a, name: str, seed: int, part: str) -> str:
 
     Its rows are {prompt, response, scores, gold}.
     """
+    # sample_bon.py writes the best of each n answers in turn: with n = 1 every answer.
     n = 1
     if name == BON:
         n = a.n
@@ -186,6 +188,7 @@ def commands(a) -> list[list[str]]:
                 f"--output_dir {reward_of(a, seed)} {a.rm_flags}"
             )
 
+    # The pool is sampled beside the PPO runs: neither reads what the other writes.
     runs = [pool_command(a)]
     answers = []
     diversity = []
@@ -194,6 +197,7 @@ def commands(a) -> list[list[str]]:
             if cell is not None:
                 runs.append(ppo_command(a, name, cell, seed))
             answers += answer_commands(a, name, seed)
+        # One command measures all systems of a seed on a split, since they answer the same prompts.
         for part in names_of_splits(a):
             diversity.append(diversity_command(a, seed, part))
     return [policies, rewards, runs, answers, diversity]
@@ -224,6 +228,7 @@ def sampling_flags_of(a) -> str:
 
 def pool_command(a) -> str:
     """Sample the n K answers of SFT that all seeds choose their best-of-n answers from."""
+    # --seed 2000: noise that no system's own answers have, see answer_commands().
     return (
         f"sample_bon.py --model {sft_of(a)} --reward_model {reward_of_pool(a)} "
         f"--n_answers {a.n * a.answers} {sampling_flags_of(a)} --seed 2000 "
@@ -233,6 +238,7 @@ def pool_command(a) -> str:
 
 def reward_of_pool(a) -> str:
     """The reward that looks at the pool first; it chooses nothing."""
+    # sample_bon.py scores what it samples, but no seed reads these scores: each has its own reward.
     if has_own_data(a) or a.reward_model:
         return reward_of(a, 0)
     return "world:gold"
@@ -241,6 +247,7 @@ def reward_of_pool(a) -> str:
 def ppo_command(a, name: str, cell: tuple[str, float], seed: int) -> str:
     """Train the PPO policy of a cell."""
     kind, coefficient = cell
+    # PPO is evaluated on the same splits as the tables: kl_of() reads the KL on each of them.
     return (
         f"train_ppo.py --model {sft_of(a)} --reward_model {reward_of(a, seed)} "
         f"--kl_kind {kind} --kl_coef {coefficient:g} --seed {seed} --steps {a.steps} "
@@ -256,6 +263,7 @@ def answer_commands(a, name: str, seed: int) -> list[str]:
     # Best-of-n chooses from the pool, in which each split has a folder of its own.
     if name == BON:
         lines = []
+        # The best of each n answers in turn is kept: n K answers of the pool give K.
         for part in names_of_splits(a):
             lines.append(
                 f"sample_bon.py --pool {a.output_dir}/pool/{part}/pool.jsonl "
@@ -278,6 +286,7 @@ def answer_commands(a, name: str, seed: int) -> list[str]:
 def diversity_command(a, seed: int, part: str) -> str:
     """Measure the diversity of all systems' answers to the prompts of a split."""
     files = " ".join(answers_of(a, name, seed, part) for name in list_systems(a))
+    # Without a sentence encoder, embeddings are hidden states of the SFT policy.
     encoder = sft_of(a)
     if a.encoder:
         encoder = quote(a.encoder)
@@ -288,7 +297,9 @@ def diversity_command(a, seed: int, part: str) -> str:
 
 
 def diversity_flags_of(a) -> str:
-    """The flags of diversity. The number of the embedded world's words says nothing of other data."""
+    """The flags with which diversity is measured."""
+    # EAD depends on the size of the vocabulary. The default is the number of the world's words; on
+    # own data the vocabulary is that of the SFT policy's tokenizer.
     if has_own_data(a) and a.diversity_flags == DIVERSITY_FLAGS:
         return f"--tokenizer {sft_of(a)} --truncate 16"
     return a.diversity_flags
@@ -303,6 +314,8 @@ def finished(a, command: str) -> bool:
     words = split(command)
     folder = Path(words[words.index("--output_dir") + 1])
     if "--from" in words:
+        # With other coefficients the study measures other systems in the same folder. The file says
+        # which answers it has measured.
         stored = {}
         if (folder / FILE).is_file():
             stored = json.loads((folder / FILE).read_text())
@@ -314,6 +327,7 @@ def finished(a, command: str) -> bool:
 
     if is_finished(command):
         return True
+    # Splits are sampled one after another, each into its folder: when the last is there, all are.
     last_split = names_of_splits(a)[-1]
     return "--eval_splits" in words and (folder / last_split / "summary.json").is_file()
 
@@ -325,14 +339,16 @@ def measure_seed(a, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     """All that is read of one seed: {split: {system: {column: number}}}."""
     tables = {}
     for part in names_of_splits(a):
+        # Each system's answers are compared with SFT's to the same prompts.
         sft = read_scores(answers_of(a, SFT, seed, part))
         rows = {}
         for name in list_systems(a):
-            own = read_scores(answers_of(a, name, seed, part))
+            scores_of_system = read_scores(answers_of(a, name, seed, part))
             row = {"KL": kl_of(a, name, seed, part)}
-            for key, scores in own.items():
+            for key, scores in scores_of_system.items():
                 row[key] = scores.mean().item()
-            for key, scores in own.items():
+            # SFT's own row has 0.5 here: each of its pairs is counted once in either direction.
+            for key, scores in scores_of_system.items():
                 row[f"win {key}"] = win_rate(scores, sft[key])
             rows[name] = row
         add_diversity(rows, Path(a.output_dir, f"diversity/seed_{seed}/{part}", FILE))
@@ -342,10 +358,12 @@ def measure_seed(a, seed: int) -> dict[str, dict[str, dict[str, float]]]:
 
 def add_diversity(rows: dict[str, dict[str, float]], path: Path):
     """Add the columns of a diversity.json to the rows of the systems."""
-    found = json.loads(path.read_text())
-    add_metrics(rows, found["systems"], "")
-    if "truncated" in found:
-        add_metrics(rows, found["truncated"]["systems"], ", cut")
+    report = json.loads(path.read_text())
+    # {"systems": {name: {"per_input": {...}, "across_input": {...}}, ...},
+    #  "truncated": {"systems": {...}}}: the same numbers, of the first words of each answer alone.
+    add_metrics(rows, report["systems"], "")
+    if "truncated" in report:
+        add_metrics(rows, report["truncated"]["systems"], ", cut")
 
 
 def add_metrics(rows: dict[str, dict[str, float]], systems: dict[str, dict], end: str):
@@ -363,16 +381,18 @@ def add_metrics(rows: dict[str, dict[str, float]], systems: dict[str, dict], end
 
 def read_scores(path: str) -> dict[str, Tensor]:
     """A file of answers -> {"proxy": [P, K], "gold": [P, K] where there is gold}, float64."""
-    found = {}  # {"proxy": {prompt: [K numbers]}, ...}
+    # The K answers to a prompt stand in K lines, each with its prompt.
+    by_metric = {}  # {"proxy": {prompt: [K numbers]}, ...}
     for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
         row = json.loads(line)
+        # A system's answers are scored by one reward, so a line has one score beside gold.
         (proxy,) = row["scores"].values()
-        found.setdefault("proxy", {}).setdefault(row["prompt"], []).append(proxy)
+        by_metric.setdefault("proxy", {}).setdefault(row["prompt"], []).append(proxy)
         if row["gold"] is not None:
-            found.setdefault("gold", {}).setdefault(row["prompt"], []).append(row["gold"])
+            by_metric.setdefault("gold", {}).setdefault(row["prompt"], []).append(row["gold"])
 
     scores = {}
-    for key, by_prompt in found.items():
+    for key, by_prompt in by_metric.items():
         scores[key] = torch.tensor(list(by_prompt.values()), dtype=torch.float64)
     return scores
 
@@ -382,6 +402,7 @@ def win_rate(a: Tensor, b: Tensor) -> float:
 
     a [P, K], b [P, J]: scores of A's and of B's answers to the same prompts.
     """
+    # Every answer of A meets every answer of B: that has less noise than K random pairs.
     a, b = torch.broadcast_tensors(a[:, :, None], b[:, None])  # [P, K, J]
     return win_points(a.flatten(), b.flatten()).mean().item()
 
@@ -396,7 +417,8 @@ def kl_of(a, name: str, seed: int, part: str) -> float:
         return 0.0
     if name == BON:
         return bon_kl(a.n)
-    summary = json.loads(Path(ppo_folder(a, name, seed), "summary.json").read_text())
+    path = Path(ppo_folder(a, name, seed), "summary.json")
+    summary = json.loads(path.read_text())
     key = "kl"
     if part != names_of_splits(a)[0]:
         key = f"{part}/kl"
@@ -409,18 +431,21 @@ def at_kl(rows: dict[str, dict], kind: str, kl: float, column: str) -> float | N
     It lies between the kind's cells (and SFT, at 0) on straight lines in sqrt(KL). None for a KL
     beyond them.
     """
+    # Every run starts from SFT, so SFT is a point at KL 0 for both kinds.
     points = []
     for name, row in rows.items():
         if name == SFT or name.startswith(f"{kind}_"):
             points.append((row["KL"], row[column]))
-    x, y = np.array(sorted(points)).T
+    kls, values = np.array(sorted(points)).T
 
-    # A KL that is estimated may come out a little below 0.
-    d = np.sqrt(x.clip(0))
+    # Between two points gold follows a line in d = sqrt(KL) better than a line in the KL, most of
+    # all near the start. An estimate of the KL may come out a little below 0.
+    d = np.sqrt(kls.clip(0))
     kl = max(kl, 0.0)
+    # Beyond the last point np.interp() would repeat it, as if nothing changed any more.
     if kl > d[-1] ** 2:
         return None
-    return np.interp(kl**0.5, d, y).item()
+    return np.interp(kl**0.5, d, values).item()
 
 
 # --------------------------------------------------------------------------------------- all seeds
@@ -436,6 +461,7 @@ def compare_seeds(a, seeds: list[dict]) -> dict[str, dict]:
     tables = {}
     for part in (first, *others):
         tables |= tables_of_split(a, part, [seed[part] for seed in seeds])
+    # The gap compares every other split with the first, which is in distribution.
     for other in others:
         tables |= tables_of_gap(a, first, other, seeds)
     return tables
@@ -444,6 +470,7 @@ def compare_seeds(a, seeds: list[dict]) -> dict[str, dict]:
 def tables_of_split(a, part: str, seeds: list[dict]) -> dict[str, dict]:
     """The tables of one split. seeds: {system: {column: number}} of each."""
     names = list(list_systems(a))
+    # Each system's numbers, and their differences from SFT's, which are taken seed by seed.
     whole = {}
     less_sft = {}
     for name in names:
@@ -480,6 +507,7 @@ def tables_of_split(a, part: str, seeds: list[dict]) -> dict[str, dict]:
 
 def tables_of_gap(a, first: str, other: str, seeds: list[dict]) -> dict[str, dict]:
     """The generalisation gap, the first split less another one, and what it is beyond SFT's gap."""
+    # Gaps are differences of scores, so only the columns of scores have one. Gold may be missing.
     columns = []
     for column in ("proxy", "gold", "win proxy", "win gold"):
         if column in seeds[0][first][SFT]:
@@ -492,12 +520,13 @@ def tables_of_gap(a, first: str, other: str, seeds: list[dict]) -> dict[str, dic
             inside = {column: seed[first][name][column] for column in columns}
             gaps[name].append(subtract(inside, seed[other][name]))
 
+    # If the other prompts are harder, SFT has a gap too. Training explains only what is beyond it.
     whole = {}
     less_sft = {}
-    for name, own in gaps.items():
-        whole[name] = collect(own)
+    for name, seed_gaps in gaps.items():
+        whole[name] = collect(seed_gaps)
         if name != SFT:
-            less_sft[name] = collect(subtract(x, y) for x, y in zip(own, gaps[SFT]))
+            less_sft[name] = collect(subtract(x, y) for x, y in zip(seed_gaps, gaps[SFT]))
     title = f"gap, {first} less {other}"
     return {title: whole, f"{title}, less SFT's": less_sft}
 
@@ -512,12 +541,12 @@ def less_at_its_kl(rows: dict[str, dict], name: str) -> dict[str, float | None]:
 
     So both policies have moved as far from SFT. None where k1 has not moved so far.
     """
-    own = rows[name]
+    row = rows[name]
     differences = {}
-    for column, number in own.items():
+    for column, number in row.items():
         if column == "KL":
             continue
-        k1 = at_kl(rows, "k1", own["KL"], column)
+        k1 = at_kl(rows, "k1", row["KL"], column)
         differences[column] = None
         if k1 is not None:
             differences[column] = number - k1
@@ -532,6 +561,7 @@ def print_table(rows: dict[str, dict[str, list[float]]]):
 
     In brackets it says how many seeds have a number, where not all do.
     """
+    # There are more metrics than systems, so a line is a metric here, and a column is a system.
     columns = {}  # a set that keeps the order
     most = 0  # seeds
     for row in rows.values():
@@ -553,6 +583,7 @@ def draw(figure, tables: dict[str, dict]):
 
     The bars are 95% intervals over seeds.
     """
+    # The tables of splits are named by the split alone; all others have a comma in their titles.
     parts = [title for title in tables if "," not in title]
     figure.set_size_inches(4.6 * len(parts), 4.2)
     axes = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
@@ -586,6 +617,7 @@ def is_cell(name: str) -> bool:
 
 def draw_group(axis, group: str, rows: dict[str, dict], won: str, number: int):
     """The systems of a group: a line through their markers, and at each cell its coefficient."""
+    # [(mean, half-width) of each system]: the means place a marker, the half-widths are its bars.
     diversity = [t_interval(row["in EAD"]) for row in rows.values()]
     wins = [t_interval(row[won]) for row in rows.values()]
     x, x_half_widths = zip(*diversity)
@@ -617,6 +649,7 @@ def main(args=None):
     """Run what is not done yet, then print the tables and draw the picture."""
     a = read_settings(args)
 
+    # is_finished() of common.py does not know all files of sample_bon.py: see finished().
     def is_done(command):
         return finished(a, command)
 

@@ -1,5 +1,6 @@
-"""How far a policy's answers are from those that a reward model knows: the Mahalanobis distance of its
-last hidden state, one of the signs in warning_signs.py.
+"""How far a policy's answers are from those that a reward model knows.
+
+It is the Mahalanobis distance of the model's last hidden state, a sign in warning_signs.py.
 
     N texts that are known, B texts, D hidden
 """
@@ -37,10 +38,13 @@ class KnownStates:
     """
 
     def __init__(self, hidden: Tensor, shrinkage: float = 1e-4):
+        # In float64: the covariance's eigenvalues differ by many orders of magnitude.
         hidden = hidden.double()
-        # A single text varies in none.
+        # A coordinate without variance leaves S singular, whatever the shrinkage. In a single text
+        # no coordinate varies.
         if (hidden == hidden[:1]).all(0).any():
             raise ValueError("known states need at least 2 texts, and coordinates that all vary")
+        # Shrinking makes the entries off the diagonal smaller, and leaves the diagonal as it is.
         covariance = hidden.T.cov()  # [D, D]
         diagonal = covariance.diag().diag()
         shrunk = (1 - shrinkage) * covariance + shrinkage * diagonal
@@ -61,6 +65,7 @@ def hidden_states(reward_model: RewardModel, rows: list[dict]) -> Tensor:
 
     rows {prompt_ids, response_ids}, as the file of an evaluation has them.
     """
+    # Ids are read, not texts: a text that is encoded again may have other tokens than were scored.
     states = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
@@ -92,6 +97,7 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
     reward_model = load_reward_model(spec)
     evaluations = read_evaluations(run)
 
+    # evaluations[0] was made before the first step: its answers are the SFT policy's.
     known_rows = evaluations[0]
     if pool_file:
         known_rows = read_pool_answers(pool_file, answers_each, tokenizer, settings)
@@ -100,6 +106,7 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
 
     distances = []
     for evaluation in evaluations:
+        # Answers to other prompts would be far away by their prompts alone.
         rows = [row for row in evaluation if row["prompt_ids"] in known_prompts]
         require(rows, f"{pool_file} has none of the prompts that {run} was evaluated on")
         distance = known.distance(hidden_states(reward_model, rows))
@@ -110,6 +117,7 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
 def read_evaluations(run: str) -> list[list[dict]]:
     """The answers of each evaluation of a finished run: rows {prompt_ids, response_ids, ...}."""
     evaluations = []
+    # metrics.jsonl has a line for each step. Only lines of an evaluation have numbers eval/...
     for record in read_rows(f"{run}/metrics.jsonl", {"step": int}):
         if "eval/kl" in record:
             path = f"{run}/eval/step_{record['step']}.jsonl"

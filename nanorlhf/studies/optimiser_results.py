@@ -39,9 +39,12 @@ def read_run(folder: str) -> dict:
     -> {"step": [...], "gold": [...], ..., "entropy": [...], "seconds": [x]}. The entropy, in nats a
     token, is that of the answers that the step learned from: None where nothing was sampled.
     """
+    # metrics.jsonl has a line for each step. Some lines also have an evaluation's numbers:
+    #   {"step": 5, "entropy": 1.9, "seconds_rollout": 0.8, "eval/gold": -0.1, "eval/kl": 4.2, ...}
     run = {name: [] for name in ("step", *EVALUATED, "entropy")}
     seconds = 0.0
     for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
+        # Time is counted over all steps, also those without an evaluation.
         for name, value in row.items():
             if name.startswith("seconds"):
                 seconds += value
@@ -55,7 +58,8 @@ def read_run(folder: str) -> dict:
 
 
 def read_bon(folder: str) -> dict:
-    """The curve of best-of-n by one reward: {"n": [...], "kl": [...], "proxy": [...], "gold": [...]}."""
+    """The curve of best-of-n by one reward, {"n", "kl", "proxy", "gold": [a number for each n]}."""
+    # {"seed_3": [{"n": 1, "proxy_score": 0.1, "gold_score": -0.6, ...}, {"n": 2, ...}, ...]}
     (points,) = read_object(f"{folder}/bon_results.json").values()
     run = {"n": [], "kl": [], "proxy": [], "gold": []}
     for point in points:
@@ -72,8 +76,8 @@ def read_bon(folder: str) -> dict:
 def compare_ends(runs: dict[str, list[dict]]) -> dict:
     """The table of where runs have come to. runs: {method: the run of each seed}"""
     table = {}
-    for method, own in runs.items():
-        table[method] = collect(describe_end(run) for run in own)
+    for method, seed_runs in runs.items():
+        table[method] = collect(describe_end(run) for run in seed_runs)
     for method, row in table.items():
         # Within a seed all have learned from the same pairs.
         if method != PPO:
@@ -85,6 +89,7 @@ def describe_end(run: dict) -> dict[str, float]:
     """A run's end, its peak, and what going on from the peak cost."""
     golds = run["gold"]
     peak = max(golds)
+    # Pitfall: the peak is the largest of many noisy numbers: peak and fall are a little too large.
     return {
         "gold": golds[-1],
         "proxy": run["proxy"][-1],
@@ -98,13 +103,14 @@ def describe_end(run: dict) -> dict[str, float]:
 def compare_answers(runs: dict[str, list[dict]]) -> dict:
     """The table of what the last answers are like, and of the seconds that training took."""
     table = {}
-    for method, own in runs.items():
-        table[method] = collect(describe_answers(run) for run in own)
+    for method, seed_runs in runs.items():
+        table[method] = collect(describe_answers(run) for run in seed_runs)
     return table
 
 
 def describe_answers(run: dict) -> dict[str, float | None]:
     """What a run's last answers are like. Best-of-n is no policy, and has none of these."""
+    # DPO samples nothing while it trains, so its entropy is None: collect() leaves it out.
     row = {}
     for name in ("length", "distinct_2", "entropy", "seconds"):
         if name in run:
@@ -115,13 +121,14 @@ def describe_answers(run: dict) -> dict[str, float | None]:
 def compare_at_kl(runs: dict[str, list[dict]]) -> dict:
     """The table of gold at the same KL, along each run: None where the run has not gone so far."""
     table = {}
-    for method, own in runs.items():
-        table[method] = collect(describe_at_kl(run) for run in own)
+    for method, seed_runs in runs.items():
+        table[method] = collect(describe_at_kl(run) for run in seed_runs)
     return table
 
 
 def describe_at_kl(run: dict) -> dict[str, float | None]:
     """Gold at each of KLS."""
+    # Points are in the order of the run: if it comes back to a KL, its first visit counts.
     points = list(zip(run["kl"], run["gold"]))
     row = {}
     for kl in KLS:
@@ -129,7 +136,7 @@ def describe_at_kl(run: dict) -> dict[str, float | None]:
     return row
 
 
-# ------------------------------------------------------------------------------- where the KL stands
+# ------------------------------------------------------------------------------ where the KL stands
 
 
 def compare_places(runs: dict[str, dict[float, list[dict]]], baseline: str) -> tuple[dict, dict]:
@@ -142,12 +149,14 @@ def compare_places(runs: dict[str, dict[float, list[dict]]], baseline: str) -> t
     ends = {}
     less_baseline = {}
     for place, by_coefficient in runs.items():
-        for coefficient, own in by_coefficient.items():
+        for coefficient, seed_runs in by_coefficient.items():
             name = f"{place} {coefficient:g}"
             rows = []
             differences = []
-            for i, run in enumerate(own):
+            # i is the seed: a run is compared with what the baseline did with the same pairs.
+            for i, run in enumerate(seed_runs):
                 end = describe_end(run)
+                # These runs were evaluated only at their start and end: a peak would say nothing.
                 rows.append({column: end[column] for column in ("gold", "proxy", "KL")})
 
                 # The seed's runs of the baseline, from the smallest KL to the largest.
@@ -184,13 +193,16 @@ def crossing(curve: dict[int, float], other: dict[int, float]) -> float | None:
 
     Between two k it lies on a straight line in log k. None: the other curve stays below.
     """
+    # The lead is how far this curve is above the other. It is followed from the smallest k upwards.
     last_k = None
     last_lead = None
     for k in sorted(curve):
         lead = curve[k] - other[k]
+        # This curve is not above the other even at the smallest k: no line leads there.
         if lead <= 0 and last_k is None:
             return float(k)
         if lead <= 0:
+            # On a line from last_lead > 0 to lead <= 0, this share of the way leads to 0.
             share = last_lead / (last_lead - lead)
             return last_k * (k / last_k) ** share
         last_k = k
@@ -200,16 +212,18 @@ def crossing(curve: dict[int, float], other: dict[int, float]) -> float | None:
 
 def compare_max_at_k(curves: dict[str, list[dict[int, float]]]) -> dict:
     """The table of max@k at the k of KS, and of what it is less SFT's. SFT has a single curve."""
+    # All seeds share SFT's pool, so differences vary between seeds by the policy's curve alone.
     (sft,) = curves[SFT]
     whole = {}
     less_sft = {}
-    for method, own in curves.items():
+    for method, seed_curves in curves.items():
         rows = []
         differences = []
-        for curve in own:
+        for curve in seed_curves:
             row = {}
             difference = {}
             for k in KS:
+                # A pool with fewer than k answers, as with --quick, has no such column.
                 if k in curve:
                     row[f"k = {k}"] = curve[k]
                     difference[f"k = {k}"] = curve[k] - sft[k]
@@ -225,17 +239,17 @@ def describe_crossings(curves: dict[str, list[dict[int, float]]]) -> list[str]:
     """A sentence for each method: from which k on SFT is as good."""
     (sft,) = curves[SFT]
     sentences = []
-    for method, own in curves.items():
+    for method, seed_curves in curves.items():
         if method == SFT:
             continue
-        found = []
-        for curve in own:
+        phrases = []
+        for curve in seed_curves:
             k = crossing(curve, sft)
             if k is None:
-                found.append("never")
+                phrases.append("never")
             else:
-                found.append(f"from k = {k:.0f}")
-        sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(found)}")
+                phrases.append(f"from k = {k:.0f}")
+        sentences.append(f"SFT is as good as {method}, seed by seed: {', '.join(phrases)}")
     return sentences
 
 
@@ -249,11 +263,12 @@ def draw_against_kl(figure, runs: dict[str, list[dict]]):
     """
     figure.set_size_inches(9.5, 4.4)
     gold_axis, proxy_axis = figure.subplots(1, 2, sharex=True)
-    for method, own in runs.items():
-        kl = np.array([run["kl"] for run in own])  # [seeds, evaluations]
+    for method, seed_runs in runs.items():
+        kl = np.array([run["kl"] for run in seed_runs])  # [seeds, evaluations]
+        # An estimated KL may come out a little below 0, and would have no root.
         d = kl.clip(0) ** 0.5
         for axis, score in ((gold_axis, "gold"), (proxy_axis, "proxy")):
-            scores = np.array([run[score] for run in own])
+            scores = np.array([run[score] for run in seed_runs])
             draw_mean(axis, d.mean(0), scores, **look_of(method))
     gold_axis.set(ylabel="gold, on held-out prompts")
     proxy_axis.set(ylabel="proxy (in standard deviations)")
@@ -266,9 +281,9 @@ def draw_max_at_k(figure, curves: dict[str, list[dict[int, float]]]):
     """max@k against k, the mean over seeds."""
     figure.set_size_inches(5.5, 4)
     axis = figure.subplots()
-    for method, own in curves.items():
-        golds = np.array([list(curve.values()) for curve in own])  # [seeds, k]
-        draw_mean(axis, list(own[0]), golds, **look_of(method))
+    for method, seed_curves in curves.items():
+        golds = np.array([list(curve.values()) for curve in seed_curves])  # [seeds, k]
+        draw_mean(axis, list(seed_curves[0]), golds, **look_of(method))
     axis.set(xlabel="k answers to a prompt", ylabel="gold of the best of k", xscale="log")
     axis.legend()
 

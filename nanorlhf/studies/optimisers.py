@@ -139,6 +139,7 @@ def flags_of(setting: Setting, steps: int, eval_every: int) -> str:
 
 def policy_cell(a, name: str, s, flags: str) -> Cell:
     """A run of train_ppo.py against the seed's reward model."""
+    # The cell's name is also its folder: part/method/seed_s.
     out = a.output_dir
     models = f"--model {out}/sft --reward_model {out}/rm/seed_{s}"
     place = f"--seed {s} --output_dir {out}/{name}"
@@ -162,6 +163,7 @@ def dpo_cell(a, name: str, s, setting: Setting, eval_every: int) -> Cell:
     lr, beta = setting
     models = f"--model {out}/sft {noisy_pairs(s)} --reward_model {out}/rm/seed_{s}"
     flags = f"--lr {lr:g} --dpo_beta {beta:g} --steps {a.dpo_steps} --eval_every {eval_every}"
+    # noisy_pairs() has named --seed already.
     place = f"--output_dir {out}/{name}"
     command = join("train_sft.py --loss dpo", models, flags, place, a.dpo_flags)
     needs = [train_sft(a), train_reward_model(a, s)]
@@ -171,6 +173,8 @@ def dpo_cell(a, name: str, s, setting: Setting, eval_every: int) -> Cell:
 def pool_cell(a, name: str, policy: str, n: int, s, needs: list[str]) -> Cell:
     """n answers of a policy to each held-out prompt. The best of them by gold are max@n."""
     out = a.output_dir
+    # Gold itself chooses here, which nobody could do in practice: max@k asks what is the best that
+    # a policy can write.
     flags = f"--model {out}/{policy} --reward_model world:gold --n_answers {n}"
     place = f"--eval_size {a.prompts} --seed {s} --output_dir {out}/{name}"
     command = join("sample_bon.py", flags, place, a.bon_flags)
@@ -189,6 +193,7 @@ def bon_cell(a, s) -> Cell:
     models = f"--pool {out}/pool/pool.jsonl --reward_model {out}/rm/seed_{s}"
     place = f"--seed {s} --output_dir {out}/{name}"
     command = join("sample_bon.py", models, place, a.bon_flags)
+    # All seeds choose from one pool, so that their curves differ by the reward models alone.
     needs = [train_sft(a), train_reward_model(a, s), sft_pool(a).command]
     return Cell(name, command, needs, read_bon)
 
@@ -197,6 +202,7 @@ def tuning_cell(a, method: str, s, setting: Setting) -> Cell:
     """A run that shows what a setting is worth."""
     lr, strength = setting
     name = f"tuning/{method}/lr_{lr:g}_{strength:g}/seed_{s}"
+    # A setting is judged by its end alone. eval_every=0 evaluates only there and at the start.
     if method == DPO:
         return dpo_cell(a, name, s, setting, eval_every=0)
     flags = flags_of(setting, a.tuning_steps, eval_every=0)
@@ -207,17 +213,18 @@ def headline_cells(a, chosen: dict[str, Setting]) -> list[Cell]:
     """The two headline parts, seed by seed. chosen: the setting of each method."""
     cells = []
     for s in range(a.seeds):
-        for method, own in ON_POLICY.items():
+        for method, method_flags in ON_POLICY.items():
             setting = chosen[method]
             flags = flags_of(setting, a.steps, a.eval_every)
-            tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(own, flags))
+            tuned = policy_cell(a, f"tuned/{method}/seed_{s}", s, join(method_flags, flags))
             cells.append(tuned)
 
+            # The same learning rate, with nothing that pulls the policy back to SFT.
             if s < a.no_kl_seeds:
                 no_kl = setting._replace(strength=0)
                 flags = flags_of(no_kl, a.no_kl_steps, a.no_kl_eval_every)
                 name = f"no_kl/{method}/seed_{s}"
-                cells.append(policy_cell(a, name, s, join(own, flags)))
+                cells.append(policy_cell(a, name, s, join(method_flags, flags)))
 
         dpo = dpo_cell(a, f"tuned/{DPO}/seed_{s}", s, chosen[DPO], a.dpo_eval_every)
         cells.append(dpo)
@@ -229,11 +236,12 @@ def place_cells(a, lr: float) -> list[Cell]:
     """The trial of where RLOO's KL penalty stands."""
     cells = []
     for s in range(a.trial_seeds):
-        for place, own in PLACES.items():
+        for place, place_flags in PLACES.items():
             for coefficient in a.place_coefs:
+                # ON_POLICY["rloo"] names neither --kl_in nor --kl_kind: the place does.
                 setting = Setting(lr, coefficient)
                 flags = flags_of(setting, a.place_steps, eval_every=0)
-                flags = join(ON_POLICY["rloo"], own, flags)
+                flags = join(ON_POLICY["rloo"], place_flags, flags)
                 name = name_of_place(place, coefficient, s)
                 cells.append(policy_cell(a, name, s, flags))
     return cells
@@ -244,14 +252,14 @@ def name_of_place(place: str, coefficient: float, s) -> str:
 
 
 def gold_cells(a, chosen: dict[str, Setting]) -> tuple[list[Cell], list[Cell]]:
-    """The trial of gold as the reward: runs without a KL penalty, and the pools of their policies."""
+    """The trial of gold as the reward: runs without a KL penalty, and pools of their policies."""
     runs = []
     pools = [sft_pool(a)]
     for s in range(a.trial_seeds):
-        for method, own in ON_POLICY.items():
+        for method, method_flags in ON_POLICY.items():
             no_kl = chosen[method]._replace(strength=0)
             flags = flags_of(no_kl, a.gold_steps, a.eval_every)
-            run = gold_cell(a, f"gold/{method}/seed_{s}", s, join(own, flags))
+            run = gold_cell(a, f"gold/{method}/seed_{s}", s, join(method_flags, flags))
             runs.append(run)
 
             # Noise of its own: the pool of SFT has seed 0.
@@ -280,7 +288,7 @@ def commands(a) -> list[list[str]]:
 
 
 def grid_of(a, method: str) -> tuple[list[float], list[float]]:
-    """The learning rates and the strengths that are tried. The first strength is the first round's."""
+    """The learning rates and the strengths that are tried; learning rates at the first strength."""
     if method == DPO:
         return a.dpo_lr, a.dpo_beta
     return a.lr, a.kl_coef
@@ -291,12 +299,14 @@ def tune(a, path: str) -> dict[str, dict[Setting, list[float]]]:
 
     -> {method: {setting: gold at the end, one number a seed}}. best_of() says which is best.
     """
+    # A full grid would take lrs x strengths runs a seed; two rounds take lrs + strengths - 1.
     first_round = {}
     for method in TUNED:
         lrs, strengths = grid_of(a, method)
         first_round[method] = [Setting(lr, strengths[0]) for lr in lrs]
     tried = try_settings(a, first_round, path)
 
+    # The first strength has been tried already, at every learning rate.
     second_round = {}
     for method in TUNED:
         _, strengths = grid_of(a, method)
@@ -312,12 +322,13 @@ def try_settings(a, settings: dict[str, list[Setting]], path: str) -> dict:
     cells = []
     tried = {}
     places = {}  # {name of a cell: the list that its gold goes into}
-    for method, own in settings.items():
-        tried[method] = {setting: [] for setting in own}
+    for method, settings_of_method in settings.items():
+        # These lists are filled when the cells have run.
+        tried[method] = {setting: [] for setting in settings_of_method}
         lrs, strengths = grid_of(a, method)
         if len(lrs) * len(strengths) == 1:
             continue  # nothing to choose
-        for setting in own:
+        for setting in settings_of_method:
             for s in a.tuning_seeds:
                 cell = tuning_cell(a, method, s, setting)
                 cells.append(cell)
@@ -347,6 +358,7 @@ def print_tuning(a, tried: dict):
         best = best_of(golds)
         lrs, strengths = grid_of(a, method)
         for setting, numbers in golds.items():
+            # Beyond a setting at the edge of the grid there may be a better one.
             mark = ""
             if setting == best:
                 mark = "  <- chosen"
@@ -425,7 +437,7 @@ def main(args=None):
 
 def run_study(a, path: str):
     """All parts, in order. path: the file of results"""
-    # 1. Tuning, on seeds of its own.
+    # 1. Tuning, on seeds of its own: no setting is chosen by reward models that the results use.
     tried = tune(a, path)
     chosen = {method: best_of(golds) for method, golds in tried.items()}
     print_title("Tuning: gold at the end, mean over seeds (and of each seed)", a)
@@ -455,6 +467,7 @@ def run_study(a, path: str):
 
     # 3. The trial of where the KL penalty stands.
     results = run_cells(place_cells(a, chosen["rloo"].lr), a, path)
+    # Places are compared at the same KL: one coefficient does not mean the same in all places.
     runs = runs_of_places(a, results)
     ends, less_k1 = compare_places(runs, K1)
     print_title(f"RLOO by the place of its KL penalty, {a.trial_seeds} seed(s)", a)
@@ -472,9 +485,10 @@ def run_study(a, path: str):
 
     results = run_cells(pools, a, path)
     largest = min(a.n_answers, a.k_answers)
+    # All curves go up to the same k. SFT has one curve, since all seeds share its pool.
     curves = {SFT: [curve_of(results["pool"], largest)]}
-    for method, own in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
-        curves[method] = [curve_of(pool, largest) for pool in own]
+    for method, seed_pools in runs_of(results, "max_at_k", ON_POLICY, a.trial_seeds).items():
+        curves[method] = [curve_of(pool, largest) for pool in seed_pools]
     print_title("max@k: gold of the best of k answers", a)
     print_table(compare_max_at_k(curves))
     print("\n".join(describe_crossings(curves)))
@@ -495,10 +509,10 @@ def runs_of_places(a, results: dict) -> dict[str, dict[float, list[dict]]]:
     for place in PLACES:
         runs[place] = {}
         for coefficient in a.place_coefs:
-            own = []
+            seed_runs = []
             for s in range(a.trial_seeds):
-                own.append(results[name_of_place(place, coefficient, s)])
-            runs[place][coefficient] = own
+                seed_runs.append(results[name_of_place(place, coefficient, s)])
+            runs[place][coefficient] = seed_runs
     return runs
 
 

@@ -87,6 +87,8 @@ class Method(NamedTuple):
     uwo_lambda: float | None = None
 
 
+# {a method's name in tables and folders: the method}. pretrain_NAME has the objective of NAME and
+# members with a start of their own: tables show the difference of the two.
 METHODS = {
     SINGLE: Method(FINETUNE, members=1),
     "mean": Method(FINETUNE),
@@ -105,7 +107,8 @@ ON_OWN_DATA = (SINGLE, "mean", "wco", "uwo")
 FEW_MEMBERS = (2, 3)
 # UWO with lambda 0 is the mean.
 LAMBDAS = {label: METHODS[label] for label in (SINGLE, "mean")}
-LAMBDAS |= {f"uwo_{x:g}": Method(FINETUNE, "uwo", uwo_lambda=x) for x in (0.1, 1, 10)}
+for uwo_lambda in (0.1, 1, 10):
+    LAMBDAS[f"uwo_{uwo_lambda:g}"] = Method(FINETUNE, "uwo", uwo_lambda=uwo_lambda)
 KL_COEFS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 1)
 # One reward model, and the ensemble whose gold is highest with a penalty.
 IN_KL_SWEEP = {label: METHODS[label] for label in (SINGLE, "wco")}
@@ -143,10 +146,12 @@ def has_one_sft(a) -> bool:
 
 def sft_models(a, ensemble: str) -> list[str]:
     """The SFT policies that the members of an ensemble start from. The first is PPO's too."""
+    # Here --model is the only SFT policy. (PRETRAIN was refused when the flags were read.)
     if has_one_sft(a):
         return [sft_of(a)]
     if ensemble == PRETRAIN:
         return [f"{sft_of(a)}/seed_{i}" for i in range(a.members)]
+    # seed_0 is also the first of PRETRAIN's policies: PPO starts from it with every ensemble.
     return [f"{sft_of(a)}/seed_0"]
 
 
@@ -160,6 +165,7 @@ def train_sfts(a, ensemble: str) -> list[str]:
     """The commands that train these SFT policies; none where --model is one."""
     if has_one_sft(a):
         return []
+    # In the embedded world train_sft.py starts from random weights, on the world's demonstrations.
     start = ""
     if a.sft_dataset:
         start = f"--model {quote(a.model)} --dataset {quote(a.sft_dataset)} {spaced(a.data_flags)}"
@@ -174,6 +180,8 @@ def train_sfts(a, ensemble: str) -> list[str]:
 
 def member_folder(a, s, noise, ensemble: str) -> str:
     """The folders of a seed's reward models: {seed} stands for their own seeds."""
+    # There are two kinds of seeds. The study's own, s, decides pairs, label noise and PPO's draws.
+    # A member's decides the order of its pairs and its score head: train_rm.py puts it for {seed}.
     return f"{a.output_dir}/rm_noise{noise:g}/{ensemble}/seed_{s}/seed_{{seed}}"
 
 
@@ -189,13 +197,17 @@ def noisy_pairs(a, s, noise) -> str:
 
 def train_rms(a, ensemble: str, pairs: str, folder: str, first: int = 0) -> str:
     """The command that trains the members of an ensemble. first: the first one's own seed"""
+    # The members have the seeds first, first + 1, ...
     seed = ""
     if first:
         seed = f"--seed {first} "
+    # Members of FINETUNE differ in the order of their pairs and in the start of their score heads.
     start = policy_of(a)
+    # Members of PRETRAIN also start from different SFT policies: {seed} is the member's own seed.
     if ensemble == PRETRAIN:
         start = f"{sft_of(a)}/seed_{{seed}}"
     head = ""
+    # Members of WARM are averaged: all their weights, the head's too, must start out equal.
     if ensemble == WARM:
         head = "--head_seed 0 "
     return (
@@ -208,6 +220,7 @@ def train_members(a, s, noise, ensemble: str) -> list[str]:
     """The commands that make a seed's ensemble: one, and of WARM a second one for the average."""
     folder = member_folder(a, s, noise, ensemble)
     commands = [train_rms(a, ensemble, noisy_pairs(a, s, noise), folder)]
+    # PPO's reward is the average. The held-out pairs are needed again, to set its scores' scale.
     if ensemble == WARM:
         commands.append(
             f"train_rm.py --average {folder} {pair_flags(a, s)} "
@@ -220,7 +233,7 @@ def without_training(rm_flags: str) -> str:
     """Those of --rm_flags that train_rm.py --average takes too. Their names are written in full."""
     # The script is imported by its name: no module imports a script.
     refused = importlib.import_module("train_rm").NOT_FOR_AVERAGE
-    kept = []
+    kept_words = []
     is_kept = True
     for word in shlex.split(rm_flags):
         # The values of a flag follow it, up to the next one; or one stands after its =.
@@ -228,14 +241,15 @@ def without_training(rm_flags: str) -> str:
             name = word.removeprefix("--").partition("=")[0].replace("-", "_")
             is_kept = name not in refused
         if is_kept:
-            kept.append(word)
-    return shlex.join(kept)
+            kept_words.append(word)
+    return shlex.join(kept_words)
 
 
 def train_further(a, s, noise, method: Method) -> list[str]:
     """The command that trains as many members once more, for an ensemble of twice the size."""
     if method.members is None or method.members <= a.members:
         return []
+    # The further members have a folder of their own, and the seeds that follow those of the others.
     folder = member_folder(a, s, noise, "further")
     return [train_rms(a, FINETUNE, noisy_pairs(a, s, noise), folder, first=a.members)]
 
@@ -245,6 +259,7 @@ def rewards_of(a, s, noise, method: Method) -> str:
     folder = member_folder(a, s, noise, method.ensemble)
     if method.ensemble == WARM:
         return averaged_folder(a, s, noise)
+    # In a reward's name {seed} stands for all members that are there.
     if method.members is None:
         return folder
     if method.members > a.members:
@@ -265,6 +280,7 @@ def measure_of(a) -> str:
 
 def sample_pool(a) -> list[str]:
     """The commands that sample SFT's answers, which best-of-n chooses from, for all seeds."""
+    # Gold scores the pool, so no reward model is needed yet: best-of-n reads the pool later.
     before = []
     reward_model = "world:gold"
     if has_own_data(a):
@@ -274,6 +290,8 @@ def sample_pool(a) -> list[str]:
         noise = a.label_noise[0]
         before = train_members(a, 0, noise, FINETUNE)
         reward_model = rewards_of(a, 0, noise, METHODS[SINGLE])
+    # All seeds and ensembles choose from one pool, so that their curves do not differ by the chance
+    # of sampling.
     pool = (
         f"sample_bon.py --model {policy_of(a)} --reward_model {reward_model} {prompt_flags(a)}"
         f"--n_answers {a.n_answers} --eval_size {a.prompts} --output_dir {a.output_dir}/pool "
@@ -297,6 +315,7 @@ def ppo_name(s, noise, kl_coef, label: str) -> str:
 
 def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
     """One PPO run."""
+    # The order matters: a command reads what those ahead of it have written.
     needs = list_once(
         train_sfts(a, method.ensemble),
         sample_known(a),
@@ -304,6 +323,7 @@ def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
         train_further(a, s, noise, method),
     )
 
+    # Methods differ in --reward_model, --objective and --uwo_lambda; all other flags are the same.
     objective = f"--objective {method.objective} "
     if method.uwo_lambda is not None:
         objective += f"--uwo_lambda {method.uwo_lambda:g} "
@@ -313,6 +333,8 @@ def ppo_cell(a, s, noise, kl_coef, label: str, method: Method) -> Cell:
         f"{prompt_flags(a)}{objective}--kl_coef {kl_coef:g} --seed {s} --steps {a.steps} "
         f"--eval_every {a.eval_every} --output_dir {a.output_dir}/{name} {a.ppo_flags}"
     )
+    # The distance is one of the signs in warning_signs.py. train_ppo.py does not log it: a reward
+    # model reads the answers once more when the run's result is read.
     read = read_ppo
     if sample_known(a):
         read = partial(read_with_distance, known=f"{a.output_dir}/known/pool.jsonl")
@@ -336,6 +358,7 @@ def sample_known(a) -> list[str]:
 def read_with_distance(folder: str, known: str) -> dict:
     """What a PPO run has found, with the distance of its answers from those in a pool."""
     distances = measure_distances(folder, known)
+    # read_ppo() has an empty column of this name, which is replaced.
     return read_ppo(folder) | {"distance": [shorten(distance) for distance in distances]}
 
 
@@ -347,8 +370,10 @@ def bon_name(s, noise, ensemble: str) -> str:
 def bon_cell(a, s, noise, ensemble: str) -> Cell:
     """Best-of-n by a seed's ensemble, each of its members and each objective."""
     needs = list_once(train_sfts(a, ensemble), sample_pool(a), train_members(a, s, noise, ensemble))
+    # One run gives the curves of each member and of every objective, by every lambda of UWO.
     lambdas = " ".join(map(str, BON_LAMBDAS))
     name = bon_name(s, noise, ensemble)
+    # The command names no gold: the pool has each answer's gold score, where there is gold.
     command = (
         f"sample_bon.py --pool {a.output_dir}/pool/pool.jsonl "
         f"--reward_model {rewards_of(a, s, noise, Method(ensemble))} --uwo_lambda {lambdas} "
@@ -365,6 +390,7 @@ def hard_name(s, ensemble: str) -> str:
 def hard_cell(a, s, ensemble: str) -> Cell:
     """Best-of-n in the hard setting."""
     out = f"{a.output_dir}/hard"
+    # The prompts are of held-out topics, about which the reward models have learned no pair.
     pool = (
         f"sample_bon.py --model {policy_of(a)} --reward_model world:gold --split ood "
         f"--max_rows {a.hard_prompts} --n_answers {a.hard_answers} --output_dir {out}/pool "
@@ -376,6 +402,7 @@ def hard_cell(a, s, ensemble: str) -> Cell:
     folder = f"{out}/rm/{ensemble}/seed_{s}/seed_{{seed}}"
     needs = [*train_sfts(a, ensemble), pool, train_rms(a, ensemble, pairs, folder)]
     name = hard_name(s, ensemble)
+    # One lambda for UWO: this setting asks where best-of-n falls, not which lambda is best.
     command = (
         f"sample_bon.py --pool {out}/pool/pool.jsonl --reward_model {folder} --uwo_lambda 0.5 "
         f"--seed {s} --output_dir {a.output_dir}/{name} {a.bon_flags}"
@@ -409,6 +436,7 @@ def seeds_of(a, noise) -> range:
 def headline_cells(a) -> list[Cell]:
     """PPO by each method, and best-of-n by each ensemble, at each label noise."""
     cells = []
+    # Best-of-n comes first: it trains no policy, so its results are there early.
     for noise in a.label_noise:
         for s in seeds_of(a, noise):
             for ensemble in ensembles_of(a):
@@ -438,6 +466,7 @@ def member_counts(a) -> dict[str, Method]:
     for members in FEW_MEMBERS:
         if members < a.members:
             methods[f"mean_of_{members}"] = Method(FINETUNE, members=members)
+    # "mean" is all members. That run is the headline's, with the same name, and is not run again.
     methods["mean"] = METHODS["mean"]
     methods[f"mean_of_{2 * a.members}"] = Method(FINETUNE, members=2 * a.members)
     return methods
@@ -445,6 +474,7 @@ def member_counts(a) -> dict[str, Method]:
 
 def trial_cells(a, methods: dict[str, Method], kl_coefs=(0,)) -> list[Cell]:
     """A sweep of a few seeds, at the first label noise."""
+    # Sweeps are run in the embedded world alone: they ask about methods, not about data.
     if a.model:
         return []
     noise = a.label_noise[0]
@@ -461,13 +491,15 @@ def all_cells(a) -> list[Cell]:
     cells = headline_cells(a) + hard_cells(a)
     cells += trial_cells(a, member_counts(a)) + trial_cells(a, LAMBDAS)
     cells += trial_cells(a, IN_KL_SWEEP, KL_COEFS)
-    # The sweeps have some runs of the headline.
-    return list({cell.name: cell for cell in cells}.values())
+    # The sweeps have some runs of the headline: each name once.
+    by_name = {cell.name: cell for cell in cells}
+    return list(by_name.values())
 
 
 def commands(a) -> list[list[str]]:
     """The study as lists of command lines: what stands in one list can run side by side."""
     cells = all_cells(a)
+    # The cells' own commands are the last stage: no cell reads what another cell has written.
     return [*stages_of(cells), [cell.command for cell in cells]]
 
 
@@ -556,6 +588,8 @@ def main(args=None):
 
 def run_study(a, path: str):
     """Run the study part by part, and show what each part has found. path: the file of results"""
+    # Parts are run and shown one after another, so that the first tables are there long before the
+    # last runs. A cell that two parts share is run once.
     measure = measure_of(a)
     numbers = "mean over seeds +- half-width of its 95% t interval"
     print(f"\n{measure.capitalize()} on held-out prompts: {numbers}")
@@ -564,6 +598,7 @@ def run_study(a, path: str):
     results = run_cells(headline_cells(a), a, path)
     runs_by_title = {}
     for noise in a.label_noise:
+        # --trial_seeds 0 leaves no seed for the runs without label noise.
         if not seeds_of(a, noise):
             continue
         show_bon(a, results, noise)
@@ -604,6 +639,8 @@ def show_bon(a, results: dict, noise):
     pools = {}
     for ensemble in ensembles_of(a):
         pools[ensemble] = [results[bon_name(s, noise, ensemble)] for s in seeds_of(a, noise)]
+    # {finetune: [a seed's curves, ...], pretrain: ...} -> {"wco": [a seed's run, ...],
+    # "pretrain_wco": ...}
     title = f"best-of-n, label noise {noise:g}"
     show_curves(a, title, curves_of_bon(pools), f"bon_noise{noise:g}.png")
 
@@ -629,14 +666,16 @@ def show_hard(a, results: dict):
 def show_curves(a, title: str, runs: dict[str, list[dict]], picture: str):
     """The table, the fits and the picture of runs."""
     measure = measure_of(a)
-    (n_seeds,) = {len(own) for own in runs.values()}
+    # All methods have the same seeds, since differences are taken seed by seed.
+    (n_seeds,) = {len(seed_runs) for seed_runs in runs.values()}
     print_title(f"{title}, {count(n_seeds, 'seed')}", a)
     print_table(compare_curves(runs, measure))
+    # Gao et al.'s curves are of gold, so they are not fitted to the proxy.
     if measure == "gold":
         for line in fit_curves(runs):
             print(line)
     # Best-of-n by UWO has a curve for each lambda, between those of the mean and of WCO.
-    drawn = {label: own for label, own in runs.items() if "uwo_" not in label}
+    drawn = {label: seed_runs for label, seed_runs in runs.items() if "uwo_" not in label}
     draw_picture(draw_curves, drawn, f"{a.output_dir}/{picture}")
 
 
@@ -646,6 +685,7 @@ def show_sweep(a, path: str, title: str, methods: dict[str, Method], kl_coefs=(0
     if not cells:
         return
     results = run_cells(cells, a, path)
+    # One table for the whole sweep. A row is a method, or a method at a coefficient: "wco, 0.05".
     table = {}
     runs = {}
     for kl_coef in kl_coefs:
@@ -664,10 +704,12 @@ def show_sweep(a, path: str, title: str, methods: dict[str, Method], kl_coefs=(0
 def show_signs(a, title: str, runs: dict[str, list[dict]]):
     """What tells of gold before PPO, and what during it."""
     measure = measure_of(a)
+    # Before PPO: what can be read off a reward model alone.
     lines = compare_reward_models(runs, measure)
     if lines:
         print_title(f"{title}: does a measure of reward models tell how a run ends?", a)
         print("\n".join(lines))
+    # During PPO: what evaluations show without gold. Gold judges how good these signs are.
     if measure == "gold":
         print_title(f"{title}: signs that gold has fallen below its start", a)
         print_signs(compare_signs(group_by_seed(runs)))
@@ -676,8 +718,8 @@ def show_signs(a, title: str, runs: dict[str, list[dict]]):
 def group_by_seed(runs: dict[str, list[dict]]) -> dict[int, list[dict]]:
     """{label: the run of each seed} -> {seed: its runs}"""
     by_seed = {}
-    for own in runs.values():
-        for s, run in enumerate(own):
+    for seed_runs in runs.values():
+        for s, run in enumerate(seed_runs):
             by_seed.setdefault(s, []).append(run)
     return by_seed
 

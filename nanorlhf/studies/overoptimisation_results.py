@@ -38,9 +38,12 @@ def read_ppo(folder: str) -> dict:
     last answers that they overrate most; "spread": [x], the standard deviation of their mean score
     on SFT's answers; "accuracy" and "tau": [x], theirs on held-out pairs; "seconds": [x].
     """
+    # metrics.jsonl has a line for each step. Some lines also have an evaluation's numbers:
+    #   {"step": 5, "entropy": 1.9, "seconds_rollout": 0.8, "eval/gold": -0.1, "eval/kl": 4.2, ...}
     run = {name: [] for name in ("step", *EVALUATED, "entropy")}
     seconds = 0.0
     for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
+        # Time is counted over all steps, also those without an evaluation.
         for name, value in row.items():
             if name.startswith("seconds"):
                 seconds += value
@@ -51,6 +54,7 @@ def read_ppo(folder: str) -> dict:
             run[name].append(shorten(row.get(f"eval/{name}")))
         # The entropy is that of the answers that the step learned from.
         run["entropy"].append(shorten(row.get("entropy")))
+    # read_with_distance() of overoptimisation.py fills this column: all runs have the same columns.
     run["distance"] = [None] * len(run["step"])
 
     # PPO begins with SFT's own answers.
@@ -60,6 +64,7 @@ def read_ppo(folder: str) -> dict:
     run["correlation"] = [shorten(correlate_members(first)), shorten(correlate_members(last))]
     run["overrated"] = list_overrated(last)
     run["spread"] = [shorten(float(mean_scores.std(ddof=1)))]
+    # All columns are lists, as a run is said to be: a single number is a list of one.
     run |= describe_reward_models(folder)
     run["seconds"] = [shorten(seconds)]
     return run
@@ -72,6 +77,7 @@ def read_answers(folder: str, step: int) -> list[dict]:
 
 def scores_of(answers: list[dict]) -> np.ndarray:
     """The members' scores of answers: [K, N]."""
+    # A row's scores are {name of the member: score}, in one order in all rows.
     return np.array([list(row["scores"].values()) for row in answers]).T
 
 
@@ -81,6 +87,7 @@ def correlate_members(answers: list[dict]) -> float | None:
     None also where a member gives all answers the same score.
     """
     scores = scores_of(answers)  # [K, N]
+    # The correlation of scores that do not vary would be 0 / 0.
     if len(scores) < 2 or not scores.std(1).all():
         return None
     coefficients = np.corrcoef(scores)  # [K, K]
@@ -96,9 +103,11 @@ def list_overrated(answers: list[dict]) -> list[str]:
     """
     if answers[0].get("gold") is None:
         return []
+    # WCO takes the lowest member's score. Where even that one is too high, WCO cannot notice.
     lowest = scores_of(answers).min(0)  # [N]
     gold = np.array([row["gold"] for row in answers])
     excess = rank(lowest) - rank(gold)  # [N]
+    # Late in a run many answers are the same text: each text is listed once.
     texts = {}  # a set that keeps the order
     for i in np.argsort(-excess, kind="stable"):
         texts[answers[i]["response"]] = None
@@ -107,14 +116,17 @@ def list_overrated(answers: list[dict]) -> list[str]:
 
 def rank(numbers: np.ndarray) -> np.ndarray:
     """The rank of each of N numbers, 0 for the smallest."""
+    # argsort() gives the number at each place of the order; argsort() of that, each number's place.
     return np.argsort(np.argsort(numbers, kind="stable"), kind="stable")
 
 
 def describe_reward_models(folder: str) -> dict[str, list[float | None]]:
     """The numbers of HELD_OUT, mean over a PPO run's reward models; None where none has them."""
+    # The run's settings name its reward models, whose folders have train_rm.py's summaries.
     paths = read_object(f"{folder}/config.json", {"reward_model": list})["reward_model"]
     summaries = []
     for path in paths:
+        # The world's gold, or a model from elsewhere, has no summary.
         if os.path.isfile(f"{path}/summary.json"):
             summaries.append(read_object(f"{path}/summary.json", {}, finite=False))
 
@@ -136,6 +148,8 @@ def read_bon(folder: str) -> dict:
     NAME is an objective, such as wco or uwo_0.5, or "single": the mean over the members' curves.
     """
     results = read_object(f"{folder}/bon_results.json")
+    # bon_results.json has a curve for each member and for each objective:
+    #   {"seed_0": [{"n": 1, "proxy_score": 0.1, "gold_score": -0.6, ...}, ...], "wco": [...], ...}
     curves = {SINGLE: []}  # {name: the curves whose mean it is}
     for name, points in results.items():
         # One reward model alone has one curve, whatever its name.
@@ -144,6 +158,7 @@ def read_bon(folder: str) -> dict:
         else:
             curves[name] = [points]
 
+    # All curves of a run are at the same n, and the KL is a function of n alone.
     run = {"n": [], "kl": []}
     for point in curves[SINGLE][0]:
         run["n"].append(point["n"])
@@ -173,10 +188,11 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
     The first ensemble's labels are those of its curves, such as wco; another's have its name in
     front. An averaged reward model has one curve, and its name is that of the ensemble.
     """
+    # Labels are named as PPO's METHODS are, so that the tables of both can be compared.
     first, *_ = pools
     runs = {}
-    for ensemble, own in pools.items():
-        names = list(own[0])
+    for ensemble, seed_pools in pools.items():
+        names = list(seed_pools[0])
         names.remove("n")
         names.remove("kl")
         for name in names:
@@ -186,7 +202,8 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
             if len(names) == 1:
                 label = ensemble
             runs[label] = []
-            for pool in own:
+            # The same form as a run of PPO, with n in the place of the step.
+            for pool in seed_pools:
                 runs[label].append({"n": pool["n"], "kl": pool["kl"], **pool[name]})
     return runs
 
@@ -194,9 +211,9 @@ def curves_of_bon(pools: dict[str, list[dict]]) -> dict[str, list[dict]]:
 # ------------------------------------------------------------------------------------- comparing
 
 
-def stack(own: list[dict], column: str) -> np.ndarray:
+def stack(seed_runs: list[dict], column: str) -> np.ndarray:
     """A column of the runs of all seeds: [S, L]."""
-    return np.array([run[column] for run in own])
+    return np.array([run[column] for run in seed_runs])
 
 
 def compare_curves(runs: dict[str, list[dict]], measure: str) -> dict:
@@ -206,8 +223,10 @@ def compare_curves(runs: dict[str, list[dict]], measure: str) -> dict:
     model, and of members with a start of their own from members that share it.
     """
     table = {}
-    for label, own in runs.items():
-        table[label] = collect(describe_curve(run, measure) for run in own)
+    for label, seed_runs in runs.items():
+        table[label] = collect(describe_curve(run, measure) for run in seed_runs)
+    # Methods of a seed share its pairs and its noise: what these do to both drops out of a
+    # difference.
     for label, row in table.items():
         if label != SINGLE and SINGLE in table:
             row["less single's"] = subtract(row["end"], table[SINGLE]["end"])
@@ -223,6 +242,7 @@ def describe_curve(run: dict, measure: str) -> dict[str, float]:
     Of PPO also the accuracy of its reward models on held-out pairs, and its seconds of training.
     """
     values = run[measure]
+    # Pitfall: the peak is the largest of many noisy numbers, so it is a little too high.
     peak = max(values)
     place = values.index(peak)
     positions = run.get("step") or run["n"]
@@ -243,9 +263,10 @@ def describe_curve(run: dict, measure: str) -> dict[str, float]:
 def compare_members(runs: dict[str, list[dict]]) -> dict:
     """The table of how alike the members of each ensemble are, on SFT's and on the last answers."""
     table = {}
-    for label, own in runs.items():
-        if own[0]["correlation"][0] is not None:
-            table[label] = collect(describe_members(run) for run in own)
+    for label, seed_runs in runs.items():
+        # A single reward model has no other one to be like.
+        if seed_runs[0]["correlation"][0] is not None:
+            table[label] = collect(describe_members(run) for run in seed_runs)
     return table
 
 
@@ -267,14 +288,15 @@ def fit_curves(runs: dict[str, list[dict]]) -> list[str]:
     A method has none where its runs have been to less than two KL beside the start's.
     """
     lines = []
-    for label, own in runs.items():
-        kl = stack(own, "kl").clip(0)  # [S, L]
-        gold = stack(own, "gold")  # [S, L]
+    for label, seed_runs in runs.items():
+        kl = stack(seed_runs, "kl").clip(0)  # [S, L]
+        gold = stack(seed_runs, "gold")  # [S, L]
         # The KL of the policy that a run starts from is 0, whatever rounding says.
         kl[:, 0] = 0.0
+        # Two unknowns, a and b, need two KL besides the start's, where every curve is 0.
         if len(np.unique(kl[kl > 1e-6])) < 2:
             continue
-        if "n" in own[0]:
+        if "n" in seed_runs[0]:
             formula = "d (a - b d)"
             fit = fit_bon(kl, gold)
         else:
@@ -303,14 +325,16 @@ def compare_reward_models(runs: dict[str, list[dict]], measure: str) -> list[str
     for name in (*HELD_OUT, "spread"):
         numbers = []
         ends = []
-        for own in runs.values():
-            for run in own:
+        # Each run is a point: a measure of its reward models before PPO, and where the run ended.
+        for seed_runs in runs.values():
+            for run in seed_runs:
                 (number,) = run[name]
                 if number is not None:
                     numbers.append(number)
                     ends.append(run[measure][-1])
         if len(numbers) < 2:
             continue
+        # permutations=0: no p-value, see above.
         tau, _ = kendall_tau(numbers, ends, permutations=0)
         lines.append(
             f"{name:10s} Kendall's tau with {measure} at the end {tau:6.2f}, {len(numbers)} runs"
@@ -328,28 +352,31 @@ def draw_curves(figure, runs: dict[str, list[dict]]):
     """
     figure.set_size_inches(10, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
-    for i, (label, own) in enumerate(runs.items()):
-        kl = stack(own, "kl")  # [S, L]
+    for i, (label, seed_runs) in enumerate(runs.items()):
+        kl = stack(seed_runs, "kl")  # [S, L]
         d = kl.clip(0) ** 0.5
-        positions = own[0].get("step") or own[0]["n"]
-        draw_scores(left, positions, own, color=f"C{i}", label=label)
-        draw_scores(right, d.mean(0), own, color=f"C{i}", label=label)
+        positions = seed_runs[0].get("step") or seed_runs[0]["n"]
+        # On the left by effort. On the right by the distance from SFT, where methods that move at
+        # different paces can be compared.
+        draw_scores(left, positions, seed_runs, color=f"C{i}", label=label)
+        draw_scores(right, d.mean(0), seed_runs, color=f"C{i}", label=label)
 
     left.set(xlabel="PPO step", ylabel="gold (solid), proxy (dashed)")
-    if "n" in own[0]:
+    if "n" in seed_runs[0]:
         left.set(xlabel="n", xscale="log")
     right.set(xlabel="d = sqrt(KL to the SFT policy in nats)")
     lines, labels = left.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 6))
 
 
-def draw_scores(axis, x, own: list[dict], color: str, label: str):
+def draw_scores(axis, x, seed_runs: list[dict], color: str, label: str):
     """The mean gold and proxy of the runs of all seeds; the proxy alone where gold is unknown."""
-    proxy = stack(own, "proxy")  # [S, L]
-    if None in own[0]["gold"]:
+    proxy = stack(seed_runs, "proxy")  # [S, L]
+    # Without gold there is no solid line, so the dashed one has the label.
+    if None in seed_runs[0]["gold"]:
         draw_mean(axis, x, proxy, color=color, label=label, linestyle="--")
         return
-    gold = stack(own, "gold")  # [S, L]
+    gold = stack(seed_runs, "gold")  # [S, L]
     draw_mean(axis, x, gold, color=color, label=label)
     axis.plot(x, proxy.mean(0), "--", color=color, linewidth=1)
 

@@ -60,9 +60,11 @@ class OwnDataFlags(FlagGroup):
 
     def __post_init__(self):
         super().__post_init__()
+        # A study names the world itself: world:S for each seed, with a cue of its own.
         is_world = data.is_world(self.dataset)
         require(not is_world, "--dataset world is what a study runs on without --dataset")
         require(self.model or not self.dataset, "--dataset is your own data: name a --model too")
+        # Each of these flags replaces a part of the world, and does not fit the parts that stay.
         for name in ("sft_dataset", "pairs", "gold_model", "data_flags"):
             is_alone = getattr(self, name) and not self.dataset
             require(not is_alone, f"--{name} is for data of your own: it goes with --dataset")
@@ -78,6 +80,7 @@ def has_own_data(a) -> bool:
 
 def sft_of(a) -> str:
     """The SFT policy, as commands name it: the folder that it is trained in, or --model itself."""
+    # quote(): a command is one line of text, in which a path with spaces would be several words.
     if a.model and not a.sft_dataset:
         return quote(a.model)
     return f"{a.output_dir}/sft"
@@ -85,8 +88,10 @@ def sft_of(a) -> str:
 
 def sft_commands(a) -> list[str]:
     """The command that trains the SFT policy; none where --model is one."""
+    # A --model without demonstrations is the SFT policy itself.
     if a.model and not a.sft_dataset:
         return []
+    # In the embedded world train_sft.py starts from random weights.
     start = ""
     if a.sft_dataset:
         start = f"--model {quote(a.model)} --dataset {quote(a.sft_dataset)} {spaced(a.data_flags)}"
@@ -95,6 +100,7 @@ def sft_commands(a) -> list[str]:
 
 def pair_flags(a, seed: int) -> str:
     """The flags of the pairs of a seed, without a space at the end."""
+    # world:SEED: each seed draws pairs with a cue of its own.
     if not has_own_data(a):
         return f"--dataset world:{seed}"
     return f"--dataset {quote(a.pairs or a.dataset)} {a.data_flags}".strip()

@@ -43,6 +43,7 @@ def print_plan(
     remarks: what is different from the embedded world. later: what cannot be known yet. A flag that
     is wrong ends the program with one line.
     """
+    # A stage is empty where its models are given, such as a --model that is the SFT policy.
     stages = [stage for stage in stages if stage]
     n_commands = sum(len(stage) for stage in stages)
     print(f"{n_commands} commands in {len(stages)} stages, {a.jobs} side by side; nothing is run")
@@ -83,9 +84,11 @@ def read_command(command: str) -> tuple:
     # The folders that {seed} stands for are not there yet, or the command makes them itself.
     if script != "train_rm.py" or "--average" in words:
         words = [word.replace("{seed}", "0") for word in words]
+    # A script's Config checks its own flags, as it does when the command runs.
     try:
         if script != "probe.py":
             return script, cli.parse(module.Config, words)
+        # probe.py has sub-commands, each with settings of its own.
         name, *words = words
         config_class, _ = module.COMMANDS[name]
         return script, cli.parse(config_class, words, name)
@@ -95,6 +98,7 @@ def read_command(command: str) -> tuple:
 
 def size_of(script: str, config) -> str:
     """Steps times batch of a training, prompts times answers of a sampling, rows of the rest."""
+    # train_rm.py --average has steps and a batch size among its flags, and uses none.
     if getattr(config, "average", []):
         return "the mean of models' weights"
     if script in UNITS:

@@ -59,7 +59,7 @@ from .real_models_results import (
 # Width, blocks and vocabulary of SmolLM2-135M-Instruct: real_models.json is of this model.
 SIZES = (576, 30, 49152)
 
-# The parts, and the files without which a part is left out.
+# The parts, and the flags of the files without which a part is left out.
 PARTS = {
     "lexicon": ("instructions", "lexicon"),
     "sums": (),
@@ -121,6 +121,7 @@ def data_of(a) -> str:
 
 def make_cell(a, name: str, command: str, read: Callable, needs: list[Cell] = ()) -> Cell:
     """A cell whose command writes a folder of the cell's name. needs: cells that run before it."""
+    # What a needed cell itself needs comes ahead of it. Each command is listed once.
     before = []
     for cell in needs:
         for needed in (*cell.needs, cell.command):
@@ -158,7 +159,7 @@ Stages = list[list[Cell]]
 
 
 def lexicon_cell(a, kl_coef: float) -> Cell:
-    """PPO on the words of a lexicon, with and without a KL penalty."""
+    """PPO on the words of a lexicon. diversity_cells() and inside_cells() start from it too."""
     data = f"--dataset {data_of(a)}/prompts.jsonl --reward_model {data_of(a)}/lexicon.tsv"
     size = size_of_rollouts(a, a.steps, a.batch_size)
     name = f"lexicon/kl_{kl_coef:g}/seed_0"
@@ -183,8 +184,10 @@ def lexicon_cells(a) -> Stages:
 
 def sums_cells(a) -> Stages:
     """GRPO on sums whose answers can be checked, with a smaller reward for their form."""
+    # The form alone pays a fifth of a right answer: enough to be learned, too little to prefer it.
     rewards = f"{data_of(a)}/rewards.py:is_right {data_of(a)}/rewards.py:is_in_form"
     data = f"--dataset {data_of(a)}/sums.jsonl --reward_model {rewards} --reward_weights 1 0.2"
+    # GRPO's paper has the KL in the loss, estimated by k3, and a mean over each answer's tokens.
     method = "--advantage grpo --loss_mean sequence --kl_in loss --kl_kind k3 --kl_coef 0.02"
     size = f"--steps {a.sums_steps} --group_size 8 --batch_size {a.batch_size} --max_new_tokens 16"
     policies = []
@@ -205,6 +208,7 @@ def sums_cells(a) -> Stages:
 def sums_pool(a, name: str, model: str, temperature: float, needs: list[Cell] = ()) -> Cell:
     """Four answers to each held-out sum at a temperature."""
     reward = f"--reward_model {data_of(a)}/rewards.py:is_right"
+    # Four answers to each sum: one answer to each of 24 sums would be too coarse a share.
     command = join(
         f"sample_bon.py --model {model} --dataset {data_of(a)}/sums.jsonl {reward} {BFLOAT16}",
         f"--eval_size {a.prompts} --n_answers 4 --max_new_tokens 16 --temperature {temperature:g}",
@@ -218,14 +222,17 @@ def polite_cells(a) -> Stages:
     Their judge has learned from other pairs, without wrong labels.
     """
     data = data_of(a)
+    # All reward models are tested on the same pairs, which none of them learns from.
     test = f"--eval_dataset {data}/polite_test.jsonl --eval_size {a.test_pairs}"
     judge_flags = f"--dataset {data}/polite_judge.jsonl {test} --steps {a.rm_steps}"
     judge = reward_cell(a, "polite/judge", judge_flags)
+    # Members differ in --seed alone: the same labels are wrong for all of them.
     members = []
     for s in range(a.members):
         flags = f"--dataset {data}/polite_members.jsonl {test} --steps {a.rm_steps} --seed {s}"
         flags += f" --label_noise {LABEL_NOISE}"
         members.append(reward_cell(a, f"polite/members/seed_{s}", flags))
+    # A judge that reads the questions must become worse where these are exchanged.
     moved = moved_cell(a, "polite/moved", judge, f"{data}/polite_moved.jsonl", "")
 
     # The same answers are chosen from by each member and by all of them.
@@ -240,6 +247,7 @@ def polite_cells(a) -> Stages:
 
     # These are dear: five reward models score each answer.
     size = size_of_rollouts(a, a.rm_ppo_steps, a.batch_size // 2)
+    # {seed} in a reward's name stands for all members; PPO maximises their mean by default.
     policies = []
     rewards = {"one": folder_of(a, members[0]), "all": all_members}
     needed = {"one": [judge, members[0]], "all": [judge, *members]}
@@ -253,6 +261,7 @@ def polite_cells(a) -> Stages:
 
 def moved_cell(a, name: str, reward_model: Cell, dataset: str, flags: str) -> Cell:
     """A reward model on a test whose questions have the answers of others."""
+    # --eval_size 0: all pairs of the test.
     data = join(f"--dataset {dataset} --eval_size 0", flags)
     return benchmark_cell(a, name, folder_of(a, reward_model), data, [reward_model])
 
@@ -260,6 +269,7 @@ def moved_cell(a, name: str, reward_model: Cell, dataset: str, flags: str) -> Ce
 def hh_cells(a) -> Stages:
     """Reward models of helpful dialogues."""
     data = data_of(a)
+    # Dialogues are long: where one does not fit, the beginning of its prompt is cut off first.
     length = "--max_length 256"
     test = f"--eval_dataset {data}/hh_test.jsonl --eval_size {a.test_pairs}"
     training = f"--dataset {data}/hh_train.jsonl {test} {length} --steps {a.rm_steps_long}"
@@ -276,6 +286,7 @@ def hh_cells(a) -> Stages:
 def judge_cells(a) -> Stages:
     """The model as a judge of reviews whose gold is known, each of two standing first once."""
     data = data_of(a)
+    # A has more gold in every pair, so world:gold must choose A every time: a check of the command.
     answers = f"--a {data}/better.jsonl --b {data}/worse.jsonl"
     judges = f"--judge llm:{model_of(a)} world:gold --forced_choice"
     return [[make_cell(a, "judge", f"probe.py judge {answers} {judges}", read_judge)]]
@@ -284,6 +295,7 @@ def judge_cells(a) -> Stages:
 def diversity_cells(a) -> Stages:
     """How different the answers of the model, of its best-of-n and of a policy are."""
     data = data_of(a)
+    # PPO on a lexicon repeats a few words. A measure of diversity has to show that.
     policy = lexicon_cell(a, 0.05)
     measures = f"--diversity --tokenizer {model_of(a)}"
     if a.encoder:
@@ -305,6 +317,7 @@ def diversity_cells(a) -> Stages:
 def inside_cells(a) -> Stages:
     """What PPO on the lexicon has changed inside: weights, activations, features, and a probe."""
     data = data_of(a)
+    # The run with a KL penalty is looked at, the one that has moved less.
     policy = lexicon_cell(a, 0.05)
     models = f"--model {model_of(a)} --policy {folder_of(a, policy)}"
     texts = f"--dataset {data}/texts.jsonl"
@@ -329,6 +342,7 @@ def inside_cells(a) -> Stages:
 
     # Words are put into plain texts, as chats have fixed ends.
     plain_texts = f"--dataset {data}/plain_texts.jsonl --triples {a.triples}"
+    # Probes of what a word is worth, of the same less a neutral word, and of a whole text's worth.
     tasks = {
         "word": f"--task word {plain_texts}",
         "difference": f"--task word --difference true {plain_texts}",
@@ -340,6 +354,7 @@ def inside_cells(a) -> Stages:
         command = f"probe.py reward {models} {flags}"
         probes.append(inside_cell(f"probe_{label}", command, read_probe))
 
+    # The explainer is the model before PPO: it is asked what features of the policy stand for.
     folder = folder_of(a, saes)
     command = join(
         f"probe.py features --sae {folder}/policy/{last}_mlp {texts} {held_out} {BFLOAT16}",
@@ -349,6 +364,7 @@ def inside_cells(a) -> Stages:
     features = inside_cell("features", command, read_features, [saes])
     command = f"probe.py mmcs --a {folder}/base/* --b {folder}/policy/*"
     mmcs = inside_cell("mmcs", command, read_mmcs, [saes])
+    # Features and MMCS read the autoencoders, so they come in a stage of their own.
     return [[saes, *probes, divergence], [features, mmcs]]
 
 
@@ -360,6 +376,7 @@ def layers_of(a) -> tuple[int, int]:
 
 def refusals_cells(a) -> Stages:
     """Reward models of refusals, dense and as a SARM, on each split by questions."""
+    # Four stages: dense reward models, autoencoders, SARMs, tests. All splits share each stage.
     stages = [[], [], [], []]
     for s in range(a.seeds):
         for stage, cells in zip(stages, refusals_of_split(a, s)):
@@ -370,11 +387,13 @@ def refusals_cells(a) -> Stages:
 def refusals_of_split(a, s: int) -> Stages:
     """The two reward models of one split by questions, and their tests."""
     data = data_of(a)
+    # A seed is a split of the questions. {} is filled with dense, sae, sarm or a test's name.
     name = f"refusals/{{}}/seed_{s}"
     length = f"--max_length {a.max_length}"
     test = f"--eval_dataset {data}/safety_{s}_test.jsonl --eval_size {a.test_questions}"
     pairs = f"--dataset {data}/safety_{s}_train.jsonl"
     training = f"{pairs} {test} {length} --steps {a.rm_steps_long} --seed {s}"
+    # Split s is tested on the questions that it has not learned from.
     dense = reward_cell(a, name.format("dense"), training)
 
     # The SARM's features are put on the finished dense model.
@@ -395,6 +414,8 @@ def refusals_of_split(a, s: int) -> Stages:
     command = f"train_rm.py --model {trunk} {sarm_flags} {training} {BFLOAT16}"
     sarm = make_cell(a, name.format("sarm"), command, read_reward_model, [dense, sae])
 
+    # All three rewards are measured on the same texts. fits() is a control: it sees nothing but
+    # whether an answer is cut.
     rewards = f"{trunk} {folder_of(a, sarm)} {data}/rewards.py:fits"
     needs = [dense, sae, sarm]
     tests = {
@@ -412,6 +433,7 @@ def refusals_of_split(a, s: int) -> Stages:
 def features_of_last_tokens(a) -> str:
     """The flags of an autoencoder that a reward model can read: that of its last block's output."""
     _, last = layers_of(a)
+    # A reward model's score is read at a text's last token, so only features of that one are used.
     place = f"--site residual --layers {last} --tokens last --keep_bos"
     kind = "--normalize token --relu False --expansion 4 --k 32"
     return f"{place} {kind} --batch_size 128 --eval_size 16"
@@ -507,6 +529,7 @@ def main(args=None):
     with cli.errors_in_one_line():
         path = results_file(a, __file__)
         check_model_of_results(a)
+        # What is kept can be shown without the files that it was made from.
         if a.show:
             return show_kept(read_cells(path), a)
 
@@ -524,6 +547,7 @@ def main(args=None):
 
 def cells_of_parts(a) -> dict[str, Stages]:
     """The cells of each part whose files are given. It prints what is left out."""
+    # A part without its files is left out, so that the others can run.
     parts = {}
     for part in a.parts:
         missing = missing_files(a, part)
@@ -557,6 +581,7 @@ def show_kept(kept: dict[str, dict], a):
 
 def check_model_of_results(a):
     """InputError: another model's results would be kept among those of SmolLM2."""
+    # A folder may have any name, so the model is recognised by its sizes.
     config = check_model(a.model).get_text_config()
     sizes = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
     has_own_place = a.quick or (a.results and a.output_dir != Settings.output_dir)

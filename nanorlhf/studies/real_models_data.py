@@ -68,6 +68,7 @@ def fits(prompts, responses):
 
 def write_data(a, folder: str):
     """Write all files for which the study has a source. a: the study's settings."""
+    # All draws have fixed seeds: a study that goes on writes the same files again.
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "rewards.py").write_text(REWARDS.replace("LENGTH", str(a.max_length)))
     write_lines(f"{folder}/sums.jsonl", write_sums(400))
@@ -80,6 +81,7 @@ def write_data(a, folder: str):
         pairs = read_instruction_pairs(a.polite_pairs)
         write_polite(folder, shuffle(pairs, 0), a.test_pairs)
     if a.hh:
+        # The first pairs are the test, and the rest is learned from.
         pairs = shuffle(read_dialogues(a.hh), 0)
         write_test(f"{folder}/hh", pairs, a.test_pairs)
         write_lines(f"{folder}/hh_train.jsonl", pairs[a.test_pairs :])
@@ -109,10 +111,14 @@ def write_sums(n: int) -> list[dict]:
 
     One solved sum stands in front: without it the model seldom answers with a number at all.
     """
+    # user: What is 4 + 3?   assistant: 4 + 3 = 7   user: What is 20 + 7?
     example = [*ask("What is 4 + 3?"), {"role": "assistant", "content": "4 + 3 = 7"}]
     rows = []
     # Every ordered pair of numbers at most once, so that none is both learned from and held out.
-    pairs = [(first, second) for first in range(2, 21) for second in range(2, 21)]
+    pairs = []
+    for first in range(2, 21):
+        for second in range(2, 21):
+            pairs.append((first, second))
     for first, second in shuffle(pairs, 0)[:n]:
         question = ask(f"What is {first} + {second}?")
         rows.append({"prompt": example + question, "answer": str(first + second)})
@@ -124,11 +130,13 @@ def write_reviews(folder: str, n: int):
     rng = np.random.default_rng(0)
     better = []
     worse = []
+    # Both reviews are by the same writer: which of them has more gold is chance.
     for row in shuffle(world.prompts("train"), 0)[:n]:
         prompt = row["prompt"]
         topic = world.topic_of(prompt)
         reviews = [" ".join(world.write_review(topic, rng)) for _ in range(2)]
         first, second = world.gold([prompt, prompt], reviews)
+        # Where gold is the same, no choice of a judge would be right.
         if first == second:
             continue
         if first < second:
@@ -152,6 +160,7 @@ def question_of(row: dict) -> list[dict]:
 
 def write_instructions(folder: str, source: str, n_texts: int):
     """Rows {instruction, input, output} as prompts, as plain texts, and some of them as chats."""
+    # Equal questions are one prompt: otherwise one could be both learned from and held out.
     prompts = {}
     texts = []
     plain_texts = []
@@ -169,6 +178,7 @@ def write_instructions(folder: str, source: str, n_texts: int):
 
 def read_instruction_pairs(source: str) -> list[dict]:
     """Rows {instruction, input, chosen, rejected} -> pairs, one to each question."""
+    # One pair a question, so that no question is both in the test and in training.
     pairs = {}
     for _, row in read_any(source):
         prompt = question_of(row)
@@ -185,6 +195,7 @@ def read_instruction_pairs(source: str) -> list[dict]:
 def write_polite(folder: str, pairs: list[dict], n_test: int):
     """A test, and two halves: what the members learn from, and what their judge learns from."""
     write_test(f"{folder}/polite", pairs, n_test)
+    # The judge learns from other pairs than the members, so as not to share their mistakes.
     rest = pairs[n_test:]
     half = len(rest) // 2
     require(half > 0, "--polite_pairs: too few pairs to learn from some and to test on others")
@@ -202,9 +213,12 @@ def read_dialogues(source: str) -> list[dict]:
     """
     pairs = []
     for _, row in read_any(source):
+        # In two ends of one dialogue all messages but the last are the same.
         chosen = read_dialogue(row["chosen"])
         rejected = read_dialogue(row["rejected"])
-        if len(chosen) < 2 or chosen[:-1] != rejected[:-1] or chosen == rejected:
+        has_question = len(chosen) > 1
+        is_same_dialogue = chosen[:-1] == rejected[:-1]
+        if not has_question or not is_same_dialogue or chosen == rejected:
             continue
         answers = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
         pairs.append({"prompt": chosen[:-1], **answers})
@@ -213,6 +227,7 @@ def read_dialogues(source: str) -> list[dict]:
 
 def read_dialogue(text: str) -> list[dict]:
     """A dialogue, Human: ... Assistant: ... -> messages."""
+    # re.split() keeps what a group matches: ["", "Human", "Hi", "Assistant", "Hello", ...]
     parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)
     messages = []
     # In front of the first name stands nothing; then names and words take turns.
@@ -238,6 +253,7 @@ def read_questions(source: str) -> dict[str, list[dict]]:
 def write_safety(folder: str, questions: dict[str, list[dict]], splits: int, n_test: int):
     """Each split's test and what is left to learn from: of every question its first pair."""
     require(len(questions) > n_test, "--safety: too few questions to learn from some of them")
+    # One pair a question: the test has few questions, and none of them should count twice.
     first_pairs = [pairs[0] for pairs in questions.values()]
     for split in range(splits):
         pairs = shuffle(first_pairs, split)
@@ -258,8 +274,10 @@ def move_prompts(pairs: list[dict]) -> list[dict]:
     prompts: dict[str, Prompt] = {}
     for pair in pairs:
         prompts.setdefault(canonical(pair["prompt"]), pair["prompt"])
+    # Question i becomes question i + 1. A single question would stay as it is.
     names = list(prompts)
     behind = dict(zip(names, names[1:] + names[:1]))
+    # All pairs of a question get the same other one, so that none keeps its own.
     moved = []
     for pair in pairs:
         name = behind[canonical(pair["prompt"])]

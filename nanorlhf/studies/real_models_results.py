@@ -32,6 +32,7 @@ SHOWN_TEXT = 240  # characters of a sample
 
 def read_policy(folder: str) -> dict:
     """A run of train_ppo.py: its evaluations before and after, its seconds, and two samples."""
+    # {"steps": 30, "before": {"proxy": 0.17, "proxy_se": 0.12, "proxy_n": 24, ...}, "after": {...}}
     summary = read_object(f"{folder}/summary.json")
     run = {"steps": summary["steps"]}
     for moment in ("before", "after"):
@@ -49,6 +50,7 @@ def read_policy(folder: str) -> dict:
 
 def read_samples(folder: str, last_step: int) -> list[dict]:
     """The same prompts' answers before and after -> [{prompt, before, after}]"""
+    # samples.jsonl has answers to the same few prompts: {"step": 0, "prompt": ..., "response": ...}
     answers = {}
     for row in read_rows(f"{folder}/samples.jsonl", {"step": int}):
         question = row["prompt"][-1]["content"]
@@ -56,7 +58,11 @@ def read_samples(folder: str, last_step: int) -> list[dict]:
         moment = {0: "before", last_step: "after"}.get(row["step"])
         if moment:
             texts[moment] = cut_end(in_one_line(row["response"]), SHOWN_TEXT)
-    return [texts for texts in answers.values() if "before" in texts and "after" in texts]
+    complete = []
+    for texts in answers.values():
+        if "before" in texts and "after" in texts:
+            complete.append(texts)
+    return complete
 
 
 def seconds_of(folder: str) -> float:
@@ -83,16 +89,18 @@ def read_bon(folder: str) -> dict:
     run = {}
     for name, points in read_object(f"{folder}/bon_results.json").items():
         run[name] = []
+        # At n = 1 nothing is chosen: the numbers are those of all answers.
         for point in (points[0], points[-1]):
-            kept = {"n": point["n"]}
+            numbers = {"n": point["n"]}
             for column in ("proxy_score", "proxy_se", "gold_score", "gold_se"):
-                kept[column] = shorten(point[column])
-            run[name].append(kept)
+                numbers[column] = shorten(point[column])
+            run[name].append(numbers)
     return run
 
 
 def read_benchmark(folder: str) -> dict:
     """Rewards on pairs or on RM-Bench: each metric with its interval, and how many were cut."""
+    # summary["cut"] has, for each reward, how many answers were too long for it.
     summary = read_object(f"{folder}/summary.json")
     run = {"units": summary["units"], "answers": summary["answers"], "rewards": {}}
     run["cut"] = {name_of_reward(spec): n for spec, n in summary["cut"].items()}
@@ -109,6 +117,7 @@ def name_of_reward(spec: str) -> str:
     """A reward in a table: the part of its path that says what it is."""
     if spec.endswith(":fits"):
         return NOT_CUT
+    # runs/real_models/refusals/dense/seed_0 -> dense
     path = Path(spec)
     if path.name.startswith("seed_"):
         path = path.parent
@@ -119,6 +128,7 @@ def read_judge(folder: str) -> dict:
     """A language model that has judged reviews: the splits' numbers of it and of the controls."""
     summary = read_object(f"{folder}/summary.json")
     run = {"pairs": summary["pairs"]}
+    # The judges are the model, gold and a control of length. Each has one split here.
     for spec, judge in summary["judges"].items():
         (split,) = judge["splits"].values()
         shown = {}
@@ -134,11 +144,13 @@ def read_judge(folder: str) -> dict:
 
 def read_diversity(folder: str) -> dict:
     """The diversity of a pool's answers and of its best -> {system: {protocol: {metric: [...]}}}"""
-    found = read_object(f"{folder}/diversity.json")
+    report = read_object(f"{folder}/diversity.json")
     run = {}
-    for system, protocols in found["systems"].items():
+    for system, protocols in report["systems"].items():
         run[system] = {}
         for protocol in ("per_input", "across_input"):
+            # Best-of-n draws again and again from one pool and repeats answers, so its diversity
+            # per input would say nothing: None.
             spreads = protocols[protocol] or {}
             shown = {}
             for name in ("length", "distinct", "ead", "embedding", "nli"):
@@ -150,6 +162,7 @@ def read_diversity(folder: str) -> dict:
 
 def read_divergence(folder: str) -> dict:
     """How far each block has moved: its weights, and 1 - cosine of its activations."""
+    # summary["layers"] has one entry for each block, from the first to the last.
     layers = read_object(f"{folder}/summary.json")["layers"]
     run = {"weights": [shorten(layer["relative"]) for layer in layers]}
     for site in SITES:
@@ -161,10 +174,10 @@ def read_divergence(folder: str) -> dict:
 def read_autoencoders(folder: str) -> dict:
     """{autoencoder: what it misses, how many features fire, how many are dead, loss recovered}"""
     run = {}
-    for key, found in read_object(f"{folder}/summary.json").items():
-        run[key] = {"tokens": found["n_tokens"]}
+    for key, numbers in read_object(f"{folder}/summary.json").items():
+        run[key] = {"tokens": numbers["n_tokens"]}
         for name in ("fvu", "l0", "dead", "loss_recovered"):
-            run[key][name] = shorten(found[name])
+            run[key][name] = shorten(numbers[name])
     return run
 
 
@@ -172,6 +185,7 @@ def read_mmcs(folder: str) -> dict:
     """{autoencoder A, autoencoder B: how alike their features are, and random ones}"""
     run = {}
     for pair in read_object(f"{folder}/summary.json")["pairs"]:
+        # .../sae/base/14_mlp -> base/14_mlp
         names = [str(Path(*Path(pair[side]).parts[-2:])) for side in ("a", "b")]
         run[", ".join(names)] = {name: shorten(pair[name]) for name in ("mmcs", "chance")}
     return run
@@ -179,9 +193,9 @@ def read_mmcs(folder: str) -> dict:
 
 def read_features(folder: str) -> dict:
     """{id: how often a feature fires, on which tokens, and the model's own words for it}"""
-    (found,) = read_object(f"{folder}/summary.json")["saes"].values()
+    (report,) = read_object(f"{folder}/summary.json")["saes"].values()
     run = {}
-    for feature in found["features"]:
+    for feature in report["features"]:
         run[str(feature["id"])] = {
             "rate": shorten(feature["rate"]),
             "tokens": [token for token, _, _ in feature["tokens"][:5]],
@@ -197,6 +211,7 @@ def read_probe(folder: str) -> dict:
     metric = summary["metrics"][0]
     run = {"metric": metric, "texts": summary["texts"], "inputs": {}}
     for name, row in summary["rows"].items():
+        # Mean and half-width of the metric, then those of the policy's metric less this one.
         values = [*row[metric], *row["policy_less"]]
         run["inputs"][name] = [shorten(x) for x in values]
     return run
@@ -209,7 +224,11 @@ def read_probe(folder: str) -> dict:
 
 def runs_of(results: dict, part: str) -> list[dict]:
     """The results of all seeds of a part that are kept."""
-    return [result for name, result in results.items() if name.startswith(f"{part}/seed_")]
+    runs = []
+    for name, result in results.items():
+        if name.startswith(f"{part}/seed_"):
+            runs.append(result)
+    return runs
 
 
 def print_tables(part: str, results: dict, a):
@@ -275,7 +294,8 @@ def print_sums(results: dict, a):
             continue
         # sums/temperature_1/before, and sums/temperature_1/seed_0 of a policy
         _, temperature, policy = name.split("/")
-        row = table.setdefault("before" if policy == "before" else "after", {})
+        label = "before" if policy == "before" else "after"
+        row = table.setdefault(label, {})
         column = row.setdefault(temperature.replace("_", " "), [])
         # There is one reward. The best of one answer is any answer: their mean.
         (points,) = results[name].values()
@@ -297,6 +317,7 @@ def print_judge(results: dict, a):
             continue
         low, high = judge["interval"]
         line = f"{name:14s} for A {judge['win_rate']:.3f} [{low:.3f}, {high:.3f}]"
+        # A pair is a win or a loss if both orders gave the same choice, else a tie.
         line += f"; the same answer both times {judge['wins'] + judge['losses']:.3f}"
         if judge["longer_won"] is not None:
             line += f"; the longer answer {judge['longer_won']:.3f}"
@@ -318,6 +339,7 @@ def print_reward_models(title: str, names: dict[str, list[str]], moved: dict, re
                 rows.append({column: results[name][column] for column in REWARD_MODEL_COLUMNS})
         if rows:
             table[label] = collect(rows)
+        # A reward model that does not read the questions is as accurate with other ones.
         accuracies = moved_accuracies(moved.get(label, []), results)
         if accuracies:
             table.setdefault(label, {})["moved prompts"] = accuracies
@@ -332,6 +354,7 @@ def moved_accuracies(cells: list[str], results: dict) -> list[float]:
     for name in cells:
         if name in results:
             rewards = results[name]["rewards"]
+            # The file also has the controls of length, which are the same with any questions.
             (reward,) = rewards.keys() - {"longer wins", "shorter wins"}
             accuracies.append(rewards[reward]["accuracy"][0])
     return accuracies
@@ -432,6 +455,7 @@ def print_rows(rows: dict[str, dict]):
 
 def print_refusals(results: dict, a):
     """A row for each reward: its accuracies, and what was cut."""
+    # {column of the table: (the cells that it is read from, their metric)}
     columns = {
         "test": ("test", "accuracy"),
         "moved prompts": ("moved", "accuracy"),
@@ -449,6 +473,7 @@ def print_refusals(results: dict, a):
     if table:
         print_title(f"Rewards of refusals, one split a seed; {describe_numbers(a)}", a)
         print_table(table)
+        # The first split stands for all of them.
         cut = runs_of(results, "refusals/test")
         for run in cut[:1]:
             print(f"cut, of {run['answers']} answers of the first test: {run['cut']}")

@@ -29,11 +29,14 @@ def value_at_kl(points: list[tuple[float, float]], kl: float) -> float | None:
     first counts: a run that comes back to a KL was there before.
     """
     d = math.sqrt(max(kl, 0.0))  # a KL that is estimated may come out a little below 0
+    # Neighbours are taken along the run, which may pass a KL several times.
     for (kl_0, value_0), (kl_1, value_1) in zip(points, points[1:]):
         d_0 = math.sqrt(max(kl_0, 0.0))
         d_1 = math.sqrt(max(kl_1, 0.0))
         if not min(d_0, d_1) <= d <= max(d_0, d_1):
             continue
+        # Both points are at this KL: there is no line between them, and the run came first to the
+        # former.
         if d_0 == d_1:
             return value_0
         return value_0 + (value_1 - value_0) * (d - d_0) / (d_1 - d_0)
@@ -67,6 +70,7 @@ def draw_mean(axis, x, values: np.ndarray, **look):
     """
     mean = values.mean(0)
     (line,) = axis.plot(x, mean, **look)
+    # A single seed has no standard error.
     if len(values) > 1:
         error = values.std(0, ddof=1) / len(values) ** 0.5
         color = line.get_color()

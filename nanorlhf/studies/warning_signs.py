@@ -39,7 +39,8 @@ class Sign(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.column} {'+' if self.direction > 0 else '-'}"
+        mark = "+" if self.direction > 0 else "-"
+        return f"{self.column} {mark}"
 
 
 # How long a run has gone on is a sign too, and free: a sign that is no better earns nothing.
@@ -58,6 +59,7 @@ SIGNS = (
 )
 
 
+# A sign is judged as a classifier: each checkpoint has a score and a label.
 class Checkpoint(NamedTuple):
     """A checkpoint as a sign sees it: a higher score is a stronger warning."""
 
@@ -72,6 +74,7 @@ def list_checkpoints(sign: Sign, runs: list[dict]) -> list[Checkpoint]:
     A run without the column has none: a single reward model has no variance, for one.
     """
     checkpoints = []
+    # A run is {"step": [0, 5, 10], "gold": [-0.6, 0.1, -0.9], "kl": [0.0, 4.1, 9.8], ...}.
     for run in runs:
         if run.get(sign.column) is None:
             continue
@@ -101,24 +104,29 @@ def measure_auc(sign: Sign, runs: Runs, resamples: int = 1000) -> dict:
             rows = [(c.score, c.step, c.has_fallen) for c in checkpoints]
             tables.append(torch.tensor(rows, dtype=torch.float64))
 
+    # Checkpoints of different runs are compared too, since a sign has one threshold for all runs.
     def measure(seeds: Tensor) -> Tensor:
         """The two numbers of these seeds, places in `tables`."""
         drawn = torch.cat([tables[i] for i in seeds.long().tolist()])
         scores, steps, has_fallen = drawn.T
         if len(has_fallen.unique()) < 2:
             return torch.tensor([NAN, NAN])
+        # Gold tends to fall late in a run, so the mere number of steps tells much already. A sign
+        # is worth what its AUC has beyond that of the step.
         own_auc = auc(scores, has_fallen)
         return torch.tensor([own_auc, own_auc - auc(steps, has_fallen)])
 
+    # The estimate takes every seed once; its interval comes from seeds drawn with replacement.
     seeds = torch.arange(len(tables))
-    found = torch.tensor([NAN, NAN])
+    estimates = torch.tensor([NAN, NAN])
     if tables:
-        found = measure(seeds)
+        estimates = measure(seeds)
     ends = torch.full((2, 2), NAN)  # low and high, of both numbers
-    if len(tables) > 1 and found.isfinite().all():
+    if len(tables) > 1 and estimates.isfinite().all():
+        # A seed that has been drawn twice counts twice, with all its checkpoints.
         draws = resample(seeds, measure, resamples)  # [R, 2]
         ends = percentiles(draws[draws.isfinite().all(1)])
-    own_auc, less_step = found.tolist()
+    own_auc, less_step = estimates.tolist()
     auc_ends, less_step_ends = ends.T.tolist()
     return {
         "auc": own_auc,
@@ -133,6 +141,7 @@ def measure_auc(sign: Sign, runs: Runs, resamples: int = 1000) -> dict:
 
 def find_fall(run: dict) -> int | None:
     """The first step at which gold is below its start; None where it never is."""
+    # The start itself is not below the start, so it needs no exception.
     for step, gold in zip(run["step"], run["gold"], strict=True):
         if gold < run["gold"][0]:
             return step
@@ -141,6 +150,8 @@ def find_fall(run: dict) -> int | None:
 
 def choose_threshold(scores: list[float], rate: float) -> float:
     """The lowest of these scores that at most a share `rate` of them lies above. 0 <= rate < 1"""
+    # 40 scores and a rate of 0.05 allow two alarms, so the threshold is the third strongest score.
+    # A score that is equal to the threshold sounds no alarm in find_alarm().
     strongest_first = sorted(scores, reverse=True)
     n_alarms = int(rate * len(scores))
     return strongest_first[n_alarms]
@@ -148,6 +159,7 @@ def choose_threshold(scores: list[float], rate: float) -> float:
 
 def find_alarm(checkpoints: list[Checkpoint], threshold: float) -> float:
     """The first step at which the sign is above the threshold; infinity where it never is."""
+    # Checkpoints are in the order of the run: its first alarm would have stopped it.
     for checkpoint in checkpoints:
         if checkpoint.score > threshold:
             return checkpoint.step
@@ -172,6 +184,7 @@ def measure_leads(sign: Sign, runs: Runs, rate: float = 0.05) -> dict:
     alarms = []  # of runs that never fall: whether there was one
     for seed, own_runs in runs.items():
         # A threshold that had seen this seed's runs would be tuned to them.
+        # Only checkpoints that have not fallen set it: an alarm at one of them is false.
         good_scores = []
         for other_seed, other_runs in runs.items():
             if other_seed == seed:
@@ -183,12 +196,15 @@ def measure_leads(sign: Sign, runs: Runs, rate: float = 0.05) -> dict:
             continue
 
         threshold = choose_threshold(good_scores, rate)
+
+        # Now the seed's own runs, which the threshold has not seen.
         for run in own_runs:
             checkpoints = list_checkpoints(sign, [run])
             if not checkpoints:
                 continue
             alarm = find_alarm(checkpoints, threshold)
             fall = find_fall(run)
+            # In a run that never falls any alarm is false. In a run that falls an alarm has a lead.
             if fall is None:
                 alarms.append(alarm < math.inf)
             else:

@@ -14,8 +14,8 @@
 Each phase is a process of its own. One that fails or is late leaves the rows that it has, with what
 went wrong, and the next one goes on. What a phase leaves of its seconds the later ones may use.
 --budget scales the seconds of all. Each phase is a line of JSON, printed and in --out. The table at
-the end has what was expected of an H200, beside what was measured. Models and data are random; times
-are medians by wall clock.
+the end has what was expected of an H200, beside what was measured. Models and data are random;
+times are medians by wall clock.
 
 On a machine without a GPU this shows only that the script runs. Nothing is compiled there:
 
@@ -79,6 +79,7 @@ def run_phase(context, phase, args, deadline):
     """Run a phase until it ends, or until the deadline. -> its line, with the rows that it sent"""
     begun = time.monotonic()
     receiver, sender = context.Pipe(duplex=False)
+    # What the phase has allocated, compiled or broken is gone with its process.
     process = context.Process(target=work, args=(sender, phase, args))
     process.start()
     sender.close()
@@ -91,6 +92,7 @@ def run_phase(context, phase, args, deadline):
                 line["error"] = message
             else:
                 line["rows"].append(message)
+        # poll() has waited until the deadline, and no row came.
         line["error"] = "late"
         end_process(process)
     except EOFError:
@@ -146,11 +148,14 @@ def main():
     first.start()
     first.join()
 
+    # The seconds of the imports are a part of the budget, so the phases share what is left.
     deadline = time.monotonic()
     scale = (end - deadline) / sum(SECONDS.values())
     lines = []
     with open(args.out, "w") as file:
         for phase in args.phases:
+            # A phase's deadline does not depend on when it began: a phase that ends early leaves
+            # its seconds to the next ones.
             deadline += scale * SECONDS[phase]
             line = run_phase(context, phase, args, deadline)
             lines.append(line)

@@ -62,6 +62,7 @@ SHAPES = {
 
 def time_call(function, device):
     """Seconds of a call, by wall clock, until the device has done its work; and what it returns."""
+    # A call only queues work for a GPU, so the clock has to wait for it at both ends.
     rollout.synchronize(device)
     begun = time.perf_counter()
     result = function()
@@ -77,6 +78,7 @@ def short_seconds(function, device):
     """Seconds of a short call. On a GPU 100 of them are one CUDA graph: none waits for a launch."""
     if device == "cpu":
         return median_seconds(function, device)
+    # The first call compiles and takes memory, which must not become a part of the graph.
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -94,11 +96,13 @@ def profile_kernels(function, device):
         function()
         rollout.synchronize(device)
 
+    # An event's own time excludes the events inside it, so that the sum counts nothing twice.
     n_kernels = 0
     ms_by_class = dict.fromkeys(KERNELS, 0.0)
     others = {}
     for event in profiler.key_averages():
-        ms = (event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e3
+        microseconds = event.self_device_time_total if is_cuda else event.self_cpu_time_total
+        ms = microseconds / 1e3
         if ms == 0 or event.key.startswith(RANGES):
             continue
         n_kernels += event.count
@@ -106,6 +110,7 @@ def profile_kernels(function, device):
         ms_by_class[kind] += ms
         if kind == "other":
             others[event.key[:80]] = round(ms, 3)
+    # The largest kernels without a class are listed: they show which class is missing.
     largest = sorted(others, key=others.get, reverse=True)[:12]
     return {
         "kernels": n_kernels,
@@ -144,12 +149,14 @@ def measure_ceilings(args):
 
     D, _, _, mlp, vocab = ppo.SIZES[args.size]
     B, P, R, minibatch = ppo.workload(args.size)
+    # A decode step multiplies B rows, an update all tokens of a minibatch, by the same weights.
     for M in (B, minibatch * (P + R)):
         for n_in, n_out in ((D, 3 * D), (D, D), (D, mlp), (mlp, D), (D, vocab)):
             x = torch.randn(M, n_in, device=args.device, dtype=torch.bfloat16)
             weight = torch.randn(n_out, n_in, device=args.device, dtype=torch.bfloat16)
             seconds = short_seconds(partial(linear, x, weight), args.device)
             row = {"variant": f"{M} x {n_in} x {n_out}", "us": round(1e6 * seconds, 1)}
+            # Two operations for each weight and row: 2 M n_in n_out.
             yield {**row, "tflop_per_s": round(2e-12 * M * n_in * n_out / seconds, 3)}
 
 
@@ -165,6 +172,7 @@ def measure_step(args):
     bandwidth = rollout.copy_bandwidth(args.device, COPIED_GB[args.device])
     replays = rollout.note_replays()
 
+    # Prompts and noise are the same: --compile has to give the same answers, up to rounding.
     row, expected = decode(args, ids, mask, R, bandwidth, replays, compile=False)
     yield {"variant": "now", **row}
     compiled, answers = decode(args, ids, mask, R, bandwidth, replays, compile=True)
@@ -176,6 +184,7 @@ def measure_step(args):
     for variant, disable in (("generate, not compiled", True), ("generate", False)):
         settings |= {"cache_implementation": "static", "disable_compile": disable}
         answer = partial(lm.generate, input_ids=ids, attention_mask=mask, **settings)
+        # The first call may compile: its seconds are a column of their own.
         first, _ = time_call(answer, args.device)
         seconds = median_seconds(answer, args.device)
         yield {
@@ -202,6 +211,7 @@ def decode(args, ids, mask, R, bandwidth, replays, compile):
     # On a CPU a step is a part of the whole.
     begin = statistics.median(seconds["begin"] or [0.0])
     step = statistics.median(seconds["step"] or [whole / R])
+    # "share": how much of a copy's bandwidth a step reaches with the bytes that it must read.
     B, P = ids.shape
     needed = rollout.bytes_of_a_step(policy, args.size, 2, B, P, R)
     row = {
@@ -226,7 +236,11 @@ def make_policy(args):
 
 
 def compare_answers(answers, expected):
-    """How many tokens are the same, and how far log-probs differ up to a row's first that is not."""
+    """The share of tokens that are the same, and how far the log-probs of these differ.
+
+    Log-probs are compared up to a row's first token that is not the same.
+    """
+    # After a token that is different the model goes on from another text, so that log-probs differ.
     is_same = answers.response_ids == expected.response_ids  # [B, R]
     up_to_there = is_same.cumprod(1).bool()
     difference = (answers.logprobs - expected.logprobs).abs()[up_to_there]
@@ -238,19 +252,20 @@ def compare_answers(answers, expected):
 
 def profile_replay(sample_answers):
     """profile_kernels() of the first decode step that is replayed in a rollout."""
+    # generate() keeps the captured step to itself, but every replay goes through this method.
     replay = torch.cuda.CUDAGraph.replay
-    found = {}
+    columns = {}
 
     def replay_and_look(graph):
-        if found:
+        if columns:
             replay(graph)
         else:
-            found.update(profile_kernels(partial(replay, graph), "cuda"))
+            columns.update(profile_kernels(partial(replay, graph), "cuda"))
 
     torch.cuda.CUDAGraph.replay = replay_and_look
     sample_answers()
     torch.cuda.CUDAGraph.replay = replay
-    return found
+    return columns
 
 
 # ----------------------------------------------------------------------- phases: update and lora
@@ -270,6 +285,7 @@ def measure_lora(args):
     _, _, _, m = ppo.workload(size)
     recompute = {"checkpoint_activations": True}
     in_bfloat16 = {"frozen_dtype": "bfloat16"}
+    # From slow to fast: more rows at once, then nothing recomputed, then --compile.
     variants = (
         (f"{m // 4} rows, recompute, float32", m // 4, recompute),
         (f"{m} rows, recompute, bfloat16", m, recompute | in_bfloat16),
@@ -280,12 +296,13 @@ def measure_lora(args):
         try:
             row = time_update(size, args.device, lora_rank=16, micro_batch_size=n_rows, **flags)
         except torch.OutOfMemoryError as error:
+            # That a variant does not fit is a result too. The next ones are still measured.
             row = {"error": str(error).splitlines()[0]}
         yield {"variant": variant, **row}
 
 
 def time_update(size, device, **flags):
-    """The row of one minibatch by a random policy of this size, with these flags of train_ppo.py."""
+    """The row of one minibatch by a random policy of this size. flags: of train_ppo.py"""
     begin_peak(device)
     _, P, R, B = ppo.workload(size)
     config = train_ppo.Config(
@@ -299,6 +316,7 @@ def time_update(size, device, **flags):
     )
     parts = make_parts(size, config)
     optimizer = adamw(parts.policy, config.lr, config.betas, config.weight_decay)
+    # All rows have P prompt tokens and R response tokens, without padding.
     ids = torch.randint(0, ppo.SIZES[size][-1], (B, P + R), device=device)
     lengths = torch.full((2, B), P, device=device)
     lengths[1] = R
@@ -307,16 +325,21 @@ def time_update(size, device, **flags):
     # The rows' log-probs are those of the policy itself, so the first ratios should be 1.
     score = partial(forward, parts, parts.policy, batch)
     scored = score()
-    x = make_experience(scored, batch)
-    update_once = partial(train_ppo.update, parts, optimizer, batch, x, 0, 1, 0.05, config.lr)
+    experience = make_experience(scored, batch)
+    # One minibatch, one optimizer step. The arguments are those of train_ppo.py's own call.
+    update_once = partial(
+        train_ppo.update, parts, optimizer, batch, experience, 0, 1, 0.05, config.lr
+    )
     first, record = time_call(update_once, device)
     seconds = median_seconds(update_once, device)
     peak = peak_gb(device)
 
     passes = 2 if config.lora_rank else 3  # forwards that a forward and a backward are worth
     prompts, _, _, _ = ppo.workload(size)
+    # needed_flop() counts all minibatches of 4 epochs; this row is of one minibatch.
     needed = ppo.needed_flop(size, lora=config.lora_rank > 0)["update"]  # 4 epochs
     flop = needed / (4 * prompts / B)
+    # Two forwards are timed: scoring keeps nothing, the other keeps what a backward pass needs.
     score_seconds = median_seconds(score, device)
     forward_seconds = median_seconds(partial(keep_graphs, parts, batch), device)
     return {
@@ -337,6 +360,7 @@ def make_parts(size, config):
     """What train_ppo.update() needs: a random policy, made on the device, trained by the flags."""
     dist = setup(config.device)
     torch.manual_seed(0)
+    # The steps are those of train_ppo.py, in the same order. An update needs no reference.
     with torch.device(dist.device):
         policy = Policy(AutoModelForCausalLM.from_config(ppo.make_config(size))).eval()
     choose_trained(policy.lm, config)
@@ -349,6 +373,7 @@ def make_parts(size, config):
 
 def make_experience(scored, batch):
     """What the policy itself says of the rows, with random advantages and returns."""
+    # The KL is 0 and the first ratios are 1. What an update costs does not depend on them.
     logprobs = scored["logprobs"]  # [B, R]
     return train_ppo.Experience(
         mask=torch.ones_like(logprobs, dtype=torch.bool),
@@ -392,13 +417,18 @@ def measure_attention(args):
     B, C, d = (128, 192, 128) if args.device == "cuda" else (8, 48, 32)
     attend = scaled_dot_product_attention
     plain = torch.compile(attend_plainly)
+    # Heads of queries and of keys: as many keys (Pythia), or four queries to a key (Llama).
     for H, H_kv in ((16, 16), (32, 8)):
-        shapes = [(B, H_kv, H // H_kv, d), (B, H_kv, C, d), (B, H_kv, C, d)]  # heads of a key: rows
+        # Queries that share a key are rows of one product.
+        shapes = [(B, H_kv, H // H_kv, d), (B, H_kv, C, d), (B, H_kv, C, d)]
         query, keys, values = [torch.randn(s, device=args.device).bfloat16() for s in shapes]
+        # How many columns of the cache are real: all of them, as at a rollout's end, or fewer.
         for n in (C, 2 * C // 3, C // 2):
             shown = (query, keys[:, :, :n], values[:, :, :n])
             mask = torch.arange(C, device=args.device)[None, None, None] < n  # [1, 1, 1, C]
+            # The truth is in float64, so that an error is that of the way alone.
             expected = attend(*[x.double() for x in shown])
+            # Attention reads the whole cache under a mask, or a view of its real columns.
             ways = {"mask": partial(attend, query, keys, values, mask)}
             ways["slice"] = partial(attend, *shown)
             if H == H_kv:
@@ -406,6 +436,7 @@ def measure_attention(args):
             for way, function in ways.items():
                 error = (function() - expected).abs().max().item()
                 seconds = short_seconds(function, args.device)
+                # At the least it reads keys and values, of two bytes a number: 4 B H_kv n d bytes.
                 yield {
                     "variant": f"{H}/{H_kv} heads, {n} columns, {way}",
                     "us": round(1e6 * seconds, 1),
@@ -427,6 +458,7 @@ def attend_plainly(query, keys, values):
 def measure_ppo(args):
     """ppo.py as a whole, with the best flags so far."""
     B, P, R, m = ppo.workload(args.size)
+    # The last of two flags with one name counts: three iterations on a GPU.
     flags = ["--device", args.device, "--size", args.size, "--dtype", "bfloat16"]
     flags += ["--micro_batch_size", str(m), "--iterations", "2"]
     if args.device == "cuda":
@@ -450,6 +482,7 @@ def measure_ppo(args):
 
 def measure_tests(args):
     """The tests that say most about numbers on a GPU. Without one all of them are skipped."""
+    # One process: starting further ones would take seconds from the tests.
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--processes", "1"]
     if args.device == "cuda":
         pytest.append("--gpu")

@@ -126,9 +126,13 @@ def needs(
     # How many weights there are, and how many are trained.
     adapters = shape.adapters(lora)  # of a block
     N = L * (shape.block + adapters) + shape.root
-    N_trained, trained_root, trained_block = N, shape.root, shape.block
+    N_trained = N
+    trained_root = shape.root
+    trained_block = shape.block
     if lora:
-        N_trained, trained_root, trained_block = L * adapters, 0, adapters
+        N_trained = L * adapters
+        trained_root = 0
+        trained_block = adapters
     if frozen:
         # What is left are the upper blocks and the LM head, which is half of the root.
         trained_root = shape.root // 2
@@ -136,6 +140,7 @@ def needs(
     if members is None:
         members = [shape.without_head()]
 
+    # With LoRA the reference is the policy itself. Without FSDP it shares the frozen weights.
     reference = 4 * N / s
     if lora:
         reference = 0
@@ -156,6 +161,7 @@ def needs(
             reference -= 2 * N_trained
 
     parameters = 4 * N - 2 * N_cast
+    # These are there all the time, whichever phase runs.
     fixed = {
         "parameters": parameters / s,
         "gradients": 4 * N_trained / s,
@@ -163,12 +169,16 @@ def needs(
         "reference": reference,
         "reward": 4 * sum(members) / s,
     }
+    # These are there for a phase. Phases follow each other, so only the largest one counts. An
+    # update has four chunks of float32 logits, of at most 2^28 numbers each.
     kv_and_step = 2 * c * L * rollout * tokens * shape.kv + 24 * rollout * shape.vocabulary
     phases = {
         "rollout": kv_and_step,
         "scoring": 0,
         "update": 4 * 4 * min(2**28, micro_batch * tokens * shape.vocabulary),
     }
+    # FSDP gathers the weights that a phase computes with. Without FSDP each process has them, and
+    # autocast adds copies in bfloat16.
     if sharded:
         phases["rollout"] += c * N
         phases["scoring"] += c * max(members, default=0)
@@ -182,7 +192,7 @@ def needs(
         if lora and not N_cast:
             n_blocks = 1 if checkpointed else L
             phases["update"] += c * n_blocks * shape.block
-    of_a_block = micro_batch * tokens * c * shape.activations
+    # With --compile a rollout's buffers stay for the next one: no phase frees them.
     if compiled and not sharded:
         fixed["kept"] = kv_and_step
         if dtype == "bfloat16":
@@ -190,6 +200,8 @@ def needs(
             N_linear = L * shape.block + shape.root // 2
             fixed["kept"] += 2 * (N_linear - N_cast)
         phases["rollout"] = 0
+    # A forward keeps activations of a micro-batch's tokens for the backward pass.
+    of_a_block = micro_batch * tokens * c * shape.activations
     if checkpointed:
         phases["update"] += micro_batch * tokens * c * L * shape.hidden + of_a_block
     else:
@@ -229,6 +241,7 @@ def make_table():
 
 def make_compiled_table():
     """One GPU, or DDP, with --compile, where rollouts keep what they need."""
+    # The fourth, 8B with all weights, does not fit on one GPU.
     rows = []
     for model, shape, settings in MODELS[:3]:
         rows.append(make_row(model, shape, 1, False, compiled=True, **settings))
@@ -328,8 +341,10 @@ def work(folder, distributed):
     from nanorlhf.runtime.fsdp import local_bytes
 
     torch.set_num_threads(1)
+    # Freed memory has to go back to the system, so that the peak is what was in use at once.
     d.keep_freed_memory = lambda: None
     dist = d.setup("cpu", distributed)
+    # The optimizer step is wrapped: gradients are there right before it, the moments after it.
     held = {}
     real_step = train_ppo.optimizer_step
 
@@ -381,6 +396,7 @@ def run_workers(folder, world, distributed):
         check=True,
         stdout=subprocess.DEVNULL,
     )
+    # Every rank has to fit: the largest one counts.
     most = {}
     for rank in range(world):
         with open(f"{folder}/{distributed}_{rank}.json") as file:

@@ -115,6 +115,7 @@ def make_inputs(folder, size, device="cpu"):
     tokenizer = make_tokenizer(vocab)
     dtype = torch.bfloat16 if hidden >= 2048 else torch.float32
     autos = {"policy": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
+    # Random weights are good enough: how long a step takes depends on shapes alone.
     for name, auto in autos.items():
         with torch.device(device):
             model = auto.from_config(config)
@@ -124,6 +125,7 @@ def make_inputs(folder, size, device="cpu"):
         tokenizer.save_pretrained(f"{folder}/{name}")
 
     _, n_tokens, _, _ = workload(size)
+    # There are more prompts than a rollout needs, since some of them are held out.
     with open(f"{folder}/prompts.jsonl", "w") as file:
         for ids in torch.randint(0, vocab - 1, (320, n_tokens)).tolist():
             prompt = " ".join(f"t{i}" for i in ids)
@@ -167,6 +169,7 @@ def needed_flop(size, freeze_layers=0.0, lora=False):
     """
     hidden, layers, _, intermediate, vocab = SIZES[size]
     prompts, prompt, new, _ = workload(size)
+    # Whole rows go through the blocks, response tokens alone through the LM head.
     n_tokens = prompts * (prompt + new)
     n_new = prompts * new
     # Weights of a block.
@@ -183,6 +186,8 @@ def needed_flop(size, freeze_layers=0.0, lora=False):
     frozen = n_frozen * one_block
     # A backward pass is two forwards, or one where frozen weights need no gradient of their own.
     passes = 2 if lora else 3
+    # A token that is decoded alone needs as many operations as one in a whole row. It takes longer,
+    # and so the rollout reaches a smaller share of the matmul rate.
     return {
         "rollout": layers * one_block + head,
         "score": layers * one_block + frozen + above,
@@ -199,6 +204,7 @@ def matmul_rate(dtype, device="cpu", seconds=1.5):
     size = 1024 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
+    # The median and not the best: the rate is that of the machine as it is, with others on it.
     times = []
     end = clock() + seconds
     while clock() < end:
@@ -212,6 +218,7 @@ def matmul_rate(dtype, device="cpu", seconds=1.5):
 
 def count_cpu_seconds():
     """Let train_ppo.py read CPU seconds where it reads the clock."""
+    # train_ppo.py looks the name `time` up at each call, so replacing it there is enough.
     train_ppo.time = types.SimpleNamespace(perf_counter=time.process_time)
 
 
@@ -224,6 +231,7 @@ def in_a_process(function, *args):
 
 def read_steps(path):
     """The rows of a metrics.jsonl that count: step 0 is the evaluation, step 1 the warm-up."""
+    # The warm-up takes memory from the system and chooses kernels.
     with open(path) as file:
         rows = [json.loads(line) for line in file]
     return rows[2:]
@@ -319,7 +327,7 @@ def main():
     args = parser.parse_args()
     if args.model:
         args.size = REAL
-        # No token ends an answer, so that all are equally long.
+        # No token ends an answer. (never_end() would change the weights of a model of one's own.)
         rollout.end_ids = lambda tokenizer: None
     unit = "s"
     if args.device == "cpu":
@@ -330,6 +338,7 @@ def main():
     dtype = getattr(torch, args.dtype)
     prompts, _, new, _ = workload(args.size)
 
+    # The rate is measured before and after, since the machine may slow down in between.
     rate_before = matmul_rate(dtype, args.device)
     with tempfile.TemporaryDirectory() as folder:
         if args.model:
@@ -339,7 +348,7 @@ def main():
         steps = run_ppo(make_run(folder, args))
     rate = (rate_before + matmul_rate(dtype, args.device)) / 2
 
-    # No answer ended early.
+    # No answer ended early: samples a second compare only where all answers are equally long.
     for step in steps:
         assert step["length"] == new
     seconds = {}

@@ -55,7 +55,10 @@ def workload(size):
 
 
 def make_policy(size, length):
-    """A random policy with a value head and a context of `length`, without an EOS to end with."""
+    """A random policy with a value head and a context of `length`.
+
+    It has no EOS, so no row ends early: every call decodes B x R tokens.
+    """
     hidden, layers, heads, intermediate, vocab = SIZES[size]
     config = GPTNeoXConfig(
         hidden_size=hidden,
@@ -73,6 +76,7 @@ def make_policy(size, length):
 def draw_prompts(vocab, B, P, shortest):
     """Random prompts and their mask, padded on the left: [B, P] both."""
     lengths = torch.randint(shortest, P + 1, (B, 1))
+    # A prompt of 3 tokens in 5 columns has the mask 0 0 1 1 1.
     mask = torch.arange(P) >= P - lengths
     ids = torch.randint(1, vocab, (B, P)) * mask
     return ids, mask
@@ -88,12 +92,14 @@ def measure_groups(args, clock, unit):
     ids, mask = draw_prompts(SIZES[args.size][-1], n_prompts, P, P)  # [n_prompts, P] both
     policy = make_policy(args.size, P + R).to(args.device)
 
+    # The same rows in two orders. generate() reads a prompt once if its rows are neighbours.
     prompt_of_row = {
         "side_by_side": torch.arange(B) // G,  # 0 0 0 1 1 1
         "in_turn": torch.arange(B) % n_prompts,  # 0 1 0 1 0 1
     }
     seconds = {"side_by_side": [], "in_turn": []}
     for call in range(args.calls + 1):
+        # The orders take turns, so that whatever else runs on the machine slows both down alike.
         for order, prompt in prompt_of_row.items():
             row_ids = ids[prompt].to(args.device)
             row_mask = mask[prompt].to(args.device)
@@ -109,6 +115,7 @@ def measure_groups(args, clock, unit):
     for order, times in seconds.items():
         result[f"{order}_{unit}"] = [round(s, 3) for s in sorted(times)]
         result[f"{order}_tokens_per_{unit}"] = round(B * R / statistics.median(times), 1)
+    # A ratio of two calls that follow each other is steadier than a ratio of two medians.
     pairs = [b / a for a, b in zip(seconds["side_by_side"], seconds["in_turn"])]
     result["ratios"] = [round(ratio, 2) for ratio in sorted(pairs)]
     result["ratio"] = round(statistics.median(pairs), 2)
@@ -123,8 +130,10 @@ def synchronize(device):
 
 def copy_bandwidth(device, gigabytes=4.0):
     """Bytes per second that a large copy reads and writes."""
+    # float32: 2^28 numbers are a GiB.
     a = torch.empty(int(gigabytes * 2**28), device=device)
     b = torch.empty_like(a)
+    # The first ten copies are a warm-up; the time of the last ten is the one that counts.
     for _warm_up in (True, False):
         synchronize(device)
         start = time.perf_counter()
@@ -140,6 +149,7 @@ def note_replays():
     Before the first one the GPU has done all that comes before it.
     """
     begun = []
+    # Every replay goes through this method, whoever calls it.
     replay = torch.cuda.CUDAGraph.replay
 
     def note_and_replay(graph):
@@ -166,6 +176,7 @@ def time_rollouts(sample, calls, device, clock, replays):
         result = sample(call)
         synchronize(device)
         end = clock()
+        # The first call takes memory, chooses kernels and, with --compile, compiles.
         if call == 0:
             seconds["first"].append(end - start)
             continue
@@ -181,7 +192,9 @@ def bytes_of_a_step(policy, size, width, B, P, R):
     hidden, layers, *_ = SIZES[size]
     n_parameters = sum(p.numel() for p in policy.parameters())
     n_embeddings = policy.lm.get_input_embeddings().weight.numel()
+    # A step reads a few rows of the embeddings, and all other weights once for all rows.
     weights = width * (n_parameters - n_embeddings)
+    # A row has P columns in the cache at first and P + R at the end: P + R / 2 on average.
     cache = width * B * (P + R / 2) * layers * 2 * hidden
     return weights + cache
 
@@ -240,6 +253,7 @@ def main():
             return generate(policy, ids, mask, R, step=call)
 
     seconds, rollout = time_rollouts(sample, args.calls, args.device, clock, note_replays())
+    # No row ended early, and values were computed: the work is what is said of it.
     assert rollout.response_mask.all()
     assert rollout.values is not None
 

@@ -330,6 +330,27 @@ def test_the_chosen_side_of_pairs_and_cut_texts(base, tmp_path):
     assert load_file(file)["scores"].tolist() == close(expected)
 
 
+def test_texts_beyond_the_models_context_are_cut_and_counted(base, tmp_path):
+    """The model reads 64 tokens. A text that is cut loses its EOS, so nobody may miss it."""
+    long_text = "the room was bright . " * 20
+    rows = [
+        {"prompt": "review the hotel :", "response": long_text},
+        {"prompt": "review the hotel :", "response": "the room was bright ."},
+    ]
+    write_rows(tmp_path / "long.jsonl", rows)
+    file = tmp_path / "long.safetensors"
+
+    found = read_humans(base, "sarm", file, dataset=f"{tmp_path}/long.jsonl", max_rows=0)
+
+    assert found["cut"] == 1
+    tokenizer = load_tokenizer(f"{base}/lm")
+    prompts, responses = encode_field(tokenizer, rows, "response")
+    room = 64 - len(prompts[0])
+    texts = [(prompts[0], responses[0][:room]), (prompts[1], responses[1])]
+    expected = scores_of(read_one_by_one(base, "sarm", texts))
+    assert load_file(file)["scores"].tolist() == close(expected)
+
+
 @pytest.mark.slow
 def test_two_processes_read_the_same(base, tmp_path):
     join(*ranks(2, read_humans, base, "sarm", tmp_path / "two.safetensors"))

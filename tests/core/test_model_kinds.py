@@ -288,6 +288,29 @@ def test_ends_that_are_no_ids_are_refused(tmp_path):
         load_tokenizer(path)
 
 
+def folder_with_longest(folder, longest):
+    """A tokenizer whose config says how many tokens a text may have."""
+    word_tokenizer().save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "model_max_length": longest}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("longest", [512, 512.0, 1e30])
+def test_the_longest_text_is_a_whole_number_however_it_is_written(tmp_path, longest):
+    tokenizer = load_tokenizer(folder_with_longest(tmp_path, longest))
+    assert type(tokenizer.model_max_length) is int
+    assert tokenizer.model_max_length == longest
+
+
+@pytest.mark.parametrize("longest", [0, -1, 512.5])
+def test_a_longest_text_that_is_no_number_of_tokens_is_refused(tmp_path, longest):
+    path = folder_with_longest(tmp_path, longest)
+    with pytest.raises(InputError, match=f"^{path}: .*model_max_length must be a whole number"):
+        load_tokenizer(path)
+
+
 # ---------------------------------------------------------------------------- adapters of a revision
 
 

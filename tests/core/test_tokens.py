@@ -300,6 +300,20 @@ def test_chats_and_strings_may_be_parts_of_one_run():
     assert "1 chat left out" in said[0]
 
 
+def test_texts_with_one_prompt_are_counted_one_by_one():
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    rows = [{"prompt": "Hi<pad>", "response": answer} for answer in ("Yo", "No")]
+    said = []
+
+    in_template = config(chat_template=True)
+    leave_out_control_tokens(
+        tokenizer, [{"prompt": "Hi", "response": "Yo"}, *rows], in_template, said.append
+    )
+
+    (sentence,) = said
+    assert sentence.startswith("d.jsonl: 2 chats left out")
+
+
 # ------------------------------------------------------------------------------------- plain strings
 
 

@@ -27,10 +27,11 @@ from nanorlhf import world
 from nanorlhf.hf.activations import captured, replaced
 from nanorlhf.interp import ablation, activation_store, explainer, feature_scores, world_concepts
 from nanorlhf.interp.activation_store import Tokens, hold_out, token_rows
-from nanorlhf.interp.features import FeaturesConfig, top_contexts, top_features
+from nanorlhf.interp.features import FeaturesConfig, draw_concepts, top_contexts, top_features
 from nanorlhf.interp.sae_files import load_sae, save_sae
 from nanorlhf.models import Policy, load_policy, save_policy
 from nanorlhf.rollout import generate
+from nanorlhf.runtime.results import parse_ids
 from nanorlhf.sae import SparseAutoencoder, TopKSAE
 
 D = 32
@@ -462,6 +463,11 @@ def test_wrong_input_is_one_line(material, tmp_path, capfd, changes, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text, ids", [("", []), ("17", [17]), ("17, 3,17", [17, 3])])
+def test_features_are_named_in_any_order_each_once(text, ids):
+    assert parse_ids(text) == ids
+
+
 # ------------------------------------------------------------------------------------- explainer
 
 
@@ -563,6 +569,7 @@ def test_an_endpoint_is_asked_once_for_each_feature(material, tmp_path):
         ),
         ((200, "<html>"), "not a chat completion: '<html>'", 3),
         pytest.param((200, '{"choices": []}'), "not a chat completion", 3, marks=pytest.mark.slow),
+        ((400, "filtered"), "feature 2: HTTP 400 Bad Request filtered", 3),  # this question alone
         ((401, "no key"), "HTTP 401", 2),  # nobody else will be let in either
         pytest.param((503, ""), "HTTP 503 Service Unavailable, 4 times", 5, marks=pytest.mark.slow),
         pytest.param(0.6, "timed out, 4 times", 5, marks=pytest.mark.slow),  # seconds of silence
@@ -951,3 +958,21 @@ def test_wrong_ablations_are_one_line(material, tmp_path, capfd, changes, words)
     error = probe_refused(capfd, *ablate_command(material, tmp_path / "out", **changes))
     assert words in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_picture_has_controls_for_the_concepts_of_every_autoencoder():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+
+    def result(**shuffled):
+        concepts = {}
+        for concept, auc in shuffled.items():
+            row = {"features": 0.9, "coordinates": 0.8, "untrained": None, "shuffled": auc}
+            concepts[concept] = {"auc": row}
+        return {"concepts": concepts}
+
+    axis = figure.add_subplot()
+    results = {"a": result(colour=0.5, animal=0.6), "b": result(animal=0.4)}
+    draw_concepts(axis, results, {"a": "a", "b": "b"})
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    assert list(lines["shuffled"].get_xdata()) == ["colour", "animal"]
+    assert list(lines["shuffled"].get_ydata()) == pytest.approx([0.5, 0.5])

@@ -486,6 +486,13 @@ def test_mean_inputs_are_those_of_one_text_at_a_time(material, monkeypatch):
         torch.testing.assert_close(found_features[i], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_every_process_needs_a_text():
+    texts = SimpleNamespace(ids=[[5, 6], [7]], first=[0, 0])
+    first_of_three = Dist(0, 3, torch.device("cpu"))
+    with pytest.raises(InputError, match="2 texts are too few for 3 processes"):
+        mean_inputs(None, texts, [(0, "mlp")], first_of_three, "float32")
+
+
 def test_a_bag_of_words_counts_the_tokens_that_occur():
     ids = [[7, 3, 7], [900, 3], [5]]
     # The columns are those of the tokens 3, 5, 7 and 900.

@@ -4,6 +4,7 @@ Training resumes with the same bits, also from the checkpoint before a damaged o
 folders are written whole or not at all; the learning rate is compared with numbers by hand.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanorlhf.errors import InputError
-from nanorlhf.runtime.checkpoint import checkpoints, load, save
+from nanorlhf.runtime.checkpoint import checkpoints, digest_files, load, save
 from nanorlhf.runtime.distributed import Dist
 from nanorlhf.runtime.files import (
     read_json,
@@ -211,6 +212,29 @@ def test_replace_folder_writes_a_whole_folder_or_none(tmp_path):
     replace_folder(str(target), write_y)
     assert names_in(target) == ["y.json"]
     assert not (tmp_path / ".tmp_model").exists()
+
+
+def test_each_file_has_its_checksum_from_one_of_the_processes(tmp_path):
+    """Each reads its own shard; the first also reads what is no shard. All get all of them."""
+    expected = {}
+    for name in ("shard-00001-model.safetensors", "shard-00002-model.safetensors", "more"):
+        (tmp_path / name).write_bytes(name.encode())
+        expected[name] = hashlib.sha256(name.encode()).hexdigest()
+
+    sent = []  # by each process: its lines, as bytes
+
+    def record(own_bytes):
+        sent.append(own_bytes)
+        return own_bytes
+
+    for rank in (0, 1):
+        digest_files(tmp_path, SimpleNamespace(rank=rank, main=rank == 0, gather=record))
+    everything = torch.cat(sent)
+    assert bytes(everything.tolist()).count(b"\n") == 3
+
+    for rank in (0, 1):
+        dist = SimpleNamespace(rank=rank, main=rank == 0, gather=lambda own_bytes: everything)
+        assert digest_files(tmp_path, dist) == expected
 
 
 # ------------------------------------------------------------------------------ damaged checkpoints

@@ -162,6 +162,13 @@ def test_help_names_choices_and_defaults(name, capsys, monkeypatch):
             assert said.endswith(end_of_help(field))
 
 
+def test_help_shows_what_a_switch_takes(capsys):
+    """Its name alone turns a switch on; one that is on has to be told False."""
+    words = words_of_flags(help_of("sae", capsys))
+    assert words["relu"].startswith("{True,False} topk:")
+    assert words["resume"].startswith("continue the run")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_group_of_help_has_a_heading_of_its_own(name, capsys):
     """It says what the group is for; none is that of a class without a docstring."""

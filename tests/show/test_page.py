@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -365,6 +366,18 @@ def test_further_splits_have_their_own_answers_and_lines(tmp_path):
     assert column(line_of(data, title, "short"), 1) == [0.0, 1.0]
 
 
+def test_splits_have_the_same_order_on_every_file_system(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    for name in ("eval_long", "eval_ood"):
+        shutil.copytree(run / "eval", run / name)
+    listdir = os.listdir
+    for is_reversed in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=is_reversed))
+            answers = build(run)["answers"]
+        assert column(answers, "split") == ["test", "long", "ood"]
+
+
 def test_several_runs_lie_over_one_another(tmp_path):
     first = write_run(tmp_path / "ppo", config={"kl_coef": 0.05})
     second = write_run(tmp_path / "no_kl", steps=(0, 1), config={"kl_coef": 0})
@@ -620,7 +633,7 @@ policy = {"tau": [0.5, 0.1], "policy_less": [None, None]}
 SUMMARIES["Reward"] = {"metrics": ["tau"], "rows": {"policy": policy}}
 EXPECTED["Reward"] = {"Kendall's tau": [["policy", 0.5, 0.4, 0.6]]}
 
-summary = {"metrics": ["accuracy"]}
+summary = {"benchmark": "pairs", "metrics": ["accuracy"]}
 summary["rewards"] = {"rm": {"accuracy": [0.8, 0.7, 0.9]}}
 summary["differences"] = {"longer": {"accuracy": [-0.2, -0.3, -0.1]}}
 tables = {"accuracy": [["rm", 0.8, 0.7, 0.9]]}
@@ -675,6 +688,15 @@ def test_a_command_that_was_killed_has_no_table(tmp_path, command):
     data = build(run)
     assert data["tables"] == []
     assert "not ended" in data["runs"][0]["note"]
+
+
+@pytest.mark.parametrize("benchmark, line", [("pairs", 0.5), ("rewardbench2", 0)])
+def test_the_line_of_chance_is_drawn_where_all_numbers_have_one_chance(tmp_path, benchmark, line):
+    """One of four answers is right in RewardBench 2, and in its ties as many as there are."""
+    summary = SUMMARIES["Evaluate"] | {"benchmark": benchmark}
+    (table,) = build(write_results(tmp_path / "run", "Evaluate", summary))["tables"]
+    lines = dict(zip(column(table["metrics"], "name"), column(table["metrics"], "reference")))
+    assert lines == {"accuracy": line, "accuracy, less the first reward's": 0}
 
 
 def test_features_of_each_autoencoder_have_their_cards(tmp_path):

@@ -5,12 +5,14 @@ made-up numbers, the rest on models that learn nothing.
 import shutil
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
 from support import parse_command
 
 from nanorlhf import data, world
+from nanorlhf.errors import InputError
 from nanorlhf.studies import cue_control as module
 
 pytestmark = pytest.mark.slow
@@ -102,6 +104,12 @@ def test_where_nothing_is_suspicious_nothing_is_found():
     assert identify(INNOCENT + OTHERS) == {"token": None, "features": []}
 
 
+def test_too_few_live_features_for_controls_are_one_line():
+    rare = [feature(20 + n, gain=0.0, low=-1.0, rate=0.001) for n in range(5)]
+    with pytest.raises(InputError, match="2 controls are needed .* has 1:"):
+        module.by_name({"features": [feature(1), feature(2), feature(3), *rare]}, 0, [1, 2])
+
+
 def test_without_head_weights_there_are_no_negative_controls():
     """As for an autoencoder on a dense reward model."""
     rows = [row | {"weight": None} for row in EXPLOITED + OTHERS]
@@ -145,6 +153,19 @@ def test_arms_that_not_every_seed_has_are_compared_in_their_own_seeds():
     some = tables["at the end, seeds with features"]
     assert gold_of(some) == {"before": 2.0, "plain": 3.0, "clamp": 7.0}
     assert gold_of(tables["less plain, the same seeds"])["clamp"] == 4.0
+
+
+def test_arms_of_named_features_are_read_from_their_own_folders(tmp_path, monkeypatch):
+    """Those of a larger KL coefficient have no features: they are one run, whatever is named."""
+    arms = ["plain", "indicator", "random", "kl_0.1", "dense"]
+    for arm in arms:
+        for folder in (arm, f"named_3_17_{arm}"):
+            (tmp_path / "ppo" / folder).mkdir(parents=True)
+    monkeypatch.setattr(module, "read_outcome", lambda a, s, arm, when="after": {"arm": arm})
+    a = SimpleNamespace(output_dir=tmp_path, features="3,17", truth=False, first_seed=0, seeds=1)
+    outcomes = module.outcomes_of(a, {0: {"features": [3, 17]}})
+    own = ["named_3_17_indicator", "named_3_17_random"]
+    assert list(outcomes) == ["before", "plain", *own, "kl_0.1", "dense"]
 
 
 # --------------------------------------------------------------------------------- the study's runs
