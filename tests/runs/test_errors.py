@@ -436,6 +436,22 @@ def test_a_bad_model_beside_the_policy(here, capfd, flag):
     refuses_file(capfd, "ppo", flag, "./nothing/here", "./nothing/here")
 
 
+def test_a_value_model_of_another_tokenizer(here, capfd):
+    """It has as many tokens, but reads other words in them. One without a tokenizer is taken."""
+    shutil.copytree("model", "value")
+    file = Path("value/tokenizer.json")
+    content_of_file = json.loads(file.read_text())
+    vocabulary = content_of_file["model"]["vocab"]
+    first, second, *_ = sorted(vocabulary, key=vocabulary.get, reverse=True)
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content_of_file))
+    refuses_file(capfd, "ppo", "value_model", "value", "value: its tokenizer is not the policy's")
+    for name in os.listdir("value"):
+        if name.startswith("tokenizer"):
+            os.remove(f"value/{name}")
+    run("ppo", arguments("ppo", value_model="value"))
+
+
 # ------------------------------------------------------------------------------------------ rewards
 
 BAD_FILES = {
