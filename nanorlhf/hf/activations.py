@@ -63,7 +63,7 @@ def module_at(lm, place: Place) -> nn.Module:
         is_attention = "attention" in type(part).__name__.lower()
         if is_attention == (site == "attention"):
             candidates.append(part)
-    # OPT's MLP is two layers that stand beside the attention: neither is the output of the whole.
+    # OPT's blocks hold the two layers of the MLP, fc1 and fc2, side by side: no module is the MLP.
     if len(candidates) != 1 or adds_the_residual(candidates[0]):
         kinds = ", ".join(type(child).__name__ for child in block.children())
         raise InputError(
@@ -121,11 +121,12 @@ def captured(lm, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
     modules = {place: module_at(lm, place) for place in places}
     outputs = {}
 
-    # Each forward starts from nothing: where it fails, no output of the one before is left.
+    # Each forward starts with an empty dictionary, so a place that does not run is missing from it.
     def forget(module, args):
         outputs.clear()
 
-    # A function for each place: made in the loop below, all would keep to the last place.
+    # keep_at() fixes the place for each hook. A function written in the loop below would look
+    # `place` up when it is called, and all of them would find the last one.
     def keep_at(place):
         def keep(x):
             outputs[place] = x
@@ -163,11 +164,11 @@ def replaced(lm, place: Place, function: Callable[[Tensor], Tensor]) -> Iterator
                 f"the replacement at {place_name(place)} is {list(new.shape)}, "
                 f"the output {list(x.shape)}"
             )
-        # A function may compute in float32, as autoencoders do. The model goes on in its own type.
+        # A function may compute in float32, as autoencoders do; the model may be in bfloat16.
         return new.to(x.dtype)
 
-    # Compiled code would not call the hook.
     module = module_at(lm, place)
+    # Compiled code would not call the hook.
     with eager(lm):
         hook = hook_output(module, replace)
         try:
@@ -203,9 +204,9 @@ def activations(lm, ids: Tensor, places: Iterable[Place]) -> dict[Place, Tensor]
     No block above the highest place runs. Dropout is the caller's: call lm.eval() first.
     InputError: module_at.
     """
-    # The list of blocks is cut behind the highest place for the length of this forward.
     parent, name, layers = block_list(lm)
     highest = max(layer for layer, _ in places)
+    # During this forward the model's list of blocks ends with the highest one that is asked for.
     with captured(lm, places) as outputs:
         with swapped(parent, name, layers[: highest + 1]):
             lm.base_model(input_ids=ids, use_cache=False)

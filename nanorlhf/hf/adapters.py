@@ -96,12 +96,12 @@ def save_model(lm, path: str):
         lm.save_pretrained(path)
         return
 
-    # Copies are rounded, and the model in memory stays as it is.
-    # Tied weights are one tensor under two names, and stay one.
+    # Copies are rounded, so the model in memory stays as it is. Tied weights are one tensor under
+    # two names, and stay one.
     rounded = {}  # {where a tensor lies in memory: the tensor in `dtype`}
     tensors = {}
     for name, tensor in lm.state_dict().items():
-        # Masks and counters among the buffers are no weights.
+        # Buffers such as masks and counters hold integers or bools, and keep their type.
         if not tensor.is_floating_point():
             tensors[name] = tensor
             continue
@@ -132,8 +132,8 @@ def save_adapter(lm, path: str, base: str):
     os.makedirs(path, exist_ok=True)
     save_file(tensors_to_save(lm), os.path.join(path, WEIGHTS), {"format": "pt"})
 
-    # PEFT's config has one field for the base, so the way to it from here goes into the notes:
-    # {"base": "../../sft/model", "reward_mean": 0.3, "reward_std": 1.7}. A hub name needs none.
+    # PEFT's config has one field for the base, so its relative path goes into the notes. The notes
+    # of a reward model: {"base": "../../../sft/model", "reward_mean": 0.3, "reward_std": 1.7}.
     notes = {}
     if os.path.isdir(base):
         notes["base"] = os.path.relpath(base, path)
@@ -163,11 +163,11 @@ def config_to_save(lm, base: str) -> dict:
     layers = adapters(lm)
     heads = heads_of(lm)
     first = next(iter(layers.values()))
-    # 16.0 is written as 16, which is what PEFT writes.
+    # PEFT declares lora_alpha as an int: 16.0 is written as 16.
     alpha = first.alpha
     if alpha == int(alpha):
         alpha = int(alpha)
-    # For PEFT: GPT-2's weights are stored as [in, out], and merging must turn B A.
+    # GPT-2's weights are stored as [in, out], so PEFT must transpose B A when it merges.
     any_conv = any(isinstance(layer.base_layer, Conv1D) for layer in layers.values())
     return {
         "peft_type": "LORA",
@@ -206,8 +206,8 @@ def read_config(path: str) -> dict:
     not back.
     """
     config = read_one_config(path)
-    # Go down the chain of bases until there is a model. Whoever loads it would go round for ever
-    # where two adapters name each other.
+    # Follow the chain of bases down to a model. Two adapters that name each other would send the
+    # loader round in a circle for ever.
     base = resolve_base(config)
     seen = {os.path.realpath(path)}
     while is_adapter(base):
@@ -237,7 +237,7 @@ def read_one_config(path: str) -> dict:
     notes = read_notes(path)
     base = config["base_model_name_or_path"]
     if not os.path.isdir(base):
-        # "?" stands for a place that does not exist: without a note nothing lies beside.
+        # Without a note the place is unknown: no folder has the name "?".
         beside = os.path.join(path, notes.get("base") or "?")
         if os.path.isdir(beside):
             config["base_model_name_or_path"] = os.path.normpath(beside)
@@ -247,7 +247,7 @@ def read_one_config(path: str) -> dict:
                 f"{path}: its base model {base} is gone; write its new place into {CONFIG} "
                 "(base_model_name_or_path)"
             )
-        # Without it the hub would give the newest version, for which A and B were not trained.
+        # A and B were trained on this revision; the hub would give the newest one.
         elif config.get("revision"):
             config["base_model_name_or_path"] = download(base, config["revision"])
     return config
@@ -265,7 +265,7 @@ def check_adapter_config(config: dict, file: str):
     if peft_type != "LORA":
         raise InputError(f"{file}: no LoRA adapter (its peft_type is {shorten(peft_type)})")
     check_fields(config, FIELDS, file)
-    # Each has the right type by now. It could still be 0 or empty.
+    # The types are right by now, but a value may still be 0 or empty.
     for name in ("r", "lora_alpha", "target_modules", "base_model_name_or_path"):
         require(config[name], f"{file}: {name} cannot be {config[name]!r}")
     rank = config["r"]
@@ -291,7 +291,7 @@ def find_unsupported(config: dict) -> str | None:
     # Any other start, such as "pissa", changes the weights of the base model.
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         return "init_lora_weights"
-    # Of modules that were trained in full, heads alone are put in place here.
+    # PEFT can save any module in full; here only a classifier's head is read.
     saved_whole = config.get("modules_to_save") or []
     if not set(saved_whole) <= set(HEADS):
         return "modules_to_save"
@@ -316,7 +316,7 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
     """
     file = os.path.join(path, WEIGHTS)
     tensors = read_file(file)
-    # Each must hold finite floating-point numbers. Shapes are compared with the model's later.
+    # load_adapter() compares the shapes with those of the model.
     any_shape = dict.fromkeys(tensors)
     check_tensors(tensors, any_shape, file)
 
@@ -343,7 +343,7 @@ def load_adapter(lm, path: str):
     """
     config = read_config(path)
     tensors = read_tensors(path)
-    # The layers for which the file has tensors: {"layers.0.mlp", ...}.
+    # The layers for which the file has an A or a B: {"layers.0.mlp", ...}.
     adapted = {layer_of(name) for name in tensors if ".lora_" in name}
     # A reward model has no LM head, and needs no adapter on it.
     unused = {layer for layer in adapted if "." not in layer and not hasattr(lm, layer)}
@@ -363,14 +363,14 @@ def load_adapter(lm, path: str):
         has_place = name in expected or layer_of(name) in unused
         require(has_place, f"{path}: the tensor {name} has no place in {type(lm).__name__}")
 
-    # Everything fits: from here on the model is changed.
+    # The files fit the model, which is changed from here on.
     for layer in sorted(adapted):
         lora_A = tensors[f"{layer}.lora_A.weight"]
         lora_B = tensors[f"{layer}.lora_B.weight"]
         put_adapter(lm, layer, lora_A, lora_B, config["lora_alpha"], config["lora_dropout"])
     for name, p in heads.items():
         p.data.copy_(tensors[name])
-    # The scale of a reward model's scores, which its config would hold if it had been saved whole.
+    # A reward model that is saved whole has the scale of its scores in its config.
     notes = read_notes(path)
     for name in SCALE:
         if notes.get(name) is not None:
@@ -389,8 +389,8 @@ def expected_shapes(lm, config: dict, adapted: set[str], path: str) -> dict[str,
     InputError: the model has no such layer, or the config does not name it.
     """
     linears = matching(lm, ".*")
-    # Both ways of disagreement are errors: a layer that is named without tensors is found by
-    # check_shapes(), and tensors without a name for their layer are found below.
+    # The config and the file must name the same layers. check_shapes() finds a layer that only the
+    # config names, and the check at the end finds one that only the file has.
     targets = set(matching(lm, config["target_modules"]))
     rank = config["r"]
     expected = {}
@@ -429,8 +429,8 @@ def load_merged(load: Callable, auto: type, path: str, new_head: bool, **kwargs)
     """
     config = read_config(path)
     is_classifier = config.get("task_type") == "SEQ_CLS"
-    # A bare trunk, for a value model, comes out of the model that the adapter is for: the adapter's
-    # tensors have the names that layers have in there.
+    # A value model needs the bare trunk. It is taken out of the whole model, since the names of the
+    # adapter's tensors are those of the layers in the whole model.
     if auto is transformers.AutoModel:
         whole = transformers.AutoModelForCausalLM
         if is_classifier:
@@ -439,11 +439,11 @@ def load_merged(load: Callable, auto: type, path: str, new_head: bool, **kwargs)
     if is_classifier and auto is transformers.AutoModelForCausalLM:
         raise InputError(f"{path}: the adapter of a reward model, not of a policy")
 
-    # The base may be a causal LM: the score head that it is given has the adapter's labels.
+    # Where the base is a causal LM, it is given a score head with as many labels as the adapter's.
     head = read_tensors(path).get("score.weight")  # [labels, D]
     if head is not None:
         kwargs = {"num_labels": len(head), **kwargs}
-    # A new head may be missing from the base: load_adapter() fills it.
+    # The base may lack this head: load_adapter() fills it.
     base = load(auto, config["base_model_name_or_path"], new_head or is_classifier, **kwargs)
     lm = merge(load_adapter(base, path))
     # An adapter that is trained next has this folder for its base.

@@ -27,8 +27,8 @@ def block_list(lm) -> tuple[nn.Module, str, nn.ModuleList]:
 
     They are the first ModuleList with one entry for each layer of the config.
     """
-    # LLaMA has it at model.layers, GPT-2 at transformer.h, OPT at model.decoder.layers: the length
-    # tells it, not the name.
+    # The list is found by its length, since its name differs: model.layers in LLaMA, transformer.h
+    # in GPT-2, model.decoder.layers in OPT.
     n_layers = lm.config.get_text_config().num_hidden_layers
     for module in lm.base_model.modules():
         for name, child in module.named_children():
@@ -57,13 +57,13 @@ def freeze(lm, fraction: float) -> str:
         return "everything is trained"
     layers = blocks(lm)
     n = int(fraction * len(layers))
-    # Token embeddings and learned positions: with them trained, what the frozen blocks read would
-    # change, and so what leaves them.
+    # Token embeddings and learned positions. If these were trained, what enters the frozen blocks
+    # would change, and so would what leaves them.
     embeddings = [m for m in lm.base_model.modules() if isinstance(m, nn.Embedding)]
     for module in [*embeddings, *layers[:n]]:
         module.requires_grad_(False)
 
-    # One tensor is both, so a user who wants the head trained must hear that it is not.
+    # A head that is tied to the embeddings is the same tensor and is frozen too: the user is told.
     note = f"embeddings and the bottom {n} of {len(layers)} blocks are frozen"
     head = lm.get_output_embeddings()
     if head is not None and any(head.weight is module.weight for module in embeddings):
@@ -87,7 +87,7 @@ def speed_up(lm, device: torch.device, dtype: str, compile: bool = False):
     Results change by float error.
     """
     lm.compiled = compile
-    # What sampling() goes back to.
+    # sampling() goes back to this kind of attention.
     lm.attention = lm.config._attn_implementation
     # In bfloat16 on a CPU the backward pass of torch's fused attention takes 2 to 4 times as long
     # as that of plain matrix products.
@@ -118,8 +118,8 @@ def eager(lm) -> Iterator[None]:
     if not getattr(lm, "compiled", False):
         yield
         return
-    # Two things are compiled: the blocks, which torch itself leaves uncompiled in here, and what
-    # asks for lm.compiled, such as compiled() and the rollout's loop.
+    # Two kinds of code are compiled. The stance makes torch run blocks as they are written. Other
+    # code, such as compiled() and the rollout's loop, asks lm.compiled first.
     lm.compiled = False
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -147,7 +147,7 @@ def compiled_code_aside(lm) -> Iterator[None]:
     layers = []
     if getattr(lm, "compiled", False):
         layers = list(blocks(lm))
-    # block.compile() puts its code there, and a call of the block prefers it to forward().
+    # block.compile() keeps its code in _compiled_call_impl; without it a call runs forward().
     compiled = [block._compiled_call_impl for block in layers]
     try:
         for block in layers:
@@ -199,8 +199,8 @@ class FrozenTrunk:
             return
 
         # Something below the last frozen block may be trained (embeddings, a norm on them), and in
-        # some architectures the upper blocks read more than the hidden states.
-        # Both are found out by a small run, since no config tells them.
+        # some architectures the upper blocks read more than the hidden states. No config tells, so
+        # the model is run on two tokens.
         ids = torch.tensor([[1, 2]], device=next(lm.parameters()).device)
         is_trained_below = self.bottom(lm, ids).requires_grad
         if is_trained_below or not self.same(lm, ids):
@@ -209,7 +209,7 @@ class FrozenTrunk:
     @torch.no_grad()
     def same(self, lm, ids: torch.Tensor) -> bool:
         """Whether the blocks above, run on what was stored, give what the whole model gives."""
-        # The trunk for itself, then the upper blocks on its output.
+        # The frozen blocks alone, then the upper blocks on their output.
         with self.stored(lm, self.run(lm, ids)):
             split = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         whole = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -235,7 +235,7 @@ class FrozenTrunk:
 
         hook = layers[self.n - 1].register_forward_hook(keep)
         try:
-            # The model with n blocks alone. Its last norm runs too, on what is not used.
+            # The model has n blocks in here. Its last norm runs too, but its output is not used.
             with swapped(parent, name, layers[: self.n]):
                 lm.base_model(input_ids=ids, use_cache=False)
         finally:
@@ -271,9 +271,9 @@ def count_frozen(layers: nn.ModuleList) -> int:
 @contextlib.contextmanager
 def swapped(parent: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
     """A context in which parent.name is `child`."""
-    usual = getattr(parent, name)
+    original = getattr(parent, name)
     setattr(parent, name, child)
     try:
         yield
     finally:
-        setattr(parent, name, usual)
+        setattr(parent, name, original)

@@ -83,15 +83,15 @@ def decode_compiled(
         # The casts come first: describe_step() compares the addresses that steps will read.
         with cast_linear(model, ids.device.type):
             decoder = find_decoder(sampler, u, P + u.shape[1])
-            # The prompts go through the blocks as they are written: their shape is their own.
+            # The prompts' shape is not that of decode steps, so uncompiled blocks read them.
             decoder.begin(ids, mask, u)
             with compiled_blocks(model.lm, decoder.window, decoder.layers):
                 n_written = decoder.go_on(P)
     except BaseException:
-        # A decoder whose rollout broke off may be half made.
+        # A rollout that broke off may leave a decoder half made.
         model.decoders.clear()
         raise
-    # Copies: the decoder's own tensors are written again in the next rollout.
+    # The decoder's own tensors are written again in the next rollout, so copies are handed out.
     for name, tokens in decoder.out.items():
         out[name][:, :n_written] = tokens[:, :n_written]
     finished.copy_(decoder.finished)
@@ -113,7 +113,7 @@ def find_decoder(sampler, u: Tensor, n_columns: int) -> "Decoder":
     """
     decoders = sampler.model.decoders  # {description: decoder}, the one used last at the end
     key = describe_step(sampler, u)
-    # It is taken out and put back, which makes it the one used last.
+    # The decoder is taken out here and put back below, which moves it to the end.
     decoder = decoders.pop(key, None)
     if decoder is None or decoder.visible.shape[1] < n_columns:
         # What is not kept gives up its memory before a new cache takes more.
@@ -131,7 +131,7 @@ def describe_step(sampler, u: Tensor) -> tuple:
     Under autocast linear layers have other addresses: those of their copies.
     """
     model = sampler.model
-    # Tensors are told apart by their content: a sampler is made anew for every rollout.
+    # Every rollout has a new sampler, whose tensors lie elsewhere: compare them by content.
     end_ids = None
     if sampler.end_ids is not None:
         end_ids = tuple(sampler.end_ids.tolist())
@@ -179,14 +179,14 @@ class Decoder:
         """Read the prompts, ids and mask [B, P], and write the first token of each row."""
         P = ids.shape[1]
         lm = self.sampler.model.lm
-        # The blocks as they are written want a cache of all layers. It is gone after this.
+        # Uncompiled blocks need a cache of all layers. It is freed when this method returns.
         prompt_cache = static_cache(lm, round_up(P, ALIGNMENT))
         hidden = read_prompts(lm, ids, mask, prompt_cache)  # [B, D]
 
         if self.layers is None:
             self.layers = [self.make_room(layer) for layer in prompt_cache.layers]
-        # Columns from P on still hold the last rollout's keys. No token sees them before they are
-        # written anew.
+        # Columns from P on still hold the last rollout's keys. They are written anew before any
+        # token sees them.
         for (keys, values), layer in zip(self.layers, prompt_cache.layers):
             keys[:, :, :P] = layer.keys[:, :, :P]
             values[:, :, :P] = layer.values[:, :, :P]
@@ -194,8 +194,8 @@ class Decoder:
         # transformers hides the columns to the right of the window's column.
         self.visible[:, :P] = mask
         self.visible[:, P:] = True
-        # Filled in place, never replaced: captured steps read these addresses. The newest token is
-        # the prompt's last, in column P - 1; write() then moves on by one.
+        # Captured steps read these addresses, so the tensors are filled and never replaced. The
+        # newest token is the prompt's last, in column P - 1; write() then moves on by one.
         self.token.copy_(ids[:, -1:])
         self.position.copy_(count_positions(mask)[:, -1:])
         self.window.column.fill_(P - 1)
@@ -242,7 +242,6 @@ class Decoder:
         has_end = self.sampler.end_ids is not None
         t = 1
         while t < R:
-            # Each look waits for the GPU.
             if has_end and t % CHECK_EVERY == 0 and self.finished.all():
                 break
             # The token that is read stands at column P + t - 1, so P + t columns are needed. They
@@ -284,7 +283,7 @@ class Window(Cache):
     is_compileable = True
 
     def __init__(self, n: int, device: torch.device):
-        # The one layer is never filled: transformers looks at its kind to make the mask.
+        # This layer is never filled. transformers only asks whether it is a sliding window's.
         super().__init__(layers=[StaticLayer(max_cache_len=n)])
         self.n = n
         self.column = torch.zeros(1, dtype=torch.long, device=device)
@@ -316,13 +315,13 @@ def compiled_blocks(lm, window: Window, layers: list[tuple[Tensor, Tensor]]) -> 
 
     layers: the keys and values of each block, which `window` shows it.
     """
-    # SDPA would copy the cache (one_token_attention). Other kinds of attention stay as they are.
+    # SDPA in compiled code would copy the cache (see one_token_attention); other attention stays.
     attention = lm.config._attn_implementation
     if attention == "sdpa" and lm._can_set_attn_implementation():
         register_one_token_attention()
         attention = "one_token"
 
-    # An attention layer asks the cache for "my keys" by its number, layer_idx.
+    # An attention layer asks the cache for its keys by its number, layer_idx.
     numbered = [module for module in lm.modules() if hasattr(module, "layer_idx")]
     numbers = [module.layer_idx for module in numbered]
     own_forwards = [block.__dict__.get("forward") for block in blocks(lm)]
@@ -330,8 +329,8 @@ def compiled_blocks(lm, window: Window, layers: list[tuple[Tensor, Tensor]]) -> 
         # The window ignores these numbers, but torch.compile may ask that each is what it was.
         for module in numbered:
             module.layer_idx = 0
-        # run_block() takes the place of each forward. It knows the one that it hides, and which
-        # layer of the cache is the block's.
+        # run_block() takes the place of the block's forward. It is given that forward, and the keys
+        # and values of this block.
         for block, layer in zip(blocks(lm), layers, strict=True):
             block.forward = partial(run_block, block.forward, window, layer)
         with attention_is(lm, attention):
@@ -377,7 +376,7 @@ def one_token_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    # Query heads that share a key stand side by side: H = H_k * (heads of a group).
+    # Query heads that share a key are neighbours, so a reshape puts each group on its own rows.
     B, H, _, d = query.shape
     rows = query.reshape(B, key.shape[1], -1, d)
     # Without the module it does not know that heads share a key.
@@ -417,7 +416,7 @@ def cast_linear(model, device_type: str) -> Iterator[None]:
     if model.linear_copies is None:
         model.linear_copies = make_copies(model.lm, dtype)
 
-    # What the update has changed is cast anew, into the same memory.
+    # The update has changed the weights: cast them again, into the same memory.
     master_weights = []
     for layer, name, copy in model.linear_copies:
         weight = layer._parameters[name]

@@ -52,8 +52,8 @@ class RoomyLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         """Write the keys and values of new tokens, and return those of all tokens so far."""
         begin = self.get_seq_length()
-        # The room is made at the first update: only the states tell the number of heads, the size
-        # of each and the type.
+        # The room is made at the first update, since the first keys and values tell the number of
+        # heads, their size and their type.
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.key_room = self.make_room(key_states)
@@ -78,9 +78,9 @@ class RoomyLayer(DynamicLayer):
     def reorder_cache(self, rows):
         """Hold these rows in this order. A row may come several times, or not at all."""
         end = self.get_seq_length()
-        # The views show the old rooms until they are made anew.
         self.key_room = self.key_room[rows]  # [len(rows), heads, length, D/heads]
         self.value_room = self.value_room[rows]
+        # Until here keys and values are views of the old rooms.
         self.show_columns(end)
 
 
@@ -117,8 +117,7 @@ def decoding(model, device_type: str, n_rows: int):
     mode = torch.no_grad()
     layout = nullcontext()
     if autocast_dtype(device_type):
-        # Autocast makes its copies inside the loop, so this cannot be inference mode. It keeps
-        # those of weights that require grad alone.
+        # Autocast makes its copies inside the loop, so this cannot be inference mode.
         for p in parameters:
             if p.is_floating_point() and not p.requires_grad:
                 frozen.append(p)
@@ -168,7 +167,7 @@ def read_prompts(lm, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     distinct_ids, distinct_mask = distinct.chunk(2, dim=1)  # [n, P] both
     distinct_mask = distinct_mask.bool()
 
-    # The trunk alone: of a whole prompt only the last token needs logits.
+    # The trunk alone, since only the last token of a prompt needs logits.
     trunk = lm.base_model(
         input_ids=distinct_ids,
         attention_mask=distinct_mask,
@@ -192,7 +191,7 @@ def read_prompts(lm, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
 def count_positions(mask: Tensor) -> Tensor:
     """The position of every token: its padding on the left does not count. [B, P] -> [B, P]
 
-    Of a row with two padding tokens:
+    A row with two padding tokens:
 
         mask      0 0 1 1 1
         position  0 0 0 1 2
@@ -226,9 +225,9 @@ def decode(
 
     token = ids[:, -1:]  # [b, 1]: the newest token of each row
     position = count_positions(mask)[:, -1:]  # [b, 1]
-    # From here on a query is one token, which may see every real column: without padding it needs
-    # no mask. Where the model can read an additive mask, it is made once here; transformers would
-    # make it anew in every step.
+    # From here on a query is one token, which may see every real column. Without padding it needs
+    # no mask. Where the model can read an additive mask, that mask is made once, here; transformers
+    # would make it anew in every step.
     visible = torch.cat([mask, mask.new_ones(len(ids), R)], 1)  # [b, P + R]
     if has_padding and reads_plain_mask(lm, cache):
         zeros = torch.zeros(visible.shape, device=ids.device)
@@ -249,8 +248,8 @@ def decode(
             )
             hidden = trunk.last_hidden_state[:, -1]  # [b, D]
 
-        # Choose a token for each row. `live` keeps u and out whole while the batch shrinks: a row
-        # has its own random numbers wherever it stands, so dropping others cannot change it.
+        # Choose a token for each row. u and out keep all B rows while the batch shrinks, and `live`
+        # finds a row's own random numbers in u: dropping other rows cannot change its tokens.
         new = sampler(hidden, u[live, t])
         for name, value in new.items():
             out[name][live, t] = value
@@ -260,7 +259,8 @@ def decode(
         # Without an EOS no row ever finishes.
         if sampler.end_ids is None:
             continue
-        # A finished row may stay in the batch for a while: what it writes is cut off afterwards.
+        # A finished row may stay in the batch for a while. What it writes after its EOS is removed
+        # by rollout.cut_responses().
         finished[live] |= sampler.is_end(token[:, 0])
         going = (~finished[live]).nonzero()[:, 0]  # places in the running batch
         if len(going) == 0:
@@ -281,7 +281,7 @@ def growing_cache(lm, length: int) -> KeyValueCache:
     Only plain layers are replaced; sliding windows and linear attention keep transformers' own.
     """
     layers = []
-    # From the config transformers knows which kind of layer each block needs.
+    # transformers reads from the config which kind of layer each block needs.
     for layer in DynamicCache(config=lm.config).layers:
         if type(layer) is DynamicLayer:
             layer = RoomyLayer(length)
@@ -297,11 +297,10 @@ def reads_plain_mask(lm, cache: Cache) -> bool:
     """
     if lm.config._attn_implementation != "sdpa":
         return False
-    # Another layer is a sliding window's or a linear attention's.
     if any(type(layer) is not RoomyLayer for layer in cache.layers):
         return False
-    # Learned positions may be counted from the mask that the model is given (OPT), and ALiBi's
-    # distances too (Bloom). Rotary embeddings are turned by the position ids alone.
+    # Rotary embeddings depend on the position ids alone. ALiBi counts its distances from the mask
+    # that the model is given (Bloom, Falcon), and that mask must hold 0 and 1.
     has_rotary = hasattr(lm.base_model, "rotary_emb")
     has_alibi = getattr(lm.config, "alibi", False)
     return has_rotary and not has_alibi
@@ -328,7 +327,7 @@ def decode_static(
     lm = sampler.model.lm
     C = math.ceil((P + R) / ALIGNMENT) * ALIGNMENT
     cache = static_cache(lm, C)
-    # NotImplementedError is a RuntimeError: rollout.try_static() leaves the rows to decode().
+    # NotImplementedError is a RuntimeError, so rollout.try_static() leaves the rows to decode().
     if cache is None:
         raise NotImplementedError("no static cache")
 
@@ -368,7 +367,7 @@ def decode_static(
     else:
         take_step, t = capture(step, R, ids.device)
 
-    # A step cannot tell Python that all rows have finished, so Python looks now and then.
+    # `finished` lies on the GPU, so Python looks now and then whether all rows have finished.
     while t < R:
         if sampler.end_ids is not None and t % CHECK_EVERY == 0 and finished.all():
             break
@@ -409,7 +408,7 @@ def static_cache(lm, length: int) -> KeyValueCache | None:
     for layer in layers:
         if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
             return None
-    # transformers says itself which models compute without a look at numbers in Python.
+    # transformers marks the models whose forward needs no tensor's numbers in Python.
     if not getattr(lm, "_can_compile_fullgraph", False):
         return None
     return KeyValueCache(layers=[StaticLayer(max_cache_len=length) for _ in layers])
@@ -427,7 +426,7 @@ def capture(step: Callable, R: int, device: torch.device, pool=None) -> tuple[Ca
     must not outlive the weights' addresses, which FSDP's gathering and autocast's copies change.
     Capturing anew costs about as much as WARM_UP + 1 steps without a graph.
     """
-    # The warm-up alone would write all that is left.
+    # With few tokens left the warm-up would write all of them.
     if device.type != "cuda" or R <= 1 + WARM_UP:
         return step, 1
 

@@ -43,7 +43,7 @@ def check_model(path: str):
     """
     path = resolve(path)
     check_made(path)
-    # Two folders lead on to further models: a value model's, and that of an adapter's base.
+    # A folder may lead to two further models: a separate value model in it, and an adapter's base.
     value_model = os.path.join(path, VALUE_MODEL)
     if os.path.isdir(value_model):
         check_model(value_model)
@@ -51,7 +51,7 @@ def check_model(path: str):
         base = read_config(path)["base_model_name_or_path"]
         return check_model(base)
 
-    # Where there is nothing to load, transformers would ask the hub for a model of this name.
+    # For a folder that is not there transformers would ask the hub.
     check_place(path)
     with library_call(f"{path}: neither a model folder nor a model that the hub gives"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -93,7 +93,7 @@ def check_place(path: str):
 
 def explain_no_weights(path: str) -> str:
     """What to do about a model folder without safetensors, for the end of an error."""
-    # A run writes model/ last, so until then there are only checkpoints.
+    # A run writes model/ at its end. Until then it has only checkpoints.
     if os.path.isdir(os.path.join(path, "checkpoint")):
         return "; the run has not finished"
     names = os.listdir(path)
@@ -130,12 +130,12 @@ def context_length(config) -> int | None:
     is computed otherwise from its first token on, so that neither a cache nor the log-probs of a
     shorter text would fit.
     """
-    # Older configs say n_positions.
+    # Some older configs call it n_positions.
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     length = length or getattr(config, "n_positions", None)
     rope = getattr(config, "rope_parameters", None) or {}
-    # The length at which the factors change stands in one of two places.
+    # The length at which the factors change is in one of two places.
     if rope.get("rope_type") == "longrope":
         changes_at = rope.get("original_max_position_embeddings")
         changes_at = changes_at or getattr(config, "original_max_position_embeddings", None)
@@ -166,7 +166,7 @@ def hidden_width(config) -> int:
 
 def check_sizes(path: str, config):
     """InputError where a config's sizes, its context, or the scale of its scores cannot be."""
-    # A size that is missing has another name in this architecture, and passes.
+    # Some architectures have other names for these sizes. A size that is missing passes.
     text_config = config.get_text_config()
     for name, (low, high) in SIZES.items():
         size = getattr(text_config, name, low)
@@ -207,7 +207,7 @@ def has_tokenizer(path: str) -> bool:
 
 def read_text_config(path: str):
     """The text config of the model in a tokenizer's folder; None: it holds a tokenizer alone."""
-    # `probe.py diversity --tokenizer` takes such a folder.
+    # A tokenizer's folder without a model is enough for `probe.py diversity --tokenizer`.
     holds_model = has_weights(path) or is_adapter(path)
     if os.path.isdir(path) and not holds_model:
         return None
@@ -219,8 +219,8 @@ def check_vocabulary(path: str, tokenizer, n_embeddings: int):
 
     Special tokens that texts do not hold, such as PAD, may lie beyond the embeddings.
     """
-    # The highest id decides: embeddings are rows 0 to n - 1 of a table, and a GPU that looks up a
-    # row beyond it stops with an error that names no token.
+    # The token with the highest id decides, since embeddings are rows 0 to n - 1 of a table. A GPU
+    # that looks up a row beyond them stops with an error that names no token.
     special_ids = find_special_ids(tokenizer)
     last_token = ""
     last_id = -1
@@ -277,7 +277,7 @@ def read_end_ids(path: str, tokenizer, text_config) -> list[int]:
     if not isinstance(listed, list):
         listed = [listed]
     for token_id in listed:
-        # null where the model has no end of its own.
+        # It is None where the model has no end of its own.
         require(
             is_of_type(token_id, int | None),
             f"{path}: eos_token_id must be a token's id or a list of them, not {shorten(listed)}",
@@ -295,7 +295,7 @@ def read_listed_ends(path: str, text_config):
         # The config of an adapter is that of its base already.
         base = resolve(read_config(path)["base_model_name_or_path"])
         return read_listed_ends(base, text_config)
-    # generate() of transformers asks generation_config.json first, too.
+    # This is the order of transformers' generate().
     listed = None
     file = find_file(path, "generation_config.json", must=False)
     if file:
@@ -310,7 +310,7 @@ def read_longest_text(path: str, tokenizer) -> int:
 
     InputError: it is none.
     """
-    # tokenizer_config.json may say 512.0 or 1e30: a float will do if it is whole.
+    # tokenizer_config.json may say 512.0 or 1e30, so a float is accepted if it is whole.
     longest = tokenizer.model_max_length
     is_number = is_of_type(longest, float) and math.isfinite(longest)
     require(

@@ -64,7 +64,7 @@ class LoRA(nn.Module):
         if not self.on:
             return self.base_layer(x)
 
-        # A product wants both of its factors in one type. Autocast sees to the weights itself.
+        # The factors of a product must have one type. Autocast casts A and B itself.
         A = self.lora_A
         B = self.lora_B
         dtype = autocast_dtype(x.device.type)
@@ -74,8 +74,8 @@ class LoRA(nn.Module):
         else:
             x = x.to(dtype)
 
-        # Two thin products, A first: B A would be as large as W. The scale is applied to the
-        # narrow tensor between them.
+        # Two thin products, A first, since B A would be as large as W. The scale is applied to the
+        # narrow tensor between the two.
         low = F.linear(self.dropout(x), A)  # [.., r]
         change = F.linear(self.scale * low, B)  # [.., out]
         # In place, so the sum needs no memory of its own. No backward pass reads `change`.
@@ -129,19 +129,19 @@ def add_lora(
         )
     if adapters(lm):
         raise InputError("this model has adapters already: merge them first")
-    # A misspelt pattern is an error here, before the model is changed.
+    # A wrong pattern must be an error before the model is changed.
     check_pattern(lm, pattern)
     layers = matching(lm, pattern)
 
     # All weights that are there already are frozen; those of the adapters come after.
     lm.requires_grad_(False)
-    # A generator of its own: A depends on the seed alone, whatever torch has drawn before.
+    # With torch's global generator A would also depend on what was drawn before.
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         n_out, n_in = shape_of(layer)
         uniform = 2 * torch.rand(rank, n_in, generator=generator) - 1  # in [-1, 1)
         lora_A = uniform / n_in**0.5  # [r, in]
-        # B = 0, so B A x = 0. A must not be 0 too: neither would ever have a gradient.
+        # B = 0, so B A x = 0. If A were 0 too, both would have the gradient 0 for ever.
         lora_B = torch.zeros(n_out, rank)  # [out, r]
         put_adapter(lm, name, lora_A, lora_B, alpha, dropout)
 
@@ -236,13 +236,12 @@ def time_limit(seconds: float, message: str):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # stop() raises from wherever the search is when the alarm goes off.
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        # The alarm first: with the old handler in place again it would end the process.
+        # Switch the alarm off first. After the old handler is back, an alarm would end the process.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
@@ -272,7 +271,7 @@ def is_tied(lm, layer: nn.Module) -> bool:
 
 def replace_layer(lm, name: str, layer: nn.Module):
     """Put a layer in the place of the one of this name."""
-    # layers.0.mlp.up_proj is up_proj in layers.0.mlp, and lm_head is lm_head in "", the model.
+    # "layers.0.mlp.up_proj" is up_proj in layers.0.mlp; "lm_head" is lm_head in "", the model.
     parent, _, child = name.rpartition(".")
     setattr(lm.get_submodule(parent), child, layer)
 
@@ -286,7 +285,7 @@ def adapters(module: nn.Module) -> dict[str, LoRA]:
 def adapters_off(module: nn.Module):
     """Within this context the module computes what it did before it had adapters, bit for bit."""
     layers = adapters(module).values()
-    # Each is left as it was found, so that these contexts can be nested.
+    # These contexts can be nested, so each adapter goes back to what it was.
     before = [layer.on for layer in layers]
     for layer in layers:
         layer.on = False
@@ -334,18 +333,18 @@ def cast_frozen(lm, config):
     # An adapter folder holds nothing of its base. A whole model holds what would be rounded here.
     saves_adapters_alone = config.lora_rank and not config.merge
     frozen = []
-    # The layer inside an adapter is one of these. Its A and B are no layers, and stay float32.
+    # The base layer of an adapter is among these. A and B are no layers, and stay in float32.
     for layer in linear_layers(lm).values():
         if any(p.requires_grad for p in layer.parameters()):
             continue
         if not is_tied(lm, layer):
             frozen.append(layer)
         elif saves_adapters_alone:
-            # A new parameter for the head alone: to cast the tied one would cast the embeddings.
+            # The head gets a parameter of its own. Casting the tied one would cast the embeddings.
             layer.weight = nn.Parameter(layer.weight.to(torch.bfloat16), requires_grad=False)
             frozen.append(layer)
 
-    # Before anything is cast. Weights that came in bfloat16 are saved in it, and lose nothing.
+    # Weights that came in bfloat16 are saved in bfloat16 again, and lose nothing.
     is_in_bfloat16 = getattr(lm, "stored_dtype", torch.float32) == torch.bfloat16
     require(
         saves_adapters_alone or is_in_bfloat16 or not frozen,

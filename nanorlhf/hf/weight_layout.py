@@ -51,7 +51,7 @@ def turned_weights(lm, n_rows: int) -> Iterator[None]:
             if layer.weight.requires_grad and layer.weight is not embeddings:
                 weights.append(layer.weight)
 
-    # The tensors as they lie are kept, and put back afterwards. Turning the copies back would leave
+    # The old tensors are kept, and put back afterwards. Turning the copies back instead would leave
     # the heap in pieces, and cost time.
     as_they_lie = [weight.data for weight in weights]
     try:
@@ -77,10 +77,10 @@ def packed_weights(lm, n_rows: int) -> Iterator[None]:
     """
     forwards = {}  # {module: what it does in this context}
     if can_pack():
-        # Frozen layers too: autocast would make a copy of each of them as well.
+        # Frozen layers are packed too, since autocast would copy them as well.
         for layer in large_layers(lm):
             forwards[layer] = packed_forward(layer.weight, layer.bias, n_rows)
-        # An adapter calls its base_layer, which then is packed. A and B are packed for themselves.
+        # An adapter calls its base_layer, which is packed by now. A and B have packed copies too.
         for adapter in adapters(lm).values():
             if adapter.on and adapter.base_layer in forwards:
                 forwards[adapter] = packed_adapter(adapter, n_rows)

@@ -56,7 +56,7 @@ def checkpoints(folder):
         return []
     by_step = []
     for name in os.listdir(root):
-        # What has another name is a folder of a write that was broken off.
+        # Any other name is that of a folder left by a write that was broken off.
         match = re.fullmatch(r"step_(0|[1-9][0-9]*)", name)
         if match:
             by_step.append((int(match[1]), os.path.join(root, name)))
@@ -72,16 +72,16 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
     It holds the trained weights, the optimizer, `state` (JSON) and `more` {name: tensor}. The main
     process calls this alone, or, where the module is in shards, all processes do, with `dist`.
     """
-    # {"model/lm.lm_head.weight": [V, D], "optimizer/exp_avg/lm.lm_head.weight": [V, D], ...} of all
-    # that is trained. Frozen weights are those of the model that the run starts from.
+    # {"model/lm.lm_head.weight": [V, D], "optimizer/exp_avg/lm.lm_head.weight": [V, D], ...}, for
+    # trained weights alone: a resumed run reads frozen ones from the model that it started from.
     tensors = {}
     main = dist is None or dist.main
     for name, p in trainable(module):
         tensors[f"model/{name}"] = p.detach().contiguous()
-        # A weight that has had no gradient yet has no state.
+        # A weight that has had no gradient yet has no moments.
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value
-    # Whole tensors are the same on all processes, so the main one writes as if it were alone.
+    # Without shards the tensors are the same on all processes: the main one writes them alone.
     writers = dist if is_sharded(module) else ALONE
 
     def write(path):
@@ -91,7 +91,7 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
             save_file(tensors, os.path.join(path, "state.safetensors"))
         if main and more:
             save_file(more, os.path.join(path, MORE))
-        # Checksums are of what is on the disk. They stand in state.json, which has one of itself.
+        # Checksums of the files, as read back. state.json holds them, and a checksum of itself.
         files = digest_files(path, writers)
         if main:
             content = {"step": step, **state, "files": files}
@@ -125,7 +125,8 @@ def save_shards(tensors: dict, path: str):
     try:
         dcp.save(tensors, storage_writer=writer)
     except dcp.CheckpointException as e:
-        # {rank: (its error, where it was raised)}. A full disk is to be reported as one.
+        # e.failures: {rank: (error, where it was raised)}. The error itself may say that a disk is
+        # full, which cli.explain() reports in one line.
         error, _ = list(e.failures.values())[0]
         raise error from None
 
@@ -135,7 +136,7 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
 
     Each process reads its own shard. All processes call this, and all get the whole.
     """
-    # The main process reads the files that are no shards too. Each file is one line, "HEX NAME".
+    # The main process also reads the files that are no shards. A line is "HEX NAME".
     own_prefix = f"shard-{dist.rank + 1:05d}-"
     lines = ""
     for name in sorted(os.listdir(path)):
@@ -143,7 +144,7 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
         if name.startswith(own_prefix) or (dist.main and is_common):
             sha256 = digest_file(os.path.join(path, name))
             lines += f"{sha256} {name}\n"
-    # Processes exchange tensors alone, so the lines travel as their bytes.
+    # Processes exchange tensors only, so the lines travel as bytes.
     own_bytes = torch.tensor(list(lines.encode()), dtype=torch.uint8)
     all_bytes = dist.gather(own_bytes)
     digests = {}
@@ -163,8 +164,8 @@ def load(folder, module, optimizer, dist=ALONE):
     A damaged checkpoint is named, with what is wrong, and the one before it is taken; where none is
     whole, an InputError says so. The main process decides for all, and all processes call this.
     """
-    # One process looks: with a disk that answers two of them differently, they would not go on from
-    # the same step.
+    # One process chooses. If a shared disk showed two processes different files, they would go on
+    # from different steps.
     choice = dist.together(lambda: choose(folder, module, optimizer, dist))
     step = int(dist.gather(torch.tensor([choice]))[0])  # the main process's
     if step < 0:
@@ -173,7 +174,7 @@ def load(folder, module, optimizer, dist=ALONE):
     path = os.path.join(folder, "checkpoint", f"step_{step}")
     load_tensors(path, module, optimizer)
     state = read_object(os.path.join(path, "state.json"))
-    # What the run itself had put into its state is left.
+    # Only what the run itself saved is handed back.
     for name in ("files", "sha256"):
         state.pop(name, None)
     more = os.path.join(path, MORE)
@@ -197,7 +198,7 @@ def choose(folder: str, module, optimizer, dist: Dist) -> int:
             if name.startswith(".old_step_"):  # a kill came while a new checkpoint took its place
                 recover_folder(os.path.join(root, name.removeprefix(".old_")))
 
-    # The newest first. What is wrong with those that are passed over is said, whether or not an
+    # The newest first. The user hears what is wrong with each one that is damaged, even where an
     # older one is whole.
     damaged = []
     for step, path in reversed(checkpoints(folder)):
@@ -217,21 +218,21 @@ def find_damage(folder: str, step: int, module, optimizer) -> str:
     """What is wrong with checkpoint/step_{step}, in a few words; "" if it is whole."""
     path = os.path.join(folder, "checkpoint", f"step_{step}")
     try:
-        # state.json first: it says what the other files must be.
+        # state.json comes first, since it holds the checksums of the other files.
         state = read_object(os.path.join(path, "state.json"), STATE)
         if state["step"] != step:
             return f"state.json is not that of step {step}"
         for name, log in (state.get("logs") or {}).items():
             check_fields(log, {"size": int, "sha256": str}, f"{path}/state.json: {name}")
 
-        # Files that are as they were written may still be those of another model.
+        # Undamaged files may still be those of another model, so the tensors are compared too.
         problem = check_digests(folder, path, state) or check_tensors(path, module, optimizer)
         if not problem and os.path.isfile(os.path.join(path, MORE)):
             read_tensors(os.path.join(path, MORE))
         return problem
     except FileNotFoundError as e:
         return f"{os.path.basename(e.filename)} is missing"
-    # What reading it raises is what is wrong with it. The caller names the folder.
+    # The error says what is wrong. The folder's name is cut off: the caller says it.
     except InputError as e:
         return first_line(e).removeprefix(f"{path}/")
     except (OSError, ValueError) as e:
@@ -243,7 +244,8 @@ def check_digests(folder: str, path: str, state: dict) -> str:
 
     "" where nothing does. A checkpoint that is older than checksums has none to compare with.
     """
-    # Its own checksum first: the others stand in it. With either of the two names it is not old.
+    # state.json's own checksum comes first, since state.json holds the others. A state.json with
+    # neither of the two fields is older than checksums.
     if "files" in state or "sha256" in state:
         content = {name: value for name, value in state.items() if name != "sha256"}
         if digest(content) != state.get("sha256") or "files" not in state:
@@ -251,7 +253,7 @@ def check_digests(folder: str, path: str, state: dict) -> str:
     for name, sha256 in (state.get("files") or {}).items():
         if digest_file(os.path.join(path, name)) != sha256:
             return f"{name} differs from its checksum"
-    # The logs have grown since. What they held at the time must still be their beginning.
+    # The logs may have grown since. They must still begin with what they held then.
     for name, log in (state.get("logs") or {}).items():
         if digest_start(os.path.join(folder, name), log["size"]) != log["sha256"]:
             return f"{os.path.join(folder, name)} has lost or changed rows that it had then"
@@ -286,8 +288,8 @@ def check_tensors(path: str, module, optimizer) -> str:
         if name not in parameters or its_slots != {"step", "exp_avg", "exp_avg_sq"}:
             return f"the optimizer's tensors of {name} are not those of Adam"
 
-    # Moments are as their weights are; the count of steps is a number. exp_avg is the beginning of
-    # exp_avg_sq too, and a parameter's name has no slash.
+    # Both moments have the type and shape of their weight: "exp_avg_sq" begins with "exp_avg" too.
+    # The count of steps is one number. A parameter's name has no slash.
     for key, tensor in stored.items():
         if key.startswith(("model/", "optimizer/exp_avg")):
             p = parameters[key.split("/")[-1]]
@@ -310,8 +312,8 @@ def load_tensors(path: str, module, optimizer):
     """Fill module and optimizer from a checkpoint, each process with what it holds of them."""
     import torch.distributed.checkpoint as dcp
 
-    # The reader fills tensors in place. p.detach() shares its memory with p, so weights need no
-    # copy; the optimizer of a new process holds nothing yet, so its tensors are made here.
+    # The reader fills tensors in place. p.detach() shares memory with p, so this fills the weights.
+    # The optimizer of a new process holds nothing yet, so its tensors are made here.
     parameters = dict(trainable(module))
     tensors = {f"model/{name}": p.detach() for name, p in parameters.items()}
     for key, stored in read_metadata(path).items():

@@ -42,7 +42,7 @@ class Parser(HfArgumentParser):
 
 
 def script():
-    """The name of the script that runs, which its errors begin with."""
+    """The name of the script that runs: its errors begin with it."""
     return os.path.basename(sys.argv[0])
 
 
@@ -54,25 +54,25 @@ def parse(config_class, args, command="", description=None):
     """
     description = description or sys.modules[config_class.__module__].__doc__
     parser = Parser(f"{script()} {command}".strip(), description, config_class)
-    # The command line by itself: it says where the run is whose settings may be the defaults.
+    # First the command line alone: it says in which folder the run to resume lies.
     parsed = vars(parser.parse_args(args))
     if "resume" not in parsed:
         return config_class(**parsed)
 
-    # The folder may be one's default, which may depend on other flags, or hold a {seed}.
+    # Without --output_dir a Config chooses its folder, perhaps by other flags.
     folder = parsed["output_dir"]
     with contextlib.suppress(InputError):
         folder = config_class(**parsed).output_dir
     folder = folder.replace("{seed}", str(parsed["seed"]))
     stored = os.path.join(folder, "config.json")
 
-    # A flag that repeats its default counts as not given here: argparse does not tell them apart.
+    # A flag that is given with its default value counts as not given: argparse cannot tell.
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
     if given == {"resume", "output_dir"} and not os.path.isfile(stored):
         # A slip of the pen should not start another run.
         raise InputError(f"{folder}: no run to resume here")
     if parsed["resume"] and os.path.isfile(stored):
-        # What the run was given becomes the default, and the command line is read again over it.
+        # The run's settings become the defaults, and the command line is read again over them.
         settings = read_settings(stored, config_class)
         only_stored = {name: value for name, value in settings.items() if name not in given}
         check_stored_code(folder, only_stored)
@@ -107,7 +107,8 @@ def read_settings(path: str, config_class) -> dict:
 
     Each must be of its field's type.
     """
-    # A setting of a flag that no longer exists is passed over. The folder may have been moved.
+    # Settings whose flag no longer exists are passed over. output_dir is left out, since the folder
+    # may have been moved.
     stored = read_object(path, finite=False)
     hints = typing.get_type_hints(config_class)
     settings = {}
@@ -131,7 +132,7 @@ def errors_in_one_line(resumable=False):
     2: wrong input. 1: it could not go on (a gradient that is not finite, a full disk, another
     process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug has a traceback.
     """
-    # Two levels, since Ctrl-C may come at any moment, while an error is being told as well.
+    # The outer try is for Ctrl-C, which may come while an error is being reported.
     try:
         try:
             yield
@@ -140,7 +141,7 @@ def errors_in_one_line(resumable=False):
             if ending is None:
                 raise
             line, code = ending
-            # From torchrun's environment: there may be no process group, or none yet.
+            # The rank comes from torchrun's environment, since there may be no process group yet.
             rank = os.environ.get("RANK", "0")
             who = script()
             if rank != "0":

@@ -79,8 +79,8 @@ def arrange(runs: list[str]) -> dict[str, dict[str, list[dict]]]:
     runs = list(dict.fromkeys(os.path.realpath(run) for run in runs))
     configs = [read_config(run) for run in runs]
 
-    # The settings that differ make the row, the objective makes the colour, and what is left to
-    # differ in one colour of one row is the seed.
+    # Settings that differ make different rows, objectives make different colours, and runs of one
+    # colour in one row differ in their seed alone.
     rows = {}
     labels = set()
     for run, cell, objective in zip(runs, cells_of(configs), objectives_of(configs), strict=True):
@@ -129,7 +129,7 @@ def comparable_settings(config: dict) -> dict[str, str]:
     """The settings that make a config another cell, as text: no seeds, objectives or places."""
     # A seed in a path is a seed too.
     config = json.loads(re.sub(r"seed_\d+", "seed_*", json.dumps(config)))
-    # Members that differ in seed alone are one by now, in whatever order they were named.
+    # Members that differ in seed alone have one name by now. Their order does not matter.
     config["reward_model"] = " + ".join(sorted(set(config["reward_model"])))
     left_out = ("seed", "objective", "uwo_lambda", *PLACES)
     return {name: str(value) for name, value in config.items() if name not in left_out}
@@ -232,7 +232,7 @@ def bon_curves(run: str) -> dict[str, dict]:
     if len(members) == 1:
         return {"single": members[0], **objectives}
 
-    # One curve for all members, at the n that all of them have.
+    # Members are averaged at the n that all of them have.
     stacked = over_runs(members)  # {name: [K, L]}
     single = {name: values.mean(0) for name, values in stacked.items()}
     for score in ("proxy", "gold"):
@@ -266,7 +266,7 @@ def curve_of(points: list[dict]) -> dict[str, np.ndarray]:
         curve[name] = np.array(numbers, dtype=float)  # [L]; None becomes nan
 
     for name in ("proxy", "gold"):
-        # An interval that the run has computed may be skewed, as one standard error cannot be.
+        # An interval that the run has computed is preferred, since it need not be symmetric.
         intervals = [point.get(f"{name}_interval") for point in points]
         if all(intervals):
             low, high = np.array(intervals, dtype=float).T
@@ -281,7 +281,7 @@ def curve_of(points: list[dict]) -> dict[str, np.ndarray]:
 
 def over_runs(curves: list[dict]) -> dict[str, np.ndarray]:
     """S curves -> {"x": [S, L], "kl": [S, L], ...} at the x that all of them have."""
-    # Runs of other lengths, or evaluated at other steps, have some points that others lack.
+    # Runs of different lengths, or evaluated at different steps, do not have the same points.
     shared = functools.reduce(np.intersect1d, [curve["x"] for curve in curves])
     stacked = {}
     for name in curves[0]:

@@ -1,12 +1,11 @@
 """Several processes under torchrun: set-up, DDP or FSDP2, and the few reductions of the scripts.
 
-Every rank runs the same script and makes the same number of collective calls: a rank that makes one
-less leaves the others waiting for ever. What belongs to a sample (its noise, its place in a
-minibatch) is keyed by its index in the GLOBAL batch, so the number of ranks changes results only by
-float error.
+Every rank runs the same script and makes the same number of collective calls: if one rank makes a
+call less, the others wait for it. What belongs to a sample (its noise, its place in a minibatch) is
+keyed by its index in the GLOBAL batch, so the number of ranks changes results only by float error.
 
-A rank is one process; world is how many there are. Without torchrun there is one, rank 0 of 1, for
-which every exchange in here is nothing at all.
+A rank is the number of a process, and world is how many processes there are. Without torchrun there
+is one, rank 0 of 1, and the exchanges in here do nothing.
 """
 
 import contextlib
@@ -36,7 +35,7 @@ SMALL_PROCESS = 2**29
 
 @dataclass
 class Dist:
-    """This process among the others of its run. setup() makes it, and everything is handed it."""
+    """This process among the others of its run. setup() makes it, and scripts hand it on."""
 
     rank: int
     world: int
@@ -79,7 +78,7 @@ class Dist:
         """The sum over all ranks, on the tensor's device."""
         if self.world == 1:
             return tensor
-        # A clone, since all_reduce writes into what it is given. NCCL sends from a GPU alone.
+        # A clone, since all_reduce writes into what it is given. NCCL only sends what is on a GPU.
         total = tensor.detach().clone().to(self.device)
         td.all_reduce(total)
         return total.to(tensor.device)
@@ -91,8 +90,8 @@ class Dist:
         """
         if self.world == 1:
             return tensor
-        # all_gather wants tensors of one shape. So everyone's rows are padded to the longest, and
-        # the padding is cut off again:
+        # all_gather needs tensors of one shape. So each rank pads its rows to the largest number of
+        # rows, and the padding is cut off afterwards:
         #
         #     rank 0  a a a        a a a
         #     rank 1  b        ->  b . .  ->  a a a b
@@ -119,8 +118,8 @@ class Dist:
         counts = self.gather(torch.tensor([len(parts)]))  # [world]
         most = int(counts.max())
         while len(parts) < most:
-            # However rows are cut into micro-batches, their gradients add up to the same. All ranks
-            # have as many rows (share), so there is one with two rows to cut.
+            # The sum of gradients is the same, however rows are cut into micro-batches. All ranks
+            # have as many rows (share), so this one has a micro-batch of two rows or more.
             largest = max(range(len(parts)), key=lambda i: len(parts[i]))
             parts[largest : largest + 1] = parts[largest].chunk(2)
         return parts
@@ -130,8 +129,8 @@ class Dist:
 
         An InputError on one of them is raised on all.
         """
-        # A process that raised at once would leave the others waiting in their next exchange. So
-        # all of them exchange their messages first, most of which are empty.
+        # If a process raised its error at once, the others would wait for it in their next
+        # exchange. So all exchange messages first; without an error a message is empty.
         result = None
         message = b""
         try:
@@ -139,7 +138,7 @@ class Dist:
         except InputError as e:
             if self.world == 1:
                 raise
-            # In one line, with a line end that keeps it apart from the next process's.
+            # One line, whose end separates it from the next process's message.
             line = " ".join(str(e).split()) + "\n"
             message = line.encode(errors="backslashreplace")
         own_bytes = torch.tensor(list(message), dtype=torch.uint8)
@@ -158,7 +157,7 @@ class Dist:
         after a resume would differ in its last bits. FSDP wants its first pass through the root,
         which generate() is not.
         """
-        # A frozen model has no gradients to exchange: only shards must know of each other.
+        # A frozen model has no gradients to exchange, so DDP is not needed; FSDP still is.
         trained = any(p.requires_grad for p in module.parameters())
         if self.world == 1 or not (trained or self.sharded):
             return module
@@ -166,7 +165,7 @@ class Dist:
             model = fsdp.shard(module, self, dtype)
         else:
             model = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        # The first pass, forward and backward, whose gradients are thrown away.
+        # The first forward and backward pass. Its gradients are thrown away.
         with torch.set_grad_enabled(trained), autocast(self, dtype):
             value = total(model) if total else None
         if trained:
@@ -226,7 +225,7 @@ def setup(device="auto", distributed="ddp"):
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here")
 
-    # One process a GPU: the local rank counts the processes of this machine, the rank those of all.
+    # One process a GPU. The local rank numbers the processes of this machine, and so its GPUs.
     world, rank, local = read_ranks()
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -250,14 +249,14 @@ def setup(device="auto", distributed="ddp"):
         # All are connected before one can leave with an error: the others would report only that it
         # is gone.
         td.barrier()
-    # A single process has nobody to share a model with.
+    # A single process holds the whole model.
     sharded = distributed == "fsdp" and world > 1
     return Dist(rank, world, torch.device(device), sharded)
 
 
 def read_ranks() -> tuple[int, int, int]:
     """WORLD_SIZE, RANK and LOCAL_RANK, which torchrun sets; 1, 0 and 0 without it."""
-    # int() would take "-1" and " 1_0 ", too.
+    # int() alone would accept "-1" and " 1_0 " too.
     numbers = []
     for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
@@ -275,8 +274,8 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
 
     InputError: the environment does not say where, or not all of them come there.
     """
-    # Short for the meeting, long for what follows: a typing error in MASTER_ADDR shows at once,
-    # while a rank may have to wait for another's work.
+    # The time to meet is short, so that a wrong MASTER_ADDR shows within a minute. Afterwards the
+    # time is long, since a rank may have to wait for another rank's work.
     try:
         with without_stderr():  # torch logs each try, with its stack
             meeting = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
@@ -289,14 +288,15 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
             f"MASTER_ADDR={address}, MASTER_PORT={port}); torchrun sets what they need"
         ) from None
     store.set_timeout(timeout)
-    # As torch does with a store that it makes itself: our keys are kept apart from torchrun's.
+    # torch gives a store that it makes itself the same prefix, which keeps the keys of the
+    # process group apart from torchrun's.
     return td.PrefixStore("default_pg", store)
 
 
 @contextlib.contextmanager
 def without_stderr():
     """A context in which nothing appears on stderr, of C++ neither."""
-    # sys.stderr is only Python's way to descriptor 2, to which C++ writes by itself.
+    # C++ does not use Python's sys.stderr. It writes to file descriptor 2 directly.
     usual = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -327,7 +327,7 @@ def lost_a_process(error: Exception) -> bool:
         return False
     if isinstance(error, (td.DistBackendError, td.DistNetworkError)):
         return True
-    # gloo raises plain RuntimeErrors, which only their text tells.
+    # gloo raises plain RuntimeErrors, which only their text tells apart.
     gone = re.search(r"Connection (closed|reset) by peer|Broken pipe|gloo", str(error))
     return isinstance(error, RuntimeError) and gone is not None
 
@@ -353,7 +353,7 @@ def fast_dtype(device):
     A GPU is, and a CPU with AVX-512 BF16 or AMX.
     """
     if device != "cpu" and torch.cuda.is_available():
-        # torch can emulate it on any GPU, slowly.
+        # Older GPUs can emulate bfloat16, slowly.
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

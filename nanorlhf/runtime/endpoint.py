@@ -97,7 +97,7 @@ def redact(text: str) -> str:
     key = read_key()
     if len(key) < SHORTEST_KEY:
         return text
-    # A server may quote the key in its own way, character by character.
+    # A server that quotes the key may escape any of its characters.
     pattern = ""
     for character in key:
         plain = re.escape(character)
@@ -121,7 +121,7 @@ def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0
     check_endpoint("the endpoint", url)
     wait_for_turn = pacer(requests_per_minute)
 
-    # The key is read anew for every question, and kept nowhere in between.
+    # The key is read from the environment for every question, and kept nowhere.
     def ask(question):
         address = url.rstrip("/") + "/chat/completions"
         headers = {"Content-Type": "application/json"}
@@ -129,9 +129,9 @@ def asker(url, model, max_tokens, pause=1.0, timeout=60.0, requests_per_minute=0
         if key:
             headers["Authorization"] = f"Bearer {key}"
         messages = [{"role": "user", "content": question}]
-        wanted = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
-        body = json.dumps(wanted).encode()
-        # A try counts as a request, whatever comes of it: the rate is what the endpoint allows.
+        fields = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        body = json.dumps(fields).encode()
+        # Every try waits for its turn, since the endpoint counts failed requests too.
         for attempt in range(TRIES):
             wait_for_turn()
             text, problem, seconds = post(address, body, headers, timeout)
@@ -176,7 +176,8 @@ def request(url, body, headers, timeout):
             if response.length:  # bytes that are still to come: read(n) does not miss them
                 raise IncompleteRead(text, response.length)
             return text.decode("utf-8", "replace"), "", 0
-    # Three ways to end: the question is refused, the endpoint is of no use, or one may try again.
+    # An error ends in one of three ways: the question is refused (Rejected), the endpoint is of no
+    # use (Unreachable), or the problem may pass, and asker() tries again.
     except urllib.error.HTTPError as e:
         problem = redact(f"HTTP {e.code} {e.reason}")
         seconds = retry_after(e.headers.get("Retry-After", ""))
@@ -251,7 +252,7 @@ def pacer(per_minute):
 
     def wait_for_turn():
         nonlocal free_at
-        # Turns are handed out under the lock, and waited for outside of it.
+        # A thread takes its turn under the lock. It waits outside, so others can take theirs.
         with lock:
             mine = max(free_at, time.monotonic())
             free_at = mine + interval
@@ -266,7 +267,7 @@ def ask_all(ask, questions, parallel=1):
     A ValueError or Rejected may stand in the place of an answer. Raises Unreachable once all that
     was under way has come in. Nothing is asked after it, or after the caller has stopped listening.
     """
-    # Set by the first question that finds the endpoint down, and when the caller stops listening.
+    # Set when a question finds the endpoint down, and when the caller stops listening.
     stop = threading.Event()
     down = None
 
@@ -283,7 +284,7 @@ def ask_all(ask, questions, parallel=1):
 
     with ThreadPoolExecutor(parallel) as pool:
         asked = {pool.submit(one, question): i for i, question in enumerate(questions)}
-        # Answers that were under way come in and are paid for, so they are handed on all the same.
+        # Answers that are under way when one fails are paid for, so they are still handed on.
         try:
             for future in as_completed(asked):
                 if isinstance(future.exception(), Unreachable):

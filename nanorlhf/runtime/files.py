@@ -103,7 +103,6 @@ def parse_json(
     place = path if line is None else f"{path}:{line}"
     if isinstance(text, bytes):
         text = decode_text(text, place)
-    # The reading may raise any of the errors below, and each is told in its own words.
     try:
         if is_row:
             value = STRICT_ROWS.decode(text)
@@ -284,8 +283,8 @@ def append_lines(path: str, rows: Iterable):
 
 def replace_file(path: str):
     """Put the finished file `path`.tmp in the place of `path`."""
-    # The bytes, then the name, then the list of names: in any other order a power cut could leave
-    # a name without its bytes.
+    # First the bytes, then the name, then the folder's list of names. In another order a power cut
+    # could leave a name without its bytes.
     sync(path + ".tmp")
     os.replace(path + ".tmp", path)
     sync(os.path.dirname(path) or ".")
@@ -396,7 +395,7 @@ def check_can_write(path: str):
     """
     check_name(path)
     require(not path.endswith("/"), f"{path}: the name of a folder; a file is written here")
-    # A name of this process's own: another one may be trying the same folder.
+    # The process id is in the name, since another process may be trying the same folder.
     trial = f"{os.path.abspath(path)}.{os.getpid()}.tmp"
     descriptor, made_folders = make_file(trial, path)
     os.close(descriptor)
@@ -438,7 +437,7 @@ def missing_folders(folder: str) -> list[str]:
 
 def remove_empty(folders: list[str]) -> None:
     """Remove folders, the innermost first, up to the first one that something is in."""
-    # rmdir() refuses a folder that is not empty, and then the outer ones are not empty either.
+    # rmdir() fails on a folder that is not empty. The outer ones are then not empty either.
     with contextlib.suppress(OSError):
         for folder in folders:
             if os.path.lexists(folder):
@@ -494,7 +493,7 @@ def put_folder(temporary: str, path: str):
             sync(os.path.join(folder, file))
         sync(folder)
 
-    # A folder with something in it cannot be replaced in one move, as a file can: so two moves.
+    # A folder that is not empty cannot be replaced in one move, as a file can. So there are two.
     aside = beside(path, ".old_")
     if os.path.lexists(path):
         os.rename(path, aside)
@@ -505,7 +504,7 @@ def put_folder(temporary: str, path: str):
 
 def recover_folder(path: str):
     """After a kill in replace_folder(path): an old folder without a new one gets its place back."""
-    # With both there, the kill came after the new one was in its place.
+    # Where both are there, the kill came after the new folder was in its place: the old one goes.
     aside = beside(path, ".old_")
     if os.path.lexists(aside) and not os.path.lexists(path):
         os.rename(aside, path)
@@ -575,8 +574,8 @@ def python_function(spec: str) -> Callable:
 @functools.cache
 def import_file(path: str, changed: float) -> types.ModuleType:
     """The module that a .py file holds. changed: the file's time, a part of the cache's key."""
-    # Each file's module has a name of its own: two that are both called reward.py do not get into
-    # each other's way.
+    # Each file's module has a name of its own. So two files that are both called reward.py can be
+    # used side by side.
     name = f"user_file_{digest(path, changed)}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)

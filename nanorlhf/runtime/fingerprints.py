@@ -46,7 +46,7 @@ def input_paths(config: dict) -> list[str]:
             path = path_in(name, text)
             if path:
                 paths.append(path)
-    # An adapter's weights are worth nothing without those of its base.
+    # An adapter's base is an input too: the same adapter on another base is another model.
     for path in list(paths):
         paths += base_models(path)
     return list(dict.fromkeys(paths))
@@ -72,7 +72,7 @@ def path_in(name: str, text: str) -> str:
         candidates = [code_file(text)]
     else:  # PATH, FILE.py:FUNCTION, or FOLDER:SPLIT or FOLDER:CONFIG:SPLIT of a data set
         candidates = without_split(text)
-    # The first that is there, the longest name before its parts: a file's name may hold a colon.
+    # The longest name that is there is taken, since a file's name may hold a colon.
     for path in candidates:
         inner = os.path.join(path, "model")
         if path and os.path.isdir(inner):
@@ -115,7 +115,7 @@ def hub_names(config: dict) -> list[str]:
     names = []
     for setting in MODELS:
         for text in texts_of(config, setting):
-            # NAME or OWNER/NAME. Deeper names are paths, and FILE.py:FUNCTION is no model.
+            # A hub name is NAME or OWNER/NAME. Deeper names are paths; FILE.py:FUNCTION is code.
             may_be_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text)
             if may_be_on_hub and not os.path.exists(text):
                 names.append(text)
@@ -134,7 +134,7 @@ def files_in(path: str) -> list[str]:
         return [path]
     files = []
     for folder, subfolders, names in os.walk(path):
-        # In place: os.walk() goes on into what is left in its own list.
+        # os.walk() goes into the folders that are left in this list, so the list itself is changed.
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             if not name.startswith("."):
@@ -164,7 +164,7 @@ def fingerprint_path(path: str, known: dict | None = None) -> dict:
     InputError: a file cannot be read.
     """
     try:
-        # A look at the files costs nothing, and a model may have many GB to read.
+        # Sizes and times cost nothing to look up, while a model may have many GB to read.
         stats = [os.stat(file) for file in files_in(path)]
         size = sum(stat.st_size for stat in stats)
         mtime = max((stat.st_mtime_ns for stat in stats), default=0)
@@ -184,7 +184,7 @@ def fingerprint_hub(name: str) -> dict | None:
         file = cached_file(name, "config.json", local_files_only=True)
     except OSError:  # not on this machine
         return None
-    # The hub's cache: .../models--OWNER--NAME/snapshots/COMMIT/config.json
+    # The place in the hub's cache is .../models--OWNER--NAME/snapshots/COMMIT/config.json.
     commit = re.search(r"/snapshots/([0-9a-f]+)/", file)
     if commit is None:
         return None

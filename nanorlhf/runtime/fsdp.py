@@ -34,7 +34,7 @@ def all_blocks(module: nn.Module) -> list[nn.Module]:
     """
     by_id = {}
     for model in module.modules():
-        # Every model of transformers has a base_model. An LM's trunk has the blocks of the LM.
+        # Every model of transformers has a base_model. An LM and its trunk have the same blocks.
         if hasattr(model, "base_model"):
             for block in blocks(model):
                 by_id[id(block)] = block
@@ -56,12 +56,12 @@ def shard(module: nn.Module, dist, dtype: str = "float32") -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # From the inside out, since a unit holds what no unit inside of it holds. For the root, which
-    # comes last, the embeddings, the last norm and the LM head are left.
     mesh = init_device_mesh(dist.device.type, (dist.world,))
     precision = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    # Inner units come first: a unit holds what no unit inside of it holds. So the embeddings, the
+    # last norm and the LM head are left for the root, which comes last.
     for name, part in module.named_modules():
         if name.split(".")[-1] in FLOAT32_UNITS:
             fully_shard(part, mesh=mesh)
@@ -98,7 +98,7 @@ def gathered(*modules: nn.Module | None):
             units.extend(unit for unit in module.modules() if is_sharded(unit))
     units = list(dict.fromkeys(units))  # each once: modules may share some
 
-    # A unit is freed after its own forward pass unless it is told otherwise.
+    # Usually a unit frees its gathered weights after its own forward pass.
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -129,7 +129,7 @@ def whole(module: nn.Module | None = None, main: bool = True):
     full = {}  # {id of a parameter: the whole of it}
     for _, _, p in places:
         if id(p) not in full:
-            # All processes take part in this exchange, in the same order, whoever keeps the result.
+            # Only the main process keeps the result, but all processes must take part.
             tensor = p.detach()
             if is_dtensor(p):
                 tensor = tensor.full_tensor()

@@ -67,8 +67,8 @@ def describe_flag(flag: Field, hint, width: int) -> list[str]:
     lines = textwrap.wrap(
         about, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
-    # Three layouts, by the length of the name: over several lines, on a line of its own, or with
-    # the help beside it.
+    # The longer the name with its choices, the more room it gets: several lines, a line of its own,
+    # or the beginning of a line of help.
     if len(name) > width:  # many choices
         names = textwrap.wrap(name.replace(",", ", "), width, subsequent_indent=" " * 2 * INDENT)
         return [*names, *lines]
@@ -79,7 +79,7 @@ def describe_flag(flag: Field, hint, width: int) -> list[str]:
 
 def placeholder_of(flag: Field, hint) -> str:
     """What a flag takes: {a,b} where it has choices, else N, X or TEXT; nothing for a switch."""
-    # list[str] is several TEXT, and int | None is N.
+    # list[str] is shown as TEXT ..., and int | None as N.
     several = typing.get_origin(hint) is list
     kind = hint
     for part in typing.get_args(hint):

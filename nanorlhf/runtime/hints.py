@@ -36,7 +36,7 @@ def check_made(path: str) -> None:
 
 def default_of(path: str) -> str:
     """The default folder that `path` is, or lies in; "" if there is none."""
-    # runs/sft/model -> runs/sft, which is one; ../x/y -> ../x -> .. -> "", which is none.
+    # Go up until a default folder is reached (runs/sft/model, runs/sft) or the top (../x, .., "").
     path = os.path.normpath(path)
     while path not in MADE_BY:
         path = os.path.dirname(path)

@@ -48,21 +48,21 @@ def lock(folder: str) -> None:
     check_name(folder)
     place = os.path.realpath(folder)
     file = os.path.join(place, LOCK_FILE)
-    # Each turn opens the file that has the name at that moment, and ends with an error, with the
-    # lock, or with a file that has lost its name meanwhile.
+    # The last holder may remove the file between make_file() and take(). Then the next turn makes a
+    # new one.
     while place not in held:
         descriptor, made = make_file(file, f"the folder {folder}")
         take(descriptor, folder)
         if is_in_place(descriptor, file):
             held[place] = Lock(descriptor, file, made)
         else:
-            # The last holder removed the file after it was opened here: nobody would see this lock.
+            # Nobody would see a lock on a file that has lost its name.
             os.close(descriptor)
 
 
 def take(descriptor: int, folder: str) -> None:
     """Lock an open lock file, or close it and raise an InputError."""
-    # LOCK_NB: not to wait. A run that waits unseen for another looks as if it hung.
+    # LOCK_NB: raise instead of waiting. A run that waits for another looks as if it hung.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -89,7 +89,7 @@ def unlock_afterwards() -> Iterator[None]:
 
     The lock file goes, and so do the folders that were made for it, where nothing else is in them.
     """
-    # What was locked before stays so: contexts may be nested.
+    # What was locked before stays locked, so contexts can be nested.
     before = set(held)
     try:
         yield

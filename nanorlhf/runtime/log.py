@@ -90,7 +90,7 @@ class RunFolder:
         if not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
 
-        # config.json is the first file of a run, summary.json the last.
+        # A run writes config.json first and summary.json last.
         stored = os.path.join(self.path, "config.json")
         if os.path.isfile(stored):
             self.inputs = read_config(stored)["inputs"]
@@ -208,14 +208,14 @@ class RunFolder:
                 size = os.path.getsize(path)
                 logs[name] = {"size": size, "sha256": digest_start(path, size)}
             state = {**state, "logs": logs}
-        # Shards are on all processes; what is whole is the same on all.
+        # With shards every process writes its own. Without them all processes hold the same.
         if self.dist.main or is_sharded(module):
             checkpoint.save(self.path, step, module, optimizer, state, keep, self.dist, more)
         self.dist.barrier()
 
     def records(self) -> list[dict]:
         """The rows of metrics.jsonl."""
-        # The main process has written all of them before any process reads.
+        # Nobody reads before the main process has written all rows.
         self.dist.barrier()
         return read_rows(os.path.join(self.path, "metrics.jsonl"), {"step": int})
 
@@ -251,7 +251,7 @@ class RunFolder:
 
         All processes call this, since shards must be gathered first.
         """
-        # args[0] is the module: a policy, say.
+        # args[0] is the module, a policy for example. Its shards are gathered in here.
         with whole(*args[:1], main=self.dist.main):
             if self.dist.main:
                 replace_folder(os.path.join(self.path, "model"), lambda path: save(*args, path))
@@ -262,7 +262,8 @@ class RunFolder:
 
         Returns the summary.
         """
-        # In this order: a kill in between leaves a run that is done, with checkpoints to remove.
+        # The summary comes first. A kill in between leaves a run that is done, and already_done()
+        # removes its checkpoints.
         if self.dist.main:
             write_json(os.path.join(self.path, "summary.json"), summary)
         self.remove_checkpoints()
@@ -306,7 +307,7 @@ def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
     """
     require(os.path.isfile(path), f"{path}: no such file")
 
-    # An embedding that is asked for an id out of range raises an error that names no file.
+    # An embedding raises an error for an id out of range, but that error names no file.
     def are_ids(value):
         is_list = isinstance(value, list) and len(value) > 0
         return is_list and all(type(i) is int and 0 <= i < vocabulary for i in value)

@@ -42,7 +42,7 @@ def learning_rate(
         return lr * (step + 1) / warmup
     if schedule == "constant":
         return lr
-    # The last step is steps - 1, so `done` stays below 1, and the last rate above final * lr.
+    # The last step is steps - 1, so `done` stays below 1: the rate does not quite reach final * lr.
     done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
     if schedule == "linear":
         left = 1 - done

@@ -135,7 +135,7 @@ def save(draw: Callable, what, path: str) -> str | None:
         import matplotlib.figure
     except ImportError:
         return None
-    # A figure of its own, without pyplot: no window, no display, and nothing left open.
+    # A figure that is made without pyplot needs no display and no closing.
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(layout="constrained")
         draw(figure, what)
@@ -186,8 +186,8 @@ def choose_panels(logged: set[str]) -> dict[str, str]:
     """Keys of metrics.jsonl -> {name in PANELS: the key that its panel shows}."""
     panels = {}
     for name in PANELS:
-        # The last name that was logged wins: a metric that is measured on held-out prompts too is
-        # shown on these.
+        # The last of the three that was logged is shown. So a metric that is measured on held-out
+        # prompts too is shown for these.
         for key in (f"score_{name}", name, f"eval/{name}"):
             if key in logged:
                 panels[name] = key
@@ -213,14 +213,14 @@ def lines_of_panel(name: str, key: str, logged: set[str]) -> dict[str, str]:
 
 def draw_metric(axis, records: list[dict], key: str, label: str):
     """The line of one metric, with a band of its standard error where there is one."""
-    # Evaluations are in some of the records only.
+    # A record has a metric of evaluations only if its step had one.
     points = []
     for record in records:
         if key in record:
             points.append((record["step"], record[key], record.get(f"{key}_se", 0.0)))
     steps, values, errors = np.array(points, dtype=float).T  # [L] each; None becomes nan
 
-    # Of few points each is marked; many would hide the line.
+    # Few points are marked one by one. Many marks would hide the line.
     marker = None
     if len(steps) < 15:
         marker = "o"
@@ -249,7 +249,7 @@ def comparison_figure(figure, runs: list[str]):
         for label, group in row.items():
             labels.append(label)
             most_runs = max(most_runs, len(group))
-    # One colour for a label in all rows, so that rows can be compared at a glance.
+    # A label has the same colour in all rows, so that rows can be compared at a glance.
     colours = colours_of(labels)
 
     row_height = 3.2
@@ -290,7 +290,7 @@ def draw_legend(figure, rows: dict, handles: list[tuple]):
             text += f", {numbers} runs"
         texts.append(text)
 
-    # One line of text where all of it fits, else columns as wide as the longest.
+    # All labels stand on one line where they fit. Else each column has room for the longest label.
     widths = [len(text) + LEGEND_HANDLE for text in texts]
     columns = len(texts)
     if sum(widths) >= LEGEND_WIDTH:
@@ -318,7 +318,7 @@ def colours_of(labels: list[str]) -> dict[str, str]:
         order = fixed + order
     order = list(dict.fromkeys(order))  # each once
 
-    # matplotlib's colours C0 to C9, by the place in that order.
+    # matplotlib has ten colours, C0 to C9.
     numbers = {label: order.index(name) for label, name in names.items()}
     in_order = sorted(labels, key=numbers.get)
     return {label: f"C{numbers[label] % 10}" for label in in_order}
@@ -335,7 +335,6 @@ def draw_group(axes, curves: dict[str, np.ndarray], colour: str, look: Look):
     if np.isfinite(mean["gold"]).any():
         main = "gold"
 
-    # A single run has its own band; that of several is how far they lie apart.
     low = mean[f"{main}_low"]
     high = mean[f"{main}_high"]
     n_runs = len(curves["x"])
@@ -344,7 +343,7 @@ def draw_group(axes, curves: dict[str, np.ndarray], colour: str, look: Look):
         low = mean[main] - error
         high = mean[main] + error
 
-    # An estimate of a KL near 0 may be below it.
+    # The estimate of a KL near 0 may be negative.
     d = np.sqrt(curves["kl"].clip(0)).mean(0)  # [L]
     for axis, x, marker in ((axes[0], mean["x"], ""), (axes[1], d, "o")):
         axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -364,8 +363,8 @@ def draw_fit(axis, curves: dict[str, np.ndarray], look: Look):
     is_known = np.isfinite(curves["gold"]).all(0)  # [L]
     kl = curves["kl"][:, is_known].clip(0)  # [S, known points]
     gold = curves["gold"][:, is_known]
-    # The formulas are of what gold gains since the start, where d = 0. Their two coefficients need
-    # two further points.
+    # The curve is fitted to the gain in gold since the start, where d = 0. Its two coefficients
+    # need two further points.
     knows_start = is_known[0] and curves["x"][0, 0] == look.start
     if not knows_start:
         return

@@ -19,7 +19,7 @@ def parse_ids(text):
         is_number = part.strip().isdecimal() and len(part) < 19
         require(is_number, f"--features {text}: it must be numbers, such as 3,17")
         ids.append(int(part))
-    # Feature 3 is one feature, however often it is named.
+    # A feature that is named twice is taken once.
     return list(dict.fromkeys(ids))
 
 
@@ -49,7 +49,7 @@ def results_folder(config, dist):
     A folder of anything else is an error. config.json says whose results they are, since the flags
     of `pairs` would pass for those of an early `reward`; those of older results do not say it.
     """
-    # All settings are free: these results are made again by whatever flags, over those of before.
+    # All settings are free: results may be made again with other flags, over the old ones.
     folder = RunFolder(config, dist, free=(*vars(config), "command"), written_again=True)
     folder.config["command"] = type(config).__name__.removesuffix("Config")
     stored = os.path.join(config.output_dir, "config.json")
@@ -69,7 +69,7 @@ def save(config, folder, summary, text, draw):
     """summary.json, the picture draw(figure, summary) and the table: on the main process."""
     if not folder.dist.main:
         return
-    # config.json first: a kill later leaves a folder that the same command may write into.
+    # config.json comes first. After a kill the same command may then write into the folder again.
     os.makedirs(config.output_dir, exist_ok=True)
     write_json(os.path.join(config.output_dir, "config.json"), folder.config)
     write_json(os.path.join(config.output_dir, "summary.json"), summary)

@@ -44,7 +44,7 @@ def settings_that_differ(stored: str, config, free=()) -> list[str]:
 
     A flag that is younger than the run had its default.
     """
-    # The two are compared as JSON: a tuple has become a list there, for one.
+    # Both are compared as they are in JSON, where a tuple, for example, has become a list.
     run = read_config(stored)
     run.pop("inputs", None)
     settings = as_json(config)
@@ -54,7 +54,7 @@ def settings_that_differ(stored: str, config, free=()) -> list[str]:
         elif field.default_factory is not dataclasses.MISSING:
             run.setdefault(field.name, field.default_factory())
 
-    # A flag that the run had and no longer exists differs as well.
+    # A setting of the run whose flag no longer exists counts as a difference.
     names = []
     for name in {**run, **settings}:
         if name not in free and run.get(name) != settings.get(name):

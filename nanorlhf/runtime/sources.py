@@ -24,7 +24,8 @@ FILES_OF_ROWS = (".jsonl", ".json", ".csv")
 def read_any(spec: str) -> list[tuple[str, dict]]:
     """What --dataset names, other than the embedded world -> [(place, row)], one row at least."""
     require(spec, "a data set without a name")
-    # A name that ends like those is a file, there or not. Any other file but Parquet may be JSON.
+    # A name that ends like a file of rows is one, even if it is missing: read_file() says so. Any
+    # other file but Parquet is read as JSON.
     is_other_file = os.path.isfile(spec) and not spec.endswith(".parquet")
     if is_file_of_rows(spec) or is_other_file:
         return read_file(spec)
@@ -119,7 +120,7 @@ def split_name(spec: str) -> tuple[str, str | None, str]:
     """
     if os.path.exists(spec):
         return spec, None, "train"
-    # NAME:CONFIG:train[:100] -> NAME, CONFIG and train[:100], whose colon separates nothing.
+    # NAME:CONFIG:train[:100] -> NAME, CONFIG, train[:100]. A colon in brackets is no separator.
     head, bracket, part = spec.partition("[")
     names = head.split(":")
     require(len(names) <= 3, f"{spec}: a data set is NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")

@@ -40,7 +40,7 @@ def check_tensors(tensors: dict, shapes: dict, place: str):
 
     Each must hold floating-point numbers, and all of them must be finite in float32.
     """
-    # Tensors that nobody expects are left to the caller.
+    # The caller decides about tensors that are not expected.
     for name, shape in shapes.items():
         require(name in tensors, f"{place}: the tensor {name} is missing")
         tensor = tensors[name]
@@ -52,6 +52,6 @@ def check_tensors(tensors: dict, shapes: dict, place: str):
         dtype = str(tensor.dtype).removeprefix("torch.")
         is_float = tensor.is_floating_point()
         require(is_float, f"{place}: {name} holds {dtype}, not floating-point numbers")
-        # A run that diverged saves NaN, a damaged file holds anything, and float64 may hold 1e300.
+        # A run that diverged saves NaN, and a float64 of 1e300 is infinite in float32.
         is_finite = bool(tensor.detach().float().isfinite().all())
         require(is_finite, f"{place}: {name} holds numbers that are not finite")
