@@ -381,7 +381,7 @@ def check_name(path: str):
 
 def is_inside(path: str, folder: str) -> bool:
     """Whether a path lies in a folder or below it, by its name or by where its links lead."""
-    # runs/x/code.py may be a link to elsewhere, and elsewhere/code.py one into runs/x.
+    # runs/x/code.py may be a link to elsewhere/code.py, or the other way round.
     for real in (os.path.abspath, os.path.realpath):
         if os.path.commonpath([real(path), real(folder)]) == real(folder):
             return True
