@@ -41,9 +41,15 @@ from nanorlhf.evaluation import (
     score_gold,
 )
 from nanorlhf.hf.blocks import speed_up
-from nanorlhf.hf.folders import check_model, check_vocabulary
+from nanorlhf.hf.folders import check_model
 from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
-from nanorlhf.models import load_policy, load_tokenizer, reference_of, save_policy
+from nanorlhf.models import (
+    check_reads_tokens,
+    load_policy,
+    load_tokenizer,
+    reference_of,
+    save_policy,
+)
 from nanorlhf.packing import pack, response_mask_of
 from nanorlhf.rewards import expand, load_reward
 from nanorlhf.rollout import SamplingFlags, check_rollouts, roll_out
@@ -365,8 +371,7 @@ def main(config):
     tokenizer = load_tokenizer(config.model)
     if config.value_model:
         # It reads the policy's tokens; reward models look at theirs themselves.
-        value_config = check_model(config.value_model).get_text_config()
-        check_vocabulary(config.value_model, tokenizer, value_config.vocab_size)
+        check_reads_tokens(config.value_model, tokenizer)
 
     def encode(rows):
         return ready_prompts(

@@ -46,7 +46,7 @@ from nanorlhf.control import sarm_training
 from nanorlhf.ensemble import average_weights
 from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.blocks import speed_up
-from nanorlhf.hf.folders import check_model, context_length
+from nanorlhf.hf.folders import check_model, choose_max_length
 from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
 from nanorlhf.models import (
     knows_scale,
@@ -361,7 +361,7 @@ def encode_data(rows, held_out, note, config, dist):
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
     rows, n_flipped = data.flip_labels(rows, config.label_noise, config.noise_seed)
 
-    max_length = config.max_length or context_length(check_model(config.model))
+    max_length = choose_max_length(config.max_length, check_model(config.model))
     # Both answers of a pair are cut together, and keep the same part of the prompt.
     pairs, cuts = encode_pairs(rows, tokenizer, max_length, config)
     dist.print(f"reward model on {config.dataset}: {note}, {n_flipped} labels flipped, {cuts}")
@@ -414,7 +414,7 @@ def average_members(config, dist):
     tokenizer = load_shared_tokenizer(config.model, config.average)
     rows, held_out, note = load_splits(config, "pairs")
     _, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)
-    max_length = config.max_length or context_length(check_model(config.model))
+    max_length = choose_max_length(config.max_length, check_model(config.model))
     held_out_pairs = encode_splits(held_out, tokenizer, max_length, config)
     golds = gold_scores(held_out_pairs, tokenizer, config, dist)
 

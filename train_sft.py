@@ -37,7 +37,7 @@ from nanorlhf.dpo import ROUNDING, dpo_loss, ipo_loss, simpo_loss
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evaluation import PPOParts, evaluate, record_evaluation
 from nanorlhf.hf.blocks import eager, sampling, speed_up
-from nanorlhf.hf.folders import check_model, context_length
+from nanorlhf.hf.folders import check_model, choose_max_length, context_length
 from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
 from nanorlhf.models import Policy, load_policy, load_tokenizer, reference_of, save_policy
 from nanorlhf.packing import micro_batches, pack, response_mask_of
@@ -247,7 +247,7 @@ def main(config):
     else:
         model_config = check_model(config.model)
         tokenizer = load_tokenizer(config.model)
-    max_length = config.max_length or context_length(model_config)
+    max_length = choose_max_length(config.max_length, model_config)
 
     # Everything becomes token ids once, before the loop: a step only picks rows and packs them.
     rows, held_out = leave_out_of_splits(tokenizer, rows, held_out, config, dist.print)

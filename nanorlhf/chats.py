@@ -49,17 +49,22 @@ def read_messages(place: str, value, name: str = "messages") -> list[Message]:
 
 def read_message(place: str, message) -> Message:
     """A message of a data set -> {role, content}. place: its file, row and place in the chat."""
-    # {"role": "user", "content": "Hi"} or, after ShareGPT, {"from": "human", "value": "Hi"}.
+    # {"role": "user", "content": "Hi"} or, after ShareGPT, {"from": "human", "value": "Hi"}. Where
+    # a table holds both kinds, each message has all four, and null for those that are not its own.
     is_object = isinstance(message, dict)
     require(is_object, f"{place} must be an object with role and content")
-    name = message.get("role", message.get("from"))
+    name = message.get("role")
+    if name is None:
+        name = message.get("from")
     role = ROLES.get(name) if isinstance(name, str) else None
     require(role, f"{place}: the role must be one of {ROLE_NAMES}, not {shorten(name)}")
     # Without its tool calls an answer could not be understood, so such a chat is refused. An empty
     # field is no call: a data set may have one in all messages.
     for calls in ("tool_calls", "function_call"):
         require(not message.get(calls), f"{place}: {calls} cannot be read, only texts can")
-    content = message.get("content", message.get("value"))
+    content = message.get("content")
+    if content is None:
+        content = message.get("value")
     return {"role": role, "content": read_content(place, content)}
 
 

@@ -241,13 +241,13 @@ def canonical(prompt: Prompt) -> str:
 def columns_for_files(row: dict) -> dict:
     """{"row": the data's own row} for a file of answers; {} where it has no further columns.
 
-    Columns that JSON cannot hold, such as images, are left out.
+    Columns that JSON cannot hold, such as images and NaN, are left out.
     """
     # Each column is tried by itself, so that an image takes no other column with it.
     columns = {}
     for name, value in row.get("row", {}).items():
         try:
-            json.dumps(value)
+            json.dumps(value, allow_nan=False)
         except (TypeError, ValueError):
             continue
         columns[name] = value

@@ -5,6 +5,8 @@ Scripts print an InputError in one line, without a traceback, and exit with code
 
 import argparse
 import contextlib
+import os
+import sys
 
 
 class InputError(ValueError):
@@ -19,7 +21,8 @@ def user_code(what: str):
     """A context for code that a user wrote: whatever it raises becomes an InputError.
 
     The message is `what`, then the error's name and text. sys.exit(), quit() and argparse would end
-    the run with an exit code of their own, so they count too. Ctrl-C passes.
+    the run with an exit code of their own, so they count too. Ctrl-C passes. What the code has set
+    for the whole process is set back (keep_settings).
     """
 
     def exit_without_usage(parser, message):
@@ -29,13 +32,36 @@ def user_code(what: str):
     argparse_error = argparse.ArgumentParser.error
     argparse.ArgumentParser.error = exit_without_usage
     try:
-        yield
+        with keep_settings():
+            yield
     except KeyboardInterrupt:
         raise
     except BaseException as e:
         raise InputError(f"{what} {type(e).__name__}: {first_line(e)}") from e
     finally:
         argparse.ArgumentParser.error = argparse_error
+
+
+@contextlib.contextmanager
+def keep_settings():
+    """A context for code that a user wrote: at its end the process is set as it was before.
+
+    Rewards with a model of their own often begin with torch.set_grad_enabled(False), with which
+    nothing could be trained any more. Those that run programs may leave the folder that the run's
+    own names start from.
+    """
+    folder = os.getcwd()
+    torch = sys.modules.get("torch")  # commands that only draw do without it
+    if torch is not None:
+        with_gradients = torch.is_grad_enabled()
+        dtype = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        if torch is not None:
+            torch.set_grad_enabled(with_gradients)
+            torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager
@@ -52,7 +78,10 @@ def library_call(what: str):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; the name of its type where it says nothing."""
+    """The first line of what an error says; the name of its type where it says nothing.
+
+    A line that is longer than a page is cut: some errors quote all that they were given.
+    """
     try:
         lines = str(error).strip().splitlines()
     # The error may be of a user's class, whose __str__ is wrong.
@@ -60,7 +89,7 @@ def first_line(error: BaseException) -> str:
         lines = []
     if not lines:
         return type(error).__name__
-    return lines[0]
+    return lines[0][:2000]
 
 
 # ------------------------------------------------------------------------------------------ checks

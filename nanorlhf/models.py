@@ -551,6 +551,19 @@ def load_shared_tokenizer(path: str, others: Iterable[str], needs_eos: bool = Tr
     return tokenizer
 
 
+def check_reads_tokens(path: str, tokenizer):
+    """InputError where a model cannot read token ids of this tokenizer, which is another model's.
+
+    It lacks some of them, or its own tokenizer means other words by them. A folder without a
+    tokenizer does not say what it means.
+    """
+    check_vocabulary(path, tokenizer, check_model(path).get_text_config().vocab_size)
+    if has_tokenizer(resolve(path)):
+        own = load_tokenizer(path, needs_eos=False)
+        is_same = own.get_vocab() == tokenizer.get_vocab()
+        require(is_same, f"{path}: its tokenizer is not the policy's, whose tokens it would read")
+
+
 # -------------------------------------------------------------------------- what a name stands for
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from . import world
 from .chats import as_chat, is_chat, show
 from .errors import InputError, library_call, require, user_code
+from .hf.adapters import resolve
 from .hf.folders import check_model, context_length, readable_length
 from .models import RewardModel, fingerprint, load_tokenizer, pretrained
 from .packing import Answers, Packed, micro_batches, pack
@@ -106,9 +107,28 @@ def expand(specs: str | list[str], flag: str = "--reward_model") -> list[str]:
             expanded.append(spec)
 
     require(expanded, f"{flag} names no reward")
+    names = {}  # {what a name stands for: the name}
     for spec in expanded:
-        require(expanded.count(spec) == 1, f"{flag} names {spec} twice")
+        reward = locate(spec)
+        also = f" (also as {names[reward]})" if names.get(reward, spec) != spec else ""
+        require(reward not in names, f"{flag} names {spec} twice{also}")
+        names[reward] = spec
     return expanded
+
+
+def locate(spec: str) -> tuple[str, str]:
+    """Where a reward is, and which one there: the same for rm, ./rm, rm/model and links to them."""
+    kind = kind_of(spec)
+    which = ""
+    path = spec
+    if kind == "function":
+        path, _, which = spec.rpartition(":")
+    elif kind == "model":
+        path, which = split_label(spec)
+        path = resolve(path)
+    if os.path.exists(path):
+        path = os.path.realpath(path)
+    return path, which
 
 
 def expand_seeds(spec: str) -> list[str]:
@@ -164,8 +184,11 @@ def check_reward(spec: str):
         read_lexicon(spec)
     elif kind == "model":
         path, label = split_label(spec)
+        is_code = os.path.isfile(path) and path.endswith(".py")
+        require(not is_code, f"{spec}: name a function in it, as {spec}:FUNCTION")
         if is_sarm(path):
             check_sarm(path)
+            require(not label, f"{spec}: a SARM gives one score, and has no label {label!r}")
         else:
             check_label(path, check_model(path), label)
 
@@ -284,6 +307,7 @@ def text_reward(name: str, function: Callable) -> Reward:
     largest = torch.finfo(torch.float32).max
     needs_rows = takes_rows(function)
 
+    @torch.no_grad()
     def reward(answers: Answers) -> Tensor:
         # The function gets lists of its own: it may sort or empty them, and the next reward
         # reads the same answers.
@@ -297,7 +321,7 @@ def text_reward(name: str, function: Callable) -> Reward:
         with user_code(f"the reward {name} raised"):
             returned = function(*given)
         with user_code(f"the reward {name} must return one float for each response:"):
-            scores = read_scores(returned)
+            scores = read_scores(returned, len(answers))
 
         # Anything but a finite number for each answer would spoil the training without a word.
         n_scores = len(scores)
@@ -331,10 +355,11 @@ def takes_rows(function: Callable) -> bool:
     return is_positional and (third.name == "rows" or third.default is third.empty)
 
 
-def read_scores(returned) -> list[float]:
+def read_scores(returned, n: int) -> list[float]:
     """The scores that a function returned, in any iterable that keeps their order, as floats.
 
-    Each is a real number of Python, numpy or torch. TypeError: anything else, such as text.
+    Each is a real number of Python, numpy or torch. TypeError: anything else, such as text, or more
+    than n numbers: an iterable may have no end.
     """
     if inspect.iscoroutine(returned):
         returned.close()  # else Python warns that nobody has waited for it
@@ -345,6 +370,8 @@ def read_scores(returned) -> list[float]:
 
     scores = []
     for value in returned:
+        if len(scores) == n:
+            raise TypeError(f"it returned more than {n} scores")
         number = value
         if hasattr(value, "item"):  # numpy's and torch's numbers
             number = value.item()

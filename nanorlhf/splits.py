@@ -77,7 +77,10 @@ def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], s
     if kind == "pairs":
         rows, n_skipped = drop_equal_pairs(rows, config.dataset)
         for label, part in held_out.items():
-            held_out[label], n = drop_equal_pairs(part, config.dataset)
+            source = sources[label]
+            if source in ("test", "ood"):
+                source = source_of_held_out(config)
+            held_out[label], n = drop_equal_pairs(part, source)
             n_skipped += n
         if n_skipped:
             remarks.append(f"{n_skipped} with chosen == rejected skipped")

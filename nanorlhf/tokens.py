@@ -314,7 +314,7 @@ def render(tokenizer, messages: list[dict], generation: bool = False, place: str
     """A chat as its template writes it.
 
     generation: up to where an assistant's turn begins. InputError: there is no template, or it
-    refuses the chat, as some do with system prompts.
+    refuses the chat, as some do with system prompts, or it leaves the last turn out.
     """
     require(
         tokenizer.chat_template,
@@ -328,9 +328,15 @@ def render(tokenizer, messages: list[dict], generation: bool = False, place: str
             message = {**message, "content": without_eos(tokenizer, message["content"])}
         turns.append(message)
     with library_call(f"{place}: refused by the tokenizer's chat template"):
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             turns, add_generation_prompt=generation, tokenize=False
         )
+    # A template that knows other names of roles writes nothing of these. The last word is enough:
+    # some templates leave out what an assistant thought before it answered.
+    last_word = turns[-1]["content"].split()[-1:]
+    is_there = not last_word or last_word[0] in text
+    require(is_there, f"{place}: the tokenizer's chat template leaves out what the last turn says")
+    return text
 
 
 def check_template(tokenizer, row: dict):
@@ -515,8 +521,7 @@ def leave_out_of_splits(
 
     InputError: no row is left of one of them.
     """
-    is_templated = bool(rows) and (config.chat_template or is_chat(rows[0]["prompt"]))
-    if config.special_in_text or not is_templated:
+    if config.special_in_text:
         return rows, held_out
 
     # One sentence counts what is left out of all splits, so it is printed after the last of them.
@@ -524,6 +529,10 @@ def leave_out_of_splits(
     left_out = []  # (place, the control token that is spelled there), one for each row
 
     def keep(part: list[dict]) -> list[dict]:
+        # The rows of a part are all chats, or all texts. Another part may be of another file.
+        is_templated = bool(part) and (config.chat_template or is_chat(part[0]["prompt"]))
+        if not is_templated:
+            return part
         kept = []
         for row in part:
             token = find_control_token(tokenizer, pattern, row)

@@ -13,7 +13,7 @@ from transformers.hf_argparser import HfArg
 from .. import data
 from ..chats import Prompt, show
 from ..errors import at_least, require
-from ..hf.folders import check_model, context_length
+from ..hf.folders import check_model, choose_max_length
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
@@ -48,7 +48,7 @@ def open_run(config, features) -> tuple:
     require(dist.world == 1, "this command runs on one process")
     folder = results_folder(config, dist)
     check_feature_reader(config.reward_model, config.sae, features)
-    max_length = config.max_length or context_length(check_model(config.reward_model))
+    max_length = choose_max_length(config.max_length, check_model(config.reward_model))
     tokenizer = load_tokenizer(config.reward_model)
     return dist, folder, tokenizer, max_length
 

@@ -24,7 +24,7 @@ from transformers.hf_argparser import HfArg
 
 from .. import data
 from ..errors import InputError, at_least, require
-from ..hf.folders import check_model, context_length
+from ..hf.folders import check_model, choose_max_length
 from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime.distributed import setup
@@ -229,10 +229,11 @@ def human_latents(config):
     # The texts. A pair has two: the chosen one is read, since it is what people want written.
     rows = data.read_rows(config.dataset, config.kind, config.columns)
     rows = data.subset(rows, config.max_rows)
+    require(len(rows) > 1, f"{config.dataset}: one text has no spread; there must be two at least")
     fields = ("response",) if config.kind == "sft" else ("chosen", "rejected")
     side = fields[0]  # the texts that are read
     tokenizer = load_tokenizer(config.reward_model)
-    max_length = config.max_length or context_length(check_model(config.reward_model))
+    max_length = choose_max_length(config.max_length, check_model(config.reward_model))
     rows = leave_out_control_tokens(tokenizer, rows, config, dist.print)
     # Both sides of a pair are cut together, so that they share their prompt.
     encoded = encode(tokenizer, rows, fields, max_length, config.chat_template)

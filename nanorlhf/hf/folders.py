@@ -148,6 +148,18 @@ def context_length(config) -> int | None:
     return length
 
 
+def choose_max_length(max_length: int, config) -> int | None:
+    """--max_length -> how many tokens a text may have; 0: the model's context, if it has one.
+
+    InputError: more than the model can read. Learned positions end there, and no other kind was
+    trained behind it.
+    """
+    context = context_length(config)
+    fits = context is None or max_length <= context
+    require(fits, f"--max_length {max_length} is above the model's context of {context} tokens")
+    return max_length or context
+
+
 def hidden_width(config) -> int:
     """The size D of a model's last hidden states: config.hidden_size, for all but a few models.
 

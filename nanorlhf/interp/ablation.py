@@ -283,9 +283,9 @@ def ablate(config):
 
 
 def find_concept(config, model: str, tokenizer) -> Tensor | None:
-    """The words of --concept, as a mask [V]; None where --features are named and there is none.
+    """The words of --concept, as a mask [V]; None for tokens that are not the embedded world's.
 
-    InputError: neither features are named, nor a concept that the model's tokens have.
+    InputError: there --features must be named, and here the concept must be one that there is.
     """
     if not is_world_model(tokenizer):
         require(
@@ -294,13 +294,11 @@ def find_concept(config, model: str, tokenizer) -> Tensor | None:
         )
         return None
     names, labels = concept_table(tokenizer)
-    if config.concept in names:
-        return labels[:, names.index(config.concept)]
     require(
-        config.features,
+        config.concept in names,
         f"--concept {config.concept}: it must be one of {', '.join(names)}",
     )
-    return None
+    return labels[:, names.index(config.concept)]
 
 
 def read_prompts(config, tokenizer, model_config) -> tuple[Prompts, Prompts]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..data import canonical
 from ..errors import require
 from ..hf.activations import activations, place_name
-from ..hf.folders import check_model, context_length
+from ..hf.folders import check_model, choose_max_length
 from ..packing import micro_batches, pad_rows
 from ..runtime.distributed import autocast
 from ..runtime.files import check_can_write, check_name, digest, read_object, write_json
@@ -86,7 +86,7 @@ def token_rows(
 def tokenize_rows(config, tokenizer, rows: list[dict], model_config, dist) -> list[list[int]]:
     """token_rows() with the flags of texts; says how many were left out, and how many were cut."""
     rows = leave_out_control_tokens(tokenizer, rows, config, dist.print)
-    max_length = config.max_length or context_length(model_config)
+    max_length = choose_max_length(config.max_length, model_config)
     texts, n_cut = token_rows(tokenizer, rows, max_length, config.chat_template)
     if n_cut:
         dist.print(f"{n_cut} of {len(texts)} texts cut")

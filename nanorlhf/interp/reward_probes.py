@@ -36,7 +36,7 @@ from ..divergence import layer_divergence, select_layers
 from ..errors import at_least, require
 from ..hf.activations import SITES, activations, module_at, place_name
 from ..hf.blocks import blocks
-from ..hf.folders import check_model, context_length
+from ..hf.folders import check_model, choose_max_length
 from ..models import load_policy, load_shared_tokenizer
 from ..packing import micro_batches, pad_rows
 from ..rewards import check_reward, read_lexicon
@@ -248,7 +248,7 @@ def check_and_set_up(config) -> Setup:
                 os.path.isdir(os.path.join(config.sae, name)),
                 f"{config.sae}: no folder {name}/ of sparse autoencoders in it",
             )
-    max_length = config.max_length or context_length(model_config) or 0
+    max_length = choose_max_length(config.max_length, model_config) or 0
     return Setup(dist, folder, tokenizer, max_length)
 
 

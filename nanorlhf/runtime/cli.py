@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from ..errors import InputError, first_line, require
 from . import distributed
-from .files import is_of_type, read_object, shorten
+from .files import is_inside, is_of_type, read_object, shorten
 from .fingerprints import code_file
 from .help import help_text
 
@@ -100,15 +100,6 @@ def check_stored_code(folder, settings):
             )
             if os.environ.get("RANK", "0") == "0":
                 print(f"--resume runs the code in {file}, as {folder}/config.json says")
-
-
-def is_inside(file, folder):
-    """Whether a file lies in a folder or below it, by its name or by where its links lead."""
-    # runs/x/code.py may be a link to elsewhere/code.py, or the other way round.
-    for real in (os.path.abspath, os.path.realpath):
-        if os.path.commonpath([real(file), real(folder)]) == real(folder):
-            return True
-    return False
 
 
 def read_settings(path: str, config_class) -> dict:

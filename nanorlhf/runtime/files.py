@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import types
 import typing
 import zlib
@@ -69,7 +70,20 @@ def read_number(digits: str) -> float:
     return number
 
 
+def read_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of a JSON object. ValueError: two have one name, and nobody says which counts."""
+    row = {}
+    for name, value in members:
+        if name in row:
+            raise ValueError(f"an object names {shorten(name)} twice")
+        row[name] = value
+    return row
+
+
 STRICT = json.JSONDecoder(parse_constant=read_number, parse_float=read_number)
+STRICT_ROWS = json.JSONDecoder(
+    parse_constant=read_number, parse_float=read_number, object_pairs_hook=read_members
+)
 
 
 def parse_json(
@@ -77,26 +91,29 @@ def parse_json(
     path: str,
     line: int | None = None,
     finite: bool = True,
-    mend: bool = False,
+    is_row: bool = False,
 ):
     """The value of a JSON text. InputError, with the path and the line: the text is not JSON.
 
     It is stricter than Python's own reader, which lets through NaN and Infinity, though JSON has no
     such numbers (`finite` False lets them through here too), and halves of characters, which no
-    tokenizer takes. mend: such a half becomes U+FFFD instead, as in texts from the web.
+    tokenizer takes. is_row: the text is of data from the web. Such a half becomes U+FFFD instead,
+    and an object that has two members of one name is refused.
     """
     place = path if line is None else f"{path}:{line}"
     if isinstance(text, bytes):
         text = decode_text(text, place)
     try:
-        if finite:
+        if is_row:
+            value = STRICT_ROWS.decode(text)
+        elif finite:
             value = STRICT.decode(text)
         else:
             value = json.loads(text)
         # Two halves may stand side by side and be a character. A half alone cannot be encoded.
         if HALF_CHARACTER.search(text):
             whole = json.dumps(value, ensure_ascii=False)
-            if mend:
+            if is_row:
                 return json.loads(HALVES.sub(UNREADABLE, whole))
             whole.encode()
         return value
@@ -177,7 +194,7 @@ def read_file(path: str) -> list[tuple[str, Any]]:
     if path.removesuffix(".gz").endswith(".csv"):
         rows = read_csv(path, decode_text(content, path))
     elif start == b"[":
-        whole = parse_json(content, path, mend=True)
+        whole = parse_json(content, path, is_row=True)
         rows = [(f"{path}[{i}]", row) for i, row in enumerate(whole)]
     else:
         rows = read_json_lines(path, content)
@@ -193,7 +210,7 @@ def read_json_lines(path: str, content: bytes) -> list[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line, path, number, mend=True)
+            row = parse_json(line, path, number, is_row=True)
         except InputError as e:
             # The first line may be the beginning of an object that goes on below it.
             hint = "" if rows else "; rows are one list, or one on each line"
@@ -344,10 +361,13 @@ def read_rows(path: str, fields: dict | None = None) -> list[dict]:
 def check_name(path: str):
     """InputError for a name that an output cannot have.
 
-    It is empty, it is not UTF-8, or a link on the way leads nowhere. Pitfall: Python opens files
-    whose names are not UTF-8, while print() and safetensors take no such names.
+    It is empty, it is not UTF-8, or a link on the way leads nowhere; or a shell has left its ~ as
+    it is, as in --output_dir=~/runs. Pitfall: Python opens files whose names are not UTF-8, while
+    print() and safetensors take no such names.
     """
     require(path, "the output has an empty name")
+    has_home = path == "~" or path.startswith("~/")
+    require(not has_home, f"{path}: here ~ is a name like any other; write the folder out")
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -359,12 +379,22 @@ def check_name(path: str):
     require(os.path.exists(last_there), f"{path}: the link {last_there} leads nowhere")
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder or below it, by its name or by where its links lead."""
+    # runs/x/code.py may be a link to elsewhere/code.py, or the other way round.
+    for real in (os.path.abspath, os.path.realpath):
+        if os.path.commonpath([real(path), real(folder)]) == real(folder):
+            return True
+    return False
+
+
 def check_can_write(path: str):
     """InputError where no file can be made at `path`: it is tried, and nothing stays behind.
 
     A command calls this before it does any work, so that its results have a place to go to.
     """
     check_name(path)
+    require(not path.endswith("/"), f"{path}: the name of a folder; a file is written here")
     # The process id is in the name, since another process may be trying the same folder.
     trial = f"{os.path.abspath(path)}.{os.getpid()}.tmp"
     descriptor, made_folders = make_file(trial, path)
@@ -544,10 +574,20 @@ def python_function(spec: str) -> Callable:
 @functools.cache
 def import_file(path: str, changed: float) -> types.ModuleType:
     """The module that a .py file holds. changed: the file's time, a part of the cache's key."""
-    # All such modules have one name, and none is put into sys.modules. So two files that are both
-    # called reward.py can be used side by side.
-    module_spec = importlib.util.spec_from_file_location("reward_function", path)
+    # Each file's module has a name of its own. So two files that are both called reward.py can be
+    # used side by side.
+    name = f"user_file_{digest(path, changed)}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(module_spec)
-    with user_code(f"{path}: cannot be imported:"):
-        module_spec.loader.exec_module(module)
+    # Dataclasses and pickle look a class's module up by its name, while the file is still read.
+    sys.modules[name] = module
+    try:
+        with user_code(f"{path}: cannot be imported:"):
+            module_spec.loader.exec_module(module)
+    except InputError as e:
+        del sys.modules[name]
+        hint = ""
+        if isinstance(e.__cause__, ModuleNotFoundError):
+            hint = f"; modules beside the file are found with PYTHONPATH={os.path.dirname(path)}"
+        raise InputError(f"{e}{hint}") from None
     return module

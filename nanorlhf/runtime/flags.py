@@ -9,7 +9,7 @@ have, and `may_be_infinite`, for a bound that infinity switches off.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 from transformers.hf_argparser import HfArg
 
@@ -61,6 +61,13 @@ def choices_of(flag) -> list[str]:
     return list(choices)
 
 
+def default_of(flag):
+    """A flag's value where none is given."""
+    if flag.default_factory is not MISSING:
+        return flag.default_factory()
+    return flag.default
+
+
 # ------------------------------------------------------- flags that scripts declare one by one
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -110,7 +117,12 @@ class TextFlags(FlagGroup):
 
     def __post_init__(self):
         super().__post_init__()
-        require(all("=" in column for column in self.columns), "--columns takes FIELD=COLUMN")
+        named = []
+        for column in self.columns:
+            field, equals_sign, _ = column.partition("=")
+            require(field and equals_sign, "--columns takes FIELD=COLUMN")
+            require(field not in named, f"--columns names {field} twice")
+            named.append(field)
 
 
 @dataclass
@@ -234,6 +246,11 @@ class LoraFlags(FlagGroup):
             "--lora_rank freezes all but the adapters: it takes no --freeze_layers",
         )
         require(self.lora_rank or not self.merge, "--merge is for adapters: it needs --lora_rank")
+        # The other flags of adapters say nothing either where there are none.
+        for flag in fields(LoraFlags):
+            is_default = getattr(self, flag.name) == default_of(flag)
+            is_idle = flag.name.startswith("lora_") and not self.lora_rank and not is_default
+            require(not is_idle, f"--{flag.name} is for adapters: it needs --lora_rank")
         require(
             self.frozen_dtype == "float32" or self.lora_rank or self.freeze_layers,
             f"--frozen_dtype {self.frozen_dtype} is for weights that are not trained: it needs "

@@ -19,6 +19,7 @@ from .files import (
     append_lines,
     check_name,
     digest_start,
+    is_inside,
     read_checked_lines,
     read_object,
     read_rows,
@@ -26,7 +27,7 @@ from .files import (
     write_json,
     write_lines,
 )
-from .fingerprints import changed_inputs, fingerprint_inputs
+from .fingerprints import changed_inputs, fingerprint_inputs, input_paths
 from .fsdp import is_sharded, whole
 from .locks import LOCK_FILE, lock
 from .settings import PLACES, as_json, read_config, settings_that_differ
@@ -76,6 +77,12 @@ class RunFolder:
     def find_state(self, config, free):
         """Set `state` by what is in the folder. InputError: another run, or something else."""
         check_name(self.path)
+        # What is written into a folder changes it, and a run whose inputs change cannot be resumed.
+        for path in input_paths(self.named):
+            require(
+                not is_inside(self.path, path),
+                f"{self.path} lies in {path}, which this run reads; choose another --output_dir",
+            )
         self.state = "new"
         self.inputs = {}  # fingerprints of what `named` names
         if not os.path.exists(self.path):
@@ -234,8 +241,10 @@ class RunFolder:
         self.dist.print(
             f"{self.path}: this run is done already (for another one choose another --output_dir)"
         )
-        self.remove_checkpoints()  # a kill may have left them
-        return read_object(os.path.join(self.path, "summary.json"), finite=False)
+        summary = read_object(os.path.join(self.path, "summary.json"), finite=False)
+        # A kill may have left them. They stay if the summary is damaged.
+        self.remove_checkpoints()
+        return summary
 
     def save_model(self, save, *args):
         """save(module, ..., folder) into model/, atomically.

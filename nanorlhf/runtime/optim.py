@@ -72,7 +72,7 @@ def optimizer_step(
     if not torch.isfinite(norm):
         raise FloatingPointError(
             f"step {step}: the gradient norm is {norm.item()}; the last checkpoint is kept; "
-            "lower --lr"
+            "lower --lr, or the scores and coefficients that the loss is made of"
         )
     # Without this condition clipping would read and write every gradient to multiply it by 1.
     if norm > max_grad_norm:

@@ -391,6 +391,8 @@ def main():
     parser.add_argument(
         "--compare", metavar="FILE.png", help="one picture of all these runs instead"
     )
+    # Else the usage would stand in front of the error.
+    parser.error = lambda message: parser.exit(2, f"plots.py: error: {message}\n")
     args = parser.parse_args()
     try:
         # Nothing is drawn before all folders are known to hold runs.

@@ -23,6 +23,7 @@ FILES_OF_ROWS = (".jsonl", ".json", ".csv")
 
 def read_any(spec: str) -> list[tuple[str, dict]]:
     """What --dataset names, other than the embedded world -> [(place, row)], one row at least."""
+    require(spec, "a data set without a name")
     # A name that ends like a file of rows is one, even if it is missing: read_file() says so. Any
     # other file but Parquet is read as JSON.
     is_other_file = os.path.isfile(spec) and not spec.endswith(".parquet")
@@ -71,14 +72,26 @@ def read_data_set(spec: str) -> list[tuple[str, dict]]:
         if name.endswith(".parquet"):
             data = datasets.Dataset.from_parquet(name, keep_in_memory=True)
         elif is_saved:
-            data = datasets.load_from_disk(name)
+            data = choose_saved_split(spec, split, datasets.load_from_disk(name))
         else:
             data = datasets.load_dataset(name, config, split=split)
-        # A folder may hold several splits.
-        if isinstance(data, dict):
-            data = data[split]
         rows = list(data)
     return [(f"{spec}[{i}]", row) for i, row in enumerate(rows)]
+
+
+def choose_saved_split(spec: str, split: str, data):
+    """What save_to_disk() wrote -> the rows of a split. InputError: they are not there.
+
+    The library looks for splits and their parts in the files of a data set alone.
+    """
+    if isinstance(data, dict):
+        known = ", ".join(data)
+        require(split in data, f"{spec}: no split {split!r} was saved; there are {known}")
+        return data[split]
+    # A single split may know what it is called.
+    name = str(data.split or "train")
+    require(split in (name, "train"), f"{spec}: one split was saved here, {name}, and no {split!r}")
+    return data
 
 
 @contextlib.contextmanager
@@ -89,6 +102,8 @@ def loading(spec: str):
     """
     try:
         yield
+    except InputError:
+        raise
     except Exception as e:
         what = " ".join(str(e.__cause__ or e).split())[:150]
         if what.startswith("Config name is missing"):
@@ -118,7 +133,7 @@ def find_files(spec: str, folder: str, config: str | None, split: str) -> list[s
     """The files of one split of a folder as downloaded; none where `split` is a part of one.
 
     The library finds them, by their names or by what README.md says. InputError: they are not all
-    there. spec: for errors.
+    there, or not in the folder. spec: for errors.
     """
     import datasets
 
@@ -126,12 +141,28 @@ def find_files(spec: str, folder: str, config: str | None, split: str) -> list[s
         builder = datasets.load_dataset_builder(folder, config)
         # {a split: its files}
         files_of = builder.config.data_files
-    files = list(files_of.get(split, []))
-    for file in files:
-        if ".parquet" in file:
-            check_parquet(file)
-    check_parts(files)
-    return files
+    for files in files_of.values():
+        check_inside(files, folder)
+    # Of train[:100]+test, say, the files of both are read.
+    for part in split.split("+"):
+        files = list(files_of.get(part.partition("[")[0], []))
+        for file in files:
+            if ".parquet" in file:
+                check_parquet(file)
+        check_parts(files)
+    return list(files_of.get(split, []))
+
+
+def check_inside(paths: list[str], folder: str):
+    """InputError where a file does not lie in the folder: README.md may name any place.
+
+    Links in it are taken for what they are called: a download may hold links into a cache.
+    """
+    # The library resolves the folder's own name where that is a link.
+    starts = (os.path.join(os.path.abspath(folder), ""), os.path.join(os.path.realpath(folder), ""))
+    for path in paths:
+        is_inside = os.path.abspath(path).startswith(starts)
+        require(is_inside, f"{folder}: its README.md names data outside the folder: {path}")
 
 
 def check_parquet(path: str):

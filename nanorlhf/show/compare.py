@@ -14,6 +14,7 @@ prompt by prompt: what makes a prompt hard or easy for both drops out of it.
 """
 
 import contextlib
+import os
 from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
@@ -110,6 +111,7 @@ def main(config: Config) -> dict:
     with until_nobody_reads():
         print(table(comparison, config.n, terminal_width()))
     if config.output:
+        os.makedirs(os.path.dirname(config.output) or ".", exist_ok=True)
         write_json(config.output, comparison)
     return comparison
 

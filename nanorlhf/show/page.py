@@ -239,6 +239,8 @@ def main(words: list[str] | None = None):
         metavar="FILE.html",
         help="the file; by default RUN/page.html, and of several runs page.html here",
     )
+    # Else the usage would stand in front of the error.
+    parser.error = lambda message: parser.exit(2, f"page.py: error: {message}\n")
     args = parser.parse_args(words)
     path = args.output
     if not path and len(args.runs) == 1:

@@ -78,6 +78,9 @@ def open_runs(folders: list[str]) -> list[Run]:
         has_log = os.path.isfile(os.path.join(folder, "metrics.jsonl"))
         if config is None and summary is None and not has_log:
             raise InputError(f"{folder}: no run here (no config.json, metrics.jsonl, summary.json)")
+        # A page in a model's folder would make it another model: its digest is of all its files.
+        if "model_type" in (config or {}):
+            raise InputError(f"{folder}: no run here (its config.json is a model's)")
         records = read_records(folder)
         kind = name_kind(config or {}, os.path.isfile(os.path.join(folder, BEST_OF_N)))
         name = short_names[folder] or folder

@@ -281,6 +281,16 @@ def test_human_latents_one_text_at_a_time(base, humans_by_hand, name, ending):
         assert column == pytest.approx(values_of(readings, feature), rel=1e-4, abs=1e-4)
 
 
+def test_human_latents_of_one_text_or_beyond_the_context(base):
+    for changes, words in (
+        ({"max_rows": 1}, "one text has no spread"),
+        ({"max_length": 65}, "--max_length 65 is above the model's context of 64 tokens"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_humans(base, "sarm", base / "none.safetensors", **changes)
+        assert not (base / "none.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", REWARDS)
 def test_a_feature_that_is_not_in_the_file(base, humans_by_hand, name):
     """It is 0 where the file has all that fire, and not known where features were chosen."""

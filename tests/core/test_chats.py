@@ -42,6 +42,13 @@ def test_the_roles_of_sharegpt(user, assistant):
     assert chats.read_messages("a.jsonl:1", given) == [SYSTEM, ASK, ANSWER]
 
 
+def test_a_table_of_both_kinds_of_messages():
+    """Parquet gives all messages the same keys."""
+    ask = {**ASK, "from": None, "value": None}
+    answer = {"role": None, "content": None, "from": "gpt", "value": "Because."}
+    assert chats.read_messages("a.parquet[0]", [ask, answer]) == [ASK, ANSWER]
+
+
 def test_parts_that_are_texts_are_joined():
     parts = '[{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?", "image": null}]'
     assert read(f'[{{"role": "user", "content": {parts}}}]') == [ASK]

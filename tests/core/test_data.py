@@ -17,6 +17,7 @@ import nanorlhf.data
 from nanorlhf import world
 from nanorlhf.data import (
     batch_indices,
+    columns_for_files,
     read_rows,
 )
 from nanorlhf.splits import load, load_splits
@@ -587,3 +588,10 @@ def test_the_order_does_not_depend_on_the_batch_size():
 def test_indices_are_plain_numbers():
     for index in batch_indices(10, 4, 2, seed=0):
         assert type(index) is int
+
+
+def test_columns_that_json_cannot_hold_stay_out_of_files_of_answers():
+    """Python would write NaN, and no reader of JSON would take the file."""
+    own = {"prompt": "p", "nan": float("nan"), "list": [float("inf")], "bytes": b"b", "id": 3}
+    assert columns_for_files({"prompt": "p", "row": own}) == {"row": {"prompt": "p", "id": 3}}
+    assert columns_for_files({"prompt": "p"}) == {}

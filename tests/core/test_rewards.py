@@ -11,6 +11,7 @@ import gc
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -92,6 +93,7 @@ def same(found, expected, tol=2e-5):
 # ------------------------------------------------------------------------------ Python functions
 
 CODE = """
+import itertools
 import math
 from fractions import Fraction
 
@@ -120,6 +122,7 @@ def huge(prompts, responses): return [0.0, 1e300, 0.0, 0.0]
 def huge_int(prompts, responses): return [10**400] * len(prompts)
 def short(prompts, responses): return [0.0]
 def long(prompts, responses): return [1.0] * (len(prompts) + 1)
+def endless(prompts, responses): return itertools.repeat(1.0)
 def scalar(prompts, responses): return 1.0
 def words(prompts, responses): return ["a"] * len(prompts)
 def digits(prompts, responses): return ["1"] * len(prompts)
@@ -146,7 +149,8 @@ BAD_FUNCTIONS = {
     "huge": "returned 1e+300 for the response 'w13 w14 w15'",  # too large for float32
     "huge_int": "OverflowError",
     "short": "1 scores for 4",
-    "long": "5 scores for 4",
+    "long": "it returned more than 4 scores",
+    "endless": "it returned more than 4 scores",
     "scalar": "TypeError",
     "words": "'a' is of type str",
     "digits": "must return one float for each response: TypeError: '1' is of type str",
@@ -197,6 +201,69 @@ def test_what_counts_as_numbers(code, name):
 @pytest.mark.parametrize("name, words", BAD_FUNCTIONS.items())
 def test_functions_that_fail_say_so_in_one_line(code, name, words):
     check_refused(f"{code}:{name}", code, words)
+
+
+SETTING_CODE = """
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+
+import torch
+
+torch.set_grad_enabled(False)
+
+@dataclass
+class Scale:
+    factor: float
+
+def good(prompts, responses):
+    os.chdir("/")
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    scale = pickle.loads(pickle.dumps(Scale(2.0)))
+    yield from [scale.factor] * len(prompts)
+"""
+
+
+def test_a_file_without_a_function_is_refused(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(CODE)
+    refuses(check_reward, str(path), match=[f"{path}: name a function in it, as {path}:FUNCTION"])
+
+
+def test_what_a_function_sets_for_the_whole_process_is_set_back(tmp_path):
+    """Else nothing could be trained any more, and the run's files would be looked for elsewhere.
+
+    A dataclass, whose annotations are texts, and pickle look up the module that they are in.
+    """
+    path = tmp_path / "settings.py"
+    path.write_text(SETTING_CODE)
+    folder = os.getcwd()
+    assert score(f"{path}:good").tolist() == [2.0] * 4
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert os.getcwd() == folder
+
+
+def test_a_function_needs_no_gradients(tmp_path):
+    """A model of its own may hold weights, whose products have no numpy() with gradients."""
+    path = tmp_path / "weights.py"
+    path.write_text(
+        "import torch\nw = torch.nn.Parameter(torch.ones(4))\n"
+        "def good(prompts, responses): return (2 * w).numpy()\n"
+    )
+    assert score(f"{path}:good").tolist() == [2.0] * 4
+
+
+def test_a_module_beside_the_file(tmp_path, monkeypatch):
+    (tmp_path / "beside_it.py").write_text("def good(prompts, responses): return [1.0] * 4\n")
+    path = tmp_path / "imports.py"
+    path.write_text("from beside_it import good\n")
+    check_refused(f"{path}:good", "No module named 'beside_it'", f"PYTHONPATH={tmp_path}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert score(f"{path}:good").tolist() == [1.0] * 4
 
 
 # --------------------------------------------------------------------- functions that know the row
@@ -468,11 +535,29 @@ def test_a_name_without_seed_is_left_as_it_is(folders):
         (["rm/seed_0", "sweep/seed_{seed}/models"], "sweep/seed_{seed}/models: no such folder"),
         (["a", "b", "a"], "names a twice"),
         (["rm/seed_2", "rm/seed_{seed}"], "names rm/seed_2 twice"),
+        (["rm/seed_2", "./rm/seed_2/"], "names ./rm/seed_2/ twice (also as rm/seed_2)"),
         ([], "names no reward"),
     ],
 )
 def test_specs_that_name_no_ensemble(folders, specs, words):
     refuses(expand, specs, match=[words])
+
+
+def test_a_reward_may_have_several_names(folders):
+    """A run folder stands for its model, and a link for what it leads to."""
+    model = folders / "sweep/seed_7/model"
+    (model / "config.json").write_text("{}")
+    (folders / "link").symlink_to("sweep/seed_7")
+    assert expand(["link", "sweep/seed_0"]) == ["link", "sweep/seed_0"]
+    for other in ("sweep/seed_7/model", "link", str(folders / "sweep/seed_7")):
+        refuses(expand, ["sweep/seed_7", other], match=["twice (also as sweep/seed_7)"])
+    # Two labels of one classifier are two rewards.
+    assert expand(["seed_5#a", "seed_5#b"]) == ["seed_5#a", "seed_5#b"]
+    refuses(expand, ["seed_5#a", "./seed_5#a"], match=["names ./seed_5#a twice"])
+    # So are two functions of one file.
+    (folders / "my.py").write_text(CODE)
+    assert expand(["my.py:f", "my.py:g"]) == ["my.py:f", "my.py:g"]
+    refuses(expand, ["my.py:f", "my.py:g", "./my.py:f"], match=["twice (also as my.py:f)"])
 
 
 def test_a_missing_ensemble_says_how_to_train_one(folders):

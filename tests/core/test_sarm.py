@@ -140,6 +140,12 @@ def head(public):
     return tensors["score.weight"][0]
 
 
+def test_a_sarm_has_no_labels(public):
+    path, _, _ = public
+    check_reward(path)
+    refuses(check_reward, f"{path}#good", match=["has no label 'good'"])
+
+
 # ------------------------------------------------------------------------------------ the layout
 
 

@@ -408,6 +408,17 @@ def test_pairs_that_say_nothing_are_counted_in_all_splits(tmp_path):
     assert "10 with chosen == rejected skipped" in note
 
 
+def test_a_file_of_pairs_that_say_nothing_is_named(tmp_path):
+    """Which may be that of a split, not --dataset."""
+    good = jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    bad = jsonl(tmp_path / "b.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "a"}])
+    nothing = "no pair is left in which chosen and rejected differ"
+    refuses(load_splits, flags(good, eval_dataset=bad), "pairs", match=[f"{bad}: {nothing}"])
+    refuses(load_splits, flags(bad, eval_dataset=good), "pairs", match=[f"{bad}: {nothing}"])
+    named = flags(good, eval_dataset=good, eval_splits=["test", f"x={bad}"])
+    refuses(load_splits, named, "pairs", match=[f"{bad}: {nothing}"])
+
+
 def world_prompts(split):
     return prompts_of(world.prompts(split))
 

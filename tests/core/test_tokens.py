@@ -247,6 +247,22 @@ def test_chats_that_spell_a_control_token_are_left_out_and_counted():
         leave_out_control_tokens(tokenizer, rows[1:], config(), said.append)
 
 
+THINKING = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+
+
+def test_a_template_must_write_what_is_said():
+    """One that knows a user as `human` would make each chat the same few tokens."""
+    other_names = CHATML.replace("for m in messages", "for m in messages if m['role'] == 'human'")
+    for template in (other_names, " ", "Hello"):
+        tokenizer = byte_tokenizer("<|im_end|>", template)
+        with pytest.raises(InputError, match="d.jsonl:3: .* leaves out what the last turn says"):
+            encode_prompts(tokenizer, [{"prompt": CHAT, "place": "d.jsonl:3"}])
+    # What was thought may be left out, and a turn may be empty.
+    tokenizer = byte_tokenizer("<|im_end|>", THINKING)
+    for answer in ("<think>\nHm\n</think>\n\nYes", ""):
+        encode(tokenizer, [{"prompt": CHAT, "response": answer}], ("response",))
+
+
 def test_splits_are_counted_together():
     tokenizer = byte_tokenizer("<|im_end|>", CHATML)
     good = {"prompt": CHAT, "response": "Yes"}
@@ -275,6 +291,22 @@ def test_strings_that_spell_a_control_token_are_left_out_of_a_template_alone():
     assert said == []
     in_template = config(chat_template=True)
     assert leave_out_control_tokens(tokenizer, rows, in_template, said.append) == rows[:1]
+
+
+def test_chats_and_strings_may_be_parts_of_one_run():
+    """Each part is looked at as what it is: the training rows may be strings, a split chats."""
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    strings = [{"prompt": "Hi <pad>", "response": "Yo"}]
+    chats = []
+    for i, response in enumerate(["Yes", "No<pad>"]):
+        chats.append({"prompt": CHAT, "response": response, "place": f"d.jsonl:{i}"})
+    said = []
+    rows, held_out = leave_out_of_splits(
+        tokenizer, strings, {"x": chats, "y": strings}, config(), said.append
+    )
+    assert rows == strings
+    assert held_out == {"x": chats[:1], "y": strings}
+    assert "1 chat left out" in said[0]
 
 
 def test_texts_with_one_prompt_are_counted_one_by_one():

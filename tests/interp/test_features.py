@@ -944,6 +944,8 @@ FORTY_FEATURES = ",".join(str(i) for i in range(40))
         ({"sae": "narrow"}, "for activations of width 16, not 32"),
         ({"features": "64"}, "has the features 0 to 63"),
         ({"features": "", "concept": "happy"}, "--concept happy: it must be one of"),
+        # With features too: the report counts the concept's words.
+        ({"concept": "happy"}, "--concept happy: it must be one of"),
         ({"features": FORTY_FEATURES}, "leave too few others"),
         ({"features": "", "top": 4000}, "--top 4000 is more than"),
         ({"layer": 7}, "the layers 0 to 1"),

@@ -282,6 +282,7 @@ def bad_rows(path):
         "a line that is null": add_line("null"),
         "a line nested 100,000 deep": add_line(deep_json()),
         "a number of 5,000 digits": add_line(LONG_NUMBER),
+        "a member that is there twice": add_line('{"prompt": "a", "prompt": "b"}'),
         "a row without its field": drop_field(name),
         "a field that is null": set_field(name, None),
         "a field that is a number": set_field(name, 7),

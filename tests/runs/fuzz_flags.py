@@ -412,6 +412,7 @@ WRONG_REWARDS = {
     "an argparse error": "import argparse; argparse.ArgumentParser().error('no such option')",
     "a warning as an error": "import warnings; warnings.simplefilter('error'); warnings.warn('x')",
     "an iterator that raises": "yield 1.0\n    raise OSError(5, 'x')",
+    "an iterator without an end": "import itertools; return itertools.repeat(1.0)",
 }
 
 
@@ -427,6 +428,15 @@ ODD_REWARDS = {
     "prints": "print('hello'); return real(prompts, responses)",
     "draws random numbers": """import torch, random; torch.rand(5); random.random()
     return real(prompts, responses)""",
+    "switches gradients off": """import torch; torch.set_grad_enabled(False)
+    return real(prompts, responses)""",
+    "computes in float64": """import torch; torch.set_default_dtype(torch.float64)
+    return real(prompts, responses)""",
+    "goes to another folder": """import os; os.chdir("/")
+    return real(prompts, responses)""",
+    "makes a dataclass": """import dataclasses
+    Score = dataclasses.make_dataclass("Score", [("score", "float")])
+    return [Score(score).score for score in real(prompts, responses)]""",
 }
 
 

@@ -233,6 +233,14 @@ def test_a_length_without_room_for_a_response(here, capfd, kind):
     refuses_flags(capfd, kind, "--max_length 1", "--max_length must leave room")
 
 
+@pytest.mark.parametrize("kind", ["sft", "rm"])
+def test_a_length_beyond_the_context(here, capfd, kind):
+    """Learned positions have no embedding there, and rotary ones were never trained there."""
+    context = json.loads(Path("model/config.json").read_text())["max_position_embeddings"]
+    words = f"--max_length {context + 1} is above the model's context of {context} tokens"
+    refuses_flags(capfd, kind, f"--max_length {context + 1}", words)
+
+
 @pytest.mark.parametrize(
     "flags, words", [("--betas 1.5 0.9", "--betas"), ("--device banana", "--device")]
 )
@@ -428,6 +436,22 @@ def test_a_bad_model_beside_the_policy(here, capfd, flag):
     refuses_file(capfd, "ppo", flag, "./nothing/here", "./nothing/here")
 
 
+def test_a_value_model_of_another_tokenizer(here, capfd):
+    """It has as many tokens, but reads other words in them. One without a tokenizer is taken."""
+    shutil.copytree("model", "value")
+    file = Path("value/tokenizer.json")
+    content_of_file = json.loads(file.read_text())
+    vocabulary = content_of_file["model"]["vocab"]
+    first, second, *_ = sorted(vocabulary, key=vocabulary.get, reverse=True)
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content_of_file))
+    refuses_file(capfd, "ppo", "value_model", "value", "value: its tokenizer is not the policy's")
+    for name in os.listdir("value"):
+        if name.startswith("tokenizer"):
+            os.remove(f"value/{name}")
+    run("ppo", arguments("ppo", value_model="value"))
+
+
 # ------------------------------------------------------------------------------------------ rewards
 
 BAD_FILES = {
@@ -558,6 +582,15 @@ def test_a_broken_config_in_the_output_folder(here, capfd):
     Path("out").mkdir()
     Path("out/config.json").write_text('{"steps": ')
     refused(capfd, "sft", arguments("sft"), "out/config.json")
+
+
+def test_a_broken_summary_does_not_cost_the_checkpoints(here, capfd):
+    """A run that is done needs none; whether this one is done nobody can say."""
+    run("sft", arguments("sft"))
+    Path("out/checkpoint/step_1").mkdir(parents=True)
+    Path("out/summary.json").write_text('{"steps": ')
+    refused(capfd, "sft", arguments("sft"), "out/summary.json")
+    assert Path("out/checkpoint/step_1").exists()
 
 
 # ----------------------------------------------------------------------------------- real processes

@@ -33,6 +33,7 @@ BAD_NAMES = {
     "too long": "x" * 300,
     "too long, in a folder that is not there": "new/" + "x" * 300,
     "too long in all": "/".join(["x" * 200] * 30),
+    "a home folder": "~/x",
     "not UTF-8": "\udcff",
     "not UTF-8, below": "new/\udcff/x",
     "in a folder that is read only": "read_only/x",
@@ -149,6 +150,17 @@ def test_outputs_that_cannot_be_written(no_work, capfd, door, name):
     assert content() == before
 
 
+@pytest.mark.parametrize("door", ["sft", "rm", "ppo", "sae", "bon"])
+def test_outputs_in_a_folder_that_the_run_reads(no_work, capfd, door):
+    """The results would change the model, and the run could not be resumed."""
+    before = content()
+    with pytest.raises(SystemExit) as end:
+        launch(DOORS[door], "model/x")
+    assert end.value.code == 2
+    assert "error: model/x lies in model, which this run reads" in capfd.readouterr().err
+    assert content() == before
+
+
 def door_cases():
     """The doors as cases of a test; those that write a lot first are slow."""
     cases = []
@@ -190,6 +202,8 @@ def test_a_trial_does_not_touch_a_file_that_is_there(tmp_path, monkeypatch):
     Path("file").write_text("old")
     files.check_can_write("file")
     assert content() == {"file": b"old"}
+    with pytest.raises(InputError, match="new/: the name of a folder"):
+        files.check_can_write("new/")
     with pytest.raises(InputError, match="file/x cannot be made or written into"):
         files.check_can_write("file/x")
     assert content() == {"file": b"old"}

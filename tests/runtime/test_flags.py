@@ -368,9 +368,12 @@ def test_formats_of_prompts_are_those_that_can_be_read():
 @pytest.mark.parametrize(
     "name", [name for name in CONFIGS if "columns" in field_names(CONFIGS[name])]
 )
-def test_columns_without_an_equals_sign(name):
-    with pytest.raises(InputError, match="^--columns takes FIELD=COLUMN$"):
-        parse(name, "--columns", "prompt=question", "prompt")
+def test_columns_that_say_nothing_or_two_things(name):
+    for column in ("prompt", "=question"):
+        with pytest.raises(InputError, match="^--columns takes FIELD=COLUMN$"):
+            parse(name, "--columns", "prompt=question", column)
+    with pytest.raises(InputError, match="^--columns names prompt twice$"):
+        parse(name, "--columns", "prompt=a", "prompt=b")
 
 
 # ----------------------------------------------------------------------- what is missing by default
@@ -464,3 +467,13 @@ def test_a_command_makes_what_the_hint_says(folder):
 @pytest.mark.parametrize("folder", stages.SCRIPT_OF)
 def test_hints_agree_with_what_the_scripts_train_by_themselves(folder):
     assert hints.MADE_BY[folder] == f"python {stages.SCRIPT_OF[folder]}.py"
+
+
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize(
+    "words", [["--lora_alpha", "3"], ["--lora_dropout", "0.1"], ["--lora_layers", "x"]]
+)
+def test_flags_of_adapters_need_adapters(name, words):
+    with pytest.raises(InputError, match=f"^{words[0]} is for adapters: it needs --lora_rank$"):
+        parse(name, *words)
+    parse(name, *words, "--lora_rank", "2", "--model", "m")

@@ -569,6 +569,8 @@ def test_runs_that_cannot_be_drawn(old_runs, tmp_path, monkeypatch, capsys):
     assert "no run here (no metrics.jsonl, no bon_results.json)" in error
     error = refused_command(monkeypatch, capsys, nothing)
     assert "nothing to draw" in error
+    error = refused_command(monkeypatch, capsys)
+    assert "required: RUN" in error
 
 
 @IN_THIS_PROCESS

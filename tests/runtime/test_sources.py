@@ -132,6 +132,8 @@ BAD_FILES = [
     ("a.json", '{\n "prompt": "p"\n}', "; rows are one list, or one on each line"),
     ("a.jsonl", LINES + "{", ":3: not JSON"),
     ("a.jsonl", "[1]\n[2]\n", ":2: not JSON"),
+    ("a.jsonl", LINES + '{"a": {"b": 1, "b": 1}}', ":3: not JSON (an object names 'b' twice)"),
+    ("a.json", '[{"prompt": "p", "prompt": "q"}]', ": not JSON (an object names 'prompt' twice)"),
     ("a.jsonl", LINES.encode("utf-16"), ":1: not UTF-8"),
 ]
 
@@ -227,7 +229,18 @@ def test_a_saved_folder_stays_one(tmp_path):
     assert rows_of(tmp_path / "one") == ROWS
     assert rows_of(tmp_path / "two") == ROWS
     assert rows_of(f"{tmp_path}/two:test") == ROWS[:1]
-    check_refused(f"{tmp_path}/two:none", "two:none")
+    check_refused(f"{tmp_path}/two:none", "two:none", "no split 'none'", "there are train, test")
+
+
+def test_a_saved_folder_has_no_parts(tmp_path):
+    """The library would take a split that is not there, or a part of one, for all that is there."""
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "two")
+    assert rows_of(f"{tmp_path}/one:train") == ROWS
+    check_refused(f"{tmp_path}/one:test", "one:test", "no 'test'")
+    check_refused(f"{tmp_path}/one:train[:1]", "one:train[:1]", "no 'train[:1]'")
+    check_refused(f"{tmp_path}/two:train[:1]", "two:train[:1]", "no split 'train[:1]'")
 
 
 # -------------------------------------------------------------------------- names of configurations
@@ -294,6 +307,24 @@ def test_a_folder_with_a_colon_in_its_name(tmp_path):
     assert rows_of(tmp_path / "a:b") == ROWS
 
 
+@pytest.mark.parametrize("name", ["../other.jsonl", "one/../../other.jsonl"])
+def test_a_configuration_that_leads_elsewhere(configs, tmp_path, name):
+    """Whoever wrote README.md does not choose what else of this machine is read."""
+    write(tmp_path / "other.jsonl", LINES)
+    write(tmp_path / "set/README.md", CONFIGS.replace("one/*.jsonl\n-", f"{name}\n-"))
+    check_refused(f"{configs}:main:train", "outside the folder", "other.jsonl")
+
+
+def test_links_lead_where_they_lead(folder, tmp_path):
+    """The cache of the hub has them; and the folder itself may be one."""
+    write(tmp_path / "blobs/1", LINES)
+    folder.mkdir()
+    (folder / "train.jsonl").symlink_to("../blobs/1")
+    (tmp_path / "link").symlink_to(folder)
+    assert rows_of(folder) == ROWS
+    assert rows_of(tmp_path / "link") == ROWS
+
+
 # ------------------------------------------------------------------------ what was downloaded in part
 
 CUT = ": not a whole Parquet file; was it downloaded in part?"
@@ -317,6 +348,9 @@ def test_a_pointer_that_stands_for_a_part(folder):
 def test_a_part_that_is_missing(folder):
     first = write_parquet(folder / "data/train-00000-of-00002.parquet")
     check_refused(folder, f"{first}: only 1 of 2 such files are there")
+
+    # Nor can a part of the split be counted.
+    check_refused(f"{folder}:train[:3]", f"{first}: only 1 of 2 such files are there")
 
     write_parquet(folder / "data/train-00001-of-00002.parquet")
     assert rows_of(folder) == ROWS + ROWS
@@ -354,6 +388,10 @@ BAD_FOLDERS = [
 def test_folders_that_are_refused(folder, name, text, words):
     write(folder / name, text)
     check_refused(folder, str(folder), words)
+
+
+def test_an_empty_name_is_refused():
+    check_refused("", "a data set without a name")
 
 
 def test_an_empty_folder_is_refused(tmp_path):

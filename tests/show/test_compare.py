@@ -403,6 +403,9 @@ def test_the_file_holds_the_whole_comparison(pair, tmp_path, capsys):
     printed(capsys, *pair, "--output", file)
     line = refused(capsys, *pair, "--output", pair[0] / "config.json")
     assert "not a comparison" in line
+    # Its folder is made.
+    printed(capsys, *pair, "--output", tmp_path / "new/folder/found.json", "--n", 0)
+    assert json.loads((tmp_path / "new/folder/found.json").read_text()) == found
 
 
 # ------------------------------------------------------------------------------------------- errors

@@ -723,6 +723,20 @@ def test_a_folder_without_a_run_is_one_line(tmp_path):
     assert exit_.value.code == 2
 
 
+def test_a_model_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    refuses(page.build_page, [str(tmp_path)], match=[str(tmp_path), "is a model's"])
+
+
+def test_a_command_without_a_run_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        page.main([])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == (
+        "page.py: error: the following arguments are required: RUN\n"
+    )
+
+
 @pytest.mark.parametrize("row", ["{", "[]", '{"prompt": 3, "response": "a"}', '{"prompt": "a"}'])
 def test_a_damaged_evaluation_is_one_line_and_no_failed_run(tmp_path, row):
     run = write_run(tmp_path / "run")
