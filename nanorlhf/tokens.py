@@ -314,7 +314,7 @@ def render(tokenizer, messages: list[dict], generation: bool = False, place: str
     """A chat as its template writes it.
 
     generation: up to where an assistant's turn begins. InputError: there is no template, or it
-    refuses the chat, as some do with system prompts, or it leaves the last turn out.
+    refuses the chat, as some do with system prompts.
     """
     require(
         tokenizer.chat_template,
@@ -328,21 +328,16 @@ def render(tokenizer, messages: list[dict], generation: bool = False, place: str
             message = {**message, "content": without_eos(tokenizer, message["content"])}
         turns.append(message)
     with library_call(f"{place}: refused by the tokenizer's chat template"):
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             turns, add_generation_prompt=generation, tokenize=False
         )
-    # A template that knows other names of roles writes nothing of these. The last word is enough:
-    # some templates leave out what an assistant thought before it answered.
-    last_word = turns[-1]["content"].split()[-1:]
-    is_there = not last_word or last_word[0] in text
-    require(is_there, f"{place}: the tokenizer's chat template leaves out what the last turn says")
-    return text
 
 
 def check_template(tokenizer, row: dict):
     """InputError where the chat template leaves out what a message says.
 
-    Those of models that read images may look for a list of parts in it, and pass by a text.
+    Those of models that read images may look for a list of parts in it, and pass by a text. Others
+    know the roles by other names. All chats would then be the same few tokens.
     """
     place = place_of(row)
     messages = as_chat(row["prompt"])

@@ -255,7 +255,7 @@ def test_a_template_must_write_what_is_said():
     other_names = CHATML.replace("for m in messages", "for m in messages if m['role'] == 'human'")
     for template in (other_names, " ", "Hello"):
         tokenizer = byte_tokenizer("<|im_end|>", template)
-        with pytest.raises(InputError, match="d.jsonl:3: .* leaves out what the last turn says"):
+        with pytest.raises(InputError, match="d.jsonl:3: .* leaves out what a message says"):
             encode_prompts(tokenizer, [{"prompt": CHAT, "place": "d.jsonl:3"}])
     # What was thought may be left out, and a turn may be empty.
     tokenizer = byte_tokenizer("<|im_end|>", THINKING)
