@@ -55,6 +55,7 @@ def keep_settings():
     if torch is not None:
         with_gradients = torch.is_grad_enabled()
         dtype = torch.get_default_dtype()
+        device = torch.get_default_device()
     try:
         yield
     finally:
@@ -62,6 +63,9 @@ def keep_settings():
         if torch is not None:
             torch.set_grad_enabled(with_gradients)
             torch.set_default_dtype(dtype)
+            # None is the CPU too, and unlike a device that was set it costs no look at each call.
+            if torch.get_default_device() != device:
+                torch.set_default_device(None)
 
 
 @contextlib.contextmanager

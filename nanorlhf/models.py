@@ -554,14 +554,21 @@ def load_shared_tokenizer(path: str, others: Iterable[str], needs_eos: bool = Tr
 def check_reads_tokens(path: str, tokenizer):
     """InputError where a model cannot read token ids of this tokenizer, which is another model's.
 
-    It lacks some of them, or its own tokenizer means other words by them. A folder without a
-    tokenizer does not say what it means.
+    It lacks some of them, or its own tokenizer means other words by them. Tokens that were added to
+    a vocabulary, such as PAD, may differ. A folder without a tokenizer does not say what it means.
     """
     check_vocabulary(path, tokenizer, check_model(path).get_text_config().vocab_size)
-    if has_tokenizer(resolve(path)):
-        own = load_tokenizer(path, needs_eos=False)
-        is_same = own.get_vocab() == tokenizer.get_vocab()
-        require(is_same, f"{path}: its tokenizer is not the policy's, whose tokens it would read")
+    if not has_tokenizer(resolve(path)):
+        return
+    own_ids = load_tokenizer(path, needs_eos=False).get_vocab()
+    # Reward models often have a PAD of their own, and Llama 3.1 uses some that Llama 3 reserves.
+    added = tokenizer.added_tokens_decoder
+    for token, token_id in tokenizer.get_vocab().items():
+        require(
+            token_id in added or own_ids.get(token) == token_id,
+            f"{path}: its tokenizer is not the policy's, whose tokens it would read (they differ in "
+            f"{token!r})",
+        )
 
 
 # -------------------------------------------------------------------------- what a name stands for

@@ -110,8 +110,10 @@ def expand(specs: str | list[str], flag: str = "--reward_model") -> list[str]:
     names = {}  # {what a name stands for: the name}
     for spec in expanded:
         reward = locate(spec)
-        also = f" (also as {names[reward]})" if names.get(reward, spec) != spec else ""
-        require(reward not in names, f"{flag} names {spec} twice{also}")
+        if reward in names:
+            other = names[reward]
+            also = "" if other == spec else f" (also as {other})"
+            raise InputError(f"{flag} names {spec} twice{also}")
         names[reward] = spec
     return expanded
 

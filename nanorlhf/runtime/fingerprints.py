@@ -74,6 +74,9 @@ def path_in(name: str, text: str) -> str:
         candidates = without_split(text)
     # The longest name that is there is taken, since a file's name may hold a colon.
     for path in candidates:
+        # The embedded world is no folder, even where results are written into one of that name.
+        if path == "world":
+            continue
         inner = os.path.join(path, "model")
         if path and os.path.isdir(inner):
             return inner

@@ -247,10 +247,14 @@ class LoraFlags(FlagGroup):
         )
         require(self.lora_rank or not self.merge, "--merge is for adapters: it needs --lora_rank")
         # The other flags of adapters say nothing either where there are none.
-        for flag in fields(LoraFlags):
-            is_default = getattr(self, flag.name) == default_of(flag)
-            is_idle = flag.name.startswith("lora_") and not self.lora_rank and not is_default
-            require(not is_idle, f"--{flag.name} is for adapters: it needs --lora_rank")
+        if not self.lora_rank:
+            for flag in fields(LoraFlags):
+                is_of_adapters = flag.name.startswith("lora_")
+                is_default = getattr(self, flag.name) == default_of(flag)
+                require(
+                    is_default or not is_of_adapters,
+                    f"--{flag.name} is for adapters: it needs --lora_rank",
+                )
         require(
             self.frozen_dtype == "float32" or self.lora_rank or self.freeze_layers,
             f"--frozen_dtype {self.frozen_dtype} is for weights that are not trained: it needs "

@@ -48,6 +48,7 @@ from nanorlhf.errors import InputError
 from nanorlhf.hf.folders import check_model
 from nanorlhf.models import (
     Policy,
+    check_reads_tokens,
     divide,
     knows_scale,
     load_policy,
@@ -748,6 +749,18 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 def test_a_tokenizer_without_eos(tmp_path):
     word_tokenizer(eos_token=None).save_pretrained(tmp_path)
     check_error(load_tokenizer, tmp_path, "EOS")
+
+
+def test_a_value_model_may_have_added_tokens_of_its_own(tmp_path):
+    """Such as the PAD of a reward model, or names for what another version reserves."""
+    tiny_lm("gpt2").save_pretrained(tmp_path)
+    words = ["<eos>", "<unk>", *[f"w{i}" for i in range(V - 3)]]
+    word_tokenizer(words, pad_token="<pad>").save_pretrained(tmp_path)
+    check_reads_tokens(str(tmp_path), word_tokenizer(words, pad_token="<end of turn>"))
+    # A word of the vocabulary itself is another matter.
+    words[-1] = "new"
+    with pytest.raises(InputError, match="its tokenizer is not the policy's.*differ in 'new'"):
+        check_reads_tokens(str(tmp_path), word_tokenizer(words, pad_token="<pad>"))
 
 
 def test_a_tokenizer_without_padding_pads_with_eos(tmp_path):

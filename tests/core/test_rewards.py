@@ -221,6 +221,7 @@ class Scale:
 def good(prompts, responses):
     os.chdir("/")
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
     torch.set_grad_enabled(False)
     scale = pickle.loads(pickle.dumps(Scale(2.0)))
     yield from [scale.factor] * len(prompts)
@@ -244,6 +245,7 @@ def test_what_a_function_sets_for_the_whole_process_is_set_back(tmp_path):
     assert score(f"{path}:good").tolist() == [2.0] * 4
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32
+    assert torch.zeros(1).device.type == "cpu"
     assert os.getcwd() == folder
 
 

@@ -119,6 +119,7 @@ def test_a_fingerprint_writes_nothing_beside_its_input(tmp_path):
         ("model", "gpt2", []),
         ("reward_model", ["a.jsonl", "run", "world:gold"], ["a.jsonl", "run/model"]),
         ("reward_model", ["code.py:reward"], ["code.py"]),
+        ("dataset", "world", []),
         ("dataset", "world:3", []),
         ("dataset", "folder:train", ["folder"]),
         ("eval_splits", ["test", "new=a.jsonl", "cnn=cnn_dm:folder"], ["a.jsonl", "folder"]),
@@ -134,6 +135,7 @@ def test_the_files_that_a_setting_names(tmp_path, monkeypatch, setting, value, e
     (tmp_path / "a.jsonl").write_text("{}")
     (tmp_path / "code.py").write_text("")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "world").mkdir()
     (tmp_path / "run/model").mkdir(parents=True)
     assert input_paths({setting: value}) == expected
 
@@ -271,6 +273,12 @@ def test_a_model_that_is_trained_while_a_run_sets_up_is_its_input(inputs):
     Path("later/config.json").write_text("[]")
     with pytest.raises(InputError, match="later has changed"):
         RunFolder(Config("run", model="later"), ALONE)
+
+
+def test_a_run_in_a_folder_that_is_called_like_the_embedded_world(inputs):
+    settings = {"dataset": "world", "reward_model": ["world:gold"]}
+    RunFolder(Config("world/run", **settings), ALONE).create()
+    assert RunFolder(Config("world/run", **settings), ALONE).state == "unfinished"
 
 
 def test_a_run_older_than_fingerprints_goes_on(inputs):
