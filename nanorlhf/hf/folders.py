@@ -232,6 +232,10 @@ def open_tokenizer(path: str):
         return tokenizer
     by_file = transformers.PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
     by_file.model_input_names = tokenizer.model_input_names
+    # Older folders name no special tokens: these are the class's, if the file knows them.
+    for name, token in tokenizer.special_tokens_map.items():
+        if name not in by_file.special_tokens_map and of_file.token_to_id(token) is not None:
+            setattr(by_file, name, token)
     return by_file
 
 
