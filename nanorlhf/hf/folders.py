@@ -232,6 +232,10 @@ def open_tokenizer(path: str):
         return tokenizer
     by_file = transformers.PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
     by_file.model_input_names = tokenizer.model_input_names
+    # Older folders name no special tokens: these are the class's, if the file knows them.
+    for name, token in tokenizer.special_tokens_map.items():
+        if name not in by_file.special_tokens_map and of_file.token_to_id(token) is not None:
+            setattr(by_file, name, token)
     return by_file
 
 
@@ -427,12 +431,12 @@ def check_causal(path: str, model):
 
     Rows are padded on the right, and no mask hides the padding.
     """
-    with_1 = model.base_model(input_ids=torch.tensor([[1, 1]]), use_cache=False)
-    with_2 = model.base_model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
-    first_1 = with_1.last_hidden_state[:, 0]  # [1, D]
-    first_2 = with_2.last_hidden_state[:, 0]
+    # Two texts that begin alike: in one batch, since each pass reads all weights.
+    ids = torch.tensor([[1, 1], [1, 2]])
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [2, 2, D]
+    first_of_one, first_of_other = hidden[:, 0]
     require(
-        torch.allclose(first_1, first_2, rtol=1e-3, atol=1e-3),
+        torch.allclose(first_of_one, first_of_other, rtol=1e-3, atol=1e-3),
         f"{path}: {type(model).__name__} reads what stands to the right of a token; a policy and "
         "a reward model need a decoder, which does not",
     )

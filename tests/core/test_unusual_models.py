@@ -282,6 +282,17 @@ def test_the_tokenizer_of_a_folder_is_that_of_its_file(tmp_path):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, 0)
 
 
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_special_tokens_that_a_folder_does_not_name_are_those_of_the_class(tmp_path, in_file):
+    end = "<|endoftext|>" if in_file else "<end>"  # Qwen2's class has the first for its EOS
+    own = word_tokenizer(["<pad>", end, "<unk>", "w3", "w4"], eos_token=end)
+    path = save(make(Qwen2Config(**SIZE, num_key_value_heads=2)), tmp_path / "qwen", own)
+    (tmp_path / "qwen/tokenizer_config.json").write_text("{}")
+    tokenizer = load_tokenizer(path, needs_eos=False)
+    assert tokenizer("w3 w4").input_ids == [3, 4]  # as the file cuts it
+    assert tokenizer.eos_token_id == (EOS if in_file else None)
+
+
 @pytest.fixture
 def tied_reward_model(tmp_path):
     """A reward model whose LM head would be its embeddings."""
