@@ -436,8 +436,8 @@ def load_reward_model(path: str, device="cpu", seed: int | None = None) -> Rewar
     is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
     require(
         not is_classifier or config.num_labels == 1,
-        f"{path}: a classifier of {config.num_labels} labels, where a reward model has one; take the "
-        "model that it was made from",
+        f"{path}: a classifier of {config.num_labels} labels, where a reward model has one; take "
+        "the model that it was made from",
     )
     model = pretrained(
         transformers.AutoModelForSequenceClassification, path, has_new_head, num_labels=1
@@ -566,8 +566,8 @@ def check_reads_tokens(path: str, tokenizer):
     for token, token_id in tokenizer.get_vocab().items():
         require(
             token_id in added or own_ids.get(token) == token_id,
-            f"{path}: its tokenizer is not the policy's, whose tokens it would read (they differ in "
-            f"{token!r})",
+            f"{path}: its tokenizer is not the policy's, whose tokens it would read (they differ "
+            f"in {token!r})",
         )
 
 

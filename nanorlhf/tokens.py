@@ -346,8 +346,9 @@ def check_template(tokenizer, row: dict):
     as_it_is = render(tokenizer, messages, generation=True, place=place)
     require(
         as_it_is != render(tokenizer, [*messages[:-1], longer], generation=True, place=place),
-        f"{place}: the tokenizer's chat template leaves out what a message says; it may be for lists "
-        "of texts and images (write one for texts into chat_template.jinja of the model's folder)",
+        f"{place}: the tokenizer's chat template leaves out what a message says; it may be for "
+        "lists of texts and images (write one for texts into chat_template.jinja of the model's "
+        "folder)",
     )
 
 

@@ -374,16 +374,17 @@ def check_complete(path: str, model, missing: list[str], new_head: bool):
 
 
 def check_heads(path: str, model, unexpected: list[str]):
-    """InputError where the folder holds weights of a classifier's head that the model has no place for.
+    """InputError where the model has no place for a head's weights that its folder holds.
 
     transformers leaves them out without a word: a reward model as a policy whose LM head is tied to
     its embeddings, or the bias of a score head that has none.
     """
     left_out = [name for name in sorted(unexpected) if name.split(".")[0] in HEADS]
+    first_names = ", ".join(left_out[:3])
     require(
         not left_out,
-        f"{path}: it holds {', '.join(left_out[:3])}, for which {type(model).__name__} has no place: "
-        "the head of another kind of model",
+        f"{path}: it holds {first_names}, for which {type(model).__name__} has no place: the head "
+        "of another kind of model",
     )
 
 

@@ -63,7 +63,7 @@ class LoRA(nn.Module):
 
     @property
     def weight(self):
-        """There is none: a model that multiplies by a layer's weight itself would miss the adapter."""
+        """There is none: a model that multiplies by the weight itself would miss the adapter."""
         raise InputError(
             f"LoRA on {self.name}: this architecture reads the layer's weight past the adapter; "
             "name other layers with --lora_layers"

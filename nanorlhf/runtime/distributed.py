@@ -179,7 +179,7 @@ class Dist:
         return model
 
     def has_unused_weights(self, module, total, dtype) -> bool:
-        """Whether a text reaches only some of the trained weights: blocks for images have others."""
+        """Whether a text leaves out some trained weights, as it does those of blocks for images."""
         with autocast(self, dtype):
             value = total(module)
         value.backward()

@@ -61,7 +61,7 @@ def choices_of(flag) -> list[str]:
     return list(choices)
 
 
-def default_of(flag):
+def default_value(flag):
     """A flag's value where none is given."""
     if flag.default_factory is not MISSING:
         return flag.default_factory()
@@ -250,7 +250,7 @@ class LoraFlags(FlagGroup):
         if not self.lora_rank:
             for flag in fields(LoraFlags):
                 is_of_adapters = flag.name.startswith("lora_")
-                is_default = getattr(self, flag.name) == default_of(flag)
+                is_default = getattr(self, flag.name) == default_value(flag)
                 require(
                     is_default or not is_of_adapters,
                     f"--{flag.name} is for adapters: it needs --lora_rank",

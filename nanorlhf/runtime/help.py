@@ -62,7 +62,7 @@ def groups_of(config_class) -> list[tuple[str, list[Field]]]:
 def describe_flag(flag: Field, hint, width: int) -> list[str]:
     """The lines of one flag: its name, what it takes, what it is for, its default."""
     name = f"{' ' * INDENT}--{flag.name} {placeholder_of(flag, hint)}".rstrip()
-    about = f"{flag.metadata['help']}{default_of(flag)}"
+    about = f"{flag.metadata['help']}{describe_default(flag)}"
     indent = " " * COLUMN
     lines = textwrap.wrap(
         about, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
@@ -99,7 +99,7 @@ def placeholder_of(flag: Field, hint) -> str:
     return text
 
 
-def default_of(flag: Field) -> str:
+def describe_default(flag: Field) -> str:
     """ " (default: 0.05)", or nothing for an empty default; " (required)" where there is none."""
     default = flag.default
     if flag.default_factory is not MISSING:
