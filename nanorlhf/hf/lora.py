@@ -12,8 +12,6 @@ weight is stored as [in, out]; A and B are the same for it.
 
 import contextlib
 import re
-import signal
-import threading
 from collections.abc import Iterable
 
 import torch
@@ -24,7 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError, require
 from .blocks import autocast_dtype, freeze
 
-SEARCH_SECONDS = 5  # for the layers that a regular expression names
 HEADS = ("score", "classifier")  # of sequence classifiers: trained in full and saved whole
 
 
@@ -212,13 +209,11 @@ def matching(lm, pattern: str | list[str]) -> dict[str, nn.Module]:
         expressions = [pattern]
     else:
         expressions = [rf"(?:.*\.)?(?:{end})" for end in pattern]
-    too_long = f"LoRA layers {pattern}: a search that takes too long; write a simpler one"
     matched = {}
     try:
-        with time_limit(SEARCH_SECONDS, too_long):
-            for name, layer in layers.items():
-                if any(re.fullmatch(expression, name) for expression in expressions):
-                    matched[name] = layer
+        for name, layer in layers.items():
+            if any(re.fullmatch(expression, name) for expression in expressions):
+                matched[name] = layer
     except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"LoRA layers {pattern}: not a regular expression ({e})") from None
     return matched
@@ -253,31 +248,6 @@ def is_linear(module: nn.Module) -> bool:
     if not isinstance(output, torch.Tensor) or output.shape != expected.shape:
         return False
     return torch.allclose(output, expected, rtol=1e-2, atol=1e-3)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float, message: str):
-    """InputError where what is done in this context takes longer than so many seconds.
-
-    Nobody can tell from a regular expression whether its search ends before the sun does: that of
-    ((a|.)+)+x does not. The search looks for signals now and then, so an alarm ends it. Only the
-    main thread can set one; elsewhere there is no limit.
-    """
-
-    def stop(signal_number, frame):
-        raise InputError(message)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        # Switch the alarm off first. After the old handler is back, an alarm would end the process.
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def put_adapter(

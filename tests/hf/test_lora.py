@@ -7,7 +7,6 @@ PEFT's layout, and tiny runs of the scripts.
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +44,6 @@ import nanorlhf.models
 import train_rm
 from nanorlhf import world
 from nanorlhf.errors import InputError
-from nanorlhf.hf import lora
 from nanorlhf.hf.adapters import load_adapter, save_adapter
 from nanorlhf.hf.blocks import trainable
 from nanorlhf.hf.folders import check_model
@@ -463,30 +461,6 @@ def test_wrong_adapters_are_one_line(architecture, options, words):
 def test_a_model_has_adapters_once():
     with pytest.raises(InputError, match="already"):
         add_lora(make_lora_lm("neox"))
-
-
-def assert_no_alarm():
-    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
-ENDLESS = [r"(((a|.)+)+)+!", r"(.*)*!", ".*" * 40 + "!", ".?" * 60 + "!"]
-
-
-@pytest.mark.parametrize("pattern", ENDLESS)
-def test_a_search_without_end_is_ended(monkeypatch, pattern):
-    monkeypatch.setattr(lora, "SEARCH_SECONDS", 0.05)
-    lm = tiny_lm("neox")
-    for given in (pattern, [pattern]):
-        with pytest.raises(InputError, match="takes too long"):
-            add_lora(lm, given)
-    assert not adapters(lm)
-    assert_no_alarm()
-
-
-def test_a_search_that_ends_leaves_no_alarm():
-    assert matching(tiny_lm("neox"), ["dense"])
-    assert_no_alarm()
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{1,99999999999999999999}", "(?P<a"])
