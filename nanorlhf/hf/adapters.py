@@ -24,7 +24,7 @@ from ..errors import InputError, library_call, require
 from ..runtime.files import check_fields, read_object, shorten, write_json
 from ..runtime.tensors import check_tensors
 from ..runtime.tensors import read_tensors as read_file
-from .lora import HEADS, adapters, matching, merge, put_adapter, shape_of
+from .lora import HEADS, adapters, heads_of, matching, merge, put_adapter, shape_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -188,11 +188,6 @@ def config_to_save(lm, base: str) -> dict:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-
-
-def heads_of(lm) -> list[str]:
-    """The names of a classifier's heads; none for a language model."""
-    return [head for head in HEADS if hasattr(lm, head)]
 
 
 # --------------------------------------------------------------------------------------- reading

@@ -156,11 +156,9 @@ def add_lora(
         lm.base_model(input_ids=torch.tensor([[1, 2]], device=lm.device), use_cache=False)
 
     # A classifier's head is new, and small enough to be trained in full.
-    heads = []
-    for head in HEADS:
-        if hasattr(lm, head):
-            getattr(lm, head).requires_grad_(True)
-            heads.append(head)
+    heads = heads_of(lm)
+    for head in heads:
+        getattr(lm, head).requires_grad_(True)
 
     n_trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     also = f" and the {heads[0]} head" if heads else ""
@@ -168,6 +166,11 @@ def add_lora(
         f"LoRA of rank {rank} on {len(layers)} linear layers ({', '.join(last_names(layers))})"
         f"{also}: {n_trained:,} trained, the rest is frozen"
     )
+
+
+def heads_of(lm) -> list[str]:
+    """The names of a classifier's heads; none for a language model."""
+    return [head for head in HEADS if hasattr(lm, head)]
 
 
 def check_pattern(lm, pattern: str | list[str]):
