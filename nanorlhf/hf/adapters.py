@@ -22,8 +22,7 @@ from transformers.utils.hub import snapshot_download
 
 from ..errors import InputError, library_call, require
 from ..runtime.files import check_fields, read_object, shorten, write_json
-from ..runtime.tensors import check_tensors
-from ..runtime.tensors import read_tensors as read_file
+from ..runtime.tensors import check_tensors, read_tensors
 from .lora import HEADS, adapters, heads_of, matching, merge, put_adapter, shape_of
 
 CONFIG = "adapter_config.json"
@@ -304,13 +303,13 @@ def read_notes(path: str) -> dict:
     return notes
 
 
-def read_tensors(path: str) -> dict[str, torch.Tensor]:
+def read_adapter_tensors(path: str) -> dict[str, torch.Tensor]:
     """The tensors of an adapter folder, by their names in the model.
 
     {"layers.0.mlp.lora_A.weight": [r, in], ...}. InputError: broken, or not supported.
     """
     file = os.path.join(path, WEIGHTS)
-    tensors = read_file(file)
+    tensors = read_tensors(file)
     # load_adapter() compares the shapes with those of the model.
     any_shape = dict.fromkeys(tensors)
     check_tensors(tensors, any_shape, file)
@@ -337,7 +336,7 @@ def load_adapter(lm, path: str):
     are broken or not supported, or an adapter that was made for another model.
     """
     config = read_config(path)
-    tensors = read_tensors(path)
+    tensors = read_adapter_tensors(path)
     # The layers for which the file has an A or a B: {"layers.0.mlp", ...}.
     adapted = {layer_of(name) for name in tensors if ".lora_" in name}
     # A reward model has no LM head, and needs no adapter on it.
@@ -435,7 +434,7 @@ def load_merged(load: Callable, auto: type, path: str, new_head: bool, **kwargs)
         raise InputError(f"{path}: the adapter of a reward model, not of a policy")
 
     # Where the base is a causal LM, it is given a score head with as many labels as the adapter's.
-    head = read_tensors(path).get("score.weight")  # [labels, D]
+    head = read_adapter_tensors(path).get("score.weight")  # [labels, D]
     if head is not None:
         kwargs = {"num_labels": len(head), **kwargs}
     # The base may lack this head: load_adapter() fills it.
