@@ -126,14 +126,10 @@ def add_lora(
 
     That is kaiming_uniform with a = sqrt(5), as in the authors' code. The score head of a
     classifier stays trained. `seed` alone decides A. -> a sentence on what was done. InputError:
-    rank < 1, a pattern that names nothing, a model that has adapters already, a layer that is tied
-    to the embeddings or whose weight the model reads itself. Pitfall: new weights start small, so
-    LoRA takes a larger learning rate than full training, often ten times.
+    a pattern that names nothing, a model that has adapters already, a layer that is tied to the
+    embeddings or whose weight the model reads itself. Pitfall: new weights start small, so LoRA
+    takes a larger learning rate than full training, often ten times.
     """
-    if rank < 1 or not 0 <= dropout < 1:
-        raise InputError(
-            f"LoRA takes a rank of at least 1 and a dropout in [0, 1), not {rank} and {dropout}"
-        )
     if adapters(lm):
         raise InputError("this model has adapters already: merge them first")
     # A wrong pattern must be an error before the model is changed.

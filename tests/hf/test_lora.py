@@ -442,8 +442,6 @@ def test_the_reference_of_full_kl_is_as_good_as_a_second_copy(monkeypatch, chunk
 @pytest.mark.parametrize(
     "architecture, options, words",
     [
-        ("neox", {"rank": 0}, "rank of at least 1"),
-        ("neox", {"dropout": 1.0}, "dropout"),
         ("neox", {"pattern": ["q_proj"]}, "q_proj.*GPTNeoXForCausalLM.*query_key_value"),
         ("neox", {"pattern": ["query_key_value", "q_proj"]}, "q_proj"),
         ("neox", {"pattern": "query_key_value"}, "query_key_value"),  # not the whole name
