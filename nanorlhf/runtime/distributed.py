@@ -232,8 +232,6 @@ def setup(device="auto", distributed="ddp"):
     """
     if distributed == "ddp":  # who shards has no memory to keep
         keep_freed_memory()
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu or cuda, not {device!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
