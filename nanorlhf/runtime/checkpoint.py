@@ -144,11 +144,8 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
         if name.startswith(own_prefix) or (dist.main and is_common):
             sha256 = digest_file(os.path.join(path, name))
             lines += f"{sha256} {name}\n"
-    # Processes exchange tensors only, so the lines travel as bytes.
-    own_bytes = torch.tensor(list(lines.encode()), dtype=torch.uint8)
-    all_bytes = dist.gather(own_bytes)
     digests = {}
-    for line in bytes(all_bytes.tolist()).decode().splitlines():
+    for line in dist.gather_text(lines).splitlines():
         sha256, name = line.split()
         digests[name] = sha256
     return digests

@@ -221,19 +221,19 @@ def test_each_file_has_its_checksum_from_one_of_the_processes(tmp_path):
         (tmp_path / name).write_bytes(name.encode())
         expected[name] = hashlib.sha256(name.encode()).hexdigest()
 
-    sent = []  # by each process: its lines, as bytes
+    sent = []  # by each process: its lines
 
-    def record(own_bytes):
-        sent.append(own_bytes)
-        return own_bytes
-
-    for rank in (0, 1):
-        digest_files(tmp_path, SimpleNamespace(rank=rank, main=rank == 0, gather=record))
-    everything = torch.cat(sent)
-    assert bytes(everything.tolist()).count(b"\n") == 3
+    def record(text):
+        sent.append(text)
+        return text
 
     for rank in (0, 1):
-        dist = SimpleNamespace(rank=rank, main=rank == 0, gather=lambda own_bytes: everything)
+        digest_files(tmp_path, SimpleNamespace(rank=rank, main=rank == 0, gather_text=record))
+    everything = "".join(sent)
+    assert everything.count("\n") == 3
+
+    for rank in (0, 1):
+        dist = SimpleNamespace(rank=rank, main=rank == 0, gather_text=lambda text: everything)
         assert digest_files(tmp_path, dist) == expected
 
 
