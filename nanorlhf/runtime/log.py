@@ -158,23 +158,18 @@ class RunFolder:
         if not self.dist.main:
             return
         state = state or {"step": 0}
-        step = state["step"]
-
-        # A checkpoint knows how long the logs were; one that is older than this knows its step.
-        logs = state.get("logs", {})
         for name in LOGS:
             path = os.path.join(self.path, name)
-            if name in logs:
-                os.truncate(path, logs[name]["size"])
-            elif step > 0:
-                write_lines(path, rows_until(path, step))
+            # A checkpoint knows how long the logs were.
+            if "logs" in state:
+                os.truncate(path, state["logs"][name]["size"])
             else:
                 write_lines(path, [])
 
         # The resumed run makes later evaluations again.
         for name in os.listdir(self.path):
             if name == "eval" or name.startswith("eval_"):  # eval_folder() of each split
-                remove_later(os.path.join(self.path, name), step)
+                remove_later(os.path.join(self.path, name), state["step"])
 
     def append(self, name: str, rows):
         """Append JSON rows to a .jsonl file of the run."""
@@ -274,13 +269,6 @@ class RunFolder:
         """Remove the checkpoints: a finished run has no use for them."""
         if self.dist.main:
             shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
-
-
-def rows_until(path: str, step: int) -> list[dict]:
-    """The rows of a log up to and with a step."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; restore it from a copy, or start the run again")
-    return [row for row in read_rows(path, {"step": int}) if row["step"] <= step]
 
 
 def remove_later(folder: str, last: int):

@@ -244,11 +244,8 @@ def log_loss(folder, step):
     folder.append("metrics.jsonl", [{"step": step, "loss": step / 3}])
 
 
-def make_stopped_run(path, older=False):
-    """A run that was stopped after five steps, with checkpoints of steps 2 and 4.
-
-    older: as a run was before checkpoints had checksums.
-    """
+def make_stopped_run(path):
+    """A run that was stopped after five steps, with checkpoints of steps 2 and 4."""
     folder = run_folder(path)
     folder.create()
     module, optimizer = fresh()
@@ -257,10 +254,6 @@ def make_stopped_run(path, older=False):
         log_loss(folder, step)
         if step in (2, 4):
             folder.checkpoint(step, module, optimizer, {"kl_coef": step / 7}, 2)
-    if older:
-        for step, checkpoint in checkpoints(str(path)):
-            without_checksums = {"step": step, "kl_coef": step / 7}
-            write_json(os.path.join(checkpoint, "state.json"), without_checksums)
 
 
 class End(NamedTuple):
@@ -435,7 +428,6 @@ def make_folder_a_file(folder):
     folder.write_text("")
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["with checksums", "older than checksums"])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -456,9 +448,8 @@ def make_folder_a_file(folder):
         make_folder_a_file,
     ],
 )
-def test_a_damaged_checkpoint_is_found(tmp_path, undamaged, capsys, damage, older):
-    """Damage to one that is older than checksums is found by what its tensors are."""
-    make_stopped_run(tmp_path, older)
+def test_a_damaged_checkpoint_is_found(tmp_path, undamaged, capsys, damage):
+    make_stopped_run(tmp_path)
     damage(tmp_path / "checkpoint/step_4")
     check_step_2_is_taken(tmp_path, undamaged, capsys)
 
@@ -531,14 +522,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, first_layer):
     optimizer = adamw(other, 0.1, BETAS, 0.01)
     with pytest.raises(InputError, match="another model, which differs in 0"):
         load(str(tmp_path), other, optimizer)
-
-
-def test_a_checkpoint_older_than_checksums_is_resumed(tmp_path, undamaged):
-    make_stopped_run(tmp_path, older=True)
-    end = resume(tmp_path)
-    assert end.start == 4
-    assert equal(end.parameters, undamaged.parameters)
-    assert end.records == undamaged.records
 
 
 def test_a_damaged_checkpoint_goes_when_its_step_has_passed(tmp_path):
@@ -866,9 +849,7 @@ def steps_of(rows):
     return [row["step"] for row in rows]
 
 
-@pytest.mark.parametrize("knows_sizes", [True, False], ids=["knows sizes", "older"])
-def test_create_drops_what_came_after_the_checkpoint(tmp_path, knows_sizes):
-    """Also after a checkpoint from before checkpoints knew how long the logs were."""
+def test_create_drops_what_came_after_the_checkpoint(tmp_path):
     folder = run_folder(tmp_path)
     folder.create()
     assert folder.records() == []
@@ -878,10 +859,8 @@ def test_create_drops_what_came_after_the_checkpoint(tmp_path, knows_sizes):
         folder.append("metrics.jsonl", [{"step": step, "x": "\u2028"}])
         folder.append("samples.jsonl", [{"step": step}, {"step": step}])
         folder.write_eval(step, [])
-        if step > 0 and knows_sizes:
+        if step > 0:
             folder.checkpoint(step, module, optimizer, {}, 2)
-        elif step > 0:
-            save(str(tmp_path), step, module, optimizer, {}, 2)
     folder.append("metrics.jsonl", [{"step": 3}, {"step": 4}])
     folder.append("samples.jsonl", [{"step": 3}])
     folder.write_eval(3, [])
