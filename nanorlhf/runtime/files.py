@@ -171,6 +171,11 @@ def is_of_type(value, hint) -> bool:
     return type(value) is hint
 
 
+def is_number(value) -> bool:
+    """Whether a JSON value is a finite number."""
+    return is_of_type(value, float) and math.isfinite(value)
+
+
 def shorten(value) -> str:
     """How an error quotes a value that may be long."""
     text = repr(value)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ..errors import InputError
 from ..runtime import plots
 from ..runtime.curves import BEST_OF_N, read_records, without_common_ends
-from ..runtime.files import is_of_type, read_object
+from ..runtime.files import is_number, read_object
 from . import kinds
 
 MOST_POINTS = 400  # of a line
@@ -279,10 +279,6 @@ def read_points(run: Run, key: str) -> list[list]:
         else:
             points.append([record["step"], value, None, None])
     return thin_out(points, MOST_POINTS)
-
-
-def is_number(value) -> bool:
-    return is_of_type(value, float) and math.isfinite(value)
 
 
 def thin_out(points: list, most: int) -> list:

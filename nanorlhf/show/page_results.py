@@ -12,8 +12,8 @@ import torch
 from ..chats import show
 from ..ensemble import combine_all
 from ..runtime.curves import BEST_OF_N, read_bon_curve
-from ..runtime.files import read_object, read_rows
-from .page_curves import STANDARD_ERROR, Run, finish_panels, is_number, shorten
+from ..runtime.files import is_number, read_object, read_rows
+from .page_curves import STANDARD_ERROR, Run, finish_panels, shorten
 
 POOL_ROW = {"responses": list[str], "scores": dict, "gold_scores": list[float] | None}
 # Of a command's many features so many are in its table.
