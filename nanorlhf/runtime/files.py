@@ -259,6 +259,17 @@ def read_csv(path: str, text: str) -> list[tuple[str, dict]]:
 # ---------------------------------------------------------------------------------- writing JSON
 
 
+def without_nan(value):
+    """A value for JSON with None in the place of numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def write_json(path: str, value):
     """Write a JSON file under a temporary name, then rename it.
 
