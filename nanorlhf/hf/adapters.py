@@ -22,7 +22,7 @@ from transformers.utils.hub import snapshot_download
 
 from ..errors import InputError, library_call, require
 from ..runtime.files import check_fields, read_object, shorten, write_json
-from ..runtime.tensors import check_tensors, read_tensors
+from ..runtime.tensors import check_numbers, read_tensors
 from .lora import HEADS, adapters, heads_of, matching, merge, put_adapter, shape_of
 
 CONFIG = "adapter_config.json"
@@ -310,9 +310,7 @@ def read_adapter_tensors(path: str) -> dict[str, torch.Tensor]:
     """
     file = os.path.join(path, WEIGHTS)
     tensors = read_tensors(file)
-    # load_adapter() compares the shapes with those of the model.
-    any_shape = dict.fromkeys(tensors)
-    check_tensors(tensors, any_shape, file)
+    check_numbers(tensors, file)  # load_adapter() compares their shapes with those of the model
 
     # base_model.model.layers.0.mlp.lora_A.weight -> layers.0.mlp.lora_A.weight
     by_name = {}

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from ..errors import InputError, library_call, require
 from ..runtime.files import is_number, is_of_type, read_object, shorten
 from ..runtime.hints import check_made
-from ..runtime.tensors import check_tensors
+from ..runtime.tensors import check_numbers
 from .adapters import is_adapter, read_config, resolve
 from .lora import HEADS
 from .weights import check_config, find_file, has_weights, weight_names
@@ -405,9 +405,7 @@ def readable_length(model) -> int | None:
 
 def check_weights(path: str, model):
     """InputError where a weight is not finite: a run that went wrong saved it."""
-    weights = dict(model.named_parameters())
-    any_shape = dict.fromkeys(weights)
-    check_tensors(weights, any_shape, path)
+    check_numbers(dict(model.named_parameters()), path)
 
 
 @torch.no_grad()

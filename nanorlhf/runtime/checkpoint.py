@@ -212,7 +212,7 @@ def find_damage(folder: str, step: int, module) -> str:
     path = os.path.join(folder, "checkpoint", f"step_{step}")
     try:
         # Undamaged files may still be those of another model, so its weights are compared too.
-        return check_digests(folder, step, path) or check_weights(path, module)
+        return check_digests(folder, step, path) or compare_weights(path, module)
     except FileNotFoundError as e:
         return f"{os.path.basename(e.filename)} is missing"
     # The error says what is wrong. The folder's name is cut off: the caller says it.
@@ -244,7 +244,7 @@ def check_digests(folder: str, step: int, path: str) -> str:
     return ""
 
 
-def check_weights(path: str, module) -> str:
+def compare_weights(path: str, module) -> str:
     """Compare the names and shapes of the weights with the model's -> what differs, or ""."""
     saved_shapes = {}
     for key, tensor in read_metadata(path).items():
