@@ -40,7 +40,7 @@ def default_value(flag: Field):
 def read_config(stored: str) -> dict:
     """What is in a run's config.json: settings, and as "inputs" fingerprints of what they name."""
     run = read_object(stored, {"inputs": dict | None}, finite=False)  # a setting may be infinite
-    run["inputs"] = run.get("inputs") or {}  # older runs have no fingerprints
+    run["inputs"] = run.get("inputs") or {}  # results of probe.py have none
     for name, fingerprint in run["inputs"].items():
         check_fields(fingerprint, FINGERPRINT, f"{stored}: the fingerprint of {name}")
     return run

@@ -164,11 +164,9 @@ def draw_densities(run: Run) -> list[dict]:
             continue
         density = result["density"]
         edges = density["log10_edges"]
-        # Older summaries call features latents.
-        counts = density.get("features") or density.get("latents")
         # A point stands in the middle between two edges.
         points = []
-        for low, high, count in zip(edges, edges[1:], counts):
+        for low, high, count in zip(edges, edges[1:], density["features"]):
             points.append([(low + high) / 2, count, None, None])
         lines.append({"series": name, "what": run.name, "points": points})
     if not lines:
