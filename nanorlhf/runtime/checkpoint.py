@@ -63,7 +63,7 @@ def checkpoints(folder):
 # --------------------------------------------------------------------------------------------- save
 
 
-def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
+def save(folder, step, module, optimizer, state, keep, dist=ALONE, more=None):
     """Write checkpoint/step_{step}, and keep the last `keep` checkpoints.
 
     It holds the trained weights, the optimizer, `state` (JSON) and `more` {name: tensor}. The main
@@ -72,7 +72,6 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
     # {"model/lm.lm_head.weight": [V, D], "optimizer/exp_avg/lm.lm_head.weight": [V, D], ...}, for
     # trained weights alone: a resumed run reads frozen ones from the model that it started from.
     tensors = {}
-    main = dist is None or dist.main
     for name, p in trainable(module):
         tensors[f"model/{name}"] = p.detach().contiguous()
         # A weight that has had no gradient yet has no moments.
@@ -86,18 +85,18 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
             save_shards(tensors, path)
         else:
             save_file(tensors, os.path.join(path, "state.safetensors"))
-        if main and more:
+        if dist.main and more:
             save_file(more, os.path.join(path, MORE))
         # Checksums of the files, as read back. state.json holds them, and a checksum of itself.
         files = digest_files(path, writers)
-        if main:
+        if dist.main:
             content = {"step": step, **state, "files": files}
             write_json(os.path.join(path, "state.json"), {**content, "sha256": digest(content)})
 
-    if main:
+    if dist.main:
         os.makedirs(os.path.join(folder, "checkpoint"), exist_ok=True)
     replace_folder(os.path.join(folder, "checkpoint", f"step_{step}"), write, writers)
-    if main:
+    if dist.main:
         remove_all_but(folder, step, keep)
 
 
