@@ -576,9 +576,7 @@ def python_function(spec: str) -> Callable:
     path, _, name = spec.rpartition(":")
     require(os.path.isfile(path), f"{path}: no such file")
     module = import_file(os.path.abspath(path), os.path.getmtime(path))
-    # A module may have a __getattr__ of its own.
-    with user_code(f"{path}: looking for {name!r} raised"):
-        function = getattr(module, name, None)
+    function = getattr(module, name, None)
     require(callable(function), f"{path}: it defines no function {name!r}")
     is_async = inspect.iscoroutinefunction(function)
     require(
