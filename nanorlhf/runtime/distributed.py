@@ -152,6 +152,13 @@ class Dist:
             raise InputError(messages.split("\n")[0])
         return result
 
+    def on_main(self, function):
+        """function() on the main process alone, None on the others.
+
+        All processes call this. An InputError is raised on all.
+        """
+        return self.together(lambda: function() if self.main else None)
+
     def wrap(self, module, total=None, dtype="float32"):
         """A module on several processes: in shards (in place), or inside DDP if it is trained.
 

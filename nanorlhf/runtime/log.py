@@ -60,13 +60,11 @@ class RunFolder:
 
         # A folder that holds something else is refused before a lock file is put into it.
         def claim():
-            if not dist.main:
-                return
             self.find_state(config, free)
             if self.state != "done" or written_again:
                 lock(self.path)
 
-        dist.together(claim)
+        dist.on_main(claim)
         # Once more, on all processes: another run may have ended between the look and the lock.
         dist.together(lambda: self.find_state(config, free))
         if self.state == "new" and getattr(config, "resume", False):
@@ -127,8 +125,6 @@ class RunFolder:
         """
 
         def look():
-            if not self.dist.main:
-                return
             now = fingerprint_inputs(self.named, self.inputs)
             for name in changed_inputs(self.inputs, now):
                 raise InputError(
@@ -138,7 +134,7 @@ class RunFolder:
                 )
             self.inputs |= now
 
-        self.dist.together(look)
+        self.dist.on_main(look)
 
     def write_config(self):
         """Make the folder, and put the run's settings and fingerprints of its inputs into it."""

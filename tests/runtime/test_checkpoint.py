@@ -910,7 +910,12 @@ def test_the_second_evaluation_of_a_step_replaces_the_first(tmp_path):
 
 
 def test_only_the_first_process_writes(tmp_path):
-    other = SimpleNamespace(main=False, barrier=lambda: None, together=lambda function: function())
+    other = SimpleNamespace(
+        main=False,
+        barrier=lambda: None,
+        together=lambda function: function(),
+        on_main=lambda function: None,
+    )
     folder = run_folder(tmp_path / "a", other)
     folder.create()
     folder.append("metrics.jsonl", [{"step": 0}])
