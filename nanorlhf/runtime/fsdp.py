@@ -111,7 +111,7 @@ def gathered(*modules: nn.Module | None):
 
 
 @contextlib.contextmanager
-def whole(module: nn.Module | None = None, main: bool = True):
+def whole(module: nn.Module, main: bool):
     """Plain float32 tensors on the CPU in place of the shards, on the main process: any code can
     save the module.
 

@@ -237,15 +237,18 @@ class RunFolder:
         self.remove_checkpoints()
         return summary
 
-    def save_model(self, save, *args):
-        """save(module, ..., folder) into model/, atomically.
+    def save_model(self, save, module, tokenizer):
+        """save(module, tokenizer, folder) into model/, atomically.
 
         All processes call this, since shards must be gathered first.
         """
-        # args[0] is the module, a policy for example. Its shards are gathered in here.
-        with whole(*args[:1], main=self.dist.main):
+
+        def write(path):
+            save(module, tokenizer, path)
+
+        with whole(module, self.dist.main):
             if self.dist.main:
-                replace_folder(os.path.join(self.path, "model"), lambda path: save(*args, path))
+                replace_folder(os.path.join(self.path, "model"), write)
         self.dist.barrier()
 
     def finish(self, summary: dict) -> dict:

@@ -891,12 +891,12 @@ def test_create_without_a_checkpoint_starts_over(tmp_path):
 
 
 def test_a_model_in_a_run_folder(tmp_path):
-    def save_number(number, path):
+    def save_number(number, tokenizer, path):
         write_json(os.path.join(path, "a.json"), number)
 
     folder = run_folder(tmp_path)
     folder.create()
-    folder.save_model(save_number, 5)
+    folder.save_model(save_number, 5, None)
     assert read_json(str(tmp_path / "model/a.json")) == 5
 
 
@@ -921,6 +921,6 @@ def test_only_the_first_process_writes(tmp_path):
     folder.append("metrics.jsonl", [{"step": 0}])
     folder.write_eval(0, [])
     folder.checkpoint(1, None, None, {}, 1)
-    folder.save_model(None)
+    folder.save_model(None, None, None)
     folder.finish({})
     assert not (tmp_path / "a").exists()

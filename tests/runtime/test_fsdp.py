@@ -686,7 +686,7 @@ def test_one_process_shards_nothing():
     assert not dist.sharded
     assert dist.wrap(policy, total) is policy
     assert not fsdp.is_sharded(policy)
-    with fsdp.gathered(policy, None), fsdp.whole(policy):
+    with fsdp.gathered(policy, None), fsdp.whole(policy, True):
         assert local_bytes(policy)["gradients"] == 0
 
 
