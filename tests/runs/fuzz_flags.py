@@ -308,7 +308,7 @@ SMALL_LANGUAGES = {
     "penalize_features": "99999 | -1 | 3 3 | x",
     "eval_splits": "nonsense | ood= | test test | x=missing.jsonl | eval=sft.jsonl",
     "in_distribution": "nonsense | words: | words:prompt<=x | a= | rewards.py:nothing",
-    "lora_layers": "( | nothing | (((a|.)+)+)+!",
+    "lora_layers": "( | nothing",
     "dataset": "world:x | world:\u00b2 | world:-1 | world:" + "9" * 5000,
     "truncate": "x | -1 | 0 | \u00b2",
     "judge": "http:// | http://[ | llm: | llm:missing | http://user:pw@127.0.0.1:9/v1",
