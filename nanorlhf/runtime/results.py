@@ -35,8 +35,8 @@ def interval_row(mean, low, high) -> dict[str, float]:
     return {"mean": mean.item(), "low": low.item(), "high": high.item()}
 
 
-def in_one_line(function, *args):
-    """function(*args), its ValueErrors (floor 0 raises no others) as InputErrors."""
+def with_input_errors(function, *args):
+    """function(*args), its ValueErrors as InputErrors: what is wrong is what a user gave."""
     try:
         return function(*args)
     except ValueError as e:

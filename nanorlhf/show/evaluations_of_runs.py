@@ -21,7 +21,7 @@ from ..errors import require
 from ..runtime.files import check_fields, is_number, read_file, read_object, read_rows
 from ..runtime.hints import check_made
 from ..runtime.log import eval_folder
-from ..runtime.results import in_one_line
+from ..runtime.results import with_input_errors
 from ..runtime.settings import read_config
 from .kinds import name_kind
 
@@ -183,8 +183,8 @@ def combine_members(scores: torch.Tensor, settings: dict) -> torch.Tensor:
     """The proxy of a run: its rewards' scores [K, ...] -> [...]."""
     weights = settings.get("reward_weights")
     if weights:
-        return in_one_line(weighted_sum, scores, weights)
-    return in_one_line(combine, scores, *read_objective(settings))
+        return with_input_errors(weighted_sum, scores, weights)
+    return with_input_errors(combine, scores, *read_objective(settings))
 
 
 def choose_from_pool(run: Run, n: int) -> list[Answer]:
