@@ -12,7 +12,7 @@ weight is stored as [in, out]; A and B are the same for it.
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 def add_lora(
     lm,
-    pattern: str | list[str] = "all-linear",
+    pattern: Sequence[str] = ("all-linear",),
     rank: int = 8,
     alpha: float = 16.0,
     dropout: float = 0.0,
@@ -169,16 +169,11 @@ def heads_of(lm) -> list[str]:
     return [head for head in HEADS if hasattr(lm, head)]
 
 
-def check_pattern(lm, pattern: str | list[str]):
-    """InputError where a pattern, or one entry of its list, names no linear layer."""
+def check_pattern(lm, pattern: Sequence[str]):
+    """InputError where one entry of a pattern names no linear layer."""
     # Each entry is tried alone, since a misspelt one would go unnoticed beside one that is right.
-    # {entry: what matching() takes for it alone}; it reads a string differently from a list.
-    if isinstance(pattern, str):
-        entries = {pattern: pattern}
-    else:
-        entries = {entry: [entry] for entry in pattern}
-    for entry, alone in entries.items():
-        if not matching(lm, alone):
+    for entry in pattern:
+        if not matching(lm, [entry]):
             known_names = ", ".join(sorted(last_names(matching(lm, ".*"))))
             raise InputError(
                 f"LoRA layers {entry}: no linear layer of {type(lm).__name__} has this name; "
@@ -191,7 +186,7 @@ def last_names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.split(".")[-1] for name in names))
 
 
-def matching(lm, pattern: str | list[str]) -> dict[str, nn.Module]:
+def matching(lm, pattern: str | Sequence[str]) -> dict[str, nn.Module]:
     """{name: layer} of the linear layers that a pattern names; a classifier's head is none of them.
 
     "all-linear": all but the output head. Any other string: a regular expression for whole names. A
@@ -199,7 +194,7 @@ def matching(lm, pattern: str | list[str]) -> dict[str, nn.Module]:
     These are PEFT's rules.
     """
     layers = linear_layers(lm)
-    if pattern in ("all-linear", ["all-linear"]):
+    if pattern == "all-linear" or list(pattern) == ["all-linear"]:
         head = lm.get_output_embeddings()
         return {name: layer for name, layer in layers.items() if layer is not head}
 
