@@ -242,7 +242,7 @@ def main(config):
 
     # What is wrong with the cache, the texts or a model is said before anything is loaded.
     if config.cache:
-        dist.together(lambda: check_cache(config.cache) if dist.main else None)
+        dist.on_main(lambda: check_cache(config.cache))
     # With a base beside the policy, two autoencoders of the same layer show what training changed.
     paths = {"policy": config.model}
     if config.base != "none":

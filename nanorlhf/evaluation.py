@@ -24,7 +24,7 @@ from .runtime.cli import read_settings
 from .runtime.distributed import Dist, autocast
 from .runtime.files import read_object, read_rows, write_json, write_lines
 from .runtime.fsdp import gathered
-from .runtime.locks import lock_folder
+from .runtime.locks import lock
 from .runtime.log import RunFolder, eval_folder, read_eval
 from .scoring import Scored, Scoring
 from .splits import labels
@@ -380,7 +380,7 @@ def lock_finished_run(run: str, dist: Dist):
     for name in ("config.json", "metrics.jsonl", "summary.json"):
         is_there = os.path.isfile(os.path.join(run, name))
         require(is_there, f"{run}: no finished PPO run here (it has no {name})")
-    lock_folder(run, dist)
+    dist.on_main(lambda: lock(run))
 
 
 def check_summary(run: str) -> dict:

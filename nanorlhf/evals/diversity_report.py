@@ -34,7 +34,7 @@ from ..models import load_tokenizer
 from ..runtime.curves import without_common_ends
 from ..runtime.files import check_output, read_file, read_json, write_json
 from ..runtime.flags import FlagGroup
-from ..runtime.locks import LOCK_FILE, lock_folder
+from ..runtime.locks import LOCK_FILE, lock
 from .encoders import check_nli, nli_scorer, sentence_encoder
 
 FILE = "diversity.json"
@@ -542,12 +542,12 @@ def from_files(config, dist):
     # The name of a system is the part of its path that tells it from the others.
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
-    lock_folder(config.output_dir, dist)
+    dist.on_main(lambda: lock(config.output_dir))
     # Only --best_of needs scores: without it files may have none.
     systems = {}
     for path in config.from_files:
         systems[names[path]] = read_outputs(path, config.columns, scores=config.best_of > 0)
-    return dist.together(lambda: report(config, dist, systems) if dist.main else None)
+    return dist.on_main(lambda: report(config, dist, systems))
 
 
 def is_our_folder(path: str) -> bool:

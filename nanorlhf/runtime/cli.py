@@ -56,29 +56,34 @@ def parse(config_class, args, command="", description=None):
     parser = Parser(f"{script()} {command}".strip(), description, config_class)
     # First the command line alone: it says in which folder the run to resume lies.
     parsed = vars(parser.parse_args(args))
-    if "resume" not in parsed:
-        return config_class(**parsed)
+    if parsed.get("resume"):
+        use_stored_settings(parser, parsed)
+        parsed = vars(parser.parse_args(args))
+    return config_class(**parsed)
 
+
+def use_stored_settings(parser, parsed):
+    """Make the settings of the run that is resumed the defaults of the command line.
+
+    parsed: what the command line says without them.
+    """
     # Without --output_dir a Config chooses its folder, perhaps by other flags.
     folder = parsed["output_dir"]
     with contextlib.suppress(InputError):
-        folder = config_class(**parsed).output_dir
+        folder = parser.config_class(**parsed).output_dir
     folder = folder.replace("{seed}", str(parsed["seed"]))
     stored = os.path.join(folder, "config.json")
 
     # A flag that is given with its default value counts as not given: argparse cannot tell.
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
-    if given == {"resume", "output_dir"} and not os.path.isfile(stored):
+    if not os.path.isfile(stored):
         # A slip of the pen should not start another run.
-        raise InputError(f"{folder}: no run to resume here")
-    if parsed["resume"] and os.path.isfile(stored):
-        # The run's settings become the defaults, and the command line is read again over them.
-        settings = read_settings(stored, config_class)
-        only_stored = {name: value for name, value in settings.items() if name not in given}
-        check_stored_code(folder, only_stored)
-        parser.set_defaults(**settings)
-        parsed = vars(parser.parse_args(args))
-    return config_class(**{**parsed, "resume": parsed["resume"]})
+        require(given != {"resume", "output_dir"}, f"{folder}: no run to resume here")
+        return
+    settings = read_settings(stored, parser.config_class)
+    only_stored = {name: value for name, value in settings.items() if name not in given}
+    check_stored_code(folder, only_stored)
+    parser.set_defaults(**settings)
 
 
 def check_stored_code(folder, settings):

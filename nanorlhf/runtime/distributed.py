@@ -107,6 +107,13 @@ class Dist:
         rows = [part[: int(n)] for part, n in zip(parts, sizes)]
         return torch.cat(rows).to(tensor.device)
 
+    def gather_text(self, text):
+        """The texts of all ranks, one after the other."""
+        # Processes exchange tensors alone, so a text travels as bytes.
+        own_bytes = torch.tensor(list(text.encode(errors="backslashreplace")), dtype=torch.uint8)
+        all_bytes = self.gather(own_bytes)
+        return bytes(all_bytes.tolist()).decode()
+
     def even(self, micro_batches):
         """The same number of micro-batches on all ranks: FSDP sends something in each of them.
 
@@ -132,21 +139,25 @@ class Dist:
         # If a process raised its error at once, the others would wait for it in their next
         # exchange. So all exchange messages first; without an error a message is empty.
         result = None
-        message = b""
+        message = ""
         try:
             result = function()
         except InputError as e:
             if self.world == 1:
                 raise
             # One line, whose end separates it from the next process's message.
-            line = " ".join(str(e).split()) + "\n"
-            message = line.encode(errors="backslashreplace")
-        own_bytes = torch.tensor(list(message), dtype=torch.uint8)
-        all_bytes = bytes(self.gather(own_bytes).tolist())
-        if all_bytes:
-            first_message = all_bytes.decode().split("\n")[0]
-            raise InputError(first_message)
+            message = " ".join(str(e).split()) + "\n"
+        messages = self.gather_text(message)
+        if messages:
+            raise InputError(messages.split("\n")[0])
         return result
+
+    def on_main(self, function):
+        """function() on the main process alone, None on the others.
+
+        All processes call this. An InputError is raised on all.
+        """
+        return self.together(lambda: function() if self.main else None)
 
     def wrap(self, module, total=None, dtype="float32"):
         """A module on several processes: in shards (in place), or inside DDP if it is trained.
@@ -232,8 +243,6 @@ def setup(device="auto", distributed="ddp"):
     """
     if distributed == "ddp":  # who shards has no memory to keep
         keep_freed_memory()
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu or cuda, not {device!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

@@ -9,12 +9,13 @@ have, and `may_be_infinite`, for a bound that infinity switches off.
 """
 
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 
 from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
 from . import distributed
+from .settings import default_value
 
 # What torch can hold: whole numbers of 64 bits, numbers of 32.
 LEAST_INT = -(2**63)
@@ -59,13 +60,6 @@ def choices_of(flag) -> list[str]:
     if callable(choices):
         choices = choices()
     return list(choices)
-
-
-def default_value(flag):
-    """A flag's value where none is given."""
-    if flag.default_factory is not MISSING:
-        return flag.default_factory()
-    return flag.default
 
 
 # ------------------------------------------------------- flags that scripts declare one by one

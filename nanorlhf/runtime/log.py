@@ -60,13 +60,11 @@ class RunFolder:
 
         # A folder that holds something else is refused before a lock file is put into it.
         def claim():
-            if not dist.main:
-                return
             self.find_state(config, free)
             if self.state != "done" or written_again:
                 lock(self.path)
 
-        dist.together(claim)
+        dist.on_main(claim)
         # Once more, on all processes: another run may have ended between the look and the lock.
         dist.together(lambda: self.find_state(config, free))
         if self.state == "new" and getattr(config, "resume", False):
@@ -127,8 +125,6 @@ class RunFolder:
         """
 
         def look():
-            if not self.dist.main:
-                return
             now = fingerprint_inputs(self.named, self.inputs)
             for name in changed_inputs(self.inputs, now):
                 raise InputError(
@@ -138,7 +134,7 @@ class RunFolder:
                 )
             self.inputs |= now
 
-        self.dist.together(look)
+        self.dist.on_main(look)
 
     def write_config(self):
         """Make the folder, and put the run's settings and fingerprints of its inputs into it."""
@@ -158,23 +154,18 @@ class RunFolder:
         if not self.dist.main:
             return
         state = state or {"step": 0}
-        step = state["step"]
-
-        # A checkpoint knows how long the logs were; one that is older than this knows its step.
-        logs = state.get("logs", {})
         for name in LOGS:
             path = os.path.join(self.path, name)
-            if name in logs:
-                os.truncate(path, logs[name]["size"])
-            elif step > 0:
-                write_lines(path, rows_until(path, step))
+            # A checkpoint knows how long the logs were.
+            if "logs" in state:
+                os.truncate(path, state["logs"][name]["size"])
             else:
                 write_lines(path, [])
 
         # The resumed run makes later evaluations again.
         for name in os.listdir(self.path):
             if name == "eval" or name.startswith("eval_"):  # eval_folder() of each split
-                remove_later(os.path.join(self.path, name), step)
+                remove_later(os.path.join(self.path, name), state["step"])
 
     def append(self, name: str, rows):
         """Append JSON rows to a .jsonl file of the run."""
@@ -246,15 +237,18 @@ class RunFolder:
         self.remove_checkpoints()
         return summary
 
-    def save_model(self, save, *args):
-        """save(module, ..., folder) into model/, atomically.
+    def save_model(self, save, module, tokenizer):
+        """save(module, tokenizer, folder) into model/, atomically.
 
         All processes call this, since shards must be gathered first.
         """
-        # args[0] is the module, a policy for example. Its shards are gathered in here.
-        with whole(*args[:1], main=self.dist.main):
+
+        def write(path):
+            save(module, tokenizer, path)
+
+        with whole(module, self.dist.main):
             if self.dist.main:
-                replace_folder(os.path.join(self.path, "model"), lambda path: save(*args, path))
+                replace_folder(os.path.join(self.path, "model"), write)
         self.dist.barrier()
 
     def finish(self, summary: dict) -> dict:
@@ -274,13 +268,6 @@ class RunFolder:
         """Remove the checkpoints: a finished run has no use for them."""
         if self.dist.main:
             shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
-
-
-def rows_until(path: str, step: int) -> list[dict]:
-    """The rows of a log up to and with a step."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; restore it from a copy, or start the run again")
-    return [row for row in read_rows(path, {"step": int}) if row["step"] <= step]
 
 
 def remove_later(folder: str, last: int):

@@ -35,7 +35,7 @@ OF_ANSWERS = "gold proxy variance kl kl_k2 kl_k3 length eos_rate distinct_2".spl
 BEST_BY = ("gold", "proxy", "accuracy")
 # Settings that say nothing of what was trained. The inputs (digests of files) are compared file by
 # file.
-PLACES = {"output_dir", "inputs", "resume"}
+NOT_COMPARED = {"output_dir", "inputs", "resume"}
 
 Pairs = list[tuple[Answer, Answer]]  # two answers to one prompt
 
@@ -150,7 +150,7 @@ def compare_settings(a: dict, b: dict) -> dict[str, list]:
     So do the contents of a file that both name, if it was changed between the runs.
     """
     differing = {}
-    for name in sorted(a.keys() & b.keys() - PLACES):
+    for name in sorted(a.keys() & b.keys() - NOT_COMPARED):
         values = [a[name], b[name]]
         if values[0] != values[1]:
             differing[name] = values

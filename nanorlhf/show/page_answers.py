@@ -12,11 +12,13 @@ import re
 
 import torch
 
-from .. import ensemble, world
+from .. import world
 from ..chats import show
 from ..data import is_world
+from ..ensemble import OBJECTIVES
 from ..errors import InputError
 from ..runtime.files import check_fields, is_of_type, read_rows
+from .evaluations_of_runs import combine_members
 from .page_curves import SAMPLES, Run, name_first_split, read_if_there, shorten, thin_out
 
 MOST_EVALUATIONS = 100
@@ -92,7 +94,7 @@ def arrange_answers(run: Run, split: str, rows_of_steps: dict[int, list[dict]]) 
         **find_marks(run),
     }
     # The files hold the members' scores, and PPO maximised one of all of them.
-    if len(names) > 1 and run.config.get("objective") in ensemble.OBJECTIVES:
+    if len(names) > 1 and run.config.get("objective") in OBJECTIVES:
         add_proxy(run, block)
     return block
 
@@ -150,18 +152,9 @@ def add_proxy(run: Run, block: dict):
             scores = [answer["scores"][place] for place in places]  # [K]
             proxy = None
             if None not in scores:
-                proxy = combine_members(run, torch.tensor(scores))
+                proxy = combine_members(torch.tensor(scores), run.config).item()
             answer["scores"].insert(0, proxy)
     block["scores"].insert(0, "proxy")
-
-
-def combine_members(run: Run, scores: torch.Tensor) -> float:
-    """The proxy of one answer, from its members' scores [K]."""
-    weights = run.config.get("reward_weights")
-    if weights:
-        return ensemble.weighted_sum(scores, weights).item()
-    uwo_lambda = run.config.get("uwo_lambda", 0.1)
-    return ensemble.combine(scores, run.config["objective"], uwo_lambda).item()
 
 
 def find_marks(run: Run) -> dict:

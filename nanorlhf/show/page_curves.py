@@ -9,14 +9,13 @@ missing. A file that is damaged is an InputError.
 
 import math
 import os
-import re
 from dataclasses import dataclass, field
 
 from ..errors import InputError
 from ..runtime import plots
-from ..runtime.curves import BEST_OF_N, read_records, without_common_ends
-from ..runtime.files import is_of_type, read_object
-from . import kinds
+from ..runtime.curves import read_records, without_common_ends
+from ..runtime.files import is_number, read_object
+from .kinds import name_kind
 
 MOST_POINTS = 400  # of a line
 STANDARD_ERROR = "± 1 standard error"  # what low and high are, in words
@@ -82,9 +81,9 @@ def open_runs(folders: list[str]) -> list[Run]:
         if "model_type" in (config or {}):
             raise InputError(f"{folder}: no run here (its config.json is a model's)")
         records = read_records(folder)
-        kind = name_kind(config or {}, os.path.isfile(os.path.join(folder, BEST_OF_N)))
+        config = config or {}
         name = short_names[folder] or folder
-        runs.append(Run(folder, name, kind, config or {}, summary, records))
+        runs.append(Run(folder, name, name_kind(config), config, summary, records))
     return runs
 
 
@@ -93,17 +92,6 @@ def read_if_there(path: str) -> dict | None:
     if not os.path.isfile(path):
         return None
     return read_object(path, finite=False)
-
-
-def name_kind(config: dict, has_best_of_n: bool) -> str:
-    """What kind of run has these settings, in a word or two."""
-    if has_best_of_n:
-        return "best-of-n"
-    if "command" in config:
-        # Its config is called after it: RewardFeatures of reward_features.
-        words = re.findall("[A-Z][a-z]*", str(config["command"]))
-        return f"probe.py {'_'.join(words).lower()}"
-    return kinds.name_kind(config)
 
 
 def shorten(text: str) -> str:
@@ -279,10 +267,6 @@ def read_points(run: Run, key: str) -> list[list]:
         else:
             points.append([record["step"], value, None, None])
     return thin_out(points, MOST_POINTS)
-
-
-def is_number(value) -> bool:
-    return is_of_type(value, float) and math.isfinite(value)
 
 
 def thin_out(points: list, most: int) -> list:

@@ -32,11 +32,11 @@ from ..runtime.files import (
     check_name,
     read_object,
     replace_file,
+    without_nan,
     write_json,
 )
 from ..runtime.flags import FlagGroup
 from ..runtime.plots import save
-from ..runtime.results import finite
 from ..stats import t_interval
 
 REPO = Path(__file__).resolve().parents[2]
@@ -300,7 +300,7 @@ def run_and_keep(cell: Cell, a, path: str):
         "command": kept_form(cell.command, a),
         "needs": kept_needs(cell, a),
         "commit": commit,
-        "result": with_null(cell.read(folder)),
+        "result": without_nan(cell.read(folder)),
     }
     # The file is read again before it is written: other commands have added their cells since.
     with FILE_OF_CELLS:
@@ -424,18 +424,7 @@ def write_summary(path: str | Path, summary: dict):
 
     JSON knows no NaN: null stands for each, such as the interval of a single seed.
     """
-    write_json(str(path), with_null(summary))
-
-
-def with_null(value):
-    """A copy of nested dicts and lists: None in the place of numbers that are NaN or infinite."""
-    if isinstance(value, dict):
-        return {key: with_null(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [with_null(item) for item in value]
-    if isinstance(value, float):
-        return finite(value)
-    return value
+    write_json(str(path), without_nan(summary))
 
 
 def draw_picture(draw: Callable, what, path: str):
