@@ -747,11 +747,7 @@ def score_rows(reward_model, batch, config, dist):
     # gathered() is a collective call, so a process without rows must enter it too.
     scores = torch.zeros(len(batch), device=dist.device)
     with gathered(reward_model), autocast(dist, config.dtype):
-        if len(batch) == 0:  # there are fewer rows than processes
-            return scores
-        for rows in batch.micro_batches(
-            config.micro_batch_size, None, config.tokens_per_micro_batch
-        ):
+        for rows in batch.micro_batches(config.micro_batch_size, config.tokens_per_micro_batch):
             scores[rows] = reward_model(batch.rows(rows))
     return scores
 

@@ -59,7 +59,7 @@ def forward(parts: PPOParts, policy: Policy, batch: Packed, **kwargs) -> dict[st
     config = parts.config
     dist = parts.dist
     outputs = {}
-    for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
+    for rows in batch.micro_batches(config.micro_batch_size, config.tokens_per_micro_batch):
         part = batch.rows(rows)
         with autocast(dist, config.dtype):
             result = policy(part, response_mask_of(part), config.temperature, **kwargs)

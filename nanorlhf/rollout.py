@@ -474,7 +474,7 @@ def through_frozen_blocks(parts: Parts, batch: Packed) -> Packed:
     # Without frozen blocks each forward begins at the embeddings.
     if not policy.frozen or not policy.frozen.n:
         return batch
-    for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
+    for rows in batch.micro_batches(config.micro_batch_size, config.tokens_per_micro_batch):
         part = batch.rows(rows)
         with autocast(parts.dist, config.dtype):
             hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
