@@ -707,8 +707,7 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
             seed=config.seed,
         )
     samples = []
-    for row, response_ids, kept in zip(rows, rollout.response_ids, rollout.response_mask):
-        response = tokenizer.decode(response_ids[kept], skip_special_tokens=True)
+    for row, response in zip(rows, rollout.texts(tokenizer)):
         samples.append({"prompt": row["prompt"], "response": response})
     return samples
 
