@@ -33,7 +33,7 @@ from .chats import as_chat, is_chat, show
 from .errors import InputError, library_call, require, user_code
 from .hf.adapters import resolve
 from .hf.folders import check_model, context_length, readable_length
-from .models import RewardModel, fingerprint, load_tokenizer, pretrained
+from .models import RewardModel, fingerprint, is_classifier, load_tokenizer, pretrained
 from .packing import Answers, Packed, micro_batches, pack
 from .runtime.distributed import Dist, autocast
 from .runtime.files import decode_text, digest, digest_file, python_function, read_bytes
@@ -227,12 +227,7 @@ def check_label(path: str, config, label: str):
 
     What is no classifier, such as a language model, is refused when it is loaded.
     """
-    names = config.architectures
-    is_list = isinstance(names, list)  # a damaged config may hold anything
-    is_classifier = False
-    if is_list:
-        is_classifier = any(str(name).endswith("ForSequenceClassification") for name in names)
-    if label or is_classifier:
+    if label or is_classifier(config):
         choose_label(path, config, label)
 
 
@@ -242,11 +237,7 @@ def choose_label(path: str, config, label: str) -> int:
     It is that of `label`, else of the label that is called positive or pos; a model with one logit
     needs no label. InputError, with all labels: nobody says which one is good.
     """
-    labels = {}
-    for i, name in config.id2label.items():
-        if str(name) == label:  # two labels may differ in their capitals alone
-            return int(i)
-        labels[str(name).lower()] = int(i)
+    labels = {str(name).lower(): int(i) for i, name in config.id2label.items()}
     known = ", ".join(f"{path}#{name}" for name in config.id2label.values())
     if label:
         require(label.lower() in labels, f"{path}: no label {label!r}; there are {known}")
