@@ -32,14 +32,8 @@ from nanorlhf import data, ppo
 from nanorlhf.control import controlled_scoring
 from nanorlhf.ensemble import OBJECTIVES
 from nanorlhf.errors import at_least, divides, require
-from nanorlhf.evaluation import (
-    PPOParts,
-    evaluate,
-    forward,
-    record_evaluation,
-    sampled_outputs,
-    score_gold,
-)
+from nanorlhf.evals.score_gold import score_gold
+from nanorlhf.evaluation import PPOParts, evaluate, forward, record_evaluation, sampled_outputs
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.folders import check_model
 from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
