@@ -32,14 +32,8 @@ from nanorlhf import data, ppo
 from nanorlhf.control import controlled_scoring
 from nanorlhf.ensemble import OBJECTIVES
 from nanorlhf.errors import at_least, divides, require
-from nanorlhf.evaluation import (
-    PPOParts,
-    evaluate,
-    forward,
-    record_evaluation,
-    sampled_outputs,
-    score_gold,
-)
+from nanorlhf.evals.score_gold import score_gold
+from nanorlhf.evaluation import PPOParts, evaluate, forward, record_evaluation, sampled_outputs
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.folders import check_model
 from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
@@ -736,10 +730,8 @@ def bootstrap_values(parts, rollout, batch):
     # Nothing follows an EOS, so the value behind it is 0. A cut answer might have gone on.
     values = torch.zeros(len(batch), device=dist.device)
     cut_off = (~rollout.finished).nonzero()[:, 0]  # rows
-    if len(cut_off) == 0:
-        return values
     for rows in batch.micro_batches(
-        config.micro_batch_size, cut_off, config.tokens_per_micro_batch
+        config.micro_batch_size, config.tokens_per_micro_batch, cut_off
     ):
         with autocast(dist, config.dtype):
             values[rows] = parts.policy.final_values(batch.rows(rows))
@@ -771,7 +763,7 @@ def update(parts, optimizer, batch, x, first, step, kl_coef, lr):
             n_tokens = x.lengths[minibatch.to(dist.device)].sum()
             mine = dist.share(minibatch).to(dist.device) - first  # rows of `batch`
             micro_batches = batch.micro_batches(
-                config.micro_batch_size, mine, config.tokens_per_micro_batch
+                config.micro_batch_size, config.tokens_per_micro_batch, mine
             )
             micro_batches = dist.even(micro_batches)
 

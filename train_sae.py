@@ -602,8 +602,6 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # three losses, tokens
     for part in micro_batches(lengths, None, 2**12):
         rows = mine[part.numpy()]
-        if len(rows) == 0:  # this process has no texts
-            continue
         ids, mask = held_out.batch(rows)
         ids = ids.to(dist.device)  # [b, T]
         seen = mask.to(dist.device)[..., None]  # [b, T, 1], by the autoencoder

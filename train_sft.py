@@ -590,17 +590,14 @@ def token_sums(policy, sequences, tokenizer, config, dist):
     policy.eval()
     mine = sequences.at(dist.part(len(sequences)))
     sums = torch.zeros(len(mine), 3, dtype=torch.float64, device=dist.device)
-    if len(mine):  # there may be fewer rows than processes
-        batch = pack(mine.prompts, mine.responses, tokenizer.pad_token_id).to(dist.device)
-        for rows in batch.micro_batches(
-            config.micro_batch_size, None, config.tokens_per_micro_batch
-        ):
-            part = batch.rows(rows)
-            mask = mine.at(rows.tolist()).mask(part)  # [m, R]
-            with autocast(dist, config.dtype):
-                out = policy(part, mask, correct=True)
-            columns = [out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)]
-            sums[rows] = torch.stack(columns, 1).double()
+    batch = pack(mine.prompts, mine.responses, tokenizer.pad_token_id).to(dist.device)
+    for rows in batch.micro_batches(config.micro_batch_size, config.tokens_per_micro_batch):
+        part = batch.rows(rows)
+        mask = mine.at(rows.tolist()).mask(part)  # [m, R]
+        with autocast(dist, config.dtype):
+            out = policy(part, mask, correct=True)
+        columns = [out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)]
+        sums[rows] = torch.stack(columns, 1).double()
     return dist.gather(sums).cpu()
 
 
@@ -710,8 +707,7 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
             seed=config.seed,
         )
     samples = []
-    for row, response_ids, kept in zip(rows, rollout.response_ids, rollout.response_mask):
-        response = tokenizer.decode(response_ids[kept], skip_special_tokens=True)
+    for row, response in zip(rows, rollout.texts(tokenizer)):
         samples.append({"prompt": row["prompt"], "response": response})
     return samples
 

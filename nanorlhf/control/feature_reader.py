@@ -232,11 +232,7 @@ class FeatureReader:
             latents=torch.zeros(len(answers), n_features),
             edited=torch.zeros(len(answers)),
         )
-        # A process may have no answers, and self.packed() needs at least one.
-        micro_batches = []
-        if len(answers):
-            micro_batches = self.packed(answers)
-        for rows, part in micro_batches:
+        for rows, part in self.packed(answers):
             with autocast(self.dist, self.dtype):
                 reading = self.module.read(part, features, edits)
             # Micro-batches are sorted by length; `rows` are the places of their texts in `answers`.

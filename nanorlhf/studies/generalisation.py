@@ -46,7 +46,7 @@ from transformers.hf_argparser import HfArg
 from ..bon import bon_kl
 from ..errors import require
 from ..evals.diversity_report import FILE
-from ..stats import t_interval, win_points
+from ..stats import pair_wins, t_interval
 from ..world import vocabulary
 from .common import (
     StudyFlags,
@@ -404,7 +404,7 @@ def win_rate(a: Tensor, b: Tensor) -> float:
     """
     # Every answer of A meets every answer of B: that has less noise than K random pairs.
     a, b = torch.broadcast_tensors(a[:, :, None], b[:, None])  # [P, K, J]
-    return win_points(a.flatten(), b.flatten()).mean().item()
+    return pair_wins(a.flatten(), b.flatten()).mean().item()
 
 
 def kl_of(a, name: str, seed: int, part: str) -> float:

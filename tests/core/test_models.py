@@ -100,16 +100,11 @@ def test_a_packed_row_is_prompt_response_and_padding():
     assert len(BATCH) == 5
 
 
-@pytest.mark.parametrize("width", [6, 9])
-def test_the_response_mask_holds_as_many_tokens_as_the_response(width):
+def test_the_response_mask_holds_as_many_tokens_as_the_response():
     expected = []
     for response in RESPONSES:
-        expected.append([j < len(response) for j in range(width)])
-    assert response_mask_of(BATCH, width).tolist() == expected
-
-
-def test_the_response_mask_is_as_wide_as_the_longest_response():
-    assert torch.equal(MASK, response_mask_of(BATCH, 6))
+        expected.append([j < len(response) for j in range(6)])  # the longest has 6
+    assert response_mask_of(BATCH).tolist() == expected
 
 
 def test_chosen_rows_are_trimmed_to_their_own_longest():
@@ -124,8 +119,16 @@ def test_micro_batches_are_of_similar_length():
     parts = BATCH.micro_batches(2)
     assert [rows.tolist() for rows in parts] == [[3, 0], [1, 4], [2]]
     some_rows = torch.tensor([2, 4, 3])
-    parts = BATCH.micro_batches(2, some_rows)
+    parts = BATCH.micro_batches(2, index=some_rows)
     assert [rows.tolist() for rows in parts] == [[3, 4], [2]]
+
+
+@pytest.mark.parametrize("tokens", [0, 8])
+def test_no_rows_are_no_micro_batch(tokens):
+    """A process that has no share of a few texts makes no forward pass."""
+    none = torch.zeros(0, dtype=torch.long)
+    assert micro_batches(none, 2, tokens) == []
+    assert pack([], []).micro_batches(2, tokens) == []
 
 
 TOKEN_BUDGET = 40

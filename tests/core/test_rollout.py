@@ -93,7 +93,7 @@ def same(a, b, tol=1e-4):
 def fresh_forward(policy, rollout, **options):
     """What the policy says of a rollout's texts, packed, as training sees them."""
     batch = rollout.packed()
-    return policy(batch, response_mask_of(batch, R), **options)
+    return policy(batch, rollout.response_mask, **options)
 
 
 # ------------------------------------------------------------------------------ the naive sampler

@@ -22,7 +22,7 @@ from nanorlhf.sae import (
     measures,
     sae_loss,
     tally,
-    train_step,
+    update,
 )
 from nanorlhf.sparse import dots, dots_in_place, dots_of_copies, scattered, top_k, weighted_rows
 
@@ -53,6 +53,13 @@ def make(kind, normalize="dataset", relu=True, dtype=torch.float64):
         parameter.data += 0.1 * randn(*parameter.shape, seed=10 + i)
     sae.normalise()
     return sae
+
+
+def train_step(sae, optimizer, x, lr, **options):
+    """A step as train_sae.py makes it, of one autoencoder -> its numbers."""
+    stats = gradients(sae, x, **options)
+    update([sae], optimizer, lr)
+    return stats
 
 
 # ---------------------------------------------------------------------------------- the equations

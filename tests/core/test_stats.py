@@ -14,13 +14,13 @@ from nanorlhf.stats import (
     bootstrap,
     logistic,
     mean_over_groups,
+    pair_wins,
     percentiles,
     r_squared,
     ratio,
     ridge,
     t_interval,
     t_quantile,
-    win_points,
 )
 
 NAN = float("nan")
@@ -186,7 +186,7 @@ def test_bootstrap_settings(setting):
 # -------------------------------------------------------------------------------- wins and groups
 
 
-def test_win_points_are_the_loop():
+def test_pair_wins_are_the_loop():
     a = torch.randint(4, (50,), generator=seeded(0)) / 3
     b = torch.randint(4, (50,), generator=seeded(1)) / 3
     expected = []
@@ -198,15 +198,8 @@ def test_win_points_are_the_loop():
         else:
             expected.append(0.0)
     assert set(expected) == {0, 0.5, 1}
-    assert win_points(a, b).tolist() == expected
-    assert (win_points(a, b) + win_points(b, a) == 1).all()
-
-
-def test_win_points_need_two_equally_long_lists_of_finite_numbers():
-    with refuses("win_points"):
-        win_points(torch.zeros(2), torch.zeros(3))
-    with refuses("win_points"):
-        win_points(torch.zeros(2), torch.tensor([1.0, NAN]))
+    assert pair_wins(a, b).tolist() == expected
+    assert (pair_wins(a, b) + pair_wins(b, a) == 1).all()
 
 
 def test_mean_over_groups_by_hand():
