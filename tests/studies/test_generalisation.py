@@ -11,7 +11,7 @@ import torch
 from support import parse_command
 
 from nanorlhf.diversity import ead
-from nanorlhf.studies import generalisation
+from nanorlhf.studies import common, generalisation
 
 pytestmark = pytest.mark.slow
 
@@ -305,7 +305,7 @@ ROWS = {
 @pytest.mark.parametrize("kl, expected", [(0, 1), (1, 2), (4, 3), (9, 2.5), (16, 2), (16.1, None)])
 def test_between_cells_y_is_straight_in_the_root_of_the_kl(kl, expected):
     """SFT at sqrt(KL) 0, k1's cells at 2 and 4; beyond the last there is no number."""
-    assert generalisation.at_kl(ROWS, "k1", kl, "y") == pytest.approx(expected)
+    assert generalisation.k1_at_kl(ROWS, kl, "y") == pytest.approx(expected)
 
 
 def test_a_seed_beyond_the_kl_of_k1_has_no_number():
@@ -319,8 +319,8 @@ def test_a_seed_beyond_the_kl_of_k1_has_no_number():
 
 
 def test_a_cell_says_of_how_many_seeds_it_is_where_some_have_no_number():
-    assert generalisation.as_text([5.0, 5.0], 3) == "5.000 +- 0.000 (2)"
-    assert generalisation.as_text([], 3) == "-"
+    assert common.as_text([5.0, 5.0], 3) == "5.000 +- 0.000 (2)"
+    assert common.as_text([], 3) == "-"
 
 
 def test_win_rates_count_ties_half():
