@@ -121,67 +121,103 @@ QUICK = {"seeds": 1, "first_seed": 202, "sarms": ["reward_first"], "steps": 20}
 
 def first_commands(a):
     """The commands that can be known before any feature is: lists that can run side by side."""
-    out = a.output_dir
-    sft = sft_of(a)
-    demonstrations = own_flags(a, "demonstrations")
-    # A SARM needs an autoencoder of one model's residual stream, so there is no base. It has to
-    # normalise each token by itself and to have no ReLU: train_rm.py --sarm takes no other kind.
-    shape = f"--base none --site residual --layers {a.layer} --normalize token --relu False"
-
-    # On the SFT policy: the autoencoders that the SARMs start from.
-    saes = []
-    for name, flags in SAES.items():
-        if any(SARMS[sarm][0] == name for sarm in a.sarms):
-            saes.append(
-                f"train_sae.py --model {sft} {shape} {demonstrations}--output_dir {out}/{name} "
-                f"{a.sae_flags} {flags}"
-            )
-
     dense_models = []
     rm_saes = []
     sarms = []
     policies = []
     probes = []
     for s in seeds(a):
-        # The dense model: reward_first is put on it, and all SARMs are compared with it.
-        dense = f"{out}/rm/{DENSE}/seed_{s}"
-        rm_sae = f"{out}/rm_sae/seed_{s}"
-        train = f"train_rm.py {data_flags_of(a, s, 'pairs')}--seed {s}"
-        dense_models.append(f"{train} --model {sft} --output_dir {dense} {a.rm_flags}")
-        rm_saes.append(
-            f"train_sae.py --model {dense} {shape} --tokens last --dataset {texts_of(a, s)} "
-            f"--seed {s} --cache {rm_sae}_cache --output_dir {rm_sae} {a.rm_sae_flags}"
-        )
-        # SARMs learn from the same pairs. A SARM starts from the SFT policy and an autoencoder on
-        # it; reward_first starts from the dense model and an autoencoder on that.
-        for name in a.sarms:
-            sae, mode = SARMS[name]
-            start = f"--model {sft} --sarm {out}/{sae}"
-            if not sae:
-                start = f"--model {dense} --sarm {rm_sae} {a.head_flags}"
-            sarms.append(
-                f"{train} {start} --sarm_mode {mode} --output_dir {out}/rm/{name}/seed_{s} "
-                f"{a.rm_flags}"
-            )
-
-        # PPO without control; and what it did to the features.
-        policies.append(ppo(a, s, "plain", target(a, s)))
-        if a.against != DENSE:
-            policies.append(ppo(a, s, DENSE, dense))
-        answers = f"{out}/ppo/plain/seed_{s}/eval"
-        probes.append(
-            f"probe.py reward_features {reader_flags(a, s)} {data_flags_of(a, s, 'pairs')}"
-            f"--answers {answers}/step_{a.steps}.jsonl --against {answers}/step_0.jsonl "
-            f"--by differential --top 1000 --output_dir {out}/reward_features/seed_{s} "
-            f"{a.probe_flags}"
-        )
-        probes.append(
-            f"probe.py human_latents {reader_flags(a, s)} {demonstrations}"
-            f"--output {human_file(a, s)} {a.human_flags}"
-        )
+        dense_models.append(dense_command(a, s))
+        rm_saes.append(rm_sae_command(a, s))
+        sarms += sarm_commands(a, s)
+        policies += plain_policies(a, s)
+        probes += probe_commands(a, s)
         probes += evaluate_commands(a, s)
     # Commands read what the lists ahead of theirs have written.
-    return [sft_commands(a), saes + dense_models, rm_saes, sarms, policies, probes]
+    return [sft_commands(a), sae_commands(a) + dense_models, rm_saes, sarms, policies, probes]
+
+
+def shape_of_saes(a):
+    """The flags of the place and the kind of all autoencoders."""
+    # A SARM needs an autoencoder of one model's residual stream, so there is no base. It has to
+    # normalise each token by itself and to have no ReLU: train_rm.py --sarm takes no other kind.
+    return f"--base none --site residual --layers {a.layer} --normalize token --relu False"
+
+
+def sae_commands(a):
+    """The autoencoders on the SFT policy, which SARMs start from."""
+    commands = []
+    for name, flags in SAES.items():
+        if any(SARMS[sarm][0] == name for sarm in a.sarms):
+            commands.append(
+                f"train_sae.py --model {sft_of(a)} {shape_of_saes(a)} "
+                f"{own_flags(a, 'demonstrations')}--output_dir {a.output_dir}/{name} "
+                f"{a.sae_flags} {flags}"
+            )
+    return commands
+
+
+def train_rm(a, s):
+    """A command that trains a reward model of a seed begins with this: all learn from its pairs."""
+    return f"train_rm.py {data_flags_of(a, s, 'pairs')}--seed {s}"
+
+
+def dense_command(a, s):
+    """The dense model: reward_first is put on it, and all SARMs are compared with it."""
+    return (
+        f"{train_rm(a, s)} --model {sft_of(a)} --output_dir {rm_folder(a, DENSE, s)} {a.rm_flags}"
+    )
+
+
+def rm_sae_command(a, s):
+    """The autoencoder on the dense model's last tokens."""
+    folder = rm_sae_folder(a, s)
+    return (
+        f"train_sae.py --model {rm_folder(a, DENSE, s)} {shape_of_saes(a)} --tokens last "
+        f"--dataset {texts_of(a, s)} --seed {s} --cache {folder}_cache --output_dir {folder} "
+        f"{a.rm_sae_flags}"
+    )
+
+
+def sarm_commands(a, s):
+    """All kinds of SARM."""
+    commands = []
+    for name in a.sarms:
+        # A SARM starts from the SFT policy and an autoencoder on it; reward_first starts from the
+        # dense model and an autoencoder on that.
+        sae, mode = SARMS[name]
+        start = f"--model {sft_of(a)} --sarm {a.output_dir}/{sae}"
+        if not sae:
+            start = f"--model {rm_folder(a, DENSE, s)} --sarm {rm_sae_folder(a, s)} {a.head_flags}"
+        commands.append(
+            f"{train_rm(a, s)} {start} --sarm_mode {mode} --output_dir {rm_folder(a, name, s)} "
+            f"{a.rm_flags}"
+        )
+    return commands
+
+
+def plain_policies(a, s):
+    """PPO without control, against the reward model that is looked into and the dense one."""
+    commands = [ppo(a, s, "plain", target(a, s))]
+    if a.against != DENSE:
+        commands.append(ppo(a, s, DENSE, rm_folder(a, DENSE, s)))
+    return commands
+
+
+def probe_commands(a, s):
+    """What PPO did to the features, and what they are on human texts."""
+    answers = f"{a.output_dir}/ppo/plain/seed_{s}/eval"
+    features = (
+        f"probe.py reward_features {reader_flags(a, s)} {data_flags_of(a, s, 'pairs')}"
+        f"--answers {answers}/step_{a.steps}.jsonl --against {answers}/step_0.jsonl "
+        f"--by differential --top 1000 --output_dir {a.output_dir}/reward_features/seed_{s} "
+        f"{a.probe_flags}"
+    )
+    human = (
+        f"probe.py human_latents {reader_flags(a, s)} {own_flags(a, 'demonstrations')}"
+        f"--output {human_file(a, s)} {a.human_flags}"
+    )
+    return [features, human]
 
 
 def seeds(a):
@@ -236,7 +272,7 @@ def data_flags_of(a, s, name):
 
 def evaluate_commands(a, s):
     """The commands that measure a seed's reward models on the benchmarks; none in the world."""
-    folders = [f"{a.output_dir}/rm/{name}/seed_{s}" for name in (DENSE, *a.sarms)]
+    folders = [rm_folder(a, name, s) for name in (DENSE, *a.sarms)]
     commands = []
     if has_own_data(a):
         for name in benchmarks_of(a):
@@ -248,15 +284,25 @@ def evaluate_commands(a, s):
     return commands
 
 
+def rm_folder(a, name, s):
+    """The folder of a seed's reward model: DENSE, or a kind of SARM."""
+    return f"{a.output_dir}/rm/{name}/seed_{s}"
+
+
+def rm_sae_folder(a, s):
+    """The folder of the autoencoder on a seed's dense model."""
+    return f"{a.output_dir}/rm_sae/seed_{s}"
+
+
 def target(a, s):
     """The reward model that PPO is trained against."""
-    return f"{a.output_dir}/rm/{a.against}/seed_{s}"
+    return rm_folder(a, a.against, s)
 
 
 def feature_sae(a, s):
     """The autoencoder whose features are controlled; "" for a SARM, which has its own."""
     if a.against == DENSE:
-        return f"{a.output_dir}/rm_sae/seed_{s}"
+        return rm_sae_folder(a, s)
     return ""
 
 
@@ -664,7 +710,7 @@ def accuracy_table(a):
     for name in (DENSE, *a.sarms):
         rows[name] = []
         for s in seeds(a):
-            summary = read_json(a.output_dir, "rm", name, f"seed_{s}", "summary.json")
+            summary = read_json(rm_folder(a, name, s), "summary.json")
             row = {"accuracy": summary["eval/accuracy"]}
             if has_own_data(a):
                 row |= read_benchmarks(a, s, name)
