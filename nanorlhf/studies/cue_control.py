@@ -47,7 +47,7 @@ from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime import cli
 from ..runtime.distributed import setup
-from ..runtime.files import write_lines
+from ..runtime.files import read_rows, write_lines
 from ..runtime.results import parse_ids
 from ..stats import auc, t_interval
 from ..tokens import encode
@@ -644,11 +644,8 @@ def read_outcome(a, s, arm, when="after"):
         return outcome
 
     step = a.steps if when == "after" else 0
-    has_cue = []
-    with open(folder / "eval" / f"step_{step}.jsonl") as f:
-        for line in f:
-            words = json.loads(line)["response"].split()
-            has_cue.append(world.cue(s) in words)
+    rows = read_rows(f"{folder}/eval/step_{step}.jsonl", {"response": str})
+    has_cue = [world.cue(s) in row["response"].split() for row in rows]
     outcome["cue"] = sum(has_cue) / len(has_cue)
     return outcome
 
@@ -930,12 +927,7 @@ def main(args=None):
         print_plan(plan(a), a, remarks, later=describe_control(a))
         return
     print_remarks(remarks)
-    # The files that the commands read and that no command writes.
-    if has_own_data(a):
-        write_sides(divide_benchmarks(benchmarks_of(a)), f"{a.output_dir}/data")
-    else:
-        for s in seeds(a):
-            write_texts(a, s)
+    write_data(a)
     # All that can be done before the features are known.
     for stage in first_commands(a):
         run_stage(stage, a.jobs)
@@ -945,18 +937,7 @@ def main(args=None):
     with cli.errors_in_one_line():
         for s in seeds(a):
             found[s] = find_features(a, s)
-
-    # PPO under control; arms() reads what the other runs wrote. The density needs human latents of
-    # the features that were found, so these are written only now.
-    densities = []
-    for s in seeds(a):
-        if found[s]["features"]:
-            densities.append(density_texts(a, s, found[s]))
-    run_stage(densities, a.jobs)
-    controlled = []
-    for s in seeds(a):
-        controlled += arms(a, s, found[s]).values()
-    run_stage(controlled, a.jobs)
+    run_controlled(a, found)
 
     # Without --truth the truth is read only from here on: all runs are done, so that nothing can be
     # decided by it.
@@ -968,6 +949,35 @@ def main(args=None):
         else:
             truths[s] = compare_with_truth(a, s, found[s])
             print_answer(a, s, found[s], truths[s])
+    show_results(a, found, truths)
+
+
+def write_data(a):
+    """Write the files that the commands read and that no command writes."""
+    if has_own_data(a):
+        write_sides(divide_benchmarks(benchmarks_of(a)), f"{a.output_dir}/data")
+    else:
+        for s in seeds(a):
+            write_texts(a, s)
+
+
+def run_controlled(a, found):
+    """PPO under control by the features that were found, {seed: what find_features() says}."""
+    # The density needs human latents of the features, so these are written only now.
+    densities = []
+    for s in seeds(a):
+        if found[s]["features"]:
+            densities.append(density_texts(a, s, found[s]))
+    run_stage(densities, a.jobs)
+    # arms() reads what the runs before have written.
+    controlled = []
+    for s in seeds(a):
+        controlled += arms(a, s, found[s]).values()
+    run_stage(controlled, a.jobs)
+
+
+def show_results(a, found, truths):
+    """Print the tables, and write them down with all that they are made of; draw the picture."""
     outcomes = outcomes_of(a, found)
     tables = {"reward models": accuracy_table(a), **control_tables(outcomes)}
     for title, table in tables.items():
