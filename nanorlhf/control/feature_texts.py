@@ -20,7 +20,8 @@ from ..runtime.distributed import setup
 from ..runtime.flags import HELD_OUT_HELP, FlagGroup
 from ..runtime.hints import check_made
 from ..runtime.results import results_folder
-from ..tokens import cut_left, encode
+from ..splits import load
+from ..tokens import cut_left, encode, leave_out_control_tokens
 from .feature_reader import check_feature_reader
 
 AT_ONCE = 512  # texts whose latents are held dense
@@ -87,6 +88,16 @@ def encode_texts(config, tokenizer, rows: list[dict], side: str, max_length: int
     prompt_texts = [row["prompt"] for row in rows]
     response_texts = [row[side] for row in rows]
     return Answers(prompt_texts, response_texts, pack(prompts, responses))
+
+
+def read_pairs(config, tokenizer, max_length: int) -> tuple[list[dict], dict[str, Answers]]:
+    """The held-out pairs, and the texts of both sides: {"chosen" and "rejected": Answers}."""
+    _, pairs, _ = load(config, "pairs")
+    pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
+    texts = {}
+    for side in ("chosen", "rejected"):
+        texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
+    return pairs, texts
 
 
 def read_answers(path: str) -> list[dict]:

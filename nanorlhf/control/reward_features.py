@@ -27,9 +27,7 @@ from ..interp.shared_flags import DescribeFlags
 from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags, results_in
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import cell, finite, interval_row, parse_ids, save
-from ..splits import load
 from ..stats import pair_wins
-from ..tokens import leave_out_control_tokens
 from .feature_contrasts import contrast, score_gaps, separation
 from .feature_reader import FeatureReaderFlags, load_feature_reader
 from .feature_texts import (
@@ -40,6 +38,7 @@ from .feature_texts import (
     open_run,
     read_all,
     read_answers,
+    read_pairs,
 )
 
 BY = ("contribution", "differential", "weight")
@@ -198,10 +197,7 @@ def read_texts(config, tokenizer, max_length):
     texts = {}
     prompts = {}
     if config.dataset:
-        _, pairs, _ = load(config, "pairs")  # the held-out ones
-        pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
-        for side in SIDES["pairs"]:
-            texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
+        pairs, texts = read_pairs(config, tokenizer, max_length)
         prompts["pairs"] = [row["prompt"] for row in pairs]
 
     if config.answers:

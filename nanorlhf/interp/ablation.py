@@ -51,7 +51,7 @@ from ..runtime.flags import (
     results_in,
 )
 from ..runtime.locks import unlock_afterwards
-from ..runtime.results import cell, interval_row, parse_ids, results_folder, save
+from ..runtime.results import cell, draw_intervals, interval_row, parse_ids, results_folder, save
 from ..runtime.rng import SPLIT
 from ..sae import SparseAutoencoder
 from ..splits import load
@@ -577,12 +577,5 @@ def draw(figure, summary: dict):
     figure.set_size_inches(2.6 * len(keys), 3)
     for i, key in enumerate(keys):
         axis = figure.add_subplot(1, len(keys), i + 1)
-        for j, (name, arm) in enumerate(arms.items()):
-            # errorbar() takes the lengths of the bars, not the ends of the interval.
-            mean = arm[key]["mean"]
-            below = mean - arm[key]["low"]
-            above = arm[key]["high"] - mean
-            colour = colours.get(name, "grey")
-            axis.errorbar(j, mean, [[below], [above]], fmt="o", color=colour)
-        axis.set(title=key, xticks=range(len(arms)))
-        axis.set_xticklabels(list(arms), rotation=70)
+        draw_intervals(axis, {name: arm[key] for name, arm in arms.items()}, colours)
+        axis.set_title(key)
