@@ -43,8 +43,10 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from ..bon import bon_kl
+from ..chats import show
 from ..errors import require
 from ..evals.diversity_report import FILE
+from ..runtime.files import read_rows
 from ..stats import t_interval, win_points
 from ..world import vocabulary
 from .common import (
@@ -382,13 +384,13 @@ def read_scores(path: str) -> dict[str, Tensor]:
     """A file of answers -> {"proxy": [P, K], "gold": [P, K] where there is gold}, float64."""
     # The K answers to a prompt stand in K lines, each with its prompt.
     by_metric = {}  # {"proxy": {prompt: [K numbers]}, ...}
-    for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
-        row = json.loads(line)
+    for row in read_rows(path, {"scores": dict}):
+        prompt = show(row["prompt"])  # a chat is a list, which cannot be a key
         # A system's answers are scored by one reward, so a line has one score beside gold.
         (proxy,) = row["scores"].values()
-        by_metric.setdefault("proxy", {}).setdefault(row["prompt"], []).append(proxy)
+        by_metric.setdefault("proxy", {}).setdefault(prompt, []).append(proxy)
         if row["gold"] is not None:
-            by_metric.setdefault("gold", {}).setdefault(row["prompt"], []).append(row["gold"])
+            by_metric.setdefault("gold", {}).setdefault(prompt, []).append(row["gold"])
 
     scores = {}
     for key, by_prompt in by_metric.items():
