@@ -59,10 +59,9 @@ def contrast(
 
     chosen, rejected [N, M]; weights [M] of the head; groups [N], labels of pairs that are not
     independent (default: each pair on its own); m: how many features there are, where those that
-    never fire were left out -> Contrast. ValueError: shapes that do not fit, no pairs.
+    never fire were left out -> Contrast. ValueError: no pairs, or another number of groups.
     Pitfall: neither measure holds what a feature below 0 adds to a score.
     """
-    check_shapes(chosen, rejected, weights, groups)
     # The damping is a mean over all features, so it is made before they are taken in blocks: in the
     # sample, and in each resample.
     n_features = m or chosen.shape[1]
@@ -100,19 +99,6 @@ def contrast(
     rate_chosen = (chosen != 0).double().mean(0)  # [M]
     rate_rejected = (rejected != 0).double().mean(0)  # [M]
     return Contrast(rate_chosen, rate_rejected, **whole)
-
-
-def check_shapes(chosen: Tensor, rejected: Tensor, weights: Tensor | None, groups: Tensor | None):
-    """ValueError where the arguments of contrast() do not fit each other."""
-    if chosen.shape != rejected.shape or chosen.ndim != 2 or not len(chosen):
-        raise ValueError(
-            "chosen and rejected must both be [pairs, features], "
-            f"not {list(chosen.shape)} and {list(rejected.shape)}"
-        )
-    if weights is not None and weights.shape != chosen.shape[1:]:
-        raise ValueError(f"{len(weights)} weights for {chosen.shape[1]} features")
-    if groups is not None and len(groups) != len(chosen):
-        raise ValueError(f"{len(groups)} groups for {len(chosen)} pairs")
 
 
 def differential(c: Tensor, j: Tensor, damping: Tensor) -> Tensor:
