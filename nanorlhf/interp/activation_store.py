@@ -42,7 +42,6 @@ from .sae_files import load_sae, read_config
 
 # Tokens of a forward pass, padding counted.
 TOKENS_AT_ONCE = 2**13
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Activations = dict[str, Tensor]  # {"name/layer_site": [n, D]}
 Source = Callable[[np.ndarray], Activations]  # of indices of texts
@@ -275,7 +274,6 @@ def from_disk(
     load: Callable[[], dict],
     dist,
     dtype: str = "float32",
-    store: str = "float32",
     shard_tokens: int = 2**17,
 ) -> Source:
     """A source that reads shards of activations, mapped into memory. Those not there yet are
@@ -285,15 +283,10 @@ def from_disk(
                00000.safetensors ...  whole texts, about shard_tokens tokens: Activations
 
     fingerprints: {name: models.fingerprint(path)}; load() -> {name: lm} is only called if a shard
-    is missing; dtype: of the forward; store: float32, float16 or bfloat16, of what is kept.
-    A shard is there whole or not at all, so a killed run goes on where it was. InputError: the
-    folder holds something else, another program fills it, a number that `store` cannot hold.
+    is missing; dtype: of the forward. A shard is there whole or not at all, so a killed run goes on
+    where it was. InputError: the folder holds something else, or another program fills it.
     Pitfall: all processes must see the folder.
     """
-    require(
-        store in DTYPES,
-        f"activations can be stored as {', '.join(DTYPES)}, not {store!r}",
-    )
     # Shard i holds the texts edges[i] .. edges[i + 1] - 1.
     edges = find_shard_edges(tokens, shard_tokens)
     n_shards = len(edges) - 1
@@ -305,7 +298,7 @@ def from_disk(
         "places": [list(place) for place in places],
         "data": tokens.digest(),
         "dtype": dtype,
-        "store": store,
+        "store": "float32",  # what numbers are kept as, whatever the forward's dtype
         "tokens": tokens.total,
         "shard_texts": edges,
     }
@@ -319,7 +312,7 @@ def from_disk(
         # The processes take the missing shards in turn, so that each file has one writer.
         for i in missing[dist.rank :: dist.world]:
             texts = np.arange(edges[i], edges[i + 1])
-            write_shard(paths[i], source(texts), store)
+            write_shard(paths[i], source(texts))
 
     # A folder that holds something else is refused before a lock file is put in it.
     dist.together(lambda: check_folder(folder, content))
@@ -397,17 +390,9 @@ def check_folder(folder: str, content: dict):
     )
 
 
-def write_shard(path: str, computed: Activations, store: str):
+def write_shard(path: str, computed: Activations):
     """Write a shard under a temporary name, then rename it: a file of that name is whole."""
-    stored = {}
-    for key, x in computed.items():
-        # float16 ends at 65504: a larger number, as a BOS may have it, would be stored as inf.
-        stored[key] = x.to(DTYPES[store]).cpu()
-        require(
-            stored[key].isfinite().all(),
-            f"{path}: {key} has a number that {store} cannot hold; store bfloat16 or float32",
-        )
-    save_file(stored, path + ".tmp")
+    save_file({key: x.cpu() for key, x in computed.items()}, path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
@@ -445,7 +430,7 @@ def read_shards(tokens: Tokens, dist, shards: list[Activations], texts: np.ndarr
         for key, x in shards[i].items():
             if key not in out:
                 out[key] = torch.empty(len(places), x.shape[1])
-            out[key][rows] = x[rows_of_shard].float()
+            out[key][rows] = x[rows_of_shard]
     return {key: x.to(dist.device) for key, x in out.items()}
 
 
