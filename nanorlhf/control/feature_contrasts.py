@@ -44,11 +44,9 @@ def contrast(
     groups: Tensor | None = None,
     m: int | None = None,
     resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> Contrast:
-    """How chosen answers differ from rejected ones in each feature, with bootstrap intervals over
-    groups of pairs.
+    """How chosen answers differ from rejected ones in each feature, with 95% bootstrap intervals
+    over groups of pairs.
 
         c_i, j_i = mean over the chosen, over the rejected of max(z_i, 0)
         s_i      = (c_i - j_i) / (c_i + j_i + mean_i(c + j))        the differential, in (-1, 1)
@@ -68,16 +66,16 @@ def contrast(
     positive = chosen.clamp(min=0) + rejected.clamp(min=0)  # [N, M]
     # mean_i(c + j) of the equation is a mean over pairs too, so it is resampled with them.
     per_pair = positive.sum(1, keepdim=True).double() / n_features  # [N, 1]
-    damping, damping_drawn = mean_over_groups(per_pair, groups, resamples, seed)  # [1], [R, 1]
+    damping, damping_drawn = mean_over_groups(per_pair, groups, resamples)  # [1], [R, 1]
 
     # Features are taken in blocks: the resampled means of all, [R, M], may not fit into memory.
     blocks = {}  # {a field of Contrast: its blocks}
     for columns in torch.arange(chosen.shape[1]).split(max(1, AT_ONCE // resamples)):
-        # The same seed each time: all blocks are drawn from the same groups.
+        # All blocks are drawn from the same groups: the seed is the same each time.
         x = chosen[:, columns].clamp(min=0)  # [N, b]
         y = rejected[:, columns].clamp(min=0)  # [N, b]
-        c, c_drawn = mean_over_groups(x, groups, resamples, seed)  # [b], [R, b]
-        j, j_drawn = mean_over_groups(y, groups, resamples, seed)  # [b], [R, b]
+        c, c_drawn = mean_over_groups(x, groups, resamples)  # [b], [R, b]
+        j, j_drawn = mean_over_groups(y, groups, resamples)  # [b], [R, b]
         # The measure is computed anew in each resample, from a c and a j of the same pairs: the two
         # answers of a pair are not independent.
         s_drawn = differential(c_drawn, j_drawn, damping_drawn)
@@ -85,12 +83,12 @@ def contrast(
             "chosen": c,
             "rejected": j,
             "differential": differential(c, j, damping),
-            "differential_interval": percentiles(s_drawn, level),
+            "differential_interval": percentiles(s_drawn),
         }
         if weights is not None:
             w = weights[columns].double()
             fields["contribution"] = w * (c - j)
-            fields["contribution_interval"] = percentiles(w * (c_drawn - j_drawn), level)
+            fields["contribution_interval"] = percentiles(w * (c_drawn - j_drawn))
         for name, values in fields.items():
             blocks.setdefault(name, []).append(values)
 
