@@ -878,9 +878,6 @@ class Settings(OwnDataFlags, StudyFlags):
     layer: int = HfArg(default=2, help="number of the block after which the SARMs end")
     steps: int = HfArg(default=40, help="rollouts of each PPO run")
     eval_every: int = HfArg(default=10, help="evaluate PPO every N rollouts")
-    picture: str = HfArg(
-        default="", help="the file of the picture; by default OUTPUT_DIR/control.png"
-    )
     sae_flags: str = HfArg(default="", help="further flags of train_sae.py")
     rm_sae_flags: str = HfArg(
         default="--expansion 4 --k 32 --batch_size 256",
@@ -991,8 +988,7 @@ def show_results(a, found, truths):
         "tables": tables,
     }
     write_summary(Path(a.output_dir, named(a, "summary.json")), summary)
-    picture = a.picture or f"{a.output_dir}/{named(a, 'control.png')}"
-    draw_picture(draw, outcomes, picture)
+    draw_picture(draw, outcomes, f"{a.output_dir}/{named(a, 'control.png')}")
 
 
 def describe_differences(a):

@@ -114,9 +114,6 @@ class Settings(OwnDataFlags, StudyFlags):
     encoder: str = HfArg(
         default="", help="a sentence encoder; by default the SFT policy's hidden states"
     )
-    picture: str = HfArg(
-        default="", help="the file of the picture; by default OUTPUT_DIR/generalisation.png"
-    )
     bon_flags: str = HfArg(default="", help="further flags of sample_bon.py")
     diversity_flags: str = HfArg(
         default=DIVERSITY_FLAGS,
@@ -646,7 +643,7 @@ def main(args=None):
         # There are more metrics than systems, so a line is a metric here, and a column is a system.
         print_table(transpose(rows))
     write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "tables": tables})
-    draw_picture(draw, tables, a.picture or f"{a.output_dir}/generalisation.png")
+    draw_picture(draw, tables, f"{a.output_dir}/generalisation.png")
 
 
 if __name__ == "__main__":
