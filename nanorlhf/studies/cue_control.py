@@ -188,7 +188,7 @@ def sarm_commands(a, s):
         sae, mode = SARMS[name]
         start = f"--model {sft_of(a)} --sarm {a.output_dir}/{sae}"
         if not sae:
-            start = f"--model {rm_folder(a, DENSE, s)} --sarm {rm_sae_folder(a, s)} {a.head_flags}"
+            start = f"--model {rm_folder(a, DENSE, s)} --sarm {rm_sae_folder(a, s)} --lr 1e-2"
         commands.append(
             f"{train_rm(a, s)} {start} --sarm_mode {mode} --output_dir {rm_folder(a, name, s)} "
             f"{a.rm_flags}"
@@ -883,7 +883,6 @@ class Settings(OwnDataFlags, StudyFlags):
         default="--expansion 4 --k 32 --batch_size 256",
         help="flags of the autoencoder on a reward model",
     )
-    head_flags: str = HfArg(default="--lr 1e-2", help="flags of reward_first's head")
     probe_flags: str = HfArg(default="", help="further flags of probe.py reward_features")
     human_flags: str = HfArg(default="", help="further flags of probe.py human_latents")
     evaluate_flags: str = HfArg(
