@@ -1,5 +1,5 @@
-"""nanorlhf.interp.activation_store: what is in a batch, against the models run on one text at a
-time.
+"""nanorlhf.interp.activation_store and activation_cache: what is in a batch, against the models run
+on one text at a time.
 
     N texts, E tokens that count, B tokens of a batch, S batches of a buffer, W processes, D hidden
 """
@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from nanorlhf import world
 from nanorlhf.errors import InputError
-from nanorlhf.interp import activation_store
+from nanorlhf.interp import activation_cache, activation_store
+from nanorlhf.interp.activation_cache import from_disk
 from nanorlhf.interp.activation_store import (
     Stream,
     Tokens,
-    from_disk,
     from_models,
     hold_out,
     passes,
@@ -505,7 +505,7 @@ def written_at(folder):
 
 def kill_at_the_third_shard(monkeypatch):
     """Let the third shard be half written, and the run be killed there."""
-    write_shard = activation_store.write_shard
+    write_shard = activation_cache.write_shard
     written = []
 
     def killed(path, found):
@@ -516,7 +516,7 @@ def kill_at_the_third_shard(monkeypatch):
             raise KeyboardInterrupt
         write_shard(path, found)
 
-    monkeypatch.setattr(activation_store, "write_shard", killed)
+    monkeypatch.setattr(activation_cache, "write_shard", killed)
 
 
 def test_a_killed_run_goes_on(tmp_path, filled):
@@ -558,8 +558,8 @@ def fill_as(rank, folder, monkeypatch):
         # Neither waits for the other, and nothing is read.
         patch.setattr(Dist, "barrier", lambda self: None)
         patch.setattr(Dist, "together", lambda self, function: function())
-        patch.setattr(activation_store, "map_shard", lambda path, keys, n: None)
-        patch.setattr(activation_store, "write_shard", note)
+        patch.setattr(activation_cache, "map_shard", lambda path, keys, n: None)
+        patch.setattr(activation_cache, "write_shard", note)
         patch.setattr(os.path, "exists", sees)
         tokens = Tokens(ROWS, BOS)
         dist = Dist(rank, 2, CPU)
@@ -616,9 +616,9 @@ def resident_bytes():
 def test_shards_are_mapped_not_read(tmp_path):
     path = str(tmp_path / "00000.safetensors")
     # 64 MB, of which less than 16 may be held.
-    activation_store.write_shard(path, {"x": torch.zeros(2**16, 256)})
+    activation_cache.write_shard(path, {"x": torch.zeros(2**16, 256)})
     before = resident_bytes()
-    shard = activation_store.map_shard(path, {"x"}, 2**16)
+    shard = activation_cache.map_shard(path, {"x"}, 2**16)
     assert shard["x"].shape == (2**16, 256)
     assert resident_bytes() - before < 2**24
 
