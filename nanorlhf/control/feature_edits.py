@@ -29,8 +29,9 @@ from ..sarm import reweighted, save_sarm
 from ..stats import mean_over_groups, pair_wins, percentiles
 from .feature_reader import FeatureReaderFlags, load_feature_reader, parse_edits
 from .feature_texts import (
+    SIDES,
     PairFlags,
-    encode_texts,
+    encode_answers,
     groups_of,
     open_run,
     read_all,
@@ -38,7 +39,6 @@ from .feature_texts import (
     read_pairs,
 )
 
-SIDES = ("chosen", "rejected")
 SHOWN = 8  # texts that steer prints
 
 
@@ -143,7 +143,7 @@ def causal(config):
     pairs, texts = read_pairs(config, tokenizer, max_length)
     if pool_rows:
         answers = flatten_pool(pool_rows)
-        texts["pool"] = encode_texts(config, tokenizer, answers, "response", max_length)
+        texts["pool"] = encode_answers(config, tokenizer, answers, max_length)
     groups = groups_of([row["prompt"] for row in pairs])  # [N]
 
     reward = load_feature_reader(
@@ -400,7 +400,7 @@ def steer(config):
     # The texts: those of a file, or both sides of the held-out pairs.
     if config.texts:
         answers = read_answers(config.texts)
-        texts = {"text": encode_texts(config, tokenizer, answers, "response", max_length)}
+        texts = {"text": encode_answers(config, tokenizer, answers, max_length)}
     else:
         _, texts = read_pairs(config, tokenizer, max_length)
 

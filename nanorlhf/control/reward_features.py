@@ -32,7 +32,7 @@ from .feature_contrasts import contrast, score_gaps, separation
 from .feature_reader import FeatureReaderFlags, load_feature_reader
 from .feature_texts import (
     PairFlags,
-    encode_texts,
+    encode_answers,
     groups_of,
     match_answers,
     open_run,
@@ -205,8 +205,8 @@ def read_texts(config, tokenizer, max_length):
         after = read_answers(config.answers)
         before = read_answers(config.against)
         before = match_answers(after, before, files)
-        texts["after"] = encode_texts(config, tokenizer, after, "response", max_length)
-        texts["before"] = encode_texts(config, tokenizer, before, "response", max_length)
+        texts["after"] = encode_answers(config, tokenizer, after, max_length)
+        texts["before"] = encode_answers(config, tokenizer, before, max_length)
         prompts["policy"] = [row["prompt"] for row in after]
     return texts, prompts
 
