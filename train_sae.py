@@ -34,12 +34,11 @@ from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.activations import SITES, module_at, place_name, replaced
 from nanorlhf.hf.blocks import blocks, speed_up
 from nanorlhf.hf.folders import check_model
+from nanorlhf.interp.activation_cache import check_cache, from_disk
 from nanorlhf.interp.activation_store import (
     Stream,
     Tokens,
-    check_cache,
     find_skipped,
-    from_disk,
     from_models,
     hold_out,
     passes,

@@ -475,11 +475,9 @@ def compare(
     for name, rows in outputs.items():
         tokens[name] = [tokenise(text, tokenizer) for text in flatten(rows)]
     texts_of_all = flatten(list(tokens.values()))
-    n_different = max(count_vocabulary(texts_of_all), 1)
+    n_different = count_vocabulary(texts_of_all)
     if not vocab_size:
-        vocab_size = n_different
-        if tokenizer is not None:
-            vocab_size = len(tokenizer)
+        vocab_size = default_vocabulary(texts_of_all, tokenizer)
     require(
         vocab_size >= n_different,
         f"--vocab_size {vocab_size}: there are {n_different} different words (or ids) in the "

@@ -82,7 +82,7 @@ def add_descriptions(config, saes: dict[str, dict], summary: dict, question: str
     require(not missing, missing)
 
 
-def explain(config, saes: dict[str, dict], question: str = PROMPT) -> str | None:
+def explain(config, saes: dict[str, dict], question: str) -> str | None:
     """Put "description" and "related" into each feature of {folder: {"features": [...]}}.
 
     -> a sentence on what is missing and why; None where nothing is
@@ -148,7 +148,7 @@ def is_kept_answer(line: int, row) -> bool:
     return isinstance(row.get("related"), bool)
 
 
-def prompt_of(feature: dict, config, question: str = PROMPT) -> str:
+def prompt_of(feature: dict, config, question: str) -> str:
     """What the explainer is asked about a feature: its contexts and the tokens it fires on."""
     request = IN_JSON
     if config.plain_answers:

@@ -35,6 +35,21 @@ def interval_row(mean, low, high) -> dict[str, float]:
     return {"mean": mean.item(), "low": low.item(), "high": high.item()}
 
 
+def draw_intervals(axis, rows: dict[str, dict], colors: dict[str, str]):
+    """A dot with its interval for each {name: interval_row()}, side by side.
+
+    colors: {name: colour}; the others are grey.
+    """
+    for i, (name, row) in enumerate(rows.items()):
+        # errorbar() takes the lengths of the bars, not the ends of the interval. By rounding an end
+        # may lie on the wrong side of the mean.
+        below = max(0, row["mean"] - row["low"])
+        above = max(0, row["high"] - row["mean"])
+        color = colors.get(name, "grey")
+        axis.errorbar(i, row["mean"], [[below], [above]], fmt="o", color=color)
+    axis.set_xticks(range(len(rows)), list(rows), rotation=70)
+
+
 def with_input_errors(function, *args):
     """function(*args), its ValueErrors as InputErrors: what is wrong is what a user gave."""
     try:

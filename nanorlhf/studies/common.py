@@ -107,8 +107,6 @@ def read_flags(config_class, doc: str, args: list[str] | None, quick: dict):
         if flags.quick:
             flags.output_dir += "/quick"
         check_can_write(f"{flags.output_dir}/summary.json")
-        if getattr(flags, "picture", ""):
-            check_can_write(flags.picture)
         return flags
 
 
