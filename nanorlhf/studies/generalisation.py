@@ -46,6 +46,7 @@ from transformers.hf_argparser import HfArg
 from ..bon import bon_kl
 from ..errors import require
 from ..evals.diversity_report import FILE
+from ..runtime import cli
 from ..stats import t_interval, win_points
 from ..world import vocabulary
 from .common import (
@@ -674,4 +675,5 @@ def main(args=None):
 
 
 if __name__ == "__main__":
-    main()
+    with cli.errors_in_one_line():
+        main()
