@@ -268,7 +268,8 @@ def setup(device="auto", distributed="ddp"):
                 "nccl", None, a_day, world, rank, store, device_id=torch.device(device)
             )
         else:
-            td.init_process_group("gloo", None, a_day, world, rank, store)
+            with meeting():
+                td.init_process_group("gloo", None, a_day, world, rank, store)
         # All are connected before one can leave with an error: the others would report only that it
         # is gone.
         td.barrier()
@@ -299,10 +300,26 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
     """
     # The time to meet is short, so that a wrong MASTER_ADDR shows within a minute. Afterwards the
     # time is long, since a rank may have to wait for another rank's work.
+    with meeting():
+        tries = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
+        store, _, _ = next(tries)
+    store.set_timeout(timeout)
+    # torch gives a store that it makes itself the same prefix, which keeps the keys of the
+    # process group apart from torchrun's. torchrun --max_restarts starts new processes with the
+    # store of those that are gone, and their addresses in it: each start has keys of its own. Of
+    # several machines each counts its own restarts, so there the number would tell them apart.
+    prefix = "default_pg"
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # machines
+        prefix += os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return td.PrefixStore(prefix, store)
+
+
+@contextlib.contextmanager
+def meeting():
+    """A context in which the processes of a run meet. InputError: one of them does not come."""
     try:
         with without_stderr():  # torch logs each try, with its stack
-            meeting = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
-            store, _, _ = next(meeting)
+            yield
     except (ValueError, RuntimeError) as e:
         address = os.environ.get("MASTER_ADDR")
         port = os.environ.get("MASTER_PORT")
@@ -310,10 +327,6 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
             f"the processes of this run do not find each other ({first_line(e)}; "
             f"MASTER_ADDR={address}, MASTER_PORT={port}); torchrun sets what they need"
         ) from None
-    store.set_timeout(timeout)
-    # torch gives a store that it makes itself the same prefix, which keeps the keys of the
-    # process group apart from torchrun's.
-    return td.PrefixStore("default_pg", store)
 
 
 @contextlib.contextmanager

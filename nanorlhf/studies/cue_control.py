@@ -787,4 +787,5 @@ def print_answer(a, s, found, truth):
 
 
 if __name__ == "__main__":
-    main()
+    with cli.errors_in_one_line():
+        main()

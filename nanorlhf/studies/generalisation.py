@@ -46,6 +46,7 @@ from ..bon import bon_kl
 from ..chats import show
 from ..errors import require
 from ..evals.diversity_report import FILE
+from ..runtime import cli
 from ..runtime.files import read_rows
 from ..stats import pair_wins, t_interval
 from ..world import vocabulary
@@ -647,4 +648,5 @@ def main(args=None):
 
 
 if __name__ == "__main__":
-    main()
+    with cli.errors_in_one_line():
+        main()
