@@ -356,7 +356,7 @@ def prompts_of(config):
         rows += data.read_rows(
             config.dataset, "prompts", config.columns, split, config.prompt_format
         )
-    return data.subset(rows, config.max_rows), f"{len(rows)} prompts rows in {config.split}"
+    return data.subset(rows, config.max_rows), f"{len(rows)} prompts in {config.split}"
 
 
 def choose_ns(config, scarcest) -> list[int]:

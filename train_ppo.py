@@ -67,17 +67,15 @@ from nanorlhf.splits import load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.tokens import leave_out_of_splits, ready_prompts
 
-TRY_NEXT = (
-    "Try next:\n"
-    "  python train_ppo.py --kl_coef 0 --output_dir runs/no_kl"
-    "                          the proxy rises further; watch gold\n"
-    "  python train_rm.py --members 5 --label_noise 0.25 --output_dir 'runs/noisy/seed_{seed}'"
-    "      an ensemble, a quarter of the labels wrong\n"
-    "  python train_ppo.py --reward_model 'runs/noisy/seed_{seed}' --objective wco"
-    " --output_dir runs/wco\n"
-    "  python train_ppo.py --reward_model my.py:reward --output_dir runs/my_reward"
-    "      def reward(prompts, responses): return [...]"
-)
+TRY_NEXT = """Try next:
+  python train_ppo.py --kl_coef 0 --eval_every 5 --output_dir runs/no_kl
+      the proxy rises further; watch gold
+  python train_rm.py --members 5 --label_noise 0.25 --output_dir 'runs/noisy/seed_{seed}'
+      an ensemble that learns from labels of which a quarter are wrong
+  python train_ppo.py --reward_model 'runs/noisy/seed_{seed}' --objective wco --output_dir runs/wco
+      PPO on the worst of its scores
+  python train_ppo.py --reward_model my.py:reward --output_dir runs/my_reward
+      a reward of your own: def reward(prompts, responses): return [...]"""
 
 
 @dataclass

@@ -261,7 +261,8 @@ def main(config):
     held_out_prompts = {}
     if config.answers_prompts:
         held_out_prompts = load_prompts(held_out, tokenizer, model_config, config, dist)
-    dist.print(f"{config.loss.upper()} of {config.model} on {config.dataset}: {note}, {cuts}")
+    start = "a new model" if config.model == "world" else config.model
+    dist.print(f"{config.loss.upper()} of {start} on {config.dataset}: {note}, {cuts}")
 
     # ------------------------------------------------------------------------------------- model
     # No value head: these losses need log-probs alone.

@@ -26,6 +26,8 @@ from .runtime.files import python_function
 COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 # Names that metrics have already, so that no split can have them.
 TAKEN = ("test", "ood", "eval", "score", "feature", "rate", "penalty")
+# What the sentence on the data calls the rows of each kind.
+NAMES_OF_ROWS = {"sft": "demonstrations", "pairs": "pairs", "prompts": "prompts"}
 # What holds for a command that does not have these flags.
 WITHOUT_FLAG = {"in_distribution": "", "prompt_format": "", "eval_splits": [], "max_rows": 0}
 
@@ -86,7 +88,7 @@ def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], s
             remarks.append(f"{n_skipped} with chosen == rejected skipped")
 
     # The sentence: sizes first, then what is to be noted.
-    sizes = [f"{len(rows)} {kind} rows"]
+    sizes = [f"{len(rows)} {NAMES_OF_ROWS[kind]}"]
     for label, part in held_out.items():
         place = name_place(label, sources[label])
         sizes.append(f"{len(part)} {place}")

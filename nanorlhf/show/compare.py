@@ -1,7 +1,7 @@
 """Two runs beside each other: their settings, their metrics, their answers.
 
     PPO with two coefficients of the KL penalty:
-        python -m nanorlhf.show.compare runs/ppo runs/ppo_no_kl
+        python -m nanorlhf.show.compare runs/ppo runs/no_kl
     one run with itself, before and after:
         python -m nanorlhf.show.compare runs/ppo runs/ppo --step 0 60
     PPO and best-of-n from the same policy, the best of 16:

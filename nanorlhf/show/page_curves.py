@@ -161,7 +161,7 @@ def draw_rewards(runs: list[Run]) -> list[dict]:
         {"title": title, "x": "step", "lines": by_step},
         {
             "title": "Proxy and gold against the distance",
-            "x": "sqrt(KL), nats",
+            "x": "sqrt(KL in nats)",
             "lines": by_distance,
         },
     ]

@@ -335,7 +335,7 @@ def test_no_prompt_is_on_both_sides(twelve_prompts):
     assert len(test) == 2
     assert len(rows) == 50
     assert len(held_out) == 3
-    assert note == "50 sft rows, 3 held out"
+    assert note == "50 demonstrations, 3 held out"
 
 
 def test_training_rows_keep_their_order(twelve_prompts):
@@ -391,7 +391,7 @@ def test_prompts_that_differ_by_white_space_are_on_one_side(tmp_path):
     assert len(test_numbers) == 3  # a fifth of 18
     assert len(train) == 150
     assert len(held_out) == 30
-    assert note == "150 sft rows, 30 held out"
+    assert note == "150 demonstrations, 30 held out"
     # The rows themselves are as they were written.
     for row in train + held_out:
         assert row in rows
@@ -428,7 +428,7 @@ def overlapping(tmp_path):
 def test_held_out_prompts_that_are_trained_on_are_counted(overlapping):
     _, held_out, note = load_splits(overlapping, "sft")
     assert note == (
-        "40 sft rows, 32 held out, 32 in mine, 1 in new, "
+        "40 demonstrations, 32 held out, 32 in mine, 1 in new, "
         "10 of 16 held-out prompts are trained on too, "
         "10 of 16 prompts in mine are trained on too"
     )
@@ -464,7 +464,7 @@ def test_pairs_that_say_nothing_are_counted(tmp_path):
     for row in rows + held_out:
         assert row["rejected"] == "b"
     assert "3 with chosen == rejected skipped" in note
-    assert "14 pairs rows, 3 held out" in note
+    assert "14 pairs, 3 held out" in note
 
     # The last eight pairs all say something.
     path = jsonl(tmp_path / "b.jsonl", pairs[12:])
@@ -482,7 +482,7 @@ def test_max_rows_takes_rows_from_everywhere(forty_prompts):
     rows, same_held_out, note = load(flags(forty_prompts, max_rows=5), "prompts")
     assert len(rows) == 5
     assert same_held_out == held_out
-    assert note.startswith("5 prompts rows")
+    assert note.startswith("5 prompts")
     # In their order, each once, and not simply the first five.
     places = [everything.index(row) for row in rows]
     assert places == sorted(set(places))

@@ -501,7 +501,7 @@ def test_the_sentence_on_plain_rows_is_their_sizes(tmp_path):
     lines = [f'{{"prompt": "q{i}", "response": "r", "more": 1}}' for i in range(40)]
     path = write(tmp_path, *lines)
     _, _, note = load_splits(config(path), "sft")
-    assert note == "36 sft rows, 4 held out"
+    assert note == "36 demonstrations, 4 held out"
 
 
 def write_twice(tmp_path):

@@ -29,6 +29,7 @@ from links import (
 )
 
 import probe
+import train_ppo
 
 WIDEST = 110
 LONGEST_README = 250
@@ -541,3 +542,45 @@ def test_blocks_that_nobody_would_run_are_found():
     blocks = ["```", "```sh", "```bash needs=hub", "```bash needs=time", "```text"]
     text = "".join(f"{fence}\npython probe.py\n```\n" for fence in blocks) + "    python probe.py\n"
     assert [line for line, _ in faults_of_blocks(text)] == [1, 4, 10, 16]
+
+
+# -------------------------------------------------------------------------------- folders of runs
+
+
+def training_commands(text):
+    """The commands of a page that train into a folder: [(folder, the command's words, sorted)]."""
+    commands = []
+    for block in read_blocks(text):
+        if block.language != "bash":
+            continue
+        for line in "\n".join(block.lines).replace("\\\n", " ").splitlines():
+            command = re.sub(r"\s#.*", "", line)
+            folder = re.search(r"train_\w+\.py .*--output_dir ('[^']+'|\S+)", command)
+            if folder and "--resume" not in command:
+                commands.append((folder[1], sorted(command.split())))
+    return commands
+
+
+def faults_of_folders(texts):
+    """Folders into which two commands train differently: the second of them would be an error."""
+    first = {}
+    faults = []
+    for text in texts:
+        for folder, words in training_commands(text):
+            if first.setdefault(folder, words) != words:
+                faults.append(f"{folder}: {' '.join(words)}")
+    return faults
+
+
+def test_no_two_commands_train_into_one_folder():
+    printed = f"```bash\n{train_ppo.TRY_NEXT}\n```\n"
+    faults = faults_of_folders([printed, *[read(page) for page in find_pages()]])
+    assert not faults, "\n".join(faults)
+
+
+def test_two_commands_with_one_folder_are_found():
+    page = "```bash\npython train_rm.py --lr 1 \\\n    --output_dir runs/a    # a note\n```\n"
+    again = "```bash\npython train_rm.py --output_dir runs/a --lr 1\n```\n"
+    other = "```bash\npython train_rm.py --lr 2 --output_dir runs/a\n```\n"
+    assert not faults_of_folders([page, again])
+    assert faults_of_folders([page, other])

@@ -276,7 +276,7 @@ def test_rows_that_are_left_out_are_counted(by_subreddit):
             n_seen += 1
     assert 5 < n_seen < 20
     assert note == (
-        f"{len(rows)} sft rows, 9 held out, 9 in ood, 105 out of distribution left out "
+        f"{len(rows)} demonstrations, 9 held out, 9 in ood, 105 out of distribution left out "
         f"({n_seen} of them with prompts that are trained on, so they are not in ood either)"
     )
 
@@ -301,7 +301,7 @@ def test_no_split_depends_on_the_others(by_subreddit):
     # The first is always called eval.
     assert other_order == {"eval": held_out["ood"], "test": held_out["eval"]}
     assert len(rows) == 4
-    assert note.startswith("4 sft rows, 9 in ood, 9 held out")
+    assert note.startswith("4 demonstrations, 9 in ood, 9 held out")
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_an_evaluation_set_has_its_own_ood(with_evaluation_set):
     short_rows = [row["response"] for i, row in enumerate(ROWS) if i % 5 < 3]
     assert column(rows, "response") == short_rows
     assert note == (
-        "108 sft rows, 5 held out, 4 in ood, 72 out of distribution left out, "
+        "108 demonstrations, 5 held out, 4 in ood, 72 out of distribution left out, "
         "1 of 4 prompts in ood are trained on too"
     )
 
