@@ -157,8 +157,8 @@ def load(folder, module, optimizer, dist=ALONE):
     A damaged checkpoint is named, with what is wrong, and the one before it is taken; where none is
     whole, an InputError says so. The main process decides for all, and all processes call this.
     """
-    # One process chooses, and sends the name to all. If a shared disk showed two processes different
-    # files, they would go on from different steps.
+    # One process chooses, and sends the name to all. If a shared disk showed two processes
+    # different files, they would go on from different steps.
     choice = dist.on_main(lambda: choose(folder, module, dist))
     name = dist.gather_text(choice or "")
     if not name:
