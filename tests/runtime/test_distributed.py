@@ -1,8 +1,9 @@
-"""What a process does with memory that it has freed."""
+"""What one process does alone, and with memory that it has freed."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nanorlhf.runtime import distributed
 
@@ -31,3 +32,10 @@ def test_resident_memory_grows_with_what_is_held():
     block = bytearray(b"x") * 2**26
     grown = distributed.resident_memory() - before
     assert 0.9 * len(block) < grown < 1.2 * len(block)
+
+
+@pytest.mark.parametrize("rank, result", [(0, "done"), (1, None)])
+def test_only_the_main_process_does_it(rank, result):
+    # A world of one exchanges nothing, whatever the rank is.
+    dist = distributed.Dist(rank, 1, torch.device("cpu"))
+    assert dist.on_main(lambda: "done") == result
