@@ -182,7 +182,7 @@ def request(url, body, headers, timeout):
         problem = redact(f"HTTP {e.code} {e.reason}")
         seconds = retry_after(e.headers.get("Retry-After", ""))
         if e.code in (400, 413, 422):
-            raise Rejected(f"{problem} {said(e)}".strip()) from None
+            raise Rejected(f"{problem} {read_reason(e)}".strip()) from None
         if e.code < 500 and e.code not in (408, 429):
             raise Unreachable(problem) from None
         if seconds > LONGEST_PAUSE:
@@ -194,7 +194,7 @@ def request(url, body, headers, timeout):
         return "", redact(first_line(getattr(e, "reason", e))), 0
 
 
-def said(error):
+def read_reason(error):
     """The beginning of what came with an HTTPError.
 
     It alone tells what is wrong with a question, or with the model's name.
