@@ -1,4 +1,5 @@
-"""loss_of and update of train_ppo.py, with numbers in the place of a policy, against loops.
+"""estimate_advantages, loss_of and update of train_ppo.py, with numbers in the place of a policy, by
+hand and by loops.
 
 B answers of a rollout, m of them in a micro-batch, R response tokens
 """
@@ -84,7 +85,7 @@ def test_the_loss_with_a_value_function_by_loops():
 
     def policy(batch, mask, temperature, entropy, kl_to):
         asked.append((temperature, entropy, kl_to))
-        return {name: column * mask for name, column in new.items()}
+        return {name: column.clone().requires_grad_() * mask for name, column in new.items()}
 
     parts = SimpleNamespace(config=config, model=policy, reference=None)
     batch = make_batch().rows(at)
@@ -100,6 +101,40 @@ def test_the_loss_with_a_value_function_by_loops():
     assert loss.item() == pytest.approx(expected, rel=1e-9)
     assert stats["ratio_error"].item() == pytest.approx(max(errors))
     assert not any(value.requires_grad for value in stats.values())
+
+
+def test_the_advantages_of_groups():
+    """RLOO by hand: what an answer has more than the other ones, 1 or 3, on all of its tokens."""
+    config = train_ppo.Config(advantage="rloo", group_size=2, vf_coef=0.5, lam=0.95)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0]]).bool()
+    rewards = torch.tensor([[0.0, 2.0, 0], [1.0, 0, 0], [0.5, 0.5, 0], [4.0, 0, 0]])
+    advantages, returns, record = train_ppo.estimate_advantages(config, {"mask": mask}, rewards)
+    assert advantages.tolist() == [[1, 1, 0], [-1, 0, 0], [-3, -3, -3], [3, 0, 0]]
+    assert returns is None
+    assert record == {
+        "advantage_mean": pytest.approx(-5 / 7),
+        "advantage_std": pytest.approx((39 / 7 - 25 / 49) ** 0.5),
+    }
+
+
+def test_advantages_of_a_value_function_are_whitened():
+    config = train_ppo.Config(gamma=1.0, lam=1.0)
+    mask = torch.tensor([[1, 1], [1, 0]]).bool()
+    values = torch.tensor([[1.0, 2.0], [1.0, 0.0]])
+    rewards = torch.tensor([[0.0, 3.0], [-1.0, 0.0]])
+    # The returns are 3, 3, -1, so the advantages are 2, 1, -2, of mean 1/3.
+    outputs = {"mask": mask, "values": values}
+    advantages, returns, record = train_ppo.estimate_advantages(config, outputs, rewards)
+    assert returns.tolist() == [[3, 3], [-1, 0]]
+    std = (3 - 1 / 9) ** 0.5
+    expected = torch.tensor([[5 / 3, 2 / 3], [-7 / 3, 0]]) / std
+    torch.testing.assert_close(advantages, expected)
+    assert record == {
+        "advantage_mean": pytest.approx(1 / 3),
+        "advantage_std": pytest.approx(std),
+        # 1 - Var(2, 1, -2) / Var(3, 3, -1)
+        "explained_variance": pytest.approx(1 - std**2 / (32 / 9)),
+    }
 
 
 # The numbers of eight micro-batches: two epochs of two minibatches, in micro-batches of 3 and 1.
