@@ -57,7 +57,7 @@ from nanorlhf.models import (
     save_policy,
     save_reward_model,
 )
-from nanorlhf.packing import Packed, micro_batches, pack, response_mask_of
+from nanorlhf.packing import Packed, micro_batches, pack, pad_rows, response_mask_of
 
 TEMPERATURE = 0.7
 
@@ -100,6 +100,18 @@ def test_a_packed_row_is_prompt_response_and_padding():
     assert len(BATCH) == 5
 
 
+def test_rows_are_padded_on_one_side():
+    assert pad_rows([[5], [6, 7]]).tolist() == [[5, 0], [6, 7]]
+    assert pad_rows([[5], [6, 7]], 9, side="left").tolist() == [[9, 5], [6, 7]]
+
+
+def test_a_process_may_have_no_rows():
+    batch = pack([], [])
+    assert batch.ids.shape == (0, 0)
+    assert len(batch) == 0
+    assert batch.lengths.tolist() == []
+
+
 @pytest.mark.parametrize("width", [6, 9])
 def test_the_response_mask_holds_as_many_tokens_as_the_response(width):
     expected = []
@@ -126,6 +138,8 @@ def test_micro_batches_are_of_similar_length():
     some_rows = torch.tensor([2, 4, 3])
     parts = BATCH.micro_batches(2, some_rows)
     assert [rows.tolist() for rows in parts] == [[3, 4], [2]]
+    parts = micro_batches(torch.tensor([7, 3, 5]), 2)
+    assert [rows.tolist() for rows in parts] == [[1, 2], [0]]
 
 
 TOKEN_BUDGET = 40
