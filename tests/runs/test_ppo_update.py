@@ -64,11 +64,12 @@ def token_loss(config, new, x, i, place, t, kl_coef):
     return policy + config.vf_coef * value_error - config.ent_coef * entropy + kl_coef * k2
 
 
-def test_the_loss_with_a_value_function_by_loops():
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+def test_the_loss_with_a_value_function_by_loops(kl_in):
     config = train_ppo.Config(
         vf_coef=0.3,
         ent_coef=0.2,
-        kl_in="loss",
+        kl_in=kl_in,
         kl_kind="k2",
         temperature=0.7,
         clip_range=0.25,
@@ -92,11 +93,13 @@ def test_the_loss_with_a_value_function_by_loops():
     loss, stats = train_ppo.loss_of(parts, batch, x, at, torch.tensor(20), kl_coef=0.6)
     assert asked == [(0.7, True, None)]
 
+    # A KL that is in the reward is not in the loss too.
+    kl_coef = 0.6 if kl_in == "loss" else 0.0
     expected = 0.0
     errors = []
     for i, place in enumerate(at.tolist()):
         for t in range(LENGTHS[place]):
-            expected += token_loss(config, new, x, i, place, t, 0.6) / 20
+            expected += token_loss(config, new, x, i, place, t, kl_coef) / 20
             errors.append(abs(new["logprobs"][i, t] - x.old_logprobs[place, t]).item())
     assert loss.item() == pytest.approx(expected, rel=1e-9)
     assert stats["ratio_error"].item() == pytest.approx(max(errors))
