@@ -643,8 +643,12 @@ def test_a_reward_model_from_before_its_std_was_kept_scores_as_ever(rm, tmp_path
     config = json.loads(file.read_text())
     assert config.pop("reward_std") == 3
     file.write_text(json.dumps(config))
-    assert torch.equal(load_reward_model(str(tmp_path))(BATCH), expected)
+    again = load_reward_model(str(tmp_path))
+    assert torch.equal(again(BATCH), expected)
     assert not knows_scale(str(tmp_path))
+    # From here on it is kept.
+    again.standardise(0.25, 2.0)
+    assert again.model.config.reward_std == 2
 
 
 def test_a_new_head_on_the_trunk_of_a_reward_model_has_no_scale_yet(rm, tmp_path):
@@ -667,6 +671,7 @@ def test_a_saved_reward_model_is_a_plain_hf_model_up_to_its_mean(rm, tmp_path):
     rm.standardise(0.5, 3.0)
     expected = rm(BATCH)
     path = str(tmp_path / "rm")
+    rm.model.config.pad_token_id = None  # the tokenizer's is saved
     save_reward_model(rm, word_tokenizer(), path)
 
     again = load_reward_model(path).eval()
