@@ -341,8 +341,8 @@ class Progress:
         self.steps = steps
         self.start = start
         self.recommends_compile = not compiled and dist.device.type == "cuda"
-        self.begun = time.time()
-        self.last = 0.0  # when the last plain line was printed
+        self.begun = time.monotonic()
+        self.last = float("-inf")  # when the last plain line was printed
         self.quiet = not dist.main
         self.tty = sys.stderr.isatty()
         self.bar = tqdm(
@@ -357,7 +357,7 @@ class Progress:
         """Show that `step` is done."""
         if self.quiet:
             return
-        now = time.time()
+        now = time.monotonic()
         if self.recommends_compile:
             self.recommend_compile(now - self.begun, step)
 
