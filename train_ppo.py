@@ -601,10 +601,13 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     rewards = ppo.token_rewards(shaped, kl_in_reward(config, outputs), mask, kl_coef)  # [B, R]
     advantages, returns, advantage_record = estimate_advantages(config, outputs, rewards)
 
-    # The KL is recorded by all its estimators, whatever kind is in the reward.
-    kl = {}  # {kind: [B, R], 0 where masked}
+    # The KL of a sequence, in nats, by all estimators, whatever kind is in the reward. That by k1
+    # is called kl, the others are kl_k2, kl_k3, ...
+    kl_record = {}
     for kind in ppo.KL_ESTIMATES:
-        kl[kind] = ppo.kl_estimate(outputs["old_logprobs"], outputs["ref_logprobs"], kind)
+        kl = ppo.kl_estimate(outputs["old_logprobs"], outputs["ref_logprobs"], kind)
+        name = "kl" if kind == "k1" else f"kl_{kind}"
+        kl_record[name] = kl.sum(1).mean().item()  # kl [B, R] is 0 where masked
 
     record = {
         "score_mean": scored.proxy.mean().item(),
@@ -612,9 +615,7 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         **{name: term.mean().item() for name, term in scored.terms.items()},
         **learned,
         "reward": rewards.sum(1).mean().item(),  # of a sequence: shaped score less its KL penalty
-        "kl": kl["k1"].sum(1).mean().item(),  # of a sequence, nats
-        "kl_k2": kl["k2"].sum(1).mean().item(),
-        "kl_k3": kl["k3"].sum(1).mean().item(),
+        **kl_record,
         "entropy": (outputs["entropies"].sum() / mask.sum()).item(),  # of a token, nats
         "length": lengths.float().mean().item(),
         "eos_rate": outputs["finished"].float().mean().item(),

@@ -891,6 +891,7 @@ def test_a_further_kl_kind_in_the_reward(square_kl, base, tmp_path, seen):
     kls = seen.steps[1].kls
     penalty = rows[2]["score_mean"] - rows[2]["reward"]
     assert penalty == pytest.approx(0.35 * 2 * kls["k2"], rel=1e-3)
+    assert rows[2]["kl_square"] == pytest.approx(2 * kls["k2"], rel=1e-3)
 
 
 @pytest.mark.slow
