@@ -31,15 +31,9 @@ from transformers.hf_argparser import HfArg
 from nanorlhf import data, ppo
 from nanorlhf.control import controlled_scoring
 from nanorlhf.ensemble import OBJECTIVES
-from nanorlhf.errors import at_least, divides, require
-from nanorlhf.evaluation import (
-    PPOParts,
-    evaluate,
-    forward,
-    record_evaluation,
-    sampled_outputs,
-    score_gold,
-)
+from nanorlhf.errors import InputError, at_least, divides, require
+from nanorlhf.evals.score_gold import score_gold
+from nanorlhf.evaluation import PPOParts, evaluate, forward, record_evaluation, sampled_outputs
 from nanorlhf.hf.blocks import speed_up
 from nanorlhf.hf.folders import check_model
 from nanorlhf.hf.lora import cast_frozen, choose_trained, merge
@@ -61,7 +55,7 @@ from nanorlhf.runtime.distributed import (
     setup,
     sync_on,
 )
-from nanorlhf.runtime.flags import SCHEDULES, FlagGroup, RunConfig
+from nanorlhf.runtime.flags import SCHEDULES, FlagGroup, RunConfig, changed_flags
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder, before_and_after_table, sample_table
@@ -315,14 +309,11 @@ def check_group_flags(config):
         f"--advantage {config.advantage} compares answers to one prompt: --group_size must be 2 "
         "or more",
     )
-    without_meaning = []
-    for name in VALUE_FLAGS:
-        if getattr(config, name) != getattr(Config, name):
-            without_meaning.append(f"--{name}")
-    names = ", ".join(without_meaning)
+    unread = changed_flags(config, VALUE_FLAGS)
     require(
-        not without_meaning,
-        f"--advantage {config.advantage} has no value function, so nothing reads {names}",
+        not unread,
+        f"--advantage {config.advantage} has no value function, so nothing reads "
+        f"{', '.join(unread)}",
     )
 
 
@@ -334,9 +325,8 @@ def check_weights(config):
         n_weights == n_rewards,
         f"--reward_weights needs one for each reward: {n_weights} weights, {n_rewards} rewards",
     )
-    for name in ("objective", "uwo_lambda"):
-        is_default = getattr(config, name) == getattr(Config, name)
-        require(is_default, f"--{name} is for members of an ensemble, --reward_weights is not")
+    for flag in changed_flags(config, ("objective", "uwo_lambda")):
+        raise InputError(f"{flag} is for members of an ensemble, --reward_weights is not")
 
 
 @unlock_afterwards()
@@ -611,10 +601,13 @@ def experience(parts, scaler, rollout, answers, kl_coef):
     rewards = ppo.token_rewards(shaped, kl_in_reward(config, outputs), mask, kl_coef)  # [B, R]
     advantages, returns, advantage_record = estimate_advantages(config, outputs, rewards)
 
-    # The KL is recorded by all its estimators, whatever kind is in the reward.
-    kl = {}  # {kind: [B, R], 0 where masked}
+    # The KL of a sequence, in nats, by all estimators, whatever kind is in the reward. That by k1
+    # is called kl, the others are kl_k2, kl_k3, ...
+    kl_record = {}
     for kind in ppo.KL_ESTIMATES:
-        kl[kind] = ppo.kl_estimate(outputs["old_logprobs"], outputs["ref_logprobs"], kind)
+        kl = ppo.kl_estimate(outputs["old_logprobs"], outputs["ref_logprobs"], kind)
+        name = "kl" if kind == "k1" else f"kl_{kind}"
+        kl_record[name] = kl.sum(1).mean().item()  # kl [B, R] is 0 where masked
 
     record = {
         "score_mean": scored.proxy.mean().item(),
@@ -622,9 +615,7 @@ def experience(parts, scaler, rollout, answers, kl_coef):
         **{name: term.mean().item() for name, term in scored.terms.items()},
         **learned,
         "reward": rewards.sum(1).mean().item(),  # of a sequence: shaped score less its KL penalty
-        "kl": kl["k1"].sum(1).mean().item(),  # of a sequence, nats
-        "kl_k2": kl["k2"].sum(1).mean().item(),
-        "kl_k3": kl["k3"].sum(1).mean().item(),
+        **kl_record,
         "entropy": (outputs["entropies"].sum() / mask.sum()).item(),  # of a token, nats
         "length": lengths.float().mean().item(),
         "eos_rate": outputs["finished"].float().mean().item(),
@@ -734,10 +725,8 @@ def bootstrap_values(parts, rollout, batch):
     # Nothing follows an EOS, so the value behind it is 0. A cut answer might have gone on.
     values = torch.zeros(len(batch), device=dist.device)
     cut_off = (~rollout.finished).nonzero()[:, 0]  # rows
-    if len(cut_off) == 0:
-        return values
     for rows in batch.micro_batches(
-        config.micro_batch_size, cut_off, config.tokens_per_micro_batch
+        config.micro_batch_size, config.tokens_per_micro_batch, cut_off
     ):
         with autocast(dist, config.dtype):
             values[rows] = parts.policy.final_values(batch.rows(rows))
@@ -769,7 +758,7 @@ def update(parts, optimizer, batch, x, first, step, kl_coef, lr):
             n_tokens = x.lengths[minibatch.to(dist.device)].sum()
             mine = dist.share(minibatch).to(dist.device) - first  # rows of `batch`
             micro_batches = batch.micro_batches(
-                config.micro_batch_size, mine, config.tokens_per_micro_batch
+                config.micro_batch_size, config.tokens_per_micro_batch, mine
             )
             micro_batches = dist.even(micro_batches)
 

@@ -499,6 +499,8 @@ def read_start(run):
 class PlainTraining:
     """What train() asks of a plain reward model. sarm_training.SarmTraining answers for a SARM."""
 
+    further_weight = 0.0  # of further losses, which a SARM alone has
+
     def __init__(self, config):
         self.config = config
 
@@ -517,10 +519,6 @@ class PlainTraining:
     def score(self, model, batch):
         """Packed rows, the chosen ones first -> scores [2 b], further losses of pairs: none."""
         return model(batch), {}
-
-    def add_further(self, losses, further):
-        """Add the further losses to those of the pairs [b]: there are none."""
-        return losses
 
     def after_step(self):
         """Nothing has to be done after an optimizer step."""
@@ -639,7 +637,8 @@ def add_gradients(training, model, pairs, mine, config, dist):
                 scores, further = training.score(model, batch)  # [2 b], {further loss: [b]}
             r_chosen, r_rejected = scores.chunk(2)  # [b], [b]
             losses = pair_losses(r_chosen, r_rejected, config.score_l2)
-            losses = training.add_further(losses, further)  # there are none without --sarm
+            for values in further.values():
+                losses = losses + training.further_weight * values
             loss = losses.sum() / config.batch_size
             # DDP and FSDP average over ranks, and the loss is a sum.
             (loss * dist.world).backward()
@@ -747,11 +746,7 @@ def score_rows(reward_model, batch, config, dist):
     # gathered() is a collective call, so a process without rows must enter it too.
     scores = torch.zeros(len(batch), device=dist.device)
     with gathered(reward_model), autocast(dist, config.dtype):
-        if len(batch) == 0:  # there are fewer rows than processes
-            return scores
-        for rows in batch.micro_batches(
-            config.micro_batch_size, None, config.tokens_per_micro_batch
-        ):
+        for rows in batch.micro_batches(config.micro_batch_size, config.tokens_per_micro_batch):
             scores[rows] = reward_model(batch.rows(rows))
     return scores
 

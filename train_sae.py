@@ -34,12 +34,11 @@ from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.activations import SITES, module_at, place_name, replaced
 from nanorlhf.hf.blocks import blocks, speed_up
 from nanorlhf.hf.folders import check_model
+from nanorlhf.interp.activation_cache import check_cache, from_disk
 from nanorlhf.interp.activation_store import (
     Stream,
     Tokens,
-    check_cache,
     find_skipped,
-    from_disk,
     from_models,
     hold_out,
     passes,
@@ -242,7 +241,7 @@ def main(config):
 
     # What is wrong with the cache, the texts or a model is said before anything is loaded.
     if config.cache:
-        dist.together(lambda: check_cache(config.cache) if dist.main else None)
+        dist.on_main(lambda: check_cache(config.cache))
     # With a base beside the policy, two autoencoders of the same layer show what training changed.
     paths = {"policy": config.model}
     if config.base != "none":
@@ -533,16 +532,14 @@ def evaluate(config, saes, lms, held_out, places, dist):
     -> {"policy/3_mlp": {fvu, l0, dead, n_tokens, density: a histogram, loss, loss_sae, loss_zero,
     loss_recovered}}, {"policy/3_mlp": density [M]}
     """
-    # Sums over this process's texts. FVU and the rest are ratios of sums: means of batches' ratios
-    # would be something else.
-    totals = {}  # {key: {name: tensor}}
+    # Sums over this process's texts, if it has any. FVU and the rest are ratios of sums: means of
+    # batches' ratios would be something else.
+    totals = {key: no_sums(sae) for key, sae in saes.items()}  # {key: {name: tensor}}
     source = from_models(held_out, lms, places, dist, config.dtype)
     for part in passes(held_out, source, dist, at_once=2**12):
         for key, x in part.items():
-            sums = tally(saes[key], x)
-            if key in totals:
-                sums = {name: totals[key][name] + value for name, value in sums.items()}
-            totals[key] = sums
+            for name, value in tally(saes[key], x).items():
+                totals[key][name] += value
 
     summary = {}
     densities = {}
@@ -550,8 +547,7 @@ def evaluate(config, saes, lms, held_out, places, dist):
         for place in places:
             key = f"{name}/{place_name(place)}"
             sae = saes[key]
-            own_sums = totals.get(key) or no_sums(sae)  # a process may have no texts
-            sums = {name: dist.sum(value) for name, value in own_sums.items()}
+            sums = {what: dist.sum(sum_here) for what, sum_here in totals[key].items()}
             result = measures(sums)
             densities[key] = result.pop("density")
             summary[key] = {
@@ -602,8 +598,6 @@ def loss_recovered(config, lm, place, sae, held_out, dist):
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # three losses, tokens
     for part in micro_batches(lengths, None, 2**12):
         rows = mine[part.numpy()]
-        if len(rows) == 0:  # this process has no texts
-            continue
         ids, mask = held_out.batch(rows)
         ids = ids.to(dist.device)  # [b, T]
         seen = mask.to(dist.device)[..., None]  # [b, T, 1], by the autoencoder

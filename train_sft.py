@@ -45,7 +45,7 @@ from nanorlhf.rewards import check_reward, expand, load_reward
 from nanorlhf.rollout import check_rollouts, generate, left_pad
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup, sync_on
-from nanorlhf.runtime.flags import RunConfig
+from nanorlhf.runtime.flags import RunConfig, changed_flags
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder, sample_table
@@ -215,10 +215,10 @@ class Config(RunConfig):
 
 def check_losses(config):
     """InputError for a flag that --loss does not read, or that no evaluation would read."""
-    for name, losses in READ_BY.items():
-        default = getattr(Config, name, [])  # a dataclass does not hold the default of a list
-        is_right = config.loss in losses or getattr(config, name) == default
-        require(is_right, f"--{name} is for --loss {', '.join(losses)}, not {config.loss}")
+    for flag in changed_flags(config, READ_BY):
+        losses = READ_BY[flag.removeprefix("--")]
+        is_read = config.loss in losses
+        require(is_read, f"{flag} is for --loss {', '.join(losses)}, not {config.loss}")
     for name in ("reward_model", "gold_model"):
         is_read = config.eval_answers or not getattr(config, name)
         require(is_read, f"--{name} scores the answers of evaluations: it needs --eval_answers")
@@ -591,17 +591,14 @@ def token_sums(policy, sequences, tokenizer, config, dist):
     policy.eval()
     mine = sequences.at(dist.part(len(sequences)))
     sums = torch.zeros(len(mine), 3, dtype=torch.float64, device=dist.device)
-    if len(mine):  # there may be fewer rows than processes
-        batch = pack(mine.prompts, mine.responses, tokenizer.pad_token_id).to(dist.device)
-        for rows in batch.micro_batches(
-            config.micro_batch_size, None, config.tokens_per_micro_batch
-        ):
-            part = batch.rows(rows)
-            mask = mine.at(rows.tolist()).mask(part)  # [m, R]
-            with autocast(dist, config.dtype):
-                out = policy(part, mask, correct=True)
-            columns = [out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)]
-            sums[rows] = torch.stack(columns, 1).double()
+    batch = pack(mine.prompts, mine.responses, tokenizer.pad_token_id).to(dist.device)
+    for rows in batch.micro_batches(config.micro_batch_size, config.tokens_per_micro_batch):
+        part = batch.rows(rows)
+        mask = mine.at(rows.tolist()).mask(part)  # [m, R]
+        with autocast(dist, config.dtype):
+            out = policy(part, mask, correct=True)
+        columns = [out["logprobs"].sum(1), out["correct"].sum(1), mask.sum(1)]
+        sums[rows] = torch.stack(columns, 1).double()
     return dist.gather(sums).cpu()
 
 
@@ -711,8 +708,7 @@ def sample(policy, rows, tokenizer, max_length, config, dist):
             seed=config.seed,
         )
     samples = []
-    for row, response_ids, kept in zip(rows, rollout.response_ids, rollout.response_mask):
-        response = tokenizer.decode(response_ids[kept], skip_special_tokens=True)
+    for row, response in zip(rows, rollout.texts(tokenizer)):
         samples.append({"prompt": row["prompt"], "response": response})
     return samples
 

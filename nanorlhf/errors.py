@@ -112,13 +112,6 @@ def at_least(config, low, *names: str):
         require(value >= low, f"--{name} must be at least {low}, not {value}")
 
 
-def one_of(config, name: str, *choices):
-    """InputError unless the flag has one of these values."""
-    value = getattr(config, name)
-    known = ", ".join(map(str, choices))
-    require(value in choices, f"--{name} must be one of {known}, not {value!r}")
-
-
 def divides(config, name: str, divisor: int, what: str):
     """InputError unless the flag's value is a multiple of the divisor, which is called `what`."""
     value = getattr(config, name)

@@ -65,9 +65,9 @@ class Row:
         """A field that is a list of messages."""
         return read_messages(self.place, self.get(field), self.column(field))
 
-    def prompt(self, field: str = "prompt") -> Prompt:
-        """A field that is a prompt: a text, or messages that end with a user's turn."""
-        return read_prompt(self.place, self.get(field), self.column(field))
+    def prompt(self) -> Prompt:
+        """The field `prompt`: a text, or messages that end with a user's turn."""
+        return read_prompt(self.place, self.get("prompt"), self.column("prompt"))
 
 
 class Format(NamedTuple):

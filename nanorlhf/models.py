@@ -433,9 +433,8 @@ def load_reward_model(path: str, device="cpu", seed: int | None = None) -> Rewar
     path = resolve(path)
     has_new_head = seed is not None
     config = check_model(path)
-    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
     require(
-        not is_classifier or config.num_labels == 1,
+        not is_classifier(config) or config.num_labels == 1,
         f"{path}: a classifier of {config.num_labels} labels, where a reward model has one; take "
         "the model that it was made from",
     )
@@ -572,6 +571,14 @@ def check_reads_tokens(path: str, tokenizer):
 
 
 # -------------------------------------------------------------------------- what a name stands for
+
+
+def is_classifier(config) -> bool:
+    """Whether a model's config names a sequence classifier among its architectures."""
+    names = config.architectures
+    if not isinstance(names, list):  # None; a damaged config may hold anything
+        return False
+    return any("ForSequenceClassification" in str(name) for name in names)
 
 
 def is_reward_model(spec: str) -> bool:

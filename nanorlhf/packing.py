@@ -57,7 +57,7 @@ class Packed:
         )
 
     def micro_batches(
-        self, size: int, index: torch.Tensor | None = None, tokens: int = 0
+        self, size: int, tokens: int = 0, index: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """Rows of similar length together, so that trimming leaves little padding: see
         micro_batches() below.
@@ -66,10 +66,7 @@ class Packed:
         """
         if index is None:
             index = torch.arange(len(self), device=self.ids.device)
-        parts = []
-        for part in micro_batches(self.lengths[index], size, tokens):
-            parts.append(index[part])
-        return parts
+        return [index[part] for part in micro_batches(self.lengths[index], size, tokens)]
 
 
 def micro_batches(
@@ -77,10 +74,12 @@ def micro_batches(
 ) -> list[torch.Tensor] | tuple[torch.Tensor, ...]:
     """Divide rows into micro-batches of similar length, the shortest rows first.
 
-    lengths [N], in tokens -> index tensors of rows. A part has at most `size` rows. With `tokens`
-    it has as many rows as hold at most that many tokens, padding counted; a row that is longer
-    than that stands alone.
+    lengths [N], in tokens -> index tensors of rows; none for no rows. A part has at most `size`
+    rows. With `tokens` it has as many rows as hold at most that many tokens, padding counted; a row
+    that is longer than that stands alone.
     """
+    if len(lengths) == 0:  # a process may have no share of a few texts
+        return []
     shortest_first = lengths.argsort(stable=True)
     if not tokens:
         return shortest_first.split(size)
@@ -123,13 +122,9 @@ def unflatten(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return zeros.masked_scatter(mask, flat)
 
 
-def response_mask_of(batch: Packed, width: int | None = None) -> torch.Tensor:
-    """The response mask of packed rows, from their lengths: [B, R].
-
-    R is the longest response, or `width`.
-    """
-    if width is None:
-        width = int(batch.response_lengths.max())
+def response_mask_of(batch: Packed) -> torch.Tensor:
+    """The response mask of packed rows, from their lengths: [B, R], R the longest response."""
+    width = int(batch.response_lengths.max())
     # In [B, R] every response begins at column 0; in `ids` it begins behind its prompt.
     positions = torch.arange(width, device=batch.ids.device)  # [R]
     return positions < batch.response_lengths[:, None]

@@ -23,6 +23,7 @@ from .errors import require
 from .models import fingerprint, load_policy
 from .packing import Answers, pack
 from .rewards import fingerprint_reward, load_reward, reward_names
+from .rewards import score as score_answers
 from .rollout import Parts, check_rollouts, roll_out
 from .runtime.files import append_lines, digest, drop_cut_line, read_checked_lines
 from .runtime.log import Progress
@@ -333,8 +334,8 @@ def score(
         answers = collect_answers(mine, is_templated)
 
         for name in missing:
-            scores = score_chunk(rewards[name], answers, dist)
-            scored = group_by_prompt(scores, rows, first, last)
+            own_scores = score_answers(rewards[name], [answers], dist)
+            scored = group_by_prompt(dist.gather(own_scores).tolist(), rows, first, last)
             # A kill may have come in the middle of a chunk, with a part of its lines written.
             n_there = len(lines[name].rows) - first
             lines[name].append(scored[n_there:])
@@ -386,17 +387,6 @@ def split_into_chunks(rows: list[dict]) -> list[tuple[int, int]]:
             first = i + 1
             n_answers = 0
     return chunks
-
-
-def score_chunk(reward, answers: Answers, dist) -> list[float]:
-    """Score this process's answers. -> the scores of all processes' answers, in order"""
-
-    def score_mine():
-        if len(answers) == 0:  # there are fewer answers than processes
-            return torch.zeros(0)
-        return reward(answers)
-
-    return dist.gather(dist.together(score_mine)).tolist()
 
 
 def group_by_prompt(scores: list[float], rows: list[dict], first: int, last: int) -> list[dict]:

@@ -466,9 +466,8 @@ def value_loss(
     if n_tokens is None:
         n_tokens = response_mask.sum()
 
+    # The mask comes before the square: after it, a gradient of 0 times infinity would be NaN.
     values = torch.where(response_mask, values, 0.0)
-    old_values = torch.where(response_mask, old_values, 0.0)
-    returns = torch.where(response_mask, returns, 0.0)
 
     # The larger error counts here too: a value that has moved towards its return by more than the
     # clip has no gradient. One that has moved away still has.

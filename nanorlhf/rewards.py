@@ -33,7 +33,7 @@ from .chats import as_chat, is_chat, show
 from .errors import InputError, library_call, require, user_code
 from .hf.adapters import resolve
 from .hf.folders import check_model, context_length, readable_length
-from .models import RewardModel, fingerprint, load_tokenizer, pretrained
+from .models import RewardModel, fingerprint, is_classifier, load_tokenizer, pretrained
 from .packing import Answers, Packed, micro_batches, pack
 from .runtime.distributed import Dist, autocast
 from .runtime.files import decode_text, digest, digest_file, python_function, read_bytes
@@ -227,12 +227,7 @@ def check_label(path: str, config, label: str):
 
     What is no classifier, such as a language model, is refused when it is loaded.
     """
-    names = config.architectures
-    is_list = isinstance(names, list)  # a damaged config may hold anything
-    is_classifier = False
-    if is_list:
-        is_classifier = any(str(name).endswith("ForSequenceClassification") for name in names)
-    if label or is_classifier:
+    if label or is_classifier(config):
         choose_label(path, config, label)
 
 
@@ -242,11 +237,7 @@ def choose_label(path: str, config, label: str) -> int:
     It is that of `label`, else of the label that is called positive or pos; a model with one logit
     needs no label. InputError, with all labels: nobody says which one is good.
     """
-    labels = {}
-    for i, name in config.id2label.items():
-        if str(name) == label:  # two labels may differ in their capitals alone
-            return int(i)
-        labels[str(name).lower()] = int(i)
+    labels = {str(name).lower(): int(i) for i, name in config.id2label.items()}
     known = ", ".join(f"{path}#{name}" for name in config.id2label.values())
     if label:
         require(label.lower() in labels, f"{path}: no label {label!r}; there are {known}")
@@ -623,7 +614,7 @@ def cut_batch(answers: Answers, batch: Packed, max_length: int, tokenizer) -> tu
     for ids, n_prompt, length in zip(batch.ids, batch.prompt_lengths, batch.lengths):
         prompts.append(ids[:n_prompt].tolist())
         responses.append(ids[n_prompt:length].tolist())
-    encoded = Encoded(prompts, {"response": responses}, None, 0, 0)
+    encoded = Encoded(prompts, {"response": responses})
     cut_items(encoded, max_length, tokenizer.bos_token_id)
     cut = pack(encoded.prompts, encoded.responses["response"], tokenizer.pad_token_id)
     return cut, encoded.describe_cuts(max_length)
@@ -641,10 +632,7 @@ def check_ids(path: str, ids: Tensor, n_embeddings: int):
 
 
 def classifier_scorer(model, path: str, label: int, dist: Dist, micro_batch_size: int) -> Reward:
-    """The logit of a label of any sequence classifier, on "prompt response".
-
-    A chat is what the classifier's own template writes, or plain text where it has none.
-    """
+    """The logit of a label of any sequence classifier, on the texts of text_batches()."""
     tokenizer = load_tokenizer(path, needs_eos=False)
     require(
         tokenizer.pad_token_id is not None,
@@ -656,44 +644,13 @@ def classifier_scorer(model, path: str, label: int, dist: Dist, micro_batch_size
     # Tokenizers without a limit of their own have one of 1e30.
     longest = tokenizer.model_max_length
     context = min(longest, readable_length(model) or longest, 2**20)
-
+    # All members with this tokenizer read the same.
     key = ("text", key_of(tokenizer), context, micro_batch_size)
-
-    def prepare(answers: Answers) -> list[tuple]:
-        """What all members with this tokenizer read: (rows, padded inputs) of similar length."""
-        texts = []
-        with_template = bool(tokenizer.chat_template) and (
-            answers.chat or is_chat(answers.prompts[0])
-        )
-        for prompt, response in zip(answers.prompts, answers.responses):
-            if with_template:
-                turn = {"role": "assistant", "content": response}
-                texts.append(render(tokenizer, [*as_chat(prompt), turn]))
-            elif is_chat(prompt):
-                texts.append(chat_as_text(prompt) + response)
-            else:
-                texts.append(f"{prompt} {response}")
-        # A template writes its own control tokens; those that a plain text spells are text.
-        encoded = tokenizer(
-            texts,
-            truncation=True,
-            max_length=context,
-            add_special_tokens=not with_template,
-            split_special_tokens=not with_template,
-        )
-        # Texts of similar length share a forward pass, so that little of it is padding.
-        lengths = torch.tensor([len(ids) for ids in encoded.input_ids])
-        parts = []
-        for rows in micro_batches(lengths, micro_batch_size):
-            inputs = {}
-            for name, values in encoded.items():
-                inputs[name] = [values[i] for i in rows]
-            parts.append((rows, tokenizer.pad(inputs, return_tensors="pt")))
-        return parts
 
     def score_answers(answers: Answers) -> Tensor:
         if key not in answers.micro_batches:
-            answers.micro_batches[key] = prepare(answers)
+            batches = text_batches(answers, tokenizer, context, micro_batch_size)
+            answers.micro_batches[key] = batches
         scores = torch.zeros(len(answers))
         for rows, inputs in answers.micro_batches[key]:
             logits = model(**inputs.to(dist.device)).logits  # [b, labels]
@@ -701,3 +658,37 @@ def classifier_scorer(model, path: str, label: int, dist: Dist, micro_batch_size
         return scores
 
     return score_answers
+
+
+def text_batches(answers: Answers, tokenizer, max_length: int, micro_batch_size: int) -> list:
+    """What a classifier reads: "prompt response", tokenized: [(rows, padded inputs)].
+
+    A chat is what the classifier's own template writes, or plain text where it has none.
+    """
+    with_template = bool(tokenizer.chat_template) and (answers.chat or is_chat(answers.prompts[0]))
+    texts = []
+    for prompt, response in zip(answers.prompts, answers.responses):
+        if with_template:
+            turn = {"role": "assistant", "content": response}
+            texts.append(render(tokenizer, [*as_chat(prompt), turn]))
+        elif is_chat(prompt):
+            texts.append(chat_as_text(prompt) + response)
+        else:
+            texts.append(f"{prompt} {response}")
+    # A template writes its own control tokens; those that a plain text spells are text.
+    encoded = tokenizer(
+        texts,
+        truncation=True,
+        max_length=max_length,
+        add_special_tokens=not with_template,
+        split_special_tokens=not with_template,
+    )
+    # Texts of similar length share a forward pass, so that little of it is padding.
+    lengths = torch.tensor([len(ids) for ids in encoded.input_ids])
+    batches = []
+    for rows in micro_batches(lengths, micro_batch_size):
+        inputs = {}
+        for name, values in encoded.items():
+            inputs[name] = [values[i] for i in rows]
+        batches.append((rows, tokenizer.pad(inputs, return_tensors="pt")))
+    return batches

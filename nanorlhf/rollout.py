@@ -83,6 +83,13 @@ class Rollout:
         order = (~is_real).int().argsort(dim=1, stable=True)
         return Packed(ids.gather(1, order), self.attention_mask.sum(1), self.response_mask.sum(1))
 
+    def texts(self, tokenizer) -> list[str]:
+        """The responses as texts, without EOS and other special tokens."""
+        responses = []
+        for ids, is_real in zip(self.response_ids.cpu(), self.response_mask.cpu()):
+            responses.append(ids[is_real])
+        return tokenizer.batch_decode(responses, skip_special_tokens=True)
+
 
 def left_pad(prompts: list[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Rows of token ids, each a list or an array -> prompt_ids [B, P], attention_mask [B, P]."""
@@ -455,13 +462,8 @@ def roll_out(
             stream=stream,
         )
 
-    # Texts are without EOS and other special tokens; the ids in the batch have them.
-    responses = []
-    for row, kept in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu()):
-        responses.append(row[kept])
-    response_texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     batch = through_frozen_blocks(parts, rollout.packed())
-    return rollout, answers_to(prompts, response_texts, batch, config.chat_template)
+    return rollout, answers_to(prompts, rollout.texts(tokenizer), batch, config.chat_template)
 
 
 def through_frozen_blocks(parts: Parts, batch: Packed) -> Packed:
@@ -474,7 +476,7 @@ def through_frozen_blocks(parts: Parts, batch: Packed) -> Packed:
     # Without frozen blocks each forward begins at the embeddings.
     if not policy.frozen or not policy.frozen.n:
         return batch
-    for rows in batch.micro_batches(config.micro_batch_size, None, config.tokens_per_micro_batch):
+    for rows in batch.micro_batches(config.micro_batch_size, config.tokens_per_micro_batch):
         part = batch.rows(rows)
         with autocast(parts.dist, config.dtype):
             hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
@@ -535,5 +537,5 @@ def ask_locally(
             has_token=has_token,
             pad_token_id=tokenizer.pad_token_id,
         )
-        for (i, _), response, kept in zip(part, rollout.response_ids, rollout.response_mask):
-            yield i, tokenizer.decode(response[kept], skip_special_tokens=True)
+        for (i, _), answer in zip(part, rollout.texts(tokenizer)):
+            yield i, answer

@@ -465,15 +465,6 @@ def update(saes: Sequence[SparseAutoencoder], optimizer: torch.optim.Optimizer, 
         sae.normalise()
 
 
-def train_step(
-    sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Tensor, lr: float, **kwargs
-) -> dict[str, float]:
-    """gradients(), then update(), of one autoencoder -> {loss, mse, l0, dead}."""
-    stats = gradients(sae, x, **kwargs)
-    update([sae], optimizer, lr)
-    return stats
-
-
 # ------------------------------------------------------------------------------------- measures
 
 

@@ -204,8 +204,7 @@ class SARM(nn.Module):
         for file in sorted({files[name] for name in unloaded}):
             tensors = read_tensors(file)
             names = [name for name in unloaded if files[name] == file]
-            any_shape = dict.fromkeys(names)
-            check_tensors(tensors, any_shape, file)
+            check_tensors(tensors, dict.fromkeys(names), file)  # in any shape
             for name in names:
                 # layout() gives views of the parameters, so this fills the model itself.
                 unloaded[name].copy_(tensors[name])
@@ -229,8 +228,7 @@ class SARM(nn.Module):
 
     def save_pretrained(self, path: str):
         """Write config.json and model.safetensors in the public layout."""
-        os.makedirs(path, exist_ok=True)
-        self.config.save_pretrained(path)
+        self.config.save_pretrained(path)  # makes the folder
         # safetensors takes neither transposed views nor tensors that share memory.
         tensors = {}
         for name, p in self.layout().items():

@@ -132,18 +132,10 @@ def means_of_resamples(values: Tensor, drawn_rows: Tensor) -> Tensor:
     values [N, ...], drawn_rows [r, N] -> [r, ...]
     """
     n = len(values)
-    sums = count_draws(drawn_rows) @ values.reshape(n, -1)
-    means = sums / n
+    counts = torch.zeros(drawn_rows.shape, dtype=torch.float64)  # [r, N]: of each row's draws
+    counts.scatter_add_(1, drawn_rows, torch.ones_like(counts))
+    means = counts @ values.reshape(n, -1) / n
     return means.reshape(-1, *values.shape[1:])
-
-
-def count_draws(drawn_rows: Tensor) -> Tensor:
-    """How often each of n rows was drawn in each resample.
-
-    drawn_rows [r, n], the rows of n draws -> [r, n], float64
-    """
-    counts = torch.zeros(drawn_rows.shape, dtype=torch.float64)
-    return counts.scatter_add_(1, drawn_rows, torch.ones_like(counts))
 
 
 def percentiles(draws: Tensor, level: float = 0.95) -> Tensor:
@@ -217,26 +209,16 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 # --------------------------------------------------------------------- comparing and ranking
 
 
-def pair_wins(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """1 where the chosen answer scores higher, 1/2 for a tie, else 0: float64, as the scores."""
-    wins = (chosen > rejected).double()
-    ties = (chosen == rejected).double()
-    return wins + 0.5 * ties
+def pair_wins(a: Tensor, b: Tensor) -> Tensor:
+    """What A gets in each pair: 1 where its score is higher, 1/2 for a tie, else 0.
 
-
-def win_points(a, b) -> Tensor:
-    """What A gets for each of its answers: 1 where it is better than B's, 1/2 for a tie, else 0.
-
-    a, b [N]: scores of A's and B's answers -> [N]. The mean is A's win rate; with B's it adds up to
-    1. Pitfall: scores that differ by rounding alone are no tie.
+    a, b [..]: scores of A's and B's answers, or of chosen and rejected ones -> [..], float64. The
+    mean is A's win rate; with B's it adds up to 1. Pitfall: scores that differ by rounding alone
+    are no tie.
     """
-    a = check_finite("win_points", a)
-    b = check_finite("win_points", b)
-    if a.shape != b.shape:
-        raise ValueError(
-            f"win_points needs a score of B for each of A, not {list(a.shape)} and {list(b.shape)}"
-        )
-    return pair_wins(a, b)
+    wins = (a > b).double()
+    ties = (a == b).double()
+    return wins + 0.5 * ties
 
 
 def kendall_tau(x, y, permutations: int = 1000, seed: int = 0) -> tuple[float, float]:

@@ -35,7 +35,7 @@ from ..errors import at_least, require
 from ..packing import Answers
 from ..penalties import PENALTIES, DensityRatio, density_loss, feature_penalty
 from ..rewards import reward_names
-from ..runtime.flags import FlagGroup
+from ..runtime.flags import MOST_FLOAT, FlagGroup
 from ..runtime.fsdp import gathered
 from ..runtime.optim import adamw
 from ..runtime.rng import DENSITY, key
@@ -178,10 +178,9 @@ def parse_tau(texts):
         bare = text.removeprefix("q")  # "q0.95" -> "0.95"
         is_quantile = bare != text
         value = parse_number("tau", text, bare, expected)
-        thresholds.append((value, is_quantile))
-    for text, (value, is_quantile) in zip(texts, thresholds):
         in_range = not is_quantile or 0 <= value <= 1
         require(in_range, f"--tau {text}: a quantile lies between q0 and q1")
+        thresholds.append((value, is_quantile))
     return thresholds
 
 
@@ -196,10 +195,9 @@ def parse_alpha(texts):
         bare = text.removesuffix("std")  # "0.5std" -> "0.5"
         is_in_std = bare != text
         value = parse_number("alpha", text, bare, expected)
-        prices.append((value, is_in_std))
-    # A price below 0 would be a reward for the very feature that is to be punished.
-    for text, (value, _) in zip(texts, prices):
+        # A price below 0 would be a reward for the very feature that is to be punished.
         require(value >= 0, f"--alpha {text}: a price must be at least 0")
+        prices.append((value, is_in_std))
     return prices
 
 
@@ -213,7 +211,7 @@ def parse_number(flag, text, bare, expected):
     except ValueError:
         value = math.nan
     # A comparison with nan is False.
-    fits = abs(value) <= torch.finfo(torch.float32).max
+    fits = abs(value) <= MOST_FLOAT
     require(fits, f"--{flag} {text}: it must be {expected}")
     return value
 

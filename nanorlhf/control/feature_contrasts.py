@@ -44,11 +44,9 @@ def contrast(
     groups: Tensor | None = None,
     m: int | None = None,
     resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> Contrast:
-    """How chosen answers differ from rejected ones in each feature, with bootstrap intervals over
-    groups of pairs.
+    """How chosen answers differ from rejected ones in each feature, with 95% bootstrap intervals
+    over groups of pairs.
 
         c_i, j_i = mean over the chosen, over the rejected of max(z_i, 0)
         s_i      = (c_i - j_i) / (c_i + j_i + mean_i(c + j))        the differential, in (-1, 1)
@@ -59,26 +57,25 @@ def contrast(
 
     chosen, rejected [N, M]; weights [M] of the head; groups [N], labels of pairs that are not
     independent (default: each pair on its own); m: how many features there are, where those that
-    never fire were left out -> Contrast. ValueError: shapes that do not fit, no pairs.
+    never fire were left out -> Contrast. ValueError: no pairs, or another number of groups.
     Pitfall: neither measure holds what a feature below 0 adds to a score.
     """
-    check_shapes(chosen, rejected, weights, groups)
     # The damping is a mean over all features, so it is made before they are taken in blocks: in the
     # sample, and in each resample.
     n_features = m or chosen.shape[1]
     positive = chosen.clamp(min=0) + rejected.clamp(min=0)  # [N, M]
     # mean_i(c + j) of the equation is a mean over pairs too, so it is resampled with them.
     per_pair = positive.sum(1, keepdim=True).double() / n_features  # [N, 1]
-    damping, damping_drawn = mean_over_groups(per_pair, groups, resamples, seed)  # [1], [R, 1]
+    damping, damping_drawn = mean_over_groups(per_pair, groups, resamples)  # [1], [R, 1]
 
     # Features are taken in blocks: the resampled means of all, [R, M], may not fit into memory.
     blocks = {}  # {a field of Contrast: its blocks}
     for columns in torch.arange(chosen.shape[1]).split(max(1, AT_ONCE // resamples)):
-        # The same seed each time: all blocks are drawn from the same groups.
+        # All blocks are drawn from the same groups: the seed is the same each time.
         x = chosen[:, columns].clamp(min=0)  # [N, b]
         y = rejected[:, columns].clamp(min=0)  # [N, b]
-        c, c_drawn = mean_over_groups(x, groups, resamples, seed)  # [b], [R, b]
-        j, j_drawn = mean_over_groups(y, groups, resamples, seed)  # [b], [R, b]
+        c, c_drawn = mean_over_groups(x, groups, resamples)  # [b], [R, b]
+        j, j_drawn = mean_over_groups(y, groups, resamples)  # [b], [R, b]
         # The measure is computed anew in each resample, from a c and a j of the same pairs: the two
         # answers of a pair are not independent.
         s_drawn = differential(c_drawn, j_drawn, damping_drawn)
@@ -86,12 +83,12 @@ def contrast(
             "chosen": c,
             "rejected": j,
             "differential": differential(c, j, damping),
-            "differential_interval": percentiles(s_drawn, level),
+            "differential_interval": percentiles(s_drawn),
         }
         if weights is not None:
             w = weights[columns].double()
             fields["contribution"] = w * (c - j)
-            fields["contribution_interval"] = percentiles(w * (c_drawn - j_drawn), level)
+            fields["contribution_interval"] = percentiles(w * (c_drawn - j_drawn))
         for name, values in fields.items():
             blocks.setdefault(name, []).append(values)
 
@@ -100,19 +97,6 @@ def contrast(
     rate_chosen = (chosen != 0).double().mean(0)  # [M]
     rate_rejected = (rejected != 0).double().mean(0)  # [M]
     return Contrast(rate_chosen, rate_rejected, **whole)
-
-
-def check_shapes(chosen: Tensor, rejected: Tensor, weights: Tensor | None, groups: Tensor | None):
-    """ValueError where the arguments of contrast() do not fit each other."""
-    if chosen.shape != rejected.shape or chosen.ndim != 2 or not len(chosen):
-        raise ValueError(
-            "chosen and rejected must both be [pairs, features], "
-            f"not {list(chosen.shape)} and {list(rejected.shape)}"
-        )
-    if weights is not None and weights.shape != chosen.shape[1:]:
-        raise ValueError(f"{len(weights)} weights for {chosen.shape[1]} features")
-    if groups is not None and len(groups) != len(chosen):
-        raise ValueError(f"{len(groups)} groups for {len(chosen)} pairs")
 
 
 def differential(c: Tensor, j: Tensor, damping: Tensor) -> Tensor:

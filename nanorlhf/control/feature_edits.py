@@ -23,23 +23,23 @@ from ..runtime.files import check_can_write, write_lines
 from ..runtime.flags import ResultFlags, TextFlags, results_in
 from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
-from ..runtime.results import cell, interval_row, save
+from ..runtime.results import cell, draw_intervals, interval_row, save
 from ..runtime.rng import SPLIT
 from ..sarm import reweighted, save_sarm
-from ..splits import load
 from ..stats import mean_over_groups, pair_wins, percentiles
-from ..tokens import leave_out_control_tokens
 from .feature_reader import FeatureReaderFlags, load_feature_reader, parse_edits
 from .feature_texts import (
+    SIDES,
     PairFlags,
-    encode_texts,
+    encode_answers,
     groups_of,
     open_run,
     read_all,
     read_answers,
+    read_pairs,
 )
 
-SIDES = ("chosen", "rejected")
+SHOWN = 8  # texts that steer prints
 
 
 @dataclass
@@ -139,15 +139,11 @@ def causal(config):
 
     # The texts: both sides of the held-out pairs, and all answers of the pool, row after row. They
     # are read before the reward model is loaded, so that a bad row is found early.
-    _, pairs, _ = load(config, "pairs")  # the held-out ones
-    pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
     pool_rows = read_pool(config)
-    texts = {}
-    for side in SIDES:
-        texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
+    pairs, texts = read_pairs(config, tokenizer, max_length)
     if pool_rows:
         answers = flatten_pool(pool_rows)
-        texts["pool"] = encode_texts(config, tokenizer, answers, "response", max_length)
+        texts["pool"] = encode_answers(config, tokenizer, answers, max_length)
     groups = groups_of([row["prompt"] for row in pairs])  # [N]
 
     reward = load_feature_reader(
@@ -369,17 +365,10 @@ def draw_arms(figure, summary):
     figure.set_size_inches(8, 3)
     for i, (key, title) in enumerate(titles.items()):
         axis = figure.add_subplot(1, len(titles), i + 1)
-        for j, arm in enumerate(arms.values()):
-            change = arm[key]
-            # Where nothing changes, an end may lie on the wrong side of the mean by rounding.
-            below = max(0, change["mean"] - change["low"])
-            above = max(0, change["high"] - change["mean"])
-            # The arm of --edits comes first. It stands out from its controls by its colour.
-            color = "C3" if j == 0 else "grey"
-            axis.errorbar(j, change["mean"], [[below], [above]], fmt="o", color=color)
+        changes = {name: arm[key] for name, arm in arms.items()}
+        draw_intervals(axis, changes, {"edits": "C3"})
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(title=title, xticks=range(len(arms)))
-        axis.set_xticklabels(list(arms), rotation=70)
+        axis.set_title(title)
 
 
 # -------------------------------------------------------------------------------------- steer
@@ -409,15 +398,11 @@ def steer(config):
     dist, folder, tokenizer, max_length = open_run(config, edits)
 
     # The texts: those of a file, or both sides of the held-out pairs.
-    texts = {}
     if config.texts:
         answers = read_answers(config.texts)
-        texts["text"] = encode_texts(config, tokenizer, answers, "response", max_length)
+        texts = {"text": encode_answers(config, tokenizer, answers, max_length)}
     else:
-        _, pairs, _ = load(config, "pairs")  # the held-out ones
-        pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
-        for side in SIDES:
-            texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
+        _, texts = read_pairs(config, tokenizer, max_length)
 
     reward = load_feature_reader(
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
@@ -504,7 +489,7 @@ def count_texts(rows):
     }
 
 
-def format_texts(summary, rows, shown=8):
+def format_texts(summary, rows):
     """The counts, then the texts that change most."""
     if summary["edits"]:
         what = f"features {' '.join(summary['edits'])}"
@@ -519,7 +504,7 @@ def format_texts(summary, rows, shown=8):
         f"  {'':8s}{'before':>8s}{'after':>8s}   {'z':10s} text",
     ]
     most_changed = sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))
-    for row in most_changed[:shown]:
+    for row in most_changed[:SHOWN]:
         z = " ".join(f"{value:.2f}" for value in row["latents"].values())
         # A line has room for the end of a text only, which is where features are read.
         text = " ".join(row["response"].split())

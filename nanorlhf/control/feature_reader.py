@@ -12,7 +12,6 @@ which can be read as a SARM can.
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,7 @@ from ..interp.sae_files import the_one_sae
 from ..models import fingerprint, is_reward_model, load_reward_model
 from ..packing import pack
 from ..penalties import OPS, edit_latents
-from ..rewards import kind_of, packed_reader, reward_names
+from ..rewards import kind_of, packed_reader
 from ..runtime.distributed import autocast
 from ..runtime.flags import FORWARD_HELP, MOST_FLOAT, FlagGroup
 from ..runtime.fsdp import gathered
@@ -177,21 +176,18 @@ def load_feature_reader(spec, sae, tokenizer, dist, micro_batch_size=64, dtype="
         module = SARM.from_pretrained(spec)
     # No gradient goes through a reward: PPO learns from its numbers alone.
     module.to(dist.load_device).requires_grad_(False)
-    (name,) = reward_names([os.path.normpath(spec)])  # runs/sarm -> sarm
-    return FeatureReader(module, spec, name, tokenizer, dist, micro_batch_size, dtype)
+    return FeatureReader(module, spec, tokenizer, dist, micro_batch_size, dtype)
 
 
 class FeatureReader:
     """A reward model that also tells its features.
 
-    It is a reward function itself: Answers -> scores [B], as rewards.load_reward gives. m: the
-    number of features; weights [M]: the head's weight on each, or None where the head does not read
-    them; name: in records.
+    m: the number of features; weights [M]: the head's weight on each, or None where the head does
+    not read them.
     """
 
-    def __init__(self, module, path, name, tokenizer, dist, micro_batch_size, dtype):
+    def __init__(self, module, path, tokenizer, dist, micro_batch_size, dtype):
         self.path = path
-        self.name = name
         self.dist = dist
         self.dtype = dtype
         self.m = module.sae.m
@@ -206,13 +202,6 @@ class FeatureReader:
             with gathered(self.module), torch.no_grad():
                 self.module(pack([[1]], [[2]]).to(dist.device))
 
-    def __call__(self, answers):
-        """Scores [B] in float32 on the CPU.
-
-        A model in shards is gathered by the caller (rewards.score).
-        """
-        return self.read_gathered(answers, []).scores
-
     def read(self, answers, features=None, edits=None):
         """Answers -> Reading(scores [B], latents [B, F] or [B, M], edited [B]): see SARM.read.
 
@@ -222,7 +211,7 @@ class FeatureReader:
         with gathered(self.module):
             return self.read_gathered(answers, features, edits)
 
-    def read_gathered(self, answers, features=None, edits=None):
+    def read_gathered(self, answers, features, edits):
         """read() of a model that the caller has gathered: without collective calls."""
         # Readings go to the CPU micro-batch by micro-batch: a GPU never holds the latents [B, M] of
         # all answers.
@@ -232,11 +221,7 @@ class FeatureReader:
             latents=torch.zeros(len(answers), n_features),
             edited=torch.zeros(len(answers)),
         )
-        # A process may have no answers, and self.packed() needs at least one.
-        micro_batches = []
-        if len(answers):
-            micro_batches = self.packed(answers)
-        for rows, part in micro_batches:
+        for rows, part in self.packed(answers):
             with autocast(self.dist, self.dtype):
                 reading = self.module.read(part, features, edits)
             # Micro-batches are sorted by length; `rows` are the places of their texts in `answers`.

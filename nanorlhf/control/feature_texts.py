@@ -20,9 +20,11 @@ from ..runtime.distributed import setup
 from ..runtime.flags import HELD_OUT_HELP, FlagGroup
 from ..runtime.hints import check_made
 from ..runtime.results import results_folder
-from ..tokens import cut_left, encode
+from ..splits import load
+from ..tokens import Encoded, cut_left, encode, leave_out_control_tokens
 from .feature_reader import check_feature_reader
 
+SIDES = ("chosen", "rejected")
 AT_ONCE = 512  # texts whose latents are held dense
 
 
@@ -56,18 +58,25 @@ def open_run(config, features) -> tuple:
 # ------------------------------------------------------------------------------------- the texts
 
 
-def encode_texts(config, tokenizer, rows: list[dict], side: str, max_length: int) -> Answers:
-    """Rows {"prompt", `side`} -> Answers, packed.
-
-    `side` is the field of the response: response, chosen or rejected.
-    """
+def read_pairs(config, tokenizer, max_length: int) -> tuple[list[dict], dict[str, Answers]]:
+    """The held-out pairs, and the texts of both sides: {"chosen" and "rejected": Answers}."""
+    _, pairs, _ = load(config, "pairs")
+    pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
     # Both sides of a pair are cut together, so that they share their prompt.
-    fields = [field for field in ("response", "chosen", "rejected") if field in rows[0]]
-    encoded = encode(tokenizer, rows, fields, max_length, config.chat_template)
+    encoded = encode_texts(config, tokenizer, pairs, SIDES, max_length)
+    prompts = [row["prompt"] for row in pairs]
+    texts = {}
+    for side, responses in encoded.responses.items():
+        response_texts = [row[side] for row in pairs]
+        texts[side] = Answers(prompts, response_texts, pack(encoded.prompts, responses))
+    return pairs, texts
+
+
+def encode_answers(config, tokenizer, rows: list[dict], max_length: int) -> Answers:
+    """Rows {"prompt", "response"} -> Answers, packed."""
+    encoded = encode_texts(config, tokenizer, rows, ("response",), max_length)
     prompts = encoded.prompts
-    responses = encoded.responses[side]
-    if encoded.n_prompts_cut or encoded.n_responses_cut:
-        print(f"texts ({side}): {encoded.describe_cuts(max_length)}", flush=True)
+    responses = encoded.responses["response"]
     # A text that was sampled is read by its sampled ids, if they are still the ids of this text.
     # Tokenized again it might become other tokens, and encode() puts an EOS even behind an answer
     # that was cut off in sampling.
@@ -81,12 +90,21 @@ def encode_texts(config, tokenizer, rows: list[dict], side: str, max_length: int
         cut_prompt = cut_left(prompts[i], len(prompt_ids), tokenizer.bos_token_id)
         if prompt_ids != cut_prompt:
             continue
-        if tokenizer.decode(response_ids, skip_special_tokens=True) == row[side]:
+        if tokenizer.decode(response_ids, skip_special_tokens=True) == row["response"]:
             prompts[i] = prompt_ids
             responses[i] = response_ids
     prompt_texts = [row["prompt"] for row in rows]
-    response_texts = [row[side] for row in rows]
+    response_texts = [row["response"] for row in rows]
     return Answers(prompt_texts, response_texts, pack(prompts, responses))
+
+
+def encode_texts(config, tokenizer, rows: list[dict], fields: tuple, max_length: int) -> Encoded:
+    """tokens.encode() of the responses in these fields. It says how many texts were cut."""
+    encoded = encode(tokenizer, rows, fields, max_length, config.chat_template)
+    if encoded.n_prompts_cut or encoded.n_responses_cut:
+        cuts = encoded.describe_cuts(max_length)
+        print(f"texts ({', '.join(fields)}): {cuts}", flush=True)
+    return encoded
 
 
 def read_answers(path: str) -> list[dict]:

@@ -218,12 +218,7 @@ def human_latents(config):
     dist = setup(config.device)
     ids = parse_ids(config.features)
     check_output(config.output, is_human_latents, "a file of human latents")
-
-    def check_place():
-        if dist.main:
-            check_can_write(config.output)
-
-    dist.together(check_place)
+    dist.together(lambda: check_can_write(config.output) if dist.main else None)
     check_feature_reader(config.reward_model, config.sae, ids)
 
     # The texts. A pair has two: the chosen one is read, since it is what people want written.
@@ -251,21 +246,17 @@ def human_latents(config):
 
     # Each process reads its part of the texts. An InputError of one, such as a score that is not
     # finite, ends all of them: else the others would wait for it in gather().
-    def read_mine():
-        return read_texts(dist, reward, len(rows), pack_texts, ids)
-
-    latents, scores = dist.together(read_mine)  # sparse [n, F] or [n, M], [n]
+    latents, scores = dist.together(lambda: read_texts(dist, reward, len(rows), pack_texts, ids))
 
     # Without --features the file gets all features that fire on any text of any process. All
     # processes agree on them first, since gather() needs the same columns from each.
-    if ids:
-        columns = torch.arange(len(ids))
-        features = ids
-    else:
-        fired_here = latents.indices()[1].unique()
-        columns = dist.gather(fired_here).unique()
-        features = columns.tolist()
-    latents = dist.gather(latents.index_select(1, columns).to_dense())  # [N, F]
+    features = ids
+    if not ids:
+        fired_here = latents.indices()[1].unique()  # of latents [n, M]
+        fired = dist.gather(fired_here).unique()  # [F]
+        latents = latents.index_select(1, fired)
+        features = fired.tolist()
+    latents = dist.gather(latents.to_dense())  # [N, F]
     scores = dist.gather(scores)  # [N]
 
     human = HumanLatents(config.output, latents, features, scores, complete=not ids)

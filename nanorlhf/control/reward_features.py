@@ -27,19 +27,18 @@ from ..interp.shared_flags import DescribeFlags
 from ..runtime.flags import EndpointFlags, ResultFlags, TextFlags, results_in
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import cell, finite, interval_row, parse_ids, save
-from ..splits import load
 from ..stats import pair_wins
-from ..tokens import leave_out_control_tokens
 from .feature_contrasts import contrast, score_gaps, separation
 from .feature_reader import FeatureReaderFlags, load_feature_reader
 from .feature_texts import (
     PairFlags,
-    encode_texts,
+    encode_answers,
     groups_of,
     match_answers,
     open_run,
     read_all,
     read_answers,
+    read_pairs,
 )
 
 BY = ("contribution", "differential", "weight")
@@ -198,10 +197,7 @@ def read_texts(config, tokenizer, max_length):
     texts = {}
     prompts = {}
     if config.dataset:
-        _, pairs, _ = load(config, "pairs")  # the held-out ones
-        pairs = leave_out_control_tokens(tokenizer, pairs, config, print)
-        for side in SIDES["pairs"]:
-            texts[side] = encode_texts(config, tokenizer, pairs, side, max_length)
+        pairs, texts = read_pairs(config, tokenizer, max_length)
         prompts["pairs"] = [row["prompt"] for row in pairs]
 
     if config.answers:
@@ -209,8 +205,8 @@ def read_texts(config, tokenizer, max_length):
         after = read_answers(config.answers)
         before = read_answers(config.against)
         before = match_answers(after, before, files)
-        texts["after"] = encode_texts(config, tokenizer, after, "response", max_length)
-        texts["before"] = encode_texts(config, tokenizer, before, "response", max_length)
+        texts["after"] = encode_answers(config, tokenizer, after, max_length)
+        texts["before"] = encode_answers(config, tokenizer, before, max_length)
         prompts["policy"] = [row["prompt"] for row in after]
     return texts, prompts
 

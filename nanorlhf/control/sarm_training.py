@@ -122,6 +122,7 @@ class SarmTraining:
         self.config = config
         self.sarm_config = sarm_config
         self.detached = config.sarm_mode == "detached"
+        self.further_weight = config.sarm_lambda
 
     def load(self, dist):
         """Start a SARM. -> it, and a sentence on what is trained. Sets `lm`, the HF model in it."""
@@ -141,12 +142,6 @@ class SarmTraining:
         # The example that a model is first run with (Dist.wrap) is one row, and so one chunk.
         halves = errors.chunk(2)  # [b] of the chosen texts, [b] of the rejected ones
         return scores, {"reconstruction": sum(halves) / 2}
-
-    def add_further(self, losses, further):
-        """Pairs' losses [b] plus lambda times the further ones."""
-        for values in further.values():
-            losses = losses + self.config.sarm_lambda * values
-        return losses
 
     def after_step(self):
         """Give the decoder's directions unit length again, where they are trained."""

@@ -28,13 +28,13 @@ from ..diversity import (
     spread_over_inputs,
 )
 from ..ensemble import combine
-from ..errors import at_least, require
+from ..errors import InputError, at_least, require
 from ..hf.folders import check_model
 from ..models import load_tokenizer
 from ..runtime.curves import without_common_ends
 from ..runtime.files import check_output, read_file, read_json, write_json
-from ..runtime.flags import FlagGroup
-from ..runtime.locks import LOCK_FILE, lock_folder
+from ..runtime.flags import FlagGroup, changed_flags
+from ..runtime.locks import LOCK_FILE, lock
 from .encoders import check_nli, nli_scorer, sentence_encoder
 
 FILE = "diversity.json"
@@ -108,12 +108,8 @@ class Flags(FlagGroup):
 
         # A flag that says how to measure is a mistake where nothing is measured.
         if not self.diversity and not self.from_files:
-            for flag in fields(Flags):
-                if flag.name in ("diversity", "from_files"):
-                    continue
-                is_default = getattr(self, flag.name) == flag.default
-                message = f"--{flag.name} is about diversity: it needs --diversity or --from"
-                require(is_default, message)
+            for flag in changed_flags(self, [flag.name for flag in fields(Flags)]):
+                raise InputError(f"{flag} is about diversity: it needs --diversity or --from")
 
 
 def check_models(config: Flags):
@@ -475,11 +471,9 @@ def compare(
     for name, rows in outputs.items():
         tokens[name] = [tokenise(text, tokenizer) for text in flatten(rows)]
     texts_of_all = flatten(list(tokens.values()))
-    n_different = max(count_vocabulary(texts_of_all), 1)
+    n_different = count_vocabulary(texts_of_all)
     if not vocab_size:
-        vocab_size = n_different
-        if tokenizer is not None:
-            vocab_size = len(tokenizer)
+        vocab_size = default_vocabulary(texts_of_all, tokenizer)
     require(
         vocab_size >= n_different,
         f"--vocab_size {vocab_size}: there are {n_different} different words (or ids) in the "
@@ -542,12 +536,12 @@ def from_files(config, dist):
     # The name of a system is the part of its path that tells it from the others.
     names = without_common_ends(set(config.from_files))
     require(len(names) == len(config.from_files), "--from names a file twice")
-    lock_folder(config.output_dir, dist)
+    dist.on_main(lambda: lock(config.output_dir))
     # Only --best_of needs scores: without it files may have none.
     systems = {}
     for path in config.from_files:
         systems[names[path]] = read_outputs(path, config.columns, scores=config.best_of > 0)
-    return dist.together(lambda: report(config, dist, systems) if dist.main else None)
+    return dist.on_main(lambda: report(config, dist, systems))
 
 
 def is_our_folder(path: str) -> bool:

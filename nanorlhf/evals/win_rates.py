@@ -25,7 +25,7 @@ from ..runtime.flags import DEVICE_HELP, DEVICES, FORWARD_HELP, EndpointFlags
 from ..runtime.hints import check_made
 from ..runtime.locks import unlock_afterwards
 from ..runtime.results import results_folder, save
-from ..stats import mean_over_groups, percentiles, win_points
+from ..stats import mean_over_groups, pair_wins, percentiles
 from .judges import by_language_model, by_rewards, check_judge, is_language_model
 
 LONGER = "the longer one"  # a judge for comparison, in every table
@@ -322,7 +322,7 @@ def summarise_split(
     a: Tensor, b: Tensor, lengths: list[Tensor], prompts: Tensor, seed: int
 ) -> tuple[dict, Tensor]:
     """The judged pairs of one split -> its win rate and more, and draws of the win rate."""
-    points = win_points(a, b)  # [N]
+    points = pair_wins(a, b)  # [N]
     # Answers to one prompt are not independent, so whole prompts are drawn, with all their pairs.
     rate, draws = mean_over_groups(points, prompts, seed=seed)
     row = {
@@ -336,7 +336,7 @@ def summarise_split(
     }
 
     # The points of the longer answer, in pairs of which one is longer.
-    a_longer = win_points(*lengths)  # [N]: 1 where A's is longer, 1/2 where both are as long
+    a_longer = pair_wins(*lengths)  # [N]: 1 where A's is longer, 1/2 where both are as long
     points_of_longer = torch.where(a_longer == 1, points, 1 - points)[a_longer != 0.5]
     row["longer_won"] = None
     if len(points_of_longer) > 0:

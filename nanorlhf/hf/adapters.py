@@ -22,9 +22,8 @@ from transformers.utils.hub import snapshot_download
 
 from ..errors import InputError, library_call, require
 from ..runtime.files import check_fields, read_object, shorten, write_json
-from ..runtime.tensors import check_tensors
-from ..runtime.tensors import read_tensors as read_file
-from .lora import HEADS, adapters, matching, merge, put_adapter, shape_of
+from ..runtime.tensors import check_numbers, read_tensors
+from .lora import HEADS, adapters, heads_of, matching, merge, put_adapter, shape_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -190,11 +189,6 @@ def config_to_save(lm, base: str) -> dict:
     }
 
 
-def heads_of(lm) -> list[str]:
-    """The names of a classifier's heads; none for a language model."""
-    return [head for head in HEADS if hasattr(lm, head)]
-
-
 # --------------------------------------------------------------------------------------- reading
 
 
@@ -309,16 +303,14 @@ def read_notes(path: str) -> dict:
     return notes
 
 
-def read_tensors(path: str) -> dict[str, torch.Tensor]:
+def read_adapter_tensors(path: str) -> dict[str, torch.Tensor]:
     """The tensors of an adapter folder, by their names in the model.
 
     {"layers.0.mlp.lora_A.weight": [r, in], ...}. InputError: broken, or not supported.
     """
     file = os.path.join(path, WEIGHTS)
-    tensors = read_file(file)
-    # load_adapter() compares the shapes with those of the model.
-    any_shape = dict.fromkeys(tensors)
-    check_tensors(tensors, any_shape, file)
+    tensors = read_tensors(file)
+    check_numbers(tensors, file)  # load_adapter() compares their shapes with those of the model
 
     # base_model.model.layers.0.mlp.lora_A.weight -> layers.0.mlp.lora_A.weight
     by_name = {}
@@ -342,32 +334,28 @@ def load_adapter(lm, path: str):
     are broken or not supported, or an adapter that was made for another model.
     """
     config = read_config(path)
-    tensors = read_tensors(path)
-    # The layers for which the file has an A or a B: {"layers.0.mlp", ...}.
-    adapted = {layer_of(name) for name in tensors if ".lora_" in name}
-    # A reward model has no LM head, and needs no adapter on it.
-    unused = {layer for layer in adapted if "." not in layer and not hasattr(lm, layer)}
-    adapted -= unused
+    tensors = read_adapter_tensors(path)
+
+    # What the file must hold: A and B of each layer that the config names, and a classifier's head.
+    layers = matching(lm, config["target_modules"])
+    expected = {}
+    for name, layer in layers.items():
+        n_out, n_in = shape_of(layer)
+        expected[f"{name}.lora_A.weight"] = [config["r"], n_in]
+        expected[f"{name}.lora_B.weight"] = [n_out, config["r"]]
     heads = {}
     if config.get("task_type") == "SEQ_CLS":
         for name, p in lm.named_parameters():
             if name.split(".")[0] in HEADS:
                 heads[name] = p
-
-    # Each tensor that the config speaks of is there, in the shape that the model has room for.
-    expected = expected_shapes(lm, config, adapted, path)
-    for name, p in heads.items():
-        expected[name] = tuple(p.shape)
-    check_shapes(tensors, expected, path)
-    for name in tensors:
-        has_place = name in expected or layer_of(name) in unused
-        require(has_place, f"{path}: the tensor {name} has no place in {type(lm).__name__}")
+                expected[name] = list(p.shape)
+    check_fits(lm, tensors, expected, path)
 
     # The files fit the model, which is changed from here on.
-    for layer in sorted(adapted):
-        lora_A = tensors[f"{layer}.lora_A.weight"]
-        lora_B = tensors[f"{layer}.lora_B.weight"]
-        put_adapter(lm, layer, lora_A, lora_B, config["lora_alpha"], config["lora_dropout"])
+    for name in layers:
+        lora_A = tensors[f"{name}.lora_A.weight"]
+        lora_B = tensors[f"{name}.lora_B.weight"]
+        put_adapter(lm, name, lora_A, lora_B, config["lora_alpha"], config["lora_dropout"])
     for name, p in heads.items():
         p.data.copy_(tensors[name])
     # A reward model that is saved whole has the scale of its scores in its config.
@@ -378,47 +366,24 @@ def load_adapter(lm, path: str):
     return lm
 
 
-def layer_of(tensor: str) -> str:
-    """The layer that a tensor is for: layers.0.mlp.lora_A.weight -> layers.0.mlp; '' for a head."""
-    return tensor.rpartition(".lora_")[0]
-
-
-def expected_shapes(lm, config: dict, adapted: set[str], path: str) -> dict[str, tuple]:
-    """{tensor: its shape} of A and B for each layer that has an adapter, by the file or the config.
-
-    InputError: the model has no such layer, or the config does not name it.
-    """
-    linears = matching(lm, ".*")
-    # The config and the file must name the same layers. check_shapes() finds a layer that only the
-    # config names, and the check at the end finds one that only the file has.
-    targets = set(matching(lm, config["target_modules"]))
-    rank = config["r"]
-    expected = {}
-    for layer in sorted(adapted | targets):
-        if layer not in linears:
-            raise InputError(
-                f"{path}: an adapter for another model: {type(lm).__name__} has no linear layer "
-                f"{layer}"
-            )
-        n_out, n_in = shape_of(linears[layer])
-        expected[f"{layer}.lora_A.weight"] = (rank, n_in)
-        expected[f"{layer}.lora_B.weight"] = (n_out, rank)
-    others = sorted(adapted - targets)
-    require(not others, f"{path}: {others[:1]} of its layers are not among its target_modules")
-    return expected
-
-
-def check_shapes(tensors: dict[str, torch.Tensor], expected: dict[str, tuple], path: str):
-    """InputError where a tensor is missing or has another shape than it must have."""
+def check_fits(lm, tensors: dict[str, torch.Tensor], expected: dict[str, list[int]], path: str):
+    """InputError unless an adapter's tensors are those that are expected: {name: shape}."""
+    for name in tensors:
+        # A reward model has no LM head, and needs no adapter on it: lm_head.lora_A.weight.
+        layer = name.rpartition(".lora_")[0]
+        is_unused = layer and "." not in layer and not hasattr(lm, layer)
+        require(
+            name in expected or is_unused,
+            f"{path}: {name} has no place in {type(lm).__name__}: the adapter is for another "
+            "model, or its target_modules do not name the layer",
+        )
     for name, shape in expected.items():
-        if name not in tensors:
-            raise InputError(f"{path}: the adapter lacks {name}")
+        require(name in tensors, f"{path}: the adapter lacks {name}")
         saved_shape = list(tensors[name].shape)
-        model_shape = list(shape)
-        if saved_shape != model_shape:
-            raise InputError(
-                f"{path}: an adapter for another model: {name} is {saved_shape}, not {model_shape}"
-            )
+        require(
+            saved_shape == shape,
+            f"{path}: an adapter for another model: {name} is {saved_shape}, not {shape}",
+        )
 
 
 def load_merged(load: Callable, auto: type, path: str, new_head: bool, **kwargs):
@@ -440,7 +405,7 @@ def load_merged(load: Callable, auto: type, path: str, new_head: bool, **kwargs)
         raise InputError(f"{path}: the adapter of a reward model, not of a policy")
 
     # Where the base is a causal LM, it is given a score head with as many labels as the adapter's.
-    head = read_tensors(path).get("score.weight")  # [labels, D]
+    head = read_adapter_tensors(path).get("score.weight")  # [labels, D]
     if head is not None:
         kwargs = {"num_labels": len(head), **kwargs}
     # The base may lack this head: load_adapter() fills it.

@@ -43,6 +43,7 @@ from .decode import (
     count_positions,
     has_fsdp_units,
     read_prompts,
+    run_trunk,
     static_cache,
     write_column,
 )
@@ -227,12 +228,12 @@ class Decoder:
         dtype = autocast_dtype(device_type)
         # What autocast caches it frees at the end of the rollout, under a graph that reads it.
         with torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=False):
-            trunk = self.sampler.model.lm.base_model(
-                input_ids=self.token,
-                attention_mask=self.visible[:, : self.window.n],
-                position_ids=self.position,
-                past_key_values=self.window,
-                use_cache=True,
+            trunk = run_trunk(
+                self.sampler.model.lm,
+                self.token,
+                self.visible[:, : self.window.n],
+                self.position,
+                self.window,
             )
             self.write(trunk.last_hidden_state[:, -1])
 

@@ -9,6 +9,8 @@ finished rows run on, and captures one decode step as a CUDA graph that is repla
 With --compile a third loop, in compiled_decode.py, does the same in fewer and larger kernels.
 """
 
+import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -167,16 +169,9 @@ def read_prompts(lm, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     distinct_ids, distinct_mask = distinct.chunk(2, dim=1)  # [n, P] both
     distinct_mask = distinct_mask.bool()
 
-    # The trunk alone, since only the last token of a prompt needs logits.
-    trunk = lm.base_model(
-        input_ids=distinct_ids,
-        attention_mask=distinct_mask,
-        position_ids=count_positions(distinct_mask),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    trunk = run_trunk(lm, distinct_ids, distinct_mask, count_positions(distinct_mask), cache)
     # Mamba and the like keep a state of another kind and ignore the cache that they are given.
-    if getattr(trunk, "past_key_values", None) is not cache:
+    if getattr(trunk, cache_name(type(lm.base_model)), None) is not cache:
         raise InputError(f"{type(lm).__name__} keeps no key-value cache that rollouts could use")
     # Padding is on the left, so the last column is the last real token of every row.
     hidden = trunk.last_hidden_state[:, -1]  # [n, D]
@@ -186,6 +181,31 @@ def read_prompts(lm, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         cache.reorder_cache(prompt_of_row)
         hidden = hidden[prompt_of_row]
     return hidden  # [B, D]
+
+
+def run_trunk(lm, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache):
+    """Run new tokens through a model without its head; the cache then holds them too.
+
+    The head is left out, since only the last token of a row needs logits.
+    ids, positions [b, T]: the new tokens. mask: which columns of the cache they may see, in a form
+    that the model reads; None: all -> transformers' output, with `last_hidden_state` [b, T, D].
+    """
+    return lm.base_model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        **{cache_name(type(lm.base_model)): cache},
+    )
+
+
+@functools.cache
+def cache_name(model_class: type) -> str:
+    """The name that a model's forward, and its output, have for the key-value cache."""
+    # transformers 5.24 renamed it, and warns where it is called by its older name.
+    if "cache" in inspect.signature(model_class.forward).parameters:
+        return "cache"
+    return "past_key_values"
 
 
 def count_positions(mask: Tensor) -> Tensor:
@@ -239,13 +259,7 @@ def decode(
             attention_mask = None
             if has_padding:
                 attention_mask = visible[..., : P + t]
-            trunk = lm.base_model(
-                input_ids=token,
-                attention_mask=attention_mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            trunk = run_trunk(lm, token, attention_mask, position, cache)
             hidden = trunk.last_hidden_state[:, -1]  # [b, D]
 
         # Choose a token for each row. u and out keep all B rows while the batch shrinks, and `live`
@@ -349,13 +363,7 @@ def decode_static(
 
     def step():
         """Read the tokens that were written last, and write the next ones."""
-        trunk = lm.base_model(
-            input_ids=token,
-            attention_mask=columns,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        trunk = run_trunk(lm, token, columns, position, cache)
         write(trunk.last_hidden_state[:, -1])
 
     # Token 0 comes from the prompts. Each step then reads token t - 1 and writes token t.

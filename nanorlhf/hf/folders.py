@@ -4,7 +4,6 @@ Anybody may have written such a folder, a killed run may have left it half made,
 changed it. Whatever is wrong is an InputError: one line that says what and where. models.py loads.
 """
 
-import math
 import os
 
 import torch
@@ -12,9 +11,9 @@ import transformers
 from tokenizers import Tokenizer
 
 from ..errors import InputError, library_call, require
-from ..runtime.files import is_of_type, read_object, shorten
+from ..runtime.files import is_number, is_of_type, read_object, shorten
 from ..runtime.hints import check_made
-from ..runtime.tensors import check_tensors
+from ..runtime.tensors import check_numbers
 from .adapters import is_adapter, read_config, resolve
 from .lora import HEADS
 from .weights import check_config, find_file, has_weights, weight_names
@@ -346,9 +345,8 @@ def read_longest_text(path: str, tokenizer) -> int:
     """
     # tokenizer_config.json may say 512.0 or 1e30, so a float is accepted if it is whole.
     longest = tokenizer.model_max_length
-    is_number = is_of_type(longest, float) and math.isfinite(longest)
     require(
-        is_number and longest == int(longest) > 0,
+        is_number(longest) and longest == int(longest) > 0,
         f"{path}: the tokenizer's model_max_length must be a whole number above 0, "
         f"not {shorten(longest)}",
     )
@@ -407,9 +405,7 @@ def readable_length(model) -> int | None:
 
 def check_weights(path: str, model):
     """InputError where a weight is not finite: a run that went wrong saved it."""
-    weights = dict(model.named_parameters())
-    any_shape = dict.fromkeys(weights)
-    check_tensors(weights, any_shape, path)
+    check_numbers(dict(model.named_parameters()), path)
 
 
 @torch.no_grad()

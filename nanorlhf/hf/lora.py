@@ -12,9 +12,7 @@ weight is stored as [in, out]; A and B are the same for it.
 
 import contextlib
 import re
-import signal
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError, require
 from .blocks import autocast_dtype, freeze
 
-SEARCH_SECONDS = 5  # for the layers that a regular expression names
 HEADS = ("score", "classifier")  # of sequence classifiers: trained in full and saved whole
 
 
@@ -117,7 +114,7 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 def add_lora(
     lm,
-    pattern: str | list[str] = "all-linear",
+    pattern: Sequence[str] = ("all-linear",),
     rank: int = 8,
     alpha: float = 16.0,
     dropout: float = 0.0,
@@ -129,14 +126,10 @@ def add_lora(
 
     That is kaiming_uniform with a = sqrt(5), as in the authors' code. The score head of a
     classifier stays trained. `seed` alone decides A. -> a sentence on what was done. InputError:
-    rank < 1, a pattern that names nothing, a model that has adapters already, a layer that is tied
-    to the embeddings or whose weight the model reads itself. Pitfall: new weights start small, so
-    LoRA takes a larger learning rate than full training, often ten times.
+    a pattern that names nothing, a model that has adapters already, a layer that is tied to the
+    embeddings or whose weight the model reads itself. Pitfall: new weights start small, so LoRA
+    takes a larger learning rate than full training, often ten times.
     """
-    if rank < 1 or not 0 <= dropout < 1:
-        raise InputError(
-            f"LoRA takes a rank of at least 1 and a dropout in [0, 1), not {rank} and {dropout}"
-        )
     if adapters(lm):
         raise InputError("this model has adapters already: merge them first")
     # A wrong pattern must be an error before the model is changed.
@@ -159,11 +152,9 @@ def add_lora(
         lm.base_model(input_ids=torch.tensor([[1, 2]], device=lm.device), use_cache=False)
 
     # A classifier's head is new, and small enough to be trained in full.
-    heads = []
-    for head in HEADS:
-        if hasattr(lm, head):
-            getattr(lm, head).requires_grad_(True)
-            heads.append(head)
+    heads = heads_of(lm)
+    for head in heads:
+        getattr(lm, head).requires_grad_(True)
 
     n_trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     also = f" and the {heads[0]} head" if heads else ""
@@ -173,16 +164,16 @@ def add_lora(
     )
 
 
-def check_pattern(lm, pattern: str | list[str]):
-    """InputError where a pattern, or one entry of its list, names no linear layer."""
+def heads_of(lm) -> list[str]:
+    """The names of a classifier's heads; none for a language model."""
+    return [head for head in HEADS if hasattr(lm, head)]
+
+
+def check_pattern(lm, pattern: Sequence[str]):
+    """InputError where one entry of a pattern names no linear layer."""
     # Each entry is tried alone, since a misspelt one would go unnoticed beside one that is right.
-    # {entry: what matching() takes for it alone}; it reads a string differently from a list.
-    if isinstance(pattern, str):
-        entries = {pattern: pattern}
-    else:
-        entries = {entry: [entry] for entry in pattern}
-    for entry, alone in entries.items():
-        if not matching(lm, alone):
+    for entry in pattern:
+        if not matching(lm, [entry]):
             known_names = ", ".join(sorted(last_names(matching(lm, ".*"))))
             raise InputError(
                 f"LoRA layers {entry}: no linear layer of {type(lm).__name__} has this name; "
@@ -195,7 +186,7 @@ def last_names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.split(".")[-1] for name in names))
 
 
-def matching(lm, pattern: str | list[str]) -> dict[str, nn.Module]:
+def matching(lm, pattern: str | Sequence[str]) -> dict[str, nn.Module]:
     """{name: layer} of the linear layers that a pattern names; a classifier's head is none of them.
 
     "all-linear": all but the output head. Any other string: a regular expression for whole names. A
@@ -203,7 +194,7 @@ def matching(lm, pattern: str | list[str]) -> dict[str, nn.Module]:
     These are PEFT's rules.
     """
     layers = linear_layers(lm)
-    if pattern in ("all-linear", ["all-linear"]):
+    if pattern == "all-linear" or list(pattern) == ["all-linear"]:
         head = lm.get_output_embeddings()
         return {name: layer for name, layer in layers.items() if layer is not head}
 
@@ -212,13 +203,11 @@ def matching(lm, pattern: str | list[str]) -> dict[str, nn.Module]:
         expressions = [pattern]
     else:
         expressions = [rf"(?:.*\.)?(?:{end})" for end in pattern]
-    too_long = f"LoRA layers {pattern}: a search that takes too long; write a simpler one"
     matched = {}
     try:
-        with time_limit(SEARCH_SECONDS, too_long):
-            for name, layer in layers.items():
-                if any(re.fullmatch(expression, name) for expression in expressions):
-                    matched[name] = layer
+        for name, layer in layers.items():
+            if any(re.fullmatch(expression, name) for expression in expressions):
+                matched[name] = layer
     except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"LoRA layers {pattern}: not a regular expression ({e})") from None
     return matched
@@ -253,31 +242,6 @@ def is_linear(module: nn.Module) -> bool:
     if not isinstance(output, torch.Tensor) or output.shape != expected.shape:
         return False
     return torch.allclose(output, expected, rtol=1e-2, atol=1e-3)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float, message: str):
-    """InputError where what is done in this context takes longer than so many seconds.
-
-    Nobody can tell from a regular expression whether its search ends before the sun does: that of
-    ((a|.)+)+x does not. The search looks for signals now and then, so an alarm ends it. Only the
-    main thread can set one; elsewhere there is no limit.
-    """
-
-    def stop(signal_number, frame):
-        raise InputError(message)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        # Switch the alarm off first. After the old handler is back, an alarm would end the process.
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def put_adapter(

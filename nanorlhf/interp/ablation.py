@@ -51,7 +51,7 @@ from ..runtime.flags import (
     results_in,
 )
 from ..runtime.locks import unlock_afterwards
-from ..runtime.results import cell, interval_row, parse_ids, results_folder, save
+from ..runtime.results import cell, draw_intervals, interval_row, parse_ids, results_folder, save
 from ..runtime.rng import SPLIT
 from ..sae import SparseAutoencoder
 from ..splits import load
@@ -233,23 +233,23 @@ def ablate(config):
 
     # Features are chosen on answers to other prompts than those of the arms.
     skip_bos = find_skipped(config, tokenizer)
-    seen = observe_features(parts, sae, place, train, skip_bos)
+    observed = observe_features(parts, sae, place, train, skip_bos)
     ids = parse_ids(config.features)
     if not ids:
-        ids = choose_features(config, seen.f, concept, seen.tokens, sae, policy.lm)
-    arms = draw_arms(config, ids, seen)
+        ids = choose_features(config, observed.f, concept, observed.tokens, sae, policy.lm)
+    arms = draw_arms(config, ids, observed)
 
     # Every arm answers the held-out prompts: step 0 has the same noise for all of them.
     responses = {}  # {arm: token lists}
     numbers = {}  # {arm: {number: [P N]}}
     for name, chosen in arms.items():
         # The plain policy runs without the hook, so "nothing" shows what the hook alone does.
-        if chosen is None:
-            responses[name], answers = sample_answers(parts, test, step=0)
-        else:
+        surgery = contextlib.nullcontext()
+        if chosen is not None:
             feature_ids = torch.tensor(chosen, dtype=torch.long, device=dist.device)
-            with switched_off(policy.lm, place, sae, feature_ids, skip_bos):
-                responses[name], answers = sample_answers(parts, test, step=0)
+            surgery = switched_off(policy.lm, place, sae, feature_ids, skip_bos)
+        with surgery:
+            responses[name], answers = sample_answers(parts, test, step=0)
         numbers[name] = measure_answers(
             config, tokenizer, rewards, responses[name], answers, concept
         )
@@ -260,7 +260,7 @@ def ablate(config):
     described_arms = {}
     for name, chosen in arms.items():
         texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
-        arm = describe_arm(chosen or [], seen, sae)
+        arm = describe_arm(chosen or [], observed, sae)
         arm["distinct_2"] = distinct_n(texts, 2)
         for key, values in numbers[name].items():
             arm[key] = mean_with_interval(values, config.n_answers)
@@ -347,7 +347,7 @@ def sample_answers(
 
 
 @dataclass
-class Seen:
+class Observed:
     """The features of an autoencoder on the tokens of some texts."""
 
     tokens: Tokens
@@ -363,7 +363,7 @@ def observe_features(
     place: tuple[int, str],
     prompts: Prompts,
     skip_bos: int | None,
-) -> Seen:
+) -> Observed:
     """Let the policy answer the prompts, and see which features fire on prompts and answers."""
     lm = parts.policy.lm
     # Step 0 is for the answers of the arms: these must have noise of their own.
@@ -375,15 +375,15 @@ def observe_features(
     n = f.shape[1]
     rates = sum_over_tokens(f.bool().float()).cpu() / n
     squares = sum_over_tokens(f * f).cpu() / n
-    return Seen(tokens, x, f, rates, squares)
+    return Observed(tokens, x, f, rates, squares)
 
 
 def choose_features(
-    config, f: Tensor, concept: Tensor, seen: Tokens, sae: SparseAutoencoder, lm
+    config, f: Tensor, concept: Tensor, tokens: Tokens, sae: SparseAutoencoder, lm
 ) -> list[int]:
     """The config.top features of a concept [V], by what --by says.
 
-    f: a sparse [M, n], the features on the n tokens `seen`. InputError: the policy hardly writes
+    f: a sparse [M, n], the features on the n tokens. InputError: the policy hardly writes
     the concept's words.
     """
     # "logits" ranks features by their directions, so the words need not be written. "on" and
@@ -392,10 +392,10 @@ def choose_features(
         scores = score_by_logits(f, concept, sae, lm)
     else:
         if config.by == "before":
-            following, goes_on = next_ids(seen)
+            following, goes_on = next_ids(tokens)
             truth = concept[following] & goes_on  # [n]; a text's last token comes before nothing
         else:
-            _, ids = where(seen)
+            _, ids = where(tokens)
             truth = concept[ids]  # [n]
         require(
             FEWEST <= truth.sum() < len(truth),
@@ -421,11 +421,11 @@ def score_by_logits(f: Tensor, concept: Tensor, sae: SparseAutoencoder, lm) -> T
     return torch.where(fires, effects @ weights, -torch.inf)
 
 
-def draw_arms(config, ids: list[int], seen: Seen) -> dict[str, list[int] | None]:
+def draw_arms(config, ids: list[int], observed: Observed) -> dict[str, list[int] | None]:
     """The features that each arm switches off; None: the policy as it is, without any hook."""
     # {"plain": None, "nothing": [], "features": [3, 17], "random 0": [5, 9], ..., "strong 0": ...}
     arms = {"plain": None, "nothing": [], "features": ids}
-    for control, sizes in (("random", seen.rates), ("strong", seen.squares)):
+    for control, sizes in (("random", observed.rates), ("strong", observed.squares)):
         for i in range(config.draws):
             rng = np.random.default_rng([SPLIT, config.seed, i])
             arms[f"{control} {i}"] = alike(sizes, ids, rng)
@@ -477,16 +477,16 @@ def measure_answers(
     return {name: values.double() for name, values in numbers.items()}
 
 
-def describe_arm(ids: list[int], seen: Seen, sae: SparseAutoencoder) -> dict:
+def describe_arm(ids: list[int], observed: Observed, sae: SparseAutoencoder) -> dict:
     """The features that an arm switches off, how often they fire, and the share of the layer's
     variance that they hold."""
     share = 0.0
     if ids:
         # What is taken away is not centred, since its mean goes too: so the share can exceed 1.
-        variance = (seen.x - seen.x.mean(0)).square().sum()
-        taken_away = removed(sae, torch.tensor(ids, device=seen.x.device), seen.x)  # [n, D]
+        variance = (observed.x - observed.x.mean(0)).square().sum()
+        taken_away = removed(sae, torch.tensor(ids, device=observed.x.device), observed.x)  # [n, D]
         share = (taken_away.square().sum() / variance).item()
-    return {"features": ids, "rates": seen.rates[ids].tolist(), "removed": share}
+    return {"features": ids, "rates": observed.rates[ids].tolist(), "removed": share}
 
 
 def mean_with_interval(values: Tensor, n_answers: int) -> dict[str, float]:
@@ -577,12 +577,5 @@ def draw(figure, summary: dict):
     figure.set_size_inches(2.6 * len(keys), 3)
     for i, key in enumerate(keys):
         axis = figure.add_subplot(1, len(keys), i + 1)
-        for j, (name, arm) in enumerate(arms.items()):
-            # errorbar() takes the lengths of the bars, not the ends of the interval.
-            mean = arm[key]["mean"]
-            below = mean - arm[key]["low"]
-            above = arm[key]["high"] - mean
-            colour = colours.get(name, "grey")
-            axis.errorbar(j, mean, [[below], [above]], fmt="o", color=colour)
-        axis.set(title=key, xticks=range(len(arms)))
-        axis.set_xticklabels(list(arms), rotation=70)
+        draw_intervals(axis, {name: arm[key] for name, arm in arms.items()}, colours)
+        axis.set_title(key)

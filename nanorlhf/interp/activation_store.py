@@ -5,8 +5,8 @@ places, always of the same tokens.
     n tokens of some texts, B tokens of a global batch, S batches of a buffer, W processes
 
 Texts become Tokens. A *source* turns indices of texts into activations {"base/3_mlp": [n, D]},
-either with the models (from_models) or from a disk that was filled once (from_disk). A Stream asks
-a source for buffers, and deals shuffled batches from them:
+either with the models (from_models) or from a disk that was filled once (activation_cache.py). A
+Stream asks a source for buffers, and deals shuffled batches from them:
 
     rows of a dataset, rollouts -> Tokens -> from_models or from_disk: a source
     source -> Stream(...).batch(step)   shuffled, without end, for training: [B / W, D]
@@ -17,13 +17,11 @@ the same for both sources and for any number of processes. So a run that is resu
 computes the buffer of step n and goes on.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data import canonical
@@ -32,17 +30,14 @@ from ..hf.activations import activations, place_name
 from ..hf.folders import check_model, choose_max_length
 from ..packing import micro_batches, pad_rows
 from ..runtime.distributed import autocast
-from ..runtime.files import check_can_write, check_name, digest, read_object, write_json
-from ..runtime.locks import LOCK_FILE, lock, unlock_afterwards
+from ..runtime.files import digest
 from ..runtime.results import parse_ids
 from ..runtime.rng import MINIBATCH, ORDER, SPLIT
-from ..runtime.tensors import read_tensors
 from ..tokens import encode, encode_prompts, leave_out_control_tokens
 from .sae_files import load_sae, read_config
 
 # Tokens of a forward pass, padding counted.
 TOKENS_AT_ONCE = 2**13
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Activations = dict[str, Tensor]  # {"name/layer_site": [n, D]}
 Source = Callable[[np.ndarray], Activations]  # of indices of texts
@@ -265,188 +260,6 @@ def read_activations(tokens: Tokens, lm, place: Place, dist, dtype: str = "float
     every_text = np.arange(len(tokens.rows))
     activations_of = run_models(tokens, {"m": lm}, [place], dist, dtype, every_text)
     return activations_of[f"m/{place_name(place)}"]
-
-
-def from_disk(
-    folder: str,
-    tokens: Tokens,
-    fingerprints: dict[str, str],
-    places: list[Place],
-    load: Callable[[], dict],
-    dist,
-    dtype: str = "float32",
-    store: str = "float32",
-    shard_tokens: int = 2**17,
-) -> Source:
-    """A source that reads shards of activations, mapped into memory. Those not there yet are
-    computed first, each process its own.
-
-        folder/cache.json             what the activations are of: models, data, places
-               00000.safetensors ...  whole texts, about shard_tokens tokens: Activations
-
-    fingerprints: {name: models.fingerprint(path)}; load() -> {name: lm} is only called if a shard
-    is missing; dtype: of the forward; store: float32, float16 or bfloat16, of what is kept.
-    A shard is there whole or not at all, so a killed run goes on where it was. InputError: the
-    folder holds something else, another program fills it, a number that `store` cannot hold.
-    Pitfall: all processes must see the folder.
-    """
-    require(
-        store in DTYPES,
-        f"activations can be stored as {', '.join(DTYPES)}, not {store!r}",
-    )
-    # Shard i holds the texts edges[i] .. edges[i + 1] - 1.
-    edges = find_shard_edges(tokens, shard_tokens)
-    n_shards = len(edges) - 1
-    paths = [os.path.join(folder, f"{i:05d}.safetensors") for i in range(n_shards)]
-    # What the numbers depend on. The shards' edges are part of it: with other edges a file of the
-    # same name would hold other texts.
-    content = {
-        "models": fingerprints,
-        "places": [list(place) for place in places],
-        "data": tokens.digest(),
-        "dtype": dtype,
-        "store": store,
-        "tokens": tokens.total,
-        "shard_texts": edges,
-    }
-
-    def lock_for_filling():
-        if dist.main and find_missing(paths):
-            lock(folder)
-
-    def fill(missing: list[int]):
-        source = from_models(tokens, load(), places, dist, dtype)
-        # The processes take the missing shards in turn, so that each file has one writer.
-        for i in missing[dist.rank :: dist.world]:
-            texts = np.arange(edges[i], edges[i + 1])
-            write_shard(paths[i], source(texts), store)
-
-    # A folder that holds something else is refused before a lock file is put in it.
-    dist.together(lambda: check_folder(folder, content))
-    with unlock_afterwards():
-        # A folder in which nothing is missing is only read, by any number of runs at once.
-        dist.together(lock_for_filling)
-        # The folder is looked at again: another program may have filled it before it was locked.
-        dist.together(lambda: check_folder(folder, content))
-        missing = find_missing(paths)
-        # The notes come before the first shard: else a run that was killed would not know its own
-        # folder again.
-        if missing and dist.main:
-            write_json(os.path.join(folder, "cache.json"), content)
-        dist.barrier()  # all have looked, and the notes are there, before one writes a shard
-        if missing:
-            dist.together(lambda: fill(missing))
-
-    # All shards are there now. Their keys and sizes are checked here; their numbers are read later,
-    # when they are asked for.
-    keys = set()
-    for name in fingerprints:
-        for place in places:
-            keys.add(f"{name}/{place_name(place)}")
-    shards = []
-    for path, first, last in zip(paths, edges, edges[1:]):
-        n = int(tokens.counts[first:last].sum())
-        shards.append(map_shard(path, keys, n))
-    return partial(read_shards, tokens, dist, shards)
-
-
-def find_shard_edges(tokens: Tokens, shard_tokens: int) -> list[int]:
-    """Divide the texts into shards of about shard_tokens tokens.
-
-    -> the first text of each shard, and the number of all texts at the end
-    """
-    # A text belongs to the shard in which its last token falls, so no text is cut in two.
-    shard_of = (tokens.counts.cumsum() - 1) // shard_tokens  # [N]
-    inner_edges = np.flatnonzero(np.diff(shard_of)) + 1
-    return [0, *inner_edges.tolist(), len(tokens.rows)]
-
-
-def find_missing(paths: list[str]) -> list[int]:
-    """Which of the shards are not there."""
-    return [i for i, path in enumerate(paths) if not os.path.exists(path)]
-
-
-def check_cache(folder: str):
-    """InputError where activations can neither be read from a folder nor be kept in it."""
-    check_name(folder)
-    notes = os.path.join(folder, "cache.json")
-    if not os.path.isfile(notes):
-        check_can_write(notes)
-
-
-def check_folder(folder: str, content: dict):
-    """InputError where the folder holds other activations, or something else."""
-    notes = os.path.join(folder, "cache.json")
-    if os.path.isfile(notes):
-        stored = read_object(notes)
-        changed = [key for key in content if stored.get(key) != content[key]]
-        require(
-            not changed,
-            f"{folder} already holds other activations (they differ in {', '.join(changed)}); "
-            "choose another folder",
-        )
-        return
-
-    # A folder of our own may hold what an interrupted run has left there.
-    is_free = not os.path.exists(folder)
-    if os.path.isdir(folder):
-        is_free = set(os.listdir(folder)) <= {"cache.json.tmp", LOCK_FILE}
-    require(
-        is_free,
-        f"{folder} is not empty and holds no activations; choose another folder",
-    )
-
-
-def write_shard(path: str, computed: Activations, store: str):
-    """Write a shard under a temporary name, then rename it: a file of that name is whole."""
-    stored = {}
-    for key, x in computed.items():
-        # float16 ends at 65504: a larger number, as a BOS may have it, would be stored as inf.
-        stored[key] = x.to(DTYPES[store]).cpu()
-        require(
-            stored[key].isfinite().all(),
-            f"{path}: {key} has a number that {store} cannot hold; store bfloat16 or float32",
-        )
-    save_file(stored, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def map_shard(path: str, keys: set[str], n: int) -> Activations:
-    """A shard's tensors {key: [n, D]}, mapped into memory: what is not indexed is not read.
-
-    InputError: it holds other keys, or another number of tokens.
-    """
-    shard = read_tensors(path)
-    has_keys = shard.keys() == keys
-    has_tokens = all(x.ndim == 2 and len(x) == n for x in shard.values())
-    require(
-        has_keys and has_tokens,
-        f"{path}: not the activations that belong here; delete it, it is made again",
-    )
-    return shard
-
-
-def read_shards(tokens: Tokens, dist, shards: list[Activations], texts: np.ndarray) -> Activations:
-    """Indices of texts -> {"name/layer_site": [n, D]} float32, as run_models()."""
-    sizes = []  # how many tokens each shard holds
-    for shard in shards:
-        any_tensor = next(iter(shard.values()))
-        sizes.append(len(any_tensor))
-    ends = np.cumsum(sizes)  # where each shard's tokens end among all E
-    places = tokens.places(texts)  # [n]
-    shard_of = np.searchsorted(ends, places, side="right")  # [n]
-    out = {}
-    # Each shard is indexed once, for all its rows that are asked for.
-    for i in np.unique(shard_of):
-        rows = np.flatnonzero(shard_of == i)
-        first = ends[i] - sizes[i]
-        rows_of_shard = torch.from_numpy(places[rows] - first)
-        rows = torch.from_numpy(rows)
-        for key, x in shards[i].items():
-            if key not in out:
-                out[key] = torch.empty(len(places), x.shape[1])
-            out[key][rows] = x[rows_of_shard].float()
-    return {key: x.to(dist.device) for key, x in out.items()}
 
 
 # --------------------------------------------------------------------------------------- batches

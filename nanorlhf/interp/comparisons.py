@@ -35,7 +35,7 @@ from ..runtime.curves import without_common_ends
 from ..runtime.distributed import setup
 from ..runtime.flags import FlagGroup, ResultFlags, TextFlags, results_in, subset_of
 from ..runtime.locks import unlock_afterwards
-from ..runtime.results import finite, in_one_line, results_folder, save
+from ..runtime.results import finite, results_folder, save, with_input_errors
 from ..runtime.tensors import check_tensors, read_tensors
 from .activation_store import Tokens, find_skipped, from_models, passes, tokenize_rows
 from .sae_files import SPARSITY, find_saes, load_sae
@@ -98,15 +98,15 @@ def divergence(config):
     check_model(config.policy)
     # A wrong --layers is found here, before any model is loaded: for this, any L numbers will do.
     n_layers = model_config.get_text_config().num_hidden_layers
-    in_one_line(select_layers, [0.0] * n_layers, config.layers)
+    with_input_errors(select_layers, [0.0] * n_layers, config.layers)
     tokens = read_tokens(config, model_config, dist)
 
     # Weights, block by block and parameter by parameter.
     base = load_policy(config.model, False, device=dist.device).lm
     policy = load_policy(config.policy, False, device=dist.device).lm
-    table = in_one_line(parameter_divergence, blocks(base), blocks(policy))
+    table = with_input_errors(parameter_divergence, blocks(base), blocks(policy))
     frobenius = add_up(table)
-    selected = in_one_line(select_layers, frobenius, config.layers)
+    selected = with_input_errors(select_layers, frobenius, config.layers)
 
     # Activations, on the same texts.
     moved = compare_activations(config, {"base": base, "policy": policy}, tokens, dist)
@@ -181,7 +181,7 @@ def compare_activations(
     # Every process calls sum() once a place, however few texts it had: collective calls must match.
     moved = {}
     for place in places:
-        moved[place] = in_one_line(from_sums, dist.sum(sums[place]))
+        moved[place] = with_input_errors(from_sums, dist.sum(sums[place]))
     return moved
 
 
@@ -329,7 +329,7 @@ def compare_directions(
 
     ids_a [Ma], ids_b [Mb]: the features whose directions they are.
     """
-    a, b, cosines = in_one_line(matches, directions_a, directions_b, config.one_to_one)
+    a, b, cosines = with_input_errors(matches, directions_a, directions_b, config.one_to_one)
 
     # What as many random directions of the same width would have.
     generator = torch.Generator().manual_seed(0)

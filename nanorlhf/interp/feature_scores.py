@@ -17,16 +17,17 @@ from ..errors import require
 
 # A random feature is drawn from this many features that are most like the chosen one.
 NEAREST = 10
+AT_ONCE = 4096  # tokens whose features are held dense
 
 
 # ------------------------------------------------------------------- features as a sparse matrix
 
 
-def encoded(sae, x: Tensor, at_once: int = 4096) -> Tensor:
-    """Activations [N, D] -> features, a sparse [M, N]. Only `at_once` tokens are held dense."""
+def encoded(sae, x: Tensor) -> Tensor:
+    """Activations [N, D] -> features, a sparse [M, N]. Only AT_ONCE tokens are held dense."""
     parts = []
-    for part in x.split(at_once):
-        features = sae.encode(part)  # [at_once, M]
+    for part in x.split(AT_ONCE):
+        features = sae.encode(part)  # [AT_ONCE, M]
         parts.append(sparse(features.float()))
     return torch.cat(parts, 1).coalesce()
 

@@ -393,7 +393,7 @@ def join_tokens(rows: list[list]) -> str:
     return " ".join(token.strip() for token, *_ in rows)
 
 
-def mark_context(context: dict, before: int = 8, after: int = 12) -> str:
+def mark_context(context: dict) -> str:
     """A context in a line, around its peak.
 
     After each token on which the feature fires stands its value, 10 being its largest anywhere.
@@ -407,7 +407,7 @@ def mark_context(context: dict, before: int = 8, after: int = 12) -> str:
     # What made the feature fire stands at its peak or before it, since the model is causal. What
     # follows may be what the feature predicts.
     peak = sizes.index(max(sizes))
-    return " ".join(parts[max(0, peak - before) : peak + after])
+    return " ".join(parts[max(0, peak - 8) : peak + 12])
 
 
 def draw(figure, summary: dict):

@@ -44,7 +44,7 @@ from ..runtime.distributed import Dist, autocast, setup
 from ..runtime.flags import FlagGroup, ResultFlags, TextFlags, results_in, subset_of
 from ..runtime.locks import unlock_afterwards
 from ..runtime.log import RunFolder
-from ..runtime.results import finite, in_one_line, results_folder, save
+from ..runtime.results import finite, results_folder, save, with_input_errors
 from ..runtime.rng import SPLIT, key
 from ..stats import t_interval
 from ..tokens import leave_out_control_tokens
@@ -310,8 +310,8 @@ def choose_layers(config, base, policy) -> list[int]:
         choice = list_layers(config)
     elif not choice:
         choice = "highest:5"
-    moved = in_one_line(layer_divergence, blocks(base), blocks(policy))
-    return in_one_line(select_layers, moved, choice)
+    moved = with_input_errors(layer_divergence, blocks(base), blocks(policy))
+    return with_input_errors(select_layers, moved, choice)
 
 
 def list_layers(config) -> str:

@@ -30,7 +30,6 @@ from ..errors import InputError, first_line, library_call
 from ..hf.blocks import trainable
 from .distributed import Dist
 from .files import (
-    check_fields,
     digest,
     digest_file,
     digest_start,
@@ -45,8 +44,6 @@ from .tensors import read_tensors
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 MORE = "tensors.safetensors"
-# What a state.json must hold at least.
-STATE = {"step": int, "files": dict | None, "logs": dict | None}
 
 
 def checkpoints(folder):
@@ -66,7 +63,7 @@ def checkpoints(folder):
 # --------------------------------------------------------------------------------------------- save
 
 
-def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
+def save(folder, step, module, optimizer, state, keep, dist=ALONE, more=None):
     """Write checkpoint/step_{step}, and keep the last `keep` checkpoints.
 
     It holds the trained weights, the optimizer, `state` (JSON) and `more` {name: tensor}. The main
@@ -75,7 +72,6 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
     # {"model/lm.lm_head.weight": [V, D], "optimizer/exp_avg/lm.lm_head.weight": [V, D], ...}, for
     # trained weights alone: a resumed run reads frozen ones from the model that it started from.
     tensors = {}
-    main = dist is None or dist.main
     for name, p in trainable(module):
         tensors[f"model/{name}"] = p.detach().contiguous()
         # A weight that has had no gradient yet has no moments.
@@ -89,18 +85,18 @@ def save(folder, step, module, optimizer, state, keep, dist=None, more=None):
             save_shards(tensors, path)
         else:
             save_file(tensors, os.path.join(path, "state.safetensors"))
-        if main and more:
+        if dist.main and more:
             save_file(more, os.path.join(path, MORE))
         # Checksums of the files, as read back. state.json holds them, and a checksum of itself.
         files = digest_files(path, writers)
-        if main:
+        if dist.main:
             content = {"step": step, **state, "files": files}
             write_json(os.path.join(path, "state.json"), {**content, "sha256": digest(content)})
 
-    if main:
+    if dist.main:
         os.makedirs(os.path.join(folder, "checkpoint"), exist_ok=True)
     replace_folder(os.path.join(folder, "checkpoint", f"step_{step}"), write, writers)
-    if main:
+    if dist.main:
         remove_all_but(folder, step, keep)
 
 
@@ -144,11 +140,8 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
         if name.startswith(own_prefix) or (dist.main and is_common):
             sha256 = digest_file(os.path.join(path, name))
             lines += f"{sha256} {name}\n"
-    # Processes exchange tensors only, so the lines travel as bytes.
-    own_bytes = torch.tensor(list(lines.encode()), dtype=torch.uint8)
-    all_bytes = dist.gather(own_bytes)
     digests = {}
-    for line in bytes(all_bytes.tolist()).decode().splitlines():
+    for line in dist.gather_text(lines).splitlines():
         sha256, name = line.split()
         digests[name] = sha256
     return digests
@@ -164,32 +157,26 @@ def load(folder, module, optimizer, dist=ALONE):
     A damaged checkpoint is named, with what is wrong, and the one before it is taken; where none is
     whole, an InputError says so. The main process decides for all, and all processes call this.
     """
-    # One process chooses. If a shared disk showed two processes different files, they would go on
-    # from different steps.
-    choice = dist.together(lambda: choose(folder, module, optimizer, dist))
-    step = int(dist.gather(torch.tensor([choice]))[0])  # the main process's
-    if step < 0:
+    # One process chooses, and sends the name to all. If a shared disk showed two processes
+    # different files, they would go on from different steps.
+    choice = dist.on_main(lambda: choose(folder, module, dist))
+    name = dist.gather_text(choice or "")
+    if not name:
         return None
 
-    path = os.path.join(folder, "checkpoint", f"step_{step}")
+    path = os.path.join(folder, "checkpoint", name)
     load_tensors(path, module, optimizer)
     state = read_object(os.path.join(path, "state.json"))
     # Only what the run itself saved is handed back.
-    for name in ("files", "sha256"):
-        state.pop(name, None)
+    del state["files"], state["sha256"]
     more = os.path.join(path, MORE)
     if os.path.isfile(more):
         state["tensors"] = read_tensors(more)
     return state
 
 
-def choose(folder: str, module, optimizer, dist: Dist) -> int:
-    """The step of the newest checkpoint that is whole, or -1 where there is none at all.
-
-    The main process looks; the others get -1.
-    """
-    if not dist.main:
-        return -1
+def choose(folder: str, module, dist: Dist) -> str:
+    """The name of the newest checkpoint that is whole, such as step_40; "" where there is none."""
     root = os.path.join(folder, "checkpoint")
     if os.path.lexists(root) and not os.path.isdir(root):
         raise InputError(f"{root} should be a folder; remove it, and the run starts anew")
@@ -202,101 +189,65 @@ def choose(folder: str, module, optimizer, dist: Dist) -> int:
     # older one is whole.
     damaged = []
     for step, path in reversed(checkpoints(folder)):
-        problem = find_damage(folder, step, module, optimizer)
+        problem = find_damage(folder, step, module)
         if not problem:
             for line in damaged:
                 dist.print(f"{line}; step_{step} is taken instead")
-            return step
+            return f"step_{step}"
         damaged.append(f"{path} cannot be used: {problem}")
     if damaged:
         what_to_do = f"restore one from a copy, or remove {root}, and the run starts anew"
         raise InputError(f"{'; '.join(damaged)}; no other checkpoint is whole: {what_to_do}")
-    return -1
+    return ""
 
 
-def find_damage(folder: str, step: int, module, optimizer) -> str:
+def find_damage(folder: str, step: int, module) -> str:
     """What is wrong with checkpoint/step_{step}, in a few words; "" if it is whole."""
     path = os.path.join(folder, "checkpoint", f"step_{step}")
     try:
-        # state.json comes first, since it holds the checksums of the other files.
-        state = read_object(os.path.join(path, "state.json"), STATE)
-        if state["step"] != step:
-            return f"state.json is not that of step {step}"
-        for name, log in (state.get("logs") or {}).items():
-            check_fields(log, {"size": int, "sha256": str}, f"{path}/state.json: {name}")
-
-        # Undamaged files may still be those of another model, so the tensors are compared too.
-        problem = check_digests(folder, path, state) or check_tensors(path, module, optimizer)
-        if not problem and os.path.isfile(os.path.join(path, MORE)):
-            read_tensors(os.path.join(path, MORE))
-        return problem
+        # Undamaged files may still be those of another model, so its weights are compared too.
+        return check_digests(folder, step, path) or compare_weights(path, module)
     except FileNotFoundError as e:
         return f"{os.path.basename(e.filename)} is missing"
     # The error says what is wrong. The folder's name is cut off: the caller says it.
     except InputError as e:
         return first_line(e).removeprefix(f"{path}/")
-    except (OSError, ValueError) as e:
+    except OSError as e:
         return first_line(e)
 
 
-def check_digests(folder: str, path: str, state: dict) -> str:
+def check_digests(folder: str, step: int, path: str) -> str:
     """Compare a checkpoint's files, and the logs up to it, with what was written -> what differs.
 
-    "" where nothing does. A checkpoint that is older than checksums has none to compare with.
+    "" where nothing does.
     """
-    # state.json's own checksum comes first, since state.json holds the others. A state.json with
-    # neither of the two fields is older than checksums.
-    if "files" in state or "sha256" in state:
-        content = {name: value for name, value in state.items() if name != "sha256"}
-        if digest(content) != state.get("sha256") or "files" not in state:
-            return "state.json differs from its checksum"
-    for name, sha256 in (state.get("files") or {}).items():
+    # state.json's own checksum comes first, since state.json holds the others.
+    state = read_object(os.path.join(path, "state.json"))
+    content = {name: value for name, value in state.items() if name != "sha256"}
+    if digest(content) != state.get("sha256"):
+        return "state.json differs from its checksum"
+    if state["step"] != step:
+        return f"state.json is not that of step {step}"
+    for name, sha256 in state["files"].items():
         if digest_file(os.path.join(path, name)) != sha256:
             return f"{name} differs from its checksum"
     # The logs may have grown since. They must still begin with what they held then.
-    for name, log in (state.get("logs") or {}).items():
+    for name, log in state.get("logs", {}).items():
         if digest_start(os.path.join(folder, name), log["size"]) != log["sha256"]:
             return f"{os.path.join(folder, name)} has lost or changed rows that it had then"
     return ""
 
 
-def check_tensors(path: str, module, optimizer) -> str:
-    """Compare names, shapes and dtypes of the tensors with the model's -> what differs, or ""."""
-    stored = read_metadata(path)
-    if not stored:
-        return "its tensors are missing"
-    parameters = dict(trainable(module))
-
-    # The same weights, in the same shapes?
-    sizes = {}
-    for key, tensor in stored.items():
+def compare_weights(path: str, module) -> str:
+    """Compare the names and shapes of the weights with the model's -> what differs, or ""."""
+    saved_shapes = {}
+    for key, tensor in read_metadata(path).items():
         if key.startswith("model/"):
-            sizes[key.removeprefix("model/")] = tensor.size
-    for name in sorted(sizes.keys() | parameters.keys()):
-        if name not in parameters or sizes.get(name) != parameters[name].shape:
+            saved_shapes[key.removeprefix("model/")] = tensor.size
+    shapes = {name: p.shape for name, p in trainable(module)}
+    for name in sorted(saved_shapes.keys() | shapes.keys()):
+        if saved_shapes.get(name) != shapes.get(name):
             return f"it is of another model, which differs in {name}"
-
-    # Adam's two moments of each weight, and its count of steps? A weight without gradient has none.
-    slots = {}
-    for key in stored:
-        if key.startswith("optimizer/"):
-            slot, _, name = key.removeprefix("optimizer/").partition("/")
-            slots.setdefault(name, set()).add(slot)
-    if not slots:
-        return "the optimizer's tensors are missing"
-    for name, its_slots in slots.items():
-        if name not in parameters or its_slots != {"step", "exp_avg", "exp_avg_sq"}:
-            return f"the optimizer's tensors of {name} are not those of Adam"
-
-    # Both moments have the type and shape of their weight: "exp_avg_sq" begins with "exp_avg" too.
-    # The count of steps is one number. A parameter's name has no slash.
-    for key, tensor in stored.items():
-        if key.startswith(("model/", "optimizer/exp_avg")):
-            p = parameters[key.split("/")[-1]]
-            if tensor.properties.dtype != p.dtype:
-                return f"{key} is {tensor.properties.dtype}, not {p.dtype}"
-            if tensor.size != p.shape:
-                return f"{key} has another shape than its weight"
     return ""
 
 

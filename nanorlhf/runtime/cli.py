@@ -56,29 +56,34 @@ def parse(config_class, args, command="", description=None):
     parser = Parser(f"{script()} {command}".strip(), description, config_class)
     # First the command line alone: it says in which folder the run to resume lies.
     parsed = vars(parser.parse_args(args))
-    if "resume" not in parsed:
-        return config_class(**parsed)
+    if parsed.get("resume"):
+        use_stored_settings(parser, parsed)
+        parsed = vars(parser.parse_args(args))
+    return config_class(**parsed)
 
+
+def use_stored_settings(parser, parsed):
+    """Make the settings of the run that is resumed the defaults of the command line.
+
+    parsed: what the command line says without them.
+    """
     # Without --output_dir a Config chooses its folder, perhaps by other flags.
     folder = parsed["output_dir"]
     with contextlib.suppress(InputError):
-        folder = config_class(**parsed).output_dir
+        folder = parser.config_class(**parsed).output_dir
     folder = folder.replace("{seed}", str(parsed["seed"]))
     stored = os.path.join(folder, "config.json")
 
     # A flag that is given with its default value counts as not given: argparse cannot tell.
     given = {name for name, value in parsed.items() if value != parser.get_default(name)}
-    if given == {"resume", "output_dir"} and not os.path.isfile(stored):
+    if not os.path.isfile(stored):
         # A slip of the pen should not start another run.
-        raise InputError(f"{folder}: no run to resume here")
-    if parsed["resume"] and os.path.isfile(stored):
-        # The run's settings become the defaults, and the command line is read again over them.
-        settings = read_settings(stored, config_class)
-        only_stored = {name: value for name, value in settings.items() if name not in given}
-        check_stored_code(folder, only_stored)
-        parser.set_defaults(**settings)
-        parsed = vars(parser.parse_args(args))
-    return config_class(**{**parsed, "resume": parsed["resume"]})
+        require(given != {"resume", "output_dir"}, f"{folder}: no run to resume here")
+        return
+    settings = read_settings(stored, parser.config_class)
+    only_stored = {name: value for name, value in settings.items() if name not in given}
+    check_stored_code(folder, only_stored)
+    parser.set_defaults(**settings)
 
 
 def check_stored_code(folder, settings):
@@ -122,6 +127,8 @@ def read_settings(path: str, config_class) -> dict:
 # ------------------------------------------------------------------------------ how a command ends
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a user's share of it, ulimit -f
+# Another user's file; a disk that fails, can only be read since, or whose machine is gone.
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EROFS, errno.ESTALE)
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports of a process that Ctrl-C ended
 
 
@@ -129,8 +136,9 @@ INTERRUPTED = 128 + signal.SIGINT  # what a shell reports of a process that Ctrl
 def errors_in_one_line(resumable=False):
     """A context that ends as a user wants to see it: one line on stderr, and an exit code.
 
-    2: wrong input. 1: it could not go on (a gradient that is not finite, a full disk, another
-    process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug has a traceback.
+    2: wrong input. 1: it could not go on (a gradient that is not finite, a disk that is full or
+    fails, another process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug has
+    a traceback.
     """
     # The outer try is for Ctrl-C, which may come while an error is being reported.
     try:
@@ -169,10 +177,12 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return str(error), 2
     if isinstance(error, FloatingPointError):
         return str(error), 1
+    kept = "what was saved before, such as the last checkpoint, is kept"
     if errno_of(error) in NO_ROOM:
-        kept = "what was saved before, such as the last checkpoint, is kept"
         advice = "make room, and give the same command again"
         return f"no room to write ({first_line(error)}); {kept}: {advice}", 1
+    if errno_of(error) in NO_ACCESS:
+        return f"a file cannot be read or written ({first_line(error)}); {kept}", 1
     if distributed.out_of_memory(error):
         return f"not enough memory ({first_line(error)})", 1
     if distributed.lost_a_process(error):

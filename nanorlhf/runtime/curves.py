@@ -53,20 +53,22 @@ def read_records(run: str) -> list[dict]:
     return records
 
 
+def logged_names(records: list[dict]) -> set[str]:
+    """The names of all that the rows of a log hold: a row without evaluation lacks some."""
+    names = set()
+    for record in records:
+        names |= set(record)
+    return names
+
+
 def read_config(run: str) -> dict:
     """A run's config.json with a list of reward models; of a best-of-n run also their number."""
     path = os.path.join(run, "config.json")
-    config = read_object(path, {"reward_model": str | list[str] | None}, finite=False)
+    config = read_object(path, {"reward_model": list[str] | None}, finite=False)
     config.pop("inputs", None)  # fingerprints, no settings
-
-    # Older runs, from before there were ensembles, name one reward model.
-    reward_models = config.get("reward_model", "")
-    if isinstance(reward_models, str):
-        reward_models = [reward_models]
-    config["reward_model"] = reward_models
-
+    config["reward_model"] = config.get("reward_model") or []  # none in runs without rewards
     if kind_of(run) == BEST_OF_N:
-        config["members"] = len(reward_models)
+        config["members"] = len(config["reward_model"])
     return config
 
 

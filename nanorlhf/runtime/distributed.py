@@ -107,6 +107,13 @@ class Dist:
         rows = [part[: int(n)] for part, n in zip(parts, sizes)]
         return torch.cat(rows).to(tensor.device)
 
+    def gather_text(self, text):
+        """The texts of all ranks, one after the other."""
+        # Processes exchange tensors alone, so a text travels as bytes.
+        own_bytes = torch.tensor(list(text.encode(errors="backslashreplace")), dtype=torch.uint8)
+        all_bytes = self.gather(own_bytes)
+        return bytes(all_bytes.tolist()).decode()
+
     def even(self, micro_batches):
         """The same number of micro-batches on all ranks: FSDP sends something in each of them.
 
@@ -132,21 +139,31 @@ class Dist:
         # If a process raised its error at once, the others would wait for it in their next
         # exchange. So all exchange messages first; without an error a message is empty.
         result = None
-        message = b""
+        message = ""
         try:
             result = function()
         except InputError as e:
             if self.world == 1:
                 raise
             # One line, whose end separates it from the next process's message.
-            line = " ".join(str(e).split()) + "\n"
-            message = line.encode(errors="backslashreplace")
-        own_bytes = torch.tensor(list(message), dtype=torch.uint8)
-        all_bytes = bytes(self.gather(own_bytes).tolist())
-        if all_bytes:
-            first_message = all_bytes.decode().split("\n")[0]
-            raise InputError(first_message)
+            message = " ".join(str(e).split()) + "\n"
+        messages = self.gather_text(message)
+        if messages:
+            raise InputError(messages.split("\n")[0])
         return result
+
+    def on_main(self, function):
+        """function() on the main process alone, None on the others.
+
+        All processes call this. An InputError is raised on all.
+        """
+
+        def alone():
+            if self.main:
+                return function()
+            return None
+
+        return self.together(alone)
 
     def wrap(self, module, total=None, dtype="float32"):
         """A module on several processes: in shards (in place), or inside DDP if it is trained.
@@ -232,8 +249,6 @@ def setup(device="auto", distributed="ddp"):
     """
     if distributed == "ddp":  # who shards has no memory to keep
         keep_freed_memory()
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu or cuda, not {device!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -259,7 +274,8 @@ def setup(device="auto", distributed="ddp"):
                 "nccl", None, a_day, world, rank, store, device_id=torch.device(device)
             )
         else:
-            td.init_process_group("gloo", None, a_day, world, rank, store)
+            with meeting():
+                td.init_process_group("gloo", None, a_day, world, rank, store)
         # All are connected before one can leave with an error: the others would report only that it
         # is gone.
         td.barrier()
@@ -290,10 +306,26 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
     """
     # The time to meet is short, so that a wrong MASTER_ADDR shows within a minute. Afterwards the
     # time is long, since a rank may have to wait for another rank's work.
+    with meeting():
+        tries = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
+        store, _, _ = next(tries)
+    store.set_timeout(timeout)
+    # torch gives a store that it makes itself the same prefix, which keeps the keys of the
+    # process group apart from torchrun's. torchrun --max_restarts starts new processes with the
+    # store of those that are gone, and their addresses in it: each start has keys of its own. Of
+    # several machines each counts its own restarts, so there the number would tell them apart.
+    prefix = "default_pg"
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # machines
+        prefix += os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return td.PrefixStore(prefix, store)
+
+
+@contextlib.contextmanager
+def meeting():
+    """A context in which the processes of a run meet. InputError: one of them does not come."""
     try:
         with without_stderr():  # torch logs each try, with its stack
-            meeting = rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS))
-            store, _, _ = next(meeting)
+            yield
     except (ValueError, RuntimeError) as e:
         address = os.environ.get("MASTER_ADDR")
         port = os.environ.get("MASTER_PORT")
@@ -301,10 +333,6 @@ def find_the_others(timeout: datetime.timedelta) -> td.Store:
             f"the processes of this run do not find each other ({first_line(e)}; "
             f"MASTER_ADDR={address}, MASTER_PORT={port}); torchrun sets what they need"
         ) from None
-    store.set_timeout(timeout)
-    # torch gives a store that it makes itself the same prefix, which keeps the keys of the
-    # process group apart from torchrun's.
-    return td.PrefixStore("default_pg", store)
 
 
 @contextlib.contextmanager

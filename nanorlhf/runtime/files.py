@@ -171,6 +171,11 @@ def is_of_type(value, hint) -> bool:
     return type(value) is hint
 
 
+def is_number(value) -> bool:
+    """Whether a JSON value is a finite number."""
+    return is_of_type(value, float) and math.isfinite(value)
+
+
 def shorten(value) -> str:
     """How an error quotes a value that may be long."""
     text = repr(value)
@@ -252,6 +257,17 @@ def read_csv(path: str, text: str) -> list[tuple[str, dict]]:
 
 
 # ---------------------------------------------------------------------------------- writing JSON
+
+
+def without_nan(value):
+    """A value for JSON with None in the place of numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write_json(path: str, value):
@@ -560,9 +576,7 @@ def python_function(spec: str) -> Callable:
     path, _, name = spec.rpartition(":")
     require(os.path.isfile(path), f"{path}: no such file")
     module = import_file(os.path.abspath(path), os.path.getmtime(path))
-    # A module may have a __getattr__ of its own.
-    with user_code(f"{path}: looking for {name!r} raised"):
-        function = getattr(module, name, None)
+    function = getattr(module, name, None)
     require(callable(function), f"{path}: it defines no function {name!r}")
     is_async = inspect.iscoroutinefunction(function)
     require(

@@ -18,10 +18,10 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..hf.blocks import blocks, trainable
+from ..hf.blocks import blocks
 
 # Parts of a model that are units of their own, by name; they are never gathered in bfloat16.
 FLOAT32_UNITS = ("value_head", "score", "sae")
@@ -111,7 +111,7 @@ def gathered(*modules: nn.Module | None):
 
 
 @contextlib.contextmanager
-def whole(module: nn.Module | None = None, main: bool = True):
+def whole(module: nn.Module, main: bool):
     """Plain float32 tensors on the CPU in place of the shards, on the main process: any code can
     save the module.
 
@@ -168,28 +168,3 @@ def recomputed(forward: Callable, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def local_bytes(module: nn.Module, optimizer=None) -> dict[str, int]:
-    """Bytes on this process: {parameters, gradients, optimizer}.
-
-    In shards they are about 1 / world of the whole.
-    """
-    sizes = {"parameters": 0, "gradients": 0, "optimizer": 0}
-    for p in module.parameters():
-        sizes["parameters"] += count_bytes(p)
-        if p.grad is not None:
-            sizes["gradients"] += count_bytes(p.grad)
-    if optimizer is not None:
-        for _, p in trainable(module):
-            # Before its first step Adam holds nothing.
-            for value in optimizer.state.get(p, {}).values():
-                sizes["optimizer"] += count_bytes(value)
-    return sizes
-
-
-def count_bytes(tensor: Tensor) -> int:
-    """The bytes of what this process holds of a tensor."""
-    if is_dtensor(tensor):
-        tensor = tensor.to_local()
-    return tensor.numel() * tensor.element_size()

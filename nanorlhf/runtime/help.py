@@ -17,6 +17,7 @@ import typing
 from dataclasses import MISSING, Field, fields
 
 from .flags import choices_of
+from .settings import default_value
 
 INDENT = 2  # where flags begin
 COLUMN = 26  # where their help begins
@@ -101,9 +102,7 @@ def placeholder_of(flag: Field, hint) -> str:
 
 def describe_default(flag: Field) -> str:
     """ " (default: 0.05)", or nothing for an empty default; " (required)" where there is none."""
-    default = flag.default
-    if flag.default_factory is not MISSING:
-        default = flag.default_factory()
+    default = default_value(flag)
     if default is MISSING:
         return " (required)"
     if default is None or default is False or default in ("", []):

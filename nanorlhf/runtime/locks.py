@@ -29,16 +29,6 @@ class Lock(NamedTuple):
 held: dict[str, Lock] = {}  # {real path of a folder: the lock that this process has on it}
 
 
-def lock_folder(folder: str, dist) -> None:
-    """lock() on the main process; its error is raised on all of them. All processes call it."""
-
-    def lock_once():
-        if dist.main:
-            lock(folder)
-
-    dist.together(lock_once)
-
-
 def lock(folder: str) -> None:
     """Let no other process lock the folder. The folder is made if it is missing.
 

@@ -60,13 +60,11 @@ class RunFolder:
 
         # A folder that holds something else is refused before a lock file is put into it.
         def claim():
-            if not dist.main:
-                return
             self.find_state(config, free)
             if self.state != "done" or written_again:
                 lock(self.path)
 
-        dist.together(claim)
+        dist.on_main(claim)
         # Once more, on all processes: another run may have ended between the look and the lock.
         dist.together(lambda: self.find_state(config, free))
         if self.state == "new" and getattr(config, "resume", False):
@@ -127,8 +125,6 @@ class RunFolder:
         """
 
         def look():
-            if not self.dist.main:
-                return
             now = fingerprint_inputs(self.named, self.inputs)
             for name in changed_inputs(self.inputs, now):
                 raise InputError(
@@ -138,7 +134,7 @@ class RunFolder:
                 )
             self.inputs |= now
 
-        self.dist.together(look)
+        self.dist.on_main(look)
 
     def write_config(self):
         """Make the folder, and put the run's settings and fingerprints of its inputs into it."""
@@ -158,23 +154,19 @@ class RunFolder:
         if not self.dist.main:
             return
         state = state or {"step": 0}
-        step = state["step"]
-
-        # A checkpoint knows how long the logs were; one that is older than this knows its step.
-        logs = state.get("logs", {})
         for name in LOGS:
             path = os.path.join(self.path, name)
-            if name in logs:
-                os.truncate(path, logs[name]["size"])
-            elif step > 0:
-                write_lines(path, rows_until(path, step))
+            # A checkpoint knows how long the logs were.
+            if "logs" in state:
+                os.truncate(path, state["logs"][name]["size"])
             else:
                 write_lines(path, [])
 
         # The resumed run makes later evaluations again.
-        for name in os.listdir(self.path):
-            if name == "eval" or name.startswith("eval_"):  # eval_folder() of each split
-                remove_later(os.path.join(self.path, name), step)
+        for files in find_evaluations(self.path).values():
+            for step, file in files.items():
+                if step > state["step"]:
+                    os.remove(file)
 
     def append(self, name: str, rows):
         """Append JSON rows to a .jsonl file of the run."""
@@ -246,15 +238,18 @@ class RunFolder:
         self.remove_checkpoints()
         return summary
 
-    def save_model(self, save, *args):
-        """save(module, ..., folder) into model/, atomically.
+    def save_model(self, save, module, tokenizer):
+        """save(module, tokenizer, folder) into model/, atomically.
 
         All processes call this, since shards must be gathered first.
         """
-        # args[0] is the module, a policy for example. Its shards are gathered in here.
-        with whole(*args[:1], main=self.dist.main):
+
+        def write(path):
+            save(module, tokenizer, path)
+
+        with whole(module, self.dist.main):
             if self.dist.main:
-                replace_folder(os.path.join(self.path, "model"), lambda path: save(*args, path))
+                replace_folder(os.path.join(self.path, "model"), write)
         self.dist.barrier()
 
     def finish(self, summary: dict) -> dict:
@@ -276,28 +271,27 @@ class RunFolder:
             shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
 
 
-def rows_until(path: str, step: int) -> list[dict]:
-    """The rows of a log up to and with a step."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; restore it from a copy, or start the run again")
-    return [row for row in read_rows(path, {"step": int}) if row["step"] <= step]
-
-
-def remove_later(folder: str, last: int):
-    """Remove the evaluations of steps after `last`: the resumed run makes them again."""
-    if not os.path.isdir(folder):
-        return
-    for name in os.listdir(folder):
-        step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", name)
-        if step and int(step[1]) > last:
-            os.remove(os.path.join(folder, name))
-
-
 def eval_folder(label: str) -> str:
     """The folder of a split's answers: eval of the first split, eval_{label} of a further one."""
     if label == "eval":
         return "eval"
     return f"eval_{label}"
+
+
+def find_evaluations(folder: str) -> dict[str, dict[int, str]]:
+    """{split: {step: its file of answers}} of a run: the folder eval_ood is of the split ood."""
+    files_of_splits = {}
+    for name in os.listdir(folder):
+        split = re.fullmatch(r"eval(?:_([\w-]+))?", name)
+        if not split or not os.path.isdir(os.path.join(folder, name)):
+            continue
+        label = split[1] or "eval"
+        for file in os.listdir(os.path.join(folder, name)):
+            step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", file)
+            if step:
+                files = files_of_splits.setdefault(label, {})
+                files[int(step[1])] = os.path.join(folder, name, file)
+    return files_of_splits
 
 
 def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
@@ -347,8 +341,8 @@ class Progress:
         self.steps = steps
         self.start = start
         self.recommends_compile = not compiled and dist.device.type == "cuda"
-        self.begun = time.time()
-        self.last = 0.0  # when the last plain line was printed
+        self.begun = time.monotonic()
+        self.last = float("-inf")  # when the last plain line was printed
         self.quiet = not dist.main
         self.tty = sys.stderr.isatty()
         self.bar = tqdm(
@@ -363,7 +357,7 @@ class Progress:
         """Show that `step` is done."""
         if self.quiet:
             return
-        now = time.time()
+        now = time.monotonic()
         if self.recommends_compile:
             self.recommend_compile(now - self.begun, step)
 

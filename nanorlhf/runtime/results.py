@@ -35,8 +35,23 @@ def interval_row(mean, low, high) -> dict[str, float]:
     return {"mean": mean.item(), "low": low.item(), "high": high.item()}
 
 
-def in_one_line(function, *args):
-    """function(*args), its ValueErrors (floor 0 raises no others) as InputErrors."""
+def draw_intervals(axis, rows: dict[str, dict], colors: dict[str, str]):
+    """A dot with its interval for each {name: interval_row()}, side by side.
+
+    colors: {name: colour}; the others are grey.
+    """
+    for i, (name, row) in enumerate(rows.items()):
+        # errorbar() takes the lengths of the bars, not the ends of the interval. By rounding an end
+        # may lie on the wrong side of the mean.
+        below = max(0, row["mean"] - row["low"])
+        above = max(0, row["high"] - row["mean"])
+        color = colors.get(name, "grey")
+        axis.errorbar(i, row["mean"], [[below], [above]], fmt="o", color=color)
+    axis.set_xticks(range(len(rows)), list(rows), rotation=70)
+
+
+def with_input_errors(function, *args):
+    """function(*args), its ValueErrors as InputErrors: what is wrong is what a user gave."""
     try:
         return function(*args)
     except ValueError as e:
@@ -46,8 +61,7 @@ def in_one_line(function, *args):
 def results_folder(config, dist):
     """The folder of a command's results, which the same command writes again.
 
-    A folder of anything else is an error. config.json says whose results they are, since the flags
-    of `pairs` would pass for those of an early `reward`; those of older results do not say it.
+    A folder of anything else is an error. config.json says whose results they are.
     """
     # All settings are free: results may be made again with other flags, over the old ones.
     folder = RunFolder(config, dist, free=(*vars(config), "command"), written_again=True)
@@ -55,10 +69,8 @@ def results_folder(config, dist):
     stored = os.path.join(config.output_dir, "config.json")
     if os.path.isfile(stored):
         settings = read_object(stored, finite=False)
-        command = folder.config["command"]
-        is_same = settings.get("command", command) == command
         require(
-            is_same and "output_dir" in settings,
+            settings.get("command") == folder.config["command"],
             f"{config.output_dir} holds no results of this command, but something else; "
             "choose another --output_dir",
         )

@@ -4,8 +4,8 @@ Beside the settings stand fingerprints of what they name; fingerprints.py says w
 file needs neither torch nor transformers, so that what only draws or compares runs starts fast.
 """
 
-import dataclasses
 import json
+from dataclasses import MISSING, Field, asdict, fields
 
 from .files import check_fields, read_object
 
@@ -27,13 +27,20 @@ FINGERPRINT = {"digest": str, "size": int, "mtime": int}
 
 def as_json(config) -> dict:
     """The settings of a Config as they are when they have been written to JSON and read again."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(asdict(config)))
+
+
+def default_value(flag: Field):
+    """A flag's value where none is given; MISSING where one must be given."""
+    if flag.default_factory is not MISSING:
+        return flag.default_factory()
+    return flag.default
 
 
 def read_config(stored: str) -> dict:
     """What is in a run's config.json: settings, and as "inputs" fingerprints of what they name."""
     run = read_object(stored, {"inputs": dict | None}, finite=False)  # a setting may be infinite
-    run["inputs"] = run.get("inputs") or {}  # older runs have no fingerprints
+    run["inputs"] = run.get("inputs") or {}  # results of probe.py have none
     for name, fingerprint in run["inputs"].items():
         check_fields(fingerprint, FINGERPRINT, f"{stored}: the fingerprint of {name}")
     return run
@@ -48,11 +55,9 @@ def settings_that_differ(stored: str, config, free=()) -> list[str]:
     run = read_config(stored)
     run.pop("inputs", None)
     settings = as_json(config)
-    for field in dataclasses.fields(config):
-        if field.default is not dataclasses.MISSING:
-            run.setdefault(field.name, field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            run.setdefault(field.name, field.default_factory())
+    for flag in fields(config):
+        if default_value(flag) is not MISSING:
+            run.setdefault(flag.name, default_value(flag))
 
     # A setting of the run whose flag no longer exists counts as a difference.
     names = []

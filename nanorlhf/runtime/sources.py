@@ -183,9 +183,8 @@ def check_parts(paths: list[str]):
         if numbers:
             # Files of the same name, but for the first number.
             start = path[: numbers.start()]
-            n_there = 0
-            for other in paths:
-                n_there += other.startswith(start) and numbers[1] in other
+            same_name = [p for p in paths if p.startswith(start) and numbers[1] in p]
+            n_there = len(same_name)
             n_parts = int(numbers[2])
             is_whole = n_there >= n_parts
             require(is_whole, f"{path}: only {n_there} of {n_parts} such files are there")

@@ -38,17 +38,22 @@ def read_notes(path: str) -> dict[str, str]:
 def check_tensors(tensors: dict, shapes: dict, place: str):
     """InputError where tensors are not those that are expected: {name: shape}, or None for any.
 
-    Each must hold floating-point numbers, and all of them must be finite in float32.
+    Their numbers are checked too (check_numbers). The caller decides about tensors that are not
+    expected.
     """
-    # The caller decides about tensors that are not expected.
     for name, shape in shapes.items():
         require(name in tensors, f"{place}: the tensor {name} is missing")
-        tensor = tensors[name]
         if shape is not None:
             shape_wanted = list(shape)
-            shape_there = list(tensor.shape)
+            shape_there = list(tensors[name].shape)
             is_same = shape_there == shape_wanted
             require(is_same, f"{place}: {name} is {shape_there}, not {shape_wanted}")
+        check_numbers({name: tensors[name]}, place)
+
+
+def check_numbers(tensors: dict, place: str):
+    """InputError where a tensor holds no floating-point numbers, or one that is not finite."""
+    for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         is_float = tensor.is_floating_point()
         require(is_float, f"{place}: {name} holds {dtype}, not floating-point numbers")

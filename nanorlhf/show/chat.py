@@ -307,9 +307,7 @@ def sample_answers(
             step=turn,
         )
     # Rewards get the text without special tokens such as EOS, and also the ids that were sampled.
-    responses = []
-    for row_ids, is_real in zip(rollout.response_ids, rollout.response_mask):
-        responses.append(tokenizer.decode(row_ids[is_real], skip_special_tokens=True))
+    responses = rollout.texts(tokenizer)
     answers = answers_to(prompts.at([0] * config.n), responses, rollout.packed(), False)
     was_cut = (~rollout.finished).tolist()
     return answers, was_cut

@@ -35,7 +35,7 @@ OF_ANSWERS = "gold proxy variance kl kl_k2 kl_k3 length eos_rate distinct_2".spl
 BEST_BY = ("gold", "proxy", "accuracy")
 # Settings that say nothing of what was trained. The inputs (digests of files) are compared file by
 # file.
-PLACES = {"output_dir", "inputs", "resume"}
+NOT_COMPARED = {"output_dir", "inputs", "resume"}
 
 Pairs = list[tuple[Answer, Answer]]  # two answers to one prompt
 
@@ -150,7 +150,7 @@ def compare_settings(a: dict, b: dict) -> dict[str, list]:
     So do the contents of a file that both name, if it was changed between the runs.
     """
     differing = {}
-    for name in sorted(a.keys() & b.keys() - PLACES):
+    for name in sorted(a.keys() & b.keys() - NOT_COMPARED):
         values = [a[name], b[name]]
         if values[0] != values[1]:
             differing[name] = values
@@ -285,9 +285,9 @@ def compare_one(name: str, a: Run, b: Run, steps: list[int], split: str) -> dict
     """One metric at a step of each run."""
     step_a, step_b = steps
     pairs = read_pairs(a, step_a, b, step_b, split)
-    number_a = {name: a.evaluations[step_a][name]}
-    number_b = {name: b.evaluations[step_b][name]}
-    return compare_metrics(number_a, number_b, pairs)[name]
+    number_a = a.evaluations[step_a][name]
+    number_b = b.evaluations[step_b][name]
+    return {"a": number_a, "b": number_b, **subtract(name, number_a, number_b, pairs)}
 
 
 def keep_what_all_kinds_have(a: Run, b: Run):

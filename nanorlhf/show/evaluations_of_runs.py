@@ -9,7 +9,6 @@ What is read of each kind, where a step of best-of-n stands for n:
 K rewards, N answers to a prompt
 """
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -19,10 +18,10 @@ from ..bon import bon_estimate
 from ..chats import read_prompt, show
 from ..ensemble import combine, weighted_sum
 from ..errors import require
-from ..runtime.files import check_fields, is_of_type, read_file, read_object, read_rows
+from ..runtime.files import check_fields, is_number, read_file, read_object, read_rows
 from ..runtime.hints import check_made
 from ..runtime.log import eval_folder
-from ..runtime.results import in_one_line
+from ..runtime.results import with_input_errors
 from ..runtime.settings import read_config
 from .kinds import name_kind
 
@@ -104,15 +103,11 @@ def read_metrics(path: str, split: str) -> dict[int, dict[str, Number]]:
             se = record.get(f"{name}_se")
             # A metric has the split's prefix, and its standard error beside it. So gold_se is no
             # metric: there is no gold_se_se. A number that is not finite cannot be compared.
-            if metric != name and is_finite(value) and is_finite(se):
+            if metric != name and is_number(value) and is_number(se):
                 numbers[metric] = {"mean": value, "se": se}
         if numbers:
             evaluations[record["step"]] = numbers
     return evaluations
-
-
-def is_finite(value) -> bool:
-    return is_of_type(value, float) and math.isfinite(value)
 
 
 def read_curve(path: str, settings: dict) -> dict[int, dict[str, Number]]:
@@ -188,8 +183,8 @@ def combine_members(scores: torch.Tensor, settings: dict) -> torch.Tensor:
     """The proxy of a run: its rewards' scores [K, ...] -> [...]."""
     weights = settings.get("reward_weights")
     if weights:
-        return in_one_line(weighted_sum, scores, weights)
-    return in_one_line(combine, scores, *read_objective(settings))
+        return with_input_errors(weighted_sum, scores, weights)
+    return with_input_errors(combine, scores, *read_objective(settings))
 
 
 def choose_from_pool(run: Run, n: int) -> list[Answer]:

@@ -1,5 +1,7 @@
 """What kind of run a folder holds, said by the settings in its config.json."""
 
+import re
+
 # Which kind of run a config.json is of, by a setting: the first of these that it has. Several
 # scripts have label_noise and n_answers.
 KINDS = {
@@ -13,7 +15,7 @@ KINDS = {
 
 
 def name_kind(settings: dict) -> str:
-    """PPO, SFT, DPO, ...: which kind of run these settings are of."""
+    """PPO, SFT, DPO, probe.py features, ...: which kind of run these settings are of."""
     for name, kind in KINDS.items():
         if name in settings:
             break
@@ -21,4 +23,8 @@ def name_kind(settings: dict) -> str:
         return "run"
     if kind == "SFT":  # train_sft.py has several losses
         return str(settings.get("loss") or kind).upper()
+    if kind == "probe.py":
+        # A command's config is called after it: RewardFeatures of reward_features.
+        words = re.findall("[A-Z][a-z]*", str(settings["command"]))
+        return f"{kind} {'_'.join(words).lower()}"
     return kind

@@ -16,12 +16,11 @@ JSON. The script shows every text of the data as text, never as markup.
 import argparse
 import html
 import json
-import math
 import os
 import re
 
 from ..errors import InputError, first_line
-from ..runtime.files import check_output, replace_file
+from ..runtime.files import check_output, replace_file, without_nan
 from .page_answers import read_answers
 from .page_curves import Run, open_runs, read_panels
 from .page_results import draw_densities, read_best_of_n, read_features, read_tables
@@ -153,17 +152,6 @@ def to_json(value) -> str:
     value = without_nan(value)
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")
-
-
-def without_nan(value):
-    """A value for JSON with None in the place of numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {name: without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def read_web(*names: str) -> str:

@@ -9,14 +9,13 @@ missing. A file that is damaged is an InputError.
 
 import math
 import os
-import re
 from dataclasses import dataclass, field
 
 from ..errors import InputError
 from ..runtime import plots
-from ..runtime.curves import BEST_OF_N, read_records, without_common_ends
-from ..runtime.files import is_of_type, read_object
-from . import kinds
+from ..runtime.curves import logged_names, read_records, without_common_ends
+from ..runtime.files import is_number, read_object
+from .kinds import name_kind
 
 MOST_POINTS = 400  # of a line
 STANDARD_ERROR = "± 1 standard error"  # what low and high are, in words
@@ -82,9 +81,9 @@ def open_runs(folders: list[str]) -> list[Run]:
         if "model_type" in (config or {}):
             raise InputError(f"{folder}: no run here (its config.json is a model's)")
         records = read_records(folder)
-        kind = name_kind(config or {}, os.path.isfile(os.path.join(folder, BEST_OF_N)))
+        config = config or {}
         name = short_names[folder] or folder
-        runs.append(Run(folder, name, kind, config or {}, summary, records))
+        runs.append(Run(folder, name, name_kind(config), config, summary, records))
     return runs
 
 
@@ -93,17 +92,6 @@ def read_if_there(path: str) -> dict | None:
     if not os.path.isfile(path):
         return None
     return read_object(path, finite=False)
-
-
-def name_kind(config: dict, has_best_of_n: bool) -> str:
-    """What kind of run has these settings, in a word or two."""
-    if has_best_of_n:
-        return "best-of-n"
-    if "command" in config:
-        # Its config is called after it: RewardFeatures of reward_features.
-        words = re.findall("[A-Z][a-z]*", str(config["command"]))
-        return f"probe.py {'_'.join(words).lower()}"
-    return kinds.name_kind(config)
 
 
 def shorten(text: str) -> str:
@@ -124,8 +112,7 @@ def read_panels(runs: list[Run], answers: list[dict]) -> list[dict]:
     # What any of the runs has logged decides which panels there are.
     logged = set()
     for run in runs:
-        for record in run.records:
-            logged |= set(record)
+        logged |= logged_names(run.records)
 
     # The page begins with its main questions: does gold follow the proxy, and is the cue exploited?
     panels = []
@@ -220,9 +207,7 @@ def draw_metric(runs: list[Run], name: str, key: str) -> list[dict]:
     lines = []
     for run in runs:
         # Runs may have different splits, so each run's own log says which lines it has.
-        logged = set()
-        for record in run.records:
-            logged |= set(record)
+        logged = logged_names(run.records)
         n_evaluations = 0
         for label, line_key in plots.lines_of_panel(name, key, logged).items():
             what = label
@@ -279,10 +264,6 @@ def read_points(run: Run, key: str) -> list[list]:
         else:
             points.append([record["step"], value, None, None])
     return thin_out(points, MOST_POINTS)
-
-
-def is_number(value) -> bool:
-    return is_of_type(value, float) and math.isfinite(value)
 
 
 def thin_out(points: list, most: int) -> list:

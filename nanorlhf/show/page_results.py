@@ -12,8 +12,8 @@ import torch
 from ..chats import show
 from ..ensemble import combine_all
 from ..runtime.curves import BEST_OF_N, read_bon_curve
-from ..runtime.files import read_object, read_rows
-from .page_curves import STANDARD_ERROR, Run, finish_panels, is_number, shorten
+from ..runtime.files import is_number, read_object, read_rows
+from .page_curves import STANDARD_ERROR, Run, finish_panels, shorten
 
 POOL_ROW = {"responses": list[str], "scores": dict, "gold_scores": list[float] | None}
 # Of a command's many features so many are in its table.
@@ -164,11 +164,9 @@ def draw_densities(run: Run) -> list[dict]:
             continue
         density = result["density"]
         edges = density["log10_edges"]
-        # Older summaries call features latents.
-        counts = density.get("features") or density.get("latents")
         # A point stands in the middle between two edges.
         points = []
-        for low, high, count in zip(edges, edges[1:], counts):
+        for low, high, count in zip(edges, edges[1:], density["features"]):
             points.append([(low + high) / 2, count, None, None])
         lines.append({"series": name, "what": run.name, "points": points})
     if not lines:

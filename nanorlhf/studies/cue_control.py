@@ -14,16 +14,17 @@ world: what stops a policy from exploiting a spurious cue.
 One SFT policy, and one sparse autoencoder on it. A seed is 800 pairs with their
 own spurious cue; reward models on them, one dense and SARMs of all kinds; PPO
 against the dense one and against a SARM (--against); and then the question
-which features the policy has exploited. The answer is found by a written rule,
-identify(), which reads nothing but the summary.json of `probe.py
+which features the policy has exploited. The answer is found by a written rule
+(cue_identification.py), which reads nothing but the summary.json of `probe.py
 reward_features`, and it is written to identified/seed_S.json before the truth
-is read. Then PPO again, under control by these features: ARMS. How strong each
-method is was fixed before any gold was seen, the same for all seeds, in units
-that the human texts and the reward model give (see arms()). The arms do not
+is read. Then PPO again, under control by these features, arm by arm: arms().
+How strong each method is was fixed before any gold was seen, the same for all
+seeds, in units that the human texts and the reward model give. The arms do not
 cost the policy the same: a smaller effect of one may be a lower price.
 
 Every command is a plain call of a script; runs that are done are not done
-again. At the end tables over seeds, as text and in summary.json, and a picture.
+again. At the end tables over seeds, as text and in summary.json, and a picture
+(cue_control_results.py).
 
 On your own model (own_data.py) prompts, demonstrations and pairs are those of
 one half of both benchmarks' questions; reward models are measured on the other
@@ -33,7 +34,6 @@ reward_features` found, and name the features in its place, with --features.
 """
 
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +47,9 @@ from ..models import load_tokenizer
 from ..packing import Answers, pack
 from ..runtime import cli
 from ..runtime.distributed import setup
-from ..runtime.files import write_lines
+from ..runtime.files import read_rows, write_lines
 from ..runtime.results import parse_ids
-from ..stats import auc, t_interval
+from ..stats import auc
 from ..tokens import encode
 from .benchmark_data import describe_sides, divide_benchmarks, write_sides
 from .common import (
@@ -59,9 +59,10 @@ from .common import (
     print_title,
     read_flags,
     run_stage,
-    with_interval,
     write_summary,
 )
+from .cue_control_results import CONTROLLED, DENSE, control_tables, draw, over_seeds, print_table
+from .cue_identification import by_name, by_truth, identify
 from .own_data import (
     OwnDataFlags,
     describe_own_data,
@@ -91,17 +92,9 @@ SARMS = {
     "random_sae": ("sae_random", "joint"),
     "reward_first": ("", "frozen"),
 }
-DENSE = "dense"
-CONTROLLED = ("indicator", "hinge", "clamp", "density")
 CONTROLS = ("random", "negative", "kl_0.1", "kl_0.2")
 METRICS = ("gold", "proxy", "cue", "length", "kl", "distinct_2")
 DEMONSTRATIONS = 4000  # beside the pairs, to fit a reward model's autoencoder
-
-# The rule.
-FOLLOWS = 0.7  # AUC from which on a feature follows a token
-MOST = 5  # features that are penalised
-RARE = 0.02  # share of the texts on which a feature must fire to be a control
-NEAREST = 10  # a random control is one of so many that fire about equally often
 
 # The strengths.
 TAU = "q0.9"  # of the feature on human texts
@@ -121,67 +114,103 @@ QUICK = {"seeds": 1, "first_seed": 202, "sarms": ["reward_first"], "steps": 20}
 
 def first_commands(a):
     """The commands that can be known before any feature is: lists that can run side by side."""
-    out = a.output_dir
-    sft = sft_of(a)
-    demonstrations = own_flags(a, "demonstrations")
-    # A SARM needs an autoencoder of one model's residual stream, so there is no base. It has to
-    # normalise each token by itself and to have no ReLU: train_rm.py --sarm takes no other kind.
-    shape = f"--base none --site residual --layers {a.layer} --normalize token --relu False"
-
-    # On the SFT policy: the autoencoders that the SARMs start from.
-    saes = []
-    for name, flags in SAES.items():
-        if any(SARMS[sarm][0] == name for sarm in a.sarms):
-            saes.append(
-                f"train_sae.py --model {sft} {shape} {demonstrations}--output_dir {out}/{name} "
-                f"{a.sae_flags} {flags}"
-            )
-
     dense_models = []
     rm_saes = []
     sarms = []
     policies = []
     probes = []
     for s in seeds(a):
-        # The dense model: reward_first is put on it, and all SARMs are compared with it.
-        dense = f"{out}/rm/{DENSE}/seed_{s}"
-        rm_sae = f"{out}/rm_sae/seed_{s}"
-        train = f"train_rm.py {data_flags_of(a, s, 'pairs')}--seed {s}"
-        dense_models.append(f"{train} --model {sft} --output_dir {dense} {a.rm_flags}")
-        rm_saes.append(
-            f"train_sae.py --model {dense} {shape} --tokens last --dataset {texts_of(a, s)} "
-            f"--seed {s} --cache {rm_sae}_cache --output_dir {rm_sae} {a.rm_sae_flags}"
-        )
-        # SARMs learn from the same pairs. A SARM starts from the SFT policy and an autoencoder on
-        # it; reward_first starts from the dense model and an autoencoder on that.
-        for name in a.sarms:
-            sae, mode = SARMS[name]
-            start = f"--model {sft} --sarm {out}/{sae}"
-            if not sae:
-                start = f"--model {dense} --sarm {rm_sae} {a.head_flags}"
-            sarms.append(
-                f"{train} {start} --sarm_mode {mode} --output_dir {out}/rm/{name}/seed_{s} "
-                f"{a.rm_flags}"
-            )
-
-        # PPO without control; and what it did to the features.
-        policies.append(ppo(a, s, "plain", target(a, s)))
-        if a.against != DENSE:
-            policies.append(ppo(a, s, DENSE, dense))
-        answers = f"{out}/ppo/plain/seed_{s}/eval"
-        probes.append(
-            f"probe.py reward_features {reader_flags(a, s)} {data_flags_of(a, s, 'pairs')}"
-            f"--answers {answers}/step_{a.steps}.jsonl --against {answers}/step_0.jsonl "
-            f"--by differential --top 1000 --output_dir {out}/reward_features/seed_{s} "
-            f"{a.probe_flags}"
-        )
-        probes.append(
-            f"probe.py human_latents {reader_flags(a, s)} {demonstrations}"
-            f"--output {human_file(a, s)} {a.human_flags}"
-        )
+        dense_models.append(dense_command(a, s))
+        rm_saes.append(rm_sae_command(a, s))
+        sarms += sarm_commands(a, s)
+        policies += plain_policies(a, s)
+        probes += probe_commands(a, s)
         probes += evaluate_commands(a, s)
     # Commands read what the lists ahead of theirs have written.
-    return [sft_commands(a), saes + dense_models, rm_saes, sarms, policies, probes]
+    return [sft_commands(a), sae_commands(a) + dense_models, rm_saes, sarms, policies, probes]
+
+
+def shape_of_saes(a):
+    """The flags of the place and the kind of all autoencoders."""
+    # A SARM needs an autoencoder of one model's residual stream, so there is no base. It has to
+    # normalise each token by itself and to have no ReLU: train_rm.py --sarm takes no other kind.
+    return f"--base none --site residual --layers {a.layer} --normalize token --relu False"
+
+
+def sae_commands(a):
+    """The autoencoders on the SFT policy, which SARMs start from."""
+    commands = []
+    for name, flags in SAES.items():
+        if any(SARMS[sarm][0] == name for sarm in a.sarms):
+            commands.append(
+                f"train_sae.py --model {sft_of(a)} {shape_of_saes(a)} "
+                f"{own_flags(a, 'demonstrations')}--output_dir {a.output_dir}/{name} "
+                f"{a.sae_flags} {flags}"
+            )
+    return commands
+
+
+def train_rm(a, s):
+    """A command that trains a reward model of a seed begins with this: all learn from its pairs."""
+    return f"train_rm.py {data_flags_of(a, s, 'pairs')}--seed {s}"
+
+
+def dense_command(a, s):
+    """The dense model: reward_first is put on it, and all SARMs are compared with it."""
+    return (
+        f"{train_rm(a, s)} --model {sft_of(a)} --output_dir {rm_folder(a, DENSE, s)} {a.rm_flags}"
+    )
+
+
+def rm_sae_command(a, s):
+    """The autoencoder on the dense model's last tokens."""
+    folder = rm_sae_folder(a, s)
+    return (
+        f"train_sae.py --model {rm_folder(a, DENSE, s)} {shape_of_saes(a)} --tokens last "
+        f"--dataset {texts_of(a, s)} --seed {s} --cache {folder}_cache --output_dir {folder} "
+        f"{a.rm_sae_flags}"
+    )
+
+
+def sarm_commands(a, s):
+    """All kinds of SARM."""
+    commands = []
+    for name in a.sarms:
+        # A SARM starts from the SFT policy and an autoencoder on it; reward_first starts from the
+        # dense model and an autoencoder on that.
+        sae, mode = SARMS[name]
+        start = f"--model {sft_of(a)} --sarm {a.output_dir}/{sae}"
+        if not sae:
+            start = f"--model {rm_folder(a, DENSE, s)} --sarm {rm_sae_folder(a, s)} --lr 1e-2"
+        commands.append(
+            f"{train_rm(a, s)} {start} --sarm_mode {mode} --output_dir {rm_folder(a, name, s)} "
+            f"{a.rm_flags}"
+        )
+    return commands
+
+
+def plain_policies(a, s):
+    """PPO without control, against the reward model that is looked into and the dense one."""
+    commands = [ppo(a, s, "plain", target(a, s))]
+    if a.against != DENSE:
+        commands.append(ppo(a, s, DENSE, rm_folder(a, DENSE, s)))
+    return commands
+
+
+def probe_commands(a, s):
+    """What PPO did to the features, and what they are on human texts."""
+    answers = f"{a.output_dir}/ppo/plain/seed_{s}/eval"
+    features = (
+        f"probe.py reward_features {reader_flags(a, s)} {data_flags_of(a, s, 'pairs')}"
+        f"--answers {answers}/step_{a.steps}.jsonl --against {answers}/step_0.jsonl "
+        f"--by differential --top 1000 --output_dir {a.output_dir}/reward_features/seed_{s} "
+        f"{a.probe_flags}"
+    )
+    human = (
+        f"probe.py human_latents {reader_flags(a, s)} {own_flags(a, 'demonstrations')}"
+        f"--output {human_file(a, s)} {a.human_flags}"
+    )
+    return [features, human]
 
 
 def seeds(a):
@@ -236,7 +265,7 @@ def data_flags_of(a, s, name):
 
 def evaluate_commands(a, s):
     """The commands that measure a seed's reward models on the benchmarks; none in the world."""
-    folders = [f"{a.output_dir}/rm/{name}/seed_{s}" for name in (DENSE, *a.sarms)]
+    folders = [rm_folder(a, name, s) for name in (DENSE, *a.sarms)]
     commands = []
     if has_own_data(a):
         for name in benchmarks_of(a):
@@ -248,15 +277,25 @@ def evaluate_commands(a, s):
     return commands
 
 
+def rm_folder(a, name, s):
+    """The folder of a seed's reward model: DENSE, or a kind of SARM."""
+    return f"{a.output_dir}/rm/{name}/seed_{s}"
+
+
+def rm_sae_folder(a, s):
+    """The folder of the autoencoder on a seed's dense model."""
+    return f"{a.output_dir}/rm_sae/seed_{s}"
+
+
 def target(a, s):
     """The reward model that PPO is trained against."""
-    return f"{a.output_dir}/rm/{a.against}/seed_{s}"
+    return rm_folder(a, a.against, s)
 
 
 def feature_sae(a, s):
     """The autoencoder whose features are controlled; "" for a SARM, which has its own."""
     if a.against == DENSE:
-        return f"{a.output_dir}/rm_sae/seed_{s}"
+        return rm_sae_folder(a, s)
     return ""
 
 
@@ -305,125 +344,6 @@ def ppo(a, s, arm, reward_model, flags="", kl_coef=KL):
 
 
 # ------------------------------------------------------------------------- blind identification
-
-
-def identify(summary, s):
-    """The rule. summary.json of `probe.py reward_features` -> what is penalised, and its controls.
-
-    1. Exploited: after training the policy's answers have more of the feature than before; the
-       interval of its differential is above 0.
-    2. Suspicious: what it follows is no word. Of the tokens whose presence in a text goes with the
-       feature, the first, with an AUC of FOLLOWS or more, has no letter in it: a review is good for
-       what it says.
-    3. Of these tokens the one whose features have the largest differential; of its features at most
-       MOST, the largest first.
-
-    The head's weight is not asked: a model may reward a cue through other features than the one
-    that tells it best.
-    -> {token, features, random, negative (see choose_controls), suspects, numbers}; where nothing
-    is suspicious {token: None, features: []}.
-    """
-    # {"!": [(0.6, 2), (0.3, 1)], "~": [(0.5, 3)]}: for each token (gain, feature) pairs.
-    suspects = find_suspects(summary)
-    if not suspects:
-        return {"token": None, "features": []}
-    token = max(suspects, key=lambda token: max(suspects[token]))
-    largest_first = sorted(suspects[token], reverse=True)
-    ids = [feature for _, feature in largest_first[:MOST]]
-
-    # All numbers behind the answer go into its file, so that it can be judged from the file alone.
-    rows = {row["id"]: row for row in summary["features"]}
-    random_ids, negative_ids = choose_controls(rows, ids, s)
-    numbers = {}
-    for i in (*ids, *random_ids, *negative_ids):
-        numbers[i] = {"weight": rows[i]["weight"], **rows[i]["policy"]}
-    return {
-        "token": token,
-        "features": ids,
-        "random": random_ids,
-        "negative": negative_ids,
-        "suspects": suspects,
-        "numbers": numbers,
-    }
-
-
-def find_suspects(summary):
-    """Steps 1 and 2 of the rule: {token: [(mean differential, feature)]}."""
-    suspects = {}
-    for row in summary["features"]:
-        # A feature that was not described follows nothing.
-        if not row.get("tokens"):
-            continue
-
-        # A row's first token is the one whose AUC is farthest from chance.
-        token, area, *_ = row["tokens"][0]
-        gain = row["policy"]["differential"]
-        is_exploited = gain["low"] > 0
-        has_letter = any(character.isalpha() for character in token)
-        if is_exploited and area >= FOLLOWS and not has_letter:
-            suspects.setdefault(token, []).append((gain["mean"], row["id"]))
-    return suspects
-
-
-def choose_controls(rows, ids, s):
-    """Other features to penalise: for each of `ids` a random and a negative one. -> two lists
-
-    A random one fires about equally often on the answers before training. The negative ones are
-    those with the most negative weights, which a SARM punishes already; none without head weights.
-    A feature may be both, and a random one may follow the token less closely. rows {id: row}.
-    """
-    # A feature that hardly ever fires would be no control: a penalty on it costs nothing.
-    rates = {}
-    others = {}
-    for i, row in rows.items():
-        rates[i] = row["policy"]["rate_before"]
-        if i not in ids and rates[i] >= RARE:
-            others[i] = row
-
-    require(
-        len(others) >= len(ids),
-        f"{len(ids)} controls are needed that fire on {RARE:.0%} of the answers, and the reward "
-        f"model has {len(others)}: take an autoencoder in which fewer features are dead",
-    )
-
-    # Of equally near ones those count as nearer that come first in the set: the answers that were
-    # written down depend on that order.
-    rng = random.Random(s)
-    random_ids = []
-    for i in ids:
-        candidates = set(others) - set(random_ids)
-        nearest = sorted(candidates, key=lambda j: abs(rates[j] - rates[i]))
-        random_ids.append(rng.choice(nearest[:NEAREST]))
-
-    # An autoencoder on a dense reward model has no head, so its features have no weights.
-    weighted = [i for i, row in others.items() if row["weight"] is not None]
-    most_negative = sorted(weighted, key=lambda i: rows[i]["weight"])
-    return random_ids, most_negative[: len(ids)]
-
-
-def by_truth(summary, s):
-    """In the rule's place, where the truth is used: the MOST features that follow the cue best."""
-    cue = world.cue(s)
-    # A row has only the few tokens whose AUC is farthest from chance: most rows lack the cue.
-    areas = {}  # {feature: AUC}
-    for row in summary["features"]:
-        for token, area, *_ in row.get("tokens") or []:
-            if token.strip() == cue:
-                areas[row["id"]] = area
-    best_first = sorted(areas, key=areas.get, reverse=True)
-    return {"token": cue, "features": best_first[:MOST]}
-
-
-def by_name(summary, s, ids):
-    """In the rule's place, where --features are named: these, with controls as the rule has them.
-
-    InputError: one of them fires on no text.
-    """
-    rows = {row["id"]: row for row in summary["features"]}
-    for i in ids:
-        require(i in rows, f"--features {i}: it fires on none of the texts")
-    random_ids, negative_ids = choose_controls(rows, ids, s)
-    return {"token": None, "features": ids, "random": random_ids, "negative": negative_ids}
 
 
 def find_features(a, s):
@@ -598,11 +518,8 @@ def read_outcome(a, s, arm, when="after"):
         return outcome
 
     step = a.steps if when == "after" else 0
-    has_cue = []
-    with open(folder / "eval" / f"step_{step}.jsonl") as f:
-        for line in f:
-            words = json.loads(line)["response"].split()
-            has_cue.append(world.cue(s) in words)
+    rows = read_rows(f"{folder}/eval/step_{step}.jsonl", {"response": str})
+    has_cue = [world.cue(s) in row["response"].split() for row in rows]
     outcome["cue"] = sum(has_cue) / len(has_cue)
     return outcome
 
@@ -639,21 +556,6 @@ def outcomes_of(a, found):
     return outcomes
 
 
-def over_seeds(rows, base=None):
-    """[{metric: number}], one a seed -> {metric: (mean, half-width of its 95% interval)}.
-
-    base: such rows of the same seeds, which are subtracted seed by seed.
-    """
-    # A difference is taken within a seed: what its pairs and its cue do to both rows drops out.
-    table = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if base:
-            values = [value - other[name] for value, other in zip(values, base)]
-        table[name] = t_interval(values)
-    return table
-
-
 def accuracy_table(a):
     """{reward model: {accuracy, tau, less dense}} on the held-out pairs.
 
@@ -664,7 +566,7 @@ def accuracy_table(a):
     for name in (DENSE, *a.sarms):
         rows[name] = []
         for s in seeds(a):
-            summary = read_json(a.output_dir, "rm", name, f"seed_{s}", "summary.json")
+            summary = read_json(rm_folder(a, name, s), "summary.json")
             row = {"accuracy": summary["eval/accuracy"]}
             if has_own_data(a):
                 row |= read_benchmarks(a, s, name)
@@ -691,109 +593,6 @@ def read_benchmarks(a, s, name):
         results = list(summary["rewards"].values())[place]
         scores[benchmark] = results[summary["metrics"][0]][0]
     return scores
-
-
-def control_tables(outcomes):
-    """{title: {arm: {metric: (mean, half-width)}}} at the end of PPO.
-
-    Over all seeds; over those that found features, where not all did; and there less the plain
-    run's.
-    """
-    n_seeds = len(outcomes["plain"])
-    of_all_seeds = {}
-    for arm, rows in outcomes.items():
-        if len(rows) == n_seeds:
-            of_all_seeds[arm] = over_seeds(list(rows.values()))
-    tables = {"at the end": of_all_seeds}
-
-    # Arms can be compared only in the seeds that all of them have.
-    shared_seeds = seeds_of_all_arms(outcomes)
-    shared = {}
-    for arm, rows in outcomes.items():
-        shared[arm] = [rows[s] for s in shared_seeds]
-    if shared_seeds and len(of_all_seeds) < len(outcomes):
-        of_shared_seeds = {}
-        for arm, rows in shared.items():
-            of_shared_seeds[arm] = over_seeds(rows)
-        tables["at the end, seeds with features"] = of_shared_seeds
-
-    less_plain = {}
-    for arm, rows in shared.items():
-        if arm not in ("before", "plain"):
-            less_plain[arm] = over_seeds(rows, shared["plain"])
-    # The dense model's own scores are on another scale than the SARM's.
-    if DENSE in less_plain:
-        less_plain[DENSE].pop("proxy", None)
-    tables["less plain, the same seeds"] = less_plain
-    return tables
-
-
-def seeds_of_all_arms(outcomes):
-    """The seeds that every arm has: those that found features."""
-    return set.intersection(*(set(rows) for rows in outcomes.values()))
-
-
-def print_table(table):
-    """Rows of {name: (mean, half-width)} as text; a row may lack columns."""
-    columns = {}  # a dictionary keeps their order
-    for row in table.values():
-        columns |= dict.fromkeys(row)
-    # Arms of --features have long names.
-    width = max([16, *(len(name) + 1 for name in table)])
-    print(f"{'':{width}s}" + "".join(f"{column:>18s}" for column in columns))
-    for name, row in table.items():
-        line = f"{name:{width}s}"
-        for column in columns:
-            cell = with_interval(*row[column]) if column in row else ""
-            line += f"{cell:>18s}"
-        print(line)
-
-
-def draw(figure, outcomes):
-    """Gold and the rate of the cue, or what else there is, arm by arm.
-
-    A dot a seed (hollow where no features were found), and a bar at the mean of the filled ones.
-    """
-    labels = {
-        "cue": "share of held-out answers with the cue",
-        "gold": "gold reward, held out",
-        "proxy": "the reward model's score, held out",
-        "kl": "KL to the SFT policy, nats",
-    }
-    # The first two that were measured: own data have no cue, and may have no gold.
-    first_outcome = next(iter(outcomes["before"].values()))
-    shown = [metric for metric in labels if metric in first_outcome][:2]
-    shared_seeds = seeds_of_all_arms(outcomes)
-    figure.set_size_inches(9, 3.6)
-    for i, metric in enumerate(shown):
-        axis = figure.add_subplot(1, 2, i + 1)
-        for y, (arm, rows) in enumerate(outcomes.items()):
-            color = color_of(arm)
-            # The dots of an arm lie one above the other, in the order of the seeds.
-            for j, (s, row) in enumerate(rows.items()):
-                height = y + 0.5 * (j / max(1, len(rows) - 1) - 0.5)
-                fill = color if s in shared_seeds else "white"
-                axis.plot(row[metric], height, "o", ms=4, color=color, mfc=fill)
-            values = [row[metric] for s, row in rows.items() if s in shared_seeds]
-            if values:
-                mean = sum(values) / len(values)
-                axis.plot([mean, mean], [y - 0.4, y + 0.4], color=color)
-        axis.set_yticks(range(len(outcomes)), list(outcomes))
-        axis.invert_yaxis()
-        axis.set_xlabel(labels[metric])
-
-
-def color_of(arm):
-    """Black before PPO, red without control, blue with it, grey for the controls."""
-    # Such as "clamp" of truth_clamp and of named_3_17_clamp.
-    kind = arm.rpartition("_")[2]
-    if kind == "before":
-        return "black"
-    if kind in ("plain", DENSE):
-        return "C3"
-    if kind in CONTROLLED:
-        return "C0"
-    return "grey"
 
 
 # ------------------------------------------------------------------------------- flags, and main
@@ -835,15 +634,11 @@ class Settings(OwnDataFlags, StudyFlags):
     layer: int = HfArg(default=2, help="number of the block after which the SARMs end")
     steps: int = HfArg(default=40, help="rollouts of each PPO run")
     eval_every: int = HfArg(default=10, help="evaluate PPO every N rollouts")
-    picture: str = HfArg(
-        default="", help="the file of the picture; by default OUTPUT_DIR/control.png"
-    )
     sae_flags: str = HfArg(default="", help="further flags of train_sae.py")
     rm_sae_flags: str = HfArg(
         default="--expansion 4 --k 32 --batch_size 256",
         help="flags of the autoencoder on a reward model",
     )
-    head_flags: str = HfArg(default="--lr 1e-2", help="flags of reward_first's head")
     probe_flags: str = HfArg(default="", help="further flags of probe.py reward_features")
     human_flags: str = HfArg(default="", help="further flags of probe.py human_latents")
     evaluate_flags: str = HfArg(
@@ -884,12 +679,7 @@ def main(args=None):
         print_plan(plan(a), a, remarks, later=describe_control(a))
         return
     print_remarks(remarks)
-    # The files that the commands read and that no command writes.
-    if has_own_data(a):
-        write_sides(divide_benchmarks(benchmarks_of(a)), f"{a.output_dir}/data")
-    else:
-        for s in seeds(a):
-            write_texts(a, s)
+    write_data(a)
     # All that can be done before the features are known.
     for stage in first_commands(a):
         run_stage(stage, a.jobs)
@@ -899,18 +689,7 @@ def main(args=None):
     with cli.errors_in_one_line():
         for s in seeds(a):
             found[s] = find_features(a, s)
-
-    # PPO under control; arms() reads what the other runs wrote. The density needs human latents of
-    # the features that were found, so these are written only now.
-    densities = []
-    for s in seeds(a):
-        if found[s]["features"]:
-            densities.append(density_texts(a, s, found[s]))
-    run_stage(densities, a.jobs)
-    controlled = []
-    for s in seeds(a):
-        controlled += arms(a, s, found[s]).values()
-    run_stage(controlled, a.jobs)
+    run_controlled(a, found)
 
     # Without --truth the truth is read only from here on: all runs are done, so that nothing can be
     # decided by it.
@@ -922,6 +701,35 @@ def main(args=None):
         else:
             truths[s] = compare_with_truth(a, s, found[s])
             print_answer(a, s, found[s], truths[s])
+    show_results(a, found, truths)
+
+
+def write_data(a):
+    """Write the files that the commands read and that no command writes."""
+    if has_own_data(a):
+        write_sides(divide_benchmarks(benchmarks_of(a)), f"{a.output_dir}/data")
+    else:
+        for s in seeds(a):
+            write_texts(a, s)
+
+
+def run_controlled(a, found):
+    """PPO under control by the features that were found, {seed: what find_features() says}."""
+    # The density needs human latents of the features, so these are written only now.
+    densities = []
+    for s in seeds(a):
+        if found[s]["features"]:
+            densities.append(density_texts(a, s, found[s]))
+    run_stage(densities, a.jobs)
+    # arms() reads what the runs before have written.
+    controlled = []
+    for s in seeds(a):
+        controlled += arms(a, s, found[s]).values()
+    run_stage(controlled, a.jobs)
+
+
+def show_results(a, found, truths):
+    """Print the tables, and write them down with all that they are made of; draw the picture."""
     outcomes = outcomes_of(a, found)
     tables = {"reward models": accuracy_table(a), **control_tables(outcomes)}
     for title, table in tables.items():
@@ -935,8 +743,7 @@ def main(args=None):
         "tables": tables,
     }
     write_summary(Path(a.output_dir, named(a, "summary.json")), summary)
-    picture = a.picture or f"{a.output_dir}/{named(a, 'control.png')}"
-    draw_picture(draw, outcomes, picture)
+    draw_picture(draw, outcomes, f"{a.output_dir}/{named(a, 'control.png')}")
 
 
 def describe_differences(a):
@@ -980,4 +787,5 @@ def print_answer(a, s, found, truth):
 
 
 if __name__ == "__main__":
-    main()
+    with cli.errors_in_one_line():
+        main()

@@ -42,6 +42,7 @@ from shlex import quote
 from transformers.hf_argparser import HfArg
 
 from ..errors import at_least, require
+from ..runtime import cli
 from ..runtime.results import parse_ids
 from ..stats import t_interval
 from .common import (
@@ -545,4 +546,5 @@ def main(args=None):
 
 
 if __name__ == "__main__":
-    main()
+    with cli.errors_in_one_line():
+        main()

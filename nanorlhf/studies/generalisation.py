@@ -38,19 +38,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote, split
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from ..bon import bon_kl
+from ..chats import show
 from ..errors import require
 from ..evals.diversity_report import FILE
-from ..stats import t_interval, win_points
+from ..runtime import cli
+from ..runtime.files import read_rows
+from ..stats import pair_wins, t_interval
 from ..world import vocabulary
 from .common import (
     StudyFlags,
-    as_text,
     collect,
     describe_numbers,
     draw_picture,
@@ -71,6 +72,7 @@ from .own_data import (
     sft_of,
 )
 from .plan import print_plan
+from .tables import print_table, value_at_kl
 
 SFT = "sft"
 BON = "best_of_n"
@@ -112,9 +114,6 @@ class Settings(OwnDataFlags, StudyFlags):
     )
     encoder: str = HfArg(
         default="", help="a sentence encoder; by default the SFT policy's hidden states"
-    )
-    picture: str = HfArg(
-        default="", help="the file of the picture; by default OUTPUT_DIR/generalisation.png"
     )
     bon_flags: str = HfArg(default="", help="further flags of sample_bon.py")
     diversity_flags: str = HfArg(
@@ -383,13 +382,13 @@ def read_scores(path: str) -> dict[str, Tensor]:
     """A file of answers -> {"proxy": [P, K], "gold": [P, K] where there is gold}, float64."""
     # The K answers to a prompt stand in K lines, each with its prompt.
     by_metric = {}  # {"proxy": {prompt: [K numbers]}, ...}
-    for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
-        row = json.loads(line)
+    for row in read_rows(path, {"scores": dict}):
+        prompt = show(row["prompt"])  # a chat is a list, which cannot be a key
         # A system's answers are scored by one reward, so a line has one score beside gold.
         (proxy,) = row["scores"].values()
-        by_metric.setdefault("proxy", {}).setdefault(row["prompt"], []).append(proxy)
+        by_metric.setdefault("proxy", {}).setdefault(prompt, []).append(proxy)
         if row["gold"] is not None:
-            by_metric.setdefault("gold", {}).setdefault(row["prompt"], []).append(row["gold"])
+            by_metric.setdefault("gold", {}).setdefault(prompt, []).append(row["gold"])
 
     scores = {}
     for key, by_prompt in by_metric.items():
@@ -404,7 +403,7 @@ def win_rate(a: Tensor, b: Tensor) -> float:
     """
     # Every answer of A meets every answer of B: that has less noise than K random pairs.
     a, b = torch.broadcast_tensors(a[:, :, None], b[:, None])  # [P, K, J]
-    return win_points(a.flatten(), b.flatten()).mean().item()
+    return pair_wins(a.flatten(), b.flatten()).mean().item()
 
 
 def kl_of(a, name: str, seed: int, part: str) -> float:
@@ -425,27 +424,14 @@ def kl_of(a, name: str, seed: int, part: str) -> float:
     return summary["after"][key]
 
 
-def at_kl(rows: dict[str, dict], kind: str, kl: float, column: str) -> float | None:
-    """What a kind of KL has in a column at some KL.
-
-    It lies between the kind's cells (and SFT, at 0) on straight lines in sqrt(KL). None for a KL
-    beyond them.
-    """
-    # Every run starts from SFT, so SFT is a point at KL 0 for both kinds.
+def k1_at_kl(rows: dict[str, dict], kl: float, column: str) -> float | None:
+    """What k1 has in a column at some KL, between its cells and SFT; None for a KL beyond them."""
+    # Every run starts from SFT, so SFT is a point at KL 0.
     points = []
     for name, row in rows.items():
-        if name == SFT or name.startswith(f"{kind}_"):
+        if name == SFT or name.startswith("k1_"):
             points.append((row["KL"], row[column]))
-    kls, values = np.array(sorted(points)).T
-
-    # Between two points gold follows a line in d = sqrt(KL) better than a line in the KL, most of
-    # all near the start. An estimate of the KL may come out a little below 0.
-    d = np.sqrt(kls.clip(0))
-    kl = max(kl, 0.0)
-    # Beyond the last point np.interp() would repeat it, as if nothing changed any more.
-    if kl > d[-1] ** 2:
-        return None
-    return np.interp(kl**0.5, d, values).item()
+    return value_at_kl(sorted(points), kl)
 
 
 # --------------------------------------------------------------------------------------- all seeds
@@ -546,7 +532,7 @@ def less_at_its_kl(rows: dict[str, dict], name: str) -> dict[str, float | None]:
     for column, number in row.items():
         if column == "KL":
             continue
-        k1 = at_kl(rows, "k1", row["KL"], column)
+        k1 = k1_at_kl(rows, row["KL"], column)
         differences[column] = None
         if k1 is not None:
             differences[column] = number - k1
@@ -556,26 +542,13 @@ def less_at_its_kl(rows: dict[str, dict], name: str) -> dict[str, float | None]:
 # ------------------------------------------------------------------------------ tables and picture
 
 
-def print_table(rows: dict[str, dict[str, list[float]]]):
-    """A table of mean +- half-width: a line for each column of the rows.
-
-    In brackets it says how many seeds have a number, where not all do.
-    """
-    # There are more metrics than systems, so a line is a metric here, and a column is a system.
-    columns = {}  # a set that keeps the order
-    most = 0  # seeds
-    for row in rows.values():
-        columns |= dict.fromkeys(row)
-        for numbers in row.values():
-            most = max(most, len(numbers))
-
-    header = "".join(f"{name:>20s}" for name in rows)
-    print(f"{'':18s}{header}")
-    for column in columns:
-        line = f"{column:18s}"
-        for row in rows.values():
-            line += f"{as_text(row[column], most):>20s}"
-        print(line)
+def transpose(rows: dict[str, dict]) -> dict[str, dict]:
+    """{row: {column: numbers}} -> {column: {row: numbers}}"""
+    columns = {}
+    for name, row in rows.items():
+        for column, numbers in row.items():
+            columns.setdefault(column, {})[name] = numbers
+    return columns
 
 
 def draw(figure, tables: dict[str, dict]):
@@ -668,10 +641,12 @@ def main(args=None):
     )
     for title, rows in tables.items():
         print_title(title, a)
-        print_table(rows)
+        # There are more metrics than systems, so a line is a metric here, and a column is a system.
+        print_table(transpose(rows))
     write_summary(Path(a.output_dir, "summary.json"), {"settings": vars(a), "tables": tables})
-    draw_picture(draw, tables, a.picture or f"{a.output_dir}/generalisation.png")
+    draw_picture(draw, tables, f"{a.output_dir}/generalisation.png")
 
 
 if __name__ == "__main__":
-    main()
+    with cli.errors_in_one_line():
+        main()

@@ -77,17 +77,14 @@ def hidden_states(reward_model: RewardModel, rows: list[dict]) -> Tensor:
     return torch.cat(states)
 
 
-def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> list[float]:
+def measure_distances(run: str, pool_file: str, answers_each: int = 64) -> list[float]:
     """The mean distance of the answers of each evaluation of a finished PPO run, from known ones.
 
     The reward model is the first of the run's own. Known are the first answers of the SFT policy to
-    each prompt of a pool of sample_bon.py, `answers_each` of them; without a pool the answers of
-    the run's start. InputError: no such run or pool, a reward that is no model, or one that
-    has another tokenizer than the policy.
+    each prompt of a pool of sample_bon.py, `answers_each` of them. InputError: no such run or pool,
+    a reward that is no model, or one that has another tokenizer than the policy.
     Pitfall: a prompt that is not known is far away by itself, whatever its answer. So answers to
     other prompts than the pool's are left out.
-    Pitfall: the answers of the start are few, and the Gaussian is fitted to these very texts: their
-    own distance comes out too small.
     """
     fields = {"reward_model": list[str], "max_new_tokens": int, "chat_template": bool | None}
     settings = read_object(f"{run}/config.json", fields, finite=False)
@@ -95,18 +92,12 @@ def measure_distances(run: str, pool_file: str = "", answers_each: int = 64) -> 
     require(kind_of(spec) == "model", f"{run}: {spec} is no model, and has no hidden states")
     tokenizer = load_shared_tokenizer(run, [spec])
     reward_model = load_reward_model(spec)
-    evaluations = read_evaluations(run)
-
-    # evaluations[0] was made before the first step: its answers are the SFT policy's.
-    known_rows = evaluations[0]
-    if pool_file:
-        known_rows = read_pool_answers(pool_file, answers_each, tokenizer, settings)
+    known_rows = read_pool_answers(pool_file, answers_each, tokenizer, settings)
     known = KnownStates(hidden_states(reward_model, known_rows))
     known_prompts = [row["prompt_ids"] for row in known_rows]
 
     distances = []
-    for evaluation in evaluations:
-        # Answers to other prompts would be far away by their prompts alone.
+    for evaluation in read_evaluations(run):
         rows = [row for row in evaluation if row["prompt_ids"] in known_prompts]
         require(rows, f"{pool_file} has none of the prompts that {run} was evaluated on")
         distance = known.distance(hidden_states(reward_model, rows))

@@ -7,9 +7,9 @@ is {row: {column: [one number a seed]}}. What a seed has no number for is left o
 import numpy as np
 
 from ..bon import bon_kl
-from ..runtime.files import read_object, read_rows
+from ..runtime.files import read_object
 from .common import collect
-from .tables import draw_mean, shorten, subtract, value_at_kl
+from .tables import draw_mean, read_curves, shorten, subtract, value_at_kl
 
 PPO = "ppo"
 DPO = "dpo"
@@ -34,27 +34,8 @@ KS = (1, 4, 16, 64, 256)  # the k of max@k that tables show
 
 
 def read_run(folder: str) -> dict:
-    """The evaluations of a run on held-out prompts, and the seconds that it trained for.
-
-    -> {"step": [...], "gold": [...], ..., "entropy": [...], "seconds": [x]}. The entropy, in nats a
-    token, is that of the answers that the step learned from: None where nothing was sampled.
-    """
-    # metrics.jsonl has a line for each step. Some lines also have an evaluation's numbers:
-    #   {"step": 5, "entropy": 1.9, "seconds_rollout": 0.8, "eval/gold": -0.1, "eval/kl": 4.2, ...}
-    run = {name: [] for name in ("step", *EVALUATED, "entropy")}
-    seconds = 0.0
-    for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
-        # Time is counted over all steps, also those without an evaluation.
-        for name, value in row.items():
-            if name.startswith("seconds"):
-                seconds += value
-        if "eval/gold" not in row:
-            continue
-        run["step"].append(row["step"])
-        for name in EVALUATED:
-            run[name].append(shorten(row[f"eval/{name}"]))
-        run["entropy"].append(shorten(row.get("entropy")))
-    return run | {"seconds": [shorten(seconds)]}
+    """The evaluations of a run on held-out prompts: see tables.read_curves."""
+    return read_curves(folder, EVALUATED)
 
 
 def read_bon(folder: str) -> dict:

@@ -24,14 +24,16 @@ from transformers.hf_argparser import HfArg
 
 from ..runtime import cli
 from .common import (
-    Cell,
-    KeptFlags,
     StudyFlags,
     describe_numbers,
     draw_picture,
     join,
     print_title,
     read_flags,
+)
+from .kept_cells import (
+    Cell,
+    KeptFlags,
     results_file,
     run_cells,
 )
@@ -137,24 +139,19 @@ def flags_of(setting: Setting, steps: int, eval_every: int) -> str:
 # ----------------------------------------------------------------------------------------- cells
 
 
-def policy_cell(a, name: str, s, flags: str) -> Cell:
-    """A run of train_ppo.py against the seed's reward model."""
+def policy_cell(a, name: str, s, flags: str, on_gold: bool = False) -> Cell:
+    """A run of train_ppo.py against the seed's reward model, or against gold itself."""
     # The cell's name is also its folder: part/method/seed_s.
     out = a.output_dir
-    models = f"--model {out}/sft --reward_model {out}/rm/seed_{s}"
-    place = f"--seed {s} --output_dir {out}/{name}"
-    command = join("train_ppo.py", models, flags, place, a.ppo_flags)
+    reward_model = f"{out}/rm/seed_{s}"
     needs = [train_sft(a), train_reward_model(a, s)]
-    return Cell(name, command, needs, read_run)
-
-
-def gold_cell(a, name: str, s, flags: str) -> Cell:
-    """A run of train_ppo.py against gold itself."""
-    out = a.output_dir
-    models = f"--model {out}/sft --reward_model world:gold"
+    if on_gold:
+        reward_model = "world:gold"
+        needs = [train_sft(a)]
+    models = f"--model {out}/sft --reward_model {reward_model}"
     place = f"--seed {s} --output_dir {out}/{name}"
     command = join("train_ppo.py", models, flags, place, a.ppo_flags)
-    return Cell(name, command, [train_sft(a)], read_run)
+    return Cell(name, command, needs, read_run)
 
 
 def dpo_cell(a, name: str, s, setting: Setting, eval_every: int) -> Cell:
@@ -259,7 +256,8 @@ def gold_cells(a, chosen: dict[str, Setting]) -> tuple[list[Cell], list[Cell]]:
         for method, method_flags in ON_POLICY.items():
             no_kl = chosen[method]._replace(strength=0)
             flags = flags_of(no_kl, a.gold_steps, a.eval_every)
-            run = gold_cell(a, f"gold/{method}/seed_{s}", s, join(method_flags, flags))
+            flags = join(method_flags, flags)
+            run = policy_cell(a, f"gold/{method}/seed_{s}", s, flags, on_gold=True)
             runs.append(run)
 
             # Noise of its own: the pool of SFT has seed 0.

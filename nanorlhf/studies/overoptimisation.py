@@ -34,12 +34,14 @@ from transformers.hf_argparser import HfArg
 from ..errors import at_least, require
 from ..runtime import cli
 from .common import (
-    Cell,
-    KeptFlags,
     StudyFlags,
     draw_picture,
     print_title,
     read_flags,
+)
+from .kept_cells import (
+    Cell,
+    KeptFlags,
     results_file,
     run_cells,
     stages_of,
@@ -60,12 +62,13 @@ from .overoptimisation_results import (
 from .own_data import (
     OwnDataFlags,
     describe_own_data,
+    has_one_sft,
     has_own_data,
     pair_flags,
     print_remarks,
     prompt_flags,
     sft_of,
-    spaced,
+    sft_start,
 )
 from .plan import count, print_plan
 from .tables import print_table, shorten
@@ -75,7 +78,6 @@ from .warning_signs import compare_signs, print_signs
 FINETUNE = "finetune"  # all start from one SFT policy; each has a score head of its own
 PRETRAIN = "pretrain"  # each starts from an SFT policy of its own
 WARM = "warm"  # they share the SFT policy and the score head's start, and are averaged
-ENSEMBLES = (FINETUNE, PRETRAIN, WARM)
 
 
 class Method(NamedTuple):
@@ -139,11 +141,6 @@ QUICK = {
 # ------------------------------------------------------------------------------------------ SFT
 
 
-def has_one_sft(a) -> bool:
-    """Whether --model is the SFT policy, so that no further one can be trained."""
-    return bool(a.model) and not a.sft_dataset
-
-
 def sft_models(a, ensemble: str) -> list[str]:
     """The SFT policies that the members of an ensemble start from. The first is PPO's too."""
     # Here --model is the only SFT policy. (PRETRAIN was refused when the flags were read.)
@@ -165,13 +162,10 @@ def train_sfts(a, ensemble: str) -> list[str]:
     """The commands that train these SFT policies; none where --model is one."""
     if has_one_sft(a):
         return []
-    # In the embedded world train_sft.py starts from random weights, on the world's demonstrations.
-    start = ""
-    if a.sft_dataset:
-        start = f"--model {quote(a.model)} --dataset {quote(a.sft_dataset)} {spaced(a.data_flags)}"
     commands = []
     for i, folder in enumerate(sft_models(a, ensemble)):
-        commands.append(f"train_sft.py {start}--seed {i} --output_dir {folder} {a.sft_flags}")
+        place = f"--seed {i} --output_dir {folder}"
+        commands.append(f"train_sft.py {sft_start(a)}{place} {a.sft_flags}")
     return commands
 
 

@@ -16,7 +16,7 @@ from ..bon import bon_kl, fit_bon, fit_rl
 from ..runtime.files import read_object, read_rows
 from ..stats import kendall_tau
 from .common import collect
-from .tables import draw_mean, shorten, subtract
+from .tables import draw_mean, read_curves, shorten, subtract
 
 SINGLE = "single"  # one reward model
 
@@ -38,22 +38,7 @@ def read_ppo(folder: str) -> dict:
     last answers that they overrate most; "spread": [x], the standard deviation of their mean score
     on SFT's answers; "accuracy" and "tau": [x], theirs on held-out pairs; "seconds": [x].
     """
-    # metrics.jsonl has a line for each step. Some lines also have an evaluation's numbers:
-    #   {"step": 5, "entropy": 1.9, "seconds_rollout": 0.8, "eval/gold": -0.1, "eval/kl": 4.2, ...}
-    run = {name: [] for name in ("step", *EVALUATED, "entropy")}
-    seconds = 0.0
-    for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
-        # Time is counted over all steps, also those without an evaluation.
-        for name, value in row.items():
-            if name.startswith("seconds"):
-                seconds += value
-        if "eval/proxy" not in row:
-            continue
-        run["step"].append(row["step"])
-        for name in EVALUATED:
-            run[name].append(shorten(row.get(f"eval/{name}")))
-        # The entropy is that of the answers that the step learned from.
-        run["entropy"].append(shorten(row.get("entropy")))
+    run = read_curves(folder, EVALUATED)
     # read_with_distance() of overoptimisation.py fills this column: all runs have the same columns.
     run["distance"] = [None] * len(run["step"])
 
@@ -65,9 +50,7 @@ def read_ppo(folder: str) -> dict:
     run["overrated"] = list_overrated(last)
     run["spread"] = [shorten(float(mean_scores.std(ddof=1)))]
     # All columns are lists, as a run is said to be: a single number is a list of one.
-    run |= describe_reward_models(folder)
-    run["seconds"] = [shorten(seconds)]
-    return run
+    return run | describe_reward_models(folder)
 
 
 def read_answers(folder: str, step: int) -> list[dict]:

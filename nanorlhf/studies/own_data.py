@@ -78,24 +78,32 @@ def has_own_data(a) -> bool:
 # ---------------------------------------------------------------------------- in the commands
 
 
+def has_one_sft(a) -> bool:
+    """Whether --model is the SFT policy itself: it comes without demonstrations."""
+    return bool(a.model) and not a.sft_dataset
+
+
 def sft_of(a) -> str:
     """The SFT policy, as commands name it: the folder that it is trained in, or --model itself."""
     # quote(): a command is one line of text, in which a path with spaces would be several words.
-    if a.model and not a.sft_dataset:
+    if has_one_sft(a):
         return quote(a.model)
     return f"{a.output_dir}/sft"
 
 
 def sft_commands(a) -> list[str]:
     """The command that trains the SFT policy; none where --model is one."""
-    # A --model without demonstrations is the SFT policy itself.
-    if a.model and not a.sft_dataset:
+    if has_one_sft(a):
         return []
-    # In the embedded world train_sft.py starts from random weights.
-    start = ""
-    if a.sft_dataset:
-        start = f"--model {quote(a.model)} --dataset {quote(a.sft_dataset)} {spaced(a.data_flags)}"
-    return [f"train_sft.py {start}--output_dir {sft_of(a)} {a.sft_flags}"]
+    return [f"train_sft.py {sft_start(a)}--output_dir {sft_of(a)} {a.sft_flags}"]
+
+
+def sft_start(a) -> str:
+    """The flags of what an SFT policy is trained from, and on."""
+    # In the embedded world train_sft.py starts from random weights, on the world's demonstrations.
+    if not a.sft_dataset:
+        return ""
+    return f"--model {quote(a.model)} --dataset {quote(a.sft_dataset)} {spaced(a.data_flags)}"
 
 
 def pair_flags(a, seed: int) -> str:

@@ -10,7 +10,7 @@ from ..hf.activations import SITES
 from ..runtime.files import read_object, read_rows
 from ..runtime.log import cut_end, in_one_line
 from .common import collect, describe_numbers, print_title
-from .tables import print_table, shorten
+from .tables import print_table, read_seconds, shorten
 
 # What tables call the metrics of a run of train_ppo.py.
 EVALUATED = {
@@ -43,7 +43,7 @@ def read_policy(folder: str) -> dict:
             run[moment][name] = shorten(summary[moment][name])
             run[moment][f"{name}_se"] = shorten(summary[moment][f"{name}_se"])
         run["prompts"] = summary[moment]["proxy_n"]
-    run["seconds"] = seconds_of(folder)
+    run["seconds"] = read_seconds(folder)
     run["samples"] = read_samples(folder, summary["steps"])
     return run
 
@@ -65,20 +65,10 @@ def read_samples(folder: str, last_step: int) -> list[dict]:
     return complete
 
 
-def seconds_of(folder: str) -> float:
-    """The seconds that a run's steps took."""
-    seconds = 0.0
-    for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
-        for name, value in row.items():
-            if name.startswith("seconds"):
-                seconds += value
-    return shorten(seconds)
-
-
 def read_reward_model(folder: str) -> dict:
     """A reward model: its accuracy on held-out pairs, what length alone has there, its seconds."""
     summary = read_object(f"{folder}/summary.json")
-    run = {"seconds": seconds_of(folder)}
+    run = {"seconds": read_seconds(folder)}
     for name in ("accuracy", "accuracy_se", "longer_wins", "shorter_wins", "n_pairs"):
         run[name] = shorten(summary[f"eval/{name}"])
     return run

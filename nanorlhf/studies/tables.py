@@ -1,4 +1,5 @@
-"""Numbers of a study's runs: shortened, subtracted seed by seed, read off a curve; printed, drawn.
+"""Numbers of a study's runs: read, shortened, subtracted seed by seed, read off a curve; printed,
+drawn.
 
 A table is {row: {column: [one number a seed]}}.
 """
@@ -7,6 +8,7 @@ import math
 
 import numpy as np
 
+from ..runtime.files import read_rows
 from .common import as_text
 
 
@@ -15,6 +17,36 @@ def shorten(x: float | None) -> float | None:
     if x is None:
         return None
     return float(f"{x:.4g}")
+
+
+def read_curves(folder: str, columns: tuple[str, ...]) -> dict[str, list]:
+    """The evaluations of a run on held-out prompts, and the seconds that it trained for.
+
+    -> {"step": [...], each of the columns: [...], "entropy": [...], "seconds": [x]}, with None for
+    what was not measured. The entropy, in nats a token, is that of the answers that the step
+    learned from.
+    """
+    # metrics.jsonl has a line for each step. Some lines also have an evaluation's numbers:
+    #   {"step": 5, "entropy": 1.9, "seconds_rollout": 0.8, "eval/gold": -0.1, "eval/kl": 4.2, ...}
+    run = {name: [] for name in ("step", *columns, "entropy")}
+    for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
+        if "eval/proxy" not in row:
+            continue
+        run["step"].append(row["step"])
+        for name in columns:
+            run[name].append(shorten(row.get(f"eval/{name}")))
+        run["entropy"].append(shorten(row.get("entropy")))
+    return run | {"seconds": [read_seconds(folder)]}
+
+
+def read_seconds(folder: str) -> float:
+    """The seconds that a run's steps took, those without an evaluation too."""
+    seconds = 0.0
+    for row in read_rows(f"{folder}/metrics.jsonl", {"step": int}):
+        for name, value in row.items():
+            if name.startswith("seconds"):
+                seconds += value
+    return shorten(seconds)
 
 
 def subtract(numbers: list[float], others: list[float]) -> list[float]:

@@ -427,6 +427,18 @@ def measure_scoring(size, k, n, rounds, dist):
         ways[name] = functools.partial(pass_all, one_pass)
     measured = take_turns(ways, rounds)
 
+    result = describe_scorings(measured, list(passes), k, n)
+    result["largest_difference"] = max(differences)
+    result["tokens"] = {
+        "real": int(batch.lengths.sum()),
+        "sorted": count_ids(parts["sorted"]),
+        "unsorted": count_ids(parts["unsorted"]),
+    }
+    return result
+
+
+def describe_scorings(measured, passes, k, n):
+    """The figures of take_turns() on n answers. passes: the names of forward passes alone."""
     result = {}
     cpu = {}
     rest = {}
@@ -434,22 +446,16 @@ def measure_scoring(size, k, n, rounds, dist):
         # Microseconds an answer.
         cpu[name], seconds, inside = rows.T * 1e6 / n
         result[name] = {"cpu_us": spread(cpu[name]), "us": spread(seconds)}
-        if name in scorings:
+        if name not in passes:
             rest[name] = cpu[name] - inside
             result[name]["forward_cpu_us"] = spread(inside)
             result[name]["rest_cpu_us"] = spread(rest[name])
-    for kind in rewards:
+    for kind in ("ids", "texts"):
         ratio = rest[f"{kind}_{k}"] / rest[f"{kind}_1"]
         result[f"{kind}_rest_of_{k}_to_1"] = spread(ratio)
     result["unsorted_to_sorted"] = spread(cpu["unsorted"] / cpu["ids_1"])
     for name in passes:
         result[f"{name}_to_forward"] = spread(cpu[name] / cpu["forward"])
-    result["largest_difference"] = max(differences)
-    result["tokens"] = {
-        "real": int(batch.lengths.sum()),
-        "sorted": count_ids(parts["sorted"]),
-        "unsorted": count_ids(parts["unsorted"]),
-    }
     return result
 
 

@@ -55,7 +55,7 @@ import tempfile
 from dataclasses import dataclass
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests"), os.path.dirname(os.path.abspath(__file__))]
 
 
 @dataclass
@@ -335,10 +335,10 @@ def work(folder, distributed):
     import torch._dynamo
     import torch.distributed.fsdp
     import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
+    from held_bytes import local_bytes
 
     import train_ppo
     from nanorlhf.runtime import distributed as d
-    from nanorlhf.runtime.fsdp import local_bytes
 
     torch.set_num_threads(1)
     # Freed memory has to go back to the system, so that the peak is what was in use at once.

@@ -298,7 +298,7 @@ def compare_with_matmul(args, seconds, rate):
     return columns
 
 
-def main():
+def read_flags():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--model", default="", help="a causal LM's folder, instead of --size")
@@ -324,7 +324,11 @@ def main():
     parser.add_argument("--freeze_layers", type=float, default=0.0)
     parser.add_argument("--frozen_dtype", default="float32")
     parser.add_argument("--checkpoint_activations", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = read_flags()
     if args.model:
         args.size = REAL
         # No token ends an answer. (never_end() would change the weights of a model of one's own.)

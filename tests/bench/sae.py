@@ -27,7 +27,15 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import torch  # noqa: E402
 
-from nanorlhf.sae import SparseAutoencoder, TopKSAE, adam, measures, tally, train_step
+from nanorlhf.sae import (
+    SparseAutoencoder,
+    TopKSAE,
+    adam,
+    gradients,
+    measures,
+    tally,
+    update,
+)
 from train_sae import Config
 
 D, DIRECTIONS, ACTIVE, NOISE = 512, 2048, 16, 0.02
@@ -88,7 +96,8 @@ def train(sae, x, args):
     for step, rows in enumerate(draw_batches(len(x), args.batch, args.steps, args.seed)):
         clocks.append(read_clocks(args.device))
         batch = x[rows.to(args.device)]
-        train_step(sae, optimizer, batch, config.rate(step), **options)
+        gradients(sae, batch, **options)
+        update([sae], optimizer, config.rate(step))
     clocks.append(read_clocks(args.device))
     return clocks
 

@@ -97,13 +97,13 @@ def test_a_latent_that_never_fires_has_zeros_and_may_be_left_out(forty_pairs):
         torch.testing.assert_close(left, whole[..., :-1])
 
 
-def resample_pairs(groups, resamples, seed):
+def resample_pairs(groups, resamples):
     """Lists of pairs: each draws as many groups as there are, and takes all pairs of each one.
 
-    The draws are contrast()'s, from the same seed.
+    The draws are contrast()'s, from the seed 0.
     """
     n_groups = max(groups) + 1
-    draws = torch.randint(n_groups, (resamples, n_groups), generator=seeded(seed))
+    draws = torch.randint(n_groups, (resamples, n_groups), generator=seeded(0))
     samples = []
     for drawn_groups in draws.tolist():
         rows = []
@@ -124,16 +124,16 @@ def test_intervals_are_those_of_resampled_prompts(monkeypatch):
     groups = [i * 2 // 3 for i in range(24)]
     groups.append(7)  # the last pair belongs to an earlier prompt
 
-    found = contrast(chosen, rejected, w, torch.tensor(groups), resamples=300, level=0.9, seed=5)
+    found = contrast(chosen, rejected, w, torch.tensor(groups), resamples=300)
 
     differentials = []
     contributions = []
-    for rows in resample_pairs(groups, 300, seed=5):
+    for rows in resample_pairs(groups, 300):
         sample = contrast_by_loops(chosen, rejected, w, rows)
         differentials.append(sample["differential"])
         contributions.append(sample["contribution"])
-    # The middle 90% lies between the 5th and the 95th percentile.
-    ends = torch.tensor([0.05, 0.95]).double()
+    # The middle 95% lies between these percentiles.
+    ends = torch.tensor([0.025, 0.975]).double()
     expected = torch.tensor(differentials).double().quantile(ends, 0)  # [2, 5]
     torch.testing.assert_close(found.differential_interval, expected, rtol=1e-6, atol=1e-6)
     expected = torch.tensor(contributions).double().quantile(ends, 0)
@@ -156,10 +156,8 @@ def test_where_nothing_fires_the_differential_is_0():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rejected": torch.zeros(4, 2)}, r"\[5, 2\] and \[4, 2\]"),
-        ({"weights": torch.zeros(3)}, "3 weights for 2 features"),
-        ({"groups": torch.zeros(4)}, "4 groups for 5 pairs"),
-        ({"chosen": torch.zeros(0, 2), "rejected": torch.zeros(0, 2)}, "must both be"),
+        ({"groups": torch.zeros(4)}, "4 groups for 5 rows"),
+        ({"chosen": torch.zeros(0, 2), "rejected": torch.zeros(0, 2)}, "at least one row"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, words):

@@ -260,8 +260,9 @@ PAIRS = {
     "win": (-10.0, -20.0, -13.0, -20.0, 1.0),  # 3
     "loss": (-16.0, -20.0, -13.0, -20.0, 0.0),  # -3
     "tie": (-10.0, -20.0, -10.0, -20.0, 0.5),  # 0
-    "within rounding": (-300 + 1e-5, -200.0, -300.0, -200.0, 0.5),  # 1e-5 of log-probs of -1000
-    "above rounding": (-1.0 + 1e-5, -1.0, -1.0, -1.0, 1.0),  # 1e-5 of log-probs of -4
+    "tie of certainties": (0.0, 0.0, 0.0, 0.0, 0.5),  # 0, of log-probs of 0
+    "within rounding": (-300 + 9e-4, -200.0, -300.0, -200.0, 0.5),  # 9e-4 of log-probs of -1000
+    "above rounding": (-300 + 11e-4, -200.0, -300.0, -200.0, 1.0),  # 11e-4 of log-probs of -1000
 }
 
 
@@ -271,7 +272,7 @@ def test_ties_of_pairs_by_hand():
     points = pair_points(pi_c, pi_r, ref_c, ref_r, 1e-6)
     assert points.tolist() == expected.tolist()
     _, stats = dpo_loss(pi_c, pi_r, ref_c, ref_r, 0.2, rounding=1e-6)
-    assert stats["accuracy"].item() == pytest.approx(3 / 5)
+    assert stats["accuracy"].item() == pytest.approx(3.5 / 6)
 
 
 def test_ties_of_simpo_are_within_the_rounding_of_log_probs():

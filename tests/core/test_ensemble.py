@@ -12,7 +12,14 @@ import torch
 from checks import refuses
 from torch import nn
 
-from nanorlhf.ensemble import average_weights, combine, variance, weighted_sum
+from nanorlhf.ensemble import (
+    average_weights,
+    combine,
+    combine_all,
+    objective_of,
+    variance,
+    weighted_sum,
+)
 
 OBJECTIVES = ["mean", "wco", "uwo"]
 
@@ -81,6 +88,19 @@ def test_lambda_is_a_half_by_default():
     assert combine(scores, "uwo").equal(half)
 
 
+def test_all_objectives_at_once():
+    scores = torch.randn(4, 9)
+    combined = combine_all(scores, [0.1, 2.0])
+    assert list(combined) == ["mean", "wco", "uwo_0.1", "uwo_2"]
+    assert combined["mean"].equal(combine(scores, "mean"))
+    assert combined["wco"].equal(combine(scores, "wco"))
+    assert combined["uwo_0.1"].equal(combine(scores, "uwo", 0.1))
+    assert combined["uwo_2"].equal(combine(scores, "uwo", 2.0))
+    assert [objective_of(label) for label in combined] == ["mean", "wco", "uwo", "uwo"]
+    assert objective_of("uwo_") is None
+    assert objective_of("gold") is None
+
+
 def test_an_ensemble_never_scores_above_its_mean():
     scores = torch.randn(5, 100)
     mean = combine(scores, "mean")
@@ -118,6 +138,7 @@ MISTAKES = {
     "unknown objective": (ZEROS, "median", 0.5, "must be one of mean, wco, uwo"),
     "negative lambda": (ZEROS, "uwo", -0.1, "at least 0"),
     "lambda NaN": (ZEROS, "uwo", NAN, "at least 0"),
+    "lambda infinite": (ZEROS, "uwo", INF, "at least 0"),
     "no member": (torch.zeros(0, 3), "mean", 0.5, "at least one member"),
     "no dimension": (torch.tensor(1.0), "mean", 0.5, "at least one member"),
     "score NaN": (torch.tensor([[1.0, NAN]]), "wco", 0.5, "not finite"),

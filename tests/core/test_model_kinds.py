@@ -23,6 +23,7 @@ from transformers import (
 from nanorlhf.errors import InputError
 from nanorlhf.hf import adapters
 from nanorlhf.hf.blocks import blocks
+from nanorlhf.hf.decode import cache_name
 from nanorlhf.hf.folders import check_model, context_length, hidden_width, readable_length
 from nanorlhf.hf.lora import add_lora
 from nanorlhf.models import (
@@ -161,7 +162,8 @@ def test_a_text_within_the_context_is_read_alike_with_and_without_a_cache(kind):
 
     whole = lm(input_ids=ids).logits
     begun = lm(input_ids=ids[:, :10], use_cache=True)
-    rest = lm(input_ids=ids[:, 10:], past_key_values=begun.past_key_values).logits
+    name_of_cache = cache_name(type(lm.base_model))
+    rest = lm(input_ids=ids[:, 10:], **{name_of_cache: getattr(begun, name_of_cache)}).logits
 
     same(rest, whole[:, 10:])
 

@@ -249,9 +249,9 @@ def test_a_large_entropy_coefficient_does_not_overflow():
 
 
 def test_entropy_of_a_flat_distribution_is_log_v():
-    flat = torch.zeros(2, 8)
+    flat = torch.zeros(2, 3, 8)
     found = entropy(flat.log_softmax(-1), flat.softmax(-1))
-    same(found, [math.log(8), math.log(8)], 1e-6)
+    same(found, torch.full((2, 3), math.log(8)), 1e-6)
 
 
 # --------------------------------------------- a two-step world of 9 sequences, enumerated whole
@@ -476,6 +476,29 @@ def test_score_scaler_first_divides_by_the_std_of_the_first_batch():
         same(scaler(batch), batch / std)  # no centring
 
 
+def test_score_scaler_adds_up_float32_scores_in_float64():
+    scaler = ScoreScaler("running")
+    batches = [(7000 + batch).float() for batch in BATCHES]
+    for batch in batches:
+        scaler(batch)
+    numbers = np.concatenate(batches).astype(np.float64)
+    n, mean, squares = scaler.moments
+    assert (n, mean) == (12, pytest.approx(numbers.mean(), rel=1e-13))
+    assert squares == pytest.approx(12 * numbers.var(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["first", "running"])
+def test_score_scaler_leaves_scores_without_spread_as_they_are(kind):
+    scaler = ScoreScaler(kind)
+    one = torch.tensor([3.0])
+    equal = torch.tensor([3.0, 3.0, 3.0])
+    same(scaler(one), one)
+    same(scaler(equal), equal)
+    # Then there is some. All so far are 3, 3, 3, 3, 1, 5: the squared deviations are 8 in all.
+    batch = torch.tensor([1.0, 5.0])
+    same(scaler(batch), batch / (8 / 5) ** 0.5, 1e-6)
+
+
 def test_score_scaler_knows_its_kinds():
     with pytest.raises(ValueError):
         ScoreScaler("centred")
@@ -576,6 +599,14 @@ def test_gae_of_gamma_and_lambda_one_returns_the_reward_to_go(bootstrapped):
         same(returns[b, real], reward_to_go)
 
 
+def test_gae_of_responses_of_one_token():
+    rewards = torch.tensor([[1.0], [2.0]])
+    values = torch.tensor([[0.5], [-1.0]])
+    advantages, returns = gae(rewards, values, torch.ones(2, 1).bool(), 0.9, 0.8)
+    same(advantages, [[0.5], [3.0]])
+    same(returns, rewards)
+
+
 PADDINGS = {
     "right": [0, 1, 2],
     "left": [3, 4, 5],
@@ -610,6 +641,14 @@ def test_masked_moments_are_those_of_the_tokens():
     numbers = pick_tokens(x)
     mean, var = masked_moments(x, MASK)
     same(torch.stack([mean, var]), [numbers.mean(), numbers.var()])  # ddof 0
+
+
+def test_masked_moments_of_float32_are_computed_in_float64():
+    x = (700 + 3 * randn(5, 5)).float()
+    numbers = pick_tokens(x)  # float64
+    mean, var = masked_moments(x, MASK)
+    assert mean.item() == pytest.approx(numbers.mean(), rel=1e-14)
+    assert var.item() == pytest.approx(numbers.var(), rel=1e-12)
 
 
 def test_moments_of_no_token():
@@ -741,6 +780,9 @@ def test_ratio_is_exactly_one_for_equal_logprobs():
     loss, stats = policy_loss(old_logprobs, old_logprobs, ADVANTAGES.float(), MASK, 0.2)
     assert stats == {"ratio_mean": 1, "ratio_max": 1, "clip_fraction": 0, "approx_kl": 0}
     same(loss, -ADVANTAGES[MASK].mean(), 1e-6)
+    # A ratio on the edge of the range is not outside it.
+    _, stats = policy_loss(old_logprobs, old_logprobs, ADVANTAGES.float(), MASK, 0.0)
+    assert stats["clip_fraction"] == 0
 
 
 def test_the_largest_ratio_is_not_that_of_padding():

@@ -21,6 +21,7 @@ from transformers import (
     BloomConfig,
     DeepseekV32Config,
     Gemma2Config,
+    GPTNeoXModel,
     MambaConfig,
     MistralConfig,
     OPTConfig,
@@ -29,10 +30,22 @@ from transformers import (
 
 import nanorlhf.hf.decode
 import nanorlhf.rollout
+from nanorlhf.errors import InputError
+from nanorlhf.hf.decode import cache_name
 from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, response_mask_of
-from nanorlhf.rollout import BLOCK, WIDE, Sampler, generate, left_pad, sample, truncate, uniforms
+from nanorlhf.rollout import (
+    BLOCK,
+    WIDE,
+    Sampler,
+    check_rollouts,
+    generate,
+    left_pad,
+    sample,
+    truncate,
+    uniforms,
+)
 
 B, R, SEED, STEP = 10, 14, 14, 3
 PROMPTS = random_rows((5, 2, 7, 1, 3, 4, 7, 2, 6, 3), seed=4)
@@ -80,7 +93,7 @@ def same(a, b, tol=1e-4):
 def fresh_forward(policy, rollout, **options):
     """What the policy says of a rollout's texts, packed, as training sees them."""
     batch = rollout.packed()
-    return policy(batch, response_mask_of(batch, R), **options)
+    return policy(batch, rollout.response_mask, **options)
 
 
 # ------------------------------------------------------------------------------ the naive sampler
@@ -299,10 +312,31 @@ def test_other_attentions(config):
 
 
 def test_a_model_without_a_kv_cache_is_refused():
+    """It ignores the cache, or, from transformers 5.24 on, keeps another kind of state in it."""
     config = MambaConfig(**SPECIAL, hidden_size=32, num_hidden_layers=2, state_size=4)
     policy = Policy(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match="cache"):
-        roll(policy, new=2)
+    with pytest.raises(InputError, match="MambaForCausalLM"):
+        check_rollouts(policy)
+
+
+class NewerTrunk(GPTNeoXModel):
+    """A trunk whose forward and output call the cache `cache`, as from transformers 5.24 on."""
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache, cache):
+        older_or_newer = {cache_name(GPTNeoXModel): cache}
+        hidden = super().forward(
+            input_ids, attention_mask, position_ids=position_ids, **older_or_newer
+        )
+        return SimpleNamespace(last_hidden_state=hidden.last_hidden_state, cache=cache)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_model_may_call_its_cache_by_the_newer_name(static, strict):
+    expected = roll(tiny_policy("neox"), static=static, eos_token_id=5)
+    policy = tiny_policy("neox")
+    policy.lm.base_model.__class__ = NewerTrunk
+
+    same_rollouts(roll(policy, static=static, eos_token_id=5), expected)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -476,6 +510,12 @@ def test_left_pad():
 def test_the_temperature_is_positive(temperature):
     with pytest.raises(ValueError, match="temperature"):
         roll(tiny_policy("neox"), temperature=temperature)
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}], ids=str)
+def test_a_cut_leaves_something(cut):
+    with pytest.raises(ValueError, match="top_p"):
+        roll(tiny_policy("neox"), **cut)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -14,13 +14,14 @@ from nanorlhf.stats import (
     bootstrap,
     logistic,
     mean_over_groups,
+    mean_se,
+    pair_wins,
     percentiles,
     r_squared,
     ratio,
     ridge,
     t_interval,
     t_quantile,
-    win_points,
 )
 
 NAN = float("nan")
@@ -60,6 +61,14 @@ def test_ratio_against_simulation():
     assert means.mean().item() == pytest.approx(2, abs=0.03)
     spread = means.std().item()
     assert errors.mean().item() == pytest.approx(spread, rel=0.1)
+
+
+def test_mean_and_standard_error_by_hand():
+    # The squared deviations of 1, 2, 6 from 3 are 14 in all: a variance of 7 (ddof 1), over 3 rows.
+    number = mean_se(torch.tensor([1.0, 2.0, 6.0]))
+    assert number == {"mean": 3.0, "se": pytest.approx((7 / 3) ** 0.5), "n": 3}
+    assert mean_se(torch.tensor([4, 6])) == {"mean": 5.0, "se": pytest.approx(1.0), "n": 2}
+    assert mean_se(torch.tensor([4.0])) == {"mean": 4.0, "se": 0.0, "n": 1}
 
 
 # ------------------------------------------------------------------------------------- bootstrap
@@ -186,7 +195,7 @@ def test_bootstrap_settings(setting):
 # -------------------------------------------------------------------------------- wins and groups
 
 
-def test_win_points_are_the_loop():
+def test_pair_wins_are_the_loop():
     a = torch.randint(4, (50,), generator=seeded(0)) / 3
     b = torch.randint(4, (50,), generator=seeded(1)) / 3
     expected = []
@@ -198,15 +207,8 @@ def test_win_points_are_the_loop():
         else:
             expected.append(0.0)
     assert set(expected) == {0, 0.5, 1}
-    assert win_points(a, b).tolist() == expected
-    assert (win_points(a, b) + win_points(b, a) == 1).all()
-
-
-def test_win_points_need_two_equally_long_lists_of_finite_numbers():
-    with refuses("win_points"):
-        win_points(torch.zeros(2), torch.zeros(3))
-    with refuses("win_points"):
-        win_points(torch.zeros(2), torch.tensor([1.0, NAN]))
+    assert pair_wins(a, b).tolist() == expected
+    assert (pair_wins(a, b) + pair_wins(b, a) == 1).all()
 
 
 def test_mean_over_groups_by_hand():

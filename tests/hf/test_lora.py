@@ -7,7 +7,6 @@ PEFT's layout, and tiny runs of the scripts.
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +44,6 @@ import nanorlhf.models
 import train_rm
 from nanorlhf import world
 from nanorlhf.errors import InputError
-from nanorlhf.hf import lora
 from nanorlhf.hf.adapters import load_adapter, save_adapter
 from nanorlhf.hf.blocks import trainable
 from nanorlhf.hf.folders import check_model
@@ -91,7 +89,7 @@ def shake(lm):
     return lm
 
 
-def make_lora_lm(architecture, pattern="all-linear", rank=3):
+def make_lora_lm(architecture, pattern=("all-linear",), rank=3):
     """A tiny model with adapters, as they are at the start."""
     lm = tiny_lm(architecture)
     add_lora(lm, pattern, rank=rank, alpha=5.0)
@@ -444,11 +442,8 @@ def test_the_reference_of_full_kl_is_as_good_as_a_second_copy(monkeypatch, chunk
 @pytest.mark.parametrize(
     "architecture, options, words",
     [
-        ("neox", {"rank": 0}, "rank of at least 1"),
-        ("neox", {"dropout": 1.0}, "dropout"),
         ("neox", {"pattern": ["q_proj"]}, "q_proj.*GPTNeoXForCausalLM.*query_key_value"),
         ("neox", {"pattern": ["query_key_value", "q_proj"]}, "q_proj"),
-        ("neox", {"pattern": "query_key_value"}, "query_key_value"),  # not the whole name
         ("gpt2", {"pattern": ["wte"]}, "wte"),  # not a linear layer
         ("llama", {"pattern": ["*proj"]}, "regular expression"),
         ("gpt2", {"pattern": ["lm_head"]}, "tied"),
@@ -463,30 +458,6 @@ def test_wrong_adapters_are_one_line(architecture, options, words):
 def test_a_model_has_adapters_once():
     with pytest.raises(InputError, match="already"):
         add_lora(make_lora_lm("neox"))
-
-
-def assert_no_alarm():
-    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
-ENDLESS = [r"(((a|.)+)+)+!", r"(.*)*!", ".*" * 40 + "!", ".?" * 60 + "!"]
-
-
-@pytest.mark.parametrize("pattern", ENDLESS)
-def test_a_search_without_end_is_ended(monkeypatch, pattern):
-    monkeypatch.setattr(lora, "SEARCH_SECONDS", 0.05)
-    lm = tiny_lm("neox")
-    for given in (pattern, [pattern]):
-        with pytest.raises(InputError, match="takes too long"):
-            add_lora(lm, given)
-    assert not adapters(lm)
-    assert_no_alarm()
-
-
-def test_a_search_that_ends_leaves_no_alarm():
-    assert matching(tiny_lm("neox"), ["dense"])
-    assert_no_alarm()
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{1,99999999999999999999}", "(?P<a"])
@@ -842,7 +813,7 @@ def test_what_adapter_config_may_not_say(bases, tmp_path, field, value, words):
     "field, value, words",
     [
         ("r", 3, r"another model: .*c_attn.lora_A.weight is \[2, 32\], not \[3, 32\]"),
-        ("target_modules", ["c_proj"], "are not among its target_modules"),
+        ("target_modules", ["c_proj"], "its target_modules do not name the layer"),
         ("lora_alpha", 1e60, "holds numbers that are not finite"),
     ],
     ids=["r", "target_modules", "lora_alpha"],
@@ -905,7 +876,7 @@ WHOLE_NUMBERS = torch.ones(96, 2, dtype=torch.int32)
         (SCORE, torch.ones(1, 32), "score.weight has no place"),
         (LAYER + "lora_magnitude_vector", torch.ones(96), "lora_magnitude_vector"),
         ("h.lora_A.weight", torch.ones(2, 2), "h.lora_A.weight is not supported"),
-        (EIGHTH_LAYER, torch.ones(2, 32), "no linear layer transformer.h.7.attn.c_attn"),
+        (EIGHTH_LAYER, torch.ones(2, 32), "transformer.h.7.attn.c_attn.* has no place"),
     ],
     ids=["nan", "int32", "another size", "a head", "dora", "no prefix", "more layers"],
 )
@@ -949,7 +920,7 @@ def test_adapters_in_a_circle_are_refused_at_every_door(tmp_path, links):
 
 def test_an_adapter_is_for_its_own_architecture(bases, tmp_path):
     write_adapter(tmp_path, bases["neox"])
-    with pytest.raises(InputError, match="GPTNeoXForCausalLM has no linear layer transformer.h.0"):
+    with pytest.raises(InputError, match="transformer.h.0.* has no place in GPTNeoXForCausalLM"):
         load_policy(str(tmp_path))
 
 

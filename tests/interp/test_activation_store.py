@@ -1,5 +1,5 @@
-"""nanorlhf.interp.activation_store: what is in a batch, against the models run on one text at a
-time.
+"""nanorlhf.interp.activation_store and activation_cache: what is in a batch, against the models run
+on one text at a time.
 
     N texts, E tokens that count, B tokens of a batch, S batches of a buffer, W processes, D hidden
 """
@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from nanorlhf import world
 from nanorlhf.errors import InputError
-from nanorlhf.interp import activation_store
+from nanorlhf.interp import activation_cache, activation_store
+from nanorlhf.interp.activation_cache import from_disk
 from nanorlhf.interp.activation_store import (
     Stream,
     Tokens,
-    from_disk,
     from_models,
     hold_out,
     passes,
@@ -458,13 +458,10 @@ def open_disk(
     fingerprints=FINGERPRINTS,
     places=PLACES,
     ends=None,
-    **options,
 ):
     """Tokens, and a source that keeps their activations in a folder, 16 tokens a shard."""
     tokens = Tokens(rows, BOS, ends)
-    source = from_disk(
-        str(folder), tokens, fingerprints, places, load, ONE, shard_tokens=16, **options
-    )
+    source = from_disk(str(folder), tokens, fingerprints, places, load, ONE, shard_tokens=16)
     return tokens, source
 
 
@@ -483,13 +480,9 @@ def filled(tmp_path_factory):
 SHARDS = [f"0000{i}.safetensors" for i in range(4)]
 
 
-@pytest.mark.parametrize(
-    "store, n_bytes, tolerance",
-    [("float32", 4, 1e-4), ("float16", 2, 2e-2), ("bfloat16", 2, 1e-1)],
-)
-def test_disk_and_models_give_the_same(lms, tmp_path, store, n_bytes, tolerance):
+def test_disk_and_models_give_the_same(lms, tmp_path):
     folder = tmp_path / "cache"
-    tokens, kept = open_disk(folder, store=store)
+    tokens, kept = open_disk(folder)
     assert sorted(os.listdir(folder)) == [*SHARDS, "cache.json"]
 
     live = from_models(tokens, lms, PLACES, ONE)
@@ -498,13 +491,11 @@ def test_disk_and_models_give_the_same(lms, tmp_path, store, n_bytes, tolerance)
     for found, expected in zip(from_folder, from_lms, strict=True):
         for key in expected:
             assert found[key].dtype == torch.float32
-            torch.testing.assert_close(found[key], expected[key], rtol=tolerance, atol=tolerance)
-    if store == "float32":
-        same_rows(from_folder, from_lms)
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4)
 
     # Six tensors of width 32, and at most 2,000 bytes of notes in each shard.
     size = sum((folder / name).stat().st_size for name in SHARDS)
-    assert size < E * 6 * 32 * n_bytes + 4 * 2000
+    assert size < E * 6 * 32 * 4 + 4 * 2000
 
 
 def written_at(folder):
@@ -514,18 +505,18 @@ def written_at(folder):
 
 def kill_at_the_third_shard(monkeypatch):
     """Let the third shard be half written, and the run be killed there."""
-    write_shard = activation_store.write_shard
+    write_shard = activation_cache.write_shard
     written = []
 
-    def killed(path, found, store):
+    def killed(path, found):
         written.append(path)
         if len(written) == 3:
             with open(path + ".tmp", "wb") as f:
                 f.write(b"half")
             raise KeyboardInterrupt
-        write_shard(path, found, store)
+        write_shard(path, found)
 
-    monkeypatch.setattr(activation_store, "write_shard", killed)
+    monkeypatch.setattr(activation_cache, "write_shard", killed)
 
 
 def test_a_killed_run_goes_on(tmp_path, filled):
@@ -560,15 +551,15 @@ def fill_as(rank, folder, monkeypatch):
     def sees(path):
         return exists(path) and not path.endswith(".safetensors")
 
-    def note(path, found, store):
+    def note(path, found):
         filled.append(os.path.basename(path)[:5])
 
     with monkeypatch.context() as patch:
         # Neither waits for the other, and nothing is read.
         patch.setattr(Dist, "barrier", lambda self: None)
         patch.setattr(Dist, "together", lambda self, function: function())
-        patch.setattr(activation_store, "map_shard", lambda path, keys, n: None)
-        patch.setattr(activation_store, "write_shard", note)
+        patch.setattr(activation_cache, "map_shard", lambda path, keys, n: None)
+        patch.setattr(activation_cache, "write_shard", note)
         patch.setattr(os.path, "exists", sees)
         tokens = Tokens(ROWS, BOS)
         dist = Dist(rank, 2, CPU)
@@ -589,9 +580,8 @@ def test_several_processes_fill_one_folder(tmp_path, monkeypatch):
         ({"ends": ENDS}, "data"),
         ({"fingerprints": {"base": "b1", "policy": "p0"}}, "models"),
         ({"places": PLACES[:1]}, "places"),
-        ({"store": "float16"}, "store"),
     ],
-    ids=["rows", "ends", "fingerprints", "places", "store"],
+    ids=["rows", "ends", "fingerprints", "places"],
 )
 def test_a_folder_of_other_activations_is_refused(filled, changes, what):
     words = f"cache already holds other activations .they differ in .*{what}"
@@ -615,23 +605,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
             open_disk(tmp_path / name, load=refuse_to_load)
 
 
-def test_a_type_in_which_nothing_is_stored_is_refused(tmp_path):
-    with pytest.raises(InputError, match="float32, float16, bfloat16, not 'int8'"):
-        open_disk(tmp_path / "new", load=refuse_to_load, store="int8")
-
-
-def make_models_of_large_activations():
-    lms = make_models()
-    lms["base"].gpt_neox.layers[0].mlp.dense_4h_to_h.weight.data.mul_(1e7)
-    return lms
-
-
-def test_numbers_too_large_for_float16_are_not_stored(tmp_path):
-    words = "base/0_mlp has a number that float16 cannot hold; store bfloat16 or float32"
-    with pytest.raises(InputError, match=words):
-        open_disk(tmp_path / "cache", load=make_models_of_large_activations, store="float16")
-
-
 def resident_bytes():
     """How much memory this process holds, by Linux's account."""
     with open("/proc/self/statm") as f:
@@ -643,9 +616,9 @@ def resident_bytes():
 def test_shards_are_mapped_not_read(tmp_path):
     path = str(tmp_path / "00000.safetensors")
     # 64 MB, of which less than 16 may be held.
-    activation_store.write_shard(path, {"x": torch.zeros(2**16, 256)}, "float32")
+    activation_cache.write_shard(path, {"x": torch.zeros(2**16, 256)})
     before = resident_bytes()
-    shard = activation_store.map_shard(path, {"x"}, 2**16)
+    shard = activation_cache.map_shard(path, {"x"}, 2**16)
     assert shard["x"].shape == (2**16, 256)
     assert resident_bytes() - before < 2**24
 

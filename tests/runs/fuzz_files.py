@@ -531,7 +531,6 @@ ADAPTER_CONFIGS = {
     "base a file": {"base_model_name_or_path": "sft.jsonl"},
     "base an encoder": {"base_model_name_or_path": "encoder"},
     "no such layer": {"target_modules": ["nothing"]},
-    "a pattern without end": {"target_modules": "(((a|.)+)+)+!"},
     "a pattern that is none": {"target_modules": "("},
     "target_modules of numbers": {"target_modules": [3]},
     "rank 1": {"r": 1},

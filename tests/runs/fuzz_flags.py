@@ -308,7 +308,7 @@ SMALL_LANGUAGES = {
     "penalize_features": "99999 | -1 | 3 3 | x",
     "eval_splits": "nonsense | ood= | test test | x=missing.jsonl | eval=sft.jsonl",
     "in_distribution": "nonsense | words: | words:prompt<=x | a= | rewards.py:nothing",
-    "lora_layers": "( | nothing | (((a|.)+)+)+!",
+    "lora_layers": "( | nothing",
     "dataset": "world:x | world:\u00b2 | world:-1 | world:" + "9" * 5000,
     "truncate": "x | -1 | 0 | \u00b2",
     "judge": "http:// | http://[ | llm: | llm:missing | http://user:pw@127.0.0.1:9/v1",
@@ -372,7 +372,6 @@ IMPORT_TIME = {
     "raises at import": "1 / 0\n",
     "recursion at import": "def f(): f()\nf()\n",
     "quits at import": "quit()\n",
-    "__getattr__ raises": "def __getattr__(name): raise ValueError(name)\n",
     "the function is a number": "{function} = 3\n",
 }
 
@@ -465,9 +464,7 @@ def cases_of_rewards(run):
 
     for what, body in IMPORT_TIME.items():
         code = "def other(): pass\n" + body.replace("{function}", function)
-        # A module is asked for an attribute only where it lacks the function.
-        add_code = write_code if "__getattr__" in body else append_code
-        damage = functools.partial(add_code, code=code)
+        damage = functools.partial(append_code, code=code)
         yield Case(f"a reward: {what}", run, "refused", damage, words)
 
     # These runs keep answers and other scores, whatever the reward does then.
@@ -494,11 +491,6 @@ WORDLESS = """class Wordless(Exception):
 def define(function, body):
     """The code of a reward function; further lines of its body are indented already."""
     return f"def {function}(prompts, responses):\n    {body}\n"
-
-
-def write_code(here, rng, code):
-    """Other code in the place of that of rewards.py."""
-    replace(here / "rewards.py", "\n" + code)
 
 
 def append_code(here, rng, code):

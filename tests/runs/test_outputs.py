@@ -66,12 +66,11 @@ DOORS = {
     "feedback_patterns": "study feedback_patterns --quick --output_dir OUT",
     "generalisation": "study generalisation --output_dir OUT",
     "cue_control": "study cue_control --output_dir OUT",
-    "picture": "study cue_control --output_dir o --picture OUT",
 }
 # Doors where the empty name says that there is no output, or is only a part of the name.
-NO_EMPTY_NAME = ("cache", "steer --save", "picture", "members")
-# These studies write their texts before they start anything.
-WRITE_FIRST = ("cue_control", "picture")
+NO_EMPTY_NAME = ("cache", "steer --save", "members")
+# This study writes its texts before it starts anything.
+WRITE_FIRST = ("cue_control",)
 # These need no model here.
 NEED_NO_MODEL = ("from", "evaluate", "judge")
 

@@ -225,6 +225,23 @@ def test_sigkill_of_one_of_several_processes(request, base, tmp_path, n, left_al
     assert_same_run("ppo", whole / "ppo", folder)
 
 
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_again(base, tmp_path, two_processes):
+    """With --max_restarts a run whose process died goes on by itself, to the same bits."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    settings = dict(rank_settings(base))["ppo"]
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=1"
+    runs = json.dumps([("ppo", settings)])
+    # After the restart there are fewer than six calls of the gold reward left.
+    env = {**ENV, "KILL_AT": "6", "KILL_RANK": "1"}
+    command = [sys.executable, *torchrun.split(), driver, tmp_path, runs]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "exitcode: -9" in done.stderr
+    assert_same_run("ppo", two_processes / "ppo", tmp_path / "ppo")
+
+
 # ---------------------------------------------------------------------------- killed at every write
 
 TWO_STEPS = {

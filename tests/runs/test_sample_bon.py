@@ -980,7 +980,7 @@ def test_after_sigkill_the_same_command_ends_with_the_same_bits(base, two_proces
     # Two batches are written, with two prompts each.
     assert kill_rank_1(base, folder, "sample_batch", at=3) == 4
     # All 5 prompts have their answers, and one reward's scores.
-    assert kill_rank_1(base, folder, "score_chunk", at=2) == 5 + 5
+    assert kill_rank_1(base, folder, "score_answers", at=2) == 5 + 5
 
     join(*ranks(2, run_in_child, folder, several(base)))
     assert contents(folder) == contents(two_processes)

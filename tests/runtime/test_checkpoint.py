@@ -221,19 +221,19 @@ def test_each_file_has_its_checksum_from_one_of_the_processes(tmp_path):
         (tmp_path / name).write_bytes(name.encode())
         expected[name] = hashlib.sha256(name.encode()).hexdigest()
 
-    sent = []  # by each process: its lines, as bytes
+    sent = []  # by each process: its lines
 
-    def record(own_bytes):
-        sent.append(own_bytes)
-        return own_bytes
-
-    for rank in (0, 1):
-        digest_files(tmp_path, SimpleNamespace(rank=rank, main=rank == 0, gather=record))
-    everything = torch.cat(sent)
-    assert bytes(everything.tolist()).count(b"\n") == 3
+    def record(text):
+        sent.append(text)
+        return text
 
     for rank in (0, 1):
-        dist = SimpleNamespace(rank=rank, main=rank == 0, gather=lambda own_bytes: everything)
+        digest_files(tmp_path, SimpleNamespace(rank=rank, main=rank == 0, gather_text=record))
+    everything = "".join(sent)
+    assert everything.count("\n") == 3
+
+    for rank in (0, 1):
+        dist = SimpleNamespace(rank=rank, main=rank == 0, gather_text=lambda text: everything)
         assert digest_files(tmp_path, dist) == expected
 
 
@@ -244,11 +244,8 @@ def log_loss(folder, step):
     folder.append("metrics.jsonl", [{"step": step, "loss": step / 3}])
 
 
-def make_stopped_run(path, older=False):
-    """A run that was stopped after five steps, with checkpoints of steps 2 and 4.
-
-    older: as a run was before checkpoints had checksums.
-    """
+def make_stopped_run(path):
+    """A run that was stopped after five steps, with checkpoints of steps 2 and 4."""
     folder = run_folder(path)
     folder.create()
     module, optimizer = fresh()
@@ -257,10 +254,6 @@ def make_stopped_run(path, older=False):
         log_loss(folder, step)
         if step in (2, 4):
             folder.checkpoint(step, module, optimizer, {"kl_coef": step / 7}, 2)
-    if older:
-        for step, checkpoint in checkpoints(str(path)):
-            without_checksums = {"step": step, "kl_coef": step / 7}
-            write_json(os.path.join(checkpoint, "state.json"), without_checksums)
 
 
 class End(NamedTuple):
@@ -435,7 +428,6 @@ def make_folder_a_file(folder):
     folder.write_text("")
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["with checksums", "older than checksums"])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -456,9 +448,8 @@ def make_folder_a_file(folder):
         make_folder_a_file,
     ],
 )
-def test_a_damaged_checkpoint_is_found(tmp_path, undamaged, capsys, damage, older):
-    """Damage to one that is older than checksums is found by what its tensors are."""
-    make_stopped_run(tmp_path, older)
+def test_a_damaged_checkpoint_is_found(tmp_path, undamaged, capsys, damage):
+    make_stopped_run(tmp_path)
     damage(tmp_path / "checkpoint/step_4")
     check_step_2_is_taken(tmp_path, undamaged, capsys)
 
@@ -531,14 +522,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, first_layer):
     optimizer = adamw(other, 0.1, BETAS, 0.01)
     with pytest.raises(InputError, match="another model, which differs in 0"):
         load(str(tmp_path), other, optimizer)
-
-
-def test_a_checkpoint_older_than_checksums_is_resumed(tmp_path, undamaged):
-    make_stopped_run(tmp_path, older=True)
-    end = resume(tmp_path)
-    assert end.start == 4
-    assert equal(end.parameters, undamaged.parameters)
-    assert end.records == undamaged.records
 
 
 def test_a_damaged_checkpoint_goes_when_its_step_has_passed(tmp_path):
@@ -866,9 +849,7 @@ def steps_of(rows):
     return [row["step"] for row in rows]
 
 
-@pytest.mark.parametrize("knows_sizes", [True, False], ids=["knows sizes", "older"])
-def test_create_drops_what_came_after_the_checkpoint(tmp_path, knows_sizes):
-    """Also after a checkpoint from before checkpoints knew how long the logs were."""
+def test_create_drops_what_came_after_the_checkpoint(tmp_path):
     folder = run_folder(tmp_path)
     folder.create()
     assert folder.records() == []
@@ -878,10 +859,8 @@ def test_create_drops_what_came_after_the_checkpoint(tmp_path, knows_sizes):
         folder.append("metrics.jsonl", [{"step": step, "x": "\u2028"}])
         folder.append("samples.jsonl", [{"step": step}, {"step": step}])
         folder.write_eval(step, [])
-        if step > 0 and knows_sizes:
+        if step > 0:
             folder.checkpoint(step, module, optimizer, {}, 2)
-        elif step > 0:
-            save(str(tmp_path), step, module, optimizer, {}, 2)
     folder.append("metrics.jsonl", [{"step": 3}, {"step": 4}])
     folder.append("samples.jsonl", [{"step": 3}])
     folder.write_eval(3, [])
@@ -912,12 +891,12 @@ def test_create_without_a_checkpoint_starts_over(tmp_path):
 
 
 def test_a_model_in_a_run_folder(tmp_path):
-    def save_number(number, path):
+    def save_number(number, tokenizer, path):
         write_json(os.path.join(path, "a.json"), number)
 
     folder = run_folder(tmp_path)
     folder.create()
-    folder.save_model(save_number, 5)
+    folder.save_model(save_number, 5, None)
     assert read_json(str(tmp_path / "model/a.json")) == 5
 
 
@@ -931,12 +910,17 @@ def test_the_second_evaluation_of_a_step_replaces_the_first(tmp_path):
 
 
 def test_only_the_first_process_writes(tmp_path):
-    other = SimpleNamespace(main=False, barrier=lambda: None, together=lambda function: function())
+    other = SimpleNamespace(
+        main=False,
+        barrier=lambda: None,
+        together=lambda function: function(),
+        on_main=lambda function: None,
+    )
     folder = run_folder(tmp_path / "a", other)
     folder.create()
     folder.append("metrics.jsonl", [{"step": 0}])
     folder.write_eval(0, [])
     folder.checkpoint(1, None, None, {}, 1)
-    folder.save_model(None)
+    folder.save_model(None, None, None)
     folder.finish({})
     assert not (tmp_path / "a").exists()

@@ -281,7 +281,7 @@ def test_a_run_in_a_folder_that_is_called_like_the_embedded_world(inputs):
     assert RunFolder(Config("world/run", **settings), ALONE).state == "unfinished"
 
 
-def test_a_run_older_than_fingerprints_goes_on(inputs):
+def test_a_run_without_fingerprints_goes_on(inputs):
     RunFolder(Config("run", **inputs), ALONE).create()
     stored = json.loads(Path("run/config.json").read_text())
     assert sorted(stored.pop("inputs")) == ["data.jsonl", "reward.py", "sft/model"]

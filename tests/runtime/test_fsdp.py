@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from held_bytes import local_bytes
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support import (
@@ -341,7 +342,7 @@ def own_rows(dist):
 
 
 def parameter_bytes(policy):
-    return fsdp.local_bytes(policy)["parameters"]
+    return local_bytes(policy)["parameters"]
 
 
 def freeze_parts(policy):
@@ -443,7 +444,7 @@ def bytes_in_training(folder, dist, wrap):
     optimizer = adamw(policy, 1e-3, BETAS, 0.0)
     step(model, optimizer, BATCH)
     total(model).backward()
-    return fsdp.local_bytes(policy, optimizer)
+    return local_bytes(policy, optimizer)
 
 
 def check_memory(folder):
@@ -685,8 +686,8 @@ def test_one_process_shards_nothing():
     assert not dist.sharded
     assert dist.wrap(policy, total) is policy
     assert not fsdp.is_sharded(policy)
-    with fsdp.gathered(policy, None), fsdp.whole(policy):
-        assert fsdp.local_bytes(policy)["gradients"] == 0
+    with fsdp.gathered(policy, None), fsdp.whole(policy, True):
+        assert local_bytes(policy)["gradients"] == 0
 
 
 def test_a_checkpoint_of_a_whole_module_comes_back(tmp_path):

@@ -70,13 +70,13 @@ def ppo_run(folder, seed, kl_coef, reward_model, gold=falls, kl=is_step, **confi
 
 
 @pytest.fixture
-def old_runs(tmp_path):
-    """Runs from before there were ensembles: two KL coefficients, two seeds."""
+def plain_runs(tmp_path):
+    """Runs with one reward model each: two KL coefficients, two seeds."""
     runs = []
     for kl_coef in (0.0, 0.05):
         for seed in (0, 1):
             folder = tmp_path / f"kl{kl_coef}_{seed}"
-            runs.append(ppo_run(folder, seed, kl_coef, f"runs/rm/seed_{seed}"))
+            runs.append(ppo_run(folder, seed, kl_coef, [f"runs/rm/seed_{seed}"]))
     return runs
 
 
@@ -269,7 +269,7 @@ FOUR_OBJECTIVES = [
             ["single", "mean of 5", "wco of 5", "uwo of 5", "wco of 2"],
             id="members differ",
         ),
-        pytest.param([{"reward_model": ["rm"]}], ["single"], id="older than ensembles"),
+        pytest.param([{"reward_model": ["rm"]}], ["single"], id="a single reward"),
     ],
 )
 def test_objectives_name_lambda_and_members_where_these_differ(configs, labels):
@@ -295,14 +295,14 @@ def sizes(groups):
     return {label: len(group) for label, group in groups.items()}
 
 
-def test_runs_that_differ_in_seed_belong_together(old_runs):
+def test_runs_that_differ_in_seed_belong_together(plain_runs):
     # One that is named twice counts once.
-    rows = arrange([*old_runs, old_runs[0] + "/."])
+    rows = arrange([*plain_runs, plain_runs[0] + "/."])
     assert list(rows) == [""]
     assert sizes(rows[""]) == {"kl_coef 0.0": 2, "kl_coef 0.05": 2}
     second_seed = rows[""]["kl_coef 0.0"][1]
     assert second_seed["proxy"].tolist() == [1, 3, 5, 7, 9]
-    assert list(arrange(old_runs[:2])[""]) == ["single"]
+    assert list(arrange(plain_runs[:2])[""]) == ["single"]
 
 
 def test_what_differs_besides_objectives_makes_rows(study):
@@ -366,7 +366,7 @@ def test_fitted_curves_are_drawn_over_gold(tmp_path):
         # The first KL is as bfloat16 would see it: not quite 0.
         return step or 1e-3 * seed
 
-    runs = [ppo_run(tmp_path / str(s), s, 0.0, f"rm/seed_{s}", gold, kl) for s in (0, 1)]
+    runs = [ppo_run(tmp_path / str(s), s, 0.0, [f"rm/seed_{s}"], gold, kl) for s in (0, 1)]
     x, y = lines(compare(runs).axes[1])["black", ":"]
 
     # The mean of the two seeds starts at 0.5.
@@ -380,7 +380,7 @@ def test_a_policy_that_stays_where_it_was_has_no_fit(tmp_path):
     def no_kl(step, seed):
         return 0.0
 
-    still = ppo_run(tmp_path / "still", 0, 0.0, "rm", kl=no_kl)
+    still = ppo_run(tmp_path / "still", 0, 0.0, ["rm"], kl=no_kl)
     assert ("black", ":") not in lines(compare([still]).axes[1])
 
 
@@ -546,13 +546,15 @@ def refused_command(monkeypatch, capsys, *args):
 
 @pytest.mark.slow
 @IN_THIS_PROCESS
-def test_commands_print_the_pictures_that_they_make(old_runs, study, tmp_path, monkeypatch, capsys):
+def test_commands_print_the_pictures_that_they_make(
+    plain_runs, study, tmp_path, monkeypatch, capsys
+):
     best_of_n = bon_run(tmp_path / "bon", 0, 2)
-    command(monkeypatch, old_runs[0], best_of_n)
+    command(monkeypatch, plain_runs[0], best_of_n)
     command(monkeypatch, "--compare", tmp_path / "study.png", *study)
     pictures = capsys.readouterr().out.split()
     assert pictures == [
-        f"{old_runs[0]}/curves.png",
+        f"{plain_runs[0]}/curves.png",
         f"{best_of_n}/bon.png",
         f"{tmp_path}/study.png",
     ]
@@ -561,7 +563,7 @@ def test_commands_print_the_pictures_that_they_make(old_runs, study, tmp_path, m
 
 
 @IN_THIS_PROCESS
-def test_runs_that_cannot_be_drawn(old_runs, tmp_path, monkeypatch, capsys):
+def test_runs_that_cannot_be_drawn(plain_runs, tmp_path, monkeypatch, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     nothing = write_run(tmp_path / "nothing", {}, "metrics.jsonl", "")
@@ -574,17 +576,17 @@ def test_runs_that_cannot_be_drawn(old_runs, tmp_path, monkeypatch, capsys):
 
 
 @IN_THIS_PROCESS
-def test_runs_that_cannot_be_compared(old_runs, tmp_path, monkeypatch, capsys):
+def test_runs_that_cannot_be_compared(plain_runs, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "x.png"
     best_of_n = bon_run(tmp_path / "bon", 0, 2)
     training = as_lines([{"step": 1, "loss": 0.5}])
     reward_model = write_run(tmp_path / "rm", {}, "metrics.jsonl", training)
 
-    error = refused_command(monkeypatch, capsys, "--compare", picture, old_runs[0], best_of_n)
+    error = refused_command(monkeypatch, capsys, "--compare", picture, plain_runs[0], best_of_n)
     assert "compare each kind on its own" in error
     error = refused_command(monkeypatch, capsys, "--compare", picture, reward_model)
     assert "no PPO run here" in error
-    error = refused_command(monkeypatch, capsys, "--compare", tmp_path / "no/x.png", *old_runs)
+    error = refused_command(monkeypatch, capsys, "--compare", tmp_path / "no/x.png", *plain_runs)
     assert "No such file" in error
     assert not picture.exists()
 
@@ -600,27 +602,27 @@ def test_runs_that_cannot_be_compared(old_runs, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_comparison_does_not_write_over_other_files(
-    old_runs, tmp_path, monkeypatch, capsys, name, content
+    plain_runs, tmp_path, monkeypatch, capsys, name, content
 ):
     (tmp_path / name).write_bytes(content)
-    error = refused_command(monkeypatch, capsys, "--compare", tmp_path / name, *old_runs)
+    error = refused_command(monkeypatch, capsys, "--compare", tmp_path / name, *plain_runs)
     assert f"{name} is there already and is not a picture" in error
     assert (tmp_path / name).read_bytes() == content
 
 
 @IN_THIS_PROCESS
 @pytest.mark.parametrize("name", ["x.png", "x.pdf", "x.svg"])
-def test_a_comparison_writes_over_its_own_pictures(old_runs, tmp_path, monkeypatch, capsys, name):
+def test_a_comparison_writes_over_its_own_pictures(plain_runs, tmp_path, monkeypatch, capsys, name):
     """Of any kind that matplotlib draws."""
     for _ in range(2):
-        command(monkeypatch, "--compare", tmp_path / name, *old_runs[:2])
+        command(monkeypatch, "--compare", tmp_path / name, *plain_runs[:2])
         assert capsys.readouterr().out == f"{tmp_path / name}\n"
 
 
 @IN_THIS_PROCESS
-def test_no_matplotlib_no_picture(old_runs, monkeypatch, capsys, tmp_path):
+def test_no_matplotlib_no_picture(plain_runs, monkeypatch, capsys, tmp_path):
     # As if it were not installed.
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plots.plot_run(old_runs[0]) is None
-    command(monkeypatch, "--compare", tmp_path / "x.png", *old_runs)
+    assert plots.plot_run(plain_runs[0]) is None
+    command(monkeypatch, "--compare", tmp_path / "x.png", *plain_runs)
     assert capsys.readouterr().out == "matplotlib is not installed: pip install matplotlib\n"

@@ -17,8 +17,9 @@ import sample_bon
 from nanorlhf import world
 from nanorlhf.evaluation import ANSWERS_WITH_TOKENS
 from nanorlhf.show import page
+from nanorlhf.show.kinds import name_kind
 from nanorlhf.show.page_answers import MOST_EVALUATIONS
-from nanorlhf.show.page_curves import MOST_POINTS, name_kind
+from nanorlhf.show.page_curves import MOST_POINTS
 
 # Texts that are markup, scripts, ends of scripts, templates, from right to left, or not one letter
 # a character.
@@ -506,7 +507,7 @@ KINDS = [
 
 @pytest.mark.parametrize("config, kind", KINDS)
 def test_a_config_tells_the_kind_of_its_run(config, kind):
-    assert name_kind(config, False) == kind
+    assert name_kind(config) == kind
 
 
 def test_a_page_says_what_its_intervals_are(tmp_path):

@@ -8,10 +8,10 @@ from statistics import fmean
 
 import pytest
 import torch
-from support import parse_command
+from support import parse_command, write_rows
 
 from nanorlhf.diversity import ead
-from nanorlhf.studies import generalisation
+from nanorlhf.studies import common, generalisation
 
 pytestmark = pytest.mark.slow
 
@@ -290,12 +290,13 @@ def test_comparisons_are_paired_by_seed(tables, seed):
     assert found == pytest.approx(gold("test", "k2_0.2") - gold("test", "k1_0.2"))
 
 
-# Made-up rows of the table of one seed.
+# Made-up rows of the table of one seed. As in the study, the smaller coefficient of k1, whose KL is
+# the larger, comes first.
 ROWS = {
     "sft": {"KL": 0.0, "y": 1.0},
     "best_of_n": {"KL": 1.8, "y": 9.0},
-    "k1_0.2": {"KL": 4.0, "y": 3.0},
     "k1_0.05": {"KL": 16.0, "y": 2.0},
+    "k1_0.2": {"KL": 4.0, "y": 3.0},
     "k2_0.2": {"KL": 1.0, "y": 7.0},
     "k2_0.05": {"KL": 9.0, "y": 7.0},
     "k2_0.02": {"KL": 25.0, "y": 7.0},
@@ -305,7 +306,7 @@ ROWS = {
 @pytest.mark.parametrize("kl, expected", [(0, 1), (1, 2), (4, 3), (9, 2.5), (16, 2), (16.1, None)])
 def test_between_cells_y_is_straight_in_the_root_of_the_kl(kl, expected):
     """SFT at sqrt(KL) 0, k1's cells at 2 and 4; beyond the last there is no number."""
-    assert generalisation.at_kl(ROWS, "k1", kl, "y") == pytest.approx(expected)
+    assert generalisation.k1_at_kl(ROWS, kl, "y") == pytest.approx(expected)
 
 
 def test_a_seed_beyond_the_kl_of_k1_has_no_number():
@@ -319,8 +320,18 @@ def test_a_seed_beyond_the_kl_of_k1_has_no_number():
 
 
 def test_a_cell_says_of_how_many_seeds_it_is_where_some_have_no_number():
-    assert generalisation.as_text([5.0, 5.0], 3) == "5.000 +- 0.000 (2)"
-    assert generalisation.as_text([], 3) == "-"
+    assert common.as_text([5.0, 5.0], 3) == "5.000 +- 0.000 (2)"
+    assert common.as_text([], 3) == "-"
+
+
+def test_answers_to_a_chat_are_read_like_others(tmp_path):
+    chat = [{"role": "user", "content": "a room"}]
+    rows = []
+    for prompt, score in (("b", 1.0), (chat, 2.0), ("b", 3.0), (chat, 4.0)):
+        rows.append({"prompt": prompt, "scores": {"rm": score}, "gold": None})
+    scores = generalisation.read_scores(str(write_rows(tmp_path / "best_of_1.jsonl", rows)))
+    assert scores.keys() == {"proxy"}
+    assert scores["proxy"].tolist() == [[1.0, 3.0], [2.0, 4.0]]
 
 
 def test_win_rates_count_ties_half():

@@ -2,7 +2,9 @@
 own.
 """
 
+import runpy
 import shlex
+import sys
 import threading
 
 import pytest
@@ -13,6 +15,7 @@ from nanorlhf.studies import (
     cue_control,
     feedback_patterns,
     generalisation,
+    optimisers,
     overoptimisation,
 )
 
@@ -130,3 +133,21 @@ def test_a_command_that_fails_ends_the_study(tmp_path):
     log = tmp_path / "sft.log"
     assert str(ended.value) == f"python {command}\nended with exit code 2: see {log}"
     assert "--steps must be at least" in log.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("study", [*STUDIES, optimisers])
+def test_ctrl_c_is_one_line(monkeypatch, tmp_path, capsys, study):
+    """It comes while a study waits for its first command."""
+
+    def wait(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "run_command", wait)
+    monkeypatch.setattr(sys, "argv", ["study.py", "--quick", "--output_dir", f"{tmp_path}/out"])
+    # pytest itself would end with a KeyboardInterrupt that nobody catches.
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ending:
+        runpy.run_module(study.__name__, run_name="__main__")
+    assert ending.type is SystemExit
+    assert ending.value.code == 130
+    assert capsys.readouterr().err == "study.py: interrupted\n"

@@ -243,7 +243,7 @@ def test_noise_is_no_sign():
     """The step is one: a third of the checkpoints that have not fallen are as late."""
     runs = make_noise(random.Random(0))
     signs = (STEP, Sign("noise", +1))
-    table = warning_signs.compare_signs(runs, signs, rate=0.05, resamples=100)
+    table = warning_signs.compare_signs(runs, signs, resamples=100)
     noise = table["noise +"]
     low, high = noise["auc_interval"]
     assert 0.4 < low < noise["auc"] < high < 0.6
@@ -425,16 +425,6 @@ def mean_distance(base, known_rows, rows):
     return np.mean([distance_by_hand(known, h, 1e-4) for h in states])
 
 
-@pytest.mark.slow
-def test_a_run_without_a_pool_is_measured_from_its_start(base, ppo_run):
-    distances = known_states.measure_distances(str(ppo_run))
-    assert len(set(distances)) == 3
-    start = read_rows(ppo_run / "eval/step_0.jsonl")
-    for step, distance in enumerate(distances):
-        rows = read_rows(ppo_run / f"eval/step_{step}.jsonl")
-        assert distance == pytest.approx(mean_distance(base, start, rows), rel=0.01)
-
-
 @pytest.fixture(scope="module")
 def pool_folder(base, tmp_path_factory):
     """Best-of-n with 40 answers to each of six of the run's prompts."""
@@ -472,14 +462,16 @@ def test_answers_of_a_pool_are_the_tokens_that_were_sampled(pool_folder):
 def test_only_answers_to_prompts_of_the_pool_are_measured(base, ppo_run, pool_folder, tmp_path):
     known_rows = read_pool(pool_folder)
     known_prompts = [row["prompt_ids"] for row in known_rows]
-    rows = []
-    for row in read_rows(ppo_run / "eval/step_2.jsonl"):
-        if row["prompt_ids"] in known_prompts:
-            rows.append(row)
-    assert 0 < len(rows) < 40
     pool = f"{pool_folder}/pool.jsonl"
-    _, _, distance = known_states.measure_distances(str(ppo_run), pool, answers_each=30)
-    assert distance == pytest.approx(mean_distance(base, known_rows, rows), rel=0.01)
+    distances = known_states.measure_distances(str(ppo_run), pool, answers_each=30)
+    assert len(set(distances)) == 3
+    for step, distance in enumerate(distances):
+        rows = []
+        for row in read_rows(ppo_run / f"eval/step_{step}.jsonl"):
+            if row["prompt_ids"] in known_prompts:
+                rows.append(row)
+        assert 0 < len(rows) < 40
+        assert distance == pytest.approx(mean_distance(base, known_rows, rows), rel=0.01)
 
     # A pool without any of the run's prompts cannot say anything.
     other = {"prompt": "the room :", "responses": ["was bright", "was grey", "was a bar ."]}
@@ -491,4 +483,5 @@ def test_only_answers_to_prompts_of_the_pool_are_measured(base, ppo_run, pool_fo
 @pytest.mark.slow
 def test_a_reward_that_is_no_model_has_no_distances(base, tmp_path):
     train(base, "ppo", tmp_path / "ppo", steps=1)
-    refuses(known_states.measure_distances, str(tmp_path / "ppo"), match=["is no model"])
+    pool = str(tmp_path / "pool.jsonl")
+    refuses(known_states.measure_distances, str(tmp_path / "ppo"), pool, match=["is no model"])
