@@ -154,7 +154,6 @@ def ngram_diversity(
     distinct_1 .. distinct_{orders}, ead_1 ..., their means over n, "distinct" and "ead", and
     "length", the mean number of tokens. ValueError: sets of unequal size, too small a vocabulary.
     """
-    G = len(sets)
     S = len(sets[0])
     if not S or any(len(texts) != S for texts in sets):
         sizes = sorted({len(texts) for texts in sets})
