@@ -14,6 +14,7 @@ import pytest
 
 from nanorlhf.runtime import plots
 from nanorlhf.runtime.curves import arrange, cells_of, objectives_of, without_common_ends
+from nanorlhf.runtime.results import draw_intervals
 
 pytestmark = pytest.mark.usefixtures("pictures")
 
@@ -626,3 +627,25 @@ def test_no_matplotlib_no_picture(plain_runs, monkeypatch, capsys, tmp_path):
     assert plots.plot_run(plain_runs[0]) is None
     command(monkeypatch, "--compare", tmp_path / "x.png", *plain_runs)
     assert capsys.readouterr().out == "matplotlib is not installed: pip install matplotlib\n"
+
+
+# ------------------------------------------------------------------------------------- intervals
+
+
+def test_intervals_stand_side_by_side():
+    axis = Figure().add_subplot()
+    # By rounding the mean of the second lies below its interval: no bar can have a length below 0.
+    rows = {
+        "edits": {"mean": 1.0, "low": 0.5, "high": 3.0},
+        "random": {"mean": 0.0, "low": 1e-9, "high": 2.0},
+    }
+    draw_intervals(axis, rows, {"edits": "C3"})
+    ends = []
+    colors = []
+    for container in axis.containers:
+        dot, _, (bars,) = container.lines
+        ends.append(bars.get_segments()[0].tolist())
+        colors.append(dot.get_color())
+    assert ends == [[[0, 0.5], [0, 3.0]], [[1, 0.0], [1, 2.0]]]
+    assert colors == ["C3", "grey"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["edits", "random"]
