@@ -39,12 +39,10 @@ def make_experience():
     return train_ppo.Experience(mask=mask, lengths=lengths, **columns)
 
 
-def token_loss(config, new, x, i, place, t, kl_coef):
-    """What token t of an answer adds to the loss, before the sum is divided.
+def token_losses(config, new, x, i, place, t):
+    """What token t of an answer adds to the sums: policy loss, value loss, entropy and KL.
 
     The answer is row i of what the policy says now, and row `place` of the Experience.
-
-    PPO's clipped loss + vf_coef * the clipped value loss - ent_coef * entropy + kl_coef * k2
     """
     logprob = new["logprobs"][i, t].item()
     value = new["values"][i, t].item()
@@ -60,17 +58,19 @@ def token_loss(config, new, x, i, place, t, kl_coef):
     clipped_value = min(max(value, old_value - edge), old_value + edge)
     value_error = max((value - target) ** 2, (clipped_value - target) ** 2) / 2
 
-    k2 = (x.ref_logprobs[place, t].item() - logprob) ** 2 / 2
-    return policy + config.vf_coef * value_error - config.ent_coef * entropy + kl_coef * k2
+    kl = (x.ref_logprobs[place, t].item() - logprob) ** 2 / 2  # k2
+    if config.kl_kind == "full":
+        kl = new["full_kl"][i, t].item()
+    return torch.tensor([policy, value_error, entropy, kl], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kl_in", ["loss", "reward"])
-def test_the_loss_with_a_value_function_by_loops(kl_in):
+@pytest.mark.parametrize("kl_in, kl_kind", [("loss", "k2"), ("loss", "full"), ("reward", "full")])
+def test_the_loss_with_a_value_function_by_loops(kl_in, kl_kind):
     config = train_ppo.Config(
         vf_coef=0.3,
         ent_coef=0.2,
         kl_in=kl_in,
-        kl_kind="k2",
+        kl_kind=kl_kind,
         temperature=0.7,
         clip_range=0.25,
         value_clip_range=0.4,
@@ -81,28 +81,35 @@ def test_the_loss_with_a_value_function_by_loops(kl_in):
         "logprobs": randn(2, 3, seed=11),
         "values": randn(2, 3, seed=12),
         "entropies": randn(2, 3, seed=13).abs(),
+        "full_kl": randn(2, 3, seed=14).abs(),
     }
+    # This token's log-prob has moved furthest.
+    new["logprobs"][0, 1] = x.old_logprobs[5, 1] - 4
     asked = []
 
     def policy(batch, mask, temperature, entropy, kl_to):
         asked.append((temperature, entropy, kl_to))
         return {name: column.clone().requires_grad_() * mask for name, column in new.items()}
 
-    parts = SimpleNamespace(config=config, model=policy, reference=None)
+    parts = SimpleNamespace(config=config, model=policy, reference="the reference")
     batch = make_batch().rows(at)
     loss, stats = train_ppo.loss_of(parts, batch, x, at, torch.tensor(20), kl_coef=0.6)
-    assert asked == [(0.7, True, None)]
+    # The exact KL in the loss needs the reference's logits.
+    kl_to = "the reference" if (kl_in, kl_kind) == ("loss", "full") else None
+    assert asked == [(0.7, True, kl_to)]
 
-    # A KL that is in the reward is not in the loss too.
-    kl_coef = 0.6 if kl_in == "loss" else 0.0
-    expected = 0.0
-    errors = []
+    sums = torch.zeros(4).double()
     for i, place in enumerate(at.tolist()):
         for t in range(LENGTHS[place]):
-            expected += token_loss(config, new, x, i, place, t, kl_coef) / 20
-            errors.append(abs(new["logprobs"][i, t] - x.old_logprobs[place, t]).item())
+            sums += token_losses(config, new, x, i, place, t)
+    policy_loss, value_loss, entropy, kl = (sums / 20).tolist()
+    assert stats["policy_loss"].item() == pytest.approx(policy_loss, rel=1e-9)
+    assert stats["value_loss"].item() == pytest.approx(value_loss, rel=1e-9)
+    expected = policy_loss + 0.3 * value_loss - 0.2 * entropy
+    if kl_in == "loss":  # a KL that is in the reward is not in the loss too
+        expected += 0.6 * kl
     assert loss.item() == pytest.approx(expected, rel=1e-9)
-    assert stats["ratio_error"].item() == pytest.approx(max(errors))
+    assert stats["ratio_error"].item() == pytest.approx(4)
     assert not any(value.requires_grad for value in stats.values())
 
 
