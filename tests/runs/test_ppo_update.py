@@ -14,7 +14,7 @@ from torch import nn
 
 import train_ppo
 from nanorlhf.packing import pack
-from nanorlhf.runtime.distributed import setup
+from nanorlhf.runtime.distributed import Dist, setup
 
 B = 8
 LENGTHS = [1, 2, 3, 4, 5, 3, 2, 1]
@@ -191,4 +191,41 @@ def test_an_update_adds_up_its_micro_batches(monkeypatch):
         "grad_norm": pytest.approx(4.0),
         "ratio_max": 5.0,
         "first_ratio_error": pytest.approx(0.3),  # of the first minibatch: no update came before it
+    }
+
+
+def test_the_update_of_the_second_of_two_processes(monkeypatch):
+    """It trains on the rows that it has sampled, the last four of eight."""
+    config = train_ppo.Config(
+        batch_size=B, minibatch_size=4, micro_batch_size=4, ppo_epochs=1, max_grad_norm=100.0
+    )
+    dist = Dist(1, 2, torch.device("cpu"))
+    # What the other process adds: 10 to each sum, and 0.5 as its largest.
+    dist.sum = lambda sums: sums + 10
+    dist.gather = lambda maxima: torch.cat([torch.full_like(maxima, 0.5), maxima])
+    policy = nn.Linear(1, 1, bias=False)
+    start = policy.weight.item()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    parts = SimpleNamespace(config=config, dist=dist, model=policy, policy=policy)
+    x = make_experience()
+    rows = []
+
+    def loss_of(parts, batch, experience, at, n_tokens, kl_coef):
+        assert batch.response_lengths.tolist() == x.lengths[at].tolist()
+        rows.extend(at.tolist())
+        numbers = {"approx_kl": 1.0, "ratio_max": 0.25, "ratio_error": 0.75}
+        return policy.weight.sum(), {name: torch.tensor(n) for name, n in numbers.items()}
+
+    monkeypatch.setattr(train_ppo, "loss_of", loss_of)
+    its_batch = make_batch().rows(torch.arange(4, B))
+    record = train_ppo.update(parts, optimizer, its_batch, x, 4, 3, 0.6, lr=0.5)
+
+    assert sorted(rows) == [4, 5, 6, 7]
+    # Two minibatches. DDP, which is not here, would halve the gradient of 1, so it is doubled.
+    assert policy.weight.item() == pytest.approx(start - 2 * 0.5 * 2)
+    assert record == {
+        "approx_kl": (1 + 1 + 10) / 2,
+        "grad_norm": (2 / 2 + 2 / 2 + 10) / 2,  # all processes have the same norm: each adds half
+        "ratio_max": 0.5,
+        "first_ratio_error": 0.75,
     }
