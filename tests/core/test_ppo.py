@@ -689,6 +689,8 @@ def test_explained_variance():
     constant = torch.full_like(returns, 3.0)
     assert explained_variance(constant, returns, MASK) == pytest.approx(0, abs=1e-12)
     assert explained_variance(-returns, returns, MASK) == pytest.approx(-3)
+    # Returns that are all the same leave nothing to explain.
+    assert explained_variance(constant, constant, MASK) == 1
 
 
 # ---------------------------------------------------------------------------------------- losses

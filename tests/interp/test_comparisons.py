@@ -478,6 +478,11 @@ def test_mmcs_is_the_mean_of_the_largest_cosines(autoencoders, tmp_path, capfd, 
     assert 0 < row["chance"] < 1
     n_above = len([cosine for cosine in best if cosine > 0.9])
     assert row["above_0.9"] == n_above / len(best)
+    counts = [0] * 20  # of the cosines from 0 to 0.05, to 0.1, ..., to 1
+    for cosine in best:
+        counts[int(20 * cosine)] += 1
+    assert min(best) > 0
+    assert row["histogram"] == counts
 
     # The three closest pairs of features, the closest first.
     by_cosine = sorted(range(len(best)), key=lambda i: best[i], reverse=True)
@@ -523,6 +528,7 @@ def two_seeds(autoencoders, tmp_path):
         shutil.copytree(autoencoders / name, tmp_path / name)
     rates = torch.full((12,), 0.01)
     rates[[3, 7]] = 0
+    rates[5] = 1e-8  # seldom, but it fires
     write_sparsity(tmp_path, sparsity=(rates + 1e-10).log10())
     return tmp_path
 

@@ -4,8 +4,10 @@ explainers on a loopback server.
     N tokens, M features, C concepts, D hidden
 """
 
+import math
 import shutil
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from support import (
 from transformers import AutoModelForCausalLM
 
 from nanorlhf import world
+from nanorlhf.errors import InputError
 from nanorlhf.hf.activations import captured, replaced
 from nanorlhf.interp import ablation, activation_store, explainer, feature_scores, world_concepts
 from nanorlhf.interp.activation_store import Tokens, hold_out, token_rows
@@ -932,6 +935,31 @@ def test_the_planted_feature_of_a_concept_is_chosen(material, by, planted):
     config = ablation.AblateConfig(by=by, top=1)
     chosen = ablation.choose_features(config, feature_scores.sparse(f), concept, tokens, sae, lm)
     assert chosen == [planted]
+
+
+# Before no word stands every last token of a text, so that "before" is never true of all.
+@pytest.mark.parametrize("by, is_in_it", [("on", False), ("on", True), ("before", False)])
+def test_a_concept_has_some_words_and_not_all(by, is_in_it):
+    tokens = world_tokens(5)
+    concept = torch.full((len(world.tokenizer()),), is_in_it)
+    f = feature_scores.sparse(torch.ones(tokens.total, M))
+    config = ablation.AblateConfig(by=by)
+    with pytest.raises(InputError, match="hardly writes such words"):
+        ablation.choose_features(config, f, concept, tokens, None, None)
+
+
+def test_the_effect_of_features_on_a_concept_by_loops():
+    """Its words' mean logit minus that of all other words; a feature that never fires is last."""
+    sae = TopKSAE(3, 4, 2)
+    head = torch.nn.Linear(3, 5, bias=False)
+    lm = SimpleNamespace(get_output_embeddings=lambda: head)
+    concept = torch.tensor([False, True, False, False, True])
+    f = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0]])  # [tokens, features]
+    found = ablation.score_by_logits(feature_scores.sparse(f), concept, sae, lm).tolist()
+    for m, direction in enumerate(sae.decoder_directions()):
+        logits = [(direction @ row).item() for row in head.weight]
+        expected = (logits[1] + logits[4]) / 2 - (logits[0] + logits[2] + logits[3]) / 3
+        assert found[m] == (-math.inf if m == 3 else pytest.approx(expected, abs=1e-6))
 
 
 FORTY_FEATURES = ",".join(str(i) for i in range(40))

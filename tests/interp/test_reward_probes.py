@@ -649,6 +649,12 @@ def test_the_pairs_probe_on_equal_responses_is_half_right():
     assert fit_planted(chosen, chosen) == {"accuracy": 0.5, "auc": 0.5}
 
 
+def test_responses_that_differ_by_rounding_alone_are_half_right():
+    chosen, rejected = plant_preferences()
+    rejected[100:] = chosen[100:] + 1e-13 * randn(50, 8, seed=6)
+    assert fit_planted(chosen, rejected)["accuracy"] == 0.5
+
+
 def test_the_pairs_probe_is_not_fitted_to_the_test():
     """With the pairs of the test the other way round it is right where it was wrong."""
     chosen, rejected = plant_preferences()

@@ -14,7 +14,7 @@ from torch import nn
 
 import train_ppo
 from nanorlhf.packing import pack
-from nanorlhf.runtime.distributed import setup
+from nanorlhf.runtime.distributed import Dist, setup
 
 B = 8
 LENGTHS = [1, 2, 3, 4, 5, 3, 2, 1]
@@ -39,12 +39,10 @@ def make_experience():
     return train_ppo.Experience(mask=mask, lengths=lengths, **columns)
 
 
-def token_loss(config, new, x, i, place, t, kl_coef):
-    """What token t of an answer adds to the loss, before the sum is divided.
+def token_losses(config, new, x, i, place, t):
+    """What token t of an answer adds to the sums: policy loss, value loss, entropy and KL.
 
     The answer is row i of what the policy says now, and row `place` of the Experience.
-
-    PPO's clipped loss + vf_coef * the clipped value loss - ent_coef * entropy + kl_coef * k2
     """
     logprob = new["logprobs"][i, t].item()
     value = new["values"][i, t].item()
@@ -60,17 +58,19 @@ def token_loss(config, new, x, i, place, t, kl_coef):
     clipped_value = min(max(value, old_value - edge), old_value + edge)
     value_error = max((value - target) ** 2, (clipped_value - target) ** 2) / 2
 
-    k2 = (x.ref_logprobs[place, t].item() - logprob) ** 2 / 2
-    return policy + config.vf_coef * value_error - config.ent_coef * entropy + kl_coef * k2
+    kl = (x.ref_logprobs[place, t].item() - logprob) ** 2 / 2  # k2
+    if config.kl_kind == "full":
+        kl = new["full_kl"][i, t].item()
+    return torch.tensor([policy, value_error, entropy, kl], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kl_in", ["loss", "reward"])
-def test_the_loss_with_a_value_function_by_loops(kl_in):
+@pytest.mark.parametrize("kl_in, kl_kind", [("loss", "k2"), ("loss", "full"), ("reward", "full")])
+def test_the_loss_with_a_value_function_by_loops(kl_in, kl_kind):
     config = train_ppo.Config(
         vf_coef=0.3,
         ent_coef=0.2,
         kl_in=kl_in,
-        kl_kind="k2",
+        kl_kind=kl_kind,
         temperature=0.7,
         clip_range=0.25,
         value_clip_range=0.4,
@@ -81,28 +81,35 @@ def test_the_loss_with_a_value_function_by_loops(kl_in):
         "logprobs": randn(2, 3, seed=11),
         "values": randn(2, 3, seed=12),
         "entropies": randn(2, 3, seed=13).abs(),
+        "full_kl": randn(2, 3, seed=14).abs(),
     }
+    # This token's log-prob has moved furthest.
+    new["logprobs"][0, 1] = x.old_logprobs[5, 1] - 4
     asked = []
 
     def policy(batch, mask, temperature, entropy, kl_to):
         asked.append((temperature, entropy, kl_to))
         return {name: column.clone().requires_grad_() * mask for name, column in new.items()}
 
-    parts = SimpleNamespace(config=config, model=policy, reference=None)
+    parts = SimpleNamespace(config=config, model=policy, reference="the reference")
     batch = make_batch().rows(at)
     loss, stats = train_ppo.loss_of(parts, batch, x, at, torch.tensor(20), kl_coef=0.6)
-    assert asked == [(0.7, True, None)]
+    # The exact KL in the loss needs the reference's logits.
+    kl_to = "the reference" if (kl_in, kl_kind) == ("loss", "full") else None
+    assert asked == [(0.7, True, kl_to)]
 
-    # A KL that is in the reward is not in the loss too.
-    kl_coef = 0.6 if kl_in == "loss" else 0.0
-    expected = 0.0
-    errors = []
+    sums = torch.zeros(4).double()
     for i, place in enumerate(at.tolist()):
         for t in range(LENGTHS[place]):
-            expected += token_loss(config, new, x, i, place, t, kl_coef) / 20
-            errors.append(abs(new["logprobs"][i, t] - x.old_logprobs[place, t]).item())
+            sums += token_losses(config, new, x, i, place, t)
+    policy_loss, value_loss, entropy, kl = (sums / 20).tolist()
+    assert stats["policy_loss"].item() == pytest.approx(policy_loss, rel=1e-9)
+    assert stats["value_loss"].item() == pytest.approx(value_loss, rel=1e-9)
+    expected = policy_loss + 0.3 * value_loss - 0.2 * entropy
+    if kl_in == "loss":  # a KL that is in the reward is not in the loss too
+        expected += 0.6 * kl
     assert loss.item() == pytest.approx(expected, rel=1e-9)
-    assert stats["ratio_error"].item() == pytest.approx(max(errors))
+    assert stats["ratio_error"].item() == pytest.approx(4)
     assert not any(value.requires_grad for value in stats.values())
 
 
@@ -184,4 +191,41 @@ def test_an_update_adds_up_its_micro_batches(monkeypatch):
         "grad_norm": pytest.approx(4.0),
         "ratio_max": 5.0,
         "first_ratio_error": pytest.approx(0.3),  # of the first minibatch: no update came before it
+    }
+
+
+def test_the_update_of_the_second_of_two_processes(monkeypatch):
+    """It trains on the rows that it has sampled, the last four of eight."""
+    config = train_ppo.Config(
+        batch_size=B, minibatch_size=4, micro_batch_size=4, ppo_epochs=1, max_grad_norm=100.0
+    )
+    dist = Dist(1, 2, torch.device("cpu"))
+    # What the other process adds: 10 to each sum, and 0.5 as its largest.
+    dist.sum = lambda sums: sums + 10
+    dist.gather = lambda maxima: torch.cat([torch.full_like(maxima, 0.5), maxima])
+    policy = nn.Linear(1, 1, bias=False)
+    start = policy.weight.item()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    parts = SimpleNamespace(config=config, dist=dist, model=policy, policy=policy)
+    x = make_experience()
+    rows = []
+
+    def loss_of(parts, batch, experience, at, n_tokens, kl_coef):
+        assert batch.response_lengths.tolist() == x.lengths[at].tolist()
+        rows.extend(at.tolist())
+        numbers = {"approx_kl": 1.0, "ratio_max": 0.25, "ratio_error": 0.75}
+        return policy.weight.sum(), {name: torch.tensor(n) for name, n in numbers.items()}
+
+    monkeypatch.setattr(train_ppo, "loss_of", loss_of)
+    its_batch = make_batch().rows(torch.arange(4, B))
+    record = train_ppo.update(parts, optimizer, its_batch, x, 4, 3, 0.6, lr=0.5)
+
+    assert sorted(rows) == [4, 5, 6, 7]
+    # Two minibatches. DDP, which is not here, would halve the gradient of 1, so it is doubled.
+    assert policy.weight.item() == pytest.approx(start - 2 * 0.5 * 2)
+    assert record == {
+        "approx_kl": (1 + 1 + 10) / 2,
+        "grad_norm": (2 / 2 + 2 / 2 + 10) / 2,  # all processes have the same norm: each adds half
+        "ratio_max": 0.5,
+        "first_ratio_error": 0.75,
     }

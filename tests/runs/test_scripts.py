@@ -228,6 +228,17 @@ def test_the_loss_of_a_reward_model_begins_at_log_2(base):
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.3)
 
 
+def test_the_loss_of_pairs_by_hand():
+    chosen = torch.tensor([2.0, -1.0])
+    rejected = torch.tensor([0.5, 3.0])
+    expected = []
+    for r_c, r_r in zip(chosen.tolist(), rejected.tolist()):
+        preference = math.log(1 + math.exp(r_r - r_c))
+        expected.append(preference + 0.2 / 2 * (r_c**2 + r_r**2))
+    found = train_rm.pair_losses(chosen, rejected, 0.2)
+    assert found.tolist() == pytest.approx(expected)
+
+
 @pytest.fixture(scope="module")
 def rm_scores(base):
     """The held-out pairs of rm/ and their scores by plain transformers, by the split's label.

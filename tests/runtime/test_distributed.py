@@ -1,7 +1,10 @@
-"""What one process does alone, and with freed memory; how processes meet after a restart."""
+"""Which rows a process takes, what processes exchange, how they meet after a restart, and what one
+does with memory that it has freed.
+"""
 
 import datetime
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +14,98 @@ import torch.distributed as td
 from support import join, ranks
 
 from nanorlhf.runtime import cli, distributed
+from nanorlhf.runtime.distributed import Dist
+
+
+def processes(world):
+    return [Dist(rank, world, torch.device("cpu")) for rank in range(world)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shares_are_of_one_size_and_parts_need_not_be(world):
+    shares = [list(dist.share(range(10, 22))) for dist in processes(world)]
+    assert [len(share) for share in shares] == [12 // world] * world
+    assert sum(shares, []) == list(range(10, 22))
+
+    for n in range(8):
+        parts = [list(dist.part(n)) for dist in processes(world)]
+        assert sum(parts, []) == list(range(n))
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+
+
+class Threads:
+    """Threads in the place of processes: the two exchanges of torch.distributed that Dist makes."""
+
+    def __init__(self, world):
+        self.barrier = threading.Barrier(world, timeout=20)
+        self.sent = {}  # {thread: its tensor}
+
+    def exchange(self, tensor):
+        """The tensors of all threads, by the number of the thread."""
+        self.barrier.wait()
+        self.sent[int(threading.current_thread().name)] = tensor.clone()
+        self.barrier.wait()
+        tensors = [self.sent[rank] for rank in sorted(self.sent)]
+        assert len({tensor.shape for tensor in tensors}) == 1  # as the real ones ask for
+        return tensors
+
+    def all_reduce(self, tensor):
+        tensor.copy_(sum(self.exchange(tensor)))
+
+    def all_gather(self, parts, tensor):
+        for part, sent in zip(parts, self.exchange(tensor), strict=True):
+            part.copy_(sent)
+
+
+def run_threads(monkeypatch, function, world):
+    """function(Dist) of every process, as threads -> what each returns."""
+    monkeypatch.setattr(distributed, "td", Threads(world))
+    found = {}
+
+    def run(dist):
+        found[dist.rank] = function(dist)
+
+    threads = []
+    for dist in processes(world):
+        threads.append(threading.Thread(target=run, args=(dist,), name=str(dist.rank)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(world)]
+
+
+# How many rows each process has.
+SIZES = {"equal": [2, 2], "unequal": [1, 3, 2], "one has none": [2, 0], "none": [0, 0]}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_gather_puts_the_rows_of_all_in_order(monkeypatch, sizes):
+    rows = torch.arange(2.0 * sum(sizes)).view(-1, 2)
+    of_rank = rows.split(sizes)
+    found = run_threads(monkeypatch, lambda dist: dist.gather(of_rank[dist.rank]), len(sizes))
+    for gathered in found:
+        assert torch.equal(gathered, rows)
+
+
+def test_the_sum_over_processes_leaves_their_tensors_as_they_are(monkeypatch):
+    tensors = [torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([10.0, 20.0])]
+    found = run_threads(monkeypatch, lambda dist: dist.sum(tensors[dist.rank]), 2)
+    for total in found:
+        assert total.tolist() == [11, 22]
+        assert not total.requires_grad
+    assert [tensor.tolist() for tensor in tensors] == [[1, 2], [10, 20]]
+
+
+def test_a_process_alone_exchanges_nothing():
+    (dist,) = processes(1)
+    tensor = torch.ones(2)
+    assert dist.gather(tensor) is tensor
+    assert dist.sum(tensor) is tensor
+
+
+# ----------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("n_bytes, n_returns", [(2**28, 0), (2**30, 1)])
