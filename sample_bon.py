@@ -150,40 +150,14 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
             self.uwo_lambda and all(x >= 0 for x in self.uwo_lambda),
             "--uwo_lambda takes numbers of at least 0",
         )
-        there = self.pool or self.from_files
-        require(
-            there or self.best_of < self.n_answers,
-            f"--best_of must be below --n_answers ({self.n_answers})",
-        )
         require(not self.save_best or len(self.n) == 1, "--save_best takes one --n")
-        labels(self.eval_splits)
-        alone = self.split == "test" and not (self.pool or self.from_files)
-        why = (
-            "--eval_splits takes the place of --split, and needs answers to sample: no --pool, "
-            "no --from"
-        )
-        require(alone or not self.eval_splits, why)
-        in_world = data.is_world(self.dataset)
-        is_for_own_data = bool(self.in_distribution or self.prompt_format)
-        require(
-            not (in_world and is_for_own_data),
-            "--in_distribution and --prompt_format are for data of one's own: name it with "
-            "--dataset",
-        )
-        require(
-            self.split != "ood" or in_world or self.in_distribution,
-            "--split ood is the embedded world's; of other data it needs --in_distribution",
-        )
+        check_sources(self)
         # The world's gold is known. For other data the user must name one.
-        if in_world and not self.pool and not self.gold_model:
+        if data.is_world(self.dataset) and not self.pool and not self.gold_model:
             self.gold_model = "world:gold"
         # --from measures files without a policy or reward; its results have a folder of their own.
-        if self.from_files:
-            require(
-                not (self.pool or self.diversity),
-                "--from measures files alone: it takes no --pool and no --diversity",
-            )
-            self.output_dir = "runs/diversity" if self.output_dir == "runs/bon" else self.output_dir
+        if self.from_files and self.output_dir == "runs/bon":
+            self.output_dir = "runs/diversity"
         # Rewards and objectives stand side by side in the results, so their names must differ.
         self.reward_model = expand(self.reward_model)
         for name in reward_names(self.reward_model):
@@ -192,6 +166,34 @@ class Config(SamplingFlags, diversity_report.Flags, TextFlags, SplitFlags, Resul
                 free,
                 f"a reward cannot be called {name}: that is an objective's name in the results",
             )
+
+
+def check_sources(config):
+    """InputError where flags contradict each other that say where prompts and answers come from."""
+    samples = not (config.pool or config.from_files)
+    require(
+        not samples or config.best_of < config.n_answers,
+        f"--best_of must be below --n_answers ({config.n_answers})",
+    )
+    require(
+        not config.from_files or not (config.pool or config.diversity),
+        "--from measures files alone: it takes no --pool and no --diversity",
+    )
+    labels(config.eval_splits)
+    require(
+        not config.eval_splits or (samples and config.split == "test"),
+        "--eval_splits takes the place of --split, and needs answers to sample: no --pool, "
+        "no --from",
+    )
+    in_world = data.is_world(config.dataset)
+    require(
+        not in_world or not (config.in_distribution or config.prompt_format),
+        "--in_distribution and --prompt_format are for data of one's own: name it with --dataset",
+    )
+    require(
+        config.split != "ood" or in_world or config.in_distribution,
+        "--split ood is the embedded world's; of other data it needs --in_distribution",
+    )
 
 
 @unlock_afterwards()

@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from nanorlhf import data, ppo
 from nanorlhf.control import controlled_scoring
 from nanorlhf.ensemble import OBJECTIVES
-from nanorlhf.errors import at_least, divides, require
+from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.evals.score_gold import score_gold
 from nanorlhf.evaluation import PPOParts, evaluate, forward, record_evaluation, sampled_outputs
 from nanorlhf.hf.blocks import speed_up
@@ -55,7 +55,7 @@ from nanorlhf.runtime.distributed import (
     setup,
     sync_on,
 )
-from nanorlhf.runtime.flags import SCHEDULES, FlagGroup, RunConfig
+from nanorlhf.runtime.flags import SCHEDULES, FlagGroup, RunConfig, changed_flags
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder, before_and_after_table, sample_table
@@ -310,14 +310,11 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
 
 def check_value_flags(config):
     """InputError where a flag of the value function is set, and --advantage has none."""
-    without_meaning = []
-    for name in VALUE_FLAGS:
-        if getattr(config, name) != getattr(Config, name):
-            without_meaning.append(f"--{name}")
-    names = ", ".join(without_meaning)
+    unread = changed_flags(config, VALUE_FLAGS)
     require(
-        not without_meaning,
-        f"--advantage {config.advantage} has no value function, so nothing reads {names}",
+        not unread,
+        f"--advantage {config.advantage} has no value function, so nothing reads "
+        f"{', '.join(unread)}",
     )
 
 
@@ -329,9 +326,8 @@ def check_weights(config):
         n_weights == n_rewards,
         f"--reward_weights needs one for each reward: {n_weights} weights, {n_rewards} rewards",
     )
-    for name in ("objective", "uwo_lambda"):
-        is_default = getattr(config, name) == getattr(Config, name)
-        require(is_default, f"--{name} is for members of an ensemble, --reward_weights is not")
+    for flag in changed_flags(config, ("objective", "uwo_lambda")):
+        raise InputError(f"{flag} is for members of an ensemble, --reward_weights is not")
 
 
 @unlock_afterwards()

@@ -532,16 +532,14 @@ def evaluate(config, saes, lms, held_out, places, dist):
     -> {"policy/3_mlp": {fvu, l0, dead, n_tokens, density: a histogram, loss, loss_sae, loss_zero,
     loss_recovered}}, {"policy/3_mlp": density [M]}
     """
-    # Sums over this process's texts. FVU and the rest are ratios of sums: means of batches' ratios
-    # would be something else.
-    totals = {}  # {key: {name: tensor}}
+    # Sums over this process's texts, if it has any. FVU and the rest are ratios of sums: means of
+    # batches' ratios would be something else.
+    totals = {key: no_sums(sae) for key, sae in saes.items()}  # {key: {name: tensor}}
     source = from_models(held_out, lms, places, dist, config.dtype)
     for part in passes(held_out, source, dist, at_once=2**12):
         for key, x in part.items():
-            sums = tally(saes[key], x)
-            if key in totals:
-                sums = {name: totals[key][name] + value for name, value in sums.items()}
-            totals[key] = sums
+            for name, value in tally(saes[key], x).items():
+                totals[key][name] += value
 
     summary = {}
     densities = {}
@@ -549,8 +547,7 @@ def evaluate(config, saes, lms, held_out, places, dist):
         for place in places:
             key = f"{name}/{place_name(place)}"
             sae = saes[key]
-            own_sums = totals.get(key) or no_sums(sae)  # a process may have no texts
-            sums = {name: dist.sum(value) for name, value in own_sums.items()}
+            sums = {what: dist.sum(sum_here) for what, sum_here in totals[key].items()}
             result = measures(sums)
             densities[key] = result.pop("density")
             summary[key] = {

@@ -45,7 +45,7 @@ from nanorlhf.rewards import check_reward, expand, load_reward
 from nanorlhf.rollout import check_rollouts, generate, left_pad
 from nanorlhf.runtime import checkpoint, cli
 from nanorlhf.runtime.distributed import autocast, peak_memory_mb, setup, sync_on
-from nanorlhf.runtime.flags import RunConfig
+from nanorlhf.runtime.flags import RunConfig, changed_flags
 from nanorlhf.runtime.fsdp import checkpoint_activations, gathered
 from nanorlhf.runtime.locks import unlock_afterwards
 from nanorlhf.runtime.log import Progress, RunFolder, sample_table
@@ -215,10 +215,10 @@ class Config(RunConfig):
 
 def check_losses(config):
     """InputError for a flag that --loss does not read, or that no evaluation would read."""
-    for name, losses in READ_BY.items():
-        default = getattr(Config, name, [])  # a dataclass does not hold the default of a list
-        is_right = config.loss in losses or getattr(config, name) == default
-        require(is_right, f"--{name} is for --loss {', '.join(losses)}, not {config.loss}")
+    for flag in changed_flags(config, READ_BY):
+        losses = READ_BY[flag.removeprefix("--")]
+        is_read = config.loss in losses
+        require(is_read, f"{flag} is for --loss {', '.join(losses)}, not {config.loss}")
     for name in ("reward_model", "gold_model"):
         is_read = config.eval_answers or not getattr(config, name)
         require(is_read, f"--{name} scores the answers of evaluations: it needs --eval_answers")

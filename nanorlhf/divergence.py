@@ -233,7 +233,7 @@ def mmcs(a: Tensor, b: Tensor, one_to_one: bool = False) -> float:
     return cosines.double().mean().item()
 
 
-def matches(a: Tensor, b: Tensor, one_to_one: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def matches(a: Tensor, b: Tensor, one_to_one: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What mmcs() is the mean of. Arguments and errors: mmcs.
 
     -> features of A, the feature of B that each is matched with (two index tensors), and their

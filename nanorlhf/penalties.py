@@ -119,7 +119,6 @@ class DensityRatio(nn.Module):
         super().__init__()
         if d < 1:
             raise ValueError("a density ratio needs at least one feature")
-        self.d = d
         self.hidden = nn.Linear(d, self.HIDDEN)
         self.logit = nn.Linear(self.HIDDEN, 1)
         # W x and b have variance 1 for people's x: the units bend where people's latents are. The

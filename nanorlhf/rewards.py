@@ -614,7 +614,7 @@ def cut_batch(answers: Answers, batch: Packed, max_length: int, tokenizer) -> tu
     for ids, n_prompt, length in zip(batch.ids, batch.prompt_lengths, batch.lengths):
         prompts.append(ids[:n_prompt].tolist())
         responses.append(ids[n_prompt:length].tolist())
-    encoded = Encoded(prompts, {"response": responses}, None, 0, 0)
+    encoded = Encoded(prompts, {"response": responses})
     cut_items(encoded, max_length, tokenizer.bos_token_id)
     cut = pack(encoded.prompts, encoded.responses["response"], tokenizer.pad_token_id)
     return cut, encoded.describe_cuts(max_length)

@@ -228,8 +228,7 @@ class SARM(nn.Module):
 
     def save_pretrained(self, path: str):
         """Write config.json and model.safetensors in the public layout."""
-        os.makedirs(path, exist_ok=True)
-        self.config.save_pretrained(path)
+        self.config.save_pretrained(path)  # makes the folder
         # safetensors takes neither transposed views nor tensors that share memory.
         tensors = {}
         for name, p in self.layout().items():

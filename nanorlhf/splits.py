@@ -175,8 +175,7 @@ def hold_out_prompts(rows: list[dict], n: int, name: str) -> tuple[list[dict], l
     prompts = list(dict.fromkeys(keys))
     n_aside = min(n, len(prompts) // 5)
     aside = set(draw(prompts, n_aside))
-    enough = 0 < len(aside) < len(prompts)
-    require(enough, f"{name}: {len(prompts)} different prompts are too few to hold any out")
+    require(aside, f"{name}: {len(prompts)} different prompts are too few to hold any out")
     train = []
     held_out = []
     for row, key in zip(rows, keys):

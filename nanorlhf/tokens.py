@@ -40,9 +40,10 @@ class Encoded:
 
     prompts: list[Ids]  # [N]
     responses: dict[str, list[Ids]]  # {field: [N]}
-    scored: list[list[bool]] | None  # [N]: which tokens of a response the loss is on; None: all
-    n_prompts_cut: int
-    n_responses_cut: int
+    # [N]: which tokens of a response the loss is on; None: all
+    scored: list[list[bool]] | None = None
+    n_prompts_cut: int = 0
+    n_responses_cut: int = 0
 
     def compact(self) -> "Encoded":
         """The same ids in arrays, for what is held through a whole training."""
@@ -117,7 +118,7 @@ def encode(
             responses[field] = encode_responses(tokenizer, rows, field, chat)
         fill_empty_prompts(prompts, responses)
     # Cutting comes last: how much of a prompt stays depends on how long its answers are.
-    encoded = Encoded(prompts, responses, scored, 0, 0)
+    encoded = Encoded(prompts, responses, scored)
     if max_length is not None:
         cut_to_fit(encoded, max_length, tokenizer.bos_token_id)
     return encoded

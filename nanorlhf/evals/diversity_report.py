@@ -28,12 +28,12 @@ from ..diversity import (
     spread_over_inputs,
 )
 from ..ensemble import combine
-from ..errors import at_least, require
+from ..errors import InputError, at_least, require
 from ..hf.folders import check_model
 from ..models import load_tokenizer
 from ..runtime.curves import without_common_ends
 from ..runtime.files import check_output, read_file, read_json, write_json
-from ..runtime.flags import FlagGroup
+from ..runtime.flags import FlagGroup, changed_flags
 from ..runtime.locks import LOCK_FILE, lock
 from .encoders import check_nli, nli_scorer, sentence_encoder
 
@@ -108,12 +108,8 @@ class Flags(FlagGroup):
 
         # A flag that says how to measure is a mistake where nothing is measured.
         if not self.diversity and not self.from_files:
-            for flag in fields(Flags):
-                if flag.name in ("diversity", "from_files"):
-                    continue
-                is_default = getattr(self, flag.name) == flag.default
-                message = f"--{flag.name} is about diversity: it needs --diversity or --from"
-                require(is_default, message)
+            for flag in changed_flags(self, [flag.name for flag in fields(Flags)]):
+                raise InputError(f"{flag} is about diversity: it needs --diversity or --from")
 
 
 def check_models(config: Flags):

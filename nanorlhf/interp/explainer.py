@@ -101,8 +101,8 @@ def explain(config, saes: dict[str, dict], question: str) -> str | None:
             features.append((folder, feature))
 
     ask = None
-    rubbish = []  # why some answers were none
-    error = None  # why nothing more is asked
+    bad_answer = ""  # what is wrong with the first answer that is none
+    error = ""  # why nothing more is asked
     for folder, feature in features:
         prompt = prompt_of(feature, config, question)
         # The key is made of all that decides the answer: who is asked, and the whole question.
@@ -116,7 +116,7 @@ def explain(config, saes: dict[str, dict], question: str) -> str | None:
             except (ValueError, Rejected) as e:
                 # Only this question failed: its answer is none, or it is too long, or refused. A
                 # Rejected is an Unreachable too, so it must be caught before that.
-                rubbish.append(f"feature {feature['id']}: {e}")
+                bad_answer = bad_answer or f"its answer on feature {feature['id']}: {e}"
             except Unreachable as e:
                 error = str(e)
             else:
@@ -131,9 +131,8 @@ def explain(config, saes: dict[str, dict], question: str) -> str | None:
     missing = sum("description" not in feature for _, feature in features)
     if not missing:
         return None
-    problem = error or f"its answer on {rubbish[0]}"
     return (
-        f"--explainer {config.explainer}: {problem}; "
+        f"--explainer {config.explainer}: {error or bad_answer}; "
         f"{len(features) - missing} of {len(features)} descriptions are kept in {path}, "
         f"the same command asks for the other {missing} again"
     )

@@ -527,9 +527,8 @@ def format_table(summary: dict) -> str:
         positive = sum(seed["positive"] for seed in seeds) / len(seeds)
         share = max(positive, 1 - positive)
         lines.append(
-            f"  Always the commoner sign is right for {share:.3f}. p: the worst split's, by "
-            "permutation of the test; a random direction can have a small one too, as shuffled "
-            "labels show."
+            f"  To guess the commoner sign every time is right for {share:.3f} of the test. p: the "
+            "worst split's, by permutation of the test; compare it with that of the shuffled labels."
         )
     if summary["note"]:
         lines.append(f"  {summary['note']}")

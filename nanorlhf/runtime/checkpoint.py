@@ -157,14 +157,14 @@ def load(folder, module, optimizer, dist=ALONE):
     A damaged checkpoint is named, with what is wrong, and the one before it is taken; where none is
     whole, an InputError says so. The main process decides for all, and all processes call this.
     """
-    # One process chooses. If a shared disk showed two processes different files, they would go on
-    # from different steps.
-    choice = dist.together(lambda: choose(folder, module, dist))
-    step = int(dist.gather(torch.tensor([choice]))[0])  # the main process's
-    if step < 0:
+    # One process chooses, and sends the name to all. If a shared disk showed two processes
+    # different files, they would go on from different steps.
+    choice = dist.on_main(lambda: choose(folder, module, dist))
+    name = dist.gather_text(choice or "")
+    if not name:
         return None
 
-    path = os.path.join(folder, "checkpoint", f"step_{step}")
+    path = os.path.join(folder, "checkpoint", name)
     load_tensors(path, module, optimizer)
     state = read_object(os.path.join(path, "state.json"))
     # Only what the run itself saved is handed back.
@@ -175,13 +175,8 @@ def load(folder, module, optimizer, dist=ALONE):
     return state
 
 
-def choose(folder: str, module, dist: Dist) -> int:
-    """The step of the newest checkpoint that is whole, or -1 where there is none at all.
-
-    The main process looks; the others get -1.
-    """
-    if not dist.main:
-        return -1
+def choose(folder: str, module, dist: Dist) -> str:
+    """The name of the newest checkpoint that is whole, such as step_40; "" where there is none."""
     root = os.path.join(folder, "checkpoint")
     if os.path.lexists(root) and not os.path.isdir(root):
         raise InputError(f"{root} should be a folder; remove it, and the run starts anew")
@@ -198,12 +193,12 @@ def choose(folder: str, module, dist: Dist) -> int:
         if not problem:
             for line in damaged:
                 dist.print(f"{line}; step_{step} is taken instead")
-            return step
+            return f"step_{step}"
         damaged.append(f"{path} cannot be used: {problem}")
     if damaged:
         what_to_do = f"restore one from a copy, or remove {root}, and the run starts anew"
         raise InputError(f"{'; '.join(damaged)}; no other checkpoint is whole: {what_to_do}")
-    return -1
+    return ""
 
 
 def find_damage(folder: str, step: int, module) -> str:

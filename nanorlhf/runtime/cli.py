@@ -127,6 +127,8 @@ def read_settings(path: str, config_class) -> dict:
 # ------------------------------------------------------------------------------ how a command ends
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a user's share of it, ulimit -f
+# Another user's file; a disk that fails, can only be read since, or whose machine is gone.
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EROFS, errno.ESTALE)
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports of a process that Ctrl-C ended
 
 
@@ -134,8 +136,9 @@ INTERRUPTED = 128 + signal.SIGINT  # what a shell reports of a process that Ctrl
 def errors_in_one_line(resumable=False):
     """A context that ends as a user wants to see it: one line on stderr, and an exit code.
 
-    2: wrong input. 1: it could not go on (a gradient that is not finite, a full disk, another
-    process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug has a traceback.
+    2: wrong input. 1: it could not go on (a gradient that is not finite, a disk that is full or
+    fails, another process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug has
+    a traceback.
     """
     # The outer try is for Ctrl-C, which may come while an error is being reported.
     try:
@@ -174,10 +177,12 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return str(error), 2
     if isinstance(error, FloatingPointError):
         return str(error), 1
+    kept = "what was saved before, such as the last checkpoint, is kept"
     if errno_of(error) in NO_ROOM:
-        kept = "what was saved before, such as the last checkpoint, is kept"
         advice = "make room, and give the same command again"
         return f"no room to write ({first_line(error)}); {kept}: {advice}", 1
+    if errno_of(error) in NO_ACCESS:
+        return f"a file cannot be read or written ({first_line(error)}); {kept}", 1
     if distributed.out_of_memory(error):
         return f"not enough memory ({first_line(error)})", 1
     if distributed.lost_a_process(error):

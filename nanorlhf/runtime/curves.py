@@ -53,6 +53,14 @@ def read_records(run: str) -> list[dict]:
     return records
 
 
+def logged_names(records: list[dict]) -> set[str]:
+    """The names of all that the rows of a log hold: a row without evaluation lacks some."""
+    names = set()
+    for record in records:
+        names |= set(record)
+    return names
+
+
 def read_config(run: str) -> dict:
     """A run's config.json with a list of reward models; of a best-of-n run also their number."""
     path = os.path.join(run, "config.json")

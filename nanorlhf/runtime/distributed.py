@@ -157,7 +157,13 @@ class Dist:
 
         All processes call this. An InputError is raised on all.
         """
-        return self.together(lambda: function() if self.main else None)
+
+        def alone():
+            if self.main:
+                return function()
+            return None
+
+        return self.together(alone)
 
     def wrap(self, module, total=None, dtype="float32"):
         """A module on several processes: in shards (in place), or inside DDP if it is trained.

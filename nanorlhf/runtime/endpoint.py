@@ -12,12 +12,13 @@ hold the key, so it passes through redact() before anyone sees it.
 import email.utils
 import json
 import os
+import queue
 import re
 import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, as_completed
+from concurrent.futures import Future, TimeoutError
 from http.client import HTTPException, IncompleteRead, InvalidURL
 
 from ..errors import InputError, first_line
@@ -182,7 +183,7 @@ def request(url, body, headers, timeout):
         problem = redact(f"HTTP {e.code} {e.reason}")
         seconds = retry_after(e.headers.get("Retry-After", ""))
         if e.code in (400, 413, 422):
-            raise Rejected(f"{problem} {said(e)}".strip()) from None
+            raise Rejected(f"{problem} {read_reason(e)}".strip()) from None
         if e.code < 500 and e.code not in (408, 429):
             raise Unreachable(problem) from None
         if seconds > LONGEST_PAUSE:
@@ -194,7 +195,7 @@ def request(url, body, headers, timeout):
         return "", redact(first_line(getattr(e, "reason", e))), 0
 
 
-def said(error):
+def read_reason(error):
     """The beginning of what came with an HTTPError.
 
     It alone tells what is wrong with a question, or with the model's name.
@@ -265,33 +266,50 @@ def ask_all(ask, questions, parallel=1):
     """Questions, so many at a time -> (i, answer) as they come.
 
     A ValueError or Rejected may stand in the place of an answer. Raises Unreachable once all that
-    was under way has come in. Nothing is asked after it, or after the caller has stopped listening.
+    was under way has come in. Nothing is asked after it, or after the caller has stopped listening,
+    who does not wait for what is under way then.
     """
     # Set when a question finds the endpoint down, and when the caller stops listening.
     stop = threading.Event()
-    down = None
+    waiting = queue.SimpleQueue()  # (i, question)
+    for item in enumerate(questions):
+        waiting.put(item)
+    answers = queue.SimpleQueue()  # (i, answer), and (None, what ended it) of each thread
 
-    def one(question):
-        if stop.is_set():
-            return None
+    def ask_one(question):
         try:
             return ask(question)
         except (ValueError, Rejected) as e:
             return e
-        except Unreachable:
-            stop.set()
-            raise
 
-    with ThreadPoolExecutor(parallel) as pool:
-        asked = {pool.submit(one, question): i for i, question in enumerate(questions)}
-        # Answers that are under way when one fails are paid for, so they are still handed on.
+    def work():
+        ended_by = None
         try:
-            for future in as_completed(asked):
-                if isinstance(future.exception(), Unreachable):
-                    down = future.exception()
-                elif future.result() is not None:
-                    yield asked[future], future.result()
-        finally:
+            while not stop.is_set():
+                i, question = waiting.get_nowait()
+                answers.put((i, ask_one(question)))
+        except queue.Empty:
+            pass
+        except Exception as e:
             stop.set()
-    if down:
-        raise down
+            ended_by = e
+        answers.put((None, ended_by))
+
+    # Daemon threads end with the program: after Ctrl-C nobody waits for an endpoint that is silent.
+    for _ in range(parallel):
+        threading.Thread(target=work, daemon=True).start()
+    error = None
+    n_ended = 0
+    try:
+        while n_ended < parallel:
+            i, answer = answers.get()
+            # Answers that are under way when one fails are paid for, so they are still handed on.
+            if i is not None:
+                yield i, answer
+                continue
+            n_ended += 1
+            error = error or answer
+    finally:
+        stop.set()
+    if error:
+        raise error

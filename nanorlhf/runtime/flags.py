@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 from transformers.hf_argparser import HfArg
 
-from ..errors import at_least, require
+from ..errors import InputError, at_least, require
 from . import distributed
 from .settings import default_value
 
@@ -60,6 +60,15 @@ def choices_of(flag) -> list[str]:
     if callable(choices):
         choices = choices()
     return list(choices)
+
+
+def changed_flags(config, names) -> list[str]:
+    """Those of the flags with these names whose value is not the default: ["--gamma", "--lam"].
+
+    Where nothing reads a flag it is a mistake: whoever named it expects something of it.
+    """
+    defaults = {flag.name: default_value(flag) for flag in fields(config)}
+    return [f"--{name}" for name in names if getattr(config, name) != defaults[name]]
 
 
 # ------------------------------------------------------- flags that scripts declare one by one
@@ -242,13 +251,8 @@ class LoraFlags(FlagGroup):
         require(self.lora_rank or not self.merge, "--merge is for adapters: it needs --lora_rank")
         # The other flags of adapters say nothing either where there are none.
         if not self.lora_rank:
-            for flag in fields(LoraFlags):
-                is_of_adapters = flag.name.startswith("lora_")
-                is_default = getattr(self, flag.name) == default_value(flag)
-                require(
-                    is_default or not is_of_adapters,
-                    f"--{flag.name} is for adapters: it needs --lora_rank",
-                )
+            for flag in changed_flags(self, ("lora_alpha", "lora_dropout", "lora_layers")):
+                raise InputError(f"{flag} is for adapters: it needs --lora_rank")
         require(
             self.frozen_dtype == "float32" or self.lora_rank or self.freeze_layers,
             f"--frozen_dtype {self.frozen_dtype} is for weights that are not trained: it needs "

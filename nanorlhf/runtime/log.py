@@ -163,9 +163,10 @@ class RunFolder:
                 write_lines(path, [])
 
         # The resumed run makes later evaluations again.
-        for name in os.listdir(self.path):
-            if name == "eval" or name.startswith("eval_"):  # eval_folder() of each split
-                remove_later(os.path.join(self.path, name), state["step"])
+        for files in find_evaluations(self.path).values():
+            for step, file in files.items():
+                if step > state["step"]:
+                    os.remove(file)
 
     def append(self, name: str, rows):
         """Append JSON rows to a .jsonl file of the run."""
@@ -270,21 +271,27 @@ class RunFolder:
             shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
 
 
-def remove_later(folder: str, last: int):
-    """Remove the evaluations of steps after `last`: the resumed run makes them again."""
-    if not os.path.isdir(folder):
-        return
-    for name in os.listdir(folder):
-        step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", name)
-        if step and int(step[1]) > last:
-            os.remove(os.path.join(folder, name))
-
-
 def eval_folder(label: str) -> str:
     """The folder of a split's answers: eval of the first split, eval_{label} of a further one."""
     if label == "eval":
         return "eval"
     return f"eval_{label}"
+
+
+def find_evaluations(folder: str) -> dict[str, dict[int, str]]:
+    """{split: {step: its file of answers}} of a run: the folder eval_ood is of the split ood."""
+    files_of_splits = {}
+    for name in os.listdir(folder):
+        split = re.fullmatch(r"eval(?:_([\w-]+))?", name)
+        if not split or not os.path.isdir(os.path.join(folder, name)):
+            continue
+        label = split[1] or "eval"
+        for file in os.listdir(os.path.join(folder, name)):
+            step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", file)
+            if step:
+                files = files_of_splits.setdefault(label, {})
+                files[int(step[1])] = os.path.join(folder, name, file)
+    return files_of_splits
 
 
 def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
@@ -334,8 +341,8 @@ class Progress:
         self.steps = steps
         self.start = start
         self.recommends_compile = not compiled and dist.device.type == "cuda"
-        self.begun = time.time()
-        self.last = 0.0  # when the last plain line was printed
+        self.begun = time.monotonic()
+        self.last = float("-inf")  # when the last plain line was printed
         self.quiet = not dist.main
         self.tty = sys.stderr.isatty()
         self.bar = tqdm(
@@ -350,7 +357,7 @@ class Progress:
         """Show that `step` is done."""
         if self.quiet:
             return
-        now = time.time()
+        now = time.monotonic()
         if self.recommends_compile:
             self.recommend_compile(now - self.begun, step)
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from .curves import BEST_OF_N, PPO, arrange, kind_of, over_runs, read_records
+from .curves import BEST_OF_N, PPO, arrange, kind_of, logged_names, over_runs, read_records
 from .files import check_output
 
 # What the curves of a run show, if its metrics have it: name -> the metric's label.
@@ -161,9 +161,7 @@ def curves_figure(figure, run: str):
     A held-out metric has a line for each split. InputError: the run has no metric to draw.
     """
     records = read_records(run)
-    logged = set()
-    for record in records:
-        logged |= set(record)
+    logged = logged_names(records)
     panels = choose_panels(logged)
     if not panels:
         raise InputError(f"{run}: nothing to draw in its {PPO}")

@@ -285,9 +285,9 @@ def compare_one(name: str, a: Run, b: Run, steps: list[int], split: str) -> dict
     """One metric at a step of each run."""
     step_a, step_b = steps
     pairs = read_pairs(a, step_a, b, step_b, split)
-    number_a = {name: a.evaluations[step_a][name]}
-    number_b = {name: b.evaluations[step_b][name]}
-    return compare_metrics(number_a, number_b, pairs)[name]
+    number_a = a.evaluations[step_a][name]
+    number_b = b.evaluations[step_b][name]
+    return {"a": number_a, "b": number_b, **subtract(name, number_a, number_b, pairs)}
 
 
 def keep_what_all_kinds_have(a: Run, b: Run):

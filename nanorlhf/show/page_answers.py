@@ -8,7 +8,6 @@ long stands under "items", so that page.py can leave out the last of them.
 
 import contextlib
 import os
-import re
 
 import torch
 
@@ -18,6 +17,7 @@ from ..data import is_world
 from ..ensemble import OBJECTIVES
 from ..errors import InputError
 from ..runtime.files import check_fields, is_of_type, read_rows
+from ..runtime.log import find_evaluations
 from .evaluations_of_runs import combine_members
 from .page_curves import SAMPLES, Run, name_first_split, read_if_there, shorten, thin_out
 
@@ -27,8 +27,9 @@ MOST_EVALUATIONS = 100
 def read_answers(run: Run) -> list[dict]:
     """The answers of a run's evaluations: a block for each split that there are answers of."""
     # The first split, eval, stands first (False sorts before True), the others by their names:
-    # os.listdir() gives folders in no fixed order.
-    files_of_splits = find_evaluations(run)
+    # os.listdir() gives folders in no fixed order. The folders that are there decide, not the
+    # settings: a run may have been killed early.
+    files_of_splits = find_evaluations(run.folder)
     labels = sorted(files_of_splits, key=lambda label: (label != "eval", label))
     blocks = []
     for label in labels:
@@ -48,23 +49,6 @@ def read_answers(run: Run) -> list[dict]:
         if rows_of_steps:
             blocks.append(arrange_answers(run, SAMPLES, rows_of_steps))
     return blocks
-
-
-def find_evaluations(run: Run) -> dict[str, dict[int, str]]:
-    """{split: {step: file of answers}}; the folder eval_ood is of the split ood."""
-    # The folders that are there decide, not the settings: a run may have been killed early.
-    files_of_splits = {}
-    for name in os.listdir(run.folder):
-        folder = re.fullmatch(r"eval(?:_([\w-]+))?", name)
-        if not folder or not os.path.isdir(run.path(name)):
-            continue
-        label = folder[1] or "eval"
-        for file in os.listdir(run.path(name)):
-            step = re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl", file)
-            if step:
-                files = files_of_splits.setdefault(label, {})
-                files[int(step[1])] = run.path(name, file)
-    return files_of_splits
 
 
 def arrange_answers(run: Run, split: str, rows_of_steps: dict[int, list[dict]]) -> dict:

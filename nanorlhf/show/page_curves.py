@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..errors import InputError
 from ..runtime import plots
-from ..runtime.curves import read_records, without_common_ends
+from ..runtime.curves import logged_names, read_records, without_common_ends
 from ..runtime.files import is_number, read_object
 from .kinds import name_kind
 
@@ -112,8 +112,7 @@ def read_panels(runs: list[Run], answers: list[dict]) -> list[dict]:
     # What any of the runs has logged decides which panels there are.
     logged = set()
     for run in runs:
-        for record in run.records:
-            logged |= set(record)
+        logged |= logged_names(run.records)
 
     # The page begins with its main questions: does gold follow the proxy, and is the cue exploited?
     panels = []
@@ -208,9 +207,7 @@ def draw_metric(runs: list[Run], name: str, key: str) -> list[dict]:
     lines = []
     for run in runs:
         # Runs may have different splits, so each run's own log says which lines it has.
-        logged = set()
-        for record in run.records:
-            logged |= set(record)
+        logged = logged_names(run.records)
         n_evaluations = 0
         for label, line_key in plots.lines_of_panel(name, key, logged).items():
             what = label

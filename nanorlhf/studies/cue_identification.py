@@ -1,5 +1,5 @@
-"""Which features of its reward model a policy has exploited, by a written rule that does not know the
-truth; and what stands in the rule's place where the truth is used.
+"""Which features of its reward model a policy has exploited, by a written rule that does not know
+the truth; and what stands in the rule's place where the truth is used.
 
 Everything is read from summary.json of `probe.py reward_features`.
 """

@@ -24,14 +24,16 @@ from transformers.hf_argparser import HfArg
 
 from ..runtime import cli
 from .common import (
-    Cell,
-    KeptFlags,
     StudyFlags,
     describe_numbers,
     draw_picture,
     join,
     print_title,
     read_flags,
+)
+from .kept_cells import (
+    Cell,
+    KeptFlags,
     results_file,
     run_cells,
 )

@@ -34,12 +34,14 @@ from transformers.hf_argparser import HfArg
 from ..errors import at_least, require
 from ..runtime import cli
 from .common import (
-    Cell,
-    KeptFlags,
     StudyFlags,
     draw_picture,
     print_title,
     read_flags,
+)
+from .kept_cells import (
+    Cell,
+    KeptFlags,
     results_file,
     run_cells,
     stages_of,

@@ -30,12 +30,14 @@ from ..hf.folders import check_model
 from ..runtime import cli
 from ..runtime.files import check_can_write
 from .common import (
-    Cell,
-    KeptFlags,
     StudyFlags,
     join,
-    read_cells,
     read_flags,
+)
+from .kept_cells import (
+    Cell,
+    KeptFlags,
+    read_cells,
     results_file,
     run_cells,
 )

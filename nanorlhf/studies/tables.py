@@ -1,4 +1,5 @@
-"""Numbers of a study's runs: read, shortened, subtracted seed by seed, read off a curve; printed, drawn.
+"""Numbers of a study's runs: read, shortened, subtracted seed by seed, read off a curve; printed,
+drawn.
 
 A table is {row: {column: [one number a seed]}}.
 """

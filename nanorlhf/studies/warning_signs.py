@@ -90,7 +90,7 @@ def list_checkpoints(sign: Sign, runs: list[dict]) -> list[Checkpoint]:
 # --------------------------------------------------------------- telling fallen checkpoints apart
 
 
-def measure_auc(sign: Sign, runs: Runs, resamples: int = 1000) -> dict:
+def measure_auc(sign: Sign, runs: Runs, resamples: int) -> dict:
     """How often a fallen checkpoint has a stronger sign than one that has not fallen.
 
     -> {"auc", "auc_interval": [low, high], "less_step", "less_step_interval"}. less_step: the AUC
@@ -229,14 +229,12 @@ def share_of(is_so: list[bool]) -> float:
 # ------------------------------------------------------------------------------------ the table
 
 
-def compare_signs(
-    runs: Runs, signs: tuple[Sign, ...] = SIGNS, rate: float = 0.05, resamples: int = 1000
-) -> dict:
+def compare_signs(runs: Runs, signs: tuple[Sign, ...] = SIGNS, resamples: int = 1000) -> dict:
     """The table of signs: {name: what measure_auc() and measure_leads() say}."""
     table = {}
     for sign in signs:
         row = measure_auc(sign, runs, resamples)
-        table[sign.name] = row | measure_leads(sign, runs, rate)
+        table[sign.name] = row | measure_leads(sign, runs)
     return table
 
 

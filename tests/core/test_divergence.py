@@ -207,6 +207,10 @@ def test_choices_that_are_none(choice):
         select_layers(DIVERGENCES, choice)
 
 
+def test_named_layers_come_in_ascending_order():
+    assert select_layers([0.0] * 10, "9,8,1") == [1, 8, 9]
+
+
 def test_layers_that_are_not_there():
     with refuses("layers 0 to 6"):
         select_layers(DIVERGENCES, "1,7")
@@ -416,9 +420,12 @@ def test_mmcs_needs_features_of_one_width(shape):
 
 
 def test_mmcs_needs_finite_features():
-    nothing = torch.full((1, 2), torch.nan)
+    features = torch.randn(2049, 2)
+    one_bad = torch.tensor([[1.0, torch.nan], [1.0, 2.0]])
     with refuses("not finite"):
-        mmcs(torch.randn(2049, 2), nothing)
+        mmcs(features, one_bad)
+    with refuses("not finite"):
+        mmcs(one_bad, features)
 
 
 def test_assignment_is_fast_enough():

@@ -257,7 +257,9 @@ def test_pairwise_diversity_by_pairs(N, D):
     x = torch.randn(N, D, generator=generator).double() * lengths
     expected = diversity_by_pairs(x)
     assert pairwise_diversity(x) == pytest.approx(expected, abs=1e-12)
-    assert pairwise_diversity(x.float()) == pytest.approx(expected, abs=1e-6)
+    # Embeddings in float32 lose no further digits.
+    rounded = x.float()
+    assert pairwise_diversity(rounded) == pytest.approx(diversity_by_pairs(rounded), abs=1e-12)
 
     all_the_same = x[:1].repeat(N, 1)
     assert pairwise_diversity(all_the_same) == pytest.approx(0, abs=1e-12)
@@ -441,7 +443,8 @@ def test_the_spread_over_inputs_is_the_bootstraps():
 
 
 def test_few_inputs_have_no_interval():
-    assert spread_over_inputs(VALUES[:2]).interval is None
+    two = spread_over_inputs(VALUES[:2])
+    assert two == (pytest.approx(0.55), pytest.approx(0.7 / 2**0.5), None)
     assert spread_over_inputs(VALUES[:1]) == (0.2, 0.0, None)
 
 
@@ -453,6 +456,11 @@ def test_the_spread_across_inputs_is_the_jackknifes():
     across = spread_across_inputs(VALUES, left_out)
     assert across[:2] == pytest.approx((0.475, VALUES.std(ddof=1)))
     assert across.interval == pytest.approx((0.475 - half, 0.475 + half), abs=1e-5)
+
+
+def test_few_inputs_have_no_interval_across_inputs():
+    two = spread_across_inputs(VALUES[:2], np.array([0.5, 0.6]))
+    assert two == (pytest.approx(0.55), pytest.approx(0.7 / 2**0.5), None)
 
 
 def test_a_single_set_has_no_spread_across_inputs():

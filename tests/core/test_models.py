@@ -57,7 +57,7 @@ from nanorlhf.models import (
     save_policy,
     save_reward_model,
 )
-from nanorlhf.packing import Packed, micro_batches, pack, response_mask_of
+from nanorlhf.packing import Packed, micro_batches, pack, pad_rows, response_mask_of
 
 TEMPERATURE = 0.7
 
@@ -100,6 +100,18 @@ def test_a_packed_row_is_prompt_response_and_padding():
     assert len(BATCH) == 5
 
 
+def test_rows_are_padded_on_one_side():
+    assert pad_rows([[5], [6, 7]]).tolist() == [[5, 0], [6, 7]]
+    assert pad_rows([[5], [6, 7]], 9, side="left").tolist() == [[9, 5], [6, 7]]
+
+
+def test_a_process_may_have_no_rows():
+    batch = pack([], [])
+    assert batch.ids.shape == (0, 0)
+    assert len(batch) == 0
+    assert batch.lengths.tolist() == []
+
+
 def test_the_response_mask_holds_as_many_tokens_as_the_response():
     expected = []
     for response in RESPONSES:
@@ -121,6 +133,8 @@ def test_micro_batches_are_of_similar_length():
     some_rows = torch.tensor([2, 4, 3])
     parts = BATCH.micro_batches(2, index=some_rows)
     assert [rows.tolist() for rows in parts] == [[3, 4], [2]]
+    parts = micro_batches(torch.tensor([7, 3, 5]), 2)
+    assert [rows.tolist() for rows in parts] == [[1, 2], [0]]
 
 
 @pytest.mark.parametrize("tokens", [0, 8])
@@ -632,8 +646,12 @@ def test_a_reward_model_from_before_its_std_was_kept_scores_as_ever(rm, tmp_path
     config = json.loads(file.read_text())
     assert config.pop("reward_std") == 3
     file.write_text(json.dumps(config))
-    assert torch.equal(load_reward_model(str(tmp_path))(BATCH), expected)
+    again = load_reward_model(str(tmp_path))
+    assert torch.equal(again(BATCH), expected)
     assert not knows_scale(str(tmp_path))
+    # From here on it is kept.
+    again.standardise(0.25, 2.0)
+    assert again.model.config.reward_std == 2
 
 
 def test_a_new_head_on_the_trunk_of_a_reward_model_has_no_scale_yet(rm, tmp_path):
@@ -656,6 +674,7 @@ def test_a_saved_reward_model_is_a_plain_hf_model_up_to_its_mean(rm, tmp_path):
     rm.standardise(0.5, 3.0)
     expected = rm(BATCH)
     path = str(tmp_path / "rm")
+    rm.model.config.pad_token_id = None  # the tokenizer's is saved
     save_reward_model(rm, word_tokenizer(), path)
 
     again = load_reward_model(path).eval()

@@ -413,6 +413,7 @@ OF_OTHER_TOOLS = {
     "nproc_per_node",
     "nproc-per-node",
     "nnodes",
+    "max_restarts",
     "standalone",
     "rdzv_backend",
     "rdzv_endpoint",

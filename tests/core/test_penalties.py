@@ -226,7 +226,7 @@ def weighted_sum(weights, values):
 
 
 def logit_by_hand(parameters, row):
-    """w' tanh(W x + b), with x the standardised latents of one token."""
+    """w' tanh(W x + b) + c, with x the standardised latents of one token."""
     x = []
     for value, mean, std in zip(row, parameters["mean"], parameters["std"]):
         x.append((value - mean) / std)
@@ -234,7 +234,7 @@ def logit_by_hand(parameters, row):
     for weights, bias in zip(parameters["hidden.weight"], parameters["hidden.bias"]):
         hidden.append(math.tanh(weighted_sum(weights, x) + bias))
     assert len(hidden) == 256
-    return weighted_sum(parameters["logit.weight"][0], hidden)
+    return weighted_sum(parameters["logit.weight"][0], hidden) + parameters["logit.bias"][0]
 
 
 def example_network():
@@ -245,6 +245,7 @@ def example_network():
 def test_the_network_by_hand():
     net = example_network()
     torch.nn.init.normal_(net.logit.weight, generator=seeded(2))
+    torch.nn.init.constant_(net.logit.bias, 0.7)
     z = torch.randn(4, 3, generator=seeded(1))
     parameters = {}
     for name, tensor in net.state_dict().items():
@@ -264,6 +265,14 @@ def test_the_seed_draws_the_hidden_layer():
     other_seed = DensityRatio(3, 6)
     assert torch.equal(same_seed.hidden.weight, net.hidden.weight)
     assert not torch.equal(other_seed.hidden.weight, net.hidden.weight)
+
+
+@pytest.mark.parametrize("d", [1, 16])
+def test_the_hidden_layer_starts_with_variance_1(d):
+    """For people's latents W x and b have it each, however many latents there are: 2 together."""
+    z = torch.randn(2000, d, generator=seeded(1))
+    units = DensityRatio(d).hidden(z)  # [2000, 256]
+    assert units.var().item() == pytest.approx(2, rel=0.15)
 
 
 def test_the_network_needs_a_feature():

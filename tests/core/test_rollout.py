@@ -512,6 +512,12 @@ def test_the_temperature_is_positive(temperature):
         roll(tiny_policy("neox"), temperature=temperature)
 
 
+@pytest.mark.parametrize("cut", [{"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}], ids=str)
+def test_a_cut_leaves_something(cut):
+    with pytest.raises(ValueError, match="top_p"):
+        roll(tiny_policy("neox"), **cut)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_dropout_is_off_and_the_mode_comes_back(architecture):
     policy = tiny_policy(architecture)

@@ -3,6 +3,7 @@
 N tokens, D hidden, M features, K features kept
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +193,16 @@ def test_b_dec_starts_at_the_mean():
     torch.testing.assert_close(sae.b_dec.data, x.mean(0))
 
 
+def test_b_enc_starts_two_rms_below_0():
+    """So that 2% of the features fire; TopK, which keeps k of them anyway, starts at 0."""
+    x = make_activations()
+    rms = np.std(x.numpy() - x.numpy().mean(axis=0))  # about each coordinate's mean
+    assert abs(rms - 1) > 0.1
+    sae = SparseAutoencoder(D, M, normalize="none").double().fit(x)
+    torch.testing.assert_close(sae.b_enc.data, torch.full((M,), -2 * rms).double())
+    assert not TopKSAE(D, M, K, normalize="none").double().fit(x).b_enc.any()
+
+
 def test_b_dec_may_start_at_the_geometric_median():
     """There the gradient of the sum of distances vanishes: all tokens pull with the same force."""
     x = make_activations()
@@ -346,6 +357,8 @@ def test_the_l1_loss():
     n_active = (f > 0).sum().item()
     assert stats["l0"].item() == pytest.approx(n_active / 9)
     assert stats["fired"].tolist() == (f > 0).sum(0).tolist()
+    # They are numbers to report: none holds on to the graph.
+    assert not any(value.requires_grad for value in stats.values())
 
 
 def test_losses_of_parts_of_a_batch_add_up():
@@ -422,6 +435,24 @@ def test_auxiliary_loss(monkeypatch, n_dead, k_aux):
     without, _ = sae_loss(sae, x)
     with_it, _ = sae_loss(sae, x, dead=dead)
     assert (with_it - without).item() == pytest.approx(loss / 32)
+
+
+def test_auxiliary_losses_of_two_processes_add_up():
+    """Each has a share of the batch, and both divide by the variance of the whole batch's error."""
+    sae = make("topk")
+    dead = choose_dead(6)
+    z, error = standardised_error(sae, make_activations(9, seed=3))
+    shares = [slice(0, 4), slice(4, 9)]
+    total = 0.0
+    for share, other in zip(shares, reversed(shares)):
+        numbers = error[other].detach().numpy()
+        sums_of_other = torch.tensor([numbers.sum(), (numbers**2).sum(), numbers.size])
+
+        def reduce(sums):
+            sums += sums_of_other
+
+        total += auxiliary_loss(sae, z[share], error[share], dead, 9, reduce).item()
+    assert total == pytest.approx(auxiliary_loss(sae, z, error, dead).item())
 
 
 @every_death
@@ -509,6 +540,13 @@ def test_measures(kind):
     assert found["dead"] == pytest.approx(expected["dead"])
     assert found["dead"] >= 0.1
 
+    # Of numbers in float32 the sums are in float64 too.
+    x = x.float()
+    x_hat = x_hat.float()
+    assert fvu(x, x_hat) == pytest.approx(fvu(x.double(), x_hat.double()), rel=1e-14)
+    for value in tally(sae.float(), x).values():
+        assert value.dtype == torch.float64
+
 
 def test_fvu_of_the_perfect_and_of_the_mean():
     x = make_activations(50, seed=7)
@@ -552,6 +590,17 @@ def features_that_fire(sae, x):
     """The features with a value above 0 at any token."""
     values, ids = sae.encode_topk(x)
     return set(ids[values > 0].tolist())
+
+
+def test_the_optimizer_sees_no_parallel_gradient():
+    """Else Adam's running means would fill up with what normalise() undoes."""
+    sae = make("vanilla")
+    optimizer = adam(sae)
+    directions = sae.W_dec.detach().clone()
+    train_step(sae, optimizer, make_activations(), lr=0.05)
+    running_mean = optimizer.state[sae.W_dec]["exp_avg"]
+    assert (running_mean * directions).sum(1).abs().max() < 1e-12
+    assert running_mean.abs().max() > 1e-6
 
 
 def test_dead_features_are_counted():

@@ -279,6 +279,20 @@ def test_a_reading_is_scores_and_latents(sarm, by_loop):
     assert reading.edited.equal(reading.scores)
 
 
+@pytest.mark.parametrize("k", [1, M])
+def test_the_k_largest_latents_stay_whatever_their_sign(tmp_path, k):
+    lm, tensors = public_checkpoint(str(tmp_path))
+    config = read_json(tmp_path / "config.json")
+    config["sarm_param"]["sae_k"] = k
+    write_checkpoint(tmp_path, tensors, config)
+
+    scores, latents = sarm_by_loop(lm, tensors, n_kept=k)
+    assert (latents < 0).any() == (k == M)
+    reading = SARM.from_pretrained(str(tmp_path)).read(BATCH)
+    same(reading.scores, scores)
+    same(reading.latents, latents)
+
+
 def test_features_are_read_in_the_order_asked_for(sarm):
     latents = sarm.read(BATCH).latents
     chosen = [5, 0, 47, 5]
@@ -408,6 +422,8 @@ def test_gradients(sarm):
     dense_gradients = torch.autograd.grad(dense_scores.sum(), parameters)
     for found, expected in zip(gradients, dense_gradients):
         same(found, expected, 1e-3)
+    # The norm that follows the trunk in the whole LM is kept, and not trained.
+    assert not any(p.requires_grad for p in sarm.norm.parameters())
 
 
 # ---------------------------------------------------- another reward model with an autoencoder
@@ -626,7 +642,15 @@ def test_a_tensor_of_another_shape(checkpoint):
     check_broken(path, tensors, config, f"[1, {M}]")
 
 
-@pytest.mark.parametrize("name, value", [("sae_k", M + 1), ("sae_source_layer", N + 1)])
+BAD_SETTINGS = [
+    ("sae_k", M + 1),
+    ("sae_k", 0),
+    ("sae_source_layer", N + 1),
+    ("sae_source_layer", 0),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD_SETTINGS)
 def test_a_setting_that_cannot_be(checkpoint, name, value):
     path, tensors, config = checkpoint
     config["sarm_param"][name] = value

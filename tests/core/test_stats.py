@@ -14,6 +14,7 @@ from nanorlhf.stats import (
     bootstrap,
     logistic,
     mean_over_groups,
+    mean_se,
     pair_wins,
     percentiles,
     r_squared,
@@ -60,6 +61,14 @@ def test_ratio_against_simulation():
     assert means.mean().item() == pytest.approx(2, abs=0.03)
     spread = means.std().item()
     assert errors.mean().item() == pytest.approx(spread, rel=0.1)
+
+
+def test_mean_and_standard_error_by_hand():
+    # The squared deviations of 1, 2, 6 from 3 are 14 in all: a variance of 7 (ddof 1), over 3 rows.
+    number = mean_se(torch.tensor([1.0, 2.0, 6.0]))
+    assert number == {"mean": 3.0, "se": pytest.approx((7 / 3) ** 0.5), "n": 3}
+    assert mean_se(torch.tensor([4, 6])) == {"mean": 5.0, "se": pytest.approx(1.0), "n": 2}
+    assert mean_se(torch.tensor([4.0])) == {"mean": 4.0, "se": 0.0, "n": 1}
 
 
 # ------------------------------------------------------------------------------------- bootstrap

@@ -701,7 +701,6 @@ def refuse_row(folder, capfd, benchmark, good_row, row):
         ({**GOOD, "prompt": ["p"]}, "prompt[0] must be an object with role and content"),
         ({**GOOD, "prompt": 5}, "field 'prompt' must be a string, not int"),
         (without(GOOD, "rejected"), "no field 'rejected'"),
-        ({**GOOD, "num_correct": 2}, "num_correct is 2, but there are 1"),
         (
             {**GOOD, "chosen": ["1", "1"]},
             "2 chosen answers; outside the subset Ties there is one",

@@ -1,9 +1,10 @@
 """Bad input, as real broken files: exit code 2, one line that says what and where, nothing changed.
 
 A run that goes wrong later, by numbers that are not finite, exits with code 1, names its step, and
-keeps its last good checkpoint.
+keeps its last good checkpoint. So does one whose disk fails.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ import train_sae
 import train_sft
 from nanorlhf.errors import InputError
 from nanorlhf.models import Policy, load_policy
-from nanorlhf.runtime import checkpoint, cli, distributed
+from nanorlhf.runtime import checkpoint, cli, distributed, log
 from nanorlhf.runtime.optim import adamw
 
 
@@ -769,6 +770,22 @@ def test_a_learning_rate_that_explodes(here, capfd, kind):
     assert len(tensors) > 100
     for name, tensor in tensors.items():
         assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES])
+def test_a_disk_that_fails_keeps_the_last_good_checkpoint(here, capfd, monkeypatch, number):
+    """A network disk may go, and a damaged one can be read only: neither is a bug of ours."""
+    append_lines = log.append_lines
+
+    def append_once(path, rows):
+        if steps_of_checkpoints():
+            raise OSError(number, os.strerror(number), path)
+        append_lines(path, rows)
+
+    monkeypatch.setattr(log, "append_lines", append_once)
+    words = ("cannot be read or written", os.strerror(number), "out/", "is kept")
+    fails(capfd, "sft", arguments("sft", checkpoint_every=1), *words, code=1, lines=None)
+    assert steps_of_checkpoints() == [1]
 
 
 @pytest.mark.slow

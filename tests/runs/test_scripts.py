@@ -944,10 +944,13 @@ def test_target_kl_ends_the_epochs(base, tmp_path, seen, target, n_updates):
 
 
 def test_score_clip(base, tmp_path):
-    always_seven = [f"{base}/rewards.py:seven"]
-    rows = ppo(base, tmp_path, reward_model=always_seven, score_clip=1.5, kl_coef=0.0)
-    assert column(rows[1:], "score_mean") == [7, 7]
-    assert column(rows[1:], "reward") == [1.5, 1.5]
+    """Of eight answers two have the score 7, clipped to 1.5, and six have -7, clipped to -1.5."""
+    file = tmp_path / "signs.py"
+    code = "def signs(prompts, responses): return [7.0] * 2 + [-7.0] * (len(responses) - 2)"
+    file.write_text(code)
+    rows = ppo(base, tmp_path / "run", reward_model=[f"{file}:signs"], score_clip=1.5, kl_coef=0.0)
+    assert column(rows[1:], "score_mean") == [-3.5, -3.5]
+    assert column(rows[1:], "reward") == [-0.75, -0.75]
 
 
 @pytest.mark.parametrize("kind", ["running", pytest.param("first", marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""What a process does with memory that it has freed; how processes meet after a restart."""
+"""What one process does alone, and with freed memory; how processes meet after a restart."""
 
 import datetime
 import os
@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as td
 from support import join, ranks
 
@@ -92,3 +93,10 @@ def test_a_process_that_dies_while_they_meet(tmp_path):
     join(second, code=2)
     (line,) = Path(f"{tmp_path}/stderr_1").read_text().splitlines()
     assert "the processes of this run do not find each other" in line
+
+
+@pytest.mark.parametrize("rank, result", [(0, "done"), (1, None)])
+def test_only_the_main_process_does_it(rank, result):
+    # A world of one exchanges nothing, whatever the rank is.
+    dist = distributed.Dist(rank, 1, torch.device("cpu"))
+    assert dist.on_main(lambda: "done") == result

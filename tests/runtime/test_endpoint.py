@@ -5,7 +5,9 @@ The last part compares a local model's answers with those of Hugging Face's gene
 
 import contextlib
 import json
+import os
 import re
+import signal
 import socketserver
 import threading
 import time
@@ -14,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from support import Endpoint, chat
+from support import Endpoint, chat, fork, join, wait_for
 from tiny_models import V, word_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +25,7 @@ from nanorlhf.errors import InputError
 from nanorlhf.evals.win_rates import JudgeConfig
 from nanorlhf.models import Policy
 from nanorlhf.rollout import ask_locally
-from nanorlhf.runtime import endpoint
+from nanorlhf.runtime import cli, endpoint
 from nanorlhf.runtime.endpoint import Rejected, Unreachable, ask_all, asker
 
 
@@ -703,6 +705,21 @@ def test_who_stops_listening_stops_the_questions():
         answers.close()
         # The second was under way, the third may have begun meanwhile.
         assert len(server.asked) <= 3
+
+
+def ask_two(url):
+    with cli.errors_in_one_line():
+        list(ask_all(asker(url, "tiny", 7), ["?", "??"], parallel=2))
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_an_endpoint_is_silent():
+    """The threads that wait for it would do so for minutes, and ask again."""
+    with Endpoint(600) as server:
+        process = fork(ask_two, server.url)
+        wait_for(lambda: len(server.asked) == 2)
+        os.kill(process.pid, signal.SIGINT)
+        join(process, code=130)
 
 
 # ------------------------------------------------------------------------------------ a local model

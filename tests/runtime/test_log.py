@@ -56,6 +56,20 @@ def test_numbers_stand_below_answer_and_counts_do_not():
 # ------------------------------------------------------------------------------ progress lines
 
 
+def test_the_machine_s_clock_may_be_set_back(capsys, monkeypatch):
+    """A line comes every few seconds all the same, with the time that has passed."""
+    clock = SimpleNamespace(now=1e9, passed=7.0)
+    monkeypatch.setattr(time, "time", lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.passed)
+    progress = Progress(Dist(0, 1, torch.device("cpu")), "ppo", 20)
+    for step in range(1, 4):
+        clock.now -= 3600
+        clock.passed += 10
+        progress.step(step, "score 1")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"ppo {step}/20 [{10 * step} s] score 1" for step in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(
     "seconds, done, left, expected",
     [
@@ -77,7 +91,7 @@ def steps_that_recommend_compile(capsys, monkeypatch, device, rank=0, **compiled
     It was resumed after step 4, and each of its 200 steps takes 50 seconds.
     """
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(time, "time", lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     dist = Dist(rank, 2, torch.device(device))
     progress = Progress(dist, "ppo", 200, 4, **compiled)
     steps = []

@@ -290,12 +290,13 @@ def test_comparisons_are_paired_by_seed(tables, seed):
     assert found == pytest.approx(gold("test", "k2_0.2") - gold("test", "k1_0.2"))
 
 
-# Made-up rows of the table of one seed.
+# Made-up rows of the table of one seed. As in the study, the smaller coefficient of k1, whose KL is
+# the larger, comes first.
 ROWS = {
     "sft": {"KL": 0.0, "y": 1.0},
     "best_of_n": {"KL": 1.8, "y": 9.0},
-    "k1_0.2": {"KL": 4.0, "y": 3.0},
     "k1_0.05": {"KL": 16.0, "y": 2.0},
+    "k1_0.2": {"KL": 4.0, "y": 3.0},
     "k2_0.2": {"KL": 1.0, "y": 7.0},
     "k2_0.05": {"KL": 9.0, "y": 7.0},
     "k2_0.02": {"KL": 25.0, "y": 7.0},

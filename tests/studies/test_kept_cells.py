@@ -1,4 +1,4 @@
-"""Cells (nanorlhf/studies/common.py): results of single runs that a study keeps in a file.
+"""Cells (nanorlhf/studies/kept_cells.py): results of single runs that a study keeps in a file.
 
 Runs are made up: a command leaves its own number in its folder.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import refuses
 
-from nanorlhf.studies import common
+from nanorlhf.studies import common, kept_cells
 from nanorlhf.studies.optimisers import Settings
 
 
@@ -31,7 +31,7 @@ def ran(monkeypatch, tmp_path):
         (folder / "summary.json").write_text(json.dumps(len(commands)))
 
     monkeypatch.setattr(common, "run_command", run_command)
-    monkeypatch.setattr(common, "describe_commit", lambda: "abc1234")
+    monkeypatch.setattr(kept_cells, "describe_commit", lambda: "abc1234")
     return commands
 
 
@@ -42,7 +42,7 @@ def read_result(folder):
 def make_cell(name, flags="", needs=("base", "middle"), out="runs/optimisers"):
     """A cell that needs other runs, each after the one before it."""
     commands = [f"run.py --output_dir {out}/{need}" for need in needs]
-    return common.Cell(name, f"run.py {flags} --output_dir {out}/{name}", commands, read_result)
+    return kept_cells.Cell(name, f"run.py {flags} --output_dir {out}/{name}", commands, read_result)
 
 
 def settings(**flags):
@@ -50,7 +50,7 @@ def settings(**flags):
 
 
 def run(*cells, **flags):
-    return common.run_cells(list(cells), settings(**flags), "kept.json")
+    return kept_cells.run_cells(list(cells), settings(**flags), "kept.json")
 
 
 def names_of(commands):
@@ -107,7 +107,7 @@ def test_a_study_that_was_killed_goes_on(ran, monkeypatch):
         with pytest.raises(Killed):
             run(*cells)
     # What was done is kept, and the study is not gone through to its end.
-    kept = common.read_cells("kept.json")
+    kept = kept_cells.read_cells("kept.json")
     assert {"a", "b"} <= kept.keys() and not kept.keys() & {"c", "p"}
 
     results = run(*cells)
@@ -118,7 +118,7 @@ def test_a_study_that_was_killed_goes_on(ran, monkeypatch):
 def test_runs_side_by_side_lose_no_result(ran):
     cells = [make_cell(f"cell_{i}") for i in range(12)]
     results = run(*cells, jobs=8)
-    assert len(results) == len(common.read_cells("kept.json")) == 12
+    assert len(results) == len(kept_cells.read_cells("kept.json")) == 12
 
 
 def test_a_cell_of_another_command_is_refused(ran):
@@ -145,9 +145,9 @@ def test_a_cell_after_other_runs_is_refused(ran):
 
 def test_a_cell_that_was_kept_without_its_needs_is_valid(ran):
     first = run(make_cell("a"))
-    cells = common.read_cells("kept.json")
+    cells = kept_cells.read_cells("kept.json")
     del cells["a"]["needs"]
-    common.write_cells("kept.json", cells)
+    kept_cells.write_cells("kept.json", cells)
     ran.clear()
     assert run(make_cell("a", needs=("base", "other"))) == first
     assert not ran
@@ -158,7 +158,7 @@ def test_a_run_that_was_there_before_is_of_no_known_commit(ran):
     run(make_cell("a"))
     Path("kept.json").unlink()
     run(make_cell("a"), make_cell("b"))
-    kept = common.read_cells("kept.json")
+    kept = kept_cells.read_cells("kept.json")
     assert {name: cell["commit"] for name, cell in kept.items()} == {"a": "unknown", "b": "abc1234"}
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_file_is_one_line(ran, text, words):
     ],
 )
 def test_the_file_of_a_study(flags, file):
-    assert common.results_file(settings(**flags), "here/study.py") == file
+    assert kept_cells.results_file(settings(**flags), "here/study.py") == file
 
 
 @pytest.mark.parametrize("place", [{}, {"results": "my.json"}, {"output_dir": "mine"}])
@@ -206,7 +206,7 @@ def test_further_flags_need_a_file_and_a_folder_of_their_own(place):
     """What is in the study's folder is not run again, and would pass for these runs."""
     flags = settings(rm_flags="--steps 3", **place)
     words = ["--rm_flags", "--results", "--output_dir"]
-    refuses(common.results_file, flags, "here/study.py", match=words)
+    refuses(kept_cells.results_file, flags, "here/study.py", match=words)
 
 
 def test_the_commit_says_whether_code_has_changed(tmp_path, monkeypatch):
@@ -218,22 +218,22 @@ def test_the_commit_says_whether_code_has_changed(tmp_path, monkeypatch):
             capture_output=True,
         )
 
-    monkeypatch.setattr(common, "REPO", tmp_path)
+    monkeypatch.setattr(kept_cells, "REPO", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert common.describe_commit() == "unknown"
+    assert kept_cells.describe_commit() == "unknown"
 
     for name in ("code.py", "kept.json"):
         (tmp_path / name).write_text("1")
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
-    commit = common.describe_commit()
+    commit = kept_cells.describe_commit()
     assert len(commit) >= 7 and not commit.endswith("+")
     # Results are written while a study runs.
     (tmp_path / "kept.json").write_text("2")
-    assert common.describe_commit() == commit
+    assert kept_cells.describe_commit() == commit
     (tmp_path / "code.py").write_text("2")
-    assert common.describe_commit() == f"{commit}+"
+    assert kept_cells.describe_commit() == f"{commit}+"
 
 
 def test_a_picture_makes_the_folder_that_it_is_drawn_into(tmp_path):

@@ -12,7 +12,7 @@ from statistics import fmean
 import pytest
 from support import parse_command
 
-from nanorlhf.studies import common, optimisers
+from nanorlhf.studies import common, kept_cells, optimisers
 from nanorlhf.studies import optimiser_results as results_module
 from nanorlhf.studies.optimisers import Setting
 
@@ -94,8 +94,8 @@ def test_tuning_judges_by_the_mean_over_seeds(tune):
 def test_the_kept_cells_are_those_of_the_study_as_it_is():
     """Their commands are compared when results are read: one that differs is an error."""
     a = optimisers.read_settings([])
-    path = common.results_file(a, optimisers.__file__)
-    kept = common.read_cells(path)
+    path = kept_cells.results_file(a, optimisers.__file__)
+    kept = kept_cells.read_cells(path)
     tried = optimisers.tune(a, path)  # all of tuning is kept: nothing runs
     chosen = {method: optimisers.best_of(golds) for method, golds in tried.items()}
     runs, pools = optimisers.gold_cells(a, chosen)
@@ -103,7 +103,7 @@ def test_the_kept_cells_are_those_of_the_study_as_it_is():
     assert {cell.name for cell in cells} <= set(kept)
     for cell in [*cells, *optimisers.place_cells(a, chosen["rloo"].lr)]:
         if cell.name in kept:
-            assert kept[cell.name]["command"] == common.kept_form(cell.command, a)
+            assert kept[cell.name]["command"] == kept_cells.kept_form(cell.command, a)
 
 
 def test_a_single_setting_is_not_tried(tune):
@@ -228,7 +228,7 @@ def run_nothing(monkeypatch, tmp_path):
         (folder / "summary.json").write_text("{}")
 
     monkeypatch.setattr(common, "run_command", run_command)
-    monkeypatch.setattr(common, "describe_commit", lambda: "abc1234")
+    monkeypatch.setattr(kept_cells, "describe_commit", lambda: "abc1234")
     monkeypatch.setattr(optimisers, "draw_picture", lambda *args: None)
     monkeypatch.setattr(optimisers, "read_run", lambda folder: RUN | {"entropy": [None, 1.0]})
     monkeypatch.setattr(optimisers, "read_bon", lambda folder: POOL)
@@ -257,7 +257,7 @@ def test_every_run_is_made_once(run_nothing, capsys):
     }
     assert len(set(ran)) == len(ran) - 1
 
-    cells = common.read_cells("cells.json")
+    cells = kept_cells.read_cells("cells.json")
     assert len(cells) == len(ran) - (1 + 2 + 1)  # SFT, reward models, the pool once
     # A second time nothing runs, not even in another folder, and the tables are the same.
     assert run_nothing("--output_dir", "elsewhere") == []
@@ -268,12 +268,12 @@ def test_every_run_is_made_once(run_nothing, capsys):
 
 def test_a_study_goes_on_where_it_lacks_a_cell(run_nothing):
     run_nothing("--output_dir", "out")
-    cells = common.read_cells("cells.json")
+    cells = kept_cells.read_cells("cells.json")
     command = cells.pop("max_at_k/grpo/seed_0")["command"]
-    common.write_cells("cells.json", cells)
+    kept_cells.write_cells("cells.json", cells)
     assert run_nothing("--output_dir", "out") == [command.replace("runs/optimisers", "out")]
     # In an empty folder it makes what this one needs first.
-    common.write_cells("cells.json", cells)
+    kept_cells.write_cells("cells.json", cells)
     ran = run_nothing("--output_dir", "empty")
     assert [common.output_of(command.split()) for command in ran] == [
         "empty/sft",

@@ -13,7 +13,7 @@ from statistics import correlation, fmean, stdev
 import pytest
 from support import write_rows
 
-from nanorlhf.studies import common, overoptimisation
+from nanorlhf.studies import common, kept_cells, overoptimisation
 from nanorlhf.studies import overoptimisation_results as results_module
 from nanorlhf.studies.overoptimisation import FINETUNE, LAMBDAS, METHODS, PRETRAIN, WARM, Method
 from nanorlhf.studies.plan import describe_size
@@ -279,12 +279,12 @@ def test_the_sweep_of_members_has_as_many_as_its_labels_say(members, counts):
 def test_the_kept_cells_are_those_of_the_study_as_it_is():
     """Their commands are compared when results are read: one that differs is an error."""
     a = overoptimisation.read_settings([])
-    kept = common.read_cells(common.results_file(a, overoptimisation.__file__))
+    kept = kept_cells.read_cells(kept_cells.results_file(a, overoptimisation.__file__))
     cells = {cell.name: cell for cell in overoptimisation.all_cells(a)}
     assert set(kept) <= set(cells)
     for name, entry in kept.items():
-        assert entry["command"] == common.kept_form(cells[name].command, a)
-        assert entry["needs"] == common.kept_needs(cells[name], a)
+        assert entry["command"] == kept_cells.kept_form(cells[name].command, a)
+        assert entry["needs"] == kept_cells.kept_needs(cells[name], a)
 
 
 # ---------------------------------------------------------------- what runs again, and what does not
@@ -330,7 +330,7 @@ def run_nothing(monkeypatch, tmp_path):
     run = make_run([0.0, 1.0, -1.0])
     pool = make_pool([0.0, 1.0, 2.0])
     monkeypatch.setattr(common, "run_command", run_command)
-    monkeypatch.setattr(common, "describe_commit", lambda: "abc1234")
+    monkeypatch.setattr(kept_cells, "describe_commit", lambda: "abc1234")
     monkeypatch.setattr(overoptimisation, "draw_picture", lambda *args: None)
     # These draw seeds a thousand times, and have tests of their own.
     monkeypatch.setattr(overoptimisation, "fit_curves", lambda runs: ["the fits"])
@@ -366,7 +366,7 @@ def test_every_run_is_made_once_and_its_cell_is_kept(run_nothing, capsys):
         "train_ppo.py": 2 * 4 + 3 + 3 + 5 + 6,
         "sample_bon.py": 3 + 2 * 3 + 2,
     }
-    cells = common.read_cells("cells.json")
+    cells = kept_cells.read_cells("cells.json")
     is_pool = [command.startswith("sample_bon.py --model") for command in ran]
     n_needs = 2 + (2 * 4 + 2 + 1) + sum(is_pool)
     assert len(cells) == len(ran) - n_needs
@@ -379,12 +379,12 @@ def test_every_run_is_made_once_and_its_cell_is_kept(run_nothing, capsys):
 
 def test_a_study_goes_on_where_it_lacks_a_cell(run_nothing):
     run_nothing("--output_dir", "out")
-    cells = common.read_cells("cells.json")
+    cells = kept_cells.read_cells("cells.json")
     command = cells.pop("ppo_noise0.25_kl0.05/warm/seed_0")["command"]
-    common.write_cells("cells.json", cells)
+    kept_cells.write_cells("cells.json", cells)
     assert run_nothing("--output_dir", "out") == [command.replace("runs/study", "out")]
     # In an empty folder it makes what this one needs first.
-    common.write_cells("cells.json", cells)
+    kept_cells.write_cells("cells.json", cells)
     ran = run_nothing("--output_dir", "empty")
     assert [common.output_of(command.split()) for command in ran] == [
         "empty/sft/seed_0",
@@ -749,7 +749,7 @@ def study(run_small, tmp_path_factory):
 def results(study):
     """What the study has kept: {name: result}."""
     place = study.flags.index("--results")
-    cells = common.read_cells(study.flags[place + 1])
+    cells = kept_cells.read_cells(study.flags[place + 1])
     return {name: cell["result"] for name, cell in cells.items()}
 
 

@@ -243,7 +243,7 @@ def test_noise_is_no_sign():
     """The step is one: a third of the checkpoints that have not fallen are as late."""
     runs = make_noise(random.Random(0))
     signs = (STEP, Sign("noise", +1))
-    table = warning_signs.compare_signs(runs, signs, rate=0.05, resamples=100)
+    table = warning_signs.compare_signs(runs, signs, resamples=100)
     noise = table["noise +"]
     low, high = noise["auc_interval"]
     assert 0.4 < low < noise["auc"] < high < 0.6

@@ -1,0 +1,187 @@
+"""estimate_advantages, loss_of and update of train_ppo.py, with numbers in the place of a policy, by
+hand and by loops.
+
+B answers of a rollout, m of them in a micro-batch, R response tokens
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import randn
+from torch import nn
+
+import train_ppo
+from nanorlhf.packing import pack
+from nanorlhf.runtime.distributed import setup
+
+B = 8
+LENGTHS = [1, 2, 3, 4, 5, 3, 2, 1]
+R = max(LENGTHS)
+
+
+def make_batch():
+    """B answers to a prompt of one token."""
+    responses = [[7] * length for length in LENGTHS]
+    return pack([[1]] * B, responses)
+
+
+def make_experience():
+    """Random numbers for every response token, 0 where masked."""
+    lengths = torch.tensor(LENGTHS)
+    mask = torch.arange(R) < lengths[:, None]
+    columns = {}
+    for seed, name in enumerate(
+        ["old_logprobs", "ref_logprobs", "advantages", "values", "returns"]
+    ):
+        columns[name] = randn(B, R, seed=seed) * mask
+    return train_ppo.Experience(mask=mask, lengths=lengths, **columns)
+
+
+def token_loss(config, new, x, i, place, t, kl_coef):
+    """What token t of an answer adds to the loss, before the sum is divided.
+
+    The answer is row i of what the policy says now, and row `place` of the Experience.
+
+    PPO's clipped loss + vf_coef * the clipped value loss - ent_coef * entropy + kl_coef * k2
+    """
+    logprob = new["logprobs"][i, t].item()
+    value = new["values"][i, t].item()
+    entropy = new["entropies"][i, t].item()
+    advantage = x.advantages[place, t].item()
+    ratio = math.exp(logprob - x.old_logprobs[place, t].item())
+    clipped_ratio = min(max(ratio, 1 - config.clip_range), 1 + config.clip_range)
+    policy = max(-advantage * ratio, -advantage * clipped_ratio)
+
+    old_value = x.values[place, t].item()
+    target = x.returns[place, t].item()
+    edge = config.value_clip_range
+    clipped_value = min(max(value, old_value - edge), old_value + edge)
+    value_error = max((value - target) ** 2, (clipped_value - target) ** 2) / 2
+
+    k2 = (x.ref_logprobs[place, t].item() - logprob) ** 2 / 2
+    return policy + config.vf_coef * value_error - config.ent_coef * entropy + kl_coef * k2
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+def test_the_loss_with_a_value_function_by_loops(kl_in):
+    config = train_ppo.Config(
+        vf_coef=0.3,
+        ent_coef=0.2,
+        kl_in=kl_in,
+        kl_kind="k2",
+        temperature=0.7,
+        clip_range=0.25,
+        value_clip_range=0.4,
+    )
+    x = make_experience()
+    at = torch.tensor([5, 1])  # rows of 3 and 2 tokens
+    new = {
+        "logprobs": randn(2, 3, seed=11),
+        "values": randn(2, 3, seed=12),
+        "entropies": randn(2, 3, seed=13).abs(),
+    }
+    asked = []
+
+    def policy(batch, mask, temperature, entropy, kl_to):
+        asked.append((temperature, entropy, kl_to))
+        return {name: column.clone().requires_grad_() * mask for name, column in new.items()}
+
+    parts = SimpleNamespace(config=config, model=policy, reference=None)
+    batch = make_batch().rows(at)
+    loss, stats = train_ppo.loss_of(parts, batch, x, at, torch.tensor(20), kl_coef=0.6)
+    assert asked == [(0.7, True, None)]
+
+    # A KL that is in the reward is not in the loss too.
+    kl_coef = 0.6 if kl_in == "loss" else 0.0
+    expected = 0.0
+    errors = []
+    for i, place in enumerate(at.tolist()):
+        for t in range(LENGTHS[place]):
+            expected += token_loss(config, new, x, i, place, t, kl_coef) / 20
+            errors.append(abs(new["logprobs"][i, t] - x.old_logprobs[place, t]).item())
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert stats["ratio_error"].item() == pytest.approx(max(errors))
+    assert not any(value.requires_grad for value in stats.values())
+
+
+def test_the_advantages_of_groups():
+    """RLOO by hand: what an answer has more than the other ones, 1 or 3, on all of its tokens."""
+    config = train_ppo.Config(advantage="rloo", group_size=2, vf_coef=0.5, lam=0.95)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0]]).bool()
+    rewards = torch.tensor([[0.0, 2.0, 0], [1.0, 0, 0], [0.5, 0.5, 0], [4.0, 0, 0]])
+    advantages, returns, record = train_ppo.estimate_advantages(config, {"mask": mask}, rewards)
+    assert advantages.tolist() == [[1, 1, 0], [-1, 0, 0], [-3, -3, -3], [3, 0, 0]]
+    assert returns is None
+    assert record == {
+        "advantage_mean": pytest.approx(-5 / 7),
+        "advantage_std": pytest.approx((39 / 7 - 25 / 49) ** 0.5),
+    }
+
+
+def test_advantages_of_a_value_function_are_whitened():
+    config = train_ppo.Config(gamma=1.0, lam=1.0)
+    mask = torch.tensor([[1, 1], [1, 0]]).bool()
+    values = torch.tensor([[1.0, 2.0], [1.0, 0.0]])
+    rewards = torch.tensor([[0.0, 3.0], [-1.0, 0.0]])
+    # The returns are 3, 3, -1, so the advantages are 2, 1, -2, of mean 1/3.
+    outputs = {"mask": mask, "values": values}
+    advantages, returns, record = train_ppo.estimate_advantages(config, outputs, rewards)
+    assert returns.tolist() == [[3, 3], [-1, 0]]
+    std = (3 - 1 / 9) ** 0.5
+    expected = torch.tensor([[5 / 3, 2 / 3], [-7 / 3, 0]]) / std
+    torch.testing.assert_close(advantages, expected)
+    assert record == {
+        "advantage_mean": pytest.approx(1 / 3),
+        "advantage_std": pytest.approx(std),
+        # 1 - Var(2, 1, -2) / Var(3, 3, -1)
+        "explained_variance": pytest.approx(1 - std**2 / (32 / 9)),
+    }
+
+
+# The numbers of eight micro-batches: two epochs of two minibatches, in micro-batches of 3 and 1.
+RATIOS = [1.0, 5.0, 2.0, 3.0, 4.0, 1.0, 1.0, 2.0]
+ERRORS = [0.1, 0.3, 0.2, 0.9, 0.5, 0.4, 0.6, 0.7]
+
+
+def test_an_update_adds_up_its_micro_batches(monkeypatch):
+    """Every epoch sees every answer once. Sums become means over minibatches and epochs."""
+    config = train_ppo.Config(
+        batch_size=B, minibatch_size=4, micro_batch_size=3, ppo_epochs=2, max_grad_norm=100.0
+    )
+    policy = nn.Linear(1, 1, bias=False)
+    start = policy.weight.item()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    parts = SimpleNamespace(config=config, dist=setup("cpu"), model=policy, policy=policy)
+    x = make_experience()
+    calls = []
+
+    def loss_of(parts, batch, experience, at, n_tokens, kl_coef):
+        i = len(calls)
+        assert batch.response_lengths.tolist() == x.lengths[at].tolist()
+        assert (experience, kl_coef) == (x, 0.6)
+        calls.append((at.tolist(), n_tokens.item()))
+        numbers = {"approx_kl": float(i), "ratio_max": RATIOS[i], "ratio_error": ERRORS[i]}
+        stats = {name: torch.tensor(number) for name, number in numbers.items()}
+        return policy.weight.sum() * len(at), stats
+
+    monkeypatch.setattr(train_ppo, "loss_of", loss_of)
+    record = train_ppo.update(parts, optimizer, make_batch(), x, 0, 3, 0.6, lr=0.5)
+
+    assert [len(at) for at, _ in calls] == [3, 1] * 4
+    rows = [row for at, _ in calls for row in at]
+    assert sorted(rows[:B]) == sorted(rows[B:]) == list(range(B))
+    for i in range(0, 8, 2):
+        (first, n_tokens), (second, same_n_tokens) = calls[i : i + 2]
+        n_of_minibatch = sum(LENGTHS[row] for row in first + second)
+        assert n_tokens == same_n_tokens == n_of_minibatch
+
+    # Each minibatch has the gradient 3 + 1, and moves the weight by 0.5 of it.
+    assert policy.weight.item() == pytest.approx(start - 4 * 0.5 * 4)
+    assert record == {
+        "approx_kl": ((0 + 1 + 2 + 3) / 2 + (4 + 5 + 6 + 7) / 2) / 2,
+        "grad_norm": pytest.approx(4.0),
+        "ratio_max": 5.0,
+        "first_ratio_error": pytest.approx(0.3),  # of the first minibatch: no update came before it
+    }
