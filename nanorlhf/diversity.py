@@ -19,7 +19,8 @@ interval over prompts is made (spread_across_inputs).
 
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -153,20 +154,19 @@ def ngram_diversity(
     distinct_1 .. distinct_{orders}, ead_1 ..., their means over n, "distinct" and "ead", and
     "length", the mean number of tokens. ValueError: sets of unequal size, too small a vocabulary.
     """
-    G = len(sets)
     S = len(sets[0])
     if not S or any(len(texts) != S for texts in sets):
         sizes = sorted({len(texts) for texts in sets})
         raise ValueError(f"sets of {sizes} texts: they must be of one size, and not empty")
-    # Text s of set g is at place g S + s: one pass over all texts counts for all sets.
     all_texts = []
     for texts in sets:
         all_texts += texts
+    check_vocabulary(count_vocabulary(all_texts), vocab_size)
 
     values = {}  # {name: [G]}
     left_out = {}  # {name: [G, S] without each text; length: [S]}
-    for n, gram, text in number_ngrams(all_texts, orders, vocab_size):
-        distinct, total, lonely = count_ngrams(gram, text, G, S)
+    for n in range(1, orders + 1):
+        distinct, total, lonely = count_ngrams(sets, n)
         # Leaving out a text takes all its n-grams from the total, but from the distinct ones only
         # those that no other text has.
         C = total.sum(1)  # [G]
@@ -195,69 +195,32 @@ def ngram_diversity(
     return table
 
 
-def number_ngrams(
-    texts: Sequence[Text], orders: int, vocab_size: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For n = 1 .. orders: n, a number for each n-gram, and the place of its text.
-
-    Equal n-grams have the same number.
-    """
-    # All texts as one row of numbered words, and beside each word the place of its text.
-    number_of = {}
-    numbers = []
-    lengths = []
-    for text in texts:
-        words = words_of(text)
-        lengths.append(len(words))
-        for word in words:
-            numbers.append(number_of.setdefault(word, len(number_of)))
-    check_vocabulary(len(number_of), vocab_size)
-    token = np.array(numbers, dtype=np.int64)  # [T]
-    place = np.repeat(np.arange(len(texts)), lengths)  # [T]
-
-    gram = token
-    for n in range(1, orders + 1):
-        if n > 1:
-            # An n-gram is the (n-1)-gram that begins at its place, and one token more. They are
-            # numbered anew from 0, so that the products stay far below 2^63.
-            pair = gram[:-1] * len(number_of) + token[n - 1 :]
-            gram = np.unique(pair, return_inverse=True)[1]  # [T - n + 1]
-        start = place[: len(gram)]
-        # What begins in one text and ends in the next is no n-gram.
-        stays_in_text = start == place[n - 1 :]
-        yield n, gram[stays_in_text], start[stays_in_text]
-
-
 def count_ngrams(
-    gram: np.ndarray, text: np.ndarray, G: int, S: int
+    sets: Sequence[Sequence[Text]], n: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Count the n-grams of G sets of S texts.
 
-    gram, text: the number of each n-gram and the place of its text -> distinct n-grams of each set
-    [G]; all n-grams of each text [G, S]; the distinct ones of each text that no other text of its
-    set has [G, S].
+    -> distinct n-grams of each set [G]; all n-grams of each text [G, S]; the distinct ones of each
+    text that no other text of its set has [G, S].
     """
-    total = np.bincount(text, minlength=G * S).reshape(G, S)
-    if not len(gram):
-        return total.sum(1), total, total
-
-    # One number for (set, n-gram, text): sorted, equal n-grams of a set stand side by side.
-    # (np.unique would be ten times as slow.)
-    group, place = np.divmod(text, S)
-    span = gram.max() + 1
-    key = np.sort((group * span + gram) * S + place)
-    key = key[np.diff(key, prepend=-1) > 0]  # each n-gram of each text once
-    gram_in_set, place = np.divmod(key, S)
-
-    # Where each n-gram of a set begins, and whether one text alone has it. Of "a b" and "b b" the
-    # keys are (a, 0), (b, 0), (b, 1): 2 distinct ones, of which a is lonely in text 0.
-    first = np.flatnonzero(np.diff(gram_in_set, prepend=-1))
-    n_texts = np.diff(first, append=len(key))
-    alone = first[n_texts == 1]
-    distinct = np.bincount(gram_in_set[first] // span, minlength=G)
-    text_of_lonely = gram_in_set[alone] // span * S + place[alone]
-    lonely = np.bincount(text_of_lonely, minlength=G * S)
-    return distinct, total, lonely.reshape(G, S)
+    G = len(sets)
+    S = len(sets[0])
+    distinct = np.zeros(G, dtype=np.int64)
+    total = np.zeros((G, S), dtype=np.int64)
+    lonely = np.zeros((G, S), dtype=np.int64)
+    for g, texts in enumerate(sets):
+        distinct_of_texts = []
+        n_texts = Counter()  # {n-gram: how many texts of the set have it}
+        for s, text in enumerate(texts):
+            grams = ngrams(text, n)
+            total[g, s] = len(grams)
+            distinct_of_texts.append(set(grams))
+            n_texts.update(distinct_of_texts[s])
+        distinct[g] = len(n_texts)
+        in_one_text = {gram for gram, count in n_texts.items() if count == 1}
+        for s, grams in enumerate(distinct_of_texts):
+            lonely[g, s] = len(grams & in_one_text)
+    return distinct, total, lonely
 
 
 # ------------------------------------------------------------------------------------ embeddings

@@ -23,6 +23,7 @@ Labels = Sequence | None
 
 # The relative rounding error of a loss that is the sum of many terms.
 ROUNDING = 64 * torch.finfo(torch.float64).eps
+NEWTON_STEPS = 100  # at most; a dozen are usual
 
 
 # ------------------------------------------------------------------------ means and their errors
@@ -388,7 +389,7 @@ def check_finite(name: str, x) -> Tensor:
 
 
 class Linear(NamedTuple):
-    """What a regression found: x -> x @ weight + bias, and the penalty that it was found with."""
+    """What ridge() found: x -> x @ weight + bias, and the penalty that it was found with."""
 
     weight: Tensor  # [D], float64
     bias: float
@@ -482,63 +483,45 @@ def ridge(x, y, alphas: Sequence[float], groups: Labels = None) -> Linear:
     return Linear(weight, bias, alpha)
 
 
-def logistic(x, labels, l2: float = 1.0, intercept: bool = True, steps: int = 100) -> Linear:
-    """Logistic regression by Newton's method, down to the rounding of the loss.
+def logistic(x, labels, l2: float = 1.0) -> Tensor:
+    """Logistic regression without an intercept, by Newton's method, to the rounding of the loss.
 
-        w, b = argmin sum_i log(1 + exp(-s_i (x_i w + b))) + l2/2 |w|^2,   s_i = +1 or -1
+        w = argmin sum_i log(1 + exp(-s_i x_i w)) + l2/2 |w|^2,   s_i = +1 or -1
 
-    x [N, D], labels [N] of 0 and 1 -> Linear. ValueError: one class alone (with an intercept), l2
-    not positive (separable classes have no finite fit without), no convergence. Without an
-    intercept x is the difference of two things, and the label which of them won.
+    x is the difference of two things, and the label which of them won: x [N, D], labels [N] of 0
+    and 1 -> w [D], float64. ValueError: another number of labels than rows, l2 not positive
+    (separable classes have no finite fit without), no convergence.
     """
     x = check_finite("logistic", x)
     is_positive = torch.as_tensor(labels).flatten().cpu() > 0
-    one_class = not 0 < is_positive.sum() < len(is_positive)
-    if x.ndim != 2 or len(x) != len(is_positive) or l2 <= 0 or (intercept and one_class):
+    if x.ndim != 2 or len(x) != len(is_positive) or l2 <= 0:
         raise ValueError(
-            "logistic needs x [N, D], labels [N] of both kinds, l2 above 0, "
+            "logistic needs x [N, D], labels [N] and l2 above 0, "
             f"not {list(x.shape)}, {len(is_positive)} and {l2}"
         )
     sign = is_positive.double() * 2 - 1  # [N]
-
-    # The fit is made in the space that the rows span.
-    mean = torch.zeros(x.shape[1]).double()
-    if intercept:
-        mean = x.mean(0)
-    p, v, _ = span(x - mean)  # [N, Q], [D, Q]
-    penalty = torch.full((p.shape[1],), float(l2), dtype=torch.float64)
-    if intercept:
-        # The bias is one more column, without a penalty.
-        p = torch.cat([p, torch.ones(len(x), 1).double()], 1)
-        penalty = torch.cat([penalty, torch.zeros(1).double()])
-
-    w = minimise_by_newton(p, sign, penalty, steps)
-    # Back from the coordinates P to the columns of x. The fit was made on x - mean, so the bias
-    # takes off w . mean.
-    weight = v @ w[: v.shape[1]]
-    bias = 0.0
-    if intercept:
-        bias = (w[-1] - mean @ weight).item()
-    return Linear(weight, bias, float(l2))
+    # The fit is made in the space that the rows span, and brought back to the columns of x.
+    p, v, _ = span(x)  # [N, Q], [D, Q]
+    return v @ minimise_by_newton(p, sign, float(l2))
 
 
-def minimise_by_newton(p: Tensor, sign: Tensor, penalty: Tensor, steps: int) -> Tensor:
-    """The w of the lowest loss: -sum_i log sigmoid(s_i p_i w) + 1/2 sum_j penalty_j w_j^2.
+def minimise_by_newton(p: Tensor, sign: Tensor, l2: float) -> Tensor:
+    """The w of the lowest loss: -sum_i log sigmoid(s_i p_i w) + l2/2 |w|^2.
 
-    p [N, Q], sign [N], penalty [Q] -> w [Q]. It ends where a step would lower the loss by less than
-    its rounding. ValueError: it has not ended after `steps` steps.
+    p [N, Q], sign [N] -> w [Q]. It ends where a step would lower the loss by less than its
+    rounding. ValueError: it has not ended after NEWTON_STEPS.
     """
 
     def loss(w):
         log_likelihood = torch.nn.functional.logsigmoid(sign * (p @ w)).sum()
-        return -log_likelihood + 0.5 * (penalty * w * w).sum()
+        return -log_likelihood + 0.5 * (l2 * w * w).sum()
 
     w = torch.zeros(p.shape[1]).double()
-    for _ in range(steps):
+    for _ in range(NEWTON_STEPS):
         right = torch.sigmoid(sign * (p @ w))  # the chance of each row's own label
         wrong = torch.sigmoid(-sign * (p @ w))  # of the other one: 1 - right would round to 0
-        gradient = penalty * w - p.T @ (sign * wrong)
-        hessian = (p.T * (right * wrong)) @ p + penalty.diag()
+        gradient = l2 * w - p.T @ (sign * wrong)
+        hessian = (p.T * (right * wrong)) @ p + l2 * torch.eye(len(w)).double()
         move = torch.linalg.solve(hessian, gradient)
 
         # Newton decrement: lambda^2 = g' H^-1 g. A full step lowers the loss by about lambda^2 / 2.
@@ -554,4 +537,4 @@ def minimise_by_newton(p: Tensor, sign: Tensor, penalty: Tensor, steps: int) -> 
         while loss(w - size * move) > current and size > 1e-6:
             size /= 2
         w = w - size * move
-    raise ValueError(f"logistic: no convergence in {steps} steps")
+    raise ValueError(f"logistic: no convergence in {NEWTON_STEPS} steps")

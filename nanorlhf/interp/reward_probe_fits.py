@@ -126,7 +126,7 @@ def fit_pairs(
     chosen, rejected = x.double().chunk(2)  # [N, F]
     difference = chosen - rejected
     # The chosen response always comes first, so all labels are 1, and an intercept alone would fit
-    # them. Without it, and without centring, exchanging the two responses turns a margin's sign.
+    # them. Without one, and without centring, exchanging the two responses turns a margin's sign.
     scale = difference[train].square().mean(0).sqrt()  # [F]
     scale = torch.where(scale > 0, scale, 1)
     labels = torch.ones(len(train))
@@ -135,7 +135,7 @@ def fit_pairs(
 
     scaled = (difference / scale)[train]  # [n, F]
     penalty = choose_penalty(scaled, labels, texts.groups[train])
-    weight = logistic(scaled, labels, penalty, intercept=False).weight
+    weight = logistic(scaled, labels, penalty)
     weight = weight / scale  # of inputs as they are
 
     # Margins that differ by rounding alone are one number; a margin of 0 is half right.
@@ -161,7 +161,7 @@ def choose_penalty(x: Tensor, labels: Tensor, groups: Tensor) -> float:
     sign = labels[is_left_out].double() * 2 - 1
 
     def log_likelihood(l2):
-        weight = logistic(x[~is_left_out], labels[~is_left_out], l2, intercept=False).weight
+        weight = logistic(x[~is_left_out], labels[~is_left_out], l2)
         return F.logsigmoid(sign * (x[is_left_out] @ weight)).sum().item()
 
     return max(PENALTIES, key=log_likelihood)
