@@ -256,15 +256,21 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
     checkpoint_every: int = HfArg(default=10, help="write a checkpoint every N rollouts")
 
     def __post_init__(self):
-        if self.group_size is None and self.advantage != "gae":
+        if self.group_size is None and self.advantage in ppo.GROUP_KINDS:
             self.group_size = 8
         super().__post_init__()
         at_least(self, 1, "minibatch_size", "ppo_epochs", "kl_horizon")
         if self.group_size is not None:
             at_least(self, 1, "group_size")
             divides(self, "batch_size", self.group_size, "--group_size")
+        if self.advantage in ppo.GROUP_KINDS:
+            require(
+                self.group_size > 1,
+                f"--advantage {self.advantage} compares answers to one prompt: --group_size must "
+                "be 2 or more",
+            )
         if self.advantage != "gae":
-            check_group_flags(self)
+            check_value_flags(self)
         at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip")
         at_least(self, 0, "uwo_lambda", "n_samples")
         require(
@@ -302,13 +308,8 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
             check_weights(self)
 
 
-def check_group_flags(config):
-    """InputError where flags do not fit an --advantage that has no value function."""
-    require(
-        config.group_size > 1,
-        f"--advantage {config.advantage} compares answers to one prompt: --group_size must be 2 "
-        "or more",
-    )
+def check_value_flags(config):
+    """InputError where a flag of the value function is set, and --advantage has none."""
     unread = changed_flags(config, VALUE_FLAGS)
     require(
         not unread,

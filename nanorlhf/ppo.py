@@ -333,8 +333,6 @@ def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
     B. Pitfall: the groups of the whole batch are needed; a mean over a process's part of a group is
     another baseline.
     """
-    if kind not in GROUP_KINDS:
-        raise ValueError(f"advantage {kind!r} is not one of {', '.join(GROUP_KINDS)}")
     if group_size < 2:
         raise ValueError(f"groups of {group_size}: an answer needs another one to compare with")
     if len(scores) % group_size:
@@ -347,8 +345,10 @@ def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
         advantages = differences * group_size / (group_size - 1)
     elif kind == "grpo":
         advantages = differences / (rewards.std(1, correction=1, keepdim=True) + 1e-4)
-    else:
+    elif kind == "dr_grpo":
         advantages = differences
+    else:
+        raise ValueError(f"advantage {kind!r} is not one of {', '.join(GROUP_KINDS)}")
 
     # The rounding error of a mean would be an advantage too, where there is nothing to tell apart.
     lowest, highest = rewards.aminmax(dim=1, keepdim=True)

@@ -10,7 +10,8 @@ train_ppo.py and evaluation.py ask one object about rewards. Its functions, in o
     combine(readings)          readings of all processes -> Scored
     learn(readings)            learn from a fresh rollout -> numbers for the record {name: float}
     tensors()                  what it has learned, for a checkpoint
-    summary_names              which of its numbers the table at the end of a run shows
+    summary_names              which numbers of an evaluation the table at the end of a run shows:
+                               the proxy, and terms of Scored
 
 Scoring is the plain one: rewards, and the objective that makes one score of theirs. It learns
 nothing. control/controlled_scoring.py has another, with the same functions.
@@ -31,7 +32,9 @@ class Scored:
 
     members: dict[str, torch.Tensor]  # {name of a reward: [B]}
     proxy: torch.Tensor  # [B]: one score of all members
-    scores: torch.Tensor  # [B]: what PPO maximises: the proxy, unless there are further terms
+    # What PPO maximises: [B]. The proxy, unless there are further terms; what differs from the
+    # proxy is called `controlled` in the files of evaluations.
+    scores: torch.Tensor
     variance: torch.Tensor  # [B]: between the members
     terms: dict[str, torch.Tensor] = field(default_factory=dict)  # {name: [B]}, for the record
 

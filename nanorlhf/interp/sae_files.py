@@ -97,7 +97,12 @@ def save_sae(sae, path: str, density: Tensor | None = None, **notes):
 
 
 def make_config(sae, metadata: dict) -> dict:
-    """What cfg.json says of an autoencoder, in the order of its lines."""
+    """What cfg.json says of an autoencoder, in the order of its lines.
+
+    TypeError: a further kind, which load_sae would read as another one.
+    """
+    if type(sae) not in (SparseAutoencoder, TopKSAE):
+        raise TypeError(f"a {type(sae).__name__} has no architecture on disk")
     config = {"architecture": VANILLA, "d_in": sae.d, "d_sae": sae.m}
     if isinstance(sae, TopKSAE):
         config["architecture"] = TOPK if sae.relu else TOPK_WITHOUT_RELU

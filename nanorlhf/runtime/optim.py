@@ -36,7 +36,7 @@ def learning_rate(
     """The learning rate of a step, of 0 .. steps - 1.
 
     It rises linearly over `warmup` steps. Then it is constant, or it falls to final * lr, linearly
-    or along a cosine. schedule: constant, linear or cosine.
+    or along a cosine. schedule: constant, linear or cosine. ValueError: another one.
     """
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -46,8 +46,10 @@ def learning_rate(
     done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
     if schedule == "linear":
         left = 1 - done
-    else:
+    elif schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        raise ValueError(f"there is no schedule {schedule!r}")
     return lr * (final + (1 - final) * left)
 
 

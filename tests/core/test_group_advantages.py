@@ -14,6 +14,7 @@ import torch
 from checks import doubles, randn, refuses
 from checks import same as nearly_same
 
+from nanorlhf import ppo
 from nanorlhf.ppo import (
     GROUP_KINDS,
     LOSS_MEANS,
@@ -55,8 +56,10 @@ def advantages_by_a_loop(group, kind):
             advantages.append(reward - sum(others) / (n - 1))
         elif kind == "grpo":
             advantages.append((reward - mean) / (std + 1e-4))
-        else:
+        elif kind == "dr_grpo":
             advantages.append(reward - mean)
+        else:
+            pytest.fail(f"{kind} is in GROUP_KINDS: derive its advantages in this loop too")
     return advantages
 
 
@@ -90,6 +93,12 @@ def test_groups_that_are_none(n, group_size, kind, words):
         group_advantages(randn(n), group_size, kind)
 
 
+def test_a_name_without_a_branch_of_its_own_is_no_other_kind(monkeypatch):
+    monkeypatch.setattr(ppo, "GROUP_KINDS", (*GROUP_KINDS, "median"))
+    with refuses("advantage 'median'"):
+        group_advantages(randn(4), 2, "median")
+
+
 @pytest.mark.parametrize("kind", GROUP_KINDS)
 def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(kind):
     """Also where its mean in float32 is another number than each reward; other groups have some."""
@@ -99,9 +108,9 @@ def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(kind):
     unequal = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2])
     found = group_advantages(torch.cat([unequal, equal, unequal]), 7, kind)
     assert found[7:14].tolist() == [0.0] * 7
+    of_unequal = doubles(advantages_by_a_loop(unequal.tolist(), kind))
     for group in (found[:7], found[14:]):
-        assert (group[:6] < -1e-3).all()
-        assert group[6] > 1e-2
+        same(group.double(), of_unequal, tol=1e-6)
 
 
 # ------------------------------------------------ the gradients, by all samples of a small policy

@@ -15,6 +15,8 @@ import torch
 from checks import randn
 
 from nanorlhf.ppo import (
+    KL_ESTIMATES,
+    KL_WITHOUT_GRADIENT,
     AdaptiveKL,
     ScoreScaler,
     entropy,
@@ -129,6 +131,20 @@ def test_k1_and_k3_are_the_kl_in_expectation_and_k2_is_not():
     same(expected_estimate("k1", LOGITS), exact)
     same(expected_estimate("k3", LOGITS), exact)
     assert differs(expected_estimate("k2", LOGITS), exact)
+
+
+@pytest.mark.parametrize("kind", KL_ESTIMATES)
+def test_every_estimate_is_0_where_nothing_has_moved_and_on_average_positive(kind):
+    same(kl_estimate(LOGITS[None], LOGITS[None], kind), torch.zeros(1, 6))
+    for seed in range(3):
+        assert expected_estimate(kind, 2 * randn(6, seed=10 + seed)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KL_ESTIMATES)
+def test_the_kinds_without_a_gradient_are_those_that_say_so(kind):
+    gradient = gradient_of_expectation(kind, LOGITS)
+    pulls_nowhere = not differs(gradient, zeros(6))
+    assert pulls_nowhere == (kind in KL_WITHOUT_GRADIENT)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -128,6 +128,16 @@ def test_a_folder_holds_two_files_and_what_is_noted(tmp_path, kind, normalize):
     assert metadata["site"] == "mlp"
 
 
+def test_a_further_kind_is_not_written_as_one_that_it_is_not(tmp_path):
+    class WithThreshold(SparseAutoencoder):
+        def activate(self, pre):
+            return pre * (pre > 0.5)
+
+    with pytest.raises(TypeError, match="WithThreshold"):
+        save_sae(WithThreshold(D, M), str(tmp_path / "sae"))
+    assert not (tmp_path / "sae").exists()
+
+
 def test_firing_rates_are_written_as_logarithms(tmp_path):
     rates = torch.full((M,), 0.25, dtype=torch.float64)
     rates[:3] = torch.tensor([0.0, 1e-3, 1.0])

@@ -56,7 +56,7 @@ SIZES = {
     "train_sft.py": {**SMALL_MODEL_RUN, "steps": 8, "batch_size": 16, "compile": False},
     "train_rm.py": {**SMALL_MODEL_RUN, "members": 2, "compile": False},
     "train_ppo.py": {**SMALL_MODEL_RUN, "minibatch_size": 2, "ppo_epochs": 1, "compile": False},
-    "sample_bon.py": {"eval_size": 4, "max_rows": 4, "n_answers": 16, "n": 16, "max_new_tokens": 8},
+    "sample_bon.py": {"eval_size": 4, "max_rows": 8, "n_answers": 16, "n": 16, "max_new_tokens": 8},
     "train_sae.py": {"steps": 10, "batch_size": 32, "buffer_tokens": 256, "max_rows": 64}
     | {"eval_size": 8, "n_answers": 2, "max_new_tokens": 8},
     "probe.py": {"max_rows": 40, "eval_size": 64, "seeds": 2, "triples": 20, "draws": 2, "top": 4}

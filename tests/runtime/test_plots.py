@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from nanorlhf.ensemble import OBJECTIVES
 from nanorlhf.runtime import plots
 from nanorlhf.runtime.curves import arrange, cells_of, objectives_of, without_common_ends
 from nanorlhf.runtime.results import draw_intervals
@@ -277,10 +278,14 @@ def test_objectives_name_lambda_and_members_where_these_differ(configs, labels):
     assert objectives_of(configs) == labels
 
 
+# C0 is a single reward model's, then comes an objective each, and uwo is the last.
+COLOUR_OF_UWO = f"C{len(OBJECTIVES)}"
+
+
 def test_colours_of_objectives_are_the_same_in_all_pictures():
     # C1 is kept for the mean.
     colours = plots.colours_of(["uwo", "wco", "single"])
-    assert colours == {"single": "C0", "wco": "C2", "uwo": "C3"}
+    assert colours == {"single": "C0", "wco": "C2", "uwo": COLOUR_OF_UWO}
     single = "single (mean of 5 members)"
     assert plots.colours_of([single, "mean", "uwo_0.5"])[single] == "C0"
 
@@ -339,7 +344,7 @@ def test_a_study_is_drawn_as_rows_of_cells_with_bands_over_seeds(study):
     over_steps = lines(axes[6])
     over_distance = lines(axes[7])
     for place in range(4):
-        colour = f"C{place}"
+        colour = ["C0", "C1", "C2", COLOUR_OF_UWO][place]
         # Seeds have gold at start - s^2 (1, 2, 3): mean 2, standard deviation 1.
         start = 35 + place
         standard_error = 3**-0.5
@@ -420,7 +425,7 @@ def test_best_of_n_of_members_and_ensembles(tmp_path):
     np.testing.assert_allclose(lines(over_n)["C0", "-"], [NS, single])
     np.testing.assert_allclose(lines(over_distance)["C0", "-"], [d, single])
     np.testing.assert_allclose(lines(over_distance)["C2", "-"], [d, ensemble])
-    np.testing.assert_allclose(lines(over_distance)["C3", "--"], [d, 2 * d])
+    np.testing.assert_allclose(lines(over_distance)[COLOUR_OF_UWO, "--"], [d, 2 * d])
 
     # The members' band is from the lowest to the highest one.
     _, low, high = band(over_n, 0)
