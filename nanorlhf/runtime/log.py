@@ -58,6 +58,8 @@ class RunFolder:
             if name not in free:
                 self.named[name] = value
 
+        dist.together(self.check_place)
+
         # A folder that holds something else is refused before a lock file is put into it.
         def claim():
             self.find_state(config, free)
@@ -72,8 +74,8 @@ class RunFolder:
         self.check_inputs()
         dist.barrier()  # every process has looked before one writes
 
-    def find_state(self, config, free):
-        """Set `state` by what is in the folder. InputError: another run, or something else."""
+    def check_place(self):
+        """InputError where no run can be written."""
         check_name(self.path)
         # What is written into a folder changes it, and a run whose inputs change cannot be resumed.
         for path in input_paths(self.named):
@@ -81,12 +83,15 @@ class RunFolder:
                 not is_inside(self.path, path),
                 f"{self.path} lies in {path}, which this run reads; choose another --output_dir",
             )
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise InputError(f"{self.path}: the output folder is a file")
+
+    def find_state(self, config, free):
+        """Set `state` by what is in the folder. InputError: another run, or something else."""
         self.state = "new"
         self.inputs = {}  # fingerprints of what `named` names
-        if not os.path.exists(self.path):
-            return
         if not os.path.isdir(self.path):
-            raise InputError(f"{self.path}: the output folder is a file")
+            return
 
         # A run writes config.json first and summary.json last.
         stored = os.path.join(self.path, "config.json")

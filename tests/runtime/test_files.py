@@ -22,6 +22,7 @@ from nanorlhf.runtime.files import (
     read_json,
     read_object,
     read_rows,
+    without_nan,
 )
 from nanorlhf.runtime.tensors import check_tensors, read_tensors
 
@@ -263,3 +264,8 @@ def test_tensors_of_any_floating_point_type_are_taken(dtype):
 
 def test_a_tensor_of_any_shape_is_taken_where_none_is_asked_for():
     check_tensors({"w": torch.zeros(0, 4)}, {"w": None}, "x")
+
+
+def test_json_has_null_for_numbers_that_it_does_not_know():
+    value = {"a": [math.nan, 1.5, True], "b": (math.inf, {"c": -math.inf}), "d": "nan"}
+    assert without_nan(value) == {"a": [None, 1.5, True], "b": [None, {"c": None}], "d": "nan"}

@@ -7,6 +7,7 @@ class of nanorlhf/runtime/flags.py declares; all others are a script's own.
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import re
 import typing
@@ -477,3 +478,12 @@ def test_flags_of_adapters_need_adapters(name, words):
     with pytest.raises(InputError, match=f"^{words[0]} is for adapters: it needs --lora_rank$"):
         parse(name, *words)
     parse(name, *words, "--lora_rank", "2", "--model", "m")
+
+
+def test_a_run_that_is_resumed_has_its_own_settings_for_defaults(tmp_path):
+    settings = {"lr": 0.5, "steps": 7, "output_dir": "where it was", "a flag that is gone": 1}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = parse("sft", "--resume", "--output_dir", str(tmp_path), "--steps", "9")
+    assert (config.lr, config.steps, config.output_dir) == (0.5, 9, str(tmp_path))
+    # Without --resume what is in the folder says nothing.
+    assert parse("sft", "--output_dir", str(tmp_path)).lr == train_sft.Config().lr
