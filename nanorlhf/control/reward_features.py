@@ -428,9 +428,9 @@ def format_table(summary, rows, with_contexts):
                     f"          > {context['side']:8s} z {context['z']:6.2f}  {text[-105:]}"
                 )
     lines.append(
-        "  score: how much higher texts score on which the feature fires than others of their "
-        "side\n  weight below 0: it is punished already; AUC below .50: the token is absent"
+        "  score: how much higher texts score on which the feature fires than others of their side"
     )
+    lines.append("  weight below 0: it is punished already; AUC below .50: the token is absent")
     return "\n".join(lines)
 
 

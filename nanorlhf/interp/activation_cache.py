@@ -82,7 +82,7 @@ def from_disk(
 def fill_folder(
     folder: str, content: dict, paths: list[str], write_shards: Callable[[list[int]], None], dist
 ):
-    """Have the shards written that are not there. write_shards(numbers): of one process."""
+    """Write the shards that are not there. write_shards(numbers) writes those of one process."""
 
     def lock_for_filling():
         if dist.main and find_missing(paths):

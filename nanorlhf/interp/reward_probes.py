@@ -527,7 +527,7 @@ def format_table(summary: dict) -> str:
         positive = sum(seed["positive"] for seed in seeds) / len(seeds)
         share = max(positive, 1 - positive)
         lines.append(
-            f"  To guess the commoner sign every time is right for {share:.3f} of the test. p: "
+            f"  Guessing the commoner sign every time is right for {share:.3f} of the test. p: "
             "the worst split's, by permutation of the test; compare it with that of the shuffled "
             "labels."
         )
