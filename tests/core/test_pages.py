@@ -408,6 +408,37 @@ def test_quotes_that_no_code_has_are_found():
 
 # ------------------------------------------------------------------------------ names in code
 
+
+@functools.cache
+def every_test():
+    """The names of all tests."""
+    names = set()
+    for file in find_files():
+        if file.startswith("tests/") and file.endswith(".py"):
+            names |= set(re.findall(r"^def (test_\w+)", read(REPO / file), re.MULTILINE))
+    return names
+
+
+def faults_of_tests(text):
+    """Tests that a page names, `test_like_this`, and that are none."""
+    faults = []
+    for span in CODE_SPAN.finditer(text):
+        name = span[2]
+        if re.fullmatch(r"test_\w+", name) and name not in every_test():
+            faults.append((line_of(text, span.start()), f"{name}: there is no such test"))
+    return faults
+
+
+@every_page
+def test_tests_that_are_named_exist(page):
+    fail_with(page, faults_of_tests(read(page)))
+
+
+def test_names_of_no_test_are_found():
+    text = "`test_tests_that_are_named_exist`, `test_ppo.py`\nand `test_nothing`\n"
+    assert faults_of_tests(text) == [(2, "test_nothing: there is no such test")]
+
+
 FLAG = re.compile(r"(?<![\w-])--([a-z]\w*(?:-\w+)*)")
 OF_OTHER_TOOLS = {
     "nproc_per_node",
