@@ -575,6 +575,15 @@ def test_a_sarm_as_a_feature_reward(public, sarm):
     same(load_reward(path, word_tokenizer(), ALONE)(answers()), expected.scores, 1e-5)
 
 
+def test_a_process_without_answers_reads_none(public):
+    path, _, _ = public
+    no_answers = Answers([], [], pack([], []))
+    for tokenizer in (word_tokenizer(), None):  # sampled ids; texts, which are encoded first
+        reward = load_feature_reader(path, "", tokenizer, ALONE)
+        reading = reward.read(no_answers, [2, 9], {2: ("+", 1.0)})
+        assert [tuple(values.shape) for values in reading] == [(0,), (0, 2), (0,)]
+
+
 @pytest.mark.parametrize("sae", ["sae", "run"])
 def test_an_autoencoder_may_be_named_by_its_folder_or_its_run(folder, sae):
     assert check_feature_reader(str(folder / "rm"), str(folder / sae)) == M
