@@ -218,12 +218,7 @@ def human_latents(config):
     dist = setup(config.device)
     ids = parse_ids(config.features)
     check_output(config.output, is_human_latents, "a file of human latents")
-
-    def check_place():
-        if dist.main:
-            check_can_write(config.output)
-
-    dist.together(check_place)
+    dist.on_main(lambda: check_can_write(config.output))
     check_feature_reader(config.reward_model, config.sae, ids)
 
     # The texts. A pair has two: the chosen one is read, since it is what people want written.

@@ -85,14 +85,14 @@ def fill_folder(
     """Write the shards that are not there. write_shards(numbers) writes those of one process."""
 
     def lock_for_filling():
-        if dist.main and find_missing(paths):
+        if find_missing(paths):
             lock(folder)
 
     # A folder that holds something else is refused before a lock file is put in it.
     dist.together(lambda: check_folder(folder, content))
     with unlock_afterwards():
         # A folder in which nothing is missing is only read, by any number of runs at once.
-        dist.together(lock_for_filling)
+        dist.on_main(lock_for_filling)
         # The folder is looked at again: another program may have filled it before it was locked.
         dist.together(lambda: check_folder(folder, content))
         missing = find_missing(paths)
