@@ -218,7 +218,7 @@ def human_latents(config):
     dist = setup(config.device)
     ids = parse_ids(config.features)
     check_output(config.output, is_human_latents, "a file of human latents")
-    dist.together(lambda: check_can_write(config.output) if dist.main else None)
+    dist.on_main(lambda: check_can_write(config.output))
     check_feature_reader(config.reward_model, config.sae, ids)
 
     # The texts. A pair has two: the chosen one is read, since it is what people want written.
