@@ -1,7 +1,6 @@
 """How different texts are from one another: by n-grams, by sentence embeddings, by an NLI model.
 
-    P prompts, K outputs to each; N texts; G sets of S texts; T tokens of all texts,
-    D hidden, R partners of a text
+    P prompts, K outputs to each; N texts; G sets of S texts; D hidden, R partners of a text
 
 A text is a string, whose words are separated by white space, or a list of token ids. Two protocols
 (Kirk et al. 2024, 2310.06452) look at the same P x K outputs:

@@ -397,7 +397,7 @@ class Linear(NamedTuple):
 
 
 def span(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Coordinates of centred rows in the space that they span: centred = P V', V'V = 1.
+    """Coordinates of rows in the space that they span: x = P V', V'V = 1.
 
     x [N, D] -> P [N, Q], V [D, Q], eigenvalues [Q]. A fit with a quadratic penalty lies in that
     space, so a thousand rows of a million columns cost what a thousand columns do. One

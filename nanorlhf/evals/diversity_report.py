@@ -108,7 +108,8 @@ class Flags(FlagGroup):
 
         # A flag that says how to measure is a mistake where nothing is measured.
         if not self.diversity and not self.from_files:
-            for flag in changed_flags(self, [flag.name for flag in fields(Flags)]):
+            names = [field.name for field in fields(Flags)]
+            for flag in changed_flags(self, names):
                 raise InputError(f"{flag} is about diversity: it needs --diversity or --from")
 
 

@@ -265,9 +265,9 @@ def pacer(per_minute):
 def ask_all(ask, questions, parallel=1):
     """Questions, so many at a time -> (i, answer) as they come.
 
-    A ValueError or Rejected may stand in the place of an answer. Raises Unreachable once all that
-    was under way has come in. Nothing is asked after it, or after the caller has stopped listening,
-    who does not wait for what is under way then.
+    A ValueError or Rejected may stand in the place of an answer. Once the endpoint is down nothing
+    more is asked; Unreachable is raised when all that was under way has come in. When the caller
+    stops listening nothing more is asked either, and nobody waits for what is under way.
     """
     # Set when a question finds the endpoint down, and when the caller stops listening.
     stop = threading.Event()

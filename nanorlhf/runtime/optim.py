@@ -36,7 +36,7 @@ def learning_rate(
     """The learning rate of a step, of 0 .. steps - 1.
 
     It rises linearly over `warmup` steps. Then it is constant, or it falls to final * lr, linearly
-    or along a cosine. schedule: constant, linear or cosine. ValueError: another one.
+    or along a cosine. schedule: constant, linear or cosine; any other is a ValueError.
     """
     if step < warmup:
         return lr * (step + 1) / warmup

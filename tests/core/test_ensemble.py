@@ -146,7 +146,7 @@ ZEROS = torch.zeros(2, 3)
 NAN = float("nan")
 INF = float("inf")
 MISTAKES = {
-    "unknown objective": (ZEROS, "median", 0.5, "must be one of mean, "),
+    "unknown objective": (ZEROS, "nonsense", 0.5, "must be one of mean, "),
     "negative lambda": (ZEROS, "uwo", -0.1, "at least 0"),
     "lambda NaN": (ZEROS, "uwo", NAN, "at least 0"),
     "lambda infinite": (ZEROS, "uwo", INF, "at least 0"),

@@ -727,7 +727,7 @@ def test_the_learning_rate_falls_to_the_final_share_of_lr(schedule):
     assert learning_rate(6, 6, 2.0, schedule, final=0.25) == pytest.approx(0.5)
 
 
-def test_a_schedule_that_there_is_not_is_no_cosine():
+def test_an_unknown_schedule_is_an_error():
     with pytest.raises(ValueError, match="no schedule 'wsd'"):
         learning_rate(3, 6, 2.0, "wsd")
 

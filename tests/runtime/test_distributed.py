@@ -13,6 +13,7 @@ import torch
 import torch.distributed as td
 from support import join, ranks
 
+from nanorlhf.errors import InputError
 from nanorlhf.runtime import cli, distributed
 from nanorlhf.runtime.distributed import Dist
 
@@ -105,33 +106,49 @@ def test_a_process_alone_exchanges_nothing():
     assert dist.sum(tensor) is tensor
 
 
-# ----------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("rank, result", [(0, "done"), (1, None)])
+def test_only_the_main_process_does_it(rank, result):
+    # A world of one exchanges nothing, whatever the rank is.
+    dist = distributed.Dist(rank, 1, torch.device("cpu"))
+    assert dist.on_main(lambda: "done") == result
 
 
-@pytest.mark.parametrize("n_bytes, n_returns", [(2**28, 0), (2**30, 1)])
-def test_only_large_processes_return_freed_memory(monkeypatch, n_bytes, n_returns):
-    returns = []
-    library = SimpleNamespace(malloc_trim=returns.append)
-    monkeypatch.setattr(distributed, "libc", lambda: library)
-    monkeypatch.setattr(distributed, "resident_memory", lambda: n_bytes)
-    distributed.return_freed_memory()
-    assert len(returns) == n_returns
+def test_an_error_of_the_main_process_is_raised_on_all(monkeypatch):
+    """As one line, with an escape for half a character."""
+
+    def fail():
+        raise InputError("no such\n  file: \udcff")
+
+    def find_error(dist):
+        try:
+            dist.on_main(fail)
+        except InputError as e:
+            return str(e)
+
+    assert run_threads(monkeypatch, find_error, 3) == ["no such file: \\udcff"] * 3
 
 
-def test_nothing_happens_with_another_c_library(monkeypatch):
-    monkeypatch.setattr(distributed, "libc", lambda: None)
-    # Elsewhere than on Linux nothing tells how large the process is.
-    monkeypatch.delattr(distributed, "resident_memory")
-    distributed.return_freed_memory()
+def test_the_first_of_two_errors_is_raised_on_all(monkeypatch):
+    def fail_unless_main(dist):
+        def fail():
+            if not dist.main:
+                raise InputError(f"of rank {dist.rank}")
+
+        try:
+            dist.together(fail)
+        except InputError as e:
+            return str(e)
+
+    assert run_threads(monkeypatch, fail_unless_main, 3) == ["of rank 1"] * 3
 
 
-@pytest.mark.skipif(not distributed.libc(), reason="needs Linux")
-def test_resident_memory_grows_with_what_is_held():
-    before = distributed.resident_memory()
-    # Every page is written to: a page that nobody has touched is not resident.
-    block = bytearray(b"x") * 2**26
-    grown = distributed.resident_memory() - before
-    assert 0.9 * len(block) < grown < 1.2 * len(block)
+def test_texts_of_all_processes_come_in_order(monkeypatch):
+    texts = ["größe\n", "", "two"]
+    found = run_threads(monkeypatch, lambda dist: dist.gather_text(texts[dist.rank]), 3)
+    assert found == ["größe\ntwo"] * 3
+
+
+# ---------------------------------------------------------------------------------------- meeting
 
 
 @pytest.mark.parametrize("machines, finds_old_keys", [("1", False), ("2", True)])
@@ -190,8 +207,30 @@ def test_a_process_that_dies_while_they_meet(tmp_path):
     assert "the processes of this run do not find each other" in line
 
 
-@pytest.mark.parametrize("rank, result", [(0, "done"), (1, None)])
-def test_only_the_main_process_does_it(rank, result):
-    # A world of one exchanges nothing, whatever the rank is.
-    dist = distributed.Dist(rank, 1, torch.device("cpu"))
-    assert dist.on_main(lambda: "done") == result
+# ----------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("n_bytes, n_returns", [(2**28, 0), (2**30, 1)])
+def test_only_large_processes_return_freed_memory(monkeypatch, n_bytes, n_returns):
+    returns = []
+    library = SimpleNamespace(malloc_trim=returns.append)
+    monkeypatch.setattr(distributed, "libc", lambda: library)
+    monkeypatch.setattr(distributed, "resident_memory", lambda: n_bytes)
+    distributed.return_freed_memory()
+    assert len(returns) == n_returns
+
+
+def test_nothing_happens_with_another_c_library(monkeypatch):
+    monkeypatch.setattr(distributed, "libc", lambda: None)
+    # Elsewhere than on Linux nothing tells how large the process is.
+    monkeypatch.delattr(distributed, "resident_memory")
+    distributed.return_freed_memory()
+
+
+@pytest.mark.skipif(not distributed.libc(), reason="needs Linux")
+def test_resident_memory_grows_with_what_is_held():
+    before = distributed.resident_memory()
+    # Every page is written to: a page that nobody has touched is not resident.
+    block = bytearray(b"x") * 2**26
+    grown = distributed.resident_memory() - before
+    assert 0.9 * len(block) < grown < 1.2 * len(block)
