@@ -6,14 +6,17 @@ What is read is JSON, UTF-8 and finite numbers, or one line says where it is not
 import gzip
 import json
 import math
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from support import refuses
 
+from nanorlhf.errors import InputError
 from nanorlhf.runtime.files import (
     check_fields,
+    check_name,
     is_of_type,
     parse_json,
     read_bytes,
@@ -269,3 +272,26 @@ def test_a_tensor_of_any_shape_is_taken_where_none_is_asked_for():
 def test_json_has_null_for_numbers_that_it_does_not_know():
     value = {"a": [math.nan, 1.5, True], "b": (math.inf, {"c": -math.inf}), "d": "nan"}
     assert without_nan(value) == {"a": [None, 1.5, True], "b": [None, {"c": None}], "d": "nan"}
+
+
+# ------------------------------------------------------------------------- a place for outputs
+
+
+def test_a_folder_that_another_process_has_just_removed_is_no_broken_link(tmp_path, monkeypatch):
+    place = str(tmp_path / "out" / "summary.json")
+    os.mkdir(tmp_path / "out")
+
+    def exists(path):
+        """The other process removes its empty folder before we look a second time."""
+        if os.path.isdir(tmp_path / "out"):
+            os.rmdir(tmp_path / "out")
+        return False
+
+    monkeypatch.setattr("os.path.exists", exists)
+    check_name(place)
+
+
+def test_a_link_that_leads_nowhere_is_no_place(tmp_path):
+    os.symlink(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(InputError, match="leads nowhere"):
+        check_name(str(tmp_path / "out" / "summary.json"))
