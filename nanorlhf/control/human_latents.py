@@ -248,15 +248,7 @@ def human_latents(config):
     # finite, ends all of them: else the others would wait for it in gather().
     latents, scores = dist.together(lambda: read_texts(dist, reward, len(rows), pack_texts, ids))
 
-    # Without --features the file gets all features that fire on any text of any process. All
-    # processes agree on them first, since gather() needs the same columns from each.
-    features = ids
-    if not ids:
-        fired_here = latents.indices()[1].unique()  # of latents [n, M]
-        fired = dist.gather(fired_here).unique()  # [F]
-        latents = latents.index_select(1, fired)
-        features = fired.tolist()
-    latents = dist.gather(latents.to_dense())  # [N, F]
+    latents, features = gather_latents(dist, latents, ids)  # [N, F], F ids
     scores = dist.gather(scores)  # [N]
 
     human = HumanLatents(config.output, latents, features, scores, complete=not ids)
@@ -298,3 +290,17 @@ def read_texts(dist, reward, n_texts, pack_texts, ids):
         progress.step(last - mine.start, "")
     progress.close()
     return torch.cat(latents).coalesce(), torch.cat(scores)
+
+
+def gather_latents(dist, latents, ids):
+    """This process's sparse latents -> those of all processes, dense [N, F], and their F features.
+
+    Without `ids` these are all features that fire on any text of any process.
+    """
+    if ids:
+        return dist.gather(latents.to_dense()), ids
+    # All agree on the features first, since gather() needs the same columns from each process.
+    fired_here = latents.indices()[1].unique()  # of latents [n, M]
+    fired = dist.gather(fired_here).unique()  # [F]
+    latents = latents.index_select(1, fired)
+    return dist.gather(latents.to_dense()), fired.tolist()

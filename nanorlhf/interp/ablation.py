@@ -239,16 +239,12 @@ def ablate(config):
         ids = choose_features(config, observed.f, concept, observed.tokens, sae, policy.lm)
     arms = draw_arms(config, ids, observed)
 
-    # Every arm answers the held-out prompts: step 0 has the same noise for all of them.
+    # Every arm answers the held-out prompts, and is measured.
     responses = {}  # {arm: token lists}
     numbers = {}  # {arm: {number: [P N]}}
     for name, chosen in arms.items():
-        # The plain policy runs without the hook, so "nothing" shows what the hook alone does.
-        surgery = contextlib.nullcontext()
-        if chosen is not None:
-            feature_ids = torch.tensor(chosen, dtype=torch.long, device=dist.device)
-            surgery = switched_off(policy.lm, place, sae, feature_ids, skip_bos)
-        with surgery:
+        with surgery_of(chosen, policy, place, sae, skip_bos):
+            # Step 0 has the same noise for all arms.
             responses[name], answers = sample_answers(parts, test, step=0)
         numbers[name] = measure_answers(
             config, tokenizer, rewards, responses[name], answers, concept
@@ -259,8 +255,8 @@ def ablate(config):
     # What each arm took away, and what came of it.
     described_arms = {}
     for name, chosen in arms.items():
-        texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
         arm = describe_arm(chosen or [], observed, sae)
+        texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
         arm["distinct_2"] = distinct_n(texts, 2)
         for key, values in numbers[name].items():
             arm[key] = mean_with_interval(values, config.n_answers)
@@ -280,6 +276,19 @@ def ablate(config):
     }
     save(config, folder, summary, format_table(summary), draw)
     return summary
+
+
+def surgery_of(chosen: list[int] | None, policy, place, sae, skip_bos: int | None):
+    """The context in which an arm's policy answers: its features are switched off.
+
+    The plain policy (None) runs without the hook, so the arm "nothing", which has no features,
+    shows what the hook alone does.
+    """
+    if chosen is None:
+        return contextlib.nullcontext()
+    device = next(policy.parameters()).device
+    feature_ids = torch.tensor(chosen, dtype=torch.long, device=device)
+    return switched_off(policy.lm, place, sae, feature_ids, skip_bos)
 
 
 def find_concept(config, model: str, tokenizer) -> Tensor | None:

@@ -4,6 +4,8 @@ An outcome is {metric: number} of a run's evaluation. A table is {row: {column: 
 the 95% interval over seeds)}}.
 """
 
+import numpy as np
+
 from ..stats import t_interval
 from .common import with_interval
 
@@ -63,7 +65,8 @@ def control_tables(outcomes):
 
 def seeds_of_all_arms(outcomes):
     """The seeds that every arm has: those that found features."""
-    return set.intersection(*(set(rows) for rows in outcomes.values()))
+    seeds_of_arms = [set(rows) for rows in outcomes.values()]
+    return set.intersection(*seeds_of_arms)
 
 
 def print_table(table):
@@ -72,12 +75,20 @@ def print_table(table):
     for row in table.values():
         columns |= dict.fromkeys(row)
     # Arms of --features have long names.
-    width = max([16, *(len(name) + 1 for name in table)])
-    print(f"{'':{width}s}" + "".join(f"{column:>18s}" for column in columns))
+    width = 16
+    for name in table:
+        width = max(width, len(name) + 1)
+
+    head = " " * width
+    for column in columns:
+        head += f"{column:>18s}"
+    print(head)
     for name, row in table.items():
         line = f"{name:{width}s}"
         for column in columns:
-            cell = with_interval(*row[column]) if column in row else ""
+            cell = ""
+            if column in row:
+                cell = with_interval(*row[column])
             line += f"{cell:>18s}"
         print(line)
 
@@ -102,14 +113,19 @@ def draw(figure, outcomes):
         axis = figure.add_subplot(1, 2, i + 1)
         for y, (arm, rows) in enumerate(outcomes.items()):
             color = color_of(arm)
-            # The dots of an arm lie one above the other, in the order of the seeds.
-            for j, (s, row) in enumerate(rows.items()):
-                height = y + 0.5 * (j / max(1, len(rows) - 1) - 0.5)
-                fill = color if s in shared_seeds else "white"
+            # The dots of an arm lie one above the other around y, in the order of the seeds.
+            heights = [y]
+            if len(rows) > 1:
+                heights = np.linspace(y - 0.25, y + 0.25, len(rows))
+            shared_values = []
+            for height, (s, row) in zip(heights, rows.items()):
+                fill = "white"
+                if s in shared_seeds:
+                    fill = color
+                    shared_values.append(row[metric])
                 axis.plot(row[metric], height, "o", ms=4, color=color, mfc=fill)
-            values = [row[metric] for s, row in rows.items() if s in shared_seeds]
-            if values:
-                mean = sum(values) / len(values)
+            if shared_values:
+                mean = sum(shared_values) / len(shared_values)
                 axis.plot([mean, mean], [y - 0.4, y + 0.4], color=color)
         axis.set_yticks(range(len(outcomes)), list(outcomes))
         axis.invert_yaxis()

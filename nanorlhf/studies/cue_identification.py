@@ -35,6 +35,7 @@ def identify(summary, s):
     suspects = find_suspects(summary)
     if not suspects:
         return {"token": None, "features": []}
+    # Step 3. Pairs are compared by their gains, so that "!" wins with its 0.6.
     token = max(suspects, key=lambda token: max(suspects[token]))
     largest_first = sorted(suspects[token], reverse=True)
     ids = [feature for _, feature in largest_first[:MOST]]

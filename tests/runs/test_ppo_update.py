@@ -31,12 +31,19 @@ def make_experience():
     """Random numbers for every response token, 0 where masked."""
     lengths = torch.tensor(LENGTHS)
     mask = torch.arange(R) < lengths[:, None]
+    names = ["old_logprobs", "ref_logprobs", "advantages", "values", "returns"]
     columns = {}
-    for seed, name in enumerate(
-        ["old_logprobs", "ref_logprobs", "advantages", "values", "returns"]
-    ):
+    for seed, name in enumerate(names):
         columns[name] = randn(B, R, seed=seed) * mask
     return train_ppo.Experience(mask=mask, lengths=lengths, **columns)
+
+
+def clip(x, low, high):
+    return min(max(x, low), high)
+
+
+def as_tensors(numbers):
+    return {name: torch.tensor(number) for name, number in numbers.items()}
 
 
 def token_losses(config, new, x, i, place, t):
@@ -49,13 +56,13 @@ def token_losses(config, new, x, i, place, t):
     entropy = new["entropies"][i, t].item()
     advantage = x.advantages[place, t].item()
     ratio = math.exp(logprob - x.old_logprobs[place, t].item())
-    clipped_ratio = min(max(ratio, 1 - config.clip_range), 1 + config.clip_range)
+    clipped_ratio = clip(ratio, 1 - config.clip_range, 1 + config.clip_range)
     policy = max(-advantage * ratio, -advantage * clipped_ratio)
 
     old_value = x.values[place, t].item()
     target = x.returns[place, t].item()
     edge = config.value_clip_range
-    clipped_value = min(max(value, old_value - edge), old_value + edge)
+    clipped_value = clip(value, old_value - edge, old_value + edge)
     value_error = max((value - target) ** 2, (clipped_value - target) ** 2) / 2
 
     kl = (x.ref_logprobs[place, t].item() - logprob) ** 2 / 2  # k2
@@ -170,8 +177,7 @@ def test_an_update_adds_up_its_micro_batches(monkeypatch):
         assert (experience, kl_coef) == (x, 0.6)
         calls.append((at.tolist(), n_tokens.item()))
         numbers = {"approx_kl": float(i), "ratio_max": RATIOS[i], "ratio_error": ERRORS[i]}
-        stats = {name: torch.tensor(number) for name, number in numbers.items()}
-        return policy.weight.sum() * len(at), stats
+        return policy.weight.sum() * len(at), as_tensors(numbers)
 
     monkeypatch.setattr(train_ppo, "loss_of", loss_of)
     record = train_ppo.update(parts, optimizer, make_batch(), x, 0, 3, 0.6, lr=0.5)
@@ -214,7 +220,7 @@ def test_the_update_of_the_second_of_two_processes(monkeypatch):
         assert batch.response_lengths.tolist() == x.lengths[at].tolist()
         rows.extend(at.tolist())
         numbers = {"approx_kl": 1.0, "ratio_max": 0.25, "ratio_error": 0.75}
-        return policy.weight.sum(), {name: torch.tensor(n) for name, n in numbers.items()}
+        return policy.weight.sum(), as_tensors(numbers)
 
     monkeypatch.setattr(train_ppo, "loss_of", loss_of)
     its_batch = make_batch().rows(torch.arange(4, B))

@@ -113,33 +113,33 @@ def test_only_the_main_process_does_it(rank, result):
     assert dist.on_main(lambda: "done") == result
 
 
+def message_of(function, *args):
+    """What an InputError of function(*args) says; None without one."""
+    try:
+        function(*args)
+    except InputError as e:
+        return str(e)
+
+
 def test_an_error_of_the_main_process_is_raised_on_all(monkeypatch):
     """As one line, with an escape for half a character."""
 
     def fail():
         raise InputError("no such\n  file: \udcff")
 
-    def find_error(dist):
-        try:
-            dist.on_main(fail)
-        except InputError as e:
-            return str(e)
-
-    assert run_threads(monkeypatch, find_error, 3) == ["no such file: \\udcff"] * 3
+    found = run_threads(monkeypatch, lambda dist: message_of(dist.on_main, fail), 3)
+    assert found == ["no such file: \\udcff"] * 3
 
 
 def test_the_first_of_two_errors_is_raised_on_all(monkeypatch):
-    def fail_unless_main(dist):
-        def fail():
+    def meet(dist):
+        def fail_unless_main():
             if not dist.main:
                 raise InputError(f"of rank {dist.rank}")
 
-        try:
-            dist.together(fail)
-        except InputError as e:
-            return str(e)
+        return message_of(dist.together, fail_unless_main)
 
-    assert run_threads(monkeypatch, fail_unless_main, 3) == ["of rank 1"] * 3
+    assert run_threads(monkeypatch, meet, 3) == ["of rank 1"] * 3
 
 
 def test_texts_of_all_processes_come_in_order(monkeypatch):
