@@ -15,6 +15,7 @@ import shutil
 import signal
 import time
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -279,6 +280,20 @@ def test_human_latents_one_text_at_a_time(base, humans_by_hand, name, ending):
     assert human.scores.tolist() == pytest.approx(scores_of(readings), rel=1e-4, abs=1e-4)
     for feature, column in zip(human.features, human.latents.T.tolist(), strict=True):
         assert column == pytest.approx(values_of(readings, feature), rel=1e-4, abs=1e-4)
+
+
+def test_processes_agree_on_the_features_that_fire_on_any_of_them():
+    """The other process has one text, on which features 1 and 3 fire; feature 0 fires on none."""
+
+    def gather(x):
+        """What both have. A list of features has one dimension, latents have two."""
+        other = torch.tensor([1, 3]) if x.ndim == 1 else torch.tensor([[7.0, 0.0, 8.0]])
+        return torch.cat([x, other])
+
+    mine = torch.tensor([[0.0, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.25]]).to_sparse()
+    latents, features = human_latents.gather_latents(SimpleNamespace(gather=gather), mine, [])
+    assert features == [1, 2, 3]
+    assert latents.tolist() == [[0, 0.5, 0], [0, 0, 0.25], [7, 0, 8]]
 
 
 def test_human_latents_of_one_text_or_beyond_the_context(base):
