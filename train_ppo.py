@@ -237,7 +237,7 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
     n_samples: int = HfArg(default=3, help="how many samples an evaluation prints")
 
     output_dir: str = HfArg(default="runs/ppo", help="the folder that the run writes")
-    steps: int = HfArg(default=60, help="how many rollouts to learn from")
+    steps: int = HfArg(default=40, help="how many rollouts to learn from")
     batch_size: int = HfArg(default=128, help="answers in a rollout, over all processes")
     lr: float = HfArg(default=3e-4, help="peak learning rate of AdamW")
     schedule: str = HfArg(
