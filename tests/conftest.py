@@ -25,6 +25,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import shutil
 import signal
+from pathlib import Path
+
+# `pytest`, unlike `python -m pytest`, does not look for modules where it is called.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch
@@ -53,6 +57,16 @@ from nanorlhf.show import page
 # In the background of a shell script Ctrl-C is ignored. Processes that tests start would inherit
 # that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    """Leave the slow tests out also where pytest is called without `tests`.
+
+    It finds no pytest.ini then, since that lies in the folder tests.
+    """
+    if config.inipath is None:
+        config.addinivalue_line("markers", "slow: left out by default; see pytest.ini")
+        config.option.markexpr = config.option.markexpr or "not slow"
 
 
 def pytest_addoption(parser):
