@@ -1,4 +1,4 @@
-"""A tiny random SARM with texts to read on it: what test_reward_features.py and test_feature_edits.py share."""
+"""What test_reward_features.py and test_feature_edits.py share: a tiny random SARM, and texts."""
 
 import contextlib
 import io

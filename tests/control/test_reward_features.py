@@ -1,5 +1,6 @@
-"""probe.py reward_features on a tiny random SARM: every number by hand, from one text at a time through the
-LM that the SARM was cut from.
+"""probe.py reward_features on a tiny random SARM: every number by hand.
+
+One text at a time goes through the LM that the SARM was cut from.
 
     N texts, M features
 """

@@ -1,4 +1,4 @@
-"""nanorlhf.formats: each way to write a row gives the fields of its kind, or one line that says why not.
+"""nanorlhf.formats: each way to write a row gives its kind's fields, or one line on why not.
 
 The rows of the tests are written as in a file; words in capitals stand for the messages in PARTS.
 """

@@ -185,7 +185,7 @@ def test_the_positions_of_roberta_begin_behind_its_padding():
         model(input_ids=torch.full((1, longest + 1), 5))
 
 
-# --------------------------------------------------------------------------- the type of the weights
+# -------------------------------------------------------------------------- the type of the weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -206,7 +206,7 @@ def test_a_folder_is_saved_in_the_type_it_came_in(tmp_path, dtype):
     assert plain.dtype == dtype
 
 
-# ------------------------------------------------------------------------------ what is only refused
+# ----------------------------------------------------------------------------- what is only refused
 
 
 def folder_with(tmp_path, name, content=b""):
@@ -313,7 +313,7 @@ def test_a_longest_text_that_is_no_number_of_tokens_is_refused(tmp_path, longest
         load_tokenizer(path)
 
 
-# ---------------------------------------------------------------------------- adapters of a revision
+# --------------------------------------------------------------------------- adapters of a revision
 
 
 def test_the_base_of_an_adapter_is_that_of_its_revision(tmp_path, monkeypatch):

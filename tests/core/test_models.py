@@ -790,12 +790,15 @@ def test_a_tokenizer_without_padding_pads_with_eos(tmp_path):
     assert load_tokenizer(str(tmp_path)).pad_token_id == EOS
 
 
-# -------------------------------------------------------------------------------------------- damaged folders
+# ---------------------------------------------------------------------------------- damaged folders
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    """A function: a saved policy, changed -> its folder. config: fields of config.json; weights: a function of the tensors."""
+    """A function: a saved policy, changed -> its folder.
+
+    config: fields of config.json; weights: a function of the tensors.
+    """
 
     def make(config=None, weights=None):
         lm = tiny_lm("llama")
@@ -820,17 +823,46 @@ def damaged(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("config", [
-    None, 5, "x", [], {"hidden_size": "16"}, {"hidden_size": 0}, {"hidden_size": None}, {"num_attention_heads": 0}, {"num_attention_heads": 3},
-    {"num_hidden_layers": 2.0}, {"num_hidden_layers": 10**12}, {"num_hidden_layers": 1e30}, {"vocab_size": 0}, {"vocab_size": 2},
-    {"vocab_size": -5}, {"vocab_size": 10**15}, {"max_position_embeddings": "many"}, {"model_type": "nonsense"}, {"model_type": 5},
-    {"hidden_act": "nonsense"}, {"dtype": "nonsense"}, {"rope_parameters": 5}, {"reward_mean": "0"},
-    {"reward_std": None}, {"reward_std": "1"}, {"reward_std": 0.0}, {"reward_std": -1.0},
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        5,
+        "x",
+        [],
+        {"hidden_size": "16"},
+        {"hidden_size": 0},
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"num_hidden_layers": 2.0},
+        {"num_hidden_layers": 10**12},
+        {"num_hidden_layers": 1e30},
+        {"vocab_size": 0},
+        {"vocab_size": 2},
+        {"vocab_size": -5},
+        {"vocab_size": 10**15},
+        {"max_position_embeddings": "many"},
+        {"model_type": "nonsense"},
+        {"model_type": 5},
+        {"hidden_act": "nonsense"},
+        {"dtype": "nonsense"},
+        {"rope_parameters": 5},
+        {"reward_mean": "0"},
+        {"reward_std": None},
+        {"reward_std": "1"},
+        {"reward_std": 0.0},
+        {"reward_std": -1.0},
         {"reward_std": float("nan")},
-    {"reward_mean": [1.0]}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"rms_norm_eps": "x"},
+        {"reward_mean": [1.0]},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"rms_norm_eps": "x"},
         {"rms_norm_eps": float("nan")},
-    {"id2label": "x"}, {"architectures": {}, "hidden_size": 10**30},
-], ids=str)  # fmt: skip
+        {"id2label": "x"},
+        {"architectures": {}, "hidden_size": 10**30},
+    ],
+    ids=str,
+)
 def test_configs_that_make_no_model(damaged, config):
     folder = damaged(config="null" if config is None else config)
     if config is None:
@@ -864,7 +896,10 @@ def test_weights_of_whole_numbers(damaged):
 
 
 def test_tokens_without_embeddings(damaged):
-    """One in the middle of the vocabulary, and EOS alone: one line says which and what to do, before the model is loaded."""
+    """One in the middle of the vocabulary, and EOS alone.
+
+    One line says which and what to do, before the model is loaded.
+    """
     folder = damaged()
     tokenizer = word_tokenizer()
     load_tokenizer(folder)
@@ -872,7 +907,8 @@ def test_tokens_without_embeddings(damaged):
     tokenizer.save_pretrained(folder)
     with pytest.raises(
         InputError,
-        match=f"the tokenizer's token 'more.*' has the id .* embeddings 0 to {V - 1} alone.*resize_token_embeddings",
+        match=f"the tokenizer's token 'more.*' has the id .* embeddings 0 to {V - 1} alone"
+        ".*resize_token_embeddings",
     ):
         load_tokenizer(folder)
     path = Path(folder) / "tokenizer_config.json"
@@ -883,7 +919,10 @@ def test_tokens_without_embeddings(damaged):
 
 
 def test_a_padding_token_without_an_embedding(damaged):
-    """Padding is never read, so EOS takes its place: also where the token is left in a tokenizer that was saved so."""
+    """Padding is never read, so EOS takes its place.
+
+    Also where the token is left in a tokenizer that was saved so.
+    """
     folder = damaged()
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -914,11 +953,20 @@ def test_a_tokenizer_alone(tmp_path):
     assert load_tokenizer(str(tmp_path)).get_vocab() == word_tokenizer().get_vocab()
 
 
-@pytest.mark.parametrize("files", [
-    {"tokenizer.json": "{}"}, {"tokenizer.json": "[]"}, {"tokenizer.json": "null"}, {"tokenizer.json": "[" * 10**5},
-    {"tokenizer_config.json": "[]"}, {"tokenizer_config.json": '{"eos_token": 5}'}, {"tokenizer_config.json": '{"tokenizer_class": "Nonsense"}'},
-    {"special_tokens_map.json": "[]", "tokenizer_config.json": "5"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": "{}"},
+        {"tokenizer.json": "[]"},
+        {"tokenizer.json": "null"},
+        {"tokenizer.json": "[" * 10**5},
+        {"tokenizer_config.json": "[]"},
+        {"tokenizer_config.json": '{"eos_token": 5}'},
+        {"tokenizer_config.json": '{"tokenizer_class": "Nonsense"}'},
+        {"special_tokens_map.json": "[]", "tokenizer_config.json": "5"},
+    ],
+    ids=str,
+)
 def test_files_that_make_no_tokenizer(damaged, files):
     folder = damaged()
     for name, text in files.items():

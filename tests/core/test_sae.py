@@ -634,10 +634,10 @@ def test_dead_features_get_a_gradient():
 
 
 def with_a_lost_feature() -> tuple[TopKSAE, torch.Tensor, torch.Tensor]:
-    """Make an autoencoder of a large part of x and a dead feature that might explain the small rest.
+    """Make an autoencoder of a large part of x and a dead feature that might explain the rest.
 
     Each token is 5 to 6 along one of four axes, which features 0 to 3 know; every 50th is .45 along
-    the first and 1 along axis 5, of which only feature 4 has something, .3: less than feature 0 has.
+    the first and 1 along axis 5. Only feature 4 has something of that, .3: less than feature 0 has.
     -> autoencoder with k = 1, x [400, 8], and x with much more for feature 4 and its neighbours
     """
     generator = seeded(0)

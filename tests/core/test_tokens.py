@@ -194,7 +194,7 @@ def test_a_chat_that_cannot_be_written_is_named(tokenizer, chat, why):
         encode(tokenizer, [row], ("response",))
 
 
-# ------------------------------------------------------------------------------------ control tokens
+# ----------------------------------------------------------------------------------- control tokens
 
 
 def config(**flags):
@@ -323,7 +323,7 @@ def test_texts_with_one_prompt_are_counted_one_by_one():
     assert sentence.startswith("d.jsonl: 2 chats left out")
 
 
-# ------------------------------------------------------------------------------------- plain strings
+# ------------------------------------------------------------------------------------ plain strings
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ def test_a_text_without_bos_in_front_is_cut_as_any_other(bos):
     assert cut_left([0, 1, 2, 3, 4], 2, bos) == [3, 4]
 
 
-# ------------------------------------------------------------------------------- texts that are too long
+# -------------------------------------------------------------------------- texts that are too long
 
 PROMPT = [1, 2, 3, 4, 5, 6]  # 1 is BOS
 FITS = {
@@ -645,11 +645,11 @@ def test_prompts_that_wait_for_an_answer_keep_their_rows():
         ready_prompts(tokenizer, rows, model_of_context(20), 8)
 
 
-# ------------------------------------------------------------------------- the texts of single tokens
+# ----------------------------------------------------------------------- the texts of single tokens
 
 
 def test_the_texts_of_tokens_are_the_text():
-    """A character of several tokens is the last one's; the first bytes of one stay what they are."""
+    """A character of several tokens is the last one's; its first bytes stay what they are."""
     tokenizer = byte_tokenizer("<eot>")
     text = "a cat 👩‍🚀 and é!"
     ids = tokenizer.encode(text, add_special_tokens=False)

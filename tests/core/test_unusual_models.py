@@ -141,7 +141,7 @@ def test_a_cache_that_cannot_stand_still_is_left_to_the_growing_one():
     assert static_cache(lm, 16) is None
 
 
-# ----------------------------------------------------------------------- what rows without a mask need
+# -------------------------------------------------------------------- what rows without a mask need
 
 
 def test_a_model_that_reads_to_the_right_is_refused(tmp_path):
@@ -156,7 +156,7 @@ def test_a_model_that_reads_to_the_right_is_refused(tmp_path):
 
 
 def test_an_encoder_decoder_is_refused(tmp_path):
-    """transformers would take its decoder, whose attention to the encoder then has nothing to read."""
+    """transformers would take its decoder, whose attention to the encoder has nothing to read."""
     model = make(BartConfig(**BART), AutoModelForSeq2SeqLM)
     path = save(model, tmp_path / "model")
     with pytest.raises(InputError, match="model: an encoder-decoder"):
@@ -271,7 +271,7 @@ def test_two_processes_train_a_model_with_weights_that_no_text_reaches(tmp_path)
     same(gradient, policy.lm.lm_head.weight.grad)
 
 
-# ---------------------------------------------------------------------- tokenizers and heads of folders
+# ------------------------------------------------------------------ tokenizers and heads of folders
 
 
 def test_the_tokenizer_of_a_folder_is_that_of_its_file(tmp_path):

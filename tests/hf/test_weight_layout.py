@@ -47,7 +47,7 @@ def roll_as_it_lies(policy, monkeypatch, bfloat16=False):
 
 
 def describe(module):
-    """What must not change: the objects, memory, numbers and strides of its parameters, and its forwards."""
+    """What must not change: its parameters' objects, memory, numbers and strides, its forwards."""
     parameters = {}
     for name, p in module.named_parameters():
         parameters[name] = (id(p), p.data_ptr(), p.tolist(), p.stride(), p.requires_grad)

@@ -8,7 +8,7 @@ from nanorlhf.interp.sae_files import CONFIG, find_saes
 
 @pytest.fixture
 def folders(tmp_path):
-    """run_0/ and run_1/ with two autoencoders each, one beside them whose name has a [, and notes/."""
+    """run_0/ and run_1/ with two autoencoders each, one beside them with a [ in its name."""
     names = ["run_0/a", "run_0/b", "run_1/a", "run_1/b", "odd[1]/a"]
     for name in names:
         (tmp_path / name).mkdir(parents=True)

@@ -41,7 +41,8 @@ WRITES = ("output_dir", "output", "save", "cache")
 
 CHOICES = (
     "dtype distributed schedule loss sarm_mode objective kl_kind kl_in score_scaling advantage "
-    "loss_mean split sites site normalize bias kind tokens by benchmark penalty device prompt_format"
+    "loss_mean split sites site normalize bias kind tokens by benchmark penalty device "
+    "prompt_format"
 ).split()
 
 

@@ -22,7 +22,10 @@ REWARDS = """
 import json
 import pathlib
 
-ROWS = {json.dumps(row["messages"][-2]): row for row in map(json.loads, open(__file__[:-8] + "/chats.jsonl"))}
+ROWS = {}  # {the last user turn: the row}
+for line in open(__file__[:-8] + "/chats.jsonl"):
+    row = json.loads(line)
+    ROWS[json.dumps(row["messages"][-2])] = row
 
 def knows_its_row(prompts, responses, rows):
     for prompt, row in zip(prompts, rows):
@@ -63,7 +66,7 @@ def make_chats():
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with a tiny chat model, chats, pairs of chats and a reward; a trained run of each."""
+    """A folder with a tiny chat model, chats, pairs of them and a reward; a trained run of each."""
     folder = tmp_path_factory.mktemp("chats")
     tokenizer = byte_tokenizer("<|im_end|>", CHATML)
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""Bad and odd input for every script, from fuzz.py: as many of its cases as one minute holds end as they should."""
+"""Bad and odd input for every script: as many cases of fuzz.py as fit into a minute."""
 
 import fuzz
 import pytest

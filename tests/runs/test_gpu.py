@@ -317,7 +317,7 @@ def roll(policy, rows, width, new, bfloat16, compiled):
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("kind", ["neox", "llama"])
 def test_compiled_rollouts_are_those_of_the_static_loop(kind, bfloat16):
-    """Also the later ones, which replay kept steps: other weights, prompts and widths of prompts."""
+    """Also the later ones, which replay kept steps: other weights, prompts and their widths."""
     policy = random_policy(kind)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

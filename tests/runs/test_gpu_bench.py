@@ -1,4 +1,4 @@
-"""tests/bench/gpu.py, the benchmark for a GPU, on a CPU: every phase runs, and no phase stops another."""
+"""tests/bench/gpu.py, a benchmark for a GPU, on a CPU: every phase runs, none stops another."""
 
 import json
 import subprocess
@@ -84,7 +84,7 @@ def test_the_update(measured, phase, passes):
 
 
 def test_memory_by_formula(measured):
-    """float32 weights, gradients and two moments are 16 bytes each; LoRA's base has no more than 4."""
+    """float32 weights, gradients, two moments: 16 bytes each; LoRA's base has no more than 4."""
     for row in measured["update"].values():
         assert row["formula_gb"] > 16 * 0.9e6 / 1e9
     lora = [row["formula_gb"] for row in measured["lora"].values()]

@@ -198,7 +198,7 @@ def test_the_answers_to_one_prompt_lie_side_by_side(grpo_run):
 
 
 def test_advantages_are_those_of_the_shaped_scores_group_by_group(grpo_run):
-    """Penalties for unfinished answers and the KL come before the comparison, no whitening after."""
+    """Penalties for unfinished answers and the KL come before the comparison, no whitening then."""
     for step in grpo_run.steps:
         assert 0 < sum(step.finished) < 8
         check_advantages(step)
@@ -266,7 +266,7 @@ def test_a_value_function_with_groups(base, tmp_path, monkeypatch):
     assert (tmp_path / "model/value_head.safetensors").exists()
 
 
-# ----------------------------------------------------------------------------------------- no signal
+# ---------------------------------------------------------------------------------------- no signal
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_a_reward_that_tells_nothing_apart_moves_nothing(base, tmp_path):
         assert before[name].equal(after[name]), name
 
 
-# --------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize("advantage, group_size", [("gae", None), ("rloo", 8), ("grpo", 8)])

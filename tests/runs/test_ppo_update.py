@@ -1,5 +1,6 @@
-"""estimate_advantages, loss_of and update of train_ppo.py, with numbers in the place of a policy, by
-hand and by loops.
+"""estimate_advantages, loss_of and update of train_ppo.py, by hand and by loops.
+
+Numbers stand in the place of a policy.
 
 B answers of a rollout, m of them in a micro-batch, R response tokens
 """

@@ -221,7 +221,7 @@ def topics_of(prompts):
 
 
 def contents(folder):
-    """Every file's bytes, but for config.json, which names its own folder, pictures and the page."""
+    """Every file's bytes, but for config.json, which names its folder, pictures and the page."""
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         if path.name in ("config.json", "page.html"):

@@ -326,10 +326,12 @@ def test_kendalls_tau_to_gold_by_a_loop(base, rm_scores, label):
 # ----------------------------------------------------------------------------- the run of train_ppo
 
 # What every step of PPO logs.
-LOGGED = """score_mean score_std reward kl kl_k2 kl_k3 kl_coef entropy ratio_mean ratio_max clip_fraction
-    approx_kl policy_loss value_loss explained_variance advantage_mean advantage_std grad_norm lr
-    length eos_rate seconds_rollout seconds_score seconds_update tokens_per_second peak_memory_mb
-    first_ratio_error""".split()
+LOGGED = """
+    score_mean score_std reward kl kl_k2 kl_k3 kl_coef entropy ratio_mean ratio_max
+    clip_fraction approx_kl policy_loss value_loss explained_variance advantage_mean
+    advantage_std grad_norm lr length eos_rate seconds_rollout seconds_score seconds_update
+    tokens_per_second peak_memory_mb first_ratio_error
+""".split()
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,7 @@ def test_the_seed_of_a_head_is_that_of_the_run_by_default(base, members, tmp_pat
     assert (heads[0] - heads[1]).abs().max() > 0.05
 
 
-# ------------------------------------------------------------------------------------------ the mean
+# ----------------------------------------------------------------------------------------- the mean
 
 
 def test_the_std_of_a_reward_model_gives_its_trained_head_back(members):

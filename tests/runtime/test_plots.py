@@ -1,4 +1,4 @@
-"""nanorlhf.runtime.curves and plots: which runs belong together, how they are called, what is drawn.
+"""nanorlhf.runtime.curves and plots: which runs belong together, their names, what is drawn.
 
 Runs are files made by hand, of curves that are known exactly; lines and bands are read back from
 matplotlib's figures. Files are real PNGs.

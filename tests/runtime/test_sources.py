@@ -1,4 +1,4 @@
-"""nanorlhf.runtime.sources, and files.read_file: where rows come from, and what of it is not whole."""
+"""nanorlhf.runtime.sources, and files.read_file: where rows come from, what is not whole."""
 
 import gzip
 import socket
@@ -325,7 +325,7 @@ def test_links_lead_where_they_lead(folder, tmp_path):
     assert rows_of(tmp_path / "link") == ROWS
 
 
-# ------------------------------------------------------------------------ what was downloaded in part
+# ---------------------------------------------------------------------- what was downloaded in part
 
 CUT = ": not a whole Parquet file; was it downloaded in part?"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"

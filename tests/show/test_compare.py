@@ -189,7 +189,7 @@ def test_the_proxy_is_that_of_the_runs_objective(tmp_path, settings, proxy):
 
 POOL = """\
 {"prompt": "x", "responses": ["a", "b", "c"], "scores": {"rm": [1, 3, 2]}, "gold_scores": [1, 2, 4]}
-{"prompt": "y", "responses": ["a", "b", "c"], "scores": {"rm": [0, -1, 5]}, "gold_scores": [7, 0, -2]}
+{"prompt": "y", "responses": ["a", "b", "c"], "scores": {"rm": [0, -1, 5]}, "gold_scores": [7,0,-2]}
 """
 CURVE = """{"rm": [
 {"n": 1, "kl": 0.0, "proxy_score": 1.7, "proxy_se": 0.3, "gold_score": 2.0, "gold_se": 0.3},

@@ -1,4 +1,4 @@
-"""Pages of runs: their data is the run's own, every text stays a text, and nothing else is needed."""
+"""Pages of runs: their data is the run's own, texts stay texts, and nothing else is needed."""
 
 import html.parser
 import json
@@ -278,7 +278,7 @@ def test_a_page_needs_nothing_from_elsewhere(tmp_path):
     assert "default-src 'none'" in text
 
 
-# ---------------------------------------------------------------------------------- sizes and states
+# --------------------------------------------------------------------------------- sizes and states
 
 
 @pytest.mark.parametrize("length", [300, pytest.param(50_000, marks=pytest.mark.slow)])

@@ -28,7 +28,7 @@ def read_settings(*args):
 
 @pytest.fixture
 def tune(monkeypatch):
-    """A function: gold(name, lr, strength) in the place of runs -> the choices, the cells' names."""
+    """A function: gold(name, lr, strength) instead of runs -> the choices, the cells' names."""
 
     def run(gold, *flags):
         asked = []
@@ -169,7 +169,7 @@ def test_gold_at_a_kl_below_all_points_is_unknown():
 
 
 def test_places_are_compared_at_the_same_kl_and_within_a_seed():
-    """Two seeds. In the first, k2 has 0.5 more gold than k1 at its KL; in the second, it is beyond."""
+    """Two seeds: in one, k2 has 0.5 more gold than k1 at its KL; in the other, it is beyond."""
 
     def ends(*points):
         return [make_run([0.0, gold], [0.0, kl]) for gold, kl in points]
@@ -217,7 +217,7 @@ POOL = {"n": [1, 2, 4], "kl": [0.0, 0.2, 0.6], "proxy": [0.0, 1.0, 2.0], "gold":
 
 @pytest.fixture
 def run_nothing(monkeypatch, tmp_path):
-    """A function: the study with made-up results in the place of runs -> the commands, the output."""
+    """A function: the study with made-up results instead of runs -> the commands, the output."""
     monkeypatch.chdir(tmp_path)
     ran = []
 

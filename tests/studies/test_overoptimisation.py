@@ -1,6 +1,7 @@
-"""The study of overoptimisation (nanorlhf/studies/overoptimisation.py, overoptimisation_results.py):
-which runs it is made of, what it reads and compares on files and numbers made by hand, and a small
-one that is run whole.
+"""nanorlhf/studies/overoptimisation.py and overoptimisation_results.py.
+
+Which runs the study is made of, what it reads and compares on files and numbers made by hand, and a
+small one that is run whole.
 """
 
 import json
@@ -23,7 +24,7 @@ def read_settings(*args):
     return overoptimisation.read_settings(["--output_dir", "out", *args])
 
 
-# ----------------------------------------------------------------------------- the full study's runs
+# ---------------------------------------------------------------------------- the full study's runs
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +288,7 @@ def test_the_kept_cells_are_those_of_the_study_as_it_is():
         assert entry["needs"] == kept_cells.kept_needs(cells[name], a)
 
 
-# ---------------------------------------------------------------- what runs again, and what does not
+# --------------------------------------------------------------- what runs again, and what does not
 
 SMALL = """
     --seeds 1 --trial_seeds 0 --members 2 --methods single wco pretrain_wco warm
@@ -443,7 +444,7 @@ def test_a_model_of_ones_own_has_one_start():
     assert {method.ensemble for method in methods.values()} == {FINETUNE}
 
 
-# ----------------------------------------------------------------------------- read from a run's files
+# -------------------------------------------------------------------------- read from a run's files
 
 ANSWERS = {  # {text: (the members' scores, gold)}
     "a": ((5.0, 6.0, 7.0), -3.0),
@@ -551,7 +552,7 @@ def test_members_of_one_or_without_differences_have_no_correlation():
 
 
 def test_overrated_answers_by_hand():
-    """Places by the lowest score less places by gold: a 4 - 0, e 2 - 1, b 3 - 3, d 1 - 2, c 0 - 4."""
+    """Places by the lowest score less by gold: a 4 - 0, e 2 - 1, b 3 - 3, d 1 - 2, c 0 - 4."""
     answers = make_answers("abcde")
     assert results_module.list_overrated(answers) == ["a", "e"]
     # A text that is there twice is listed once.
@@ -594,7 +595,7 @@ def test_labels_of_best_of_n_say_which_ensemble():
     assert warm == {"n": [1, 2, 4], "kl": [0.0, 0.1, 0.2], "proxy": [1.0], "gold": [4.0]}
 
 
-# ------------------------------------------------------------------------------------------ compared
+# ----------------------------------------------------------------------------------------- compared
 
 
 def test_ends_peaks_and_falls_with_differences_within_a_seed():
