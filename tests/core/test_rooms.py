@@ -16,6 +16,7 @@ import sys
 import pytest
 from support import REPO
 
+WIDEST = 100  # columns
 SCRIPTS = {"train_sft", "train_rm", "train_ppo", "sample_bon", "train_sae", "probe"}
 EQUATIONS = {
     "ppo",
@@ -206,3 +207,13 @@ def test_no_test_file_imports_another():
         for imported in read_imports("tests", path):
             top, *_ = imported.split(".")
             assert top not in names, path
+
+
+def test_lines_of_code_fit():
+    """The formatter leaves long strings and comments as they are."""
+    too_wide = []
+    for path in [*REPO.glob("*.py"), *REPO.glob("nanorlhf/**/*.py"), *REPO.glob("tests/**/*.py")]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if len(line) > WIDEST:
+                too_wide.append(f"{path.relative_to(REPO)}:{number}")
+    assert not too_wide
