@@ -68,7 +68,7 @@ from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.tokens import leave_out_of_splits, ready_prompts
 
 TRY_NEXT = """Try next:
-  python train_ppo.py --kl_coef 0 --eval_every 5 --output_dir runs/no_kl
+  python train_ppo.py --kl_coef 0 --steps 60 --eval_every 5 --output_dir runs/no_kl
       the proxy rises further; watch gold
   python train_rm.py --members 5 --label_noise 0.25 --output_dir 'runs/noisy/seed_{seed}'
       an ensemble that learns from labels of which a quarter are wrong
