@@ -22,7 +22,7 @@ features a reward model rewards, how good reward models and answers are.
         python probe.py ablate --concept positive
     what the features of runs/sarm reward, on pairs, and what a policy exploits:
         python probe.py reward_features
-        python probe.py reward_features --answers runs/ppo/eval/step_60.jsonl \
+        python probe.py reward_features --answers runs/ppo/eval/step_40.jsonl \
             --against runs/ppo/eval/step_0.jsonl
     pairs, and best-of-n, scored again without one of them:
         python probe.py causal --edits 17:set:0 --pool runs/bon/pool.jsonl
@@ -35,7 +35,7 @@ features a reward model rewards, how good reward models and answers are.
         python probe.py evaluate --reward_model MY_RM runs/sarm \
             --benchmark rm_bench --dataset total_dataset.json
     whose answers are better, and how often:
-        python probe.py judge --a runs/ppo/eval/step_60.jsonl \
+        python probe.py judge --a runs/ppo/eval/step_40.jsonl \
             --b runs/ppo/eval/step_0.jsonl
     the texts spread over four processes:
         torchrun --nproc_per_node=4 probe.py divergence

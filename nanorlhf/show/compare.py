@@ -3,9 +3,9 @@
     PPO with two coefficients of the KL penalty:
         python -m nanorlhf.show.compare runs/ppo runs/no_kl
     one run with itself, before and after:
-        python -m nanorlhf.show.compare runs/ppo runs/ppo --step 0 60
+        python -m nanorlhf.show.compare runs/ppo runs/ppo --step 0 40
     PPO and best-of-n from the same policy, the best of 16:
-        python -m nanorlhf.show.compare runs/ppo runs/bon --step 60 16
+        python -m nanorlhf.show.compare runs/ppo runs/bon --step 40 16
 
 Runs of train_ppo.py, train_sft.py, train_rm.py and sample_bon.py can be
 compared; of two different kinds it is what they share. The step of best-of-n

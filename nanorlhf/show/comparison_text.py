@@ -1,7 +1,7 @@
 """A comparison of two runs as readable text: what compare.py has found, for a terminal.
 
-    A: runs/ppo (PPO, step 60)                                  the two runs
-    B: runs/no_kl (PPO, step 60)
+    A: runs/ppo (PPO, step 40)                                  the two runs
+    B: runs/no_kl (PPO, step 40)
 
       kl_coef  0.05  0.0                                        their settings, A's and B's value
 

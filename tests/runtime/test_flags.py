@@ -411,8 +411,8 @@ SARM = f"{SAE} && python train_rm.py --sarm runs/sae_sarm"
         ("human_latents", "runs/sarm", f"{SFT} && {SARM}"),
         ("evaluate --reward_model runs/rm/seed_0", "runs/rm/seed_0", "python train_rm.py"),
         (
-            "judge --a runs/ppo/eval/step_60.jsonl --b x",
-            "runs/ppo/eval/step_60.jsonl",
+            "judge --a runs/ppo/eval/step_40.jsonl --b x",
+            "runs/ppo/eval/step_40.jsonl",
             "python train_ppo.py",
         ),
     ],
