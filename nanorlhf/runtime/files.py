@@ -350,9 +350,12 @@ def drop_cut_line(path: str) -> None:
     """Remove the last line of a file if a kill left it without its newline."""
     if not os.path.exists(path):
         return
-    with open(path, "rb+") as f:
-        end_of_last_whole_line = f.read().rfind(b"\n") + 1
-        f.truncate(end_of_last_whole_line)
+    with open(path, "rb") as f:
+        text = f.read()
+    end_of_last_whole_line = text.rfind(b"\n") + 1
+    # A file of whole lines is left alone: to truncate it would change its date.
+    if end_of_last_whole_line < len(text):
+        os.truncate(path, end_of_last_whole_line)
 
 
 def read_rows(path: str, fields: dict | None = None) -> list[dict]:

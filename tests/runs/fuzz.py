@@ -552,7 +552,7 @@ def read_flags():
     add("--seed", type=int, default=0, help="which of them, and in what order")
     add("--only", default="", help="a regular expression for their names")
     add("--workers", type=int, default=2, help="cases at a time")
-    add("--folder", help="where temporary files go")
+    add("--folder", type=os.path.abspath, help="where temporary files go")
     add("--report", help="write the failures, by cause, into this file, as they come")
     add("--list", action="store_true", help="print the names and stop")
     add("--undamaged", action="store_true", help="only the runs that cases are made of")

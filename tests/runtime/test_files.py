@@ -17,6 +17,7 @@ from nanorlhf.errors import InputError
 from nanorlhf.runtime.files import (
     check_fields,
     check_name,
+    drop_cut_line,
     is_of_type,
     parse_json,
     read_bytes,
@@ -295,3 +296,23 @@ def test_a_link_that_leads_nowhere_is_no_place(tmp_path):
     os.symlink(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(InputError, match="leads nowhere"):
         check_name(str(tmp_path / "out" / "summary.json"))
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [(b"one\ntwo", b"one\n"), (b"one\ntwo\n", b"one\ntwo\n"), (b"one", b""), (b"", b"")],
+)
+def test_a_line_that_a_kill_has_cut_short_is_dropped(tmp_path, text, kept):
+    """A file of whole lines keeps its date, too."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text)
+    os.utime(path, (1, 1))
+    drop_cut_line(str(path))
+    assert path.read_bytes() == kept
+    is_untouched = path.stat().st_mtime == 1
+    assert is_untouched == (kept == text)
+
+
+def test_a_file_that_is_not_there_has_no_cut_line(tmp_path):
+    drop_cut_line(str(tmp_path / "rows.jsonl"))
+    assert not list(tmp_path.iterdir())
