@@ -395,7 +395,7 @@ def check_name(path: str):
     last_there = os.path.abspath(path)
     while not os.path.lexists(last_there):
         last_there = os.path.dirname(last_there)
-    # (What is no link may be gone by now: another process tries the same folder.)
+    # What is no link may be gone by now: another process tries the same folder.
     leads_nowhere = os.path.islink(last_there) and not os.path.exists(last_there)
     require(not leads_nowhere, f"{path}: the link {last_there} leads nowhere")
 

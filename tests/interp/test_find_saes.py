@@ -13,7 +13,7 @@ def folders(tmp_path):
     for name in names:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / CONFIG).write_text("{}")
-    (tmp_path / "run_0/notes").mkdir()
+    (tmp_path / "run_0/notes").mkdir()  # holds no autoencoder
     return tmp_path
 
 

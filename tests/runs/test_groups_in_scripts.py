@@ -198,7 +198,7 @@ def test_the_answers_to_one_prompt_lie_side_by_side(grpo_run):
 
 
 def test_advantages_are_those_of_the_shaped_scores_group_by_group(grpo_run):
-    """Penalties for unfinished answers and the KL come before the comparison, no whitening then."""
+    """Penalties for unfinished answers and the KL come first, then the comparison, no whitening."""
     for step in grpo_run.steps:
         assert 0 < sum(step.finished) < 8
         check_advantages(step)

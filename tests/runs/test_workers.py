@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from support import ENV
+from support import ENV, REPO
 
 CONFTEST = """
 from workers import pytest_runtestloop
@@ -52,3 +53,22 @@ def test_reports_of_both_processes_are_shown(tmp_path):
     for name in ("a", "b"):
         assert f"why {name}" in done.stdout
         assert f"assert '{name}' == 'c'" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["tests/core"]], ids=["alone", "with a folder"])
+def test_pytest_as_people_type_it(arguments):
+    """Without `python -m`, and also where pytest.ini is not found, it leaves the slow tests out."""
+    env = {name: value for name, value in ENV.items() if name != "PYTHONPATH"}
+    program = Path(sys.executable).with_name("pytest")
+    done = subprocess.run(
+        [program, "-q", "--collect-only", "-p", "no:cacheprovider", *arguments],
+        cwd=REPO,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "core/test_rooms.py::test_lines_of_code_fit" in done.stdout
+    assert "test_two_processes_train_a_model" not in done.stdout  # a slow one, in core/ too
