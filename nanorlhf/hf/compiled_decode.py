@@ -166,7 +166,7 @@ class Decoder:
         self.visible = torch.ones(B, C, dtype=torch.bool, device=device)  # which columns are real
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(B, 1, dtype=torch.long, device=device)
-        self.column = torch.zeros(1, dtype=torch.long, device=device)  # of u and out
+        self.response_column = torch.zeros(1, dtype=torch.long, device=device)  # of u and out
         self.u = torch.zeros(B, R, dtype=torch.float64, device=device)
         self.finished = torch.zeros(B, dtype=torch.bool, device=device)
         self.out = {
@@ -200,7 +200,7 @@ class Decoder:
         self.token.copy_(ids[:, -1:])
         self.position.copy_(count_positions(mask)[:, -1:])
         self.window.column.fill_(P - 1)
-        self.column.zero_()
+        self.response_column.zero_()
         self.u.copy_(u)
         self.finished.zero_()
         self.write(hidden)
@@ -216,10 +216,12 @@ class Decoder:
 
     def write(self, hidden: Tensor):
         """Sample the next token of each row from hidden [B, D], and write it."""
-        token = write_column(self.sampler, hidden, self.column, self.u, self.out, self.finished)
+        token = write_column(
+            self.sampler, hidden, self.response_column, self.u, self.out, self.finished
+        )
         self.token.copy_(token)
         self.position.add_(1)
-        self.column.add_(1)
+        self.response_column.add_(1)
         self.window.column.add_(1)
 
     def step(self):
@@ -264,7 +266,8 @@ class Decoder:
         """
         # The first one may compile. That waits for the GPU, as a captured step must not.
         self.step()
-        # capture() counts the step above, as it counts the prompts' token in decode_static().
+        # capture() is told of n_steps tokens, of which the step above has written the first, as the
+        # prompts give the first of R in decode_static().
         step, taken = capture(self.step, n_steps, self.token.device, self.pool)
         # With few steps left, and on a CPU, there was no warm-up: nothing was captured.
         if taken > 1:
@@ -278,7 +281,7 @@ class Decoder:
 class Window(Cache):
     """The cache that blocks see: the first n columns of one layer, whichever block it is.
 
-    `column` is the place [1] of the token that is read.
+    `column` [1] is the place in the cache of the token that is read.
     """
 
     is_compileable = True
@@ -327,7 +330,8 @@ def compiled_blocks(lm, window: Window, layers: list[tuple[Tensor, Tensor]]) -> 
     numbers = [module.layer_idx for module in numbered]
     own_forwards = [block.__dict__.get("forward") for block in blocks(lm)]
     try:
-        # The window ignores these numbers, but torch.compile may ask that each is what it was.
+        # The window ignores these numbers. But torch.compile may use code that it made for one
+        # number for that number alone.
         for module in numbered:
             module.layer_idx = 0
         # run_block() takes the place of the block's forward. It is given that forward, and the keys
@@ -373,14 +377,15 @@ def one_token_attention(
     """transformers' SDPA for one query a head: [B, H, 1, d] -> [B, 1, H, d].
 
     Heads that share a key stand as the rows of one query, [B, H_k, H / H_k, d]. In compiled code
-    transformers would write a copy of the whole cache for each of them. The mask says all.
+    transformers would write a copy of the whole cache for each of them. The mask alone says which
+    columns are seen: one query needs no causal order.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     # Query heads that share a key are neighbours, so a reshape puts each group on its own rows.
     B, H, _, d = query.shape
     rows = query.reshape(B, key.shape[1], -1, d)
-    # Without the module it does not know that heads share a key.
+    # The module would tell transformers that heads share a key, and it would copy the keys.
     output, _ = sdpa_attention_forward(
         None, rows, key, value, attention_mask, is_causal=False, **kwargs
     )  # [B, H / H_k, H_k, d]

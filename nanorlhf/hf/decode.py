@@ -249,16 +249,17 @@ def decode(
     # no mask. Where the model can read an additive mask, that mask is made once, here; transformers
     # would make it anew in every step.
     visible = torch.cat([mask, mask.new_ones(len(ids), R)], 1)  # [b, P + R]
+    whole_mask = visible
     if has_padding and reads_plain_mask(lm, cache):
         zeros = torch.zeros(visible.shape, device=ids.device)
-        visible = zeros.masked_fill(~visible, -torch.inf)[:, None, None]  # [b, 1, 1, P + R]
+        whole_mask = zeros.masked_fill(~visible, -torch.inf)[:, None, None]  # [b, 1, 1, P + R]
 
     for t in range(R):
         # Read the newest token of each row. At t = 0 that is the prompt's, which has been read.
         if t > 0:
             attention_mask = None
             if has_padding:
-                attention_mask = visible[..., : P + t]
+                attention_mask = whole_mask[..., : P + t]  # the columns written so far
             trunk = run_trunk(lm, token, attention_mask, position, cache)
             hidden = trunk.last_hidden_state[:, -1]  # [b, D]
 
@@ -286,7 +287,7 @@ def decode(
             live = live[going]
             token = token[going]
             position = position[going]
-            visible = visible[going]
+            whole_mask = whole_mask[going]
 
 
 def growing_cache(lm, length: int) -> KeyValueCache:
@@ -349,21 +350,21 @@ def decode_static(
     hidden = read_prompts(lm, ids, mask, cache)  # [B, D]
 
     # All that a step reads and writes, in place: a graph replays kernels on these addresses.
-    column = torch.zeros(1, dtype=torch.long, device=ids.device)  # of the response, to be written
+    response_column = torch.zeros(1, dtype=torch.long, device=ids.device)  # to be written next
     token = ids[:, -1:].clone()  # [B, 1]
     position = count_positions(mask)[:, -1:].clone()  # [B, 1]
     # transformers hides the columns to the right of the cache's own position.
-    columns = torch.cat([mask, mask.new_ones(B, C - P)], 1)  # [B, C]
+    visible = torch.cat([mask, mask.new_ones(B, C - P)], 1)  # [B, C]
 
     def write(hidden):
         """Sample the next token of each row from hidden [B, D], and write it."""
-        token.copy_(write_column(sampler, hidden, column, u, out, finished))
+        token.copy_(write_column(sampler, hidden, response_column, u, out, finished))
         position.add_(1)
-        column.add_(1)
+        response_column.add_(1)
 
     def step():
         """Read the tokens that were written last, and write the next ones."""
-        trunk = run_trunk(lm, token, columns, position, cache)
+        trunk = run_trunk(lm, token, visible, position, cache)
         write(trunk.last_hidden_state[:, -1])
 
     # Token 0 comes from the prompts. Each step then reads token t - 1 and writes token t.
@@ -425,8 +426,9 @@ def static_cache(lm, length: int) -> KeyValueCache | None:
 def capture(step: Callable, R: int, device: torch.device, pool=None) -> tuple[Callable, int]:
     """Capture a decode step as a CUDA graph.
 
-    -> a function that replays the step (without a GPU the step itself), and the index of the next
-    token to write. pool: the memory of graphs that are never replayed at once, from
+    R: the number of tokens of a row, of which the first is already written -> a function that
+    replays the step (without a GPU the step itself), and the index of the next token to write.
+    pool: the memory of graphs that are never replayed at once, from
     torch.cuda.graph_pool_handle(). RuntimeError: the step waits for the GPU.
 
     The steps of the warm-up are not lost: they write tokens 1 to WARM_UP. decode_static() keeps no
