@@ -203,7 +203,7 @@ def main(config):
     dist = setup(config.device)
     check_name(config.output_dir)
     if config.from_files:
-        return diversity_report.from_files(config, dist)
+        return diversity_report.compare_files(config, dist)
     diversity_report.check_models(config)
     if len(config.eval_splits) > 1:
         return run_each_split(config, dist)

@@ -38,8 +38,8 @@ from ..runtime.locks import LOCK_FILE, lock
 from .encoders import check_nli, nli_scorer, sentence_encoder
 
 FILE = "diversity.json"
-# The metrics that tables show, and how these call them.
-SHOWN = {
+# {metric: its title in the tables}. The other metrics are in the file alone.
+TITLES = {
     "length": "length",
     "distinct": "distinct-n",
     "ead": "EAD",
@@ -126,7 +126,7 @@ def check_models(config: Flags):
 # ----------------------------------------------------------------------------------------- reading
 
 
-def read_outputs(path: str, columns: Sequence[str] = (), scores: bool = False) -> list[dict]:
+def read_outputs(path: str, columns: Sequence[str] = (), with_scores: bool = False) -> list[dict]:
     """A JSONL file -> rows {prompt, responses: [K][, scores: {name: [K]}]}, in the file's order.
 
     A row of the file holds one answer, {prompt, response[, scores: {name: x}]}, as those of
@@ -157,10 +157,10 @@ def read_outputs(path: str, columns: Sequence[str] = (), scores: bool = False) -
             wanted = f"field {response_field!r} must be a string"
         require(are_texts(responses), f"{place}: {wanted}")
 
-        outputs = {"prompt": prompt, "responses": responses}
-        if scores:
-            outputs["scores"] = scores_of(row, len(responses), has_several, place)
-        rows.append(outputs)
+        new_row = {"prompt": prompt, "responses": responses}
+        if with_scores:
+            new_row["scores"] = scores_of(row, len(responses), has_several, place)
+        rows.append(new_row)
     return rows
 
 
@@ -306,9 +306,9 @@ def measure(
     # V counts the words of whole texts, also where these are cut afterwards.
     tokens = []
     for row in outputs:
-        tokens.append([tokenise(text, tokenizer) for text in row])
+        tokens.append([tokenize(text, tokenizer) for text in row])
     if not vocab_size:
-        vocab_size = default_vocabulary(flatten(tokens), tokenizer)
+        vocab_size = default_vocab_size(flatten(tokens), tokenizer)
     if truncate:
         tokens, outputs = cut_texts(tokens, truncate, tokenizer)
 
@@ -392,7 +392,7 @@ def nli_of_pairs(sets: list[list[list[str]]], partner: np.ndarray, nli: Callable
     return means.reshape(len(sets), *partner.shape)
 
 
-def tokenise(text: str, tokenizer=None) -> list:
+def tokenize(text: str, tokenizer=None) -> list:
     """A text -> its ids, or its words where there is no tokenizer."""
     if tokenizer is None:
         return text.split()
@@ -400,7 +400,7 @@ def tokenise(text: str, tokenizer=None) -> list:
 
 
 def join_tokens(tokens: list, tokenizer=None) -> str:
-    """What tokenise() returned, or a part of it -> text."""
+    """What tokenize() returned, or a part of it -> text."""
     if tokenizer is None:
         return " ".join(tokens)
     return tokenizer.decode(tokens)
@@ -417,8 +417,8 @@ def cut_texts(tokens: list[list], length: int, tokenizer=None) -> tuple[list[lis
     return cut_tokens, texts
 
 
-def default_vocabulary(texts: list, tokenizer=None) -> int:
-    """The tokenizer's vocabulary, or the number of different words in the texts."""
+def default_vocab_size(texts: list, tokenizer=None) -> int:
+    """The size of the tokenizer's vocabulary, or the number of different words in the texts."""
     if tokenizer is not None:
         return len(tokenizer)
     return max(count_vocabulary(texts), 1)
@@ -443,68 +443,71 @@ def compare(
     tokenizer=None,
     truncate: str = "",
     simulated: Collection[str] = (),
-    **how,
+    **arguments,
 ) -> dict:
     """measure() for {name: rows} at equal set sizes, with one V -> what diversity.json holds.
 
-    how: measure's other arguments. truncate: "", a number or "median", for a second list in which
+    arguments: measure's other ones. truncate: "", a number or "median", for a second list in which
     every text is cut to that many tokens. Lengths are matched as far as cutting can, since texts
     that are shorter stay so; they are measured after the cut. simulated: systems whose outputs to a
     prompt come from one pool again and again, so that they are alike for no fault of their own:
     these have no per-input figures. InputError: a single output, too small a vocabulary.
     """
-    given = {}  # {name: outputs in the file}
-    grouped = {}
-    for name, rows in systems.items():
-        given[name] = sum(len(row["responses"]) for row in rows)
-        grouped[name] = group_by_prompt(rows)
-    outputs = equal_sets(grouped)
-    sizes = {}  # {name: outputs to a prompt}
-    for name, rows in outputs.items():
-        sizes[name] = len(rows[0])
-    first_rows = next(iter(outputs.values()))
-    P = len(first_rows)
-    K = max(sizes.values())
+    grouped = {name: group_by_prompt(rows) for name, rows in systems.items()}
+    outputs = equal_sets(grouped)  # {name: P rows of K texts}
+    P = len(next(iter(outputs.values())))
+    K = max(len(rows[0]) for rows in outputs.values())
     require(P * K > 1, "one output to one prompt differs from nothing")
 
-    # One vocabulary for all systems.
+    # n-gram figures depend on the tokenizer and on V, so all systems get the same ones.
     tokens = {}  # {name: the tokens of each of its texts}
     for name, rows in outputs.items():
-        tokens[name] = [tokenise(text, tokenizer) for text in flatten(rows)]
+        tokens[name] = [tokenize(text, tokenizer) for text in flatten(rows)]
     texts_of_all = flatten(list(tokens.values()))
     n_different = count_vocabulary(texts_of_all)
     if not vocab_size:
-        vocab_size = default_vocabulary(texts_of_all, tokenizer)
+        vocab_size = default_vocab_size(texts_of_all, tokenizer)
     require(
         vocab_size >= n_different,
         f"--vocab_size {vocab_size}: there are {n_different} different words (or ids) in the "
         "outputs",
     )
+    arguments |= {"vocab_size": vocab_size, "tokenizer": tokenizer}
 
-    # All systems get the same V and tokenizer. "used" says how many outputs the equal sets hold.
-    how = dict(how, vocab_size=vocab_size, tokenizer=tokenizer)
     result = {
         "prompts": P,
         "outputs": K,
         "vocab_size": vocab_size,
-        "used": {name: f"{P * size} of {given[name]}" for name, size in sizes.items()},
-        "systems": measure_each(outputs, simulated, how),
+        "used": count_used(systems, outputs),
+        "systems": measure_each(outputs, simulated, arguments),
     }
     if truncate:
         # n-gram figures fall with length, so the second list compares texts of about one length.
         length = truncated_length(truncate, tokens)
-        cut = measure_each(outputs, simulated, dict(how, truncate=length))
+        cut = measure_each(outputs, simulated, arguments | {"truncate": length})
         result["truncated"] = {"length": length, "systems": cut}
     return result
 
 
+def count_used(
+    systems: dict[str, list[dict]], outputs: dict[str, list[list[str]]]
+) -> dict[str, str]:
+    """How many outputs of each system its equal set holds, of all that it has: "512 of 600"."""
+    used = {}
+    for name, rows in outputs.items():
+        n_used = len(flatten(rows))
+        n_given = sum(len(row["responses"]) for row in systems[name])
+        used[name] = f"{n_used} of {n_given}"
+    return used
+
+
 def measure_each(
-    outputs: dict[str, list], simulated: Collection[str], how: dict
+    outputs: dict[str, list], simulated: Collection[str], arguments: dict
 ) -> dict[str, dict]:
-    """measure() of each system, as JSON. how: its arguments."""
+    """measure() of each system, with these arguments, as JSON."""
     systems = {}
     for name, rows in outputs.items():
-        measured = measure(rows, per_input=name not in simulated, **how)
+        measured = measure(rows, per_input=name not in simulated, **arguments)
         systems[name] = {"outputs": len(rows[0])}
         for protocol, spreads in measured.items():
             systems[name][protocol] = None
@@ -529,7 +532,7 @@ def truncated_length(truncate: str, tokens: dict[str, list[list]]) -> int:
 # -------------------------------------------------------------------------------------- the script
 
 
-def from_files(config, dist):
+def compare_files(config, dist):
     """sample_bon.py --from: the files' systems, compared."""
     kind = "a folder of sample_bon.py --from"
     dist.together(lambda: check_output(config.output_dir, is_our_folder, kind))
@@ -541,7 +544,7 @@ def from_files(config, dist):
     # Only --best_of needs scores: without it files may have none.
     systems = {}
     for path in config.from_files:
-        systems[names[path]] = read_outputs(path, config.columns, scores=config.best_of > 0)
+        systems[names[path]] = read_outputs(path, config.columns, config.best_of > 0)
     return dist.on_main(lambda: report(config, dist, systems))
 
 
@@ -599,11 +602,11 @@ def report(config, dist, systems: dict[str, list[dict]]) -> dict:
     os.makedirs(config.output_dir, exist_ok=True)
     path = os.path.join(config.output_dir, FILE)
     write_json(path, {**settings, **result})
-    dist.print(table(result, config.tokenizer), f"Written to {path}")
+    dist.print(format_table(result, config.tokenizer), f"Written to {path}")
     return result
 
 
-def table(result: dict, tokenizer: str = "") -> str:
+def format_table(result: dict, tokenizer: str = "") -> str:
     """What compare() found, as readable text."""
     unit = "words"
     if tokenizer:
@@ -640,22 +643,22 @@ def lines_of_protocol(protocol: str, title: str, systems: dict[str, dict]) -> li
         return []
 
     first_row = next(iter(rows.values()))
-    metrics = [name for name in SHOWN if name in first_row]
+    metrics = [name for name in TITLES if name in first_row]
     width = max(len(name) for name in rows) + 2
     header = " " * (width + 2)
     for metric in metrics:
-        header += f"{SHOWN[metric]:26s}"
+        header += f"{TITLES[metric]:26s}"
 
     lines = [title, header]
     for name, row in rows.items():
         line = f"  {name:{width}s}"
         for metric in metrics:
-            line += f"{in_words(row[metric]):26s}"
+            line += f"{format_spread(row[metric]):26s}"
         lines.append(line)
     return lines
 
 
-def in_words(spread: dict) -> str:
+def format_spread(spread: dict) -> str:
     """'0.123 [0.100, 0.150]'; the mean alone where there is no interval."""
     mean = f"{spread['mean']:.3f}"
     if spread["interval"] is None:

@@ -444,13 +444,13 @@ def test_rows_of_one_answer_are_grouped_by_prompt(tmp_path):
 
     write_rows(path, [p_a, p_b])
     whole = {"prompt": "p", "responses": ["a", "b"], "scores": {"x": [1, 2.5]}}
-    assert read_grouped(path, scores=True) == {"p": whole}
+    assert read_grouped(path, with_scores=True) == {"p": whole}
 
 
 def test_rows_of_a_pool_stand_as_they_are(tmp_path):
     row = {"prompt": "p", "responses": ["a", "b"], "scores": {"x": [1, 2]}}
     path = write_rows(tmp_path / "pool.jsonl", [{**row, "gold_scores": [0, 1]}])
-    assert read_grouped(path, scores=True) == {"p": row}
+    assert read_grouped(path, with_scores=True) == {"p": row}
 
 
 def test_columns_may_have_other_names(tmp_path):
@@ -486,7 +486,7 @@ SINGLE = {"prompt": "p", "response": "a"}
 def test_a_bad_row_is_named(tmp_path, row, words, with_scores):
     path = write_rows(tmp_path / "bad.jsonl", [{**POOL, "scores": {"x": [1, 2]}}, row])
     with pytest.raises(InputError) as e:
-        read_outputs(str(path), scores=with_scores)
+        read_outputs(str(path), with_scores=with_scores)
     assert f"{path}:2: {words}" in str(e.value)
 
 
@@ -575,7 +575,7 @@ def test_from_files_prints_what_measure_finds(from_files, encoder_folders, proto
         shown = f"{spread['mean']:.3f} [{low:.3f}, {high:.3f}]"
         # Figures for a single n, such as ead_1, may be equal to one that is shown.
         if "_" not in name:
-            assert (shown in printed) == (name in diversity_report.SHOWN), name
+            assert (shown in printed) == (name in diversity_report.TITLES), name
 
 
 def test_from_files_writes_one_file(from_files):
