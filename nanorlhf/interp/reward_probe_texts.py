@@ -36,7 +36,7 @@ SIGNS = ("positive", "neutral", "negative")
 # This many families of words of each sign are needed, and this many prompts.
 FEWEST = 6
 # The training side needs this many prompts: the penalty is chosen on one part of them.
-TRAINING = 3
+FEWEST_IN_TRAINING = 3
 # Words that begin with the same letters, as many as this, are one family: smile, smiled, smiling.
 STEM = 4
 
@@ -240,24 +240,35 @@ def draw_triples(
     n_train = max(1, round(config.triples * (1 - config.test_share)))
     n_test = max(1, round(config.triples * config.test_share))
 
-    def draw_side(families: list[list[str]], prompts: list[str], n: int) -> list[PlacedWord]:
-        words_of = find_words_of_signs(families, sign_of)
-        # One word of each sign for each triple, a prompt for it, and one of the prompt's contexts.
-        words_in_turn = []
-        for sign in SIGNS:
-            words_in_turn.append(deal(rng, words_of[sign], n))
-        prompts_in_turn = deal(rng, prompts, n)
-        side = []
-        # The three words of a triple stand in one context, so only the word tells values apart.
-        for prompt, *triple in zip(prompts_in_turn, *words_in_turn):
-            before = contexts[prompt][rng.integers(len(contexts[prompt]))]
-            for word in triple:
-                side.append(PlacedWord(prompt, before, word))
-        return side
-
-    train_side = draw_side(train_families, train_prompts, n_train)
-    test_side = draw_side(test_families, test_prompts, n_test)
+    train_side = draw_side(rng, train_families, sign_of, train_prompts, contexts, n_train)
+    test_side = draw_side(rng, test_families, sign_of, test_prompts, contexts, n_test)
     return train_side, test_side
+
+
+def draw_side(
+    rng: np.random.Generator,
+    families: list[list[str]],
+    sign_of: dict[str, str],
+    prompts: list[str],
+    contexts: dict[str, list[str]],
+    n: int,
+) -> list[PlacedWord]:
+    """Draw n triples from some families of words and some prompts, three rows each."""
+    words_of = find_words_of_signs(families, sign_of)
+    # One word of each sign for each triple, a prompt for it, and one of the prompt's contexts.
+    words_in_turn = []
+    for sign in SIGNS:
+        words_in_turn.append(deal(rng, words_of[sign], n))
+    triples = zip(*words_in_turn)  # n of (positive, neutral, negative)
+    prompts_in_turn = deal(rng, prompts, n)
+
+    # The three words of a triple stand in one context, so only the word tells values apart.
+    side = []
+    for prompt, triple in zip(prompts_in_turn, triples):
+        before = contexts[prompt][rng.integers(len(contexts[prompt]))]
+        for word in triple:
+            side.append(PlacedWord(prompt, before, word))
+    return side
 
 
 def find_words_of_signs(families: list[list[str]], sign_of: dict[str, str]) -> dict[str, list[str]]:
@@ -446,9 +457,9 @@ def split_by_prompt(config, rows: list[dict]) -> tuple[Tensor, list[tuple[Tensor
         rng = np.random.default_rng([SPLIT, seed])
         train, test = split_things(rng, list(range(n)), config.test_share)
         require(
-            len(train) >= TRAINING,
+            len(train) >= FEWEST_IN_TRAINING,
             f"--test_share {config.test_share} leaves {len(train)} prompts for training "
-            f"({TRAINING} at least)",
+            f"({FEWEST_IN_TRAINING} at least)",
         )
         # Rows go where their prompt goes.
         is_test = torch.isin(groups, torch.tensor(test))

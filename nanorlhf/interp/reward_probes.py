@@ -176,7 +176,6 @@ def reward(config):
     Intervals are over splits of the data, of one policy.
     """
     run = check_and_set_up(config)
-    spec = config.reward or "world:gold"
     # "word": inputs are read at the word's last token. "sequence": they are means over an answer.
     if config.task == "word":
         lexicon = open_lexicon(config, run.dist)
@@ -186,6 +185,7 @@ def reward(config):
             "Bag of words: no word of the test is in training, so it is at chance by construction."
         )
     else:
+        spec = config.reward or "world:gold"
         check_reward(spec)
         rows = read_rows(config, "sft", run)
         texts = sequence_texts(config, run.tokenizer, rows, spec, run.max_length, run.dist)
@@ -389,16 +389,16 @@ def mean_inputs(
 
 def bag_of_words(texts: Texts) -> Tensor:
     """Count the tokens of each text: [N, the different tokens of all texts]."""
-    text_of = []
-    tokens = []
+    tokens = []  # of all texts, one after another
+    text_of_token = []
     for i, ids in enumerate(texts.ids):
-        text_of.extend([i] * len(ids))
         tokens.extend(ids)
+        text_of_token.extend([i] * len(ids))
     # Only tokens that occur somewhere have a column: a vocabulary may hold a hundred thousand.
-    different, column = torch.tensor(tokens).unique(return_inverse=True)
+    different, column_of_token = torch.tensor(tokens).unique(return_inverse=True)
     counts = torch.zeros(len(texts.ids), len(different))
-    ones = torch.ones(len(tokens))
-    return counts.index_put((torch.tensor(text_of), column), ones, accumulate=True)
+    places = (torch.tensor(text_of_token), column_of_token)
+    return counts.index_put(places, torch.ones(len(tokens)), accumulate=True)
 
 
 # ----------------------------------------------------------------------------------- the results
@@ -423,22 +423,22 @@ def compare_inputs(
         return None
 
     # The first inputs are the policy's: the others are compared with them.
-    policy = next(iter(inputs))
-    results = {}  # {name: [(numbers, more) of each split]}
+    policy_name = next(iter(inputs))  # such as "policy, activations"
+    results = {}  # {name: [(numbers, more) of each split]}; only numbers are averaged over splits
     for name, x in inputs.items():
         results[name] = [fit(x, texts, split) for split in texts.splits]
     # A probe that is fitted to exchanged values, or to coin flips, shows what chance reaches on the
     # true ones.
     results[SHUFFLED] = []
     for seed, split in enumerate(texts.splits):
-        results[SHUFFLED].append(fit(inputs[policy], texts, split, shuffle=seed))
+        results[SHUFFLED].append(fit(inputs[policy_name], texts, split, shuffle=seed))
 
     # The table is over all splits. The picture shows single predictions, of the first split alone.
-    numbers_of_first_split, more_of_first_split = results[policy][0]
+    numbers_of_first_split, more_of_first_split = results[policy_name][0]
     metrics = list(numbers_of_first_split)
     rows = {}
     for name, own_results in results.items():
-        rows[name] = summarize_splits(own_results, results[policy], metrics)
+        rows[name] = summarise_splits(own_results, results[policy_name], metrics)
     summary = {
         "policy": config.policy,
         "model": config.model,
@@ -456,7 +456,7 @@ def compare_inputs(
     return summary
 
 
-def summarize_splits(
+def summarise_splits(
     results: list[tuple[dict, dict]], policy_results: list[tuple[dict, dict]], metrics: list[str]
 ) -> dict:
     """The results of one input, split by split -> its row of summary.json.
@@ -470,17 +470,17 @@ def summarize_splits(
 
     differences = []
     p_values = []
-    seeds = []
+    records = []  # all that is known of a split but for the single predictions
     # Inputs are compared by the first metric: tau for rewards, accuracy for pairs.
     for (numbers, more), (policy_numbers, _) in zip(results, policy_results):
         differences.append(policy_numbers[metrics[0]] - numbers[metrics[0]])
         p_values.append(more.get("p", 1.0))
-        seed = {**numbers, **more}
-        seed.pop("predictions", None)
-        seeds.append(seed)
+        record = {**numbers, **more}
+        record.pop("predictions", None)
+        records.append(record)
     row["policy_less"] = mean_and_half_width(differences)
     row["largest_p"] = max(p_values)
-    row["seeds"] = seeds
+    row["seeds"] = records  # a split is drawn by its seed
     return row
 
 
@@ -494,10 +494,10 @@ def format_table(summary: dict) -> str:
     """One line for each input: means over splits +- half-widths."""
     metrics = summary["metrics"]
     rows = summary["rows"]
-    policy = next(iter(rows))
-    seeds = rows[policy]["seeds"]
-    n_train = seeds[0]["n_train"]
-    n_test = seeds[0]["n_test"]
+    policy_name = next(iter(rows))
+    splits = rows[policy_name]["seeds"]
+    n_train = splits[0]["n_train"]
+    n_test = splits[0]["n_test"]
     layers = ", ".join(map(str, summary["layers"]))
 
     head = f"  {'':27s}"
@@ -507,7 +507,7 @@ def format_table(summary: dict) -> str:
             head += "  largest p"
     lines = [
         f"\n{summary['policy']} (base {summary['model']}), {summary['site']} of layers {layers}; "
-        f"{len(seeds)} splits, {n_train} for training and {n_test} for the test; "
+        f"{len(splits)} splits, {n_train} for training and {n_test} for the test; "
         "95% intervals over splits:",
         f"{head}   policy's {TITLES[metrics[0]]} less",
     ]
@@ -518,13 +518,13 @@ def format_table(summary: dict) -> str:
             line += f"  {format_interval(row[metric])}"
             if metric == "tau":
                 line += f"     {row['largest_p']:.3f}"
-        if name != policy:
+        if name != policy_name:
             line += f"      {format_interval(row['policy_less'])}"
         lines.append(line)
 
     # A share of right signs says something only where it is above that of guessing.
     if "tau" in metrics:
-        positive = sum(seed["positive"] for seed in seeds) / len(seeds)
+        positive = sum(split["positive"] for split in splits) / len(splits)
         share = max(positive, 1 - positive)
         lines.append(
             f"  Guessing the commoner sign every time is right for {share:.3f} of the test. p: "
