@@ -138,7 +138,7 @@ class AblateConfig(PlaceFlags, SamplingFlags, TextFlags, ResultFlags):
 # ------------------------------------------------------------------------------- switching off
 
 
-def removed(sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
+def contribution(sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
     """What the features `ids` [F] add to activations x [.., D]: sum_i f_i d_i, [.., D].
 
     In the model's units.
@@ -146,16 +146,16 @@ def removed(sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
     # Decoder rows are in standardised units, and the scale leads to the model's. The mean and the
     # bias b_d belong to no feature, so they stay in x.
     _, scale = sae.moments(x)
-    contribution = sae.encode(x)[..., ids] @ sae.W_dec[ids]  # [.., D]
+    added = sae.encode(x)[..., ids] @ sae.W_dec[ids]  # [.., D]
     if sae.normalize == "none":
-        return contribution
-    return contribution * scale
+        return added
+    return added * scale
 
 
 def without(sae: SparseAutoencoder, ids: Tensor) -> Callable[[Tensor], Tensor]:
     """The function x [B, T, D] -> x' for activations.replaced: x minus what the features `ids` [F]
     add to it."""
-    return lambda x: x - removed(sae, ids, x)
+    return lambda x: x - contribution(sae, ids, x)
 
 
 @contextlib.contextmanager
@@ -181,6 +181,19 @@ def switched_off(
 
         with replaced(lm, place, remove_where_trained):
             yield
+
+
+def arm_context(chosen: list[int] | None, policy, place, sae, skip_bos: int | None):
+    """The context in which an arm's policy answers: its features are switched off.
+
+    The plain policy (None) runs without the hook, so the arm "nothing", which has no features,
+    shows what the hook alone does.
+    """
+    if chosen is None:
+        return contextlib.nullcontext()
+    device = next(policy.parameters()).device
+    feature_ids = torch.tensor(chosen, dtype=torch.long, device=device)
+    return switched_off(policy.lm, place, sae, feature_ids, skip_bos)
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -241,15 +254,15 @@ def ablate(config):
 
     # Every arm answers the held-out prompts, and is measured.
     responses = {}  # {arm: token lists}
-    numbers = {}  # {arm: {number: [P N]}}
+    metrics = {}  # {arm: {metric: [P N]}}
     for name, chosen in arms.items():
-        with surgery_of(chosen, policy, place, sae, skip_bos):
+        with arm_context(chosen, policy, place, sae, skip_bos):
             # Step 0 has the same noise for all arms.
             responses[name], answers = sample_answers(parts, test, step=0)
-        numbers[name] = measure_answers(
+        metrics[name] = measure_answers(
             config, tokenizer, rewards, responses[name], answers, concept
         )
-        means = [f"{key} {values.mean():.3f}" for key, values in numbers[name].items()]
+        means = [f"{metric} {values.mean():.3f}" for metric, values in metrics[name].items()]
         dist.print(f"{name}: " + ", ".join(means))
 
     # What each arm took away, and what came of it.
@@ -258,8 +271,8 @@ def ablate(config):
         arm = describe_arm(chosen or [], observed, sae)
         texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
         arm["distinct_2"] = distinct_n(texts, 2)
-        for key, values in numbers[name].items():
-            arm[key] = mean_with_interval(values, config.n_answers)
+        for metric, values in metrics[name].items():
+            arm[metric] = mean_with_interval(values, config.n_answers)
         described_arms[name] = arm
     summary = {
         "sae": config.sae,
@@ -272,23 +285,10 @@ def ablate(config):
         "by": None if config.features else config.by,
         "nothing_is_plain": responses["nothing"] == responses["plain"],
         "arms": described_arms,
-        "differences": compare_arms(numbers, config.n_answers),
+        "differences": compare_arms(metrics, config.n_answers),
     }
     save(config, folder, summary, format_table(summary), draw)
     return summary
-
-
-def surgery_of(chosen: list[int] | None, policy, place, sae, skip_bos: int | None):
-    """The context in which an arm's policy answers: its features are switched off.
-
-    The plain policy (None) runs without the hook, so the arm "nothing", which has no features,
-    shows what the hook alone does.
-    """
-    if chosen is None:
-        return contextlib.nullcontext()
-    device = next(policy.parameters()).device
-    feature_ids = torch.tensor(chosen, dtype=torch.long, device=device)
-    return switched_off(policy.lm, place, sae, feature_ids, skip_bos)
 
 
 def find_concept(config, model: str, tokenizer) -> Tensor | None:
@@ -337,7 +337,10 @@ def read_prompts(config, tokenizer, model_config) -> tuple[Prompts, Prompts]:
 def sample_answers(
     parts: Parts, prompts: Prompts, step: int
 ) -> tuple[list[list[int]], list[Answers]]:
-    """One answer to each prompt -> their token lists, [Answers]. `step` keys the noise."""
+    """One answer to each prompt -> their token lists, and the Answers of each batch.
+
+    `step` keys the noise.
+    """
     size = parts.config.batch_size
     responses = []
     answers = []
@@ -441,7 +444,7 @@ def draw_arms(config, ids: list[int], observed: Observed) -> dict[str, list[int]
     return arms
 
 
-# ----------------------------------------------------------------------------------- the numbers
+# ----------------------------------------------------------------------------------- the metrics
 
 
 def measure_answers(
@@ -452,27 +455,27 @@ def measure_answers(
     answers: list[Answers],
     concept: Tensor | None,
 ) -> dict[str, Tensor]:
-    """{number: [P N], one of each answer}, float64.
+    """{metric: [P N], one number of each answer}, float64.
 
-    The numbers are the rewards, length in tokens, cue: 1 where the answer has the spurious mark,
+    The metrics are the rewards, length in tokens, cue: 1 where the answer has the spurious mark,
     and the concept: its share of the answer's tokens. Where one of the rewards is the embedded
     world's gold there are also its parts, "gold: sentiment", ...: what breaks the grammar lowers
     the gold as well.
     """
-    numbers = {}
+    metrics = {}
     for name, reward in rewards.items():
-        numbers[name] = score(reward, answers)
-    numbers["length"] = torch.tensor([len(ids) for ids in responses])
+        metrics[name] = score(reward, answers)
+    metrics["length"] = torch.tensor([len(ids) for ids in responses])
 
     # The spurious mark of the embedded world; world:SEED has a mark of its own.
     if data.is_world(config.dataset):
         seed = int(config.dataset.partition(":")[2] or 0)
         mark = tokenizer.convert_tokens_to_ids(world.cue(seed))
-        numbers["cue"] = torch.tensor([mark in ids for ids in responses])
+        metrics["cue"] = torch.tensor([mark in ids for ids in responses])
 
     if concept is not None:
         shares = [concept[ids].float().mean().item() for ids in responses]
-        numbers[config.concept] = torch.tensor(shares)
+        metrics[config.concept] = torch.tensor(shares)
 
     # The reward gives the whole gold only, so its parts are computed from the texts once more.
     if "world:gold" in rewards:
@@ -482,8 +485,8 @@ def measure_answers(
                 for name, value in world.gold_parts(prompt, response).items():
                     gold_parts.setdefault(name, []).append(value)
         for name, values in gold_parts.items():
-            numbers[f"gold: {name}"] = torch.tensor(values)
-    return {name: values.double() for name, values in numbers.items()}
+            metrics[f"gold: {name}"] = torch.tensor(values)
+    return {name: values.double() for name, values in metrics.items()}
 
 
 def describe_arm(ids: list[int], observed: Observed, sae: SparseAutoencoder) -> dict:
@@ -493,15 +496,16 @@ def describe_arm(ids: list[int], observed: Observed, sae: SparseAutoencoder) -> 
     if ids:
         # What is taken away is not centred, since its mean goes too: so the share can exceed 1.
         variance = (observed.x - observed.x.mean(0)).square().sum()
-        taken_away = removed(sae, torch.tensor(ids, device=observed.x.device), observed.x)  # [n, D]
+        feature_ids = torch.tensor(ids, device=observed.x.device)
+        taken_away = contribution(sae, feature_ids, observed.x)  # [n, D]
         share = (taken_away.square().sum() / variance).item()
     return {"features": ids, "rates": observed.rates[ids].tolist(), "removed": share}
 
 
 def mean_with_interval(values: Tensor, n_answers: int) -> dict[str, float]:
-    """Mean and 95% interval over prompts of one number of each answer: {mean, low, high}.
+    """Mean and 95% interval over prompts of one metric: {mean, low, high}.
 
-    values [P N], the answers to a prompt one after another.
+    values [P N]: one number of each answer, the answers to a prompt one after another.
     """
     # Answers to one prompt are alike, so the bootstrap draws prompts, with the mean of each.
     means = values.view(-1, n_answers).mean(1)  # [P]
@@ -509,45 +513,45 @@ def mean_with_interval(values: Tensor, n_answers: int) -> dict[str, float]:
     return interval_row(means.mean(), low, high)
 
 
-def compare_arms(numbers: dict[str, dict[str, Tensor]], n_answers: int) -> dict[str, dict]:
-    """{number: {"features - nothing": {mean, low, high}, ...}}, paired by prompt.
+def compare_arms(metrics: dict[str, dict[str, Tensor]], n_answers: int) -> dict[str, dict]:
+    """{metric: {"features - nothing": {mean, low, high}, ...}}, paired by prompt.
 
-    A control's number is the mean over its draws.
+    metrics: {arm: {metric: [P N]}}. A control's metric is the mean over its draws.
     """
     pairs = [("features", "nothing")]
     pairs += [(control, "nothing") for control in CONTROLS]
     pairs += [("features", control) for control in CONTROLS]
 
     differences = {}
-    for key in numbers["nothing"]:
+    for metric in metrics["nothing"]:
         draws = {}  # {kind of arm: [P N] of each draw}
-        for arm, values in numbers.items():
+        for arm, metrics_of_arm in metrics.items():
             kind = arm.split()[0]  # "random 3" is a draw of "random"
-            draws.setdefault(kind, []).append(values[key])
+            draws.setdefault(kind, []).append(metrics_of_arm[metric])
         # A control's draws are averaged answer by answer, so that its interval is over prompts too.
         means = {kind: torch.stack(values).mean(0) for kind, values in draws.items()}
-        differences[key] = {}
+        differences[metric] = {}
         for a, b in pairs:
             difference = mean_with_interval(means[a] - means[b], n_answers)
-            differences[key][f"{a} - {b}"] = difference
+            differences[metric][f"{a} - {b}"] = difference
     return differences
 
 
 # -------------------------------------------------------------------------------- table, picture
 
 
-def list_shown_numbers(summary: dict) -> list[str]:
-    """The numbers that are shown arm by arm; the parts of the gold are among the differences."""
-    return [key for key in summary["differences"] if not key.startswith("gold: ")]
+def list_shown_metrics(summary: dict) -> list[str]:
+    """The metrics that are shown arm by arm; the parts of the gold are among the differences."""
+    return [name for name in summary["differences"] if not name.startswith("gold: ")]
 
 
 def format_table(summary: dict) -> str:
     """One line an arm, then the differences."""
-    keys = list_shown_numbers(summary)
+    metrics = list_shown_metrics(summary)
     what = "the named features"
     if summary["by"]:
         what = f"features of {summary['concept']!r} (by {summary['by']})"
-    head = "".join(f"{key[-11:]:>12s}" for key in keys)
+    head = "".join(f"{metric[-11:]:>12s}" for metric in metrics)
     lines = [
         f"\n{summary['model']}, layer {summary['layer']}, {summary['site']}, {what} switched off; "
         f"{summary['prompts']} prompts, {summary['n_answers']} answers to each:",
@@ -558,19 +562,19 @@ def format_table(summary: dict) -> str:
         rate = " " * 17
         if arm["features"]:
             rate = f"{np.mean(arm['rates']):8.2%}{arm['removed']:9.2%}"
-        numbers = "".join(f"{arm[key]['mean']:12.3f}" for key in keys)
+        means = "".join(f"{arm[metric]['mean']:12.3f}" for metric in metrics)
         ids = " ".join(map(str, arm["features"]))
-        lines.append(f"  {name:10s}{rate}{arm['distinct_2']:12.3f}{numbers}   {ids}")
+        lines.append(f"  {name:10s}{rate}{arm['distinct_2']:12.3f}{means}   {ids}")
     same = "OTHER TOKENS THAN"
     if summary["nothing_is_plain"]:
         same = "the same tokens as"
     lines.append(f"  'nothing' wrote {same} the plain policy")
 
-    # The differences: one line for each number, and a column for each pair of arms.
-    names = "".join(f"{name:>26s}" for name in summary["differences"][keys[0]])
+    # The differences: one line for each metric, and a column for each pair of arms.
+    names = "".join(f"{name:>26s}" for name in summary["differences"][metrics[0]])
     lines.append(f"\n  {'':16s}{names}")
-    for key, row in summary["differences"].items():
-        line = f"  {key[-16:]:16s}"
+    for metric, row in summary["differences"].items():
+        line = f"  {metric[-16:]:16s}"
         for d in row.values():
             line += f"{cell(d):>26s}"
         lines.append(line)
@@ -578,13 +582,13 @@ def format_table(summary: dict) -> str:
 
 
 def draw(figure, summary: dict):
-    """Each reward and number by arm, with 95% intervals over prompts."""
+    """Each reward and other metric by arm, with 95% intervals over prompts."""
     arms = dict(summary["arms"])
     del arms["plain"]  # 'nothing' writes the same
-    keys = list_shown_numbers(summary)
+    metrics = list_shown_metrics(summary)
     colours = {"nothing": "black", "features": "C3"}
-    figure.set_size_inches(2.6 * len(keys), 3)
-    for i, key in enumerate(keys):
-        axis = figure.add_subplot(1, len(keys), i + 1)
-        draw_intervals(axis, {name: arm[key] for name, arm in arms.items()}, colours)
-        axis.set_title(key)
+    figure.set_size_inches(2.6 * len(metrics), 3)
+    for i, metric in enumerate(metrics):
+        axis = figure.add_subplot(1, len(metrics), i + 1)
+        draw_intervals(axis, {name: arm[metric] for name, arm in arms.items()}, colours)
+        axis.set_title(metric)
