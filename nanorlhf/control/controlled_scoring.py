@@ -45,7 +45,7 @@ from . import human_latents
 from .feature_reader import check_feature_reader, load_feature_reader, parse_edits
 
 CLAMPS = ("set", "min", "max")
-LOGGED = 8  # so many features of the density at most are logged one by one; with more, none is
+MOST_LOGGED = 8  # features of the density that are logged one by one; with more, none is
 
 # How the density ratio is learned, by AdamW. Only its price, --density_beta, is a flag.
 LR = 1e-4
@@ -314,14 +314,14 @@ class ControlledScoring:
 
         # The features that are read [F], each once: the columns of `latents` everywhere below.
         self.features = list(dict.fromkeys([*prices, *clamps, *density_features]))
-        self.column = {feature: f for f, feature in enumerate(self.features)}
-        self.of_density = [self.column[feature] for feature in density_features]  # [d] columns
+        self.column_of = {feature: f for f, feature in enumerate(self.features)}
+        self.density_columns = [self.column_of[feature] for feature in density_features]  # [d]
         # These features are logged one by one. A file of human latents may have hundreds: then only
         # those that the flags name are logged.
-        self.named = self.features
-        if len(density_features) > LOGGED:
-            self.named = list(dict.fromkeys([*prices, *clamps]))
-        rates = [f"rate/{feature}" for feature in self.named]
+        self.logged = self.features
+        if len(density_features) > MOST_LOGGED:
+            self.logged = list(dict.fromkeys([*prices, *clamps]))
+        rates = [f"rate/{feature}" for feature in self.logged]
         self.summary_names = ("proxy", "controlled", *rates)
 
     def load(self, tokenizer, dist):
@@ -376,39 +376,39 @@ class ControlledScoring:
         )
 
     def terms(self, latents, clamped):
-        """Latents [B, F], clamped scores [B] -> {name: [B]}: R as `controlled`, then its parts."""
-        parts = {}
+        """Latents [B, F], clamped scores [B] -> {name: [B]}: R as `controlled`, then its terms."""
+        terms = {}
         if self.clamps:
-            parts["clamped"] = clamped
+            terms["clamped"] = clamped
 
         # For the record: each feature, and whether it is above its threshold, or fires.
-        for feature in self.named:
-            z = latents[:, self.column[feature]]  # [B]
+        for feature in self.logged:
+            z = latents[:, self.column_of[feature]]  # [B]
             if feature in self.prices:
                 is_active = z > self.prices[feature].tau
             else:
                 is_active = z != 0
-            parts[f"feature/{feature}"] = z
-            parts[f"rate/{feature}"] = is_active.float()
+            terms[f"feature/{feature}"] = z
+            terms[f"rate/{feature}"] = is_active.float()
 
         # R: the clamped score, less a penalty for each feature that has a price, less the density.
         # Penalties are computed feature by feature, so that the record has each of them.
         controlled = clamped
         for feature, price in self.prices.items():
-            column = self.column[feature]
+            column = self.column_of[feature]
             penalty = feature_penalty(
                 latents, [column], [price.tau], [price.alpha], self.config.penalty
             )
-            parts[f"penalty/{feature}"] = penalty
+            terms[f"penalty/{feature}"] = penalty
             controlled = controlled - penalty
         if self.density:
             log_ratio = self.log_ratio(latents)
-            # In warm-up `counts` is False, so the term is 0: the net has learned from too little.
-            density = self.config.density_beta * log_ratio * self.density.counts
-            parts["log_ratio"] = log_ratio
-            parts["density"] = density
+            # In warm-up the term is 0: the net has learned from too little.
+            density = self.config.density_beta * log_ratio * self.density.is_warm
+            terms["log_ratio"] = log_ratio
+            terms["density"] = density
             controlled = controlled - density
-        return {"controlled": controlled, **parts}
+        return {"controlled": controlled, **terms}
 
     def log_ratio(self, latents):
         """Clipped log p_policy / p_human of latents [B, F]: [B].
@@ -417,7 +417,7 @@ class ControlledScoring:
         """
         # All processes have the same latents and the same net, but may round differently. Only the
         # first one gives rows, so gather() hands its numbers to all.
-        log_ratio = self.density.log_ratio(latents[:, self.of_density].cpu())
+        log_ratio = self.density.log_ratio(latents[:, self.density_columns].cpu())
         if not self.dist.main:
             log_ratio = log_ratio[:0]
         return self.dist.gather(log_ratio.to(latents.device))
@@ -429,7 +429,7 @@ class ControlledScoring:
         """
         if not self.density:
             return {}
-        return self.density.learn(readings["latents"][:, self.of_density].cpu())
+        return self.density.learn(readings["latents"][:, self.density_columns].cpu())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must keep; restore() takes it back."""
@@ -456,7 +456,7 @@ class Density:
 
     def __init__(self, human, seed):
         self.seed = seed
-        self.rollouts = 0  # so many were learned from
+        self.n_rollouts = 0  # that were learned from
         self.replay = []  # latents [B, d] of the last REPLAY rollouts
 
         # A part of the human texts, drawn by the seed, is never learned from: on texts that it was
@@ -472,9 +472,9 @@ class Density:
         self.optimizer = adamw(self.net, LR, (0.9, 0.999), 0.0)
 
     @property
-    def counts(self) -> bool:
-        """Whether warm-up is over."""
-        return self.rollouts >= WARM_UP
+    def is_warm(self) -> bool:
+        """Whether warm-up is over: only then does the ratio count."""
+        return self.n_rollouts >= WARM_UP
 
     @torch.no_grad()
     def log_ratio(self, z):
@@ -500,7 +500,7 @@ class Density:
 
         # Both classes weigh the same, however many texts each has: only then is the logit the log
         # ratio (penalties.DensityRatio).
-        generator = torch.Generator().manual_seed(key(DENSITY, self.seed, self.rollouts))
+        generator = torch.Generator().manual_seed(key(DENSITY, self.seed, self.n_rollouts))
         losses = []
         for _ in range(UPDATES):
             policy = draw_rows(past, generator)  # [BATCH, d]
@@ -511,7 +511,7 @@ class Density:
             self.optimizer.step()
             self.optimizer.zero_grad()
             losses.append(loss.item())
-        self.rollouts += 1
+        self.n_rollouts += 1
         return {"density_auc": density_auc, "density_loss": sum(losses) / UPDATES}
 
     def tensors(self):
@@ -525,7 +525,7 @@ class Density:
                 tensors[f"{slot}/{names[p]}"] = moment
         for i, z in enumerate(self.replay):
             tensors[f"replay/{i}"] = z.contiguous()
-        tensors["rollouts"] = torch.tensor(self.rollouts)
+        tensors["rollouts"] = torch.tensor(self.n_rollouts)
         return tensors
 
     def restore(self, tensors):
@@ -542,8 +542,8 @@ class Density:
                     state[slot] = tensor
             self.optimizer.state[p] = state
         # The count tells how many rollouts the replay holds, and is part of the next draws' key.
-        self.rollouts = int(tensors["rollouts"])
-        n_replay = min(self.rollouts, REPLAY)
+        self.n_rollouts = int(tensors["rollouts"])
+        n_replay = min(self.n_rollouts, REPLAY)
         self.replay = [tensors[f"replay/{i}"] for i in range(n_replay)]
 
 

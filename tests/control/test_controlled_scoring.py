@@ -703,7 +703,7 @@ def test_a_rollout_is_judged_before_it_is_learned_from(base):
     control.name = "sarm"
     control.dist = distributed.Dist(0, 1, torch.device("cpu"))
     assert control.features == [3, 1]
-    assert control.of_density == [0, 1]
+    assert control.density_columns == [0, 1]
 
     generator = seeded(0)
     for n in range(4):
@@ -760,7 +760,7 @@ def learn_in_shares(path):
     # Of a ControlledScoring only what log_ratio() takes: no reward model, no flags.
     control = controlled_scoring.ControlledScoring.__new__(controlled_scoring.ControlledScoring)
     control.dist = dist
-    control.of_density = [0, 1]
+    control.density_columns = [0, 1]
     control.density = controlled_scoring.Density(draw_humans(500), 0)
     for i in range(10):
         z = dist.gather(dist.share(draw_rollout(i, 16)))
