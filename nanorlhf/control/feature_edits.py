@@ -144,7 +144,7 @@ def causal(config):
     if pool_rows:
         answers = flatten_pool(pool_rows)
         texts["pool"] = encode_answers(config, tokenizer, answers, max_length)
-    groups = groups_of([row["prompt"] for row in pairs])  # [N]
+    prompts = groups_of([row["prompt"] for row in pairs])  # [N]: the number of each pair's prompt
 
     reward = load_feature_reader(
         config.reward_model, config.sae, tokenizer, dist, config.micro_batch_size, config.dtype
@@ -164,22 +164,24 @@ def causal(config):
     # Every arm scores every text again. Its scores are compared with those before any edit text by
     # text, so that the spread of scores between texts does not widen the interval of a change.
     results = {}
-    for name, arm in choose_arms(config, edits, rates).items():
-        ids = list(arm)
+    for name, edits_of_arm in choose_arms(config, edits, rates).items():
+        ids = list(edits_of_arm)
         after = {}
         for side, answers in texts.items():
-            _, _, after[side] = read_all(reward, answers, ids, arm)
+            _, _, after[side] = read_all(reward, answers, ids, edits_of_arm)
         results[name] = {"features": ids, "rates": rates[ids].tolist()}
-        results[name] |= on_pairs(before, after, groups)
+        results[name] |= compare_pairs(before, after, prompts)
         if pool_rows:
-            results[name]["pool"] = on_pool(before["pool"], after["pool"], pool_rows, config.n)
+            results[name]["pool"] = compare_choices(
+                before["pool"], after["pool"], pool_rows, config.n
+            )
 
     summary = {
         "reward_model": config.reward_model,
         "sae": config.sae,
         "edits": config.edits,
         "pairs": len(pairs),
-        "prompts": int(groups.max()) + 1,
+        "prompts": int(prompts.max()) + 1,
         "pool": config.pool,
         "n": config.n if pool_rows else None,
         "arms": results,
@@ -230,10 +232,10 @@ def choose_arms(config, edits, rates):
     return arms
 
 
-def on_pairs(before, after, groups):
+def compare_pairs(before, after, prompts):
     """What an edit does to N pairs, with intervals over prompts.
 
-    before, after {"chosen" and "rejected": scores [N]}, groups [N]: equal where pairs have one
+    before, after {"chosen" and "rejected": scores [N]}; prompts [N]: the number of each pair's
     prompt -> {changed: the share of texts whose score changes; reordered: how many pairs change
     their order, a tie is an order of its own; chosen, rejected: the change of scores; accuracy_...:
     how often the chosen one is higher}.
@@ -258,11 +260,11 @@ def on_pairs(before, after, groups):
     return {
         "changed": is_changed.double().mean().item(),
         "reordered": int(is_reordered.sum()),
-        **intervals(columns, groups),
+        **intervals(columns, prompts),
     }
 
 
-def on_pool(before, after, rows, n):
+def compare_choices(before, after, rows, n):
     """Which of the best of n an edit turns over, and what gold says to that, with intervals.
 
     The answers of a prompt are taken n at a time, in their order. before, after: scores of all
@@ -312,11 +314,14 @@ def best_of_groups(scores, n):
     return best_in_group + first_of_group
 
 
-def intervals(columns, groups):
-    """Means with 95% intervals over groups: {name: [N]} -> {name: {mean, low, high}}."""
+def intervals(columns, prompts):
+    """Means with 95% intervals over prompts: {name: [N]} -> {name: {mean, low, high}}.
+
+    prompts [N]: the number of each row's prompt.
+    """
     # All columns are resampled as one table, so that a resample has the same prompts in each.
     table = torch.stack(list(columns.values()), 1)  # [N, columns]
-    means, draws = mean_over_groups(table, groups)
+    means, draws = mean_over_groups(table, prompts)
     low, high = percentiles(draws)
     rows = {}
     for i, name in enumerate(columns):

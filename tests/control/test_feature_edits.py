@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support import feature_flags, probe_refused, read_rows, widest, write_rows
 
 from nanorlhf import world
-from nanorlhf.control.feature_edits import on_pairs, on_pool, parse_edits
+from nanorlhf.control.feature_edits import compare_choices, compare_pairs, parse_edits
 from nanorlhf.control.feature_texts import groups_of
 
 
@@ -142,7 +142,7 @@ def test_random_arms_are_of_other_features_and_none_is_drawn_twice(all_readings,
 def test_a_tie_is_half_right_and_a_change_of_order():
     before = {"chosen": torch.tensor([1.0, 2.0, 0.0]), "rejected": torch.tensor([0.0, 2.0, 1.0])}
     after = {"chosen": torch.tensor([1.0, 2.5, 1.0]), "rejected": torch.tensor([0.0, 2.0, 1.0])}
-    found = on_pairs(before, after, torch.arange(3))
+    found = compare_pairs(before, after, torch.arange(3))
     # Before: right, a tie, wrong. After: right, right, a tie.
     assert found["accuracy_before"]["mean"] == 0.5
     assert found["accuracy_after"]["mean"] == pytest.approx(2.5 / 3)
@@ -276,7 +276,7 @@ def test_pool_intervals_are_over_prompts():
     rows = [{"prompt": "p", "responses": ["a"] * 8, "gold_scores": [0.0, 1.0] * 4}]
     before = torch.tensor([1.0, 0.0] * 4)
     after = torch.tensor([1.0, 0.0] * 2 + [0.0, 1.0] * 2)
-    found = on_pool(before, after, rows, 2)
+    found = compare_choices(before, after, rows, 2)
     # Of four choices the last two turn to the answer with gold 1.
     assert found["flipped"] == 2
     assert found["gold_change"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
