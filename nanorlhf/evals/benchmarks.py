@@ -55,7 +55,7 @@ STYLES = ("concise", "detailed", "markdown")
 # What belongs together, with the scores [K, A] of each prompt's answers.
 Unit = list[tuple[Item, Tensor]]
 # What a measure_*() function returns: the names of its metrics, and a function that computes them
-# for some units: their places [u] -> [K, metrics].
+# for the units that a resample has drawn: their places [u] among all units -> [K, metrics].
 Measure = tuple[list[str], Callable[[Tensor], Tensor]]
 
 
@@ -140,7 +140,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         scores[name] = sign * lengths
 
     units = collect_units(items, scores)
-    results = with_intervals(config, list(scores), units)
+    results = compute_metrics(config, list(scores), units)
     summary = {
         "benchmark": config.benchmark,
         "dataset": config.dataset,
@@ -150,7 +150,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         "cut": cut,
         **results,
     }
-    save(config, folder, summary, table(summary), draw)
+    save(config, folder, summary, format_table(summary), draw)
     dist.barrier()
     return summary
 
@@ -209,16 +209,16 @@ def collect_units(items: list[Item], scores: dict[str, Tensor]) -> dict[tuple[st
 # ------------------------------------------------------------------------------------ the measures
 
 
-def with_intervals(config, rewards: list[str], units: dict[tuple[str, str], Unit]) -> dict:
+def compute_metrics(config, rewards: list[str], units: dict[tuple[str, str], Unit]) -> dict:
     """The metrics of all rewards, each with its interval.
 
     Returns {metrics: their names, rewards: {name: {metric: [value, low, high]}}, differences: the
     same of each reward but the first, less the first}.
     """
     # The group of each unit, by its number.
-    groups = [group for group, _ in units]
-    names = sorted(set(groups))
-    index = torch.tensor([names.index(group) for group in groups])  # [U]
+    names_of_groups = [group for group, _ in units]  # U names, of which G differ
+    groups = sorted(set(names_of_groups))
+    group_of_unit = torch.tensor([groups.index(group) for group in names_of_groups])  # [U]
 
     measures = {
         "pairs": measure_pairs,
@@ -226,17 +226,17 @@ def with_intervals(config, rewards: list[str], units: dict[tuple[str, str], Unit
         "rm_bench": measure_rm_bench,
     }
     measure = measures[config.benchmark]
-    metrics, statistic = measure(list(units.values()), names, index)
+    metrics, statistic = measure(list(units.values()), groups, group_of_unit)
 
-    def values_and_differences(rows: Tensor) -> Tensor:
+    def values_and_differences(drawn: Tensor) -> Tensor:
         """[2 K, metrics]. Both come from the same draw, so what rewards have in common cancels."""
-        values = statistic(rows.long())  # [K, metrics]
+        values = statistic(drawn.long())  # [K, metrics]
         return torch.cat([values, values - values[:1]])
 
     # bootstrap() draws from rows of numbers: here the units' places, which come back as float64.
-    everything = torch.arange(len(units))
-    values = values_and_differences(everything)
-    low, high = bootstrap(everything, values_and_differences, seed=config.seed, strata=index)
+    all_units = torch.arange(len(units))
+    values = values_and_differences(all_units)
+    low, high = bootstrap(all_units, values_and_differences, seed=config.seed, strata=group_of_unit)
     cells = torch.stack([values, low, high], -1)  # [2 K, metrics, 3]
 
     # The first K rows are the rewards', the others the differences. Row K, the first reward less
@@ -250,10 +250,10 @@ def with_intervals(config, rewards: list[str], units: dict[tuple[str, str], Unit
     }
 
 
-def measure_pairs(units: list[Unit], names: list[str], index: Tensor) -> Measure:
+def measure_pairs(units: list[Unit], groups: list[str], group_of_unit: Tensor) -> Measure:
     """Accuracy, a tie counting half, and the mean margin in the reward's own unit.
 
-    units U, the groups' names G, and the number of each unit's group [U] -> a measure.
+    units U; groups: G names; group_of_unit [U]: the number of each unit's group -> a measure.
     """
     # The sums of a unit are computed once, so that a resample only has to add them up.
     sums = []
@@ -268,17 +268,17 @@ def measure_pairs(units: list[Unit], names: list[str], index: Tensor) -> Measure
     sums = torch.stack(sums)  # [U, K, 2]
     counts = torch.tensor([len(unit) for unit in units]).double()  # [U]
 
-    def statistic(rows: Tensor) -> Tensor:
+    def statistic(drawn: Tensor) -> Tensor:
         # Prompts are drawn, but the mean is over pairs: a prompt with two pairs weighs double.
-        return sums[rows].sum(0) / counts[rows].sum()
+        return sums[drawn].sum(0) / counts[drawn].sum()
 
     return ["accuracy", "margin"], statistic
 
 
-def measure_rewardbench2(units: list[Unit], names: list[str], index: Tensor) -> Measure:
+def measure_rewardbench2(units: list[Unit], groups: list[str], group_of_unit: Tensor) -> Measure:
     """The mean of the subsets' scores, and where there are several subsets each score.
 
-    units U, the groups' names G, and the number of each unit's group [U] -> a measure.
+    units U; groups: G names; group_of_unit [U]: the number of each unit's group -> a measure.
     """
     first_unit = units[0]
     _, scores = first_unit[0]
@@ -287,9 +287,9 @@ def measure_rewardbench2(units: list[Unit], names: list[str], index: Tensor) -> 
     # A unit of the subset Ties has terms, any other one has credit; the rest of both stays 0.
     credit = torch.zeros(len(units), n_rewards).double()  # [U, K]
     terms = torch.zeros(len(units), n_rewards, 5).double()  # [U, K, 5]
-    known = torch.zeros(len(units), n_rewards, 5).double()  # [U, K, 5]
+    known = torch.zeros(len(units), n_rewards, 5).double()  # [U, K, 5]: 0 where a half is missing
     for u, unit in enumerate(units):
-        if names[index[u]] == TIES:
+        if groups[group_of_unit[u]] == TIES:
             halves = {}
             for item, scores in unit:
                 halves[item.half] = split_scores(item, scores)
@@ -298,29 +298,30 @@ def measure_rewardbench2(units: list[Unit], names: list[str], index: Tensor) -> 
             _, scores = unit[0]
             credit[u] = shared_credit(scores)
 
-    def statistic(rows: Tensor) -> Tensor:
+    def statistic(drawn: Tensor) -> Tensor:
         # Each subset has a column, computed from those of its units that were drawn.
         columns = []
-        for group, name in enumerate(names):
-            drawn = rows[index[rows] == group]
-            if name == TIES:
-                columns.append(ties_score(terms[drawn], known[drawn]))  # [K]
+        for number, group in enumerate(groups):
+            drawn_of_group = drawn[group_of_unit[drawn] == number]
+            if group == TIES:
+                columns.append(ties_score(terms[drawn_of_group], known[drawn_of_group]))  # [K]
             else:
-                columns.append(credit[drawn].mean(0))  # [K]
+                columns.append(credit[drawn_of_group].mean(0))  # [K]
         overall = torch.stack(columns).mean(0)
-        if len(names) == 1:
+        # A single subset's score is the overall one already.
+        if len(groups) == 1:
             return torch.stack([overall], -1)
         return torch.stack([overall, *columns], -1)
 
-    if len(names) == 1:
+    if len(groups) == 1:
         return ["overall"], statistic
-    return ["overall", *names], statistic
+    return ["overall", *groups], statistic
 
 
-def measure_rm_bench(units: list[Unit], names: list[str], index: Tensor) -> Measure:
+def measure_rm_bench(units: list[Unit], groups: list[str], group_of_unit: Tensor) -> Measure:
     """Average, hard, normal and easy over domains, the nine cells, and each domain's average.
 
-    units U, the groups' names G, and the number of each unit's group [U] -> a measure.
+    units U; groups: G names; group_of_unit [U]: the number of each unit's group -> a measure.
     """
     wins = []
     for unit in units:
@@ -329,8 +330,9 @@ def measure_rm_bench(units: list[Unit], names: list[str], index: Tensor) -> Meas
         wins.append(style_wins(chosen, rejected))
     wins = torch.stack(wins)  # [U, K, 3, 3]
 
-    def statistic(rows: Tensor) -> Tensor:
-        mean, by_domain = mean_of_groups(wins[rows], index[rows])  # [K, 3, 3], [G, K, 3, 3]
+    def statistic(drawn: Tensor) -> Tensor:
+        # [K, 3, 3] over domains, and [G, K, 3, 3], those of each domain.
+        mean, by_domain = mean_of_groups(wins[drawn], group_of_unit[drawn])
         levels = hard_normal_easy(mean)  # [K, 3]
         average = levels.mean(1, keepdim=True)  # [K, 1]
         domains = hard_normal_easy(by_domain).mean(-1)  # [G, K]
@@ -340,8 +342,8 @@ def measure_rm_bench(units: list[Unit], names: list[str], index: Tensor) -> Meas
     for chosen_style in STYLES:
         for rejected_style in STYLES:
             metrics.append(f"{chosen_style} > {rejected_style}")
-    for name in names:
-        metrics.append(f"domain {name}")
+    for domain in groups:
+        metrics.append(f"domain {domain}")
     return metrics, statistic
 
 
@@ -362,7 +364,7 @@ def choose_metrics(summary: dict) -> list[str]:
     return metrics
 
 
-def table(summary: dict) -> str:
+def format_table(summary: dict) -> str:
     """One line a reward, with intervals and the difference from the first; RM-Bench's matrices."""
     metrics = choose_metrics(summary)
     rewards = summary["rewards"]
