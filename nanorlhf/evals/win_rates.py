@@ -133,7 +133,7 @@ def judge(config: JudgeConfig) -> dict:
     judges, problems = ask_judges(config, rows, dist)
     n_pairs = sum(len(row["a"]) for row in rows)
     summary = {"a": config.a, "b": config.b, **counts, "pairs": n_pairs, "judges": judges}
-    save(config, folder, summary, table(summary), draw)
+    save(config, folder, summary, format_table(summary), draw)
     # What has been judged is written first: a judge that failed spoils no other.
     require(not problems, "; ".join(problems))
     return summary
@@ -142,8 +142,8 @@ def judge(config: JudgeConfig) -> dict:
 def ask_judges(config: JudgeConfig, rows: list[dict], dist) -> tuple[dict, list[str]]:
     """Have the rows of match_answers() judged.
 
-    Returns {judge: what summarise_judge() says, and a language model's notes}, and why language
-    models stopped answering: no text for one that did not stop.
+    Returns {judge: what summarise_judge() says, and a language model's notes}, and the reasons of
+    those language models that stopped answering.
     """
     # From here on there is one row for each pair of answers.
     pairs = []  # (prompt, A's answer, B's answer)
@@ -285,20 +285,20 @@ def summarise_judge(
     without a judged pair has its number of pairs, 0, and no gap.
     """
     # A pair without a verdict is left out, not counted as a tie.
-    judged = ~(a.isnan() | b.isnan())
+    is_judged = ~(a.isnan() | b.isnan())
     rows = {}
-    draws = {}  # of a split's win rate: [resamples]
+    draws = {}  # {split: [resamples] of its win rate}
+    # Each split has a seed of its own: the gap is between two independent samples.
     for seed, split in enumerate(dict.fromkeys(splits)):
         in_split = torch.tensor([name == split for name in splits])
-        pairs = (judged & in_split).nonzero()[:, 0]
-        rows[split] = {"pairs": len(pairs)}
-        if len(pairs) == 0:
+        judged_pairs = (is_judged & in_split).nonzero()[:, 0]
+        rows[split] = {"pairs": len(judged_pairs)}
+        if len(judged_pairs) == 0:
             continue
-        split_a = a[pairs]
-        split_b = b[pairs]
-        split_prompts = prompts[pairs]
-        split_lengths = [words[pairs] for words in lengths]
-        # Each split has a seed of its own: the gap is between two independent samples.
+        split_a = a[judged_pairs]
+        split_b = b[judged_pairs]
+        split_prompts = prompts[judged_pairs]
+        split_lengths = [words[judged_pairs] for words in lengths]
         row, draws[split] = summarise_split(split_a, split_b, split_lengths, split_prompts, seed)
         rows[split] |= row
         if scored:
@@ -345,13 +345,14 @@ def summarise_split(
 
 
 def share_of(points: Tensor, value: float) -> float:
+    """The share of the pairs that have so many points."""
     return (points == value).double().mean().item()
 
 
 # ------------------------------------------------------------------------------- table and picture
 
 
-def table(summary: dict) -> str:
+def format_table(summary: dict) -> str:
     """One line for each judge and split, and the gaps."""
     systems = f"A {' '.join(summary['a'])}, B {' '.join(summary['b'])}"
     title = f"\n{systems}: {summary['pairs']} pairs, {summary['prompts']} prompts"
@@ -400,7 +401,7 @@ def lines_of_judge(start: str, result: dict) -> list[str]:
 
 
 def line_of_split(split: str, row: dict) -> str:
-    """A split and its numbers, in the columns of table()."""
+    """A split and its numbers, in the columns of format_table()."""
     line = f"{split[:11]:12s}"
     if not row["pairs"]:
         return line + "     no pair judged"

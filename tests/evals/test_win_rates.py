@@ -253,7 +253,7 @@ def test_a_split_without_a_judged_pair_is_shown_as_such(files):
         "pairs": 3,
         "judges": judges_found,
     }
-    assert "no pair judged" in win_rates.table(whole)
+    assert "no pair judged" in win_rates.format_table(whole)
     assert "nan" not in json.dumps(whole).lower()
     picture = files / "picture.png"
     save_picture(win_rates.draw, whole, str(picture))
