@@ -265,12 +265,12 @@ def compare_pairs(before, after, prompts):
 
 
 def compare_choices(before, after, rows, n):
-    """Which of the best of n an edit turns over, and what gold says to that, with intervals.
+    """How often an edit makes another answer the best of n, and what gold says to that.
 
     The answers of a prompt are taken n at a time, in their order. before, after: scores of all
     answers of the pool, row after row -> {groups: choices in all, flipped: how many have another
-    best, flip_rate, and where the pool has gold_scores gold_before, gold_after, gold_change: those
-    of the best}.
+    best, flip_rate; where the pool has gold_scores also gold_before, gold_after, gold_change: the
+    gold of the best}, with intervals over prompts.
     """
     is_flipped = []  # [groups] of each prompt
     gold_before = []

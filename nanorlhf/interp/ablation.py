@@ -302,7 +302,7 @@ def find_concept(config, model: str, tokenizer) -> Tensor | None:
             f"{model} does not speak the embedded world's words: name --features",
         )
         return None
-    names, labels = concept_table(tokenizer)
+    names, labels = concept_table(tokenizer)  # C names, [V, C]
     require(
         config.concept in names,
         f"--concept {config.concept}: it must be one of {', '.join(names)}",

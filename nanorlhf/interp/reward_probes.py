@@ -307,14 +307,14 @@ def choose_layers(config, base, policy) -> list[int]:
     """The layers that --layers names; by default those in --sae, or the five that moved most."""
     choice = config.layers
     if not choice and config.sae:
-        choice = list_layers(config)
+        choice = list_sae_layers(config)
     elif not choice:
         choice = "highest:5"
     moved = with_input_errors(layer_divergence, blocks(base), blocks(policy))
     return with_input_errors(select_layers, moved, choice)
 
 
-def list_layers(config) -> str:
+def list_sae_layers(config) -> str:
     """The layers for which --sae holds an autoencoder of the policy at --site, such as "2,3"."""
     layers = []
     for name in os.listdir(os.path.join(config.sae, "policy")):

@@ -774,10 +774,10 @@ def test_the_layers_are_those_that_have_autoencoders(tmp_path):
     for name in ("10_mlp", "3_mlp", "2_residual", "notes_mlp"):
         (tmp_path / "policy" / name).mkdir(parents=True)
     folder = str(tmp_path)
-    assert reward_probes.list_layers(RewardConfig(sae=folder)) == "3,10"
-    assert reward_probes.list_layers(RewardConfig(sae=folder, site="residual")) == "2"
+    assert reward_probes.list_sae_layers(RewardConfig(sae=folder)) == "3,10"
+    assert reward_probes.list_sae_layers(RewardConfig(sae=folder, site="residual")) == "2"
     with pytest.raises(InputError, match="no autoencoder of a layer's attention"):
-        reward_probes.list_layers(RewardConfig(sae=folder, site="attention"))
+        reward_probes.list_sae_layers(RewardConfig(sae=folder, site="attention"))
 
 
 @pytest.mark.slow
