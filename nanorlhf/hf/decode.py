@@ -98,7 +98,7 @@ class KeyValueCache(Cache):
         return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
 
 
-# --------------------------------------------------------------------------- around both loops
+# ---------------------------------------------------------------------------- around the loops
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def decoding(model, device_type: str, n_rows: int):
     weights are cast and laid out once a rollout rather than once a token.
 
     Autocast keeps the bfloat16 copy of a weight for the length of its context, but only if the
-    weight requires grad: so all weights do in here. On a CPU large weights are laid out for few
+    weight requires grad, so all weights do in here. On a CPU large weights are laid out for few
     rows (weight_layout.py), and inference mode makes decoding some 5 % faster.
     Pitfall: what is made in inference mode can never be trained on. Neither autocast's copies nor
     what FSDP gathers may be made in it.
@@ -119,7 +119,8 @@ def decoding(model, device_type: str, n_rows: int):
     mode = torch.no_grad()
     layout = nullcontext()
     if autocast_dtype(device_type):
-        # Autocast makes its copies inside the loop, so this cannot be inference mode.
+        # Autocast makes its copies inside the loop, so this cannot be inference mode. The copies of
+        # frozen weights are kept only if these require grad in here.
         for p in parameters:
             if p.is_floating_point() and not p.requires_grad:
                 frozen.append(p)
