@@ -323,9 +323,8 @@ def measure(
             sentences.append([split_sentences(text, n_sentences, seed) for text in row])
 
     result = {"per_input": None, "across_input": None}
-    settings = (vocab_size, nli, n_partners, seed)
     if K > 1 and per_input:
-        metrics = measure_sets(tokens, embeddings, sentences, *settings)
+        metrics = measure_sets(tokens, embeddings, sentences, vocab_size, nli, n_partners, seed)
         result["per_input"] = {}
         for name, (values, _) in metrics.items():
             result["per_input"][name] = spread_over_inputs(values)
@@ -336,7 +335,7 @@ def measure(
             embeddings = embeddings.transpose(0, 1)
         if sentences is not None:
             sentences = transpose(sentences)
-        metrics = measure_sets(tokens, embeddings, sentences, *settings)
+        metrics = measure_sets(tokens, embeddings, sentences, vocab_size, nli, n_partners, seed)
         result["across_input"] = {}
         for name, (values, left_out) in metrics.items():
             result["across_input"][name] = spread_across_inputs(values, left_out)
@@ -352,7 +351,7 @@ def measure_sets(
     n_partners: int,
     seed: int,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{metric: (values [G], without each text [S])} of G sets of S texts.
+    """{metric: (values [G], means over sets without each text [S])} of G sets of S texts.
 
     tokens and sentences: G lists of S; embeddings [G, S, D].
     """
