@@ -678,7 +678,10 @@ def test_a_saved_reward_model_is_a_plain_hf_model_up_to_its_mean(rm, tmp_path):
     save_reward_model(rm, word_tokenizer(), path)
 
     again = load_reward_model(path).eval()
-    assert torch.equal(again(BATCH), expected)
+    # Weights of a file begin elsewhere in memory, and some processors then round sums otherwise.
+    for weight, saved in zip(again.parameters(), rm.parameters(), strict=True):
+        assert torch.equal(weight, saved)
+    same(again(BATCH), expected)
     mean = again.model.config.reward_mean
     assert abs(mean) > 1e-3
     # HF finds the last token as the last one that is not the padding's id, 0.
