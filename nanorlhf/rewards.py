@@ -29,6 +29,7 @@ import transformers
 from torch import Tensor
 
 from . import world
+from .chat_templates import end_ids, render
 from .chats import as_chat, is_chat, show
 from .errors import InputError, library_call, require, user_code
 from .hf.adapters import resolve
@@ -39,7 +40,7 @@ from .runtime.distributed import Dist, autocast
 from .runtime.files import decode_text, digest, digest_file, python_function, read_bytes
 from .runtime.fsdp import gathered
 from .sarm import SARM, check_sarm, is_sarm
-from .tokens import Encoded, cut_items, encode, end_ids, render
+from .tokens import Encoded, cut_items, encode
 
 Reward = Callable[[Answers], Tensor]
 

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
+from .chat_templates import end_ids
 from .errors import InputError, at_least, first_line, library_call, require
 from .hf.blocks import sampling
 from .hf.compiled_decode import decode_compiled, is_compiled
@@ -32,7 +33,7 @@ from .ppo import entropy
 from .runtime.distributed import Dist, autocast
 from .runtime.flags import FlagGroup
 from .runtime.rng import ROLLOUT
-from .tokens import Prompts, answers_to, end_ids, ids_with_tokens, ready_prompts
+from .tokens import Prompts, answers_to, ids_with_tokens, ready_prompts
 
 # A vocabulary with more tokens than this is searched by blocks. With fewer that saves no time.
 WIDE = 2048
