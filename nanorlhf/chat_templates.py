@@ -298,7 +298,7 @@ def leave_out_of_splits(
         f"{n} {chats} left out whose turns spell a control token, the first at {place}: {token!r} "
         "(--special_in_text true keeps them)"
     )
-    for label, part in {"training": kept_rows, **kept_held_out}.items():
+    for label, part in [("training", kept_rows), *kept_held_out.items()]:
         require(part, f"{config.dataset}: no row of {label} is left; {sentence}")
     n_left = len(kept_rows) + sum(map(len, kept_held_out.values()))
     say(f"{config.dataset}: {sentence}; {n_left} are left")

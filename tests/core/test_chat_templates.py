@@ -241,6 +241,9 @@ def test_splits_are_counted_together():
     assert "the first at d.jsonl:9: '<pad>'" in sentence
     with pytest.raises(InputError, match="no row of eval is left; 1 chat left out"):
         leave_out_of_splits(tokenizer, [good], {"eval": bad[:1]}, config(), said.append)
+    # A split may be called training: --eval_splits test training=FILE.
+    with pytest.raises(InputError, match="no row of training is left; 1 chat left out"):
+        leave_out_of_splits(tokenizer, bad[:1], {"training": [good]}, config(), said.append)
 
 
 def test_strings_that_spell_a_control_token_are_left_out_of_a_template_alone():
