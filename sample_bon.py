@@ -58,7 +58,7 @@ from nanorlhf.runtime.log import RunFolder
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.settings import PLACES
 from nanorlhf.show.page import write_page
-from nanorlhf.splits import labels, load_splits
+from nanorlhf.splits import load_splits, read_eval_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import bootstrap
 from nanorlhf.tokens import ready_prompts
@@ -180,7 +180,7 @@ def check_sources(config):
         not config.from_files or not (config.pool or config.diversity),
         "--from measures files alone: it takes no --pool and no --diversity",
     )
-    labels(config.eval_splits)
+    read_eval_splits(config.eval_splits)
     require(
         not config.eval_splits or (samples and config.split == "test"),
         "--eval_splits takes the place of --split, and needs answers to sample: no --pool, "

@@ -183,7 +183,7 @@ class RunFolder:
 
             {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids[, tokens]}
 
-        The file of a further split (splits.labels) is eval_{label}/step_{N}.jsonl.
+        The file of a further split (splits.read_eval_splits) is eval_{label}/step_{N}.jsonl.
         """
         if self.dist.main:
             folder = os.path.join(self.path, eval_folder(label))
