@@ -142,8 +142,9 @@ class Answers:
     batch: Packed | None
     rows: list[dict] | None = None  # the data's own rows, which a reward may ask for
     chat: bool = False  # prompts that are strings were users' turns in a chat template
-    # Micro-batches by their tokenizer: texts are tokenized once for all members of an ensemble.
-    micro_batches: dict = field(default_factory=dict, repr=False)
+    # {how a model reads the answers: micro-batches}. Members of an ensemble that read them alike
+    # share these: texts are tokenized once.
+    prepared: dict = field(default_factory=dict, repr=False)
 
     def __len__(self):
         return len(self.prompts)
