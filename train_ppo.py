@@ -345,7 +345,7 @@ def main(config):
     divides(config, "batch_size", config.minibatch_size, "--minibatch_size")
     divides(config, "minibatch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
 
     # What is wrong with a model or a reward is said now, before anything is trained or loaded.

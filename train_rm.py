@@ -272,7 +272,7 @@ def train(config, dist):
     # ------------------------------------------------------------------------------------ set-up
     divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
 
     # -------------------------------------------------------------------------------------- data
@@ -407,7 +407,7 @@ def average_members(config, dist):
     What train() does before its loop and after it, and the mean in the place of the loop.
     """
     folder = RunFolder(config, dist)
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
     check_members(config.average)
 

@@ -237,7 +237,7 @@ def main(config):
     dist = setup(config.device)
     divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist, free=(*PLACES, "cache"))
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
 
     # What is wrong with the cache, the texts or a model is said before anything is loaded.

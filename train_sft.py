@@ -224,7 +224,7 @@ def main(config):
     dist = setup(config.device, config.distributed)
     divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
     # What is wrong with a reward is said now, before anything is loaded.
     for spec in [*config.reward_model, config.gold_model]:

@@ -581,7 +581,7 @@ def test_a_run_older_than_these_flags_is_the_same_run(tmp_path):
         del old[name]
     (tmp_path / "config.json").write_text(json.dumps(old))
     dist = Dist(0, 1, torch.device("cpu"))
-    assert RunFolder(config, dist).state == "unfinished"
+    assert RunFolder(config, dist).status == "unfinished"
     other = flags("a.jsonl", output_dir=str(tmp_path), eval_splits=["ood"])
     refuses(RunFolder, other, dist, match=["differs in eval_splits"])
 
