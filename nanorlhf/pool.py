@@ -5,9 +5,9 @@ of rewards.
 
 Nothing is done twice. Answers and scores are kept in cache/, in JSONL files with one line a prompt.
 The names of the files are digests of what they depend on: the model's files and the data. So a run
-that was killed goes on at the prompt it had reached, another list of n scores nothing again, and
-scores of a model that has changed since are never read. Each line holds its prompt's index: a line
-out of its place is an error.
+that was killed goes on at the prompt it had reached, best-of-n for other n scores nothing again,
+and scores of a model that has changed since are never read. Each line holds its prompt's index: a
+line out of its place is an error.
 """
 
 import os
