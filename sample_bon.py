@@ -34,6 +34,7 @@ from transformers.hf_argparser import HfArg
 
 from nanorlhf import data, pool
 from nanorlhf.bon import DEFAULT_NS, bon_estimate, bon_kl, fit_bon
+from nanorlhf.chat_templates import leave_out_control_tokens
 from nanorlhf.ensemble import OBJECTIVES, combine, combine_all, objective_of
 from nanorlhf.errors import at_least, require
 from nanorlhf.evals import diversity_report
@@ -57,10 +58,10 @@ from nanorlhf.runtime.log import RunFolder
 from nanorlhf.runtime.plots import plot_run
 from nanorlhf.runtime.settings import PLACES
 from nanorlhf.show.page import write_page
-from nanorlhf.splits import labels, load_splits
+from nanorlhf.splits import load_splits, read_eval_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import bootstrap
-from nanorlhf.tokens import leave_out_control_tokens, ready_prompts
+from nanorlhf.tokens import ready_prompts
 
 # These may change between calls on one folder: they only read the answers, which stay, and scores
 # are cached by their reward.
@@ -179,7 +180,7 @@ def check_sources(config):
         not config.from_files or not (config.pool or config.diversity),
         "--from measures files alone: it takes no --pool and no --diversity",
     )
-    labels(config.eval_splits)
+    read_eval_splits(config.eval_splits)
     require(
         not config.eval_splits or (samples and config.split == "test"),
         "--eval_splits takes the place of --split, and needs answers to sample: no --pool, "

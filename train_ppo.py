@@ -29,6 +29,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from nanorlhf import data, ppo
+from nanorlhf.chat_templates import leave_out_of_splits
 from nanorlhf.control import controlled_scoring
 from nanorlhf.ensemble import OBJECTIVES
 from nanorlhf.errors import InputError, at_least, divides, require
@@ -65,7 +66,7 @@ from nanorlhf.scoring import Scoring
 from nanorlhf.show.page import write_page
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
-from nanorlhf.tokens import leave_out_of_splits, ready_prompts
+from nanorlhf.tokens import ready_prompts
 
 TRY_NEXT = """Try next:
   python train_ppo.py --kl_coef 0 --steps 60 --eval_every 5 --output_dir runs/no_kl
@@ -344,7 +345,7 @@ def main(config):
     divides(config, "batch_size", config.minibatch_size, "--minibatch_size")
     divides(config, "minibatch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
 
     # What is wrong with a model or a reward is said now, before anything is trained or loaded.

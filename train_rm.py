@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from transformers.hf_argparser import HfArg
 
 from nanorlhf import data
+from nanorlhf.chat_templates import leave_out_of_splits
 from nanorlhf.control import sarm_training
 from nanorlhf.ensemble import average_weights
 from nanorlhf.errors import InputError, at_least, divides, require
@@ -74,7 +75,7 @@ from nanorlhf.show.page import write_page
 from nanorlhf.splits import load_splits
 from nanorlhf.stages import check_inputs, train_what_is_missing
 from nanorlhf.stats import kendall_tau, mean_se, pair_wins, varies
-from nanorlhf.tokens import encode, leave_out_of_splits
+from nanorlhf.tokens import encode
 
 # The flags of a training, which --average has no use for: a few, and those of three groups.
 TRAINING_FLAGS = ["label_noise", "noise_seed", "score_l2", "checkpoint_every", "keep_checkpoints"]
@@ -271,7 +272,7 @@ def train(config, dist):
     # ------------------------------------------------------------------------------------ set-up
     divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
 
     # -------------------------------------------------------------------------------------- data
@@ -406,7 +407,7 @@ def average_members(config, dist):
     What train() does before its loop and after it, and the mean in the place of the loop.
     """
     folder = RunFolder(config, dist)
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
     check_members(config.average)
 

@@ -29,6 +29,7 @@ from torch import nn
 from transformers.hf_argparser import HfArg
 
 from nanorlhf import data
+from nanorlhf.chat_templates import leave_out_control_tokens
 from nanorlhf.divergence import layer_divergence, select_layers
 from nanorlhf.errors import InputError, at_least, divides, require
 from nanorlhf.hf.activations import SITES, module_at, place_name, replaced
@@ -76,7 +77,7 @@ from nanorlhf.sae import (
 )
 from nanorlhf.show.page import write_page
 from nanorlhf.stages import train_what_is_missing
-from nanorlhf.tokens import leave_out_control_tokens, ready_prompts
+from nanorlhf.tokens import ready_prompts
 
 FIT_TOKENS = 2**14  # for the mean and the scale
 MOST_EXPANSION = 2**16  # beyond it no memory holds the weights
@@ -236,7 +237,7 @@ def main(config):
     dist = setup(config.device)
     divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist, free=(*PLACES, "cache"))
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
 
     # What is wrong with the cache, the texts or a model is said before anything is loaded.

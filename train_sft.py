@@ -33,6 +33,7 @@ import transformers
 from transformers.hf_argparser import HfArg
 
 from nanorlhf import data, world
+from nanorlhf.chat_templates import end_ids, leave_out_of_splits
 from nanorlhf.dpo import ROUNDING, dpo_loss, ipo_loss, simpo_loss
 from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evaluation import PPOParts, evaluate, record_evaluation
@@ -56,14 +57,7 @@ from nanorlhf.scoring import Scoring
 from nanorlhf.show.page import write_page
 from nanorlhf.splits import load_splits
 from nanorlhf.stats import mean_se, pair_wins, ratio
-from nanorlhf.tokens import (
-    cut_left,
-    encode,
-    end_ids,
-    ids_with_tokens,
-    leave_out_of_splits,
-    ready_prompts,
-)
+from nanorlhf.tokens import cut_left, encode, ids_with_tokens, ready_prompts
 
 
 class Loss(NamedTuple):
@@ -230,7 +224,7 @@ def main(config):
     dist = setup(config.device, config.distributed)
     divides(config, "batch_size", dist.world, "the number of processes")
     folder = RunFolder(config, dist)
-    if folder.state == "done":
+    if folder.status == "done":
         return folder.already_done()
     # What is wrong with a reward is said now, before anything is loaded.
     for spec in [*config.reward_model, config.gold_model]:

@@ -5,7 +5,7 @@
 
 Data sets write a message as {role, content} or, after ShareGPT, as {from, value}. read_messages()
 makes the first of the second. Which order of roles is allowed is for the tokenizer's template to
-say (tokens.py).
+say (chat_templates.py).
 """
 
 from .errors import require

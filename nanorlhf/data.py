@@ -107,8 +107,8 @@ def read_parts(
             check_renamed(row)
             form = recognise(row, formats)
             with_chats = is_chat(form.read(row)["prompt"])
-        # Every further row must be like the first: tokens.py looks at one row alone to know whether
-        # all are chats or plain texts.
+        # Every further row must be like the first: chat_templates.uses_template() looks at one row
+        # alone to know whether all are chats or plain texts.
         check_columns(row, form)
         fields = form.read(row)
         check_alike(place, with_chats, fields["prompt"])
@@ -167,6 +167,14 @@ def finish_row(place: str, values: dict, fields: dict) -> dict:
 def own_row(row: dict) -> dict:
     """A row of the data as it was read, with all its columns, for rewards that ask for them."""
     return row.get("row", row)
+
+
+def place_of(row: dict) -> str:
+    """What an error calls a row: its file and line, where a chat has them, or how it begins."""
+    if "place" in row:
+        return row["place"]
+    text = show(row["prompt"])
+    return f"the prompt {text[:40]!r}"
 
 
 # ------------------------------------------------------------------------- what has been read

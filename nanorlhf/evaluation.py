@@ -170,7 +170,7 @@ def answer_held_out(parts: PPOParts, prompts: Prompts) -> dict[str, Tensor]:
     ref_logprobs = torch.cat(ref_logprobs)  # [n, R]
 
     for part in answers:
-        part.batch.trunk = None  # what the frozen blocks gave is not needed any more
+        part.batch.frozen_output = None  # what the frozen blocks gave is not needed any more
     readings = {}
     if parts.scoring is not None:
         readings = parts.scoring.read(answers)

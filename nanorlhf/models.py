@@ -69,7 +69,7 @@ class Policy(nn.Module):
     The value head is zero at the start. The LM and the value head share a trunk, so that one
     forward gives log-probs and values; `value_trunk` is a separate value model instead.
     `frozen` are the blocks that need to run only once over a rollout (reference_of). A batch that
-    holds their output, `batch.trunk`, goes on from there.
+    holds their output, `batch.frozen_output`, goes on from there.
     """
 
     frozen: FrozenTrunk | None = None
@@ -104,12 +104,14 @@ class Policy(nn.Module):
 
         # Frozen blocks have run over this batch already: the LM takes what they gave then.
         stored = contextlib.nullcontext()
-        if batch.trunk is not None:
-            stored = self.frozen.stored(self.lm, batch.trunk)
+        if batch.frozen_output is not None:
+            stored = self.frozen.stored(self.lm, batch.frozen_output)
         with stored:
             return self.lm.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
 
-    def hidden(self, batch: Packed, response_mask: Tensor, trunk=None) -> tuple[Tensor, Tensor]:
+    def scoring_states(
+        self, batch: Packed, response_mask: Tensor, trunk=None
+    ) -> tuple[Tensor, Tensor]:
         """The hidden states that score the response tokens [n, D], and those tokens [n].
 
         response_mask [B, R]. The n tokens are those of row 0, then those of row 1, and so on.
@@ -155,10 +157,10 @@ class Policy(nn.Module):
         are `entropies`, `correct` (1 where the token is the most likely one) and `full_kl` (to the
         Policy `kl_to`, exact over the vocabulary).
         """
-        hidden, tokens = self.hidden(batch, response_mask)  # [n, D], [n]
+        hidden, tokens = self.scoring_states(batch, response_mask)  # [n, D], [n]
         if kl_to is not None:
             with torch.no_grad():
-                ref_hidden, _ = kl_to.hidden(batch, response_mask)  # [n, D]
+                ref_hidden, _ = kl_to.scoring_states(batch, response_mask)  # [n, D]
         # score_tokens itself, or with --compile a compiled copy of it.
         score = compiled(self.lm, score_tokens)
 
@@ -183,8 +185,8 @@ class Policy(nn.Module):
         # Values are one number a token, [n, D] @ [D]: they need no chunks.
         if self.value_head is not None:
             if self.value_trunk is not None:
-                hidden, _ = self.hidden(batch, response_mask, self.value_trunk)
-            out["values"] = scalar(self.value_head, hidden)
+                hidden, _ = self.scoring_states(batch, response_mask, self.value_trunk)
+            out["values"] = apply_head(self.value_head, hidden)
         return {name: unflatten(flat, response_mask) for name, flat in out.items()}
 
     def final_values(self, batch: Packed) -> Tensor:
@@ -193,7 +195,7 @@ class Policy(nn.Module):
         A truncated response is bootstrapped with it.
         """
         hidden = self.last_hidden(batch, self.value_trunk)  # [B, T, D]
-        return scalar(self.value_head, hidden_at_end(hidden, batch))
+        return apply_head(self.value_head, hidden_at_end(hidden, batch))
 
 
 def divide(logits: Tensor, temperature: float) -> Tensor:
@@ -246,7 +248,7 @@ def hidden_at_end(hidden: Tensor, batch: Packed) -> Tensor:
     return hidden[rows, batch.lengths - 1]
 
 
-def scalar(head: nn.Linear, hidden: Tensor) -> Tensor:
+def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
     """Linear(D, 1) in float32, also under bfloat16 autocast: [n, D] -> [n].
 
     Rounded scores would tie, and rounded values are noise.
@@ -291,9 +293,9 @@ class WithoutAdapters(Policy):
         super().__init__(policy.lm, value_head=False)
         self.policy = policy  # FSDP gathers the LM's weights with the rest of it
 
-    def hidden(self, *args, **kwargs):
+    def scoring_states(self, *args, **kwargs):
         with adapters_off(self.lm):
-            return super().hidden(*args, **kwargs)
+            return super().scoring_states(*args, **kwargs)
 
     def logits(self, hidden):
         with adapters_off(self.lm.get_output_embeddings()):
@@ -321,7 +323,7 @@ class RewardModel(nn.Module):
         output = self.model.base_model(input_ids=batch.ids, use_cache=False)
         last = hidden_at_end(output.last_hidden_state, batch)  # [B, D]
         mean = getattr(self.model.config, "reward_mean", 0.0)
-        return scalar(self.model.score, last) - mean
+        return apply_head(self.model.score, last) - mean
 
     @torch.no_grad()
     def standardise(self, mean: float, std: float):

@@ -30,7 +30,7 @@ class Packed:
     prompt_lengths: torch.Tensor  # [B]
     response_lengths: torch.Tensor  # [B]
     # What a policy's frozen blocks made of the ids (hf/blocks.FrozenTrunk).
-    trunk: torch.Tensor | None = None  # [B, T, D]
+    frozen_output: torch.Tensor | None = None  # [B, T, D]
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -46,12 +46,12 @@ class Packed:
         # Short rows would otherwise be as wide as the longest row of the whole batch.
         width = int(part.lengths.max())
         part.ids = part.ids[:, :width]
-        if self.trunk is not None:
-            part.trunk = self.trunk[index, :width]
+        if self.frozen_output is not None:
+            part.frozen_output = self.frozen_output[index, :width]
         return part
 
     def to(self, device) -> "Packed":
-        """The rows on another device, without `trunk`, which is made where the policy is."""
+        """The rows on another device, without `frozen_output`: it is made where the policy is."""
         return Packed(
             self.ids.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device)
         )
@@ -142,8 +142,9 @@ class Answers:
     batch: Packed | None
     rows: list[dict] | None = None  # the data's own rows, which a reward may ask for
     chat: bool = False  # prompts that are strings were users' turns in a chat template
-    # Micro-batches by their tokenizer: texts are tokenized once for all members of an ensemble.
-    micro_batches: dict = field(default_factory=dict, repr=False)
+    # {how a model reads the answers: micro-batches}. Members of an ensemble that read them alike
+    # share these: texts are tokenized once.
+    prepared: dict = field(default_factory=dict, repr=False)
 
     def __len__(self):
         return len(self.prompts)

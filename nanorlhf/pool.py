@@ -5,9 +5,9 @@ of rewards.
 
 Nothing is done twice. Answers and scores are kept in cache/, in JSONL files with one line a prompt.
 The names of the files are digests of what they depend on: the model's files and the data. So a run
-that was killed goes on at the prompt it had reached, another list of n scores nothing again, and
-scores of a model that has changed since are never read. Each line holds its prompt's index: a line
-out of its place is an error.
+that was killed goes on at the prompt it had reached, best-of-n for other n scores nothing again,
+and scores of a model that has changed since are never read. Each line holds its prompt's index: a
+line out of its place is an error.
 """
 
 import os
@@ -42,7 +42,7 @@ LAYOUT = "lines with their index"  # goes into the files' names: older files, wi
 # ------------------------------------------------------------------------------------- the cache
 
 
-class Lines:
+class CacheFile:
     """A JSONL file of the cache that only ever grows. All processes read it, the first one writes.
 
     fits(i, row): whether row i, the first being 0, can be what was appended there. InputError: one
@@ -122,23 +122,23 @@ def sample(config, tokenizer, prompts: Prompts, dist) -> list[dict]:
         return i < len(prompts) and holds_answers(row, i, prompts.ids[i], N)
 
     # Where all answers are in the file already, no model has to be loaded.
-    lines = Lines(config.output_dir, key, dist, fits)
-    if len(lines.rows) == len(prompts):
-        return add_own_rows(lines.rows, prompts)
+    cache = CacheFile(config.output_dir, key, dist, fits)
+    if len(cache.rows) == len(prompts):
+        return add_own_rows(cache.rows, prompts)
 
     # As many prompts at once as their answers fit into a batch, and at least one.
     policy = load_policy(config.model, value_head=False, device=dist.device)
     check_rollouts(policy)
     parts = Parts(config, dist, tokenizer, policy)
     prompts_at_once = max(1, config.batch_size // N)
-    progress = Progress(dist, "sampling, prompt", len(prompts), len(lines.rows))
+    progress = Progress(dist, "sampling, prompt", len(prompts), len(cache.rows))
     # Each round writes its answers to the file, so that a run that is killed goes on from there.
-    for first in range(len(lines.rows), len(prompts), prompts_at_once):
+    for first in range(len(cache.rows), len(prompts), prompts_at_once):
         last = min(first + prompts_at_once, len(prompts))
-        lines.append(sample_rows(parts, prompts, range(first, last)))
+        cache.append(sample_rows(parts, prompts, range(first, last)))
         progress.step(last, "")
     progress.close()
-    return add_own_rows(lines.rows, prompts)
+    return add_own_rows(cache.rows, prompts)
 
 
 def add_own_rows(rows: list[dict], prompts: Prompts) -> list[dict]:
@@ -310,19 +310,19 @@ def score(
     """
     spec_of = dict(zip(reward_names(specs), specs))  # {name: spec}
     is_templated = getattr(config, "chat_template", False)
-    lines = open_scores(rows, spec_of, is_templated, config, dist)  # {name: Lines}
+    caches = open_scores(rows, spec_of, is_templated, config, dist)  # {name: its file}
 
     # A reward whose scores are all there is not even loaded.
     rewards = {}
     for name, spec in spec_of.items():
-        if len(lines[name].rows) < len(rows):
+        if len(caches[name].rows) < len(rows):
             rewards[name] = load_reward(spec, tokenizer, dist, config.micro_batch_size)
 
     # All rewards score one chunk before the next: they share its tokens, and a killed run goes on
     # where each file ends.
     progress = Progress(dist, "scoring, prompt", len(rows))
     for first, last in split_into_chunks(rows):
-        missing = [name for name in rewards if len(lines[name].rows) < last]
+        missing = [name for name in rewards if len(caches[name].rows) < last]
         if not missing:
             continue
         # All answers to a prompt are scored by one process: they share what is cut from it.
@@ -337,19 +337,19 @@ def score(
             own_scores = score_answers(rewards[name], [answers], dist)
             scored = group_by_prompt(dist.gather(own_scores).tolist(), rows, first, last)
             # A kill may have come in the middle of a chunk, with a part of its lines written.
-            n_there = len(lines[name].rows) - first
-            lines[name].append(scored[n_there:])
+            n_there = len(caches[name].rows) - first
+            caches[name].append(scored[n_there:])
         progress.step(last, f"{len(missing)} reward(s)")
     progress.close()
 
     scores_of = {}
     for name in spec_of:
-        scores_of[name] = [row["scores"] for row in lines[name].rows]
+        scores_of[name] = [row["scores"] for row in caches[name].rows]
     return scores_of
 
 
-def open_scores(rows, spec_of: dict[str, str], chat: bool, config, dist) -> dict[str, Lines]:
-    """Open the file of each reward's scores of these rows: {name: Lines}.
+def open_scores(rows, spec_of: dict[str, str], chat: bool, config, dist) -> dict[str, CacheFile]:
+    """Open the file of each reward's scores of these rows: {name: its file}.
 
     Copies of a model share one file.
     """
@@ -366,13 +366,13 @@ def open_scores(rows, spec_of: dict[str, str], chat: bool, config, dist) -> dict
         return i < len(rows) and holds_scores(row, i, len(rows[i]["responses"]))
 
     files = {}
-    lines = {}
+    caches = {}
     for name, spec in spec_of.items():
         key = "scores_" + digest(LAYOUT, fingerprint_reward(spec), data)
         if key not in files:
-            files[key] = Lines(config.output_dir, key, dist, fits)
-        lines[name] = files[key]
-    return lines
+            files[key] = CacheFile(config.output_dir, key, dist, fits)
+        caches[name] = files[key]
+    return caches
 
 
 def split_into_chunks(rows: list[dict]) -> list[tuple[int, int]]:

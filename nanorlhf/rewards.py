@@ -29,6 +29,7 @@ import transformers
 from torch import Tensor
 
 from . import world
+from .chat_templates import end_ids, render
 from .chats import as_chat, is_chat, show
 from .errors import InputError, library_call, require, user_code
 from .hf.adapters import resolve
@@ -39,7 +40,7 @@ from .runtime.distributed import Dist, autocast
 from .runtime.files import decode_text, digest, digest_file, python_function, read_bytes
 from .runtime.fsdp import gathered
 from .sarm import SARM, check_sarm, is_sarm
-from .tokens import Encoded, cut_items, encode, end_ids, render
+from .tokens import Encoded, cut_items, encode
 
 Reward = Callable[[Answers], Tensor]
 
@@ -498,64 +499,75 @@ def packed_scorer(
     module, config, path: str, tokenizer, dist: Dist, micro_batch_size: int
 ) -> Reward:
     """The scores of a module Packed -> scores [B], a RewardModel or a SARM."""
-    read = packed_reader(config, path, tokenizer, dist, micro_batch_size)
+    reader = PackedReader(config, path, tokenizer, dist, micro_batch_size)
 
     def score_answers(answers: Answers) -> Tensor:
         scores = torch.zeros(len(answers), device=dist.device)
-        for rows, part in read(answers):
+        for rows, part in reader.read(answers):
             scores[rows] = module(part)
         return scores
 
     return score_answers
 
 
-def packed_reader(
-    config, path: str, tokenizer, dist: Dist, micro_batch_size: int
-) -> Callable[[Answers], list[tuple[Tensor, Packed]]]:
-    """-> a function Answers -> [(rows, Packed)]: micro-batches as the model in `path` reads them.
+class PackedReader:
+    """Answers as the model in `path` reads them: micro-batches of packed rows.
 
-    config: the model's. With the policy's own tokenizer the sampled ids are read as they are: never
-    decoded and tokenised again. A text that is longer than the model's context is cut: see
-    tokens.fit_item(). InputError, of the function: a text holds a token without an embedding.
+    config: the model's; tokenizer: the policy's, or None where there is only text. With the same
+    tokenizer the model reads the sampled ids as they are: they are never decoded and tokenised
+    again. A text that is longer than the model's context is cut: see tokens.fit_item().
     """
-    # With equal vocabularies an id means the same to both models. Decoded and tokenised again, a
-    # text might get other tokens than those that were sampled.
-    own_tokenizer = load_tokenizer(path)
-    reads_ids = tokenizer is not None and own_tokenizer.get_vocab() == tokenizer.get_vocab()
-    context = context_length(config)
-    n_embeddings = config.get_text_config().vocab_size
-    # Members of an ensemble that read the same rows share them: Answers keep them by this key.
-    key = (key_of(own_tokenizer), micro_batch_size, context)
-    if reads_ids:
-        key = ("sampled ids", micro_batch_size, context)
-    said = []  # what was said of texts that are too long: once is enough
 
-    def prepare(answers: Answers) -> list[tuple[Tensor, Packed]]:
+    def __init__(self, config, path: str, tokenizer, dist: Dist, micro_batch_size: int):
+        self.path = path
+        self.dist = dist
+        self.micro_batch_size = micro_batch_size
+        self.context = context_length(config)
+        self.n_embeddings = config.get_text_config().vocab_size
+        self.has_told_of_cuts = False
+        self.policy_tokenizer = tokenizer
+        self.tokenizer = load_tokenizer(path)
+        # With equal vocabularies an id means the same to both models. Decoded and tokenised again,
+        # a text might get other tokens than those that were sampled.
+        vocabulary = self.tokenizer.get_vocab()
+        self.reads_ids = tokenizer is not None and tokenizer.get_vocab() == vocabulary
+        # Members of an ensemble that read the same rows share them: Answers keep them by this key.
+        what_is_read = "sampled ids" if self.reads_ids else key_of(self.tokenizer)
+        self.key = (what_is_read, micro_batch_size, self.context)
+
+    def read(self, answers: Answers) -> list[tuple[Tensor, Packed]]:
+        """-> [(the places of some answers, their packed rows)].
+
+        InputError: a text holds a token without an embedding.
+        """
+        if self.key not in answers.prepared:
+            answers.prepared[self.key] = self.prepare(answers)
+        # Members that share micro-batches may still differ in the number of their embeddings.
+        parts = answers.prepared[self.key]
+        for _, part in parts:
+            check_ids(self.path, part.ids, self.n_embeddings)
+        return parts
+
+    def prepare(self, answers: Answers) -> list[tuple[Tensor, Packed]]:
+        """The micro-batches of answers that no member has read yet."""
         batch = answers.batch
-        if not reads_ids:
-            batch = encode_again(answers, tokenizer, own_tokenizer)
-        if context and batch.ids.shape[1] > context:
-            batch, sentence = cut_batch(answers, batch, context, own_tokenizer)
-            if not said:
-                dist.print(f"{path}: of {len(answers)} texts, {sentence} (not said again)")
-            said.append(sentence)
+        if not self.reads_ids:
+            batch = encode_again(answers, self.policy_tokenizer, self.tokenizer)
+        if self.context and batch.ids.shape[1] > self.context:
+            batch, sentence = cut_batch(batch, self.context, self.tokenizer)
+            self.tell_of_cuts(f"of {len(answers)} texts, {sentence}")
         # Rows of similar length together, each part trimmed to its longest.
-        batch = batch.to(dist.device)
+        batch = batch.to(self.dist.device)
         parts = []
-        for rows in batch.micro_batches(micro_batch_size):
+        for rows in batch.micro_batches(self.micro_batch_size):
             parts.append((rows, batch.rows(rows)))
         return parts
 
-    def read(answers: Answers) -> list[tuple[Tensor, Packed]]:
-        if key not in answers.micro_batches:
-            answers.micro_batches[key] = prepare(answers)
-        # Members that share micro-batches may still differ in the number of their embeddings.
-        parts = answers.micro_batches[key]
-        for _, part in parts:
-            check_ids(path, part.ids, n_embeddings)
-        return parts
-
-    return read
+    def tell_of_cuts(self, sentence: str):
+        """Print that texts had to be cut, the first time that it happens."""
+        if not self.has_told_of_cuts:
+            self.dist.print(f"{self.path}: {sentence} (not said again)")
+        self.has_told_of_cuts = True
 
 
 def key_of(tokenizer) -> tuple:
@@ -568,24 +580,24 @@ def key_of(tokenizer) -> tuple:
     return words, tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
-def encode_again(answers: Answers, tokenizer, own_tokenizer) -> Packed:
-    """The texts of answers as another tokenizer encodes them. tokenizer: the policy's.
+def encode_again(answers: Answers, policy_tokenizer, tokenizer) -> Packed:
+    """The texts of answers as a tokenizer that is not the policy's encodes them.
 
-    Chats go through the other tokenizer's own template, or are plain text where it has none.
+    Chats go through its own template, or are plain text where it has none.
     """
     # encode() takes rows of data, so that texts are encoded as for the training of that model.
-    has_template = bool(own_tokenizer.chat_template)
+    has_template = bool(tokenizer.chat_template)
     rows = []
     for prompt, response in zip(answers.prompts, answers.responses):
         if is_chat(prompt) and not has_template:
             prompt = chat_as_text(prompt)
         rows.append({"prompt": prompt, "response": response})
     chat = answers.chat and has_template
-    encoded = encode(own_tokenizer, rows, ("response",), chat=chat)
+    encoded = encode(tokenizer, rows, ("response",), chat=chat)
     prompts = encoded.prompts
     responses = encoded.responses["response"]
     if answers.batch is None:
-        return pack(prompts, responses, own_tokenizer.pad_token_id)
+        return pack(prompts, responses, tokenizer.pad_token_id)
 
     # Every response ends with an EOS now. One that was cut off was sampled without it: its last
     # sampled token is another. It loses the EOS again, unless it has no other token.
@@ -593,10 +605,10 @@ def encode_again(answers: Answers, tokenizer, own_tokenizer) -> Packed:
     last_columns = (batch.lengths - 1).cpu()
     last_ids = batch.ids[torch.arange(len(batch)), last_columns].tolist()
     for i, last_id in enumerate(last_ids):
-        was_cut_off = last_id not in end_ids(tokenizer)
+        was_cut_off = last_id not in end_ids(policy_tokenizer)
         if was_cut_off and len(responses[i]) > 1:
             responses[i] = responses[i][:-1]
-    return pack(prompts, responses, own_tokenizer.pad_token_id)
+    return pack(prompts, responses, tokenizer.pad_token_id)
 
 
 def chat_as_text(prompt: list[dict]) -> str:
@@ -604,7 +616,7 @@ def chat_as_text(prompt: list[dict]) -> str:
     return f"{show(prompt)}\nassistant:\n"
 
 
-def cut_batch(answers: Answers, batch: Packed, max_length: int, tokenizer) -> tuple[Packed, str]:
+def cut_batch(batch: Packed, max_length: int, tokenizer) -> tuple[Packed, str]:
     """The rows of a batch, cut to max_length, and how many had to be.
 
     Answers to one prompt that stand side by side keep the same part of it.
@@ -648,11 +660,11 @@ def classifier_scorer(model, path: str, label: int, dist: Dist, micro_batch_size
     key = ("text", key_of(tokenizer), context, micro_batch_size)
 
     def score_answers(answers: Answers) -> Tensor:
-        if key not in answers.micro_batches:
+        if key not in answers.prepared:
             batches = text_batches(answers, tokenizer, context, micro_batch_size)
-            answers.micro_batches[key] = batches
+            answers.prepared[key] = batches
         scores = torch.zeros(len(answers))
-        for rows, inputs in answers.micro_batches[key]:
+        for rows, inputs in answers.prepared[key]:
             logits = model(**inputs.to(dist.device)).logits  # [b, labels]
             scores[rows] = logits[:, label].float().cpu()
         return scores

@@ -22,17 +22,18 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
+from .chat_templates import end_ids
 from .errors import InputError, at_least, first_line, library_call, require
 from .hf.blocks import sampling
 from .hf.compiled_decode import decode_compiled, is_compiled
 from .hf.decode import decode, decode_static, decoding
-from .models import Policy, divide, scalar
+from .models import Policy, apply_head, divide
 from .packing import Answers, Packed, pad_rows
 from .ppo import entropy
 from .runtime.distributed import Dist, autocast
 from .runtime.flags import FlagGroup
 from .runtime.rng import ROLLOUT
-from .tokens import Prompts, answers_to, end_ids, ids_with_tokens, ready_prompts
+from .tokens import Prompts, answers_to, ids_with_tokens, ready_prompts
 
 # A vocabulary with more tokens than this is searched by blocks. With fewer that saves no time.
 WIDE = 2048
@@ -217,7 +218,7 @@ class Sampler:
             "entropies": entropies,
         }
         if self.model.shares_trunk:
-            new["values"] = scalar(self.model.value_head, hidden)
+            new["values"] = apply_head(self.model.value_head, hidden)
         return new
 
     def is_end(self, token: Tensor) -> Tensor:
@@ -467,7 +468,7 @@ def roll_out(
 
 
 def through_frozen_blocks(parts: Parts, batch: Packed) -> Packed:
-    """The batch, with what the policy's frozen blocks make of it: batch.trunk [b, T, D].
+    """The batch, with what the policy's frozen blocks make of it: batch.frozen_output [b, T, D].
 
     They run here once, for the reference and all epochs.
     """
@@ -482,9 +483,9 @@ def through_frozen_blocks(parts: Parts, batch: Packed) -> Packed:
             hidden = policy.frozen.run(policy.lm, part.ids)  # [m, T', D]
         # The first part tells D and the dtype. Columns behind a part's longest row stay 0: no
         # real token sees them.
-        if batch.trunk is None:
-            batch.trunk = hidden.new_zeros(*batch.ids.shape, hidden.shape[-1])
-        batch.trunk[rows, : hidden.shape[1]] = hidden
+        if batch.frozen_output is None:
+            batch.frozen_output = hidden.new_zeros(*batch.ids.shape, hidden.shape[-1])
+        batch.frozen_output[rows, : hidden.shape[1]] = hidden
     return batch
 
 

@@ -103,7 +103,7 @@ class SARM(nn.Module):
     def code(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h [B, D] -> the latents that count: values [B, k], ids [B, k].
 
-        In float32, also under autocast (as models.scalar).
+        In float32, also under autocast (as models.apply_head).
         """
         with torch.autocast(h.device.type, enabled=False):
             if self.sparse:

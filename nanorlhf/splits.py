@@ -50,13 +50,14 @@ def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], s
     embedded world has a split 'ood' of its own. The sentence counts the rows; it also counts
     held-out prompts that are trained on, which another file may have. No split depends on --seed.
     """
-    # sources: {"eval": "test", "ood": "ood", "cnn": "cnn_dm:cnn.jsonl"} for the --eval_splits that
-    # stand at the top of this file.
     config = SimpleNamespace(**{**WITHOUT_FLAG, **vars(config)})
-    sources = labels(config.eval_splits or ["test"])
+    # {"eval": "test", "ood": "ood", "cnn": "cnn_dm:cnn.jsonl"} for the --eval_splits that stand at
+    # the top of this file.
+    sources = read_eval_splits(config.eval_splits or ["test"])
     check_flags(config, kind, sources)
-    rows, test, outside, left_out = divide_rows(config, kind)
+
     # Rows are held out before --max_rows: fewer training rows leave the held-out ones the same.
+    rows, test, outside, remark_on_outside = divide_rows(config, kind)
     rows = subset(rows, config.max_rows)
 
     # The splits that were asked for.
@@ -69,45 +70,30 @@ def load_splits(config, kind: str) -> tuple[list[dict], dict[str, list[dict]], s
         else:
             held_out[label] = draw(read_named(source, kind, config), config.eval_size)
 
+    # What the sentence has to say beside the sizes.
     all_rows = list(rows)
     for part in held_out.values():
         all_rows += part
     remarks = describe_rows(all_rows, config.dataset, kind, config.columns, config.prompt_format)
     if config.in_distribution:
-        remarks.append(left_out)
-    # A pair of two equal answers says nothing about which is better.
+        remarks.append(remark_on_outside)
     if kind == "pairs":
-        rows, n_skipped = drop_equal_pairs(rows, config.dataset)
-        for label, part in held_out.items():
-            source = sources[label]
-            if source in ("test", "ood"):
-                source = source_of_held_out(config)
-            held_out[label], n = drop_equal_pairs(part, source)
-            n_skipped += n
-        if n_skipped:
-            remarks.append(f"{n_skipped} with chosen == rejected skipped")
-
-    # The sentence: sizes first, then what is to be noted.
-    sizes = [f"{len(rows)} {NAMES_OF_ROWS[kind]}"]
-    for label, part in held_out.items():
-        place = name_place(label, sources[label])
-        sizes.append(f"{len(part)} {place}")
-        overlap = note_overlap(part, rows, place)
-        if overlap:
-            remarks.append(overlap)
-    return rows, held_out, ", ".join(sizes + remarks)
+        rows, held_out, n_equal = drop_equal_pairs(config, rows, held_out, sources)
+        if n_equal:
+            remarks.append(f"{n_equal} with chosen == rejected skipped")
+    return rows, held_out, describe_splits(kind, rows, held_out, sources, remarks)
 
 
 def check_flags(config, kind: str, sources: dict[str, str]):
-    """InputError where flags contradict each other. sources: labels(--eval_splits)."""
-    with_world = is_world(config.dataset) or is_world(source_of_held_out(config))
+    """InputError where flags contradict each other. sources: read_eval_splits()."""
+    with_world = is_world(config.dataset) or is_world(spec_of_held_out(config))
     for flag in ("in_distribution", "prompt_format"):
         require(
             not (with_world and getattr(config, flag)),
             f"--{flag} is for data of one's own: the embedded world has its texts and its split "
             "ood already",
         )
-    has_ood = config.in_distribution or is_world(source_of_held_out(config))
+    has_ood = config.in_distribution or is_world(spec_of_held_out(config))
     require(
         has_ood or "ood" not in sources.values(),
         "--eval_splits ood needs --in_distribution, which says what is in",
@@ -118,7 +104,7 @@ def check_flags(config, kind: str, sources: dict[str, str]):
     )
 
 
-def source_of_held_out(config) -> str:
+def spec_of_held_out(config) -> str:
     """The data that 'test' and 'ood' are taken from."""
     return config.eval_dataset or config.dataset
 
@@ -126,29 +112,29 @@ def source_of_held_out(config) -> str:
 def divide_rows(config, kind: str) -> tuple[list[dict], list[dict], list[dict], str]:
     """-> training rows, the split 'test', the rows for 'ood', a remark on what was left out.
 
-    The rows for 'ood' are all that there are, unless the embedded world has its own.
+    The rows for 'ood' are all that there are; of the embedded world none (see draw_ood).
     """
     # Rows out of distribution are never trained on, whether --eval_splits names ood or not.
-    rows, outside = read_source(config.dataset, kind, "train", config)
-    remark = f"{len(outside)} out of distribution left out"
+    rows, left_out = read_source(config.dataset, kind, "train", config)
+    remark = f"{len(left_out)} out of distribution left out"
+
     # Rows to evaluate on are there: in a data set of their own, or in the world, whose
     # demonstrations alone are all for training.
     world_has_them = is_world(config.dataset) and kind != "sft"
     if config.eval_dataset or world_has_them:
-        test, outside = read_source(source_of_held_out(config), kind, "test", config)
-        test = draw(test, config.eval_size)
-    else:
-        rows, test = hold_out_prompts(rows, config.eval_size, config.dataset)
-        # A prompt may have one row in distribution, which is trained on, and one that is not.
-        trained = distinct_prompts(rows)
-        unseen = [row for row in outside if key_of(row) not in trained]
-        n_seen = len(outside) - len(unseen)
-        if n_seen:
-            remark += (
-                f" ({n_seen} of them with prompts that are trained on, so they are not in ood "
-                "either)"
-            )
-        outside = unseen
+        test, outside = read_source(spec_of_held_out(config), kind, "test", config)
+        return rows, draw(test, config.eval_size), outside, remark
+
+    # Or they are taken from the data set that is trained on.
+    rows, test = hold_out_prompts(rows, config.eval_size, config.dataset)
+    # A prompt may have one row in distribution, which is trained on, and one that is not.
+    trained = distinct_prompts(rows)
+    outside = [row for row in left_out if key_of(row) not in trained]
+    n_seen = len(left_out) - len(outside)
+    if n_seen:
+        remark += (
+            f" ({n_seen} of them with prompts that are trained on, so they are not in ood either)"
+        )
     return rows, test, outside, remark
 
 
@@ -165,17 +151,17 @@ def read_source(spec: str, kind: str, split: str, config) -> tuple[list[dict], l
     return inside, outside
 
 
-def hold_out_prompts(rows: list[dict], n: int, name: str) -> tuple[list[dict], list[dict]]:
+def hold_out_prompts(rows: list[dict], n: int, spec: str) -> tuple[list[dict], list[dict]]:
     """Rows -> rows to train on, and at most n held-out rows. No prompt is on both sides.
 
-    At most a fifth of the prompts is held out. InputError: too few prompts in the data set `name`.
+    At most a fifth of the prompts is held out. InputError: too few prompts in the data set `spec`.
     """
     # Each prompt once, in the order of the rows.
     keys = [key_of(row) for row in rows]
     prompts = list(dict.fromkeys(keys))
     n_aside = min(n, len(prompts) // 5)
     aside = set(draw(prompts, n_aside))
-    require(aside, f"{name}: {len(prompts)} different prompts are too few to hold any out")
+    require(aside, f"{spec}: {len(prompts)} different prompts are too few to hold any out")
     train = []
     held_out = []
     for row, key in zip(rows, keys):
@@ -188,12 +174,12 @@ def hold_out_prompts(rows: list[dict], n: int, name: str) -> tuple[list[dict], l
 
 def draw_ood(config, kind: str, outside: list[dict]) -> list[dict]:
     """The split 'ood': the embedded world's own, or else --eval_size of the rows `outside`."""
-    source = source_of_held_out(config)
-    if is_world(source):
-        outside = read_rows(source, kind, split="ood")
+    spec = spec_of_held_out(config)
+    if is_world(spec):
+        outside = read_rows(spec, kind, split="ood")
     part = draw(outside, config.eval_size)
     where = config.in_distribution
-    require(part, f"{source}: no held-out row is out of distribution (--in_distribution {where})")
+    require(part, f"{spec}: no held-out row is out of distribution (--in_distribution {where})")
     return part
 
 
@@ -211,17 +197,55 @@ def read_named(spec: str, kind: str, config) -> list[dict]:
     return rows
 
 
-def drop_equal_pairs(rows: list[dict], name: str) -> tuple[list[dict], int]:
-    """Pairs -> those whose answers differ, and how many are dropped. InputError: none is left."""
-    kept = [row for row in rows if row["chosen"] != row["rejected"]]
-    require(kept, f"{name}: no pair is left in which chosen and rejected differ")
-    return kept, len(rows) - len(kept)
+def drop_equal_pairs(
+    config, rows: list[dict], held_out: dict[str, list[dict]], sources: dict[str, str]
+) -> tuple[list[dict], dict[str, list[dict]], int]:
+    """Training and held-out pairs -> those whose answers differ, and how many are dropped.
+
+    A pair of two equal answers says nothing about which is better.
+    """
+    kept = keep_differing(rows, config.dataset)
+    n_dropped = len(rows) - len(kept)
+    kept_held_out = {}
+    for label, part in held_out.items():
+        spec = sources[label]
+        if spec in ("test", "ood"):
+            spec = spec_of_held_out(config)
+        kept_held_out[label] = keep_differing(part, spec)
+        n_dropped += len(part) - len(kept_held_out[label])
+    return kept, kept_held_out, n_dropped
+
+
+def keep_differing(pairs: list[dict], spec: str) -> list[dict]:
+    """The pairs whose answers differ. InputError: the data set `spec` has none."""
+    kept = [row for row in pairs if row["chosen"] != row["rejected"]]
+    require(kept, f"{spec}: no pair is left in which chosen and rejected differ")
+    return kept
 
 
 # ----------------------------------------------------------------------------------- the sentence
 
 
-def name_place(label: str, source: str) -> str:
+def describe_splits(
+    kind: str,
+    rows: list[dict],
+    held_out: dict[str, list[dict]],
+    sources: dict[str, str],
+    remarks: list[str],
+) -> str:
+    """The sentence on the data: sizes, then the remarks, then the prompts that splits share."""
+    sizes = [f"{len(rows)} {NAMES_OF_ROWS[kind]}"]
+    overlaps = []
+    for label, part in held_out.items():
+        name = name_split(label, sources[label])
+        sizes.append(f"{len(part)} {name}")
+        overlap = note_overlap(part, rows, name)
+        if overlap:
+            overlaps.append(overlap)
+    return ", ".join(sizes + remarks + overlaps)
+
+
+def name_split(label: str, source: str) -> str:
     """How the sentence on the data names a split: 'held out' for 'test', else 'in NAME'."""
     if source == "test":
         return "held out"
@@ -230,16 +254,16 @@ def name_place(label: str, source: str) -> str:
     return f"in {name}"
 
 
-def note_overlap(held_out: list[dict], rows: list[dict], place: str) -> str:
-    """How many held-out prompts are trained on too, for the sentence; '' for none.
+def note_overlap(held_out: list[dict], rows: list[dict], name: str) -> str:
+    """How many prompts of a split are trained on too, for the sentence; '' for none.
 
-    place: what name_place() says of the held-out rows.
+    name: name_split() of the split.
     """
     prompts = distinct_prompts(held_out)
     shared = prompts & distinct_prompts(rows)
     if not shared:
         return ""
-    what = "held-out prompts" if place == "held out" else f"prompts {place}"
+    what = "held-out prompts" if name == "held out" else f"prompts {name}"
     return f"{len(shared)} of {len(prompts)} {what} are trained on too"
 
 
@@ -256,8 +280,8 @@ def key_of(row: dict) -> str:
 # ----------------------------------------------------------------------------------- named splits
 
 
-def labels(eval_splits: list[str]) -> dict[str, str]:
-    """--eval_splits -> {label of a split in the results: 'test', 'ood' or its file}.
+def read_eval_splits(eval_splits: list[str]) -> dict[str, str]:
+    """--eval_splits -> {label of a split in the results: its source, 'test', 'ood' or its file}.
 
     The label of the first split is 'eval'; the label of any other is its name.
     """

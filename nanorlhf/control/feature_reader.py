@@ -26,7 +26,7 @@ from ..interp.sae_files import the_one_sae
 from ..models import fingerprint, is_reward_model, load_reward_model
 from ..packing import pack
 from ..penalties import OPS, edit_latents
-from ..rewards import kind_of, packed_reader
+from ..rewards import PackedReader, kind_of
 from ..runtime.distributed import autocast
 from ..runtime.flags import FORWARD_HELP, MOST_FLOAT, FlagGroup
 from ..runtime.fsdp import gathered
@@ -195,7 +195,7 @@ class FeatureReader:
         self.weights = None
         if isinstance(module, SARM):
             self.weights = module.score.weight[0].float().cpu()
-        self.packed = packed_reader(module.config, path, tokenizer, dist, micro_batch_size)
+        self.packed_reader = PackedReader(module.config, path, tokenizer, dist, micro_batch_size)
         self.module = dist.wrap(module, dtype=dtype)
         # FSDP wants its first pass through the root, which read() is not.
         if dist.sharded:
@@ -221,7 +221,7 @@ class FeatureReader:
             latents=torch.zeros(len(answers), n_features),
             edited=torch.zeros(len(answers)),
         )
-        for rows, part in self.packed(answers):
+        for rows, part in self.packed_reader.read(answers):
             with autocast(self.dist, self.dtype):
                 reading = self.module.read(part, features, edits)
             # Micro-batches are sorted by length; `rows` are the places of their texts in `answers`.

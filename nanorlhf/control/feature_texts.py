@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from .. import data
+from ..chat_templates import leave_out_control_tokens
 from ..chats import Prompt, show
 from ..errors import at_least, require
 from ..hf.folders import check_model, choose_max_length
@@ -21,7 +22,7 @@ from ..runtime.flags import HELD_OUT_HELP, FlagGroup
 from ..runtime.hints import check_made
 from ..runtime.results import results_folder
 from ..splits import load
-from ..tokens import Encoded, cut_left, encode, leave_out_control_tokens
+from ..tokens import Encoded, cut_left, encode
 from .feature_reader import check_feature_reader
 
 SIDES = ("chosen", "rejected")

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers.hf_argparser import HfArg
 
 from .. import data
+from ..chat_templates import leave_out_control_tokens
 from ..errors import InputError, at_least, require
 from ..hf.folders import check_model, choose_max_length
 from ..models import load_tokenizer
@@ -33,7 +34,7 @@ from ..runtime.flags import DEVICE_HELP, DEVICES, TextFlags, subset_of
 from ..runtime.log import Progress
 from ..runtime.results import parse_ids
 from ..runtime.tensors import check_tensors, read_notes, read_tensors
-from ..tokens import encode, leave_out_control_tokens
+from ..tokens import encode
 from .feature_reader import (
     FeatureReaderFlags,
     check_feature_reader,

@@ -116,7 +116,7 @@ def by_language_model(
     # Ask what has no choice yet. A line says itself what it answers: its place does not matter, and
     # it can be deleted alone.
     remedy = "delete this line, its question is asked again"
-    kept = pool.Lines(config.output_dir, "choices", dist, is_kept_choice, remedy)
+    kept = pool.CacheFile(config.output_dir, "choices", dist, is_kept_choice, remedy)
     known = choices_by_key(kept)
     missing = {}
     for key, question in questions.items():
@@ -202,7 +202,7 @@ def is_kept_choice(line: int, row) -> bool:
     return type(choice) is int and choice in (1, 2)
 
 
-def choices_by_key(kept: pool.Lines) -> dict[str, int]:
+def choices_by_key(kept: pool.CacheFile) -> dict[str, int]:
     """The choices that are kept, by the keys of their questions."""
     return {row["key"]: row["choice"] for row in kept.rows}
 
@@ -235,7 +235,7 @@ def verdict(choices: list[int | None]) -> float:
 
 
 def collect(
-    spec: str, questions: dict[str, tuple[str, str, str]], config, dist, kept: pool.Lines
+    spec: str, questions: dict[str, tuple[str, str, str]], config, dist, kept: pool.CacheFile
 ) -> tuple[list[str], str]:
     """Ask {key: (prompt, first, second)} and keep each choice as it comes.
 

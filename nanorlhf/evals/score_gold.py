@@ -18,7 +18,7 @@ from ..runtime.distributed import Dist
 from ..runtime.files import read_object, read_rows, write_json, write_lines
 from ..runtime.locks import lock
 from ..runtime.log import eval_folder, read_eval
-from ..splits import labels
+from ..splits import read_eval_splits
 from ..stats import mean_se
 from ..tokens import Prompts, answers_to
 
@@ -94,7 +94,8 @@ def check_settings(config) -> tuple[list[str], bool]:
     # The world's own gold knows the world's prompts alone.
     is_known = kind_of(spec) != "gold" or is_world(stored["dataset"])
     require(spec and is_known, f"--score_gold {run}: name its gold reward with --gold_model")
-    return list(labels(stored.get("eval_splits", ["test"]))), stored.get("chat_template", False)
+    split_labels = list(read_eval_splits(stored.get("eval_splits", ["test"])))
+    return split_labels, stored.get("chat_template", False)
 
 
 def read_evaluations(run: str, records: list[dict], split_labels: list[str]) -> list[Evaluation]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from .. import data, world
+from ..chat_templates import leave_out_control_tokens
 from ..diversity import distinct_n
 from ..errors import at_least, require
 from ..hf.activations import module_at, replaced, running_ids
@@ -56,7 +57,7 @@ from ..runtime.rng import SPLIT
 from ..sae import SparseAutoencoder
 from ..splits import load
 from ..stats import bootstrap
-from ..tokens import Prompts, leave_out_control_tokens, ready_prompts
+from ..tokens import Prompts, ready_prompts
 from .activation_store import (
     Tokens,
     find_skipped,

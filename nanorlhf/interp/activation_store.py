@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..chat_templates import leave_out_control_tokens
 from ..data import canonical
 from ..errors import require
 from ..hf.activations import activations, place_name
@@ -33,7 +34,7 @@ from ..runtime.distributed import autocast
 from ..runtime.files import digest
 from ..runtime.results import parse_ids
 from ..runtime.rng import MINIBATCH, ORDER, SPLIT
-from ..tokens import encode, encode_prompts, leave_out_control_tokens
+from ..tokens import encode, encode_prompts
 from .sae_files import load_sae, read_config
 
 # Tokens of a forward pass, padding counted.

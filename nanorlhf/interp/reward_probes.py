@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from .. import data, world
+from ..chat_templates import leave_out_control_tokens
 from ..divergence import layer_divergence, select_layers
 from ..errors import at_least, require
 from ..hf.activations import SITES, activations, module_at, place_name
@@ -47,7 +48,6 @@ from ..runtime.log import RunFolder
 from ..runtime.results import finite, results_folder, save, with_input_errors
 from ..runtime.rng import SPLIT, key
 from ..stats import t_interval
-from ..tokens import leave_out_control_tokens
 from .activation_store import TOKENS_AT_ONCE
 from .reward_probe_fits import fit_pairs, fit_reward
 from .reward_probe_texts import Texts, pair_texts, sequence_texts, subtract_neutral, word_texts

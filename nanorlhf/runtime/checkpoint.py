@@ -25,6 +25,7 @@ import warnings
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from ..errors import InputError, first_line, library_call
 from ..hf.blocks import trainable
@@ -46,7 +47,7 @@ ALONE = Dist(0, 1, torch.device("cpu"))
 MORE = "tensors.safetensors"
 
 
-def checkpoints(folder):
+def checkpoints(folder: str) -> list[tuple[int, str]]:
     """[(step, path)] of the checkpoints in a run folder, oldest first, whole or not."""
     root = os.path.join(folder, "checkpoint")
     if not os.path.isdir(root):
@@ -63,20 +64,22 @@ def checkpoints(folder):
 # --------------------------------------------------------------------------------------------- save
 
 
-def save(folder, step, module, optimizer, state, keep, dist=ALONE, more=None):
+def save(
+    folder: str,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep: int,
+    dist: Dist = ALONE,
+    more: dict[str, torch.Tensor] | None = None,
+):
     """Write checkpoint/step_{step}, and keep the last `keep` checkpoints.
 
     It holds the trained weights, the optimizer, `state` (JSON) and `more` {name: tensor}. The main
     process calls this alone, or, where the module is in shards, all processes do, with `dist`.
     """
-    # {"model/lm.lm_head.weight": [V, D], "optimizer/exp_avg/lm.lm_head.weight": [V, D], ...}, for
-    # trained weights alone: a resumed run reads frozen ones from the model that it started from.
-    tensors = {}
-    for name, p in trainable(module):
-        tensors[f"model/{name}"] = p.detach().contiguous()
-        # A weight that has had no gradient yet has no moments.
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = value
+    tensors = collect_tensors(module, optimizer)
     # Without shards the tensors are the same on all processes: the main one writes them alone.
     writers = dist if is_sharded(module) else ALONE
 
@@ -98,6 +101,22 @@ def save(folder, step, module, optimizer, state, keep, dist=ALONE, more=None):
     replace_folder(os.path.join(folder, "checkpoint", f"step_{step}"), write, writers)
     if dist.main:
         remove_all_but(folder, step, keep)
+
+
+def collect_tensors(module, optimizer) -> dict:
+    """The trained weights and their optimizer's slots, as load_tensors() finds them again:
+
+        {"model/lm.lm_head.weight": [V, D], "optimizer/exp_avg/lm.lm_head.weight": [V, D], ...}
+
+    A resumed run reads frozen weights from the model that it started from.
+    """
+    tensors = {}
+    for name, p in trainable(module):
+        tensors[f"model/{name}"] = p.detach().contiguous()
+        # A weight that has had no gradient yet has no moments.
+        for slot, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer/{slot}/{name}"] = value
+    return tensors
 
 
 def remove_all_but(folder: str, step: int, keep: int):
@@ -150,7 +169,9 @@ def digest_files(path: str, dist: Dist) -> dict[str, str]:
 # --------------------------------------------------------------------------------------------- load
 
 
-def load(folder, module, optimizer, dist=ALONE):
+def load(
+    folder: str, module: nn.Module, optimizer: torch.optim.Optimizer, dist: Dist = ALONE
+) -> dict | None:
     """Restore module and optimizer from the newest checkpoint that is whole -> its state.
 
     None where there is no checkpoint yet. What was saved as `more` is in state["tensors"].

@@ -48,8 +48,8 @@ def shard(module: nn.Module, dist, dtype: str = "float32") -> nn.Module:
     """Shard a module in place over all processes and return it.
 
     Its weights must be the same on all processes. Each decoder block is a unit. So are the value
-    and score heads, which stay in float32 (see models.scalar), and a SARM's autoencoder. The rest
-    is the root. With bfloat16 the weights and moments are float32 shards, what is gathered is
+    and score heads, which stay in float32 (see models.apply_head), and a SARM's autoencoder. The
+    rest is the root. With bfloat16 the weights and moments are float32 shards, what is gathered is
     bfloat16, and gradients are added up in float32.
     """
     # Here, because to import them takes more than a second.

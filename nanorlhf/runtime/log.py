@@ -39,7 +39,12 @@ BEFORE_A_RUN = {"config.json.tmp", LOCK_FILE}
 
 
 class RunFolder:
-    """One run's folder. Its `state` is 'new', 'unfinished' (the run will be continued) or 'done'.
+    """One run's folder. Its `status` is 'new', 'unfinished' (the run will be continued) or 'done'.
+
+        folder = RunFolder(config, dist)    look at the folder, and lock it
+        folder.create(state)                begin, or go on from a checkpoint's state
+        folder.append(...)                  while the run goes on; also write_eval, checkpoint
+        folder.finish(summary)              the run is done
 
     The settings named in `free` may differ from those of the run that is in the folder. No other
     process can write into the folder until the function ends that locks.unlock_afterwards()
@@ -48,28 +53,24 @@ class RunFolder:
     settings, or something else, or another process is working in it.
     """
 
+    # ------------------------------------------------------------------------------- before the run
+
     def __init__(self, config, dist, free=PLACES, written_again=False):
         self.path = config.output_dir
         self.dist = dist
         self.config = as_json(config)
         # Settings that make it this run; files that they name must not change.
-        self.named = {}
+        self.fixed = {}
         for name, value in self.config.items():
             if name not in free:
-                self.named[name] = value
+                self.fixed[name] = value
 
         dist.together(self.check_place)
-
         # A folder that holds something else is refused before a lock file is put into it.
-        def claim():
-            self.find_state(config, free)
-            if self.state != "done" or written_again:
-                lock(self.path)
-
-        dist.on_main(claim)
+        dist.on_main(lambda: self.claim(config, free, written_again))
         # Once more, on all processes: another run may have ended between the look and the lock.
-        dist.together(lambda: self.find_state(config, free))
-        if self.state == "new" and getattr(config, "resume", False):
+        dist.together(lambda: self.find_status(config, free))
+        if self.status == "new" and getattr(config, "resume", False):
             dist.print(f"{self.path}: nothing to resume, the run starts from the beginning")
         self.check_inputs()
         dist.barrier()  # every process has looked before one writes
@@ -78,7 +79,7 @@ class RunFolder:
         """InputError where no run can be written."""
         check_name(self.path)
         # What is written into a folder changes it, and a run whose inputs change cannot be resumed.
-        for path in input_paths(self.named):
+        for path in input_paths(self.fixed):
             require(
                 not is_inside(self.path, path),
                 f"{self.path} lies in {path}, which this run reads; choose another --output_dir",
@@ -86,10 +87,16 @@ class RunFolder:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise InputError(f"{self.path}: the output folder is a file")
 
-    def find_state(self, config, free):
-        """Set `state` by what is in the folder. InputError: another run, or something else."""
-        self.state = "new"
-        self.inputs = {}  # fingerprints of what `named` names
+    def claim(self, config, free, written_again: bool):
+        """Find the status, and lock the folder if this run will write into it."""
+        self.find_status(config, free)
+        if self.status != "done" or written_again:
+            lock(self.path)
+
+    def find_status(self, config, free):
+        """Set `status` by what is in the folder. InputError: another run, or something else."""
+        self.status = "new"
+        self.inputs = {}  # fingerprints of the files that `fixed` names
         if not os.path.isdir(self.path):
             return
 
@@ -103,9 +110,9 @@ class RunFolder:
                     f"{self.path} already holds another run (it differs in {', '.join(changed)}); "
                     "choose another --output_dir"
                 )
-            self.state = "unfinished"
+            self.status = "unfinished"
             if os.path.isfile(os.path.join(self.path, "summary.json")):
-                self.state = "done"
+                self.status = "done"
             self.check_entries()
         elif set(os.listdir(self.path)) - BEFORE_A_RUN:
             raise InputError(
@@ -124,22 +131,24 @@ class RunFolder:
                 raise InputError(f"{path} should be a file; {again}")
 
     def check_inputs(self):
-        """An error where a file that the settings name has another content than at an earlier look.
+        """InputError where a file that the settings name is not as it was at an earlier look.
 
         All processes call this; the main one looks.
         """
+        self.dist.on_main(self.compare_inputs)
 
-        def look():
-            now = fingerprint_inputs(self.named, self.inputs)
-            for name in changed_inputs(self.inputs, now):
-                raise InputError(
-                    f"{name} has changed since the run in {self.path} began; put its old content "
-                    "back, choose another --output_dir or, to go on with the new content, delete "
-                    f"its entry in {self.path}/config.json"
-                )
-            self.inputs |= now
+    def compare_inputs(self):
+        """Compare the fingerprints of inputs with those in `inputs`, and add the new ones to it."""
+        now = fingerprint_inputs(self.fixed, self.inputs)
+        for name in changed_inputs(self.inputs, now):
+            raise InputError(
+                f"{name} has changed since the run in {self.path} began; put its old content "
+                "back, choose another --output_dir or, to go on with the new content, delete "
+                f"its entry in {self.path}/config.json"
+            )
+        self.inputs |= now
 
-        self.dist.on_main(look)
+    # ----------------------------------------------------------------------- while the run goes on
 
     def write_config(self):
         """Make the folder, and put the run's settings and fingerprints of its inputs into it."""
@@ -151,14 +160,16 @@ class RunFolder:
             write_json(os.path.join(self.path, "config.json"), content)
 
     def create(self, state: dict | None = None):
-        """Make the folder; in an unfinished run drop what was logged after its checkpoint, `state`.
+        """Make the folder, and in an unfinished run drop what was logged after its checkpoint.
 
-        Without a checkpoint, which is None or step 0, that is everything.
+        state: the checkpoint's. None, or one of step 0: there is no checkpoint, and all is dropped.
         """
         self.write_config()
-        if not self.dist.main:
-            return
-        state = state or {"step": 0}
+        if self.dist.main:
+            self.drop_what_came_after(state or {"step": 0})
+
+    def drop_what_came_after(self, state: dict):
+        """Cut the logs, and remove evaluations, to what there was at the checkpoint `state`."""
         for name in LOGS:
             path = os.path.join(self.path, name)
             # A checkpoint knows how long the logs were.
@@ -183,7 +194,7 @@ class RunFolder:
 
             {prompt, response, scores: {name: x}, gold, prompt_ids, response_ids[, tokens]}
 
-        The file of a further split (splits.labels) is eval_{label}/step_{N}.jsonl.
+        The file of a further split (splits.read_eval_splits) is eval_{label}/step_{N}.jsonl.
         """
         if self.dist.main:
             folder = os.path.join(self.path, eval_folder(label))
@@ -216,6 +227,22 @@ class RunFolder:
         self.dist.barrier()
         return read_rows(os.path.join(self.path, "metrics.jsonl"), {"step": int})
 
+    # ----------------------------------------------------------------------------------- at its end
+
+    def save_model(self, save, module, tokenizer):
+        """save(module, tokenizer, folder) into model/, atomically.
+
+        All processes call this, since shards must be gathered first.
+        """
+
+        def write(path):
+            save(module, tokenizer, path)
+
+        with whole(module, self.dist.main):
+            if self.dist.main:
+                replace_folder(os.path.join(self.path, "model"), write)
+        self.dist.barrier()
+
     def before_and_after(self, labels: list[str]) -> dict:
         """The evaluations of the first and of the last step: a run's summary.
 
@@ -233,30 +260,6 @@ class RunFolder:
             summary[name] = evaluations
         return summary
 
-    def already_done(self) -> dict:
-        """Say that the run is done. Returns its summary."""
-        self.dist.print(
-            f"{self.path}: this run is done already (for another one choose another --output_dir)"
-        )
-        summary = read_object(os.path.join(self.path, "summary.json"), finite=False)
-        # A kill may have left them. They stay if the summary is damaged.
-        self.remove_checkpoints()
-        return summary
-
-    def save_model(self, save, module, tokenizer):
-        """save(module, tokenizer, folder) into model/, atomically.
-
-        All processes call this, since shards must be gathered first.
-        """
-
-        def write(path):
-            save(module, tokenizer, path)
-
-        with whole(module, self.dist.main):
-            if self.dist.main:
-                replace_folder(os.path.join(self.path, "model"), write)
-        self.dist.barrier()
-
     def finish(self, summary: dict) -> dict:
         """Write summary.json, which makes the run done, and remove its checkpoints.
 
@@ -270,10 +273,23 @@ class RunFolder:
         self.dist.barrier()
         return summary
 
+    def already_done(self) -> dict:
+        """Say that the run is done. Returns its summary."""
+        self.dist.print(
+            f"{self.path}: this run is done already (for another one choose another --output_dir)"
+        )
+        summary = read_object(os.path.join(self.path, "summary.json"), finite=False)
+        # A kill may have left them. They stay if the summary is damaged.
+        self.remove_checkpoints()
+        return summary
+
     def remove_checkpoints(self):
         """Remove the checkpoints: a finished run has no use for them."""
         if self.dist.main:
             shutil.rmtree(os.path.join(self.path, "checkpoint"), ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------- files of answers
 
 
 def eval_folder(label: str) -> str:
@@ -324,6 +340,9 @@ def read_eval(path: str, n: int, vocabulary: int) -> list[dict]:
     rows = read_checked_lines(path, is_answer, "restore it from a copy")
     require(len(rows) == n, f"{path}: {len(rows)} answers, and {n} in metrics.jsonl")
     return rows
+
+
+# ----------------------------------------------------------------------------------- progress line
 
 
 def is_long(seconds: float, done: int, left: int) -> bool:
@@ -391,6 +410,9 @@ class Progress:
 
     def close(self):
         self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------- tables
 
 
 def sample_table(rows: list[dict], width: int = 110) -> str:

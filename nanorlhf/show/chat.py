@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from .. import world
+from ..chat_templates import end_ids, find_control_token, pattern_of_control_tokens
 from ..chats import Message
 from ..errors import InputError, at_least, require
 from ..hf.blocks import sampling
@@ -32,14 +33,7 @@ from ..rollout import SamplingFlags, check_rollouts, generate, left_pad
 from ..runtime import cli
 from ..runtime.distributed import Dist, autocast, setup
 from ..runtime.flags import SEED_HELP, DeviceFlags
-from ..tokens import (
-    answers_to,
-    end_ids,
-    find_control_token,
-    ids_with_tokens,
-    pattern_of_control_tokens,
-    ready_prompts,
-)
+from ..tokens import answers_to, ids_with_tokens, ready_prompts
 from .rewards_of_runs import choose_rewards
 from .terminal import (
     in_one_line,

@@ -269,7 +269,7 @@ def test_entropy_at_a_low_temperature(policy):
     """Probabilities that underflow: the entropies' gradient is finite, and float64's."""
     temperature = 0.02
     with torch.no_grad():
-        hidden, _ = policy.hidden(BATCH, MASK)
+        hidden, _ = policy.scoring_states(BATCH, MASK)
         probs = (policy.logits(hidden) / temperature).softmax(-1)
     assert (probs == 0).any()  # they do
     out = policy(BATCH, MASK, temperature, entropy=True)
@@ -277,7 +277,7 @@ def test_entropy_at_a_low_temperature(policy):
 
     # In float64, over the probabilities that it still tells from 0.
     exact = copy.deepcopy(policy).double()
-    hidden, _ = exact.hidden(BATCH, MASK)
+    hidden, _ = exact.scoring_states(BATCH, MASK)
     logits = exact.lm.get_output_embeddings()(hidden)
     logp = (logits / temperature).log_softmax(-1)
     logp = logp[logp > -700]

@@ -492,9 +492,9 @@ def test_demonstrations_out_of_distribution_are_by_the_same_writer(reviews, ood_
 
 
 def test_the_first_split_is_called_eval_and_others_by_their_names():
-    assert splits.labels(["test"]) == {"eval": "test"}
-    assert splits.labels(["cnn=cnn_dm:c.jsonl"]) == {"eval": "cnn_dm:c.jsonl"}
-    sources = splits.labels(["ood", "test", "a-1=x=y.jsonl"])
+    assert splits.read_eval_splits(["test"]) == {"eval": "test"}
+    assert splits.read_eval_splits(["cnn=cnn_dm:c.jsonl"]) == {"eval": "cnn_dm:c.jsonl"}
+    sources = splits.read_eval_splits(["ood", "test", "a-1=x=y.jsonl"])
     assert sources == {"eval": "ood", "test": "test", "a-1": "x=y.jsonl"}
 
 
@@ -506,12 +506,14 @@ TAKEN_LABELS = ["eval=a.jsonl", "ood=a.jsonl", "score=a.jsonl"]
 @pytest.mark.parametrize("wrong", BAD_LABELS + TAKEN_LABELS)
 def test_names_that_no_split_can_have(wrong):
     message = ["--eval_splits takes test, ood and NAME=FILE", repr(wrong)]
-    refuses(splits.labels, ["test", wrong], match=message)
+    refuses(splits.read_eval_splits, ["test", wrong], match=message)
 
 
 def test_no_two_splits_have_one_name():
-    refuses(splits.labels, ["test", "test"], match=["--eval_splits names test twice"])
-    refuses(splits.labels, ["a=b.jsonl", "a=c.jsonl"], match=["--eval_splits names a twice"])
+    refuses(splits.read_eval_splits, ["test", "test"], match=["--eval_splits names test twice"])
+    refuses(
+        splits.read_eval_splits, ["a=b.jsonl", "a=c.jsonl"], match=["--eval_splits names a twice"]
+    )
 
 
 # --------------------------------------------------------------------------- what is refused
@@ -579,7 +581,7 @@ def test_a_run_older_than_these_flags_is_the_same_run(tmp_path):
         del old[name]
     (tmp_path / "config.json").write_text(json.dumps(old))
     dist = Dist(0, 1, torch.device("cpu"))
-    assert RunFolder(config, dist).state == "unfinished"
+    assert RunFolder(config, dist).status == "unfinished"
     other = flags("a.jsonl", output_dir=str(tmp_path), eval_splits=["ood"])
     refuses(RunFolder, other, dist, match=["differs in eval_splits"])
 

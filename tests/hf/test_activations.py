@@ -430,7 +430,7 @@ def test_a_place_is_replaced_where_frozen_blocks_run_for_what_is_stored(frozen_p
         replaced(whole.lm, place, torch.zeros_like),
     ):
         expected = whole(batch, MASK)["logprobs"]
-        batch.trunk = frozen_policy.frozen.run(frozen_policy.lm, batch.ids)
+        batch.frozen_output = frozen_policy.frozen.run(frozen_policy.lm, batch.ids)
         found = frozen_policy(batch, MASK)["logprobs"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -438,7 +438,7 @@ def test_a_place_is_replaced_where_frozen_blocks_run_for_what_is_stored(frozen_p
 def test_what_is_captured_is_of_the_blocks_that_have_just_run(frozen_policy):
     """Nothing stale: frozen blocks run for what is stored, those above in the policy's forward."""
     batch = pack(PROMPTS, RESPONSES)
-    batch.trunk = frozen_policy.frozen.run(frozen_policy.lm, batch.ids)
+    batch.frozen_output = frozen_policy.frozen.run(frozen_policy.lm, batch.ids)
     with captured(frozen_policy.lm, [FROZEN, ABOVE]) as kept:
         frozen_policy.frozen.run(frozen_policy.lm, batch.ids)
         assert list(kept) == [FROZEN]

@@ -171,7 +171,7 @@ def make_deep_policy(architecture, fraction):
 def with_trunk(policy):
     """BATCH, with the output of the frozen blocks stored in it."""
     batch = copy.copy(BATCH)
-    batch.trunk = policy.frozen.run(policy.lm, batch.ids)
+    batch.frozen_output = policy.frozen.run(policy.lm, batch.ids)
     return batch
 
 
@@ -248,7 +248,7 @@ def test_rows_of_a_batch_take_their_stored_trunk_along():
     # The part is trimmed to its own longest row.
     longest = int(part.lengths.max())
     longest_response = int(part.response_lengths.max())
-    assert part.trunk.shape == (2, longest, D)
+    assert part.frozen_output.shape == (2, longest, D)
     found = policy(part, MASK[index, :longest_response])["logprobs"]
     close(found, whole[index, : found.shape[1]])
 
@@ -266,7 +266,7 @@ def test_the_trunk_stays_in_place_after_an_error_above_it():
     policy = make_deep_policy("neox", 0.8)
     reference_of(policy)
     batch = with_trunk(policy)
-    batch.trunk = batch.trunk[..., :-1]  # of another width
+    batch.frozen_output = batch.frozen_output[..., :-1]  # of another width
     with pytest.raises(RuntimeError):
         policy(batch, MASK)
     assert len(blocks(policy.lm)) == L

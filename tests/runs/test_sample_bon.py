@@ -918,14 +918,14 @@ def two_processes(base):
 
 def run_in_child(folder, settings, slow=0.0):
     """A run in one of several processes, of which rank 0 writes slowly to the cache."""
-    append = pool.Lines.append
+    append = pool.CacheFile.append
 
     def append_slowly(*args):
         if os.environ["RANK"] == "0":
             time.sleep(slow)
         append(*args)
 
-    pool.Lines.append = append_slowly
+    pool.CacheFile.append = append_slowly
     sample_bon.main(sample_bon.Config(output_dir=str(folder), **settings))
     distributed.shutdown()
 
@@ -1019,7 +1019,7 @@ def in_two_chunks(base):
 def not_killed(base):
     """in_two_chunks() to its end: its folder, and how many lines each write to the cache had."""
     n_lines = []
-    append = pool.Lines.append
+    append = pool.CacheFile.append
 
     def count(lines, rows):
         n_lines.append(len(rows))
@@ -1028,7 +1028,7 @@ def not_killed(base):
     folder = base / "not_killed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "CHUNK", 8)
-        patch.setattr(pool.Lines, "append", count)
+        patch.setattr(pool.CacheFile, "append", count)
         tiny(base, folder, **in_two_chunks(base))
     return SimpleNamespace(folder=folder, n_lines=n_lines)
 
@@ -1048,7 +1048,7 @@ def test_a_run_that_was_killed_at_a_write_to_the_cache_goes_on(
 ):
     """A kill leaves a part of the two lines: less than the first one, or more than it."""
     calls = itertools.count(1)
-    append = pool.Lines.append
+    append = pool.CacheFile.append
 
     def die(lines, rows):
         if next(calls) != fatal:
@@ -1061,7 +1061,7 @@ def test_a_run_that_was_killed_at_a_write_to_the_cache_goes_on(
 
     monkeypatch.setattr(pool, "CHUNK", 8)
     with monkeypatch.context() as patch:
-        patch.setattr(pool.Lines, "append", die)
+        patch.setattr(pool.CacheFile, "append", die)
         with pytest.raises(Killed):
             tiny(base, tmp_path, **in_two_chunks(base))
     tiny(base, tmp_path, **in_two_chunks(base))

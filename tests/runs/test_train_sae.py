@@ -522,11 +522,11 @@ KILLED_RUN = """
 import os, signal, torch, train_sae
 from nanorlhf import pool
 torch.set_num_threads(1)
-append = pool.Lines.append
+append = pool.CacheFile.append
 def kill(lines, rows):
     append(lines, rows)
     os.kill(os.getpid(), signal.SIGKILL)
-pool.Lines.append = kill
+pool.CacheFile.append = kill
 train_sae.main(train_sae.Config(**SETTINGS))
 """
 

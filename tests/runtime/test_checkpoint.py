@@ -794,14 +794,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(bad):
 
 def test_a_new_run_folder_leaves_nothing_without_create(tmp_path):
     with unlock_afterwards():
-        assert run_folder(tmp_path / "runs/a").state == "new"
+        assert run_folder(tmp_path / "runs/a").status == "new"
     # Not even the folder above it stays.
     assert names_in(tmp_path) == []
 
 
 def test_an_unfinished_run_is_continued_with_the_same_settings(tmp_path):
     run_folder(tmp_path / "runs/a").create()
-    assert run_folder(tmp_path / "runs/a", resume=True).state == "unfinished"
+    assert run_folder(tmp_path / "runs/a", resume=True).status == "unfinished"
     with pytest.raises(InputError, match="lr.*--output_dir") as raised:
         run_folder(tmp_path / "runs/a", lr=0.2)
     assert "betas" not in str(raised.value)
@@ -813,7 +813,7 @@ def test_a_finished_run_is_done_and_has_no_checkpoints(tmp_path):
     assert run_folder(tmp_path).finish({"gold": 1.5}) == {"gold": 1.5}
 
     done = run_folder(tmp_path)
-    assert done.state == "done"
+    assert done.status == "done"
     assert done.already_done() == {"gold": 1.5}
     assert not (tmp_path / "checkpoint").exists()
     with pytest.raises(InputError):
@@ -836,7 +836,7 @@ def test_a_file_is_no_run_folder(tmp_path):
 
 
 def test_an_empty_folder_can_be_a_run_s(tmp_path):
-    assert run_folder(tmp_path).state == "new"
+    assert run_folder(tmp_path).status == "new"
 
 
 def test_a_folder_with_other_files_is_no_run_folder(tmp_path):
@@ -847,7 +847,7 @@ def test_a_folder_with_other_files_is_no_run_folder(tmp_path):
 
 def test_a_run_killed_while_it_wrote_its_config_starts_again(tmp_path):
     (tmp_path / "config.json.tmp").write_text('{"lr"')
-    assert run_folder(tmp_path).state == "new"
+    assert run_folder(tmp_path).status == "new"
 
 
 def steps_of(rows):
@@ -874,7 +874,7 @@ def test_create_drops_what_came_after_the_checkpoint(tmp_path):
         f.write('{"step": 1, "half')
 
     again = run_folder(tmp_path)
-    assert again.state == "unfinished"
+    assert again.status == "unfinished"
     assert steps_of(again.records()) == [0, 1, 2, 3, 4]
     again.create(load(str(tmp_path), module, optimizer))
 

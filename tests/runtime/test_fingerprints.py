@@ -248,7 +248,7 @@ def test_a_run_refuses_an_input_that_has_changed(inputs, changed, name, state):
         folder.finish({})
     # Its time alone has changed.
     os.utime(changed, ns=(0, 0))
-    assert RunFolder(Config("run", **inputs), ALONE).state == state
+    assert RunFolder(Config("run", **inputs), ALONE).status == state
 
     Path(changed).write_text("another content")
     with pytest.raises(InputError, match=f"^{name} has changed since the run in run began"):
@@ -278,7 +278,7 @@ def test_a_model_that_is_trained_while_a_run_sets_up_is_its_input(inputs):
 def test_a_run_in_a_folder_that_is_called_like_the_embedded_world(inputs):
     settings = {"dataset": "world", "reward_model": ["world:gold"]}
     RunFolder(Config("world/run", **settings), ALONE).create()
-    assert RunFolder(Config("world/run", **settings), ALONE).state == "unfinished"
+    assert RunFolder(Config("world/run", **settings), ALONE).status == "unfinished"
 
 
 def test_a_run_without_fingerprints_goes_on(inputs):
@@ -287,7 +287,7 @@ def test_a_run_without_fingerprints_goes_on(inputs):
     assert sorted(stored.pop("inputs")) == ["data.jsonl", "reward.py", "sft/model"]
     Path("run/config.json").write_text(json.dumps(stored))
     Path("data.jsonl").write_text("another content")
-    assert RunFolder(Config("run", **inputs), ALONE).state == "unfinished"
+    assert RunFolder(Config("run", **inputs), ALONE).status == "unfinished"
 
 
 # A process of its own: the cache's place is fixed when its library is imported.
