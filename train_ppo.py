@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from nanorlhf import data, ppo
 from nanorlhf.control import controlled_scoring
 from nanorlhf.ensemble import OBJECTIVES
-from nanorlhf.errors import InputError, at_least, divides, require
+from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evals.score_gold import score_gold
 from nanorlhf.evaluation import PPOParts, evaluate, forward, record_evaluation, sampled_outputs
 from nanorlhf.hf.blocks import speed_up
@@ -326,8 +326,9 @@ def check_weights(config):
         n_weights == n_rewards,
         f"--reward_weights needs one for each reward: {n_weights} weights, {n_rewards} rewards",
     )
-    for flag in changed_flags(config, ("objective", "uwo_lambda")):
-        raise InputError(f"{flag} is for members of an ensemble, --reward_weights is not")
+    # They make a sum of rewards that are not members of an ensemble.
+    unread = changed_flags(config, ("objective", "uwo_lambda"))
+    require(not unread, f"with --reward_weights nothing reads {', '.join(unread)}")
 
 
 @unlock_afterwards()
