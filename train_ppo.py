@@ -269,7 +269,7 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
                 f"--advantage {self.advantage} compares answers to one prompt: --group_size must "
                 "be 2 or more",
             )
-        if self.advantage != "gae":
+        if not self.has_value_function:
             check_value_flags(self)
         at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip")
         at_least(self, 0, "uwo_lambda", "n_samples")
@@ -306,6 +306,11 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
         self.reward_model = expand(self.reward_model)
         if self.reward_weights:
             check_weights(self)
+
+    @property
+    def has_value_function(self) -> bool:
+        """Whether a value function says what to expect, and not the other answers to a prompt."""
+        return self.advantage == "gae"
 
 
 def check_value_flags(config):
@@ -392,7 +397,7 @@ def main(config):
     # The policy is in eval mode throughout: dropout would make each ratio of the update noisy.
     policy = load_policy(
         config.model,
-        value_head=config.advantage == "gae",
+        value_head=config.has_value_function,
         value_model=config.value_model or None,
         device=dist.load_device,
     )
@@ -646,7 +651,7 @@ def estimate_advantages(config, outputs, rewards):
     -> advantages [B, R]; returns [B, R], or None without a value function; {name: float}
     """
     mask = outputs["mask"]
-    if config.advantage == "gae":
+    if config.has_value_function:
         # The value function says what was expected before each token.
         bootstrap = outputs["bootstrap"] if config.bootstrap_truncated else None
         advantages, returns = ppo.gae(
@@ -665,7 +670,7 @@ def estimate_advantages(config, outputs, rewards):
 
     mean, variance = ppo.masked_moments(advantages, mask)
     record = {"advantage_mean": mean.item(), "advantage_std": variance.sqrt().item()}
-    if config.advantage == "gae":
+    if config.has_value_function:
         advantages = ppo.whiten(advantages, mask, (mean, variance))
         record["explained_variance"] = ppo.explained_variance(outputs["values"], returns, mask)
     return advantages, returns, record
@@ -835,7 +840,7 @@ def loss_of(parts, batch, x, at, n_tokens, kl_coef):
     )
     loss = policy_loss
     stats["policy_loss"] = policy_loss.detach()
-    if config.advantage == "gae":
+    if config.has_value_function:
         value_loss = ppo.value_loss(
             new["values"],
             x.values[at, :width],
