@@ -32,7 +32,7 @@ from nanorlhf import data, ppo
 from nanorlhf.chat_templates import leave_out_of_splits
 from nanorlhf.control import controlled_scoring
 from nanorlhf.ensemble import OBJECTIVES
-from nanorlhf.errors import InputError, at_least, divides, require
+from nanorlhf.errors import at_least, divides, require
 from nanorlhf.evals.score_gold import score_gold
 from nanorlhf.evaluation import PPOParts, evaluate, forward, record_evaluation, sampled_outputs
 from nanorlhf.hf.blocks import speed_up
@@ -270,7 +270,7 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
                 f"--advantage {self.advantage} compares answers to one prompt: --group_size must "
                 "be 2 or more",
             )
-        if self.advantage != "gae":
+        if not self.has_value_function:
             check_value_flags(self)
         at_least(self, 0, "kl_coef", "kl_target", "target_kl", "vf_coef", "ent_coef", "score_clip")
         at_least(self, 0, "uwo_lambda", "n_samples")
@@ -308,6 +308,11 @@ class Config(ScoreFlags, SamplingFlags, KLFlags, UpdateFlags, controlled_scoring
         if self.reward_weights:
             check_weights(self)
 
+    @property
+    def has_value_function(self) -> bool:
+        """Whether a value function says what to expect, and not the other answers to a prompt."""
+        return self.advantage == "gae"
+
 
 def check_value_flags(config):
     """InputError where a flag of the value function is set, and --advantage has none."""
@@ -327,8 +332,9 @@ def check_weights(config):
         n_weights == n_rewards,
         f"--reward_weights needs one for each reward: {n_weights} weights, {n_rewards} rewards",
     )
-    for flag in changed_flags(config, ("objective", "uwo_lambda")):
-        raise InputError(f"{flag} is for members of an ensemble, --reward_weights is not")
+    # They make a sum of rewards that are not members of an ensemble.
+    unread = changed_flags(config, ("objective", "uwo_lambda"))
+    require(not unread, f"with --reward_weights nothing reads {', '.join(unread)}")
 
 
 @unlock_afterwards()
@@ -392,7 +398,7 @@ def main(config):
     # The policy is in eval mode throughout: dropout would make each ratio of the update noisy.
     policy = load_policy(
         config.model,
-        value_head=config.advantage == "gae",
+        value_head=config.has_value_function,
         value_model=config.value_model or None,
         device=dist.load_device,
     )
@@ -646,7 +652,7 @@ def estimate_advantages(config, outputs, rewards):
     -> advantages [B, R]; returns [B, R], or None without a value function; {name: float}
     """
     mask = outputs["mask"]
-    if config.advantage == "gae":
+    if config.has_value_function:
         # The value function says what was expected before each token.
         bootstrap = outputs["bootstrap"] if config.bootstrap_truncated else None
         advantages, returns = ppo.gae(
@@ -665,7 +671,7 @@ def estimate_advantages(config, outputs, rewards):
 
     mean, variance = ppo.masked_moments(advantages, mask)
     record = {"advantage_mean": mean.item(), "advantage_std": variance.sqrt().item()}
-    if config.advantage == "gae":
+    if config.has_value_function:
         advantages = ppo.whiten(advantages, mask, (mean, variance))
         record["explained_variance"] = ppo.explained_variance(outputs["values"], returns, mask)
     return advantages, returns, record
@@ -835,7 +841,7 @@ def loss_of(parts, batch, x, at, n_tokens, kl_coef):
     )
     loss = policy_loss
     stats["policy_loss"] = policy_loss.detach()
-    if config.advantage == "gae":
+    if config.has_value_function:
         value_loss = ppo.value_loss(
             new["values"],
             x.values[at, :width],

@@ -28,7 +28,7 @@ from ..diversity import (
     spread_over_inputs,
 )
 from ..ensemble import combine
-from ..errors import InputError, at_least, require
+from ..errors import at_least, require
 from ..hf.folders import check_model
 from ..models import load_tokenizer
 from ..runtime.curves import without_common_ends
@@ -109,8 +109,8 @@ class Flags(FlagGroup):
         # A flag that says how to measure is a mistake where nothing is measured.
         if not self.diversity and not self.from_files:
             names = [field.name for field in fields(Flags)]
-            for flag in changed_flags(self, names):
-                raise InputError(f"{flag} is about diversity: it needs --diversity or --from")
+            unread = changed_flags(self, names)
+            require(not unread, f"without --diversity or --from nothing reads {', '.join(unread)}")
 
 
 def check_models(config: Flags):

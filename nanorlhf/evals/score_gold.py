@@ -35,7 +35,8 @@ def score_gold(config, dist: Dist) -> dict:
     split_labels, chat = check_settings(config)
     dist.barrier()  # all have looked before one writes
 
-    if dist.main:
+    # The main process alone works. An error of a reward or an answer ends them all alike.
+    def add_to_run():
         check_reward(config.gold_model)
         tokenizer = load_tokenizer(run)
         records = read_rows(os.path.join(run, "metrics.jsonl"), {"step": int})
@@ -49,7 +50,8 @@ def score_gold(config, dist: Dist) -> dict:
         # The summary comes last: by its gold a run counts as scored.
         write_lines(os.path.join(run, "metrics.jsonl"), records)
         write_summary(run, summary, sampled, split_labels, config.gold_model)
-    dist.barrier()
+
+    dist.on_main(add_to_run)
     return read_object(os.path.join(run, "summary.json"), finite=False)
 
 

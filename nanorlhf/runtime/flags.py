@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 from transformers.hf_argparser import HfArg
 
-from ..errors import InputError, at_least, require
+from ..errors import at_least, require
 from . import distributed
 from .settings import default_value
 
@@ -251,8 +251,8 @@ class LoraFlags(FlagGroup):
         require(self.lora_rank or not self.merge, "--merge is for adapters: it needs --lora_rank")
         # The other flags of adapters say nothing either where there are none.
         if not self.lora_rank:
-            for flag in changed_flags(self, ("lora_alpha", "lora_dropout", "lora_layers")):
-                raise InputError(f"{flag} is for adapters: it needs --lora_rank")
+            unread = changed_flags(self, ("lora_alpha", "lora_dropout", "lora_layers"))
+            require(not unread, f"without --lora_rank nothing reads {', '.join(unread)}")
         require(
             self.frozen_dtype == "float32" or self.lora_rank or self.freeze_layers,
             f"--frozen_dtype {self.frozen_dtype} is for weights that are not trained: it needs "

@@ -5,6 +5,7 @@ and, while the run is unfinished, checkpoint/. Progress is its progress line; th
 end make its tables. Only the main process, rank 0, writes and prints.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from .files import (
 )
 from .fingerprints import changed_inputs, fingerprint_inputs, input_paths
 from .fsdp import is_sharded, whole
-from .locks import LOCK_FILE, lock
+from .locks import LOCK_FILE, lock, unlock_afterwards
 from .settings import PLACES, as_json, read_config, settings_that_differ
 
 LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow by rows {step, ...}
@@ -279,8 +280,12 @@ class RunFolder:
             f"{self.path}: this run is done already (for another one choose another --output_dir)"
         )
         summary = read_object(os.path.join(self.path, "summary.json"), finite=False)
-        # A kill may have left them. They stay if the summary is damaged.
+        # A kill may have left checkpoints, which stay if the summary is damaged.
         self.remove_checkpoints()
+        # A lock file that it left goes when it is given back, unless somebody works here.
+        if self.dist.main and os.path.exists(os.path.join(self.path, LOCK_FILE)):
+            with contextlib.suppress(InputError), unlock_afterwards():
+                lock(self.path)
         return summary
 
     def remove_checkpoints(self):

@@ -13,6 +13,7 @@ Some studies keep what each of their runs has found: kept_cells.py.
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,6 +107,7 @@ def run_stage(commands: list[str], jobs: int, is_done: Callable[[str], bool] | N
 
     is_done(command): whether it is done; by default is_finished(). SystemExit: a command failed.
     """
+    signal.signal(signal.SIGTERM, end_with_commands)
     is_done = is_done or is_finished
     # A stage that was interrupted goes on with what is missing.
     missing = [command for command in commands if not is_done(command)]
@@ -114,6 +116,20 @@ def run_stage(commands: list[str], jobs: int, is_done: Callable[[str], bool] | N
         # all before it have ended.
         for command, _ in zip(missing, workers.map(run_command, missing)):
             print(f"done: python {command}", flush=True)
+
+
+running: set[subprocess.Popen] = set()  # the processes of the commands that run now
+
+
+def end_with_commands(number: int, frame):
+    """What SIGTERM does to a study: it ends the commands that run, and then the study itself.
+
+    Ctrl-C needs no help: a terminal sends it to the commands too.
+    """
+    for process in list(running):
+        process.terminate()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def run_command(command: str):
@@ -128,12 +144,15 @@ def run_command(command: str):
     # One thread each: several commands share the machine, and a run gives the same bits again only
     # on the same number of threads.
     with open(log, "w") as f:
-        code = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, str(REPO / script), *flags],
             stdout=f,
             stderr=subprocess.STDOUT,
             env=os.environ | ONE_THREAD,
-        ).returncode
+        )
+        running.add(process)
+        code = process.wait()
+        running.remove(process)
     if code:
         raise SystemExit(f"python {command}\nended with exit code {code}: see {log}")
 

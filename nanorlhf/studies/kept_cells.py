@@ -10,6 +10,7 @@ tables at once. The file has one line a cell, with the command and the commit of
 import json
 import os
 import shlex
+import signal
 import subprocess
 import threading
 from collections.abc import Callable
@@ -93,6 +94,7 @@ def run_cells(cells: list[Cell], a, path: str) -> dict[str, dict]:
     for stage in stages_of(missing):
         common.run_stage(stage, a.jobs)
 
+    signal.signal(signal.SIGTERM, common.end_with_commands)
     # After an error, or Ctrl-C, map() does not begin the runs that wait.
     with ThreadPoolExecutor(a.jobs) as workers:
         for _ in workers.map(lambda cell: run_and_keep(cell, a, path), missing):

@@ -123,42 +123,22 @@ def needs(
     c = 2 if dtype == "bfloat16" else 4
     L = shape.layers
 
-    # How many weights there are, and how many are trained.
-    adapters = shape.adapters(lora)  # of a block
-    N = L * (shape.block + adapters) + shape.root
-    N_trained = N
-    trained_root = shape.root
-    trained_block = shape.block
-    if lora:
-        N_trained = L * adapters
-        trained_root = 0
-        trained_block = adapters
-    if frozen:
-        # What is left are the upper blocks and the LM head, which is half of the root.
-        trained_root = shape.root // 2
-        N_trained = (L - int(frozen * L)) * shape.block + trained_root
+    N, N_trained, N_cast, trained_root, trained_block = count_weights(
+        shape, lora, frozen, frozen_dtype
+    )
     if members is None:
         members = [shape.without_head()]
 
     # With LoRA the reference is the policy itself. Without FSDP it shares the frozen weights.
-    reference = 4 * N / s
+    bytes_of_frozen = 2 if frozen_dtype == "bfloat16" else 4
     if lora:
         reference = 0
-    elif frozen and not sharded:
-        reference = 4 * N_trained
-
-    # How many weights are in bfloat16: frozen blocks and, with LoRA, the LM head.
-    N_cast = 0
-    if frozen_dtype == "bfloat16":
-        N_cast = int(frozen * L) * shape.block
-        if lora:
-            N_cast = L * shape.block + shape.root // 2
-        elif sharded:
-            # The reference is frozen whole; its embeddings stay in float32.
-            N_embeddings = shape.root // 2
-            reference -= 2 * (N - N_embeddings) / s
-        else:
-            reference -= 2 * N_trained
+    elif sharded:
+        # It is frozen whole, and its embeddings stay in float32.
+        N_embeddings = shape.root // 2
+        reference = (4 * N_embeddings + bytes_of_frozen * (N - N_embeddings)) / s
+    else:
+        reference = bytes_of_frozen * N_trained
 
     parameters = 4 * N - 2 * N_cast
     # These are there all the time, whichever phase runs.
@@ -207,6 +187,35 @@ def needs(
     else:
         phases["update"] += L * of_a_block
     return {**fixed, **phases, "peak": sum(fixed.values()) + max(phases.values())}
+
+
+def count_weights(shape, lora, frozen, frozen_dtype):
+    """How many weights the policy has, how many of them are trained, and how many in bfloat16.
+
+    -> N, N', N_c, and the trained ones of the root and of a block: N_root', N_block'
+    """
+    L = shape.layers
+    adapters = shape.adapters(lora)  # of a block
+    N = L * (shape.block + adapters) + shape.root
+    N_trained = N
+    trained_root = shape.root
+    trained_block = shape.block
+    if lora:
+        N_trained = L * adapters
+        trained_root = 0
+        trained_block = adapters
+    if frozen:
+        # What is left are the upper blocks and the LM head, which is half of the root.
+        trained_root = shape.root // 2
+        N_trained = (L - int(frozen * L)) * shape.block + trained_root
+
+    # In bfloat16 are frozen blocks and, with LoRA, the LM head.
+    N_cast = 0
+    if frozen_dtype == "bfloat16":
+        N_cast = int(frozen * L) * shape.block
+        if lora:
+            N_cast = L * shape.block + shape.root // 2
+    return N, N_trained, N_cast, trained_root, trained_block
 
 
 def make_row(model, shape, world, sharded, **settings):

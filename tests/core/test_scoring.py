@@ -42,8 +42,14 @@ def test_without_weights_the_objective_decides():
     ("flags", "words"),
     [
         ({"reward_weights": [1.0]}, "--reward_weights needs one for each reward: 1 weights, 2"),
-        ({"reward_weights": [1.0, 1.0], "objective": "wco"}, "--objective is for members"),
-        ({"reward_weights": [1.0, 1.0], "uwo_lambda": 0.5}, "--uwo_lambda is for members"),
+        (
+            {"reward_weights": [1.0, 1.0], "objective": "wco"},
+            "with --reward_weights nothing reads --objective",
+        ),
+        (
+            {"reward_weights": [1.0, 1.0], "uwo_lambda": 0.5},
+            "with --reward_weights nothing reads --uwo_lambda",
+        ),
         ({"reward_weights": [1.0, float("nan")]}, "--reward_weights"),
     ],
 )

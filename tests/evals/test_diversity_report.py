@@ -685,8 +685,8 @@ def test_fresh_samples_are_measured_and_not_sampled_again(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "args, words",
     [
-        ("--encoder x", ["--encoder is about diversity: it needs --diversity or --from"]),
-        ("--best_of 4", ["--best_of is about diversity"]),
+        ("--encoder x", ["without --diversity or --from nothing reads --encoder"]),
+        ("--best_of 4", ["nothing reads --best_of"]),
         (
             "--diversity --best_of 8 --n_answers 8",
             ["--best_of must be below --n_answers (8)"],

@@ -25,6 +25,7 @@ from support import (
     Killed,
     assert_bit_equal,
     assert_close_runs,
+    command_line,
     flags,
     hashes,
     join,
@@ -733,6 +734,16 @@ def test_the_first_process_alone_scores_gold_afterwards(two):
     """Seven answers of each of three evaluations, a call each."""
     assert [path.name for path in two.glob("gold_by_*")] == ["gold_by_0"]
     assert (two / "gold_by_0").read_text() == "7\n7\n7\n"
+
+
+@pytest.mark.slow
+def test_gold_that_fails_on_two_processes(base, finished, tmp_path):
+    """Both say so, and nothing else, though the first alone asks the reward."""
+    args = ["--score_gold", str(finished), "--gold_model", f"{base}/rewards.py:fails"]
+    join(*ranks(2, command_line, "ppo", *args, STDERR=f"{tmp_path}/stderr"), code=2)
+    for rank in (0, 1):
+        (line,) = (tmp_path / f"stderr_{rank}").read_text().splitlines()
+        assert "rewards.py:fails raised KeyError" in line
 
 
 # ---------------------------------------------------------------------------------- gold afterwards

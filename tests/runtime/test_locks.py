@@ -354,6 +354,18 @@ def test_a_run_that_is_done_is_only_read(here, another):
     command_line("sft", *arguments("sft"))
     another(here / "out")
     command_line("sft", *arguments("sft"))
+    assert not is_free(here / "out")
+
+
+@pytest.mark.slow
+def test_the_lock_files_of_members_that_were_done_before_a_kill(here):
+    """The same command removes them, though it only reads these members."""
+    args = arguments("rm", output_dir="rm/seed_{seed}", members=2)
+    command_line("rm", *args)
+    before = names_below(here)
+    (here / "rm/seed_0" / LOCK_FILE).touch()
+    command_line("rm", *args)
+    assert names_below(here) == before
 
 
 @pytest.mark.slow

@@ -2,14 +2,19 @@
 own.
 """
 
+import contextlib
+import os
 import runpy
 import shlex
+import signal
 import sys
 import threading
 
 import pytest
-from support import parse_command
+from support import fork, join, parse_command, wait_for
 
+from nanorlhf.errors import InputError
+from nanorlhf.runtime.locks import lock, unlock_afterwards
 from nanorlhf.studies import (
     common,
     cue_control,
@@ -133,6 +138,36 @@ def test_a_command_that_fails_ends_the_study(tmp_path):
     log = tmp_path / "sft.log"
     assert str(ended.value) == f"python {command}\nended with exit code 2: see {log}"
     assert "--steps must be at least" in log.read_text()
+
+
+def run_alone(command):
+    """A stage of one command. What it starts is in a group of processes that it leads."""
+    os.setsid()
+    common.run_stage([command], 1)
+
+
+def test_sigterm_ends_the_command_too(tmp_path):
+    """Else it would go on with nobody waiting for it, and lock its folder."""
+    folder = tmp_path / "sft"
+    study = fork(run_alone, f"train_sft.py --steps 1000000 --output_dir {folder}")
+    try:
+        wait_for((folder / "metrics.jsonl").exists, seconds=120)
+        study.terminate()
+        join(study, code=-signal.SIGTERM)
+        wait_for(lambda: is_free(folder), seconds=10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
+
+
+def is_free(folder):
+    """Whether no process works in a folder."""
+    try:
+        with unlock_afterwards():
+            lock(str(folder))
+    except InputError:
+        return False
+    return True
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
