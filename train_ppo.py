@@ -646,7 +646,8 @@ def estimate_advantages(config, outputs, rewards):
     """
     mask = outputs["mask"]
     if config.advantage == "gae":
-        # The value function says what was expected before each token.
+        # The value function says what was expected before each token. By default an answer that was
+        # cut off counts as one that ended: nothing is expected after it.
         bootstrap = outputs["bootstrap"] if config.bootstrap_truncated else None
         advantages, returns = ppo.gae(
             rewards, outputs["values"], mask, config.gamma, config.lam, bootstrap
@@ -664,6 +665,8 @@ def estimate_advantages(config, outputs, rewards):
 
     mean, variance = ppo.masked_moments(advantages, mask)
     record = {"advantage_mean": mean.item(), "advantage_std": variance.sqrt().item()}
+    # Whitening makes the size of an update independent of the unit of the scores. Groups have the
+    # mean 0 already: less the mean over tokens, a group of equal answers would have advantages too.
     if config.advantage == "gae":
         advantages = ppo.whiten(advantages, mask, (mean, variance))
         record["explained_variance"] = ppo.explained_variance(outputs["values"], returns, mask)
