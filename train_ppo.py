@@ -653,7 +653,8 @@ def estimate_advantages(config, outputs, rewards):
     """
     mask = outputs["mask"]
     if config.has_value_function:
-        # The value function says what was expected before each token.
+        # The value function says what was expected before each token. By default an answer that was
+        # cut off counts as one that ended: nothing is expected after it.
         bootstrap = outputs["bootstrap"] if config.bootstrap_truncated else None
         advantages, returns = ppo.gae(
             rewards, outputs["values"], mask, config.gamma, config.lam, bootstrap
@@ -671,6 +672,9 @@ def estimate_advantages(config, outputs, rewards):
 
     mean, variance = ppo.masked_moments(advantages, mask)
     record = {"advantage_mean": mean.item(), "advantage_std": variance.sqrt().item()}
+    # Whitening makes the size of an update independent of the unit of the scores. Advantages within
+    # a group have mean 0 already. Whitening them too would shift them by a mean over all tokens:
+    # answers with equal rewards, which teach nothing, would get advantages that are not 0.
     if config.has_value_function:
         advantages = ppo.whiten(advantages, mask, (mean, variance))
         record["explained_variance"] = ppo.explained_variance(outputs["values"], returns, mask)

@@ -287,6 +287,7 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def whiten(x: Tensor, mask: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) over all response tokens of the whole batch; 0 where masked.
 
+    Whitened advantages make the size of an update independent of the unit of the scores.
     x, mask [B, R] -> [B, R]. `moments` (mean, var) are those of the whole batch when x is only a
     part of it. Pitfall: never whiten per minibatch, and take the returns before, not after.
     """

@@ -257,10 +257,12 @@ def gold_parts(prompt: str, response: str) -> dict[str, float]:
 
 
 def topic_of(prompt: str) -> str:
-    """The first topic that a prompt names; ValueError where there is none."""
-    for word in prompt.split():
-        if word in TOPICS:
-            return word
+    """The first topic that a prompt names; ValueError where there is none, as in any chat."""
+    # The world's prompts are strings. A chat, a list of messages, is of other data.
+    if isinstance(prompt, str):
+        for word in prompt.split():
+            if word in TOPICS:
+                return word
     raise ValueError(f"no topic of the embedded world in the prompt {prompt!r}")
 
 

@@ -217,7 +217,8 @@ def subtract(name: str, a: Number, b: Number, pairs: Pairs) -> dict:
         if number_a is not None and number_b is not None:
             differences.append(number_b - number_a)
             prompts.append(first.prompt)
-    if differences:
+    # The interval is over prompts: one alone would give it the width 0, as if nothing were unsure.
+    if len(set(prompts)) > 1:
         mean, draws = mean_over_groups(differences, number_prompts(prompts))
         return {
             "difference": mean.item(),

@@ -43,7 +43,8 @@ def choose_rewards(
     golds, further_notes = keep_usable(gold_of_runs)
     # The command and the runs may name the same reward: it stands in the list once.
     specs = [*named, *rewards, *named_gold, *golds]
-    return list(dict.fromkeys(specs)), [*notes, *further_notes]
+    # A reward that is also the gold is left out twice, for one reason.
+    return list(dict.fromkeys(specs)), list(dict.fromkeys([*notes, *further_notes]))
 
 
 def keep_usable(specs: list[str]) -> tuple[list[str], list[str]]:

@@ -314,7 +314,7 @@ def test_names_without_a_link_are_found():
         "# ppo.py\n\n`ppo.py`, then [`ppo.py`](ppo.py), then ppo.py;\n"
         "hf/lora.py, lora.py and `python train_ppo.py`\n"
         "```bash\npython probe.py\n```\n"
-        "## Next\n`train_ppo.py` my.py config.json https://x.org/ppo.py `nanorlhf/ppo.py`\n\n"
+        "## Next\n`train_ppo.py` no_file.py config.json https://x.org/ppo.py `nanorlhf/ppo.py`\n\n"
         "| [dpo.py](dpo.py) | `bon.py` |\n| --- | --- |\n| `dpo.py` | dpo.py |\n"
     )
     found = [(line, what.split()[0]) for line, what in faults_of_names(page, text)]

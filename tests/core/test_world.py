@@ -294,6 +294,12 @@ def test_gold_of_another_topic():
     check_parts(text, 0, relevance=-1.5, repetition=0, grammar=0, length=0)
 
 
+def test_a_chat_has_no_gold():
+    chat = [{"role": "user", "content": "review the hotel :"}]
+    with pytest.raises(ValueError, match="no topic of the embedded world in the prompt"):
+        world.gold([chat], ["it was fine ."])
+
+
 def test_gold_of_an_empty_answer():
     check_parts("", 0, relevance=-1.0, repetition=0, grammar=-0.5, length=-1.5)
 

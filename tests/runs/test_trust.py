@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ENV, REPO, arguments, refused
+from support import ALL_SCRIPTS, ENV, REPO, arguments, refused
 from tiny_models import public_checkpoint, tiny_lm, tiny_policy, word_tokenizer
 from transformers import (
     AutoConfig,
@@ -27,6 +27,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
+import probe
 from nanorlhf import world
 from nanorlhf.errors import InputError
 from nanorlhf.evals.encoders import check_nli, nli_scorer, sentence_encoder
@@ -248,7 +249,9 @@ OURS = ("SARM", "cls")
 
 
 def source_files():
-    return sorted([*REPO.glob("*.py"), *REPO.glob("nanorlhf/**/*.py")])
+    """The scripts and the package, without what a reader keeps beside the scripts."""
+    scripts = [Path(module.__file__) for module in (probe, *ALL_SCRIPTS.values())]
+    return sorted([*scripts, *REPO.glob("nanorlhf/**/*.py")])
 
 
 def imported_names(node):

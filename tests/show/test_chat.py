@@ -186,6 +186,7 @@ def test_a_program_that_a_run_names_is_not_run(folder, say):
     (run / "config.json").write_text(json.dumps(settings))
     lines = say([PROMPT], "run", "--max_new_tokens", "4")
     assert "runs only if the command names it" in lines[0]
+    assert lines[1] == "run:"  # it is said once, though the program is the gold reward too
     assert not os.path.exists("was_run")
     say([PROMPT], "run", "--max_new_tokens", "4", "--reward_model", f"{evil}:reward")
     assert os.path.exists("was_run")

@@ -158,6 +158,17 @@ def test_answers_to_one_prompt_are_one_draw(tmp_path):
     assert row["pairs"] == 4
 
 
+def test_a_single_prompt_has_no_interval_over_prompts(tmp_path):
+    """Its resamples would all be alike: an interval of width 0."""
+    rows = [answer("x", 0.0), answer("x", 1.0)]
+    a = write_run(tmp_path / "a", PPO, at(4, gold=(0.5, 0.3)), {4: rows})
+    b = write_run(tmp_path / "b", PPO, at(4, gold=(0.5, 0.4)), {4: rows})
+    row = compare_metric("gold", a, b)
+    assert row["se"] == pytest.approx(0.5)
+    assert row["interval"] == pytest.approx([-0.98, 0.98])
+    assert row["pairs"] is None
+
+
 def test_what_has_no_answers_is_taken_for_independent(tmp_path):
     a = write_run(tmp_path / "a", RM, at(3, accuracy=(0.7, 0.03)))
     b = write_run(tmp_path / "b", RM, at(3, accuracy=(0.8, 0.04)))
