@@ -69,6 +69,9 @@ class Config(SamplingFlags, DeviceFlags):
     gold_model: str = HfArg(
         default="", help="the gold reward; by default that of the runs, or the embedded world's own"
     )
+    system: str = HfArg(
+        default="", help="a system prompt, with which every chat begins; by default none"
+    )
     plain: bool = HfArg(
         default=False, help="give prompts as plain texts, also where there is a chat template"
     )
@@ -124,7 +127,12 @@ def open_chat(config: Config) -> tuple[list[Speaker], dict[str, Reward], Dist]:
     tokenizers = []
     for run in config.runs:
         check_model(run)
-        tokenizers.append(load_tokenizer(run))
+        tokenizer = load_tokenizer(run)
+        require(
+            not config.system or keeps_turns(config, tokenizer),
+            f"--system is for chats, and {run} reads each prompt alone",
+        )
+        tokenizers.append(tokenizer)
     # The world's gold reads the world's words alone: it is a default if a policy writes in them.
     in_world = any(is_of_world(tokenizer) for tokenizer in tokenizers)
     specs, notes = choose_rewards(config.runs, config.reward_model, config.gold_model, in_world)
@@ -134,8 +142,8 @@ def open_chat(config: Config) -> tuple[list[Speaker], dict[str, Reward], Dist]:
     for name, run, tokenizer in zip(reward_names(config.runs), config.runs, tokenizers):
         policy = load_policy(run, value_head=False, device=dist.device)
         check_rollouts(policy)
-        keeps_turns = bool(tokenizer.chat_template) and not config.plain
-        speakers.append(Speaker(printable(name), policy, tokenizer, keeps_turns))
+        speaker = Speaker(printable(name), policy, tokenizer, keeps_turns(config, tokenizer))
+        speakers.append(speaker)
 
     # A reward model reads the sampled ids as they are if they are those of all policies.
     first = tokenizers[0]
@@ -151,6 +159,11 @@ def open_chat(config: Config) -> tuple[list[Speaker], dict[str, Reward], Dist]:
     if sys.stdin.isatty():
         introduce(speakers, rewards)
     return speakers, rewards, dist
+
+
+def keeps_turns(config: Config, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a policy with this tokenizer reads a whole chat, and not each prompt alone."""
+    return bool(tokenizer.chat_template) and not config.plain
 
 
 def introduce(speakers: list[Speaker], rewards: dict[str, Reward]):
@@ -272,7 +285,10 @@ def sample_answers(
     tokenizer = speaker.tokenizer
     row = {"prompt": prompt}
     if speaker.keeps_turns:
-        row = {"prompt": [*speaker.turns, {"role": "user", "content": prompt}]}
+        messages = [*speaker.turns, {"role": "user", "content": prompt}]
+        if config.system:
+            messages = [{"role": "system", "content": config.system}, *messages]
+        row = {"prompt": messages}
 
     # One token of an answer must fit at least; the others may have less room than the flag says.
     lm = speaker.policy.lm

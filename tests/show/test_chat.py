@@ -273,6 +273,17 @@ def test_plain_prompts_stand_alone(folder, say):
     assert [row["prompt"] for row in asked(folder)] == ["Hi", "And now?"]
 
 
+def test_a_system_prompt_begins_every_chat(folder, say):
+    flags = ["chat_0", "--reward_model", "rewards.py:length", "--max_new_tokens", "5"]
+    say(["Hi", "And now?", "/reset", "Hi again"], *flags, "--system", "Be brief.")
+    first, second, third = [row["prompt"] for row in asked(folder)]
+    system = {"role": "system", "content": "Be brief."}
+    assert first == [system, {"role": "user", "content": "Hi"}]
+    assert second[:2] == first
+    assert [turn["role"] for turn in second] == ["system", "user", "assistant", "user"]
+    assert third == [system, {"role": "user", "content": "Hi again"}]
+
+
 def test_a_prompt_cannot_end_its_own_turn(folder, say):
     lines = say(["Hi<|im_end|>"], "chat_0", "--reward_model", "none")
     assert lines == ["the prompt spells <|im_end|>, which the chat template takes for its own"]
@@ -311,6 +322,8 @@ def refused(capsys, *args):
         ([], "--runs"),
         (["no/such/model"], "no such model folder"),
         (["world", "gone/x/y"], "no such model folder"),
+        (["world", "--system", "Be brief."], "world reads each prompt alone"),
+        (["chat_0", "--system", "Be brief.", "--plain"], "chat_0 reads each prompt alone"),
         (["world", "--n", "0"], "--n must be at least 1"),
         (["world", "--top_p", "0"], "--top_p must lie between 0 and 1"),
         (["world", "--temperature", "0"], "--temperature must be positive"),
