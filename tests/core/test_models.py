@@ -678,7 +678,9 @@ def test_a_saved_reward_model_is_a_plain_hf_model_up_to_its_mean(rm, tmp_path):
     save_reward_model(rm, word_tokenizer(), path)
 
     again = load_reward_model(path).eval()
-    assert torch.equal(again(BATCH), expected)
+    # The weight lies elsewhere in memory than before, and a product may round otherwise there.
+    assert torch.equal(again.model.score.weight, rm.model.score.weight)
+    same(again(BATCH), expected)
     mean = again.model.config.reward_mean
     assert abs(mean) > 1e-3
     # HF finds the last token as the last one that is not the padding's id, 0.
