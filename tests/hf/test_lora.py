@@ -42,12 +42,13 @@ from transformers.pytorch_utils import Conv1D
 
 import nanorlhf.models
 import train_rm
+import train_sft
 from nanorlhf import world
 from nanorlhf.errors import InputError
 from nanorlhf.hf.adapters import load_adapter, save_adapter
 from nanorlhf.hf.blocks import trainable
 from nanorlhf.hf.folders import check_model
-from nanorlhf.hf.lora import LoRA, adapters, adapters_off, add_lora, matching, merge
+from nanorlhf.hf.lora import LoRA, adapters, adapters_off, add_lora, choose_trained, matching, merge
 from nanorlhf.models import (
     Policy,
     WithoutAdapters,
@@ -770,6 +771,11 @@ def test_an_adapter_without_harm_is_read(by_hand):
         function(str(by_hand))
 
 
+def test_a_start_that_leaves_the_base_as_it_is_is_read(bases, tmp_path):
+    write_adapter(tmp_path, bases["gpt2"], init_lora_weights="gaussian")
+    check_model(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "field, value, words",
     [
@@ -783,6 +789,7 @@ def test_an_adapter_without_harm_is_read(by_hand):
         ("lora_alpha", NAN, "NaN is no finite number"),
         ("lora_alpha", 10**400, "lora_alpha cannot be 1000"),
         ("lora_dropout", 2, r"lora_dropout must lie in \[0, 1\)"),
+        ("lora_dropout", 1, "lora_dropout must lie in"),
         ("lora_dropout", NAN, "NaN is no finite number"),
         ("target_modules", None, "target_modules cannot be None"),
         ("target_modules", 5, "target_modules cannot be 5"),
@@ -959,6 +966,27 @@ def test_an_adapter_is_saved_beside_a_saved_base(tmp_path):
 def test_flags_that_do_not_fit_are_refused(kind, flags, words):
     with pytest.raises(InputError, match=words):
         SCRIPTS[kind].Config(**flags)
+
+
+def test_each_flag_reaches_the_adapters():
+    config = train_sft.Config(
+        model="m",
+        lora_rank=2,
+        lora_layers=["dense"],
+        lora_alpha=6.0,
+        lora_dropout=0.25,
+        seed=5,
+    )
+    chosen = tiny_lm("neox")
+    choose_trained(chosen, config)
+    by_hand = tiny_lm("neox")
+    add_lora(by_hand, pattern=["dense"], rank=2, alpha=6.0, dropout=0.25, seed=5)
+
+    expected = adapters(by_hand)
+    assert adapters(chosen).keys() == expected.keys()
+    for name, layer in adapters(chosen).items():
+        assert torch.equal(layer.lora_A, expected[name].lora_A)
+        assert (layer.scale, layer.dropout.p) == (3.0, 0.25)
 
 
 def small_flags(kind, chain):
