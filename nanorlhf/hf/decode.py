@@ -121,7 +121,7 @@ def decoding(model, device_type: str, n_rows: int):
     if autocast_dtype(device_type):
         # Autocast makes its copies inside the loop, so this cannot be inference mode.
         for p in parameters:
-            if p.is_floating_point() and not p.requires_grad:
+            if not p.requires_grad:
                 frozen.append(p)
         if on_plain_cpu and autocast_dtype(device_type) == torch.bfloat16:
             layout = packed_weights(model.lm, n_rows)
