@@ -692,6 +692,16 @@ def test_a_reward_model_on_top_of_an_adapter(saved, bases, tmp_path):
     assert torch.equal(found, expected)
 
 
+def test_a_mean_of_0_takes_the_place_of_the_base_models(bases, tmp_path):
+    base = load_reward_model(bases["neox"], seed=0)
+    base.standardise(0.5, 2.0)
+    save_reward_model(base, word_tokenizer(), str(tmp_path / "base"))
+    reward_model = load_reward_model(str(tmp_path / "base"), seed=1)
+    add_lora(reward_model.model, rank=2)
+    save_reward_model(reward_model, word_tokenizer(), str(tmp_path / "rm"))
+    same(load_reward_model(str(tmp_path / "rm"))(BATCH), reward_model(BATCH))
+
+
 def test_a_reward_model_needs_no_adapter_on_the_lm_head(bases, tmp_path):
     policy = make_lora_policy(bases["neox"], pattern=[LM_HEAD, "dense"])
     save_policy(policy, word_tokenizer(), str(tmp_path))
@@ -942,6 +952,17 @@ def test_a_reward_model_is_no_policy(bases, tmp_path):
     save_reward_model(reward_model, word_tokenizer(), str(tmp_path))
     with pytest.raises(InputError, match="of a reward model, not of a policy"):
         load_policy(str(tmp_path))
+
+
+def test_an_adapter_with_a_head_of_several_labels_is_no_reward_model(bases, tmp_path):
+    reward_model = load_reward_model(bases["neox"], seed=0)
+    add_lora(reward_model.model, rank=2)
+    save_reward_model(reward_model, word_tokenizer(), str(tmp_path))
+    tensors = read_adapter(tmp_path)
+    tensors["base_model.model.score.weight"] = torch.ones(2, D)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"score.weight is \[2, {D}\], not \[1, {D}\]"):
+        load_reward_model(str(tmp_path))
 
 
 def test_an_adapter_is_saved_beside_a_saved_base(tmp_path):
