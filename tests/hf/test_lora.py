@@ -30,6 +30,7 @@ from tiny_models import (
     ARCHITECTURES,
     BATCH,
     MASK,
+    SIZE,
     D,
     gradients,
     tiny_lm,
@@ -37,7 +38,7 @@ from tiny_models import (
     word_tokenizer,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, RobertaConfig
 from transformers.pytorch_utils import Conv1D
 
 import nanorlhf.models
@@ -57,6 +58,7 @@ from nanorlhf.models import (
     load_policy,
     load_reward_model,
     load_tokenizer,
+    pretrained,
     save_policy,
     save_reward_model,
 )
@@ -690,6 +692,23 @@ def test_a_reward_model_on_top_of_an_adapter(saved, bases, tmp_path):
     found = trunk(input_ids=BATCH.ids).last_hidden_state
     expected = loaded.model.base_model(input_ids=BATCH.ids).last_hidden_state
     assert torch.equal(found, expected)
+
+
+def test_an_encoders_classifier_is_saved_whole(tmp_path):
+    """A judge of entailment has such a head, of two layers."""
+    auto = AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    lm = auto.from_config(RobertaConfig(**SIZE, num_labels=3)).eval()
+    lm.save_pretrained(tmp_path / "base")
+    assert "classifier.dense" not in matching(lm, ["dense"])
+    add_lora(lm, ["query"], rank=2)
+    for p in lm.classifier.parameters():
+        p.data.add_(torch.rand_like(p))
+
+    save_adapter(lm, str(tmp_path / "adapter"), str(tmp_path / "base"))
+
+    loaded = pretrained(auto, str(tmp_path / "adapter"))
+    same(loaded(input_ids=BATCH.ids).logits, lm(input_ids=BATCH.ids).logits)
 
 
 def test_a_mean_of_0_takes_the_place_of_the_base_models(bases, tmp_path):
