@@ -31,11 +31,10 @@ def block_list(lm) -> tuple[nn.Module, str, nn.ModuleList]:
     # The list is found by its length, since its name differs: model.layers in LLaMA, transformer.h
     # in GPT-2, model.decoder.layers in OPT.
     n_layers = lm.config.get_text_config().num_hidden_layers
-    for part in (lm.base_model.get_decoder(), lm.base_model):
-        for module in part.modules():
-            for name, child in module.named_children():
-                if isinstance(child, nn.ModuleList) and len(child) == n_layers:
-                    return module, name, child
+    for module in lm.base_model.get_decoder().modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == n_layers:
+                return module, name, child
     raise InputError(f"{type(lm).__name__}: found no list of its {n_layers} blocks")
 
 

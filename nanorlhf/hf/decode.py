@@ -122,7 +122,7 @@ def decoding(model, device_type: str, n_rows: int):
         # Autocast makes its copies inside the loop, so this cannot be inference mode. The copies of
         # frozen weights are kept only if these require grad in here.
         for p in parameters:
-            if p.is_floating_point() and not p.requires_grad:
+            if not p.requires_grad:
                 frozen.append(p)
         if on_plain_cpu and autocast_dtype(device_type) == torch.bfloat16:
             layout = packed_weights(model.lm, n_rows)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from checks import same
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import EOS, PROMPTS, RESPONSES, SIZE, V, tiny_lm, word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +26,7 @@ from nanorlhf.hf.blocks import blocks
 from nanorlhf.hf.decode import cache_name
 from nanorlhf.hf.folders import check_model, context_length, hidden_width, readable_length
 from nanorlhf.hf.lora import add_lora
+from nanorlhf.hf.weights import find_dtype
 from nanorlhf.models import (
     load_policy,
     load_reward_model,
@@ -188,9 +189,12 @@ def test_the_positions_of_roberta_begin_behind_its_padding():
 # -------------------------------------------------------------------------- the type of the weights
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_folder_is_saved_in_the_type_it_came_in(tmp_path, dtype):
-    path = save(llama(), tmp_path / "in", dtype)
+def test_a_folder_is_saved_in_the_type_it_came_in(tmp_path, dtype, tied):
+    """A head that is tied to the embeddings is not written a second time."""
+    config = LlamaConfig(**SIZE, tie_word_embeddings=tied)
+    path = save(config, tmp_path / "in", dtype)
     policy = load_policy(path)
     assert policy.lm.dtype == torch.float32
 
@@ -204,6 +208,47 @@ def test_a_folder_is_saved_in_the_type_it_came_in(tmp_path, dtype):
         assert torch.equal(after[name], tensor)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert plain.dtype == dtype
+
+
+def test_buffers_that_are_whole_numbers_are_saved_as_they_are(tmp_path):
+    lm = load_policy(save(llama(), tmp_path / "in", torch.bfloat16)).lm
+    # In bfloat16 this would be 256.
+    lm.register_buffer("counter", torch.tensor([257]))
+
+    adapters.save_model(lm, str(tmp_path / "out"))
+
+    assert load_file(tmp_path / "out" / "model.safetensors")["counter"].tolist() == [257]
+
+
+def change_weights(folder, changes):
+    """Change the weights of a model's folder, or add to them."""
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | changes, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_several_types_are_of_float32(tmp_path, dtype):
+    """Saved in `dtype`, those that came in float32 would be rounded."""
+    path = save(llama(), tmp_path, dtype)
+    assert find_dtype(path) == dtype
+    change_weights(tmp_path, {"model.norm.weight": torch.ones(32)})
+    assert find_dtype(path) == torch.float32
+
+
+def test_buffers_have_no_say_in_the_type(tmp_path):
+    """Older folders hold masks of attention beside the weights."""
+    path = save(llama(), tmp_path, torch.bfloat16)
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    masked_bias = torch.tensor(-1e9)
+    change_weights(tmp_path, {"attention.bias": mask, "attention.masked_bias": masked_bias})
+    assert find_dtype(path) == torch.bfloat16
+
+
+def test_weights_that_are_whole_numbers_are_refused(tmp_path):
+    path = save(llama(), tmp_path)
+    change_weights(tmp_path, {"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+    with pytest.raises(InputError, match="model.norm.weight holds I8, not floating-point numbers"):
+        load_policy(path)
 
 
 # ----------------------------------------------------------------------------- what is only refused
@@ -229,6 +274,17 @@ def test_weights_of_another_format_are_refused_with_what_to_do(tmp_path, name, w
     for look in (check_model, load_policy, load_reward_model):
         with pytest.raises(InputError, match=f"^{path}: no weights .*{words}"):
             look(path)
+
+
+def test_a_part_of_a_config_may_not_name_the_file_of_weights(tmp_path):
+    """transformers loads some language models by their text_config alone."""
+    path = save(gemma3(), tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["transformers_weights"] = "adapter_model.bin"
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="adapter_model.bin .transformers_weights.; they are read"):
+        check_model(path)
 
 
 def test_a_quantised_model_is_refused_with_what_to_do(tmp_path):

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV32Config,
+    FalconConfig,
     Gemma2Config,
     GPTNeoXModel,
     MambaConfig,
@@ -27,11 +28,12 @@ from transformers import (
     OPTConfig,
     Qwen3NextConfig,
 )
+from transformers.cache_utils import StaticLayer
 
 import nanorlhf.hf.decode
 import nanorlhf.rollout
 from nanorlhf.errors import InputError
-from nanorlhf.hf.decode import cache_name
+from nanorlhf.hf.decode import cache_name, static_cache
 from nanorlhf.hf.lora import adapters, add_lora
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, response_mask_of
@@ -276,6 +278,8 @@ OTHERS = [
     OPTConfig(**SIZE, ffn_dim=48, word_embed_proj_dim=16),
     # ALiBi.
     BloomConfig(**SPECIAL, hidden_size=32, n_layer=2, n_head=4),
+    # ALiBi in a model that has rotary embeddings too, and does not use them.
+    FalconConfig(**SPECIAL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
     # Its cache holds not only keys and values.
     Qwen3NextConfig(**GROUPED, **LINEAR_ATTENTION),
     # Its cache holds the keys of an indexer as well.
@@ -642,7 +646,7 @@ def test_other_attentions_with_a_static_cache(config):
         warnings.simplefilter("always")
         static = roll(policy, eos_token_id=eos, static=True)
     expected = []
-    if config.model_type in ("bloom", "qwen3_next", "deepseek_v32"):
+    if config.model_type in ("bloom", "falcon", "qwen3_next", "deepseek_v32"):
         expected = [RuntimeWarning]
     assert [warning.category for warning in caught] == expected
 
@@ -650,6 +654,13 @@ def test_other_attentions_with_a_static_cache(config):
     assert torch.equal(static.response_ids, dynamic.response_ids)
     assert torch.equal(static.finished, dynamic.finished)
     same(static.logprobs, dynamic.logprobs)
+
+
+def test_a_static_cache_keeps_no_state_in_python():
+    """A graph would not replay it. transformers' own sliding layers count their tokens so."""
+    lm = other_policy(MistralConfig(**GROUPED, sliding_window=4)).lm
+    kinds = {type(layer) for layer in static_cache(lm, 32).layers}
+    assert kinds == {StaticLayer}
 
 
 @pytest.mark.parametrize(

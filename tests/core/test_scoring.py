@@ -38,6 +38,18 @@ def test_without_weights_the_objective_decides():
     assert combine(objective="wco").proxy.tolist() == [1, 0, -5]
 
 
+def test_the_runs_flags_reach_its_rewards(monkeypatch):
+    asked = []
+
+    def load_rewards(specs, tokenizer, dist, micro_batch_size, dtype):
+        asked.append((specs, tokenizer, dist, micro_batch_size, dtype))
+
+    monkeypatch.setattr("nanorlhf.scoring.load_rewards", load_rewards)
+    config = SimpleNamespace(reward_model=["a", "b"], micro_batch_size=3, dtype="bfloat16")
+    Scoring(config).load("the tokenizer", "this process")
+    assert asked == [(["a", "b"], "the tokenizer", "this process", 3, "bfloat16")]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

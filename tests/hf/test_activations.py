@@ -188,6 +188,14 @@ def test_a_replaced_output_is_what_the_model_goes_on_with(architecture):
     assert torch.equal(compute_logits(lm), before)
 
 
+def test_a_replacement_may_compute_in_float32():
+    """Autoencoders do. A model whose weights are in bfloat16 goes on in bfloat16."""
+    lm = tiny_family("llama").to(torch.bfloat16)
+    before = compute_logits(lm)
+    with replaced(lm, (1, "mlp"), lambda x: x.float()):
+        assert torch.equal(compute_logits(lm), before)
+
+
 def test_hooks_are_removed_after_an_error_inside():
     lm = tiny_family("gpt2")
     before = compute_logits(lm)

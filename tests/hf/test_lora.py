@@ -30,6 +30,7 @@ from tiny_models import (
     ARCHITECTURES,
     BATCH,
     MASK,
+    SIZE,
     D,
     gradients,
     tiny_lm,
@@ -37,17 +38,18 @@ from tiny_models import (
     word_tokenizer,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, RobertaConfig
 from transformers.pytorch_utils import Conv1D
 
 import nanorlhf.models
 import train_rm
+import train_sft
 from nanorlhf import world
 from nanorlhf.errors import InputError
 from nanorlhf.hf.adapters import load_adapter, save_adapter
 from nanorlhf.hf.blocks import trainable
 from nanorlhf.hf.folders import check_model
-from nanorlhf.hf.lora import LoRA, adapters, adapters_off, add_lora, matching, merge
+from nanorlhf.hf.lora import LoRA, adapters, adapters_off, add_lora, choose_trained, matching, merge
 from nanorlhf.models import (
     Policy,
     WithoutAdapters,
@@ -56,6 +58,7 @@ from nanorlhf.models import (
     load_policy,
     load_reward_model,
     load_tokenizer,
+    pretrained,
     save_policy,
     save_reward_model,
 )
@@ -691,6 +694,33 @@ def test_a_reward_model_on_top_of_an_adapter(saved, bases, tmp_path):
     assert torch.equal(found, expected)
 
 
+def test_an_encoders_classifier_is_saved_whole(tmp_path):
+    """A judge of entailment has such a head, of two layers."""
+    auto = AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    lm = auto.from_config(RobertaConfig(**SIZE, num_labels=3)).eval()
+    lm.save_pretrained(tmp_path / "base")
+    assert "classifier.dense" not in matching(lm, ["dense"])
+    add_lora(lm, ["query"], rank=2)
+    for p in lm.classifier.parameters():
+        p.data.add_(torch.rand_like(p))
+
+    save_adapter(lm, str(tmp_path / "adapter"), str(tmp_path / "base"))
+
+    loaded = pretrained(auto, str(tmp_path / "adapter"))
+    same(loaded(input_ids=BATCH.ids).logits, lm(input_ids=BATCH.ids).logits)
+
+
+def test_a_mean_of_0_takes_the_place_of_the_base_models(bases, tmp_path):
+    base = load_reward_model(bases["neox"], seed=0)
+    base.standardise(0.5, 2.0)
+    save_reward_model(base, word_tokenizer(), str(tmp_path / "base"))
+    reward_model = load_reward_model(str(tmp_path / "base"), seed=1)
+    add_lora(reward_model.model, rank=2)
+    save_reward_model(reward_model, word_tokenizer(), str(tmp_path / "rm"))
+    same(load_reward_model(str(tmp_path / "rm"))(BATCH), reward_model(BATCH))
+
+
 def test_a_reward_model_needs_no_adapter_on_the_lm_head(bases, tmp_path):
     policy = make_lora_policy(bases["neox"], pattern=[LM_HEAD, "dense"])
     save_policy(policy, word_tokenizer(), str(tmp_path))
@@ -770,6 +800,11 @@ def test_an_adapter_without_harm_is_read(by_hand):
         function(str(by_hand))
 
 
+def test_a_start_that_leaves_the_base_as_it_is_is_read(bases, tmp_path):
+    write_adapter(tmp_path, bases["gpt2"], init_lora_weights="gaussian")
+    check_model(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "field, value, words",
     [
@@ -783,6 +818,7 @@ def test_an_adapter_without_harm_is_read(by_hand):
         ("lora_alpha", NAN, "NaN is no finite number"),
         ("lora_alpha", 10**400, "lora_alpha cannot be 1000"),
         ("lora_dropout", 2, r"lora_dropout must lie in \[0, 1\)"),
+        ("lora_dropout", 1, "lora_dropout must lie in"),
         ("lora_dropout", NAN, "NaN is no finite number"),
         ("target_modules", None, "target_modules cannot be None"),
         ("target_modules", 5, "target_modules cannot be 5"),
@@ -937,6 +973,17 @@ def test_a_reward_model_is_no_policy(bases, tmp_path):
         load_policy(str(tmp_path))
 
 
+def test_an_adapter_with_a_head_of_several_labels_is_no_reward_model(bases, tmp_path):
+    reward_model = load_reward_model(bases["neox"], seed=0)
+    add_lora(reward_model.model, rank=2)
+    save_reward_model(reward_model, word_tokenizer(), str(tmp_path))
+    tensors = read_adapter(tmp_path)
+    tensors["base_model.model.score.weight"] = torch.ones(2, D)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"score.weight is \[2, {D}\], not \[1, {D}\]"):
+        load_reward_model(str(tmp_path))
+
+
 def test_an_adapter_is_saved_beside_a_saved_base(tmp_path):
     with pytest.raises(InputError, match="saved base model"):
         save_adapter(make_lora_lm("neox"), str(tmp_path), "")
@@ -959,6 +1006,27 @@ def test_an_adapter_is_saved_beside_a_saved_base(tmp_path):
 def test_flags_that_do_not_fit_are_refused(kind, flags, words):
     with pytest.raises(InputError, match=words):
         SCRIPTS[kind].Config(**flags)
+
+
+def test_each_flag_reaches_the_adapters():
+    config = train_sft.Config(
+        model="m",
+        lora_rank=2,
+        lora_layers=["dense"],
+        lora_alpha=6.0,
+        lora_dropout=0.25,
+        seed=5,
+    )
+    chosen = tiny_lm("neox")
+    choose_trained(chosen, config)
+    by_hand = tiny_lm("neox")
+    add_lora(by_hand, pattern=["dense"], rank=2, alpha=6.0, dropout=0.25, seed=5)
+
+    expected = adapters(by_hand)
+    assert adapters(chosen).keys() == expected.keys()
+    for name, layer in adapters(chosen).items():
+        assert torch.equal(layer.lora_A, expected[name].lora_A)
+        assert (layer.scale, layer.dropout.p) == (3.0, 0.25)
 
 
 def small_flags(kind, chain):

@@ -140,6 +140,17 @@ def test_few_rows_turn_no_weights():
         assert all(layer.weight.is_contiguous() for layer in large_layers(policy.lm))
 
 
+def test_a_layer_that_computes_more_is_not_laid_out():
+    """A packed copy of its weight would compute W x + b alone."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
+    assert large_layers(model) == [model[0]]
+
+
 # -------------------------------------------------------------------------------------- bfloat16
 
 

@@ -488,6 +488,18 @@ def test_an_index_beside_whole_weights(tmp_path, other):
         check_model(str(folder))
 
 
+def test_whole_weights_are_read_beside_an_index(tmp_path):
+    """The index is left over from shards that are gone."""
+    folder = tmp_path / "model"
+    expected = save_sharded(folder)
+    tiny_lm("llama").save_pretrained(tmp_path / "whole")
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    shutil.copy(tmp_path / "whole/model.safetensors", folder)
+    policy = load_policy(str(folder), value_head=False)
+    assert policy.lm(input_ids=IDS).logits.equal(expected)
+
+
 @pytest.mark.parametrize("door", [check_model, load_policy])
 @pytest.mark.parametrize(
     "name",
