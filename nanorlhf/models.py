@@ -34,6 +34,7 @@ from .hf.folders import (
     check_heads,
     check_model,
     check_run,
+    check_shapes,
     check_vocabulary,
     check_weights,
     has_tokenizer,
@@ -494,10 +495,12 @@ def pretrained(auto, path: str, new_head: bool = False, **kwargs):
             use_safetensors=True,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_shapes() refuses them, and names one
             **kwargs,
         )
     model.eval()
     model.stored_dtype = stored_dtype  # save_model() writes it so again
+    check_shapes(path, info["mismatched_keys"])
     check_complete(path, model, info["missing_keys"], new_head)
     if not new_head and auto is not transformers.AutoModel:
         check_heads(path, model, info["unexpected_keys"])

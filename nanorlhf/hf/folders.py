@@ -5,6 +5,7 @@ changed it. Whatever is wrong is an InputError: one line that says what and wher
 """
 
 import os
+from collections.abc import Iterable
 
 import torch
 import transformers
@@ -16,7 +17,7 @@ from ..runtime.hints import check_made
 from ..runtime.tensors import check_numbers
 from .adapters import is_adapter, read_config, resolve
 from .lora import HEADS
-from .weights import check_config, find_file, has_weights, weight_names
+from .weights import INDEX, check_config, find_file, has_weights, weight_names
 
 # The folder of a separate value model, inside its policy's.
 VALUE_MODEL = "value_model"
@@ -104,6 +105,8 @@ def explain_no_weights(path: str) -> str:
             "AutoModelForCausalLM.from_pretrained and call save_pretrained, which writes "
             "safetensors"
         )
+    if any(name.startswith("model-") and name.endswith(".safetensors") for name in names):
+        return f"; parts of them are there, without {INDEX}, which lists them"
     if any(name.endswith(".gguf") for name in names):
         return "; GGUF is for inference: take the safetensors that it was made from"
     return ""
@@ -354,6 +357,19 @@ def read_longest_text(path: str, tokenizer) -> int:
 
 
 # --------------------------------------------------------------------------------- the loaded model
+
+
+def check_shapes(path: str, mismatched: Iterable[tuple]):
+    """InputError where weights do not have the shapes that config.json gives them.
+
+    mismatched: (name, the shape in the folder, the shape by the config) of each such weight.
+    """
+    if mismatched:
+        name, stored, expected = min(mismatched)
+        raise InputError(
+            f"{path}: {name} has the shape {list(stored)}, and config.json asks for "
+            f"{list(expected)}"
+        )
 
 
 def check_complete(path: str, model, missing: list[str], new_head: bool):

@@ -137,8 +137,8 @@ def errors_in_one_line(resumable=False):
     """A context that ends as a user wants to see it: one line on stderr, and an exit code.
 
     2: wrong input. 1: it could not go on (a gradient that is not finite, a disk that is full or
-    fails, another process that is gone). 130: Ctrl-C; `resumable`: --resume would go on. A bug has
-    a traceback.
+    fails, a folder or another process that is gone). 130: Ctrl-C; `resumable`: --resume would go
+    on. A bug has a traceback.
     """
     # The outer try is for Ctrl-C, which may come while an error is being reported.
     try:
@@ -183,6 +183,9 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return f"no room to write ({first_line(error)}); {kept}: {advice}", 1
     if errno_of(error) in NO_ACCESS:
         return f"a file cannot be read or written ({first_line(error)}); {kept}", 1
+    # Somebody removed the run's folder, or the one that the command was given in.
+    if errno_of(error) == errno.ENOENT:
+        return f"a file or folder that is needed is gone ({first_line(error)})", 1
     if distributed.out_of_memory(error):
         return f"not enough memory ({first_line(error)})", 1
     if distributed.lost_a_process(error):

@@ -63,6 +63,8 @@ def read_data_set(spec: str) -> list[tuple[str, dict]]:
     is_saved = is_saved_folder(name)
 
     if os.path.isdir(name) and not is_saved:
+        # The library calls a data set by its folder, and "." and ".." are no names.
+        name = os.path.abspath(name)
         files = find_files(spec, name, config, split)
         # The library makes null of "None" in CSV, and its errors name no line.
         if files and all(map(is_file_of_rows, files)):

@@ -267,6 +267,10 @@ def folder_with(tmp_path, name, content=b""):
     [
         ("pytorch_model.bin", "pickles are never read.*save_pretrained, which writes safetensors"),
         ("model.Q4_K_M.gguf", "GGUF is for inference: take the safetensors"),
+        (
+            "model-00001-of-00002.safetensors",
+            "parts of them are there, without model.safetensors.index.json",
+        ),
     ],
 )
 def test_weights_of_another_format_are_refused_with_what_to_do(tmp_path, name, words):
@@ -285,6 +289,19 @@ def test_a_part_of_a_config_may_not_name_the_file_of_weights(tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(InputError, match="adapter_model.bin .transformers_weights.; they are read"):
         check_model(path)
+
+
+@pytest.mark.parametrize("load", [load_policy, load_reward_model])
+def test_a_weight_of_another_shape_is_refused_by_its_name(tmp_path, load):
+    """The config of a model was changed behind its weights, or the weights are another model's."""
+    path = save(llama(), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = torch.ones(3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = r"model\.norm\.weight has the shape \[3\], and config\.json asks for \[32\]"
+    with pytest.raises(InputError, match=f"^{path}: {words}$"):
+        load(path)
 
 
 def test_a_quantised_model_is_refused_with_what_to_do(tmp_path):

@@ -788,6 +788,25 @@ def test_a_disk_that_fails_keeps_the_last_good_checkpoint(here, capfd, monkeypat
     assert steps_of_checkpoints() == [1]
 
 
+def test_a_run_whose_folder_is_removed_ends_in_one_line(here, capfd, monkeypatch):
+    append_lines = log.append_lines
+
+    def remove_first(path, rows):
+        shutil.rmtree("out")
+        append_lines(path, rows)
+
+    monkeypatch.setattr(log, "append_lines", remove_first)
+    words = ("is gone", os.strerror(errno.ENOENT), "out/metrics.jsonl")
+    fails(capfd, "sft", arguments("sft"), *words, code=1, lines=None)
+
+
+def test_a_command_in_a_folder_that_is_removed_ends_in_one_line(here, capfd, monkeypatch):
+    os.mkdir("removed")
+    monkeypatch.chdir("removed")
+    os.rmdir(here / "removed")
+    fails(capfd, "sft", arguments("sft"), "is gone", code=1)
+
+
 @pytest.mark.slow
 def test_an_infinite_loss_keeps_the_last_good_checkpoint(here, capfd):
     """Evaluation, two steps, then scores of 1e38: the third step fails.

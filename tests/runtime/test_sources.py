@@ -187,6 +187,14 @@ def test_folders_as_downloaded(folder, name):
     assert content(folder) == before
 
 
+@pytest.mark.parametrize("name", [".", "..", "./", ".:train"])
+def test_the_folder_that_one_stands_in(folder, monkeypatch, name):
+    write_parquet(folder / f"{PART}.parquet")
+    write(folder / "code/notes.txt", "")
+    monkeypatch.chdir(folder / "code" if name == ".." else folder)
+    assert rows_of(name) == ROWS
+
+
 def test_a_folder_of_parquet(folder, capfd):
     write(folder / "README.md", "# A data set\n")
     write_parquet(folder / f"data/{PART}.parquet")
