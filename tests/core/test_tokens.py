@@ -102,6 +102,18 @@ def test_the_loss_is_on_all_assistant_turns(chat_tokenizer):
     assert [turn.strip() for turn in turns] == ["Of a cat?", "Of a dog!", ""]
 
 
+def test_a_turn_that_begins_a_chat_is_not_learned():
+    """Nobody has asked for it, so it is part of the prompt."""
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    chat = [{"role": "assistant", "content": "Hello"}, *CHAT[:1]]
+    row = {"prompt": chat, "response": "Of a dog!"}
+
+    encoded = encode(tokenizer, [row], ("response",), loss_on="all")
+
+    assert encoded.prompts == [write(tokenizer, chat, generation=True)]
+    assert tokenizer.decode(encoded.responses["response"][0]) == "Of a dog!<|im_end|>"
+
+
 def test_a_chat_of_one_turn_is_the_same_with_either_loss(chat_tokenizer):
     rows = [{"prompt": CHAT[:1], "response": "Of a dog!"}]
 
@@ -160,6 +172,28 @@ def test_a_template_without_an_end_gets_eos():
     encoded = encode(tokenizer, [{"prompt": CHAT, "response": "Yes"}], ("response",))
 
     assert tokenizer.decode(encoded.responses["response"][0]) == "assistant: Yes\n<eot>"
+
+
+def test_turns_without_an_end_are_learned_whole():
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer = byte_tokenizer("<eot>", template)
+
+    encoded = encode(tokenizer, [{"prompt": CHAT, "response": "Yes"}], ("response",), loss_on="all")
+
+    (response,) = encoded.responses["response"]
+    (scored,) = encoded.scored
+    learned = [token_id for token_id, is_scored in zip(response, scored) if is_scored]
+    assert tokenizer.decode(learned) == "assistant: Of a cat?\nassistant: Yes\n<eot>"
+
+
+def test_a_turn_may_end_with_another_token_than_eos():
+    """As Llama 3's do: its generation_config.json lists <|eot_id|> beside the EOS."""
+    tokenizer = byte_tokenizer("<|im_end|>", LLAMA)
+    tokenizer.end_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eot>"])
+
+    encoded = encode(tokenizer, [{"prompt": CHAT, "response": "Yes"}], ("response",))
+
+    assert tokenizer.decode(encoded.responses["response"][0]) == "Yes<eot>"
 
 
 REFUSED = {
@@ -278,8 +312,19 @@ def test_splits_are_counted_together():
     (sentence,) = said
     assert "2 chats left out" in sentence
     assert "the first at d.jsonl:9: '<pad>'" in sentence
+    assert sentence.endswith("; 2 are left")  # of both splits
     with pytest.raises(InputError, match="no row of eval is left; 1 chat left out"):
         leave_out_of_splits(tokenizer, [good], {"eval": bad[:1]}, config(), said.append)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_pair_is_left_out_for_either_of_its_answers(side):
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    good = {"prompt": CHAT, "chosen": "Yes", "rejected": "No"}
+
+    rows = leave_out_control_tokens(tokenizer, [good, {**good, side: "<pad>!"}], config(), print)
+
+    assert rows == [good]
 
 
 def test_strings_that_spell_a_control_token_are_left_out_of_a_template_alone():
@@ -355,6 +400,9 @@ def test_the_first_token_stands_for_a_prompt_that_is_empty():
         without.prompts[0] + without.responses["response"][0] == with_bos.responses["response"][0]
     )
     assert len(without.prompts[0]) == 1
+    # A text without any token but its EOS has nothing else to learn.
+    nothing = encode(tokenizer, [{"prompt": "", "response": ""}], ("response",))
+    assert nothing.prompts == nothing.responses["response"] == [[tokenizer.eos_token_id]]
     with pytest.raises(InputError, match="empty prompt.*BOS"):
         encode_prompts(tokenizer, [row])
 
@@ -366,6 +414,8 @@ def test_ids_without_a_token():
     assert ids_with_tokens(tokenizer, n) is None
     padded = ids_with_tokens(tokenizer, n + 5)
     assert padded.tolist() == [True] * n + [False] * 5
+    # A token beyond the embeddings has no logit, which is no error.
+    assert ids_with_tokens(tokenizer, n - 1) is None
 
 
 def test_the_end_of_a_response_is_eos_unless_a_model_lists_more():
@@ -401,9 +451,13 @@ LONG_AND_SHORT = [{"prompt": "w5 w6 w7 w8", "response": "w9"}, {"prompt": "w5", 
 
 
 def test_a_bos_stays_in_front_of_cut_training_prompts():
-    encoded = encode(bos_tokenizer(), LONG_AND_SHORT, ("response",), max_length=5)
-    assert encoded.prompts == [[3, 7, 8], [3, 5]]
-    assert encoded.responses["response"] == [[9, EOS], [9, EOS]]
+    tokenizer = bos_tokenizer()
+    for encoded in (
+        encode(tokenizer, LONG_AND_SHORT, ("response",), max_length=5),
+        encode_items(tokenizer, LONG_AND_SHORT, max_length=5),
+    ):
+        assert encoded.prompts == [[3, 7, 8], [3, 5]]
+        assert encoded.responses["response"] == [[9, EOS], [9, EOS]]
 
 
 def test_a_bos_stays_in_front_of_cut_prompts_of_a_rollout():
