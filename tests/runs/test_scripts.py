@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import CHAT, CHATML, byte_tokenizer
 from safetensors.torch import load_file
 from support import (
     SCRIPTS,
@@ -169,6 +170,49 @@ def test_perplexity_and_accuracy_by_plain_transformers(base, label):
     # One token of difference is allowed, where two logits are all but equal.
     accuracy = n_correct / n_tokens
     assert found[f"{label}/accuracy"] == pytest.approx(accuracy, abs=1.5 / n_tokens)
+
+
+class IdsAsLosses(torch.nn.Module):
+    """In the place of a policy: the log-prob of a token is minus its id, times a weight of 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch, mask, correct=False):
+        ids = torch.zeros(mask.shape)
+        for i, (start, n) in enumerate(zip(batch.prompt_lengths, batch.response_lengths)):
+            ids[i, :n] = batch.ids[i, start : start + n].float()
+        return {"logprobs": -self.weight * ids * mask, "correct": mask}
+
+
+@pytest.mark.parametrize("loss_on", ["all", "last"])
+def test_the_loss_on_a_chat_is_on_its_assistants_turns(loss_on):
+    """In training and in an evaluation: on what the assistant says, and the ends of its turns."""
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    rows = [{"prompt": CHAT, "response": "Yes"}, {"prompt": CHAT[:1], "response": "Of a dog!"}]
+    turns = ["Yes<|im_end|>", "Of a dog!<|im_end|>"]
+    if loss_on == "all":
+        turns.append("Of a cat?<|im_end|>")  # an earlier turn of CHAT
+    learned = []
+    for turn in turns:
+        learned += tokenizer(turn, add_special_tokens=False).input_ids
+    expected = sum(learned) / len(learned)
+
+    config = train_sft.Config(loss_on=loss_on, micro_batch_size=1)
+    dist = distributed.Dist(0, 1, torch.device("cpu"))
+    model = IdsAsLosses()
+    answers, _ = train_sft.encode_answers(rows, tokenizer, None, config)
+    n_tokens = train_sft.count_tokens(answers, [0, 1])
+    totals = train_sft.add_gradients(
+        model, answers, [0, 1], n_tokens, None, tokenizer, config, dist
+    )
+    assert totals["loss"].item() == pytest.approx(expected)
+    assert model.weight.grad.item() == pytest.approx(expected)
+
+    found = train_sft.evaluate_demonstrations(model, answers[0], tokenizer, config, dist)
+    assert found["n_tokens"] == len(learned)
+    assert math.log(found["perplexity"]) == pytest.approx(expected)
 
 
 def test_the_samples_prompts_keep_their_bos(base, monkeypatch):
