@@ -1211,11 +1211,12 @@ def test_the_learning_rate_is_constant_by_default(plain):
     assert column(plain[1:], "lr") == [3e-4, 3e-4]
 
 
-def test_learning_rate_schedule(base, tmp_path):
-    """Up to its peak in two steps, then linearly to 0 after the last: with one update a step."""
-    schedule = {"lr": 4e-4, "schedule": "linear", "final_lr": 0.0, "warmup": 2}
-    rows = ppo(base, tmp_path, steps=4, ppo_epochs=1, minibatch_size=8, **schedule)
-    assert column(rows[1:], "lr") == pytest.approx([2e-4, 4e-4, 4e-4, 2e-4])
+@pytest.mark.parametrize("kind", ["sft", "rm", "ppo"])
+def test_learning_rate_schedule(base, tmp_path, kind):
+    """Up to its peak in two steps, then linearly to a quarter of it after the last."""
+    schedule = {"lr": 4e-4, "schedule": "linear", "final_lr": 0.25, "warmup": 2}
+    rows = train(base, kind, tmp_path, steps=4, **schedule)
+    assert column(rows[-4:], "lr") == pytest.approx([2e-4, 4e-4, 4e-4, 2.5e-4])
 
 
 # ---------------------------------------------------------------- the options of PPO: ones own data
