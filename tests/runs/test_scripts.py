@@ -975,6 +975,9 @@ def test_adaptive_kl(base, tmp_path):
     coefs = [0.5]
     for row in rows[1:]:
         assert row["kl_coef"] == pytest.approx(coefs[-1])
+        # The reward pays this step's price.
+        penalty = row["score_mean"] - row["reward"]
+        assert penalty == pytest.approx(coefs[-1] * row["kl"], rel=1e-3, abs=1e-5)
         error = row["kl"] / 0.5 - 1
         error = min(max(error, -0.2), 0.2)
         coefs.append(coefs[-1] * (1 + error * 8 / 80))
