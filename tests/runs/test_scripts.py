@@ -1003,14 +1003,26 @@ def test_target_kl_ends_the_epochs(base, tmp_path, seen, target, n_updates):
 # ----------------------------------------------------------------------- the options of PPO: scores
 
 
-def test_score_clip(base, tmp_path):
-    """Of eight answers two have the score 7, clipped to 1.5, and six have -7, clipped to -1.5."""
+# With a scale the scores are 7 / sqrt(42) = 1.08 and -1.08, which a clip of 1 cuts.
+CLIPS = [("none", 1.5, -0.75), ("first", 1.0, -0.5)]
+
+
+@pytest.mark.parametrize("scaling, clip, mean", CLIPS)
+def test_score_clip(base, tmp_path, scaling, clip, mean):
+    """Of eight answers two have the score 7, and six have -7: scaled first, and clipped then."""
     file = tmp_path / "signs.py"
     code = "def signs(prompts, responses): return [7.0] * 2 + [-7.0] * (len(responses) - 2)"
     file.write_text(code)
-    rows = ppo(base, tmp_path / "run", reward_model=[f"{file}:signs"], score_clip=1.5, kl_coef=0.0)
+    rows = ppo(
+        base,
+        tmp_path / "run",
+        reward_model=[f"{file}:signs"],
+        score_scaling=scaling,
+        score_clip=clip,
+        kl_coef=0.0,
+    )
     assert column(rows[1:], "score_mean") == [-3.5, -3.5]
-    assert column(rows[1:], "reward") == [-0.75, -0.75]
+    assert column(rows[1:], "reward") == [mean, mean]
 
 
 @pytest.mark.parametrize("kind", ["running", pytest.param("first", marks=pytest.mark.slow)])
