@@ -570,6 +570,14 @@ def test_no_arguments_trains_what_is_missing(trained):
     assert trained == [DEFAULT_SFT, DEFAULT_RM]
 
 
+def test_what_is_missing_is_trained_on_the_runs_device(trained, monkeypatch):
+    devices = []
+    for script in (train_sft, train_rm):
+        monkeypatch.setattr(script, "main", lambda config: devices.append(config.device))
+    train_before_ppo(device="cpu")
+    assert devices == ["cpu", "cpu"]
+
+
 def test_a_reward_model_trains_its_sft_model(trained):
     stages.train_what_is_missing(train_rm.Config(), "model")
     assert trained == [DEFAULT_SFT]
