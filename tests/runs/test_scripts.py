@@ -14,6 +14,7 @@ import json
 import math
 import os
 import runpy
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,6 +144,12 @@ def read_response(model, tokenizer, row):
     return logits[len(prompt) - 1 : -1].double(), torch.tensor(response)
 
 
+def error_over_rows(totals, lengths, mean):
+    """The standard error of a mean over tokens: of what each row has more than the mean says."""
+    more = [total - mean * length for total, length in zip(totals, lengths)]
+    return statistics.stdev(more) * len(more) ** 0.5 / sum(lengths)
+
+
 @pytest.mark.parametrize("label", ["eval", "ood"])
 def test_perplexity_and_accuracy_by_plain_transformers(base, label):
     folder = base / "sft"
@@ -151,25 +158,32 @@ def test_perplexity_and_accuracy_by_plain_transformers(base, label):
     config = train_sft.Config(output_dir=str(folder), eval_size=16, eval_splits=["test", "ood"])
     _, held_out, _ = load_splits(config, "sft")
 
-    nll = 0.0
-    n_correct = 0
-    n_tokens = 0
+    nlls = []  # of each row, as the two lists that follow
+    rights = []
+    lengths = []
     for row in held_out[label]:
         logits, response = read_response(model, tokenizer, row)
         logprobs = logits.log_softmax(-1).gather(1, response[:, None])
-        nll -= logprobs.sum().item()
-        n_correct += (logits.argmax(-1) == response).sum().item()
-        n_tokens += len(response)
+        nlls.append(-logprobs.sum().item())
+        rights.append((logits.argmax(-1) == response).sum().item())
+        lengths.append(len(response))
+    n_tokens = sum(lengths)
+    loss = sum(nlls) / n_tokens
+    accuracy = sum(rights) / n_tokens
 
     found = summary(folder)
     assert list(held_out) == ["eval", "ood"]
     assert len(held_out[label]) == 16
     assert found[f"{label}/n_rows"] == 16
     assert found[f"{label}/n_tokens"] == n_tokens
-    assert found[f"{label}/perplexity"] == pytest.approx(math.exp(nll / n_tokens), rel=1e-4)
+    assert found[f"{label}/perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     # One token of difference is allowed, where two logits are all but equal.
-    accuracy = n_correct / n_tokens
     assert found[f"{label}/accuracy"] == pytest.approx(accuracy, abs=1.5 / n_tokens)
+    # Errors are over rows, and d exp(loss) = exp(loss) d loss.
+    loss_se = error_over_rows(nlls, lengths, loss)
+    assert found[f"{label}/perplexity_se"] == pytest.approx(math.exp(loss) * loss_se, rel=1e-3)
+    accuracy_se = error_over_rows(rights, lengths, accuracy)
+    assert found[f"{label}/accuracy_se"] == pytest.approx(accuracy_se, rel=0.2)
 
 
 class IdsAsLosses(torch.nn.Module):
@@ -322,13 +336,18 @@ def test_accuracy_and_margin_by_plain_transformers(base, rm_scores, label):
     chosen = rm_scores[label].scores[:32]
     rejected = rm_scores[label].scores[32:]
     n_right = (chosen > rejected).sum().item()
-    margin = (chosen - rejected).mean().item()
+    margins = (chosen - rejected).tolist()
 
     found = summary(base / "rm")
     assert found["eval/n_pairs"] == 32
     assert found["eval/n_texts"] == 64
     assert found[f"{label}/accuracy"] == pytest.approx(n_right / 32)
-    assert found[f"{label}/margin"] == pytest.approx(margin, abs=1e-3)
+    share = n_right / 32
+    assert found[f"{label}/accuracy_se"] == pytest.approx((share * (1 - share) / 31) ** 0.5)
+    assert found[f"{label}/margin"] == pytest.approx(statistics.mean(margins), abs=1e-3)
+    assert found[f"{label}/margin_se"] == pytest.approx(
+        statistics.stdev(margins) / 32**0.5, rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("label", ["eval", "ood"])
