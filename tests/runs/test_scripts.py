@@ -49,7 +49,7 @@ from nanorlhf import evaluation, rollout, stages, world
 from nanorlhf import ppo as ppo_maths
 from nanorlhf.errors import InputError
 from nanorlhf.hf.blocks import speed_up
-from nanorlhf.models import load_policy
+from nanorlhf.models import load_policy, load_reward_model
 from nanorlhf.runtime import cli, distributed
 from nanorlhf.runtime.help import help_text
 from nanorlhf.scoring import Scoring
@@ -384,6 +384,17 @@ def test_kendalls_tau_to_gold_by_a_loop(base, rm_scores, label):
     # There are a few ties, which the loop counts as disagreement.
     assert found[f"{label}/gold_kendall_tau"] == pytest.approx(tau, abs=0.02)
     assert 0 < found[f"{label}/gold_kendall_p"] <= 1
+
+
+def test_a_model_as_gold_reads_both_answers(base):
+    """Its scores are those of an evaluation of it."""
+    config = train_rm.Config(output_dir="x", model=f"{base}/sft", gold_model=f"{base}/rm")
+    tokenizer = AutoTokenizer.from_pretrained(base / "rm/model")
+    dist = distributed.Dist(0, 1, torch.device("cpu"))
+    pairs, _ = train_rm.encode_pairs(read_rows(base / "pairs.jsonl")[:6], tokenizer, None, config)
+    golds = train_rm.gold_scores({"eval": pairs}, tokenizer, config, dist)
+    _, scores = train_rm.evaluate(load_reward_model(f"{base}/rm"), pairs, config, dist)
+    torch.testing.assert_close(golds["eval"], scores)
 
 
 # ----------------------------------------------------------------------------- the run of train_ppo
