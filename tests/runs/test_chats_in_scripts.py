@@ -217,6 +217,8 @@ def test_best_of_n_of_chats(here):
         assert row["row"] in chats
         assert row["prompt"] == row["row"]["messages"][:-1]
         assert row["scores"]["mine.py:knows_its_row"] == [len(text) for text in row["responses"]]
+    for row in read(here / "bon/best_of_2.jsonl"):
+        assert row["row"] in chats
 
     # The pool is data again, and its rows are still those of the file.
     pool = sample_bon.Config(
