@@ -230,7 +230,7 @@ def test_nothing_happens_with_another_c_library(monkeypatch):
 
 @pytest.mark.skipif(not distributed.libc(), reason="needs Linux")
 def test_resident_memory_grows_with_what_is_held():
-    # Fresh pages of the kernel: bytes of malloc may come from memory that the process already holds.
+    # Fresh pages of the kernel: bytes of malloc may be of memory that the process already holds.
     before = distributed.resident_memory()
     with mmap.mmap(-1, 2**26) as block:
         # A page that nobody has written to is not resident.
