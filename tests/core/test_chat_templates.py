@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from chat_tokenizers import CHAT, CHATML, GEMMA, TEMPLATES, byte_tokenizer
+from chat_tokenizers import CHAT, CHATML, GEMMA, LLAMA, TEMPLATES, byte_tokenizer
 
 from nanorlhf.chat_templates import end_ids, leave_out_control_tokens, leave_out_of_splits
 from nanorlhf.errors import InputError
@@ -85,6 +85,18 @@ def test_the_loss_is_on_all_assistant_turns(chat_tokenizer):
     assert [turn.strip() for turn in turns] == ["Of a cat?", "Of a dog!", ""]
 
 
+def test_a_turn_that_begins_a_chat_is_not_learned():
+    """Nobody has asked for it, so it is part of the prompt."""
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    chat = [{"role": "assistant", "content": "Hello"}, *CHAT[:1]]
+    row = {"prompt": chat, "response": "Of a dog!"}
+
+    encoded = encode(tokenizer, [row], ("response",), loss_on="all")
+
+    assert encoded.prompts == [write(tokenizer, chat, generation=True)]
+    assert tokenizer.decode(encoded.responses["response"][0]) == "Of a dog!<|im_end|>"
+
+
 def test_a_chat_of_one_turn_is_the_same_with_either_loss(chat_tokenizer):
     rows = [{"prompt": CHAT[:1], "response": "Of a dog!"}]
 
@@ -143,6 +155,28 @@ def test_a_template_without_an_end_gets_eos():
     encoded = encode(tokenizer, [{"prompt": CHAT, "response": "Yes"}], ("response",))
 
     assert tokenizer.decode(encoded.responses["response"][0]) == "assistant: Yes\n<eot>"
+
+
+def test_turns_without_an_end_are_learned_whole():
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer = byte_tokenizer("<eot>", template)
+
+    encoded = encode(tokenizer, [{"prompt": CHAT, "response": "Yes"}], ("response",), loss_on="all")
+
+    (response,) = encoded.responses["response"]
+    (scored,) = encoded.scored
+    learned = [token_id for token_id, is_scored in zip(response, scored) if is_scored]
+    assert tokenizer.decode(learned) == "assistant: Of a cat?\nassistant: Yes\n<eot>"
+
+
+def test_a_turn_may_end_with_another_token_than_eos():
+    """As Llama 3's do: its generation_config.json lists <|eot_id|> beside the EOS."""
+    tokenizer = byte_tokenizer("<|im_end|>", LLAMA)
+    tokenizer.end_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eot>"])
+
+    encoded = encode(tokenizer, [{"prompt": CHAT, "response": "Yes"}], ("response",))
+
+    assert tokenizer.decode(encoded.responses["response"][0]) == "Yes<eot>"
 
 
 REFUSED = {
@@ -239,11 +273,22 @@ def test_splits_are_counted_together():
     (sentence,) = said
     assert "2 chats left out" in sentence
     assert "the first at d.jsonl:9: '<pad>'" in sentence
+    assert sentence.endswith("; 2 are left")  # of both splits
     with pytest.raises(InputError, match="no row of eval is left; 1 chat left out"):
         leave_out_of_splits(tokenizer, [good], {"eval": bad[:1]}, config(), said.append)
     # A split may be called training: --eval_splits test training=FILE.
     with pytest.raises(InputError, match="no row of training is left; 1 chat left out"):
         leave_out_of_splits(tokenizer, bad[:1], {"training": [good]}, config(), said.append)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_pair_is_left_out_for_either_of_its_answers(side):
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    good = {"prompt": CHAT, "chosen": "Yes", "rejected": "No"}
+
+    rows = leave_out_control_tokens(tokenizer, [good, {**good, side: "<pad>!"}], config(), print)
+
+    assert rows == [good]
 
 
 def test_strings_that_spell_a_control_token_are_left_out_of_a_template_alone():

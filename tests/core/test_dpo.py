@@ -427,11 +427,14 @@ def test_the_accuracy_of_a_policy_that_is_its_reference(base, tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_policy_that_does_not_move_ties_with_its_reference(base, tmp_path, dtype):
-    rows = train(base, tmp_path / "still", dtype=dtype, lr=0.0, steps=1, eval_answers=True)
+    more = write_rows(tmp_path / "more.jsonl", read_rows(base / "pairs.jsonl")[:3])
+    still = {"lr": 0.0, "steps": 1, "eval_answers": True, "eval_splits": ["test", f"more={more}"]}
+    rows = train(base, tmp_path / "still", dtype=dtype, **still)
     for row in rows:
-        assert row["eval/accuracy"] == 0.5
-        assert row["eval/accuracy_se"] == 0
-        assert row["eval/kl"] == pytest.approx(0, abs=1e-5)
+        for label in ("eval", "more"):
+            assert row[f"{label}/accuracy"] == 0.5
+            assert row[f"{label}/accuracy_se"] == 0
+            assert row[f"{label}/kl"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.slow

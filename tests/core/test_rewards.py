@@ -16,6 +16,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import LLAMA, byte_tokenizer
 from support import refuses
 from tiny_models import EOS, V, tiny_policy, word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -36,6 +37,7 @@ from nanorlhf.rewards import (
     load_rewards,
     reward_names,
     score_all,
+    text_batches,
 )
 from nanorlhf.runtime.distributed import Dist
 from nanorlhf.runtime.files import python_function
@@ -888,6 +890,35 @@ def test_a_classifier_reads_the_response_to_a_long_prompt(tmp_path):
     given = answers([long_prompt, long_prompt], ["w11", "good w14"])
     scores = score(tmp_path / "bert", given)
     assert (scores[0] - scores[1]).abs() > 1e-3
+
+
+def read_by_classifier(tokenizer, prompt, response, chat=False):
+    """The token ids that a classifier with this tokenizer reads of one answer."""
+    given = Answers([prompt], [response], None, chat=chat)
+    ((_, inputs),) = text_batches(given, tokenizer, 100, micro_batch_size=1)
+    return inputs.input_ids[0].tolist()
+
+
+def test_a_classifier_reads_a_plain_text_between_its_control_tokens():
+    """They stand around it once, and one that the text itself spells is text."""
+    tokenizer = byte_tokenizer(adds=("<bos>", "<eot>"))
+    ids = read_by_classifier(tokenizer, "a <bos> cat", "of a dog")
+    assert tokenizer.decode(ids) == "<bos>a <bos> cat of a dog<eot>"
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_a_classifier_reads_a_chat_as_its_template_writes_it():
+    """The template's own control tokens are all that there are."""
+    tokenizer = byte_tokenizer(template=LLAMA, adds=("<bos>", "<eot>"))
+    answer = {"role": "assistant", "content": "Yes"}
+    written = tokenizer.apply_chat_template([*CHAT, answer], return_dict=False)
+    assert read_by_classifier(tokenizer, CHAT, "Yes") == written
+
+    # With --chat_template a string is a user's turn.
+    turn = {"role": "user", "content": "Tell me"}
+    written = tokenizer.apply_chat_template([turn, answer], return_dict=False)
+    assert read_by_classifier(tokenizer, "Tell me", "Yes", chat=True) == written
 
 
 def test_several_rewards_side_by_side(folder, code):

@@ -391,6 +391,17 @@ def test_files_as_splits(tmp_path):
     assert mine != column(ROWS[:9], "response")
 
 
+def test_a_file_without_a_format_has_the_columns_of_the_data_set(tmp_path):
+    rows = [{"question": f"q{i}", "response": "a"} for i in range(40)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    more = jsonl(tmp_path / "more.jsonl", [{"question": "more", "response": "a"}])
+    named = ["test", f"more={more}"]
+    config = flags(path, columns=["prompt=question"], eval_splits=named)
+
+    _, held_out, _ = load_splits(config, "sft")
+    assert prompts_of(held_out["more"]) == {"more"}
+
+
 def test_pairs_that_say_nothing_are_counted_in_all_splits(tmp_path):
     pairs = []
     for i in range(40):

@@ -77,6 +77,9 @@ def test_the_first_token_stands_for_a_prompt_that_is_empty():
         without.prompts[0] + without.responses["response"][0] == with_bos.responses["response"][0]
     )
     assert len(without.prompts[0]) == 1
+    # A text without any token but its EOS has nothing else to learn.
+    nothing = encode(tokenizer, [{"prompt": "", "response": ""}], ("response",))
+    assert nothing.prompts == nothing.responses["response"] == [[tokenizer.eos_token_id]]
     with pytest.raises(InputError, match="empty prompt.*BOS"):
         encode_prompts(tokenizer, [row])
 
@@ -88,6 +91,8 @@ def test_ids_without_a_token():
     assert ids_with_tokens(tokenizer, n) is None
     padded = ids_with_tokens(tokenizer, n + 5)
     assert padded.tolist() == [True] * n + [False] * 5
+    # A token beyond the embeddings has no logit, which is no error.
+    assert ids_with_tokens(tokenizer, n - 1) is None
 
 
 def bos_tokenizer():
@@ -115,9 +120,13 @@ LONG_AND_SHORT = [{"prompt": "w5 w6 w7 w8", "response": "w9"}, {"prompt": "w5", 
 
 
 def test_a_bos_stays_in_front_of_cut_training_prompts():
-    encoded = encode(bos_tokenizer(), LONG_AND_SHORT, ("response",), max_length=5)
-    assert encoded.prompts == [[3, 7, 8], [3, 5]]
-    assert encoded.responses["response"] == [[9, EOS], [9, EOS]]
+    tokenizer = bos_tokenizer()
+    for encoded in (
+        encode(tokenizer, LONG_AND_SHORT, ("response",), max_length=5),
+        encode_items(tokenizer, LONG_AND_SHORT, max_length=5),
+    ):
+        assert encoded.prompts == [[3, 7, 8], [3, 5]]
+        assert encoded.responses["response"] == [[9, EOS], [9, EOS]]
 
 
 def test_a_bos_stays_in_front_of_cut_prompts_of_a_rollout():

@@ -4,9 +4,14 @@ import json
 
 import pytest
 import torch
-from chat_tokenizers import CHATML, byte_tokenizer
-from support import join, ranks, write_rows
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from chat_tokenizers import CHATML, LLAMA, byte_tokenizer
+from support import join, metrics, ranks, write_rows
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+)
 
 import sample_bon
 import train_ppo
@@ -212,6 +217,8 @@ def test_best_of_n_of_chats(here):
         assert row["row"] in chats
         assert row["prompt"] == row["row"]["messages"][:-1]
         assert row["scores"]["mine.py:knows_its_row"] == [len(text) for text in row["responses"]]
+    for row in read(here / "bon/best_of_2.jsonl"):
+        assert row["row"] in chats
 
     # The pool is data again, and its rows are still those of the file.
     pool = sample_bon.Config(
@@ -258,3 +265,74 @@ def test_judges_of_chats(here):
     )
     summary = win_rates.judge(config)
     assert summary["prompts"] == 4
+
+
+# ------------------------------------------------------------------------- strings as users' turns
+
+
+@pytest.fixture(scope="module")
+def strings(here):
+    """Files of plain strings, the same as chats of one turn, and a classifier with a template."""
+    rows = []
+    for i in range(24):
+        answers = {"chosen": f"A number, {i}.", "rejected": "No idea!"}
+        rows.append({"prompt": f"What is {i}?", "response": f"{i}.", **answers})
+    chats = [{**row, "prompt": [say("user", row["prompt"])]} for row in rows]
+    for name, some in {"strings": rows, "turns": chats}.items():
+        texts = [{"prompt": row["prompt"], "response": row["response"]} for row in some]
+        pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in some]
+        write_rows(here / f"{name}.jsonl", texts)
+        write_rows(here / f"{name}_pairs.jsonl", pairs)
+
+    # It has a template of its own, so it must know that the strings are turns.
+    tokenizer = byte_tokenizer(template=LLAMA)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        label2id={"NEGATIVE": 0, "POSITIVE": 1},
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(here / "classifier")
+    tokenizer.save_pretrained(here / "classifier")
+    return here
+
+
+SMALL = {"steps": 2, "batch_size": 4, "eval_size": 4, "warmup": 0}
+
+
+def run_on(here, kind, name):
+    """A run on the strings with --chat_template, or on the chats. -> what it measures"""
+    settings = {"output_dir": f"{here}/{kind}_{name}", "chat_template": name == "strings"}
+    dataset = f"{here}/{name}.jsonl"
+    if kind == "sft":
+        settings |= {"model": f"{here}/base", "max_new_tokens": 6, **SMALL}
+        train_sft.main(train_sft.Config(dataset=dataset, **settings))
+    elif kind == "rm":
+        # Gold in each record, as Kendall's tau to it.
+        settings |= {"model": f"{here}/sft", "gold_model": f"{here}/classifier", **SMALL}
+        summary = train_rm.main(train_rm.Config(dataset=f"{here}/{name}_pairs.jsonl", **settings))
+        return summary
+    elif kind == "ppo":
+        settings |= {"dataset": dataset, "gold_model": ""}
+        train_ppo.main(ppo_config(here, kind, [f"{here}/classifier"], **settings))
+    else:
+        settings |= {"n_answers": 2, "max_new_tokens": 6, "split": "all", "max_rows": 3}
+        rewards = [f"{here}/classifier"]
+        config = sample_bon.Config(
+            model=f"{here}/sft", dataset=dataset, reward_model=rewards, **settings
+        )
+        sample_bon.main(config)
+        pool = read(here / f"bon_{name}/pool.jsonl")
+        return [(row["responses"], row["scores"]) for row in pool]
+    samples = read(here / f"{kind}_{name}/samples.jsonl")
+    return metrics(here / f"{kind}_{name}"), [row["response"] for row in samples]
+
+
+@pytest.mark.parametrize("kind", ["sft", "rm", "ppo", "bon"])
+def test_strings_with_chat_template_are_chats_of_one_turn(strings, kind):
+    assert run_on(strings, kind, "strings") == run_on(strings, kind, "turns")

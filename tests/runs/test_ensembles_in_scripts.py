@@ -234,6 +234,11 @@ def test_the_members_differ(base):
     assert len(first_losses) == 3
 
 
+def test_the_first_member_has_the_seed_of_the_run(base, tmp_path):
+    summaries = train_members(base, tmp_path, members=2, seed=1, steps=1)
+    assert list(summaries) == [f"{tmp_path}/seed_1", f"{tmp_path}/seed_2"]
+
+
 def pair_of(row):
     return row["prompt"], row["chosen"], row["rejected"]
 

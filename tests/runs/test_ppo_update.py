@@ -1,5 +1,7 @@
 """estimate_advantages, loss_of and update of train_ppo.py, by hand and by loops.
 
+And the advantages that an evaluation writes down.
+
 Numbers stand in the place of a policy.
 
 B answers of a rollout, m of them in a micro-batch, R response tokens
@@ -14,6 +16,7 @@ from checks import randn
 from torch import nn
 
 import train_ppo
+from nanorlhf.evaluation import find_advantages, knows_advantages
 from nanorlhf.packing import pack
 from nanorlhf.runtime.distributed import Dist, setup
 
@@ -153,6 +156,54 @@ def test_advantages_of_a_value_function_are_whitened():
         # 1 - Var(2, 1, -2) / Var(3, 3, -1)
         "explained_variance": pytest.approx(1 - std**2 / (32 / 9)),
     }
+
+
+@pytest.mark.parametrize(
+    "kl_in, expected",
+    [("reward", [[-0.3, 1.0], [-0.95, 0.0]]), ("loss", [[-0.25, 1.0], [-0.75, 0.0]])],
+)
+def test_the_advantages_of_an_evaluation(kl_in, expected):
+    """By hand: two tokens that end with EOS, and one that was cut off.
+
+    The first score is 9 - 2 * 0.25 = 8.5, clipped to 2, the second 1 - 0.25 - 1 = -0.25. The KL of
+    the three tokens is 1/2, 0 and 2, at a price of 0.1: A = r + V' / 2 - V + A' / 4.
+    """
+    config = train_ppo.Config(
+        gamma=0.5,
+        lam=0.5,
+        kl_coef=0.1,
+        kl_kind="k2",
+        kl_in=kl_in,
+        score_clip=2.0,
+        missing_eos_penalty=1.0,
+        length_penalty=0.25,
+    )
+    answered = {
+        "logprobs": torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]),
+        "ref_logprobs": torch.tensor([[-2.0, -2.0], [-3.0, 0.0]]),
+        "values": torch.tensor([[1.0, 1.0], [0.5, 0.0]]),
+        "mask": torch.tensor([[1, 1], [1, 0]]).bool(),
+        "eos_rate": torch.tensor([1.0, 0.0]),
+    }
+    # PPO maximises `scores`; the proxy may be another number.
+    scored = SimpleNamespace(scores=torch.tensor([9.0, 1.0]), proxy=torch.zeros(2))
+    found = find_advantages(config, answered, scored)
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+KNOWN = [
+    ({}, True),
+    ({"kl_kind": "full", "kl_in": "loss"}, True),
+    ({"kl_kind": "full"}, False),
+    ({"score_scaling": "first"}, False),
+    ({"kl_target": 3.0}, False),
+    ({"bootstrap_truncated": True}, False),
+]
+
+
+@pytest.mark.parametrize("changes, known", KNOWN)
+def test_when_an_evaluation_knows_advantages(changes, known):
+    assert knows_advantages(train_ppo.Config(**changes)) == known
 
 
 # The numbers of eight micro-batches: two epochs of two minibatches, in micro-batches of 3 and 1.

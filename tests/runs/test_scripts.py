@@ -14,12 +14,14 @@ import json
 import math
 import os
 import runpy
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import CHAT, CHATML, byte_tokenizer
 from safetensors.torch import load_file
 from support import (
     SCRIPTS,
@@ -47,7 +49,7 @@ from nanorlhf import evaluation, rollout, stages, world
 from nanorlhf import ppo as ppo_maths
 from nanorlhf.errors import InputError
 from nanorlhf.hf.blocks import speed_up
-from nanorlhf.models import load_policy
+from nanorlhf.models import load_policy, load_reward_model
 from nanorlhf.runtime import cli, distributed
 from nanorlhf.runtime.help import help_text
 from nanorlhf.scoring import Scoring
@@ -142,6 +144,12 @@ def read_response(model, tokenizer, row):
     return logits[len(prompt) - 1 : -1].double(), torch.tensor(response)
 
 
+def error_over_rows(totals, lengths, mean):
+    """The standard error of a mean over tokens: of what each row has more than the mean says."""
+    more = [total - mean * length for total, length in zip(totals, lengths)]
+    return statistics.stdev(more) * len(more) ** 0.5 / sum(lengths)
+
+
 @pytest.mark.parametrize("label", ["eval", "ood"])
 def test_perplexity_and_accuracy_by_plain_transformers(base, label):
     folder = base / "sft"
@@ -150,25 +158,75 @@ def test_perplexity_and_accuracy_by_plain_transformers(base, label):
     config = train_sft.Config(output_dir=str(folder), eval_size=16, eval_splits=["test", "ood"])
     _, held_out, _ = load_splits(config, "sft")
 
-    nll = 0.0
-    n_correct = 0
-    n_tokens = 0
+    nlls = []  # of each row, as the two lists that follow
+    rights = []
+    lengths = []
     for row in held_out[label]:
         logits, response = read_response(model, tokenizer, row)
         logprobs = logits.log_softmax(-1).gather(1, response[:, None])
-        nll -= logprobs.sum().item()
-        n_correct += (logits.argmax(-1) == response).sum().item()
-        n_tokens += len(response)
+        nlls.append(-logprobs.sum().item())
+        rights.append((logits.argmax(-1) == response).sum().item())
+        lengths.append(len(response))
+    n_tokens = sum(lengths)
+    loss = sum(nlls) / n_tokens
+    accuracy = sum(rights) / n_tokens
 
     found = summary(folder)
     assert list(held_out) == ["eval", "ood"]
     assert len(held_out[label]) == 16
     assert found[f"{label}/n_rows"] == 16
     assert found[f"{label}/n_tokens"] == n_tokens
-    assert found[f"{label}/perplexity"] == pytest.approx(math.exp(nll / n_tokens), rel=1e-4)
+    assert found[f"{label}/perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     # One token of difference is allowed, where two logits are all but equal.
-    accuracy = n_correct / n_tokens
     assert found[f"{label}/accuracy"] == pytest.approx(accuracy, abs=1.5 / n_tokens)
+    # Errors are over rows, and d exp(loss) = exp(loss) d loss.
+    loss_se = error_over_rows(nlls, lengths, loss)
+    assert found[f"{label}/perplexity_se"] == pytest.approx(math.exp(loss) * loss_se, rel=1e-3)
+    accuracy_se = error_over_rows(rights, lengths, accuracy)
+    assert found[f"{label}/accuracy_se"] == pytest.approx(accuracy_se, rel=0.2)
+
+
+class IdsAsLosses(torch.nn.Module):
+    """In the place of a policy: the log-prob of a token is minus its id, times a weight of 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch, mask, correct=False):
+        ids = torch.zeros(mask.shape)
+        for i, (start, n) in enumerate(zip(batch.prompt_lengths, batch.response_lengths)):
+            ids[i, :n] = batch.ids[i, start : start + n].float()
+        return {"logprobs": -self.weight * ids * mask, "correct": mask}
+
+
+@pytest.mark.parametrize("loss_on", ["all", "last"])
+def test_the_loss_on_a_chat_is_on_its_assistants_turns(loss_on):
+    """In training and in an evaluation: on what the assistant says, and the ends of its turns."""
+    tokenizer = byte_tokenizer("<|im_end|>", CHATML)
+    rows = [{"prompt": CHAT, "response": "Yes"}, {"prompt": CHAT[:1], "response": "Of a dog!"}]
+    turns = ["Yes<|im_end|>", "Of a dog!<|im_end|>"]
+    if loss_on == "all":
+        turns.append("Of a cat?<|im_end|>")  # an earlier turn of CHAT
+    learned = []
+    for turn in turns:
+        learned += tokenizer(turn, add_special_tokens=False).input_ids
+    expected = sum(learned) / len(learned)
+
+    config = train_sft.Config(loss_on=loss_on, micro_batch_size=1)
+    dist = distributed.Dist(0, 1, torch.device("cpu"))
+    model = IdsAsLosses()
+    answers, _ = train_sft.encode_answers(rows, tokenizer, None, config)
+    n_tokens = train_sft.count_tokens(answers, [0, 1])
+    totals = train_sft.add_gradients(
+        model, answers, [0, 1], n_tokens, None, tokenizer, config, dist
+    )
+    assert totals["loss"].item() == pytest.approx(expected)
+    assert model.weight.grad.item() == pytest.approx(expected)
+
+    found = train_sft.evaluate_demonstrations(model, answers[0], tokenizer, config, dist)
+    assert found["n_tokens"] == len(learned)
+    assert math.log(found["perplexity"]) == pytest.approx(expected)
 
 
 def test_the_samples_prompts_keep_their_bos(base, monkeypatch):
@@ -278,13 +336,18 @@ def test_accuracy_and_margin_by_plain_transformers(base, rm_scores, label):
     chosen = rm_scores[label].scores[:32]
     rejected = rm_scores[label].scores[32:]
     n_right = (chosen > rejected).sum().item()
-    margin = (chosen - rejected).mean().item()
+    margins = (chosen - rejected).tolist()
 
     found = summary(base / "rm")
     assert found["eval/n_pairs"] == 32
     assert found["eval/n_texts"] == 64
     assert found[f"{label}/accuracy"] == pytest.approx(n_right / 32)
-    assert found[f"{label}/margin"] == pytest.approx(margin, abs=1e-3)
+    share = n_right / 32
+    assert found[f"{label}/accuracy_se"] == pytest.approx((share * (1 - share) / 31) ** 0.5)
+    assert found[f"{label}/margin"] == pytest.approx(statistics.mean(margins), abs=1e-3)
+    assert found[f"{label}/margin_se"] == pytest.approx(
+        statistics.stdev(margins) / 32**0.5, rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("label", ["eval", "ood"])
@@ -321,6 +384,17 @@ def test_kendalls_tau_to_gold_by_a_loop(base, rm_scores, label):
     # There are a few ties, which the loop counts as disagreement.
     assert found[f"{label}/gold_kendall_tau"] == pytest.approx(tau, abs=0.02)
     assert 0 < found[f"{label}/gold_kendall_p"] <= 1
+
+
+def test_a_model_as_gold_reads_both_answers(base):
+    """Its scores are those of an evaluation of it."""
+    config = train_rm.Config(output_dir="x", model=f"{base}/sft", gold_model=f"{base}/rm")
+    tokenizer = AutoTokenizer.from_pretrained(base / "rm/model")
+    dist = distributed.Dist(0, 1, torch.device("cpu"))
+    pairs, _ = train_rm.encode_pairs(read_rows(base / "pairs.jsonl")[:6], tokenizer, None, config)
+    golds = train_rm.gold_scores({"eval": pairs}, tokenizer, config, dist)
+    _, scores = train_rm.evaluate(load_reward_model(f"{base}/rm"), pairs, config, dist)
+    torch.testing.assert_close(golds["eval"], scores)
 
 
 # ----------------------------------------------------------------------------- the run of train_ppo
@@ -524,6 +598,14 @@ def test_no_arguments_trains_what_is_missing(trained):
     """Each by its own script and that script's defaults, in order."""
     train_before_ppo()
     assert trained == [DEFAULT_SFT, DEFAULT_RM]
+
+
+def test_what_is_missing_is_trained_on_the_runs_device(trained, monkeypatch):
+    devices = []
+    for script in (train_sft, train_rm):
+        monkeypatch.setattr(script, "main", lambda config: devices.append(config.device))
+    train_before_ppo(device="cpu")
+    assert devices == ["cpu", "cpu"]
 
 
 def test_a_reward_model_trains_its_sft_model(trained):
@@ -931,6 +1013,9 @@ def test_adaptive_kl(base, tmp_path):
     coefs = [0.5]
     for row in rows[1:]:
         assert row["kl_coef"] == pytest.approx(coefs[-1])
+        # The reward pays this step's price.
+        penalty = row["score_mean"] - row["reward"]
+        assert penalty == pytest.approx(coefs[-1] * row["kl"], rel=1e-3, abs=1e-5)
         error = row["kl"] / 0.5 - 1
         error = min(max(error, -0.2), 0.2)
         coefs.append(coefs[-1] * (1 + error * 8 / 80))
@@ -956,14 +1041,26 @@ def test_target_kl_ends_the_epochs(base, tmp_path, seen, target, n_updates):
 # ----------------------------------------------------------------------- the options of PPO: scores
 
 
-def test_score_clip(base, tmp_path):
-    """Of eight answers two have the score 7, clipped to 1.5, and six have -7, clipped to -1.5."""
+# With a scale the scores are 7 / sqrt(42) = 1.08 and -1.08, which a clip of 1 cuts.
+CLIPS = [("none", 1.5, -0.75), ("first", 1.0, -0.5)]
+
+
+@pytest.mark.parametrize("scaling, clip, mean", CLIPS)
+def test_score_clip(base, tmp_path, scaling, clip, mean):
+    """Of eight answers two have the score 7, and six have -7: scaled first, and clipped then."""
     file = tmp_path / "signs.py"
     code = "def signs(prompts, responses): return [7.0] * 2 + [-7.0] * (len(responses) - 2)"
     file.write_text(code)
-    rows = ppo(base, tmp_path / "run", reward_model=[f"{file}:signs"], score_clip=1.5, kl_coef=0.0)
+    rows = ppo(
+        base,
+        tmp_path / "run",
+        reward_model=[f"{file}:signs"],
+        score_scaling=scaling,
+        score_clip=clip,
+        kl_coef=0.0,
+    )
     assert column(rows[1:], "score_mean") == [-3.5, -3.5]
-    assert column(rows[1:], "reward") == [-0.75, -0.75]
+    assert column(rows[1:], "reward") == [mean, mean]
 
 
 @pytest.mark.parametrize("kind", ["running", pytest.param("first", marks=pytest.mark.slow)])
@@ -1167,11 +1264,12 @@ def test_the_learning_rate_is_constant_by_default(plain):
     assert column(plain[1:], "lr") == [3e-4, 3e-4]
 
 
-def test_learning_rate_schedule(base, tmp_path):
-    """Up to its peak in two steps, then linearly to 0 after the last: with one update a step."""
-    schedule = {"lr": 4e-4, "schedule": "linear", "final_lr": 0.0, "warmup": 2}
-    rows = ppo(base, tmp_path, steps=4, ppo_epochs=1, minibatch_size=8, **schedule)
-    assert column(rows[1:], "lr") == pytest.approx([2e-4, 4e-4, 4e-4, 2e-4])
+@pytest.mark.parametrize("kind", ["sft", "rm", "ppo"])
+def test_learning_rate_schedule(base, tmp_path, kind):
+    """Up to its peak in two steps, then linearly to a quarter of it after the last."""
+    schedule = {"lr": 4e-4, "schedule": "linear", "final_lr": 0.25, "warmup": 2}
+    rows = train(base, kind, tmp_path, steps=4, **schedule)
+    assert column(rows[-4:], "lr") == pytest.approx([2e-4, 4e-4, 4e-4, 2.5e-4])
 
 
 # ---------------------------------------------------------------- the options of PPO: ones own data
