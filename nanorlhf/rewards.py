@@ -182,7 +182,7 @@ def check_reward(spec: str):
     """Look at what a reward's name stands for before any model is loaded; errors in one line."""
     kind = kind_of(spec)
     if kind == "function":
-        python_function(spec)
+        reward_function(spec)
     elif kind == "lexicon":
         read_lexicon(spec)
     elif kind == "model":
@@ -277,7 +277,7 @@ def load_reward(
     if kind == "gold":
         return text_reward(spec, world.gold)
     if kind == "function":
-        return text_reward(spec, python_function(spec))
+        return text_reward(spec, reward_function(spec))
     if kind == "lexicon":
         lexicon, note = read_lexicon(spec)
         if note:
@@ -330,6 +330,30 @@ def text_reward(name: str, function: Callable) -> Reward:
         return torch.tensor(scores)
 
     return reward
+
+
+def reward_function(spec: str) -> Callable:
+    """FILE.py:FUNCTION -> the function. InputError: text_reward() could not call it.
+
+    Prompts and responses are given by their places. A function whose names are in the other order
+    would score the prompts, without a word.
+    """
+    function = python_function(spec)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions that are written in C do not say
+        return function
+    given = ["prompts", "responses"]
+    if takes_rows(function):
+        given.append("rows")
+    call = f"the reward {spec} is called with ({', '.join(given)})"
+    try:
+        signature.bind(*given)
+    except TypeError as e:
+        raise InputError(f"{call}: {e}") from None
+    names = list(signature.parameters)
+    require(names[1:2] != ["prompts"], f"{call}, and takes them as ({', '.join(names)})")
+    return function
 
 
 def takes_rows(function: Callable) -> bool:

@@ -230,6 +230,29 @@ def good(prompts, responses):
 """
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("responses, prompts", "and takes them as (responses, prompts)"),
+        ("completions, prompts=None", "and takes them as (completions, prompts)"),
+        ("completions, **kwargs", "too many positional arguments"),
+        ("prompts", "too many positional arguments"),
+        ("prompts, responses, rows, scale", "missing a required argument: 'scale'"),
+        ("prompts, responses, *, rows", "missing a required argument: 'rows'"),
+    ],
+)
+def test_a_function_that_takes_other_arguments_is_refused_before_anything_is_loaded(
+    tmp_path, arguments, words
+):
+    path = tmp_path / "my.py"
+    path.write_text(f"def f({arguments}):\n    return [1.0] * 4\n")
+    with pytest.raises(InputError) as error:
+        check_reward(f"{path}:f")
+    message = str(error.value)
+    assert message.startswith(f"the reward {path}:f is called with (prompts, responses")
+    assert words in message
+
+
 def test_a_file_without_a_function_is_refused(tmp_path):
     path = tmp_path / "my.py"
     path.write_text(CODE)
