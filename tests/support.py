@@ -460,7 +460,7 @@ def ranks(n, target, *args, **env):
 def join(*processes, code=0):
     """Wait for the processes, which must all exit with this code."""
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == code
 
 

@@ -17,7 +17,7 @@ def run_bench(folder, *flags):
     out = folder / "gpu.jsonl"
     command = [sys.executable, REPO / "tests/bench/gpu.py", "--size", "small", "--out", out]
     done = subprocess.run(
-        [*command, *flags], env=ENV, capture_output=True, text=True, check=True, timeout=600
+        [*command, *flags], env=ENV, capture_output=True, text=True, check=True, timeout=1800
     )
     lines = {}
     for text in out.read_text().splitlines():
