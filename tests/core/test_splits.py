@@ -616,6 +616,13 @@ def test_prompts_of_best_of_n(reddit):
     assert prompts(eval_splits=["ood"]) == held_out["ood"]
 
 
+def test_all_prompts_of_a_format_for_best_of_n(tmp_path):
+    path = str(jsonl(tmp_path / "a.jsonl", [POST]))
+    config = bon_flags(path, split="all", in_distribution="", prompt_format="tldr")
+    prompts, _ = sample_bon.prompts_of(config)
+    assert column(prompts, "prompt") == [TLDR]
+
+
 def test_prompts_of_the_world_for_best_of_n():
     config = sample_bon.Config(eval_splits=["ood"], eval_size=7)
     prompts, *_ = sample_bon.prompts_of(config)

@@ -38,10 +38,14 @@ def test_control_tokens_in_strings_are_text():
     assert response.count(tokenizer.eos_token_id) == 1  # the one behind it
 
 
-@pytest.mark.parametrize("text", ["Yes.<eot>", "Yes.<eot>\n"])
-def test_an_eos_that_a_response_spells_is_its_eos(text):
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("Yes.<eot>", "Yes."), ("Yes.<eot>\n", "Yes."), ("Yes. <eot>", "Yes. ")],
+)
+def test_an_eos_that_a_response_spells_is_its_eos(text, answer):
+    """White space behind it goes with it; what stands in front of it is the answer's own."""
     tokenizer = byte_tokenizer()
-    rows = [{"prompt": "Is it?", "response": text}, {"prompt": "Is it?", "response": "Yes."}]
+    rows = [{"prompt": "Is it?", "response": text}, {"prompt": "Is it?", "response": answer}]
 
     spelled, plain = encode(tokenizer, rows, ("response",)).responses["response"]
 

@@ -209,6 +209,18 @@ def test_splits_named_in_the_rows_or_on_the_command_line(files):
     assert of_rows == named
 
 
+def test_rows_whose_split_is_not_known_are_in_the_split_of_all(files):
+    """sample_bon.py writes null where the answers come from --pool."""
+    rows = [{**row, "split": None} for row in draw_answers(2)]
+    write_rows(files / "b.jsonl", rows)
+    assert list(run_judge(files)[reward(files)]["splits"]) == ["all"]
+
+
+def test_a_file_whose_own_name_has_an_equals_sign(files):
+    shutil.copy(files / "a.jsonl", files / "seed=1.jsonl")
+    assert list(run_judge(files, a=files / "seed=1.jsonl")[reward(files)]["splits"]) == ["all"]
+
+
 def test_splits_and_their_gap(files, capsys):
     """The first split less each other one; its interval knows that both are small samples."""
     write_splits(files)
@@ -253,7 +265,13 @@ def test_a_split_without_a_judged_pair_is_shown_as_such(files):
         "pairs": 3,
         "judges": judges_found,
     }
-    assert "no pair judged" in win_rates.format_table(whole)
+    judges_found["llm:x"] |= {"first_chosen": 0.0, "questions": 4}
+    table = win_rates.format_table(whole)
+    assert "no pair judged" in table
+    # Half of the pairs are won, half are ties, none is lost. Means are over pairs, not splits.
+    assert "  50.0%  50.0%   0.0%" in table
+    assert "chose the first answer to 0.0% of 4 questions" in table
+    assert "mean length in words: A 2.0, B 1.0" in table
     assert "nan" not in json.dumps(whole).lower()
     picture = files / "picture.png"
     save_picture(win_rates.draw, whole, str(picture))
@@ -274,6 +292,8 @@ def test_several_answers_to_a_prompt_are_paired_by_their_order(files, capfd):
     error = probe_refused(capfd, *judge_flags(files))
     assert "has 1 answers in --a and 5 in --b (limit them: --n_answers)" in error
 
+    # The first answer to each prompt is the one that is kept.
+    write_rows(files / "b.jsonl", draw_answers(2) + draw_answers(3))
     once = run_judge(files, n_answers=1)[reward(files)]["splits"]["all"]
     assert once["pairs"] == 12
     assert once["interval"] == pytest.approx(row["interval"])

@@ -436,6 +436,14 @@ def test_which_tokens_end_a_sentence():
     assert activation_store.sentence_ends(tokenizer) == [3, 4, 6, 7, 10]
 
 
+def test_white_space_may_follow_the_end_of_a_sentence():
+    class Vocabulary(list):
+        def batch_decode(self, rows):
+            return [self[i] for (i,) in rows]
+
+    assert activation_store.sentence_ends(Vocabulary(["a", ".\n", "? ", " .", ". a"])) == [1, 2, 3]
+
+
 def test_where_no_token_ends_a_sentence_the_last_one_of_a_row_counts():
     """As --tokens last has it; EOS is no exception in the middle."""
     rows = [[5, 1, 7, 1], [4], [1, 9]]

@@ -703,6 +703,16 @@ def test_a_pool_that_is_edited(base, tmp_path, work):
         check_results(results, written, golds_of(written), [1, 2])
 
 
+def test_a_pool_whose_columns_are_edited(base, tmp_path, work):
+    """A reward may read the columns of the data, so the answers are scored anew."""
+    row = {"prompt": "a :", "responses": ["the cat", "dog"]}
+    for topic in ("hotel", "park"):
+        write_rows(tmp_path / "pool.jsonl", [{**row, "topic": topic}])
+        work.clear()
+        read_pool(base, tmp_path / "run", tmp_path / "pool.jsonl")
+        assert work == {"rewards.py:letters": 2}
+
+
 CHANGES_OF_THE_ANSWERS = [
     ("n_answers", 16),
     ("seed", 1),
@@ -1410,6 +1420,18 @@ def test_its_own_pool_read_back(base, tmp_path):
     assert n_whole > 15
 
 
+def test_what_a_pool_adds_to_its_data_is_no_column_of_the_data():
+    answers = {"prompt": "p", "responses": ["a", "b"], "gold_scores": [1, 2]}
+    added = {"index": 0, "scores": {"rm": [3.0, 4.0]}}
+    assert pool.read_row("pool.jsonl:1", {**answers, **added}) == answers
+
+    found = pool.read_row("pool.jsonl:1", {**answers, **added, "topic": "hotel"})
+    assert found == {**answers, "row": {"prompt": "p", "topic": "hotel"}}
+    # A pool that sample_bon.py wrote holds the data's row, which rewards get.
+    assert pool.read_row("pool.jsonl:1", {**found, **added}) == found
+    assert pool.collect_answers([(found, 1)]).rows == [found["row"]]
+
+
 GOOD_ROW = '{"prompt": "p", "responses": ["a", "b"], "gold_scores": [1, 2]}'
 NO_RESPONSES = "'responses' must be a list of at least one string"
 BAD_ROWS = [
@@ -1432,6 +1454,7 @@ BAD_GOLD = [
     ("[1]", "1 gold_scores for 2 responses"),
     ("[1, NaN]", "NaN is no finite number"),
     ("[1, -Infinity]", "finite"),
+    ("[1, -1e39]", "finite"),
     (f"[1, {10**400}]", "finite"),
     ("[1, true]", "finite"),
     ('[1, "2"]', "finite"),
@@ -1552,6 +1575,25 @@ def test_save_best(base, tmp_path, split, objective):
     assert len(demonstrations) == 16
 
 
+def test_the_best_name_the_split_that_their_prompts_are_of():
+    named = sample_bon.Config(dataset="mine.jsonl", eval_splits=["hard=held_out.jsonl"])
+    assert sample_bon.name_of_split(named) == "hard"
+    assert sample_bon.name_of_split(sample_bon.Config(split="ood")) == "ood"
+    # The prompts of a pool may be of any split.
+    assert sample_bon.name_of_split(sample_bon.Config(pool="pool.jsonl")) is None
+
+
+def test_the_best_keep_the_columns_of_their_data():
+    """A reward may ask for them when the best are scored again."""
+    asked = {"prompt": "p", "row": {"prompt": "p", "topic": "hotel"}, "responses": ["a", "b", "c"]}
+    (row,) = sample_bon.join_scores([asked], {"rm": [[1.0, 3.0, 9.0]]}, None)
+    assert row == {**asked, "scores": {"rm": [1.0, 3.0, 9.0]}}
+
+    (best,) = sample_bon.choose_best(row, torch.tensor([1.0, 3.0, 9.0]), 2, "test")
+    assert best["response"] == "b"
+    assert best["row"] == asked["row"]
+
+
 # Answers 0 and 1 of RAGGED are a pair, and so are 2 and 3, 4 and 5; a last single one has none.
 PAIRS = [
     {"prompt": "review the hotel :", "chosen": "d", "rejected": "the the"},
@@ -1604,6 +1646,11 @@ def test_defaults(name):
 def test_n_doubles_by_default():
     up_to_256 = [n for n in DEFAULT_NS if n <= 256]
     assert up_to_256 == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+def test_each_n_is_estimated_once_in_ascending_order():
+    config = sample_bon.Config(n=[4, 1, 4])
+    assert sample_bon.choose_ns(config, {"prompt": "p", "responses": 4 * ["a"]}) == [1, 4]
 
 
 def test_only_the_embedded_world_has_a_gold_reward_of_its_own():
@@ -1698,6 +1745,7 @@ BAD_FLAGS = [
     ("--uwo_lambda inf", ["--uwo_lambda"]),
     ("--split validation", ["--split must be one of test, train, ood, all", "'validation'"]),
     ("--split ood --dataset mine.jsonl", ["--split ood is the embedded world's"]),
+    ("--prompt_format tldr", ["--in_distribution and --prompt_format are for data of one's own"]),
     ("--reward_model runs/rm/wco runs/rm/seed_0", ["a reward cannot be called wco"]),
     ("--reward_model runs/rm/uwo_0.5 runs/rm/seed_0", ["a reward cannot be called uwo_0.5"]),
     ("--objective median", ["--objective must be one of mean, wco, uwo"]),

@@ -394,6 +394,9 @@ def test_where_only_eos_is_asked_for_it_may_not_be_left_out(base, with_bos, tmp_
         train(base, tmp_path / "last", **last)
     assert not (tmp_path / "last").exists()
 
+    # Prompts are taken as they are, without EOS.
+    train_sae.check_last_tokens(config_of(base, tmp_path / "prompts", kind="prompts", **last))
+
     found = train(base, tmp_path / "kept", keep_bos=True, **last)["policy/1_mlp"]
     assert found["n_tokens"] == len(held_out_rows())
 
@@ -449,11 +452,15 @@ def test_options(base, tmp_path, settings, n):
 
 @pytest.mark.slow
 def test_texts_that_the_model_samples(base, tmp_path):
-    """Besides those of the data set; they are kept in the cache."""
+    """Besides those of the data set; they are kept in the cache, one line a prompt."""
     texts = {"texts": "both", "max_new_tokens": 4, "max_rows": 60}
     found = train(base, tmp_path, steps=4, base="none", layers="1", **texts)
     check_trained(found, 1)
-    assert list((tmp_path / "cache").glob("answers_*.jsonl"))
+    (answers,) = (tmp_path / "cache").glob("answers_*.jsonl")
+    prompts = [row["prompt"] for row in read_rows(answers)]
+    # A few of the 60 rows have the same prompt.
+    assert 40 < len(prompts) < 60
+    assert len(set(prompts)) == len(prompts)
 
 
 def test_base_and_policy_see_the_same_tokens(base, tmp_path):
@@ -461,6 +468,40 @@ def test_base_and_policy_see_the_same_tokens(base, tmp_path):
     train(base, tmp_path, base=f"{base}/policy", layers="1", steps=4)
     of_policy, of_base = all_tensors(tmp_path).values()
     check_equal(of_policy, of_base)
+
+
+class OneBatch:
+    """A stream whose batches are all the same activations."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def batch(self, step):
+        return {"policy/1_mlp": self.x}
+
+
+def test_an_autoencoder_starts_as_the_flags_say(base):
+    """At the mean or the median, which lie apart where activations are skewed; from its seed."""
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).exp()
+
+    def fit(**changes):
+        config = config_of(base, "x", batch_size=64, **changes)
+        saes = train_sae.fit_saes(config, OneBatch(x), Dist(0, 1, torch.device("cpu")))
+        return saes["policy/1_mlp"]
+
+    of_median = fit(bias="median")
+    copies = torch.cat(2**14 // 64 * [x])
+    assert of_median.b_dec.equal(fit().fit(copies, "median").b_dec)
+    assert not of_median.b_dec.allclose(fit().b_dec, atol=0.01)
+    for kind in ("topk", "vanilla"):
+        assert not fit(sae=kind, seed=1).W_dec.equal(fit(sae=kind).W_dec)
+
+
+def test_a_feature_that_hardly_ever_fires_is_in_the_first_bin():
+    found = train_sae.histogram(torch.tensor([0.0, 1e-8, 0.02, 1.0]))
+    assert found["log10_edges"] == [-6 + 0.5 * i for i in range(13)]
+    # log10 0.02 is -1.7; a density of 1 lies on the last edge.
+    assert found["features"] == [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1]
 
 
 # ------------------------------------------------------------------------ the same result otherwise
@@ -517,6 +558,30 @@ def test_a_process_may_have_no_held_out_text(base):
     assert measure(OneOfTwo(1, 2, cpu)) == measure(Dist(0, 1, cpu))
 
 
+class Stop(Exception):
+    """Ends a run in the middle."""
+
+
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(base, tmp_path, monkeypatch):
+    """With its counts of silence, by which AuxK knows the features that are dead by then."""
+    update = train_sae.update
+    steps = []
+
+    def update_or_stop(*args):
+        steps.append(len(steps))
+        if len(steps) == 10:
+            raise Stop
+        update(*args)
+
+    monkeypatch.setattr(train_sae, "update", update_or_stop)
+    with pytest.raises(Stop):
+        train(base, tmp_path)
+    # The last checkpoint is that of step 8.
+    train(base, tmp_path)
+    assert len(steps) == 10 + 4
+    check_equal_runs(base / "run", tmp_path)
+
+
 # A run that is killed when it has written its first answers to the cache.
 KILLED_RUN = """
 import os, signal, torch, train_sae
@@ -545,6 +610,40 @@ def test_killed_while_it_samples(base, tmp_path):
     train(base, tmp_path / "run", **settings)
     train(base, tmp_path / "whole", **settings)
     check_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+# ----------------------------------------------------------------------------------- what flags say
+
+
+def test_only_the_embedded_world_has_a_base_of_its_own():
+    assert train_sae.Config().base == "runs/sft"
+    assert train_sae.Config(dataset="mine.jsonl", layers="1").base == "none"
+    assert train_sae.Config(model="mine", layers="1").base == "none"
+
+
+def test_the_rate_rises_over_a_share_of_the_steps():
+    config = train_sae.Config(steps=40, warmup=0.1, lr=1.0, schedule="constant")
+    rates = [config.rate(step) for step in range(6)]
+    assert rates == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_a_feature_is_dead_after_a_tenth_of_the_run():
+    assert train_sae.Config(steps=300, batch_size=1000).dead_tokens() == 30_000
+    assert train_sae.Config(steps=10**6, batch_size=1000).dead_tokens() == 10_000_000
+    assert train_sae.Config(dead_after=7).dead_tokens() == 7
+
+
+@pytest.mark.parametrize(
+    "kind, texts, expected",
+    [
+        ("prompts", "dataset", False),
+        ("prompts", "rollouts", True),
+        ("sft", "dataset", True),
+        ("sft", "both", True),
+    ],
+)
+def test_all_texts_but_prompts_end_with_eos(kind, texts, expected):
+    assert train_sae.texts_end_with_eos(train_sae.Config(kind=kind, texts=texts)) == expected
 
 
 # ---------------------------------------------------------------------------------------- bad input
