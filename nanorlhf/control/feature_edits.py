@@ -172,9 +172,8 @@ def causal(config):
         results[name] = {"features": ids, "rates": rates[ids].tolist()}
         results[name] |= compare_pairs(before, after, prompts)
         if pool_rows:
-            results[name]["pool"] = compare_choices(
-                before["pool"], after["pool"], pool_rows, config.n
-            )
+            choices = compare_choices(before["pool"], after["pool"], pool_rows, config.n)
+            results[name]["pool"] = choices
 
     summary = {
         "reward_model": config.reward_model,
