@@ -118,7 +118,7 @@ def no_work(place, monkeypatch):
 
     monkeypatch.chdir(place)
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", fail)
-    monkeypatch.setattr("subprocess.run", fail)
+    monkeypatch.setattr("subprocess.Popen", fail)  # subprocess.run() calls it too
 
 
 # Each name at one door of each kind, and each door with one name; the whole table is slow.
