@@ -345,8 +345,9 @@ WRONG = {
 }
 
 
-# A model of so many layers takes for ever to make, a run of so many steps to do.
-ENDLESS = each_of("num_hidden_layers steps batch_size", "2**70")
+# A model of so many layers takes for ever to make, a run of so many steps to do, and transformers
+# writes down a name for each label.
+ENDLESS = each_of("num_hidden_layers num_labels steps batch_size", "2**70")
 
 
 # --------------------------------------------------------------------------------------------- data
